@@ -3,17 +3,69 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PROTOC := .tools/protoc
-PROTOS := $(sort $(wildcard protos/stillhouse/v1/*.proto))
+CODE := protos teacher_service student_trainer client examples benchmarks tests
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+export VLLM_NO_USAGE_STATS = 1
+export DO_NOT_TRACK = 1
 
-.PHONY: protos
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint lint-protos types imports drift protos fmt bench bench-teacher bench-distillation clean
+
+help: ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
+
+setup: ## make the virtual environment (.venv) with everything in it
+	@scripts/setup.sh
+
+demo: setup ## distil a small model end to end, with all three programs
+	@$(PY) -m examples.demo $(ARGS)
+
+test: check-static ## set up and run everything that CI runs
+	$(PY) -m pytest $(ARGS)
+
+check: check-static ## the static checks, and the tests that start no model
+	$(PY) -m pytest -m "not model" $(ARGS)
+
+.PHONY: check-static
+check-static: lint lint-protos types imports drift
+
+lint: setup ## ruff: style, and the formatter's opinion
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
+
+lint-protos: $(PROTOC)/.done ## buf lint, where node is present
+	$(PROTOC)/bin/python protos/check.py lint
+
+types: setup ## mypy --strict
+	$(VENV)/bin/mypy
+
+imports: setup ## import-linter: imports run one way
+	$(VENV)/bin/lint-imports
+
+drift: $(PROTOC)/.done ## the committed stubs are those of the .proto files
+	$(PROTOC)/bin/python protos/check.py drift
+
 protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
-	$(PROTOC)/bin/python -m grpc_tools.protoc -I. -I$$($(PROTOC)/bin/python -c 'import site; print(site.getsitepackages()[0])') \
-	  --plugin=protoc-gen-mypy=$(PROTOC)/bin/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(PROTOC)/bin/protoc-gen-mypy_grpc \
-	  --python_out=. --grpc_python_out=. --mypy_out=quiet:. --mypy_grpc_out=quiet:. $(PROTOS)
-	rm -f protos/stillhouse/v1/tensor_pb2_grpc.py protos/stillhouse/v1/tensor_pb2_grpc.pyi
+	$(PROTOC)/bin/python protos/check.py generate
 
-# grpcio-tools 1.80 emits code for protobuf 6.31, which every newer runtime accepts; later ones need protobuf 7.
+fmt: setup ## format, and fix what can be fixed
+	$(VENV)/bin/ruff format $(CODE)
+	$(VENV)/bin/ruff check --fix $(CODE)
+
+bench: bench-teacher ## the benchmarks that print a ratio in one run
+
+bench-teacher: setup ## teacher's scoring over gRPC against the engine alone and vLLM's HTTP server
+	$(PY) -m benchmarks.teacher_scoring $(ARGS)
+
+bench-distillation: setup ## distilled against cross-entropy students; ARGS names teacher, student and data
+	$(PY) -m benchmarks.distillation $(ARGS)
+
+clean: ## remove what the commands made
+	rm -rf $(VENV) .tools .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+
+# Version 1.80 emits code for protobuf 6.31, which every newer runtime accepts; later ones need protobuf 7.
 $(PROTOC)/.done:
 	python3 -m venv $(PROTOC)
-	$(PROTOC)/bin/pip install -q grpcio-tools==1.80.0 mypy-protobuf==5.1.0 googleapis-common-protos==1.76.0
+	$(PROTOC)/bin/pip install -q --disable-pip-version-check grpcio-tools==1.80.0 mypy-protobuf==5.1.0 googleapis-common-protos==1.76.0
 	touch $@
