@@ -1,0 +1,191 @@
+"""Makes small Hugging Face models from nothing: tokenizer, Qwen2-shaped weights, LoRA adapter; a seed fixes every number."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+END, PAD, TURN_START, TURN_END = "<|endoftext|>", "<|pad|>", "<|im_start|>", "<|im_end|>"
+SPECIAL_TOKENS = (END, PAD, TURN_START, TURN_END)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_tokenizer(
+    texts: Iterable[str], directory: Path, vocab_size: int, *, full_alphabet: bool = True
+) -> Path:
+    """Directory with a byte-level BPE tokenizer learnt from `texts`, of at most `vocab_size` tokens.
+
+    Without `full_alphabet` only the bytes of `texts` become tokens, so that a vocabulary may be smaller than 260;
+    other bytes are then dropped.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if full_alphabet else [],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[TURN_START, TURN_END],
+        clean_up_tokenization_spaces=False,
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
+    return directory
+
+
+def make_model(
+    directory: Path,
+    *,
+    tokenizer_dir: Path,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    intermediate_size: int | None = None,
+    max_sequence_tokens: int = 512,
+    seed: int = 0,
+    vocab_padding: int = 0,
+    initializer_range: float = 0.02,
+) -> Path:
+    """Directory with a Qwen2-shaped model of random float32 weights and a copy of the tokenizer.
+
+    `vocab_padding` rows are added to the output layer beyond the tokenizer's size. `intermediate_size` is
+    three times `hidden_size` if it is not given. Raises `ValueError` unless a head is 32 or 64 wide, the narrow
+    widths that vLLM's attention on a CPU takes.
+    """
+    import torch
+    from transformers import AutoTokenizer, Qwen2ForCausalLM
+
+    if hidden_size % num_heads or hidden_size // num_heads not in (32, 64):
+        raise ValueError(
+            f"hidden_size {hidden_size} with {num_heads} heads gives heads of {hidden_size / num_heads:g}; "
+            "choose them so that a head is 32 or 64 wide."
+        )
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(
+            model_config(
+                tokenizer,
+                hidden_size=hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                num_key_value_heads=num_heads,
+                intermediate_size=intermediate_size or 3 * hidden_size,
+                max_position_embeddings=max_sequence_tokens,
+                vocab_size=len(tokenizer) + vocab_padding,
+                initializer_range=initializer_range,
+            )
+        )
+    save_model(model, tokenizer, directory)
+    return directory
+
+
+def model_config(tokenizer: Any, **sizes: Any) -> Any:
+    """A `Qwen2Config` of the given sizes that ends and pads as `tokenizer` does, with one embedding for both ends."""
+    from transformers import Qwen2Config
+
+    return Qwen2Config(
+        **sizes,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+
+
+def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Writes weights as safetensors and the tokenizer beside them."""
+    model.save_pretrained(directory, safe_serialization=True)
+    tokenizer.save_pretrained(directory)
+
+
+def make_adapter(directory: Path, base_dir: Path, rank: int, seed: int) -> Path:
+    """Directory with a LoRA adapter of `base_dir` on queries and values, both of its matrices random and not zero."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(base, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    adapted.save_pretrained(directory, safe_serialization=True)
+    return directory
+
+
+def make_student(
+    teacher_dir: Path, directory: Path, *, hidden_size: int, num_layers: int, num_heads: int, seed: int
+) -> Path:
+    """Directory with a student of random weights that shares the teacher's tokenizer and sequence length."""
+    from transformers import AutoConfig
+
+    teacher = AutoConfig.from_pretrained(teacher_dir)
+    return make_model(
+        directory,
+        tokenizer_dir=teacher_dir,
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        max_sequence_tokens=teacher.max_position_embeddings,
+        seed=seed,
+    )
+
+
+@click.command()
+@click.option(
+    "--like",
+    "teacher_dir",
+    type=click.Path(path_type=Path, exists=True),
+    required=True,
+    help="Directory of the teacher, whose tokenizer the student takes.",
+)
+@click.option(
+    "--out", "directory", type=click.Path(path_type=Path), required=True, help="Directory to write."
+)
+@click.option("--hidden-size", type=int, default=128, show_default=True)
+@click.option("--layers", "num_layers", type=int, default=2, show_default=True)
+@click.option("--heads", "num_heads", type=int, default=None, help="Default: heads of 32.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(
+    *, teacher_dir: Path, directory: Path, hidden_size: int, num_layers: int, num_heads: int | None, seed: int
+) -> None:
+    """Write a student with random weights and a teacher's tokenizer."""
+    try:
+        make_student(
+            teacher_dir,
+            directory,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            num_heads=num_heads or max(1, hidden_size // 32),
+            seed=seed,
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"wrote {directory}")
+
+
+if __name__ == "__main__":
+    main()

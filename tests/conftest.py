@@ -1,0 +1,177 @@
+"""Fixtures of all tests: tiny real models, real services on free ports; and the rule that nothing installed is skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+for _name, _value in {
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "OMP_NUM_THREADS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from examples.programs import Program, start_teacher, start_trainer  # noqa: E402
+from tests.support.processes import no_process_left  # noqa: E402
+from tests.support.texts import sentences  # noqa: E402
+
+MODEL_FIXTURES = {"hf_teacher", "vllm_teacher"}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "model: starts a model; `make check` leaves it out.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())) or "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.model)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """A skip fails, unless its reason is "<module> is not installed" and that is so."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+        module = reason.removesuffix(" is not installed")
+        if module == reason or importlib.util.find_spec(module) is not None:
+            report.outcome = "failed"
+            report.longrepr = f"skipped although it can run here: {reason}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """Directories of tiny models; `teacher` and `student` share a tokenizer, `foreign` has another."""
+
+    teacher: Path
+    student: Path
+    foreign: Path
+    adapter_a: Path
+    adapter_b: Path
+    texts: tuple[str, ...]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    from examples.small_models import make_adapter, make_model, make_tokenizer
+
+    root = tmp_path_factory.mktemp("models")
+    texts = tuple(sentences(400, seed=1))
+    tokenizer = make_tokenizer(texts, root / "tokenizer", 384)
+    foreign_tokenizer = make_tokenizer([text.upper() for text in texts], root / "foreign-tokenizer", 320)
+    # A wide initialisation makes distributions far from uniform, as those of trained models are.
+    teacher = make_model(
+        root / "teacher",
+        tokenizer_dir=tokenizer,
+        hidden_size=64,
+        num_layers=2,
+        num_heads=2,
+        seed=1,
+        vocab_padding=8,
+        initializer_range=0.3,
+    )
+    student = make_model(
+        root / "student",
+        tokenizer_dir=tokenizer,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=1,
+        seed=2,
+        initializer_range=0.1,
+    )
+    foreign = make_model(
+        root / "foreign",
+        tokenizer_dir=foreign_tokenizer,
+        hidden_size=32,
+        num_layers=1,
+        num_heads=1,
+        seed=3,
+        initializer_range=0.3,
+    )
+    return Models(
+        teacher=teacher,
+        student=student,
+        foreign=foreign,
+        adapter_a=make_adapter(root / "adapter-a", teacher, rank=4, seed=4),
+        adapter_b=make_adapter(root / "adapter-b", teacher, rank=8, seed=5),
+        texts=texts,
+    )
+
+
+@pytest.fixture(scope="session")
+def dataset_file(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL of 64 rows with `prompt` and `completion`."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    with path.open("w") as file:
+        for text in models.texts[:64]:
+            prompt, completion = text.split(": ", 1)
+            file.write(json.dumps({"prompt": prompt + ": ", "completion": completion}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def hf_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A `stillhouse-teacher` process with the reference engine; `.target` is where it listens."""
+    with (
+        no_process_left() as mark,
+        start_teacher(
+            models.teacher,
+            engine="hf",
+            directory=tmp_path_factory.mktemp("hf-teacher"),
+            options=["--dtype", "float32", "--threads", "1"],
+            environment=mark,
+        ) as program,
+    ):
+        yield program
+
+
+@pytest.fixture(scope="session")
+def vllm_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A `stillhouse-teacher` process with the vLLM engine; `.target` is where it listens."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    with (
+        no_process_left() as mark,
+        start_teacher(
+            models.teacher,
+            engine="vllm",
+            directory=tmp_path_factory.mktemp("vllm-teacher"),
+            options=["--dtype", "float32"],
+            environment=mark,
+        ) as program,
+    ):
+        yield program
+
+
+@pytest.fixture
+def trainer_service(tmp_path: Path) -> Iterator[Callable[..., Program]]:
+    """Starts `stillhouse-trainer` processes: `trainer_service(*options, data_dir=None)`; all end with the test."""
+    started: list[Program] = []
+    with no_process_left() as mark:
+
+        def start(*options: str, data_dir: Path | None = None) -> Program:
+            program = start_trainer(
+                data_dir or tmp_path / "trainer-data",
+                directory=tmp_path / f"trainer-{len(started)}",
+                options=["--stop-runs-on-exit", *options],
+                environment=mark,
+            )
+            started.append(program)
+            return program
+
+        try:
+            yield start
+        finally:
+            for program in started:
+                program.stop()
