@@ -37,6 +37,10 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """sampled_token_ids."""
     CAPABILITY_HOT_ADAPTERS: _Capability.ValueType  # 4
     """Adapters can be loaded and unloaded while serving."""
+    CAPABILITY_ENTROPY: _Capability.ValueType  # 5
+    """entropy."""
+    CAPABILITY_HIDDEN_STATES: _Capability.ValueType  # 6
+    """hidden_states."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is something that not every engine can do."""
@@ -51,6 +55,10 @@ CAPABILITY_SAMPLED_TOKENS: Capability.ValueType  # 3
 """sampled_token_ids."""
 CAPABILITY_HOT_ADAPTERS: Capability.ValueType  # 4
 """Adapters can be loaded and unloaded while serving."""
+CAPABILITY_ENTROPY: Capability.ValueType  # 5
+"""entropy."""
+CAPABILITY_HIDDEN_STATES: Capability.ValueType  # 6
+"""hidden_states."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
