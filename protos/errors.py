@@ -1,0 +1,379 @@
+"""One catalog of errors: exception <-> google.rpc.Status, both directions; no internal text crosses the wire."""
+
+import asyncio
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import grpc
+import structlog
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+DOMAIN = "stillhouse"
+MAX_SENTENCE_CHARS = 2000
+"""Longer messages are cut: they travel in HTTP/2 headers."""
+MAX_STATUS_BYTES = 24 * 1024
+"""Field violations beyond this are counted instead of sent, for the same reason."""
+
+log = structlog.get_logger(__name__)
+
+
+class Reason(StrEnum):
+    """What went wrong, for programs. A new one needs a line here and one in _CATALOG."""
+
+    INVALID_SPEC = "INVALID_SPEC"
+    INVALID_CONFIG = "INVALID_CONFIG"
+    INVALID_REQUEST = "INVALID_REQUEST"
+    SEQUENCE_TOO_LONG = "SEQUENCE_TOO_LONG"
+    TOKEN_OUT_OF_RANGE = "TOKEN_OUT_OF_RANGE"  # noqa: S105 - the name of an error
+    EMPTY_SEQUENCE = "EMPTY_SEQUENCE"
+    TOP_K_TOO_LARGE = "TOP_K_TOO_LARGE"
+    TENSOR_INVALID = "TENSOR_INVALID"
+    DATASET_INVALID = "DATASET_INVALID"
+    ADAPTER_INVALID = "ADAPTER_INVALID"
+    TOKENIZER_INVALID = "TOKENIZER_INVALID"
+    NOT_FOUND = "NOT_FOUND"
+    RUN_NOT_FOUND = "RUN_NOT_FOUND"
+    ADAPTER_NOT_FOUND = "ADAPTER_NOT_FOUND"
+    DATASET_NOT_FOUND = "DATASET_NOT_FOUND"
+    ARTIFACT_NOT_FOUND = "ARTIFACT_NOT_FOUND"
+    MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
+    RUN_STATE = "RUN_STATE"
+    TOKENIZER_MISMATCH = "TOKENIZER_MISMATCH"
+    TEACHER_CHANGED = "TEACHER_CHANGED"
+    REQUEST_CONFLICT = "REQUEST_CONFLICT"
+    ADAPTER_CONFLICT = "ADAPTER_CONFLICT"
+    UNAUTHENTICATED = "UNAUTHENTICATED"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
+    PATH_NOT_ALLOWED = "PATH_NOT_ALLOWED"
+    TEACHER_LOADING = "TEACHER_LOADING"
+    DRAINING = "DRAINING"
+    TEACHER_UNREACHABLE = "TEACHER_UNREACHABLE"
+    SERVICE_UNREACHABLE = "SERVICE_UNREACHABLE"
+    TOO_MANY_CALLS = "TOO_MANY_CALLS"
+    QUOTA = "QUOTA"
+    ADAPTER_SLOTS = "ADAPTER_SLOTS"
+    DISK_FULL = "DISK_FULL"
+    OUT_OF_MEMORY = "OUT_OF_MEMORY"
+    MESSAGE_TOO_LARGE = "MESSAGE_TOO_LARGE"
+    CAPABILITY = "CAPABILITY"
+    ITEM_TIMEOUT = "ITEM_TIMEOUT"
+    CALL_TIMEOUT = "CALL_TIMEOUT"
+    CURSOR_EXPIRED = "CURSOR_EXPIRED"
+    NON_FINITE = "NON_FINITE"
+    CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
+    PROCESS_DIED = "PROCESS_DIED"
+    CANCELLED = "CANCELLED"
+    INTERNAL = "INTERNAL"
+
+
+# The first reason of a row is also what a status without a reason of ours means: such a status comes from
+# gRPC itself, from a proxy or from a later version.
+_CATALOG: Mapping[grpc.StatusCode, tuple[Reason, ...]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: (
+        Reason.INVALID_REQUEST,
+        Reason.INVALID_SPEC,
+        Reason.INVALID_CONFIG,
+        Reason.SEQUENCE_TOO_LONG,
+        Reason.TOKEN_OUT_OF_RANGE,
+        Reason.EMPTY_SEQUENCE,
+        Reason.TOP_K_TOO_LARGE,
+        Reason.TENSOR_INVALID,
+        Reason.DATASET_INVALID,
+        Reason.ADAPTER_INVALID,
+        Reason.TOKENIZER_INVALID,
+    ),
+    grpc.StatusCode.NOT_FOUND: (
+        Reason.NOT_FOUND,
+        Reason.RUN_NOT_FOUND,
+        Reason.ADAPTER_NOT_FOUND,
+        Reason.DATASET_NOT_FOUND,
+        Reason.ARTIFACT_NOT_FOUND,
+        Reason.MODEL_NOT_FOUND,
+    ),
+    grpc.StatusCode.FAILED_PRECONDITION: (
+        Reason.RUN_STATE,
+        Reason.TOKENIZER_MISMATCH,
+        Reason.TEACHER_CHANGED,
+    ),
+    grpc.StatusCode.ALREADY_EXISTS: (Reason.REQUEST_CONFLICT, Reason.ADAPTER_CONFLICT),
+    grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED,),
+    grpc.StatusCode.PERMISSION_DENIED: (Reason.PERMISSION_DENIED, Reason.PATH_NOT_ALLOWED),
+    grpc.StatusCode.UNAVAILABLE: (
+        Reason.SERVICE_UNREACHABLE,
+        Reason.TEACHER_UNREACHABLE,
+        Reason.TEACHER_LOADING,
+        Reason.DRAINING,
+    ),
+    grpc.StatusCode.RESOURCE_EXHAUSTED: (
+        Reason.TOO_MANY_CALLS,
+        Reason.QUOTA,
+        Reason.ADAPTER_SLOTS,
+        Reason.DISK_FULL,
+        Reason.OUT_OF_MEMORY,
+        Reason.MESSAGE_TOO_LARGE,
+    ),
+    grpc.StatusCode.UNIMPLEMENTED: (Reason.CAPABILITY,),
+    grpc.StatusCode.DEADLINE_EXCEEDED: (Reason.CALL_TIMEOUT, Reason.ITEM_TIMEOUT),
+    grpc.StatusCode.OUT_OF_RANGE: (Reason.CURSOR_EXPIRED,),
+    grpc.StatusCode.DATA_LOSS: (Reason.NON_FINITE, Reason.CHECKPOINT_CORRUPT),
+    grpc.StatusCode.ABORTED: (Reason.PROCESS_DIED,),
+    grpc.StatusCode.CANCELLED: (Reason.CANCELLED,),
+    grpc.StatusCode.INTERNAL: (Reason.INTERNAL,),
+}
+_CODE_OF: Mapping[Reason, grpc.StatusCode] = {
+    reason: code for code, row in _CATALOG.items() for reason in row
+}
+# The same call may succeed later, without anyone changing anything.
+_RETRYABLE = frozenset(
+    {
+        *_CATALOG[grpc.StatusCode.UNAVAILABLE],
+        *_CATALOG[grpc.StatusCode.DEADLINE_EXCEEDED],
+        Reason.TOO_MANY_CALLS,
+        Reason.PROCESS_DIED,
+    }
+)
+_CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FieldViolation:
+    """What is wrong with one field of a request."""
+
+    field: str
+    """Path as in the file, such as `loss.terms[0].divergence`."""
+    description: str
+    """A sentence with value, limit and remedy."""
+
+
+class StillhouseError(Exception):
+    """An error that a user or another program can cause; its message names value, limit and remedy."""
+
+    def __init__(
+        self,
+        reason: Reason,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        violations: Sequence[FieldViolation] = (),
+        retry_after_s: float | None = None,
+        resource: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.metadata: dict[str, str] = dict(metadata or {})
+        self.violations: tuple[FieldViolation, ...] = tuple(violations)
+        self.retry_after_s = retry_after_s
+        self.resource = resource
+
+    @property
+    def code(self) -> grpc.StatusCode:
+        """The gRPC code that the catalog gives to this reason."""
+        return _CODE_OF[self.reason]
+
+    @property
+    def retryable(self) -> bool:
+        """Whether the same call may succeed later, without anyone changing anything."""
+        return self.reason in _RETRYABLE
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_unpickle, (to_status(self).SerializeToString(),))
+
+
+def _unpickle(data: bytes) -> StillhouseError:
+    return from_status(status_pb2.Status.FromString(data))
+
+
+def to_status(error: BaseException) -> status_pb2.Status:
+    """The error as it crosses the wire.
+
+    An exception that is not in the catalog is a bug: it is logged with a log id, and the status
+    holds that id and nothing of the exception. A cancellation is CANCELLED. Of the errors of a task
+    group the first one in the catalog counts.
+    """
+    error = _cause(error)
+    if isinstance(error, StillhouseError):
+        return _status_of(error)
+    if isinstance(error, asyncio.CancelledError):
+        return _status_of(StillhouseError(Reason.CANCELLED, "The call was cancelled."))
+    log_id = secrets.token_hex(6)
+    log.error("internal error", log_id=log_id, exc_info=error)
+    return _status_of(
+        StillhouseError(
+            Reason.INTERNAL,
+            f"Something broke inside the service; its log has the cause under log_id {log_id}.",
+            metadata={"log_id": log_id},
+        )
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The error of a group that explains it best: one of the catalog, else a bug, else a cancellation."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    causes = [_cause(each) for each in error.exceptions]
+    return min(
+        causes,
+        key=lambda each: (not isinstance(each, StillhouseError), isinstance(each, asyncio.CancelledError)),
+    )
+
+
+def _status_of(error: StillhouseError) -> status_pb2.Status:
+    status = status_pb2.Status(code=error.code.value[0], message=_clean(error.message))
+    metadata = {_clean(key): _clean(value) for key, value in error.metadata.items()}
+    status.details.add().Pack(
+        error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=metadata)
+    )
+    if error.retry_after_s is not None:
+        retry = error_details_pb2.RetryInfo()
+        retry.retry_delay.FromMilliseconds(round(max(0.0, error.retry_after_s) * 1000))
+        status.details.add().Pack(retry)
+    if error.resource is not None:
+        kind = error.reason.removesuffix("_NOT_FOUND").lower()
+        resource = error_details_pb2.ResourceInfo(resource_type=kind, resource_name=_clean(error.resource))
+        status.details.add().Pack(resource)
+    if error.violations:
+        status.details.add().Pack(_bad_request(error.violations, MAX_STATUS_BYTES - status.ByteSize()))
+    return status
+
+
+def _bad_request(violations: Sequence[FieldViolation], budget_bytes: int) -> error_details_pb2.BadRequest:
+    bad_request = error_details_pb2.BadRequest()
+    for index, violation in enumerate(violations):
+        one = error_details_pb2.BadRequest.FieldViolation(
+            field=_clean(violation.field), description=_clean(violation.description)
+        )
+        budget_bytes -= one.ByteSize() + 8
+        if budget_bytes < 0 and index > 0:
+            rest = f"{len(violations) - index} further fields are wrong; correct these first."
+            bad_request.field_violations.add(description=rest)
+            break
+        bad_request.field_violations.append(one)
+    return bad_request
+
+
+def _clean(text: str) -> str:
+    """Text that protobuf and a header accept: file names may hold bytes that are no UTF-8."""
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return text if len(text) <= MAX_SENTENCE_CHARS else text[: MAX_SENTENCE_CHARS - 1] + "…"
+
+
+def from_status(status: status_pb2.Status) -> StillhouseError:
+    """The error that a status tells of; details that cannot be read are left out.
+
+    A reason that this version does not know becomes the general one of its code, with the
+    unknown name in `metadata["reason"]`.
+    """
+    code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
+    reason: Reason | None = None
+    metadata: dict[str, str] = {}
+    violations: list[FieldViolation] = []
+    retry_after_s: float | None = None
+    resource: str | None = None
+    for detail in status.details:
+        info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
+        bad_request, about = error_details_pb2.BadRequest(), error_details_pb2.ResourceInfo()
+        try:
+            if detail.Unpack(info):
+                metadata |= dict(info.metadata)
+                if info.domain == DOMAIN and info.reason in Reason:
+                    reason = Reason(info.reason)
+                else:
+                    metadata["reason"] = info.reason
+            elif detail.Unpack(retry):
+                retry_after_s = retry.retry_delay.seconds + retry.retry_delay.nanos / 1e9
+            elif detail.Unpack(about):
+                resource = about.resource_name
+            elif detail.Unpack(bad_request):
+                violations += [
+                    FieldViolation(field=each.field, description=each.description)
+                    for each in bad_request.field_violations
+                ]
+        except DecodeError:
+            continue
+    if reason is None:
+        reason = _BY_CODE.get(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), Reason.INTERNAL)
+    message = (
+        status.message or f"The service answered {_CODES.get(status.code, grpc.StatusCode.UNKNOWN).name}."
+    )
+    return StillhouseError(
+        reason,
+        message,
+        metadata=metadata,
+        violations=violations,
+        retry_after_s=retry_after_s,
+        resource=resource,
+    )
+
+
+def from_rpc_error(error: grpc.RpcError, *, target: str, service: str) -> StillhouseError:
+    """The error behind a failed call to `service` ("teacher" or "trainer") at `target`.
+
+    A status with our details is taken as it is; what gRPC itself says is put into a sentence with a remedy.
+    """
+    call: Any = error  # every RpcError that a call raises is also that call
+    try:
+        status = rpc_status.from_call(call)
+    except (ValueError, DecodeError):
+        status = None
+    if status is not None:
+        return from_status(status)
+    code: grpc.StatusCode = call.code()
+    said = " ".join((call.details() or "").split())
+    plain = from_status(status_pb2.Status(code=code.value[0], message=said))
+    reason, message = plain.reason, f"The {service} at {target} answered {code.name}: {said}"
+    match code:
+        case grpc.StatusCode.UNAVAILABLE:
+            reason = Reason.TEACHER_UNREACHABLE if service == "teacher" else Reason.SERVICE_UNREACHABLE
+            message = (
+                f"No {service} answers at {target} ({said}). Start one with `stillhouse-{service}`, or correct the "
+                "address; a service with TLS needs --tls-ca on this side, and one without must not have it."
+            )
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            message = f"The {service} at {target} did not answer in time. It may be overloaded or hang: see its log."
+        case grpc.StatusCode.CANCELLED:
+            message = f"The call to the {service} at {target} was cancelled ({said})."
+        case grpc.StatusCode.UNIMPLEMENTED:
+            message = (
+                f"What answers at {target} is no {service} of this version ({said}). Correct the address, or bring both "
+                "sides to the same version of Stillhouse."
+            )
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said.lower():
+            reason = Reason.MESSAGE_TOO_LARGE
+            message = f"A message between here and the {service} at {target} is too large ({said}). Send fewer items at once."
+        case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
+            message = f"The {service} at {target} broke off the call ({said}). Its log says why."
+        case _:
+            pass
+    return StillhouseError(reason, message, metadata={"target": target})
+
+
+def to_json(status: status_pb2.Status) -> dict[str, Any]:
+    """The status as plain JSON values, in protobuf's own mapping; details of unknown types are left out."""
+    known = status_pb2.Status(code=status.code, message=status.message)
+    for detail in status.details:
+        alone = status_pb2.Status(details=[detail])
+        try:
+            json_format.MessageToDict(alone)
+        except (TypeError, DecodeError, json_format.Error):
+            continue
+        known.details.append(detail)
+    plain: dict[str, Any] = json_format.MessageToDict(known)
+    return plain
+
+
+def from_json(plain: Mapping[str, Any]) -> status_pb2.Status:
+    """The status that to_json wrote. Raises ValueError for anything else."""
+    try:
+        status: status_pb2.Status = json_format.ParseDict(
+            dict(plain), status_pb2.Status(), ignore_unknown_fields=True
+        )
+    except (json_format.Error, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"no error record: {error}") from error
+    return status
