@@ -1,0 +1,67 @@
+"""What fields a run file may have, read from the contract; both spellings, and the nearest name for a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from functools import cache
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from protos.stillhouse.v1.run_pb2 import RunSpec
+
+ROOT: Descriptor = RunSpec.DESCRIPTOR
+
+
+def is_map(field: FieldDescriptor) -> bool:
+    """Whether `field` maps strings to strings, as `labels` does."""
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
+def find_field(message: Descriptor, name: str) -> FieldDescriptor | None:
+    """The field that is spelled `name`, in snake_case or lowerCamelCase."""
+    field = message.fields_by_name.get(name)
+    if field is not None:
+        return field
+    return next((each for each in message.fields if each.json_name == name), None)
+
+
+def spelled_like(name: str, sample: str) -> str:
+    """The field name `name` in the spelling of `sample`: lowerCamelCase if that has a capital."""
+    if not any(letter.isupper() for letter in sample):
+        return name
+    head, *rest = name.split("_")
+    return head + "".join(part.capitalize() for part in rest)
+
+
+def unknown_field_sentence(message: Descriptor, name: str, prefix: str) -> str:
+    """Says that `name` is no field of `message`, which lies at `prefix`, and which field may be meant."""
+    names = [field.name for field in message.fields]
+    near = difflib.get_close_matches(_snake(name), names, n=1, cutoff=0.6)
+    if near:
+        return f'there is no such field; did you mean "{spelled_like(near[0], name)}"?'
+    elsewhere = [path for path in all_paths() if path.rpartition(".")[2] == _snake(name)]
+    if elsewhere:
+        places = " or ".join(f'"{path}"' for path in elsewhere[:3])
+        return f"there is no such field here; it belongs to {places}."
+    where = f"of {prefix}" if prefix else "of a run"
+    listed = ", ".join(spelled_like(each, name) for each in names) or "none"
+    return f"there is no such field; the fields {where} are: {listed}."
+
+
+@cache
+def all_paths() -> tuple[str, ...]:
+    """Every field's path, with `[]` after lists, such as "loss.terms[].alpha"; nearest to the top first."""
+    return tuple(sorted(_paths(ROOT, ""), key=lambda path: (path.count("."), path)))
+
+
+def _paths(message: Descriptor, prefix: str) -> Iterator[str]:
+    for field in message.fields:
+        path = f"{prefix}{field.name}"
+        yield path
+        if field.message_type is not None and not is_map(field):
+            yield from _paths(field.message_type, path + ("[]." if field.is_repeated else "."))
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name.replace("-", "_"))

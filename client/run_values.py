@@ -1,0 +1,129 @@
+"""Reads one value of a run file as the type of its field; a value of another kind is refused, never converted by guess."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import yaml
+from google.protobuf.descriptor import FieldDescriptor
+
+Value = str | bool | int | float
+
+_NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
+_LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
+_NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
+_NULLS = {"", "~", "null", "Null", "NULL"}
+_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+_LIMITS = {
+    FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
+    FieldDescriptor.TYPE_INT64: (-(2**63), 2**63 - 1),
+}
+
+
+def is_null(node: yaml.Node) -> bool:
+    """Whether `node` is empty: nothing, `~` or `null`, outside quotes."""
+    return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _NULLS
+
+
+def kind(node: yaml.Node) -> str:
+    """What `node` is, for an error sentence, such as '"abc" is text'."""
+    if isinstance(node, yaml.MappingNode):
+        return "this is a set of fields"
+    if isinstance(node, yaml.SequenceNode):
+        return "this is a list"
+    shown = _shown(node.value)
+    if node.style is not None:
+        return f"{shown} is text"
+    if node.value in _NULLS:
+        return "this is empty"
+    if node.value in _BOOLEANS:
+        return f"{node.value} is a boolean"
+    if _NUMBER.fullmatch(node.value) or _NOT_FINITE.fullmatch(node.value):
+        return f"{node.value} is a number"
+    return f"{shown} is text"
+
+
+def read_value(field: FieldDescriptor, node: yaml.ScalarNode, *, verbatim: bool) -> Value:
+    """The value of `node` in the type of `field`.
+
+    `verbatim` is for the command line, where nothing is quoted: text is taken as it stands.
+    Raises ValueError with a sentence for people.
+    """
+    return _READERS[field.type](field, node, verbatim)
+
+
+def _text(_: FieldDescriptor, node: yaml.ScalarNode, verbatim: bool) -> str:
+    if verbatim or node.style is not None:
+        return _joined(node.value)
+    if node.value in _BOOLEANS or _NUMBER.fullmatch(node.value):
+        raise ValueError(f'expects text; {kind(node)}: write "{node.value}" in quotes.')
+    return _joined(node.value)
+
+
+def _boolean(_: FieldDescriptor, node: yaml.ScalarNode, __: bool) -> bool:
+    if node.style is None and node.value in _BOOLEANS:
+        return _BOOLEANS[node.value]
+    meant = _YES_NO.get(node.value.lower()) or _BOOLEANS.get(node.value)
+    remedy = f": write {str(meant).lower()}" if meant is not None else ""
+    raise ValueError(f"expects true or false; {kind(node)}{remedy}.")
+
+
+def _whole_number(field: FieldDescriptor, node: yaml.ScalarNode, _: bool) -> int:
+    # protobuf's own JSON writes 64-bit numbers in quotes.
+    quoted_is_fine = field.type == FieldDescriptor.TYPE_INT64
+    text = _number_text(node, "a whole number", quoted_is_fine=quoted_is_fine)
+    if re.fullmatch(r"[-+]?\d+", text):
+        value = int(text) if len(text) <= 20 else 2**64  # noqa: PLR2004 (longer than any int64)
+    else:
+        number = float(text)
+        if not math.isfinite(number) or not number.is_integer():
+            raise ValueError(f"expects a whole number; {node.value} is not one.")
+        value = int(number)
+    low, high = _LIMITS[field.type]
+    if not low <= value <= high:
+        raise ValueError(f"{node.value} is outside [{low}, {high}].")
+    return value
+
+
+def _number(_: FieldDescriptor, node: yaml.ScalarNode, __: bool) -> float:
+    value = float(_number_text(node, "a number", quoted_is_fine=False))
+    if not math.isfinite(value):
+        raise ValueError(f"expects a finite number; {node.value} is too large.")
+    return value
+
+
+def _number_text(node: yaml.ScalarNode, expected: str, *, quoted_is_fine: bool) -> str:
+    text: str = node.value
+    if _NOT_FINITE.fullmatch(text):
+        raise ValueError(f"expects a finite number; {text} is not one.")
+    if not _NUMBER.fullmatch(text):
+        raise ValueError(f"expects {expected}; {kind(node)}.")
+    if node.style is not None and not quoted_is_fine:
+        raise ValueError(f"expects {expected}; {kind(node)}: write {text} without quotes.")
+    if _LEADING_ZERO.fullmatch(text):
+        raise ValueError(f"expects {expected}; {text} begins with 0, which some readers take for octal.")
+    return text.replace("_", "")
+
+
+def _joined(text: str) -> str:
+    """`text` with the halves of JSON's escapes such as \\ud83d\\ude00 made one character."""
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError(f"{ascii(text)} has half of a surrogate pair, which is no character.") from None
+
+
+def _shown(text: str) -> str:
+    return '"' + (text if len(text) <= 60 else text[:57] + "...") + '"'
+
+
+_READERS: dict[int, Callable[[FieldDescriptor, yaml.ScalarNode, bool], Value]] = {
+    FieldDescriptor.TYPE_STRING: _text,
+    FieldDescriptor.TYPE_BOOL: _boolean,
+    FieldDescriptor.TYPE_INT32: _whole_number,
+    FieldDescriptor.TYPE_INT64: _whole_number,
+    FieldDescriptor.TYPE_DOUBLE: _number,
+}
