@@ -282,7 +282,7 @@ def from_status(status: status_pb2.Status) -> StillhouseError:
         try:
             if detail.Unpack(info):
                 metadata |= dict(info.metadata)
-                if info.domain == DOMAIN and info.reason in Reason:
+                if info.domain == DOMAIN and info.reason in Reason.__members__:
                     reason = Reason(info.reason)
                 else:
                     metadata["reason"] = info.reason
@@ -298,10 +298,8 @@ def from_status(status: status_pb2.Status) -> StillhouseError:
         except DecodeError:
             continue
     if reason is None:
-        reason = _BY_CODE.get(_CODES.get(status.code, grpc.StatusCode.UNKNOWN), Reason.INTERNAL)
-    message = (
-        status.message or f"The service answered {_CODES.get(status.code, grpc.StatusCode.UNKNOWN).name}."
-    )
+        reason = _CATALOG.get(code, (Reason.INTERNAL,))[0]
+    message = status.message or f"The service answered {code.name}."
     return StillhouseError(
         reason,
         message,
