@@ -1,0 +1,351 @@
+"""What a run's configuration must satisfy: choices, ranges and combinations, reported all at once by field path."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from protos.errors import FieldViolation, Reason, StillhouseError
+
+if TYPE_CHECKING:
+    from student_trainer.config import LossConfig, RunConfig
+
+MAX_TOP_K = 256
+MAX_TEACHERS = 1
+"""Teachers of one run that the training process can ask."""
+MAX_GPUS = 1
+"""Devices that one training process can use."""
+MAX_NAME_CHARACTERS = 200
+TEACHER_METRICS = frozenset({"kl", "agreement"})
+"""Evaluation metrics that need a teacher's answers."""
+DIVERGENCE_PARAMETERS: Mapping[str, Collection[str]] = {
+    "jsd": ("beta",),
+    "jsd_normalised": ("beta",),
+    "skew_kl": ("alpha",),
+    "skew_reverse_kl": ("alpha",),
+    "alpha_beta": ("alpha", "beta"),
+    "adaptive_kl": ("mu",),
+}
+"""The parameters of each divergence that has any."""
+
+CHOICES: Mapping[str, Sequence[str]] = {
+    "RunConfig.task": ("distil", "cache", "evaluate"),
+    "StudentConfig.quantization": ("none", "int8", "nf4"),
+    "StudentConfig.output": ("adapter", "merged", "both"),
+    "LoraConfig.bias": ("none", "all", "lora_only"),
+    "TeacherConfig.logprob_dtype": ("float16", "float32"),
+    "CacheConfig.mode": ("read", "write_through", "only"),
+    "DataConfig.overflow": ("truncate", "drop"),
+    "LossConfig.temperature_mode": ("exact", "conditional"),
+    "LossConfig.reduction": ("token_mean", "sequence_mean"),
+    "LossConfig.sparse_target": ("tail_bucket", "sampled", "top_k_and_sampled", "renormalise"),
+    "LossConfig.foreign_tokenizer": ("refuse", "alm"),
+    "LossTermConfig.divergence": (
+        *("forward_kl", "reverse_kl", "jsd", "jsd_normalised", "tvd", "skew_kl", "skew_reverse_kl"),
+        *("alpha_beta", "adaptive_kl", "mse"),
+    ),
+    "LossTermConfig.estimator": ("full", "policy_gradient"),
+    "LossTermConfig.token_weighting": ("uniform", "teacher_entropy", "teacher_confidence"),
+    "OptimizerConfig.name": ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw_8bit"),
+    "OptimizerConfig.lr_scheduler": ("cosine", "linear", "constant"),
+    "OptimizerConfig.precision": ("bf16", "fp16", "fp32"),
+    "EvaluationConfig.metrics": (
+        "kl",
+        "perplexity",
+        "agreement",
+        "cross_entropy",
+        "bleu",
+        "rouge",
+        "accuracy",
+    ),
+}
+"""What a person may write, by class and field."""
+
+SUPPORTED: Mapping[str, Collection[object]] = {
+    "RunConfig.task": ("distil",),
+    "RunConfig.cache": (),
+    "StudentConfig.quantization": ("none",),
+    "StudentConfig.adapter": ("",),
+    "StudentConfig.keep_layers": (),
+    "ContextConfig.teacher": (),
+    "ContextConfig.student": (),
+    "ContextConfig.loss": (),
+    "DatasetConfig.weight": (),
+    "DataConfig.teacher_field": ("",),
+    "DataConfig.packing": (False,),
+    "LossTermConfig.divergence": ("forward_kl",),
+    "LossTermConfig.estimator": ("full",),
+    "LossTermConfig.token_weighting": ("uniform",),
+    "LossConfig.sparse_target": ("tail_bucket",),
+    "LossConfig.foreign_tokenizer": ("refuse",),
+    "OptimizerConfig.name": ("adamw", "adam", "sgd"),
+    "EvaluationConfig.metrics": ("kl", "perplexity", "agreement", "cross_entropy"),
+    "EvaluationConfig.best_metric": ("",),
+    "EvaluationConfig.generation": (),
+    "ResourceConfig.num_processes": (0, 1),
+    "RetryConfig.halve_micro_batch": (False,),
+}
+"""What the training process does, where that is less than the contract has; a feature that lands deletes its line."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Interval:
+    """A range of numbers; an open end is left out of it."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` is a finite number in the range."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if math.isinf(self.high):
+            return f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        return (
+            f"in {'(' if self.open_low else '['}{self.low:g}, {self.high:g}{')' if self.open_high else ']'}"
+        )
+
+
+POSITIVE = Interval(0, open_low=True)
+COUNT = Interval(1)
+NOT_NEGATIVE = Interval(0)
+
+RANGES: Mapping[str, Interval] = {
+    "LoraConfig.rank": Interval(1, 1024),
+    "LoraConfig.alpha": POSITIVE,
+    "LoraConfig.dropout": Interval(0, 1, open_high=True),
+    "LoraConfig.layers": NOT_NEGATIVE,
+    "StudentConfig.keep_layers": NOT_NEGATIVE,
+    "TeacherConfig.weight": POSITIVE,
+    "TeacherConfig.prefetch_steps": Interval(1, 64),
+    "RolloutConfig.temperature": POSITIVE,
+    "RolloutConfig.top_p": Interval(0, 1, open_low=True),
+    "RolloutConfig.max_new_tokens": COUNT,
+    "RolloutConfig.samples_per_prompt": COUNT,
+    "StudentContextConfig.max_staleness": NOT_NEGATIVE,
+    "StudentContextConfig.max_importance_weight": POSITIVE,
+    "LossTermConfig.weight": NOT_NEGATIVE,
+    "LossTermConfig.alpha": NOT_NEGATIVE,
+    "LossTermConfig.beta": NOT_NEGATIVE,
+    "LossTermConfig.mu": NOT_NEGATIVE,
+    "LossConfig.hard_weight": NOT_NEGATIVE,
+    "LossConfig.temperature": POSITIVE,
+    "LossConfig.top_k": Interval(1, MAX_TOP_K),
+    "LossConfig.num_samples": COUNT,
+    "ContextConfig.weight": POSITIVE,
+    "DatasetConfig.weight": POSITIVE,
+    "DatasetConfig.limit": COUNT,
+    "DataConfig.eval_fraction": Interval(0, 1, open_high=True),
+    "DataConfig.max_sequence_tokens": Interval(2),
+    "OptimizerConfig.learning_rate": POSITIVE,
+    "OptimizerConfig.weight_decay": NOT_NEGATIVE,
+    "OptimizerConfig.warmup_fraction": Interval(0, 1),
+    "OptimizerConfig.micro_batch_size": COUNT,
+    "OptimizerConfig.grad_accum_steps": COUNT,
+    "OptimizerConfig.max_grad_norm": NOT_NEGATIVE,
+    "OptimizerConfig.epochs": POSITIVE,
+    "OptimizerConfig.max_steps": COUNT,
+    "OptimizerConfig.seed": NOT_NEGATIVE,
+    "DataConfig.seed": NOT_NEGATIVE,
+    "CheckpointConfig.every_steps": COUNT,
+    "CheckpointConfig.every_epochs": POSITIVE,
+    "CheckpointConfig.every_seconds": POSITIVE,
+    "CheckpointConfig.keep": COUNT,
+    "EvaluationConfig.every_steps": COUNT,
+    "EvaluationConfig.every_epochs": POSITIVE,
+    "EvaluationConfig.limit": COUNT,
+    "EvaluationConfig.top_k": Interval(1, MAX_TOP_K),
+    "ResourceConfig.gpus": NOT_NEGATIVE,
+    "ResourceConfig.gpu_count": NOT_NEGATIVE,
+    "ResourceConfig.num_processes": NOT_NEGATIVE,
+    "RetryConfig.max_attempts": COUNT,
+    "RetryConfig.teacher_wait_s": NOT_NEGATIVE,
+}
+"""The numbers that make sense, by class and field."""
+
+_TARGET = re.compile(r"unix:.+|(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
+
+
+def check(config: RunConfig) -> None:
+    """Return if `config` can be run.
+
+    Raises:
+        StillhouseError: INVALID_SPEC with one violation for each problem.
+    """
+    violations = [*_check_values(config), *_check_required(config), *_check_combinations(config)]
+    if violations:
+        raise invalid_spec(violations)
+
+
+def invalid_spec(violations: Sequence[FieldViolation]) -> StillhouseError:
+    """The error that reports `violations`, one clause for each."""
+    return StillhouseError(
+        Reason.INVALID_SPEC,
+        " ".join(f"{violation.field}: {violation.description}" for violation in violations),
+        violations=violations,
+    )
+
+
+def violation(field: str, description: str) -> FieldViolation:
+    """What is wrong with `field`, a path as in the run file."""
+    return FieldViolation(field=field, description=description)
+
+
+def walk(config: Any, path: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Path in the file, "Class.field" and value of every field below the dataclass `config`; tuples one by one."""
+    for field in dataclasses.fields(config):
+        key = f"{type(config).__name__}.{field.name}"
+        value = getattr(config, field.name)
+        here = f"{path}.{field.name}" if path else field.name
+        items = (
+            [(f"{here}[{i}]", item) for i, item in enumerate(value)]
+            if isinstance(value, tuple)
+            else [(here, value)]
+        )
+        for place, item in items:
+            yield place, key, item
+            if dataclasses.is_dataclass(item):
+                yield from walk(item, place)
+
+
+def _check_values(config: RunConfig) -> Iterator[FieldViolation]:
+    """Each value by itself: known, possible, in range, printable."""
+    for path, key, value in walk(config):
+        problem = None if value is None else _problem(key, value)
+        if problem:
+            yield violation(path, problem)
+
+
+def _problem(key: str, value: Any) -> str | None:
+    if key in CHOICES and value not in CHOICES[key]:
+        return _unknown_choice(value, CHOICES[key])
+    if key in SUPPORTED and value not in SUPPORTED[key]:
+        return _unsupported(value, SUPPORTED[key])
+    if key in RANGES and not RANGES[key].holds(value):
+        return f"{value} is out of range; it must be {RANGES[key]}."
+    if isinstance(value, str) and not value.isprintable():
+        return f"{value!r} holds a control character; remove it."
+    if key in ("RunConfig.display_name", "TeacherConfig.name") and len(value) > MAX_NAME_CHARACTERS:
+        return f"has {len(value)} characters; at most {MAX_NAME_CHARACTERS} are kept. Shorten it."
+    return None
+
+
+def _unknown_choice(value: str, choices: Sequence[str]) -> str:
+    nearest = difflib.get_close_matches(value.lower().replace("-", "_"), choices, n=1)
+    hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
+    return f'"{value}" is not known; {hint}Possible: {_listed(choices)}.'
+
+
+def _unsupported(value: object, supported: Collection[object]) -> str:
+    what = "this" if dataclasses.is_dataclass(value) else _quoted(value)
+    if not supported or set(supported) == {""}:
+        return f"{what} is in the contract, but the training process cannot do it; leave the field out."
+    return f"{what} is in the contract, but the training process cannot do it; use {_listed(supported)}."
+
+
+def _listed(values: Collection[object]) -> str:
+    return ", ".join(_quoted(value) for value in values)
+
+
+def _quoted(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _check_required(config: RunConfig) -> Iterator[FieldViolation]:
+    """What has no default."""
+    if not config.student.model:
+        yield violation("student.model", "is required: a Hugging Face id or a path on the trainer's host.")
+    if not config.data.train:
+        yield violation("data.train", 'is required: a list of datasets, such as [{path: "datasets/..."}].')
+    for name, datasets in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, dataset in enumerate(datasets):
+            if not dataset.path:
+                yield violation(f"data.{name}[{i}].path", "is required: a file on the trainer's host.")
+    for i, teacher in enumerate(config.teachers):
+        if not teacher.targets:
+            yield violation(f"teachers[{i}].targets", 'is required, such as ["127.0.0.1:7401"].')
+        for j, target in enumerate(teacher.targets):
+            match = _TARGET.fullmatch(target)
+            if not match or int(match[2] or 0) > 65535:
+                yield violation(f"teachers[{i}].targets[{j}]", f'"{target}" is no host:port or unix:PATH.')
+    if config.cache and not config.cache.path:
+        yield violation("cache.path", 'is required, such as "caches/my-set".')
+
+
+def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
+    """What fits together."""
+    yield from _check_student(config)
+    yield from _check_teachers(config)
+    yield from _check_loss("loss", config.loss)
+    for i, context in enumerate(config.contexts):
+        sources = [context.dataset, context.teacher, context.student]
+        if sum(source is not None for source in sources) != 1:
+            yield violation(f"contexts[{i}]", "needs exactly one source: dataset, teacher or student.")
+        if context.loss:
+            yield from _check_loss(f"contexts[{i}].loss", context.loss)
+    resources = config.resources
+    if resources.gpus and resources.gpu_count is not None:
+        yield violation("resources.gpu_count", "is set beside gpus; give one of the two.")
+    if len(set(resources.gpus)) != len(resources.gpus):
+        yield violation("resources.gpus", "names a device twice; name each once.")
+    if max(len(resources.gpus), resources.gpu_count or 0) > MAX_GPUS:
+        field = "gpus" if resources.gpus else "gpu_count"
+        yield violation(f"resources.{field}", f"asks for more than the {MAX_GPUS} device that a run can use.")
+
+
+def _check_student(config: RunConfig) -> Iterator[FieldViolation]:
+    student = config.student
+    if student.lora is None and student.quantization in ("int8", "nf4"):
+        yield violation(
+            "student.quantization",
+            f'"{student.quantization}" freezes the base; add student.lora: {{}} to train it.',
+        )
+    if student.lora is None and student.output in ("adapter", "both"):
+        yield violation(
+            "student.output", f'"{student.output}" needs student.lora; there is no adapter without.'
+        )
+
+
+def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
+    if len(config.teachers) > MAX_TEACHERS:
+        yield violation(
+            "teachers",
+            f"lists {len(config.teachers)} teachers; the training process asks {MAX_TEACHERS}. Keep one.",
+        )
+    if config.teachers or config.task == "cache":
+        return
+    teacher_metrics = sorted(TEACHER_METRICS.intersection(config.evaluation.metrics))
+    if config.loss.asks_teacher:
+        yield violation(
+            "teachers",
+            "is empty, but the loss learns from a teacher; name one, or set every loss.terms weight to 0.",
+        )
+    elif teacher_metrics:
+        yield violation(
+            "teachers",
+            f"is empty, but evaluation.metrics has {_listed(teacher_metrics)}; name one, or leave these out.",
+        )
+
+
+def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
+    if not loss.asks_teacher and loss.hard_weight == 0:
+        yield violation(
+            f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."
+        )
+    for i, term in enumerate(loss.terms):
+        for name in ("alpha", "beta", "mu"):
+            if getattr(term, name) is not None and name not in DIVERGENCE_PARAMETERS.get(term.divergence, ()):
+                yield violation(
+                    f"{path}.terms[{i}].{name}", f'has no meaning for "{term.divergence}"; leave it out.'
+                )

@@ -1,0 +1,352 @@
+"""What a run leaves on disk, and the only meeting place of the run service and the training process.
+
+Whole files are replaced by a rename and never seen half written; the two journals (events and metrics) grow by lines,
+and a torn last line is cut when the next attempt opens them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import psutil
+from google.protobuf import json_format
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1.run_pb2 import RunSpec
+
+Journal = Literal["events.jsonl", "metrics.jsonl"]
+EXIT_FAILED = 3
+"""Exit code of a training process that wrote a `failed` event."""
+START_TIME_TOLERANCE_S = 1.0
+"""Two readings of one process's start time differ by less than this."""
+MANIFEST = "MANIFEST.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessRecord:
+    """The process that works, or worked, on a run."""
+
+    attempt: int
+    pid: int
+    start_time: float
+    """Seconds since the epoch, as the operating system says."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process, and no later one of the same number, lives."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.start_time) < START_TIME_TOLERANCE_S
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Control:
+    """What the service wants of a run: which attempt may write, and whether it shall stop."""
+
+    attempt: int
+    stop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The directory of one run."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, spec: RunSpec, effective: RunSpec) -> RunDir:
+        """A new run directory with both specs; an existing one keeps its other files."""
+        run_dir = cls(path)
+        for folder in (run_dir.attempts_path, run_dir.checkpoints_path):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_whole(run_dir.spec_path, _spec_json(spec))
+        write_whole(run_dir.effective_spec_path, _spec_json(effective))
+        return run_dir
+
+    @property
+    def spec_path(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def effective_spec_path(self) -> Path:
+        return self.path / "effective_spec.json"
+
+    @property
+    def lock_path(self) -> Path:
+        return self.path / "lock"
+
+    @property
+    def heartbeat_path(self) -> Path:
+        return self.path / "heartbeat"
+
+    @property
+    def control_path(self) -> Path:
+        return self.path / "control.json"
+
+    @property
+    def process_path(self) -> Path:
+        return self.path / "process.json"
+
+    @property
+    def events_path(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def attempts_path(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def checkpoints_path(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final_path(self) -> Path:
+        return self.path / "final"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def teacher_path(self) -> Path:
+        """What the teacher said of itself at the first attempt."""
+        return self.path / "teacher.json"
+
+    @property
+    def eval_targets_path(self) -> Path:
+        """The teacher's answers on held-out rows."""
+        return self.path / "eval_targets"
+
+    def log_path(self, attempt: int) -> Path:
+        """Standard output and error of an attempt's process."""
+        return self.attempts_path / str(attempt) / "log"
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.checkpoints_path / str(step)
+
+    def effective_spec(self) -> RunSpec:
+        """The spec that training uses.
+
+        Raises:
+            StillhouseError: INVALID_SPEC if the file is missing or is no RunSpec.
+        """
+        try:
+            return json_format.Parse(self.effective_spec_path.read_bytes(), RunSpec())
+        except (OSError, ValueError, json_format.ParseError) as error:
+            raise StillhouseError(
+                Reason.INVALID_SPEC,
+                f"{self.effective_spec_path} is no run specification: {error}. Create the run again.",
+            ) from error
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending: those with a manifest, which is written last."""
+        if not self.checkpoints_path.is_dir():
+            return []
+        names = (entry.name for entry in self.checkpoints_path.iterdir() if (entry / MANIFEST).is_file())
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def control(self) -> Control | None:
+        """What the service last asked for; None before the first attempt."""
+        value = _read_json(self.control_path)
+        return Control(attempt=int(value["attempt"]), stop=bool(value["stop"])) if value else None
+
+    def write_control(self, attempt: int, *, stop: bool) -> None:
+        """Allow `attempt` alone to write, and ask it to stop if `stop`."""
+        write_whole(self.control_path, json.dumps({"attempt": attempt, "stop": stop}).encode())
+
+    def request_stop(self) -> None:
+        """Ask the attempt that may write to make a checkpoint and end."""
+        control = self.control()
+        if control is not None:
+            self.write_control(control.attempt, stop=True)
+
+    def process(self) -> ProcessRecord | None:
+        """The last process that opened the run, dead or alive."""
+        value = _read_json(self.process_path)
+        if not value:
+            return None
+        return ProcessRecord(
+            attempt=int(value["attempt"]), pid=int(value["pid"]), start_time=float(value["start_time"])
+        )
+
+    def locked_by_live_process(self) -> ProcessRecord | None:
+        """The process that works on the run; None unless the lock is held and its record matches a live process."""
+        record = self.process()
+        return record if record and record.alive and self._locked() else None
+
+    def read_lines(self, name: Journal, offset: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of a journal from byte `offset`, and the offset behind them; lines that are no object are left out."""
+        try:
+            with (self.path / name).open("rb") as file:
+                file.seek(offset)
+                data = file.read()
+        except FileNotFoundError:
+            return [], offset
+        end = data.rfind(b"\n") + 1
+        return [
+            value for value in map(_parse_line, data[:end].splitlines()) if value is not None
+        ], offset + end
+
+    @contextlib.contextmanager
+    def open_attempt(self, attempt: int) -> Iterator[Attempt]:
+        """The run as its training process sees it; holds the lock until the block ends.
+
+        Raises:
+            StillhouseError: RUN_STATE if another process holds the run, or the service has given it to another attempt.
+        """
+        with self.lock_path.open("ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StillhouseError(
+                    Reason.RUN_STATE,
+                    f"{self.path} is locked by another process; stop it before attempt {attempt}.",
+                ) from error
+            record = {"attempt": attempt, "pid": os.getpid(), "start_time": psutil.Process().create_time()}
+            opened = Attempt(self, attempt)
+            opened.check_fence()
+            write_whole(self.process_path, json.dumps(record).encode())
+            opened.cut_torn_lines()
+            yield opened
+
+    def _locked(self) -> bool:
+        try:
+            with self.lock_path.open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+
+class Attempt:
+    """One process's hold on a run: it alone writes the journals."""
+
+    def __init__(self, run_dir: RunDir, number: int) -> None:
+        self.run_dir = run_dir
+        self.number = number
+        self._sequences: dict[Journal, int] = {"events.jsonl": 0, "metrics.jsonl": 0}
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether the service asked this attempt, or gave the run to another one."""
+        control = self.run_dir.control()
+        return control is not None and (control.stop or control.attempt != self.number)
+
+    def check_fence(self) -> None:
+        """Return if this attempt may write; call it before every rename.
+
+        Raises:
+            StillhouseError: RUN_STATE if the service has given the run to another attempt.
+        """
+        control = self.run_dir.control()
+        if control is not None and control.attempt != self.number:
+            raise StillhouseError(
+                Reason.RUN_STATE,
+                f"attempt {self.number} of {self.run_dir.path.name} was replaced by attempt {control.attempt}; it ends.",
+            )
+
+    def heartbeat(self) -> None:
+        """Say that the process makes progress, or waits on purpose."""
+        self.run_dir.heartbeat_path.touch()
+
+    def report(self, kind: str, **payload: Any) -> None:
+        """Append an event; it is on disk when this returns."""
+        self._append("events.jsonl", {"kind": kind, **payload}, sync=True)
+
+    def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the metrics of a step."""
+        self._append("metrics.jsonl", {"step": step, "values": dict(values)}, sync=False)
+
+    def cut_torn_lines(self) -> None:
+        """Cut what a killed process left half written, and go on counting behind the last whole line."""
+        for name in self._sequences:
+            path = self.run_dir.path / name
+            with path.open("ab+") as file:
+                file.seek(0)
+                data = file.read()
+                end = data.rfind(b"\n") + 1
+                if end < len(data):
+                    file.truncate(end)
+                    os.fsync(file.fileno())
+            lines = [value for value in map(_parse_line, data[:end].splitlines()) if value is not None]
+            self._sequences[name] = max((int(line["sequence"]) for line in lines), default=0)
+
+    def _append(self, name: Journal, value: dict[str, Any], *, sync: bool) -> None:
+        self._sequences[name] += 1
+        head = {"sequence": self._sequences[name], "attempt": self.number, "time": now_text()}
+        line = json.dumps({**head, **value}, separators=(",", ":")).encode() + b"\n"
+        descriptor = os.open(self.run_dir.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            if os.write(descriptor, line) != len(line):
+                raise OSError(f"{self.run_dir.path / name}: the disk took part of a line only")
+            if sync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def now_text() -> str:
+    """The time in UTC as RFC 3339, with milliseconds."""
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path` by `data`; a reader, or a machine that restarts, sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in `path` survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _spec_json(spec: RunSpec) -> bytes:
+    text = json_format.MessageToJson(spec, preserving_proto_field_name=True)
+    return text.encode() + b"\n"
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return cast("dict[str, Any]", json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        return None
+
+
+def _parse_line(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) and isinstance(value.get("sequence"), int) else None
