@@ -1,0 +1,48 @@
+"""From losses per token to one number: a weighted sum and its denominator, which the caller adds up over a whole optimizer step.
+
+L = sum of weighted losses / sum of weights, both over every micro-batch of the step, so that cutting a step into
+micro-batches changes nothing. Axes: B sequences, T positions.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Reduction = Literal["token_mean", "sequence_mean"]
+
+
+class LossSum(NamedTuple):
+    """A loss before it is divided."""
+
+    loss_sum: Tensor
+    """Scalar, with the gradient: sum of weight x loss, in nats."""
+    count: Tensor
+    """Scalar, without gradient: sum of the weights."""
+
+
+def token_weights(mask: Bool[Tensor, "B T"], reduction: Reduction) -> Float[Tensor, "B T"]:
+    """Weight of each position, 0 where it is masked out.
+
+    "token_mean" gives every token 1; the weights of all sequences sum to the number of tokens. "sequence_mean" gives
+    a token 1 / tokens of its sequence; they sum to the number of sequences that have any.
+    """
+    weights = mask.float()
+    if reduction == "token_mean":
+        return weights
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
+
+
+def reduce(loss_BT: Float[Tensor, "B T"], weights_BT: Float[Tensor, "B T"]) -> LossSum:
+    """Sum of weight x loss, and of the weights; what has weight 0 adds nothing, also where it is not finite."""
+    kept = torch.where(weights_BT > 0, loss_BT, torch.zeros_like(loss_BT))
+    return LossSum((kept * weights_BT).sum(), weights_BT.sum())
+
+
+def blank_masked(logits: Float[Tensor, "B T V"], weights_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
+    """Logits with zeros at positions of weight 0, so that nothing there can reach a gradient (0 x NaN is NaN)."""
+    keep = weights_BT > 0
+    return logits if bool(keep.all()) else torch.where(keep.unsqueeze(-1), logits, torch.zeros_like(logits))
