@@ -81,7 +81,7 @@ class TeacherConfig:
     """Least level that is logged."""
 
     def __post_init__(self) -> None:
-        """Raises `StillhouseError` with INVALID_REQUEST or MODEL_NOT_FOUND, naming flag, value and remedy."""
+        """Raises `StillhouseError` with INVALID_CONFIG or MODEL_NOT_FOUND, naming flag, value and remedy."""
         _check_model_path(self.model)
         if self.dtype not in DTYPES:
             raise _bad("--dtype", self.dtype, f"Valid are {', '.join(DTYPES)}.")
@@ -111,10 +111,10 @@ class TeacherConfig:
             )
         if (self.tls_cert is None) != (self.tls_key is None):
             raise StillhouseError(
-                Reason.INVALID_REQUEST, "--tls-cert and --tls-key belong together: give both or none."
+                Reason.INVALID_CONFIG, "--tls-cert and --tls-key belong together: give both or none."
             )
         if self.tls_client_ca is not None and self.tls_cert is None:
-            raise StillhouseError(Reason.INVALID_REQUEST, "--tls-client-ca needs --tls-cert and --tls-key.")
+            raise StillhouseError(Reason.INVALID_CONFIG, "--tls-client-ca needs --tls-cert and --tls-key.")
 
     @property
     def num_threads(self) -> int:
@@ -167,4 +167,4 @@ def _check_model_path(model: str) -> None:
 
 
 def _bad(flag: str, value: object, remedy: str) -> StillhouseError:
-    return StillhouseError(Reason.INVALID_REQUEST, f"{flag} is {value}. {remedy}")
+    return StillhouseError(Reason.INVALID_CONFIG, f"{flag} is {value}. {remedy}")
