@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
 def parse_run(
     content: bytes, source: str, overrides: Sequence[str] = (), *, directory: Path | None = None
 ) -> RunFile:
-    """The run in `content`, which errors call `source`."""
+    """The run in `content`, which errors call `source`; without one they name fields alone."""
     from client.run_overrides import apply_override
 
     reader = Reader(source)
@@ -68,6 +68,12 @@ def parse_run(
     if reader.problems:
         raise invalid(reader.problems)
     return RunFile(spec=spec, places=reader.places, directory=directory or Path.cwd())
+
+
+def parse_fields(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:
+    """The run in `values`, which has the field names of a run file; errors name fields alone, without lines."""
+    text = yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False)
+    return parse_run(text.encode(), "", overrides)
 
 
 def _decoded(content: bytes, source: str) -> str:
@@ -137,16 +143,18 @@ class Reader:
         prefix, spelled_prefix = (f"{path}.", f"{spelled}.") if path else ("", "")
         for key, value in self._pairs(node, spelled):
             name = key.value
-            field = find_field(message.DESCRIPTOR, name)
+            field = find_field(message, name)
             if field is None:
-                sentence = unknown_field_sentence(message.DESCRIPTOR, name, spelled)
+                sentence = unknown_field_sentence(message, name, spelled)
                 self.problem(key, f"{spelled_prefix}{name}", sentence)
                 continue
             if self._is_conflict(field, key, seen, spelled_prefix):
                 continue
             seen[field.name] = name, key
             self.places.camel_case |= name != field.name
-            self.read_field(field, key, value, message, prefix + field.name, spelled_prefix + name)
+            self.read_field(
+                field, key, value, message, path=prefix + field.name, spelled=spelled_prefix + name
+            )
 
     def read_field(
         self,
@@ -154,6 +162,7 @@ class Reader:
         key: yaml.Node,
         value: yaml.Node,
         message: Message,
+        *,
         path: str,
         spelled: str,
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -15,14 +16,11 @@ from client.run_schema import find_field, is_map, unknown_field_sentence
 from protos.stillhouse.v1.run_pb2 import RunSpec
 
 _PATH = re.compile(r"[^.\[\]=]+(\.[^.\[\]=]+|\[\d+\])*")
+_LABELS = "labels."
 
 
 class _Refused(Exception):  # noqa: N818 (it never leaves this file)
-    """The path of an override does not fit; carries the part that was understood and a sentence."""
-
-    def __init__(self, spelled: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.spelled = spelled
+    """The override does not fit; its text is a sentence."""
 
 
 def apply_override(override: str, spec: RunSpec, reader: Reader) -> None:
@@ -31,121 +29,123 @@ def apply_override(override: str, spec: RunSpec, reader: Reader) -> None:
     Text is taken as it stands; a list or a set of fields is written as YAML, "student.lora={rank: 8}". An index
     equal to the length of a list adds to it. Problems go to `reader`.
     """
+    path, equals, text = override.partition("=")
     place = Place(source=f"--set {override}")
+    setting = _Setting(reader=reader, place=place, text=text)
     reader.override = place
     try:
-        path, equals, value = override.partition("=")
-        if not equals:
-            raise _Refused("", "expects path=value, such as loss.top_k=32.")
-        if path.startswith("labels."):
-            spec.labels[path.removeprefix("labels.")] = value
+        if path.startswith(_LABELS) and equals:
+            spec.labels[path.removeprefix(_LABELS)] = text
             reader.places.note(path, place, path)
-            return
-        if not _PATH.fullmatch(path):
-            raise _Refused("", f'"{path}" is no path; write one such as loss.terms[0].weight.')
-        segments = [segment for segment in re.split(r"\.|\[|\]\.?", path) if segment]
-        _set(spec, segments, value, reader, place)
+        else:
+            setting.apply(spec, _segments(path if equals else ""))
     except _Refused as refused:
-        reader.problems.append(Problem(place=place, path=refused.spelled, sentence=str(refused)))
+        problem = Problem(place=place, path=join(setting.spelled), sentence=str(refused))
+        reader.problems.append(problem)
     finally:
         reader.override = None
 
 
-def _set(spec: RunSpec, segments: list[str], text: str, reader: Reader, place: Place) -> None:
-    message: Message = spec
-    path: list[str] = []
-    spelled: list[str] = []
-    while segments:
-        name = segments.pop(0)
-        spelled.append(name)
-        field = find_field(message.DESCRIPTOR, name)
-        if field is None:
-            prefix = join(spelled[:-1])
-            raise _Refused(join(spelled), unknown_field_sentence(message.DESCRIPTOR, name, prefix))
-        path.append(field.name)
-        if not segments:
-            _replace(field, message, text, reader, join(path), join(spelled), place)
-            return
-        if field.is_repeated and not is_map(field):
-            items = getattr(message, field.name)
-            index = _index(segments.pop(0), items, join(spelled))
-            path.append(f"[{index}]")
-            spelled.append(f"[{index}]")
-            if field.message_type is None:
-                _set_item(field, items, index, segments, text, reader, join(path), join(spelled), place)
-                return
-            element: Message = items[index] if index < len(items) else items.add()
+def _segments(path: str) -> list[str]:
+    if not _PATH.fullmatch(path):
+        raise _Refused("expects path=value, such as loss.top_k=32 or loss.terms[0].weight=2.")
+    return [segment for segment in re.split(r"\.|\[|\]\.?", path) if segment]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Setting:
+    """One override on its way down the fields."""
+
+    reader: Reader
+    place: Place
+    text: str
+    path: list[str] = field(default_factory=list)
+    spelled: list[str] = field(default_factory=list)
+
+    def apply(self, message: Message, segments: list[str]) -> None:
+        """Goes from `message` down `segments`, and sets what is there."""
+        while segments:
+            name = segments.pop(0)
+            found = find_field(message, name)
+            if found is None:
+                sentence = unknown_field_sentence(message, name, join(self.spelled))
+                self.spelled.append(name)
+                raise _Refused(sentence)
+            self.path.append(found.name)
+            self.spelled.append(name)
             if not segments:
-                _read_yaml(text, reader, place, element, join(path), join(spelled))
+                self._set_field(found, message)
                 return
-            reader.places.note(join(path), place, join(spelled))
-            message = element
-        elif field.message_type is not None:
-            message = getattr(message, field.name)
-            message.SetInParent()
-        else:
-            raise _Refused(join(spelled), f'is one value and has no "{segments[0]}" below it.')
+            if found.is_repeated and not is_map(found):
+                items = getattr(message, found.name)
+                index = self._index(segments.pop(0), len(items))
+                if found.message_type is None:
+                    self._set_item(found, items, index, segments)
+                    return
+                message = items[index] if index < len(items) else items.add()
+                if not segments:
+                    self._set_element(message)
+                    return
+                self._note()
+            elif found.message_type is not None:
+                message = getattr(message, found.name)
+                message.SetInParent()
+            else:
+                raise _Refused(f'is one value and has no "{segments[0]}" below it.')
 
+    def _index(self, segment: str, length: int) -> int:
+        if not segment.isdecimal():
+            raise _Refused(f'is a list; write an index before "{segment}", such as {join(self.spelled)}[0].')
+        index = int(segment[:9])
+        if index > length or len(segment) > 9:
+            raise _Refused(f"has {length} items; index {segment} is beyond its end.")
+        self.path.append(f"[{index}]")
+        self.spelled.append(f"[{index}]")
+        return index
 
-def _index(segment: str, items: Any, spelled: str) -> int:
-    if not segment.isdecimal():
-        raise _Refused(spelled, f'is a list; write an index for "{segment}", such as {spelled}[0].')
-    index = int(segment) if len(segment) < 9 else 10**9
-    if index > len(items):
-        raise _Refused(spelled, f"has {len(items)} items; index {segment} is beyond its end.")
-    return index
+    def _set_field(self, found: FieldDescriptor, message: Message) -> None:
+        path, spelled = join(self.path), join(self.spelled)
+        self.reader.places.forget_below(path)
+        if found.message_type is None and not found.is_repeated:
+            value = self._scalar(found)
+            if value is not None:
+                setattr(message, found.name, value)
+                self._note()
+            return
+        node = self._composed()
+        message.ClearField(found.name)
+        self.reader.read_field(found, node, node, message, path=path, spelled=spelled)
 
-
-def _set_item(
-    field: FieldDescriptor,
-    items: Any,
-    index: int,
-    below: list[str],
-    text: str,
-    reader: Reader,
-    path: str,
-    spelled: str,
-    place: Place,
-) -> None:
-    if below:
-        raise _Refused(spelled, f'is one value and has no "{below[0]}" below it.')
-    value = reader.read_scalar(field, yaml.ScalarNode(None, text), spelled, verbatim=True)
-    if value is not None:
-        items[index : index + 1] = [value]
-        reader.places.note(path, place, spelled)
-
-
-def _replace(
-    field: FieldDescriptor, message: Message, text: str, reader: Reader, path: str, spelled: str, place: Place
-) -> None:
-    reader.places.forget_below(path)
-    if field.message_type is None and not field.is_repeated:
-        value = reader.read_scalar(field, yaml.ScalarNode(None, text), spelled, verbatim=True)
+    def _set_item(self, found: FieldDescriptor, items: Any, index: int, below: list[str]) -> None:
+        if below:
+            raise _Refused(f'is one value and has no "{below[0]}" below it.')
+        value = self._scalar(found)
         if value is not None:
-            setattr(message, field.name, value)
-            reader.places.note(path, place, spelled)
-        return
-    node = _composed(text, spelled)
-    if node is not None:
-        message.ClearField(field.name)
-        reader.read_field(field, node, node, message, path, spelled)
+            items[index : index + 1] = [value]
+            self._note()
 
+    def _set_element(self, element: Message) -> None:
+        path, spelled = join(self.path), join(self.spelled)
+        node = self._composed()
+        element.Clear()
+        self.reader.places.forget_below(path)
+        self._note()
+        self.reader.read_message(node, element, path, spelled)
 
-def _read_yaml(text: str, reader: Reader, place: Place, element: Message, path: str, spelled: str) -> None:
-    node = _composed(text, spelled)
-    element.Clear()
-    reader.places.forget_below(path)
-    reader.places.note(path, place, spelled)
-    reader.read_message(node, element, path, spelled)
+    def _scalar(self, found: FieldDescriptor) -> Any:
+        node = yaml.ScalarNode("", self.text)
+        return self.reader.read_scalar(found, node, join(self.spelled), verbatim=True)
 
+    def _composed(self) -> yaml.Node:
+        try:
+            node = yaml.compose(self.text, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, RecursionError):
+            node = None
+        if node is None:
+            raise _Refused(
+                f'expects a list or a set of fields, such as [a, b] or {{a: 1}}; "{self.text}" is none.'
+            )
+        return node
 
-def _composed(text: str, spelled: str) -> yaml.Node:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
-        node = None
-    if node is None:
-        raise _Refused(
-            spelled, f'expects a list or a set of fields, such as [a, b] or {{a: 1}}; "{text}" is none.'
-        )
-    return node
+    def _note(self) -> None:
+        self.reader.places.note(join(self.path), self.place, join(self.spelled))

@@ -17,14 +17,14 @@ class Place:
     """A position in a run file, or an override on the command line."""
 
     source: str
-    """File name, or the whole "--set a.b=c"."""
+    """File name, or the whole "--set a.b=c"; empty for values that were in no file."""
     line: int = 0
     """Counts from 1; 0 for an override."""
     column: int = 0
     """Counts from 1; 0 for an override."""
 
     def __str__(self) -> str:
-        return f"{self.source}:{self.line}:{self.column}" if self.line else self.source
+        return f"{self.source}:{self.line}:{self.column}" if self.line and self.source else self.source
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
-
-ROOT: Descriptor = RunSpec.DESCRIPTOR
 
 
 def is_map(field: FieldDescriptor) -> bool:
@@ -18,12 +18,10 @@ def is_map(field: FieldDescriptor) -> bool:
     return field.message_type is not None and field.message_type.GetOptions().map_entry
 
 
-def find_field(message: Descriptor, name: str) -> FieldDescriptor | None:
-    """The field that is spelled `name`, in snake_case or lowerCamelCase."""
-    field = message.fields_by_name.get(name)
-    if field is not None:
-        return field
-    return next((each for each in message.fields if each.json_name == name), None)
+def find_field(message: Message, name: str) -> FieldDescriptor | None:
+    """The field of `message` that is spelled `name`, in snake_case or lowerCamelCase."""
+    fields = cast("Sequence[FieldDescriptor]", message.DESCRIPTOR.fields)
+    return next((each for each in fields if name in (each.name, each.json_name)), None)
 
 
 def spelled_like(name: str, sample: str) -> str:
@@ -34,9 +32,9 @@ def spelled_like(name: str, sample: str) -> str:
     return head + "".join(part.capitalize() for part in rest)
 
 
-def unknown_field_sentence(message: Descriptor, name: str, prefix: str) -> str:
+def unknown_field_sentence(message: Message, name: str, prefix: str) -> str:
     """Says that `name` is no field of `message`, which lies at `prefix`, and which field may be meant."""
-    names = [field.name for field in message.fields]
+    names = [field.name for field in message.DESCRIPTOR.fields]
     near = difflib.get_close_matches(_snake(name), names, n=1, cutoff=0.6)
     if near:
         return f'there is no such field; did you mean "{spelled_like(near[0], name)}"?'
@@ -52,7 +50,7 @@ def unknown_field_sentence(message: Descriptor, name: str, prefix: str) -> str:
 @cache
 def all_paths() -> tuple[str, ...]:
     """Every field's path, with `[]` after lists, such as "loss.terms[].alpha"; nearest to the top first."""
-    return tuple(sorted(_paths(ROOT, ""), key=lambda path: (path.count("."), path)))
+    return tuple(sorted(_paths(RunSpec.DESCRIPTOR, ""), key=lambda path: (path.count("."), path)))
 
 
 def _paths(message: Descriptor, prefix: str) -> Iterator[str]:

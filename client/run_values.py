@@ -35,7 +35,7 @@ def kind(node: yaml.Node) -> str:
     if isinstance(node, yaml.SequenceNode):
         return "this is a list"
     shown = _shown(node.value)
-    if node.style is not None:
+    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
         return f"{shown} is text"
     if node.value in _NULLS:
         return "this is empty"
@@ -76,7 +76,7 @@ def _whole_number(field: FieldDescriptor, node: yaml.ScalarNode, _: bool) -> int
     quoted_is_fine = field.type == FieldDescriptor.TYPE_INT64
     text = _number_text(node, "a whole number", quoted_is_fine=quoted_is_fine)
     if re.fullmatch(r"[-+]?\d+", text):
-        value = int(text) if len(text) <= 20 else 2**64  # noqa: PLR2004 (longer than any int64)
+        value = int(text) if len(text) <= 20 else 2**64
     else:
         number = float(text)
         if not math.isfinite(number) or not number.is_integer():
@@ -113,7 +113,7 @@ def _joined(text: str) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise ValueError(f"{ascii(text)} has half of a surrogate pair, which is no character.") from None
+        raise ValueError(f"{text!a} has half of a surrogate pair, which is no character.") from None
 
 
 def _shown(text: str) -> str:
