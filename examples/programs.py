@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+import psutil
 
 STOP_GRACE_S = 20.0
 POLL_S = 0.05
@@ -57,26 +60,33 @@ class Program:
         return self.log_path.read_bytes()[-max_bytes:].decode(errors="replace")
 
     def stop(self, grace_s: float = STOP_GRACE_S) -> int:
-        """Its exit code after SIGTERM, or after SIGKILL to the whole group if `grace_s` was not enough."""
+        """Its exit code after SIGTERM, or after SIGKILL if `grace_s` was not enough; no descendant outlives it."""
+        descendants = self._descendants()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        self._kill_group()
-        return self.process.wait()
+        self._end(descendants)
+        return self.process.returncode
 
     def kill(self) -> None:
-        """Ends the whole group at once with SIGKILL."""
-        self._kill_group()
-        self.process.wait()
+        """Ends it and all its descendants at once with SIGKILL."""
+        self._end(self._descendants())
 
-    def _kill_group(self) -> None:
+    def _descendants(self) -> list[psutil.Process]:
+        # Training processes lead groups of their own, so the service's group does not hold all of them.
         try:
+            return psutil.Process(self.process.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+    def _end(self, descendants: Sequence[psutil.Process]) -> None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+        for process in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
 
 
 def start_program(
