@@ -1,0 +1,130 @@
+"""Translates what a servicer raises into a rich status, and refuses calls while the service drains."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, cast
+
+import grpc
+import grpc.aio
+import structlog
+from google.rpc import status_pb2
+from grpc_status import rpc_status
+
+from protos.errors import Reason, StillhouseError, from_status, to_status
+
+DRAIN_RETRY_S = 2.0
+_PUSHBACK_KEY = "grpc-retry-pushback-ms"
+_INFRASTRUCTURE = "/grpc."
+"""Health and reflection answer to the end, and nobody waits for those who watch them."""
+
+log = structlog.get_logger(__name__)
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):
+    """Makes a status of every exception of a servicer, for all four kinds of rpc.
+
+    A servicer is async and raises; nothing else ends calls. A response stream whose caller hangs up is closed
+    at once, so that a `finally` in it runs. A cancellation stays one: it is never INTERNAL.
+    """
+
+    def __init__(self) -> None:
+        self.draining = False
+        """While true, calls are refused with DRAINING."""
+        self._calls: set[object] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def num_calls(self) -> int:
+        """Calls in progress, those of health and reflection apart."""
+        return len(self._calls)
+
+    async def wait_idle(self) -> None:
+        """Returns once no call is in progress."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of the call, wrapped; gRPC's own services stay as they are."""
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(_INFRASTRUCTURE):
+            return handler
+        kind = "_".join(
+            "stream" if streams else "unary"
+            for streams in (handler.request_streaming, handler.response_streaming)
+        )
+        behaviour = getattr(handler, kind)
+
+        async def wrapped(request: Any, context: Any) -> Any:
+            return await self._guard(behaviour, request, context, method)
+
+        return getattr(grpc, f"{kind}_rpc_method_handler")(
+            wrapped,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _guard(
+        self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any, method: str
+    ) -> Any:
+        call = object()
+        self._calls.add(call)
+        self._idle.clear()
+        try:
+            with structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()):
+                return await self._answer(behaviour, request, context)
+        finally:
+            self._calls.discard(call)
+            if not self._calls:
+                self._idle.set()
+
+    async def _answer(self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any) -> Any:
+        try:
+            self._admit()
+            answer = behaviour(request, context)
+            if hasattr(answer, "__aiter__"):
+                return await _send(answer, context)
+            return await answer
+        except (grpc.aio.AbortError, grpc.aio.InternalError):
+            raise  # a status is on its way, or the connection is gone
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # a cancellation, or a group that holds one
+            task = asyncio.current_task()
+            if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
+                raise  # the caller hung up or the server ends; gRPC knows
+            if context.done():
+                return None  # nobody is left to tell
+            await _abort(context, to_status(error))
+
+    def _admit(self) -> None:
+        if self.draining:
+            raise StillhouseError(
+                Reason.DRAINING,
+                "This service is stopping and takes no further calls; ask again when it is back.",
+                retry_after_s=DRAIN_RETRY_S,
+            )
+
+
+async def _send(responses: AsyncIterator[Any], context: Any) -> None:
+    async with aclosing(cast(Any, responses)) as open_responses:
+        async for response in open_responses:
+            await context.write(response)
+
+
+async def _abort(context: Any, status: status_pb2.Status) -> None:
+    error = from_status(status)
+    if error.reason != Reason.INTERNAL:  # whose cause is in the log already
+        log.info("call refused", reason=error.reason.value, message=error.message)
+    answer = rpc_status.to_status(status)
+    metadata = list(answer.trailing_metadata)
+    if error.retry_after_s is not None:
+        metadata.append((_PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
+    elif not error.retryable:
+        metadata.append((_PUSHBACK_KEY, "-1"))  # repeating it is useless
+    await context.abort(answer.code, answer.details, tuple(metadata))

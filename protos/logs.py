@@ -1,0 +1,41 @@
+"""Logging set-up of every program: one event a line, JSON unless a person reads it on a terminal."""
+
+import logging
+import sys
+from typing import TextIO
+
+import structlog
+
+
+def configure_logging(level: str = "info", *, stream: TextIO | None = None) -> None:
+    """Sends this program's events, and those of the libraries, to `stream` (stderr by default).
+
+    Lines carry ts (UTC, RFC 3339), level and event. Raises ValueError for a level that logging lacks.
+    """
+    stream = sys.stderr if stream is None else stream
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise ValueError(f"no log level {level!r}; use debug, info, warning or error")
+    shared: list[structlog.types.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+    ]
+    if stream.isatty():
+        render: list[structlog.types.Processor] = [structlog.dev.ConsoleRenderer(timestamp_key="ts")]
+    else:
+        render = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
+    structlog.configure(
+        processors=[*shared, *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=stream),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)

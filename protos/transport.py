@@ -1,0 +1,29 @@
+"""How the three programs meet: the names that they take from here, and nothing of its own."""
+
+from protos.channel import (
+    FLUSH_BYTES,
+    MAX_MESSAGE_BYTES,
+    RECEIVE_LIMIT_BYTES,
+    ChannelOptions,
+    connect,
+    connect_async,
+    is_loopback,
+)
+from protos.interceptor import ErrorInterceptor
+from protos.logs import configure_logging
+from protos.server import Server, ServerTls, write_address_file
+
+__all__ = [
+    "FLUSH_BYTES",
+    "MAX_MESSAGE_BYTES",
+    "RECEIVE_LIMIT_BYTES",
+    "ChannelOptions",
+    "ErrorInterceptor",
+    "Server",
+    "ServerTls",
+    "configure_logging",
+    "connect",
+    "connect_async",
+    "is_loopback",
+    "write_address_file",
+]
