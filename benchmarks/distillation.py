@@ -21,7 +21,7 @@ from typing import Any, Literal
 import click
 
 from benchmarks.distillation_report import differences_table, is_better, students_table
-from client.trainer import Trainer
+from client.api import StillhouseError, Trainer
 from examples.comparison import (
     LARGEST_TOP_K,
     Measured,
@@ -35,7 +35,6 @@ from examples.comparison import (
 from examples.demo import default_engine, signals_as_exceptions
 from examples.programs import ProgramError, start_program, start_teacher, start_trainer
 from examples.train_teacher import read_documents
-from protos.errors import StillhouseError
 from protos.stillhouse.v1.run_pb2 import RunSpec
 
 Kind = Literal["cross-entropy", "distilled", "shuffled"]
@@ -168,7 +167,7 @@ def student_of_seed(student_dir: Path, directory: Path, seed: int) -> Path:
 
 
 def write_data(
-    data: Path, held_out: Path, template: str, train_rows: int, held_out_rows: int, work_dir: Path
+    data: Path, held_out: Path, work_dir: Path, *, template: str, train_rows: int, held_out_rows: int
 ) -> tuple[Path, Path]:
     """Files of training and held-out rows with one field `text`; no row is in both."""
     held_out_texts = list(read_documents(held_out, "{text}"))
@@ -281,10 +280,10 @@ def main(
     train, evaluate = write_data(
         data,
         held_out or teacher / "held_out.jsonl",
-        template.replace("\\n", "\n"),
-        sizes["train_rows"],
-        sizes["held_out_rows"],
         work_dir,
+        template=template.replace("\\n", "\n"),
+        train_rows=sizes["train_rows"],
+        held_out_rows=sizes["held_out_rows"],
     )
     recipe = Recipe(
         train=train,

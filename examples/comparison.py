@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from client.run_handle import ENDED, RunHandle
-from client.trainer import Trainer
+from client.api import RunHandle, Trainer
+from client.run_handle import ENDED
 from protos.stillhouse.v1.run_pb2 import Run, RunSpec
 
 Method = Literal["cross-entropy", "distilled"]

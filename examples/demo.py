@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from client.trainer import Trainer
+from client.api import StillhouseError, Trainer
 from examples.comparison import (
     METHODS,
     Measured,
@@ -38,7 +38,6 @@ from examples.comparison import (
 )
 from examples.demo_text import make_world, stories, write_rows
 from examples.programs import ProgramError, start_teacher, start_trainer
-from protos.errors import StillhouseError
 from protos.stillhouse.v1.run_pb2 import Run
 
 LEARNING_RATES = (3e-3, 1e-2, 2e-2)
