@@ -38,9 +38,13 @@ class Tensor(_message.Message):
         DATA_TYPE_UNSPECIFIED: Tensor._DataType.ValueType  # 0
         """Never sent; decoders reject it."""
         DATA_TYPE_INT32: Tensor._DataType.ValueType  # 1
+        """Signed, two's complement, 4 bytes."""
         DATA_TYPE_INT64: Tensor._DataType.ValueType  # 2
+        """Signed, two's complement, 8 bytes."""
         DATA_TYPE_FLOAT16: Tensor._DataType.ValueType  # 3
+        """IEEE 754 binary16, 2 bytes; log-probabilities are rounded by up to 0.004."""
         DATA_TYPE_FLOAT32: Tensor._DataType.ValueType  # 4
+        """IEEE 754 binary32, 4 bytes."""
         DATA_TYPE_PACKED_UINT: Tensor._DataType.ValueType  # 5
         """Unsigned integers packed without gaps, lowest bit first, `bits` each; rows are not aligned."""
         DATA_TYPE_BFLOAT16: Tensor._DataType.ValueType  # 6
@@ -52,9 +56,13 @@ class Tensor(_message.Message):
     DATA_TYPE_UNSPECIFIED: Tensor.DataType.ValueType  # 0
     """Never sent; decoders reject it."""
     DATA_TYPE_INT32: Tensor.DataType.ValueType  # 1
+    """Signed, two's complement, 4 bytes."""
     DATA_TYPE_INT64: Tensor.DataType.ValueType  # 2
+    """Signed, two's complement, 8 bytes."""
     DATA_TYPE_FLOAT16: Tensor.DataType.ValueType  # 3
+    """IEEE 754 binary16, 2 bytes; log-probabilities are rounded by up to 0.004."""
     DATA_TYPE_FLOAT32: Tensor.DataType.ValueType  # 4
+    """IEEE 754 binary32, 4 bytes."""
     DATA_TYPE_PACKED_UINT: Tensor.DataType.ValueType  # 5
     """Unsigned integers packed without gaps, lowest bit first, `bits` each; rows are not aligned."""
     DATA_TYPE_BFLOAT16: Tensor.DataType.ValueType  # 6
