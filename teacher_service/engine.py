@@ -113,7 +113,8 @@ class GeneratedPiece:
     token_ids: Int32Array
     """[n]; may be empty in the last piece. An end token that was written is part of it."""
     sampling_logprobs: Float32Array
-    """[n]: log-probability of each token under the distribution that it was drawn from; 0 when greedy."""
+    """[n]: log-probability of each token under the distribution that it was drawn from; 0 when greedy. [0] where the engine
+    cannot tell, for a whole sample or not at all."""
     distributions: Distributions | None = None
     """[n] rows at temperature 1, start counted from the first token of the prompt."""
     finish: Finish = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,16 @@ class HfModel:
 
         Raises `StillhouseError` with MODEL_NOT_FOUND if transformers cannot load it.
         """
-        from transformers import AutoModelForCausalLM
+        import transformers
 
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype: Any = config.dtype
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         try:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = transformers.AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype, trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError, KeyError) as error:

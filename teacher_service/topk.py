@@ -53,7 +53,7 @@ def distributions(
     draws_TR = uniforms(target, options)
     parts = [
         _rows(head(rows_TH), rows_TH, begin=index * chunk, target=target, options=options, draws_TR=draws_TR)
-        for index, rows_TH in enumerate(hidden_TH.split(chunk))
+        for index, rows_TH in enumerate(torch.split(hidden_TH, chunk))
     ]
     return parts[0] if len(parts) == 1 else Distributions.concat(parts)
 

@@ -1,0 +1,156 @@
+"""The life of a teacher process: listen, load, warm up, serve, and either drain or die, never serve half dead."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Coroutine
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import structlog
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from protos.transport import Server, ServerTls, write_address_file
+from teacher_service.adapters import AdapterRegistry
+from teacher_service.config import TeacherConfig
+from teacher_service.engine import DistributionOptions, Engine, ScoreItem
+from teacher_service.servicer import TeacherServicer
+from teacher_service.text import TextCodec
+
+SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
+CHECK_INTERVAL_S = 1.0
+"""How often the engine is asked whether it lives."""
+CLOSE_TIMEOUT_S = 40.0
+"""How long an engine may take to free the model."""
+
+log = structlog.get_logger(__name__)
+
+
+def serve(config: TeacherConfig) -> int:
+    """Exit code 0 after a drain. Raises `StillhouseError`: what the settings rule out, or PROCESS_DIED."""
+    return asyncio.run(_Teacher(config).live())
+
+
+class _Teacher:
+    def __init__(self, config: TeacherConfig) -> None:
+        self._config = config
+        self._servicer = TeacherServicer(config)
+        self._engine: Engine | None = None
+
+    async def live(self) -> int:
+        server = self._make_server()
+        address = await server.start()
+        log.info("listening", address=address, model=self._config.model, engine=self._config.engine)
+        serving = asyncio.create_task(self._serve(server, address))
+        ending = asyncio.create_task(
+            server.run_until_signal(self._servicer.drain, self._config.shutdown_grace_s)
+        )
+        await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done() and not ending.done():
+            server.set_serving(False)
+            await server.stop(0)
+        await ending
+        if not serving.done() and self._engine is None:
+            # A library that loads weights in a thread cannot be stopped, and there is nothing to lose.
+            log.info("stopped while loading")
+            _leave(0)
+        serving.cancel()
+        outcome = (await asyncio.gather(serving, return_exceptions=True))[0]
+        log.info("drained", **asdict(self._servicer.counters))
+        await self._close()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return 0
+
+    def _make_server(self) -> Server:
+        config = self._config
+        tls = None
+        if config.tls_cert is not None and config.tls_key is not None:
+            tls = ServerTls(cert=config.tls_cert, key=config.tls_key, client_ca=config.tls_client_ca)
+        server = Server(
+            listen=config.listen,
+            tls=tls,
+            insecure=config.insecure,
+            reflection=config.reflection,
+            services=[SERVICE],
+            # The servicer itself refuses with a reason; this bound holds for everything else.
+            max_concurrent_rpcs=4 * config.max_calls,
+        )
+        teacher_pb2_grpc.add_TeacherServiceServicer_to_server(self._servicer, server.aio)
+        return server
+
+    async def _serve(self, server: Server, address: str) -> None:
+        """Loads and answers until the engine dies."""
+        config = self._config
+        engine = await _load(config)
+        self._engine = engine
+        adapters = AdapterRegistry(engine, config.allow_roots)
+        for name, path in config.adapters:
+            await adapters.load(name, str(path), trusted=True)
+        codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        await _warm_up(engine)
+        self._servicer.serve(engine, codec, adapters)
+        server.set_serving(True)
+        if config.address_file is not None:
+            write_address_file(config.address_file, address)
+        log.info("serving", address=address, engine=engine.info.engine, dtype=engine.info.dtype)
+        while True:
+            await asyncio.sleep(CHECK_INTERVAL_S)
+            try:
+                await engine.check()
+            except Exception as error:
+                log.exception("engine died")
+                raise StillhouseError(
+                    Reason.PROCESS_DIED,
+                    "The engine has died; the log above says of what. Start the teacher again.",
+                ) from error
+
+    async def _close(self) -> None:
+        if self._engine is None:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._engine.close()
+        except TimeoutError:
+            log.warning("engine does not close", timeout_s=CLOSE_TIMEOUT_S)
+            _leave(0)
+
+
+async def _load(config: TeacherConfig) -> Engine:
+    loading: Coroutine[Any, Any, Engine]
+    try:
+        if config.engine == "vllm":
+            from teacher_service.vllm_engine import VllmEngine
+
+            loading = VllmEngine.load(config)
+        else:
+            from teacher_service.hf_engine import HfEngine
+
+            loading = HfEngine.load(config)
+    except ImportError as error:
+        extra = "teacher (or teacher-cpu)" if config.engine == "vllm" else "teacher-hf"
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"The {config.engine} engine is not installed ({error}). Install stillhouse with the extra {extra}, or choose "
+            "the other --engine.",
+        ) from error
+    return await loading
+
+
+async def _warm_up(engine: Engine) -> None:
+    """One scored token: a model that cannot do that is not served."""
+    token = engine.info.eos_token_ids[0] if engine.info.eos_token_ids else 0
+    item = ScoreItem(
+        token_ids=np.array([token, token], np.int32), start=1, options=DistributionOptions(top_k=1)
+    )
+    await engine.score(item)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

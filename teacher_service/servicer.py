@@ -1,0 +1,182 @@
+"""TeacherService over gRPC: each rpc finds the loaded teacher, hands over to its session, and raises what goes wrong."""
+
+# ruff: noqa: ARG002 - the generated base class fixes the arguments of every rpc
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import structlog
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from protos.transport import FLUSH_BYTES
+from teacher_service.adapters import AdapterRegistry
+from teacher_service.config import TeacherConfig
+from teacher_service.engine import Engine, LoadedAdapter
+from teacher_service.generate_session import GenerateSession
+from teacher_service.requests import require
+from teacher_service.score_session import ScoreSession
+from teacher_service.serving import Counters, Serving
+from teacher_service.text import TextCodec
+
+LOADING_RETRY_S = 5.0
+BUSY_RETRY_S = 1.0
+
+log = structlog.get_logger(__name__)
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
+    """The rpcs of one teacher. Until `serve` is called every rpc is answered with TEACHER_LOADING."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self._config = config
+        self._serving: Serving | None = None
+        self._num_calls = 0
+        self.counters = Counters()
+        """Totals since the start, for logs and tests."""
+
+    def serve(self, engine: Engine, codec: TextCodec, adapters: AdapterRegistry) -> None:
+        """Answers calls with this engine."""
+        self._serving = Serving(
+            config=self._config,
+            engine=engine,
+            info=engine.info,
+            codec=codec,
+            adapters=adapters,
+            counters=self.counters,
+        )
+
+    async def drain(self) -> None:
+        """Lets no call read more; each ends when what it has read is answered."""
+        if self._serving is not None:
+            self._serving.draining.set()
+
+    async def GetTeacherInfo(
+        self, request: teacher_pb2.GetTeacherInfoRequest, context: Any
+    ) -> teacher_pb2.GetTeacherInfoResponse:
+        """The loaded model, its limits and its adapters."""
+        serving = self._ready()
+        info, codec, config = serving.info, serving.codec, serving.config
+        return teacher_pb2.GetTeacherInfoResponse(
+            model=info.model,
+            revision=info.revision,
+            model_fingerprint=info.model_fingerprint,
+            tokenizer_fingerprint=codec.tokenizer_fingerprint,
+            chat_template_fingerprint=codec.chat_template_fingerprint,
+            tokenizer_size=info.tokenizer_size,
+            vocab_size=info.vocab_size,
+            max_sequence_tokens=info.max_sequence_tokens,
+            max_top_k=info.max_top_k,
+            max_query_tokens=info.max_query_tokens,
+            max_inflight_sequences=config.max_inflight_sequences,
+            max_prompts=config.max_prompts,
+            adapters=[_adapter(each) for each in serving.adapters.adapters()],
+            capabilities=[teacher_pb2.Capability.ValueType(each) for each in sorted(info.capabilities)],
+            engine=info.engine,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            eos_token_ids=info.eos_token_ids,
+            service_version=_own_version(),
+        )
+
+    async def GetTokenizer(
+        self, request: teacher_pb2.GetTokenizerRequest, context: Any
+    ) -> AsyncIterator[teacher_pb2.GetTokenizerResponse]:
+        """The tokenizer's files, in pieces."""
+        files = await asyncio.to_thread(lambda: list(self._ready().codec.files()))
+        for name, data in files:
+            for begin in range(0, max(1, len(data)), FLUSH_BYTES):
+                yield teacher_pb2.GetTokenizerResponse(
+                    file_name=name if begin == 0 else "", data=data[begin : begin + FLUSH_BYTES]
+                )
+
+    async def Score(
+        self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Any
+    ) -> AsyncGenerator[teacher_pb2.ScoreResponse, None]:
+        """Distributions of sequences that the teacher did not write."""
+        with self._call():
+            session = ScoreSession(self._ready(), aiter(request_iterator))
+            async with aclosing(session.responses()) as responses:
+                async for response in responses:
+                    yield response
+
+    async def Generate(
+        self, request: teacher_pb2.GenerateRequest, context: Any
+    ) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
+        """Samples, as they grow."""
+        with self._call():
+            session = GenerateSession(self._ready(), request)
+            async with aclosing(session.responses()) as responses:
+                async for response in responses:
+                    yield response
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[teacher_pb2.UploadAdapterRequest], context: Any
+    ) -> teacher_pb2.UploadAdapterResponse:
+        """Refused: adapters come from directories that the teacher's host can read."""
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            "This teacher takes no uploads, with any engine. Put the adapter's directory where the teacher's host can read "
+            "it, and call LoadAdapter with its path.",
+            metadata={"capability": "UploadAdapter"},
+        )
+
+    async def LoadAdapter(
+        self, request: teacher_pb2.LoadAdapterRequest, context: Any
+    ) -> teacher_pb2.LoadAdapterResponse:
+        """Makes an adapter usable by name."""
+        serving = self._ready()
+        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        adapter = await serving.adapters.load(request.adapter, request.path)
+        log.info("adapter loaded", adapter=adapter.name, fingerprint=adapter.fingerprint, rank=adapter.rank)
+        return teacher_pb2.LoadAdapterResponse(adapter=_adapter(adapter))
+
+    async def UnloadAdapter(
+        self, request: teacher_pb2.UnloadAdapterRequest, context: Any
+    ) -> teacher_pb2.UnloadAdapterResponse:
+        """Frees an adapter once nobody uses it."""
+        serving = self._ready()
+        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        await serving.adapters.unload(request.adapter)
+        log.info("adapter unloaded", adapter=request.adapter)
+        return teacher_pb2.UnloadAdapterResponse()
+
+    def _ready(self) -> Serving:
+        if self._serving is None:
+            raise StillhouseError(
+                Reason.TEACHER_LOADING,
+                f"The teacher is loading {self._config.model}. Ask again in a few seconds.",
+                retry_after_s=LOADING_RETRY_S,
+            )
+        return self._serving
+
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        if self._num_calls >= self._config.max_calls:
+            raise StillhouseError(
+                Reason.TOO_MANY_CALLS,
+                f"{self._num_calls} Score and Generate calls are running, and this teacher takes {self._config.max_calls}. "
+                "Send more in one call, or start the teacher with a larger --max-calls.",
+                retry_after_s=BUSY_RETRY_S,
+            )
+        self._num_calls += 1
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+
+
+def _adapter(loaded: LoadedAdapter) -> teacher_pb2.Adapter:
+    return teacher_pb2.Adapter(name=loaded.name, fingerprint=loaded.fingerprint, rank=loaded.rank)
+
+
+def _own_version() -> str:
+    try:
+        return version("stillhouse")
+    except PackageNotFoundError:  # run from a checkout
+        return "0.0.0"

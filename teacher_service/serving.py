@@ -1,0 +1,41 @@
+"""What every call shares: a loaded engine with its tokenizer and adapters, limits, counters, and the sign to stop."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from teacher_service.adapters import AdapterRegistry
+from teacher_service.config import TeacherConfig
+from teacher_service.engine import Engine, EngineInfo
+from teacher_service.text import TextCodec
+
+
+@dataclass(kw_only=True, slots=True)
+class Counters:
+    """Totals since the start."""
+
+    sequences_received: int = 0
+    """Sequences that Score calls have read."""
+    sequences_refused: int = 0
+    """Of these, those that were answered with an error."""
+    tokens_scored: int = 0
+    """Rows of Score's answers."""
+    samples_started: int = 0
+    """Samples that Generate calls have begun."""
+    tokens_generated: int = 0
+    """Tokens of Generate's answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Serving:
+    """A teacher that answers."""
+
+    config: TeacherConfig
+    engine: Engine
+    info: EngineInfo
+    codec: TextCodec
+    adapters: AdapterRegistry
+    counters: Counters
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the service stops: calls read nothing more."""
