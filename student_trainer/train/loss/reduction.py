@@ -20,7 +20,7 @@ class LossSum(NamedTuple):
 
     loss_sum: Tensor
     """Scalar, with the gradient: sum of weight x loss, in nats."""
-    count: Tensor
+    denominator: Tensor
     """Scalar, without gradient: sum of the weights."""
 
 

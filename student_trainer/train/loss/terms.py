@@ -1,4 +1,4 @@
-"""The losses that a run can name: pure functions (student_logits, targets, weights) -> (loss_sum, count), all with one reduction.
+"""The losses that a run can name: pure functions (student_logits, targets, weights) -> (loss_sum, denominator), all with one reduction.
 
 Axes: B sequences, T positions, V vocabulary. Row t of the logits predicts the token that row t of the targets speaks
 of; the alignment is written in protos/stillhouse/v1/tensor.proto. Weights come from reduction.token_weights; a

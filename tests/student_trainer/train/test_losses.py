@@ -25,7 +25,7 @@ ONES = torch.ones(B, T)
 def test_whole_vocabulary_equals_the_dense_kl() -> None:
     teacher, student = random_logits(B, T, V, seed=1), random_logits(B, T, V, seed=2)
     loss = forward_kl(student, targets_of(teacher, V), ONES)
-    assert loss.count == B * T
+    assert loss.denominator == B * T
     assert loss.loss_sum.item() == pytest.approx(dense_kl(teacher, student).sum().item(), rel=1e-6)
 
 
@@ -194,7 +194,7 @@ def test_edge_cases_are_finite(case: str, temperature: float, mode: str) -> None
     assert torch.isfinite(logits.grad).all()
     if case == "all masked":
         assert loss.loss_sum.item() == 0
-        assert loss.count.item() == 0
+        assert loss.denominator.item() == 0
 
 
 def test_pads_change_nothing() -> None:
@@ -291,7 +291,7 @@ def test_sequence_mean_is_the_mean_of_means() -> None:
     loss = forward_kl(student, targets_of(teacher, V), token_weights(mask, "sequence_mean"))
     per_token = dense_kl(teacher, student)
     expected = (per_token[0, :2].mean() + per_token[1].mean()) / 2
-    assert (loss.loss_sum / loss.count).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (loss.loss_sum / loss.denominator).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_objective_without_terms_needs_no_teacher() -> None:

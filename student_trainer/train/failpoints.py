@@ -1,0 +1,23 @@
+"""Places where a test can have this process killed, as a power cut would; without the variable they do nothing."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+VARIABLE = "STILLHOUSE_FAILPOINT"
+"""`name`, or `name:n` for the n-th time that the place is reached."""
+
+_reached: Counter[str] = Counter()
+
+
+def reach(name: str) -> None:
+    """Kill this process if the environment asks for it here."""
+    wanted = os.environ.get(VARIABLE)
+    if not wanted:
+        return
+    _reached[name] += 1
+    place, _, count = wanted.partition(":")
+    if place == name and _reached[name] == int(count or 1):
+        os.kill(os.getpid(), signal.SIGKILL)
