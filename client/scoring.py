@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -82,11 +82,11 @@ def score(
                 window.raise_failure()
                 if window.is_answered:
                     return
-                error = StillhouseError(
+                closed = StillhouseError(
                     Reason.TEACHER_UNREACHABLE,
                     f"The teacher at {teacher.target} closed the stream before every sequence was answered.",
                 )
-                patience.wait(error, on_lost)
+                patience.wait(closed, on_lost)
     finally:
         window.close()
 
@@ -99,18 +99,19 @@ def _answers(
     with window.requests(config) as requests:
         for response in teacher.stream(teacher.stub.Score, requests):
             for result in response.results:
-                item = window.item(result.sequence_id)
+                number = result.sequence_id
+                item = window.item(number)
                 if result.HasField("distributions"):
                     rows = decode_distributions(
                         result.distributions,
                         vocab_size=teacher.limits.vocab_size,
-                        max_rows=len(item.token_ids),
+                        max_rows=len(item.token_ids) - sum(each.num_rows for each in parts.get(number, [])),
                         max_top_k=config.top_k,
                     )
-                    parts.setdefault(result.sequence_id, []).append(rows)
+                    parts.setdefault(number, []).append(rows)
                 if result.last or result.HasField("error"):
-                    window.answered(result.sequence_id)
-                    yield _answer(item, parts.pop(result.sequence_id, []), result)
+                    window.answered(number)
+                    yield _answer(item, parts.pop(number, []), result)
 
 
 def _answer(item: _Sent, parts: list[Distributions], result: teacher_pb2.ScoreResult) -> ScoreAnswer:
@@ -163,7 +164,7 @@ class _Window:
                         return
                     self._unanswered[number] = sent
                     self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 (it is raised in the caller's thread)
+        except BaseException as error:
             self._failure = error
         finally:
             with self._changed:

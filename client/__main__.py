@@ -1,0 +1,14 @@
+"""Starts the command line: `stillhouse`, or `python -m client`."""
+
+from __future__ import annotations
+
+from client.cli import cli
+
+
+def main() -> None:
+    """Runs the command line and exits with its code."""
+    cli(prog_name="stillhouse")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""`stillhouse data`: data for the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from client.commands.common import Session, command
+
+
+@click.group()
+def data() -> None:
+    """Bring data to the trainer."""
+
+
+@command(data, name="push")
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+def push(session: Session, files: tuple[Path, ...]) -> None:
+    """Copy each FILE, JSONL or Parquet, to the trainer.
+
+    Prints `datasets/...`, which a run file gives as a path. A file is stored by its content: pushing it again changes
+    nothing.
+    """
+    from client.render import size_text
+
+    pushed = []
+    for file in files:
+        stored = session.trainer.push_dataset(file)
+        pushed.append({"file": str(file), "name": stored.name, "size_bytes": stored.size_bytes})
+        if not session.as_json:
+            session.note(f"{file}: {size_text(stored.size_bytes)}")
+            session.say(stored.name)
+    if session.as_json:
+        session.emit({"datasets": pushed})

@@ -1,0 +1,135 @@
+"""`stillhouse generate`: text that the teacher writes, as it writes it."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from client.commands.common import Session, command
+
+if TYPE_CHECKING:
+    from client.completions import Completion
+    from client.teacher import Prompt
+    from protos.tensor_codec import Distributions
+
+
+@command(name="generate")
+@click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
+@click.option(
+    "--file", "files", multiple=True, metavar="FILE", help='A file that is one prompt; "-" is standard input.'
+)
+@click.option(
+    "--chat", is_flag=True, help="Prompts are conversations: text of a user, or JSON messages in --file."
+)
+@click.option(
+    "-n", "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Samples a prompt."
+)
+@click.option("--temperature", type=click.FloatRange(0), default=None, help="0 is greedy.  [default: 1]")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None, help="[default: 1]")
+@click.option("--top-k", type=click.IntRange(0), default=None, help="Draw from so many tokens; 0 means all.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=None, help="[default: 256]")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends a sample; may be repeated.")
+@click.option("--seed", type=int, default=None, help="Fixes the text of each sample.")
+@click.option("--adapter", default="", help="Adapter to apply.")
+@click.option(
+    "--top-k-logprobs", type=click.IntRange(0), default=0, help="Report so many likeliest tokens each."
+)
+def generate(
+    session: Session, *, prompts: tuple[str, ...], files: tuple[str, ...], chat: bool, **options: Any
+) -> int:
+    """Let the teacher continue each PROMPT.
+
+    Without PROMPT and --file the prompt is read from standard input. One sample is shown as it grows, several each when
+    it is finished. With --json each finished sample is one line.
+    """
+    from client.prompts import chat_prompts, text_prompts
+
+    if not prompts and not files:
+        if sys.stdin.isatty():
+            raise click.UsageError("give a PROMPT, --file FILE, or text on standard input.")
+        files = ("-",)
+    asked = (chat_prompts if chat else text_prompts)(prompts, files)
+    if session.as_json or len(asked) * options["num_samples"] > 1:
+        return _several(session, asked, options)
+    return _one(session, asked, options)
+
+
+def _one(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> int:
+    from client.completions import Gathering
+    from client.render import printable
+
+    gathering = Gathering()
+    for piece in session.teacher.generate(prompts, **options):
+        sys.stdout.write(printable(piece.text) if sys.stdout.isatty() else piece.text)
+        sys.stdout.flush()
+        whole = gathering.add(piece)
+        if whole is not None:
+            sys.stdout.write("\n")
+            _show_top(session, whole)
+            if whole.error is not None:
+                raise whole.error
+    return 0
+
+
+def _several(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> int:
+    failed = 0
+    for completion in session.teacher.complete(prompts, **options):
+        failed += completion.error is not None
+        if session.as_json:
+            session.emit(_as_json(completion))
+            continue
+        session.say(f"--- prompt {completion.prompt_index}, sample {completion.sample_index}")
+        session.say(completion.text if completion.error is None else f"Error: {completion.error.message}")
+        _show_top(session, completion)
+    return 1 if failed else 0
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    from client.json_text import error_as_json
+
+    drawn = completion.sampling_logprobs
+    document: dict[str, Any] = {
+        "prompt_index": completion.prompt_index,
+        "sample_index": completion.sample_index,
+        "text": completion.text,
+        "token_ids": completion.token_ids.tolist(),
+        "sampling_logprobs": None if drawn is None else drawn.tolist(),
+        "finish_reason": completion.finish or None,
+        "prompt_tokens": completion.prompt_tokens,
+    }
+    if completion.distributions is not None:
+        document |= distributions_as_json(completion.distributions)
+    if completion.error is not None:
+        document["error"] = error_as_json(completion.error)
+    return document
+
+
+def distributions_as_json(distributions: Distributions) -> dict[str, Any]:
+    """The likeliest tokens of each position, and the log-probability outside them."""
+    return {
+        "top_token_ids": distributions.token_ids.tolist(),
+        "top_logprobs": distributions.logprobs.tolist(),
+        "log_tail": distributions.log_tail.tolist(),
+    }
+
+
+def _show_top(session: Session, completion: Completion) -> None:
+    from client.render import columns, number_text
+
+    told = completion.distributions
+    if told is None or told.token_ids.shape[1] == 0:
+        return
+    rows = [
+        (
+            str(token),
+            *(
+                f"{other}: {number_text(float(logprob))}"
+                for other, logprob in zip(ids, logprobs, strict=True)
+            ),
+        )
+        for token, ids, logprobs in zip(completion.token_ids, told.token_ids, told.logprobs, strict=True)
+    ]
+    header = ("token id", *(f"likeliest {rank + 1}" for rank in range(told.token_ids.shape[1])))
+    session.say(columns(rows, header=header))

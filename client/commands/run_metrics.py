@@ -1,0 +1,113 @@
+"""`stillhouse run metrics | plot`: a run's history as a table, as JSON or as curves."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from client.commands.common import Session, command
+
+if TYPE_CHECKING:
+    from client.run_handle import Series
+
+TABLE_POINTS = 20
+PLOT_LINES = 16
+MAIN = ("train/loss", "eval/kl", "eval/perplexity", "eval/agreement")
+
+_key = click.option(
+    "--key", "keys", multiple=True, metavar="NAME", help="A metric, such as eval/kl; may be repeated."
+)
+_start = click.option("--start-step", type=click.IntRange(0), default=0, help="First step.")
+_end = click.option(
+    "--end-step", type=click.IntRange(0), default=0, help="Step before which to end; 0 means none."
+)
+
+
+@command(name="metrics")
+@click.argument("run")
+@_key
+@_start
+@_end
+@click.option("--max-points", type=click.IntRange(1), default=None, help="Points for each metric.")
+def metrics(
+    session: Session,
+    *,
+    run: str,
+    keys: tuple[str, ...],
+    start_step: int,
+    end_step: int,
+    max_points: int | None,
+) -> None:
+    """Show RUN's metrics by step: all of them, or those of --key."""
+    points = max_points or (0 if session.as_json else TABLE_POINTS)
+    series = session.run(run).metrics(*keys, start_step=start_step, end_step=end_step, max_points=points)
+    if session.as_json:
+        session.emit({"series": {key: _as_json(each) for key, each in series.items()}})
+    elif not series:
+        session.say("There are no metrics yet.")
+    else:
+        session.say(_table(series))
+
+
+@command(name="plot")
+@click.argument("run")
+@_key
+@_start
+@_end
+@click.option("--log", "log_scale", is_flag=True, help="Logarithmic axis of values.")
+def plot(
+    session: Session, *, run: str, keys: tuple[str, ...], start_step: int, end_step: int, log_scale: bool
+) -> None:
+    """Draw RUN's metrics as curves.
+
+    Those are loss and evaluation, or what --key names.
+    """
+    series = session.run(run).metrics(*keys, start_step=start_step, end_step=end_step)
+    shown = {key: series[key] for key in (keys or MAIN) if key in series and len(series[key].steps)}
+    if session.as_json:
+        session.emit({"series": {key: _as_json(each) for key, each in shown.items()}})
+    elif not shown:
+        known = ", ".join(sorted(series)) or "none yet"
+        session.say(f"There is nothing to draw; the run has these metrics: {known}.")
+    else:
+        for key, each in shown.items():
+            click.echo(_curve(key, each, log_scale=log_scale))
+
+
+def _as_json(series: Series) -> dict[str, list[Any]]:
+    return {"steps": series.steps.tolist(), "values": series.values.tolist()}
+
+
+def _table(series: dict[str, Series]) -> str:
+    from client.render import columns, number_text
+
+    cells = {
+        key: dict(zip(each.steps.tolist(), each.values.tolist(), strict=True)) for key, each in series.items()
+    }
+    steps = sorted({step for column in cells.values() for step in column})
+    rows = [
+        [str(step), *(number_text(column[step]) if step in column else "" for column in cells.values())]
+        for step in steps
+    ]
+    return columns(rows, header=("step", *cells))
+
+
+def _curve(key: str, series: Series, *, log_scale: bool) -> str:
+    import plotext
+
+    plotext.clear_figure()
+    if not sys.stdout.isatty():
+        plotext.theme("clear")
+    plotext.plot_size(min(shutil.get_terminal_size((100, 24)).columns, 120), PLOT_LINES)
+    plotext.title(key)
+    plotext.xlabel("step")
+    if log_scale and (series.values > 0).all():
+        plotext.yscale("log")
+    plotext.plot(series.steps.tolist(), series.values.tolist())
+    return str(plotext.build())
+
+
+COMMANDS = (metrics, plot)

@@ -1,0 +1,101 @@
+"""`stillhouse score`: what the teacher says of sequences of token ids that someone else wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from client.commands.common import Session, command
+
+if TYPE_CHECKING:
+    from client.scoring import ScoreAnswer
+
+
+@command(name="score")
+@click.option(
+    "--ids", "path", default="-", metavar="FILE", help="JSON lines of sequences.  [default: standard input]"
+)
+@click.option(
+    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Likeliest tokens to report."
+)
+@click.option("--adapter", default="", help="Adapter for sequences that name none.")
+@click.option("--entropy", is_flag=True, help="Report the entropy of each position.")
+@click.option("--float16", is_flag=True, help="Halve the bytes on the wire; rounds log-probabilities.")
+@click.option("--max-inflight", type=click.IntRange(1), default=None, help="Unanswered sequences at most.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Write all distributions to this .npz file."
+)
+def score(session: Session, *, path: str, out: Path | None, max_inflight: int | None, **options: Any) -> int:
+    """Score sequences of token ids.
+
+    Each line of FILE is {"token_ids": [...]}, with an `id` of your choice, a `start` (a prompt of P tokens needs nothing
+    before P) and an `adapter`. Shown are the log-probability of the tokens from `start` on and their perplexity, in the
+    order in which they are ready; --json adds the numbers of each position. With --out FILE.npz all arrays go into one
+    file: row `offsets[i]` is the first of sequence `ids[i]`. The exit code is 1 if a sequence could not be scored.
+    """
+    from client.prompts import score_items
+    from client.score_file import ScoreFile
+
+    file = ScoreFile(out) if out is not None else None
+    failed = 0
+    sequences = score_items(path, options.pop("adapter"))
+
+    def on_lost(error: Exception, pause_s: float) -> None:
+        session.note(f"{error} Trying again in {pause_s:.0f} s; unanswered sequences are sent again.")
+
+    for answer in session.teacher.score(
+        sequences, max_inflight=max_inflight or 0, on_lost=on_lost, **options
+    ):
+        failed += answer.error is not None
+        if file is not None:
+            file.add(answer)
+        _show(session, answer)
+    if file is not None:
+        file.write()
+    return 1 if failed else 0
+
+
+def _show(session: Session, answer: ScoreAnswer) -> None:
+    from client.commands.generate import distributions_as_json
+    from client.json_text import error_as_json
+    from client.render import number_text
+
+    told = answer.distributions
+    if told is None:
+        assert answer.error is not None
+        if session.as_json:
+            session.emit({"id": answer.id, "error": error_as_json(answer.error)})
+        else:
+            session.say(f"{answer.id}  Error: {answer.error.message}")
+        return
+    total, perplexity = _summary(told.target_logprobs)
+    if not session.as_json:
+        session.say(
+            f"{answer.id}  {told.num_rows} tokens  logprob {number_text(total)}  perplexity {number_text(perplexity)}"
+        )
+        return
+    document: dict[str, Any] = {
+        "id": answer.id,
+        "start": told.start,
+        "num_tokens": told.num_rows,
+        "logprob": total,
+        "perplexity": perplexity,
+        "target_logprobs": told.target_logprobs.tolist(),
+    }
+    if told.token_ids.shape[1]:
+        document |= distributions_as_json(told)
+    if told.entropy is not None:
+        document["entropy"] = told.entropy.tolist()
+    session.emit(document)
+
+
+def _summary(target_logprobs: Any) -> tuple[float, float]:
+    import numpy as np
+
+    total = float(np.sum(target_logprobs, dtype=np.float64))
+    if not len(target_logprobs):
+        return 0.0, 1.0
+    with np.errstate(over="ignore"):
+        return total, float(np.exp(-np.float64(total) / len(target_logprobs)))

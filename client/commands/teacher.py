@@ -1,0 +1,119 @@
+"""`stillhouse teacher`: what a teacher serves, its tokenizer, its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from client.commands.common import Session, command
+
+if TYPE_CHECKING:
+    from protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
+
+
+@click.group()
+def teacher() -> None:
+    """Ask and manage a teacher service."""
+
+
+@command(teacher, name="info")
+def info(session: Session) -> None:
+    """Show model, fingerprints, limits, capabilities and adapters."""
+    from client.json_text import as_json
+    from client.render import columns
+
+    answer = session.teacher.info()
+    if session.as_json:
+        session.emit(as_json(answer))
+        return
+    session.say(columns(_facts(answer)))
+    if answer.adapters:
+        rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
+        session.say("\n" + columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
+
+
+def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
+    from client.json_text import enum_name
+    from protos.stillhouse.v1.teacher_pb2 import Capability
+
+    yield "model", answer.model
+    if answer.revision:
+        yield "revision", answer.revision
+    yield "engine", answer.engine
+    yield "type", answer.dtype + (f", quantised by {answer.quantization}" if answer.quantization else "")
+    yield "vocabulary", f"{answer.tokenizer_size} tokens, {answer.vocab_size} with padding"
+    yield "longest sequence", f"{answer.max_sequence_tokens} tokens"
+    yield "largest top_k", str(answer.max_top_k)
+    yield (
+        "in flight",
+        f"{answer.max_inflight_sequences} sequences a call, {answer.max_prompts} prompts a call",
+    )
+    names = [enum_name(Capability.DESCRIPTOR, each) or "" for each in answer.capabilities]
+    yield "capabilities", ", ".join(name.lower() for name in names) or "none beyond top-k"
+    yield "end tokens", ", ".join(map(str, answer.eos_token_ids))
+    yield "model fingerprint", answer.model_fingerprint
+    yield "tokenizer", answer.tokenizer_fingerprint
+    yield "chat template", answer.chat_template_fingerprint or "none"
+    yield "version", answer.service_version
+
+
+@command(teacher, name="tokenizer")
+@click.option(
+    "--to", "directory", type=click.Path(path_type=Path), default=Path("tokenizer"), show_default=True
+)
+def tokenizer(session: Session, directory: Path) -> None:
+    """Copy the tokenizer's files to this machine."""
+    paths = session.teacher.save_tokenizer(directory)
+    if session.as_json:
+        session.emit({"files": [str(path) for path in paths]})
+    else:
+        for path in paths:
+            session.say(str(path))
+
+
+@command(teacher, name="load-adapter")
+@click.argument("name")
+@click.argument("path")
+def load_adapter(session: Session, name: str, path: str) -> None:
+    """Load the LoRA adapter in PATH under NAME.
+
+    PATH is a directory on the teacher's host. A name never changes its weights: load step 120 as "run-7/120".
+    """
+    from client.json_text import as_json
+
+    adapter = session.teacher.load_adapter(name, path)
+    if session.as_json:
+        session.emit(as_json(adapter))
+    else:
+        session.say(f"{adapter.name} loaded: rank {adapter.rank}, fingerprint {adapter.fingerprint[:12]}")
+
+
+@command(teacher, name="unload-adapter")
+@click.argument("name")
+def unload_adapter(session: Session, name: str) -> None:
+    """Free the adapter NAME; calls that are using it finish first."""
+    session.teacher.unload_adapter(name)
+    if session.as_json:
+        session.emit({"unloaded": name})
+    else:
+        session.say(f"{name} unloaded")
+
+
+@command(teacher, name="upload-adapter")
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--load", "name", default="", metavar="NAME", help="Load it under this name at once.")
+def upload_adapter(session: Session, directory: Path, name: str) -> None:
+    """Copy a LoRA adapter from DIRECTORY to the teacher's host.
+
+    Only adapter_config.json and adapter_model.safetensors are sent.
+    """
+    answer = session.teacher.upload_adapter(directory)
+    if name:
+        session.teacher.load_adapter(name, answer.path)
+    if session.as_json:
+        session.emit({"path": answer.path, "fingerprint": answer.fingerprint, "loaded": name or None})
+    else:
+        session.say(f"{answer.path}{f' is loaded as {name}' if name else ''}")

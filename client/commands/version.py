@@ -1,0 +1,22 @@
+"""`stillhouse version`."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+
+from client.commands.common import Session, command
+
+
+@command()
+def version(session: Session) -> None:
+    """Show the version of this client."""
+    try:
+        number = installed_version("stillhouse")
+    except PackageNotFoundError:
+        number = "not installed"
+    if session.as_json:
+        session.emit({"version": number, "contract": "stillhouse.v1", "python": platform.python_version()})
+    else:
+        session.say(f"stillhouse {number} (contract stillhouse.v1, Python {platform.python_version()})")
