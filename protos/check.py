@@ -89,10 +89,10 @@ def find_buf() -> list[str] | None:
     for command in (["buf"], ["npx", "--yes", BUF]):
         if shutil.which(command[0]) is None:
             continue
-        if (
-            subprocess.run([*command, "--version"], cwd=ROOT, capture_output=True, check=False).returncode
-            == 0
-        ):
+        probe = subprocess.run(
+            [*command, "--version"], cwd=ROOT, env=patience, capture_output=True, check=False
+        )
+        if probe.returncode == 0:
             return command
     return None
 
