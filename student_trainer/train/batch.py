@@ -74,7 +74,7 @@ def collate(scored: Sequence[Scored], *, reduction: Reduction, device: torch.dev
     if all(each.answer is not None for each in scored):
         targets = _targets(scored, positions, device)
 
-    def tensor(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]  # of any dtype
+    def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return MicroBatch(
@@ -101,7 +101,7 @@ def _weight(num_targets: int, reduction: Reduction) -> float:
 def _targets(
     scored: Sequence[Scored],
     positions: Sequence[np.ndarray],
-    device: torch.device,  # type: ignore[type-arg]
+    device: torch.device,
 ) -> SparseTargets:
     token_ids, logprobs, log_tail, log_partition = [], [], [], []
     for each, at in zip(scored, positions, strict=True):
@@ -122,7 +122,7 @@ def _targets(
             Reason.TENSOR_INVALID, "The teacher sent log_partitions for some sequences only; see its log."
         )
 
-    def joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:  # type: ignore[type-arg]
+    def joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
         return torch.from_numpy(np.concatenate(arrays).astype(dtype)).unsqueeze(0).to(device)
 
     return SparseTargets(

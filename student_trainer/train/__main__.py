@@ -1,0 +1,108 @@
+"""The training process: `python -m student_trainer.train RUN_DIR --attempt N`; its last event says how it ended.
+
+Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event says why. Anything else: it died, or another process
+owns the run.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import structlog
+
+from protos.errors import Reason, StillhouseError, to_json, to_status
+from protos.transport import configure_logging
+from student_trainer.config import from_proto
+from student_trainer.run_dir import EXIT_FAILED, Attempt, RunDir
+
+log = structlog.get_logger()
+
+EXIT_NOT_OWNER = 4
+"""Exit code of a process that another one has replaced; it writes nothing."""
+_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@click.command()
+@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option(
+    "--attempt", type=click.IntRange(1), required=True, help="Number of this process among those of the run."
+)
+def main(*, run_dir: Path, attempt: int) -> None:
+    """Train the run in RUN_DIR."""
+    configure_logging("info")
+    structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        with RunDir(run_dir).open_attempt(attempt) as opened:
+            sys.exit(work(opened, stop.is_set))
+    except StillhouseError as error:
+        log.error("not the owner of the run", why=error.message)  # noqa: TRY400 - no bug, so no traceback
+        sys.exit(EXIT_NOT_OWNER)
+
+
+def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
+    """Trains and reports; the exit code. Raises StillhouseError(RUN_STATE) if another attempt owns the run."""
+    try:
+        _quieten_libraries()
+        from student_trainer.train.loop import train
+
+        config = from_proto(attempt.run_dir.effective_spec())
+        outcome = train(config, attempt, lambda: stopped() or attempt.stop_requested)
+    except Exception as caught:  # whatever ends the run, the run directory says so
+        error = explain(caught)
+        if isinstance(error, StillhouseError) and error.reason is Reason.RUN_STATE:
+            raise error from caught
+        status = to_status(error)
+        log.error("run failed", why=status.message)  # noqa: TRY400 - to_status logs the traceback of a bug
+        attempt.report("failed", error=to_json(status))
+        return EXIT_FAILED
+    attempt.report(outcome.kind, step=outcome.step)
+    log.info(f"run {outcome.kind}", step=outcome.step)
+    return 0
+
+
+def explain(error: BaseException) -> BaseException:
+    """The error in words of the catalog where it has a cause that a user can mend; else itself."""
+    import torch
+
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return StillhouseError(
+            Reason.DISK_FULL,
+            f"The disk of the run directory is full ({error}). Free space, then resume the run; "
+            "its last complete checkpoint is intact.",
+        )
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return StillhouseError(
+            Reason.OUT_OF_MEMORY,
+            f"The training process ran out of memory ({str(error).splitlines()[0] if str(error) else 'host memory'}). Halve "
+            "optimizer.micro_batch_size and double optimizer.grad_accum_steps, set student.gradient_checkpointing: true, "
+            "or lower data.max_sequence_tokens.",
+        )
+    return error
+
+
+def _quieten_libraries() -> None:
+    """Settings that libraries read when they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # what deterministic matrix products need on a GPU
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

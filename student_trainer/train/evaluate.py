@@ -1,0 +1,140 @@
+"""How near the student is to its teacher and to the text on held-out rows; the teacher is asked for them once in a run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import numpy as np
+import structlog
+import torch
+
+from protos.tensor_codec import Distributions
+from student_trainer.run_dir import RunDir, write_whole
+from student_trainer.train.batch import Scored, collate
+from student_trainer.train.loss.terms import cross_entropy, forward_kl
+from student_trainer.train.patience import Patience
+from student_trainer.train.prompts import Example
+from student_trainer.train.score_stream import ScoreStream
+from student_trainer.train.student import Student
+
+log = structlog.get_logger()
+
+WINDOW_SEQUENCES = 64
+"""Held-out rows in flight to the teacher."""
+_ARRAYS = ("token_ids", "logprobs", "target_logprobs", "log_tail")
+
+
+class Autocast(Protocol):
+    """Enters the precision in which the student computes."""
+
+    def __call__(self) -> AbstractContextManager[object]: ...
+
+
+def evaluate(
+    student: Student,
+    scored: Sequence[Scored],
+    *,
+    batch_size: int,
+    device: torch.device,
+    autocast: Autocast,
+    vocab_size: int,
+) -> dict[str, float]:
+    """Means over held-out tokens, at temperature 1, by metric name; nothing is drawn at random.
+
+    eval/kl: KL(teacher || student) on the teacher's top-k and the tail, a lower bound of the full one. eval/agreement:
+    share of tokens where the student's likeliest token is the teacher's. These two only where there are answers.
+    """
+    sums = {"eval/cross_entropy": 0.0, "eval/kl": 0.0, "eval/agreement": 0.0}
+    num_tokens, has_answers = 0, False
+    was_training = student.model.training
+    student.model.eval()
+    try:
+        for first in range(0, len(scored), batch_size):
+            batch = collate(scored[first : first + batch_size], reduction="token_mean", device=device)
+            with torch.no_grad():
+                with autocast():
+                    logits = student.logits(batch)
+                num_tokens += batch.num_targets
+                sums["eval/cross_entropy"] += cross_entropy(
+                    logits, batch.target_ids, batch.weights
+                ).loss_sum.item()
+                if batch.targets is not None:
+                    has_answers = True
+                    kl = forward_kl(logits, batch.targets, batch.weights, vocab_size=vocab_size)
+                    sums["eval/kl"] += kl.loss_sum.item()
+                    agrees = logits.argmax(-1) == batch.targets.token_ids[..., 0]
+                    sums["eval/agreement"] += agrees.sum().item()
+    finally:
+        student.model.train(was_training)
+    means = {name: total / num_tokens for name, total in sums.items()}
+    if not has_answers:
+        del means["eval/kl"], means["eval/agreement"]
+    # Beyond this exponent no float holds the perplexity.
+    means["eval/perplexity"] = math.exp(min(means["eval/cross_entropy"], 700.0))
+    means["eval/tokens"] = float(num_tokens)
+    return means
+
+
+def ask(examples: Sequence[Example], stream: ScoreStream, patience: Patience) -> list[Scored]:
+    """The examples with the teacher's answers. Raises what `ScoreStream.take` raises."""
+    scored: list[Scored] = []
+    asked = 0
+    for sequence_id, example in enumerate(examples):
+        while asked < min(sequence_id + WINDOW_SEQUENCES, len(examples)):
+            ahead = examples[asked]
+            stream.submit(asked, ahead.token_ids, ahead.start, ahead.place)
+            asked += 1
+        scored.append(Scored(example=example, answer=stream.take(sequence_id, patience)))
+    return scored
+
+
+def load_answers(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> list[Scored] | None:
+    """The answers that this run's teacher gave before; None if there are none, or not for these examples."""
+    path = run_dir.eval_targets_path / "answers.npz"
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if str(file["key"]) != _key(examples, top_k):
+                return None
+            arrays = {name: file[name] for name in _ARRAYS}
+            bounds = file["bounds"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        log.warning("stored answers for held-out rows cannot be read and are asked for again", why=str(error))
+        return None
+    return [
+        Scored(
+            example=example,
+            answer=Distributions(
+                start=example.start, **{name: array[begin:end] for name, array in arrays.items()}
+            ),
+        )
+        for example, begin, end in zip(examples, bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def store_answers(run_dir: RunDir, scored: Sequence[Scored], top_k: int) -> None:
+    """Keeps the answers for later evaluations and attempts of the run."""
+    answers = [each.answer for each in scored if each.answer is not None]
+    arrays = {name: np.concatenate([getattr(answer, name) for answer in answers]) for name in _ARRAYS}
+    bounds = np.cumsum([0, *(answer.num_rows for answer in answers)])
+    buffer = io.BytesIO()
+    key = np.array(_key([each.example for each in scored], top_k))
+    np.savez(buffer, allow_pickle=False, key=key, bounds=bounds, **arrays)
+    run_dir.eval_targets_path.mkdir(exist_ok=True)
+    write_whole(run_dir.eval_targets_path / "answers.npz", buffer.getvalue())
+
+
+def _key(examples: Sequence[Example], top_k: int) -> str:
+    """What the stored answers belong to."""
+    digest = hashlib.sha256(f"{top_k}".encode())
+    for example in examples:
+        digest.update(f" {example.start} {len(example.token_ids)} ".encode())
+        digest.update(np.ascontiguousarray(example.token_ids, "<i4").tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""Writes the trained student to final/ in Hugging Face layout with its tokenizer: what people take away from a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from student_trainer.run_dir import Attempt, fsync_directory
+from student_trainer.train import failpoints
+from student_trainer.train.student import Student
+
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter lies beside a merged model."""
+
+
+def export(student: Student, attempt: Attempt) -> Path:
+    """final/: the whole model, or the adapter alone (output "adapter"), or the merged model with the adapter under
+    adapter/ ("both").
+
+    Merging changes the student: it is not trained afterwards. Raises StillhouseError(RUN_STATE) if another attempt
+    owns the run.
+    """
+    target = attempt.run_dir.final_path
+    temporary = target.with_name(".final.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(student, temporary)
+        _fsync_tree(temporary)
+        failpoints.reach("export.before_rename")
+        attempt.check_fence()
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(target.parent)
+    return target
+
+
+def _write(student: Student, directory: Path) -> None:
+    model: Any = student.model
+    output = student.config.output if student.config.lora else "merged"
+    if output != "merged":
+        model.save_pretrained(directory if output == "adapter" else directory / ADAPTER_FOLDER)
+    if output != "adapter":
+        merged = model.merge_and_unload(safe_merge=True) if student.config.lora else model
+        merged.save_pretrained(directory)
+    student.tokenizer.save_pretrained(directory)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))

@@ -1,0 +1,287 @@
+"""A run from its configuration to its final model: what happens in which order, and nothing of how."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import structlog
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
+from protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
+from protos.tokenizer_fingerprint import tokenizer_fingerprint
+from student_trainer.config import RunConfig
+from student_trainer.config_checks import TEACHER_METRICS
+from student_trainer.run_dir import Attempt
+from student_trainer.train import checkpoint, device, evaluate
+from student_trainer.train.batch import Scored
+from student_trainer.train.checkpoint import Progress, Trained
+from student_trainer.train.corpus import Corpus, load_corpus
+from student_trainer.train.due import Due
+from student_trainer.train.export import export
+from student_trainer.train.optim import make_optimizer
+from student_trainer.train.order import Schedule
+from student_trainer.train.patience import Patience, Stopped
+from student_trainer.train.reporter import Reporter
+from student_trainer.train.score_stream import ScoreStream
+from student_trainer.train.sources import Source
+from student_trainer.train.step import Stepper
+from student_trainer.train.student import Student, load_tokenizer
+from student_trainer.train.teacher_client import Demands, Teacher
+
+log = structlog.get_logger()
+
+MAX_SKIPPED_IN_A_ROW = 3
+"""Steps in a row whose loss is no number, after which a run fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How the process ends."""
+
+    kind: Literal["completed", "stopped"]
+    step: int
+
+
+def train(config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool]) -> Outcome:
+    """Runs `config` from its last checkpoint to its end, or until it shall stop.
+
+    Raises:
+        StillhouseError: for all that a user can cause; nothing up to the last checkpoint is lost.
+    """
+    progress = Progress()
+    with ExitStack() as stack:
+        try:
+            run = _Run.prepare(config, attempt, progress, stop_requested, stack)
+        except Stopped:
+            return Outcome(kind="stopped", step=progress.step)
+        try:
+            run.evaluate_at_start()
+            for data in run.source.steps(after=progress.step):
+                metrics = run.stepper.take(data, progress)
+                run.report(metrics)
+                run.refuse_nonsense()
+                if run.due.evaluation(progress.step):
+                    run.evaluate()
+                if stop_requested():
+                    raise Stopped  # noqa: TRY301 - the same way out as from a wait
+                if run.due.checkpoint(progress.step):
+                    run.save()
+            run.save()
+            run.evaluate_at_end()
+        except Stopped:
+            run.save()
+            return Outcome(kind="stopped", step=progress.step)
+        export(run.student, attempt)
+    return Outcome(kind="completed", step=progress.step)
+
+
+class _Run:
+    """The parts of a run, ready to take steps."""
+
+    def __init__(self, config: RunConfig, attempt: Attempt, progress: Progress) -> None:
+        self.config = config
+        self.attempt = attempt
+        self.progress = progress
+        self.student: Student
+        self.stepper: Stepper
+        self.source: Source
+        self.due: Due
+        self._accelerator: Any
+        self._reporter: Reporter
+        self._trained: Trained
+        self._schedule: Schedule
+        self._held_out: list[Scored]
+        self._vocab_size: int
+        self._facts: dict[str, str]
+        self._saved_step: int | None = None
+        self._evaluated_step: int | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        config: RunConfig,
+        attempt: Attempt,
+        progress: Progress,
+        stop_requested: Callable[[], bool],
+        stack: ExitStack,
+    ) -> _Run:
+        """Reads the data, checks the teacher, loads the student and its last checkpoint; in the order of what fails fastest."""
+        run = cls(config, attempt, progress)
+        run._reporter = stack.enter_context(Reporter(attempt))
+        data_dir = attempt.run_dir.path.resolve().parent.parent
+        patience = Patience(attempt, stop_requested, config.retry.teacher_wait_s)
+
+        tokenizer = load_tokenizer(config.student, data_dir)
+        fingerprint = tokenizer_fingerprint(
+            tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
+        )
+        corpus = load_corpus(config.data, config.evaluation, tokenizer, data_dir)
+        answers = evaluate.load_answers(attempt.run_dir, corpus.eval, config.evaluation.top_k)
+        wants_answers = bool(
+            config.teachers and corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
+        )
+        ask_now = wants_answers and answers is None
+        teacher: Teacher | None = None
+        if config.loss.asks_teacher or ask_now:
+            longest = corpus.longest
+            demands = Demands.of(config, fingerprint, len(longest.token_ids), longest.place)
+            teacher = stack.enter_context(
+                _connected(Teacher(config.teachers[0], demands, attempt.run_dir), patience)
+            )
+
+        run._accelerator = device.make_accelerator(config.optimizer)
+        precision = device.precision_of(run._accelerator)
+        run.student = Student.load(
+            config.student,
+            tokenizer,
+            data_dir=data_dir,
+            device=run._accelerator.device,
+            precision=precision,
+            seed=config.optimizer.seed,
+        )
+        _check_length(corpus, run.student)
+        run._vocab_size = min(len(tokenizer), teacher.info.tokenizer_size) if teacher else len(tokenizer)
+        run._schedule = Schedule.of(len(corpus.train), config.optimizer, config.data.seed)
+        optimizer = make_optimizer(run.student.trained(), config.optimizer)
+        run.stepper = Stepper(
+            run.student,
+            optimizer,
+            run._accelerator,
+            config,
+            total_steps=run._schedule.total_steps,
+            vocab_size=run._vocab_size,
+        )
+        run._trained = Trained(
+            model=run.student.model,
+            optimizer=optimizer,
+            scaler=run._accelerator.scaler,
+            progress=progress,
+        )
+        run._facts = {
+            "config_sha256": hashlib.sha256(attempt.run_dir.effective_spec_path.read_bytes()).hexdigest(),
+            "tokenizer_fingerprint": fingerprint,
+            "teacher_fingerprint": teacher.info.model_fingerprint if teacher else "",
+        }
+        run._saved_step = checkpoint.restore(attempt, run._trained)
+        run.due = Due(config.checkpoint, config.evaluation, run._schedule)
+        run._reporter.resume_at(progress.step)
+        attempt.report("started", total_steps=run._schedule.total_steps, step=progress.step)
+        log.info("training", step=progress.step, total_steps=run._schedule.total_steps, precision=precision)
+
+        if ask_now and teacher:
+            stream = ScoreStream(teacher, _request(config, config.evaluation.top_k, tempered=False))
+            try:
+                answers = evaluate.ask(corpus.eval, stream, patience)
+            finally:
+                stream.close()
+            evaluate.store_answers(attempt.run_dir, answers, config.evaluation.top_k)
+        plain = [Scored(example=example, answer=None) for example in corpus.eval]
+        run._held_out = answers if answers is not None and wants_answers else plain
+        run.source = Source(
+            corpus.train,
+            run._schedule,
+            stream=_open_stream(teacher, config, stack) if teacher and config.loss.asks_teacher else None,
+            prefetch_steps=config.teachers[0].prefetch_steps if config.teachers else 0,
+            patience=patience,
+        )
+        return run
+
+    def report(self, metrics: dict[str, float]) -> None:
+        """Writes the metrics of the step just taken."""
+        further = {
+            "train/epoch": self._schedule.epochs(self.progress.step),
+            "teacher/sequences_asked": float(self.source.num_asked),
+        }
+        self._reporter.metrics(self.progress.step, metrics | further)
+
+    def refuse_nonsense(self) -> None:
+        """Return unless the last steps were no numbers, one after the other. Raises StillhouseError(NON_FINITE)."""
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise StillhouseError(
+                Reason.NON_FINITE,
+                f"The loss or its gradient was no number in {self.progress.skipped_in_a_row} steps in a row, up to step "
+                f"{self.progress.step}. {checkpoint.last_good(self.attempt.run_dir)} Lower optimizer.learning_rate, or "
+                "use optimizer.precision: fp32.",
+            )
+
+    def save(self) -> None:
+        """Writes a checkpoint, unless this step has one or there is nothing to keep."""
+        step = self.progress.step
+        if step in (0, self._saved_step):
+            return
+        began = time.monotonic()
+        checkpoint.save(self.attempt, self._trained, self._facts, keep=self.config.checkpoint.keep)
+        self._saved_step = step
+        self.due.saved()
+        self.attempt.report("checkpoint", step=step)
+        log.info("checkpoint written", step=step, time_s=round(time.monotonic() - began, 3))
+
+    def evaluate_at_start(self) -> None:
+        """What the student is before it learns; a resumed run has it already."""
+        if self.progress.step == 0:
+            self.evaluate()
+
+    def evaluate_at_end(self) -> None:
+        """What it has become, unless the last step was evaluated."""
+        if self._evaluated_step != self.progress.step:
+            self.evaluate()
+
+    def evaluate(self) -> None:
+        """Evaluates on the held-out rows, if there are any, and reports."""
+        self._evaluated_step = self.progress.step
+        if not self._held_out:
+            return
+        metrics = evaluate.evaluate(
+            self.student,
+            self._held_out,
+            batch_size=self.config.optimizer.micro_batch_size,
+            device=self._accelerator.device,
+            autocast=self._accelerator.autocast,
+            vocab_size=self._vocab_size,
+        )
+        self._reporter.metrics(self.progress.step, metrics)
+        log.info("evaluated", step=self.progress.step, **metrics)
+
+
+@contextmanager
+def _connected(teacher: Teacher, patience: Patience) -> Iterator[Teacher]:
+    try:
+        teacher.connect(patience)
+        yield teacher
+    finally:
+        teacher.close()
+
+
+def _open_stream(teacher: Teacher, config: RunConfig, stack: ExitStack) -> ScoreStream:
+    tempered = config.loss.temperature != 1 and config.loss.temperature_mode == "exact"
+    stream = ScoreStream(teacher, _request(config, config.loss.top_k, tempered=tempered))
+    stack.callback(stream.close)
+    return stream
+
+
+def _request(config: RunConfig, top_k: int, *, tempered: bool) -> DistributionConfig:
+    """What is asked of the teacher at each position."""
+    half = config.teachers[0].logprob_dtype == "float16"
+    return DistributionConfig(
+        top_k=top_k,
+        logprob_dtype=TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32,
+        pack_token_ids=True,
+        temperatures=[config.loss.temperature] if tempered else [],
+    )
+
+
+def _check_length(corpus: Corpus, student: Student) -> None:
+    longest, limit = corpus.longest, student.max_positions
+    if limit is not None and len(longest.token_ids) > limit:
+        raise StillhouseError(
+            Reason.SEQUENCE_TOO_LONG,
+            f"{longest.place} has {len(longest.token_ids)} tokens; the student was made for at most {limit}. "
+            f"Set data.max_sequence_tokens: {limit}.",
+            metadata={"value": str(len(longest.token_ids)), "limit": str(limit)},
+        )

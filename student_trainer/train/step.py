@@ -1,0 +1,164 @@
+"""One optimizer step: forward and backward of its micro-batches, then an update, unless a number is none."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import structlog
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from student_trainer.config import RunConfig
+from student_trainer.train.batch import MicroBatch, Scored, collate, total_weight
+from student_trainer.train.checkpoint import Progress
+from student_trainer.train.loss.objective import ObjectiveSum, objective
+from student_trainer.train.loss.reduction import Reduction
+from student_trainer.train.loss.sparse import SparseTargets
+from student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
+from student_trainer.train.sources import StepData
+from student_trainer.train.student import Student
+
+log = structlog.get_logger()
+
+CHUNK_TARGETS = 1024
+"""Targets whose float32 log-probabilities are held at a time; those of other chunks are computed again in the backward pass."""
+
+
+class Stepper:
+    """Takes optimizer steps; holds no state of the run but the optimizer."""
+
+    def __init__(
+        self,
+        student: Student,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Any,
+        config: RunConfig,
+        *,
+        total_steps: int,
+        vocab_size: int,
+    ) -> None:
+        """`vocab_size` is the effective vocabulary: the ids that student and teacher both know."""
+        self._student = student
+        self._optimizer = optimizer
+        self._prepared = accelerator.prepare_optimizer(optimizer)
+        self._accelerator = accelerator
+        self._config = config
+        self._total_steps = total_steps
+        self._vocab_size = vocab_size
+        self._reduction = cast("Reduction", config.loss.reduction)
+
+    def take(self, data: StepData, progress: Progress) -> dict[str, float]:
+        """The metrics of a step, after it was taken and `progress` was moved on.
+
+        A loss or a gradient that is no number changes no weight and is counted in `progress`.
+        """
+        began = time.monotonic()
+        examples = [each.example for each in data.scored]
+        num_tokens = sum(each.num_targets for each in examples)
+        rate = learning_rate(data.step, self._total_steps, self._config.optimizer)
+        set_learning_rate(self._optimizer, rate)
+        metrics = {"train/learning_rate": rate, "train/teacher_wait_s": data.teacher_wait_s}
+        if examples:
+            means = self._accumulate(data.scored, total_weight(examples, self._reduction))
+            norm = self._update(means["loss"])
+            metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
+            updated = math.isfinite(means["loss"]) and (
+                math.isfinite(norm) or self._accelerator.scaler is not None
+            )
+            if updated:
+                progress.trained_tokens += num_tokens
+                progress.skipped_in_a_row = 0
+            else:
+                progress.skipped_steps += 1
+                progress.skipped_in_a_row += 1
+                log.warning("step without an update", step=data.step + 1, loss=means["loss"], grad_norm=norm)
+        progress.step = data.step + 1
+        step_time_s = time.monotonic() - began + data.teacher_wait_s
+        return metrics | {
+            "train/trained_tokens": float(progress.trained_tokens),
+            "train/tokens_per_second": num_tokens / max(step_time_s, 1e-9),
+            "train/step_time_s": step_time_s,
+        }
+
+    def _accumulate(self, scored: Sequence[Scored], denominator: float) -> dict[str, float]:
+        """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
+        sums: Counter[str] = Counter()
+        for group in _groups(scored, self._config.optimizer.micro_batch_size):
+            batch = collate(group, reduction=self._reduction, device=self._accelerator.device)
+            with self._accelerator.autocast():
+                logits = self._student.logits(batch)
+            summed = self._objective(logits, batch)
+            for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
+                sums[name] += value.item() / denominator  # type: ignore[assignment]  # a Counter of floats
+            if not math.isfinite(sums["loss"]):
+                break
+            self._accelerator.backward(summed.loss_sum / denominator)
+        return {name: float(value) for name, value in sums.items()}
+
+    def _update(self, loss: float) -> float:
+        """Changes the weights if it can; the norm of the gradient before clipping, 0 where there is none."""
+        norm = math.nan
+        if math.isfinite(loss):
+            self._accelerator.unscale_gradients()
+            norm = clip_gradients(self._student.trained().values(), self._config.optimizer.max_grad_norm)
+            # With fp16 an infinite gradient is part of finding the scale: the scaler leaves the step out by itself.
+            if math.isfinite(norm) or self._accelerator.scaler is not None:
+                self._prepared.step()
+        self._prepared.zero_grad()
+        return norm
+
+    def _objective(self, logits: Tensor, batch: MicroBatch) -> ObjectiveSum:
+        """The objective of a micro-batch, a chunk of targets at a time."""
+        if batch.num_targets <= CHUNK_TARGETS:
+            return self._chunk(logits, batch, slice(None))
+        parts = [
+            cast(
+                "ObjectiveSum",
+                checkpoint(
+                    self._chunk,
+                    logits,
+                    batch,
+                    slice(first, first + CHUNK_TARGETS),
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                ),
+            )
+            for first in range(0, batch.num_targets, CHUNK_TARGETS)
+        ]
+        names = parts[0].parts.keys()
+        return ObjectiveSum(
+            loss_sum=torch.stack([each.loss_sum for each in parts]).sum(),
+            parts={name: torch.stack([each.parts[name] for each in parts]).sum() for name in names},
+        )
+
+    def _chunk(self, logits: Tensor, batch: MicroBatch, rows: slice) -> ObjectiveSum:
+        return objective(
+            logits[:, rows],
+            batch.target_ids[:, rows],
+            _rows(batch.targets, rows),
+            batch.weights[:, rows],
+            self._config.loss,
+            vocab_size=self._vocab_size,
+        )
+
+
+def _rows(targets: SparseTargets | None, rows: slice) -> SparseTargets | None:
+    if targets is None:
+        return None
+    partition = targets.log_partition
+    return SparseTargets(
+        token_ids=targets.token_ids[:, rows],
+        logprobs=targets.logprobs[:, rows],
+        log_tail=targets.log_tail[:, rows],
+        log_partition=None if partition is None else partition[:, rows],
+    )
+
+
+def _groups(scored: Sequence[Scored], size: int) -> Iterator[Sequence[Scored]]:
+    for first in range(0, len(scored), size):
+        yield scored[first : first + size]
