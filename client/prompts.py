@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,7 +88,7 @@ def score_items(path: str, adapter: str) -> Iterator[ScoreItem]:
     Reads as it goes, so that a pipe may be longer than memory.
     """
     try:
-        with sys.stdin if path == "-" else Path(path).open(encoding="utf-8") as lines:
+        with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield _score_item(_json(line, f"{path}:{number}"), f"{path}:{number}", number, adapter)

@@ -179,7 +179,7 @@ class _Window:
         """The unanswered sequence after `number`, waiting for one; None if `stream` is to end."""
         with self._changed:
             while True:
-                if self._is_closed or self._stream is not stream or self.is_failed:
+                if self._is_closed or self._stream is not stream:
                     return None
                 found = next(((each, sent) for each, sent in self._unanswered.items() if each > number), None)
                 if found is not None or self._is_read:

@@ -21,11 +21,6 @@ def report(error: Exception, *, as_json: bool) -> int | None:
     elif error.reason is Reason.INVALID_SPEC:
         click.echo(printable(error.message), err=True)
     else:
-        click.echo(f"Error: {_sentence(error.message)}", err=True)
+        click.echo(f"Error: {printable(error.message)}", err=True)
     sys.stderr.flush()
     return int(exit_code(error))
-
-
-def _sentence(text: str) -> str:
-    text = printable(text)
-    return text[:1].upper() + text[1:]

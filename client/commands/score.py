@@ -73,7 +73,7 @@ def _show(session: Session, answer: ScoreAnswer) -> None:
     total, perplexity = _summary(told.target_logprobs)
     if not session.as_json:
         session.say(
-            f"{answer.id}  {told.num_rows} tokens  logprob {number_text(total)}  perplexity {number_text(perplexity)}"
+            f"{answer.id}  tokens {told.num_rows}  logprob {number_text(total)}  perplexity {number_text(perplexity)}"
         )
         return
     document: dict[str, Any] = {
