@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-import functools
 import typing
 from typing import Any, TypeVar
 
@@ -59,7 +58,6 @@ class Kind:
     nested: type[Any] | None
 
 
-@functools.cache
 def kinds(cls: type[Any]) -> dict[str, Kind]:
     """Every field of the dataclass `cls`, in order."""
     hints = typing.get_type_hints(cls)

@@ -1,0 +1,122 @@
+"""Starts the run service: flags and environment become settings, and a setting that cannot work ends it with one sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from protos.errors import StillhouseError
+from protos.transport import ServerTls, configure_logging
+from student_trainer.runs.service import ServiceOptions, serve
+
+_PATH = click.Path(path_type=Path)
+_DEFAULTS = ServiceOptions(data_dir=Path())
+EXIT_SETTINGS = 2
+"""What cannot work with these settings, such as an address that is taken."""
+
+
+def _indices(_context: click.Context, _parameter: click.Parameter, value: str | None) -> Sequence[int] | None:
+    """Device indices from "0,1"; none from an empty text, None if the flag is not given."""
+    if value is None:
+        return None
+    parts = [part.strip() for part in value.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise click.BadParameter(f"{value!r} is no list of device indices such as 0,1.")
+    return tuple(int(part) for part in parts)
+
+
+@click.command(context_settings={"auto_envvar_prefix": "STILLHOUSE_TRAINER", "show_default": True})
+@click.option(
+    "--data-dir",
+    type=_PATH,
+    required=True,
+    help="Folder for runs, datasets and the database; made if missing.",
+)
+@click.option("--listen", default=_DEFAULTS.listen, help="HOST:PORT or unix:PATH; port 0 means any free one.")
+@click.option("--address-file", type=_PATH, help="Written with the bound address once the service is ready.")
+@click.option(
+    "--gpus", callback=_indices, help='Devices for runs, such as "0,1"; "" for none. Default: visible ones.'
+)
+@click.option(
+    "--cpu-slots", type=click.IntRange(0), default=_DEFAULTS.cpu_slots, help="Runs at once on the CPU."
+)
+@click.option(
+    "--allow-root",
+    "allow_roots",
+    type=_PATH,
+    multiple=True,
+    help="Folder below which specs may name models and datasets. Default: / on loopback, else the data directory alone.",
+)
+@click.option(
+    "--stop-grace-s",
+    "--stop-grace",
+    type=click.FloatRange(0),
+    default=_DEFAULTS.stop_grace_s,
+    help="Seconds that a run has to write a checkpoint after a stop, before it is signalled.",
+)
+@click.option(
+    "--stop-runs-on-exit",
+    is_flag=True,
+    help="Stop live runs when the service ends. Without it they go on, and the next start takes them over.",
+)
+@click.option(
+    "--shutdown-grace-s",
+    type=click.FloatRange(0),
+    default=_DEFAULTS.shutdown_grace_s,
+    help="Seconds that calls in progress have when the service ends.",
+)
+@click.option(
+    "--max-upload-bytes",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_upload_bytes,
+    help="Largest uploaded dataset.",
+)
+@click.option(
+    "--max-calls",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_calls,
+    help="Calls at once; more are refused.",
+)
+@click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
+@click.option("--tls-cert", type=_PATH, help="PEM certificate of the service.")
+@click.option("--tls-key", type=_PATH, help="PEM key of the service.")
+@click.option(
+    "--tls-client-ca", type=_PATH, help="PEM authority that callers' certificates must be signed by."
+)
+@click.option("--reflection/--no-reflection", default=None, help="Server reflection. Default: on loopback.")
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    help="Least level logged.",
+)
+def main(
+    *,
+    tls_cert: Path | None,
+    tls_key: Path | None,
+    tls_client_ca: Path | None,
+    log_level: str,
+    **settings: Any,
+) -> None:
+    """Queue distillation runs, train each in its own process, and report."""
+    if (tls_cert is None) != (tls_key is None):
+        raise click.UsageError("--tls-cert and --tls-key go together.")
+    if tls_client_ca is not None and tls_cert is None:
+        raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key.")
+    tls = ServerTls(cert=tls_cert, key=tls_key, client_ca=tls_client_ca) if tls_cert and tls_key else None
+    configure_logging(log_level)
+    options = ServiceOptions(tls=tls, **settings)
+    try:
+        asyncio.run(serve(options))
+    except StillhouseError as error:
+        click.echo(f"stillhouse-trainer: {error}", err=True)
+        sys.exit(EXIT_SETTINGS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The service's data directory: its folders, its layout's version, and the lock that keeps a second service out."""
+
+from __future__ import annotations
+
+import fcntl
+from dataclasses import dataclass
+from io import BufferedRandom
+from pathlib import Path
+
+from protos.errors import Reason, StillhouseError
+from student_trainer.run_dir import write_whole
+
+LAYOUT = 1
+"""Version of the folders and files; an older one is migrated at the start, a later one refused."""
+FOLDERS = ("datasets", "caches", "adapters", "runs")
+
+
+@dataclass(frozen=True, slots=True)
+class DataDir:
+    """An open data directory; the lock is held as long as this object is."""
+
+    path: Path
+    lock: BufferedRandom
+
+    @classmethod
+    def open(cls, path: Path) -> DataDir:
+        """The data directory at `path`, made if it is not there.
+
+        Raises:
+            StillhouseError: INVALID_CONFIG if another service uses it, a later version wrote it, or it cannot be written.
+        """
+        try:
+            path = path.resolve()
+            for folder in ("", *FOLDERS):
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            lock = (path / "lock").open("a+b")
+        except OSError as error:
+            raise StillhouseError(
+                Reason.INVALID_CONFIG,
+                f"--data-dir {path} cannot be used: {error}. Give a folder that can be written.",
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _check_version(path)
+        except BlockingIOError as error:
+            lock.close()
+            raise StillhouseError(
+                Reason.INVALID_CONFIG,
+                f"Another run service uses --data-dir {path}; stop it, or give this one its own folder.",
+            ) from error
+        except StillhouseError:
+            lock.close()
+            raise
+        return cls(path, lock)
+
+    @property
+    def database_path(self) -> Path:
+        """The store's file."""
+        return self.path / "stillhouse.db"
+
+    @property
+    def datasets_path(self) -> Path:
+        """Uploaded files."""
+        return self.path / "datasets"
+
+    @property
+    def runs_path(self) -> Path:
+        """Run directories."""
+        return self.path / "runs"
+
+    def close(self) -> None:
+        """Let another service use the directory."""
+        self.lock.close()
+
+
+def _check_version(path: Path) -> None:
+    """Write the layout's version if the directory is fresh; refuse one that this code does not know."""
+    version_path = path / "VERSION"
+    if not version_path.exists():
+        write_whole(version_path, f"{LAYOUT}\n".encode())
+        return
+    text = version_path.read_text(errors="replace").strip()
+    if text != str(LAYOUT):
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--data-dir {path} has layout {text[:20]!r}, and this version of Stillhouse knows {LAYOUT}. Start the "
+            "version that wrote it, or give another folder.",
+        )

@@ -1,0 +1,91 @@
+"""What the end of a training process means for its run: a pure function of what was seen."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+
+from google.rpc.status_pb2 import Status
+
+from protos.errors import Reason, StillhouseError, from_status, to_status
+from student_trainer.runs import state
+from student_trainer.runs.process import Exit
+from student_trainer.runs.state import State
+
+NO_RETRY = frozenset({Reason.OUT_OF_MEMORY, Reason.RUN_STATE})
+"""Reasons after which another attempt would end in the same way."""
+MEMORY_ADVICE = (
+    "Lower optimizer.micro_batch_size and raise optimizer.grad_accum_steps by the same factor, set "
+    "student.gradient_checkpointing, or give the host more memory; `run resume` goes on from the last checkpoint."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """What was seen of an attempt's end."""
+
+    state: State
+    """The run's, which is a live one."""
+    exit: Exit
+    outcome: str | None
+    """completed, stopped or failed, as the process said; None if it said nothing."""
+    error: Status | None
+    """Why it failed, as the process said."""
+    killed_for_stop: bool
+    """Whether the service killed it because it did not end in time after a stop."""
+    killed_for_memory: bool
+    """Whether the kernel has killed a process for memory meanwhile."""
+    log_tail: str
+    """The last lines of its log."""
+    may_retry: bool
+    """Whether another process may be started without being asked."""
+
+
+def classify(ending: Ending) -> tuple[State, Status | None]:
+    """The state that follows, and the attempt's error, if it had one."""
+    if ending.outcome == "completed":
+        # A run that was done before it was asked to stop, or before it was seen to start, is done.
+        return state.COMPLETED, None
+    if ending.outcome == "stopped" and ending.state == state.STOPPING:
+        return state.STOPPED, None
+    error = (
+        ending.error if ending.outcome == "failed" and ending.error is not None else to_status(_death(ending))
+    )
+    if ending.outcome is None and ending.killed_for_stop:
+        return state.STOPPED, error
+    return _failed_or_retry(ending, error), error
+
+
+def _failed_or_retry(ending: Ending, error: Status) -> State:
+    """PENDING if another attempt may help, else FAILED; a run that was asked to stop is not retried."""
+    cause = from_status(error)
+    helps = cause.retryable and cause.reason not in NO_RETRY
+    return state.PENDING if helps and ending.may_retry and ending.state != state.STOPPING else state.FAILED
+
+
+def _death(ending: Ending) -> StillhouseError:
+    """The error of a process that ended without a word."""
+    tail = f" Its log ends: {ending.log_tail}" if ending.log_tail else " Its log is empty."
+    number, code = ending.exit.signal, ending.exit.code
+    metadata = {"exit_code": str(code), "signal": str(number)}
+    if ending.killed_for_stop:
+        sentence = "The process did not end in time after it was asked to stop, and was killed; `run resume` goes on from the last checkpoint."
+        return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
+    if ending.outcome == "stopped":
+        sentence = "The process wrote a checkpoint and ended because something else than this service told it to, such as a SIGTERM; `run resume` goes on from there."
+        return StillhouseError(Reason.PROCESS_DIED, sentence, metadata=metadata)
+    if number == signal.SIGKILL and ending.killed_for_memory:
+        sentence = f"The kernel killed the process for memory (exit 137). {MEMORY_ADVICE}"
+        return StillhouseError(Reason.OUT_OF_MEMORY, sentence + tail, metadata=metadata)
+    if code == 137:
+        sentence = (
+            f"The process was killed (exit 137), which mostly means that memory ran out. {MEMORY_ADVICE}"
+        )
+    elif number:
+        name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
+        sentence = f"The process was ended by {name}; `run resume` goes on from the last checkpoint."
+    elif code is None:
+        sentence = "The process ended while the service was not running; `run resume` goes on from the last checkpoint."
+    else:
+        sentence = f"The process ended with code {code} and did not say why; `run resume` tries again."
+    return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)

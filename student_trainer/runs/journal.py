@@ -1,0 +1,109 @@
+"""What the lines of a run's journals mean for the store; a line that cannot be read is logged and left out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.status_pb2 import Status
+
+from protos.errors import from_json
+from protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from student_trainer.run_dir import RunDir
+from student_trainer.runs.rows import STEP_METRIC
+
+log = structlog.get_logger(__name__)
+
+OUTCOMES = ("completed", "stopped", "failed")
+"""Kinds of event by which a process says that it ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a process said that it ends."""
+
+    kind: str
+    error: Status | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """What some lines of both journals change, in order."""
+
+    offsets: dict[str, int]
+    """Columns of the store: bytes read of each journal."""
+    started: bool = False
+    """Whether the process takes steps."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Columns whose change people want to hear of."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """Columns that follow from the metrics."""
+    metrics: list[tuple[int, MetricPoint]] = field(default_factory=list)
+    """Attempt and point."""
+    outcomes: list[tuple[int, Outcome]] = field(default_factory=list)
+    """Attempt and outcome."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to record but offsets."""
+        return not (self.started or self.changes or self.metrics or self.outcomes)
+
+
+def read_batch(run_dir: RunDir, offsets: tuple[int, int]) -> Batch:
+    """What the journals hold behind `offsets`, the bytes already read of events and metrics."""
+    # Events first: a metric point that was written before an event is then never missed behind it.
+    event_lines, events_offset = run_dir.read_lines("events.jsonl", offsets[0])
+    metric_lines, metrics_offset = run_dir.read_lines("metrics.jsonl", offsets[1])
+    batch = Batch(offsets={"events_offset": events_offset, "metrics_offset": metrics_offset})
+    _take(run_dir, event_lines, batch, _take_event)
+    _take(run_dir, metric_lines, batch, _take_metrics)
+    return batch
+
+
+def _take(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], batch: Batch, take: Any) -> None:
+    for line in lines:
+        try:
+            take(line, batch)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            log.warning("journal line left out", run=run_dir.path.name, line=dict(line), error=str(error))
+
+
+def _take_event(line: Mapping[str, Any], batch: Batch) -> None:
+    kind = line["kind"]
+    if kind == "started":
+        batch.started = True
+        batch.changes |= {
+            "total_steps": int(line["total_steps"]),
+            "condition": Run.CONDITION_UNSPECIFIED,
+        }
+        if "step" in line:
+            batch.progress["step"] = int(line["step"])
+    elif kind == "checkpoint":
+        batch.changes["latest_checkpoint"] = int(line["step"])
+    elif kind == "condition":
+        batch.changes["condition"] = _condition(line["condition"])
+    elif kind in OUTCOMES:
+        error = from_json(line["error"]) if kind == "failed" else None
+        batch.outcomes.append((int(line["attempt"]), Outcome(kind=kind, error=error)))
+
+
+def _condition(name: str | None) -> Run.Condition.ValueType:
+    """The condition by its name, with or without the enum's prefix; empty means that the run makes progress."""
+    return Run.Condition.Value(f"CONDITION_{(name or 'UNSPECIFIED').removeprefix('CONDITION_')}")
+
+
+def _take_metrics(line: Mapping[str, Any], batch: Batch) -> None:
+    values = {str(name): float(value) for name, value in line["values"].items()}
+    time = Timestamp()
+    time.FromJsonString(line["time"])
+    attempt, step = int(line["attempt"]), int(line["step"])
+    batch.metrics.append((attempt, MetricPoint(step=step, values=values, attempt=attempt, time=time)))
+    if STEP_METRIC in values:
+        batch.progress["step"] = step
+    if "train/trained_tokens" in values:
+        batch.progress["trained_tokens"] = int(values["train/trained_tokens"])
+    if "train/tokens_per_second" in values:
+        batch.progress["tokens_per_second"] = values["train/tokens_per_second"]

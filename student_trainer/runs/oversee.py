@@ -1,0 +1,167 @@
+"""Looks after one live run until its process has ended: takes in its journals, stops it if asked, and says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from dataclasses import dataclass
+
+import structlog
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1.run_pb2 import Run
+from student_trainer.run_dir import RunDir
+from student_trainer.runs.database import DatabaseThread
+from student_trainer.runs.ending import Ending, classify
+from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
+from student_trainer.runs.store import Store
+from student_trainer.runs.watch import Bell, Tail
+
+POLL_S = 0.1
+"""Time between two looks at a run's journals and process."""
+TERM_GRACE_S = 10.0
+"""Time between SIGTERM and SIGKILL."""
+DISK_FULL_RETRY_S = 5.0
+LOG_TAIL_BYTES = 2000
+LOG_TAIL_LINES = 12
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keeping:
+    """What every overseer of a service shares."""
+
+    store: Store
+    db: DatabaseThread
+    bell: Bell
+    stop_grace_s: float
+
+
+class Overseer:
+    """One attempt of one run, from the start of its process to its end."""
+
+    def __init__(
+        self, keeping: Keeping, run_id: str, run_dir: RunDir, *, attempt: int, process: Process
+    ) -> None:
+        self._keeping = keeping
+        self._run_id = run_id
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._process = process
+        self._tail = Tail(keeping.store, run_id, run_dir)
+        self._oom_kills = oom_kills()
+        self._asked_at_s: float | None = None
+        self._adopting = isinstance(process, Adopted)
+        self._terminated = False
+        self._killed = False
+
+    def ask_stop(self) -> None:
+        """Ask the process to write a checkpoint and end; insist after the grace."""
+        if self._asked_at_s is None:
+            self._asked_at_s = time.monotonic()
+            self._run_dir.write_control(self._attempt, stop=True)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.send(signal.SIGKILL)
+
+    async def watch(self) -> Run:
+        """The run after its process has ended. If cancelled, the process goes on for the next service to adopt."""
+        while True:
+            # Asked before reading: whatever the process wrote in its life is then read.
+            ended = await asyncio.to_thread(self._process.poll)
+            await self._ingest()
+            await self._settle_adoption()
+            if ended is not None:
+                return await self._finish(ended)
+            self._insist()
+            await asyncio.sleep(POLL_S)
+
+    async def _settle_adoption(self) -> None:
+        """Say that the run is taken over, once its journals are in the store."""
+        if self._adopting:
+            self._adopting = False
+            store, adopting = self._keeping.store, Run.CONDITION_ADOPTING
+            await self._keeping.db(
+                store.set_condition, self._run_id, Run.CONDITION_UNSPECIFIED, instead_of=adopting
+            )
+            self._keeping.bell.ring(self._run_id)
+
+    async def _ingest(self) -> None:
+        """Take in the journals; a full disk delays that and loses nothing."""
+        while True:
+            try:
+                grown = await self._keeping.db(self._tail.ingest)
+                break
+            except StillhouseError as error:
+                if error.reason is not Reason.DISK_FULL:
+                    raise
+                log.warning("disk full", run=self._run_id, retry_after_s=DISK_FULL_RETRY_S)
+                await asyncio.sleep(DISK_FULL_RETRY_S)
+        if grown:
+            self._keeping.bell.ring(self._run_id)
+
+    def _insist(self) -> None:
+        """Signal a process that takes too long to end."""
+        if self._asked_at_s is None:
+            return
+        waited_s = time.monotonic() - self._asked_at_s
+        if waited_s > self._keeping.stop_grace_s and not self._terminated:
+            log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGTERM")
+            self._terminated = True
+            self._process.send(signal.SIGTERM)
+        if waited_s > self._keeping.stop_grace_s + TERM_GRACE_S and not self._killed:
+            log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGKILL")
+            self._killed = True
+            self._process.send(signal.SIGKILL)
+
+    async def _finish(self, ended: Exit) -> Run:
+        store, db = self._keeping.store, self._keeping.db
+        outcome, error = await db(store.outcome, self._run_id, self._attempt)
+        run = await db(store.get, self._run_id)
+        used = await db(store.attempts_since_asked, self._run_id)
+        following, error = classify(
+            Ending(
+                state=run.state,
+                exit=ended,
+                outcome=outcome,
+                error=error,
+                killed_for_stop=self._terminated,
+                killed_for_memory=oom_kills() > self._oom_kills,
+                log_tail=log_tail(self._run_dir, self._attempt),
+                may_retry=used < run.effective_spec.retry.max_attempts,
+            )
+        )
+        run = await db(
+            store.end_attempt,
+            self._run_id,
+            self._attempt,
+            following,
+            exit_code=ended.code or 0,
+            signal=ended.signal,
+            error=error,
+        )
+        log.info(
+            "attempt ended",
+            run=self._run_id,
+            attempt=self._attempt,
+            state=Run.State.Name(run.state),
+            exit_code=ended.code,
+            reason=error.message if error is not None else None,
+        )
+        self._keeping.bell.ring(self._run_id)
+        return run
+
+
+def log_tail(run_dir: RunDir, attempt: int) -> str:
+    """The last lines of an attempt's log, printable, on one line."""
+    try:
+        with run_dir.log_path(attempt).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()][-LOG_TAIL_LINES:]
+    return "".join(each if each.isprintable() else "?" for each in " | ".join(lines))

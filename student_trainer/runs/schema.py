@@ -1,0 +1,101 @@
+"""The tables of the store; a change here needs a migration in migrations/versions, which a test compares."""
+
+from __future__ import annotations
+
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBinary, MetaData, String, Table
+
+# Constraints need names so that later migrations can drop them on every database.
+metadata = MetaData(
+    naming_convention={
+        "pk": "pk_%(table_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_name)s",
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+runs = Table(
+    "runs",
+    metadata,
+    # Grows with every run; the newest has the largest.
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    Column("id", String(12), nullable=False, unique=True),
+    Column("spec", LargeBinary, nullable=False),
+    Column("effective_spec", LargeBinary, nullable=False),
+    Column("created_by_version", String, nullable=False),
+    Column("state", Integer, nullable=False, index=True),
+    Column("condition", Integer, nullable=False, default=0),
+    # Place in the queue while PENDING: smaller goes first.
+    Column("queue_number", BigInteger, nullable=False),
+    # Attempt that was the last when a person created or resumed the run; later ones are retries.
+    Column("asked_attempt", Integer, nullable=False, default=0),
+    Column("step", BigInteger, nullable=False, default=0),
+    Column("total_steps", BigInteger, nullable=False, default=0),
+    Column("trained_tokens", BigInteger, nullable=False, default=0),
+    Column("tokens_per_second", Float, nullable=False, default=0.0),
+    Column("latest_checkpoint", BigInteger),
+    # google.rpc.Status.
+    Column("error", LargeBinary),
+    # Microseconds since the epoch.
+    Column("create_us", BigInteger, nullable=False),
+    Column("start_us", BigInteger),
+    Column("end_us", BigInteger),
+    # Sequence of the run's newest event.
+    Column("last_sequence", BigInteger, nullable=False, default=0),
+    # Bytes of the run directory's journals that are in the store.
+    Column("events_offset", BigInteger, nullable=False, default=0),
+    Column("metrics_offset", BigInteger, nullable=False, default=0),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("run_id", ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    # Indices of the devices that it was given, such as "0,1"; empty for the CPU.
+    Column("devices", String, nullable=False),
+    Column("start_us", BigInteger, nullable=False),
+    Column("end_us", BigInteger),
+    Column("first_step", BigInteger, nullable=False, default=0),
+    Column("last_step", BigInteger, nullable=False, default=0),
+    Column("exit_code", Integer, nullable=False, default=0),
+    Column("signal", Integer, nullable=False, default=0),
+    # Kind of the event by which the process said that it ends: completed, stopped or failed.
+    Column("outcome", String),
+    Column("error", LargeBinary),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("run_id", ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    # Counts from 1 without gaps.
+    Column("sequence", BigInteger, primary_key=True),
+    # "run" with a Run that leaves out both specs, or "metrics" with a MetricPoint.
+    Column("kind", String, nullable=False),
+    # Of metrics.
+    Column("step", BigInteger),
+    Column("payload", LargeBinary, nullable=False),
+)
+
+requests = Table(
+    "requests",
+    metadata,
+    # As the client chose it.
+    Column("id", String, primary_key=True),
+    # SHA-256 of the spec as submitted.
+    Column("spec_sha256", String(64), nullable=False),
+    Column("run_id", ForeignKey("runs.id", ondelete="CASCADE"), nullable=False, index=True),
+)
+
+datasets = Table(
+    "datasets",
+    metadata,
+    # Hexadecimal, of the content.
+    Column("sha256", String(64), primary_key=True),
+    # Of the newest upload, such as ".jsonl"; the file lies at datasets/<sha256><suffix>.
+    Column("suffix", String, nullable=False),
+    Column("file_name", String, nullable=False),
+    Column("size_bytes", BigInteger, nullable=False),
+    Column("create_us", BigInteger, nullable=False),
+)

@@ -1,0 +1,128 @@
+"""Puts the run service together: data directory, store, supervisor, servicer and server, and ends them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from protos.stillhouse.v1.run_pb2 import DESCRIPTOR
+from protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
+from protos.transport import Server, ServerTls, is_loopback, write_address_file
+from student_trainer.runs import datasets
+from student_trainer.runs.data_dir import DataDir
+from student_trainer.runs.database import DatabaseThread
+from student_trainer.runs.oversee import TERM_GRACE_S
+from student_trainer.runs.resolve import Host
+from student_trainer.runs.servicer import RunServicer, ServiceParts, remove_deleted
+from student_trainer.runs.slots import Slots, visible_gpus
+from student_trainer.runs.store import Store
+from student_trainer.runs.supervisor import Supervisor, SupervisorOptions
+from student_trainer.runs.watch import Bell
+
+SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceOptions:
+    """Settings of `stillhouse-trainer`, one for each flag."""
+
+    data_dir: Path
+    listen: str = "127.0.0.1:7402"
+    address_file: Path | None = None
+    gpus: Sequence[int] | None = None
+    """None: those that are visible."""
+    cpu_slots: int = 1
+    allow_roots: Sequence[Path] = ()
+    """Empty: everything on loopback, else nothing but the data directory."""
+    stop_grace_s: float = 300.0
+    stop_runs_on_exit: bool = False
+    shutdown_grace_s: float = 30.0
+    max_upload_bytes: int = 64 * 2**30
+    max_calls: int = 256
+    tls: ServerTls | None = None
+    insecure: bool = False
+    reflection: bool | None = None
+
+
+async def serve(options: ServiceOptions) -> None:
+    """Run the service until a signal.
+
+    Raises:
+        StillhouseError: INVALID_CONFIG for settings that cannot work.
+    """
+    server = Server(
+        listen=options.listen,
+        tls=options.tls,
+        insecure=options.insecure,
+        reflection=options.reflection,
+        services=[SERVICE_NAME],
+        max_concurrent_rpcs=options.max_calls,
+    )
+    data_dir = DataDir.open(options.data_dir)
+    db = DatabaseThread()
+    try:
+        store = await db(Store.open, data_dir.database_path)
+        await db(datasets.remove_leftovers, data_dir.datasets_path)
+        await db(remove_deleted, data_dir.runs_path)
+        try:
+            await _serve(options, server, data_dir, store, db)
+        finally:
+            await db(store.close)
+    finally:
+        db.close()
+        data_dir.close()
+
+
+async def _serve(
+    options: ServiceOptions, server: Server, data_dir: DataDir, store: Store, db: DatabaseThread
+) -> None:
+    bell = Bell()
+    gpus = visible_gpus() if options.gpus is None else options.gpus
+    slots = Slots(gpus=gpus, cpu_slots=options.cpu_slots)
+    supervisor_options = SupervisorOptions(data_dir=data_dir.path, stop_grace_s=options.stop_grace_s)
+    supervisor = Supervisor(store, db, bell, slots, supervisor_options)
+    host = Host(
+        data_dir=data_dir.path,
+        roots=_roots(options),
+        slots=slots,
+        dataset_suffix=store.dataset_suffix,
+    )
+    servicer = RunServicer(
+        ServiceParts(
+            store=store,
+            db=db,
+            bell=bell,
+            supervisor=supervisor,
+            host=host,
+            max_upload_bytes=options.max_upload_bytes,
+        )
+    )
+    add_RunServiceServicer_to_server(servicer, server.aio)
+    address = await server.start()
+    await supervisor.start()
+    server.set_serving(True)
+    if options.address_file is not None:
+        write_address_file(options.address_file, address)
+    log.info("run service ready", address=address, data_dir=str(data_dir.path), gpus=list(slots.gpus))
+
+    async def drain() -> None:
+        await supervisor.close(stop_runs=options.stop_runs_on_exit)
+        bell.close()
+
+    patience_s = options.stop_grace_s + 2 * TERM_GRACE_S if options.stop_runs_on_exit else 0.0
+    try:
+        await server.run_until_signal(drain, options.shutdown_grace_s + patience_s)
+    finally:
+        if options.stop_runs_on_exit:
+            supervisor.kill()
+
+
+def _roots(options: ServiceOptions) -> Sequence[Path]:
+    if options.allow_roots:
+        return options.allow_roots
+    return (Path("/"),) if is_loopback(options.listen) else ()

@@ -1,0 +1,234 @@
+"""RunService's rpcs: checks what was asked, lets store and supervisor do it, and answers with the run as it is."""
+
+# ruff: noqa: ARG002 - gRPC hands a context to every rpc
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1 import run_pb2 as pb
+from protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
+from student_trainer import config
+from student_trainer.run_dir import RunDir
+from student_trainer.runs import datasets, state
+from student_trainer.runs.database import DatabaseThread
+from student_trainer.runs.metrics import to_series
+from student_trainer.runs.resolve import RUN_ID, Host, resolve
+from student_trainer.runs.store import Store
+from student_trainer.runs.streams import Streams
+from student_trainer.runs.supervisor import Supervisor
+from student_trainer.runs.watch import Bell
+
+Context = grpc.aio.ServicerContext[Any, Any]
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+DEFAULT_PAGE, MAX_PAGE = 50, 500
+DEFAULT_POINTS, MAX_POINTS = 1000, 20_000
+DELETED = ".deleted-"
+"""Prefix of a run directory whose files are being removed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceParts:
+    """What the servicer works with."""
+
+    store: Store
+    db: DatabaseThread
+    bell: Bell
+    supervisor: Supervisor
+    host: Host
+    max_upload_bytes: int
+
+
+class RunServicer(RunServiceServicer):
+    """Answers the rpcs of RunService."""
+
+    def __init__(self, parts: ServiceParts) -> None:
+        self._store = parts.store
+        self._db = parts.db
+        self._bell = parts.bell
+        self._supervisor = parts.supervisor
+        self._host = parts.host
+        self._max_upload_bytes = parts.max_upload_bytes
+        self._uploads = parts.host.data_dir / "datasets"
+        self._streams = Streams(parts.store, parts.db, parts.bell, parts.supervisor.run_dir)
+
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.Run:
+        """Validate a spec and queue it."""
+        if request.request_id and not UUID.fullmatch(request.request_id):
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"request_id {request.request_id[:80]!r} is no UUID; give one, or leave it out.",
+            )
+        if request.request_id and not request.validate_only:
+            earlier = await self._db(self._store.find_request, request.request_id, request.spec)
+            if earlier is not None:
+                return earlier  # even if its files are gone meanwhile
+        asked = config.from_proto(request.spec)
+        effective = config.to_proto(await self._db(resolve, asked, self._host))
+        if request.validate_only:
+            return pb.Run(spec=request.spec, effective_spec=effective)
+        run, created = await self._db(
+            self._store.create,
+            new_run_id(),
+            request.spec,
+            effective,
+            request_id=request.request_id,
+            version=metadata.version("stillhouse"),
+        )
+        if created:
+            run_path = self._supervisor.run_dir(run_id_of(run.name)).path
+            await asyncio.to_thread(RunDir.create, run_path, request.spec, effective)
+            self._supervisor.wake()
+        return run
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:
+        """Return one run."""
+        return await self._db(self._store.get, run_id_of(request.name))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        """Return a page of runs, newest first."""
+        size = _bounded("page_size", request.page_size, DEFAULT_PAGE, MAX_PAGE)
+        before = _read_page_token(request)
+        runs, following = await self._db(self._store.page, list(request.states), before=before, limit=size)
+        token = "" if following is None else _page_token(request, following)
+        return pb.ListRunsResponse(runs=runs, next_page_token=token)
+
+    def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        """Send the run as it is, then every change."""
+        return self._streams.watch(run_id_of(request.name), request.after_sequence)
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.Run:
+        """Ask a run to write a checkpoint and end."""
+        return await self._supervisor.stop_run(run_id_of(request.name))
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.Run:
+        """Queue a STOPPED or FAILED run again."""
+        run_id = run_id_of(request.name)
+        allowed = frozenset({state.STOPPED, state.FAILED})
+        run = await self._db(self._store.change, run_id, "resume", state.PENDING, allowed=allowed)
+        self._bell.ring(run_id)
+        self._supervisor.wake()
+        return run
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
+        """Remove an ended run and its files."""
+        run_id = run_id_of(request.name)
+        await self._db(self._store.delete, run_id)
+        self._bell.ring(run_id)
+        await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
+        return pb.DeleteRunResponse()
+
+    async def QueryMetrics(
+        self, request: pb.QueryMetricsRequest, context: Context
+    ) -> pb.QueryMetricsResponse:
+        """Return metric history, thinned to what a plot can show."""
+        most = _bounded("max_points", request.max_points, DEFAULT_POINTS, MAX_POINTS)
+        points = await self._db(
+            self._store.metric_points,
+            run_id_of(request.name),
+            start=request.start_step,
+            end=request.end_step or None,
+        )
+        series = await asyncio.to_thread(to_series, points, keys=frozenset(request.keys), max_points=most)
+        return pb.QueryMetricsResponse(series=series)
+
+    async def UploadDataset(
+        self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
+    ) -> pb.UploadDatasetResponse:
+        """Store a file by its content."""
+        upload = await datasets.receive(self._uploads, request_iterator, max_bytes=self._max_upload_bytes)
+        await self._db(
+            self._store.add_dataset, upload.sha256, upload.suffix, upload.file_name, upload.size_bytes
+        )
+        return pb.UploadDatasetResponse(name=f"datasets/{upload.sha256}", size_bytes=upload.size_bytes)
+
+    async def ListArtifacts(
+        self, request: pb.ListArtifactsRequest, context: Context
+    ) -> pb.ListArtifactsResponse:
+        """List what a run left."""
+        return pb.ListArtifactsResponse(artifacts=await self._streams.artifacts(run_id_of(request.name)))
+
+    def DownloadArtifact(
+        self, request: pb.DownloadArtifactRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadArtifactResponse]:
+        """Send a file from a byte offset."""
+        return self._streams.download(run_id_of(request.name), request.path, request.start_offset)
+
+    def StreamLogs(
+        self, request: pb.StreamLogsRequest, context: Context
+    ) -> AsyncIterator[pb.StreamLogsResponse]:
+        """Send a run's log from a byte offset and, if asked, follow it."""
+        run_id = run_id_of(request.name)
+        return self._streams.logs(run_id, request.attempt, request.start_offset, follow=request.follow)
+
+
+def new_run_id() -> str:
+    """12 characters of [a-z2-7]."""
+    return base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
+
+
+def run_id_of(name: str) -> str:
+    """The id in `runs/{id}`.
+
+    Raises:
+        StillhouseError: INVALID_REQUEST for anything else.
+    """
+    folder, _, run_id = name.partition("/")
+    if folder != "runs" or not RUN_ID.fullmatch(run_id):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST, f"{name[:80]!r} is no run's name; one looks like 'runs/abcdefgh2345'."
+        )
+    return run_id
+
+
+def remove_run_files(path: Path) -> None:
+    """Delete a run directory; once renamed it is gone for everybody, and a killed service goes on at its next start."""
+    if path.exists():
+        doomed = path.with_name(f"{DELETED}{path.name}-{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_deleted(runs_path: Path) -> None:
+    """Delete what `remove_run_files` of a killed service left."""
+    for path in runs_path.glob(f"{DELETED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _bounded(field: str, value: int, default: int, most: int) -> int:
+    """`value` within its limit; the default for 0."""
+    if value < 0:
+        raise StillhouseError(
+            Reason.INVALID_REQUEST, f"{field} is {value}; give at least 1, or 0 for {default}."
+        )
+    return min(value or default, most)
+
+
+def _page_token(request: pb.ListRunsRequest, number: int) -> str:
+    """Where the next page begins, and for which question."""
+    states = ".".join(str(each) for each in sorted(set(request.states)))
+    return f"{number}-{states}"
+
+
+def _read_page_token(request: pb.ListRunsRequest) -> int | None:
+    number = request.page_token.partition("-")[0]
+    if not request.page_token:
+        return None
+    if not number.isdecimal() or len(number) > 18 or request.page_token != _page_token(request, int(number)):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST,
+            f"page_token {request.page_token[:80]!r} does not belong to this request; repeat the request that gave it.",
+        )
+    return int(number)

@@ -1,0 +1,316 @@
+"""What the service remembers of runs: every change of a run is one transaction and one event in its history.
+
+Methods block; the service calls them through one DatabaseThread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from google.rpc.status_pb2 import Status
+from sqlalchemy import Engine, delete, insert, select, update
+from sqlalchemy.dialects.sqlite import insert as upsert
+
+from protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, WatchRunResponse
+from student_trainer.runs import rows, state
+from student_trainer.runs.database import open_database
+from student_trainer.runs.journal import Batch
+from student_trainer.runs.rows import now_us, to_bytes
+from student_trainer.runs.schema import attempts, datasets, events, requests, runs
+from student_trainer.runs.state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
+
+
+class Store:
+    """Runs, their attempts and events, request ids and datasets."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """The store in the database file `path`, made or migrated if needed."""
+        return cls(open_database(path))
+
+    def close(self) -> None:
+        """Close the database."""
+        self._engine.dispose()
+
+    def create(
+        self, run_id: str, spec: RunSpec, effective: RunSpec, *, request_id: str, version: str
+    ) -> tuple[Run, bool]:
+        """A PENDING run at the end of the queue, and True; or the run that `request_id` made before, and False.
+
+        Raises:
+            StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec.
+        """
+        with self._engine.begin() as db:
+            earlier = rows.earlier(db, request_id, spec)
+            if earlier is not None:
+                return earlier, False
+            values = {
+                "id": run_id,
+                "spec": to_bytes(spec),
+                "effective_spec": to_bytes(effective),
+                "created_by_version": version,
+                "state": PENDING,
+                "queue_number": rows.next_queue_number(db),
+                "create_us": now_us(),
+            }
+            db.execute(insert(runs).values(**values))
+            if request_id:
+                db.execute(
+                    insert(requests).values(id=request_id, spec_sha256=rows.spec_sha256(spec), run_id=run_id)
+                )
+            rows.tell(db, run_id)
+            return rows.to_run(db, rows.row_of(db, run_id)), True
+
+    def find_request(self, request_id: str, spec: RunSpec) -> Run | None:
+        """The run that `request_id` made, if any. Raises as `create` does."""
+        with self._engine.begin() as db:
+            return rows.earlier(db, request_id, spec)
+
+    def get(self, run_id: str) -> Run:
+        """The run with both specs. Raises StillhouseError(RUN_NOT_FOUND)."""
+        with self._engine.begin() as db:
+            return rows.to_run(db, rows.row_of(db, run_id))
+
+    def watch_start(self, run_id: str) -> tuple[Run, int]:
+        """The run, and the sequence of its newest event."""
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            return rows.to_run(db, row), int(row["last_sequence"])
+
+    def page(
+        self, states: Sequence[State], *, before: int | None, limit: int
+    ) -> tuple[list[Run], int | None]:
+        """At most `limit` runs, newest first, older than number `before`; and the number to go on from, if there are more."""
+        query = select(runs).order_by(runs.c.number.desc()).limit(limit + 1)
+        if states:
+            query = query.where(runs.c.state.in_(states))
+        if before is not None:
+            query = query.where(runs.c.number < before)
+        with self._engine.begin() as db:
+            found = db.execute(query).mappings().all()
+            shown = [rows.to_run(db, row) for row in found[:limit]]
+        return shown, int(found[limit - 1]["number"]) if len(found) > limit else None
+
+    def queue(self) -> list[Run]:
+        """PENDING runs in the order in which they shall start."""
+        return self._in_states([PENDING])
+
+    def live(self) -> list[Run]:
+        """Runs on which a process works, as far as the store knows."""
+        return self._in_states(sorted(LIVE))
+
+    def ids(self) -> set[str]:
+        """Every run's id."""
+        with self._engine.begin() as db:
+            return set(db.execute(select(runs.c.id)).scalars())
+
+    def change(
+        self,
+        run_id: str,
+        verb: str,
+        following: State,
+        *,
+        allowed: frozenset[State],
+        error: Status | None = None,
+        condition: Run.Condition.ValueType = Run.CONDITION_UNSPECIFIED,
+    ) -> Run:
+        """The run after it became `following`, because `verb` was asked of it.
+
+        Raises:
+            StillhouseError: RUN_STATE unless its state is in `allowed`.
+        """
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            if row["state"] not in allowed:
+                raise state.refuse(run_id, row["state"], verb, allowed)
+            values: dict[str, Any] = {"condition": condition}
+            if following == PENDING:
+                values |= {"queue_number": rows.next_queue_number(db), "end_us": None, "error": None}
+            if verb == "resume":
+                values["asked_attempt"] = rows.last_attempt(db, run_id)
+            if error is not None:
+                values["error"] = to_bytes(error)
+            rows.move(db, row, following, values)
+            return rows.to_run(db, rows.row_of(db, run_id))
+
+    def set_condition(
+        self, run_id: str, condition: Run.Condition.ValueType, *, instead_of: Run.Condition.ValueType
+    ) -> None:
+        """Say why a live run makes no progress, if what is said so far is `instead_of`."""
+        this = (runs.c.id == run_id) & (runs.c.condition == instead_of)
+        with self._engine.begin() as db:
+            if db.execute(update(runs).where(this).values(condition=condition)).rowcount:
+                rows.tell(db, run_id)
+
+    def stop(self, run_id: str) -> Run:
+        """The run after it was asked to stop: STOPPED if it waited, STOPPING if it is live, else as it was.
+
+        Raises:
+            StillhouseError: RUN_STATE if it is COMPLETED or FAILED.
+        """
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            if row["state"] == PENDING:
+                rows.move(db, row, state.STOPPED, {"condition": Run.CONDITION_UNSPECIFIED})
+            elif row["state"] in (STARTING, RUNNING):
+                rows.move(db, row, state.STOPPING, {})
+            elif row["state"] not in (state.STOPPING, state.STOPPED):
+                allowed = frozenset({PENDING, STARTING, RUNNING, state.STOPPING, state.STOPPED})
+                raise state.refuse(run_id, row["state"], "stop", allowed)
+            return rows.to_run(db, rows.row_of(db, run_id))
+
+    def begin_attempt(self, run_id: str, devices: Sequence[int]) -> int:
+        """The number of a further attempt, with which the run becomes STARTING.
+
+        Raises:
+            StillhouseError: RUN_STATE if the run is not PENDING.
+        """
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            if row["state"] != PENDING:
+                raise state.refuse(run_id, row["state"], "launch", frozenset({PENDING}))
+            number = rows.last_attempt(db, run_id) + 1
+            now = now_us()
+            db.execute(
+                insert(attempts).values(
+                    run_id=run_id, number=number, start_us=now, devices=",".join(map(str, devices))
+                )
+            )
+            rows.move(db, row, STARTING, {"start_us": row["start_us"] or now})
+            return number
+
+    def end_attempt(
+        self,
+        run_id: str,
+        number: int,
+        following: State,
+        *,
+        exit_code: int,
+        signal: int,
+        error: Status | None,
+    ) -> Run:
+        """The run after its process ended and it became `following`.
+
+        `error` is the attempt's, and the run's too if it FAILED. A PENDING run is retried, at the head of the queue.
+        """
+        failed = following == state.FAILED
+        values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
+        if failed:
+            values["error"] = to_bytes(error) if error is not None else None
+        if following == PENDING:
+            values["condition"] = Run.CONDITION_RETRYING
+        with self._engine.begin() as db:
+            ended = {"end_us": now_us(), "exit_code": exit_code, "signal": signal}
+            db.execute(
+                update(attempts)
+                .where(attempts.c.run_id == run_id, attempts.c.number == number)
+                .values(error=to_bytes(error) if error is not None else None, **ended)
+            )
+            if following == state.COMPLETED and rows.row_of(db, run_id)["state"] == STARTING:
+                # It had nothing left to do, as after a crash between its last step and its end.
+                rows.move(db, rows.row_of(db, run_id), RUNNING, {})
+            rows.move(db, rows.row_of(db, run_id), following, values)
+            return rows.to_run(db, rows.row_of(db, run_id))
+
+    def devices(self, run_id: str, number: int) -> tuple[int, ...]:
+        """The devices that an attempt was given; none for the CPU."""
+        query = select(attempts.c.devices).where(attempts.c.run_id == run_id, attempts.c.number == number)
+        with self._engine.begin() as db:
+            return tuple(int(each) for each in db.execute(query).scalar_one().split(",") if each)
+
+    def attempts_since_asked(self, run_id: str) -> int:
+        """Processes that were started for the run since a person last asked for it."""
+        with self._engine.begin() as db:
+            return rows.last_attempt(db, run_id) - int(rows.row_of(db, run_id)["asked_attempt"])
+
+    def offsets(self, run_id: str) -> tuple[int, int]:
+        """Bytes of the event and metric journals that are in the store."""
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            return int(row["events_offset"]), int(row["metrics_offset"])
+
+    def outcome(self, run_id: str, number: int) -> tuple[str | None, Status | None]:
+        """How the process of an attempt said that it ends: completed, stopped, failed or None; and with which error."""
+        query = select(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number)
+        with self._engine.begin() as db:
+            row = db.execute(query).mappings().one()
+        return row["outcome"], Status.FromString(row["error"]) if row["error"] else None
+
+    def record(self, run_id: str, batch: Batch) -> None:
+        """Take in what the run's journals hold, and how far they were read, in one transaction."""
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            for number, point in batch.metrics:
+                rows.append_event(db, run_id, "metrics", point, step=point.step)
+                rows.count_step(db, run_id, number, point)
+            values: dict[str, Any] = {**batch.offsets, **batch.progress}
+            changed = {name: value for name, value in batch.changes.items() if row[name] != value}
+            if row["state"] == STARTING and batch.started:
+                changed["state"] = RUNNING
+            db.execute(update(runs).where(runs.c.id == run_id).values(**values, **changed))
+            for number, outcome in batch.outcomes:
+                db.execute(
+                    update(attempts)
+                    .where(attempts.c.run_id == run_id, attempts.c.number == number)
+                    .values(
+                        outcome=outcome.kind,
+                        error=to_bytes(outcome.error) if outcome.error is not None else None,
+                    )
+                )
+            if changed:
+                rows.tell(db, run_id)
+
+    def events(self, run_id: str, *, after: int, limit: int) -> list[WatchRunResponse]:
+        """At most `limit` events of the run behind sequence `after`, in order; a Run in them carries no specs."""
+        query = (
+            select(events)
+            .where(events.c.run_id == run_id, events.c.sequence > after)
+            .order_by(events.c.sequence)
+            .limit(limit)
+        )
+        with self._engine.begin() as db:
+            return [rows.to_response(row) for row in db.execute(query).mappings().all()]
+
+    def metric_points(self, run_id: str, *, start: int, end: int | None) -> list[MetricPoint]:
+        """Every metric point of the run with a step in [start, end), in the order in which they were measured."""
+        query = (
+            select(events.c.payload)
+            .where(events.c.run_id == run_id, events.c.kind == "metrics", events.c.step >= start)
+            .order_by(events.c.sequence)
+        )
+        if end is not None:
+            query = query.where(events.c.step < end)
+        with self._engine.begin() as db:
+            rows.row_of(db, run_id)
+            return [MetricPoint.FromString(payload) for payload in db.execute(query).scalars()]
+
+    def delete(self, run_id: str) -> None:
+        """Forget an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""
+        with self._engine.begin() as db:
+            row = rows.row_of(db, run_id)
+            if row["state"] not in ENDED:
+                raise state.refuse(run_id, row["state"], "delete", ENDED)
+            db.execute(delete(runs).where(runs.c.id == run_id))
+
+    def add_dataset(self, sha256: str, suffix: str, file_name: str, size_bytes: int) -> None:
+        """Remember an uploaded file; the newest upload of the same bytes gives the suffix."""
+        values = {"suffix": suffix, "file_name": file_name, "size_bytes": size_bytes}
+        query = upsert(datasets).values(sha256=sha256, create_us=now_us(), **values)
+        with self._engine.begin() as db:
+            db.execute(query.on_conflict_do_update(index_elements=["sha256"], set_=values))
+
+    def dataset_suffix(self, sha256: str) -> str | None:
+        """The suffix of the stored file; None if there is no such dataset."""
+        with self._engine.begin() as db:
+            query = select(datasets.c.suffix).where(datasets.c.sha256 == sha256)
+            return db.execute(query).scalar_one_or_none()
+
+    def _in_states(self, states: Iterable[State]) -> list[Run]:
+        query = select(runs).where(runs.c.state.in_(list(states))).order_by(runs.c.queue_number)
+        with self._engine.begin() as db:
+            return [rows.to_run(db, row) for row in db.execute(query).mappings().all()]

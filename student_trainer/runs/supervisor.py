@@ -1,0 +1,231 @@
+"""Starts queued runs as devices become free, first come, first served, and takes over live ones after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from protos.errors import Reason, StillhouseError, to_status
+from protos.stillhouse.v1.run_pb2 import Run
+from student_trainer.run_dir import RunDir
+from student_trainer.runs import process, state
+from student_trainer.runs.database import DatabaseThread
+from student_trainer.runs.oversee import Keeping, Overseer
+from student_trainer.runs.process import Adopted
+from student_trainer.runs.slots import Need, Slots
+from student_trainer.runs.store import Store
+from student_trainer.runs.watch import Bell
+
+RETRY_S = 5.0
+"""Time after which the queue or a run is looked at again, if something went wrong."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisorOptions:
+    """How runs are started and stopped."""
+
+    data_dir: Path
+    stop_grace_s: float
+    """Time that a run has to write a checkpoint and end before it is signalled."""
+
+
+class Supervisor:
+    """Owns every live run of the service."""
+
+    def __init__(
+        self, store: Store, db: DatabaseThread, bell: Bell, slots: Slots, options: SupervisorOptions
+    ) -> None:
+        self.slots = slots
+        self._store = store
+        self._db = db
+        self._bell = bell
+        self._options = options
+        self._keeping = Keeping(store=store, db=db, bell=bell, stop_grace_s=options.stop_grace_s)
+        self._overseers: dict[str, Overseer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()
+        self._scheduler: asyncio.Task[None] | None = None
+
+    def run_dir(self, run_id: str) -> RunDir:
+        """The directory of a run."""
+        return RunDir(self._options.data_dir / "runs" / run_id)
+
+    async def start(self) -> None:
+        """Take over live runs, then start queued ones until `close`."""
+        for run in await self._db(self._store.live):
+            await self._adopt(run)
+        self._news.set()
+        self._scheduler = asyncio.create_task(self._schedule(), name="scheduler")
+
+    def wake(self) -> None:
+        """Look at the queue, which has changed."""
+        self._news.set()
+
+    async def stop_run(self, run_id: str) -> Run:
+        """The run, which is STOPPED or on its way. Raises StillhouseError(RUN_STATE) if it ended by itself."""
+        run = await self._db(self._store.stop, run_id)
+        if run_id in self._overseers:
+            self._overseers[run_id].ask_stop()
+        self._bell.ring(run_id)
+        self.wake()
+        return run
+
+    async def close(self, *, stop_runs: bool) -> None:
+        """Start nothing more. Live runs go on for the next service, or are stopped and waited for."""
+        if self._scheduler is not None:
+            self._scheduler.cancel()
+            await asyncio.wait({self._scheduler})
+        if stop_runs:
+            for run_id in list(self._tasks):
+                await self._stop_live(run_id)
+        else:
+            for task in self._tasks.values():
+                task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks.values()))
+
+    def kill(self) -> None:
+        """End whatever still lives, at once: nothing is left behind when somebody does not want to wait."""
+        for overseer in self._overseers.values():
+            overseer.kill()
+
+    async def _stop_live(self, run_id: str) -> None:
+        try:
+            await self.stop_run(run_id)
+        except StillhouseError as error:
+            if error.reason is not Reason.RUN_STATE:
+                raise
+
+    async def _schedule(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                await self._start_queued()
+            except Exception:
+                log.exception("queue not served", retry_after_s=RETRY_S)
+                await asyncio.sleep(RETRY_S)
+                self._news.set()
+
+    async def _start_queued(self) -> None:
+        """Start what fits. A run that waits for devices lets none behind it pass that wants the same kind."""
+        blocked: set[bool] = set()
+        for run in await self._db(self._store.queue):
+            need = Need.of(run.effective_spec)
+            lack = self.slots.lacks(need)
+            if lack is not None:
+                await self._refuse(run, lack)
+                continue
+            devices = None if need.on_cpu in blocked else self.slots.take(need)
+            if devices is None:
+                blocked.add(need.on_cpu)
+            else:
+                await self._launch(run, devices)
+
+    async def _refuse(self, run: Run, lack: str) -> None:
+        run_id = run.name.removeprefix("runs/")
+        error = StillhouseError(Reason.RUN_STATE, f"Run {run_id} cannot start: {lack}.")
+        waiting = frozenset({state.PENDING})
+        await self._db(
+            self._store.change, run_id, "fail", state.FAILED, allowed=waiting, error=to_status(error)
+        )
+        self._bell.ring(run_id)
+
+    async def _launch(self, run: Run, devices: tuple[int, ...]) -> None:
+        run_id = run.name.removeprefix("runs/")
+        try:
+            attempt = await self._db(self._store.begin_attempt, run_id, devices)
+        except StillhouseError as error:
+            self.slots.release(devices)
+            if error.reason not in (Reason.RUN_STATE, Reason.RUN_NOT_FOUND):
+                raise
+            return  # it was stopped or deleted meanwhile
+        self._bell.ring(run_id)
+        run_dir = self.run_dir(run_id)
+        try:
+            child = await asyncio.to_thread(self._spawn, run, run_dir, attempt, devices)
+        except Exception as error:
+            log.exception("attempt not started", run=run_id, attempt=attempt)
+            self.slots.release(devices)
+            await self._fail_to_start(run_id, attempt, error)
+            return
+        log.info("attempt started", run=run_id, attempt=attempt, devices=devices)
+        overseer = Overseer(self._keeping, run_id, run_dir, attempt=attempt, process=child)
+        self._look_after(run_id, overseer, devices)
+        if (await self._db(self._store.get, run_id)).state == state.STOPPING:
+            overseer.ask_stop()
+
+    def _spawn(self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...]) -> process.Child:
+        """Fence off earlier attempts, then start the process."""
+        if not run_dir.effective_spec_path.exists():
+            RunDir.create(run_dir.path, run.spec, run.effective_spec)
+        run_dir.write_control(attempt, stop=False)
+        process.end_leftover(run_dir)
+        return process.start(
+            run_dir,
+            attempt,
+            devices=devices,
+            threads=self.slots.threads(devices),
+            credentials=self._options.data_dir / "credentials.toml",
+        )
+
+    async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
+        error = StillhouseError(
+            Reason.PROCESS_DIED, f"The training process of run {run_id} could not be started: {cause}."
+        )
+        await self._db(
+            self._store.end_attempt,
+            run_id,
+            attempt,
+            state.FAILED,
+            exit_code=0,
+            signal=0,
+            error=to_status(error),
+        )
+        self._bell.ring(run_id)
+
+    async def _adopt(self, run: Run) -> None:
+        """Look after a run that an earlier service started, whether its process lives or not."""
+        run_id = run.name.removeprefix("runs/")
+        run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
+        devices = await self._db(self._store.devices, run_id, attempt)
+        record = await asyncio.to_thread(process.find, run_dir, attempt)
+        log.info("run adopted", run=run_id, attempt=attempt, pid=record.pid if record else None)
+        self.slots.hold(devices)
+        idle, adopting = Run.CONDITION_UNSPECIFIED, Run.CONDITION_ADOPTING
+        await self._db(self._store.set_condition, run_id, adopting, instead_of=idle)
+        overseer = Overseer(self._keeping, run_id, run_dir, attempt=attempt, process=Adopted(record))
+        self._look_after(run_id, overseer, devices)
+        if run.state == state.STOPPING:
+            overseer.ask_stop()
+
+    def _look_after(self, run_id: str, overseer: Overseer, devices: tuple[int, ...]) -> None:
+        self._overseers[run_id] = overseer
+        self._tasks[run_id] = asyncio.create_task(
+            self._oversee(run_id, overseer, devices), name=f"run {run_id}"
+        )
+
+    async def _oversee(self, run_id: str, overseer: Overseer, devices: tuple[int, ...]) -> None:
+        try:
+            await self._watch(run_id, overseer)
+        finally:
+            self.slots.release(devices)
+            # A resumed run may have its next overseer already.
+            if self._overseers.get(run_id) is overseer:
+                del self._overseers[run_id], self._tasks[run_id]
+            self.wake()
+
+    async def _watch(self, run_id: str, overseer: Overseer) -> None:
+        """Return once the run's process has ended and the store knows; what goes wrong on the way is tried again."""
+        while True:
+            try:
+                await overseer.watch()
+                break
+            except Exception:
+                log.exception("run not looked after", run=run_id, retry_after_s=RETRY_S)
+            await asyncio.sleep(RETRY_S)
