@@ -146,7 +146,7 @@ def state_line(run: run_pb2.Run) -> str:
     """One line that says where a run is; with its duration once it has ended, and why it failed."""
     text = f"run {run_id(run.name)}: {state_name(run)}"
     if run.progress.step:
-        text += f" at step {progress_text(run.progress)}"
+        text += f" at step {progress_text(run.progress).partition(' ')[0]}"
     if len(run.attempts) > 1:
         text += f", attempt {len(run.attempts)}"
     if run.state in ENDED and run.HasField("start_time") and run.HasField("end_time"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--watch", is_flag=True, help="Follow the run until it ends.")
 @click.option(
-    "--validate", is_flag=True, help="Check the file and show the effective settings; create nothing."
+    "--validate", is_flag=True, help="Check the file and show the effective settings; create no run."
 )
 @click.option("--push", is_flag=True, help="Copy datasets that lie beside FILE to the trainer first.")
 @click.option(
@@ -48,12 +48,12 @@ def create(
     from client.run_file import load_run_file
 
     loaded = load_run_file(file, overrides)
-    if validate:
-        return _validate(session, loaded)
     if push:
         session.trainer.push_datasets_of(
             loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
         )
+    if validate:
+        return _validate(session, loaded)
     run = session.trainer.create_run(loaded, request_id=request_id)
     if session.as_json and not watch:
         session.emit(as_json(run.get()) | {"id": run.id})

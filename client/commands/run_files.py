@@ -15,9 +15,7 @@ from client.commands.common import Session, command
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Stay until the run ends.")
 @click.option("--attempt", type=click.IntRange(0), default=0, help="Only this attempt; 0 means all of them.")
-@click.option(
-    "--tail", "tail_bytes", type=click.IntRange(1), default=None, help="Only the last so many bytes."
-)
+@click.option("--tail-bytes", type=click.IntRange(1), default=None, help="Only the last so many bytes.")
 def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int | None) -> int:
     """Print RUN's log.
 

@@ -57,16 +57,14 @@ def metrics(
 @_key
 @_start
 @_end
-@click.option("--log", "log_scale", is_flag=True, help="Logarithmic axis of values.")
-def plot(
-    session: Session, *, run: str, keys: tuple[str, ...], start_step: int, end_step: int, log_scale: bool
-) -> None:
+def plot(session: Session, *, run: str, keys: tuple[str, ...], start_step: int, end_step: int) -> None:
     """Draw RUN's metrics as curves.
 
     Those are loss and evaluation, or what --key names.
     """
     series = session.run(run).metrics(*keys, start_step=start_step, end_step=end_step)
-    shown = {key: series[key] for key in (keys or MAIN) if key in series and len(series[key].steps)}
+    shown = {key: _finite(series[key]) for key in (keys or MAIN) if key in series}
+    shown = {key: each for key, each in shown.items() if len(each.steps)}
     if session.as_json:
         session.emit({"series": {key: _as_json(each) for key, each in shown.items()}})
     elif not shown:
@@ -74,7 +72,16 @@ def plot(
         session.say(f"There is nothing to draw; the run has these metrics: {known}.")
     else:
         for key, each in shown.items():
-            click.echo(_curve(key, each, log_scale=log_scale))
+            click.echo(_curve(key, each))
+
+
+def _finite(series: Series) -> Series:
+    import numpy as np
+
+    from client.run_handle import Series
+
+    kept = np.isfinite(series.values)
+    return Series(steps=series.steps[kept], values=series.values[kept])
 
 
 def _as_json(series: Series) -> dict[str, list[Any]]:
@@ -95,19 +102,17 @@ def _table(series: dict[str, Series]) -> str:
     return columns(rows, header=("step", *cells))
 
 
-def _curve(key: str, series: Series, *, log_scale: bool) -> str:
+def _curve(key: str, series: Series) -> str:
     import plotext
 
-    plotext.clear_figure()
-    if not sys.stdout.isatty():
-        plotext.theme("clear")
-    plotext.plot_size(min(shutil.get_terminal_size((100, 24)).columns, 120), PLOT_LINES)
-    plotext.title(key)
-    plotext.xlabel("step")
-    if log_scale and (series.values > 0).all():
-        plotext.yscale("log")
-    plotext.plot(series.steps.tolist(), series.values.tolist())
-    return str(plotext.build())
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    figure = plotext.figure
+    figure.clear()
+    curve = figure.signal(series.steps.tolist(), series.values.tolist())
+    curve.lines()
+    figure.draw(curve).title(key).label("step").theme("colorless").plot_size(width, PLOT_LINES)
+    drawn = str(figure.build())
+    return drawn if sys.stdout.isatty() else str(plotext.uncolorize(drawn))
 
 
 COMMANDS = (metrics, plot)
