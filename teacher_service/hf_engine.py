@@ -244,9 +244,10 @@ def _describe(
         teacher_pb2.CAPABILITY_LOG_PARTITIONS,
         teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
         teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
-        teacher_pb2.CAPABILITY_HOT_ADAPTERS,
         teacher_pb2.CAPABILITY_ENTROPY,
     }
+    if config.max_adapters:
+        capabilities.add(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
     if model.splits:
         capabilities.add(teacher_pb2.CAPABILITY_HIDDEN_STATES)
     quantization = ""
