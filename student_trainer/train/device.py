@@ -30,9 +30,8 @@ def make_accelerator(config: OptimizerConfig) -> Any:
             violations=[FieldViolation(field="optimizer.precision", description=description)],
         )
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # costs time, and nothing here reads such memory
-    )
+    # Filling costs time, and nothing here reads uninitialised memory.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     return Accelerator(cpu=not has_gpu, mixed_precision=_MIXED[precision])
 
 

@@ -79,10 +79,15 @@ class ScoreStream:
         self._why_broken = ""
         self._last_answer = time.monotonic()
         self._closed = False
-        self.num_asked = 0
-        """Sequences sent, repetitions included."""
+        self._num_sent_before = 0
         self._thread = threading.Thread(target=self._run, name="score-stream", daemon=True)
         self._thread.start()
+
+    @property
+    def num_asked(self) -> int:
+        """Sequences sent, repetitions included."""
+        with self._changed:
+            return self._num_sent_before + (self._outbox.num_sent if self._outbox else 0)
 
     def submit(self, sequence_id: int, token_ids: NDArray[np.int32], start: int, place: str) -> None:
         """Ask for the distributions at positions [start, T); `place` is named in errors."""
@@ -186,7 +191,7 @@ class ScoreStream:
         finally:
             with self._changed:
                 self._outbox = None
-                self.num_asked += outbox.num_sent
+                self._num_sent_before += outbox.num_sent
             outbox.close()
         if not self._closed:
             raise StillhouseError(

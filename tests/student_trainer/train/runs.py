@@ -1,0 +1,86 @@
+"""Run directories made by hand, as the run service makes them, and the training process on them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import json_format
+from safetensors.numpy import load_file
+
+from protos.stillhouse.v1.run_pb2 import RunSpec
+from student_trainer.config import from_proto, to_proto
+from student_trainer.run_dir import RunDir
+
+
+def make_run(data_dir: Path, name: str, spec: Mapping[str, Any]) -> RunDir:
+    """A run directory that is ready for attempt 1."""
+    message = json_format.ParseDict(dict(spec), RunSpec())
+    run_dir = RunDir.create(data_dir / "runs" / name, message, to_proto(from_proto(message)))
+    run_dir.write_control(1, stop=False)
+    return run_dir
+
+
+def spec_of(
+    student: Path, data: Path, target: str | None, /, **further: Mapping[str, Any] | list[Any]
+) -> dict[str, Any]:
+    """A small run: 7 steps of 2 x 4 sequences, float32 on the wire. `further` replaces fields inside sections."""
+    spec: dict[str, Any] = {
+        "student": {"model": str(student)},
+        "data": {"train": [{"path": str(data)}], "eval_fraction": 0.1},
+        "optimizer": {"learning_rate": 3e-3, "micro_batch_size": 4, "grad_accum_steps": 2},
+        "loss": {"top_k": 32},
+    }
+    if target is not None:
+        spec["teachers"] = [{"targets": [target], "logprob_dtype": "float32"}]
+    for section, values in further.items():
+        spec[section] = {**spec.get(section, {}), **values} if isinstance(values, Mapping) else values
+    return spec
+
+
+def start(
+    run_dir: RunDir, attempt: int = 1, environment: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """The training process as the run service starts it."""
+    run_dir.write_control(attempt, stop=False)
+    log = run_dir.log_path(attempt)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "student_trainer.train", str(run_dir.path), "--attempt", str(attempt)],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        )
+
+
+def finish(run_dir: RunDir, attempt: int = 1, environment: Mapping[str, str] | None = None) -> int:
+    """Exit code of a whole attempt."""
+    return start(run_dir, attempt, environment).wait(timeout=200)
+
+
+def events(run_dir: RunDir, kind: str | None = None) -> list[dict[str, Any]]:
+    """The run's events, of one kind or all."""
+    lines, _ = run_dir.read_lines("events.jsonl", 0)
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def metric(run_dir: RunDir, name: str) -> dict[int, float]:
+    """Step to value; of several attempts the last counts."""
+    lines, _ = run_dir.read_lines("metrics.jsonl", 0)
+    return {line["step"]: line["values"][name] for line in lines if name in line["values"]}
+
+
+def failure(run_dir: RunDir) -> str:
+    """The sentence of the last `failed` event."""
+    return str(events(run_dir, "failed")[-1]["error"]["message"])
+
+
+def final_weights(run_dir: RunDir) -> dict[str, Any]:
+    """The final model's arrays by name."""
+    return dict(load_file(run_dir.final_path / "model.safetensors"))
