@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer.config_checks import check
+from student_trainer.config_checks import MAX_TOP_K, check
 from student_trainer.config_proto import read, write
 
 FULL_LEARNING_RATE = 1e-5
@@ -357,7 +357,8 @@ def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
     if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
         checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
     if not spec.evaluation.HasField("top_k"):
-        evaluation = replace(evaluation, top_k=config.loss.top_k)
+        # Within its range, so that a loss.top_k outside of it is reported once.
+        evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
     if not evaluation.metrics:
         metrics = ("kl", "perplexity", "agreement") if config.teachers else ("perplexity",)
         evaluation = replace(evaluation, metrics=metrics)

@@ -12,7 +12,7 @@ from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
 from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DatabaseError, OperationalError
 from sqlalchemy.pool import StaticPool
 
 from protos.errors import Reason, StillhouseError
@@ -36,7 +36,7 @@ def open_database(path: Path) -> Engine:
     event.listen(engine, "connect", _set_pragmas)
     try:
         _migrate(engine)
-    except (CommandError, OperationalError) as error:
+    except (CommandError, DatabaseError) as error:
         engine.dispose()
         raise StillhouseError(
             Reason.INVALID_CONFIG,

@@ -1,0 +1,203 @@
+"""A run's configuration: the same fields as the contract, every default in one place, every problem at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1.run_pb2 import RunSpec
+from student_trainer import config, config_checks
+from student_trainer.config import RunConfig, from_proto, to_proto
+from student_trainer.config_proto import kinds
+from tests.student_trainer.specs import SMALLEST, changed, spec_of
+
+PYTHON_TYPES = {
+    FieldDescriptor.CPPTYPE_INT32: "int",
+    FieldDescriptor.CPPTYPE_INT64: "int",
+    FieldDescriptor.CPPTYPE_DOUBLE: "float",
+    FieldDescriptor.CPPTYPE_BOOL: "bool",
+    FieldDescriptor.CPPTYPE_STRING: "str",
+}
+
+
+def compare(cls: type[Any], message: Descriptor) -> list[type[Any]]:
+    """Assert that `cls` has the fields of `message`, in order and in kind; the classes that were compared."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    assert list(fields) == [field.name for field in message.fields], cls.__name__
+    compared = [cls]
+    for name, kind in kinds(cls).items():
+        descriptor = message.fields_by_name[name]
+        if kind.mapping:
+            assert descriptor.message_type.GetOptions().map_entry
+        elif kind.nested is not None:
+            compared += compare(kind.nested, descriptor.message_type)
+        else:
+            assert PYTHON_TYPES[descriptor.cpp_type] in str(fields[name].type), f"{cls.__name__}.{name}"
+    return compared
+
+
+def violations(spec: RunSpec) -> dict[str, str]:
+    with pytest.raises(StillhouseError) as caught:
+        from_proto(spec)
+    assert caught.value.reason is Reason.INVALID_SPEC
+    assert all(each.field in str(caught.value) for each in caught.value.violations)
+    return {each.field: each.description for each in caught.value.violations}
+
+
+def test_config_has_the_fields_of_the_contract() -> None:
+    compared = compare(RunConfig, RunSpec.DESCRIPTOR)
+    declared = {
+        each
+        for each in vars(config).values()
+        if dataclasses.is_dataclass(each) and each.__module__ == config.__name__
+    }
+    assert set(compared) == declared
+
+
+def test_every_rule_names_a_field_that_exists() -> None:
+    classes = {each.__name__: each for each in compare(RunConfig, RunSpec.DESCRIPTOR)}
+    for key in (*config_checks.CHOICES, *config_checks.RANGES, *config_checks.SUPPORTED):
+        name, _, field = key.partition(".")
+        assert field in {each.name for each in dataclasses.fields(classes[name])}, key
+
+
+def test_every_number_has_a_range() -> None:
+    for cls in compare(RunConfig, RunSpec.DESCRIPTOR):
+        for field in dataclasses.fields(cls):
+            if re.search(r"\b(int|float)\b", str(field.type)):
+                assert f"{cls.__name__}.{field.name}" in config_checks.RANGES
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    run = from_proto(spec_of(SMALLEST))
+    assert run.loss == config.LossConfig()
+    assert (run.loss.terms[0].divergence, run.loss.top_k, run.loss.temperature_mode) == (
+        "forward_kl",
+        64,
+        "exact",
+    )
+    assert (run.optimizer.name, run.optimizer.learning_rate, run.optimizer.seed) == ("adamw", 1e-5, 0)
+    assert (run.data.max_sequence_tokens, run.data.eval_fraction, run.data.completion_only) == (
+        2048,
+        0.02,
+        True,
+    )
+    assert (run.checkpoint.every_steps, run.checkpoint.keep) == (500, 2)
+    assert (run.retry.max_attempts, run.retry.teacher_wait_s) == (1, 3600)
+    assert run.evaluation.metrics == ("kl", "perplexity", "agreement")
+    assert run.student.output == "merged"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "expected"),
+    [
+        ("student.lora", {}, "optimizer.learning_rate", 1e-4),
+        ("student.lora", {}, "student.output", "both"),
+        ("optimizer.seed", 7, "data.seed", 7),
+        ("loss.top_k", 32, "evaluation.top_k", 32),
+        ("checkpoint.every_seconds", 60, "checkpoint.every_steps", None),
+        ("optimizer.max_grad_norm", 0, "optimizer.max_grad_norm", 0),
+        ("data.eval_fraction", 0, "data.eval_fraction", 0),
+    ],
+)
+def test_defaults_follow_other_fields_and_zero_is_no_default(
+    path: str, value: Any, field: str, expected: Any
+) -> None:
+    here: Any = from_proto(changed(path, value))
+    for name in field.split("."):
+        here = getattr(here, name)
+    assert here == expected
+
+
+def test_an_effective_spec_reads_as_itself() -> None:
+    spec = changed("student.lora", {"target_modules": ["q_proj"], "dropout": 0.1})
+    spec.labels["team"] = "a"
+    spec.contexts.add().dataset.SetInParent()
+    run = from_proto(spec)
+    effective = to_proto(run)
+    assert from_proto(effective) == run
+    assert to_proto(from_proto(effective)) == effective
+    assert effective.optimizer.HasField("weight_decay")
+    assert effective.contexts[0].WhichOneof("source") == "dataset"
+
+
+def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
+    spec = spec_of(
+        {
+            "loss": {"top_k": 512, "terms": [{"divergence": "forward-kl"}, {"weight": -1}]},
+            "optimizer": {"learning_rate": 0, "lr_scheduler": "cosin"},
+            "teachers": [{"targets": ["localhost"]}],
+        }
+    )
+    found = violations(spec)
+    assert set(found) == {
+        *("loss.top_k", "loss.terms[0].divergence", "loss.terms[1].weight", "optimizer.learning_rate"),
+        *("optimizer.lr_scheduler", "teachers[0].targets[0]", "student.model", "data.train"),
+    }
+    assert found["loss.top_k"] == "512 is out of range; it must be in [1, 256]."
+    assert 'did you mean "forward_kl"?' in found["loss.terms[0].divergence"]
+    assert 'did you mean "cosine"?' in found["optimizer.lr_scheduler"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("task", "evaluate", "task"),
+        ("cache", {"path": "caches/x"}, "cache"),
+        ("student.lora.layers", [-1], "student.lora.layers[0]"),
+        ("student.keep_layers", [0, 2], "student.keep_layers[0]"),
+        ("student.adapter", "runs/abcdefgh2345/final", "student.adapter"),
+        ("student.output", "adapter", "student.output"),
+        ("student.quantization", "nf4", "student.quantization"),
+        ("data.packing", True, "data.packing"),
+        ("data.train", [{"path": "a", "weight": 2}], "data.train[0].weight"),
+        ("data.eval_fraction", 1.0, "data.eval_fraction"),
+        ("data.eval_fraction", "NaN", "data.eval_fraction"),
+        ("optimizer.epochs", "Infinity", "optimizer.epochs"),
+        ("optimizer.name", "paged_adamw_8bit", "optimizer.name"),
+        ("loss.terms", [{"divergence": "reverse_kl"}], "loss.terms[0].divergence"),
+        ("loss.terms", [{"alpha": 0.5}], "loss.terms[0].alpha"),
+        ("loss.terms", [{"weight": 0}], "loss.hard_weight"),
+        ("loss.sparse_target", "sampled", "loss.sparse_target"),
+        ("loss.foreign_tokenizer", "alm", "loss.foreign_tokenizer"),
+        ("loss.temperature", 0, "loss.temperature"),
+        ("contexts", [{"teacher": {}}], "contexts[0].teacher"),
+        ("contexts", [{"weight": 1}], "contexts[0]"),
+        ("contexts", [{"dataset": {}, "loss": {}}], "contexts[0].loss"),
+        ("evaluation.metrics", ["kl", "bleu"], "evaluation.metrics[1]"),
+        ("evaluation.best_metric", "kl", "evaluation.best_metric"),
+        ("evaluation.generation", {}, "evaluation.generation"),
+        ("resources.num_processes", 2, "resources.num_processes"),
+        ("resources.gpus", [0, 0], "resources.gpus"),
+        ("retry.halve_micro_batch", True, "retry.halve_micro_batch"),
+        ("teachers.0.targets", [], "teachers[0].targets"),
+        ("teachers.0.targets", ["host:99999"], "teachers[0].targets[0]"),
+        ("teachers.0.prefetch_steps", 65, "teachers[0].prefetch_steps"),
+        ("teachers", [], "teachers"),
+        ("teachers", [{"targets": ["a:1"]}, {"targets": ["b:1"]}], "teachers"),
+        ("display_name", "a\u001b[2Jb", "display_name"),
+        ("display_name", "x" * 201, "display_name"),
+        ("student.model", "a\0b", "student.model"),
+    ],
+)
+def test_a_spec_that_cannot_run_is_refused_by_name(path: str, value: Any, field: str) -> None:
+    assert field in violations(changed(path, value))
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    values = {**SMALLEST, "teachers": [], "loss": {"terms": [{"weight": 0}], "hard_weight": 1}}
+    run = from_proto(spec_of(values))
+    assert not run.loss.asks_teacher
+    assert run.evaluation.metrics == ("perplexity",)
+    found = violations(spec_of({**values, "evaluation": {"metrics": ["kl"]}}))
+    assert '"kl"' in found["teachers"]
+
+
+@pytest.mark.parametrize("target", ["host:1", "10.0.0.1:7401", "[::1]:7401", "unix:/run/teacher.sock"])
+def test_targets_that_are_addresses(target: str) -> None:
+    assert from_proto(changed("teachers.0.targets", [target])).teachers[0].targets == (target,)
