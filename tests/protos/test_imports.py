@@ -1,0 +1,31 @@
+"""The contract is light: no program pays for torch, or for another program, by importing it."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import protos
+
+MODULES = sorted(path.stem for path in Path(protos.__file__).parent.glob("*.py") if path.stem != "__init__")
+HEAVY = (
+    "torch",
+    "transformers",
+    "vllm",
+    "peft",
+    "accelerate",
+    "pyarrow",
+    "teacher_service",
+    "student_trainer",
+    "client",
+)
+
+
+def test_every_module_of_the_contract_imports_without_anything_heavy() -> None:
+    program = (
+        f"import importlib, sys\nfor name in {MODULES}: importlib.import_module('protos.' + name)\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
