@@ -28,9 +28,13 @@ class RunView(ABC):
         self._state = ""
         self._progress = run_pb2.Progress()
         self._attempts = 0
+        self._is_lost = False
 
     def show(self, event: run_pb2.WatchRunResponse) -> None:
         """Shows what `event` says."""
+        if self._is_lost:
+            self._is_lost = False
+            self.line("Connected again.")
         if event.WhichOneof("event") == "run":
             self._show_run(event.run)
         elif event.WhichOneof("event") == "metrics":
@@ -41,8 +45,10 @@ class RunView(ABC):
                 self.step(event.metrics, self._progress.total_steps)
 
     def lost(self, error: StillhouseError, pause_s: float) -> None:
-        """Says that the stream was lost and is tried again."""
-        self.line(f"{error.message} Trying again in {pause_s:.0f} s; the run is not affected.")
+        """Says once that the stream was lost and is tried again."""
+        if not self._is_lost:
+            self._is_lost = True
+            self.line(f"{error.message}\nTrying again from {pause_s:.1f} s on; the run is not affected.")
 
     def _show_run(self, run: run_pb2.Run) -> None:
         self._progress.CopyFrom(run.progress)
