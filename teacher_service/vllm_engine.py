@@ -30,7 +30,7 @@ from teacher_service.vllm_adapters import VllmAdapters
 from teacher_service.vllm_errors import engine_dead, not_started, translated
 from teacher_service.vllm_requests import Requests, require_top_k_only, require_whole
 from teacher_service.vllm_rows import to_distributions
-from teacher_service.vllm_setup import engine_arguments, require_vllm, set_environment
+from teacher_service.vllm_setup import engine_arguments, require_vllm, set_cpu_environment, set_environment
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time for vLLM's processes to end by themselves; they are killed after it."""
@@ -107,7 +107,7 @@ class VllmEngine:
         """Pieces of one sample; closing the iterator aborts it inside vLLM."""
         if item.options is not None:
             require_top_k_only(item.options, queries=False)
-        top_k = self._requests.written_columns(item)
+        top_k = 0 if item.options is None else self._requests.columns(item.options)
         position = len(item.token_ids)
         params = self._requests.sampling(item)
         async with aclosing(self._outputs(item.token_ids.tolist(), params, item.adapter)) as outputs:
@@ -116,7 +116,7 @@ class VllmEngine:
                 token_ids = np.asarray(completion.token_ids, dtype=np.int32)
                 self._requests.require_known(token_ids)
                 rows = None
-                if top_k is not None and len(token_ids):
+                if len(token_ids):
                     rows = to_distributions(
                         completion.logprobs,
                         first_row=0,
@@ -210,9 +210,11 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     text_config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    arguments = engine_arguments(
-        config, directory, on_cpu=bool(current_platform.is_cpu()), vocab_size=int(text_config.vocab_size)
-    )
+    on_cpu = bool(current_platform.is_cpu())
+    if on_cpu:
+        set_cpu_environment()
+    vocab_size = int(text_config.vocab_size)
+    arguments = engine_arguments(config, directory, on_cpu=on_cpu, vocab_size=vocab_size)
     try:
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     except (ValueError, RuntimeError, OSError, NotImplementedError) as error:

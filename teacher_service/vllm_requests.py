@@ -67,13 +67,10 @@ class Requests:
                 f"{high:g}. Choose one of these, or use a teacher started with --engine hf.",
             )
         return SamplingParams(
+            **self._drawing(item),
             max_tokens=min(item.max_new_tokens, self._info.max_sequence_tokens - len(item.token_ids)),
-            temperature=item.temperature,
-            top_p=item.top_p,
-            top_k=item.top_k if self._cuts(item.top_k) else 0,
-            # vLLM takes -1 for "no seed"; without the sign every seed is one.
-            seed=None if item.seed is None else item.seed & (2**63 - 1),
-            logprobs=self.written_columns(item),
+            # The token alone is always asked for: it shows whether the model's numbers are numbers.
+            logprobs=0 if item.options is None else self.columns(item.options),
             logit_bias=self._bias,
             stop_token_ids=list(self._info.eos_token_ids),
             ignore_eos=True,  # the ids above are all that end a sample
@@ -83,11 +80,26 @@ class Requests:
             stream_interval=STREAM_INTERVAL_TOKENS,
         )
 
-    def written_columns(self, item: GenerateItem) -> int | None:
-        """Candidates to ask for with every token of a sample; 0 is the token alone, None nothing at all."""
-        if item.options is not None:
-            return self.columns(item.options)
-        return 0 if self._draws_from_raw(item) else None
+    def _drawing(self, item: GenerateItem) -> dict[str, Any]:
+        """How tokens are drawn, by vLLM or, with a seed on a CPU, by `vllm_seeds`."""
+        from vllm.platforms import current_platform
+
+        if item.temperature == 0:
+            return {"temperature": 0.0}
+        if item.seed is not None and current_platform.is_cpu():
+            from teacher_service.vllm_seeds import draw_argument
+
+            return {
+                "temperature": 0.0,
+                "extra_args": draw_argument(item, num_valid=self._info.tokenizer_size),
+            }
+        return {
+            "temperature": item.temperature,
+            "top_p": item.top_p,
+            "top_k": item.top_k if self._cuts(item.top_k) else 0,
+            # vLLM takes -1 for "no seed"; without the sign every seed is one.
+            "seed": None if item.seed is None else item.seed & (2**63 - 1),
+        }
 
     def sampling_logprobs(
         self, item: GenerateItem, num_tokens: int, rows: Distributions | None

@@ -69,6 +69,12 @@ def set_environment(config: TeacherConfig) -> None:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
 
 
+def set_cpu_environment() -> None:
+    """Sets what only the CPU build reads, once it is known to be one."""
+    # `vllm_seeds` is written for the first model runner; the second needs Triton, which few CPU builds have.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+
 def engine_arguments(
     config: TeacherConfig, directory: Path, *, on_cpu: bool, vocab_size: int
 ) -> dict[str, Any]:
@@ -98,7 +104,10 @@ def engine_arguments(
     if config.quantization:
         arguments["quantization"] = config.quantization
     if on_cpu:
+        from teacher_service import vllm_seeds
+
         arguments["enforce_eager"] = True
+        arguments["logits_processors"] = [vllm_seeds.NAME]
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if config.max_adapters:
         arguments |= _adapter_arguments(config, on_cpu=on_cpu)
