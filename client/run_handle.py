@@ -72,11 +72,18 @@ class RunHandle:
         A lost stream is taken up after the last sequence that was given out; `on_lost` is told.
         """
         last = after_sequence
+        is_live = False
 
         def open_stream() -> Iterator[run_pb2.WatchRunResponse]:
-            return self._stream(
-                self._stub.WatchRun, run_pb2.WatchRunRequest(name=self.name, after_sequence=last)
-            )
+            nonlocal is_live
+            request = run_pb2.WatchRunRequest(name=self.name, after_sequence=last)
+            for event in self._stream(self._stub.WatchRun, request):
+                if event.WhichOneof("event") == "run":
+                    is_live = event.run.state not in ENDED
+                yield event
+            if is_live:
+                message = f"The trainer at {self._trainer.target} closed the stream of run {self.id}, which goes on."
+                raise StillhouseError(Reason.SERVICE_UNREACHABLE, message)
 
         while True:
             try:

@@ -143,7 +143,9 @@ def test_bad_usage_is_code_2(tmp_path: Path) -> None:
     assert result.stderr == f'{run_file}:1:1: studnet: there is no such field; did you mean "student"?\n'
     result = invoke("run", "create", str(run_file), "--json")
     violations = json.loads(result.stderr)["error"]["violations"]
-    assert violations == [{"field": "studnet", "description": 'there is no such field; did you mean "student"?'}]
+    assert violations == [
+        {"field": "studnet", "description": 'there is no such field; did you mean "student"?'}
+    ]
 
 
 def test_version_is_told() -> None:

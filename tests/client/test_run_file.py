@@ -134,7 +134,9 @@ def test_bytes_that_are_not_utf8_and_huge_files_are_refused() -> None:
 
 
 def test_json_with_tabs_and_surrogate_pairs_is_read() -> None:
-    text = '{\n\t"displayName":\t"\\ud83d\\ude00 \\/",\n\t"optimizer": {"maxSteps": "7", "weightDecay": 1E-2}\n}'
+    text = (
+        '{\n\t"displayName":\t"\\ud83d\\ude00 \\/",\n\t"optimizer": {"maxSteps": "7", "weightDecay": 1E-2}\n}'
+    )
     spec = read(text, source="run.json").spec
     assert spec.display_name == "\U0001f600 /"
     assert (spec.optimizer.max_steps, spec.optimizer.weight_decay) == (7, 0.01)
@@ -182,7 +184,9 @@ def test_other_errors_are_left_alone() -> None:
 
 def test_fields_from_python_are_checked_without_lines() -> None:
     assert parse_fields({"student": {"model": "x"}}, ["loss.top_k=3"]).spec.loss.top_k == 3
-    with pytest.raises(StillhouseError, match=r'^student\.modle: there is no such field; did you mean "model"\?$'):
+    with pytest.raises(
+        StillhouseError, match=r'^student\.modle: there is no such field; did you mean "model"\?$'
+    ):
         parse_fields({"student": {"modle": "x"}})
 
 
