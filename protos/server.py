@@ -142,9 +142,9 @@ class Server:
         signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
         for number in _SIGNALS:
             loop.add_signal_handler(number, signals.put_nowait, number)
+        first, ended = loop.create_task(signals.get()), loop.create_task(_ended(self.aio))
+        hasten: asyncio.Task[signal.Signals] | None = None
         try:
-            first = loop.create_task(signals.get())
-            ended = loop.create_task(_ended(self.aio))
             await asyncio.wait({first, ended}, return_when=asyncio.FIRST_COMPLETED)
             if first.done():
                 log.info(
@@ -152,10 +152,10 @@ class Server:
                 )
                 hasten = loop.create_task(signals.get())
                 await self._drain(drain, grace_s, hasten)
-                hasten.cancel()
-            first.cancel()
-            ended.cancel()
         finally:
+            for task in (first, ended, hasten):
+                if task is not None:
+                    task.cancel()
             for number in _SIGNALS:
                 loop.remove_signal_handler(number)
 
@@ -178,7 +178,7 @@ class Server:
             log.warning("calls cut off", calls=self._errors.num_calls, hastened=hasten.done())
             finishing.cancel()
             await self.stop(0)
-            await asyncio.wait({finishing})
+            await asyncio.wait({finishing}, timeout=_LAST_WORDS_S)
 
     async def stop(self, grace_s: float) -> None:
         """Takes no more calls, gives those in progress `grace_s`, and cancels the rest."""

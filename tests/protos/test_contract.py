@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor, MethodDescriptor
 
+from protos.channel import SERVICE_CONFIG
 from tests.protos.contract import FILES, declarations, enums, messages
 
 RPCS = [rpc for file in FILES for service in file.services_by_name.values() for rpc in service.methods]
@@ -88,3 +89,13 @@ def test_bulk_numbers_travel_as_bytes() -> None:
 def test_both_services_are_where_clients_look_for_them() -> None:
     names = [service.full_name for file in FILES for service in file.services_by_name.values()]
     assert names == ["stillhouse.v1.TeacherService", "stillhouse.v1.RunService"]
+
+
+def test_only_rpcs_of_the_contract_are_repeated_and_none_that_does_harm_twice() -> None:
+    repeated = {
+        (name["service"], name["method"]) for part in SERVICE_CONFIG["methodConfig"] for name in part["name"]
+    }  # type: ignore[attr-defined]
+    assert repeated <= {(rpc.containing_service.full_name, rpc.name) for rpc in RPCS}
+    assert {method for _, method in repeated}.isdisjoint({"DeleteRun", "ResumeRun", "UnloadAdapter"})
+    streams = {rpc.name for rpc in RPCS if rpc.client_streaming or rpc.server_streaming}
+    assert {method for _, method in repeated}.isdisjoint(streams)
