@@ -111,13 +111,17 @@ class TextCodec:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of every tokenizer file; tokenizer.json is among them for every tokenizer."""
+        """Name and content of every tokenizer file; tokenizer.json is among them for every tokenizer.
+
+        It is the tokenizer as loaded, which is the one that answers: transformers may give it other parts than its file
+        says, by the type of the model beside it.
+        """
         for name in TOKENIZER_FILES:
             path = self._directory / name
-            if path.is_file():
-                yield name, path.read_bytes()
-            elif name == "tokenizer.json":
+            if name == "tokenizer.json":
                 yield name, self._tokenizer.backend_tokenizer.to_str().encode()
+            elif path.is_file():
+                yield name, path.read_bytes()
 
     def stream_decoder(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> StreamDecoder:
         """A decoder of one sample; `context` is the end of its prompt, which decides on the first space."""

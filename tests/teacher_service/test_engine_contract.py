@@ -6,9 +6,10 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -115,14 +116,14 @@ def test_each_bad_sequence_gets_its_own_error_and_the_others_their_answers(
     answers = teacher.score(sequences)
     assert len(answers) == len(sequences)
     whole = reference_logprobs(models.teacher, good)
-    for index, reason in enumerate(wanted):
+    for index, expected in enumerate(wanted):
         answer = answers[index]
-        if reason is None:
+        if expected is None:
             assert not isinstance(answer, StillhouseError)
             assert_agrees(answer, good, whole, top_k=20)
         else:
             assert isinstance(answer, StillhouseError)
-            assert answer.reason == reason
+            assert answer.reason == expected
 
 
 def test_errors_name_value_index_and_limit(teacher: Teacher) -> None:
@@ -223,7 +224,7 @@ def test_more_sequences_than_may_be_in_flight_all_get_answers(teacher: Teacher) 
 def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: Models) -> None:
     ids = random_ids(21)
     wanted = reference_logprobs(models.teacher, ids)[:-1]
-    asked = {
+    asked: dict[int, dict[str, Any]] = {
         teacher_pb2.CAPABILITY_LOG_PARTITIONS: {"temperatures": [0.5, 2.0]},
         teacher_pb2.CAPABILITY_SAMPLED_TOKENS: {"num_sampled_tokens": 8},
         teacher_pb2.CAPABILITY_ENTROPY: {"entropy": True},
@@ -407,7 +408,7 @@ def test_a_sample_ends_at_the_models_length(teacher: Teacher) -> None:
     ],
 )
 def test_impossible_sampling_is_refused_before_anything_is_written(
-    teacher: Teacher, fields: dict[str, object]
+    teacher: Teacher, fields: dict[str, Any]
 ) -> None:
     with pytest.raises(StillhouseError) as caught:
         teacher.generate([prompt([1, 2])], **fields)
@@ -505,7 +506,7 @@ def test_what_is_no_adapter_is_refused_and_the_teacher_goes_on(
     for name, path, reason in wanted:
         error = refusal(
             teacher,
-            lambda name=name, path=path: teacher.stub.LoadAdapter(  # type: ignore[misc]
+            lambda name=name, path=path: teacher.stub.LoadAdapter(
                 teacher_pb2.LoadAdapterRequest(adapter=name, path=path)
             ),
         )
@@ -563,20 +564,19 @@ def test_the_teacher_describes_itself_completely(teacher: Teacher, models: Model
     assert teacher_pb2.CAPABILITY_HOT_ADAPTERS in info.capabilities
 
 
-def test_the_tokenizer_that_is_sent_is_the_one_that_is_described(teacher: Teacher, tmp_path: Path) -> None:
+def test_the_tokenizer_that_is_sent_is_the_one_that_is_described(teacher: Teacher, models: Models) -> None:
     from transformers import AutoTokenizer
 
+    files: dict[str, bytes] = {}
     name = ""
     for piece in teacher.stub.GetTokenizer(teacher_pb2.GetTokenizerRequest()):
         name = piece.file_name or name
-        with (tmp_path / name).open("ab") as file:
-            file.write(piece.data)
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    fingerprint = tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
-    assert fingerprint == teacher.info.tokenizer_fingerprint
+        files[name] = files.get(name, b"") + piece.data
+    special = AutoTokenizer.from_pretrained(models.teacher).special_tokens_map
+    assert tokenizer_fingerprint(files["tokenizer.json"], special) == teacher.info.tokenizer_fingerprint
 
 
-def refusal(teacher: Teacher, call: object) -> StillhouseError:
+def refusal(teacher: Teacher, call: Callable[[], object]) -> StillhouseError:
     with pytest.raises(grpc.RpcError) as caught:
-        call()  # type: ignore[operator]
+        call()
     return from_rpc_error(caught.value, target=teacher.target, service="teacher")
