@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from protos.errors import Reason, StillhouseError
 from teacher_service.engine import LoadedAdapter
 from teacher_service.fingerprint import adapter_fingerprint
+from teacher_service.vllm_adapter_files import AdapterRules, invalid
 from teacher_service.vllm_errors import first_line
 
 
@@ -21,9 +21,9 @@ class VllmAdapters:
     load, so that nothing computed for one adapter can serve another.
     """
 
-    def __init__(self, *, max_adapters: int, max_rank: int) -> None:
+    def __init__(self, *, max_adapters: int, rules: AdapterRules) -> None:
         self._max_adapters = max_adapters
-        self._max_rank = max_rank
+        self._rules = rules
         self._numbers = count(1)
         self._loaded: dict[str, tuple[LoadedAdapter, Any]] = {}
         self._changing = asyncio.Lock()
@@ -55,7 +55,7 @@ class VllmAdapters:
                     f"All {self._max_adapters} adapter slots are taken by {', '.join(self._loaded) or 'nothing'}. "
                     "Unload one, or start the teacher with a larger --max-adapters.",
                 )
-            rank = await asyncio.to_thread(self._check, name, path)
+            rank = await asyncio.to_thread(self._rules.check, name, path)
             directory = str(await asyncio.to_thread(path.resolve))
             fingerprint = await asyncio.to_thread(adapter_fingerprint, path)
             number = next(self._numbers)
@@ -66,9 +66,9 @@ class VllmAdapters:
                 accepted = await llm.add_lora(request)
             except Exception as error:  # whatever vLLM's worker makes of the files
                 await llm.check_health()
-                raise _invalid(name, first_line(error)) from error
+                raise invalid(name, first_line(error)) from error
             if not accepted:
-                raise _invalid(name, "vLLM did not take it")
+                raise invalid(name, "vLLM did not take it")
             adapter = LoadedAdapter(name=name, fingerprint=fingerprint, rank=rank, path=path)
             self._loaded[name] = (adapter, request)
             return adapter
@@ -79,43 +79,3 @@ class VllmAdapters:
             request = self.request(name)
             del self._loaded[name]
             await llm.remove_lora(request.lora_int_id)
-
-    def _check(self, name: str, path: Path) -> int:
-        """The rank of an adapter whose files are what they say."""
-        try:
-            config = json.loads((path / "adapter_config.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise _invalid(name, f"its adapter_config.json cannot be read ({first_line(error)})") from error
-        if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-            kind = config.get("peft_type") if isinstance(config, dict) else "no object"
-            raise _invalid(name, f"its peft_type is {kind!r}, and only LORA is served")
-        patterns = config.get("rank_pattern") or {}
-        ranks = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
-        for rank in ranks:
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise _invalid(name, f"its rank r is {rank!r}, which is no positive number")
-            if rank > self._max_rank:
-                raise _invalid(
-                    name,
-                    f"its rank is {rank}, and this teacher takes at most --max-lora-rank {self._max_rank}",
-                )
-        _require_finite_weights(name, path / "adapter_model.safetensors")
-        return max(rank for rank in ranks if isinstance(rank, int))
-
-
-def _require_finite_weights(name: str, path: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - it is no mapping
-                if not bool(weights.get_tensor(key).isfinite().all()):
-                    raise _invalid(name, f"its weight {key} holds values that are not finite numbers")
-    except (OSError, SafetensorError) as error:
-        raise _invalid(name, f"its adapter_model.safetensors cannot be read ({first_line(error)})") from error
-
-
-def _invalid(name: str, why: str) -> StillhouseError:
-    return StillhouseError(
-        Reason.ADAPTER_INVALID, f"Adapter {name!r} cannot be loaded: {why.rstrip('.')}.", resource=name
-    )

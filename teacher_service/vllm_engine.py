@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from itertools import count
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import Distributions
@@ -26,6 +27,7 @@ from teacher_service.engine import (
 from teacher_service.fingerprint import model_fingerprint
 from teacher_service.model_files import ModelFiles, locate_model
 from teacher_service.text import TextCodec
+from teacher_service.vllm_adapter_files import AdapterRules, matrix_shapes
 from teacher_service.vllm_adapters import VllmAdapters
 from teacher_service.vllm_errors import engine_dead, not_started, translated
 from teacher_service.vllm_requests import Requests, require_top_k_only, require_whole
@@ -45,13 +47,21 @@ class VllmEngine:
     padding of the output layer that has to be kept out) and for greedy samples (0), and is empty everywhere else.
     """
 
-    def __init__(self, llm: Any, info: EngineInfo, adapters: VllmAdapters) -> None:
+    def __init__(
+        self,
+        llm: Any,
+        info: EngineInfo,
+        adapters: VllmAdapters,
+        processes: Sequence[psutil.Process] = (),
+    ) -> None:
+        """`processes` are those of `llm`, which go with it."""
         self._llm = llm
         self._info = info
         self._adapters = adapters
         self._requests = Requests(info)
         self._numbers = count(1)
         self._running: set[str] = set()
+        self._processes = processes
 
     @classmethod
     async def load(cls, config: TeacherConfig) -> VllmEngine:
@@ -64,16 +74,20 @@ class VllmEngine:
         set_environment(config)
         files = await asyncio.to_thread(locate_model, config.model, config.revision)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        others = set(psutil.Process().children(recursive=True))
         llm = await asyncio.to_thread(_start, config, files.directory)
+        processes = [each for each in psutil.Process().children(recursive=True) if each not in others]
         try:
             info = await asyncio.to_thread(
                 _describe, config, llm, codec, files, f"vllm {version} (tier public)"
             )
-            adapters = VllmAdapters(max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
-            engine = cls(llm, info, adapters)
+            rules = AdapterRules(
+                max_rank=config.max_lora_rank, shapes=await asyncio.to_thread(matrix_shapes, files.directory)
+            )
+            engine = cls(llm, info, VllmAdapters(max_adapters=config.max_adapters, rules=rules), processes)
             await engine._warm_up()
         except BaseException:
-            await asyncio.to_thread(_stop, llm)
+            await asyncio.to_thread(_stop, llm, processes)
             raise
         return engine
 
@@ -160,7 +174,7 @@ class VllmEngine:
         if not llm.errored and self._running:
             with suppress(Exception):  # it is going away in any case
                 await llm.abort(list(self._running))
-        await asyncio.to_thread(_stop, llm)
+        await asyncio.to_thread(_stop, llm, self._processes)
 
     async def _warm_up(self) -> None:
         """Scores and writes once, so that no request pays for what is made on first use."""
@@ -221,8 +235,13 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
         raise not_started(config.model, error) from error
 
 
-def _stop(llm: Any) -> None:
+def _stop(llm: Any, processes: Sequence[psutil.Process]) -> None:
+    """Ends vLLM; workers whose parent was killed live on without it, so they are ended by their own pids."""
     llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and "VLLM" in process.name():
+                process.kill()
 
 
 def _describe(
