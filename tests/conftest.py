@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ MODEL_FIXTURES = {"hf_teacher", "vllm_teacher"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "model: starts a model; `make check` leaves it out.")
+    # By default SIGTERM would end pytest before its fixtures have ended the services that they started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

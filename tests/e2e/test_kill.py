@@ -28,7 +28,7 @@ from tests.support.runs import Service, completed, curve, log_of, small_spec, tr
 
 KILLS = int(os.environ.get("STILLHOUSE_TEST_KILLS", "20"))
 SEED = int(os.environ.get("STILLHOUSE_TEST_KILL_SEED", "20261122"))
-STEPS, CHECKPOINT_STEPS, PREFETCH_STEPS, BATCH, TOP_K = 300, 2, 2, 4, 16
+STEPS, CHECKPOINT_STEPS, PREFETCH_STEPS, BATCH, TOP_K = 160, 2, 2, 4, 16
 LONGEST_DELAY_S = 0.2
 INSIDE_SAVE_SHARE = 0.4
 
