@@ -17,7 +17,7 @@ from protos.errors import StillhouseError, from_rpc_error
 R = TypeVar("R")
 
 CALL_TIMEOUT_S = 60.0
-FIRST_PAUSE_S = 0.5
+FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 15.0
 PATIENCE_S = 600.0
 """Time without an answer after which a lost stream is given up."""

@@ -204,6 +204,6 @@ def test_a_trainer_cannot_write_elsewhere(tmp_path: Path, path: str) -> None:
 def test_what_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:
     files = Files({"final/x": b"0", "checkpoints/10/state": b"0", "spec.json": b"{}"})
     with pytest.raises(
-        StillhouseError, match='has no artifact "finale"; it has: checkpoints/10, final, spec.json'
+        StillhouseError, match=r'has no artifact "finale"; it has: checkpoints/10, final, spec\.json'
     ):
         files.pull(tmp_path, what="finale")
