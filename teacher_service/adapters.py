@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from protos.errors import Reason, StillhouseError
+from teacher_service.adapter_files import FILES, check_ranks
 from teacher_service.engine import Engine, LoadedAdapter
 from teacher_service.fingerprint import adapter_fingerprint
 
@@ -17,7 +18,6 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 MAX_NAME_CHARS = 128
 MAX_NAMES = 1 << 16
 """Names that a process remembers; about 20 MB."""
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class AdapterRegistry:
@@ -83,6 +83,7 @@ class AdapterRegistry:
                     Reason.ADAPTER_SLOTS,
                     f"This process has seen {MAX_NAMES} adapter names. Restart the teacher.",
                 )
+            await asyncio.to_thread(check_ranks, name, directory)
             adapter = await self._engine.load_adapter(name, directory)
             if adapter.fingerprint != digest:
                 await self._engine.unload_adapter(name)

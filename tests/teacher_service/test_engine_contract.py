@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -504,12 +505,8 @@ def test_what_is_no_adapter_is_refused_and_the_teacher_goes_on(
         ("x" * 200, str(models.adapter_a), Reason.INVALID_REQUEST),
     ]
     for name, path, reason in wanted:
-        error = refusal(
-            teacher,
-            lambda name=name, path=path: teacher.stub.LoadAdapter(
-                teacher_pb2.LoadAdapterRequest(adapter=name, path=path)
-            ),
-        )
+        request = teacher_pb2.LoadAdapterRequest(adapter=name, path=path)
+        error = refusal(teacher, partial(teacher.stub.LoadAdapter, request))
         assert error.reason == reason, (name, path, error.message)
     ids = random_ids(12)
     assert_agrees(teacher.score_one(ids), ids, reference_logprobs(models.teacher, ids), top_k=20)
