@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,37 +13,41 @@ import pytest
 
 from examples.programs import Program
 from student_trainer.run_dir import EXIT_FAILED, RunDir
-from student_trainer.train.__main__ import work
 from tests.conftest import Models
-from tests.student_trainer.train.runs import events, failure, final_weights, make_run, metric, spec_of
+from tests.student_trainer.train.runs import (
+    events,
+    failure,
+    final_weights,
+    finish_here,
+    make_run,
+    metric,
+    spec_of,
+)
 
 Run = Callable[[dict[str, Any]], RunDir]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., RunDir]]:
+def run(tmp_path: Path) -> Callable[..., RunDir]:
     """Trains a spec in this process and returns its directory; `code` is the exit code to expect."""
-    from accelerate.state import AcceleratorState
-
     count = 0
 
     def train(spec: dict[str, Any], *, code: int = 0, stopped: Callable[[], bool] = lambda: False) -> RunDir:
         nonlocal count
         count += 1
-        AcceleratorState._reset_state(reset_partial_state=True)
         run_dir = make_run(tmp_path, f"run-{count}", spec)
-        with run_dir.open_attempt(1) as attempt:
-            assert work(attempt, stopped) == code, events(run_dir)
+        assert finish_here(run_dir, stopped=stopped) == code, events(run_dir)
         return run_dir
 
-    yield train
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return train
 
 
 def test_a_student_that_is_its_teacher_has_loss_zero(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
-    run_dir = run(spec_of(models.teacher, dataset_file, hf_teacher.target, optimizer={"learning_rate": 1e-12}))
+    run_dir = run(
+        spec_of(models.teacher, dataset_file, hf_teacher.target, optimizer={"learning_rate": 1e-12})
+    )
     losses = metric(run_dir, "train/loss")
     assert sorted(losses) == list(range(1, 9))
     assert max(map(abs, losses.values())) < 1e-5
@@ -103,7 +107,9 @@ def test_lora_runs_leave_what_output_says(
 def test_losses_of_a_run_file(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program, loss: dict[str, Any]
 ) -> None:
-    run_dir = run(spec_of(models.student, dataset_file, hf_teacher.target, loss=loss, optimizer={"max_steps": 3}))
+    run_dir = run(
+        spec_of(models.student, dataset_file, hf_teacher.target, loss=loss, optimizer={"max_steps": 3})
+    )
     losses = metric(run_dir, "train/loss")
     assert len(losses) == 3
     soft, hard = metric(run_dir, "train/forward_kl"), metric(run_dir, "train/cross_entropy")
@@ -115,7 +121,11 @@ def test_micro_batches_of_a_run_change_nothing(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
     def losses(micro_batch_size: int) -> list[float]:
-        sizes = {"micro_batch_size": micro_batch_size, "grad_accum_steps": 8 // micro_batch_size, "max_steps": 4}
+        sizes = {
+            "micro_batch_size": micro_batch_size,
+            "grad_accum_steps": 8 // micro_batch_size,
+            "max_steps": 4,
+        }
         run_dir = run(spec_of(models.student, dataset_file, hf_teacher.target, optimizer=sizes))
         return list(metric(run_dir, "train/loss").values())
 
@@ -177,14 +187,29 @@ def test_a_stopped_run_keeps_a_checkpoint(
     assert not run_dir.final_path.exists()
 
 
-def _refusals(models: Models, data: Path, target: str, folder: Path) -> dict[str, tuple[dict[str, Any], str, str]]:
+@pytest.fixture
+def refusals(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> dict[str, tuple[dict[str, Any], str, str]]:
+    """Case to spec, reason and a part of the sentence."""
+    data, target, folder = dataset_file, hf_teacher.target, tmp_path
+    (folder / "long.jsonl").write_text(json.dumps({"text": "Ada has 3 apples. " * 300}) + "
+")
     bad_row = folder / "bad.jsonl"
     bad_row.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     return {
         "no model": (spec_of(folder / "nowhere", data, target), "MODEL_NOT_FOUND", "nowhere"),
-        "no data": (spec_of(models.student, folder / "none.jsonl", target), "DATASET_NOT_FOUND", "none.jsonl"),
+        "no data": (
+            spec_of(models.student, folder / "none.jsonl", target),
+            "DATASET_NOT_FOUND",
+            "none.jsonl",
+        ),
         "bad row": (spec_of(models.student, bad_row, target), "DATASET_INVALID", "row 2, field completion"),
-        "foreign tokenizer": (spec_of(models.foreign, data, target), "TOKENIZER_MISMATCH", "copy the teacher's"),
+        "foreign tokenizer": (
+            spec_of(models.foreign, data, target),
+            "TOKENIZER_MISMATCH",
+            "copy the teacher's",
+        ),
         "too long": (
             spec_of(models.student, folder / "long.jsonl", target),
             "SEQUENCE_TOO_LONG",
@@ -210,18 +235,21 @@ def _refusals(models: Models, data: Path, target: str, folder: Path) -> dict[str
 
 @pytest.mark.parametrize(
     "case",
-    ["no model", "no data", "bad row", "foreign tokenizer", "too long", "no adapter", "no such layers", "fp16 on a CPU"],
+    [
+        "no model",
+        "no data",
+        "bad row",
+        "foreign tokenizer",
+        "too long",
+        "no adapter",
+        "no such layers",
+        "fp16 on a CPU",
+    ],
 )
 def test_bad_runs_are_refused_before_a_step(
-    run: Callable[..., RunDir],
-    models: Models,
-    dataset_file: Path,
-    hf_teacher: Program,
-    tmp_path: Path,
-    case: str,
+    run: Callable[..., RunDir], refusals: dict[str, tuple[dict[str, Any], str, str]], case: str
 ) -> None:
-    (tmp_path / "long.jsonl").write_text(json.dumps({"text": "Ada has 3 apples. " * 300}) + "\n")
-    spec, reason, sentence = _refusals(models, dataset_file, hf_teacher.target, tmp_path)[case]
+    spec, reason, sentence = refusals[case]
     run_dir = run(spec, code=EXIT_FAILED)
     assert sentence in failure(run_dir)
     assert reason in json.dumps(events(run_dir, "failed"))
