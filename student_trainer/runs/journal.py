@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,27 +68,32 @@ def _take(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], batch: Batch, tak
     for line in lines:
         try:
             take(line, batch)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
             log.warning("journal line left out", run=run_dir.path.name, line=dict(line), error=str(error))
 
 
 def _take_event(line: Mapping[str, Any], batch: Batch) -> None:
     kind = line["kind"]
     if kind == "started":
+        total_steps, step = _count(line["total_steps"]), _count(line.get("step", 0))
         batch.started = True
-        batch.changes |= {
-            "total_steps": int(line["total_steps"]),
-            "condition": Run.CONDITION_UNSPECIFIED,
-        }
-        if "step" in line:
-            batch.progress["step"] = int(line["step"])
+        batch.changes |= {"total_steps": total_steps, "condition": Run.CONDITION_UNSPECIFIED}
+        batch.progress["step"] = step
     elif kind == "checkpoint":
-        batch.changes["latest_checkpoint"] = int(line["step"])
+        batch.changes["latest_checkpoint"] = _count(line["step"])
     elif kind == "condition":
         batch.changes["condition"] = _condition(line["condition"])
     elif kind in OUTCOMES:
         error = from_json(line["error"]) if kind == "failed" else None
-        batch.outcomes.append((int(line["attempt"]), Outcome(kind=kind, error=error)))
+        batch.outcomes.append((_count(line["attempt"]), Outcome(kind=kind, error=error)))
+
+
+def _count(value: float) -> int:
+    """`value` as a whole number that the store can hold. Raises ValueError."""
+    number = int(value)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{value} is no count")
+    return number
 
 
 def _condition(name: str | None) -> Run.Condition.ValueType:
@@ -99,11 +105,11 @@ def _take_metrics(line: Mapping[str, Any], batch: Batch) -> None:
     values = {str(name): float(value) for name, value in line["values"].items()}
     time = Timestamp()
     time.FromJsonString(line["time"])
-    attempt, step = int(line["attempt"]), int(line["step"])
-    batch.metrics.append((attempt, MetricPoint(step=step, values=values, attempt=attempt, time=time)))
-    if STEP_METRIC in values:
-        batch.progress["step"] = step
+    attempt, step = _count(line["attempt"]), _count(line["step"])
+    progress: dict[str, Any] = {"step": step} if STEP_METRIC in values else {}
     if "train/trained_tokens" in values:
-        batch.progress["trained_tokens"] = int(values["train/trained_tokens"])
-    if "train/tokens_per_second" in values:
-        batch.progress["tokens_per_second"] = values["train/tokens_per_second"]
+        progress["trained_tokens"] = _count(values["train/trained_tokens"])
+    if math.isfinite(values.get("train/tokens_per_second", math.nan)):
+        progress["tokens_per_second"] = values["train/tokens_per_second"]
+    batch.metrics.append((attempt, MetricPoint(step=step, values=values, attempt=attempt, time=time)))
+    batch.progress |= progress

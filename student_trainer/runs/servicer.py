@@ -21,7 +21,6 @@ from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
 from student_trainer import config
-from student_trainer.run_dir import RunDir
 from student_trainer.runs import datasets, state
 from student_trainer.runs.database import DatabaseThread
 from student_trainer.runs.metrics import to_series
@@ -88,8 +87,6 @@ class RunServicer(RunServiceServicer):
             version=metadata.version("stillhouse"),
         )
         if created:
-            run_path = self._supervisor.run_dir(run_id_of(run.name)).path
-            await asyncio.to_thread(RunDir.create, run_path, request.spec, effective)
             self._supervisor.wake()
         return run
 

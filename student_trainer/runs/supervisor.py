@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from student_trainer.runs.slots import Need, Slots
 from student_trainer.runs.store import Store
 from student_trainer.runs.watch import Bell
 
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RETRY_S = 5.0
 """Time after which the queue or a run is looked at again, if something went wrong."""
 
@@ -175,8 +177,10 @@ class Supervisor:
         )
 
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
+        full = isinstance(cause, OSError) and cause.errno in FULL
         error = StillhouseError(
-            Reason.PROCESS_DIED, f"The training process of run {run_id} could not be started: {cause}."
+            Reason.DISK_FULL if full else Reason.PROCESS_DIED,
+            f"The training process of run {run_id} could not be started: {cause}. Mend that, then resume the run.",
         )
         await self._db(
             self._store.end_attempt,
