@@ -62,7 +62,7 @@ def plot(session: Session, *, run: str, keys: tuple[str, ...], start_step: int, 
 
     Those are loss and evaluation, or what --key names.
     """
-    series = session.run(run).metrics(*keys, start_step=start_step, end_step=end_step)
+    series = session.run(run).metrics(start_step=start_step, end_step=end_step)
     shown = {key: _finite(series[key]) for key in (keys or MAIN) if key in series}
     shown = {key: each for key, each in shown.items() if len(each.steps)}
     if session.as_json:

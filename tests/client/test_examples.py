@@ -1,0 +1,31 @@
+"""The run files in examples/ are valid as they are, and say what they need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from client.run_file import load_run_file
+from student_trainer.config import from_proto
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_is_a_valid_run(path: Path) -> None:
+    spec = load_run_file(path).spec
+    config = from_proto(spec)
+    assert config.student.model == ".demo/student"
+    assert config.teachers[0].targets == ("127.0.0.1:7401",)
+    paths = [dataset.path for dataset in (*config.data.train, *config.data.eval)]
+    assert set(paths) <= {".demo/data/train.jsonl", ".demo/data/held_out.jsonl"}
+
+
+def test_there_are_examples_to_copy() -> None:
+    assert {path.name for path in EXAMPLES} >= {
+        "quickstart.yaml",
+        "online.yaml",
+        "lora.yaml",
+        "hard_and_soft.yaml",
+    }
