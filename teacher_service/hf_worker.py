@@ -109,6 +109,7 @@ class Worker:
         self._sequences: deque[ScoreJob] = deque()
         self._samples: deque[SampleJob] = deque()
         self._active: list[SampleJob] = []
+        self._in_hand: list[Answer[Any]] = []
         self._closing = False
         self.death: BaseException | None = None
         """Why the thread can work no more."""
@@ -196,6 +197,7 @@ class Worker:
             self._sequences = deque(job for job in self._sequences if not job.answer.cancelled)
             batch = self._take(self._sequences) if self._sequences else []
             samples = self._writable()
+        self._in_hand = [*(call.answer for call in calls), *(job.answer for job in batch)]
         for call in calls:
             self._do(call)
         if batch:
@@ -227,7 +229,7 @@ class Worker:
     def _fail_waiting(self, error: StillhouseError) -> None:
         with self._changed:
             self._closing = True
-            answers: list[Answer[Any]] = [job.answer for job in self._calls]
+            answers = [*self._in_hand, *(job.answer for job in self._calls)]
             answers += [job.answer for job in self._sequences]
             samples = (*self._active, *self._samples)
         for answer in answers:

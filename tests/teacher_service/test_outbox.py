@@ -1,0 +1,103 @@
+"""Parts become messages: full ones at once, a lonely one soon, an error after what came before it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import numpy as np
+import pytest
+
+from protos.tensor_codec import Distributions
+from protos.transport import MAX_MESSAGE_BYTES
+from teacher_service import pieces
+from teacher_service.engine import GeneratedPiece
+from teacher_service.outbox import MAX_PARTS, PART_BYTES, Outbox
+
+
+async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> None:
+    outbox: Outbox[int] = Outbox()
+    sizes = [10, 20, 30, PART_BYTES, PART_BYTES, 5, PART_BYTES]
+
+    async def fill() -> None:
+        for size in sizes:
+            await outbox.put(size, size)
+        await outbox.end()
+
+    filling = asyncio.create_task(fill())
+    messages = [parts async for parts in outbox.gathered()]
+    await filling
+    assert [size for parts in messages for size in parts] == sizes
+    assert max(sum(parts) for parts in messages) < MAX_MESSAGE_BYTES
+    assert messages[0][:3] == [10, 20, 30]
+
+
+async def test_a_lonely_part_does_not_wait_long() -> None:
+    outbox: Outbox[int] = Outbox()
+    gathered = outbox.gathered()
+    await outbox.put(1, 1)
+    begin = time.monotonic()
+    assert await anext(gathered) == [1]
+    assert time.monotonic() - begin < 0.5
+    await gathered.aclose()
+
+
+async def test_an_error_comes_after_what_was_put_before() -> None:
+    outbox: Outbox[int] = Outbox()
+    await outbox.put(1, 1)
+    await outbox.end(ValueError("broken"))
+    gathered = outbox.gathered()
+    assert await anext(gathered) == [1]
+    with pytest.raises(ValueError, match="broken"):
+        await anext(gathered)
+
+
+async def test_who_says_more_than_the_writer_takes_waits() -> None:
+    outbox: Outbox[int] = Outbox()
+    for number in range(MAX_PARTS):
+        await outbox.put(number, 1)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(outbox.put(99, 1), 0.05)
+
+
+def piece(length: int, start: int, finish: str = "") -> GeneratedPiece:
+    numbers = np.arange(start, start + length)
+    return GeneratedPiece(
+        token_ids=numbers.astype(np.int32),
+        sampling_logprobs=-numbers.astype(np.float32),
+        distributions=Distributions(
+            start=start,
+            token_ids=numbers.astype(np.int32)[:, None],
+            logprobs=np.zeros((length, 1), np.float32),
+            target_logprobs=np.zeros(length, np.float32),
+            log_tail=np.full(length, -np.inf, np.float32),
+        ),
+        finish=finish,  # type: ignore[arg-type]
+    )
+
+
+def test_a_piece_cut_and_joined_is_itself() -> None:
+    whole = piece(10, start=4, finish="stop")
+    parts = list(pieces.cut(whole, 3 * pieces.num_bytes(piece(1, start=4))))
+    assert [len(part.token_ids) for part in parts] == [3, 3, 3, 1]
+    assert [part.finish for part in parts] == ["", "", "", "stop"]
+    joined = pieces.join(parts)
+    assert np.array_equal(joined.token_ids, whole.token_ids)
+    assert np.array_equal(joined.sampling_logprobs, whole.sampling_logprobs)
+    assert joined.distributions is not None
+    assert joined.distributions.num_rows == 10
+    assert joined.finish == "stop"
+
+
+def test_held_tokens_come_out_once_they_are_certain_and_never_after_a_stop() -> None:
+    held = pieces.Held()
+    held.add(piece(3, start=1))
+    assert held.give(1, "").token_ids.tolist() == [1]
+    held.add(piece(4, start=4))
+    middle = held.give(5, "")
+    assert middle.token_ids.tolist() == [2, 3, 4, 5]
+    assert middle.distributions is not None
+    assert middle.distributions.start == 2
+    last = held.give(6, "stop")
+    assert last.token_ids.tolist() == [6]
+    assert last.finish == "stop"
