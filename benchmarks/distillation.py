@@ -311,7 +311,7 @@ def main(
                 start_trainer(
                     work_dir / "trainer",
                     directory=logs,
-                    options=["--cpu-slots", str(slots), "--stop-runs-on-exit"],
+                    options=["--cpu-slots", str(slots), "--stop-runs-on-exit", "--stop-grace-s", "5"],
                 )
             )
             bench = Bench(

@@ -50,8 +50,8 @@ class DemoSize:
     """How much of everything; the defaults take some minutes on two cores."""
 
     teacher_stories: int = 20_000
-    teacher_steps: int = 800
-    teacher_minutes: float = 1.5
+    teacher_steps: int = 700
+    teacher_minutes: float = 2.5
     student_stories: int = 128
     held_out_stories: int = 128
     student_steps: int = 300
@@ -84,7 +84,9 @@ def demo(work_dir: Path, engine: str, size: DemoSize) -> None:
             teacher_dir, engine=engine, directory=log_dir, options=["--dtype", "float32"]
         ) as teacher,
         start_trainer(
-            data_dir, directory=log_dir, options=["--cpu-slots", "2", "--stop-runs-on-exit"]
+            data_dir,
+            directory=log_dir,
+            options=["--cpu-slots", "2", "--stop-runs-on-exit", "--stop-grace-s", "5"],
         ) as trainer,
         Trainer(trainer.target) as client,
     ):

@@ -20,7 +20,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         start_trainer(
             root / "data",
             directory=root,
-            options=["--cpu-slots", "2", "--stop-runs-on-exit"],
+            options=["--cpu-slots", "2", "--stop-runs-on-exit", "--stop-grace-s", "5"],
             environment=mark,
         ) as program,
     ):

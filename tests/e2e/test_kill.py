@@ -103,8 +103,8 @@ def handle_failed(handle: RunHandle) -> bool:
 
 def unfinished_checkpoint(run_dir: RunDir) -> bool:
     """Whether a checkpoint is being written: something beside the complete ones, whose names are their steps."""
-    with contextlib.suppress(OSError):
-        return any(not entry.name.isdigit() for entry in os.scandir(run_dir.checkpoints_path))
+    with contextlib.suppress(OSError), os.scandir(run_dir.checkpoints_path) as entries:
+        return any(not entry.name.isdigit() for entry in list(entries))
     return False
 
 
