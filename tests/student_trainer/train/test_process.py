@@ -193,8 +193,7 @@ def refusals(
 ) -> dict[str, tuple[dict[str, Any], str, str]]:
     """Case to spec, reason and a part of the sentence."""
     data, target, folder = dataset_file, hf_teacher.target, tmp_path
-    (folder / "long.jsonl").write_text(json.dumps({"text": "Ada has 3 apples. " * 300}) + "
-")
+    (folder / "long.jsonl").write_text(json.dumps({"text": "Ada has 3 apples. " * 300}) + "\n")
     bad_row = folder / "bad.jsonl"
     bad_row.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     return {
