@@ -1,0 +1,181 @@
+"""A teacher's process from the first word to the last: what cannot start says why, what runs drains, what dies is not served."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from examples.programs import Program, start_teacher
+from protos.errors import Reason, StillhouseError, from_rpc_error
+from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from protos.transport import connect_async
+from teacher_service.config import TeacherConfig
+from teacher_service.lifecycle import SERVICE, _Teacher
+from tests.conftest import Models
+from tests.support.processes import no_process_left
+from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
+
+pytestmark = pytest.mark.model
+
+
+@pytest.fixture
+def program(models: Models, tmp_path: Path) -> Iterator[Program]:
+    options = ["--threads", "1", "--shutdown-grace-s", "20"]
+    with (
+        no_process_left() as mark,
+        start_teacher(
+            models.teacher, engine="hf", directory=tmp_path, options=options, environment=mark
+        ) as started,
+    ):
+        yield started
+
+
+def start_with(*options: str) -> tuple[int, str]:
+    """Exit code and what a teacher with these options says on stderr."""
+    done = subprocess.run(
+        [sys.executable, "-m", "teacher_service", "--engine", "hf", "--listen", "127.0.0.1:0", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--model", "."], "config.json"),
+        (["--model", "nobody/nothing"], "nobody/nothing"),
+        (["--model", "MODEL", "--max-top-k", "999"], "--max-top-k"),
+        (["--model", "MODEL", "--listen", "0.0.0.0:0"], "--insecure"),
+        (["--model", "MODEL", "--tls-cert", "x.pem"], "--tls-key"),
+        (["--model", "MODEL", "--max-sequence-tokens", "4096"], "512"),
+        (["--model", "MODEL", "--quantization", "awq"], "--engine vllm"),
+        (["--model", "MODEL", "--adapter", "a=/no/such/adapter"], "/no/such/adapter"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence_and_exit_code_2(
+    models: Models, options: list[str], named: str
+) -> None:
+    code, said = start_with(*[str(models.teacher) if option == "MODEL" else option for option in options])
+    assert code == 2
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("stillhouse-teacher: ")
+    assert named in last
+    assert "Traceback" not in said
+
+
+def test_sigterm_lets_running_calls_finish_and_refuses_others(program: Program) -> None:
+    teacher = Teacher(program.target)
+    writing = iter(
+        teacher.stub.Generate(
+            teacher_pb2.GenerateRequest(
+                prompts=[prompt(random_ids(4))] * 4,
+                sampling=teacher_pb2.SamplingParams(max_new_tokens=500, seed=1),
+            )
+        )
+    )
+    chunks = list(next(writing).chunks)
+    requests: queue.Queue[teacher_pb2.ScoreRequest] = queue.Queue()
+    requests.put(teacher_pb2.ScoreRequest(config=distribution_config()))
+    requests.put(teacher_pb2.ScoreRequest(sequence=sequence(random_ids(9))))
+    scoring = iter(teacher.stub.Score(iter(requests.get, None)))
+    assert next(scoring).results[0].last
+    program.process.send_signal(signal.SIGTERM)
+    # The open stream reads nothing more, and says where the caller stands.
+    with pytest.raises(grpc.RpcError) as ended:
+        next(scoring)
+    assert from_rpc_error(ended.value, target="", service="teacher").reason == Reason.DRAINING
+    with pytest.raises(grpc.RpcError) as refused:
+        teacher.stub.GetTokenizer(teacher_pb2.GetTokenizerRequest()).__next__()
+    error = from_rpc_error(refused.value, target="", service="teacher")
+    assert error.reason == Reason.DRAINING
+    assert error.retry_after_s is not None
+    chunks += [chunk for response in writing for chunk in response.chunks]
+    assert sum(chunk.finish_reason != 0 for chunk in chunks) == 4
+    assert program.process.wait(20) == 0
+    assert '"drained"' in program.log()
+    assert '"sequences_received": 1' in program.log()
+    teacher.close()
+
+
+def test_a_second_signal_does_not_wait_for_calls(program: Program) -> None:
+    teacher = Teacher(program.target)
+    requests: queue.Queue[teacher_pb2.ScoreRequest] = queue.Queue()
+    requests.put(teacher_pb2.ScoreRequest(config=distribution_config()))
+    writing = teacher.stub.Generate(
+        teacher_pb2.GenerateRequest(
+            prompts=[prompt(random_ids(4))] * 64,
+            num_samples=64,
+            sampling=teacher_pb2.SamplingParams(max_new_tokens=500),
+        )
+    )
+    next(iter(writing))
+    program.process.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        program.process.wait(1)
+    program.process.send_signal(signal.SIGTERM)
+    assert program.process.wait(10) == 0
+    teacher.close()
+
+
+async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serving(
+    models: Models, tmp_path: Path
+) -> None:
+    address_file = tmp_path / "address"
+    socket = f"unix:{tmp_path / 'socket'}"
+    config = TeacherConfig(
+        model=str(models.teacher), threads=1, listen=socket, address_file=address_file, shutdown_grace_s=5
+    )
+    teacher = _Teacher(config)
+    living = asyncio.create_task(teacher.live())
+    async with connect_async(socket) as channel:
+        stub = teacher_pb2_grpc.TeacherServiceStub(channel)
+        health = health_pb2_grpc.HealthStub(channel)
+        await channel.channel_ready()
+        with pytest.raises(grpc.aio.AioRpcError) as loading:
+            await anext(aiter(stub.GetTokenizer(teacher_pb2.GetTokenizerRequest())))
+        assert from_rpc_error(loading.value, target="", service="teacher").reason == Reason.TEACHER_LOADING
+        states = [
+            state.status
+            async for state in watch(health)
+            if state.status != health_pb2.HealthCheckResponse.UNKNOWN
+        ]
+        assert states == [
+            health_pb2.HealthCheckResponse.NOT_SERVING,
+            health_pb2.HealthCheckResponse.SERVING,
+        ]
+        assert address_file.read_text() == socket
+        assert (await stub.GetTeacherInfo(teacher_pb2.GetTeacherInfoRequest())).vocab_size == 392
+        killing = asyncio.create_task(teacher._engine._worker.call(die))  # type: ignore[union-attr]
+        async with asyncio.timeout(5):
+            with pytest.raises(StillhouseError) as died:
+                await living
+    assert died.value.reason == Reason.PROCESS_DIED
+    await asyncio.gather(killing, return_exceptions=True)
+
+
+async def watch(
+    health: health_pb2_grpc.HealthStub,
+) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+    """What health says until it says SERVING."""
+    async for state in health.Watch(health_pb2.HealthCheckRequest(service=SERVICE)):
+        yield state
+        if state.status == health_pb2.HealthCheckResponse.SERVING:
+            return
+
+
+def die() -> None:
+    """Ends the engine's thread as nothing that a request does can."""
+    raise SystemExit
