@@ -30,6 +30,7 @@ from teacher_service.text import TextCodec
 from teacher_service.vllm_adapter_files import AdapterRules, matrix_shapes
 from teacher_service.vllm_adapters import VllmAdapters
 from teacher_service.vllm_errors import engine_dead, not_started, translated
+from teacher_service.vllm_guard import Guard, kill_all
 from teacher_service.vllm_requests import Requests, require_top_k_only, require_whole
 from teacher_service.vllm_rows import to_distributions
 from teacher_service.vllm_setup import engine_arguments, require_vllm, set_cpu_environment, set_environment
@@ -52,9 +53,11 @@ class VllmEngine:
         llm: Any,
         info: EngineInfo,
         adapters: VllmAdapters,
+        *,
         processes: Sequence[psutil.Process] = (),
+        guard: Guard | None = None,
     ) -> None:
-        """`processes` are those of `llm`, which go with it."""
+        """`processes` are those of `llm`, which go with it; `guard` sees to that where this process cannot."""
         self._llm = llm
         self._info = info
         self._adapters = adapters
@@ -62,6 +65,7 @@ class VllmEngine:
         self._numbers = count(1)
         self._running: set[str] = set()
         self._processes = processes
+        self._guard = guard
 
     @classmethod
     async def load(cls, config: TeacherConfig) -> VllmEngine:
@@ -74,9 +78,18 @@ class VllmEngine:
         set_environment(config)
         files = await asyncio.to_thread(locate_model, config.model, config.revision)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        guard = await asyncio.to_thread(Guard)
         others = set(psutil.Process().children(recursive=True))
-        llm = await asyncio.to_thread(_start, config, files.directory)
-        processes = [each for each in psutil.Process().children(recursive=True) if each not in others]
+        try:
+            llm = await asyncio.to_thread(_start, config, files.directory)
+        except Exception:  # a cancelled start goes on in its thread, and needs its guard
+            await asyncio.to_thread(guard.release)
+            raise
+        processes = [
+            each
+            for each in psutil.Process().children(recursive=True)
+            if _is_vllm(each) and each not in others
+        ]
         try:
             info = await asyncio.to_thread(
                 _describe, config, llm, codec, files, f"vllm {version} (tier public)"
@@ -84,10 +97,16 @@ class VllmEngine:
             rules = AdapterRules(
                 max_rank=config.max_lora_rank, shapes=await asyncio.to_thread(matrix_shapes, files.directory)
             )
-            engine = cls(llm, info, VllmAdapters(max_adapters=config.max_adapters, rules=rules), processes)
+            engine = cls(
+                llm,
+                info,
+                VllmAdapters(max_adapters=config.max_adapters, rules=rules),
+                processes=processes,
+                guard=guard,
+            )
             await engine._warm_up()
         except BaseException:
-            await asyncio.to_thread(_stop, llm, processes)
+            await asyncio.to_thread(_stop, llm, processes, guard)
             raise
         return engine
 
@@ -174,7 +193,7 @@ class VllmEngine:
         if not llm.errored and self._running:
             with suppress(Exception):  # it is going away in any case
                 await llm.abort(list(self._running))
-        await asyncio.to_thread(_stop, llm, self._processes)
+        await asyncio.to_thread(_stop, llm, self._processes, self._guard)
 
     async def _warm_up(self) -> None:
         """Scores and writes once, so that no request pays for what is made on first use."""
@@ -235,13 +254,20 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
         raise not_started(config.model, error) from error
 
 
-def _stop(llm: Any, processes: Sequence[psutil.Process]) -> None:
-    """Ends vLLM; workers whose parent was killed live on without it, so they are ended by their own pids."""
+def _stop(llm: Any, processes: Sequence[psutil.Process], guard: Guard | None) -> None:
+    """Ends vLLM, and its workers too where their parent was killed and they live on without it."""
     llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            if process.is_running() and "VLLM" in process.name():
-                process.kill()
+    # Its destructor does so again, when the modules that it needs may be gone.
+    llm.shutdown = lambda: None
+    kill_all(processes)
+    if guard is not None:
+        guard.release()
+
+
+def _is_vllm(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.name().startswith("VLLM"))
+    return False
 
 
 def _describe(
