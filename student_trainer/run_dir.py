@@ -7,6 +7,7 @@ and a torn last line is cut when the next attempt opens them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -29,6 +30,9 @@ EXIT_FAILED = 3
 START_TIME_TOLERANCE_S = 1.0
 """Two readings of one process's start time differ by less than this."""
 MANIFEST = "MANIFEST.json"
+"""A checkpoint's last file: with it the checkpoint is complete."""
+MAX_READ_BYTES = 8 * 2**20
+"""Of a journal at once; no line is longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,11 +195,14 @@ class RunDir:
         return record if record and record.alive and self._locked() else None
 
     def read_lines(self, name: Journal, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines of a journal from byte `offset`, and the offset behind them; lines that are no object are left out."""
+        """The whole lines of a journal from byte `offset`, and the offset behind them.
+
+        Lines that are no object are left out. At most MAX_READ_BYTES at once: call again until the offset stays.
+        """
         try:
             with (self.path / name).open("rb") as file:
                 file.seek(offset)
-                data = file.read()
+                data = file.read(MAX_READ_BYTES)
         except FileNotFoundError:
             return [], offset
         end = data.rfind(b"\n") + 1
@@ -295,8 +302,10 @@ class Attempt:
         line = json.dumps({**head, **value}, separators=(",", ":")).encode() + b"\n"
         descriptor = os.open(self.run_dir.path / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
+            whole = os.fstat(descriptor).st_size
             if os.write(descriptor, line) != len(line):
-                raise OSError(f"{self.run_dir.path / name}: the disk took part of a line only")
+                os.ftruncate(descriptor, whole)  # half a line would spoil the next one
+                raise OSError(errno.ENOSPC, f"the disk took part of a line of {name} only")
             if sync:
                 os.fsync(descriptor)
         finally:

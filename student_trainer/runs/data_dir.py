@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import stat
 from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
@@ -12,6 +13,7 @@ from student_trainer.run_dir import write_whole
 
 LAYOUT = 1
 """Version of the folders and files; an older one is migrated at the start, a later one refused."""
+CREDENTIALS = "credentials.toml"
 FOLDERS = ("datasets", "caches", "adapters", "runs")
 
 
@@ -42,6 +44,7 @@ class DataDir:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _check_version(path)
+            _check_credentials(path / CREDENTIALS)
         except BlockingIOError as error:
             lock.close()
             raise StillhouseError(
@@ -52,6 +55,11 @@ class DataDir:
             lock.close()
             raise
         return cls(path, lock)
+
+    @property
+    def credentials_path(self) -> Path:
+        """Secrets of teachers, which training processes read by themselves."""
+        return self.path / CREDENTIALS
 
     @property
     def database_path(self) -> Path:
@@ -71,6 +79,15 @@ class DataDir:
     def close(self) -> None:
         """Let another service use the directory."""
         self.lock.close()
+
+
+def _check_credentials(path: Path) -> None:
+    """Refuse secrets that others on this host can read."""
+    if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"Others on this host can read {path}; run `chmod 600 {path}` and start again.",
+        )
 
 
 def _check_version(path: Path) -> None:

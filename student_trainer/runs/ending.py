@@ -65,8 +65,10 @@ def _failed_or_retry(ending: Ending, error: Status) -> State:
 
 def _death(ending: Ending) -> StillhouseError:
     """The error of a process that ended without a word."""
-    tail = f" Its log ends: {ending.log_tail}" if ending.log_tail else " Its log is empty."
     number, code = ending.exit.signal, ending.exit.code
+    # A process that was killed from outside had no time to write why.
+    told = number not in (signal.SIGKILL, signal.SIGTERM)
+    tail = f" Its log ends: {ending.log_tail}" if ending.log_tail and told else ""
     metadata = {"exit_code": str(code), "signal": str(number)}
     if ending.killed_for_stop:
         sentence = "The process did not end in time after it was asked to stop, and was killed; `run resume` goes on from the last checkpoint."

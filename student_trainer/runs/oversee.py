@@ -18,13 +18,13 @@ from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
 from student_trainer.runs.store import Store
 from student_trainer.runs.watch import Bell, Tail
 
-POLL_S = 0.1
+POLL_S = 0.2
 """Time between two looks at a run's journals and process."""
 TERM_GRACE_S = 10.0
 """Time between SIGTERM and SIGKILL."""
 DISK_FULL_RETRY_S = 5.0
 LOG_TAIL_BYTES = 2000
-LOG_TAIL_LINES = 12
+LOG_TAIL_LINES = 6
 
 log = structlog.get_logger(__name__)
 
@@ -90,18 +90,17 @@ class Overseer:
             self._keeping.bell.ring(self._run_id)
 
     async def _ingest(self) -> None:
-        """Take in the journals; a full disk delays that and loses nothing."""
+        """Take in all that the journals hold; a full disk delays that and loses nothing."""
         while True:
             try:
-                grown = await self._keeping.db(self._tail.ingest)
+                while await self._keeping.db(self._tail.ingest):
+                    self._keeping.bell.ring(self._run_id)
                 break
             except StillhouseError as error:
                 if error.reason is not Reason.DISK_FULL:
                     raise
                 log.warning("disk full", run=self._run_id, retry_after_s=DISK_FULL_RETRY_S)
                 await asyncio.sleep(DISK_FULL_RETRY_S)
-        if grown:
-            self._keeping.bell.ring(self._run_id)
 
     def _insist(self) -> None:
         """Signal a process that takes too long to end."""

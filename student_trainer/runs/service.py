@@ -84,7 +84,11 @@ async def _serve(
     bell = Bell()
     gpus = visible_gpus() if options.gpus is None else options.gpus
     slots = Slots(gpus=gpus, cpu_slots=options.cpu_slots)
-    supervisor_options = SupervisorOptions(data_dir=data_dir.path, stop_grace_s=options.stop_grace_s)
+    supervisor_options = SupervisorOptions(
+        runs_path=data_dir.runs_path,
+        credentials=data_dir.credentials_path,
+        stop_grace_s=options.stop_grace_s,
+    )
     supervisor = Supervisor(store, db, bell, slots, supervisor_options)
     host = Host(
         data_dir=data_dir.path,

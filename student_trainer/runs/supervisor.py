@@ -31,7 +31,10 @@ log = structlog.get_logger(__name__)
 class SupervisorOptions:
     """How runs are started and stopped."""
 
-    data_dir: Path
+    runs_path: Path
+    """Folder of the run directories."""
+    credentials: Path
+    """File with the secrets of teachers; it need not exist."""
     stop_grace_s: float
     """Time that a run has to write a checkpoint and end before it is signalled."""
 
@@ -55,7 +58,7 @@ class Supervisor:
 
     def run_dir(self, run_id: str) -> RunDir:
         """The directory of a run."""
-        return RunDir(self._options.data_dir / "runs" / run_id)
+        return RunDir(self._options.runs_path / run_id)
 
     async def start(self) -> None:
         """Take over live runs, then start queued ones until `close`."""
@@ -173,7 +176,7 @@ class Supervisor:
             attempt,
             devices=devices,
             threads=self.slots.threads(devices),
-            credentials=self._options.data_dir / "credentials.toml",
+            credentials=self._options.credentials,
         )
 
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:

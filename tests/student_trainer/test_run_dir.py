@@ -82,6 +82,29 @@ def test_a_line_that_is_no_object_is_left_out(run_dir: RunDir) -> None:
     assert offset == run_dir.events_path.stat().st_size
 
 
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from student_trainer.run_dir import RunDir
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with RunDir(Path(sys.argv[1])).open_attempt(1) as attempt:
+    attempt.report("started", total_steps=3)
+    limit = attempt.run_dir.events_path.stat().st_size + 20
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        attempt.report("condition", condition="WAITING_FOR_TEACHER")
+    except OSError:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        attempt.report("checkpoint", step=1)
+"""
+
+
+def test_half_a_line_on_a_full_disk_does_not_spoil_the_next(run_dir: RunDir) -> None:
+    subprocess.run([sys.executable, "-c", FULL_DISK, str(run_dir.path)], check=True, timeout=60)
+    kinds = [line["kind"] for line in run_dir.read_lines("events.jsonl", 0)[0]]
+    assert kinds == ["started", "checkpoint"]
+
+
 def test_stop_is_seen_by_the_attempt_that_runs(run_dir: RunDir) -> None:
     run_dir.write_control(1, stop=False)
     with run_dir.open_attempt(1) as attempt:

@@ -48,12 +48,11 @@ def wait_ended(stub: RunServiceStub, name: str) -> pb.Run:
     return run
 
 
-def wait_step(stub: RunServiceStub, name: str, step: int) -> int:
-    """Wait until the run has taken `step` steps; the sequence of the event that says so."""
+def wait_step(stub: RunServiceStub, name: str, step: int, *, attempt: int = 1) -> int:
+    """Wait until an attempt has taken step `step` or a later one; the sequence of the event that says so."""
     call: Any = stub.WatchRun(pb.WatchRunRequest(name=name), timeout=PATIENCE_S)
     for event in call:
-        progress = event.run.progress.step if event.HasField("run") else event.metrics.step
-        if progress >= step:
+        if event.metrics.attempt >= attempt and event.metrics.step >= step:
             call.cancel()
             return int(event.sequence)
         assert event.run.state not in ENDED, event.run.error.message

@@ -76,6 +76,15 @@ def test_a_data_directory_has_one_service_and_one_layout(tmp_path: Path) -> None
         DataDir.open(tmp_path / "data")
 
 
+def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    secrets = tmp_path / "credentials.toml"
+    secrets.touch(mode=0o640)
+    with pytest.raises(StillhouseError, match="chmod 600"):
+        DataDir.open(tmp_path)
+    secrets.chmod(0o600)
+    DataDir.open(tmp_path).close()
+
+
 async def test_the_database_thread_finishes_what_it_began() -> None:
     thread = DatabaseThread()
     done: list[int] = []
