@@ -70,7 +70,8 @@ def train(config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool
                     run.evaluate()
                 if stop_requested():
                     raise Stopped  # noqa: TRY301 - the same way out as from a wait
-                if run.due.checkpoint(progress.step):
+                # A checkpoint amid steps that failed would be no place to go on from.
+                if run.due.checkpoint(progress.step) and not progress.skipped_in_a_row:
                     run.save()
             run.save()
             run.evaluate_at_end()

@@ -63,8 +63,7 @@ class Row:
 
 def resolve(path: str, data_dir: Path) -> Path:
     """Where `path` of a spec lies: names such as "datasets/..." are under the service's data directory."""
-    expanded = Path(path).expanduser()
-    return data_dir / path if _HELD_BY_SERVICE.fullmatch(path) and not expanded.exists() else expanded
+    return data_dir / path if _HELD_BY_SERVICE.fullmatch(path) else Path(path).expanduser()
 
 
 def read_rows(dataset: DatasetConfig, data_dir: Path) -> Iterator[Row]:

@@ -14,6 +14,7 @@ import pytest
 from examples.programs import Program
 from student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
+from tests.student_trainer.train.dense import dense_bucket_kl
 from tests.student_trainer.train.runs import (
     events,
     failure,
@@ -53,6 +54,49 @@ def test_a_student_that_is_its_teacher_has_loss_zero(
     assert max(map(abs, losses.values())) < 1e-5
     assert abs(metric(run_dir, "eval/kl")[0]) < 1e-5
     assert metric(run_dir, "eval/agreement")[0] == 1
+
+
+def test_a_noisy_student_has_the_loss_of_a_dense_computation(
+    run: Run, models: Models, hf_teacher: Program, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text = models.texts[0]
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n")
+    tokenizer = AutoTokenizer.from_pretrained(models.teacher)
+    noisy = AutoModelForCausalLM.from_pretrained(models.teacher)
+    with torch.no_grad():
+        noisy.model.layers[0].mlp.down_proj.weight[0, 0] *= 1.01
+        noisy.model.layers[1].self_attn.v_proj.weight.mul_(1.01)
+    noisy.save_pretrained(tmp_path / "noisy")
+    tokenizer.save_pretrained(tmp_path / "noisy")
+
+    run_dir = run(
+        spec_of(tmp_path / "noisy", data, hf_teacher.target, data={"eval_fraction": 0}, loss={"top_k": 64})
+    )
+    token_ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    teacher = AutoModelForCausalLM.from_pretrained(models.teacher)
+    with torch.no_grad():
+        teacher_logits = teacher.double()(token_ids).logits[:, :-1]
+        student_logits = noisy.double()(token_ids).logits[:, :-1]
+    dense = dense_bucket_kl(teacher_logits, student_logits, 64).mean().item()
+    assert dense > 1e-6
+    assert metric(run_dir, "train/loss")[1] == pytest.approx(dense, abs=1e-5, rel=1e-3)
+
+
+def test_a_run_whose_loss_is_no_number_fails_and_names_its_checkpoint(
+    run: Callable[..., RunDir], models: Models, dataset_file: Path, hf_teacher: Program
+) -> None:
+    optimizer = {"learning_rate": 1e30, "name": "sgd", "warmup_fraction": 0, "max_grad_norm": 0}
+    spec = spec_of(
+        models.student, dataset_file, hf_teacher.target, optimizer=optimizer, checkpoint={"every_steps": 1}
+    )
+    run_dir = run(spec, code=EXIT_FAILED)
+    assert "no number in 3 steps in a row" in failure(run_dir)
+    assert f"The last good checkpoint is that of step {run_dir.checkpoints()[-1]}." in failure(run_dir)
+    assert "learning_rate" in failure(run_dir)
 
 
 def test_distilling_brings_the_student_nearer(

@@ -1,0 +1,60 @@
+"""The learning rate's shape, what is decayed, and when things are due."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from student_trainer.config import CheckpointConfig, EvaluationConfig, OptimizerConfig
+from student_trainer.train.due import Due
+from student_trainer.train.optim import clip_gradients, learning_rate, make_optimizer
+from student_trainer.train.order import Schedule
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ("cosine", [0.5, 1.0, 1.0, 0.9330127, 0.75, 0.5, 0.25, 0.0669873]),
+    ],
+)
+def test_learning_rate_rises_then_takes_its_shape(shape: str, expected: list[float]) -> None:
+    config = OptimizerConfig(learning_rate=1.0, lr_scheduler=shape, warmup_fraction=0.25)
+    assert [learning_rate(step, 8, config) for step in range(8)] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_norms_and_biases_are_not_decayed(name: str) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    config = OptimizerConfig(name=name, weight_decay=0.5, learning_rate=0.1)
+    optimizer = make_optimizer(dict(model.named_parameters()), config)
+    before = {key: value.detach().clone() for key, value in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    changed = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    assert changed == {"0.weight"}
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
+def test_clipping_scales_down_to_the_limit(limit: float, expected: float) -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([parameter], limit) == pytest.approx(5.0)
+    assert parameter.grad.norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_checkpoints_fall_due_by_steps_epochs_and_time() -> None:
+    schedule = Schedule(num_rows=10, rows_per_step=4, num_taken=40, seed=0)
+
+    def due(checkpoint: CheckpointConfig) -> list[int]:
+        rhythm = Due(checkpoint, EvaluationConfig(), schedule)
+        return [step for step in range(1, schedule.total_steps + 1) if rhythm.checkpoint(step)]
+
+    assert due(CheckpointConfig(every_steps=4)) == [4, 8]
+    assert due(CheckpointConfig(every_epochs=1.0)) == [3, 5, 8, 10]
+    assert due(CheckpointConfig(every_epochs=0.5)) == [2, 3, 4, 5, 7, 8, 9, 10]
+    assert due(CheckpointConfig(every_seconds=1e-9)) == list(range(1, 11))
+    assert due(CheckpointConfig(every_seconds=1e9)) == []
