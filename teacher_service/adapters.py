@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
 from protos.errors import Reason, StillhouseError
 from teacher_service.adapter_files import FILES, check_ranks
 from teacher_service.engine import Engine, LoadedAdapter
 from teacher_service.fingerprint import adapter_fingerprint
+
+Result = TypeVar("Result")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 MAX_NAME_CHARS = 128
@@ -28,10 +31,10 @@ class AdapterRegistry:
         self._roots = tuple(root.resolve() for root in roots)
         self._loaded: dict[str, LoadedAdapter] = {}
         self._fingerprints: dict[str, str] = {}
-        self._leaving: set[str] = set()
+        self._leaving: dict[str, asyncio.Event] = {}
         self._users: Counter[str] = Counter()
-        self._changed = asyncio.Condition()
         self._one_at_a_time = asyncio.Lock()
+        self._changing: set[asyncio.Task[Any]] = set()
 
     def adapters(self) -> tuple[LoadedAdapter, ...]:
         """The adapters that requests can name."""
@@ -54,8 +57,8 @@ class AdapterRegistry:
             yield adapter
         finally:
             self._users[name] -= 1
-            async with self._changed:
-                self._changed.notify_all()
+            if self._users[name] == 0 and name in self._leaving:
+                self._leaving[name].set()
 
     async def load(self, name: str, path: str, *, trusted: bool = False) -> LoadedAdapter:
         """Loads a directory under a name; the same content again is no error.
@@ -83,18 +86,7 @@ class AdapterRegistry:
                     Reason.ADAPTER_SLOTS,
                     f"This process has seen {MAX_NAMES} adapter names. Restart the teacher.",
                 )
-            await asyncio.to_thread(check_ranks, name, directory)
-            adapter = await self._engine.load_adapter(name, directory)
-            if adapter.fingerprint != digest:
-                await self._engine.unload_adapter(name)
-                raise StillhouseError(
-                    Reason.ADAPTER_CONFLICT,
-                    f"The files of adapter {name!r} changed while they were loaded. Write an adapter whole, then load it.",
-                    resource=name,
-                )
-            self._loaded[name] = adapter
-            self._fingerprints[name] = digest
-            return adapter
+            return await self._whole(self._take_in(name, directory, digest))
 
     async def unload(self, name: str) -> None:
         """Frees an adapter once the requests that use it have ended; no other request gets it meanwhile.
@@ -104,15 +96,43 @@ class AdapterRegistry:
         async with self._one_at_a_time:
             if name not in self._loaded:
                 raise self._not_found(name)
-            self._leaving.add(name)
+            unused = self._leaving[name] = asyncio.Event()
             try:
-                async with self._changed:
-                    await self._changed.wait_for(lambda: self._users[name] == 0)
-                await self._engine.unload_adapter(name)
-                del self._loaded[name]
-                del self._users[name]
+                if self._users[name]:
+                    await unused.wait()
+                await self._whole(self._let_go(name))
             finally:
-                self._leaving.discard(name)
+                del self._leaving[name]
+
+    async def _take_in(self, name: str, directory: Path, digest: str) -> LoadedAdapter:
+        await asyncio.to_thread(check_ranks, name, directory)
+        adapter = await self._engine.load_adapter(name, directory)
+        if adapter.fingerprint != digest:
+            await self._engine.unload_adapter(name)
+            raise StillhouseError(
+                Reason.ADAPTER_CONFLICT,
+                f"The files of adapter {name!r} changed while they were loaded. Write an adapter whole, then load it.",
+                resource=name,
+            )
+        self._loaded[name] = adapter
+        self._fingerprints[name] = digest
+        return adapter
+
+    async def _let_go(self, name: str) -> None:
+        await self._engine.unload_adapter(name)
+        del self._loaded[name]
+        del self._users[name]
+
+    async def _whole(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """Carries a change of the engine through, also if the caller hangs up in the middle of it."""
+        task = asyncio.create_task(change)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.gather(task, return_exceptions=True)
+            raise
 
     def _directory(self, name: str, path: str, trusted: bool) -> Path:
         """The real directory behind a path. The root is checked after links are followed."""

@@ -61,6 +61,7 @@ class HfEngine:
         self._slots = LoraSlots(model.model, max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
         self._adapters: dict[str, LoadedAdapter] = {}
         self._seeds = np.random.default_rng(config.seed)
+        self._shares_passes = model.device.type != "cpu"
         self._info = _describe(config, model, codec, directory, revision)
         self._worker = Worker(
             score=self._score_batch,
@@ -137,7 +138,7 @@ class HfEngine:
         """Takes the oldest sequence and, on a GPU, those that can share its pass."""
         first = waiting.popleft()
         batch = [first]
-        if self._model.device.type == "cpu":
+        if not self._shares_passes:
             return batch
         length, adapter = len(first.item.token_ids), first.item.adapter
         for job in list(waiting):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ from protos.stillhouse.v1 import teacher_pb2
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
 from teacher_service.hf_engine import HfEngine
-from teacher_service.hf_worker import MAX_ACTIVE_SAMPLES, MAX_UNREAD_PIECES
+from teacher_service.hf_worker import MAX_ACTIVE_SAMPLES, MAX_UNREAD_PIECES, ScoreJob
 from tests.conftest import Models
 from tests.teacher_service.calls import assert_agrees, random_ids, reference_logprobs
 
@@ -74,6 +75,38 @@ async def test_a_sequence_alone_and_in_a_crowd_is_equal_bit_for_bit(models: Mode
 
 async def text_of(engine: HfEngine, prompt: GenerateItem) -> list[int]:
     return [int(piece.token_ids[0]) async for piece in engine.generate(prompt)]
+
+
+async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Models) -> None:
+    """So it is on a GPU; the pass says the same up to the rounding of another order of sums."""
+    async with loaded(models.teacher) as engine:
+        await engine.load_adapter("a", models.adapter_a)
+        asked = [
+            item(random_ids(length, seed), start=1 + seed, adapter=adapter)
+            for seed in range(4)
+            for length in (9, 12)
+            for adapter in ("", "a")
+        ]
+        alone = [await engine.score(each) for each in asked]
+        sizes = []
+        take = engine._worker._take
+
+        def counted(waiting: deque[ScoreJob]) -> list[ScoreJob]:
+            batch = take(waiting)
+            sizes.append(len(batch))
+            return batch
+
+        engine._shares_passes = True
+        engine._worker._take = counted
+        async with paused(engine):
+            scoring = asyncio.gather(*(engine.score(each) for each in asked))
+            await asyncio.sleep(0.05)
+        shared = await scoring
+    assert sizes == [4, 4, 4, 4]
+    for one, same in zip(alone, shared, strict=True):
+        assert one.start == same.start
+        assert np.array_equal(one.token_ids, same.token_ids)
+        assert np.abs(one.logprobs - same.logprobs).max() < 1e-5
 
 
 async def test_asking_for_the_end_of_a_sequence_says_the_same_as_asking_for_all(models: Models) -> None:
