@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import sys
-from collections.abc import Coroutine
 from dataclasses import asdict
-from typing import Any
+from importlib import import_module
 
 import numpy as np
 import structlog
@@ -26,6 +26,13 @@ CHECK_INTERVAL_S = 1.0
 """How often the engine is asked whether it lives."""
 CLOSE_TIMEOUT_S = 40.0
 """How long an engine may take to free the model."""
+CHILD_TIMEOUT_S = 5.0
+"""How long a process of a half-loaded engine may take to end by itself."""
+
+_ENGINES = {
+    "vllm": ("teacher_service.vllm_engine", "VllmEngine"),
+    "hf": ("teacher_service.hf_engine", "HfEngine"),
+}
 
 log = structlog.get_logger(__name__)
 
@@ -44,11 +51,12 @@ class _Teacher:
     async def live(self) -> int:
         server = self._make_server()
         address = await server.start()
-        log.info("listening", address=address, model=self._config.model, engine=self._config.engine)
-        serving = asyncio.create_task(self._serve(server, address))
         ending = asyncio.create_task(
             server.run_until_signal(self._servicer.drain, self._config.shutdown_grace_s)
         )
+        await asyncio.sleep(0)  # from here on a signal is heard
+        log.info("listening", address=address, model=self._config.model, engine=self._config.engine)
+        serving = asyncio.create_task(self._serve(server, address))
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done() and not ending.done():
             server.set_serving(False)
@@ -121,16 +129,11 @@ class _Teacher:
 
 
 async def _load(config: TeacherConfig) -> Engine:
-    loading: Coroutine[Any, Any, Engine]
+    module, name = _ENGINES[config.engine]
     try:
-        if config.engine == "vllm":
-            from teacher_service.vllm_engine import VllmEngine
-
-            loading = VllmEngine.load(config)
-        else:
-            from teacher_service.hf_engine import HfEngine
-
-            loading = HfEngine.load(config)
+        # In a thread: importing torch takes seconds, in which the loop has calls to refuse and a signal to hear.
+        engine = getattr(await asyncio.to_thread(import_module, module), name)
+        loaded: Engine = await engine.load(config)
     except ImportError as error:
         extra = "teacher (or teacher-cpu)" if config.engine == "vllm" else "teacher-hf"
         raise StillhouseError(
@@ -138,7 +141,7 @@ async def _load(config: TeacherConfig) -> Engine:
             f"The {config.engine} engine is not installed ({error}). Install stillhouse with the extra {extra}, or choose "
             "the other --engine.",
         ) from error
-    return await loading
+    return loaded
 
 
 async def _warm_up(engine: Engine) -> None:
@@ -151,6 +154,13 @@ async def _warm_up(engine: Engine) -> None:
 
 
 def _leave(code: int) -> None:
+    """Ends this process at once, and before it those that a half-loaded engine has started."""
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    for child in children:
+        child.join(CHILD_TIMEOUT_S)
+        child.kill()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import signal
 import subprocess
@@ -110,10 +111,27 @@ def test_sigterm_lets_running_calls_finish_and_refuses_others(program: Program) 
     teacher.close()
 
 
+def test_a_teacher_that_loads_can_be_stopped(models: Models, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "teacher_service", "--engine", "hf", "--model", str(models.teacher)]
+    address_file = tmp_path / "address"
+    with no_process_left() as mark:
+        loading = subprocess.Popen(
+            [*command, "--listen", "127.0.0.1:0", "--address-file", str(address_file)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **mark},
+        )
+        assert loading.stderr is not None
+        assert '"listening"' in loading.stderr.readline()
+        loading.send_signal(signal.SIGTERM)
+        said = loading.communicate(timeout=20)[1]
+    assert loading.returncode == 0
+    assert "stopped while loading" in said
+    assert not address_file.exists()
+
+
 def test_a_second_signal_does_not_wait_for_calls(program: Program) -> None:
     teacher = Teacher(program.target)
-    requests: queue.Queue[teacher_pb2.ScoreRequest] = queue.Queue()
-    requests.put(teacher_pb2.ScoreRequest(config=distribution_config()))
     writing = teacher.stub.Generate(
         teacher_pb2.GenerateRequest(
             prompts=[prompt(random_ids(4))] * 64,
