@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from protos.errors import Reason, StillhouseError
 from teacher_service import vllm_setup
 from teacher_service.config import TeacherConfig
+from teacher_service.engine import GenerateItem
 from teacher_service.vllm_rows import log_tail, to_distributions
 from teacher_service.vllm_setup import engine_arguments, require_vllm, set_environment
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
+from vllm import SamplingParams
 from vllm.logprobs import FlatLogprobs
 
 
@@ -136,3 +140,41 @@ def test_the_operators_environment_stays(config: TeacherConfig, monkeypatch: pyt
     assert os.environ["VLLM_MSGPACK_ZERO_COPY_THRESHOLD"] == "1"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "1"
     assert os.environ["OMP_NUM_THREADS"] == "2"
+
+
+def draws(seed: int, num_valid: int = 6, **how: float) -> Any:
+    """What vLLM's worker makes of a request with a seed."""
+    from teacher_service.vllm_seeds import SeededDraws, draw_argument
+
+    item = GenerateItem(token_ids=np.zeros(1, np.int32), seed=seed, **how)  # type: ignore[arg-type]
+    params = SamplingParams(extra_args=draw_argument(item, num_valid=num_valid))
+    return SeededDraws.new_req_logits_processor(None, params)  # type: ignore[arg-type]
+
+
+def test_seeded_draws_follow_the_distribution_and_leave_padding_alone() -> None:
+    logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.2, 9.0, 9.0])
+    before = logits_V.clone()
+    counts = np.zeros(8)
+    for seed in range(3000):
+        counts[int(draws(seed)([1, 2, 3], logits_V).argmax())] += 1
+    assert torch.equal(logits_V, before)
+    expected = 3000 * logits_V[:6].softmax(0).numpy()
+    assert counts[6:].sum() == 0
+    assert (
+        (counts[:6] - expected) ** 2 / expected
+    ).sum() < 20.5  # 0.1 % of chi-square with 5 degrees of freedom
+
+
+def test_a_seeded_draw_depends_on_seed_and_position_alone() -> None:
+    logits_V = torch.zeros(1000)
+    first = [int(draws(7, 1000)(list(range(n)), logits_V).argmax()) for n in range(20)]
+    assert first == [int(draws(7, 1000)([0] * n, logits_V).argmax()) for n in range(20)]
+    assert len(set(first)) > 10
+    for other in (8, -7, 7 + 2**32, 2**63 - 1):
+        assert first != [int(draws(other, 1000)([0] * n, logits_V).argmax()) for n in range(20)]
+    assert {int(draws(seed, 1000, top_k=1)([], torch.arange(1000.0)).argmax()) for seed in range(5)} == {999}
+
+
+def test_a_draw_from_damaged_numbers_does_not_kill_the_worker() -> None:
+    logits_V = torch.tensor([0.0, torch.nan, 1.0, 0.0, 0.0, 0.0])
+    assert draws(1)([], logits_V) is logits_V
