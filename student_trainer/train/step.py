@@ -25,8 +25,8 @@ from student_trainer.train.student import Student
 
 log = structlog.get_logger()
 
-CHUNK_TARGETS = 1024
-"""Targets whose float32 log-probabilities are held at a time; those of other chunks are computed again in the backward pass."""
+CHUNK_LOGITS = 2**27
+"""Logits whose float32 log-probabilities are held at a time; those of other chunks are computed again in the backward pass."""
 
 
 class Stepper:
@@ -114,7 +114,8 @@ class Stepper:
 
     def _objective(self, logits: Tensor, batch: MicroBatch) -> ObjectiveSum:
         """The objective of a micro-batch, a chunk of targets at a time."""
-        if batch.num_targets <= CHUNK_TARGETS:
+        chunk_targets = max(1, CHUNK_LOGITS // logits.shape[-1])
+        if batch.num_targets <= chunk_targets:
             return self._chunk(logits, batch, slice(None))
         parts = [
             cast(
@@ -123,12 +124,12 @@ class Stepper:
                     self._chunk,
                     logits,
                     batch,
-                    slice(first, first + CHUNK_TARGETS),
+                    slice(first, first + chunk_targets),
                     use_reentrant=False,
                     preserve_rng_state=False,
                 ),
             )
-            for first in range(0, batch.num_targets, CHUNK_TARGETS)
+            for first in range(0, batch.num_targets, chunk_targets)
         ]
         names = parts[0].parts.keys()
         return ObjectiveSum(
