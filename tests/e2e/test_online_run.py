@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from client.api import Trainer
 from examples.programs import Program
 from protos.stillhouse.v1.run_pb2 import Run
 from tests.conftest import Models
-from tests.support.runs import Service, completed, curve, small_spec, wait_until, write_run_file
+from tests.support.runs import Service, completed, curve, small_spec, training_pid, wait_until, write_run_file
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
@@ -64,8 +66,12 @@ def test_stopping_and_resuming_from_the_command_line_gives_the_same_curve(
     stopped = trainer.run(json.loads(created.stdout)["name"])
 
     wait_until(lambda: stopped.get().progress.step > 20, "step 20")
-    service.stillhouse("run", "stop", stopped.id, "--wait")
-    run = stopped.get()
+    pid = training_pid(service, stopped.name, attempt=1)
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)  # or it might complete while the command line starts
+    service.stillhouse("run", "stop", stopped.id)
+    os.kill(pid, signal.SIGCONT)
+    run = stopped.wait()
     assert run.state == Run.STATE_STOPPED
     assert 0 < run.progress.step < 150
 
