@@ -198,7 +198,7 @@ class VllmEngine:
     async def _warm_up(self) -> None:
         """Scores and writes once, so that no request pays for what is made on first use."""
         options = DistributionOptions(top_k=1)
-        await self.score(ScoreItem(token_ids=np.zeros(3, np.int32), start=1, options=options))
+        await self.score(ScoreItem(token_ids=np.zeros(2, np.int32), start=1, options=options))
         item = GenerateItem(token_ids=np.zeros(1, np.int32), max_new_tokens=1, options=options)
         async for _ in self.generate(item):
             pass
