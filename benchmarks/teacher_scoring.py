@@ -296,7 +296,7 @@ def main(
             measured = measure(settings, Path(directory), progress.print)
     except (ProgramError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
-    Console(width=140).print(table(measured, settings))
+    Console(width=170).print(table(measured, settings))
     if json_file is not None:
         result = {"settings": asdict(settings), "rounds": [asdict(each) for each in measured]}
         json_file.write_text(json.dumps(result, indent=2) + "\n")
