@@ -1,9 +1,9 @@
 """Does distillation help? Students in pairs through all three programs, several seeds, and a control that must lose.
 
 Three kinds of students begin with the same weights and see the same rows in the same order for the same steps: one learns
-by cross-entropy, one from the teacher, one from the teacher's rows in a shuffled order. Each has the learning rate of the
-same grid with the lowest held-out perplexity on one extra seed. Results are kept run by run, so an interrupted experiment
-goes on where it was.
+by cross-entropy, one from the teacher, one from the teacher's rows in a shuffled order. The first two have the learning
+rate of the same grid with the lowest held-out perplexity on one extra seed each; the control has that of the second.
+Results are kept run by run, so an interrupted experiment goes on where it was.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from examples.train_teacher import read_documents
 from protos.stillhouse.v1.run_pb2 import RunSpec
 
 Kind = Literal["cross-entropy", "distilled", "shuffled"]
-KINDS: tuple[Kind, ...] = ("cross-entropy", "distilled", "shuffled")
+COMPARED: tuple[Kind, ...] = ("cross-entropy", "distilled")
 PAIRS = (("distilled", "cross-entropy"), ("shuffled", "cross-entropy"), ("shuffled", "distilled"))
 GRID_SEED = 1000
 ROWS_SEED = 0
@@ -127,26 +127,31 @@ class Bench:
         )
 
 
-def experiment(bench: Bench, learning_rates: Sequence[float], num_seeds: int) -> dict[str, Any]:
-    """Learning rates on the extra seed, then every kind on every seed; the results by kind."""
+def experiment(
+    bench: Bench, learning_rates: Sequence[float], num_seeds: int, num_control_seeds: int
+) -> dict[str, Any]:
+    """Learning rates on the extra seed, then the pairs, then the control; the results by kind."""
     grid = {
         kind: [Job(kind=kind, seed=GRID_SEED, learning_rate=rate) for rate in learning_rates]
-        for kind in KINDS
+        for kind in COMPARED
     }
     bench.run([job for jobs in grid.values() for job in jobs])
-    best = {
+    best: dict[Kind, float] = {
         kind: best_learning_rate({job.learning_rate: bench.results[job] for job in jobs})
         for kind, jobs in grid.items()
     }
+    best["shuffled"] = best["distilled"]
+    num_seeds_of: dict[Kind, int] = {**dict.fromkeys(COMPARED, num_seeds), "shuffled": num_control_seeds}
     jobs = {
-        kind: [Job(kind=kind, seed=seed, learning_rate=best[kind]) for seed in range(num_seeds)]
-        for kind in KINDS
+        kind: [Job(kind=kind, seed=seed, learning_rate=best[kind]) for seed in range(num_seeds_of[kind])]
+        for kind in best
     }
     # Seed by seed, so that an interrupted experiment has whole pairs.
-    bench.run([job for together in zip(*jobs.values(), strict=True) for job in together])
+    bench.run([job for together in zip(*(jobs[kind] for kind in COMPARED), strict=True) for job in together])
+    bench.run(jobs["shuffled"])
     return {
         "learning_rates": best,
-        "runs": {kind: [bench.results[job] for job in jobs[kind]] for kind in KINDS},
+        "runs": {kind: [bench.results[job] for job in jobs[kind]] for kind in jobs},
     }
 
 
@@ -242,6 +247,7 @@ def claims(runs: dict[str, list[Measured]]) -> dict[str, bool]:
 @click.option("--top-k", default=64, show_default=True, help=f"Below {LARGEST_TOP_K}, which evaluations use.")
 @click.option("--learning-rates", default="5e-4,1e-3,2e-3,4e-3", show_default=True)
 @click.option("--seeds", "num_seeds", default=5, show_default=True)
+@click.option("--control-seeds", "num_control_seeds", default=3, show_default=True, help="At most --seeds.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default=default_engine)
 @click.option("--slots", default=1, show_default=True, help="Runs that train at once on a CPU.")
 @click.option("--teacher-option", "teacher_options", multiple=True, help="Handed to stillhouse-teacher.")
@@ -258,6 +264,7 @@ def main(
     held_out: Path | None,
     learning_rates: str,
     num_seeds: int,
+    num_control_seeds: int,
     engine: str,
     slots: int,
     teacher_options: Sequence[str],
@@ -326,7 +333,8 @@ def main(
                 work_dir=work_dir,
                 results=results,
             )
-            outcome = experiment(bench, [float(rate) for rate in learning_rates.split(",")], num_seeds)
+            rates = [float(rate) for rate in learning_rates.split(",")]
+            outcome = experiment(bench, rates, num_seeds, min(num_seeds, num_control_seeds))
     except (ProgramError, RunFailedError, StillhouseError) as error:
         raise click.ClickException(str(error)) from error
     click.echo("\n".join(report(outcome)))

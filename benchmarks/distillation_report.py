@@ -33,8 +33,9 @@ class Interval:
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """Mean of first - second over pairs, with Student's t; infinitely wide for a single pair."""
-    differences = np.array(first) - np.array(second)
+    """Mean of first - second over the seeds that both have, with Student's t; infinitely wide for a single pair."""
+    num_pairs = min(len(first), len(second))
+    differences = np.array(first[:num_pairs]) - np.array(second[:num_pairs])
     mean, count = float(differences.mean()), len(differences)
     if count < 2:
         return Interval(mean=mean, low=-math.inf, high=math.inf)
