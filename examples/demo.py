@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import sys
@@ -37,7 +38,7 @@ from examples.comparison import (
     run_spec,
 )
 from examples.demo_text import make_world, stories, write_rows
-from examples.programs import ProgramError, start_teacher, start_trainer
+from examples.programs import SHARED_CORES, ProgramError, start_teacher, start_trainer
 from protos.stillhouse.v1.run_pb2 import Run
 
 LEARNING_RATES = (3e-3, 1e-2, 2e-2)
@@ -282,6 +283,8 @@ def default_engine() -> str:
 def main(*, engine: str, work_dir: Path, fresh: bool, teacher_steps: int, student_steps: int) -> None:
     """Distil a small model end to end, with all three programs."""
     started = time.monotonic()
+    for name, value in SHARED_CORES.items():
+        os.environ.setdefault(name, value)  # read when torch is first imported, which is later
     if fresh:
         for teacher in work_dir.glob("teacher-*"):
             shutil.rmtree(teacher)

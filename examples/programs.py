@@ -18,6 +18,9 @@ import psutil
 
 STOP_GRACE_S = 20.0
 POLL_S = 0.05
+SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Environment of programs that share cores: threads that wait for work sleep instead of spinning, which would slow the
+others, and themselves, several times over."""
 
 
 class ProgramError(RuntimeError):
@@ -113,7 +116,7 @@ def start_program(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**SHARED_CORES, **os.environ, **(environment or {})},
             start_new_session=True,
         )
     program = Program(name=name, process=process, log_path=log_path)
