@@ -52,7 +52,6 @@ class DemoSize:
 
     teacher_stories: int = 20_000
     teacher_steps: int = 700
-    teacher_minutes: float = 2.5
     student_stories: int = 128
     held_out_stories: int = 128
     student_steps: int = 300
@@ -117,7 +116,6 @@ def teacher_for(work_dir: Path, size: DemoSize) -> Path:
         num_layers=3,
         num_heads=4,
         steps=size.teacher_steps,
-        minutes=size.teacher_minutes,
         sequence_tokens=128,
         max_sequence_tokens=256,
         held_out_fraction=0.01,
