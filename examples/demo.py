@@ -41,7 +41,7 @@ from examples.demo_text import make_world, stories, write_rows
 from examples.programs import SHARED_CORES, ProgramError, start_teacher, start_trainer
 from protos.stillhouse.v1.run_pb2 import Run
 
-LEARNING_RATES = (3e-3, 1e-2, 2e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2)
 WORLD_SEED, TEACHER_SEED, TRAIN_SEED, HELD_OUT_SEED = 7, 1, 2, 3
 console = Console(highlight=False)
 
