@@ -194,7 +194,10 @@ class Worker:
     def _turn(self) -> None:
         with self._changed:
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            self._sequences = deque(job for job in self._sequences if not job.answer.cancelled)
+            # In place: `_submit` holds on to the queue before it holds the lock.
+            live = [job for job in self._sequences if not job.answer.cancelled]
+            self._sequences.clear()
+            self._sequences.extend(live)
             batch = self._take(self._sequences) if self._sequences else []
             samples = self._writable()
         self._in_hand = [*(call.answer for call in calls), *(job.answer for job in batch)]
