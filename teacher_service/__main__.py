@@ -83,7 +83,19 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     "--tensor-parallel-size",
     type=int,
     default=_default("tensor_parallel_size"),
-    help="GPUs to split over, for vLLM.",
+    help="GPUs, or groups of cores, to split every layer over, for vLLM.",
+)
+@click.option(
+    "--pipeline-parallel-size",
+    type=int,
+    default=_default("pipeline_parallel_size"),
+    help="Stages to split the layers into, for vLLM.",
+)
+@click.option(
+    "--data-parallel-size",
+    type=int,
+    default=_default("data_parallel_size"),
+    help="Copies of the model, for vLLM.",
 )
 @click.option(
     "--kv-cache-gib", type=float, default=_default("kv_cache_gib"), help="KV cache on a CPU in GiB, for vLLM."

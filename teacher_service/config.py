@@ -52,7 +52,11 @@ class TeacherConfig:
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that vLLM takes, in (0, 1]."""
     tensor_parallel_size: int = 1
-    """GPUs that vLLM splits the model over."""
+    """GPUs, or on a CPU groups of cores, that vLLM splits every layer over."""
+    pipeline_parallel_size: int = 1
+    """Stages of layers that vLLM splits the model into."""
+    data_parallel_size: int = 1
+    """Copies of the model that vLLM serves side by side."""
     kv_cache_gib: float = 1.0
     """Memory of vLLM's KV cache on a CPU, in GiB."""
     threads: int | None = None
@@ -95,6 +99,8 @@ class TeacherConfig:
             ("--max-calls", self.max_calls, 1, 65536),
             ("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 24),
             ("--tensor-parallel-size", self.tensor_parallel_size, 1, 1024),
+            ("--pipeline-parallel-size", self.pipeline_parallel_size, 1, 1024),
+            ("--data-parallel-size", self.data_parallel_size, 1, 1024),
             ("--max-sequence-tokens", self.max_sequence_tokens, 2, 1 << 24),
             ("--threads", self.threads, 1, 4096),
             ("--gpu-memory-utilization", self.gpu_memory_utilization, 0.01, 1),

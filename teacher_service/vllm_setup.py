@@ -10,6 +10,7 @@ from typing import Any
 
 from protos.errors import Reason, StillhouseError
 from teacher_service.config import TeacherConfig
+from teacher_service.vllm_parallel import parallel_arguments, set_cpu_binding
 
 VERSIONS = ((0, 32), (0, 33))
 """Minor versions that this engine has been read and tried against."""
@@ -67,6 +68,7 @@ def set_environment(config: TeacherConfig) -> None:
         # Read by the CPU build alone: threads that are not bound to cores, as many as were asked for.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    set_cpu_binding(config)
 
 
 def set_cpu_environment() -> None:
@@ -94,7 +96,7 @@ def engine_arguments(
         "max_num_batched_tokens": batch_tokens,
         "max_num_seqs": min(MAX_RUNNING_SEQUENCES, batch_tokens),
         "enable_chunked_prefill": True,
-        "tensor_parallel_size": config.tensor_parallel_size,
+        **parallel_arguments(config),
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "seed": config.seed,
         "use_tqdm_on_load": False,

@@ -1,0 +1,50 @@
+"""A model over several devices: the sizes that vLLM is told, and the cores of each of its workers where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from teacher_service.config import TeacherConfig
+
+_NODES = Path("/sys/devices/system/node")
+
+
+def num_workers(config: TeacherConfig) -> int:
+    """Processes that compute, over all copies of the model."""
+    return config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
+
+
+def parallel_arguments(config: TeacherConfig) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`; vLLM itself says which sizes a model and a host allow."""
+    return {
+        "tensor_parallel_size": config.tensor_parallel_size,
+        "pipeline_parallel_size": config.pipeline_parallel_size,
+        "data_parallel_size": config.data_parallel_size,
+    }
+
+
+def set_cpu_binding(config: TeacherConfig) -> None:
+    """Gives each worker cores of its own, which the CPU build alone reads; what the operator has set stays.
+
+    vLLM does so by itself with one NUMA node for each worker, and refuses to start with fewer nodes than workers.
+    """
+    workers = num_workers(config)
+    if workers > 1 and _num_nodes() < workers:
+        binding = cores_of_workers(sorted(os.sched_getaffinity(0)), workers)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
+
+
+def cores_of_workers(cores: Sequence[int], workers: int) -> str:
+    """Cores in equal shares, as vLLM reads them: "0,1|2,3". With fewer cores than workers, some share one."""
+    share = max(1, len(cores) // workers)
+    shares = [
+        [cores[(worker * share + each) % len(cores)] for each in range(share)] for worker in range(workers)
+    ]
+    return "|".join(",".join(map(str, each)) for each in shares)
+
+
+def _num_nodes() -> int:
+    return max(1, sum(1 for _ in _NODES.glob("node[0-9]*")))
