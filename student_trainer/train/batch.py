@@ -16,8 +16,9 @@ from torch import Tensor
 
 from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
+from student_trainer.train.loss.policy_gradient import SampledTokens
 from student_trainer.train.loss.reduction import Reduction
-from student_trainer.train.loss.sparse import SparseTargets
+from student_trainer.train.loss.sparse import PAD_ID, SparseTargets
 from student_trainer.train.prompts import Example
 
 
@@ -27,6 +28,10 @@ class Scored:
 
     example: Example
     answer: Distributions | None
+    context: int = 0
+    """Which of the run's contexts it comes from, by its place in the run file."""
+    behaviour_logprobs: np.ndarray | None = None
+    """float32 [T - start]: of each token under the distribution that it was drawn from, if the student wrote it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +52,8 @@ class MicroBatch:
     """float32 [1, N]: each target's weight in the objective."""
     targets: SparseTargets | None
     """The teacher's answer, [1, N, K]; None if it was not asked."""
+    sampled: SampledTokens | None = None
+    """[1, N]: the targets as the student drew them; None if it did not write them."""
 
     @property
     def num_targets(self) -> int:
@@ -54,8 +61,14 @@ class MicroBatch:
         return int(self.picks.shape[0])
 
 
-def collate(scored: Sequence[Scored], *, reduction: Reduction, device: torch.device) -> MicroBatch:
-    """The micro-batch of `scored`, of which either all or none have an answer."""
+def collate(
+    scored: Sequence[Scored],
+    *,
+    reduction: Reduction,
+    device: torch.device,
+    max_importance_weight: float = np.inf,
+) -> MicroBatch:
+    """The micro-batch of `scored`, of which either all or none have an answer, and of all or none the student is the writer."""
     longest = max(len(each.example.token_ids) for each in scored)
     input_ids = np.zeros((len(scored), longest), np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -85,6 +98,7 @@ def collate(scored: Sequence[Scored], *, reduction: Reduction, device: torch.dev
         target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
         weights=tensor(np.concatenate(weights)).unsqueeze(0),
         targets=targets,
+        sampled=_sampled(scored, positions, device, max_importance_weight),
     )
 
 
@@ -113,10 +127,9 @@ def _targets(
         log_tail.append(answer.log_tail[rows])
         if answer.log_partitions is not None and answer.log_partitions.shape[1]:
             log_partition.append(answer.log_partitions[rows, 0])
-    if len({array.shape[1] for array in token_ids}) > 1:
-        raise StillhouseError(
-            Reason.TENSOR_INVALID, "The teacher answered with different top_k within one batch; see its log."
-        )
+    widest = max(array.shape[1] for array in token_ids)
+    token_ids = [_widened(array, widest, PAD_ID) for array in token_ids]
+    logprobs = [_widened(array, widest, -np.inf) for array in logprobs]
     if 0 < len(log_partition) < len(scored):
         raise StillhouseError(
             Reason.TENSOR_INVALID, "The teacher sent log_partitions for some sequences only; see its log."
@@ -130,4 +143,29 @@ def _targets(
         logprobs=joined(logprobs, np.float32),
         log_tail=joined(log_tail, np.float32),
         log_partition=joined(log_partition, np.float32) if log_partition else None,
+    )
+
+
+def _widened(array: np.ndarray, num_columns: int, filling: float) -> np.ndarray:
+    """[T, K] with columns of `filling` up to `num_columns`: sequences may have supports of different sizes."""
+    missing = num_columns - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=filling) if missing else array
+
+
+def _sampled(
+    scored: Sequence[Scored],
+    positions: Sequence[np.ndarray],
+    device: torch.device,
+    max_importance_weight: float,
+) -> SampledTokens | None:
+    teacher, behaviour = [], []
+    for each, at in zip(scored, positions, strict=True):
+        if each.behaviour_logprobs is None or each.answer is None:
+            return None
+        teacher.append(each.answer.target_logprobs[at - each.answer.start])
+        behaviour.append(each.behaviour_logprobs[at - each.example.start])
+    return SampledTokens(
+        teacher_logprobs=torch.from_numpy(np.concatenate(teacher)).unsqueeze(0).to(device),
+        behaviour_logprobs=torch.from_numpy(np.concatenate(behaviour)).unsqueeze(0).to(device),
+        max_importance_weight=max_importance_weight,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from student_trainer.config import RunConfig
+from student_trainer.config import LossConfig, RunConfig
 from student_trainer.train.batch import MicroBatch, Scored, collate, total_weight
 from student_trainer.train.checkpoint import Progress
 from student_trainer.train.loss.objective import ObjectiveSum, objective
@@ -50,7 +51,9 @@ class Stepper:
         self._config = config
         self._total_steps = total_steps
         self._vocab_size = vocab_size
-        self._reduction = cast("Reduction", config.loss.reduction)
+        self._losses = [context.loss or config.loss for context in config.contexts]
+        # The configuration's checks see to it that all contexts reduce alike.
+        self._reduction = cast("Reduction", self._losses[0].reduction)
 
     def take(self, data: StepData, progress: Progress) -> dict[str, float]:
         """The metrics of a step, after it was taken and `progress` was moved on.
@@ -88,17 +91,30 @@ class Stepper:
     def _accumulate(self, scored: Sequence[Scored], denominator: float) -> dict[str, float]:
         """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
         sums: Counter[str] = Counter()
+        shares: Counter[str] = Counter()
         for group in _groups(scored, self._config.optimizer.micro_batch_size):
-            batch = collate(group, reduction=self._reduction, device=self._accelerator.device)
+            context = group[0].context
+            student = self._config.contexts[context].student
+            batch = collate(
+                group,
+                reduction=self._reduction,
+                device=self._accelerator.device,
+                max_importance_weight=student.max_importance_weight if student else math.inf,
+            )
             with self._accelerator.autocast():
                 logits = self._student.logits(batch)
-            summed = self._objective(logits, batch)
+            summed = self._objective(logits, batch, self._losses[context])
+            weight = batch.weights.sum().item() / denominator
             for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
                 sums[name] += value.item() / denominator  # type: ignore[assignment]  # a Counter of floats
+                shares[name] += 1.0 if name == "loss" else weight  # type: ignore[assignment]
             if not math.isfinite(sums["loss"]):
                 break
             self._accelerator.backward(summed.loss_sum / denominator)
-        return {name: float(value) for name, value in sums.items()}
+        if len(self._losses) == 1:
+            return {name: float(value) for name, value in sums.items()}
+        # Each part is a mean over the tokens of the contexts that have it.
+        return {name: float(value) / shares[name] for name, value in sums.items()}
 
     def _update(self, loss: float) -> float:
         """Changes the weights if it can; the norm of the gradient before clipping, 0 where there is none."""
@@ -112,11 +128,11 @@ class Stepper:
         self._prepared.zero_grad()
         return norm
 
-    def _objective(self, logits: Tensor, batch: MicroBatch) -> ObjectiveSum:
+    def _objective(self, logits: Tensor, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
         """The objective of a micro-batch, a chunk of targets at a time."""
         chunk_targets = max(1, CHUNK_LOGITS // logits.shape[-1])
         if batch.num_targets <= chunk_targets:
-            return self._chunk(logits, batch, slice(None))
+            return self._chunk(logits, batch, slice(None), loss)
         parts = [
             cast(
                 "ObjectiveSum",
@@ -125,6 +141,7 @@ class Stepper:
                     logits,
                     batch,
                     slice(first, first + chunk_targets),
+                    loss,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 ),
@@ -137,14 +154,15 @@ class Stepper:
             parts={name: torch.stack([each.parts[name] for each in parts]).sum() for name in names},
         )
 
-    def _chunk(self, logits: Tensor, batch: MicroBatch, rows: slice) -> ObjectiveSum:
+    def _chunk(self, logits: Tensor, batch: MicroBatch, rows: slice, loss: LossConfig) -> ObjectiveSum:
         return objective(
             logits[:, rows],
             batch.target_ids[:, rows],
             _rows(batch.targets, rows),
             batch.weights[:, rows],
-            self._config.loss,
+            loss,
             vocab_size=self._vocab_size,
+            sampled=None if batch.sampled is None else batch.sampled.rows(rows),
         )
 
 
@@ -161,5 +179,10 @@ def _rows(targets: SparseTargets | None, rows: slice) -> SparseTargets | None:
 
 
 def _groups(scored: Sequence[Scored], size: int) -> Iterator[Sequence[Scored]]:
-    for first in range(0, len(scored), size):
-        yield scored[first : first + size]
+    """At most `size` sequences at a time, each time of one context."""
+    for _, of_context in itertools.groupby(
+        sorted(scored, key=lambda each: each.context), key=lambda each: each.context
+    ):
+        group = list(of_context)
+        for first in range(0, len(group), size):
+            yield group[first : first + size]

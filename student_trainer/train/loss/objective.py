@@ -11,6 +11,12 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from student_trainer.config import LossConfig
+from student_trainer.train.loss.policy_gradient import (
+    SampledTokens,
+    drift,
+    policy_gradient,
+    sampled_logprobs,
+)
 from student_trainer.train.loss.reduction import reduce
 from student_trainer.train.loss.sparse import SparseTargets
 from student_trainer.train.loss.temperature import TemperatureMode
@@ -35,18 +41,30 @@ def objective(
     config: LossConfig,
     *,
     vocab_size: int | None = None,
+    sampled: SampledTokens | None = None,
 ) -> ObjectiveSum:
     """sum_i w_i D_i(teacher, student) + hard_weight x CE(text), each summed over tokens by `weights`.
 
-    Cross-entropy is a metric even where its weight is 0. `targets` may be None only if every term's weight is 0.
+    Cross-entropy is a metric even where its weight is 0. `targets` may be None only if every term's weight is 0, or its
+    estimator "policy_gradient"; that one needs `sampled`, the tokens as an earlier student drew them.
     """
     parts: dict[str, Tensor] = {}
     with torch.set_grad_enabled(torch.is_grad_enabled() and config.hard_weight > 0):
         hard = cross_entropy(student_logits, target_ids, weights).loss_sum
     parts["cross_entropy"] = hard.detach()
     total = config.hard_weight * hard
+    drawn: Tensor | None = None
+    if sampled is not None:
+        drawn = sampled_logprobs(student_logits, target_ids, weights)
+        parts |= drift(drawn, sampled, weights)
     for term in config.terms:
         if term.weight == 0:
+            continue
+        if term.estimator == "policy_gradient":
+            assert drawn is not None and sampled is not None, "checked with the run's contexts"  # noqa: PT018
+            gradient = reduce(policy_gradient(drawn, sampled), weights).loss_sum
+            parts["policy_gradient"] = gradient.detach()
+            total = total + term.weight * gradient
             continue
         assert targets is not None, "a term has weight, but no teacher was asked"
         soft = distillation_loss(

@@ -1,0 +1,103 @@
+"""Reverse KL by policy gradient, on the tokens that the student itself drew: needs of the teacher no more than the log-probability of these.
+
+With y drawn from mu, an earlier student, and q the student as it is: A = log p(y) - log q(y), taken as a constant, and
+rho = q(y) / mu(y), truncated. The gradient is that of -rho A log q(y), whose expectation over y ~ mu is the gradient of
+KL(q || p) at this position, as long as nothing is truncated or dropped (the states are held fixed; the k1 estimate taken
+as a loss by itself has expectation zero). Axes: B sequences, T positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from student_trainer.train.loss.reduction import blank_masked, reduce
+
+MAX_PROBABILITY_LOST = 0.2
+"""A token whose probability fell by more than this since it was drawn teaches nothing about the student as it is."""
+MIN_TEACHER_LOGPROB = -30.0
+"""A teacher that finds a token less likely is taken to find it just so unlikely, which keeps every gradient finite."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledTokens:
+    """What is known of tokens that an earlier student drew, beside the tokens themselves."""
+
+    teacher_logprobs: Float[Tensor, "B T"]
+    """log p(y), natural, at temperature 1."""
+    behaviour_logprobs: Float[Tensor, "B T"]
+    """log mu(y), under the distribution that y was really drawn from."""
+    max_importance_weight: float
+    """rho is truncated here, > 0."""
+
+    def rows(self, rows: slice) -> SampledTokens:
+        """Positions `rows` of every sequence, as views."""
+        return SampledTokens(
+            teacher_logprobs=self.teacher_logprobs[:, rows],
+            behaviour_logprobs=self.behaviour_logprobs[:, rows],
+            max_importance_weight=self.max_importance_weight,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportanceWeights:
+    """How far the student has moved since the tokens were drawn; without gradient."""
+
+    exact: Float[Tensor, "B T"]
+    """rho = q(y) / mu(y)."""
+    used: Float[Tensor, "B T"]
+    """rho, truncated, and 0 where the token is dropped."""
+    dropped: Bool[Tensor, "B T"]
+    """Tokens that lost more than MAX_PROBABILITY_LOST."""
+
+
+def importance_weights(student_logprobs: Float[Tensor, "B T"], sampled: SampledTokens) -> ImportanceWeights:
+    """The importance weight of each token; `student_logprobs` are log q(y)."""
+    now, then = student_logprobs.detach(), sampled.behaviour_logprobs
+    exact = (now - then).exp()
+    dropped = now.exp() - then.exp() < -MAX_PROBABILITY_LOST
+    used = exact.clamp(max=sampled.max_importance_weight).masked_fill(dropped, 0.0)
+    return ImportanceWeights(exact=exact, used=used, dropped=dropped)
+
+
+def policy_gradient(student_logprobs: Float[Tensor, "B T"], sampled: SampledTokens) -> Float[Tensor, "B T"]:
+    """The loss of each position: its value is the estimate rho (log q - log p), its gradient -rho A grad log q."""
+    weights = importance_weights(student_logprobs, sampled).used
+    now = student_logprobs.detach()
+    advantage = sampled.teacher_logprobs.clamp(min=MIN_TEACHER_LOGPROB) - now
+    # The second factor is 0 in value and carries the gradient.
+    return -weights * advantage * (1 + student_logprobs - now)
+
+
+def sampled_logprobs(
+    student_logits: Float[Tensor, "B T V"], target_ids: Int64[Tensor, "B T"], weights: Float[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
+    """log q(y) in float32 at least; a number of no meaning where the weight is 0."""
+    logits = blank_masked(student_logits, weights)
+    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    ids = target_ids.masked_fill(weights <= 0, 0).unsqueeze(-1)
+    return wide.gather(-1, ids).squeeze(-1) - wide.logsumexp(-1)
+
+
+def drift(
+    student_logprobs: Float[Tensor, "B T"], sampled: SampledTokens, weights: Float[Tensor, "B T"]
+) -> Mapping[str, Tensor]:
+    """Metric name to scalar sum over tokens, without gradient: how stale the sampled tokens are.
+
+    mismatch_kl is the estimate rho - 1 - log rho of KL(mu || q), >= 0 for every token.
+    """
+    found = importance_weights(student_logprobs, sampled)
+    truncated = found.exact > sampled.max_importance_weight
+    values = {
+        "importance_weight": found.exact,
+        "mismatch_kl": found.exact - 1 - (student_logprobs.detach() - sampled.behaviour_logprobs),
+        "importance_truncated": truncated.float(),
+        "importance_dropped": found.dropped.float(),
+        "rollout_logprob": sampled.behaviour_logprobs,
+        "rollout_teacher_logprob": sampled.teacher_logprobs,
+    }
+    return {name: reduce(value, weights).loss_sum for name, value in values.items()}
