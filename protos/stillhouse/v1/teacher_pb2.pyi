@@ -319,8 +319,11 @@ class GenerateRequest(_message.Message):
     SAMPLING_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     DISTRIBUTIONS_FIELD_NUMBER: _builtins.int
+    WHOLE_SAMPLES_FIELD_NUMBER: _builtins.int
     num_samples: _builtins.int
     """Samples per prompt. 0 means 1."""
+    whole_samples: _builtins.bool
+    """Send nothing of a sample before it is finished. Cheaper, where nobody reads along."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """Required. At most 1024."""
@@ -340,10 +343,11 @@ class GenerateRequest(_message.Message):
         sampling: Global___SamplingParams | None = ...,
         num_samples: _builtins.int = ...,
         distributions: Global___DistributionConfig | None = ...,
+        whole_samples: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "num_samples", b"num_samples", "prompts", b"prompts", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "num_samples", b"num_samples", "prompts", b"prompts", "sampling", b"sampling", "whole_samples", b"whole_samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -360,6 +364,7 @@ class Prompt(_message.Message):
     CONVERSATION_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    SAMPLE_INDICES_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text, tokenised by the teacher."""
     adapter: _builtins.str
@@ -376,6 +381,12 @@ class Prompt(_message.Message):
     def sampling(self) -> Global___SamplingParams:
         """Overrides the request's sampling for this prompt."""
 
+    @_builtins.property
+    def sample_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Samples to write, by index and without repetition, instead of [0, num_samples): those that
+        an earlier call left unanswered. Each is below 4096. Empty means all num_samples.
+        """
+
     def __init__(
         self,
         *,
@@ -384,10 +395,11 @@ class Prompt(_message.Message):
         conversation: Global___Conversation | None = ...,
         adapter: _builtins.str = ...,
         sampling: Global___SamplingParams | None = ...,
+        sample_indices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "conversation", b"conversation", "input", b"input", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "conversation", b"conversation", "input", b"input", "sample_indices", b"sample_indices", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["token_ids", "text", "conversation"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
