@@ -46,6 +46,23 @@ def check_call(request: teacher_pb2.GenerateRequest, serving: Serving) -> None:
             f"num_samples is {request.num_samples}. Give a number in [1, {MAX_SAMPLES_PER_PROMPT}], or 0 for 1."
         )
     check_sampling(request.sampling, None)
+    for prompt in request.prompts:
+        check_samples(prompt, request.num_samples)
+
+
+def check_samples(prompt: teacher_pb2.Prompt, num_samples: int) -> tuple[int, ...]:
+    """The samples of a prompt that are asked for, by index. Raises `StillhouseError` with INVALID_REQUEST."""
+    if not prompt.sample_indices:
+        return tuple(range(max(1, num_samples)))
+    indices = tuple(prompt.sample_indices)
+    if not (
+        0 <= min(indices) and max(indices) < MAX_SAMPLES_PER_PROMPT and len(set(indices)) == len(indices)
+    ):
+        raise _invalid(
+            f"sample_indices has {len(indices)} numbers from {min(indices)} to {max(indices)}. Give each once, in "
+            f"[0, {MAX_SAMPLES_PER_PROMPT - 1}]."
+        )
+    return indices
 
 
 def check_sampling(common: teacher_pb2.SamplingParams, own: teacher_pb2.SamplingParams | None) -> Sampling:
