@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from protos.channel import ChannelOptions, connect
+from protos.channel import ChannelOptions, connect, process_name
 from protos.errors import StillhouseError, from_rpc_error
 
 R = TypeVar("R")
@@ -54,7 +54,7 @@ class Connection:
                 key=tls_key,
                 server_name=tls_server_name,
                 token=token,
-                client_name="stillhouse-client",
+                client_name=process_name("stillhouse-client"),
             )
         )
 

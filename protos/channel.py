@@ -2,6 +2,8 @@
 
 import ipaddress
 import json
+import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,12 @@ class ChannelOptions:
     """Bearer token. Over plaintext it goes to this machine alone."""
     client_name: str | None = None
     """Who asks, for fair shares and logs."""
+
+
+def process_name(program: str) -> str:
+    """A `client_name` that no other process has: services share themselves out between clients of different names."""
+    host = socket.gethostname().encode("ascii", "replace").decode()
+    return f"{program}/{host}/{os.getpid()}"
 
 
 def connect(options: ChannelOptions | str) -> grpc.Channel:

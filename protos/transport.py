@@ -8,6 +8,7 @@ from protos.channel import (
     connect,
     connect_async,
     is_loopback,
+    process_name,
 )
 from protos.interceptor import ErrorInterceptor
 from protos.logs import configure_logging
@@ -25,5 +26,6 @@ __all__ = [
     "connect",
     "connect_async",
     "is_loopback",
+    "process_name",
     "write_address_file",
 ]

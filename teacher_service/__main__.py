@@ -71,6 +71,11 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 )
 @click.option("--max-calls", type=int, default=_default("max_calls"), help="Calls at once.")
 @click.option(
+    "--max-inflight-tokens",
+    type=int,
+    help="Tokens inside the engine; more wait, and clients take turns.  [default: 8 batches]",
+)
+@click.option(
     "--max-batch-tokens", type=int, default=_default("max_batch_tokens"), help="Tokens computed at once."
 )
 @click.option(

@@ -46,7 +46,10 @@ class TeacherConfig:
     max_prompts: int = 1024
     """Prompts of one Generate call."""
     max_calls: int = 256
-    """Calls at once; one more is answered TOO_MANY_CALLS."""
+    """Calls at once, of which one client alone gets three quarters; one more is answered TOO_MANY_CALLS."""
+    max_inflight_tokens: int | None = None
+    """Tokens inside the engine at once, of which one client alone gets three quarters; what is above waits for its
+    turn. None means eight batches of the engine."""
     max_batch_tokens: int = 8192
     """Tokens that the engine computes at once."""
     gpu_memory_utilization: float = 0.9
@@ -97,6 +100,7 @@ class TeacherConfig:
             ("--max-inflight-sequences", self.max_inflight_sequences, 1, 65536),
             ("--max-prompts", self.max_prompts, 1, 65536),
             ("--max-calls", self.max_calls, 1, 65536),
+            ("--max-inflight-tokens", self.max_inflight_tokens, 1, 1 << 30),
             ("--max-batch-tokens", self.max_batch_tokens, 1, 1 << 24),
             ("--tensor-parallel-size", self.tensor_parallel_size, 1, 1024),
             ("--pipeline-parallel-size", self.pipeline_parallel_size, 1, 1024),

@@ -49,6 +49,10 @@ class EngineInfo:
     """Ids that end a text."""
     max_adapters: int
     """Adapters that can be loaded at once."""
+    batch_tokens: int = 8192
+    """Tokens that it computes at once; a few times as many keep it busy."""
+    max_running_samples: int = 256
+    """Samples that it writes side by side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,6 +108,8 @@ class GenerateItem:
     """Fixes the text, however items are batched; None draws a fresh one."""
     options: DistributionOptions | None = None
     """What to report for every new token; None reports nothing."""
+    whole: bool = False
+    """Nobody reads along: the engine may give the sample as one piece."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

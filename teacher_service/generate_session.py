@@ -20,7 +20,14 @@ from teacher_service.engine import (
 )
 from teacher_service.outbox import PART_BYTES, Outbox, cancel_all
 from teacher_service.requests import Wire, check_distributions
-from teacher_service.sampling_requests import Sampling, check_call, check_prompt, check_sampling, seed_of
+from teacher_service.sampling_requests import (
+    Sampling,
+    check_call,
+    check_prompt,
+    check_samples,
+    check_sampling,
+    seed_of,
+)
 from teacher_service.serving import Serving
 
 _FINISH = {
@@ -53,11 +60,12 @@ class _News:
 class GenerateSession:
     """The state of one call; nothing of it outlives the call."""
 
-    def __init__(self, serving: Serving, request: teacher_pb2.GenerateRequest) -> None:
+    def __init__(self, serving: Serving, request: teacher_pb2.GenerateRequest, *, client: str) -> None:
         """Raises `StillhouseError` for a call that makes no sense as a whole."""
         check_call(request, serving)
         self._serving = serving
         self._request = request
+        self._client = client
         self._options: DistributionOptions | None = None
         self._wire: Wire | None = None
         if request.HasField("distributions"):
@@ -78,10 +86,7 @@ class GenerateSession:
     async def _write_all(self) -> None:
         error: Exception | None = None
         keys = self._keys()
-        num_writers = min(
-            self._serving.config.max_inflight_sequences,
-            len(self._request.prompts) * max(1, self._request.num_samples),
-        )
+        num_writers = min(self._serving.config.max_inflight_sequences, sum(1 for _ in self._keys()))
         try:
             async with asyncio.TaskGroup() as writers:
                 for _ in range(num_writers):
@@ -91,8 +96,8 @@ class GenerateSession:
         await self._outbox.end(error)
 
     def _keys(self) -> Iterator[tuple[int, int]]:
-        for prompt_index in range(len(self._request.prompts)):
-            for sample_index in range(max(1, self._request.num_samples)):
+        for prompt_index, prompt in enumerate(self._request.prompts):
+            for sample_index in check_samples(prompt, self._request.num_samples):
                 yield prompt_index, sample_index
 
     async def _write_samples(self, keys: Iterator[tuple[int, int]]) -> None:
@@ -106,7 +111,11 @@ class GenerateSession:
     async def _write(self, key: tuple[int, int]) -> None:
         prompt = await self._prompt(key[0])
         self._serving.counters.samples_started += 1
-        async with self._serving.adapters.use(self._request.prompts[key[0]].adapter) as adapter:
+        cost = self._serving.capacity.writing(len(prompt.token_ids), self._num_new(prompt))
+        async with (
+            self._serving.adapters.use(self._request.prompts[key[0]].adapter) as adapter,
+            self._serving.admission.turn(self._client, cost),
+        ):
             await self._stream(key, prompt, adapter)
 
     async def _prompt(self, index: int) -> _Prompt:
@@ -137,12 +146,14 @@ class GenerateSession:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
-            max_new_tokens=min(sampling.max_new_tokens, self._serving.info.max_sequence_tokens - num_prompt),
+            max_new_tokens=self._num_new(prompt),
             seed=seed_of(sampling, prompt.token_ids, key[1]),
             options=self._options,
+            whole=self._request.whole_samples and not sampling.stop,
         )
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())
         held = pieces.Held()
+        withheld: list[_News] = []
         first = True
         async with aclosing(self._serving.engine.generate(item)) as written:  # type: ignore[type-var]
             async for piece in written:
@@ -151,18 +162,24 @@ class GenerateSession:
                 finish = "stop" if decoded.matched_stop else piece.finish
                 kept = held.give(decoded.num_ids_kept, finish)
                 if len(kept.token_ids) or decoded.text or finish:
-                    await self._put(
-                        _News(
-                            key=key,
-                            piece=kept,
-                            text=decoded.text,
-                            prompt_tokens=num_prompt if first else 0,
-                            adapter_fingerprint=adapter.fingerprint if adapter else "",
-                        )
+                    one = _News(
+                        key=key,
+                        piece=kept,
+                        text=decoded.text,
+                        prompt_tokens=num_prompt if first else 0,
+                        adapter_fingerprint=adapter.fingerprint if adapter else "",
                     )
                     first = False
+                    withheld.append(one)
+                    if finish or not self._request.whole_samples:
+                        await self._put(next(_merged(withheld)))
+                        withheld.clear()
                 if finish:
                     return
+
+    def _num_new(self, prompt: _Prompt) -> int:
+        room = self._serving.info.max_sequence_tokens - len(prompt.token_ids)
+        return min(prompt.sampling.max_new_tokens, room)
 
     async def _put(self, news: _News) -> None:
         """Cuts what is too long for one message; the text goes with the first part, the end with the last."""

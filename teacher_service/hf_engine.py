@@ -36,6 +36,9 @@ from teacher_service.sampling import draw
 from teacher_service.text import TextCodec
 from teacher_service.topk import Target, distributions, require_finite
 
+_CPU_BATCH_TOKENS = 512
+"""A sequence at a time is computed there, and a few that wait keep it busy."""
+
 
 @dataclass(kw_only=True, slots=True)
 class _Writing:
@@ -190,7 +193,7 @@ class HfEngine:
             row_1H = self._model.last_rows([unread], 1, writing.cache)[0]
             logits_1V = self._model.head(row_1H).float()
             position = len(item.token_ids) + len(writing.written)
-            require_finite(logits_1V, position)
+            require_finite(torch.isfinite(logits_1V).all(dim=-1), position)
             token, logprob = draw(
                 logits_1V[0],
                 temperature=item.temperature,
@@ -271,4 +274,6 @@ def _describe(
         quantization=quantization,
         eos_token_ids=codec.eos_token_ids,
         max_adapters=config.max_adapters,
+        batch_tokens=config.max_batch_tokens if model.device.type != "cpu" else _CPU_BATCH_TOKENS,
+        max_running_samples=hf_worker.MAX_ACTIVE_SAMPLES,
     )

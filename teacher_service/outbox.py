@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from protos.transport import FLUSH_BYTES, MAX_MESSAGE_BYTES
@@ -15,58 +15,73 @@ LINGER_S = 0.004
 """How long a first part waits for company."""
 PART_BYTES = MAX_MESSAGE_BYTES - FLUSH_BYTES - 4096
 """Largest part: one more than a full message never exceeds MAX_MESSAGE_BYTES."""
-MAX_PARTS = 16
-"""Parts that wait for the writer; who has more to say waits."""
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    error: BaseException | None
+WAITING_BYTES = 2 * FLUSH_BYTES
+"""Once this much waits for the writer, who has more to say waits too."""
 
 
 class Outbox(Generic[Part]):
     """A bounded queue between the tasks of a call and the one writer of its responses."""
 
     def __init__(self) -> None:
-        self._queue: asyncio.Queue[tuple[Part, int] | _End] = asyncio.Queue(MAX_PARTS)
+        self._parts: deque[tuple[Part, int]] = deque()
+        self._num_bytes = 0
+        self._some = asyncio.Event()
+        """Something is there, or the end."""
+        self._enough = asyncio.Event()
+        """A message is full, or nothing follows."""
+        self._room = asyncio.Event()
+        self._ended = False
+        self._error: BaseException | None = None
 
     async def put(self, part: Part, num_bytes: int) -> None:
         """Adds a part of at most PART_BYTES; waits while the writer is behind."""
-        await self._queue.put((part, num_bytes))
+        while self._num_bytes >= WAITING_BYTES:
+            self._room.clear()
+            await self._room.wait()
+        self._parts.append((part, num_bytes))
+        self._num_bytes += num_bytes
+        self._tell()
 
     async def end(self, error: BaseException | None = None) -> None:
         """Says that nothing follows; with an error, that the call fails after what was put before."""
-        await self._queue.put(_End(error))
+        self._ended, self._error = True, error
+        self._tell()
 
     async def gathered(self) -> AsyncGenerator[list[Part], None]:
         """Lists of parts, each for one message: sent at FLUSH_BYTES, or LINGER_S after the first of them."""
-        end: _End | None = None
-        while end is None:
-            first = await self._queue.get()
-            if isinstance(first, _End):
-                end = first
+        while True:
+            await self._some.wait()
+            if not self._parts:
                 break
-            parts, num_bytes = [first[0]], first[1]
-            deadline = asyncio.get_running_loop().time() + LINGER_S
-            while num_bytes < FLUSH_BYTES:
-                following = await self._next_before(deadline)
-                if following is None or isinstance(following, _End):
-                    end = following
-                    break
-                parts.append(following[0])
-                num_bytes += following[1]
-            yield parts
-        if end.error is not None:
-            raise end.error
+            if not self._enough.is_set():
+                try:
+                    async with asyncio.timeout(LINGER_S):
+                        await self._enough.wait()
+                except TimeoutError:
+                    pass
+            yield self._take()
+        if self._error is not None:
+            raise self._error
 
-    async def _next_before(self, deadline: float) -> tuple[Part, int] | _End | None:
-        if not self._queue.empty():
-            return self._queue.get_nowait()
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._queue.get()
-        except TimeoutError:
-            return None
+    def _take(self) -> list[Part]:
+        taken: list[Part] = []
+        num_bytes = 0
+        while self._parts and num_bytes < FLUSH_BYTES:
+            part, size = self._parts.popleft()
+            taken.append(part)
+            num_bytes += size
+        self._num_bytes -= num_bytes
+        self._some.clear()
+        self._enough.clear()
+        self._tell()
+        self._room.set()
+        return taken
+
+    def _tell(self) -> None:
+        if self._parts or self._ended:
+            self._some.set()
+        if self._num_bytes >= FLUSH_BYTES or self._ended:
+            self._enough.set()
 
 
 async def cancel_all(tasks: set[asyncio.Task[None]]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from protos.errors import Reason, StillhouseError, to_status
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import Distributions
+from teacher_service.answer_memory import UnreadAnswers
 from teacher_service.engine import DistributionOptions
 from teacher_service.outbox import PART_BYTES, Outbox, cancel_all
 from teacher_service.requests import Wire, check_distributions, check_sequence
@@ -25,14 +26,20 @@ class _Part:
 
     result: teacher_pb2.ScoreResult
     owns_id: bool
+    num_bytes: int = 0
+    """What it frees of the call's unread answers."""
 
 
 class ScoreSession:
     """The state of one call; nothing of it outlives the call."""
 
-    def __init__(self, serving: Serving, requests: AsyncIterator[teacher_pb2.ScoreRequest]) -> None:
+    def __init__(
+        self, serving: Serving, requests: AsyncIterator[teacher_pb2.ScoreRequest], *, client: str
+    ) -> None:
         self._serving = serving
         self._requests = requests
+        self._client = client
+        self._unread = UnreadAnswers(serving.memory)
         self._outbox: Outbox[_Part] = Outbox()
         self._room = asyncio.Semaphore(serving.config.max_inflight_sequences)
         self._unanswered: set[int] = set()
@@ -51,10 +58,12 @@ class ScoreSession:
                     yield teacher_pb2.ScoreResponse(results=[part.result for part in parts])
                     # Here the message has been handed to the transport, which waits for a slow caller.
                     for part in parts:
+                        self._unread.take(part.num_bytes)
                         if part.result.last:
                             self._room.release()
         finally:
             await cancel_all({reader, *self._tasks})
+            self._unread.clear()
 
     async def _read_all(self) -> None:
         error: Exception | None = None
@@ -116,6 +125,8 @@ class ScoreSession:
         owns_id = sequence_id not in self._unanswered
         self._unanswered.add(sequence_id)
         try:
+            # The time of a sequence does not run while its own caller does not read.
+            await self._unread.room()
             rows = await (self._score(sequence, options) if owns_id else _refuse_id(sequence_id))
         except Exception as error:
             self._serving.counters.sequences_refused += 1
@@ -123,6 +134,7 @@ class ScoreSession:
             await self._outbox.put(_Part(result, owns_id), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
+        self._unread.add(rows.num_rows * rows.row_bytes)
         rows_per_part = max(1, PART_BYTES // (rows.row_bytes + 1))
         for begin in range(0, rows.num_rows, rows_per_part):
             end = min(begin + rows_per_part, rows.num_rows)
@@ -131,7 +143,8 @@ class ScoreSession:
                 distributions=wire.encode(rows.rows(begin, end)),
                 last=end == rows.num_rows,
             )
-            await self._outbox.put(_Part(result, owns_id), result.ByteSize())
+            num_bytes = (end - begin) * rows.row_bytes
+            await self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
 
     async def _score(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions
@@ -145,7 +158,11 @@ class ScoreSession:
         try:
             async with asyncio.timeout(timeout_ms / 1000):
                 item = check_sequence(sequence, options, self._serving.info)
-                async with self._serving.adapters.use(item.adapter):
+                cost = self._serving.capacity.scoring(len(item.token_ids))
+                async with (
+                    self._serving.adapters.use(item.adapter),
+                    self._serving.admission.turn(self._client, cost),
+                ):
                     return await self._serving.engine.score(item)
         except TimeoutError as error:
             raise StillhouseError(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +17,8 @@ from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from protos.transport import FLUSH_BYTES
 from teacher_service.adapters import AdapterRegistry
+from teacher_service.admission import Capacity, may_hold
+from teacher_service.clients import client_of
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import Engine, LoadedAdapter
 from teacher_service.generate_session import GenerateSession
@@ -26,6 +29,8 @@ from teacher_service.text import TextCodec
 
 LOADING_RETRY_S = 5.0
 BUSY_RETRY_S = 1.0
+BATCHES_INSIDE = 8
+"""Batches of the engine that it is given at once: one client's three quarters keep it busy, and so does what others get."""
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +41,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
         self._serving: Serving | None = None
-        self._num_calls = 0
+        self._calls: Counter[str] = Counter()
         self.counters = Counters()
         """Totals since the start, for logs and tests."""
 
@@ -49,6 +54,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             codec=codec,
             adapters=adapters,
             counters=self.counters,
+            capacity=Capacity(
+                max_tokens=self._config.max_inflight_tokens or BATCHES_INSIDE * engine.info.batch_tokens,
+                max_samples=engine.info.max_running_samples,
+            ),
         )
 
     async def drain(self) -> None:
@@ -99,8 +108,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Any
     ) -> AsyncGenerator[teacher_pb2.ScoreResponse, None]:
         """Distributions of sequences that the teacher did not write."""
-        with self._call():
-            session = ScoreSession(self._ready(), aiter(request_iterator))
+        client = client_of(context)
+        with self._call(client):
+            session = ScoreSession(self._ready(), aiter(request_iterator), client=client)
             async with aclosing(session.responses()) as responses:
                 async for response in responses:
                     yield response
@@ -109,8 +119,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: teacher_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
         """Samples, as they grow."""
-        with self._call():
-            session = GenerateSession(self._ready(), request)
+        client = client_of(context)
+        with self._call(client):
+            session = GenerateSession(self._ready(), request, client=client)
             async with aclosing(session.responses()) as responses:
                 async for response in responses:
                     yield response
@@ -156,19 +167,23 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         return self._serving
 
     @contextmanager
-    def _call(self) -> Iterator[None]:
-        if self._num_calls >= self._config.max_calls:
+    def _call(self, client: str) -> Iterator[None]:
+        own, running = self._calls[client], self._calls.total()
+        if not may_hold(own, self._config.max_calls - running, 1):
             raise StillhouseError(
                 Reason.TOO_MANY_CALLS,
-                f"{self._num_calls} Score and Generate calls are running, and this teacher takes {self._config.max_calls}. "
-                "Send more in one call, or start the teacher with a larger --max-calls.",
+                f"{running} Score and Generate calls are running, {own} of them yours; this teacher takes "
+                f"{self._config.max_calls} and keeps room for other clients. Send more in one call, or start the teacher "
+                "with a larger --max-calls.",
                 retry_after_s=BUSY_RETRY_S,
             )
-        self._num_calls += 1
+        self._calls[client] += 1
         try:
             yield
         finally:
-            self._num_calls -= 1
+            self._calls[client] -= 1
+            if not self._calls[client]:
+                del self._calls[client]
 
 
 def _adapter(loaded: LoadedAdapter) -> teacher_pb2.Adapter:

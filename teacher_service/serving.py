@@ -6,6 +6,8 @@ import asyncio
 from dataclasses import dataclass, field
 
 from teacher_service.adapters import AdapterRegistry
+from teacher_service.admission import Admission, Capacity
+from teacher_service.answer_memory import AnswerMemory
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import Engine, EngineInfo
 from teacher_service.text import TextCodec
@@ -37,5 +39,8 @@ class Serving:
     codec: TextCodec
     adapters: AdapterRegistry
     counters: Counters
+    capacity: Capacity
+    admission: Admission = field(default_factory=Admission)
+    memory: AnswerMemory = field(default_factory=AnswerMemory)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the service stops: calls read nothing more."""

@@ -292,4 +292,6 @@ def _describe(
         quantization=quantization,
         eos_token_ids=codec.eos_token_ids,
         max_adapters=config.max_adapters,
+        batch_tokens=int(llm.vllm_config.scheduler_config.max_num_batched_tokens),
+        max_running_samples=int(llm.vllm_config.scheduler_config.max_num_seqs),
     )

@@ -25,7 +25,7 @@ from protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from protos.transport import ChannelOptions, connect
+from protos.transport import ChannelOptions, connect, process_name
 from student_trainer.config import RunConfig, TeacherConfig
 from student_trainer.run_dir import RunDir, write_whole
 from student_trainer.train.patience import Patience
@@ -255,7 +255,7 @@ def _channel_options(config: TeacherConfig, target: str) -> ChannelOptions:
         key=path("key"),
         server_name=config.tls_server_name or None,
         token=token,
-        client_name="stillhouse-trainer",
+        client_name=process_name("stillhouse-trainer"),
     )
 
 

@@ -12,7 +12,7 @@ from protos.tensor_codec import Distributions
 from protos.transport import MAX_MESSAGE_BYTES
 from teacher_service import pieces
 from teacher_service.engine import GeneratedPiece
-from teacher_service.outbox import MAX_PARTS, PART_BYTES, Outbox
+from teacher_service.outbox import PART_BYTES, WAITING_BYTES, Outbox
 
 
 async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> None:
@@ -54,10 +54,17 @@ async def test_an_error_comes_after_what_was_put_before() -> None:
 
 async def test_who_says_more_than_the_writer_takes_waits() -> None:
     outbox: Outbox[int] = Outbox()
-    for number in range(MAX_PARTS):
-        await outbox.put(number, 1)
+    num_parts = -(-WAITING_BYTES // PART_BYTES)
+    for number in range(num_parts):
+        await outbox.put(number, PART_BYTES)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(outbox.put(99, 1), 0.05)
+    gathered = outbox.gathered()
+    first = await anext(gathered)
+    async with asyncio.timeout(5):
+        await outbox.put(num_parts, 1)
+        await outbox.end()
+    assert first + [part async for parts in gathered for part in parts] == list(range(num_parts + 1))
 
 
 def piece(length: int, start: int, finish: str = "") -> GeneratedPiece:

@@ -3,73 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 
 from protos.errors import Reason, StillhouseError, from_rpc_error
-from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
-from protos.transport import Server, connect_async
-from teacher_service.adapters import AdapterRegistry
-from teacher_service.config import TeacherConfig
-from teacher_service.hf_engine import HfEngine
-from teacher_service.lifecycle import SERVICE
-from teacher_service.servicer import TeacherServicer
-from teacher_service.text import TextCodec
+from protos.stillhouse.v1 import teacher_pb2
 from tests.conftest import Models
 from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
-
-MAX_INFLIGHT = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Local:
-    """A teacher in this process."""
-
-    stub: Any
-    engine: HfEngine
-    servicer: TeacherServicer
-    adapters: AdapterRegistry
-    go_on: threading.Event
-
-    async def pause(self) -> asyncio.Task[bool]:
-        """The model does nothing until `go_on` is set."""
-        self.go_on.clear()
-        task = asyncio.create_task(self.engine._worker.call(self.go_on.wait))
-        await asyncio.sleep(0.1)
-        return task
-
-
-@asynccontextmanager
-async def serving(models: Models, directory: Path, **fields: Any) -> AsyncIterator[Local]:
-    socket = f"unix:{directory / 'socket'}"
-    config = TeacherConfig(
-        model=str(models.teacher), threads=1, listen=socket, max_inflight_sequences=MAX_INFLIGHT, **fields
-    )
-    engine = await HfEngine.load(config)
-    adapters = AdapterRegistry(engine, (models.adapter_a.parent,))
-    servicer = TeacherServicer(config)
-    servicer.serve(engine, TextCodec.load(config.model), adapters)
-    server = Server(
-        listen=socket, tls=None, insecure=False, reflection=None, services=[SERVICE], max_concurrent_rpcs=None
-    )
-    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.aio)
-    await server.start()
-    go_on = threading.Event()
-    try:
-        async with connect_async(socket) as channel:
-            stub = teacher_pb2_grpc.TeacherServiceStub(channel)
-            yield Local(stub=stub, engine=engine, servicer=servicer, adapters=adapters, go_on=go_on)
-    finally:
-        go_on.set()
-        await server.stop(0)
-        await engine.close()
+from tests.teacher_service.local import MAX_INFLIGHT, Local, serving
 
 
 async def scores(count: int, adapter: str = "") -> AsyncIterator[teacher_pb2.ScoreRequest]:
@@ -147,7 +91,7 @@ async def test_a_cancelled_stream_leaves_nothing_to_do(models: Models, tmp_path:
         local.go_on.set()
         await paused
         assert local.servicer.counters.tokens_scored == 0
-        assert local.servicer._num_calls == 0
+        assert local.servicer._calls.total() == 0
 
 
 async def test_an_adapter_in_use_leaves_only_when_its_users_have_ended(

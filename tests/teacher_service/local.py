@@ -1,0 +1,79 @@
+"""A teacher in this process, over gRPC, with a model that can be paused; so that a test sees what a call holds."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from protos.stillhouse.v1 import teacher_pb2_grpc
+from protos.transport import Server, connect_async
+from teacher_service.adapters import AdapterRegistry
+from teacher_service.config import TeacherConfig
+from teacher_service.hf_engine import HfEngine
+from teacher_service.lifecycle import SERVICE
+from teacher_service.servicer import TeacherServicer
+from teacher_service.text import TextCodec
+from tests.conftest import Models
+
+MAX_INFLIGHT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Local:
+    """A teacher in this process."""
+
+    stub: Any
+    engine: HfEngine
+    servicer: TeacherServicer
+    adapters: AdapterRegistry
+    go_on: threading.Event
+    target: str
+
+    async def pause(self) -> asyncio.Task[bool]:
+        """The model does nothing until `go_on` is set."""
+        self.go_on.clear()
+        paused = threading.Event()
+
+        def pause() -> bool:
+            paused.set()
+            return self.go_on.wait()
+
+        task = asyncio.create_task(self.engine._worker.call(pause))
+        assert await asyncio.to_thread(paused.wait, 60)
+        return task
+
+
+@asynccontextmanager
+async def serving(models: Models, directory: Path, **fields: Any) -> AsyncIterator[Local]:
+    socket = f"unix:{directory / 'socket'}"
+    config = TeacherConfig(
+        model=str(models.teacher),
+        threads=1,
+        listen=socket,
+        **{"max_inflight_sequences": MAX_INFLIGHT, **fields},
+    )
+    engine = await HfEngine.load(config)
+    adapters = AdapterRegistry(engine, (models.adapter_a.parent,))
+    servicer = TeacherServicer(config)
+    servicer.serve(engine, TextCodec.load(config.model), adapters)
+    server = Server(
+        listen=socket, tls=None, insecure=False, reflection=None, services=[SERVICE], max_concurrent_rpcs=None
+    )
+    teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.aio)
+    await server.start()
+    go_on = threading.Event()
+    try:
+        async with connect_async(socket) as channel:
+            stub = teacher_pb2_grpc.TeacherServiceStub(channel)
+            yield Local(
+                stub=stub, engine=engine, servicer=servicer, adapters=adapters, go_on=go_on, target=socket
+            )
+    finally:
+        go_on.set()
+        await server.stop(0)
+        await engine.close()
