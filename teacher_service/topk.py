@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,12 @@ from teacher_service.engine import DistributionOptions, Float32Array, Int32Array
 Float64Array = npt.NDArray[np.float64]
 
 CHUNK_ELEMENTS = 1 << 24
-"""Elements of a [chunk, V] block; 64 MiB in float32."""
+"""Elements of a [chunk, V] block of logits; 64 MiB in float32."""
+GROUP_ELEMENTS = 1 << 20
+"""Elements of the rows that a CPU normalises at once: what stays in its cache is read several times."""
+FOLDS = 8, 16
+"""Into how many layers a CPU folds a vocabulary of below and above 2^16 ids to find its likeliest: see `likeliest`."""
+_SCRATCH = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,13 +58,13 @@ def distributions(
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)
     draws_TR = uniforms(target, options)
     parts = [
-        _rows(head(rows_TH), rows_TH, begin=index * chunk, target=target, options=options, draws_TR=draws_TR)
+        rows(head(rows_TH), rows_TH, begin=index * chunk, target=target, options=options, draws_TR=draws_TR)
         for index, rows_TH in enumerate(torch.split(hidden_TH, chunk))
     ]
     return parts[0] if len(parts) == 1 else Distributions.concat(parts)
 
 
-def _rows(
+def rows(
     logits_TV: Tensor,
     hidden_TH: Tensor,
     *,
@@ -67,38 +73,154 @@ def _rows(
     options: DistributionOptions,
     draws_TR: Float64Array | None,
 ) -> Distributions:
-    logits_TV = logits_TV.float()
-    num_rows, vocab_size = logits_TV.shape
+    """What rows [begin, begin + T) of `target` hold, by their logits, of any float type, which stay as they are.
+
+    `draws_TR` are the `uniforms` of the whole target. Raises `StillhouseError` with NON_FINITE.
+    """
+    size = max(1, GROUP_ELEMENTS // logits_TV.shape[1]) if logits_TV.device.type == "cpu" else len(logits_TV)
+    parts = [
+        _group(
+            logits_TV[row : row + size],
+            hidden_TH[row : row + size],
+            begin=begin + row,
+            target=target,
+            options=options,
+            draws_TR=draws_TR,
+        )
+        for row in range(0, len(logits_TV), size)
+    ]
+    return Distributions.concat(parts)
+
+
+def _group(
+    logits_TV: Tensor,
+    hidden_TH: Tensor,
+    *,
+    begin: int,
+    target: Target,
+    options: DistributionOptions,
+    draws_TR: Float64Array | None,
+) -> Distributions:
+    logits_TV = as_float32(logits_TV)
+    num_rows = len(logits_TV)
     first = target.start + begin
-    require_finite(logits_TV, first)
-    lse_T1 = logits_TV.logsumexp(dim=-1, keepdim=True)
-    top_TK = logits_TV.topk(min(options.top_k, vocab_size), dim=-1)
+    top = normalised(logits_TV, options.top_k)
+    require_finite(top.finite, first)
+    lse_T1 = top.lse.float()
     target_T1 = _to(target.sequence[first : first + num_rows], logits_TV).unsqueeze(-1)
-    # A tail computed as 1 - sum would lose everything below 6e-8.
-    rest_TV = logits_TV.scatter(-1, top_TK.indices, -torch.inf)
-    log_tail_T = rest_TV.logsumexp(dim=-1) - lse_T1.squeeze(-1)
     query_TQ = None if target.query_token_ids is None else target.query_token_ids[begin : begin + num_rows]
     return Distributions(
         start=first,
-        token_ids=_numpy(top_TK.indices.int()),
-        logprobs=_numpy(top_TK.values - lse_T1),
-        target_logprobs=_numpy((logits_TV.gather(-1, target_T1) - lse_T1).squeeze(-1)),
-        log_tail=_numpy(log_tail_T),
-        log_partitions=_log_partitions(logits_TV, lse_T1, options.temperatures),
+        token_ids=_numpy(top.token_ids.int()),
+        logprobs=_numpy(top.logprobs),
+        target_logprobs=_numpy((logits_TV.gather(-1, target_T1) - top.lse).squeeze(-1).float()),
+        log_tail=_numpy(top.log_tail),
+        log_partitions=_numpy_or_none(log_partitions(logits_TV, lse_T1, options.temperatures)),
         query_logprobs=None if query_TQ is None else _query_logprobs(logits_TV, lse_T1, query_TQ),
-        sampled_token_ids=None if draws_TR is None else _drawn(logits_TV, draws_TR[begin : begin + num_rows]),
-        entropy=_entropy(logits_TV, lse_T1) if options.entropy else None,
+        sampled_token_ids=None
+        if draws_TR is None
+        else _numpy(drawn(logits_TV, draws_TR[begin : begin + num_rows])),
+        entropy=_numpy(entropies(logits_TV, lse_T1)) if options.entropy else None,
         hidden_states=_numpy(hidden_TH.float()) if options.hidden_states else None,
     )
 
 
-def require_finite(logits_TV: Tensor, first: int) -> None:
-    """Raises `StillhouseError` with NON_FINITE if a row, counted from position `first`, has NaN or infinity."""
-    finite_T = torch.isfinite(logits_TV).all(dim=-1)
-    if bool(finite_T.all()):
-        return
-    position = first + int((~finite_T).nonzero()[0])
-    raise StillhouseError(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Normalised:
+    """The head of T distributions, and what is left of them."""
+
+    token_ids: Tensor
+    """INT64 [T, K], likeliest first."""
+    logprobs: Tensor
+    """FLOAT32 [T, K]."""
+    log_tail: Tensor
+    """FLOAT32 [T], log of the probability outside the K."""
+    lse: Tensor
+    """FLOAT64 [T, 1]: what turns a logit into a logprob."""
+    finite: Tensor
+    """BOOL [T]: whether every logit of the row is a number; the row's other values mean nothing where not."""
+
+
+def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
+    """The `top_k` likeliest of FLOAT32 logits, at most V, with exact tails.
+
+    The tail is a sum of its own, relative to the largest in it: taken as 1 - sum, it would lose everything below
+    6e-8. Log-sum-exp is made of head and tail, so that one pass of exponentials serves for both.
+    """
+    vocab_size = logits_TV.shape[1]
+    lowest_T = logits_TV.amin(dim=-1)
+    top_k = min(top_k, vocab_size)
+    values_TC, ids_TC = likeliest(logits_TV, min(top_k + 1, vocab_size))
+    values_TK, ids_TK = values_TC[:, :top_k], ids_TC[:, :top_k]
+    first_T1 = values_TC[:, :1].double()
+    lse_T1 = head_T1 = (values_TK - first_T1).exp_().sum(dim=-1, keepdim=True).log_() + first_T1
+    rest_T1 = torch.full_like(head_T1, -torch.inf)
+    if top_k < vocab_size:
+        next_T1 = values_TC[:, -1:]
+        rest_TV = torch.sub(logits_TV, next_T1, out=scratch(logits_TV, "rest"))
+        rest_TV.scatter_(-1, ids_TK, -torch.inf).exp_()
+        rest_T1 = rest_TV.sum(dim=-1, keepdim=True).double().log() + next_T1
+        lse_T1 = torch.logaddexp(head_T1, rest_T1)
+    return Normalised(
+        token_ids=ids_TK,
+        logprobs=(values_TK - lse_T1).float(),
+        log_tail=(rest_T1 - lse_T1).squeeze(-1).float(),
+        lse=lse_T1,
+        finite=torch.isfinite(lowest_T) & torch.isfinite(lse_T1.squeeze(-1)),
+    )
+
+
+def scratch(like: Tensor, name: str) -> Tensor:
+    """FLOAT32 [T, V] of undefined values that this thread's next call with this name overwrites.
+
+    Memory that is asked for anew is slower to get than to compute in.
+    """
+    buffers: dict[str, Tensor] = _SCRATCH.__dict__
+    key = f"{name} {like.device}"
+    if key not in buffers or buffers[key].numel() < like.numel():
+        buffers[key] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
+    return buffers[key][: like.numel()].view(like.shape)
+
+
+def as_float32(logits_TV: Tensor) -> Tensor:
+    """The logits themselves, or a copy in `scratch`."""
+    return logits_TV if logits_TV.dtype == torch.float32 else scratch(logits_TV, "logits").copy_(logits_TV)
+
+
+def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Values and ids of the `top_k` largest, in order.
+
+    On a CPU the vocabulary is folded into layers that lie on each other. One of the K largest stands in one of the K
+    columns whose own largest are largest: only these are compared.
+    """
+    num_rows, vocab_size = logits_TV.shape
+    num_layers = FOLDS[vocab_size >= 1 << 16]
+    width = vocab_size // num_layers
+    if logits_TV.device.type != "cpu" or width < 2 * top_k or not logits_TV.is_contiguous():
+        top = logits_TV.topk(top_k, dim=-1)
+        return top.values, top.indices
+    layers_TLW = logits_TV[:, : num_layers * width].view(num_rows, num_layers, width)
+    columns_TK = layers_TLW.amax(dim=1).topk(top_k, dim=-1, sorted=False).indices
+    within_TLK = columns_TK.unsqueeze(1).expand(-1, num_layers, -1)
+    ids_TLK = within_TLK + torch.arange(num_layers, device=logits_TV.device)[:, None] * width
+    rest_V = torch.arange(num_layers * width, vocab_size, device=logits_TV.device)
+    ids_TC = torch.cat([ids_TLK.flatten(1), rest_V.expand(num_rows, -1)], dim=1)
+    candidates_TC = torch.cat(
+        [layers_TLW.gather(2, within_TLK).flatten(1), logits_TV[:, num_layers * width :]], 1
+    )
+    top = candidates_TC.topk(top_k, dim=-1)
+    return top.values, ids_TC.gather(1, top.indices)
+
+
+def require_finite(finite_T: Tensor, first: int) -> None:
+    """Raises `StillhouseError` with NON_FINITE for the first row that is not, counted from position `first`."""
+    if not bool(finite_T.all()):
+        raise non_finite(first + int((~finite_T).nonzero()[0]))
+
+
+def non_finite(position: int) -> StillhouseError:
+    """What is said of a sequence whose logits for `position` are not all numbers."""
+    return StillhouseError(
         Reason.NON_FINITE,
         f"The model's logits for position {position} are not finite numbers. "
         "Its weights are damaged, or its numbers overflow: try --dtype float32.",
@@ -106,14 +228,12 @@ def require_finite(logits_TV: Tensor, first: int) -> None:
     )
 
 
-def _log_partitions(
-    logits_TV: Tensor, lse_T1: Tensor, temperatures: tuple[float, ...]
-) -> Float32Array | None:
-    """[T, N]: log sum_v p_v^(1/T_n)."""
+def log_partitions(logits_TV: Tensor, lse_T1: Tensor, temperatures: tuple[float, ...]) -> Tensor | None:
+    """[T, N]: log sum_v p_v^(1/T_n), None without temperatures."""
     if not temperatures:
         return None
     columns = [((logits_TV - lse_T1) / temperature).logsumexp(dim=-1) for temperature in temperatures]
-    return _numpy(torch.stack(columns, dim=-1))
+    return torch.stack(columns, dim=-1)
 
 
 def _query_logprobs(logits_TV: Tensor, lse_T1: Tensor, query_TQ: Int32Array) -> Float32Array:
@@ -123,20 +243,20 @@ def _query_logprobs(logits_TV: Tensor, lse_T1: Tensor, query_TQ: Int32Array) -> 
     return _numpy(logprobs_TQ.masked_fill(ids_TQ < 0, -torch.inf))
 
 
-def _entropy(logits_TV: Tensor, lse_T1: Tensor) -> Float32Array:
+def entropies(logits_TV: Tensor, lse_T1: Tensor) -> Tensor:
     """[T] in nats."""
     logprobs_TV = logits_TV - lse_T1
-    return _numpy(-(logprobs_TV.exp() * logprobs_TV).sum(dim=-1))
+    return -(logprobs_TV.exp() * logprobs_TV).sum(dim=-1)
 
 
-def _drawn(logits_TV: Tensor, draws_TR: Float64Array) -> Int32Array:
+def drawn(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
     """[T, R]: the inverse of the cumulative distribution, in the order of the vocabulary, at the given numbers."""
     cumulative_TV = logits_TV.double().softmax(dim=-1).cumsum(dim=-1)
     total_T1 = cumulative_TV[:, -1:]
     numbers_TR = torch.from_numpy(draws_TR).to(logits_TV.device) * total_T1
     # Rounding may lift a number to the total itself, beyond which there is no token.
     numbers_TR = torch.minimum(numbers_TR, torch.nextafter(total_T1, torch.zeros_like(total_T1)))
-    return _numpy(torch.searchsorted(cumulative_TV, numbers_TR, right=True).int())
+    return torch.searchsorted(cumulative_TV, numbers_TR, right=True).int()
 
 
 def uniforms(target: Target, options: DistributionOptions) -> Float64Array | None:
@@ -165,6 +285,10 @@ def _prefix_digests(target: Target, seed: int, num_bytes: int) -> Iterator[bytes
 
 def _to(array: Int32Array, like: Tensor) -> Tensor:
     return torch.from_numpy(array.astype(np.int64)).to(like.device)
+
+
+def _numpy_or_none(tensor: Tensor | None) -> npt.NDArray[Any] | None:
+    return None if tensor is None else _numpy(tensor)
 
 
 def _numpy(tensor: Tensor) -> npt.NDArray[Any]:

@@ -152,3 +152,13 @@ def test_draws_follow_the_distribution() -> None:
     probs = rows[0].double().softmax(-1).numpy()
     # Five standard errors of every share.
     assert (np.abs(shares - probs) < 5 * np.sqrt(probs * (1 - probs) / 20_000) + 1e-9).all()
+
+
+@pytest.mark.parametrize(("size", "top_k"), [(4099, 64), (1 << 16, 256), (70_001, 100), (4096, 1)])
+def test_the_likeliest_of_a_folded_vocabulary_are_those_of_the_whole(size: int, top_k: int) -> None:
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+    rows[1, -top_k // 2 :] += 20  # also what does not fill a layer
+    values, ids = topk.likeliest(rows, top_k)
+    assert torch.equal(values, rows.topk(top_k).values)
+    assert torch.equal(values, rows.gather(1, ids))
+    assert all(len(set(row)) == top_k for row in ids.tolist())
