@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from student_trainer.config_checks import MAX_TOP_K, check
+from student_trainer.config_loss import DIVERGENCE_PARAMETERS
 from student_trainer.config_proto import read, write
 
 FULL_LEARNING_RATE = 1e-5
@@ -77,6 +78,11 @@ class StudentConfig:
     output: str = "merged"
     """What is saved at the end: "adapter", "merged" or "both"; without lora all weights, which is "merged"."""
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether the base stays as it is, and an adapter learns."""
+        return self.lora is not None or bool(self.adapter)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
@@ -137,6 +143,8 @@ class StudentContextConfig:
     """Updates that a rollout may be old."""
     max_importance_weight: float = 2.0
     """Cap on the importance weight of a token."""
+    min_teacher_logprob: float | None = None
+    """Mean log-probability per token that the teacher must give the student's first texts; None: that of a blind guess."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,6 +164,15 @@ class LossTermConfig:
     """ "full" (over the support) or "policy_gradient"."""
     token_weighting: str = "uniform"  # noqa: S105 (tokens of text)
     """ "uniform", "teacher_entropy" or "teacher_confidence"."""
+
+    @property
+    def parameters(self) -> Mapping[str, float]:
+        """The parameters of its divergence, by name, with their defaults."""
+        given = {name: getattr(self, name) for name in ("alpha", "beta", "mu")}
+        return {
+            name: default if given[name] is None else given[name]
+            for name, default in DIVERGENCE_PARAMETERS.get(self.divergence, {}).items()
+        }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -345,12 +362,21 @@ class RunConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    def loss_of(self, context: ContextConfig) -> LossConfig:
+        """What is minimised on the rows of `context`."""
+        return context.loss or self.loss
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether training needs a teacher, to score or to write."""
+        return any(context.dataset is None or self.loss_of(context).asks_teacher for context in self.contexts)
+
 
 def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
     """`config` with the defaults that depend on other fields."""
     optimizer, data = config.optimizer, config.data
     checkpoint, evaluation = config.checkpoint, config.evaluation
-    if config.student.lora is not None and not spec.optimizer.HasField("learning_rate"):
+    if config.student.trains_adapter and not spec.optimizer.HasField("learning_rate"):
         optimizer = replace(optimizer, learning_rate=LORA_LEARNING_RATE)
     if not spec.data.HasField("seed"):
         data = replace(data, seed=optimizer.seed)
@@ -363,7 +389,7 @@ def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
         metrics = ("kl", "perplexity", "agreement") if config.teachers else ("perplexity",)
         evaluation = replace(evaluation, metrics=metrics)
     student = config.student
-    if student.lora is not None and not spec.student.HasField("output"):
+    if student.trains_adapter and not spec.student.HasField("output"):
         student = replace(student, output="both")
     return replace(
         config, student=student, optimizer=optimizer, data=data, checkpoint=checkpoint, evaluation=evaluation

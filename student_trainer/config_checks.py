@@ -10,28 +10,18 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import FieldViolation, Reason, StillhouseError
+from student_trainer.config_contexts import check_contexts, check_data, check_student, check_teachers, losses
+from student_trainer.config_loss import check_loss
 
 if TYPE_CHECKING:
-    from student_trainer.config import LossConfig, RunConfig
+    from student_trainer.config import RunConfig
 
 MAX_TOP_K = 256
-MAX_TEACHERS = 1
-"""Teachers of one run that the training process can ask."""
 MAX_GPUS = 1
 """Devices that one training process can use."""
 MAX_NAME_CHARACTERS = 200
 TEACHER_METRICS = frozenset({"kl", "agreement"})
 """Evaluation metrics that need a teacher's answers."""
-DIVERGENCE_PARAMETERS: Mapping[str, Collection[str]] = {
-    "jsd": ("beta",),
-    "jsd_normalised": ("beta",),
-    "skew_kl": ("alpha",),
-    "skew_reverse_kl": ("alpha",),
-    "alpha_beta": ("alpha", "beta"),
-    "adaptive_kl": ("mu",),
-}
-"""The parameters of each divergence that has any."""
-
 CHOICES: Mapping[str, Sequence[str]] = {
     "RunConfig.task": ("distil", "cache", "evaluate"),
     "StudentConfig.quantization": ("none", "int8", "nf4"),
@@ -68,21 +58,8 @@ CHOICES: Mapping[str, Sequence[str]] = {
 SUPPORTED: Mapping[str, Collection[object]] = {
     "RunConfig.task": ("distil",),
     "RunConfig.cache": (),
-    "StudentConfig.quantization": ("none",),
-    "StudentConfig.adapter": ("",),
-    "StudentConfig.keep_layers": (),
-    "ContextConfig.teacher": (),
-    "ContextConfig.student": (),
-    "ContextConfig.loss": (),
-    "DatasetConfig.weight": (),
-    "DataConfig.teacher_field": ("",),
-    "DataConfig.packing": (False,),
-    "LossTermConfig.divergence": ("forward_kl",),
-    "LossTermConfig.estimator": ("full",),
-    "LossTermConfig.token_weighting": ("uniform",),
-    "LossConfig.sparse_target": ("tail_bucket",),
+    "StudentContextConfig.rollout_target": ("",),
     "LossConfig.foreign_tokenizer": ("refuse",),
-    "OptimizerConfig.name": ("adamw", "adam", "sgd"),
     "EvaluationConfig.metrics": ("kl", "perplexity", "agreement", "cross_entropy"),
     "EvaluationConfig.best_metric": ("",),
     "EvaluationConfig.generation": (),
@@ -133,6 +110,7 @@ RANGES: Mapping[str, Interval] = {
     "RolloutConfig.samples_per_prompt": COUNT,
     "StudentContextConfig.max_staleness": NOT_NEGATIVE,
     "StudentContextConfig.max_importance_weight": POSITIVE,
+    "StudentContextConfig.min_teacher_logprob": Interval(-1e6, 0),
     "LossTermConfig.weight": NOT_NEGATIVE,
     "LossTermConfig.alpha": NOT_NEGATIVE,
     "LossTermConfig.beta": NOT_NEGATIVE,
@@ -285,15 +263,11 @@ def _check_required(config: RunConfig) -> Iterator[FieldViolation]:
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
     """What fits together."""
-    yield from _check_student(config)
+    for check_part in (check_student, check_teachers, check_contexts, check_data):
+        yield from check_part(config)
     yield from _check_teachers(config)
-    yield from _check_loss("loss", config.loss)
-    for i, context in enumerate(config.contexts):
-        sources = [context.dataset, context.teacher, context.student]
-        if sum(source is not None for source in sources) != 1:
-            yield violation(f"contexts[{i}]", "needs exactly one source: dataset, teacher or student.")
-        if context.loss:
-            yield from _check_loss(f"contexts[{i}].loss", context.loss)
+    for path, loss in losses(config):
+        yield from check_loss(path, loss)
     resources = config.resources
     if resources.gpus and resources.gpu_count is not None:
         yield violation("resources.gpu_count", "is set beside gpus; give one of the two.")
@@ -304,29 +278,11 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         yield violation(f"resources.{field}", f"asks for more than the {MAX_GPUS} device that a run can use.")
 
 
-def _check_student(config: RunConfig) -> Iterator[FieldViolation]:
-    student = config.student
-    if student.lora is None and student.quantization in ("int8", "nf4"):
-        yield violation(
-            "student.quantization",
-            f'"{student.quantization}" freezes the base; add student.lora: {{}} to train it.',
-        )
-    if student.lora is None and student.output in ("adapter", "both"):
-        yield violation(
-            "student.output", f'"{student.output}" needs student.lora; there is no adapter without.'
-        )
-
-
 def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
-    if len(config.teachers) > MAX_TEACHERS:
-        yield violation(
-            "teachers",
-            f"lists {len(config.teachers)} teachers; the training process asks {MAX_TEACHERS}. Keep one.",
-        )
     if config.teachers or config.task == "cache":
         return
     teacher_metrics = sorted(TEACHER_METRICS.intersection(config.evaluation.metrics))
-    if config.loss.asks_teacher:
+    if config.asks_teacher:
         yield violation(
             "teachers",
             "is empty, but the loss learns from a teacher; name one, or set every loss.terms weight to 0.",
@@ -336,16 +292,3 @@ def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
             "teachers",
             f"is empty, but evaluation.metrics has {_listed(teacher_metrics)}; name one, or leave these out.",
         )
-
-
-def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
-    if not loss.asks_teacher and loss.hard_weight == 0:
-        yield violation(
-            f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."
-        )
-    for i, term in enumerate(loss.terms):
-        for name in ("alpha", "beta", "mu"):
-            if getattr(term, name) is not None and name not in DIVERGENCE_PARAMETERS.get(term.divergence, ()):
-                yield violation(
-                    f"{path}.terms[{i}].{name}", f'has no meaning for "{term.divergence}"; leave it out.'
-                )

@@ -150,25 +150,40 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
         ("task", "evaluate", "task"),
         ("cache", {"path": "caches/x"}, "cache"),
         ("student.lora.layers", [-1], "student.lora.layers[0]"),
-        ("student.keep_layers", [0, 2], "student.keep_layers[0]"),
-        ("student.adapter", "runs/abcdefgh2345/final", "student.adapter"),
+        ("student.keep_layers", [2, 0], "student.keep_layers"),
+        ("student", {"model": "m", "adapter": "a", "lora": {}}, "student.lora"),
         ("student.output", "adapter", "student.output"),
         ("student.quantization", "nf4", "student.quantization"),
         ("data.packing", True, "data.packing"),
-        ("data.train", [{"path": "a", "weight": 2}], "data.train[0].weight"),
+        ("data.train", [{"path": "a", "weight": 2}, {"path": "b"}], "data.train[1].weight"),
+        ("data.eval", [{"path": "a", "weight": 2}], "data.eval[0].weight"),
+        ("data.teacher_field", "category", "teachers[0].name"),
         ("data.eval_fraction", 1.0, "data.eval_fraction"),
         ("data.eval_fraction", "NaN", "data.eval_fraction"),
         ("optimizer.epochs", "Infinity", "optimizer.epochs"),
-        ("optimizer.name", "paged_adamw_8bit", "optimizer.name"),
+        ("optimizer.name", "adamw_4bit", "optimizer.name"),
         ("loss.terms", [{"divergence": "reverse_kl"}], "loss.terms[0].divergence"),
         ("loss.terms", [{"alpha": 0.5}], "loss.terms[0].alpha"),
         ("loss.terms", [{"weight": 0}], "loss.hard_weight"),
         ("loss.sparse_target", "sampled", "loss.sparse_target"),
         ("loss.foreign_tokenizer", "alm", "loss.foreign_tokenizer"),
         ("loss.temperature", 0, "loss.temperature"),
-        ("contexts", [{"teacher": {}}], "contexts[0].teacher"),
         ("contexts", [{"weight": 1}], "contexts[0]"),
-        ("contexts", [{"dataset": {}, "loss": {}}], "contexts[0].loss"),
+        ("contexts", [{"dataset": {}, "loss": {"top_k": 999}}], "contexts[0].loss.top_k"),
+        ("contexts", [{"dataset": {}}, {"teacher": {}, "loss": {"reduction": "sequence_mean"}}], "contexts"),
+        ("contexts", [{"student": {"rollout_target": "a:1"}}], "contexts[0].student.rollout_target"),
+        ("contexts", [{"student": {}, "loss": {"hard_weight": 1}}], "contexts[0].loss.hard_weight"),
+        ("contexts", [{"student": {"min_teacher_logprob": 1}}], "contexts[0].student.min_teacher_logprob"),
+        (
+            "loss.terms",
+            [{"divergence": "reverse_kl", "estimator": "policy_gradient"}],
+            "loss.terms[0].estimator",
+        ),
+        (
+            "contexts",
+            [{"student": {}, "loss": {"terms": [{"estimator": "policy_gradient"}]}}],
+            "contexts[0].loss.terms[0].divergence",
+        ),
         ("evaluation.metrics", ["kl", "bleu"], "evaluation.metrics[1]"),
         ("evaluation.best_metric", "kl", "evaluation.best_metric"),
         ("evaluation.generation", {}, "evaluation.generation"),
@@ -179,7 +194,12 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
         ("teachers.0.targets", ["host:99999"], "teachers[0].targets[0]"),
         ("teachers.0.prefetch_steps", 65, "teachers[0].prefetch_steps"),
         ("teachers", [], "teachers"),
-        ("teachers", [{"targets": ["a:1"]}, {"targets": ["b:1"]}], "teachers"),
+        ("teachers", [{"targets": ["a:1"]}, {"targets": ["b:1"]}], "teachers[1].name"),
+        (
+            "teachers",
+            [{"targets": ["a:1"], "name": "x"}, {"targets": ["b:1"], "name": "x"}],
+            "teachers[1].name",
+        ),
         ("display_name", "a\u001b[2Jb", "display_name"),
         ("display_name", "x" * 201, "display_name"),
         ("student.model", "a\0b", "student.model"),
@@ -187,6 +207,20 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
 )
 def test_a_spec_that_cannot_run_is_refused_by_name(path: str, value: Any, field: str) -> None:
     assert field in violations(changed(path, value))
+
+
+def test_a_mixture_of_teachers_refuses_what_it_has_not() -> None:
+    teachers = [{"targets": ["a:1"], "name": "a"}, {"targets": ["b:1"], "name": "b"}]
+    values = {**SMALLEST, "teachers": teachers, "loss": {"temperature": 2}, "contexts": [{"teacher": {}}]}
+    assert set(violations(spec_of(values))) == {"loss.temperature_mode", "contexts[0]"}
+    routed = {**values, "data": {**SMALLEST["data"], "teacher_field": "category"}}
+    assert from_proto(spec_of(routed)).teachers[1].name == "b"
+
+
+def test_generated_contexts_need_a_teacher() -> None:
+    loss = {"terms": [{"weight": 0}], "hard_weight": 1}
+    values = {**SMALLEST, "teachers": [], "loss": loss, "contexts": [{"teacher": {}}]}
+    assert "contexts[0]" in violations(spec_of(values))
 
 
 def test_cross_entropy_alone_needs_no_teacher() -> None:

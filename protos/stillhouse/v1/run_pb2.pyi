@@ -387,7 +387,7 @@ class StudentSpec(_message.Message):
     revision: _builtins.str
     """Hub revision."""
     adapter: _builtins.str
-    """Adapter to go on from."""
+    """Directory of an adapter to go on from, with its own rank and modules; lora must be unset then."""
     output: _builtins.str
     """What is saved at the end: "adapter", "merged" or "both"."""
     @_builtins.property
@@ -396,7 +396,7 @@ class StudentSpec(_message.Message):
 
     @_builtins.property
     def keep_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Layers to keep of a deeper model. Empty means all."""
+        """Layers to keep of a deeper model, such as the teacher, ascending from 0. Empty means all."""
 
     def __init__(
         self,
@@ -574,7 +574,7 @@ class ContextSpec(_message.Message):
     STUDENT_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
-    """Share of rows. Unset means 1."""
+    """Share of rows; a row of a generated context gives samples_per_prompt sequences. Unset means 1."""
     @_builtins.property
     def dataset(self) -> Global___DatasetContext:
         """The dataset's own completions (off-policy)."""
@@ -666,12 +666,17 @@ class StudentContext(_message.Message):
     ROLLOUT_TARGET_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     MAX_IMPORTANCE_WEIGHT_FIELD_NUMBER: _builtins.int
+    MIN_TEACHER_LOGPROB_FIELD_NUMBER: _builtins.int
     rollout_target: _builtins.str
     """A Stillhouse teacher started on the student's base, to sample from. Empty: the training process samples itself."""
     max_staleness: _builtins.int
     """Updates that a rollout may be old; older ones are dropped and counted."""
     max_importance_weight: _builtins.float
     """Cap on the importance weight of a token."""
+    min_teacher_logprob: _builtins.float
+    """Warm-start gate: mean log-probability, in nats per token, that the teacher must give the first texts that the
+    student writes, in [-1e6, 0]. Unset means that of a blind guess, -log(vocabulary).
+    """
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
         """How it writes."""
@@ -683,19 +688,24 @@ class StudentContext(_message.Message):
         rollout_target: _builtins.str = ...,
         max_staleness: _builtins.int | None = ...,
         max_importance_weight: _builtins.float | None = ...,
+        min_teacher_logprob: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "rollout_target", b"rollout_target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob", "rollout_target", b"rollout_target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_importance_weight: _TypeAlias = _typing.Literal["max_importance_weight"]  # noqa: Y015
     _WhichOneofArgType__max_importance_weight: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight"]  # noqa: Y015
     _WhichOneofReturnType__max_staleness: _TypeAlias = _typing.Literal["max_staleness"]  # noqa: Y015
     _WhichOneofArgType__max_staleness: _TypeAlias = _typing.Literal["_max_staleness", b"_max_staleness"]  # noqa: Y015
+    _WhichOneofReturnType__min_teacher_logprob: _TypeAlias = _typing.Literal["min_teacher_logprob"]  # noqa: Y015
+    _WhichOneofArgType__min_teacher_logprob: _TypeAlias = _typing.Literal["_min_teacher_logprob", b"_min_teacher_logprob"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_importance_weight) -> _WhichOneofReturnType__max_importance_weight | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_staleness) -> _WhichOneofReturnType__max_staleness | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_teacher_logprob) -> _WhichOneofReturnType__min_teacher_logprob | None: ...
 
 Global___StudentContext: _TypeAlias = StudentContext  # noqa: Y015
 

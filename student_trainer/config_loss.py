@@ -1,0 +1,104 @@
+"""What a run's loss must satisfy: the parameters of each divergence, their defaults and ranges, and what goes with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from protos.errors import FieldViolation
+
+if TYPE_CHECKING:
+    from student_trainer.config import LossConfig, LossTermConfig
+
+DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
+    "jsd": {"beta": 0.5},
+    "jsd_normalised": {"beta": 0.5},
+    "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "alpha_beta": {"alpha": 0.5, "beta": 0.5},
+    "adaptive_kl": {"mu": 0.5},
+}
+"""The parameters of each divergence that has any, with their defaults."""
+DRAWN_TARGETS = ("sampled", "top_k_and_sampled")
+"""Values of sparse_target whose ids the teacher draws."""
+WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
+
+
+def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
+    """Everything that is wrong with the loss at `path` of the run file."""
+    if not loss.asks_teacher and loss.hard_weight == 0:
+        yield _violation(
+            f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."
+        )
+    for i, term in enumerate(loss.terms):
+        here = f"{path}.terms[{i}]"
+        yield from _check_parameters(here, term)
+        if term.weight > 0 and term.estimator == "full":
+            yield from _check_target(here, term, loss)
+            yield from _check_temperature(here, term, loss)
+    if loss.sparse_target in DRAWN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
+        yield _violation(
+            f"{path}.temperature",
+            f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are drawn at temperature 1 '
+            "and say nothing exact of another. Use temperature 1, or sparse_target tail_bucket.",
+        )
+
+
+def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolation]:
+    known = DIVERGENCE_PARAMETERS.get(term.divergence, {})
+    for name in ("alpha", "beta", "mu"):
+        value = getattr(term, name)
+        if value is None:
+            continue
+        if name not in known:
+            yield _violation(f"{path}.{name}", f'has no meaning for "{term.divergence}"; leave it out.')
+        elif value > 1 and term.divergence != "alpha_beta":
+            yield _violation(f"{path}.{name}", f"{value:g} is out of range; it must be in [0, 1].")
+        elif value == 1 and term.divergence.startswith("skew"):
+            yield _violation(
+                f"{path}.{name}",
+                "is 1, which compares a distribution with itself: nothing would be learnt. It must be in [0, 1).",
+            )
+    if term.divergence == "alpha_beta":
+        parameters = term.parameters
+        total = parameters["alpha"] + parameters["beta"]
+        if abs(total - 1) > 1e-9:
+            yield _violation(
+                f"{path}.beta",
+                f"alpha + beta is {total:g}; it must be 1. Of all tokens beyond top_k the teacher sends one sum, the tail. "
+                "Merging tokens into it can only lower an f-divergence, and with equal distributions leaves it 0; "
+                "alpha-beta is one only if alpha + beta = 1, and any other pair could rise through the merging.",
+            )
+
+
+def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
+    """Targets without a tail fit forward KL alone."""
+    if loss.sparse_target == "tail_bucket" or term.divergence == "forward_kl":
+        return
+    why = (
+        "whose ids are drawn: their expectation is right only for a loss that is linear in the teacher"
+        if loss.sparse_target in DRAWN_TARGETS
+        else "which has no tail: whatever the student gives to other tokens would be free, or without limit"
+    )
+    yield _violation(
+        f"{path}.divergence",
+        f'"{term.divergence}" does not go with sparse_target "{loss.sparse_target}", {why}. Use forward_kl, or '
+        "sparse_target tail_bucket.",
+    )
+
+
+def _check_temperature(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
+    if (
+        loss.temperature != 1
+        and loss.temperature_mode == "conditional"
+        and term.divergence in WITHOUT_CONDITIONAL_FORM
+    ):
+        yield _violation(
+            f"{path}.divergence",
+            f'"{term.divergence}" is no f-divergence and does not split into "a kept token or not" and "which one". '
+            "Use temperature_mode exact, or temperature 1.",
+        )
+
+
+def _violation(field: str, description: str) -> FieldViolation:
+    return FieldViolation(field=field, description=description)
