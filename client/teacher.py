@@ -130,6 +130,7 @@ class Teacher(Connection):
         seed: int = 0,
         entropy: bool = False,
         float16: bool = False,
+        pack_token_ids: bool = False,
         max_inflight: int = 0,
         on_lost: OnLost | None = None,
         patience_s: float = PATIENCE_S,
@@ -138,7 +139,8 @@ class Teacher(Connection):
 
         A sequence is a ScoreItem or a pair of id and token ids [T]. `sequences` is read in another thread, at most
         `max_inflight` ahead of the answers (0, or more than the teacher's limit, means that limit). A lost stream is
-        opened again and unanswered sequences are sent again. Logprobs travel as float32 unless `float16`.
+        opened again and unanswered sequences are sent again. Logprobs travel as float32 unless `float16`; with
+        `pack_token_ids` ids travel in the fewest bits that hold the vocabulary.
         """
         config = teacher_pb2.DistributionConfig(
             top_k=top_k,
@@ -147,6 +149,7 @@ class Teacher(Connection):
             num_sampled_tokens=num_sampled_tokens,
             seed=seed,
             entropy=entropy,
+            pack_token_ids=pack_token_ids,
         )
         return score(
             self, sequences, config, max_inflight=max_inflight, on_lost=on_lost, patience_s=patience_s

@@ -100,6 +100,7 @@ def start_program(
     wait_s: float = 120.0,
     environment: Mapping[str, str] | None = None,
     listens: bool = True,
+    python: Path | str = sys.executable,
 ) -> Program:
     """Starts `python -m arguments...` with log and address file in `directory` and waits until it listens.
 
@@ -112,7 +113,7 @@ def start_program(
     address_arguments = ["--address-file", str(address_file)] if listens else []
     with log_path.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", *arguments, *address_arguments],
+            [str(python), "-m", *arguments, *address_arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
