@@ -67,6 +67,10 @@ class Reason(StrEnum):
     CURSOR_EXPIRED = "CURSOR_EXPIRED"
     NON_FINITE = "NON_FINITE"
     CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
+    CACHE_INVALID = "CACHE_INVALID"
+    CACHE_NOT_FOUND = "CACHE_NOT_FOUND"
+    CACHE_LOCKED = "CACHE_LOCKED"
+    CACHE_MISS = "CACHE_MISS"
     PROCESS_DIED = "PROCESS_DIED"
     CANCELLED = "CANCELLED"
     INTERNAL = "INTERNAL"
@@ -95,11 +99,14 @@ _CATALOG: Mapping[grpc.StatusCode, tuple[Reason, ...]] = {
         Reason.DATASET_NOT_FOUND,
         Reason.ARTIFACT_NOT_FOUND,
         Reason.MODEL_NOT_FOUND,
+        Reason.CACHE_NOT_FOUND,
     ),
     grpc.StatusCode.FAILED_PRECONDITION: (
         Reason.RUN_STATE,
         Reason.TOKENIZER_MISMATCH,
         Reason.TEACHER_CHANGED,
+        Reason.CACHE_LOCKED,
+        Reason.CACHE_MISS,
     ),
     grpc.StatusCode.ALREADY_EXISTS: (Reason.REQUEST_CONFLICT, Reason.ADAPTER_CONFLICT),
     grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED,),
@@ -121,7 +128,7 @@ _CATALOG: Mapping[grpc.StatusCode, tuple[Reason, ...]] = {
     grpc.StatusCode.UNIMPLEMENTED: (Reason.CAPABILITY,),
     grpc.StatusCode.DEADLINE_EXCEEDED: (Reason.CALL_TIMEOUT, Reason.ITEM_TIMEOUT),
     grpc.StatusCode.OUT_OF_RANGE: (Reason.CURSOR_EXPIRED,),
-    grpc.StatusCode.DATA_LOSS: (Reason.NON_FINITE, Reason.CHECKPOINT_CORRUPT),
+    grpc.StatusCode.DATA_LOSS: (Reason.NON_FINITE, Reason.CHECKPOINT_CORRUPT, Reason.CACHE_INVALID),
     grpc.StatusCode.ABORTED: (Reason.PROCESS_DIED,),
     grpc.StatusCode.CANCELLED: (Reason.CANCELLED,),
     grpc.StatusCode.INTERNAL: (Reason.INTERNAL,),
