@@ -53,6 +53,7 @@ class _News:
     piece: GeneratedPiece | None = None
     text: str = ""
     prompt_tokens: int = 0
+    prompt_ids: Int32Array | None = None
     adapter_fingerprint: str = ""
     error: Exception | None = None
 
@@ -167,6 +168,7 @@ class GenerateSession:
                         piece=kept,
                         text=decoded.text,
                         prompt_tokens=num_prompt if first else 0,
+                        prompt_ids=prompt.token_ids if first and self._request.prompt_token_ids else None,
                         adapter_fingerprint=adapter.fingerprint if adapter else "",
                     )
                     first = False
@@ -182,19 +184,20 @@ class GenerateSession:
         return min(prompt.sampling.max_new_tokens, room)
 
     async def _put(self, news: _News) -> None:
-        """Cuts what is too long for one message; the text goes with the first part, the end with the last."""
+        """Cuts what is too long for one message; text and prompt go with the first part, the end with the last."""
         assert news.piece is not None
         self._serving.counters.tokens_generated += len(news.piece.token_ids)
-        text_bytes = len(news.text.encode())
-        for index, part in enumerate(pieces.cut(news.piece, PART_BYTES - text_bytes - _CHUNK_BYTES)):
+        beside_bytes = len(news.text.encode()) + (0 if news.prompt_ids is None else news.prompt_ids.nbytes)
+        for index, part in enumerate(pieces.cut(news.piece, PART_BYTES - beside_bytes - _CHUNK_BYTES)):
             one = _News(
                 key=news.key,
                 piece=part,
                 text=news.text if index == 0 else "",
                 prompt_tokens=news.prompt_tokens if index == 0 else 0,
+                prompt_ids=news.prompt_ids if index == 0 else None,
                 adapter_fingerprint=news.adapter_fingerprint,
             )
-            size = _CHUNK_BYTES + (text_bytes if index == 0 else 0) + pieces.num_bytes(part)
+            size = _CHUNK_BYTES + (beside_bytes if index == 0 else 0) + pieces.num_bytes(part)
             await self._outbox.put(one, size)
 
     def _chunk(self, news: _News) -> teacher_pb2.SampleChunk:
@@ -205,6 +208,8 @@ class GenerateSession:
             prompt_tokens=news.prompt_tokens,
             adapter_fingerprint=news.adapter_fingerprint,
         )
+        if news.prompt_ids is not None:
+            chunk.prompt_token_ids.CopyFrom(encode(news.prompt_ids))
         if news.error is not None:
             chunk.error.CopyFrom(to_status(news.error))
         if news.piece is not None:

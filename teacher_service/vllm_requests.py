@@ -76,7 +76,7 @@ class Requests:
             ignore_eos=True,  # the ids above are all that end a sample
             detokenize=False,
             flat_logprobs=True,
-            output_kind=RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY if item.whole else RequestOutputKind.DELTA,
             stream_interval=STREAM_INTERVAL_TOKENS,
         )
 

@@ -86,6 +86,8 @@ class Teacher:
         *,
         num_samples: int = 1,
         config: Any = None,
+        whole_samples: bool = False,
+        prompt_token_ids: bool = False,
         **sampling: Any,
     ) -> dict[tuple[int, int], Sample]:
         """The samples by (prompt, sample)."""
@@ -94,6 +96,8 @@ class Teacher:
             num_samples=num_samples,
             sampling=teacher_pb2.SamplingParams(**sampling),
             distributions=config,
+            whole_samples=whole_samples,
+            prompt_token_ids=prompt_token_ids,
         )
         samples: dict[tuple[int, int], Sample] = {}
         try:
@@ -118,6 +122,8 @@ class Sample:
     prompt_tokens: int = 0
     sampling_logprobs: list[float] = field(default_factory=list)
     rows: list[Distributions] = field(default_factory=list)
+    num_chunks: int = 0
+    prompt_ids: list[int] = field(default_factory=list)
     adapter_fingerprint: str = ""
     error: StillhouseError | None = None
 
@@ -133,6 +139,7 @@ class Sample:
         assert not self.done, "a chunk came after the last"
         assert (chunk.prompt_tokens > 0) == (self.prompt_tokens == 0) or chunk.HasField("error")
         self.prompt_tokens += chunk.prompt_tokens
+        self.num_chunks += 1
         self.text += chunk.text
         self.finish = chunk.finish_reason
         self.adapter_fingerprint = chunk.adapter_fingerprint
@@ -153,6 +160,11 @@ class Sample:
                     max_top_k=info.max_top_k,
                 )
             )
+        if chunk.HasField("prompt_token_ids"):
+            ids = decode(
+                chunk.prompt_token_ids, field="prompt", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,)
+            )
+            self.prompt_ids += ids.tolist()
         if chunk.HasField("error"):
             self.error = from_status(chunk.error)
 

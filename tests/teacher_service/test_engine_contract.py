@@ -317,6 +317,42 @@ def test_a_seed_fixes_each_sample_in_any_batch(teacher: Teacher) -> None:
     assert again[0, 0].ids != alone[0, 0].ids
 
 
+def test_single_samples_of_a_prompt_are_those_of_a_call_for_all(teacher: Teacher) -> None:
+    start = random_ids(9, seed=4)
+    every = teacher.generate([prompt(start)], num_samples=4, seed=11, max_new_tokens=12)
+    some = teacher.generate(
+        [prompt(start[:5]), prompt(start, sample_indices=[3, 1])], seed=11, max_new_tokens=12
+    )
+    assert sorted(some) == [(0, 0), (1, 1), (1, 3)]
+    assert [some[1, index].ids for index in (1, 3)] == [every[0, index].ids for index in (1, 3)]
+
+
+@pytest.mark.parametrize("indices", [[0, 0], [-1], [4096]])
+def test_samples_that_cannot_be_are_refused(teacher: Teacher, indices: list[int]) -> None:
+    with pytest.raises(StillhouseError, match="sample_indices has") as caught:
+        teacher.generate([prompt([5], sample_indices=indices)])
+    assert caught.value.reason is Reason.INVALID_REQUEST
+
+
+def test_whole_samples_are_those_that_would_have_been_streamed(teacher: Teacher) -> None:
+    stop = teacher_pb2.SamplingParams(stop=["e", "a"])
+    prompts = [prompt(random_ids(9, seed=4)), prompt(random_ids(30, seed=5), sampling=stop)]
+    options = {"num_samples": 2, "seed": 11, "max_new_tokens": 40, "config": distribution_config(4)}
+    streamed = teacher.generate(prompts, **options)
+    whole = teacher.generate(prompts, **options, whole_samples=True, prompt_token_ids=True)
+    for key, sample in whole.items():
+        assert (sample.ids, sample.text, sample.finish) == (
+            streamed[key].ids,
+            streamed[key].text,
+            streamed[key].finish,
+        )
+        assert sample.num_chunks == 1
+        assert sample.prompt_ids == random_ids([9, 30][key[0]], seed=[4, 5][key[0]]).tolist()
+        assert sample.distributions.start == [9, 30][key[0]]
+        assert sample.distributions.num_rows == len(sample.ids)
+        assert streamed[key].prompt_ids == []
+
+
 def test_a_prompts_own_sampling_overrides_the_calls(teacher: Teacher) -> None:
     start = random_ids(9, seed=4)
     own = teacher_pb2.SamplingParams(max_new_tokens=3)

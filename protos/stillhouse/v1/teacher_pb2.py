@@ -26,15 +26,15 @@ from google.rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 from protos.stillhouse.v1 import tensor_pb2 as protos_dot_stillhouse_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/stillhouse/v1/teacher.proto\x12\rstillhouse.v1\x1a\x17google/rpc/status.proto\x1a!protos/stillhouse/v1/tensor.proto\"\x17\n\x15GetTeacherInfoRequest\"\x96\x04\n\x16GetTeacherInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12!\n\x19\x63hat_template_fingerprint\x18\x05 \x01(\t\x12\x16\n\x0etokenizer_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x1b\n\x13max_sequence_tokens\x18\x08 \x01(\x05\x12\x11\n\tmax_top_k\x18\t \x01(\x05\x12\x18\n\x10max_query_tokens\x18\n \x01(\x05\x12\x1e\n\x16max_inflight_sequences\x18\x0b \x01(\x05\x12\x13\n\x0bmax_prompts\x18\x0c \x01(\x05\x12(\n\x08\x61\x64\x61pters\x18\r \x03(\x0b\x32\x16.stillhouse.v1.Adapter\x12/\n\x0c\x63\x61pabilities\x18\x0e \x03(\x0e\x32\x19.stillhouse.v1.Capability\x12\x0e\n\x06\x65ngine\x18\x0f \x01(\t\x12\r\n\x05\x64type\x18\x10 \x01(\t\x12\x14\n\x0cquantization\x18\x11 \x01(\t\x12\x13\n\x0bnum_classes\x18\x12 \x01(\x05\x12\x15\n\reos_token_ids\x18\x13 \x03(\x05\x12\x17\n\x0fservice_version\x18\x14 \x01(\t\":\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"\x15\n\x13GetTokenizerRequest\"7\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xda\x01\n\x12\x44istributionConfig\x12\r\n\x05top_k\x18\x01 \x01(\x05\x12\x35\n\rlogprob_dtype\x18\x02 \x01(\x0e\x32\x1e.stillhouse.v1.Tensor.DataType\x12\x16\n\x0epack_token_ids\x18\x03 \x01(\x08\x12\x14\n\x0ctemperatures\x18\x04 \x03(\x02\x12\x1a\n\x12num_sampled_tokens\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12\x0f\n\x07\x65ntropy\x18\x07 \x01(\x08\x12\x15\n\rhidden_states\x18\x08 \x01(\x08\"\xd0\x01\n\x0fGenerateRequest\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.stillhouse.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.stillhouse.v1.SamplingParams\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x05\x12\x38\n\rdistributions\x18\x04 \x01(\x0b\x32!.stillhouse.v1.DistributionConfig\x12\x15\n\rwhole_samples\x18\x05 \x01(\x08\"\xdc\x01\n\x06Prompt\x12*\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x15.stillhouse.v1.TensorH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x1b.stillhouse.v1.ConversationH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.stillhouse.v1.SamplingParams\x12\x16\n\x0esample_indices\x18\x06 \x03(\x05\x42\x07\n\x05input\"8\n\x0c\x43onversation\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.stillhouse.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd0\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\tB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x11\n\x0f_max_new_tokensB\x07\n\x05_seed\">\n\x10GenerateResponse\x12*\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1a.stillhouse.v1.SampleChunk\"\xd5\x03\n\x0bSampleChunk\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x14\n\x0csample_index\x18\x02 \x01(\x05\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x38\n\rdistributions\x18\x04 \x01(\x0b\x32!.stillhouse.v1.TokenDistributions\x12\x0c\n\x04text\x18\x05 \x01(\t\x12>\n\rfinish_reason\x18\x06 \x01(\x0e\x32\'.stillhouse.v1.SampleChunk.FinishReason\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12!\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.Status\x12\x30\n\x11sampling_logprobs\x18\t \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x1b\n\x13\x61\x64\x61pter_fingerprint\x18\n \x01(\t\"_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\"\x80\x01\n\x0cScoreRequest\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32!.stillhouse.v1.DistributionConfigH\x00\x12\x30\n\x08sequence\x18\x02 \x01(\x0b\x32\x1c.stillhouse.v1.ScoreSequenceH\x00\x42\t\n\x07request\"\xb2\x01\n\rScoreSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12.\n\x0fquery_token_ids\x18\x05 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x03\"<\n\rScoreResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.stillhouse.v1.ScoreResult\"\xd0\x01\n\x0bScoreResult\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12:\n\rdistributions\x18\x02 \x01(\x0b\x32!.stillhouse.v1.TokenDistributionsH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x33\n\x07\x63lasses\x18\x04 \x01(\x0b\x32 .stillhouse.v1.ClassDistributionH\x00\x12\x0c\n\x04last\x18\x05 \x01(\x08\x42\x08\n\x06result\"<\n\x11\x43lassDistribution\x12\'\n\x08logprobs\x18\x01 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\"7\n\x14UploadAdapterRequest\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\":\n\x15UploadAdapterResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"3\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\">\n\x13LoadAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.stillhouse.v1.Adapter\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse*\xd8\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x41PABILITY_LOG_PARTITIONS\x10\x01\x12\x1d\n\x19\x43\x41PABILITY_QUERY_LOGPROBS\x10\x02\x12\x1d\n\x19\x43\x41PABILITY_SAMPLED_TOKENS\x10\x03\x12\x1b\n\x17\x43\x41PABILITY_HOT_ADAPTERS\x10\x04\x12\x16\n\x12\x43\x41PABILITY_ENTROPY\x10\x05\x12\x1c\n\x18\x43\x41PABILITY_HIDDEN_STATES\x10\x06\x32\xf1\x04\n\x0eTeacherService\x12]\n\x0eGetTeacherInfo\x12$.stillhouse.v1.GetTeacherInfoRequest\x1a%.stillhouse.v1.GetTeacherInfoResponse\x12Y\n\x0cGetTokenizer\x12\".stillhouse.v1.GetTokenizerRequest\x1a#.stillhouse.v1.GetTokenizerResponse0\x01\x12M\n\x08Generate\x12\x1e.stillhouse.v1.GenerateRequest\x1a\x1f.stillhouse.v1.GenerateResponse0\x01\x12\x46\n\x05Score\x12\x1b.stillhouse.v1.ScoreRequest\x1a\x1c.stillhouse.v1.ScoreResponse(\x01\x30\x01\x12\\\n\rUploadAdapter\x12#.stillhouse.v1.UploadAdapterRequest\x1a$.stillhouse.v1.UploadAdapterResponse(\x01\x12T\n\x0bLoadAdapter\x12!.stillhouse.v1.LoadAdapterRequest\x1a\".stillhouse.v1.LoadAdapterResponse\x12Z\n\rUnloadAdapter\x12#.stillhouse.v1.UnloadAdapterRequest\x1a$.stillhouse.v1.UnloadAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"protos/stillhouse/v1/teacher.proto\x12\rstillhouse.v1\x1a\x17google/rpc/status.proto\x1a!protos/stillhouse/v1/tensor.proto\"\x17\n\x15GetTeacherInfoRequest\"\x96\x04\n\x16GetTeacherInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08revision\x18\x02 \x01(\t\x12\x19\n\x11model_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12!\n\x19\x63hat_template_fingerprint\x18\x05 \x01(\t\x12\x16\n\x0etokenizer_size\x18\x06 \x01(\x05\x12\x12\n\nvocab_size\x18\x07 \x01(\x05\x12\x1b\n\x13max_sequence_tokens\x18\x08 \x01(\x05\x12\x11\n\tmax_top_k\x18\t \x01(\x05\x12\x18\n\x10max_query_tokens\x18\n \x01(\x05\x12\x1e\n\x16max_inflight_sequences\x18\x0b \x01(\x05\x12\x13\n\x0bmax_prompts\x18\x0c \x01(\x05\x12(\n\x08\x61\x64\x61pters\x18\r \x03(\x0b\x32\x16.stillhouse.v1.Adapter\x12/\n\x0c\x63\x61pabilities\x18\x0e \x03(\x0e\x32\x19.stillhouse.v1.Capability\x12\x0e\n\x06\x65ngine\x18\x0f \x01(\t\x12\r\n\x05\x64type\x18\x10 \x01(\t\x12\x14\n\x0cquantization\x18\x11 \x01(\t\x12\x13\n\x0bnum_classes\x18\x12 \x01(\x05\x12\x15\n\reos_token_ids\x18\x13 \x03(\x05\x12\x17\n\x0fservice_version\x18\x14 \x01(\t\":\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\x12\x0c\n\x04rank\x18\x03 \x01(\x05\"\x15\n\x13GetTokenizerRequest\"7\n\x14GetTokenizerResponse\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\xda\x01\n\x12\x44istributionConfig\x12\r\n\x05top_k\x18\x01 \x01(\x05\x12\x35\n\rlogprob_dtype\x18\x02 \x01(\x0e\x32\x1e.stillhouse.v1.Tensor.DataType\x12\x16\n\x0epack_token_ids\x18\x03 \x01(\x08\x12\x14\n\x0ctemperatures\x18\x04 \x03(\x02\x12\x1a\n\x12num_sampled_tokens\x18\x05 \x01(\x05\x12\x0c\n\x04seed\x18\x06 \x01(\x03\x12\x0f\n\x07\x65ntropy\x18\x07 \x01(\x08\x12\x15\n\rhidden_states\x18\x08 \x01(\x08\"\xea\x01\n\x0fGenerateRequest\x12&\n\x07prompts\x18\x01 \x03(\x0b\x32\x15.stillhouse.v1.Prompt\x12/\n\x08sampling\x18\x02 \x01(\x0b\x32\x1d.stillhouse.v1.SamplingParams\x12\x13\n\x0bnum_samples\x18\x03 \x01(\x05\x12\x38\n\rdistributions\x18\x04 \x01(\x0b\x32!.stillhouse.v1.DistributionConfig\x12\x15\n\rwhole_samples\x18\x05 \x01(\x08\x12\x18\n\x10prompt_token_ids\x18\x06 \x01(\x08\"\xdc\x01\n\x06Prompt\x12*\n\ttoken_ids\x18\x01 \x01(\x0b\x32\x15.stillhouse.v1.TensorH\x00\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\x33\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32\x1b.stillhouse.v1.ConversationH\x00\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12/\n\x08sampling\x18\x05 \x01(\x0b\x32\x1d.stillhouse.v1.SamplingParams\x12\x16\n\x0esample_indices\x18\x06 \x03(\x05\x42\x07\n\x05input\"8\n\x0c\x43onversation\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.stillhouse.v1.Message\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xd0\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x1b\n\x0emax_new_tokens\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\tB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x11\n\x0f_max_new_tokensB\x07\n\x05_seed\">\n\x10GenerateResponse\x12*\n\x06\x63hunks\x18\x01 \x03(\x0b\x32\x1a.stillhouse.v1.SampleChunk\"\x86\x04\n\x0bSampleChunk\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x14\n\x0csample_index\x18\x02 \x01(\x05\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x38\n\rdistributions\x18\x04 \x01(\x0b\x32!.stillhouse.v1.TokenDistributions\x12\x0c\n\x04text\x18\x05 \x01(\t\x12>\n\rfinish_reason\x18\x06 \x01(\x0e\x32\'.stillhouse.v1.SampleChunk.FinishReason\x12\x15\n\rprompt_tokens\x18\x07 \x01(\x05\x12!\n\x05\x65rror\x18\x08 \x01(\x0b\x32\x12.google.rpc.Status\x12\x30\n\x11sampling_logprobs\x18\t \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x1b\n\x13\x61\x64\x61pter_fingerprint\x18\n \x01(\t\x12/\n\x10prompt_token_ids\x18\x0b \x01(\x0b\x32\x15.stillhouse.v1.Tensor\"_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\"\x80\x01\n\x0cScoreRequest\x12\x33\n\x06\x63onfig\x18\x01 \x01(\x0b\x32!.stillhouse.v1.DistributionConfigH\x00\x12\x30\n\x08sequence\x18\x02 \x01(\x0b\x32\x1c.stillhouse.v1.ScoreSequenceH\x00\x42\t\n\x07request\"\xb2\x01\n\rScoreSequence\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12(\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\r\n\x05start\x18\x03 \x01(\x05\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\t\x12.\n\x0fquery_token_ids\x18\x05 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\x12\x12\n\ntimeout_ms\x18\x06 \x01(\x03\"<\n\rScoreResponse\x12+\n\x07results\x18\x01 \x03(\x0b\x32\x1a.stillhouse.v1.ScoreResult\"\xd0\x01\n\x0bScoreResult\x12\x13\n\x0bsequence_id\x18\x01 \x01(\x03\x12:\n\rdistributions\x18\x02 \x01(\x0b\x32!.stillhouse.v1.TokenDistributionsH\x00\x12#\n\x05\x65rror\x18\x03 \x01(\x0b\x32\x12.google.rpc.StatusH\x00\x12\x33\n\x07\x63lasses\x18\x04 \x01(\x0b\x32 .stillhouse.v1.ClassDistributionH\x00\x12\x0c\n\x04last\x18\x05 \x01(\x08\x42\x08\n\x06result\"<\n\x11\x43lassDistribution\x12\'\n\x08logprobs\x18\x01 \x01(\x0b\x32\x15.stillhouse.v1.Tensor\"7\n\x14UploadAdapterRequest\x12\x11\n\tfile_name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\":\n\x15UploadAdapterResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x02 \x01(\t\"3\n\x12LoadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\">\n\x13LoadAdapterResponse\x12\'\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x16.stillhouse.v1.Adapter\"\'\n\x14UnloadAdapterRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse*\xd8\x01\n\nCapability\x12\x1a\n\x16\x43\x41PABILITY_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43\x41PABILITY_LOG_PARTITIONS\x10\x01\x12\x1d\n\x19\x43\x41PABILITY_QUERY_LOGPROBS\x10\x02\x12\x1d\n\x19\x43\x41PABILITY_SAMPLED_TOKENS\x10\x03\x12\x1b\n\x17\x43\x41PABILITY_HOT_ADAPTERS\x10\x04\x12\x16\n\x12\x43\x41PABILITY_ENTROPY\x10\x05\x12\x1c\n\x18\x43\x41PABILITY_HIDDEN_STATES\x10\x06\x32\xf1\x04\n\x0eTeacherService\x12]\n\x0eGetTeacherInfo\x12$.stillhouse.v1.GetTeacherInfoRequest\x1a%.stillhouse.v1.GetTeacherInfoResponse\x12Y\n\x0cGetTokenizer\x12\".stillhouse.v1.GetTokenizerRequest\x1a#.stillhouse.v1.GetTokenizerResponse0\x01\x12M\n\x08Generate\x12\x1e.stillhouse.v1.GenerateRequest\x1a\x1f.stillhouse.v1.GenerateResponse0\x01\x12\x46\n\x05Score\x12\x1b.stillhouse.v1.ScoreRequest\x1a\x1c.stillhouse.v1.ScoreResponse(\x01\x30\x01\x12\\\n\rUploadAdapter\x12#.stillhouse.v1.UploadAdapterRequest\x1a$.stillhouse.v1.UploadAdapterResponse(\x01\x12T\n\x0bLoadAdapter\x12!.stillhouse.v1.LoadAdapterRequest\x1a\".stillhouse.v1.LoadAdapterResponse\x12Z\n\rUnloadAdapter\x12#.stillhouse.v1.UnloadAdapterRequest\x1a$.stillhouse.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'protos.stillhouse.v1.teacher_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_CAPABILITY']._serialized_start=3265
-  _globals['_CAPABILITY']._serialized_end=3481
+  _globals['_CAPABILITY']._serialized_start=3340
+  _globals['_CAPABILITY']._serialized_end=3556
   _globals['_GETTEACHERINFOREQUEST']._serialized_start=113
   _globals['_GETTEACHERINFOREQUEST']._serialized_end=136
   _globals['_GETTEACHERINFORESPONSE']._serialized_start=139
@@ -48,43 +48,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DISTRIBUTIONCONFIG']._serialized_start=816
   _globals['_DISTRIBUTIONCONFIG']._serialized_end=1034
   _globals['_GENERATEREQUEST']._serialized_start=1037
-  _globals['_GENERATEREQUEST']._serialized_end=1245
-  _globals['_PROMPT']._serialized_start=1248
-  _globals['_PROMPT']._serialized_end=1468
-  _globals['_CONVERSATION']._serialized_start=1470
-  _globals['_CONVERSATION']._serialized_end=1526
-  _globals['_MESSAGE']._serialized_start=1528
-  _globals['_MESSAGE']._serialized_end=1568
-  _globals['_SAMPLINGPARAMS']._serialized_start=1571
-  _globals['_SAMPLINGPARAMS']._serialized_end=1779
-  _globals['_GENERATERESPONSE']._serialized_start=1781
-  _globals['_GENERATERESPONSE']._serialized_end=1843
-  _globals['_SAMPLECHUNK']._serialized_start=1846
-  _globals['_SAMPLECHUNK']._serialized_end=2315
-  _globals['_SAMPLECHUNK_FINISHREASON']._serialized_start=2220
-  _globals['_SAMPLECHUNK_FINISHREASON']._serialized_end=2315
-  _globals['_SCOREREQUEST']._serialized_start=2318
-  _globals['_SCOREREQUEST']._serialized_end=2446
-  _globals['_SCORESEQUENCE']._serialized_start=2449
-  _globals['_SCORESEQUENCE']._serialized_end=2627
-  _globals['_SCORERESPONSE']._serialized_start=2629
-  _globals['_SCORERESPONSE']._serialized_end=2689
-  _globals['_SCORERESULT']._serialized_start=2692
-  _globals['_SCORERESULT']._serialized_end=2900
-  _globals['_CLASSDISTRIBUTION']._serialized_start=2902
-  _globals['_CLASSDISTRIBUTION']._serialized_end=2962
-  _globals['_UPLOADADAPTERREQUEST']._serialized_start=2964
-  _globals['_UPLOADADAPTERREQUEST']._serialized_end=3019
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=3021
-  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=3079
-  _globals['_LOADADAPTERREQUEST']._serialized_start=3081
-  _globals['_LOADADAPTERREQUEST']._serialized_end=3132
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=3134
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=3196
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=3198
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3237
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3239
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3262
-  _globals['_TEACHERSERVICE']._serialized_start=3484
-  _globals['_TEACHERSERVICE']._serialized_end=4109
+  _globals['_GENERATEREQUEST']._serialized_end=1271
+  _globals['_PROMPT']._serialized_start=1274
+  _globals['_PROMPT']._serialized_end=1494
+  _globals['_CONVERSATION']._serialized_start=1496
+  _globals['_CONVERSATION']._serialized_end=1552
+  _globals['_MESSAGE']._serialized_start=1554
+  _globals['_MESSAGE']._serialized_end=1594
+  _globals['_SAMPLINGPARAMS']._serialized_start=1597
+  _globals['_SAMPLINGPARAMS']._serialized_end=1805
+  _globals['_GENERATERESPONSE']._serialized_start=1807
+  _globals['_GENERATERESPONSE']._serialized_end=1869
+  _globals['_SAMPLECHUNK']._serialized_start=1872
+  _globals['_SAMPLECHUNK']._serialized_end=2390
+  _globals['_SAMPLECHUNK_FINISHREASON']._serialized_start=2295
+  _globals['_SAMPLECHUNK_FINISHREASON']._serialized_end=2390
+  _globals['_SCOREREQUEST']._serialized_start=2393
+  _globals['_SCOREREQUEST']._serialized_end=2521
+  _globals['_SCORESEQUENCE']._serialized_start=2524
+  _globals['_SCORESEQUENCE']._serialized_end=2702
+  _globals['_SCORERESPONSE']._serialized_start=2704
+  _globals['_SCORERESPONSE']._serialized_end=2764
+  _globals['_SCORERESULT']._serialized_start=2767
+  _globals['_SCORERESULT']._serialized_end=2975
+  _globals['_CLASSDISTRIBUTION']._serialized_start=2977
+  _globals['_CLASSDISTRIBUTION']._serialized_end=3037
+  _globals['_UPLOADADAPTERREQUEST']._serialized_start=3039
+  _globals['_UPLOADADAPTERREQUEST']._serialized_end=3094
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_start=3096
+  _globals['_UPLOADADAPTERRESPONSE']._serialized_end=3154
+  _globals['_LOADADAPTERREQUEST']._serialized_start=3156
+  _globals['_LOADADAPTERREQUEST']._serialized_end=3207
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=3209
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=3271
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=3273
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=3312
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=3314
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=3337
+  _globals['_TEACHERSERVICE']._serialized_start=3559
+  _globals['_TEACHERSERVICE']._serialized_end=4184
 # @@protoc_insertion_point(module_scope)

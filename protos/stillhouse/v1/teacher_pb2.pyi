@@ -320,10 +320,13 @@ class GenerateRequest(_message.Message):
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     DISTRIBUTIONS_FIELD_NUMBER: _builtins.int
     WHOLE_SAMPLES_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     num_samples: _builtins.int
     """Samples per prompt. 0 means 1."""
     whole_samples: _builtins.bool
     """Send nothing of a sample before it is finished. Cheaper, where nobody reads along."""
+    prompt_token_ids: _builtins.bool
+    """Report the prompts as the teacher reads them."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """Required. At most 1024."""
@@ -344,10 +347,11 @@ class GenerateRequest(_message.Message):
         num_samples: _builtins.int = ...,
         distributions: Global___DistributionConfig | None = ...,
         whole_samples: _builtins.bool = ...,
+        prompt_token_ids: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "num_samples", b"num_samples", "prompts", b"prompts", "sampling", b"sampling", "whole_samples", b"whole_samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "num_samples", b"num_samples", "prompt_token_ids", b"prompt_token_ids", "prompts", b"prompts", "sampling", b"sampling", "whole_samples", b"whole_samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -583,6 +587,7 @@ class SampleChunk(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     SAMPLING_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADAPTER_FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """The prompt that this chunk answers, by its index in the request."""
     sample_index: _builtins.int
@@ -613,6 +618,12 @@ class SampleChunk(_message.Message):
         drawn from, after temperature, top-p and top-k.
         """
 
+    @_builtins.property
+    def prompt_token_ids(self) -> _tensor_pb2.Tensor:
+        """INT32 [P]: the prompt as the teacher read it, on the first chunk of a sample, if the request
+        asks for it.
+        """
+
     def __init__(
         self,
         *,
@@ -626,10 +637,11 @@ class SampleChunk(_message.Message):
         error: _status_pb2.Status | None = ...,
         sampling_logprobs: _tensor_pb2.Tensor | None = ...,
         adapter_fingerprint: _builtins.str = ...,
+        prompt_token_ids: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "error", b"error", "sampling_logprobs", b"sampling_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "error", b"error", "prompt_token_ids", b"prompt_token_ids", "sampling_logprobs", b"sampling_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_fingerprint", b"adapter_fingerprint", "distributions", b"distributions", "error", b"error", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "prompt_tokens", b"prompt_tokens", "sample_index", b"sample_index", "sampling_logprobs", b"sampling_logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_fingerprint", b"adapter_fingerprint", "distributions", b"distributions", "error", b"error", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "sample_index", b"sample_index", "sampling_logprobs", b"sampling_logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
