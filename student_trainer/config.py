@@ -391,6 +391,21 @@ def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
     student = config.student
     if student.trains_adapter and not spec.student.HasField("output"):
         student = replace(student, output="both")
-    return replace(
-        config, student=student, optimizer=optimizer, data=data, checkpoint=checkpoint, evaluation=evaluation
+    contexts = tuple(
+        replace(context, loss=_with_parameters(context.loss)) if context.loss else context
+        for context in config.contexts
     )
+    return replace(
+        config,
+        student=student,
+        optimizer=optimizer,
+        data=data,
+        contexts=contexts,
+        loss=_with_parameters(config.loss),
+        checkpoint=checkpoint,
+        evaluation=evaluation,
+    )
+
+
+def _with_parameters(loss: LossConfig) -> LossConfig:
+    return replace(loss, terms=tuple(replace(term, **term.parameters) for term in loss.terms))

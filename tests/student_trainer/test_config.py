@@ -154,7 +154,6 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
         ("student", {"model": "m", "adapter": "a", "lora": {}}, "student.lora"),
         ("student.output", "adapter", "student.output"),
         ("student.quantization", "nf4", "student.quantization"),
-        ("data.packing", True, "data.packing"),
         ("data.train", [{"path": "a", "weight": 2}, {"path": "b"}], "data.train[1].weight"),
         ("data.eval", [{"path": "a", "weight": 2}], "data.eval[0].weight"),
         ("data.teacher_field", "category", "teachers[0].name"),
@@ -162,10 +161,27 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
         ("data.eval_fraction", "NaN", "data.eval_fraction"),
         ("optimizer.epochs", "Infinity", "optimizer.epochs"),
         ("optimizer.name", "adamw_4bit", "optimizer.name"),
-        ("loss.terms", [{"divergence": "reverse_kl"}], "loss.terms[0].divergence"),
         ("loss.terms", [{"alpha": 0.5}], "loss.terms[0].alpha"),
+        ("loss.terms", [{"divergence": "jsd", "beta": 1.5}], "loss.terms[0].beta"),
+        ("loss.terms", [{"divergence": "skew_kl", "alpha": 1}], "loss.terms[0].alpha"),
+        (
+            "loss.terms",
+            [{}, {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.7}],
+            "loss.terms[1].beta",
+        ),
         ("loss.terms", [{"weight": 0}], "loss.hard_weight"),
-        ("loss.sparse_target", "sampled", "loss.sparse_target"),
+        ("loss", {"sparse_target": "sampled", "terms": [{"divergence": "tvd"}]}, "loss.terms[0].divergence"),
+        (
+            "loss",
+            {"sparse_target": "renormalise", "terms": [{"divergence": "reverse_kl"}]},
+            "loss.terms[0].divergence",
+        ),
+        ("loss", {"sparse_target": "top_k_and_sampled", "temperature": 2}, "loss.temperature"),
+        (
+            "loss",
+            {"temperature": 2, "temperature_mode": "conditional", "terms": [{"divergence": "mse"}]},
+            "loss.terms[0].divergence",
+        ),
         ("loss.foreign_tokenizer", "alm", "loss.foreign_tokenizer"),
         ("loss.temperature", 0, "loss.temperature"),
         ("contexts", [{"weight": 1}], "contexts[0]"),
@@ -235,3 +251,12 @@ def test_cross_entropy_alone_needs_no_teacher() -> None:
 @pytest.mark.parametrize("target", ["host:1", "10.0.0.1:7401", "[::1]:7401", "unix:/run/teacher.sock"])
 def test_targets_that_are_addresses(target: str) -> None:
     assert from_proto(changed("teachers.0.targets", [target])).teachers[0].targets == (target,)
+
+
+def test_parameters_of_divergences_have_defaults_in_the_effective_spec() -> None:
+    terms = [{"divergence": "skew_kl"}, {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.8}]
+    run = from_proto(changed("loss.terms", terms))
+    written = to_proto(run).loss.terms
+    assert [(each.alpha, each.beta) for each in written] == [(0.1, 0), (0.2, 0.8)]
+    assert not written[0].HasField("beta")
+    assert from_proto(to_proto(run)) == run

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from student_trainer.config import LossConfig
-from student_trainer.train.loss.policy_gradient import (
-    SampledTokens,
-    drift,
-    policy_gradient,
-    sampled_logprobs,
-)
+from student_trainer.config import LossConfig, LossTermConfig
+from student_trainer.train.loss.divergences import DIVERGENCES, TAIL_FLOOR_LOGPROB
+from student_trainer.train.loss.policy_gradient import SampledTokens, drift, policy_gradient
+from student_trainer.train.loss.readout import Readout, read_out
 from student_trainer.train.loss.reduction import reduce
-from student_trainer.train.loss.sparse import SparseTargets
-from student_trainer.train.loss.temperature import TemperatureMode
-from student_trainer.train.loss.terms import DIVERGENCES, cross_entropy, distillation_loss
+from student_trainer.train.loss.sparse import (
+    BucketPair,
+    SparseTargets,
+    Targets,
+    TeacherBuckets,
+    teacher_buckets,
+)
+from student_trainer.train.loss.temperature import TemperatureMode, bucket_temperature, tempered_divergence
+
+TokenFactors: TypeAlias = Mapping[str, Tensor]
+"""By the name of a token weighting: what each position's divergence is multiplied with, [B, T], with mean 1 over a step."""
+
+CHARGE_TAIL = frozenset({"reverse_kl", "adaptive_kl"})
+"""Divergences that charge the student's tail for the teacher's, down to a floor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,54 +38,109 @@ class ObjectiveSum:
     loss_sum: Tensor
     """Scalar, with the gradient."""
     parts: Mapping[str, Tensor]
-    """Metric name to scalar sum, without gradient: "forward_kl", "cross_entropy", "teacher_mass"."""
+    """Metric name to scalar sum, without gradient: each divergence, "cross_entropy", "teacher_mass", "tail_clamped"."""
+
+    @staticmethod
+    def total(parts: list[ObjectiveSum]) -> ObjectiveSum:
+        """The sum over chunks of positions."""
+        names = parts[0].parts.keys()
+        return ObjectiveSum(
+            loss_sum=torch.stack([each.loss_sum for each in parts]).sum(),
+            parts={name: torch.stack([each.parts[name] for each in parts]).sum() for name in names},
+        )
 
 
 def objective(
     student_logits: Float[Tensor, "B T V"],
     target_ids: Int64[Tensor, "B T"],
-    targets: SparseTargets | None,
+    targets: Targets | None,
     weights: Float[Tensor, "B T"],
     config: LossConfig,
     *,
     vocab_size: int | None = None,
     sampled: SampledTokens | None = None,
+    token_factors: TokenFactors | None = None,
 ) -> ObjectiveSum:
     """sum_i w_i D_i(teacher, student) + hard_weight x CE(text), each summed over tokens by `weights`.
 
     Cross-entropy is a metric even where its weight is 0. `targets` may be None only if every term's weight is 0, or its
     estimator "policy_gradient"; that one needs `sampled`, the tokens as an earlier student drew them.
     """
+    teacher = teacher_side(targets, config, num_logits=student_logits.shape[-1], vocab_size=vocab_size)
+    readout = read_out(student_logits, target_ids, weights, teacher, temperature=readout_temperature(config))
+    return objective_of(
+        readout, teacher, targets, weights, config, sampled=sampled, token_factors=token_factors or {}
+    )
+
+
+def objective_of(
+    readout: Readout,
+    teacher: TeacherBuckets | None,
+    targets: Targets | None,
+    weights: Float[Tensor, "B T"],
+    config: LossConfig,
+    *,
+    sampled: SampledTokens | None,
+    token_factors: TokenFactors,
+) -> ObjectiveSum:
+    """The objective as a function of what was read out of the logits."""
     parts: dict[str, Tensor] = {}
-    with torch.set_grad_enabled(torch.is_grad_enabled() and config.hard_weight > 0):
-        hard = cross_entropy(student_logits, target_ids, weights).loss_sum
+    hard = reduce(-readout.targets, weights).loss_sum
     parts["cross_entropy"] = hard.detach()
     total = config.hard_weight * hard
-    drawn: Tensor | None = None
     if sampled is not None:
-        drawn = sampled_logprobs(student_logits, target_ids, weights)
-        parts |= drift(drawn, sampled, weights)
+        parts |= drift(readout.targets, sampled, weights)
+    pair = None
+    if teacher is not None and readout.buckets is not None:
+        pair = BucketPair(
+            teacher_logprobs=teacher.logprobs.to(readout.buckets.dtype), student_logprobs=readout.buckets
+        )
     for term in config.terms:
         if term.weight == 0:
             continue
         if term.estimator == "policy_gradient":
-            assert drawn is not None and sampled is not None, "checked with the run's contexts"  # noqa: PT018
-            gradient = reduce(policy_gradient(drawn, sampled), weights).loss_sum
-            parts["policy_gradient"] = gradient.detach()
-            total = total + term.weight * gradient
-            continue
-        assert targets is not None, "a term has weight, but no teacher was asked"
-        soft = distillation_loss(
-            DIVERGENCES[term.divergence],
-            student_logits,
-            targets,
-            weights,
-            temperature=config.temperature,
-            mode=cast("TemperatureMode", config.temperature_mode),
-            vocab_size=vocab_size,
-        ).loss_sum
-        parts[term.divergence] = parts.get(term.divergence, torch.zeros_like(soft)) + soft.detach()
-        total = total + term.weight * soft
-    if targets is not None:
+            assert sampled is not None, "checked with the run's contexts"
+            name, loss = "policy_gradient", policy_gradient(readout.targets, sampled)
+        else:
+            assert pair is not None, "a term has weight, but no teacher was asked"
+            name, loss = term.divergence, _term(term, pair, config)
+        if term.token_weighting != "uniform":  # noqa: S105 (tokens of text)
+            loss = loss * token_factors[term.token_weighting].to(loss.dtype)
+        summed = reduce(loss, weights).loss_sum
+        parts[name] = parts.get(name, torch.zeros_like(summed)) + summed.detach()
+        total = total + term.weight * summed
+        if name in CHARGE_TAIL and pair is not None:
+            parts["tail_clamped"] = reduce(_clamped(pair), weights).loss_sum
+    if isinstance(targets, SparseTargets):
         parts["teacher_mass"] = reduce(-torch.expm1(targets.log_tail.float()), weights).loss_sum
     return ObjectiveSum(loss_sum=total, parts=parts)
+
+
+def teacher_side(
+    targets: Targets | None, config: LossConfig, *, num_logits: int, vocab_size: int | None
+) -> TeacherBuckets | None:
+    """The teacher's buckets at the temperature that the terms begin with."""
+    if targets is None:
+        return None
+    return teacher_buckets(
+        targets, num_logits=num_logits, vocab_size=vocab_size, temperature=readout_temperature(config)
+    )
+
+
+def readout_temperature(config: LossConfig) -> float:
+    """The temperature of `Readout.buckets`."""
+    return bucket_temperature(config.temperature, cast("TemperatureMode", config.temperature_mode))
+
+
+def _term(term: LossTermConfig, pair: BucketPair, config: LossConfig) -> Tensor:
+    """[B, T]: one divergence, in the run's temperature."""
+    mode = cast("TemperatureMode", config.temperature_mode)
+    return tempered_divergence(
+        DIVERGENCES[term.divergence].bind(term.parameters), pair, temperature=config.temperature, mode=mode
+    )
+
+
+def _clamped(pair: BucketPair) -> Tensor:
+    """[B, T]: 1 where the teacher's tail is below the floor and the student has a tail."""
+    below = pair.teacher_logprobs[..., -1] < TAIL_FLOOR_LOGPROB
+    return (below & ~torch.isneginf(pair.student_logprobs[..., -1])).to(pair.student_logprobs.dtype)

@@ -3,7 +3,7 @@
 With y drawn from mu, an earlier student, and q the student as it is: A = log p(y) - log q(y), taken as a constant, and
 rho = q(y) / mu(y), truncated. The gradient is that of -rho A log q(y), whose expectation over y ~ mu is the gradient of
 KL(q || p) at this position, as long as nothing is truncated or dropped (the states are held fixed; the k1 estimate taken
-as a loss by itself has expectation zero). Axes: B sequences, T positions, V vocabulary.
+as a loss by itself has expectation zero). Axes: B sequences, T positions.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from student_trainer.train.loss.reduction import blank_masked, reduce
+from student_trainer.train.loss.reduction import reduce
 
 MAX_PROBABILITY_LOST = 0.2
 """A token whose probability fell by more than this since it was drawn teaches nothing about the student as it is."""
@@ -71,16 +70,6 @@ def policy_gradient(student_logprobs: Float[Tensor, "B T"], sampled: SampledToke
     advantage = sampled.teacher_logprobs.clamp(min=MIN_TEACHER_LOGPROB) - now
     # The second factor is 0 in value and carries the gradient.
     return -weights * advantage * (1 + student_logprobs - now)
-
-
-def sampled_logprobs(
-    student_logits: Float[Tensor, "B T V"], target_ids: Int64[Tensor, "B T"], weights: Float[Tensor, "B T"]
-) -> Float[Tensor, "B T"]:
-    """log q(y) in float32 at least; a number of no meaning where the weight is 0."""
-    logits = blank_masked(student_logits, weights)
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    ids = target_ids.masked_fill(weights <= 0, 0).unsqueeze(-1)
-    return wide.gather(-1, ids).squeeze(-1) - wide.logsumexp(-1)
 
 
 def drift(

@@ -8,6 +8,7 @@ a student that equals its teacher has loss 0, whatever rows pad the two output l
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -45,54 +46,101 @@ class SparseTargets:
                     "Look at the teacher's log; its weights or its precision may be broken.",
                 )
 
+    def rows(self, rows: slice | Tensor) -> SparseTargets:
+        """The same at some positions: a slice of T, or indices into it."""
+        partition = self.log_partition
+        return SparseTargets(
+            token_ids=self.token_ids[:, rows],
+            logprobs=self.logprobs[:, rows],
+            log_tail=self.log_tail[:, rows],
+            log_partition=None if partition is None else partition[:, rows],
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DenseTargets:
+    """What a teacher in the same process says at each position: everything."""
+
+    logprobs: Float[Tensor, "B T W"]
+    """Natural log-probabilities at temperature 1 over the teacher's vocabulary, which may have another size."""
+
+    def rows(self, rows: slice | Tensor) -> DenseTargets:
+        """The same at some positions: a slice of T, or indices into it."""
+        return DenseTargets(logprobs=self.logprobs[:, rows])
+
+
+Targets: TypeAlias = SparseTargets | DenseTargets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherBuckets:
+    """The teacher's side of a comparison, and which ids are its buckets."""
+
+    token_ids: Int64[Tensor, "B T K"] | None
+    """As the teacher sent them; None if its buckets are the first S - 1 ids, in order, and all others together."""
+    kept: Bool[Tensor, "B T K"] | None
+    """Which of them are buckets of their own; the others are pads, or belong to the tail."""
+    logprobs: Float[Tensor, "B T S"]
+    """Float64; each row sums to 1, -inf marks an empty bucket; a row without any mass is -inf throughout."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BucketPair:
     """Teacher and student over the same S buckets; each row sums to 1, -inf marks an empty bucket."""
 
     teacher_logprobs: Float[Tensor, "B T S"]
-    """Without gradient; a row without any mass, as at a masked position, is -inf throughout."""
+    """Without gradient, in the student's type."""
     student_logprobs: Float[Tensor, "B T S"]
     """Float32 at least, with gradient."""
 
 
-def coarsen(
-    student_logits: Float[Tensor, "B T V"],
-    teacher_token_ids: Int64[Tensor, "B T K"],
-    teacher_logprobs: Float[Tensor, "B T K"],
-    teacher_log_tail: Float[Tensor, "B T"],
-    vocab_size: int | None = None,
-) -> BucketPair:
-    """Teacher and student on the kept tokens and the tail.
+def teacher_buckets(
+    targets: Targets, *, num_logits: int, vocab_size: int | None = None, temperature: float = 1.0
+) -> TeacherBuckets:
+    """The teacher on its kept tokens and the tail, at `temperature`, for a student with `num_logits` logits.
 
-    `vocab_size` is the effective vocabulary, V if None: a teacher's id at or above it moves to the tail. Where the
-    student has no token outside the kept ones, there is no tail, and the teacher is normalised over the rest.
+    `vocab_size` is the effective vocabulary, `num_logits` if None: a teacher's id at or above it moves to the tail.
+    Where the student has no token outside the kept ones there is no tail, and the teacher is normalised over the rest.
+    Raises ValueError for a temperature other than 1 without a log-partition.
     """
-    num_logits = student_logits.shape[-1]
     limit = num_logits if vocab_size is None else min(vocab_size, num_logits)
-    kept, folded_logprobs, folded_log_tail = _fold(
-        teacher_token_ids, teacher_logprobs.double(), teacher_log_tail.double(), limit
-    )
-    student_kept, student_tail = student_buckets(student_logits, teacher_token_ids, kept)
+    if isinstance(targets, DenseTargets):
+        tempered = normalise(targets.logprobs.double() / temperature)
+        logprobs = _first_ids_and_rest(tempered, min(limit, tempered.shape[-1]), has_rest=limit < num_logits)
+        return TeacherBuckets(token_ids=None, kept=None, logprobs=normalise(logprobs))
+    logprobs, log_tail = targets.logprobs.double(), targets.log_tail.double()
+    if temperature != 1.0:
+        logprobs, log_tail = _tempered(targets, logprobs, temperature)
+    kept = (targets.token_ids >= 0) & (targets.token_ids < limit)
+    foreign = targets.token_ids >= limit
+    beyond = logprobs.masked_fill(~foreign, -torch.inf)
+    log_tail = torch.cat([log_tail.unsqueeze(-1), beyond], dim=-1).logsumexp(-1)
     has_tail = kept.sum(-1) < num_logits
-    folded_log_tail = folded_log_tail.masked_fill(~has_tail, -torch.inf)
-    teacher = normalise(torch.cat([folded_logprobs, folded_log_tail.unsqueeze(-1)], dim=-1))
-    student = torch.cat([student_kept, student_tail.unsqueeze(-1)], dim=-1)
-    return BucketPair(teacher_logprobs=teacher.to(student.dtype), student_logprobs=student)
+    log_tail = log_tail.masked_fill(~has_tail, -torch.inf)
+    known = logprobs.masked_fill(~kept, -torch.inf)
+    return TeacherBuckets(
+        token_ids=targets.token_ids,
+        kept=kept,
+        logprobs=normalise(torch.cat([known, log_tail.unsqueeze(-1)], dim=-1)),
+    )
 
 
-def student_buckets(
-    logits: Float[Tensor, "B T V"], token_ids: Int64[Tensor, "B T K"], kept: Bool[Tensor, "B T K"]
-) -> tuple[Float[Tensor, "B T K"], Float[Tensor, "B T"]]:
-    """The student's log-probabilities of the kept tokens, and of all others together.
+def student_buckets(logits: Float[Tensor, "B T V"], teacher: TeacherBuckets) -> Float[Tensor, "B T S"]:
+    """The student's log-probabilities of the teacher's kept tokens and, last, of all others together.
 
     In float32 at least, which is set before the softmax. The tail is a logsumexp over the tokens that it consists
     of, and not 1 - sum, so that it is exact at 1e-30 and has a gradient everywhere. -inf where a bucket is empty.
     """
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    wide = widened(logits)
+    token_ids, kept = teacher.token_ids, teacher.kept
+    if token_ids is None or kept is None:
+        num_ids = teacher.logprobs.shape[-1] - 1
+        return _first_ids_and_rest(
+            charge_forbidden(wide.log_softmax(-1)), num_ids, has_rest=num_ids < wide.shape[-1]
+        )
     log_total = wide.logsumexp(-1)
     gathered = wide.gather(-1, token_ids.masked_fill(~kept, 0)) - log_total.unsqueeze(-1)
-    kept_logprobs = _charge_forbidden(gathered).masked_fill(~kept, -torch.inf)
+    kept_logprobs = charge_forbidden(gathered).masked_fill(~kept, -torch.inf)
 
     # A column behind the vocabulary takes the ids that are not kept.
     batch, positions, num_logits = logits.shape
@@ -105,7 +153,7 @@ def student_buckets(
     forbidden = torch.isneginf(others).all(-1)
     others = others.masked_fill(forbidden.unsqueeze(-1), 0.0)
     tail = (others.logsumexp(-1) - log_total).masked_fill(forbidden, FORBIDDEN_LOGPROB)
-    return kept_logprobs, tail.masked_fill(empty, -torch.inf)
+    return torch.cat([kept_logprobs, tail.masked_fill(empty, -torch.inf).unsqueeze(-1)], dim=-1)
 
 
 def normalise(logprobs: Float[Tensor, "B T S"]) -> Float[Tensor, "B T S"]:
@@ -117,19 +165,31 @@ def normalise(logprobs: Float[Tensor, "B T S"]) -> Float[Tensor, "B T S"]:
     return logprobs - log_total.masked_fill(torch.isneginf(log_total), 0.0)
 
 
-def _fold(
-    token_ids: Int64[Tensor, "B T K"],
-    logprobs: Float[Tensor, "B T K"],
-    log_tail: Float[Tensor, "B T"],
-    limit: int,
-) -> tuple[Bool[Tensor, "B T K"], Float[Tensor, "B T K"], Float[Tensor, "B T"]]:
-    """Which ids the student knows, and the teacher with the mass of the others in its tail."""
-    kept = (token_ids >= 0) & (token_ids < limit)
-    foreign = token_ids >= limit
-    beyond = logprobs.masked_fill(~foreign, -torch.inf)
-    log_tail = torch.cat([log_tail.unsqueeze(-1), beyond], dim=-1).logsumexp(-1)
-    return kept, logprobs.masked_fill(~kept, -torch.inf), log_tail
+def widened(logits: Tensor) -> Tensor:
+    """In float32 at least: exponentials of half precision are no probabilities."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-def _charge_forbidden(logprobs: Tensor) -> Tensor:
+def charge_forbidden(logprobs: Tensor) -> Tensor:
+    """With FORBIDDEN_LOGPROB for -inf."""
     return torch.where(torch.isneginf(logprobs), torch.full_like(logprobs, FORBIDDEN_LOGPROB), logprobs)
+
+
+def _first_ids_and_rest(logprobs: Tensor, num_ids: int, *, has_rest: bool) -> Tensor:
+    """[B, T, num_ids + 1]: the first ids, and the mass of the others, -inf if there shall be none."""
+    rest = logprobs[..., num_ids:]
+    if has_rest and rest.shape[-1]:
+        log_rest = rest.logsumexp(-1, keepdim=True)
+    else:
+        log_rest = torch.full_like(logprobs[..., :1], -torch.inf)
+    return torch.cat([logprobs[..., :num_ids], log_rest], dim=-1)
+
+
+def _tempered(targets: SparseTargets, logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Kept tokens and tail at `temperature`: the tail is 1 - sum in float64, and nothing where it was nothing."""
+    if targets.log_partition is None:
+        raise ValueError(f"temperature {temperature:g} in mode exact needs the teacher's log_partition")
+    tempered = logprobs / temperature - targets.log_partition.double().unsqueeze(-1)
+    kept_mass = tempered.masked_fill(targets.token_ids < 0, -torch.inf).exp().sum(-1)
+    log_tail = (1.0 - kept_mass).clamp(min=0.0).log()
+    return tempered, log_tail.masked_fill(torch.isneginf(targets.log_tail), -torch.inf)

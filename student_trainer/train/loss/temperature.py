@@ -13,69 +13,50 @@ from jaxtyping import Float
 from torch import Tensor
 
 from student_trainer.train.loss.divergences import Divergence
-from student_trainer.train.loss.sparse import BucketPair, SparseTargets, coarsen, normalise
+from student_trainer.train.loss.sparse import BucketPair, normalise
 
 TemperatureMode = Literal["exact", "conditional"]
 
 
+def bucket_temperature(temperature: float, mode: TemperatureMode) -> float:
+    """The temperature at which both sides are put into buckets: conditional divergences start from 1."""
+    return temperature if mode == "exact" else 1.0
+
+
 def tempered_divergence(
-    divergence: Divergence,
-    student_logits: Float[Tensor, "B T V"],
-    targets: SparseTargets,
-    *,
-    temperature: float,
-    mode: TemperatureMode,
-    vocab_size: int | None,
+    divergence: Divergence, pair: BucketPair, *, temperature: float, mode: TemperatureMode
 ) -> Float[Tensor, "B T"]:
-    """Loss per position, scaled by the temperature's square, which keeps the size of the gradient.
+    """Loss per position of a pair at `bucket_temperature`, with the factor T^2 that keeps the size of the gradient.
 
-    exact: T^2 D(p_T || q_T). conditional: D(P_S || Q_S) + P_S T^2 D(p_T(.|S) || q_T(.|S)), where S is the kept
-    tokens: whether the next token is kept is compared at temperature 1, and which of them it is at T. For KL and
-    T = 1 both are the KL of the buckets. Raises ValueError for "exact" without a log-partition and T != 1.
+    exact: T^2 D(p_T || q_T). conditional: whether the next token is a kept one is compared at temperature 1, and which
+    of them it is at T: D(p' || q') of p' = (P_S p_T(.|S), P_tail) has the part D((P_S, P_tail) || (Q_S, Q_tail)), and
+    the rest of it, which is not negative for an f-divergence, gets the factor T^2. For KL that is the chain rule
+    KL(P_S || Q_S) + P_S T^2 KL(p_T(.|S) || q_T(.|S)). At T = 1 both modes are D of the buckets.
     """
-    if temperature == 1.0:
-        pair = _plain(student_logits, targets, vocab_size)
-        return divergence(pair.teacher_logprobs, pair.student_logprobs)
-    if mode == "exact":
-        pair = _exact(student_logits, targets, temperature, vocab_size)
+    if temperature == 1.0 or mode == "exact":
         return temperature**2 * divergence(pair.teacher_logprobs, pair.student_logprobs)
-    return _conditional(divergence, _plain(student_logits, targets, vocab_size), temperature)
-
-
-def _plain(logits: Tensor, targets: SparseTargets, vocab_size: int | None) -> BucketPair:
-    return coarsen(logits, targets.token_ids, targets.logprobs, targets.log_tail, vocab_size)
-
-
-def _exact(logits: Tensor, targets: SparseTargets, temperature: float, vocab_size: int | None) -> BucketPair:
-    """Both sides at `temperature`; the teacher's tail is 1 - sum in float64, and nothing where it was nothing."""
-    if targets.log_partition is None:
-        raise ValueError(f"temperature {temperature:g} in mode exact needs the teacher's log_partition")
-    tempered = targets.logprobs.double() / temperature - targets.log_partition.double().unsqueeze(-1)
-    kept_mass = tempered.masked_fill(targets.token_ids < 0, -torch.inf).exp().sum(-1)
-    log_tail = (1.0 - kept_mass).clamp(min=0.0).log()
-    log_tail = log_tail.masked_fill(torch.isneginf(targets.log_tail), -torch.inf)
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    return coarsen(wide / temperature, targets.token_ids, tempered, log_tail, vocab_size)
-
-
-def _conditional(divergence: Divergence, pair: BucketPair, temperature: float) -> Tensor:
-    teacher_kept, student_kept = pair.teacher_logprobs[..., :-1], pair.student_logprobs[..., :-1]
-    log_mass_teacher, log_mass_student = _log_mass(teacher_kept), _log_mass(student_kept)
-    kept_or_not = divergence(
-        torch.stack([log_mass_teacher, pair.teacher_logprobs[..., -1]], dim=-1),
-        torch.stack([log_mass_student, pair.student_logprobs[..., -1]], dim=-1),
+    whether = divergence(_kept_or_not(pair.teacher_logprobs), _kept_or_not(pair.student_logprobs))
+    which = divergence(
+        _sharpen(pair.teacher_logprobs, temperature), _sharpen(pair.student_logprobs, temperature)
     )
-    which = divergence(_sharpen(teacher_kept, temperature), _sharpen(student_kept, temperature))
-    return kept_or_not + temperature**2 * log_mass_teacher.exp() * which
+    return whether + temperature**2 * (which - whether)
+
+
+def _kept_or_not(logprobs: Tensor) -> Tensor:
+    """[B, T, 2]: mass of the kept tokens and of the tail."""
+    return torch.stack([_log_mass(logprobs[..., :-1]), logprobs[..., -1]], dim=-1)
+
+
+def _sharpen(logprobs: Tensor, temperature: float) -> Tensor:
+    """The kept tokens' shares of their own mass at `temperature`; that mass and the tail stay."""
+    kept = logprobs[..., :-1]
+    log_mass = _log_mass(kept).unsqueeze(-1)
+    empty = torch.isneginf(kept)
+    shares = normalise(kept.masked_fill(empty.all(-1, keepdim=True), 0.0) / temperature)
+    return torch.cat([(shares + log_mass).masked_fill(empty, -torch.inf), logprobs[..., -1:]], dim=-1)
 
 
 def _log_mass(logprobs: Tensor) -> Tensor:
     """log sum exp over the kept tokens; -inf, without a gradient, where there is none."""
     empty = torch.isneginf(logprobs).all(-1)
     return logprobs.masked_fill(empty.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(empty, -torch.inf)
-
-
-def _sharpen(logprobs: Tensor, temperature: float) -> Tensor:
-    """The distribution among the kept tokens at `temperature`."""
-    empty = torch.isneginf(logprobs).all(-1, keepdim=True)
-    return normalise(logprobs.masked_fill(empty, 0.0) / temperature).masked_fill(empty, -torch.inf)

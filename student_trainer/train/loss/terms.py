@@ -1,27 +1,27 @@
-"""The losses that a run can name: pure functions (student_logits, targets, weights) -> (loss_sum, denominator), all with one reduction.
+"""Single losses as pure functions (student_logits, targets, weights) -> (loss_sum, denominator), all with one reduction.
 
 Axes: B sequences, T positions, V vocabulary. Row t of the logits predicts the token that row t of the targets speaks
 of; the alignment is written in protos/stillhouse/v1/tensor.proto. Weights come from reduction.token_weights; a
-boolean mask as floats is the weight of "token_mean".
+boolean mask as floats is the weight of "token_mean". A run's whole objective is in objective.py.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, int64
 
-from student_trainer.train.loss.divergences import DIVERGENCES, Divergence, forward_kl_divergence
-from student_trainer.train.loss.reduction import LossSum, blank_masked, reduce
-from student_trainer.train.loss.sparse import SparseTargets
-from student_trainer.train.loss.temperature import TemperatureMode, tempered_divergence
-
-__all__ = ["DIVERGENCES", "cross_entropy", "distillation_loss", "forward_kl"]
+from student_trainer.train.loss.divergences import DIVERGENCES
+from student_trainer.train.loss.readout import read_out
+from student_trainer.train.loss.reduction import LossSum, reduce
+from student_trainer.train.loss.sparse import BucketPair, Targets, teacher_buckets
+from student_trainer.train.loss.temperature import TemperatureMode, bucket_temperature, tempered_divergence
 
 
 def forward_kl(
     student_logits: Float[Tensor, "B T V"],
-    targets: SparseTargets,
+    targets: Targets,
     weights: Float[Tensor, "B T"],
     *,
     temperature: float = 1.0,
@@ -34,7 +34,7 @@ def forward_kl(
     Its gradient with respect to a logit is q_j - p_j on the kept tokens and q_j - P_tail q_j / Q_tail elsewhere.
     """
     return distillation_loss(
-        forward_kl_divergence,
+        "forward_kl",
         student_logits,
         targets,
         weights,
@@ -45,25 +45,26 @@ def forward_kl(
 
 
 def distillation_loss(
-    divergence: Divergence,
+    name: str,
     student_logits: Float[Tensor, "B T V"],
-    targets: SparseTargets,
+    targets: Targets,
     weights: Float[Tensor, "B T"],
     *,
+    parameters: Mapping[str, float] | None = None,
     temperature: float = 1.0,
     mode: TemperatureMode = "exact",
     vocab_size: int | None = None,
 ) -> LossSum:
-    """Sum of weight x divergence between teacher and student, in nats, and of the weights."""
-    loss_BT = tempered_divergence(
-        divergence,
-        blank_masked(student_logits, weights),
-        targets,
-        temperature=temperature,
-        mode=mode,
-        vocab_size=vocab_size,
-    )
-    return reduce(loss_BT, weights)
+    """Sum of weight x the divergence `name` between teacher and student, and of the weights."""
+    at = bucket_temperature(temperature, mode)
+    num_logits = student_logits.shape[-1]
+    teacher = teacher_buckets(targets, num_logits=num_logits, vocab_size=vocab_size, temperature=at)
+    ids = weights.new_zeros(weights.shape, dtype=int64)
+    student = read_out(student_logits, ids, weights, teacher, temperature=at).buckets
+    assert student is not None
+    pair = BucketPair(teacher_logprobs=teacher.logprobs.to(student.dtype), student_logprobs=student)
+    divergence = DIVERGENCES[name].bind(parameters or {})
+    return reduce(tempered_divergence(divergence, pair, temperature=temperature, mode=mode), weights)
 
 
 def cross_entropy(
@@ -73,7 +74,4 @@ def cross_entropy(
 
     `target_ids` are in [0, V); where the weight is 0 they do not matter.
     """
-    logits = blank_masked(student_logits, weights)
-    wide = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    indices = target_ids.masked_fill(weights <= 0, 0).unsqueeze(-1)
-    return reduce(wide.logsumexp(-1) - wide.gather(-1, indices).squeeze(-1), weights)
+    return reduce(-read_out(student_logits, target_ids, weights, None).targets, weights)
