@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import asyncio
 
+from teacher_service.engine import DistributionOptions
+
 MAX_UNREAD_BYTES = 1 << 30
-"""Of all calls together; what the engine is at work on comes on top."""
+"""Of all calls together."""
 LEAST_BYTES = 1 << 20
 """What a call may have unread however many others there are."""
 _FRACTION = 8
+
+
+def answer_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
+    """About what an answer takes, before it is computed; hidden states, whose width the request does not say, apart."""
+    columns = 2 * options.top_k + 3 + len(options.temperatures) + options.num_sampled_tokens + num_queries
+    return 4 * num_rows * columns
 
 
 class AnswerMemory:
@@ -17,7 +25,7 @@ class AnswerMemory:
     def __init__(self, max_bytes: int = MAX_UNREAD_BYTES) -> None:
         self._max_bytes = max_bytes
         self.num_bytes = 0
-        """Unread at present."""
+        """Held at present."""
 
     @property
     def limit_of_a_call(self) -> int:
@@ -26,29 +34,29 @@ class AnswerMemory:
 
 
 class UnreadAnswers:
-    """What one call holds: above its limit nothing more of it is computed until its caller reads."""
+    """What one call holds: answers from when they are asked of the engine until they have left for their caller."""
 
     def __init__(self, memory: AnswerMemory) -> None:
         self._memory = memory
         self._num_bytes = 0
-        self._read = asyncio.Event()
+        self._freed = asyncio.Event()
 
-    async def room(self) -> None:
-        """Returns once there is room for another answer."""
-        while self._num_bytes > self._memory.limit_of_a_call:
-            self._read.clear()
-            await self._read.wait()
+    async def hold(self, num_bytes: int) -> None:
+        """Takes memory for an answer, once the call has room for it; one answer alone always has."""
+        while self._num_bytes and self._num_bytes + num_bytes > self._memory.limit_of_a_call:
+            self._freed.clear()
+            await self._freed.wait()
+        self._add(num_bytes)
 
-    def add(self, num_bytes: int) -> None:
-        """An answer was computed."""
-        self._num_bytes += num_bytes
-        self._memory.num_bytes += num_bytes
-
-    def take(self, num_bytes: int) -> None:
-        """An answer, or a part, has left for its caller."""
-        self.add(-num_bytes)
-        self._read.set()
+    def free(self, num_bytes: int) -> None:
+        """Gives the memory of an answer back."""
+        self._add(-num_bytes)
+        self._freed.set()
 
     def clear(self) -> None:
-        """The call has ended."""
-        self.take(self._num_bytes)
+        """Gives everything back: the call has ended."""
+        self.free(self._num_bytes)
+
+    def _add(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        self._memory.num_bytes += num_bytes

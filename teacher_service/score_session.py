@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from protos.errors import Reason, StillhouseError, to_status
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import Distributions
-from teacher_service.answer_memory import UnreadAnswers
+from teacher_service.answer_memory import UnreadAnswers, answer_bytes
 from teacher_service.engine import DistributionOptions
 from teacher_service.outbox import PART_BYTES, Outbox, cancel_all
 from teacher_service.requests import Wire, check_distributions, check_sequence
@@ -27,7 +27,7 @@ class _Part:
     result: teacher_pb2.ScoreResult
     owns_id: bool
     num_bytes: int = 0
-    """What it frees of the call's unread answers."""
+    """What it frees of the memory of the call's answers."""
 
 
 class ScoreSession:
@@ -58,7 +58,7 @@ class ScoreSession:
                     yield teacher_pb2.ScoreResponse(results=[part.result for part in parts])
                     # Here the message has been handed to the transport, which waits for a slow caller.
                     for part in parts:
-                        self._unread.take(part.num_bytes)
+                        self._unread.free(part.num_bytes)
                         if part.result.last:
                             self._room.release()
         finally:
@@ -124,17 +124,17 @@ class ScoreSession:
         sequence_id = sequence.sequence_id
         owns_id = sequence_id not in self._unanswered
         self._unanswered.add(sequence_id)
+        num_bytes = self._num_bytes(sequence, options)
+        # Before the time of the sequence begins: it does not run while its own caller does not read.
+        await self._unread.hold(num_bytes)
         try:
-            # The time of a sequence does not run while its own caller does not read.
-            await self._unread.room()
             rows = await (self._score(sequence, options) if owns_id else _refuse_id(sequence_id))
         except Exception as error:
             self._serving.counters.sequences_refused += 1
             result = teacher_pb2.ScoreResult(sequence_id=sequence_id, error=to_status(error), last=True)
-            await self._outbox.put(_Part(result, owns_id), result.ByteSize())
+            await self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
-        self._unread.add(rows.num_rows * rows.row_bytes)
         rows_per_part = max(1, PART_BYTES // (rows.row_bytes + 1))
         for begin in range(0, rows.num_rows, rows_per_part):
             end = min(begin + rows_per_part, rows.num_rows)
@@ -143,8 +143,16 @@ class ScoreSession:
                 distributions=wire.encode(rows.rows(begin, end)),
                 last=end == rows.num_rows,
             )
-            num_bytes = (end - begin) * rows.row_bytes
-            await self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
+            part = _Part(result, owns_id, num_bytes if result.last else 0)
+            await self._outbox.put(part, result.ByteSize())
+
+    def _num_bytes(self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions) -> int:
+        """What its answer will take, as far as an unchecked request tells."""
+        shape, query_shape = sequence.token_ids.shape, sequence.query_token_ids.shape
+        info = self._serving.info
+        num_rows = min(shape[0] - sequence.start, info.max_sequence_tokens) if len(shape) == 1 else 0
+        num_queries = min(query_shape[1], info.max_query_tokens) if len(query_shape) == 2 else 0
+        return answer_bytes(max(0, num_rows), options, num_queries=max(0, num_queries))
 
     async def _score(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions

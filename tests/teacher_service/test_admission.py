@@ -120,18 +120,23 @@ def test_one_who_holds_nothing_gets_what_is_free_and_others_a_multiple_of_what_t
 
 async def test_a_call_that_is_not_read_stops_at_its_limit_and_goes_on_when_read() -> None:
     memory = AnswerMemory(max_bytes=64 << 20)
-    slow = UnreadAnswers(memory)
-    while slow_has_room := not (waiting := asyncio.ensure_future(slow.room())).done():
-        await asyncio.sleep(0)
-        if not waiting.done():
-            break
-        slow.add(1 << 20)
-    assert slow_has_room
-    assert 7 << 20 < memory.num_bytes < 9 << 20
-    other = UnreadAnswers(memory)
-    await asyncio.wait_for(other.room(), 1)
-    slow.take(4 << 20)
-    await asyncio.wait_for(waiting, 1)
+    slow, other = UnreadAnswers(memory), UnreadAnswers(memory)
+    holding = asyncio.create_task(hold_all(slow, 100))
+    await asyncio.sleep(0)
+    assert 6 << 20 <= memory.num_bytes <= 8 << 20
+    await asyncio.wait_for(other.hold(1 << 20), 1)
+    before = memory.num_bytes
+    slow.free(3 << 20)
+    await asyncio.sleep(0)
+    assert abs(memory.num_bytes - before) <= 1 << 20
+    holding.cancel()
     slow.clear()
+    other.clear()
     assert memory.num_bytes == 0
-    assert memory.limit_of_a_call > LEAST_BYTES
+    await asyncio.wait_for(other.hold(1 << 30), 1)  # one alone always finds room
+    assert memory.limit_of_a_call == LEAST_BYTES
+
+
+async def hold_all(unread: UnreadAnswers, count: int) -> None:
+    for _ in range(count):
+        await unread.hold(1 << 20)
