@@ -1,0 +1,194 @@
+"""The logits of one chunk of positions in memory that is used again for every chunk: read out, then overwritten by their gradient.
+
+Exponentials are taken in float32 at least, a block of rows at a time that fits a processor's cache.
+Axes: C positions of the chunk, R of a block, V vocabulary, H hidden units, K kept tokens, S = K + 1 buckets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from student_trainer.train.loss.readout import Readout
+from student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
+
+BLOCK_LOGITS = 2**19
+"""Logits of a block on a CPU: 2 MiB in float32."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Read:
+    """What the readout of a chunk leaves for its gradient."""
+
+    kept: _Kept | None
+    kept_logits: Tensor
+    """[C, K] at the terms' temperature, -inf where not kept."""
+    log_total: Tensor
+    """[C, 1] at the terms' temperature."""
+    log_rest: Tensor
+    """[C, 1]: logsumexp of all but the kept tokens; -inf where there is none."""
+    log_total_plain: Tensor
+    """[C, 1] at temperature 1."""
+    target_ids: Tensor
+    """[C, 1]."""
+    temperature: float
+
+
+class LogitChunk:
+    """Memory for C rows of logits, and the block in which their exponentials are taken."""
+
+    def __init__(self, memory: Tensor, block: Tensor) -> None:
+        self._memory = memory
+        self._block = block
+        self._read: _Read | None = None
+        self.logits = memory
+        """[C, V]: of the rows that were filled in last; their gradient after `differentiate`."""
+
+    @classmethod
+    def allocate(cls, num_rows: int, num_logits: int, dtype: torch.dtype, device: torch.device) -> LogitChunk:
+        """Memory for at most `num_rows` rows."""
+        wide = dtype if dtype == torch.float64 else torch.float32
+        on_cpu = device.type == "cpu"
+        block_rows = min(num_rows, max(1, BLOCK_LOGITS // num_logits)) if on_cpu else num_rows
+        return cls(
+            torch.empty(num_rows, num_logits, dtype=dtype, device=device),
+            torch.empty(block_rows, num_logits, dtype=wide, device=device),
+        )
+
+    def fill(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+        """Computes the logits of `hidden` [C, H]."""
+        self.logits = self._memory[: hidden.shape[0]]
+        torch.mm(hidden, weight.T, out=self.logits)
+        if bias is not None:
+            self.logits.add_(bias.to(self.logits.dtype))
+
+    def read(self, target_ids: Tensor, teacher: TeacherBuckets | None, temperature: float) -> Readout:
+        """The readout, as [1, C, S] and [1, C], without gradient. The logits of kept tokens are overwritten."""
+        ids = target_ids[0].unsqueeze(-1)
+        target_logits = self.logits.gather(-1, ids).to(self._block.dtype)
+        kept = None if teacher is None else _Kept.of(teacher, self.logits.shape[-1])
+        plain_total = None if temperature == 1.0 and kept is not None else self._logsumexp(1.0)
+        if kept is None:
+            assert plain_total is not None
+            kept_logits = target_logits[:, :0]
+            log_rest = log_total = plain_total
+        else:
+            kept_logits = kept.take(self.logits).to(self._block.dtype) / temperature
+            kept.put(self.logits, kept_logits.new_full((), -torch.inf).expand_as(kept_logits))
+            log_rest = self._logsumexp(temperature)
+            log_total = torch.cat([kept_logits, log_rest], dim=-1).logsumexp(-1, keepdim=True)
+        self._read = _Read(
+            kept=kept,
+            kept_logits=kept_logits,
+            log_total=log_total,
+            log_rest=log_rest,
+            log_total_plain=log_total if plain_total is None else plain_total,
+            target_ids=ids,
+            temperature=temperature,
+        )
+        targets = (target_logits - self._read.log_total_plain).squeeze(-1).unsqueeze(0)
+        if kept is None:
+            return Readout(buckets=None, targets=targets)
+        return Readout(buckets=self._buckets(self._read, kept).unsqueeze(0), targets=targets)
+
+    def differentiate(self, by_buckets: Tensor | None, by_targets: Tensor) -> None:
+        """Overwrites the logits by the gradient of a loss, given that by the readout: [1, C, S] and [1, C]."""
+        read = self._read
+        assert read is not None, "read first"
+        by_target = by_targets[0].unsqueeze(-1)
+        by_kept, by_tail = torch.zeros_like(read.kept_logits), torch.zeros_like(by_target)
+        if by_buckets is not None:
+            # A forbidden token or tail is charged a constant.
+            by_kept = by_buckets[0, :, :-1].masked_fill(torch.isneginf(read.kept_logits), 0.0)
+            by_tail = by_buckets[0, :, -1:].masked_fill(torch.isneginf(read.log_rest), 0.0)
+        probs_kept = (read.kept_logits - read.log_total).exp()
+        prob_rest = (read.log_rest - read.log_total).exp()
+        by_all = by_kept.sum(-1, keepdim=True) + by_tail
+        plain = read.temperature == 1.0
+        if plain:
+            by_all = by_all + by_target
+        of_rest = (by_tail - prob_rest * by_all) / read.temperature
+        of_kept = (by_kept - probs_kept * by_all) / read.temperature
+        if not plain:
+            of_kept = of_kept - by_target * (read.kept_logits * read.temperature - read.log_total_plain).exp()
+        self._replace(of_rest, read, extra=None if plain else by_target)
+        if read.kept is not None:
+            read.kept.put(self.logits, of_kept)
+        at_target = self.logits.gather(-1, read.target_ids) + by_target.to(self.logits.dtype)
+        self.logits.scatter_(-1, read.target_ids, at_target)
+        self._read = None
+
+    def _buckets(self, read: _Read, kept: _Kept) -> Tensor:
+        """[C, S]."""
+        logprobs = charge_forbidden(read.kept_logits - read.log_total).masked_fill(~kept.mask, -torch.inf)
+        tail = (read.log_rest - read.log_total).masked_fill(torch.isneginf(read.log_rest), FORBIDDEN_LOGPROB)
+        has_none = kept.mask.sum(-1, keepdim=True) == self.logits.shape[-1]
+        return torch.cat([logprobs, tail.masked_fill(has_none, -torch.inf)], dim=-1)
+
+    def _logsumexp(self, temperature: float) -> Tensor:
+        """[C, 1] of the logits / temperature; -inf for a row of -inf."""
+        found = self._block.new_empty(self.logits.shape[0], 1)
+        for rows, block in self._blocks(temperature):
+            highest = block.amax(-1, keepdim=True)
+            highest.masked_fill_(torch.isneginf(highest), 0.0)
+            block.sub_(highest).exp_()
+            found[rows] = block.sum(-1, keepdim=True).log_().add_(highest)
+        return found
+
+    def _replace(self, of_rest: Tensor, read: _Read, *, extra: Tensor | None) -> None:
+        """Each logit by of_rest x its share of the rest; with `extra`, minus extra x its probability at temperature 1."""
+        log_rest = read.log_rest.masked_fill(torch.isneginf(read.log_rest), 0.0)
+        for rows, block in self._blocks(read.temperature):
+            block.sub_(log_rest[rows]).exp_().mul_(of_rest[rows])
+            if extra is not None:
+                logprobs = self.logits[rows].to(block.dtype) - read.log_total_plain[rows]
+                block.sub_(logprobs.exp_().mul_(extra[rows]))
+            self.logits[rows] = block
+
+    def _blocks(self, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and a copy of their logits / temperature that may be overwritten."""
+        size = self._block.shape[0]
+        for first in range(0, self.logits.shape[0], size):
+            rows = slice(first, min(first + size, self.logits.shape[0]))
+            block = self._block[: rows.stop - first]
+            block.copy_(self.logits[rows])
+            yield rows, block if temperature == 1.0 else block.div_(temperature)
+
+
+class _Kept:
+    """The kept tokens of each row, in a form that can be scattered: a column that is none repeats another's place."""
+
+    def __init__(self, mask: Tensor, places: Tensor, columns: Tensor | None) -> None:
+        self.mask = mask
+        """[C, K]: which columns are kept tokens."""
+        self._places = places
+        self._columns = columns
+
+    @classmethod
+    def of(cls, teacher: TeacherBuckets, num_logits: int) -> _Kept:
+        """Of a teacher with [1, C, K] tokens."""
+        assert teacher.token_ids is not None
+        assert teacher.kept is not None
+        mask, token_ids = teacher.kept[0], teacher.token_ids[0]
+        if bool(mask.all()):
+            return cls(mask, token_ids, None)
+        own = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
+        columns = torch.where(mask, own, mask.int().argmax(-1, keepdim=True))
+        return cls(mask, token_ids.gather(-1, columns).clamp(0, num_logits - 1), columns)
+
+    def take(self, logits: Tensor) -> Tensor:
+        """[C, K]: the kept tokens' logits, -inf elsewhere."""
+        return logits.gather(-1, self._places).masked_fill(~self.mask, -torch.inf)
+
+    def put(self, logits: Tensor, values: Tensor) -> None:
+        """Overwrites the kept tokens' logits with `values` [C, K]; a row without any stays as it is."""
+        values = values.to(logits.dtype)
+        if self._columns is None:
+            logits.scatter_(-1, self._places, values)
+            return
+        some = self.mask.any(-1, keepdim=True)
+        values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._places))
+        logits.scatter_(-1, self._places, values)
