@@ -104,6 +104,7 @@ class GetTeacherInfoResponse(_message.Message):
     NUM_CLASSES_FIELD_NUMBER: _builtins.int
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SERVICE_VERSION_FIELD_NUMBER: _builtins.int
+    MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Hugging Face id or path, as the operator gave it."""
     revision: _builtins.str
@@ -140,6 +141,8 @@ class GetTeacherInfoResponse(_message.Message):
     """Classes, for an encoder teacher; 0 for a language model."""
     service_version: _builtins.str
     """Version of Stillhouse that serves it."""
+    max_adapters: _builtins.int
+    """Adapters that can be loaded at once."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """The loaded adapters."""
@@ -175,10 +178,11 @@ class GetTeacherInfoResponse(_message.Message):
         num_classes: _builtins.int = ...,
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         service_version: _builtins.str = ...,
+        max_adapters: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -829,19 +833,25 @@ class UploadAdapterRequest(_message.Message):
 
     FILE_NAME_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     file_name: _builtins.str
     """Such as "adapter_model.safetensors". Set on the first piece of each file."""
     data: _builtins.bytes
     """The next bytes of it."""
+    sha256: _builtins.str
+    """Hex SHA-256 of the whole file, on its first piece. The file is refused unless it has it; empty
+    leaves it unchecked.
+    """
     def __init__(
         self,
         *,
         file_name: _builtins.str = ...,
         data: _builtins.bytes = ...,
+        sha256: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_name", b"file_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_name", b"file_name", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
