@@ -24,7 +24,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -91,12 +91,6 @@ class CacheMeta:
     ) -> CacheMeta:
         """The description of what a teacher answers to `config`, or to a base model if there is no adapter."""
         full = config.logprob_dtype == Tensor.DATA_TYPE_FLOAT32
-        asked = DistributionConfig()
-        asked.CopyFrom(config)
-        for name in ("top_k", "logprob_dtype", "pack_token_ids", "temperatures", "entropy"):
-            asked.ClearField(name)
-        if not asked.num_sampled_tokens:
-            asked.ClearField("seed")
         return cls(
             model=info.model,
             teacher_fingerprint=info.model_fingerprint,
@@ -109,7 +103,17 @@ class CacheMeta:
             logprob_dtype="float32" if full else "float16",
             temperatures=tuple(config.temperatures),
             entropy=config.entropy,
-            sampling=json_format.MessageToDict(asked, preserving_proto_field_name=True) or None,
+            sampling=_sampling(config),
+        )
+
+    def asked(self, config: DistributionConfig) -> CacheMeta:
+        """What the same teacher would answer to `config`, on the wire that these answers came by."""
+        return replace(
+            self,
+            top_k=config.top_k,
+            temperatures=tuple(config.temperatures),
+            entropy=config.entropy,
+            sampling=_sampling(config),
         )
 
     def key(
@@ -175,6 +179,17 @@ class CacheMeta:
         if codec not in CODECS:
             raise ValueError(f"it has codec {str(codec)[:20]!r}; known are {', '.join(CODECS)}")
         return cls(**_checked(values)), codec
+
+
+def _sampling(config: DistributionConfig) -> dict[str, Any] | None:
+    """What decides an answer beside top_k and logprob_dtype, as JSON; a field that is added to the message counts."""
+    rest = DistributionConfig()
+    rest.CopyFrom(config)
+    for name in ("top_k", "logprob_dtype", "pack_token_ids", "temperatures", "entropy"):
+        rest.ClearField(name)
+    if not rest.num_sampled_tokens:
+        rest.ClearField("seed")
+    return json_format.MessageToDict(rest, preserving_proto_field_name=True) or None
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,6 +165,11 @@ class CacheReader:
             for row, key in enumerate(keys):
                 self._places[key] = (*self._places.get(key, ()), _Place(number, row))
 
+    def forget(self, key: str) -> None:
+        """Have no answer by this key any more, because it is damaged."""
+        with self._lock:
+            self._places.pop(bytes.fromhex(key), None)
+
     def close(self) -> None:
         """Closes the files; the reader cannot be used any more."""
         with self._lock:
@@ -174,7 +179,9 @@ class CacheReader:
             self._groups.clear()
 
     def _find(self, key: str, asked: CacheMeta) -> _Place | None:
-        for place in self._places.get(bytes.fromhex(key), ()):
+        for place in reversed(
+            self._places.get(bytes.fromhex(key), ())
+        ):  # what came last replaces damaged ones
             if self.shards[place.shard].meta.serves(asked):
                 return place
         return None
