@@ -1,7 +1,9 @@
 """Translates what a servicer raises into a rich status, and refuses calls while the service drains."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -11,12 +13,13 @@ import structlog
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
+from protos.auth import INFRASTRUCTURE, current_caller
+from protos.calls import OK, CallRecord, Observer, what_of
 from protos.errors import Reason, StillhouseError, from_status, to_status
+from protos.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
-_INFRASTRUCTURE = "/grpc."
-"""Health and reflection answer to the end, and nobody waits for those who watch them."""
 
 log = structlog.get_logger(__name__)
 
@@ -28,10 +31,13 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     at once, so that a `finally` in it runs. A cancellation stays one: it is never INTERNAL.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+        """`observers` are told of every call that has ended, except those of health and reflection."""
         self.draining = False
         """While true, calls are refused with DRAINING."""
+        self._observers = tuple(observers)
         self._calls: set[object] = set()
+        self._running: Counter[str] = Counter()
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -39,6 +45,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def num_calls(self) -> int:
         """Calls in progress, those of health and reflection apart."""
         return len(self._calls)
+
+    @property
+    def running(self) -> dict[str, int]:
+        """Calls in progress by full name of their rpc."""
+        return dict(self._running)
 
     async def wait_idle(self) -> None:
         """Returns once no call is in progress."""
@@ -49,10 +60,10 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The handler of the call, wrapped; gRPC's own services stay as they are."""
+        """The handler of the call, wrapped; health and reflection stay as they are, and answer to the end."""
         handler = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None or method.startswith(_INFRASTRUCTURE):
+        if handler is None or method.startswith(INFRASTRUCTURE):
             return handler
         kind = "_".join(
             "stream" if streams else "unary"
@@ -72,24 +83,50 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _guard(
         self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any, method: str
     ) -> Any:
-        call = object()
+        call, began_s = object(), time.monotonic()
         self._calls.add(call)
+        self._running[method] += 1
         self._idle.clear()
+        seen = _Seen(what=what_of(request))
         try:
-            with structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()):
-                return await self._answer(behaviour, request, context)
+            with (
+                structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()),
+                server_span(method, context) as span,
+            ):
+                try:
+                    return await self._answer(behaviour, request, context, seen)
+                finally:
+                    span.set_outcome(seen.outcome)
         finally:
             self._calls.discard(call)
+            self._running[method] -= 1
             if not self._calls:
                 self._idle.set()
+            self._tell(method, context, seen, time.monotonic() - began_s)
 
-    async def _answer(self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any) -> Any:
+    def _tell(self, method: str, context: Any, seen: "_Seen", seconds: float) -> None:
+        record = CallRecord(
+            method=method,
+            caller=current_caller(),
+            peer=context.peer(),
+            what=seen.what,
+            outcome=seen.outcome,
+            seconds=seconds,
+        )
+        for observer in self._observers:
+            try:
+                observer(record)
+            except Exception:
+                log.exception("call not observed", rpc=method)
+
+    async def _answer(
+        self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any, seen: "_Seen"
+    ) -> Any:
         try:
             self._admit()
             answer = behaviour(request, context)
-            if hasattr(answer, "__aiter__"):
-                return await _send(answer, context)
-            return await answer
+            answer = await (_send(answer, context) if hasattr(answer, "__aiter__") else answer)
+            seen.outcome, seen.what = OK, what_of(answer, request)
         except (grpc.aio.AbortError, grpc.aio.InternalError):
             raise  # a status is on its way, or the connection is gone
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -100,7 +137,11 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 raise  # the caller hung up or the server ends; gRPC knows
             if context.done():
                 return None  # nobody is left to tell
-            await _abort(context, to_status(error))
+            status = to_status(error)
+            seen.outcome = from_status(status).reason.value
+            await _abort(context, status)
+        else:
+            return answer
 
     def _admit(self) -> None:
         if self.draining:
@@ -109,6 +150,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
                 "This service is stopping and takes no further calls; ask again when it is back.",
                 retry_after_s=DRAIN_RETRY_S,
             )
+
+
+class _Seen:
+    """What is known of a call so far; one that ends without a word was cancelled."""
+
+    __slots__ = ("outcome", "what")
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.outcome = Reason.CANCELLED.value
 
 
 async def _send(responses: AsyncIterator[Any], context: Any) -> None:

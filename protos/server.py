@@ -5,7 +5,6 @@ import os
 import signal
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,18 @@ import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from protos.auth import AuthInterceptor, TokenFile
+from protos.calls import Observer
 from protos.channel import (
     KEEPALIVE_S,
     KEEPALIVE_TIMEOUT_S,
     METADATA_LIMIT_BYTES,
     RECEIVE_LIMIT_BYTES,
     is_loopback,
-    read_pem,
 )
 from protos.errors import Reason, StillhouseError
 from protos.interceptor import ErrorInterceptor
+from protos.tls import ServerTls, server_credentials
 
 _LAST_WORDS_S = 1.0
 """Time for the trailers of the last calls to leave, once every call has ended."""
@@ -46,16 +47,6 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ServerTls:
-    """PEM files of a service that encrypts."""
-
-    cert: Path
-    key: Path
-    client_ca: Path | None = None
-    """Demand certificates of callers, signed by these authorities."""
-
-
 class Server:
     """A grpc.aio server whose servicers are added to `aio` before `start`. Make it inside the running loop."""
 
@@ -69,11 +60,14 @@ class Server:
         services: Sequence[str],
         max_concurrent_rpcs: int | None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        tokens: TokenFile | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         """`listen` is HOST:PORT, where port 0 means any, or unix:PATH. `services` are full names, for health.
 
-        `reflection` is on for loopback if None. Raises StillhouseError(INVALID_CONFIG) for an address that another
-        machine can reach without TLS, unless `insecure`.
+        `reflection` is on for loopback if None. `tokens` are those that calls need; `observers` are told of every call
+        that has ended. Raises StillhouseError(INVALID_CONFIG) for an address that another machine can reach without
+        TLS, or without tokens or certificates of callers, unless `insecure`.
         """
         if tls is None and not insecure and not is_loopback(listen):
             raise StillhouseError(
@@ -81,12 +75,22 @@ class Server:
                 f"{listen} can be reached from other machines, and nothing would be encrypted. Give --tls-cert and "
                 "--tls-key, listen on 127.0.0.1, or accept it with --insecure.",
             )
+        proves_callers = (tls is not None and tls.client_ca is not None) or (
+            tokens is not None and tokens.demanded
+        )
+        if not proves_callers and not insecure and not is_loopback(listen):
+            raise StillhouseError(
+                Reason.INVALID_CONFIG,
+                f"{listen} can be reached from other machines, and everybody there could use this service. Make a token "
+                "with `stillhouse token create`, give --tls-client-ca to demand certificates of callers, or accept it "
+                "with --insecure.",
+            )
         self._listen, self._tls = listen, tls
         self._names = (*services, "")
-        self._errors = ErrorInterceptor()
+        self._errors = ErrorInterceptor(observers)
         self._tasks: set[asyncio.Task[None]] = set()
         self.aio: grpc.aio.Server = grpc.aio.server(
-            interceptors=[self._errors, *interceptors],
+            interceptors=[self._errors, AuthInterceptor(tokens), *interceptors],
             options=list(_OPTIONS),
             maximum_concurrent_rpcs=max_concurrent_rpcs,
         )
@@ -95,6 +99,11 @@ class Server:
         self.set_serving(False)
         if is_loopback(listen) if reflection is None else reflection:
             _reflect(self.aio, services)
+
+    @property
+    def running(self) -> dict[str, int]:
+        """Calls in progress by full name of their rpc; those of health and reflection apart."""
+        return self._errors.running
 
     async def start(self) -> str:
         """Listens, and returns the bound address. Health says NOT_SERVING until set_serving(True).
@@ -105,7 +114,7 @@ class Server:
             if self._tls is None:
                 port = self.aio.add_insecure_port(self._listen)
             else:
-                port = self.aio.add_secure_port(self._listen, _credentials(self._tls))
+                port = self.aio.add_secure_port(self._listen, server_credentials(self._tls))
         except (RuntimeError, ValueError) as error:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
@@ -192,12 +201,6 @@ async def _ended(server: grpc.aio.Server) -> None:
 def _reflect(server: grpc.aio.Server, services: Sequence[str]) -> None:
     names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-
-
-def _credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    pair = (read_pem(tls.key, "The service's key"), read_pem(tls.cert, "The service's certificate"))
-    authorities = read_pem(tls.client_ca, "The callers' authority") if tls.client_ca else None
-    return grpc.ssl_server_credentials([pair], authorities, require_client_auth=authorities is not None)
 
 
 def write_address_file(path: Path, address: str) -> None:

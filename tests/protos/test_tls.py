@@ -2,8 +2,7 @@
 
 import asyncio
 import shutil
-import subprocess
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -13,63 +12,14 @@ from protos.errors import Reason, StillhouseError, from_rpc_error
 from protos.stillhouse.v1 import teacher_pb2
 from protos.transport import ChannelOptions, ServerTls, connect, connect_async
 from tests.protos.serving import Told, make_server, serving, stub_of
+from tests.support.certificates import Certificates, Pair, make_certificate, make_certificates
 
 INFO = teacher_pb2.GetTeacherInfoRequest()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pair:
-    cert: Path
-    key: Path
-
-
-def openssl(*arguments: str | Path) -> None:
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
-
-
-def make_authority(directory: Path, name: str) -> Pair:
-    pair = Pair(cert=directory / f"{name}.pem", key=directory / f"{name}.key")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2")
-    openssl("req", "-x509", *curve, "-keyout", pair.key, "-out", pair.cert, "-subj", f"/CN={name}")
-    return pair
-
-
-def make_certificate(directory: Path, name: str, authority: Pair, alternative: str) -> Pair:
-    pair = Pair(cert=directory / f"{name}.pem", key=directory / f"{name}.key")
-    request, extensions = directory / f"{name}.csr", directory / f"{name}.ext"
-    extensions.write_text(f"subjectAltName={alternative}\n")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    openssl("req", *curve, "-keyout", pair.key, "-out", request, "-subj", f"/CN={name}")
-    signer = ("-CA", authority.cert, "-CAkey", authority.key, "-CAcreateserial", "-extfile", extensions)
-    openssl("x509", "-req", "-in", request, *signer, "-days", "2", "-out", pair.cert)
-    return pair
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Certificates:
-    authority: Pair
-    stranger: Pair
-    server: Pair
-    elsewhere: Pair
-    client: Pair
-    foreign_client: Pair
-
-
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    assert shutil.which("openssl"), (
-        "the tests of TLS make their certificates with the openssl command; install it"
-    )
-    directory = tmp_path_factory.mktemp("certificates")
-    authority, stranger = make_authority(directory, "authority"), make_authority(directory, "stranger")
-    return Certificates(
-        authority=authority,
-        stranger=stranger,
-        server=make_certificate(directory, "server", authority, "IP:127.0.0.1"),
-        elsewhere=make_certificate(directory, "elsewhere", authority, "DNS:teacher.lab"),
-        client=make_certificate(directory, "client", authority, "DNS:trainer.lab"),
-        foreign_client=make_certificate(directory, "foreign", stranger, "DNS:trainer.lab"),
-    )
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 async def ask(options: ChannelOptions) -> str:
@@ -139,11 +89,45 @@ async def test_mutual_tls_lets_only_known_callers_in(certificates: Certificates)
         assert (await refusal(stranger)).reason == Reason.TEACHER_UNREACHABLE
 
 
-async def test_tls_may_listen_beyond_loopback(certificates: Certificates) -> None:
-    server = make_server(Told(), listen="0.0.0.0:0", tls=tls_of(certificates.server))
+async def test_tls_may_listen_beyond_loopback_if_callers_prove_who_they_are(
+    certificates: Certificates,
+) -> None:
+    ca, client = certificates.authority.cert, certificates.client
+    with pytest.raises(StillhouseError, match="everybody there could use this service") as caught:
+        make_server(Told(), listen="0.0.0.0:0", tls=tls_of(certificates.server))
+    assert caught.value.reason == Reason.INVALID_CONFIG
+    server = make_server(Told(), listen="0.0.0.0:0", tls=tls_of(certificates.server, ca))
     address = (await server.start()).replace("0.0.0.0", "127.0.0.1")
-    assert await ask(ChannelOptions(target=address, ca=certificates.authority.cert)) == "m"
+    assert await ask(ChannelOptions(target=address, ca=ca, cert=client.cert, key=client.key)) == "m"
     await server.stop(0)
+
+
+async def test_renewed_files_are_used_without_a_restart_and_broken_ones_are_not(
+    certificates: Certificates, tmp_path: Path
+) -> None:
+    live = Pair(cert=tmp_path / "live.pem", key=tmp_path / "live.key")
+
+    def install(pair: Pair) -> None:
+        for source, target in ((pair.cert, live.cert), (pair.key, live.key)):
+            shutil.copy(source, tmp_path / "next")
+            (tmp_path / "next").replace(target)
+
+    by_address = ChannelOptions(target="", ca=certificates.authority.cert)
+    by_name = replace(by_address, server_name="teacher.lab")
+    install(certificates.server)
+    async with serving(Told(), tls=tls_of(live)) as address:
+        by_address, by_name = replace(by_address, target=address), replace(by_name, target=address)
+        async with connect_async(by_address) as old:
+            assert (await stub_of(old).GetTeacherInfo(INFO, timeout=10)).model == "m"
+            install(certificates.elsewhere)
+            assert await ask(by_name) == "m"
+            assert (await refusal(by_address)).reason == Reason.TEACHER_UNREACHABLE
+            # A connection that is open goes on.
+            assert (await stub_of(old).GetTeacherInfo(INFO, timeout=10)).model == "m"
+        live.key.write_text("no key")
+        assert await ask(by_name) == "m"
+        install(make_certificate(tmp_path, "later", certificates.authority, "IP:127.0.0.1"))
+        assert await ask(by_address) == "m"
 
 
 async def test_files_that_cannot_be_used_are_named(certificates: Certificates, tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Traces across the wire with OpenTelemetry's API, where the extra [otel] is installed and an exporter is configured; else nothing.
+
+`OTEL_EXPORTER_OTLP_ENDPOINT` switches it on; OpenTelemetry's other variables are heeded as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
+
+import structlog
+
+ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+_KEYS = frozenset({"traceparent", "tracestate"})
+_SDK = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
+
+log = structlog.get_logger(__name__)
+
+
+class Span:
+    """A call in a trace; this one belongs to none."""
+
+    def set_outcome(self, outcome: str) -> None:
+        """How the call ended: OK or a reason."""
+
+
+class _RealSpan(Span):
+    def __init__(self, span: Any) -> None:
+        self._span = span
+
+    def set_outcome(self, outcome: str) -> None:
+        self._span.set_attribute("stillhouse.outcome", outcome)
+
+
+def configure_tracing(service: str) -> bool:
+    """Whether this process sends its spans to the collector that the environment names."""
+    if not os.environ.get(ENDPOINT_VARIABLE):
+        return False
+    if not all(_installed(name) for name in _SDK):
+        log.warning(
+            "no traces", why=f"{ENDPOINT_VARIABLE} is set, but the extra stillhouse[otel] is not installed"
+        )
+        return False
+    from opentelemetry import trace
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    provider = TracerProvider(resource=Resource.create({"service.name": service}))
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    trace.set_tracer_provider(provider)
+    return True
+
+
+@contextmanager
+def server_span(method: str, context: Any) -> Iterator[Span]:
+    """The answering of a call as a span below the caller's, if its metadata names one."""
+    if not _enabled():
+        yield Span()
+        return
+    from opentelemetry import propagate, trace
+
+    metadata = {key: value for key, value in context.invocation_metadata() or () if key in _KEYS}
+    with trace.get_tracer("stillhouse").start_as_current_span(
+        method.lstrip("/"),
+        context=propagate.extract(metadata),
+        kind=trace.SpanKind.SERVER,
+        attributes={"rpc.system": "grpc", "rpc.method": method.rpartition("/")[2]},
+    ) as span:
+        yield _RealSpan(span)
+
+
+@contextmanager
+def span(name: str, **attributes: str | int | float) -> Iterator[None]:
+    """A piece of work of this process, under which its calls appear."""
+    if not _enabled():
+        yield
+        return
+    from opentelemetry import trace
+
+    with trace.get_tracer("stillhouse").start_as_current_span(name, attributes=attributes):
+        yield
+
+
+def trace_metadata() -> tuple[tuple[str, str], ...]:
+    """What a call must carry so that its answering appears below the present span."""
+    if not _enabled():
+        return ()
+    from opentelemetry import propagate
+
+    carrier: dict[str, str] = {}
+    propagate.inject(carrier)
+    return tuple((key, value) for key, value in carrier.items() if key in _KEYS)
+
+
+def _enabled() -> bool:
+    # The environment alone would not do: a program may set up a tracer of its own.
+    return bool(os.environ.get(ENDPOINT_VARIABLE)) and _installed("opentelemetry.sdk")
+
+
+@functools.cache
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
