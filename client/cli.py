@@ -11,6 +11,7 @@ import click
 _COMMANDS = {
     "run": ("client.commands.run:run", "Create, watch, steer and read distillation runs."),
     "data": ("client.commands.data:data", "Bring data to the trainer."),
+    "cache": ("client.commands.cache:cache", "Keep teachers' answers, to train from them without a teacher."),
     "teacher": ("client.commands.teacher:teacher", "Ask and manage a teacher service."),
     "generate": ("client.commands.generate:generate", "Let the teacher write."),
     "score": ("client.commands.score:score", "Ask the teacher for its distributions over your token ids."),

@@ -17,6 +17,7 @@ from protos.stillhouse.v1 import run_pb2
 PLAIN_INTERVAL_S = 5.0
 """Least time between two lines about steps where there is no terminal."""
 LOSS = "train/loss"
+STORED, BYTES_PER_TOKEN = "cache/sequences", "cache/bytes_per_token"
 SPEED = "train/tokens_per_second"
 EVALUATION = "eval/"
 
@@ -41,7 +42,7 @@ class RunView(ABC):
             evaluated = evaluation_text(event.metrics)
             if evaluated:
                 self.line(evaluated)
-            if LOSS in event.metrics.values:
+            if LOSS in event.metrics.values or STORED in event.metrics.values:
                 self.step(event.metrics, self._progress.total_steps)
 
     def lost(self, error: StillhouseError, pause_s: float) -> None:
@@ -104,12 +105,12 @@ class TerminalView(RunView):
         self._bar.console.print(printable(text), markup=False, highlight=False)
 
     def step(self, point: run_pb2.MetricPoint, total_steps: int) -> None:
-        loss, speed = point.values[LOSS], point.values.get(SPEED)
+        speed = point.values.get(SPEED)
         self._bar.update(
             self._task,
             completed=point.step,
             total=total_steps or None,
-            loss=f"loss {number_text(loss)}",
+            loss=_achieved(point),
             speed=f"{number_text(speed)} tokens/s" if speed is not None else "",
         )
 
@@ -165,10 +166,20 @@ def state_line(run: run_pb2.Run) -> str:
 def step_text(point: run_pb2.MetricPoint, total_steps: int) -> str:
     """ "step 10/500  loss 1.23  456 tokens/s"."""
     parts = [f"step {point.step}/{total_steps}" if total_steps else f"step {point.step}"]
-    parts.append(f"loss {number_text(point.values[LOSS])}")
+    parts.append(_achieved(point))
     if SPEED in point.values:
         parts.append(f"{number_text(point.values[SPEED])} tokens/s")
     return "  ".join(parts)
+
+
+def _achieved(point: run_pb2.MetricPoint) -> str:
+    """The loss, or for a build of a cache what is stored and how small."""
+    if LOSS in point.values:
+        return f"loss {number_text(point.values[LOSS])}"
+    text = f"{number_text(point.values[STORED])} sequences stored"
+    if BYTES_PER_TOKEN in point.values:
+        text += f"  {number_text(point.values[BYTES_PER_TOKEN])} bytes/token"
+    return text
 
 
 def evaluation_text(point: run_pb2.MetricPoint) -> str:

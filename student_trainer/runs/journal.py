@@ -14,7 +14,7 @@ from google.rpc.status_pb2 import Status
 from protos.errors import from_json
 from protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from student_trainer.run_dir import RunDir
-from student_trainer.runs.rows import STEP_METRIC
+from student_trainer.runs.rows import STEP_METRICS
 
 log = structlog.get_logger(__name__)
 
@@ -106,7 +106,7 @@ def _take_metrics(line: Mapping[str, Any], batch: Batch) -> None:
     time = Timestamp()
     time.FromJsonString(line["time"])
     attempt, step = _count(line["attempt"]), _count(line["step"])
-    progress: dict[str, Any] = {"step": step} if STEP_METRIC in values else {}
+    progress: dict[str, Any] = {} if STEP_METRICS.isdisjoint(values) else {"step": step}
     if "train/trained_tokens" in values:
         progress["trained_tokens"] = _count(values["train/trained_tokens"])
     if math.isfinite(values.get("train/tokens_per_second", math.nan)):

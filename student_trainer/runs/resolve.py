@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from protos.errors import FieldViolation
-from student_trainer.config import DatasetConfig, RunConfig
+from student_trainer.config import CacheConfig, DatasetConfig, RunConfig
 from student_trainer.config_checks import invalid_spec, violation
 from student_trainer.runs.slots import Need, Slots
 
@@ -47,6 +47,7 @@ def resolve(config: RunConfig, host: Host) -> RunConfig:
             train=resolver.datasets("data.train", data.train),
             eval=resolver.datasets("data.eval", data.eval),
         ),
+        cache=resolver.cache(config.cache),
     )
     resolved = resolver.devices(resolved)
     if resolver.violations:
@@ -81,6 +82,22 @@ class _Resolver:
             replace(each, path=self._dataset(place, each.path))
             for place, each in zip(places, datasets, strict=True)
         )
+
+    def cache(self, cache: CacheConfig | None) -> CacheConfig | None:
+        """The cache with an absolute path. One that is written lies below caches/: roots are there to be read."""
+        if cache is None:
+            return None
+        path = self._local("cache.path", cache.path)
+        if path is None:
+            return cache
+        own = (self.host.data_dir / "caches").resolve()
+        writes = cache.mode == "write_through"
+        if (writes and not path.is_relative_to(own)) or path == own:
+            self._refuse(
+                "cache.path",
+                f'"{cache.path}" is no place for a cache; name one below caches/, such as "caches/my-set".',
+            )
+        return replace(cache, path=str(path))
 
     def devices(self, config: RunConfig) -> RunConfig:
         """`config` with its device count and precision settled."""

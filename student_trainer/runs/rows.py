@@ -15,8 +15,8 @@ from protos.stillhouse.v1.run_pb2 import Attempt, MetricPoint, Run, RunSpec, Wat
 from student_trainer.runs.schema import attempts, events, requests, runs
 from student_trainer.runs.state import ENDED, PENDING, State, may_become, name_of
 
-STEP_METRIC = "train/loss"
-"""A point with this metric is a step that the attempt took; others are evaluations."""
+STEP_METRICS = frozenset({"train/loss", "cache/sequences"})
+"""A point with one of these metrics is a step that the attempt took; others are evaluations."""
 
 
 def now_us() -> int:
@@ -108,7 +108,7 @@ def append_event(
 
 def count_step(db: Connection, run_id: str, number: int, point: MetricPoint) -> None:
     """Widen the range of steps that an attempt took."""
-    if STEP_METRIC not in point.values:
+    if STEP_METRICS.isdisjoint(point.values):
         return
     this = (attempts.c.run_id == run_id) & (attempts.c.number == number)
     db.execute(update(attempts).where(this, attempts.c.first_step == 0).values(first_step=point.step))

@@ -28,8 +28,18 @@ class AnswerStream(Protocol):
         """Sequences that a teacher was asked for."""
         ...
 
-    def submit(self, sequence_id: int, token_ids: NDArray[np.int32], start: int, place: str) -> None:
-        """Ask for the distributions at positions [start, T); `place` is named in errors."""
+    def submit(
+        self,
+        sequence_id: int,
+        token_ids: NDArray[np.int32],
+        start: int,
+        place: str,
+        query_token_ids: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Ask for the distributions at positions [start, T), with `query_token_ids` [T - start, Q] also for those ids.
+
+        `place` is named in errors.
+        """
         ...
 
     def take(self, sequence_id: int, patience: Patience) -> Distributions:
@@ -47,6 +57,7 @@ class _Item:
     token_ids: NDArray[np.int32]
     start: int
     place: str
+    query_token_ids: NDArray[np.int32] | None
     reading: Future[Distributions | None] | None
     """The answer on its way from the cache, if it is there."""
     asked: bool
@@ -76,17 +87,30 @@ class CachedStream:
         """Sequences that a teacher was asked for."""
         return self._live.num_asked if self._live else 0
 
-    def submit(self, sequence_id: int, token_ids: NDArray[np.int32], start: int, place: str) -> None:
+    def submit(
+        self,
+        sequence_id: int,
+        token_ids: NDArray[np.int32],
+        start: int,
+        place: str,
+        query_token_ids: NDArray[np.int32] | None = None,
+    ) -> None:
         """Look for the answer, and ask for it if it is missing and nobody has asked yet."""
-        key = self._meta.key(token_ids, start)
+        key = self._meta.key(token_ids, start, query_token_ids)
         reading = self._thread.submit(self._read, key) if self._has(key) else None
         asked = reading is None and self._live is not None and key not in self._flying
         if asked and self._live:
-            self._live.submit(sequence_id, token_ids, start, place)
+            self._live.submit(sequence_id, token_ids, start, place, query_token_ids)
             if self._writer:
                 self._flying.add(key)
         self._items[sequence_id] = _Item(
-            key=key, token_ids=token_ids, start=start, place=place, reading=reading, asked=asked
+            key=key,
+            token_ids=token_ids,
+            start=start,
+            place=place,
+            query_token_ids=query_token_ids,
+            reading=reading,
+            asked=asked,
         )
 
     def take(self, sequence_id: int, patience: Patience) -> Distributions:
@@ -108,7 +132,7 @@ class CachedStream:
                 Reason.CACHE_MISS, f"The cache has no answer to {item.place}, and no teacher is asked."
             )
         # The answer turned out damaged, or whoever asked for the same sequence did not get one.
-        self._live.submit(sequence_id, item.token_ids, item.start, item.place)
+        self._live.submit(sequence_id, item.token_ids, item.start, item.place, item.query_token_ids)
         return self._from_teacher(sequence_id, item, patience)
 
     def close(self) -> None:
@@ -124,7 +148,7 @@ class CachedStream:
         finally:
             self._flying.discard(item.key)
         if self._writer is not None:
-            self._writer.add(self._meta, item.token_ids, answer)
+            self._writer.add(self._meta, item.token_ids, answer, item.query_token_ids)
         return answer
 
     def _found(self, item: _Item) -> Distributions | None:

@@ -92,10 +92,14 @@ def assert_equal(one: Distributions, other: Distributions, atol: float = 0) -> N
 
 def refusal(path: Path, reason: Reason = Reason.CACHE_INVALID) -> str:
     """The sentence with which a whole reading of the cache ends."""
-    with pytest.raises(StillhouseError) as caught:
+
+    def read() -> None:
         reader = CacheReader(path)
         for shard in reader.shards:
             reader.verify(shard)
+
+    with pytest.raises(StillhouseError) as caught:
+        read()
     assert caught.value.reason is reason
     assert "\n" not in caught.value.message
     return caught.value.message
@@ -335,9 +339,9 @@ def test_a_flipped_byte_is_noticed_while_reading_without_the_name(tmp_path: Path
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
     reader = CacheReader(tmp_path)
+    keys = [PLAIN.key(sequence(number), 3) for number in range(200)]
     with pytest.raises(StillhouseError, match="CRC"):
-        for number in range(200):
-            reader.get(PLAIN.key(sequence(number), 3), PLAIN)
+        [reader.get(key, PLAIN) for key in keys]
 
 
 def test_broken_shards_are_left_out_where_a_teacher_can_be_asked_again(tmp_path: Path) -> None:

@@ -1,0 +1,208 @@
+"""`stillhouse cache build | list | info | verify`: a teacher's answers, asked for once and kept."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from client.commands.common import Session, command
+
+if TYPE_CHECKING:
+    from client.run_file import RunFile
+    from client.run_handle import RunHandle
+
+SUMMARY = "exports/cache.json"
+"""What a build leaves among its run's artifacts; student_trainer/train/cache_task.py writes it."""
+
+
+@click.group()
+def cache() -> None:
+    """Keep teachers' answers, to train from them without a teacher.
+
+    A cache is a folder of Parquet files: below caches/ on the trainer's host, or anywhere on this one.
+    """
+
+
+@command(cache)
+@click.argument("file", type=click.Path(allow_dash=True))
+@click.option("--to", "place", metavar="caches/NAME", default="", help="Overrides the file's cache.path.")
+@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field of the file.")
+@click.option("--watch", is_flag=True, help="Follow the build until it ends.")
+@click.option("--push", is_flag=True, help="Copy datasets that lie beside FILE to the trainer first.")
+@click.option(
+    "--request-id", default="", metavar="UUID4", help="Building again with it returns the same run."
+)
+def build(
+    session: Session,
+    *,
+    file: str,
+    place: str,
+    overrides: tuple[str, ...],
+    watch: bool,
+    push: bool,
+    request_id: str,
+) -> int:
+    """Ask the teacher of run FILE about all its text, and keep the answers.
+
+    FILE is a run file like any other: data, tokenizer, loss and evaluation say what will be asked, so that the same file
+    with cache.mode: only trains from the answers. The build is a run with task: cache: `stillhouse run` watches, stops
+    and resumes it, and what is stored is never asked for again.
+    """
+    from client.commands.run_watch import follow
+    from client.json_text import as_json
+    from client.run_file import load_run_file
+
+    loaded = load_run_file(file, overrides)
+    _as_build(loaded, place)
+    if push:
+        session.trainer.push_datasets_of(
+            loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
+        )
+    run = session.trainer.create_run(loaded, request_id=request_id)
+    if session.as_json and not watch:
+        session.emit(as_json(run.get()) | {"id": run.id})
+    elif not session.as_json:
+        session.say(f"run {run.id} builds {loaded.spec.cache.path}")
+        if not watch:
+            session.say(f"To follow it: stillhouse run watch {run.id}")
+    code = follow(session, run) if watch else 0
+    if watch and not code and not session.as_json:
+        session.say(summary_text(loaded.spec.cache.path, _summary_of(run)))
+    return code
+
+
+def _as_build(file: RunFile, place: str) -> None:
+    """Makes the run in `file` one that builds a cache."""
+    spec = file.spec
+    spec.task = "cache"
+    if place:
+        spec.cache.path = place
+    spec.cache.mode = "write_through"
+
+
+@command(cache, name="list")
+def list_caches(session: Session) -> None:
+    """List the caches that runs of the trainer have named, the last used first."""
+    from client.render import columns, state_name, time_text
+    from client.run_ids import run_id
+
+    found: dict[str, dict[str, Any]] = {}
+    rows = []
+    for run in session.trainer.runs():
+        path = run.spec.cache.path
+        if not path or path in found:
+            continue
+        mode = "build" if run.effective_spec.task == "cache" else run.effective_spec.cache.mode
+        found[path] = {"path": path, "run": run_id(run.name), "use": mode, "state": state_name(run)}
+        rows.append((path, run_id(run.name), mode, state_name(run), time_text(run.create_time)))
+    if session.as_json:
+        session.emit({"caches": list(found.values())})
+    elif not rows:
+        session.say("No run has named a cache yet.")
+    else:
+        session.say(columns(rows, header=("CACHE", "LAST RUN", "USE", "STATE", "CREATED")))
+
+
+@command(cache)
+@click.argument("what")
+def info(session: Session, what: str) -> None:
+    """Show what a cache holds: teachers, what was asked, sequences, tokens, bytes per token.
+
+    WHAT is a folder or shard on this machine, the caches/NAME of a build on the trainer, or the run that built it.
+    """
+    path = Path(what).expanduser()
+    if path.exists():
+        from protos.cache_reader import CacheReader
+        from protos.cache_summary import summary
+
+        told = summary(CacheReader(path, ignore_broken=path.is_dir()))
+    else:
+        told = _summary_of(_build_of(session, what))
+    if session.as_json:
+        session.emit({"cache": what} | told)
+    else:
+        session.say(summary_text(what, told))
+
+
+@command(cache)
+@click.argument("path", type=click.Path(path_type=Path))
+def verify(session: Session, path: Path) -> int:
+    """Check every byte and every number of the cache at PATH, on this machine.
+
+    The exit code is 1 if a file is damaged; each such file is named with what is wrong with it.
+    """
+    from protos.cache_reader import CacheReader
+    from protos.errors import StillhouseError
+
+    reader = CacheReader(path, ignore_broken=True)
+    bad = {each.path.name: each.error.message for each in reader.broken}
+    sequences = 0
+    for shard in reader.shards:
+        try:
+            sequences += reader.verify(shard)
+        except StillhouseError as error:
+            bad[shard.path.name] = error.message
+    if session.as_json:
+        session.emit(
+            {"files": len(reader.shards) + len(reader.broken), "sequences": sequences, "damaged": bad}
+        )
+    else:
+        for message in bad.values():
+            session.say(message)
+        good = len(reader.shards) + len(reader.broken) - len(bad)
+        session.say(f"{good} files with {sequences} sequences are whole; {len(bad)} are damaged.")
+    return 1 if bad else 0
+
+
+def _build_of(session: Session, what: str) -> RunHandle:
+    """The run that `what` names, or the last one that built the cache of this name."""
+    from client.run_handle import RunHandle
+    from protos.errors import Reason, StillhouseError
+
+    if "/" not in what:
+        return session.run(what)
+    for run in session.trainer.runs():
+        if run.effective_spec.task == "cache" and run.spec.cache.path == what:
+            return RunHandle(session.trainer, run.name)
+    raise StillhouseError(
+        Reason.CACHE_NOT_FOUND,
+        f"There is no {what} on this machine, and no run of the trainer builds a cache of this name; "
+        "`stillhouse cache list` shows those that runs name.",
+        resource=what,
+    )
+
+
+def _summary_of(run: RunHandle) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        [path] = run.pull(SUMMARY, Path(directory))
+        told: dict[str, Any] = json.loads(path.read_bytes())
+    return told
+
+
+def summary_text(what: str, told: dict[str, Any]) -> str:
+    """The summary of a cache for people."""
+    from client.render import size_text
+
+    if not told["kinds"]:
+        return f"{what} holds no answer yet."
+    lines = [
+        f"{what}: {told['sequences']} sequences, {told['tokens']} tokens, {size_text(told['bytes'])}, "
+        f"{told['bytes_per_token']:.1f} bytes per token"
+    ]
+    for kind in told["kinds"]:
+        extras = [f"temperature {each:g}" for each in kind["temperatures"]]
+        extras += ["entropy"] * kind["entropy"]
+        extras += [f"{name} {value}" for name, value in (kind["sampling"] or {}).items()]
+        adapter = f" with adapter {kind['adapter']}" if kind["adapter"] else ""
+        lines += [
+            f"  teacher {kind['model']}{adapter}",
+            f"    top-{kind['top_k']}, {kind['logprob_dtype']}, {', '.join([kind['codec'], *extras])}",
+            f"    {kind['sequences']} sequences, {kind['tokens']} tokens, {kind['bytes_per_token']:.1f} bytes per token",
+            f"    teacher {kind['teacher_fingerprint'][:12]}  tokenizer {kind['tokenizer_fingerprint'][:12]}",
+        ]
+    lines += [f"  damaged: {each['why']}" for each in told["broken"]]
+    return "\n".join(lines)
