@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from client.errors import file_error
 from protos.stillhouse.v1.teacher_pb2 import UploadAdapterRequest
@@ -20,7 +21,7 @@ def adapter_pieces(
 ) -> Iterator[Iterator[UploadAdapterRequest]]:
     """The requests that carry the adapter in `directory`. Raises StillhouseError if one of its files is missing."""
     with ExitStack() as stack:
-        files: dict[str, BinaryIO] = {}
+        files: dict[str, BufferedReader] = {}
         for name in FILES:
             try:
                 files[name] = stack.enter_context((directory / name).open("rb"))
@@ -30,10 +31,12 @@ def adapter_pieces(
 
 
 def _pieces(
-    files: dict[str, BinaryIO], on_bytes: Callable[[int], None] | None
+    files: dict[str, BufferedReader], on_bytes: Callable[[int], None] | None
 ) -> Iterator[UploadAdapterRequest]:
     for name, file in files.items():
-        yield UploadAdapterRequest(file_name=name)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        yield UploadAdapterRequest(file_name=name, sha256=digest)
         while data := file.read(PIECE_BYTES):
             yield UploadAdapterRequest(data=data)
             if on_bytes is not None:

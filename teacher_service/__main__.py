@@ -16,6 +16,8 @@ EXIT_SETTINGS = 2
 """What cannot work with these settings: a model that is not there, an address that is taken."""
 EXIT_DIED = 1
 """The engine died while serving."""
+MERGE = "merge-adapter"
+"""The other command; without it a teacher is served."""
 
 _PATH = click.Path(path_type=Path)
 _DEFAULTS: Any = TeacherConfig.__dataclass_fields__
@@ -38,6 +40,12 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 @click.command(context_settings={"auto_envvar_prefix": "STILLHOUSE_TEACHER", "show_default": True})
 @click.option("--model", required=True, help="Directory in Hugging Face layout, or hub id.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), help="[default: vllm if installed, else hf]")
+@click.option(
+    "--tier",
+    type=click.Choice(["auto", "worker", "raw", "public"]),
+    default=_default("tier"),
+    help="How distributions leave vLLM; auto takes the best that passes its check.",
+)
 @click.option(
     "--adapter",
     "adapters",
@@ -114,6 +122,17 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     type=_PATH,
     help="Where LoadAdapter may read.  [default: anywhere on loopback, else nowhere]",
 )
+@click.option(
+    "--upload-dir",
+    type=_PATH,
+    help="Where uploaded adapters are kept.  [default: ~/.cache/stillhouse/adapters]",
+)
+@click.option(
+    "--max-upload-bytes",
+    type=int,
+    default=_default("max_upload_bytes"),
+    help="Largest adapter to upload; 0 takes none.",
+)
 @click.option("--listen", default=_default("listen"), help="HOST:PORT or unix:PATH; port 0 is any free one.")
 @click.option("--address-file", type=_PATH, help="Written with the bound address once the model answers.")
 @click.option("--insecure", is_flag=True, help="Allow another address than loopback without TLS.")
@@ -130,9 +149,44 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 @click.option(
     "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default=_default("log_level")
 )
-def main(**options: Any) -> None:
-    """Serve one frozen model: text that it writes, and the distributions that it gives to text of others."""
+def serve(**options: Any) -> None:
+    """Serve one frozen model: text that it writes, and the distributions that it gives to text of others.
+
+    `stillhouse-teacher merge-adapter` makes a model of its own from a base and a LoRA adapter.
+    """
     sys.exit(run(options))
+
+
+@click.command()
+@click.option("--model", required=True, help="The base: directory in Hugging Face layout, or hub id.")
+@click.option("--adapter", required=True, type=_PATH, help="Directory of the LoRA adapter.")
+@click.option("--out", required=True, type=_PATH, help="Directory to write; it must not exist.")
+@click.option("--revision", default="", help="Branch, tag or commit of the base on the hub.")
+def merge_adapter(model: str, adapter: Path, out: Path, revision: str) -> None:
+    """Merge a LoRA adapter into its base, on the CPU: weights in OUT, and every other file as the base has it."""
+    configure_logging("error")
+    try:
+        from teacher_service.merge import merge_adapter as merge
+
+        merge(model, adapter, out, revision=revision)
+    except ImportError as error:
+        click.echo(
+            f"stillhouse-teacher merge-adapter: needs the extra teacher-hf, which is not installed ({error}).",
+            err=True,
+        )
+        sys.exit(EXIT_SETTINGS)
+    except StillhouseError as error:
+        click.echo(f"stillhouse-teacher merge-adapter: {error.message}", err=True)
+        sys.exit(EXIT_SETTINGS)
+    click.echo(f"{out}: {model} with {adapter} merged")
+
+
+def main() -> None:
+    """Serves, unless the first argument names another command."""
+    if sys.argv[1:2] == [MERGE]:
+        merge_adapter(sys.argv[2:], prog_name=f"stillhouse-teacher {MERGE}")
+    else:
+        serve(prog_name="stillhouse-teacher")
 
 
 def run(options: dict[str, Any]) -> int:

@@ -12,6 +12,7 @@ from typing import Literal
 from protos.errors import Reason, StillhouseError
 
 EngineName = Literal["vllm", "hf"]
+TierName = Literal["worker", "raw", "public"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -23,6 +24,8 @@ class TeacherConfig:
     """Directory in Hugging Face layout, or a hub id."""
     engine: EngineName = "hf"
     """"vllm" or "hf"."""
+    tier: Literal["auto"] | TierName = "auto"
+    """How rows leave vLLM: "auto" takes the best of "worker", "raw" and "public" that passes its check at the start."""
     adapters: tuple[tuple[str, Path], ...] = ()
     """(name, directory) of the LoRA adapters to load at the start."""
     max_adapters: int = 4
@@ -68,6 +71,10 @@ class TeacherConfig:
     """Seed of samples that ask for none."""
     allow_roots: tuple[Path, ...] = ()
     """Directories under which LoadAdapter may read; resolved."""
+    upload_dir: Path | None = None
+    """Where uploaded adapters are kept; None means the user's cache directory."""
+    max_upload_bytes: int = 2 << 30
+    """Largest adapter that UploadAdapter takes, of which four are kept; 0 takes none."""
     listen: str = "127.0.0.1:7401"
     """HOST:PORT or unix:PATH."""
     address_file: Path | None = None
@@ -109,6 +116,7 @@ class TeacherConfig:
             ("--threads", self.threads, 1, 4096),
             ("--gpu-memory-utilization", self.gpu_memory_utilization, 0.01, 1),
             ("--kv-cache-gib", self.kv_cache_gib, 0.01, 1 << 16),
+            ("--max-upload-bytes", self.max_upload_bytes, 0, 1 << 50),
             ("--shutdown-grace-s", self.shutdown_grace_s, 0, 86400),
         ):
             if value is not None and not lowest <= value <= highest:
@@ -125,6 +133,12 @@ class TeacherConfig:
             )
         if self.tls_client_ca is not None and self.tls_cert is None:
             raise StillhouseError(Reason.INVALID_CONFIG, "--tls-client-ca needs --tls-cert and --tls-key.")
+
+    @property
+    def spool(self) -> Path:
+        """Where uploaded adapters are kept."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+        return (self.upload_dir or cache / "stillhouse" / "adapters").expanduser().resolve()
 
     @property
     def num_threads(self) -> int:

@@ -59,9 +59,7 @@ class LoraSlots:
         # Libraries raise what they like on files that are not theirs.
         except Exception as error:
             self._remove(slot)
-            raise _invalid(
-                name, f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            ) from error
+            raise _invalid(name, _why(error)) from error
         self._model.eval()
         self._slots[name] = slot
         self._speaking = None
@@ -70,6 +68,19 @@ class LoraSlots:
     def unload(self, name: str) -> None:
         """Takes the adapter out of the model."""
         self._remove(self._slots.pop(name))
+
+    def merge(self, name: str) -> None:
+        """Adds the adapter to the weights that it changes, and leaves a model without slots."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        slot = self._slots[name]
+        for module in list(self._model.modules()):
+            for child_name, child in list(module.named_children()):
+                if isinstance(child, BaseTunerLayer):
+                    child.merge(safe_merge=True, adapter_names=[slot])
+                    setattr(module, child_name, child.get_base_layer())
+        self._slots.clear()
+        self._speaking = None
 
     def speak(self, name: str) -> None:
         """Makes the next forward passes those of the adapter; of the base model for an empty name."""
@@ -107,6 +118,12 @@ class LoraSlots:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         return [module for module in self._model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _why(error: Exception) -> str:
+    """What an exception says, in one line; torch's of weights that do not fit begins with a headline."""
+    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if not line.endswith(":")), type(error).__name__)
 
 
 def _read_config(name: str, path: Path) -> dict[str, Any]:

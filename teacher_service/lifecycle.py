@@ -96,7 +96,7 @@ class _Teacher:
         config = self._config
         engine = await _load(config)
         self._engine = engine
-        adapters = AdapterRegistry(engine, config.allow_roots)
+        adapters = AdapterRegistry(engine, (*config.allow_roots, config.spool))
         for name, path in config.adapters:
             await adapters.load(name, str(path), trusted=True)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)

@@ -42,6 +42,12 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
     if capability in info.capabilities:
         return
     name = _OPTIONAL[capability]
+    if capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            "This teacher serves the base model only. Start it with --max-adapters above 0.",
+            metadata={"capability": teacher_pb2.Capability.Name(capability)},
+        )
     raise StillhouseError(
         Reason.CAPABILITY,
         f"This teacher's engine ({info.engine}) has no {name}. The hf engine has: start the teacher with --engine hf, "

@@ -16,6 +16,7 @@ import structlog
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from protos.transport import FLUSH_BYTES
+from teacher_service.adapter_spool import AdapterSpool
 from teacher_service.adapters import AdapterRegistry
 from teacher_service.admission import Capacity, may_hold
 from teacher_service.clients import client_of
@@ -53,6 +54,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             info=engine.info,
             codec=codec,
             adapters=adapters,
+            spool=AdapterSpool(self._config.spool, max_bytes=self._config.max_upload_bytes),
             counters=self.counters,
             capacity=Capacity(
                 max_tokens=self._config.max_inflight_tokens or BATCHES_INSIDE * engine.info.batch_tokens,
@@ -91,6 +93,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             quantization=info.quantization,
             eos_token_ids=info.eos_token_ids,
             service_version=_own_version(),
+            max_adapters=info.max_adapters,
         )
 
     async def GetTokenizer(
@@ -129,13 +132,13 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[teacher_pb2.UploadAdapterRequest], context: Any
     ) -> teacher_pb2.UploadAdapterResponse:
-        """Refused: adapters come from directories that the teacher's host can read."""
-        raise StillhouseError(
-            Reason.CAPABILITY,
-            "This teacher takes no uploads, with any engine. Put the adapter's directory where the teacher's host can read "
-            "it, and call LoadAdapter with its path.",
-            metadata={"capability": "UploadAdapter"},
-        )
+        """Keeps an adapter on this host, under a path that LoadAdapter may read."""
+        serving = self._ready()
+        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        in_use = {each.path for each in serving.adapters.adapters()}
+        path, fingerprint = await serving.spool.receive(aiter(request_iterator), in_use=in_use)
+        log.info("adapter uploaded", fingerprint=fingerprint, path=str(path))
+        return teacher_pb2.UploadAdapterResponse(path=str(path), fingerprint=fingerprint)
 
     async def LoadAdapter(
         self, request: teacher_pb2.LoadAdapterRequest, context: Any

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from teacher_service.adapter_spool import AdapterSpool
 from teacher_service.adapters import AdapterRegistry
 from teacher_service.admission import Admission, Capacity
 from teacher_service.answer_memory import AnswerMemory
@@ -38,6 +39,7 @@ class Serving:
     info: EngineInfo
     codec: TextCodec
     adapters: AdapterRegistry
+    spool: AdapterSpool
     counters: Counters
     capacity: Capacity
     admission: Admission = field(default_factory=Admission)

@@ -133,7 +133,10 @@ def hf_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iter
             models.teacher,
             engine="hf",
             directory=tmp_path_factory.mktemp("hf-teacher"),
-            options=["--dtype", "float32", "--threads", "1"],
+            options=[
+                *("--dtype", "float32", "--threads", "1"),
+                *("--upload-dir", str(tmp_path_factory.mktemp("hf-uploads"))),
+            ],
             environment=mark,
         ) as program,
     ):
@@ -151,7 +154,7 @@ def vllm_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> It
             models.teacher,
             engine="vllm",
             directory=tmp_path_factory.mktemp("vllm-teacher"),
-            options=["--dtype", "float32"],
+            options=["--dtype", "float32", "--upload-dir", str(tmp_path_factory.mktemp("vllm-uploads"))],
             environment=mark,
         ) as program,
     ):

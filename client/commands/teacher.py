@@ -52,6 +52,7 @@ def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
         f"{answer.max_inflight_sequences} sequences a call, {answer.max_prompts} prompts a call",
     )
     names = [enum_name(Capability.DESCRIPTOR, each) or "" for each in answer.capabilities]
+    yield "adapters", f"{len(answer.adapters)} of {answer.max_adapters} loaded"
     yield "capabilities", ", ".join(name.lower() for name in names) or "none beyond top-k"
     yield "end tokens", ", ".join(map(str, answer.eos_token_ids))
     yield "model fingerprint", answer.model_fingerprint
@@ -72,6 +73,24 @@ def tokenizer(session: Session, directory: Path) -> None:
     else:
         for path in paths:
             session.say(str(path))
+
+
+@command(teacher, name="adapters")
+def adapters(session: Session) -> None:
+    """List the loaded LoRA adapters."""
+    from client.json_text import as_json
+    from client.render import columns
+
+    answer = session.teacher.info()
+    if session.as_json:
+        session.emit(
+            {"adapters": [as_json(each) for each in answer.adapters], "max_adapters": answer.max_adapters}
+        )
+        return
+    if answer.adapters:
+        rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
+        session.say(columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
+    session.say(f"{len(answer.adapters)} of {answer.max_adapters} slots taken")
 
 
 @command(teacher, name="load-adapter")

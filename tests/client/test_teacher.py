@@ -274,10 +274,19 @@ def test_adapters_are_loaded_used_and_unloaded(hf_teacher: Program, models: Mode
     assert json.loads(again.stderr)["error"]["reason"] == "ADAPTER_NOT_FOUND"
 
 
-def test_uploading_an_adapter_says_what_this_teacher_takes(hf_teacher: Program, models: Models) -> None:
-    result = command(hf_teacher.target, "teacher", "upload-adapter", str(models.adapter_a))
-    assert (result.exit_code, "Put the adapter's directory where" in result.stderr) == (1, True)
-    result = command(hf_teacher.target, "teacher", "upload-adapter", "absent")
+def test_an_adapter_is_uploaded_loaded_listed_and_unloaded(hf_teacher: Program, models: Models) -> None:
+    target, name = hf_teacher.target, "client-upload/1"
+    result = command(target, "teacher", "upload-adapter", str(models.adapter_a), "--load", name)
+    assert result.exit_code == 0
+    assert f"is loaded as {name}" in result.stdout
+    try:
+        listed = command(target, "teacher", "adapters")
+        assert f"{name}  " in listed.stdout
+        assert "1 of 4 slots taken" in listed.stdout
+        assert json.loads(command(target, "teacher", "adapters", "--json").stdout)["max_adapters"] == 4
+    finally:
+        assert command(target, "teacher", "unload-adapter", name).exit_code == 0
+    result = command(target, "teacher", "upload-adapter", "absent")
     assert result.exit_code == 2
     assert "cannot read absent/adapter_config.json: No such file or directory." in result.stderr
 
