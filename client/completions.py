@@ -47,6 +47,8 @@ class Piece:
     """"stop" or "length" on the last piece, else empty."""
     prompt_tokens: int
     """Tokens of the prompt; set on the first piece."""
+    prompt_token_ids: NDArray[np.int32] | None
+    """The prompt, [P], on the first piece, if it was asked for."""
     error: StillhouseError | None
     """Why this sample, and only this one, failed."""
 
@@ -71,6 +73,8 @@ class Completion:
     """"stop", "length", or empty after an error."""
     prompt_tokens: int
     """Tokens of the prompt."""
+    prompt_token_ids: NDArray[np.int32] | None
+    """The prompt, [P], if it was asked for."""
     error: StillhouseError | None
     """Why it failed; what came before is kept."""
 
@@ -100,8 +104,25 @@ class Gathering:
             distributions=Distributions.concat(told) if told else None,
             finish=piece.finish,
             prompt_tokens=max(part.prompt_tokens for part in parts),
+            prompt_token_ids=parts[0].prompt_token_ids,
             error=piece.error,
         )
+
+
+def failed(prompt_index: int, sample_index: int, error: StillhouseError) -> Completion:
+    """A sample of which nothing came."""
+    return Completion(
+        prompt_index=prompt_index,
+        sample_index=sample_index,
+        text="",
+        token_ids=np.zeros(0, np.int32),
+        sampling_logprobs=None,
+        distributions=None,
+        finish="",
+        prompt_tokens=0,
+        prompt_token_ids=None,
+        error=error,
+    )
 
 
 def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
@@ -157,7 +178,7 @@ def pieces(
                         f"{most_samples} of {len(batch)} prompts.",
                     )
                 yield replace(
-                    _piece(chunk, teacher.limits, template), prompt_index=offset + chunk.prompt_index
+                    piece_of(chunk, teacher.limits, template), prompt_index=offset + chunk.prompt_index
                 )
         offset += len(batch)
 
@@ -168,11 +189,12 @@ def _batched(prompts: Iterable[teacher_pb2.Prompt], most: int) -> Iterator[tuple
         yield batch
 
 
-def _piece(
+def piece_of(
     chunk: teacher_pb2.SampleChunk,
     limits: teacher_pb2.GetTeacherInfoResponse,
     template: teacher_pb2.GenerateRequest,
 ) -> Piece:
+    """What a chunk says, checked against the teacher's limits and what was asked for. Raises StillhouseError."""
     most = limits.max_sequence_tokens
     distributions = None
     if chunk.HasField("distributions"):
@@ -185,6 +207,9 @@ def _piece(
     drawn = None
     if chunk.HasField("sampling_logprobs"):
         drawn = _array(chunk.sampling_logprobs, "sampling_logprobs", Tensor.DATA_TYPE_FLOAT32, most)
+    prompt_ids = None
+    if chunk.HasField("prompt_token_ids"):
+        prompt_ids = _array(chunk.prompt_token_ids, "prompt_token_ids", Tensor.DATA_TYPE_INT32, most)
     token_ids = np.zeros(0, np.int32)
     if chunk.HasField("token_ids"):
         token_ids = _array(chunk.token_ids, "token_ids", Tensor.DATA_TYPE_INT32, most)
@@ -197,6 +222,7 @@ def _piece(
         distributions=distributions,
         finish=_FINISH.get(chunk.finish_reason, "stop"),
         prompt_tokens=chunk.prompt_tokens,
+        prompt_token_ids=prompt_ids,
         error=from_status(chunk.error) if chunk.HasField("error") else None,
     )
 

@@ -46,6 +46,11 @@ class Teacher(Connection):
         """info(), asked once."""
         return self.info()
 
+    def refresh(self) -> teacher_pb2.GetTeacherInfoResponse:
+        """info(), asked anew: after a teacher was lost it may be another."""
+        self.__dict__.pop("limits", None)
+        return self.limits
+
     def tokenizer(self) -> dict[str, bytes]:
         """File name to content, of the tokenizer's files."""
         files: dict[str, bytearray] = {}

@@ -1,8 +1,9 @@
-"""`stillhouse generate`: text that the teacher writes, as it writes it."""
+"""`stillhouse generate`: text that the teacher writes, as it writes it, or from file to file."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -36,15 +37,84 @@ if TYPE_CHECKING:
 @click.option(
     "--top-k-logprobs", type=click.IntRange(0), default=0, help="Report so many likeliest tokens each."
 )
+@click.option("--in", "source", type=click.Path(path_type=Path), help="Answer each row of this JSONL file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Where the answers to --in go.")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["auto", "plain", "openai"]),
+    default="auto",
+    help="Of --in: Stillhouse's rows or OpenAI's batch files.  [default: by its first row]",
+)
+@click.option(
+    "--as",
+    "output",
+    type=click.Choice(["rows", "dataset"]),
+    default="rows",
+    help="Write the input's format, or training data.  [default: rows]",
+)
+@click.option(
+    "--capture",
+    type=click.Path(path_type=Path),
+    help="Keep what the teacher says at each token in this cache; --top-k-logprobs tokens, or 64.",
+)
+@click.option("--retry-failed", is_flag=True, help="Ask again for rows of --out that failed.")
+@click.option("--overwrite", is_flag=True, help="Start --out again, whatever it holds.")
+@click.option(
+    "--max-inflight",
+    type=click.IntRange(1),
+    default=None,
+    help="Samples asked for at a time.  [default: 1024]",
+)
 def generate(
-    session: Session, *, prompts: tuple[str, ...], files: tuple[str, ...], chat: bool, **options: Any
+    session: Session,
+    *,
+    prompts: tuple[str, ...],
+    files: tuple[str, ...],
+    chat: bool,
+    source: Path | None,
+    out: Path | None,
+    file_format: str,
+    output: str,
+    capture: Path | None,
+    retry_failed: bool,
+    overwrite: bool,
+    max_inflight: int | None,
+    **options: Any,
 ) -> int:
-    """Let the teacher continue each PROMPT.
+    """Let the teacher continue each PROMPT, or answer each row of a file.
 
-    Without PROMPT and --file the prompt is read from standard input. One sample is shown as it grows, several each when
-    it is finished. With --json each finished sample is one line.
+    Without PROMPT, --file and --in the prompt is read from standard input. One sample is shown as it grows, several each
+    when it is finished. With --json each finished sample is one line.
+
+    With --in FILE --out FILE each row is answered in order. A row is a JSON object with `prompt` (text), `messages` or
+    `token_ids`, and if it likes `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`, `num_samples` and
+    `adapter`; or one of OpenAI's batch format, whose `model` may name an adapter. The same command given again goes on
+    where it was killed. A row that fails says so in --out, and the exit code is 1.
     """
     from client.prompts import chat_prompts, text_prompts
+
+    for_files = (out, capture, retry_failed, overwrite, max_inflight, file_format != "auto", output != "rows")
+    if source is None and any(for_files):
+        raise click.UsageError(
+            "--out, --format, --as, --capture, --retry-failed, --overwrite and --max-inflight go with --in FILE."
+        )
+    if source is not None:
+        if prompts or files or chat or out is None:
+            raise click.UsageError("--in FILE goes with --out FILE, and without PROMPT, --file and --chat.")
+        from client.commands.generate_file import answer_file
+
+        flags = {"retry_failed": retry_failed, "overwrite": overwrite, "as_dataset": output == "dataset"}
+        return answer_file(
+            session,
+            source,
+            out,
+            options,
+            format=file_format,
+            capture=capture,
+            max_inflight=max_inflight,
+            **flags,
+        )
 
     if not prompts and not files:
         if sys.stdin.isatty():

@@ -1,0 +1,70 @@
+"""`stillhouse generate --in FILE --out FILE`: the settings of a batch from options, and what people see of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from client.commands.common import Session
+
+if TYPE_CHECKING:
+    from client.batch import BatchSummary
+
+
+def answer_file(session: Session, source: Path, out: Path, options: dict[str, Any], **rest: Any) -> int:
+    """Answers `source` in `out`; the exit code. `options` are those of all generation, `rest` are fields of the settings."""
+    from client.batch import CAPTURE_TOP_K, BatchSettings, Listeners, generate_file
+    from client.batch_calls import MAX_INFLIGHT
+    from client.batch_progress import progress_bar
+    from client.batch_rows import Sampling
+
+    top_k = options.pop("top_k_logprobs")
+    if top_k and rest["capture"] is None:
+        raise click.UsageError(
+            "--top-k-logprobs goes with --capture DIR; rows of OpenAI's format ask for logprobs themselves."
+        )
+    settings = BatchSettings(
+        sampling=Sampling(**options),
+        top_k=top_k or CAPTURE_TOP_K,
+        **rest | {"max_inflight": rest["max_inflight"] or MAX_INFLIGHT},
+    )
+    with progress_bar(out.name, visible=not session.as_json) as bar:
+
+        def on_lost(error: Exception, pause_s: float) -> None:
+            note(f"{error} Trying again in {pause_s:.1f} s; nothing that was answered is asked for again.")
+
+        def note(text: str) -> None:
+            if not bar.line(text):
+                session.note(text)
+
+        listeners = Listeners(progress=bar.show, note=note, lost=on_lost)
+        summary = generate_file(session.teacher, source, out, settings, listeners)
+    if session.as_json:
+        session.emit(_as_json(summary))
+    else:
+        session.say(_text(summary))
+    return 1 if summary.failed else 0
+
+
+def _as_json(summary: BatchSummary) -> dict[str, Any]:
+    return {
+        "out": str(summary.out),
+        "failed_file": None if summary.failed_file is None else str(summary.failed_file),
+        "format": summary.format,
+        "rows": summary.rows,
+        "failed": summary.failed,
+        "asked": summary.asked,
+        "tokens": summary.tokens,
+        "seconds": round(summary.seconds, 3),
+    }
+
+
+def _text(summary: BatchSummary) -> str:
+    text = f"{summary.out}: {summary.rows} rows"
+    if summary.failed:
+        where = f" (see {summary.failed_file})" if summary.failed_file is not None else ""
+        text += f", {summary.failed} failed{where}"
+    rate = summary.tokens / max(summary.seconds, 1e-9)
+    return f"{text}; asked for {summary.asked}, {summary.tokens} tokens in {summary.seconds:.1f} s, {rate:.0f} tokens/s"
