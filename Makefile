@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint lint-protos types imports drift protos fmt bench bench-teacher bench-distillation clean
+.PHONY: help setup demo test check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -55,14 +55,17 @@ fmt: setup ## format, and fix what can be fixed
 
 bench: bench-teacher ## the benchmarks that print a ratio in one run
 
-bench-teacher: setup ## teacher's scoring over gRPC against the engine alone and vLLM's HTTP server
-	$(PY) -m benchmarks.teacher_scoring $(ARGS)
+bench-teacher: setup ## the teacher's rates against its engine, vLLM's servers, TRL's client, transformers; JSON=FILE
+	$(PY) -m benchmarks.teacher $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory
+	$(PY) -m benchmarks.soak $(ARGS)
 
 bench-distillation: setup ## distilled against cross-entropy students; ARGS names teacher, student and data
 	$(PY) -m benchmarks.distillation $(ARGS)
 
 clean: ## remove what the commands made
-	rm -rf $(VENV) .tools .demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .tools .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 
 # Version 1.80 emits code for protobuf 6.31, which every newer runtime accepts; later ones need protobuf 7.
 $(PROTOC)/.done:

@@ -1,18 +1,20 @@
-"""The teacher's own engine without logprobs, in a process that reads passes to time from stdin and prints seconds to stdout.
+"""The teacher's own engine without logprobs, in a process that answers one line of JSON with the seconds of one pass.
 
-Run as `python -m benchmarks.plain_engine MODEL DTYPE MAX_BATCH_TOKENS`; a line "COUNT LENGTH SEED" is answered by a line.
+Run as `python -m benchmarks.plain_engine MODEL OPTIONS` with the teacher's options that concern the engine, as JSON.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.scoring_clients import random_sequences
+from benchmarks.lines import keep_stdout, serve_lines
+from benchmarks.passes import Work
 from teacher_service.config import TeacherConfig
 from teacher_service.vllm_guard import Guard
 from teacher_service.vllm_setup import engine_arguments, set_cpu_environment, set_environment
@@ -32,17 +34,19 @@ async def serve(config: TeacherConfig, answers: Any) -> None:
     arguments = engine_arguments(config, Path(config.model), on_cpu=on_cpu, vocab_size=vocab_size)
     guard = Guard()
     llm = await asyncio.to_thread(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)))
+    numbers = iter(range(1 << 30))
+
+    async def answer(request: dict[str, Any]) -> float:
+        return await _time(llm, request.pop("concurrency"), Work(**request), next(numbers))
+
     try:
-        print("ready", file=answers, flush=True)
-        while line := await asyncio.to_thread(sys.stdin.readline):
-            count, length, seed = map(int, line.split())
-            print(await _time(llm, count, length, seed, vocab_size), file=answers, flush=True)
+        await serve_lines(answers, "ready", answer)
     finally:
         await asyncio.to_thread(llm.shutdown, 30.0)
         guard.release()
 
 
-async def _time(llm: Any, count: int, length: int, seed: int, vocab_size: int) -> float:
+async def _time(llm: Any, concurrency: int, work: Work, number: int) -> float:
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind
@@ -50,25 +54,24 @@ async def _time(llm: Any, count: int, length: int, seed: int, vocab_size: int) -
     params = SamplingParams(
         max_tokens=1, temperature=0.0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
     )
+    room = asyncio.Semaphore(concurrency)
 
     async def read(name: str, ids: list[int]) -> None:
-        async for _ in llm.generate(tokens_input(ids), params, name):
-            pass
+        async with room:
+            async for _ in llm.generate(tokens_input(ids), params, name):
+                pass
 
-    prompts = [sequence.tolist() for sequence in random_sequences(count, length, vocab_size, seed)]
+    prompts = [sequence.tolist() for sequence in work.sequences()]
     begin = time.perf_counter()
-    await asyncio.gather(*(read(f"{seed}-{index}", ids) for index, ids in enumerate(prompts)))
+    await asyncio.gather(*(read(f"{number}-{index}", ids) for index, ids in enumerate(prompts)))
     return time.perf_counter() - begin
 
 
 def main() -> None:
     """Keeps stdout for answers: vLLM's processes write to stderr."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    model, dtype, max_batch_tokens = sys.argv[1:]
-    config = TeacherConfig(
-        model=model, engine="vllm", dtype=dtype, max_adapters=0, max_batch_tokens=int(max_batch_tokens)
-    )
+    answers = keep_stdout()
+    model, options = sys.argv[1:]
+    config = TeacherConfig(model=model, engine="vllm", **json.loads(options))
     set_environment(config)
     asyncio.run(serve(config, answers))
     answers.close()

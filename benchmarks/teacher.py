@@ -1,0 +1,187 @@
+"""How fast is the teacher? Its rates as ratios to its own engine, to vLLM's servers, to TRL's client and to transformers.
+
+All that is compared serves the same random model on this machine and is up together; within a round each takes its
+turn, and the order of turns is reversed from round to round. Ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from benchmarks.peers import TRL, VLLM_GRPC, Peers, prepare
+from benchmarks.teacher_models import MAX_SEQUENCE_TOKENS, SHAPES
+from benchmarks.teacher_passes import num_cores
+from benchmarks.teacher_ratios import RATIOS, Outcome, as_json, outcome, table
+from benchmarks.teacher_rounds import Measured, Options, is_missing, measure
+from benchmarks.teacher_servers import Settings
+from examples.demo import signals_as_exceptions
+from examples.programs import ProgramError
+from protos.errors import StillhouseError
+
+
+def outcomes_of(
+    measured: Mapping[str, Measured], options: Options, peers: Peers
+) -> dict[str, Outcome | None]:
+    """Every ratio that was asked for; None where a peer cannot run."""
+    found: dict[str, Outcome | None] = {}
+    for ratio in RATIOS:
+        if (options.only and ratio.name not in options.only) or ratio.model not in options.models:
+            continue
+        model = measured.get(ratio.model)
+        found[ratio.name] = (
+            outcome(ratio, model.result) if model is not None and not is_missing(ratio, peers) else None
+        )
+    return found
+
+
+def _details(measured: Mapping[str, Measured], peers: Peers, options: Options) -> dict[str, Any]:
+    return {
+        "machine": {
+            "processor": platform.processor(),
+            "cores": num_cores(),
+            "on_cpu": options.settings.on_cpu,
+        },
+        "missing_peers": peers.missing,
+        "models": {
+            name: {
+                "engine": each.engine,
+                "commands": each.commands,
+                "concurrencies": each.concurrencies,
+                "costs_s_per_token": asdict(each.result.costs) if each.result.costs else None,
+                "rounds": [
+                    {key: asdict(taken) for key, taken in passes.items()} for passes in each.result.rounds
+                ],
+            }
+            for name, each in measured.items()
+        },
+    }
+
+
+@click.command()
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write the ratios and every pass here."
+)
+@click.option("--models", default="small,wide,qwen", show_default=True, help="Of small, wide and qwen.")
+@click.option("--only", default="", help="Names of ratios, with commas.  [default: all]")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="At most so many.")
+@click.option(
+    "--minutes",
+    type=float,
+    default=20.0,
+    show_default=True,
+    help="No round begins that would not end in time.",
+)
+@click.option(
+    "--scale", type=float, default=1.0, show_default=True, help="Times as many sequences in a pass."
+)
+@click.option("--length", type=click.IntRange(16, MAX_SEQUENCE_TOKENS - 1), help="Tokens of a sequence.")
+@click.option("--threads", type=int, default=0, help="Of an engine on a CPU.  [default: vLLM's choice]")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True
+)
+def main(
+    *,
+    json_file: Path | None,
+    models: str,
+    only: str,
+    rounds: int,
+    minutes: float,
+    scale: float,
+    length: int | None,
+    threads: int,
+    dtype: str,
+) -> None:
+    """Print the teacher's rates as ratios to those of others on the same model and machine."""
+    import torch
+
+    if importlib.util.find_spec("vllm") is None:
+        raise click.ClickException("the comparison needs vLLM: install stillhouse[teacher] or [teacher-cpu].")
+    options = Options(
+        models=_names(models, tuple(SHAPES), "--models"),
+        only=frozenset(_names(only, tuple(ratio.name for ratio in RATIOS), "--only"))
+        if only
+        else frozenset(),
+        rounds=rounds,
+        minutes=minutes,
+        settings=Settings(dtype=dtype, on_cpu=not torch.cuda.is_available(), threads=threads),
+    )
+    progress = Console(stderr=True)
+    begin = time.monotonic()
+
+    def say(line: str) -> None:
+        progress.print(f"[{time.monotonic() - begin:5.0f} s] {line}", markup=False, highlight=False)
+
+    measured: dict[str, Measured] = {}
+    try:
+        with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as directory:
+            peers = prepare(say)
+            for name in options.models:
+                shape = SHAPES[name]
+                shape = replace(
+                    shape,
+                    num_sequences=max(4, round(shape.num_sequences * scale)),
+                    length=length or shape.length,
+                )
+                result = measure(shape, options, peers, Path(directory), say)
+                if result is not None:
+                    measured[name] = result
+    except (ProgramError, RuntimeError, StillhouseError) as error:
+        raise click.ClickException(str(error)) from error
+    _show(measured, options, peers, json_file, time.monotonic() - begin)
+
+
+def _show(
+    measured: Mapping[str, Measured], options: Options, peers: Peers, json_file: Path | None, seconds: float
+) -> None:
+    found = outcomes_of(measured, options, peers)
+    console = Console(width=170)
+    where = f"{num_cores()} cores" if options.settings.on_cpu else "GPU"
+    console.print(table(found, f"Teacher, {options.settings.dtype}, {where}, {seconds / 60:.0f} minutes"))
+    console.print(
+        f"other's: engine = the teacher's engine without logprobs; vllm {_vllm()}; {TRL}; {VLLM_GRPC}; "
+        f"transformers {version('transformers')}",
+        highlight=False,
+    )
+    for name, each in measured.items():
+        console.print(
+            f"{name}: teacher {each.engine}; best concurrencies {each.concurrencies}", highlight=False
+        )
+        for command in each.commands.values():
+            console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+    for requirement, reason in peers.missing.items():
+        console.print(f"{requirement} cannot run here: {reason}", highlight=False, markup=False)
+    if json_file is not None:
+        content = as_json(found, _details(measured, peers, options))
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _vllm() -> str:
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def _names(value: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in value.split(",") if name.strip())
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise click.BadParameter(
+            f"{', '.join(wrong) or value!r} is none of {', '.join(known)}.", param_hint=option
+        )
+    return names
+
+
+if __name__ == "__main__":
+    main()

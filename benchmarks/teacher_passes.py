@@ -1,0 +1,229 @@
+"""The passes over one model by name: what each asks of whom, and at which concurrency a baseline is at its best."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks import batch_pass
+from benchmarks.generation_clients import generate, generate_http
+from benchmarks.passes import Pass, Work
+from benchmarks.scoring_clients import score, score_http
+from benchmarks.teacher_models import Shape
+from benchmarks.teacher_ratios import top_k_of
+from benchmarks.teacher_servers import Settings
+
+CONCURRENCIES = {
+    "engine": (8, 16, 64),
+    "http": (8, 16, 32),
+    "vllm_grpc": (8, 16, 32),
+    "gen_http": (16, 32, 64),
+    "gen_vllm_grpc": (16, 32, 64),
+    # Sequences of one request and requests at once; 0 is TRL's default, all in one request.
+    "trl": ((0, 1), (1, 16), (4, 8)),
+}
+"""What each baseline is tried with."""
+GROUP_SIZE = 4
+"""Completions of one prompt, in the pass with shared prompts."""
+SHARED_PART = 0.75
+"""Share of a sequence that is its prompt there."""
+PROMPTS = 64
+PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+SERVERS = {
+    "score": ("teacher",),
+    "shared": ("teacher",),
+    "gen": ("teacher",),
+    "gen_plain": ("teacher",),
+    "engine": ("engine",),
+    "engine_shared": ("engine",),
+    "http": ("http",),
+    "gen_http": ("http",),
+    "trl": ("http", "trl"),
+    "vllm_grpc": ("vllm_grpc", "vllm_grpc_client"),
+    "gen_vllm_grpc": ("vllm_grpc", "vllm_grpc_client"),
+    "transformers": ("torch",),
+    "batch": ("teacher",),
+    "batch_llm": ("llm",),
+}
+"""Which servers a kind of pass needs."""
+
+
+def kind_of(name: str) -> str:
+    """The kind of a pass: its name without k and packing."""
+    return name.rpartition("_k")[0].removesuffix("_packed") if top_k_of(name) else name
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Workload:
+    """How much one pass asks for."""
+
+    shape: Shape
+    settings: Settings
+    directory: Path
+
+    @property
+    def shared(self) -> int:
+        """Prompt tokens of sequences in groups."""
+        return int(self.shape.length * SHARED_PART)
+
+    def score(self, seed: int) -> Work:
+        """Sequences that nobody has seen."""
+        shape = self.shape
+        return Work(count=shape.num_sequences, length=shape.length, vocab_size=shape.vocab_size, seed=seed)
+
+    def grouped(self, seed: int) -> Work:
+        """As many in groups with one prompt each: twice as many, for a prefix cache spares half of them."""
+        work = self.score(seed)
+        count = max(GROUP_SIZE, 2 * work.count // GROUP_SIZE * GROUP_SIZE)
+        return replace(work, count=count, group_size=GROUP_SIZE, shared=self.shared)
+
+    def prompts(self, seed: int) -> Work:
+        """Prompts to continue."""
+        return Work(count=PROMPTS, length=PROMPT_TOKENS, vocab_size=self.shape.vocab_size, seed=seed)
+
+
+class Runner:
+    """Runs passes against running servers."""
+
+    def __init__(self, workload: Workload, servers: dict[str, Any]) -> None:
+        self._workload, self._servers = workload, servers
+        self._best: dict[str, Any] = {}
+        self._seeds = itertools.count()
+
+    def run(self, name: str, seed: int | None = None) -> Pass:
+        """One pass. Passes of one `seed` read the same tokens; with None nobody has read them."""
+        kind = kind_of(name)
+        base = kind.removesuffix("_shared")
+        return self._pass(name, kind, self._best.get(base), next(self._seeds) if seed is None else seed)
+
+    def fresh_seed(self) -> int:
+        """A seed that no pass had."""
+        return next(self._seeds)
+
+    def warm_up(self, names: Sequence[str], say: Callable[[str], None]) -> None:
+        """A pass of each, and of a baseline one at each concurrency: the fastest stays."""
+        for name in names:
+            kind = kind_of(name)
+            if kind in self._best:
+                continue  # found with another k
+            choices = CONCURRENCIES.get(kind)
+            if choices is None:
+                self.run(name)
+                continue
+            if kind == "engine":
+                self._pass(name, kind, choices[0], next(self._seeds))
+            rates = {
+                choice: self._pass(name, kind, choice, next(self._seeds)).tokens_per_s for choice in choices
+            }
+            self._best[kind] = max(rates, key=lambda choice: rates[choice])
+            shown = ", ".join(f"{choice}: {rate:,.0f} tok/s" for choice, rate in rates.items())
+            say(f"{name} by concurrency: {shown}")
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The concurrency of each baseline."""
+        return dict(self._best)
+
+    def costs(self, top_ks: Sequence[int]) -> dict[str, Any]:
+        """Seconds a token of the model's parts, and of the selection by k."""
+        work = replace(self._workload.score(self.fresh_seed()), count=2)
+        parts = {
+            top_k: self._servers["torch"].ask(
+                kind="costs",
+                work=asdict(work),
+                top_k=top_k,
+                threads=self._workload.settings.engine_threads,
+            )
+            for top_k in top_ks
+        }
+        return {
+            "body": min(each["body"] for each in parts.values()),
+            "head": min(each["head"] for each in parts.values()),
+            "select": {top_k: each["select"] for top_k, each in parts.items()},
+        }
+
+    def _pass(self, name: str, kind: str, choice: Any, seed: int) -> Pass:
+        top_k = top_k_of(name)
+        work = self._workload.score(seed)
+        match kind:
+            case "score":
+                return score(
+                    self._servers["teacher"], work.sequences(), top_k, packed=name.startswith("score_packed")
+                )
+            case "shared":
+                work = self._workload.grouped(seed)
+                return score(self._servers["teacher"], work.sequences(), top_k, start=work.shared)
+            case "engine" | "engine_shared":
+                work = self._workload.grouped(seed) if kind == "engine_shared" else work
+                seconds = self._servers["engine"].ask(concurrency=choice, **asdict(work))
+                return Pass(tokens=work.count * work.length, seconds=seconds)
+            case "http":
+                return score_http(self._servers["http"], work.sequences(), top_k, concurrency=choice)
+            case "trl":
+                chunk_size, concurrency = choice
+                answer = self._servers["trl"].ask(
+                    kind="trl",
+                    url=self._servers["http"],
+                    work=asdict(work),
+                    top_k=top_k,
+                    chunk_size=chunk_size,
+                    concurrency=concurrency,
+                )
+                return _scored(answer, work)
+            case "vllm_grpc":
+                return _scored(self._vllm_grpc("vllm_grpc", work, top_k, choice), work)
+            case "transformers":
+                seconds = self._servers["torch"].ask(
+                    kind="transformers", work=asdict(work), top_k=top_k, threads=num_cores()
+                )
+                return Pass(tokens=work.count * work.length, seconds=seconds)
+            case _:
+                return self._written(kind, top_k, choice, seed)
+
+    def _written(self, kind: str, top_k: int, choice: Any, seed: int) -> Pass:
+        work = self._workload.prompts(seed)
+        match kind:
+            case "gen" | "gen_plain":
+                return generate(self._servers["teacher"], work.sequences(), NEW_TOKENS, top_k)
+            case "gen_http":
+                return generate_http(
+                    self._servers["http"], work.sequences(), NEW_TOKENS, top_k, concurrency=choice
+                )
+            case "gen_vllm_grpc":
+                answer = self._vllm_grpc("vllm_grpc_generate", work, top_k, choice)
+                return Pass(tokens=answer["rows"], seconds=answer["seconds"], num_bytes=answer["num_bytes"])
+            case "batch":
+                return batch_pass.ours(
+                    self._servers["teacher"], self._workload.directory, self._workload.shape.num_texts, seed
+                )
+            case "batch_llm":
+                return batch_pass.llm(self._servers["llm"], self._workload.shape.num_texts, seed)
+        raise ValueError(f"there is no pass {kind}")
+
+    def _vllm_grpc(self, kind: str, work: Work, top_k: int, concurrency: int) -> Any:
+        return self._servers["vllm_grpc_client"].ask(
+            kind=kind,
+            target=self._servers["vllm_grpc"],
+            work=asdict(work),
+            top_k=top_k,
+            concurrency=concurrency,
+            new_tokens=NEW_TOKENS,
+        )
+
+
+def _scored(answer: dict[str, Any], work: Work) -> Pass:
+    expected = work.count * (work.length - 1)
+    if answer["rows"] != expected:
+        raise RuntimeError(f"{answer['rows']} rows came for {expected}")
+    return Pass(tokens=work.count * work.length, seconds=answer["seconds"], num_bytes=answer["num_bytes"])
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0))
