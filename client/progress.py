@@ -18,7 +18,7 @@ PLAIN_INTERVAL_S = 5.0
 """Least time between two lines about steps where there is no terminal."""
 LOSS = "train/loss"
 STORED, BYTES_PER_TOKEN = "cache/sequences", "cache/bytes_per_token"
-SPEED = "train/tokens_per_second"
+SPEEDS = ("train/tokens_per_second", "cache/tokens_per_second")
 EVALUATION = "eval/"
 
 
@@ -105,7 +105,7 @@ class TerminalView(RunView):
         self._bar.console.print(printable(text), markup=False, highlight=False)
 
     def step(self, point: run_pb2.MetricPoint, total_steps: int) -> None:
-        speed = point.values.get(SPEED)
+        speed = _speed(point)
         self._bar.update(
             self._task,
             completed=point.step,
@@ -167,9 +167,14 @@ def step_text(point: run_pb2.MetricPoint, total_steps: int) -> str:
     """ "step 10/500  loss 1.23  456 tokens/s"."""
     parts = [f"step {point.step}/{total_steps}" if total_steps else f"step {point.step}"]
     parts.append(_achieved(point))
-    if SPEED in point.values:
-        parts.append(f"{number_text(point.values[SPEED])} tokens/s")
+    speed = _speed(point)
+    if speed is not None:
+        parts.append(f"{number_text(speed)} tokens/s")
     return "  ".join(parts)
+
+
+def _speed(point: run_pb2.MetricPoint) -> float | None:
+    return next((point.values[name] for name in SPEEDS if name in point.values), None)
 
 
 def _achieved(point: run_pb2.MetricPoint) -> str:

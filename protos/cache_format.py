@@ -49,6 +49,16 @@ MAX_META_BYTES = 64 * 1024
 Codec = Literal["lossless", "compact"]
 CODECS: tuple[Codec, ...] = ("lossless", "compact")
 _NAME_CHARACTERS = 4096
+_MAX_COUNT = 2**31 - 1
+_TEXTS = (
+    "model",
+    "teacher_fingerprint",
+    "adapter",
+    "adapter_fingerprint",
+    "tokenizer_fingerprint",
+    "name",
+    "student_tokenizer_fingerprint",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +89,12 @@ class CacheMeta:
     """Whether there is entropy."""
     sampling: Mapping[str, Any] | None = None
     """Everything else that was asked for and decides the answer, such as number and seed of draws."""
+    name: str = ""
+    """By which the run that asked speaks of the teacher; empty if it has one only."""
+    student_tokenizer_fingerprint: str = ""
+    """Of the student that the text was tokenised for, if its tokenizer is another one, but compatible."""
+    shared_size: int = 0
+    """Ids below it mean the same to that student and to the teacher; 0 where there is no such student."""
 
     @classmethod
     def of(
@@ -151,6 +167,12 @@ class CacheMeta:
             other.adapter_fingerprint,
         )
 
+    def shared_with(self, tokenizer_fingerprint: str) -> int:
+        """Ids below it mean the same to a student with this tokenizer as to the teacher; 0 if that is not known."""
+        if tokenizer_fingerprint == self.tokenizer_fingerprint:
+            return self.tokenizer_size
+        return self.shared_size if tokenizer_fingerprint == self.student_tokenizer_fingerprint else 0
+
     def serves(self, asked: CacheMeta) -> bool:
         """Whether answers of this kind hold every column that `asked` needs, given equal keys."""
         return set(asked.temperatures) <= set(self.temperatures) and self.entropy >= asked.entropy
@@ -195,15 +217,15 @@ def _sampling(config: DistributionConfig) -> dict[str, Any] | None:
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a CacheMeta from JSON; raises ValueError for what cannot be."""
     checked: dict[str, Any] = {}
-    for name in ("model", "teacher_fingerprint", "adapter", "adapter_fingerprint", "tokenizer_fingerprint"):
+    for name in _TEXTS:
         text = values.get(name)
         if not isinstance(text, str) or len(text) > _NAME_CHARACTERS or not text.isprintable():
             raise ValueError(f"its {name} is no printable text")
         checked[name] = text
-    for name, most in (("tokenizer_size", 2**31 - 1), ("vocab_size", 2**31 - 1), ("top_k", 2**20)):
+    for name in ("tokenizer_size", "vocab_size", "shared_size", "top_k"):
         number = values.get(name)
-        if type(number) is not int or not 0 <= number <= most:
-            raise ValueError(f"its {name} is no number in [0, {most}]")
+        if type(number) is not int or not 0 <= number <= _MAX_COUNT:
+            raise ValueError(f"its {name} is no number in [0, {_MAX_COUNT}]")
         checked[name] = number
     checked["logprob_dtype"] = values.get("logprob_dtype")
     if checked["logprob_dtype"] not in ("float16", "float32"):

@@ -109,7 +109,8 @@ def _take_metrics(line: Mapping[str, Any], batch: Batch) -> None:
     progress: dict[str, Any] = {} if STEP_METRICS.isdisjoint(values) else {"step": step}
     if "train/trained_tokens" in values:
         progress["trained_tokens"] = _count(values["train/trained_tokens"])
-    if math.isfinite(values.get("train/tokens_per_second", math.nan)):
-        progress["tokens_per_second"] = values["train/tokens_per_second"]
+    for name in ("train/tokens_per_second", "cache/tokens_per_second"):
+        if math.isfinite(values.get(name, math.nan)):
+            progress["tokens_per_second"] = values[name]
     batch.metrics.append((attempt, MetricPoint(step=step, values=values, attempt=attempt, time=time)))
     batch.progress |= progress
