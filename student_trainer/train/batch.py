@@ -7,8 +7,8 @@ teacher's answer speaks of it (protos/stillhouse/v1/tensor.proto).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
+from student_trainer.train.loss.fused import Positions
 from student_trainer.train.loss.policy_gradient import SampledTokens
 from student_trainer.train.loss.reduction import Reduction
 from student_trainer.train.loss.sparse import PAD_ID, SparseTargets
 from student_trainer.train.prompts import Example
+from student_trainer.train.targets import TargetForm, TokenWeighting, entropy, target_rows, token_factor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,9 +41,11 @@ class MicroBatch:
     """The tensors of one forward pass. Losses see the N targets as one sequence: [1, N]."""
 
     input_ids: Tensor
-    """int64 [B, L], padded on the right."""
-    attention_mask: Tensor
-    """int64 [B, L], 0 at padding."""
+    """int64 [B, L], padded on the right; [1, L] if packed, one sequence behind the other."""
+    attention_mask: Tensor | None
+    """int64 [B, L], 0 at padding; None if packed."""
+    position_ids: Tensor | None
+    """int64 [1, L] if packed: each token's place in its own sequence; else None."""
     columns: Tensor
     """int64 [C]: positions whose output predicts a target in any sequence, ascending."""
     picks: Tensor
@@ -54,6 +58,19 @@ class MicroBatch:
     """The teacher's answer, [1, N, K]; None if it was not asked."""
     sampled: SampledTokens | None = None
     """[1, N]: the targets as the student drew them; None if it did not write them."""
+    token_factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """By token weighting, float32 [1, N]: what a position's divergence is multiplied with."""
+
+    @property
+    def positions(self) -> Positions:
+        """What losses know of the targets beside the student."""
+        return Positions(
+            target_ids=self.target_ids,
+            weights=self.weights,
+            targets=self.targets,
+            sampled=self.sampled,
+            token_factors=self.token_factors,
+        )
 
     @property
     def num_targets(self) -> int:
@@ -67,39 +84,74 @@ def collate(
     reduction: Reduction,
     device: torch.device,
     max_importance_weight: float = np.inf,
+    form: TargetForm = "tail_bucket",
+    factors: Sequence[Factor] = (),
+    packing: bool = False,
 ) -> MicroBatch:
-    """The micro-batch of `scored`, of which either all or none have an answer, and of all or none the student is the writer."""
-    longest = max(len(each.example.token_ids) for each in scored)
-    input_ids = np.zeros((len(scored), longest), np.int64)
-    attention_mask = np.zeros_like(input_ids)
+    """The micro-batch of `scored`, of which either all or none have an answer, and of all or none the student is the writer.
+
+    `form` is what stands for the tokens beyond the teacher's likeliest. With `packing` the sequences lie in one row
+    without padding.
+    """
     positions = [np.flatnonzero(each.example.mask) for each in scored]
-    for row, each in enumerate(scored):
-        length = len(each.example.token_ids)
-        input_ids[row, :length] = each.example.token_ids
-        attention_mask[row, :length] = 1
-    columns = np.unique(np.concatenate(positions)) - 1
-    picks = [
-        row * len(columns) + np.searchsorted(columns, targets - 1) for row, targets in enumerate(positions)
-    ]
     target_ids = [each.example.token_ids[at] for each, at in zip(scored, positions, strict=True)]
     weights = [np.full(len(at), _weight(len(at), reduction), np.float32) for at in positions]
-    targets = None
-    if all(each.answer is not None for each in scored):
-        targets = _targets(scored, positions, device)
+    answered = all(each.answer is not None for each in scored)
+    model_inputs = _packed(scored, positions) if packing else _padded(scored, positions)
 
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(device)
 
     return MicroBatch(
-        input_ids=tensor(input_ids),
-        attention_mask=tensor(attention_mask),
-        columns=tensor(columns),
-        picks=tensor(np.concatenate(picks).astype(np.int64)),
+        input_ids=tensor(model_inputs.input_ids),
+        attention_mask=_optional(model_inputs.attention_mask, device),
+        position_ids=_optional(model_inputs.position_ids, device),
+        columns=tensor(model_inputs.columns),
+        picks=tensor(model_inputs.picks),
         target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
         weights=tensor(np.concatenate(weights)).unsqueeze(0),
-        targets=targets,
+        targets=_targets(scored, positions, device, form) if answered else None,
         sampled=_sampled(scored, positions, device, max_importance_weight),
+        token_factors={
+            each.weighting: tensor(
+                np.concatenate([each.of(*pair) for pair in zip(scored, positions, strict=True)])
+            ).unsqueeze(0)
+            for each in factors
+            if answered
+        },
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factor:
+    """How positions are weighed by what the teacher says of them, with mean 1 over the step."""
+
+    weighting: TokenWeighting
+    vocab_size: int
+    scale: float = 1.0
+
+    @classmethod
+    def over(
+        cls, scored: Sequence[Scored], weighting: TokenWeighting, vocab_size: int, reduction: Reduction
+    ) -> Factor:
+        """The weighting whose factors have mean 1 over the targets of `scored` that have an answer."""
+        plain = cls(weighting=weighting, vocab_size=vocab_size)
+        total = denominator = 0.0
+        for each in scored:
+            if each.answer is not None:
+                at = np.flatnonzero(each.example.mask)
+                total += float(plain.of(each, at).sum()) * _weight(len(at), reduction)
+                denominator += len(at) * _weight(len(at), reduction)
+        return cls(
+            weighting=weighting, vocab_size=vocab_size, scale=denominator / total if total > 0 else 1.0
+        )
+
+    def of(self, scored: Scored, at: np.ndarray) -> np.ndarray:
+        """float32 [n]: the factors of the targets `at` of a sequence with an answer."""
+        assert scored.answer is not None
+        entropies = entropy(scored.answer, at - scored.answer.start)
+        factors = self.scale * token_factor(entropies, self.weighting, self.vocab_size)
+        return factors.astype(np.float32)
 
 
 def total_weight(examples: Sequence[Example], reduction: Reduction) -> float:
@@ -112,19 +164,64 @@ def _weight(num_targets: int, reduction: Reduction) -> float:
     return 1.0 if reduction == "token_mean" else 1.0 / num_targets
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inputs:
+    """What the model reads, and where the outputs are that predict targets; as in MicroBatch."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
+    columns: np.ndarray
+    picks: np.ndarray
+
+
+def _padded(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Inputs:
+    longest = max(len(each.example.token_ids) for each in scored)
+    input_ids = np.zeros((len(scored), longest), np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, each in enumerate(scored):
+        length = len(each.example.token_ids)
+        input_ids[row, :length] = each.example.token_ids
+        attention_mask[row, :length] = 1
+    columns = np.unique(np.concatenate(positions)) - 1
+    picks = [
+        row * len(columns) + np.searchsorted(columns, targets - 1) for row, targets in enumerate(positions)
+    ]
+    return _Inputs(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        columns=columns,
+        picks=np.concatenate(picks).astype(np.int64),
+    )
+
+
+def _packed(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Inputs:
+    lengths = [len(each.example.token_ids) for each in scored]
+    begins = np.cumsum([0, *lengths[:-1]])
+    columns = [begin + at - 1 for begin, at in zip(begins, positions, strict=True)]
+    return _Inputs(
+        input_ids=np.concatenate([each.example.token_ids for each in scored]).astype(np.int64)[None],
+        position_ids=np.concatenate([np.arange(length) for length in lengths])[None],
+        columns=np.concatenate(columns),
+        picks=np.arange(sum(len(at) for at in positions)),
+    )
+
+
 def _targets(
-    scored: Sequence[Scored],
-    positions: Sequence[np.ndarray],
-    device: torch.device,
+    scored: Sequence[Scored], positions: Sequence[np.ndarray], device: torch.device, form: TargetForm
 ) -> SparseTargets:
-    token_ids, logprobs, log_tail, log_partition = [], [], [], []
+    token_ids: list[np.ndarray] = []
+    logprobs: list[np.ndarray] = []
+    log_tail: list[np.ndarray] = []
+    log_partition: list[np.ndarray] = []
     for each, at in zip(scored, positions, strict=True):
         answer = each.answer
         assert answer is not None
         rows = at - answer.start
-        token_ids.append(answer.token_ids[rows])
-        logprobs.append(answer.logprobs[rows])
-        log_tail.append(answer.log_tail[rows])
+        found = target_rows(answer, rows, form)
+        token_ids.append(found.token_ids)
+        logprobs.append(found.logprobs)
+        log_tail.append(found.log_tail)
         if answer.log_partitions is not None and answer.log_partitions.shape[1]:
             log_partition.append(answer.log_partitions[rows, 0])
     widest = max(array.shape[1] for array in token_ids)
@@ -144,6 +241,10 @@ def _targets(
         log_tail=joined(log_tail, np.float32),
         log_partition=joined(log_partition, np.float32) if log_partition else None,
     )
+
+
+def _optional(array: np.ndarray | None, device: torch.device) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array).to(device)
 
 
 def _widened(array: np.ndarray, num_columns: int, filling: float) -> np.ndarray:

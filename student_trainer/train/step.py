@@ -15,19 +15,23 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from student_trainer.config import LossConfig, RunConfig
-from student_trainer.train.batch import MicroBatch, Scored, collate, total_weight
+from student_trainer.train.batch import Factor, MicroBatch, Scored, collate, total_weight
 from student_trainer.train.checkpoint import Progress
+from student_trainer.train.head import Head
+from student_trainer.train.loss.fused import Positions, fused_objective
 from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.reduction import Reduction
-from student_trainer.train.loss.sparse import SparseTargets
 from student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
+from student_trainer.train.packing import check_packing
 from student_trainer.train.sources import StepData
 from student_trainer.train.student import Student
+from student_trainer.train.targets import TargetForm, TokenWeighting
 
 log = structlog.get_logger()
 
 CHUNK_LOGITS = 2**27
-"""Logits whose float32 log-probabilities are held at a time; those of other chunks are computed again in the backward pass."""
+"""Where loss and output layer are not fused: logits whose float32 log-probabilities are held at a time; those of other
+chunks are computed again in the backward pass."""
 
 
 class Stepper:
@@ -54,6 +58,9 @@ class Stepper:
         self._losses = [context.loss or config.loss for context in config.contexts]
         # The configuration's checks see to it that all contexts reduce alike.
         self._reduction = cast("Reduction", self._losses[0].reduction)
+        self._head = Head(student)
+        if config.data.packing:
+            check_packing(student, accelerator.device)
 
     def take(self, data: StepData, progress: Progress) -> dict[str, float]:
         """The metrics of a step, after it was taken and `progress` was moved on.
@@ -92,18 +99,20 @@ class Stepper:
         """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
         sums: Counter[str] = Counter()
         shares: Counter[str] = Counter()
+        factors = self._factors(scored)
         for group in _groups(scored, self._config.optimizer.micro_batch_size):
             context = group[0].context
-            student = self._config.contexts[context].student
+            loss, student = self._losses[context], self._config.contexts[context].student
             batch = collate(
                 group,
                 reduction=self._reduction,
                 device=self._accelerator.device,
                 max_importance_weight=student.max_importance_weight if student else math.inf,
+                form=cast("TargetForm", loss.sparse_target),
+                factors=factors,
+                packing=self._config.data.packing,
             )
-            with self._accelerator.autocast():
-                logits = self._student.logits(batch)
-            summed = self._objective(logits, batch, self._losses[context])
+            summed = self._objective(batch, loss)
             weight = batch.weights.sum().item() / denominator
             for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
                 sums[name] += value.item() / denominator  # type: ignore[assignment]  # a Counter of floats
@@ -128,54 +137,59 @@ class Stepper:
         self._prepared.zero_grad()
         return norm
 
-    def _objective(self, logits: Tensor, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
-        """The objective of a micro-batch, a chunk of targets at a time."""
+    def _factors(self, scored: Sequence[Scored]) -> list[Factor]:
+        """How the terms of all losses weigh tokens, over the whole step."""
+        named = {term.token_weighting for loss in self._losses for term in loss.terms if term.weight > 0}
+        return [
+            Factor.over(scored, cast("TokenWeighting", name), self._vocab_size, self._reduction)
+            for name in sorted(named - {"uniform"})
+        ]
+
+    def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
+        """The objective of a micro-batch; fused with the output layer if that is plain."""
+        layer = self._head.layer
+        with self._accelerator.autocast():
+            if layer is not None:
+                hidden = self._head.hidden(batch)
+                return fused_objective(hidden, layer, batch.positions, loss, vocab_size=self._vocab_size)
+            logits = self._student.logits(batch)
+        return self._chunked(logits, batch.positions, loss)
+
+    def _chunked(self, logits: Tensor, positions: Positions, loss: LossConfig) -> ObjectiveSum:
+        """The objective of logits that a model has given as a whole, a chunk of targets at a time."""
+        num_targets = logits.shape[1]
         chunk_targets = max(1, CHUNK_LOGITS // logits.shape[-1])
-        if batch.num_targets <= chunk_targets:
-            return self._chunk(logits, batch, slice(None), loss)
+        if num_targets <= chunk_targets:
+            return self._chunk(logits, positions, slice(None), loss)
         parts = [
             cast(
                 "ObjectiveSum",
                 checkpoint(
                     self._chunk,
                     logits,
-                    batch,
+                    positions,
                     slice(first, first + chunk_targets),
                     loss,
                     use_reentrant=False,
                     preserve_rng_state=False,
                 ),
             )
-            for first in range(0, batch.num_targets, chunk_targets)
+            for first in range(0, num_targets, chunk_targets)
         ]
-        names = parts[0].parts.keys()
-        return ObjectiveSum(
-            loss_sum=torch.stack([each.loss_sum for each in parts]).sum(),
-            parts={name: torch.stack([each.parts[name] for each in parts]).sum() for name in names},
-        )
+        return ObjectiveSum.total(parts)
 
-    def _chunk(self, logits: Tensor, batch: MicroBatch, rows: slice, loss: LossConfig) -> ObjectiveSum:
+    def _chunk(self, logits: Tensor, positions: Positions, rows: slice, loss: LossConfig) -> ObjectiveSum:
+        here = positions.rows(rows)
         return objective(
             logits[:, rows],
-            batch.target_ids[:, rows],
-            _rows(batch.targets, rows),
-            batch.weights[:, rows],
+            here.target_ids,
+            here.targets,
+            here.weights,
             loss,
             vocab_size=self._vocab_size,
-            sampled=None if batch.sampled is None else batch.sampled.rows(rows),
+            sampled=here.sampled,
+            token_factors=here.token_factors,
         )
-
-
-def _rows(targets: SparseTargets | None, rows: slice) -> SparseTargets | None:
-    if targets is None:
-        return None
-    partition = targets.log_partition
-    return SparseTargets(
-        token_ids=targets.token_ids[:, rows],
-        logprobs=targets.logprobs[:, rows],
-        log_tail=targets.log_tail[:, rows],
-        log_partition=None if partition is None else partition[:, rows],
-    )
 
 
 def _groups(scored: Sequence[Scored], size: int) -> Iterator[Sequence[Scored]]:

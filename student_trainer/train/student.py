@@ -41,7 +41,9 @@ class Student:
         self.model: nn.Module = model
         self.tokenizer = tokenizer
         self.config = config
-        plain = model.get_base_model() if config.lora else model
+        plain = model.get_base_model() if config.trains_adapter else model
+        self.plain: Any = plain
+        """The model without the adapter's wrapping."""
         self._keeps_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
         self.max_positions: int | None = getattr(plain.config, "max_position_embeddings", None)
         """Longest sequence that the model was made for, in tokens; None if it does not say."""
@@ -98,11 +100,11 @@ class Student:
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """[1, N, V]: what the model says of each target of `batch`, in its order."""
-        arguments: dict[str, Any] = {
-            "input_ids": batch.input_ids,
-            "attention_mask": batch.attention_mask,
-            "use_cache": False,
-        }
+        arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
+        if batch.attention_mask is not None:
+            arguments["attention_mask"] = batch.attention_mask
+        if batch.position_ids is not None:
+            arguments["position_ids"] = batch.position_ids
         if self._keeps_logits:
             logits_BCV = self.model(**arguments, logits_to_keep=batch.columns).logits
         else:

@@ -118,7 +118,7 @@ class LogitChunk:
         if read.kept is not None:
             read.kept.put(self.logits, of_kept)
         at_target = self.logits.gather(-1, read.target_ids) + by_target.to(self.logits.dtype)
-        self.logits.scatter_(-1, read.target_ids, at_target)
+        _scatter(self.logits, read.target_ids, at_target)
         self._read = None
 
     def _buckets(self, read: _Read, kept: _Kept) -> Tensor:
@@ -187,8 +187,16 @@ class _Kept:
         """Overwrites the kept tokens' logits with `values` [C, K]; a row without any stays as it is."""
         values = values.to(logits.dtype)
         if self._columns is None:
-            logits.scatter_(-1, self._places, values)
+            _scatter(logits, self._places, values)
             return
         some = self.mask.any(-1, keepdim=True)
         values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._places))
-        logits.scatter_(-1, self._places, values)
+        _scatter(logits, self._places, values)
+
+
+def _scatter(logits: Tensor, places: Tensor, values: Tensor) -> None:
+    """logits[c, places[c, k]] = values[c, k], both of one type."""
+    if logits.element_size() == 2:
+        # On a CPU torch takes the whole matrix to float32 and back to scatter into half precision; bits are bits.
+        logits, values = logits.view(torch.int16), values.view(torch.int16)
+    logits.scatter_(-1, places, values)

@@ -1,7 +1,8 @@
-"""One optimizer step: cutting its targets into chunks saves memory and changes nothing."""
+"""One optimizer step: fusing, chunks, packing and micro-batches save memory or time and change nothing."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,15 @@ import pytest
 import torch
 from google.protobuf import json_format
 
+from protos.errors import StillhouseError
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from protos.tensor_codec import Distributions
 from student_trainer.config import RunConfig, from_proto
-from student_trainer.train import step
-from student_trainer.train.batch import Scored
+from student_trainer.train import head, step
+from student_trainer.train.batch import Factor, MicroBatch, Scored
 from student_trainer.train.checkpoint import Progress
 from student_trainer.train.device import make_accelerator
+from student_trainer.train.loss import fused
 from student_trainer.train.optim import make_optimizer
 from student_trainer.train.prompts import Example
 from student_trainer.train.sources import StepData
@@ -65,9 +68,7 @@ def _take(config: RunConfig, data_dir: Path) -> tuple[dict[str, float], dict[str
     return metrics, {name: weight.detach().clone() for name, weight in student.trained().items()}
 
 
-def test_chunks_of_targets_change_nothing(
-    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _config(models: Models, **further: object) -> RunConfig:
     spec = {
         "student": {"model": str(models.student)},
         "teachers": [{"targets": ["127.0.0.1:1"]}],
@@ -75,17 +76,87 @@ def test_chunks_of_targets_change_nothing(
         "loss": {"top_k": TOP_K, "hard_weight": 0.5},
         "optimizer": {"name": "sgd", "learning_rate": 0.1, "warmup_fraction": 0, "lr_scheduler": "constant"},
     }
-    config = from_proto(json_format.ParseDict(spec, RunSpec()))
-    whole_metrics, whole = _take(config, tmp_path)
-    monkeypatch.setattr(step, "CHUNK_LOGITS", 7 * 400)
-    metrics, weights = _take(config, tmp_path)
-    for name in (
-        "train/loss",
-        "train/forward_kl",
-        "train/cross_entropy",
-        "train/teacher_mass",
-        "train/grad_norm",
-    ):
+    for path, value in further.items():
+        section, _, name = path.partition("__")
+        spec[section] = {**spec[section], name: value}  # type: ignore[dict-item]
+    return from_proto(json_format.ParseDict(spec, RunSpec()))
+
+
+def _same(found: tuple[dict[str, float], dict[str, torch.Tensor]], config: RunConfig, data_dir: Path) -> None:
+    """The metrics and weights are those of a step of `config` with whole logits."""
+    whole_metrics, whole = _take(config, data_dir)
+    metrics, weights = found
+    names = ("loss", "forward_kl", "cross_entropy", "teacher_mass", "grad_norm")
+    for name in (f"train/{each}" for each in names):
         assert metrics[name] == pytest.approx(whole_metrics[name], rel=1e-5), name
     for name, weight in whole.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.fixture
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No output layer is plain."""
+    monkeypatch.setattr(head, "_plain_layer", lambda model: None)
+
+
+def test_fusing_changes_nothing(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CPU_CHUNK_LOGITS", 7 * 400)
+    found = _take(_config(models), tmp_path)
+    monkeypatch.setattr(head, "_plain_layer", lambda model: None)
+    _same(found, _config(models), tmp_path)
+
+
+@pytest.mark.usefixtures("unfused")
+def test_chunks_of_whole_logits_change_nothing(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(step, "CHUNK_LOGITS", 7 * 400)
+        found = _take(_config(models), tmp_path)
+    _same(found, _config(models), tmp_path)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3, 8])
+def test_packing_and_micro_batches_change_nothing(
+    models: Models, tmp_path: Path, micro_batch_size: int
+) -> None:
+    found = _take(_config(models, data__packing=True, optimizer__micro_batch_size=micro_batch_size), tmp_path)
+    _same(found, _config(models), tmp_path)
+
+
+def test_token_weightings_have_mean_one_over_the_step(models: Models, tmp_path: Path) -> None:
+    terms = [{"divergence": "tvd", "token_weighting": "teacher_entropy"}]
+    config = _config(models, loss__terms=terms, optimizer__micro_batch_size=2)
+    tokenizer = load_tokenizer(config.student, tmp_path)
+    scored = _scored(len(tokenizer))
+    factor = Factor.over(scored, "teacher_entropy", len(tokenizer), "token_mean")
+    values = np.concatenate([factor.of(each, np.flatnonzero(each.example.mask)) for each in scored])
+    assert values.mean() == pytest.approx(1)
+    assert values.std() > 0.01
+    once, twice = _take(config, tmp_path), _take(_config(models, loss__terms=terms), tmp_path)
+    assert once[0]["train/loss"] == pytest.approx(twice[0]["train/loss"], rel=1e-5)
+
+
+def test_only_a_layer_whose_product_is_the_logits_is_fused(models: Models, tmp_path: Path) -> None:
+    config = _config(models).student
+    tokenizer = load_tokenizer(config, tmp_path)
+    student = Student.load(
+        config, tokenizer, data_dir=tmp_path, device=torch.device("cpu"), precision="fp32", seed=0
+    )
+    assert head.Head(student).layer is not None
+    student.model.get_output_embeddings().register_forward_hook(  # type: ignore[operator]
+        lambda module, inputs, output: output.tanh()
+    )
+    assert head.Head(student).layer is None
+
+
+def test_a_model_that_mixes_packed_sequences_is_refused(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_positions(self: Student, batch: MicroBatch) -> torch.Tensor:
+        return logits(self, replace(batch, position_ids=None))
+
+    logits = Student.logits
+    monkeypatch.setattr(Student, "logits", without_positions)
+    with pytest.raises(StillhouseError, match=r"data\.packing: .* mixes sequences"):
+        _take(_config(models, data__packing=True), tmp_path)
