@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from student_trainer.config_checks import MAX_TOP_K, check
@@ -362,6 +363,16 @@ class RunConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher's answers can be had: from itself, or from a cache."""
+        return bool(self.teachers) or self.is_offline
+
+    @property
+    def is_offline(self) -> bool:
+        """Whether all answers come out of a cache, and no teacher is asked."""
+        return self.cache is not None and self.cache.mode == "only"
+
     def loss_of(self, context: ContextConfig) -> LossConfig:
         """What is minimised on the rows of `context`."""
         return context.loss or self.loss
@@ -386,7 +397,7 @@ def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
         # Within its range, so that a loss.top_k outside of it is reported once.
         evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
     if not evaluation.metrics:
-        metrics = ("kl", "perplexity", "agreement") if config.teachers else ("perplexity",)
+        metrics = ("kl", "perplexity", "agreement") if config.has_teacher else ("perplexity",)
         evaluation = replace(evaluation, metrics=metrics)
     student = config.student
     if student.trains_adapter and not spec.student.HasField("output"):
@@ -408,4 +419,8 @@ def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
 
 
 def _with_parameters(loss: LossConfig) -> LossConfig:
-    return replace(loss, terms=tuple(replace(term, **term.parameters) for term in loss.terms))
+    terms = []
+    for term in loss.terms:
+        values: dict[str, Any] = dict(term.parameters)
+        terms.append(replace(term, **values))
+    return replace(loss, terms=tuple(terms))

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from protos.errors import FieldViolation, Reason, StillhouseError
+from student_trainer.config_cache import check_cache
 from student_trainer.config_contexts import check_contexts, check_data, check_student, check_teachers, losses
 from student_trainer.config_loss import check_loss
 
@@ -56,15 +57,13 @@ CHOICES: Mapping[str, Sequence[str]] = {
 """What a person may write, by class and field."""
 
 SUPPORTED: Mapping[str, Collection[object]] = {
-    "RunConfig.task": ("distil",),
-    "RunConfig.cache": (),
+    "RunConfig.task": ("distil", "cache"),
     "StudentContextConfig.rollout_target": ("",),
     "LossConfig.foreign_tokenizer": ("refuse",),
     "EvaluationConfig.metrics": ("kl", "perplexity", "agreement", "cross_entropy"),
     "EvaluationConfig.best_metric": ("",),
     "EvaluationConfig.generation": (),
     "ResourceConfig.num_processes": (0, 1),
-    "RetryConfig.halve_micro_batch": (False,),
 }
 """What the training process does, where that is less than the contract has; a feature that lands deletes its line."""
 
@@ -251,19 +250,17 @@ def _check_required(config: RunConfig) -> Iterator[FieldViolation]:
             if not dataset.path:
                 yield violation(f"data.{name}[{i}].path", "is required: a file on the trainer's host.")
     for i, teacher in enumerate(config.teachers):
-        if not teacher.targets:
+        if not teacher.targets and not config.is_offline:
             yield violation(f"teachers[{i}].targets", 'is required, such as ["127.0.0.1:7401"].')
         for j, target in enumerate(teacher.targets):
             match = _TARGET.fullmatch(target)
             if not match or int(match[2] or 0) > 65535:
                 yield violation(f"teachers[{i}].targets[{j}]", f'"{target}" is no host:port or unix:PATH.')
-    if config.cache and not config.cache.path:
-        yield violation("cache.path", 'is required, such as "caches/my-set".')
 
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
     """What fits together."""
-    for check_part in (check_student, check_teachers, check_contexts, check_data):
+    for check_part in (check_student, check_teachers, check_contexts, check_data, check_cache):
         yield from check_part(config)
     yield from _check_teachers(config)
     for path, loss in losses(config):
@@ -279,7 +276,7 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
 
 
 def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
-    if config.teachers or config.task == "cache":
+    if config.has_teacher or config.task == "cache":
         return
     teacher_metrics = sorted(TEACHER_METRICS.intersection(config.evaluation.metrics))
     if config.asks_teacher:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SAMPLED_TARGETS = ("sampled", "top_k_and_sampled")
 """Sparse targets that need a teacher's draws."""
+TEACHER_WEIGHTED = ("forward_kl", "skew_kl", "mse")
+"""Divergences that weigh tokens by the teacher's probabilities, so that its likeliest are support enough."""
 
 
 def check_contexts(config: RunConfig) -> Iterator[FieldViolation]:
@@ -162,6 +164,22 @@ def losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:
         elif not seen:
             seen = True
             yield "loss", config.loss
+
+
+def query_field(config: RunConfig) -> str:
+    """Where a loss stands that compares on the tokens that the student finds likely in its own text; empty if none does."""
+    for i, context in enumerate(config.contexts):
+        if context.student is not None and needs_query(config.loss_of(context)):
+            return f"contexts[{i}].loss" if context.loss else "loss"
+    return ""
+
+
+def needs_query(loss: LossConfig) -> bool:
+    """Whether a loss weighs tokens by the student's probabilities, so that the student's likeliest must be in the support."""
+    return any(
+        term.weight > 0 and term.estimator == "full" and term.divergence not in TEACHER_WEIGHTED
+        for term in loss.terms
+    )
 
 
 def is_ensemble(config: RunConfig) -> bool:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from protos.errors import Reason, StillhouseError
 from student_trainer.run_dir import MANIFEST, Attempt, RunDir, fsync_directory
 from student_trainer.train import failpoints
+from student_trainer.train.in_flight import InFlight
 
 log = structlog.get_logger()
 
@@ -57,6 +58,8 @@ class Trained:
     scaler: Any
     """torch's GradScaler with fp16, else None."""
     progress: Progress
+    in_flight: InFlight = dataclasses.field(default_factory=InFlight)
+    """Texts of the student that no step has taken yet."""
 
 
 def save(attempt: Attempt, trained: Trained, facts: Mapping[str, str], *, keep: int) -> Path:
@@ -143,6 +146,7 @@ def _write_files(directory: Path, trained: Trained) -> None:
     state = {
         "optimizer": trained.optimizer.state_dict(),
         "scaler": trained.scaler.state_dict() if trained.scaler else None,
+        "in_flight": trained.in_flight.state(),
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -183,6 +187,7 @@ def _read_files(directory: Path, trained: Trained) -> None:
     trained.optimizer.load_state_dict(state["optimizer"])
     if trained.scaler and state["scaler"]:
         trained.scaler.load_state_dict(state["scaler"])
+    trained.in_flight.restore(state.get("in_flight", []))
     torch.set_rng_state(state["torch_rng"])
     if torch.cuda.is_available() and state["cuda_rng"]:
         torch.cuda.set_rng_state_all(state["cuda_rng"])

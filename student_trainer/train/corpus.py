@@ -12,8 +12,8 @@ import structlog
 
 from protos.errors import Reason, StillhouseError
 from student_trainer.config import MAX_SPLIT_ROWS, DataConfig, DatasetConfig, EvaluationConfig
-from student_trainer.train.prompts import Encoder, Example
-from student_trainer.train.rows import read_rows
+from student_trainer.train.prompts import Encoder, Example, num_prompt_tokens
+from student_trainer.train.rows import Row, read_rows
 
 log = structlog.get_logger()
 
@@ -28,24 +28,47 @@ class Corpus:
     train: Sequence[Example]
     eval: Sequence[Example]
     """May be empty."""
+    parts: Sequence[int]
+    """How many of `train`, in their order, come from each dataset."""
 
     @property
     def longest(self) -> Example:
         """The example with the most tokens."""
         return max((*self.train, *self.eval), key=lambda example: len(example.token_ids))
 
+    @property
+    def largest(self) -> Example:
+        """The example with the largest token id."""
+        return max((*self.train, *self.eval), key=lambda example: int(example.token_ids.max()))
 
-def load_corpus(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any, data_dir: Path) -> Corpus:
-    """The examples of `data`, encoded with the student's tokenizer.
+
+def load_corpus(
+    data: DataConfig,
+    evaluation: EvaluationConfig,
+    tokenizer: Any,
+    data_dir: Path,
+    teachers: Sequence[str] = (),
+) -> Corpus:
+    """The examples of `data`, encoded with the student's tokenizer; `teachers` are the names that rows may give.
 
     Raises:
         StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also where nothing is left to learn from.
     """
     encoder = Encoder(tokenizer, completion_only=data.completion_only)
-    train = _read(data.train, data, encoder, data_dir)
-    held_out = _read(data.eval, data, encoder, data_dir) if data.eval else []
+    parts = [_read(dataset, data, encoder, data_dir, teachers) for dataset in data.train]
+    train = [example for part in parts for example in part]
+    held_out = [
+        example for dataset in data.eval for example in _read(dataset, data, encoder, data_dir, teachers)
+    ]
     if not data.eval:
-        train, held_out = _split(train, data)
+        chosen = _held_out(len(train), data)
+        held_out = [example for index, example in enumerate(train) if index in chosen]
+        ends = np.cumsum([len(part) for part in parts])
+        parts = [
+            [each for index, each in enumerate(part, start=end - len(part)) if index not in chosen]
+            for part, end in zip(parts, ends, strict=True)
+        ]
+        train = [example for part in parts for example in part]
     if not train:
         raise StillhouseError(
             Reason.DATASET_INVALID,
@@ -53,39 +76,39 @@ def load_corpus(data: DataConfig, evaluation: EvaluationConfig, tokenizer: Any, 
             "Raise data.max_sequence_tokens, or give rows with completions.",
         )
     log.info("data read", train_rows=len(train), eval_rows=len(held_out))
-    return Corpus(train=train, eval=held_out[: evaluation.limit])
+    return Corpus(train=train, eval=held_out[: evaluation.limit], parts=[len(part) for part in parts])
 
 
 def _read(
-    datasets: Sequence[DatasetConfig], data: DataConfig, encoder: Encoder, data_dir: Path
+    dataset: DatasetConfig, data: DataConfig, encoder: Encoder, data_dir: Path, teachers: Sequence[str]
 ) -> list[Example]:
-    examples: list[Example] = []
-    for dataset in datasets:
-        read = _Reader(data, encoder)
-        examples.extend(read.examples(dataset, data_dir))
-        if read.too_long or read.nothing_to_learn:
-            log.warning(
-                "rows left out",
-                path=dataset.path,
-                too_long=read.too_long,
-                nothing_to_learn=read.nothing_to_learn,
-            )
+    read = _Reader(data, encoder, teachers)
+    examples = list(read.examples(dataset, data_dir))
+    if read.too_long or read.nothing_to_learn:
+        log.warning(
+            "rows left out",
+            path=dataset.path,
+            too_long=read.too_long,
+            nothing_to_learn=read.nothing_to_learn,
+        )
     return examples
 
 
 class _Reader:
     """Encodes one source and counts what it leaves out."""
 
-    def __init__(self, data: DataConfig, encoder: Encoder) -> None:
+    def __init__(self, data: DataConfig, encoder: Encoder, teachers: Sequence[str]) -> None:
         self._data = data
         self._encoder = encoder
+        self._teachers = teachers
         self.too_long = 0
         self.nothing_to_learn = 0
 
     def examples(self, dataset: DatasetConfig, data_dir: Path) -> Iterator[Example]:
         limit = self._data.max_sequence_tokens
         for row in read_rows(dataset, data_dir):
-            token_ids, mask = self._encoder.encode(row)
+            token_ids, written = self._encoder.mark(row)
+            mask = self._encoder.targets(written)
             if len(token_ids) > limit and self._data.overflow == "drop":
                 self.too_long += 1
             elif not any(mask[:limit]):
@@ -95,16 +118,27 @@ class _Reader:
                     token_ids=np.asarray(token_ids[:limit], np.int32),
                     mask=np.asarray(mask[:limit], np.bool_),
                     place=f"{row.path}, row {row.number}",
+                    num_prompt=num_prompt_tokens(written[:limit]),
+                    teacher=self._teacher(row),
                 )
 
+    def _teacher(self, row: Row) -> str:
+        """The name that the row gives in `data.teacher_field`. Raises StillhouseError(DATASET_INVALID)."""
+        field = self._data.teacher_field
+        if not field:
+            return ""
+        name = row.text(field)
+        if name not in self._teachers:
+            raise row.invalid(
+                field, f'is "{name}", which no teacher is called; there are {", ".join(self._teachers)}.'
+            )
+        return name
 
-def _split(examples: list[Example], data: DataConfig) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, each in file order; drawn by `data.seed` alone."""
-    if data.eval_fraction == 0 or len(examples) < 2:
-        return examples, []
-    count = min(MAX_SPLIT_ROWS, max(1, round(data.eval_fraction * len(examples))), len(examples) - 1)
+
+def _held_out(num_rows: int, data: DataConfig) -> set[int]:
+    """Which of the rows are held out; drawn by `data.seed` alone."""
+    if data.eval_fraction == 0 or num_rows < 2:
+        return set()
+    count = min(MAX_SPLIT_ROWS, max(1, round(data.eval_fraction * num_rows)), num_rows - 1)
     generator = np.random.Generator(np.random.PCG64([data.seed, _SPLIT_STREAM]))
-    chosen = set(generator.permutation(len(examples))[:count].tolist())
-    train = [example for index, example in enumerate(examples) if index not in chosen]
-    held_out = [example for index, example in enumerate(examples) if index in chosen]
-    return train, held_out
+    return set(generator.permutation(num_rows)[:count].tolist())

@@ -16,11 +16,11 @@ import torch
 
 from protos.tensor_codec import Distributions
 from student_trainer.run_dir import RunDir, write_whole
+from student_trainer.train.answers import Answers
 from student_trainer.train.batch import Scored, collate
 from student_trainer.train.loss.terms import cross_entropy, forward_kl
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
-from student_trainer.train.score_stream import ScoreStream
 from student_trainer.train.student import Student
 
 log = structlog.get_logger()
@@ -81,14 +81,14 @@ def evaluate(
     return means
 
 
-def ask(examples: Sequence[Example], stream: ScoreStream, patience: Patience) -> list[Scored]:
-    """The examples with the teacher's answers. Raises what `ScoreStream.take` raises."""
+def ask(examples: Sequence[Example], stream: Answers, patience: Patience) -> list[Scored]:
+    """The examples with the teacher's answers. Raises what `Answers.take` raises."""
     scored: list[Scored] = []
     asked = 0
     for sequence_id, example in enumerate(examples):
         while asked < min(sequence_id + WINDOW_SEQUENCES, len(examples)):
             ahead = examples[asked]
-            stream.submit(asked, ahead.token_ids, ahead.start, ahead.place)
+            stream.submit(asked, ahead.token_ids, ahead.start, ahead.place, teacher=ahead.teacher)
             asked += 1
         scored.append(Scored(example=example, answer=stream.take(sequence_id, patience)))
     return scored

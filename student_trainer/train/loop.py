@@ -4,35 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import structlog
 
 from protos.errors import Reason, StillhouseError
-from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
-from protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
 from student_trainer.config import RunConfig
 from student_trainer.config_checks import TEACHER_METRICS
 from student_trainer.run_dir import Attempt
 from student_trainer.train import checkpoint, device, evaluate
+from student_trainer.train.answers import evaluation_request
 from student_trainer.train.batch import Scored
+from student_trainer.train.cache import RunCache
 from student_trainer.train.checkpoint import Progress, Trained
+from student_trainer.train.contexts import Mix
 from student_trainer.train.corpus import Corpus, load_corpus
 from student_trainer.train.due import Due
 from student_trainer.train.export import export
+from student_trainer.train.feeds import Parts, make_feed
 from student_trainer.train.optim import make_optimizer
 from student_trainer.train.order import Schedule
 from student_trainer.train.patience import Patience, Stopped
+from student_trainer.train.questions import evaluation_questions, training_questions
 from student_trainer.train.reporter import Reporter
-from student_trainer.train.score_stream import ScoreStream
 from student_trainer.train.sources import Source
 from student_trainer.train.step import Stepper
+from student_trainer.train.stored import StoredTeachers
 from student_trainer.train.student import Student, load_tokenizer
-from student_trainer.train.teacher_client import Demands, Teacher
+from student_trainer.train.teacher_client import Demands
+from student_trainer.train.teachers import Teachers
 
 log = structlog.get_logger()
 
@@ -64,7 +68,7 @@ def train(config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool
             run.evaluate_at_start()
             for data in run.source.steps(after=progress.step):
                 metrics = run.stepper.take(data, progress)
-                run.report(metrics)
+                run.report({**metrics, **data.metrics})
                 run.refuse_nonsense()
                 if run.due.evaluation(progress.step):
                     run.evaluate()
@@ -119,21 +123,27 @@ class _Run:
         patience = Patience(attempt, stop_requested, config.retry.teacher_wait_s)
 
         tokenizer = load_tokenizer(config.student, data_dir)
-        fingerprint = tokenizer_fingerprint(
-            tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
-        )
-        corpus = load_corpus(config.data, config.evaluation, tokenizer, data_dir)
+        tokenizer_json = tokenizer.backend_tokenizer.to_str()
+        fingerprint = tokenizer_fingerprint(tokenizer_json, tokenizer.special_tokens_map)
+        names = [teacher.name for teacher in config.teachers]
+        corpus = load_corpus(config.data, config.evaluation, tokenizer, data_dir, names)
         answers = evaluate.load_answers(attempt.run_dir, corpus.eval, config.evaluation.top_k)
         wants_answers = bool(
-            config.teachers and corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
+            config.has_teacher and corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
         )
         ask_now = wants_answers and answers is None
-        teacher: Teacher | None = None
-        if config.loss.asks_teacher or ask_now:
-            longest = corpus.longest
-            demands = Demands.of(config, fingerprint, len(longest.token_ids), longest.place)
-            teacher = stack.enter_context(
-                _connected(Teacher(config.teachers[0], demands, attempt.run_dir), patience)
+        teachers: Teachers | StoredTeachers | None = None
+        if config.is_offline and (config.asks_teacher or ask_now):
+            questions = training_questions(config, corpus)
+            questions += evaluation_questions(config, corpus) if ask_now else []
+            teachers = StoredTeachers.find(
+                config, questions, fingerprint, run_dir=attempt.run_dir, data_dir=data_dir, stack=stack
+            )
+        elif config.asks_teacher or ask_now:
+            demands = Demands.of(config, fingerprint, tokenizer_json, corpus)
+            cache = RunCache.open(config.cache, data_dir, stack)
+            teachers = Teachers.connect(
+                config, demands, attempt.run_dir, patience=patience, stack=stack, cache=cache
             )
 
         run._accelerator = device.make_accelerator(config.optimizer)
@@ -147,8 +157,11 @@ class _Run:
             seed=config.optimizer.seed,
         )
         _check_length(corpus, run.student)
-        run._vocab_size = min(len(tokenizer), teacher.info.tokenizer_size) if teacher else len(tokenizer)
-        run._schedule = Schedule.of(len(corpus.train), config.optimizer, config.data.seed)
+        run._vocab_size = min(len(tokenizer), teachers.tokenizer_size) if teachers else len(tokenizer)
+        weights = [each.weight for each in config.data.train if each.weight is not None]
+        run._schedule = Schedule.of(
+            len(corpus.train), config.optimizer, config.data.seed, corpus.parts, weights
+        )
         optimizer = make_optimizer(run.student.trained(), config.optimizer)
         run.stepper = Stepper(
             run.student,
@@ -167,7 +180,7 @@ class _Run:
         run._facts = {
             "config_sha256": hashlib.sha256(attempt.run_dir.effective_spec_path.read_bytes()).hexdigest(),
             "tokenizer_fingerprint": fingerprint,
-            "teacher_fingerprint": teacher.info.model_fingerprint if teacher else "",
+            "teacher_fingerprint": teachers.fingerprint if teachers else "",
         }
         run._saved_step = checkpoint.restore(attempt, run._trained)
         run.due = Due(config.checkpoint, config.evaluation, run._schedule)
@@ -175,31 +188,43 @@ class _Run:
         attempt.report("started", total_steps=run._schedule.total_steps, step=progress.step)
         log.info("training", step=progress.step, total_steps=run._schedule.total_steps, precision=precision)
 
-        if ask_now and teacher:
-            stream = ScoreStream(teacher, _request(config, config.evaluation.top_k, tempered=False))
+        if ask_now and teachers:
+            asked = teachers.answers(evaluation_request(config.evaluation.top_k), fixed_text=True)
             try:
-                answers = evaluate.ask(corpus.eval, stream, patience)
+                answers = evaluate.ask(corpus.eval, asked, patience)
             finally:
-                stream.close()
+                asked.close()
             evaluate.store_answers(attempt.run_dir, answers, config.evaluation.top_k)
         plain = [Scored(example=example, answer=None) for example in corpus.eval]
         run._held_out = answers if answers is not None and wants_answers else plain
-        run.source = Source(
-            corpus.train,
-            run._schedule,
-            stream=_open_stream(teacher, config, stack) if teacher and config.loss.asks_teacher else None,
-            prefetch_steps=config.teachers[0].prefetch_steps if config.teachers else 0,
+        parts = Parts(
+            config=config,
+            corpus=corpus,
+            teachers=teachers if config.asks_teacher else None,
+            student=run.student,
+            vocab_size=run._vocab_size,
+            in_flight=run._trained.in_flight,
+            version=lambda: progress.step - progress.skipped_steps,
+            is_resumed=progress.step > 0,
+            device=run._accelerator.device,
+            autocast=run._accelerator.autocast,
             patience=patience,
+            stack=stack,
         )
+        mix = Mix(
+            weights=[each.weight for each in config.contexts], schedule=run._schedule, seed=config.data.seed
+        )
+        feeds = [make_feed(context, number, parts) for number, context in enumerate(config.contexts)]
+        run.source = Source(feeds, mix)
         return run
 
-    def report(self, metrics: dict[str, float]) -> None:
+    def report(self, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of the step just taken."""
         further = {
             "train/epoch": self._schedule.epochs(self.progress.step),
             "teacher/sequences_asked": float(self.source.num_asked),
         }
-        self._reporter.metrics(self.progress.step, metrics | further)
+        self._reporter.metrics(self.progress.step, {**metrics, **further})
 
     def refuse_nonsense(self) -> None:
         """Return unless the last steps were no numbers, one after the other. Raises StillhouseError(NON_FINITE)."""
@@ -248,33 +273,6 @@ class _Run:
         )
         self._reporter.metrics(self.progress.step, metrics)
         log.info("evaluated", step=self.progress.step, **metrics)
-
-
-@contextmanager
-def _connected(teacher: Teacher, patience: Patience) -> Iterator[Teacher]:
-    try:
-        teacher.connect(patience)
-        yield teacher
-    finally:
-        teacher.close()
-
-
-def _open_stream(teacher: Teacher, config: RunConfig, stack: ExitStack) -> ScoreStream:
-    tempered = config.loss.temperature != 1 and config.loss.temperature_mode == "exact"
-    stream = ScoreStream(teacher, _request(config, config.loss.top_k, tempered=tempered))
-    stack.callback(stream.close)
-    return stream
-
-
-def _request(config: RunConfig, top_k: int, *, tempered: bool) -> DistributionConfig:
-    """What is asked of the teacher at each position."""
-    half = config.teachers[0].logprob_dtype == "float16"
-    return DistributionConfig(
-        top_k=top_k,
-        logprob_dtype=TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32,
-        pack_token_ids=True,
-        temperatures=[config.loss.temperature] if tempered else [],
-    )
 
 
 def _check_length(corpus: Corpus, student: Student) -> None:

@@ -30,6 +30,10 @@ class Example:
     """[T]: which tokens are targets; at least one, never the first."""
     place: str
     """File and row that it comes from, for errors."""
+    num_prompt: int | None = None
+    """Tokens of the prompt that a generated completion continues; None: those before the first target."""
+    teacher: str = ""
+    """Name of the row's teacher; empty where rows name none."""
 
     @property
     def start(self) -> int:
@@ -37,9 +41,20 @@ class Example:
         return int(np.argmax(self.mask))
 
     @property
+    def prompt(self) -> NDArray[np.int32]:
+        """What a generated completion continues, at least one token."""
+        return self.token_ids[: self.start if self.num_prompt is None else self.num_prompt]
+
+    @property
     def num_targets(self) -> int:
         """Tokens that are learnt from."""
         return int(self.mask.sum())
+
+
+def num_prompt_tokens(written: Sequence[bool]) -> int:
+    """Where the last completion of a row begins, >= 1, from the mask of what completions wrote."""
+    begins = [at for at, wrote in enumerate(written) if wrote and not (at and written[at - 1])]
+    return max(1, begins[-1]) if begins else 1
 
 
 class Encoder:
@@ -59,6 +74,16 @@ class Encoder:
 
     def encode(self, row: Row) -> tuple[list[int], list[bool]]:
         """Token ids and mask of a row, not cut. Raises StillhouseError(DATASET_INVALID) for a row that cannot be."""
+        token_ids, written = self.mark(row)
+        return token_ids, self.targets(written)
+
+    def targets(self, written: Sequence[bool]) -> list[bool]:
+        """The mask of what is learnt, from that of what completions wrote."""
+        learnt = written if self._completion_only else [True] * len(written)
+        return [False, *learnt[1:]]
+
+    def mark(self, row: Row) -> tuple[list[int], list[bool]]:
+        """Token ids of a row, and which of them a completion wrote. Raises as `encode`."""
         match row.kind:
             case "messages":
                 token_ids, mask = self._encode_messages(row)
@@ -67,9 +92,7 @@ class Encoder:
             case _:
                 token_ids = self._encode_text(row)
                 mask = [True] * len(token_ids)
-        if not self._completion_only:
-            mask = [True] * len(token_ids)
-        return token_ids, [False, *mask[1:]]
+        return token_ids, mask
 
     def _encode_text(self, row: Row) -> list[int]:
         text = row.text("text")

@@ -55,6 +55,7 @@ class _Item:
     token_ids: NDArray[np.int32]
     start: int
     place: str
+    query_token_ids: NDArray[np.int32] | None
 
     @property
     def num_rows(self) -> int:
@@ -89,9 +90,19 @@ class ScoreStream:
         with self._changed:
             return self._num_sent_before + (self._outbox.num_sent if self._outbox else 0)
 
-    def submit(self, sequence_id: int, token_ids: NDArray[np.int32], start: int, place: str) -> None:
-        """Ask for the distributions at positions [start, T); `place` is named in errors."""
-        item = _Item(token_ids=token_ids, start=start, place=place)
+    def submit(
+        self,
+        sequence_id: int,
+        token_ids: NDArray[np.int32],
+        start: int,
+        place: str,
+        query_token_ids: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Ask for the distributions at positions [start, T), with `query_token_ids` [T - start, Q] also for those ids.
+
+        `place` is named in errors.
+        """
+        item = _Item(token_ids=token_ids, start=start, place=place, query_token_ids=query_token_ids)
         with self._changed:
             if not self._pending:
                 self._last_answer = time.monotonic()
@@ -289,6 +300,7 @@ class _Outbox:
                     token_ids=encode(item.token_ids),
                     start=item.start,
                     adapter=self._adapter,
+                    query_token_ids=None if item.query_token_ids is None else encode(item.query_token_ids),
                 )
             )
 
@@ -301,4 +313,12 @@ def _whole(answer: Distributions, item: _Item) -> Distributions:
             f"The teacher answered positions [{answer.start}, {answer.start + answer.num_rows}) of {item.place}; "
             f"[{item.start}, {len(item.token_ids)}) was asked for. Bring both sides to the same version of Stillhouse.",
         )
+    if item.query_token_ids is not None:
+        found = None if answer.query_logprobs is None else answer.query_logprobs.shape
+        if found != item.query_token_ids.shape:
+            raise StillhouseError(
+                Reason.TENSOR_INVALID,
+                f"The teacher answered {found} queried tokens of {item.place}; {item.query_token_ids.shape} were asked for. "
+                "Bring both sides to the same version of Stillhouse.",
+            )
     return answer

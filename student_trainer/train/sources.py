@@ -1,19 +1,20 @@
-"""Where a step's text and its teacher's answers come from: in the order of the schedule, asked for a bounded window ahead."""
+"""Where a step's text and its teachers' answers come from: each context asks ahead of the student, within a bounded window."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
 
 from protos.errors import Reason, StillhouseError
+from student_trainer.train.answers import Answers
 from student_trainer.train.batch import Scored
-from student_trainer.train.order import Schedule
+from student_trainer.train.contexts import Mix, Slot
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
-from student_trainer.train.score_stream import ScoreStream
 
 log = structlog.get_logger()
 
@@ -29,81 +30,138 @@ class StepData:
     step: int
     """Counts from 0."""
     scored: Sequence[Scored]
-    """In order; shorter than planned where the teacher's answer was no numbers."""
+    """By context, in order; shorter than planned where a sequence was left out, which is counted."""
     teacher_wait_s: float
     """How long the student waited for it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the contexts say of this step."""
 
 
-class Source:
-    """The dataset's own text, with a teacher's answers if there is a stream."""
+class Feed(Protocol):
+    """One context: asks for the rows of a step, and hands them over in the order of asking."""
 
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        schedule: Schedule,
-        *,
-        stream: ScoreStream | None,
-        prefetch_steps: int,
-        patience: Patience,
-    ) -> None:
-        self._examples = examples
-        self._schedule = schedule
-        self._stream = stream
-        self._prefetch_steps = prefetch_steps
-        self._patience = patience
-        self._num_skipped = 0
+    ahead: int
+    """Steps beyond the present one that it is asked for."""
 
     @property
     def num_asked(self) -> int:
-        """Sequences that the teacher was asked for in this process."""
-        return self._stream.num_asked if self._stream else 0
+        """Sequences that teachers were asked for in this process."""
+        ...
+
+    def ask(self, step: int, slots: Sequence[Slot]) -> None:
+        """Begin with the rows of a step; called once for each step, in order."""
+        ...
+
+    def take(self, step: int) -> Iterator[Scored]:
+        """What the step learns from. Raises StillhouseError(NON_FINITE) through the skips that it counts."""
+        ...
+
+    def metrics(self) -> Mapping[str, float]:
+        """Of the step that was taken last."""
+        ...
+
+
+class Source:
+    """The contexts of a run, mixed."""
+
+    def __init__(self, feeds: Sequence[Feed], mix: Mix) -> None:
+        self._feeds = feeds
+        self._mix = mix
+
+    @property
+    def num_asked(self) -> int:
+        """Sequences that teachers were asked for in this process."""
+        return sum(feed.num_asked for feed in self._feeds)
 
     def steps(self, after: int) -> Iterator[StepData]:
         """The data of every step from `after` to the run's last.
 
         Raises:
             Stopped: the run shall stop.
-            StillhouseError: why a sequence, or the teacher, cannot be had.
+            StillhouseError: why a sequence, or a teacher, cannot be had.
         """
-        asked_until = after
-        total = self._schedule.total_steps
+        asked_until = [after] * len(self._feeds)
+        total = self._mix.schedule.total_steps
         for step in range(after, total):
-            if self._stream:
-                while asked_until < min(step + 1 + self._prefetch_steps, total):
-                    self._ask(asked_until)
-                    asked_until += 1
+            for number, feed in enumerate(self._feeds):
+                while asked_until[number] < min(step + 1 + feed.ahead, total):
+                    feed.ask(asked_until[number], self._mix.slots(asked_until[number])[number])
+                    asked_until[number] += 1
             began = time.monotonic()
-            scored = [each for each in self._gather(step) if each is not None]
-            yield StepData(step=step, scored=scored, teacher_wait_s=time.monotonic() - began)
+            scored = [each for feed in self._feeds for each in feed.take(step)]
+            waited_s = time.monotonic() - began
+            metrics = {name: value for feed in self._feeds for name, value in feed.metrics().items()}
+            yield StepData(step=step, scored=scored, teacher_wait_s=waited_s, metrics=metrics)
 
-    def _ask(self, step: int) -> None:
-        assert self._stream is not None
-        first = step * self._schedule.rows_per_step
-        for sequence_id, row in enumerate(self._schedule.rows(step), start=first):
-            example = self._examples[row]
-            self._stream.submit(sequence_id, example.token_ids, example.start, example.place)
 
-    def _gather(self, step: int) -> Iterator[Scored | None]:
-        first = step * self._schedule.rows_per_step
-        for sequence_id, row in enumerate(self._schedule.rows(step), start=first):
-            example = self._examples[row]
-            if self._stream is None:
-                yield Scored(example=example, answer=None)
-                continue
-            try:
-                yield Scored(example=example, answer=self._stream.take(sequence_id, self._patience))
-            except StillhouseError as error:
-                if error.reason is not Reason.NON_FINITE:
-                    raise
-                self._skip(error)
-                yield None
+class Skips:
+    """Counts sequences that are left out because an answer was no numbers, and ends the run when they are many."""
 
-    def _skip(self, error: StillhouseError) -> None:
-        self._num_skipped += 1
-        log.warning("sequence left out", why=error.message, left_out=self._num_skipped)
-        if self._num_skipped > max(MAX_SKIPPED_ANYWAY, MAX_SKIPPED_SHARE * self.num_asked):
+    def __init__(self) -> None:
+        self.number = 0
+
+    def count(self, error: StillhouseError, num_asked: int) -> None:
+        """Return if the run can go on without this sequence; raises `error` if it is another one than NON_FINITE."""
+        if error.reason is not Reason.NON_FINITE:
+            raise error
+        self.number += 1
+        log.warning("sequence left out", why=error.message, left_out=self.number)
+        if self.number > max(MAX_SKIPPED_ANYWAY, MAX_SKIPPED_SHARE * num_asked):
             raise StillhouseError(
                 Reason.NON_FINITE,
-                f"The teacher's answers were no numbers for {self._num_skipped} of {self.num_asked} sequences; at most 1 % "
+                f"The teacher's answers were no numbers for {self.number} of {num_asked} sequences; at most 1 % "
                 f"are left out. Look at the teacher's weights and precision. The last one: {error.message}",
             ) from error
+
+
+class DatasetFeed:
+    """The dataset's own completions, with teachers' answers if there are any to be had."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        answers: Answers | None,
+        *,
+        context: int,
+        prefetch_steps: int,
+        patience: Patience,
+    ) -> None:
+        self.ahead = prefetch_steps if answers else 0
+        self._examples = examples
+        self._answers = answers
+        self._context = context
+        self._patience = patience
+        self._skips = Skips()
+        self._slots: dict[int, Sequence[Slot]] = {}
+
+    @property
+    def num_asked(self) -> int:
+        """Sequences that teachers were asked for."""
+        return self._answers.num_asked if self._answers else 0
+
+    def ask(self, step: int, slots: Sequence[Slot]) -> None:
+        """Asks for the answers."""
+        self._slots[step] = slots
+        if self._answers is None:
+            return
+        for slot in slots:
+            example = self._examples[slot.row]
+            self._answers.submit(
+                slot.place, example.token_ids, example.start, example.place, teacher=example.teacher
+            )
+
+    def take(self, step: int) -> Iterator[Scored]:
+        """The rows with their answers."""
+        for slot in self._slots.pop(step):
+            answer = None
+            if self._answers is not None:
+                try:
+                    answer = self._answers.take(slot.place, self._patience)
+                except StillhouseError as error:
+                    self._skips.count(error, self.num_asked)
+                    continue
+            yield Scored(example=self._examples[slot.row], answer=answer, context=self._context)
+
+    def metrics(self) -> Mapping[str, float]:
+        """Nothing of its own."""
+        return {}

@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import threading
 import time
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,19 @@ import structlog
 from protos.errors import Reason, StillhouseError, from_rpc_error
 from protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_LOG_PARTITIONS,
+    CAPABILITY_QUERY_LOGPROBS,
     GetTeacherInfoRequest,
     GetTeacherInfoResponse,
 )
 from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from protos.transport import ChannelOptions, connect, process_name
 from student_trainer.config import RunConfig, TeacherConfig
+from student_trainer.config_contexts import losses, query_field
 from student_trainer.run_dir import RunDir, write_whole
+from student_trainer.train.corpus import Corpus
 from student_trainer.train.patience import Patience
+from student_trainer.train.prompts import Example
+from student_trainer.train.vocabulary import Verdict, compare_with
 
 log = structlog.get_logger()
 
@@ -47,32 +54,43 @@ class Demands:
 
     tokenizer_fingerprint: str
     """Of the student's tokenizer."""
+    tokenizer_json: str
+    """The student's tokenizer, which is compared with the teacher's where the fingerprints differ."""
     top_k: int
     """Largest that training and evaluation ask for."""
     top_k_field: str
     """Where it stands in the run file."""
     temperature: float | None
     """Temperature whose log-partition is needed; None if none is."""
-    longest_tokens: int
-    """Tokens of the longest example."""
-    longest_place: str
-    """File and row of it."""
+    query_field: str
+    """Place in the run file of a loss that needs query_logprobs; empty if none does."""
+    longest: Example
+    """The longest example."""
+    largest: Example
+    """The example with the largest token id."""
 
     @classmethod
-    def of(cls, config: RunConfig, tokenizer_fingerprint: str, longest_tokens: int, place: str) -> Demands:
+    def of(
+        cls, config: RunConfig, tokenizer_fingerprint: str, tokenizer_json: str, corpus: Corpus
+    ) -> Demands:
         """The demands of `config`."""
         asked = {"evaluation.top_k": config.evaluation.top_k}
-        if config.loss.asks_teacher:
-            asked["loss.top_k"] = config.loss.top_k
-        field = max(asked, key=lambda name: (asked[name], name == "loss.top_k"))
-        tempered = config.loss.temperature != 1 and config.loss.temperature_mode == "exact"
+        tempered: list[float | None] = [None]
+        for path, loss in losses(config):
+            if loss.asks_teacher:
+                asked[f"{path}.top_k"] = loss.top_k
+                if loss.temperature != 1 and loss.temperature_mode == "exact":
+                    tempered.append(loss.temperature)
+        field = max(asked, key=lambda name: (asked[name], name != "evaluation.top_k"))
         return cls(
             tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_json=tokenizer_json,
             top_k=asked[field],
             top_k_field=field,
-            temperature=config.loss.temperature if tempered and config.loss.asks_teacher else None,
-            longest_tokens=longest_tokens,
-            longest_place=place,
+            temperature=tempered[-1],
+            query_field=query_field(config),
+            longest=corpus.longest,
+            largest=corpus.largest,
         )
 
 
@@ -84,7 +102,11 @@ class Teacher:
         self._demands = demands
         self._run_dir = run_dir
         self._channels: dict[str, grpc.Channel] = {}
-        self._identity = _read_identity(run_dir)
+        self._identity = _read_identity(run_dir, config.name)
+        self._lock = threading.Lock()
+        self._verdicts: dict[str, Verdict] = {}
+        self.shared_size = 0
+        """Ids below it mean the same to the student and to the teacher that answered last."""
         self.info = GetTeacherInfoResponse()
         """Of the service that answered last."""
 
@@ -117,21 +139,31 @@ class Teacher:
         Raises StillhouseError: retryable if none answers; else TOKENIZER_MISMATCH, TEACHER_CHANGED, TOP_K_TOO_LARGE,
         SEQUENCE_TOO_LONG, CAPABILITY, ADAPTER_NOT_FOUND, or what a service says.
         """
+        with self._lock:  # several streams ask, each on a thread of its own
+            return self._reach()
+
+    def _reach(self) -> TeacherServiceStub:
         last: StillhouseError | None = None
         for target in self.config.targets:
             stub = TeacherServiceStub(self._channel(target))
             try:
                 info = stub.GetTeacherInfo(GetTeacherInfoRequest(), timeout=INFO_TIMEOUT_S)
+                shared_size = self._shared_size(stub, info, target)
             except grpc.RpcError as error:
                 last = from_rpc_error(error, target=target, service="teacher")
                 if not last.retryable:
                     raise last from error
                 continue
             self._check(info, target)
-            self.info = info
+            self.info, self.shared_size = info, shared_size
             return stub
         assert last is not None, "the configuration names at least one target"
         raise last
+
+    @property
+    def student_tokenizer(self) -> str:
+        """Fingerprint of the tokenizer that the run's text is encoded with."""
+        return self._demands.tokenizer_fingerprint
 
     def close(self) -> None:
         """Closes the channels."""
@@ -144,6 +176,19 @@ class Teacher:
             self._channels[target] = connect(_channel_options(self.config, target))
         return self._channels[target]
 
+    def _shared_size(self, stub: TeacherServiceStub, info: GetTeacherInfoResponse, target: str) -> int:
+        """Ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""
+        key = info.tokenizer_fingerprint
+        if key == self._demands.tokenizer_fingerprint:
+            return info.tokenizer_size
+        known = key in self._verdicts
+        verdict = compare_with(stub, self._demands.tokenizer_json, self._verdicts, key)
+        if verdict.kind == "foreign":
+            raise foreign_tokenizer(self._demands.tokenizer_fingerprint, key, verdict.why, target)
+        if not known:
+            log.info("tokenizers differ at their ends alone", shared_size=verdict.shared_size, target=target)
+        return min(verdict.shared_size, info.tokenizer_size)
+
     def _check(self, info: GetTeacherInfoResponse, target: str) -> None:
         check_demands(self._demands, info, target)
         identity = {
@@ -152,7 +197,7 @@ class Teacher:
             "adapter_fingerprint": adapter_fingerprint(info, self.config.adapter, target),
         }
         if self._identity is None:
-            write_whole(self._run_dir.teacher_path, json.dumps({**identity, "model": info.model}).encode())
+            _write_identity(self._run_dir, self.config.name, {**identity, "model": info.model})
             log.info("teacher reached", target=target, model=info.model, engine=info.engine)
             self._identity = identity
         for name in ("model_fingerprint", "adapter_fingerprint"):
@@ -167,13 +212,21 @@ class Teacher:
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
     """Return if a teacher can do what the run asks; raises what `Teacher.reach` lists, with limit and remedy."""
-    if info.tokenizer_fingerprint != demands.tokenizer_fingerprint:
+    largest_id = int(demands.largest.token_ids.max())
+    if largest_id >= info.tokenizer_size:
         raise StillhouseError(
             Reason.TOKENIZER_MISMATCH,
-            f"The student's tokenizer ({demands.tokenizer_fingerprint}) is not the one of the teacher at {target} "
-            f"({info.tokenizer_fingerprint}), so their token ids stand for different text. Use a student and a teacher "
-            "of one model family, or copy the teacher's tokenizer to a student that is trained from_config.",
-            metadata={"student": demands.tokenizer_fingerprint, "teacher": info.tokenizer_fingerprint},
+            f"{demands.largest.place} has token id {largest_id}, which the student's tokenizer added; the teacher at "
+            f"{target} has ids below {info.tokenizer_size}. Leave such tokens out of the data, or use a teacher that knows them.",
+            metadata={"value": str(largest_id), "limit": str(info.tokenizer_size)},
+        )
+    if demands.query_field and CAPABILITY_QUERY_LOGPROBS not in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"{demands.query_field} compares on the student's likeliest tokens, which needs query_logprobs; the engine of the "
+            f"teacher at {target} ({info.engine}) does not give them. Set its divergence to reverse_kl and its estimator "
+            "to policy_gradient, which every engine serves, or start the teacher with --engine hf.",
+            metadata={"capability": "CAPABILITY_QUERY_LOGPROBS"},
         )
     if demands.top_k > info.max_top_k:
         raise StillhouseError(
@@ -190,13 +243,14 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -
             "with --engine hf.",
             metadata={"capability": "CAPABILITY_LOG_PARTITIONS"},
         )
-    if demands.longest_tokens > info.max_sequence_tokens:
+    longest = len(demands.longest.token_ids)
+    if longest > info.max_sequence_tokens:
         raise StillhouseError(
             Reason.SEQUENCE_TOO_LONG,
-            f"{demands.longest_place} has {demands.longest_tokens} tokens; the teacher at {target} takes at most "
+            f"{demands.longest.place} has {longest} tokens; the teacher at {target} takes at most "
             f"{info.max_sequence_tokens}. Set data.max_sequence_tokens: {info.max_sequence_tokens}, or start the teacher "
             "with a larger --max-sequence-tokens.",
-            metadata={"value": str(demands.longest_tokens), "limit": str(info.max_sequence_tokens)},
+            metadata={"value": str(longest), "limit": str(info.max_sequence_tokens)},
         )
 
 
@@ -210,7 +264,7 @@ def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str)
     loaded = ", ".join(each.name for each in info.adapters) or "none"
     raise StillhouseError(
         Reason.ADAPTER_NOT_FOUND,
-        f'The teacher at {target} has no adapter "{adapter}"; loaded: {loaded}. Load it, or correct teachers[0].adapter.',
+        f'The teacher at {target} has no adapter "{adapter}"; loaded: {loaded}. Load it, or correct the adapter of this teacher in the run file.',
         resource=adapter,
     )
 
@@ -222,9 +276,61 @@ def backoff_s(attempt: int, error: StillhouseError | None = None) -> float:
     return random.uniform(0.05, min(MAX_BACKOFF_S, 0.25 * 2.0 ** min(attempt, 10)))  # noqa: S311 - no secret
 
 
-def _read_identity(run_dir: RunDir) -> dict[str, str] | None:
+def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> StillhouseError:
+    """The error that says so, and what to do."""
+    return StillhouseError(
+        Reason.TOKENIZER_MISMATCH,
+        f"The student's tokenizer ({student}) is foreign to the one of the teacher at {target} ({teacher}), so their token "
+        f"ids stand for different text: {why}. Use a student and a teacher of one model family, or copy the teacher's "
+        "tokenizer to a student that is trained from_config. Approximate likelihood matching (ALM) bridges foreign "
+        "tokenizers where loss.foreign_tokenizer: alm can be chosen.",
+        metadata={"student": student, "teacher": teacher},
+    )
+
+
+def check_stored_identity(
+    run_dir: RunDir, name: str, identity: Mapping[str, str], *, model: str, place: str
+) -> None:
+    """Return if the teacher whose answers `place` holds is the one that the run began with, which is kept.
+
+    Raises:
+        StillhouseError: TEACHER_CHANGED.
+    """
+    known = _read_identity(run_dir, name)
+    if known is None:
+        _write_identity(run_dir, name, {**identity, "model": model})
+        return
+    for part in ("model_fingerprint", "adapter_fingerprint"):
+        if known[part] != identity[part]:
+            raise StillhouseError(
+                Reason.TEACHER_CHANGED,
+                f"{place} holds answers of another teacher than the one that this run began with: its {part} is "
+                f"{identity[part]}, and was {known[part]}. Name the cache of the former teacher, or create a new run.",
+                metadata={"expected": known[part], "found": identity[part]},
+            )
+
+
+def _write_identity(run_dir: RunDir, name: str, identity: Mapping[str, str]) -> None:
+    """Keeps who the teacher is; teachers with names stand beside each other."""
+    content: dict[str, Any] = dict(identity)
+    if name:
+        with suppress(FileNotFoundError):
+            content = json.loads(run_dir.teacher_path.read_bytes())
+        content = (
+            {**content, name: dict(identity)}
+            if "model_fingerprint" not in content
+            else {name: dict(identity)}
+        )
+    write_whole(run_dir.teacher_path, json.dumps(content).encode())
+
+
+def _read_identity(run_dir: RunDir, name: str) -> dict[str, str] | None:
     try:
         value = json.loads(run_dir.teacher_path.read_bytes())
+        if name:
+            value = value.get(name)
+            if value is None:
+                return None
         return {name: str(value[name]) for name in ("model_fingerprint", "adapter", "adapter_fingerprint")}
     except FileNotFoundError:
         return None

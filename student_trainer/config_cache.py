@@ -1,0 +1,46 @@
+"""What a run's cache must satisfy together with its task, its contexts and its teachers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from protos.errors import FieldViolation
+
+if TYPE_CHECKING:
+    from student_trainer.config import RunConfig
+
+
+def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
+    """Problems of `cache`, and of a run whose task is to build one."""
+    if config.task == "cache":
+        yield from _check_build(config)
+    if config.cache is None:
+        return
+    if not config.cache.path:
+        yield _violation("cache.path", 'is required, such as "caches/my-set".')
+    if config.cache.mode == "only":
+        for i, context in enumerate(config.contexts):
+            if context.dataset is None:
+                yield _violation(
+                    f"contexts[{i}]",
+                    "is text that is written during the run, which no cache holds. With cache.mode: only learn from the "
+                    "dataset alone, or use cache.mode: write_through with a teacher.",
+                )
+
+
+def _check_build(config: RunConfig) -> Iterator[FieldViolation]:
+    if config.cache is None:
+        yield _violation(
+            "cache", 'is required with task: cache; name a place, such as {path: "caches/my-set"}.'
+        )
+    elif config.cache.mode != "write_through":
+        yield _violation("cache.mode", f'is "{config.cache.mode}", which keeps nothing; leave it out.')
+    if not config.teachers:
+        yield _violation("teachers", "is empty, and task: cache asks one; name it.")
+    if all(context.dataset is None for context in config.contexts):
+        yield _violation("contexts", "have none of the dataset, whose text task: cache asks about.")
+
+
+def _violation(field: str, description: str) -> FieldViolation:
+    return FieldViolation(field=field, description=description)

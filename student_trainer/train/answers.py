@@ -1,0 +1,146 @@
+"""A sequence's answer from the teacher that is responsible for it, or from all of them, mixed by weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
+from protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
+from protos.tensor_codec import Distributions
+from student_trainer.config import LossConfig, TeacherConfig
+from student_trainer.config_loss import DRAWN_TARGETS
+from student_trainer.train.patience import Patience
+from student_trainer.train.support import mix
+
+
+class AnswerStream(Protocol):
+    """One teacher's answers to sequences, by the ids that the caller gives them; the caller bounds how much is in flight."""
+
+    @property
+    def num_asked(self) -> int:
+        """Sequences that the teacher was asked for."""
+        ...
+
+    def submit(self, sequence_id: int, token_ids: NDArray[np.int32], start: int, place: str) -> None:
+        """Ask for the distributions at positions [start, T); `place` is named in errors."""
+        ...
+
+    def take(self, sequence_id: int, patience: Patience) -> Distributions:
+        """The answer to a submitted sequence, waiting for it; each can be taken once."""
+        ...
+
+    def close(self) -> None:
+        """End it; what is unanswered is dropped."""
+        ...
+
+
+class QueryStream(AnswerStream, Protocol):
+    """A stream that takes ids of the caller's choice; score_stream.ScoreStream is one."""
+
+    def submit(
+        self,
+        sequence_id: int,
+        token_ids: NDArray[np.int32],
+        start: int,
+        place: str,
+        query_token_ids: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Ask for the distributions at positions [start, T), also of `query_token_ids` [T - start, Q]."""
+        ...
+
+
+class Answers:
+    """The answers of a run's teachers to one kind of question."""
+
+    def __init__(
+        self,
+        streams: Mapping[str, AnswerStream],
+        *,
+        weights: Mapping[str, float] | None = None,
+        vocab_size: int = 0,
+    ) -> None:
+        """`streams` by the teachers' names. With `weights` every sequence asks all of them, else the one that it names."""
+        self._streams = streams
+        self._weights = weights
+        self._vocab_size = vocab_size
+        self._asked: dict[int, Sequence[str]] = {}
+
+    @property
+    def num_asked(self) -> int:
+        """Sequences that teachers were asked for in this process, counted for each teacher."""
+        return sum(stream.num_asked for stream in self._streams.values())
+
+    def submit(
+        self,
+        sequence_id: int,
+        token_ids: NDArray[np.int32],
+        start: int,
+        place: str,
+        *,
+        teacher: str,
+        query_token_ids: NDArray[np.int32] | None = None,
+    ) -> None:
+        """Ask for the distributions at positions [start, T); `teacher` is the row's, "" where rows name none."""
+        every = self._weights is not None or len(self._streams) == 1
+        names = tuple(self._streams) if every else (teacher,)
+        self._asked[sequence_id] = names
+        for name in names:
+            if query_token_ids is None:
+                self._streams[name].submit(sequence_id, token_ids, start, place)
+            else:
+                stream: QueryStream = self._streams[name]  # type: ignore[assignment]  # opened for queries
+                stream.submit(sequence_id, token_ids, start, place, query_token_ids)
+
+    def take(self, sequence_id: int, patience: Patience) -> Distributions:
+        """The answer, mixed where several teachers were asked. Raises what the streams' `take` raises."""
+        names = self._asked.pop(sequence_id)
+        parts = [self._streams[name].take(sequence_id, patience) for name in names]
+        if len(parts) == 1:
+            return parts[0]
+        assert self._weights is not None
+        return mix(parts, [self._weights[name] for name in names], vocab_size=self._vocab_size)
+
+    def close(self) -> None:
+        """Ends the streams."""
+        for stream in self._streams.values():
+            stream.close()
+
+
+RequestOf = Callable[[TeacherConfig], DistributionConfig]
+"""What is asked of each teacher at each position."""
+
+
+def training_request(loss: LossConfig, seed: int) -> RequestOf:
+    """What `loss` asks; `seed` is that of draws, where it needs any."""
+    tempered = loss.temperature != 1 and loss.temperature_mode == "exact"
+    draws = loss.sparse_target in DRAWN_TARGETS
+
+    def request(teacher: TeacherConfig) -> DistributionConfig:
+        return DistributionConfig(
+            top_k=loss.top_k,
+            logprob_dtype=_dtype(teacher),
+            pack_token_ids=True,
+            temperatures=[loss.temperature] if tempered else [],
+            num_sampled_tokens=loss.num_samples if draws else 0,
+            seed=seed if draws else 0,
+        )
+
+    return request
+
+
+def evaluation_request(top_k: int) -> RequestOf:
+    """What held-out rows ask: likeliest tokens and tail, at temperature 1."""
+
+    def request(teacher: TeacherConfig) -> DistributionConfig:
+        return DistributionConfig(top_k=top_k, logprob_dtype=_dtype(teacher), pack_token_ids=True)
+
+    return request
+
+
+def _dtype(teacher: TeacherConfig) -> TensorMessage.DataType.ValueType:
+    half = teacher.logprob_dtype == "float16"
+    return TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32

@@ -1,0 +1,88 @@
+"""A run's teachers: all reached and checked before anything is trained, and one place that opens streams to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+from protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS, DistributionConfig
+from student_trainer.config import RunConfig
+from student_trainer.config_contexts import is_ensemble
+from student_trainer.run_dir import RunDir
+from student_trainer.train.answers import Answers, AnswerStream, RequestOf
+from student_trainer.train.cache import RunCache
+from student_trainer.train.patience import Patience
+from student_trainer.train.score_stream import ScoreStream
+from student_trainer.train.teacher_client import Demands, Teacher
+
+
+class Teachers:
+    """The teachers of one run, connected."""
+
+    def __init__(self, members: Mapping[str, Teacher], *, mixed: bool, cache: RunCache | None) -> None:
+        self.members = members
+        """By name."""
+        self._mixed = mixed
+        self._cache = cache
+
+    @classmethod
+    def connect(
+        cls,
+        config: RunConfig,
+        demands: Demands,
+        run_dir: RunDir,
+        *,
+        patience: Patience,
+        stack: ExitStack,
+        cache: RunCache | None = None,
+    ) -> Teachers:
+        """Reaches every teacher; they are closed with `stack`. Raises what `Teacher.connect` raises."""
+        members = {}
+        for each in config.teachers:
+            teacher = Teacher(each, demands, run_dir)
+            stack.callback(teacher.close)
+            teacher.connect(patience)
+            members[each.name] = teacher
+        return cls(members, mixed=is_ensemble(config), cache=cache)
+
+    @property
+    def tokenizer_size(self) -> int:
+        """Ids below it mean the same to the student and to every teacher."""
+        return min(teacher.shared_size for teacher in self.members.values())
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence that all of them take."""
+        return min(teacher.info.max_sequence_tokens for teacher in self.members.values())
+
+    @property
+    def fingerprint(self) -> str:
+        """Of their models, in the order of the run file."""
+        return " ".join(teacher.info.model_fingerprint for teacher in self.members.values())
+
+    @property
+    def prefetch_steps(self) -> int:
+        """Steps that are asked ahead: as many as the one that is farthest away needs."""
+        return max(teacher.config.prefetch_steps for teacher in self.members.values())
+
+    def max_query_tokens(self) -> int:
+        """Ids per position that all of them take; 0 if one takes none."""
+        if any(CAPABILITY_QUERY_LOGPROBS not in each.info.capabilities for each in self.members.values()):
+            return 0
+        return min(teacher.info.max_query_tokens for teacher in self.members.values())
+
+    def answers(self, request: RequestOf, *, fixed_text: bool) -> Answers:
+        """Answers to `request`, about text that stays the same from run to run or not; the caller closes them."""
+        streams: dict[str, AnswerStream] = {
+            name: self._stream(teacher, request(teacher.config), fixed_text=fixed_text)
+            for name, teacher in self.members.items()
+        }
+        weights = {name: teacher.config.weight for name, teacher in self.members.items()}
+        vocab_size = max(teacher.info.vocab_size for teacher in self.members.values())
+        return Answers(streams, weights=weights if self._mixed else None, vocab_size=vocab_size)
+
+    def _stream(self, teacher: Teacher, request: DistributionConfig, *, fixed_text: bool) -> AnswerStream:
+        live = ScoreStream(teacher, request)
+        if self._cache is None or not fixed_text:
+            return live
+        return self._cache.around(live, teacher, request)
