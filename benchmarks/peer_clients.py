@@ -18,7 +18,7 @@ from benchmarks.lines import keep_stdout, serve_lines
 from benchmarks.passes import Work
 
 TRL_CLIENT = "trl.generation.vllm_client"
-GRPC_MESSAGES = "smg_grpc_proto.vllm_engine_pb2"
+GRPC_MESSAGES = "smg_grpc_proto"
 
 
 async def score_trl(request: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class VllmGrpc:
 
     def __init__(self) -> None:
         self._channel: Any = None
-        self._messages = import_module(GRPC_MESSAGES)
+        self._messages = import_module(GRPC_MESSAGES).vllm_engine_pb2
         self._generate: Any = None
         self._numbers = iter(range(1 << 30))
         self.num_bytes = 0
