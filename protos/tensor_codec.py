@@ -123,7 +123,8 @@ def encode_distributions(
     for name in _ARRAYS[2:]:
         array = getattr(distributions, name)
         if array is not None:
-            getattr(message, name).CopyFrom(encode(array))
+            bits = pack_bits if name == "sampled_token_ids" else None
+            getattr(message, name).CopyFrom(encode(array, bits=bits))
     return message
 
 

@@ -763,7 +763,9 @@ class DataSpec(_message.Message):
     completion_only: _builtins.bool
     """Learn from completions only, not from prompts."""
     packing: _builtins.bool
-    """Pack rows without padding."""
+    """Put the rows of a micro-batch one behind the other, without padding; the loss stays the same. Saves time with
+    attention kernels that skip what is masked, as on GPUs. A model that would mix the rows is refused.
+    """
     seed: _builtins.int
     """Seed of the split and of the order of rows. Unset means optimizer.seed."""
     @_builtins.property
@@ -910,7 +912,7 @@ Global___RolloutSpec: _TypeAlias = RolloutSpec  # noqa: Y015
 
 @_typing.final
 class LossSpec(_message.Message):
-    """LossSpec is what is minimised: the sum of the terms plus hard_weight x cross-entropy."""
+    """LossSpec is what is minimised: the sum of the terms plus hard_weight x cross-entropy, over all tokens of a step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -926,19 +928,30 @@ class LossSpec(_message.Message):
     hard_weight: _builtins.float
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
-    """Softmax temperature of the terms, whose gradients are scaled by its square."""
+    """Softmax temperature of the terms, on both sides, whose gradients are scaled by its square; > 0. Unset means 1. "mse"
+    does not change with it. Other than 1 it needs sparse_target "tail_bucket" or "renormalise".
+    """
     temperature_mode: _builtins.str
-    """"exact" (needs log_partitions) or "conditional"; see the documentation of losses."""
+    """"exact": the teacher sends its log-partition, with which the kept tokens and the tail are exact at any temperature.
+    "conditional": for teachers that cannot; whether a kept token comes is compared at temperature 1, and which of them
+    at `temperature`. Defined for all divergences but "adaptive_kl" and "mse". Unset means exact.
+    """
     reduction: _builtins.str
-    """"token_mean" or "sequence_mean"."""
+    """"token_mean": every token of a step counts the same. "sequence_mean": every sequence does. What other programs call
+    batchmean divides by the number of sequences what they summed over tokens, which is neither. Unset means token_mean.
+    """
     top_k: _builtins.int
-    """Likeliest teacher tokens to ask for."""
+    """Likeliest teacher tokens to ask for, in [1, 256]. Unset means 64."""
     sparse_target: _builtins.str
-    """What stands for the tokens beyond them: "tail_bucket", "sampled" (random-sampling distillation),
-    "top_k_and_sampled" or "renormalise".
+    """What stands for the tokens beyond them. "tail_bucket": one bucket with all their mass; a lower bound of the
+    divergence over the vocabulary, least for a student that equals its teacher. "sampled": random-sampling
+    distillation, num_samples draws of the teacher in place of its top_k, which then may be 1; unbiased. "top_k_and_sampled":
+    the top_k exactly, and the draws that fell outside share the tail's mass. "renormalise": the top_k as if they were
+    all, as many programs do; it makes students over-confident. All but the first are for forward_kl alone. Unset means
+    tail_bucket.
     """
     num_samples: _builtins.int
-    """Draws per position for "sampled"."""
+    """Draws per position for "sampled" and "top_k_and_sampled". Unset means 50."""
     foreign_tokenizer: _builtins.str
     """How a foreign tokenizer is bridged: "refuse" or "alm"."""
     @_builtins.property
@@ -999,7 +1012,7 @@ Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
 
 @_typing.final
 class LossTerm(_message.Message):
-    """LossTerm is one divergence."""
+    """LossTerm is one divergence of the teacher p and the student q, in nats per token."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1011,21 +1024,30 @@ class LossTerm(_message.Message):
     ESTIMATOR_FIELD_NUMBER: _builtins.int
     TOKEN_WEIGHTING_FIELD_NUMBER: _builtins.int
     divergence: _builtins.str
-    """"forward_kl", "reverse_kl", "jsd", "jsd_normalised", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta",
-    "adaptive_kl", "mse".
+    """"forward_kl": KL(p || q). "reverse_kl": KL(q || p). "jsd": beta KL(p || m) + (1 - beta) KL(q || m) with
+    m = beta p + (1 - beta) q, as in TRL, Liger and GKD: beta 0 and 1 are forward and reverse KL by decree, although
+    the formula goes to 0 there. "jsd_normalised": the same / (beta (1 - beta)), which goes to both by itself.
+    "tvd": total variation. "skew_kl": KL(p || alpha p + (1 - alpha) q). "skew_reverse_kl": KL(q || (1 - alpha) p +
+    alpha q). "alpha_beta": with alpha + beta = 1, from reverse_kl (0, 1) to forward_kl (1, 0). "adaptive_kl": both KLs,
+    weighted by where the student is off. "mse": of centred logits, over the top_k. Unset means forward_kl.
     """
     weight: _builtins.float
     """Weight in the sum, >= 0. Unset means 1; with 0 everywhere no teacher is asked while training."""
     alpha: _builtins.float
-    """Of skewed and alpha-beta divergences."""
+    """Of skewed divergences, in [0, 1), unset means 0.1; of alpha_beta, unset means 0.5."""
     beta: _builtins.float
-    """Of alpha-beta; of jsd, where it weighs the teacher."""
+    """Of jsd, in [0, 1], where it weighs the teacher; of alpha_beta. Unset means 0.5. Take care with values from elsewhere:
+    DistiLLM's and ABKD's `lam` and f-distill's `beta` weigh the student, so that 0.9 there is 0.1 here.
+    """
     mu: _builtins.float
-    """Of adaptive KL."""
+    """Of adaptive_kl: mass of the teacher's head, in [0, 1]. Unset means 0.5."""
     estimator: _builtins.str
-    """"full" (over the support) or "policy_gradient" (the token that was sampled)."""
+    """"full" (over the support) or "policy_gradient" (the token that was sampled). Unset means full."""
     token_weighting: _builtins.str
-    """"uniform", "teacher_entropy" or "teacher_confidence"."""
+    """Weight of a token in this term, with mean 1 over a step: "uniform"; "teacher_entropy", H(p); "teacher_confidence",
+    1 - H(p) / log V. Without the teacher's own entropy H is that of the top_k and the tail as one, a lower bound. Unset
+    means uniform.
+    """
     def __init__(
         self,
         *,

@@ -149,7 +149,7 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def sampled_token_ids(self) -> Global___Tensor:
-        """INT32 [T, R]: ids drawn from the distribution, with replacement. A draw depends only on the seed,
+        """INT32 or PACKED_UINT [T, R]: ids drawn from the distribution, with replacement. A draw depends only on the seed,
         the tokens of the sequence, the position and its own index: asking again anywhere gives the same.
         """
 
