@@ -1,0 +1,184 @@
+"""The arithmetic of the benchmarks: ratios round by round, limits, shares and slopes, and what is said of a missing peer."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from benchmarks.passes import Pass, Work
+from benchmarks.peers import TRL, VLLM_GRPC, Peers
+from benchmarks.soak import Sample, settled, shares, slope
+from benchmarks.teacher import outcomes_of
+from benchmarks.teacher_models import SHAPES, make_tokenizer
+from benchmarks.teacher_passes import CONCURRENCIES, SERVERS, kind_of
+from benchmarks.teacher_ratios import RATIOS, Costs, ModelResult, Ratio, as_json, outcome, table, top_k_of
+from benchmarks.teacher_rounds import Measured, Options, is_missing
+from benchmarks.teacher_servers import Settings
+
+ASKED = {
+    "score_vs_engine_small_k64": 0.65,
+    "score_vs_engine_qwen_k64": 0.72,
+    "score_shared_vs_engine_qwen_k64": 1.5,
+    "score_vs_http_k64": 10,
+    "score_vs_http_k128": 16,
+    "score_vs_trl_k64": 10,
+    "score_vs_trl_k128": 16,
+    "score_vs_vllm_grpc_k64": 4,
+    "gen_topk_vs_plain_k64": 0.9,
+    "gen_vs_http_k64": 2,
+    "gen_vs_vllm_grpc_k64": 1.3,
+    "bytes_http_over_ours_k64": 16.5,
+    "batch_vs_llm_generate": 0.95,
+}
+COSTS = Costs(body=0.7, head=0.2, select={64: 0.1})
+SETTINGS = Settings(dtype="bfloat16", on_cpu=True, threads=1)
+
+
+def seconds(*pairs: tuple[float, float]) -> ModelResult:
+    """Rounds in which ours and the engine's pass over 100 tokens took so long."""
+    rounds = [
+        {"score_k64": Pass(tokens=100, seconds=ours), "engine": Pass(tokens=100, seconds=other)}
+        for ours, other in pairs
+    ]
+    return ModelResult(rounds=rounds, costs=COSTS, computed=0.5, answered=0.25)
+
+
+def ratio(name: str) -> Ratio:
+    return next(each for each in RATIOS if each.name == name)
+
+
+def test_every_ratio_that_is_asked_for_is_there_once_with_what_is_required() -> None:
+    required = {each.name: each.required for each in RATIOS if each.required is not None}
+    assert required == ASKED
+    assert len({each.name for each in RATIOS}) == len(RATIOS)
+    for each in RATIOS:
+        assert each.model in SHAPES
+        assert {kind_of(each.ours), kind_of(each.other)} <= SERVERS.keys()
+    assert CONCURRENCIES.keys() <= SERVERS.keys()
+    assert all(len(choices) == 3 for choices in CONCURRENCIES.values())
+
+
+def test_k_and_kind_are_read_from_the_name_of_a_pass() -> None:
+    assert (kind_of("score_packed_k64"), top_k_of("score_packed_k64")) == ("score", 64)
+    assert (kind_of("vllm_grpc_k128"), top_k_of("vllm_grpc_k128")) == ("vllm_grpc", 128)
+    assert (kind_of("engine_shared"), top_k_of("engine_shared")) == ("engine_shared", 0)
+
+
+def test_a_ratio_is_the_median_of_the_ratios_of_rounds_not_the_ratio_of_medians() -> None:
+    found = outcome(ratio("score_vs_engine_small_k64"), seconds((2, 1), (4, 3), (10, 9)))
+    assert found is not None
+    assert found.values == pytest.approx((0.5, 0.75, 0.9))
+    assert found.median == pytest.approx(0.75)
+    assert found.ours == pytest.approx(25)
+    assert found.other == pytest.approx(100 / 3)
+
+
+def test_limits_come_from_the_parts_of_the_model() -> None:
+    found = outcome(ratio("score_vs_engine_small_k64"), seconds((2, 1)))
+    assert found is not None
+    assert found.limit == pytest.approx(0.7)
+    assert found.roofline == pytest.approx(1.0)
+    limit = COSTS.limit("shared", 64, computed=0.5, answered=0.25)
+    assert limit == pytest.approx(0.35 / (0.35 + 0.3 * 0.25))
+    assert COSTS.limit("decode", 64, computed=1, answered=1) == pytest.approx(0.9)
+
+
+def test_bytes_are_theirs_over_ours() -> None:
+    rounds = [
+        {
+            "score_packed_k64": Pass(tokens=10, seconds=1, num_bytes=2800),
+            "http_k64": Pass(tokens=20, seconds=1, num_bytes=100_800),
+        }
+    ]
+    result = ModelResult(rounds=rounds, costs=None, computed=1, answered=1)
+    found = outcome(ratio("bytes_http_over_ours_k64"), result)
+    assert found is not None
+    assert found.median == pytest.approx(18)
+    assert found.roofline is None
+
+
+def test_passes_add_up_and_an_unfinished_last_round_counts_where_it_is_whole() -> None:
+    both = Pass(tokens=10, seconds=1, num_bytes=5) + Pass(tokens=30, seconds=1, num_bytes=7)
+    assert both.tokens_per_s == 20
+    assert both.bytes_per_token == pytest.approx(0.3)
+    whole = seconds((2, 1), (1, 1))
+    rounds = [*whole.rounds, {"score_k64": both}]
+    found = outcome(
+        ratio("score_vs_engine_small_k64"), ModelResult(rounds=rounds, costs=None, computed=1, answered=1)
+    )
+    assert found is not None
+    assert found.values == pytest.approx((0.5, 1.0))
+
+
+def test_a_peer_that_cannot_run_is_not_applicable_in_table_and_file() -> None:
+    peers = Peers(python=Path("python"), missing={TRL: "no index", VLLM_GRPC: "no index"})
+    only = frozenset({"score_vs_engine_small_k64", "score_vs_trl_k64", "gen_vs_vllm_grpc_k64"})
+    options = Options(models=("small",), only=only, rounds=1, minutes=1, settings=SETTINGS)
+    assert [each.name for each in options.ratios("small", peers)] == ["score_vs_engine_small_k64"]
+    assert is_missing(ratio("score_vs_trl_k128"), peers)
+    measured = {
+        "small": Measured(result=seconds((2, 1)), engine="vllm", commands={}, concurrencies={}),
+    }
+    found = outcomes_of(measured, options, peers)
+    written = as_json(found, {"rounds": 1})
+    assert written["score_vs_engine_small_k64"] == pytest.approx(0.5)
+    assert written["score_vs_trl_k64"] == written["gen_vs_vllm_grpc_k64"] == "n/a"
+    assert written["details"] == {"rounds": 1}
+    console = Console(file=io.StringIO(), width=170)
+    console.print(table(found, "title"))
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = {name: line for name in only for line in printed.splitlines() if f" {name} " in line}
+    assert "0.50 below" in lines["score_vs_engine_small_k64"]
+    assert "0.70" in lines["score_vs_engine_small_k64"]
+    assert "n/a" in lines["score_vs_trl_k64"]
+
+
+def test_the_minutes_are_split_over_the_models_that_are_asked_for() -> None:
+    def options(*models: str) -> Options:
+        return Options(models=models, only=frozenset(), rounds=1, minutes=10, settings=SETTINGS)
+
+    assert options("small").seconds("small") == pytest.approx(600)
+    both = options("small", "qwen")
+    assert both.seconds("small") + both.seconds("qwen") == pytest.approx(600)
+
+
+def test_sequences_of_a_group_share_their_beginning_and_a_seed_fixes_them() -> None:
+    work = Work(count=4, length=12, vocab_size=64, seed=3, group_size=2, shared=8)
+    first, second, third, fourth = work.sequences()
+    np.testing.assert_array_equal(first[:8], second[:8])
+    np.testing.assert_array_equal(third[:8], fourth[:8])
+    assert (first[:8] != third[:8]).any()
+    assert (first[8:] != second[8:]).any()
+    assert {len(each) for each in (first, second, third, fourth)} == {12}
+    np.testing.assert_array_equal(first, work.sequences()[0])
+
+
+def test_the_synthetic_tokenizer_has_as_many_tokens_as_asked_for_and_gives_text_back(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path, 4096))
+    assert len(tokenizer) == 4096
+    ids = tokenizer.encode("babe kozu, 7 Grüße")
+    assert tokenizer.decode(ids) == "babe kozu, 7 Grüße"
+    assert len(tokenizer.encode("babe")) == 1
+
+
+def test_shares_and_slope_of_a_soak() -> None:
+    samples = [
+        Sample(
+            seconds=60.0 * minute,
+            tokens={"a": 100.0 * minute, "b": 300.0 * minute},
+            resident_bytes=1000 + (500 if minute == 0 else 20 * minute),
+        )
+        for minute in range(9)
+    ]
+    late = settled(samples)
+    assert late[0].seconds == 120
+    assert shares(late[0], late[-1]) == pytest.approx({"a": 0.25, "b": 0.75})
+    assert slope(late) == pytest.approx(20)
+    assert slope(samples[:1]) == 0
+    assert len(settled(samples[:2])) == 2
