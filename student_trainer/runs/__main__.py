@@ -82,7 +82,36 @@ def _indices(_context: click.Context, _parameter: click.Parameter, value: str | 
     default=_DEFAULTS.max_calls,
     help="Calls at once; more are refused.",
 )
-@click.option("--insecure", is_flag=True, help="Listen beyond this machine without TLS.")
+@click.option(
+    "--max-queued-runs",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_queued_runs,
+    help="Runs that one client may have in the queue.",
+)
+@click.option(
+    "--keep-ended-days",
+    type=click.FloatRange(0),
+    help="Remove runs and their files so many days after they ended.  [default: never]",
+)
+@click.option(
+    "--tokens",
+    type=_PATH,
+    help="Tokens that calls need; `stillhouse token create` makes it.  [default: tokens.json in --data-dir, once there]",
+)
+@click.option(
+    "--audit-log", type=_PATH, help="Who did what, as JSON lines.  [default: audit.jsonl in --data-dir]"
+)
+@click.option("--metrics-host", default=_DEFAULTS.metrics_host, help="Where Prometheus finds metrics.")
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(0, 65535),
+    help="Its port; 0 for none.  [default: 100 above that of --listen]",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Listen beyond this machine without TLS, or without tokens or certificates of callers.",
+)
 @click.option("--tls-cert", type=_PATH, help="PEM certificate of the service.")
 @click.option("--tls-key", type=_PATH, help="PEM key of the service.")
 @click.option(

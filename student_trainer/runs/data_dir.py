@@ -62,6 +62,16 @@ class DataDir:
         return self.path / CREDENTIALS
 
     @property
+    def tokens_path(self) -> Path:
+        """Hashes of the tokens that calls need, once this file is there."""
+        return self.path / "tokens.json"
+
+    @property
+    def audit_path(self) -> Path:
+        """Who did what."""
+        return self.path / "audit.jsonl"
+
+    @property
     def database_path(self) -> Path:
         """The store's file."""
         return self.path / "stillhouse.db"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -85,6 +85,10 @@ class DatabaseThread:
                     Reason.DISK_FULL, "The disk of the service's data directory is full; free some space."
                 ) from error
             raise
+
+    def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """The same for a caller in a thread of its own, which waits by itself."""
+        return self._executor.submit(function, *args, **kwargs)
 
     def close(self) -> None:
         """Wait for the calls that were begun."""

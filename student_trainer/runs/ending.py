@@ -14,9 +14,11 @@ from student_trainer.runs.state import State
 
 NO_RETRY = frozenset({Reason.OUT_OF_MEMORY, Reason.RUN_STATE})
 """Reasons after which another attempt would end in the same way."""
+KILLED_CODE = 128 + signal.SIGKILL
 MEMORY_ADVICE = (
-    "Lower optimizer.micro_batch_size and raise optimizer.grad_accum_steps by the same factor, set "
-    "student.gradient_checkpointing, or give the host more memory; `run resume` goes on from the last checkpoint."
+    "Lower optimizer.micro_batch_size and raise optimizer.grad_accum_steps by the same factor, which "
+    "retry.halve_micro_batch does by itself, set student.gradient_checkpointing, quantise the base with "
+    "student.quantization, or give the host more memory; `run resume` goes on from the last checkpoint."
 )
 
 
@@ -39,6 +41,17 @@ class Ending:
     """The last lines of its log."""
     may_retry: bool
     """Whether another process may be started without being asked."""
+    may_halve: bool = False
+    """Whether one with half the micro-batch may be, if memory ran out."""
+
+
+def wants_less_memory(error: Status | None) -> bool:
+    """Whether an attempt ended for want of memory, or by a SIGKILL of nobody knows whom, which mostly means it."""
+    if error is None:
+        return False
+    cause = from_status(error)
+    killed = cause.reason is Reason.PROCESS_DIED and cause.metadata.get("exit_code") == str(KILLED_CODE)
+    return cause.reason is Reason.OUT_OF_MEMORY or killed
 
 
 def classify(ending: Ending) -> tuple[State, Status | None]:
@@ -59,6 +72,8 @@ def classify(ending: Ending) -> tuple[State, Status | None]:
 def _failed_or_retry(ending: Ending, error: Status) -> State:
     """PENDING if another attempt may help, else FAILED; a run that was asked to stop is not retried."""
     cause = from_status(error)
+    if ending.may_halve and wants_less_memory(error) and ending.state != state.STOPPING:
+        return state.PENDING
     helps = cause.retryable and cause.reason not in NO_RETRY
     return state.PENDING if helps and ending.may_retry and ending.state != state.STOPPING else state.FAILED
 
@@ -79,7 +94,7 @@ def _death(ending: Ending) -> StillhouseError:
     if number == signal.SIGKILL and ending.killed_for_memory:
         sentence = f"The kernel killed the process for memory (exit 137). {MEMORY_ADVICE}"
         return StillhouseError(Reason.OUT_OF_MEMORY, sentence + tail, metadata=metadata)
-    if code == 137:
+    if code == KILLED_CODE:
         sentence = (
             f"The process was killed (exit 137), which mostly means that memory ran out. {MEMORY_ADVICE}"
         )

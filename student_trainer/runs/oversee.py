@@ -11,9 +11,11 @@ import structlog
 
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1.run_pb2 import Run
+from student_trainer.config import from_proto
+from student_trainer.config_memory import smaller_micro_batch
 from student_trainer.run_dir import RunDir
 from student_trainer.runs.database import DatabaseThread
-from student_trainer.runs.ending import Ending, classify
+from student_trainer.runs.ending import Ending, classify, wants_less_memory
 from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
 from student_trainer.runs.store import Store
 from student_trainer.runs.watch import Bell, Tail
@@ -121,6 +123,8 @@ class Overseer:
         outcome, error = await db(store.outcome, self._run_id, self._attempt)
         run = await db(store.get, self._run_id)
         used = await db(store.attempts_since_asked, self._run_id)
+        may_halve = run.effective_spec.retry.halve_micro_batch and not await db(store.halved, self._run_id)
+        may_halve = may_halve and smaller_micro_batch(from_proto(run.effective_spec)) is not None
         following, error = classify(
             Ending(
                 state=run.state,
@@ -131,6 +135,7 @@ class Overseer:
                 killed_for_memory=oom_kills() > self._oom_kills,
                 log_tail=log_tail(self._run_dir, self._attempt),
                 may_retry=used < run.effective_spec.retry.max_attempts,
+                may_halve=may_halve,
             )
         )
         run = await db(
@@ -141,6 +146,7 @@ class Overseer:
             exit_code=ended.code or 0,
             signal=ended.signal,
             error=error,
+            halve=may_halve and wants_less_memory(error),
         )
         log.info(
             "attempt ended",

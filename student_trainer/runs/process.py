@@ -14,6 +14,7 @@ from typing import Protocol
 
 import psutil
 
+from student_trainer.config_memory import HALVE_VARIABLE
 from student_trainer.run_dir import ProcessRecord, RunDir
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
@@ -87,8 +88,16 @@ def command(run_dir: RunDir, attempt: int) -> list[str]:
     return [*module, str(run_dir.path), "--attempt", str(attempt)]
 
 
-def start(run_dir: RunDir, attempt: int, *, devices: Sequence[int], threads: int, credentials: Path) -> Child:
-    """Start the training process; its output goes to the attempt's log.
+def start(
+    run_dir: RunDir,
+    attempt: int,
+    *,
+    devices: Sequence[int],
+    threads: int,
+    credentials: Path,
+    halve: bool = False,
+) -> Child:
+    """Start the training process, with half its micro-batch if `halve`; its output goes to the attempt's log.
 
     Raises:
         OSError: the process or its log cannot be made.
@@ -99,7 +108,7 @@ def start(run_dir: RunDir, attempt: int, *, devices: Sequence[int], threads: int
         process = subprocess.Popen(
             command(run_dir, attempt),
             cwd=run_dir.path,
-            env=environment(devices=devices, threads=threads, credentials=credentials),
+            env=environment(devices=devices, threads=threads, credentials=credentials, halve=halve),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -108,7 +117,9 @@ def start(run_dir: RunDir, attempt: int, *, devices: Sequence[int], threads: int
     return Child(process)
 
 
-def environment(*, devices: Sequence[int], threads: int, credentials: Path) -> dict[str, str]:
+def environment(
+    *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
+) -> dict[str, str]:
     """The service's own environment with the process's share of the machine."""
     variables = dict(os.environ)
     # The package is found whether it is installed or runs from a source tree.
@@ -121,6 +132,7 @@ def environment(*, devices: Sequence[int], threads: int, credentials: Path) -> d
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
         CREDENTIALS_VARIABLE: str(credentials),
+        HALVE_VARIABLE: str(int(halve)),
     }
     return variables
 

@@ -41,7 +41,12 @@ def resolve(config: RunConfig, host: Host) -> RunConfig:
     data = config.data
     resolved = replace(
         config,
-        student=replace(config.student, model=resolver.model("student.model", config.student.model)),
+        student=replace(
+            config.student,
+            model=resolver.model("student.model", config.student.model),
+            adapter=config.student.adapter
+            and resolver.model("student.adapter", config.student.adapter, needed="adapter_config.json"),
+        ),
         data=replace(
             data,
             train=resolver.datasets("data.train", data.train),
@@ -60,7 +65,7 @@ class _Resolver:
     host: Host
     violations: list[FieldViolation] = field(default_factory=list)
 
-    def model(self, where: str, name: str) -> str:
+    def model(self, where: str, name: str, *, needed: str = "config.json") -> str:
         """An absolute path, or a hub id as it is."""
         path = self._local(where, name)
         if path is None or not path.exists():
@@ -69,10 +74,8 @@ class _Resolver:
                     where, f'"{name}" is no directory on the trainer\'s host and no Hugging Face id.'
                 )
             return name
-        if not (path / "config.json").is_file():
-            self._refuse(
-                where, f'"{name}" holds no config.json; give a model directory in Hugging Face layout.'
-            )
+        if not (path / needed).is_file():
+            self._refuse(where, f'"{name}" holds no {needed}; give a directory in Hugging Face layout.')
         return str(path)
 
     def datasets(self, where: str, datasets: Sequence[DatasetConfig]) -> tuple[DatasetConfig, ...]:

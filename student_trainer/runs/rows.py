@@ -60,6 +60,21 @@ def earlier(db: Connection, request_id: str, spec: RunSpec) -> Run | None:
     return to_run(db, row_of(db, row["run_id"]))
 
 
+def check_quota(db: Connection, owner: str, max_queued: int | None) -> None:
+    """Return if `owner` may queue one more run. Raises StillhouseError(QUOTA)."""
+    if max_queued is None:
+        return
+    theirs = (runs.c.owner == owner) & (runs.c.state == PENDING)
+    queued = int(db.execute(select(func.count()).where(theirs)).scalar_one())
+    if queued >= max_queued:
+        raise StillhouseError(
+            Reason.QUOTA,
+            f"{queued} runs of {owner or 'callers without a token'} are queued, and this service holds {max_queued} for "
+            "each client. Wait until some have started, stop some, or start the service with a larger --max-queued-runs.",
+            metadata={"queued": str(queued), "limit": str(max_queued)},
+        )
+
+
 def next_queue_number(db: Connection) -> int:
     """The number that puts a run behind all others."""
     return int(db.execute(select(func.coalesce(func.max(runs.c.queue_number), 0))).scalar_one()) + 1

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Float, ForeignKey, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    false,
+)
 
 # Constraints need names so that later migrations can drop them on every database.
 metadata = MetaData(
@@ -45,6 +57,10 @@ runs = Table(
     # Bytes of the run directory's journals that are in the store.
     Column("events_offset", BigInteger, nullable=False, default=0),
     Column("metrics_offset", BigInteger, nullable=False, default=0),
+    # Name of the token or certificate that submitted it; empty where nobody had to prove who they are.
+    Column("owner", String, nullable=False, default="", server_default=""),
+    # Whether it goes on with half its micro-batch, having run out of memory.
+    Column("halved", Boolean, nullable=False, default=False, server_default=false()),
 )
 
 attempts = Table(

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
+from protos.errors import StillhouseError
+from protos.metrics import LOOPBACK, Metrics
 from protos.stillhouse.v1.run_pb2 import DESCRIPTOR
 from protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
-from protos.transport import Server, ServerTls, is_loopback, write_address_file
+from protos.transport import AuditLog, Server, ServerTls, TokenFile, is_loopback, write_address_file
 from student_trainer.runs import datasets
 from student_trainer.runs.data_dir import DataDir
 from student_trainer.runs.database import DatabaseThread
+from student_trainer.runs.figures import Figures
 from student_trainer.runs.oversee import TERM_GRACE_S
 from student_trainer.runs.resolve import Host
+from student_trainer.runs.retention import keep_sweeping
 from student_trainer.runs.servicer import RunServicer, ServiceParts, remove_deleted
 from student_trainer.runs.slots import Slots, visible_gpus
 from student_trainer.runs.store import Store
@@ -44,6 +49,17 @@ class ServiceOptions:
     shutdown_grace_s: float = 30.0
     max_upload_bytes: int = 64 * 2**30
     max_calls: int = 256
+    max_queued_runs: int = 1000
+    """Of one client."""
+    keep_ended_days: float | None = None
+    """Age at which ended runs and their files are removed; None: never."""
+    tokens: Path | None = None
+    """None: tokens.json in the data directory, which demands tokens once it is there."""
+    audit_log: Path | None = None
+    """None: audit.jsonl in the data directory."""
+    metrics_host: str = LOOPBACK
+    metrics_port: int | None = None
+    """None: 100 above the port of `listen`. 0: no metrics."""
     tls: ServerTls | None = None
     insecure: bool = False
     reflection: bool | None = None
@@ -55,31 +71,42 @@ async def serve(options: ServiceOptions) -> None:
     Raises:
         StillhouseError: INVALID_CONFIG for settings that cannot work.
     """
-    server = Server(
-        listen=options.listen,
-        tls=options.tls,
-        insecure=options.insecure,
-        reflection=options.reflection,
-        services=[SERVICE_NAME],
-        max_concurrent_rpcs=options.max_calls,
-    )
     data_dir = DataDir.open(options.data_dir)
-    db = DatabaseThread()
+    db, metrics = DatabaseThread(), Metrics()
     try:
+        tokens = options.tokens or data_dir.tokens_path
+        server = Server(
+            listen=options.listen,
+            tls=options.tls,
+            insecure=options.insecure,
+            reflection=options.reflection,
+            services=[SERVICE_NAME],
+            max_concurrent_rpcs=options.max_calls,
+            tokens=TokenFile(tokens, optional=options.tokens is None),
+            observers=[metrics, AuditLog(options.audit_log or data_dir.audit_path)],
+        )
+        metrics.watch_calls(lambda: server.running)
         store = await db(Store.open, data_dir.database_path)
         await db(datasets.remove_leftovers, data_dir.datasets_path)
         await db(remove_deleted, data_dir.runs_path)
         try:
-            await _serve(options, server, data_dir, store, db)
+            await _serve(options, server, data_dir, store, db, metrics=metrics)
         finally:
             await db(store.close)
     finally:
+        metrics.close()
         db.close()
         data_dir.close()
 
 
 async def _serve(
-    options: ServiceOptions, server: Server, data_dir: DataDir, store: Store, db: DatabaseThread
+    options: ServiceOptions,
+    server: Server,
+    data_dir: DataDir,
+    store: Store,
+    db: DatabaseThread,
+    *,
+    metrics: Metrics,
 ) -> None:
     bell = Bell()
     gpus = visible_gpus() if options.gpus is None else options.gpus
@@ -104,17 +131,33 @@ async def _serve(
             supervisor=supervisor,
             host=host,
             max_upload_bytes=options.max_upload_bytes,
+            max_queued_runs=options.max_queued_runs,
         )
     )
     add_RunServiceServicer_to_server(servicer, server.aio)
+    metrics.add(Figures(store, db, slots))
     address = await server.start()
+    try:
+        page = metrics.listen(address, host=options.metrics_host, port=_metrics_port(options))
+    except StillhouseError:
+        await server.stop(0)
+        raise
     await supervisor.start()
+    sweeper: asyncio.Task[None] | None = None
+    if options.keep_ended_days is not None:
+        sweeping = keep_sweeping(store, db, options.keep_ended_days, servicer.delete)
+        sweeper = asyncio.create_task(sweeping, name="retention")
     server.set_serving(True)
     if options.address_file is not None:
         write_address_file(options.address_file, address)
-    log.info("run service ready", address=address, data_dir=str(data_dir.path), gpus=list(slots.gpus))
+    log.info(
+        "run service ready", address=address, data_dir=str(data_dir.path), gpus=list(slots.gpus), metrics=page
+    )
 
     async def drain() -> None:
+        if sweeper is not None:
+            sweeper.cancel()
+            await asyncio.wait({sweeper})
         await supervisor.close(stop_runs=options.stop_runs_on_exit)
         bell.close()
 
@@ -122,8 +165,15 @@ async def _serve(
     try:
         await server.run_until_signal(drain, options.shutdown_grace_s + patience_s)
     finally:
+        metrics.close()  # before the store that it reads
         if options.stop_runs_on_exit:
             supervisor.kill()
+
+
+def _metrics_port(options: ServiceOptions) -> int | None:
+    """The flag's; none by default for a service on any free port, whose neighbours are not known to be free."""
+    any_port = options.metrics_port is None and options.listen.endswith(":0")
+    return 0 if any_port else options.metrics_port
 
 
 def _roots(options: ServiceOptions) -> Sequence[Path]:

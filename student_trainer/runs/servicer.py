@@ -20,6 +20,7 @@ import grpc.aio
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
+from protos.transport import current_caller
 from student_trainer import config
 from student_trainer.runs import datasets, state
 from student_trainer.runs.database import DatabaseThread
@@ -48,6 +49,8 @@ class ServiceParts:
     supervisor: Supervisor
     host: Host
     max_upload_bytes: int
+    max_queued_runs: int
+    """Of one client."""
 
 
 class RunServicer(RunServiceServicer):
@@ -60,6 +63,7 @@ class RunServicer(RunServiceServicer):
         self._supervisor = parts.supervisor
         self._host = parts.host
         self._max_upload_bytes = parts.max_upload_bytes
+        self._max_queued_runs = parts.max_queued_runs
         self._uploads = parts.host.data_dir / "datasets"
         self._streams = Streams(parts.store, parts.db, parts.bell, parts.supervisor.run_dir)
 
@@ -85,6 +89,8 @@ class RunServicer(RunServiceServicer):
             effective,
             request_id=request.request_id,
             version=metadata.version("stillhouse"),
+            owner=current_caller().name,
+            max_queued=self._max_queued_runs,
         )
         if created:
             self._supervisor.wake()
@@ -108,13 +114,22 @@ class RunServicer(RunServiceServicer):
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.Run:
         """Ask a run to write a checkpoint and end."""
-        return await self._supervisor.stop_run(run_id_of(request.name))
+        run_id = run_id_of(request.name)
+        await self._check_owner(run_id, "stop")
+        return await self._supervisor.stop_run(run_id)
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.Run:
         """Queue a STOPPED or FAILED run again."""
         run_id = run_id_of(request.name)
-        allowed = frozenset({state.STOPPED, state.FAILED})
-        run = await self._db(self._store.change, run_id, "resume", state.PENDING, allowed=allowed)
+        await self._check_owner(run_id, "resume")
+        run = await self._db(
+            self._store.change,
+            run_id,
+            "resume",
+            state.PENDING,
+            allowed=frozenset({state.STOPPED, state.FAILED}),
+            max_queued=self._max_queued_runs,
+        )
         self._bell.ring(run_id)
         self._supervisor.wake()
         return run
@@ -122,10 +137,15 @@ class RunServicer(RunServiceServicer):
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
         """Remove an ended run and its files."""
         run_id = run_id_of(request.name)
+        await self._check_owner(run_id, "delete")
+        await self.delete(run_id)
+        return pb.DeleteRunResponse()
+
+    async def delete(self, run_id: str) -> None:
+        """Forget an ended run and remove its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
         await self._db(self._store.delete, run_id)
         self._bell.ring(run_id)
         await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
-        return pb.DeleteRunResponse()
 
     async def QueryMetrics(
         self, request: pb.QueryMetricsRequest, context: Context
@@ -169,6 +189,16 @@ class RunServicer(RunServiceServicer):
         """Send a run's log from a byte offset and, if asked, follow it."""
         run_id = run_id_of(request.name)
         return self._streams.logs(run_id, request.attempt, request.start_offset, follow=request.follow)
+
+    async def _check_owner(self, run_id: str, verb: str) -> None:
+        """Return if the caller may steer the run: a token without admin steers its own alone."""
+        caller = current_caller()
+        if not caller.is_admin and await self._db(self._store.owner, run_id) != caller.name:
+            raise StillhouseError(
+                Reason.PERMISSION_DENIED,
+                f'Run {run_id} was not submitted with the token "{caller.name}"; to {verb} it takes the one that did, or '
+                "one with the scope admin.",
+            )
 
 
 def new_run_id() -> str:

@@ -41,6 +41,16 @@ class Slots:
         self._free = set(self.gpus)
         self._free_cpu = cpu_slots
 
+    @property
+    def num_free_gpus(self) -> int:
+        """Devices that no run has."""
+        return len(self._free)
+
+    @property
+    def num_free_cpu(self) -> int:
+        """Places on the CPU that no run has."""
+        return max(0, self._free_cpu)
+
     def lacks(self, need: Need) -> str | None:
         """Why `need` can never be met here; None if it can."""
         offered = ", ".join(map(str, self.gpus)) or "none"

@@ -14,12 +14,13 @@ from sqlalchemy import Engine, delete, insert, select, update
 from sqlalchemy.dialects.sqlite import insert as upsert
 
 from protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, WatchRunResponse
-from student_trainer.runs import rows, state
+from student_trainer.runs import rows, state, totals
 from student_trainer.runs.database import open_database
 from student_trainer.runs.journal import Batch
 from student_trainer.runs.rows import now_us, to_bytes
 from student_trainer.runs.schema import attempts, datasets, events, requests, runs
 from student_trainer.runs.state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
+from student_trainer.runs.totals import Totals
 
 
 class Store:
@@ -38,17 +39,27 @@ class Store:
         self._engine.dispose()
 
     def create(
-        self, run_id: str, spec: RunSpec, effective: RunSpec, *, request_id: str, version: str
+        self,
+        run_id: str,
+        spec: RunSpec,
+        effective: RunSpec,
+        *,
+        request_id: str,
+        version: str,
+        owner: str = "",
+        max_queued: int | None = None,
     ) -> tuple[Run, bool]:
         """A PENDING run at the end of the queue, and True; or the run that `request_id` made before, and False.
 
         Raises:
-            StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec.
+            StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec, QUOTA if `owner` has
+                `max_queued` runs in the queue.
         """
         with self._engine.begin() as db:
             earlier = rows.earlier(db, request_id, spec)
             if earlier is not None:
                 return earlier, False
+            rows.check_quota(db, owner, max_queued)
             values = {
                 "id": run_id,
                 "spec": to_bytes(spec),
@@ -57,6 +68,7 @@ class Store:
                 "state": PENDING,
                 "queue_number": rows.next_queue_number(db),
                 "create_us": now_us(),
+                "owner": owner,
             }
             db.execute(insert(runs).values(**values))
             if request_id:
@@ -118,11 +130,13 @@ class Store:
         allowed: frozenset[State],
         error: Status | None = None,
         condition: Run.Condition.ValueType = Run.CONDITION_UNSPECIFIED,
+        max_queued: int | None = None,
     ) -> Run:
         """The run after it became `following`, because `verb` was asked of it.
 
         Raises:
-            StillhouseError: RUN_STATE unless its state is in `allowed`.
+            StillhouseError: RUN_STATE unless its state is in `allowed`; QUOTA if its owner has `max_queued` runs in the
+                queue.
         """
         with self._engine.begin() as db:
             row = rows.row_of(db, run_id)
@@ -130,6 +144,7 @@ class Store:
                 raise state.refuse(run_id, row["state"], verb, allowed)
             values: dict[str, Any] = {"condition": condition}
             if following == PENDING:
+                rows.check_quota(db, row["owner"], max_queued)
                 values |= {"queue_number": rows.next_queue_number(db), "end_us": None, "error": None}
             if verb == "resume":
                 values["asked_attempt"] = rows.last_attempt(db, run_id)
@@ -193,8 +208,9 @@ class Store:
         exit_code: int,
         signal: int,
         error: Status | None,
+        halve: bool = False,
     ) -> Run:
-        """The run after its process ended and it became `following`.
+        """The run after its process ended and it became `following`; with `halve` it goes on with half its micro-batch.
 
         `error` is the attempt's, and the run's too if it FAILED. A PENDING run is retried, at the head of the queue.
         """
@@ -204,6 +220,8 @@ class Store:
             values["error"] = to_bytes(error) if error is not None else None
         if following == PENDING:
             values["condition"] = Run.CONDITION_RETRYING
+            if halve:
+                values["halved"] = True
         with self._engine.begin() as db:
             ended = {"end_us": now_us(), "exit_code": exit_code, "signal": signal}
             db.execute(
@@ -216,6 +234,32 @@ class Store:
                 rows.move(db, rows.row_of(db, run_id), RUNNING, {})
             rows.move(db, rows.row_of(db, run_id), following, values)
             return rows.to_run(db, rows.row_of(db, run_id))
+
+    def owner(self, run_id: str) -> str:
+        """Who submitted the run; empty where nobody had to say. Raises StillhouseError(RUN_NOT_FOUND)."""
+        with self._engine.begin() as db:
+            return str(rows.row_of(db, run_id)["owner"])
+
+    def halved(self, run_id: str) -> bool:
+        """Whether the run goes on with half its micro-batch."""
+        with self._engine.begin() as db:
+            return bool(rows.row_of(db, run_id)["halved"])
+
+    def ended_before(self, time_us: int, *, limit: int) -> list[str]:
+        """Ids of at most `limit` runs that ended before `time_us`, the oldest first."""
+        query = (
+            select(runs.c.id)
+            .where(runs.c.state.in_(sorted(ENDED)), runs.c.end_us < time_us)
+            .order_by(runs.c.end_us)
+            .limit(limit)
+        )
+        with self._engine.begin() as db:
+            return [str(each) for each in db.execute(query).scalars()]
+
+    def totals(self) -> Totals:
+        """Sums over all runs, for metrics."""
+        with self._engine.begin() as db:
+            return totals.read(db)
 
     def devices(self, run_id: str, number: int) -> tuple[int, ...]:
         """The devices that an attempt was given; none for the CPU."""

@@ -153,7 +153,8 @@ class Supervisor:
         self._bell.ring(run_id)
         run_dir = self.run_dir(run_id)
         try:
-            child = await asyncio.to_thread(self._spawn, run, run_dir, attempt, devices)
+            halve = await self._db(self._store.halved, run_id)
+            child = await asyncio.to_thread(self._spawn, run, run_dir, attempt, devices, halve=halve)
         except Exception as error:
             log.exception("attempt not started", run=run_id, attempt=attempt)
             self.slots.release(devices)
@@ -165,7 +166,9 @@ class Supervisor:
         if (await self._db(self._store.get, run_id)).state == state.STOPPING:
             overseer.ask_stop()
 
-    def _spawn(self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...]) -> process.Child:
+    def _spawn(
+        self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...], *, halve: bool
+    ) -> process.Child:
         """Fence off earlier attempts, then start the process."""
         if not run_dir.effective_spec_path.exists():
             RunDir.create(run_dir.path, run.spec, run.effective_spec)
@@ -177,6 +180,7 @@ class Supervisor:
             devices=devices,
             threads=self.slots.threads(devices),
             credentials=self._options.credentials,
+            halve=halve,
         )
 
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:

@@ -20,6 +20,7 @@ import structlog
 from protos.errors import Reason, StillhouseError, to_json, to_status
 from protos.transport import configure_logging
 from student_trainer.config import from_proto
+from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
 from student_trainer.run_dir import EXIT_FAILED, Attempt, RunDir
 
 log = structlog.get_logger()
@@ -56,6 +57,9 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
         from student_trainer.train.loop import train
 
         config = from_proto(attempt.run_dir.effective_spec())
+        if os.environ.get(HALVE_VARIABLE) == "1":
+            config = smaller_micro_batch(config) or config
+            log.info("micro-batch halved", micro_batch_size=config.optimizer.micro_batch_size)
         outcome = train(config, attempt, lambda: stopped() or attempt.stop_requested)
     except Exception as caught:  # whatever ends the run, the run directory says so
         error = explain(caught)

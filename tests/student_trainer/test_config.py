@@ -205,7 +205,6 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
         ("evaluation.generation", {}, "evaluation.generation"),
         ("resources.num_processes", 2, "resources.num_processes"),
         ("resources.gpus", [0, 0], "resources.gpus"),
-        ("retry.halve_micro_batch", True, "retry.halve_micro_batch"),
         ("teachers.0.targets", [], "teachers[0].targets"),
         ("teachers.0.targets", ["host:99999"], "teachers[0].targets[0]"),
         ("teachers.0.prefetch_steps", 65, "teachers[0].prefetch_steps"),

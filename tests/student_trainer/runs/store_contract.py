@@ -11,6 +11,7 @@ from protos.errors import Reason, StillhouseError, to_status
 from protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from student_trainer.runs import state
 from student_trainer.runs.journal import Batch, Outcome
+from student_trainer.runs.rows import now_us
 from student_trainer.runs.store import Store
 from tests.student_trainer.specs import SMALLEST, changed, spec_of
 
@@ -52,6 +53,59 @@ class StoreContract:
             store.create("cccccccccccc", changed("loss.top_k", 3), SPEC, request_id="r", version="1")
         assert caught.value.reason is Reason.REQUEST_CONFLICT
         assert store.ids() == {"aaaaaaaaaaaa"}
+
+    def test_an_owner_may_queue_so_many_runs_and_is_known(self, store: Store) -> None:
+        def create(run_id: str, owner: str, request_id: str = "") -> Run:
+            return store.create(
+                run_id, SPEC, SPEC, request_id=request_id, version="1", owner=owner, max_queued=2
+            )[0]
+
+        create("aaaaaaaaaaaa", "ada", "r"), create("bbbbbbbbbbbb", "ada")
+        create("cccccccccccc", "ben")
+        assert store.owner("aaaaaaaaaaaa") == "ada"
+        with pytest.raises(StillhouseError, match="2 runs of ada are queued") as caught:
+            create("dddddddddddd", "ada")
+        assert caught.value.reason is Reason.QUOTA
+        assert create("eeeeeeeeeeee", "ada", "r").name == "runs/aaaaaaaaaaaa", (
+            "a repeated request is no further run"
+        )
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        create("dddddddddddd", "ada")
+        store.stop("bbbbbbbbbbbb")
+        create("ffffffffffff", "ada")
+        ended = frozenset({state.STOPPED})
+        with pytest.raises(StillhouseError, match="are queued"):
+            store.change("bbbbbbbbbbbb", "resume", state.PENDING, allowed=ended, max_queued=2)
+        store.change("bbbbbbbbbbbb", "resume", state.PENDING, allowed=ended, max_queued=3)
+
+    def test_a_run_is_halved_once_and_for_good(self, store: Store) -> None:
+        new_run(store)
+        end = {"exit_code": 137, "signal": 9, "error": None}
+        assert store.begin_attempt("aaaaaaaaaaaa", ()) == 1
+        assert not store.halved("aaaaaaaaaaaa")
+        store.end_attempt("aaaaaaaaaaaa", 1, state.PENDING, **end, halve=True)  # type: ignore[arg-type]
+        assert store.begin_attempt("aaaaaaaaaaaa", ()) == 2
+        store.end_attempt("aaaaaaaaaaaa", 2, state.FAILED, **end)  # type: ignore[arg-type]
+        assert store.halved("aaaaaaaaaaaa")
+
+    def test_what_ended_long_ago_is_found_and_sums_are_right(self, store: Store) -> None:
+        for letter in "abcd":
+            new_run(store, letter * 12)
+        store.stop("a" * 12)
+        middle_us = now_us()
+        store.stop("b" * 12)
+        store.begin_attempt("c" * 12, ())
+        assert store.ended_before(middle_us, limit=5) == ["a" * 12]
+        assert store.ended_before(now_us() + 1, limit=5) == ["a" * 12, "b" * 12]
+        assert store.ended_before(now_us() + 1, limit=1) == ["a" * 12]
+        sums = store.totals()
+        assert sums.states == dict.fromkeys(state.ARROWS, 0) | {
+            state.STOPPED: 2,
+            state.STARTING: 1,
+            state.PENDING: 1,
+        }
+        assert (sums.attempts, sums.retries, sums.waiting_for_teacher, sums.trained_tokens) == (1, 0, 0, 0)
+        assert 0 < sums.oldest_queued_s < 3600
 
     def test_pages_hold_every_run_once_newest_first(self, store: Store) -> None:
         ids = [f"aaaaaaaaaaa{letter}" for letter in "abcdefg"]

@@ -25,6 +25,7 @@ from student_trainer.runs.state import (
 )
 
 INVALID = to_status(StillhouseError(Reason.DATASET_INVALID, "Row 3 has no text."))
+NO_MEMORY = to_status(StillhouseError(Reason.OUT_OF_MEMORY, "The training process ran out of memory."))
 UNREACHABLE = to_status(StillhouseError(Reason.TEACHER_UNREACHABLE, "No teacher answers."))
 BASE = Ending(
     state=RUNNING,
@@ -67,6 +68,14 @@ def ended(**seen: Any) -> tuple[State, Reason | None, str]:
         ({"exit": KILLED}, FAILED, Reason.PROCESS_DIED),
         ({"exit": KILLED, "may_retry": True}, PENDING, Reason.PROCESS_DIED),
         ({"exit": KILLED, "killed_for_memory": True, "may_retry": True}, FAILED, Reason.OUT_OF_MEMORY),
+        ({"exit": KILLED, "may_halve": True}, PENDING, Reason.PROCESS_DIED),
+        ({"exit": KILLED, "may_halve": True, "state": STOPPING}, FAILED, Reason.PROCESS_DIED),
+        ({"exit": KILLED, "killed_for_memory": True, "may_halve": True}, PENDING, Reason.OUT_OF_MEMORY),
+        ({"outcome": "failed", "error": NO_MEMORY}, FAILED, Reason.OUT_OF_MEMORY),
+        ({"outcome": "failed", "error": NO_MEMORY, "may_retry": True}, FAILED, Reason.OUT_OF_MEMORY),
+        ({"outcome": "failed", "error": NO_MEMORY, "may_halve": True}, PENDING, Reason.OUT_OF_MEMORY),
+        ({"outcome": "failed", "error": INVALID, "may_halve": True}, FAILED, Reason.DATASET_INVALID),
+        ({"exit": Exit(code=1), "may_halve": True}, FAILED, Reason.PROCESS_DIED),
         ({"exit": KILLED, "killed_for_stop": True, "state": STOPPING}, STOPPED, Reason.PROCESS_DIED),
         ({"exit": KILLED, "state": STOPPING}, FAILED, Reason.PROCESS_DIED),
     ],

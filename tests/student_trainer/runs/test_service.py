@@ -129,12 +129,34 @@ def test_a_path_outside_of_the_roots_is_refused(service: Service, path: str) -> 
     assert "outside of what this service may read" in str(caught[0])
 
 
-def test_a_link_out_of_the_roots_is_refused(service: Service) -> None:
-    link = service.rows.parent / "outside" / "link.jsonl"
-    if not link.is_symlink():
-        link.symlink_to("/etc/hostname")
-    with refused(Reason.INVALID_SPEC):
-        service.create(service.spec(path=str(link)))
+def test_no_field_that_takes_a_path_follows_a_link_out_of_the_roots(service: Service) -> None:
+    link = service.rows.parent / "outside" / "link"
+    caches = service.data_dir / "caches" / "link"
+    for each in (link, caches):
+        if not each.is_symlink():
+            each.symlink_to("/etc")
+    spec = service.spec(student=str(link), path=str(link / "hostname"))
+    spec.student.adapter = str(link)
+    spec.data.eval.add().path = str(link / "hostname")
+    spec.cache.path = "caches/link/x"
+    with refused(Reason.INVALID_SPEC) as caught:
+        service.create(spec)
+    assert {each.field for each in caught[0].violations} == {
+        "student.model",
+        "student.adapter",
+        "data.train[0].path",
+        "data.eval[0].path",
+        "cache.path",
+    }
+    assert "outside of what this service may read" in str(caught[0])
+
+
+def test_an_adapter_to_go_on_from_is_a_directory_with_one(service: Service) -> None:
+    spec = service.spec()
+    spec.student.adapter = str(service.rows.parent)
+    with refused(Reason.INVALID_SPEC) as caught:
+        service.create(spec)
+    assert "adapter_config.json" in str(caught[0])
 
 
 def test_a_directory_that_is_no_model_is_refused(service: Service) -> None:

@@ -1,0 +1,17 @@
+"""Who submitted a run, and whether its micro-batch was halved after it ran out of memory."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0002"
+down_revision = "0001"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    with op.batch_alter_table("runs") as runs:
+        runs.add_column(sa.Column("owner", sa.String(), nullable=False, server_default=""))
+        runs.add_column(sa.Column("halved", sa.Boolean(), nullable=False, server_default=sa.false()))
