@@ -135,7 +135,15 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 )
 @click.option("--listen", default=_default("listen"), help="HOST:PORT or unix:PATH; port 0 is any free one.")
 @click.option("--address-file", type=_PATH, help="Written with the bound address once the model answers.")
-@click.option("--insecure", is_flag=True, help="Allow another address than loopback without TLS.")
+@click.option("--tokens", type=_PATH, help="Tokens that calls need; `stillhouse token create` makes it.")
+@click.option("--audit-log", type=_PATH, help="File for who did what, as JSON lines.")
+@click.option("--metrics-host", default=_default("metrics_host"), help="Where Prometheus finds metrics.")
+@click.option("--metrics-port", type=int, help="Its port; 0 for none.  [default: 100 above that of --listen]")
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help="Allow another address than loopback without TLS, or without tokens or certificates of callers.",
+)
 @click.option("--tls-cert", type=_PATH, help="Certificate chain, PEM.")
 @click.option("--tls-key", type=_PATH, help="Private key, PEM.")
 @click.option("--tls-client-ca", type=_PATH, help="Authority of client certificates, PEM.")

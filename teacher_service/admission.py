@@ -88,6 +88,11 @@ class Admission:
         """Part of the engine that nobody holds."""
         return self._free
 
+    @property
+    def total_waiting(self) -> int:
+        """Items of all clients that wait for their turn."""
+        return sum(len(each.waiting) for each in list(self._round))
+
     def num_waiting(self, client: str) -> int:
         """Items of a client that wait for their turn."""
         return len(self._clients[client].waiting) if client in self._clients else 0

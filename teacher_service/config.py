@@ -87,6 +87,14 @@ class TeacherConfig:
     """Private key, PEM."""
     tls_client_ca: Path | None = None
     """Authority of client certificates, PEM; set, it makes them required."""
+    tokens: Path | None = None
+    """Tokens that calls need; None demands none."""
+    audit_log: Path | None = None
+    """Where it is written who did what, as JSON lines; None writes nothing."""
+    metrics_host: str = "127.0.0.1"
+    """Where Prometheus finds metrics."""
+    metrics_port: int | None = None
+    """None means 100 above the port of `listen`, unless that is any free one; 0 means no metrics."""
     reflection: bool | None = None
     """Server reflection; None means on loopback only."""
     shutdown_grace_s: float = 30.0
@@ -117,6 +125,7 @@ class TeacherConfig:
             ("--gpu-memory-utilization", self.gpu_memory_utilization, 0.01, 1),
             ("--kv-cache-gib", self.kv_cache_gib, 0.01, 1 << 16),
             ("--max-upload-bytes", self.max_upload_bytes, 0, 1 << 50),
+            ("--metrics-port", self.metrics_port, 0, 65535),
             ("--shutdown-grace-s", self.shutdown_grace_s, 0, 86400),
         ):
             if value is not None and not lowest <= value <= highest:

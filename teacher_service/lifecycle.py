@@ -13,11 +13,13 @@ import numpy as np
 import structlog
 
 from protos.errors import Reason, StillhouseError
+from protos.metrics import Metrics
 from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
-from protos.transport import Server, ServerTls, write_address_file
+from protos.transport import AuditLog, Server, ServerTls, TokenFile, write_address_file
 from teacher_service.adapters import AdapterRegistry
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import DistributionOptions, Engine, ScoreItem
+from teacher_service.figures import Figures
 from teacher_service.servicer import TeacherServicer
 from teacher_service.text import TextCodec
 
@@ -47,10 +49,32 @@ class _Teacher:
         self._config = config
         self._servicer = TeacherServicer(config)
         self._engine: Engine | None = None
+        self._metrics = Metrics()
 
     async def live(self) -> int:
         server = self._make_server()
         address = await server.start()
+        try:
+            self._show_metrics(server, address)
+        except StillhouseError:
+            await server.stop(0)
+            raise
+        try:
+            return await self._live(server, address)
+        finally:
+            self._metrics.close()
+
+    def _show_metrics(self, server: Server, address: str) -> None:
+        config = self._config
+        self._metrics.watch_calls(lambda: server.running)
+        self._metrics.add(Figures(self._servicer.counters, lambda: self._servicer.serving))
+        any_port = config.metrics_port is None and config.listen.endswith(":0")
+        port = 0 if any_port else config.metrics_port
+        page = self._metrics.listen(address, host=config.metrics_host, port=port)
+        if page is not None:
+            log.info("metrics", address=page)
+
+    async def _live(self, server: Server, address: str) -> int:
         ending = asyncio.create_task(
             server.run_until_signal(self._servicer.drain, self._config.shutdown_grace_s)
         )
@@ -87,6 +111,11 @@ class _Teacher:
             services=[SERVICE],
             # The servicer itself refuses with a reason; this bound holds for everything else.
             max_concurrent_rpcs=4 * config.max_calls,
+            tokens=TokenFile(config.tokens) if config.tokens is not None else None,
+            observers=[
+                self._metrics,
+                *([AuditLog(config.audit_log)] if config.audit_log is not None else []),
+            ],
         )
         teacher_pb2_grpc.add_TeacherServiceServicer_to_server(self._servicer, server.aio)
         return server

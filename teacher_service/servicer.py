@@ -62,6 +62,11 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             ),
         )
 
+    @property
+    def serving(self) -> Serving | None:
+        """What answers; None while the model loads."""
+        return self._serving
+
     async def drain(self) -> None:
         """Lets no call read more; each ends when what it has read is answered."""
         if self._serving is not None:
