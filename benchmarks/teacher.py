@@ -117,11 +117,10 @@ def main(
         minutes=minutes,
         settings=Settings(dtype=dtype, on_cpu=not torch.cuda.is_available(), threads=threads),
     )
-    progress = Console(stderr=True)
     begin = time.monotonic()
 
     def say(line: str) -> None:
-        progress.print(f"[{time.monotonic() - begin:5.0f} s] {line}", markup=False, highlight=False)
+        click.echo(f"[{time.monotonic() - begin:5.0f} s] {line}", err=True)
 
     measured: dict[str, Measured] = {}
     try:

@@ -18,6 +18,8 @@ from benchmarks.teacher_models import Shape, make_teacher
 from benchmarks.teacher_passes import SERVERS, Runner, Workload, kind_of
 from benchmarks.teacher_ratios import RATIOS, Costs, ModelResult, Ratio, top_k_of
 from benchmarks.teacher_servers import Servers, Settings
+from examples.programs import ProgramError
+from protos.errors import StillhouseError
 
 SHARE_OF_TIME = {"small": 0.55, "wide": 0.12, "qwen": 0.33}
 """Of the minutes, for each model."""
@@ -96,6 +98,8 @@ def measure(shape: Shape, options: Options, peers: Peers, directory: Path, say: 
         if last:
             rounds.take(last, (), until)
         return rounds.measured()
+    except StillhouseError as error:
+        raise ProgramError(f"{error}\nThe teacher's log ends with:\n{servers.teacher_log()}") from error
     finally:
         servers.close()
 

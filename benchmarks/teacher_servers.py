@@ -29,6 +29,7 @@ KV_CACHE_GIB = 1
 GPU_SHARE = 0.15
 """Of a GPU's memory for each of the engines that are up together."""
 START_TIMEOUT_S = 300.0
+LOG_BYTES = 4000
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
 
 
@@ -57,6 +58,7 @@ class Servers:
         self._directory, self._peers = directory, peers
         self._stacks: dict[str, ExitStack] = {}
         self._ready: dict[str, Callable[[], Any]] = {}
+        self._teacher_program: Program | None = None
         self.commands: dict[str, str] = {}
         """How each was started, for people who want to repeat it."""
 
@@ -102,9 +104,14 @@ class Servers:
                     self.model, engine="vllm", directory=self._directory, options=options, environment=QUIET
                 )
             )
+            self._teacher_program = program
             return running.enter_context(CountingTeacher(program.target))
 
         return wait
+
+    def teacher_log(self) -> str:
+        """The end of what the teacher said."""
+        return self._teacher_program.log(LOG_BYTES) if self._teacher_program else ""
 
     def _engine_options(self) -> dict[str, Any]:
         options: dict[str, Any] = {
