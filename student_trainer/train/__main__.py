@@ -54,13 +54,15 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
     """Trains and reports; the exit code. Raises StillhouseError(RUN_STATE) if another attempt owns the run."""
     try:
         _quieten_libraries()
+        from student_trainer.train.cache_task import build
         from student_trainer.train.loop import train
 
         config = from_proto(attempt.run_dir.effective_spec())
         if os.environ.get(HALVE_VARIABLE) == "1":
             config = smaller_micro_batch(config) or config
             log.info("micro-batch halved", micro_batch_size=config.optimizer.micro_batch_size)
-        outcome = train(config, attempt, lambda: stopped() or attempt.stop_requested)
+        do = build if config.task == "cache" else train
+        outcome = do(config, attempt, lambda: stopped() or attempt.stop_requested)
     except Exception as caught:  # whatever ends the run, the run directory says so
         error = explain(caught)
         if isinstance(error, StillhouseError) and error.reason is Reason.RUN_STATE:

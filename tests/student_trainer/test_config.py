@@ -148,7 +148,9 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
     ("path", "value", "field"),
     [
         ("task", "evaluate", "task"),
-        ("cache", {"path": "caches/x"}, "cache"),
+        ("cache", {"mode": "read"}, "cache.path"),
+        ("cache", {"path": "caches/x", "mode": "none"}, "cache.mode"),
+        ("task", "cache", "cache"),
         ("student.lora.layers", [-1], "student.lora.layers[0]"),
         ("student.keep_layers", [2, 0], "student.keep_layers"),
         ("student", {"model": "m", "adapter": "a", "lora": {}}, "student.lora"),
