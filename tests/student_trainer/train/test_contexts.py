@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -215,3 +216,21 @@ def test_a_mixture_of_one_teacher_with_itself_is_that_teacher(
         list(metric(alone, "train/loss").values()), rel=1e-5
     )
     assert metric(mixed, "eval/kl")[STEPS] == pytest.approx(metric(alone, "eval/kl")[STEPS], rel=1e-4)
+
+
+def test_a_longer_vocabulary_of_one_family_compares_exactly(
+    run: Run, spec: Any, models: Models, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    extended = tmp_path / "extended"
+    shutil.copytree(models.teacher, extended)
+    tokenizer = AutoTokenizer.from_pretrained(extended)
+    assert tokenizer.add_tokens(["<|further|>", "<|another|>"]) == 2
+    tokenizer.save_pretrained(extended)
+    teachers = [{**spec({})["teachers"][0], "logprob_dtype": "float32"}]
+    contexts = [{"dataset": {}}, student_context()]
+    optimizer = {"max_steps": 2, "grad_accum_steps": 1, "learning_rate": 1e-12}
+    run_dir = run(spec(*contexts, student={"model": str(extended)}, teachers=teachers, optimizer=optimizer))
+    assert max(map(abs, metric(run_dir, "train/loss").values())) < 1e-5
+    assert metric(run_dir, "eval/agreement")[0] == 1
