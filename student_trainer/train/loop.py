@@ -133,18 +133,9 @@ class _Run:
         )
         ask_now = wants_answers and answers is None
         teachers: Teachers | StoredTeachers | None = None
-        if config.is_offline and (config.asks_teacher or ask_now):
-            questions = training_questions(config, corpus)
-            questions += evaluation_questions(config, corpus) if ask_now else []
-            teachers = StoredTeachers.find(
-                config, questions, fingerprint, run_dir=attempt.run_dir, data_dir=data_dir, stack=stack
-            )
-        elif config.asks_teacher or ask_now:
+        if config.asks_teacher or ask_now:
             demands = Demands.of(config, fingerprint, tokenizer_json, corpus)
-            cache = RunCache.open(config.cache, data_dir, stack)
-            teachers = Teachers.connect(
-                config, demands, attempt.run_dir, patience=patience, stack=stack, cache=cache
-            )
+            teachers = _reach(config, corpus, demands, attempt, patience, stack, ask_now=ask_now)
 
         run._accelerator = device.make_accelerator(config.optimizer)
         precision = device.precision_of(run._accelerator)
@@ -273,6 +264,30 @@ class _Run:
         )
         self._reporter.metrics(self.progress.step, metrics)
         log.info("evaluated", step=self.progress.step, **metrics)
+
+
+def _reach(
+    config: RunConfig,
+    corpus: Corpus,
+    demands: Demands,
+    attempt: Attempt,
+    patience: Patience,
+    stack: ExitStack,
+    *,
+    ask_now: bool,
+) -> Teachers | StoredTeachers:
+    """The teachers, or what a cache remembers of them; `ask_now` whether held-out rows have no answers yet."""
+    run_dir = attempt.run_dir
+    data_dir = run_dir.path.resolve().parent.parent
+    if config.is_offline:
+        questions = training_questions(config, corpus)
+        questions += evaluation_questions(config, corpus) if ask_now else []
+        student = demands.tokenizer_fingerprint
+        return StoredTeachers.find(
+            config, questions, student, run_dir=run_dir, data_dir=data_dir, stack=stack
+        )
+    cache = RunCache.open(config.cache, data_dir, stack)
+    return Teachers.connect(config, demands, run_dir, patience=patience, stack=stack, cache=cache)
 
 
 def _check_length(corpus: Corpus, student: Student) -> None:
