@@ -135,7 +135,9 @@ class _Run:
         teachers: Teachers | StoredTeachers | None = None
         if config.asks_teacher or ask_now:
             demands = Demands.of(config, fingerprint, tokenizer_json, corpus)
-            teachers = _reach(config, corpus, demands, attempt, patience, stack, ask_now=ask_now)
+            teachers = _reach(
+                config, corpus, demands, attempt, patience=patience, stack=stack, ask_now=ask_now
+            )
 
         run._accelerator = device.make_accelerator(config.optimizer)
         precision = device.precision_of(run._accelerator)
@@ -271,9 +273,9 @@ def _reach(
     corpus: Corpus,
     demands: Demands,
     attempt: Attempt,
+    *,
     patience: Patience,
     stack: ExitStack,
-    *,
     ask_now: bool,
 ) -> Teachers | StoredTeachers:
     """The teachers, or what a cache remembers of them; `ask_now` whether held-out rows have no answers yet."""
