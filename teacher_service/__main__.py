@@ -62,7 +62,11 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 )
 @click.option("--revision", default="", help="Branch, tag or commit on the hub.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Type of the computation.")
-@click.option("--quantization", default="", help="Quantisation method, for vLLM.")
+@click.option(
+    "--quantization",
+    default="",
+    help="Quantisation method, as the engine names it, such as fp8 (vLLM) or bitsandbytes_4bit (hf).",
+)
 @click.option("--max-sequence-tokens", type=int, help="Longest sequence.  [default: the model's]")
 @click.option("--max-top-k", type=int, default=_default("max_top_k"), help="Largest top_k, at most 256.")
 @click.option(

@@ -37,7 +37,7 @@ class TeacherConfig:
     dtype: str = "auto"
     """"auto" is float32 on a CPU and the checkpoint's own type elsewhere."""
     quantization: str = ""
-    """Quantisation method that vLLM is told; empty takes what the checkpoint says."""
+    """Quantisation method that the engine is told, in its own words; empty takes what the checkpoint says."""
     max_sequence_tokens: int | None = None
     """Longest sequence; None takes the model's own limit."""
     max_top_k: int = 256

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import transformers
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import Distributions
-from teacher_service import fingerprint, hf_worker
+from teacher_service import fingerprint, hf_quantization, hf_worker
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import (
     EngineInfo,
@@ -76,12 +75,6 @@ class HfEngine:
     @classmethod
     async def load(cls, config: TeacherConfig) -> HfEngine:
         """The engine with its model in memory. Raises `StillhouseError` with MODEL_NOT_FOUND or INVALID_CONFIG."""
-        if config.quantization:
-            raise StillhouseError(
-                Reason.INVALID_CONFIG,
-                f"--quantization is {config.quantization}; the hf engine computes with a checkpoint as it is. "
-                "Leave the flag out, or use --engine vllm.",
-            )
         return await asyncio.to_thread(cls._load, config)
 
     @classmethod
@@ -254,9 +247,7 @@ def _describe(
         capabilities.add(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
     if model.splits:
         capabilities.add(teacher_pb2.CAPABILITY_HIDDEN_STATES)
-    quantization = ""
-    with suppress(AttributeError):
-        quantization = str(model.model.config.quantization_config.quant_method)
+    quantization = hf_quantization.method_of(model.model, config.quantization)
     return EngineInfo(
         model=config.model,
         revision=revision,

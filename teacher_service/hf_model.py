@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from protos.errors import Reason, StillhouseError
+from teacher_service import hf_quantization
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import Int32Array
 
@@ -35,7 +36,8 @@ class HfModel:
     def load(cls, config: TeacherConfig, path: Path) -> HfModel:
         """Reads the safetensors of a directory; code that comes with a model is never run.
 
-        Raises `StillhouseError` with MODEL_NOT_FOUND if transformers cannot load it.
+        Raises `StillhouseError` with MODEL_NOT_FOUND if transformers cannot load it, and INVALID_CONFIG if it cannot
+        quantise it.
         """
         import transformers
 
@@ -45,16 +47,24 @@ class HfModel:
         dtype: Any = config.dtype
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        if config.quantization:
+            options["quantization_config"] = hf_quantization.configuration(config.quantization, dtype)
+            options["device_map"] = {"": device}
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=dtype, trust_remote_code=False, use_safetensors=True
-            )
-        except (OSError, ValueError, KeyError) as error:
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+            if config.quantization:
+                raise hf_quantization.refused(config.quantization, error) from error
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,
                 f"transformers cannot load a language model from {config.model}: {str(error).splitlines()[0]}",
             ) from error
-        return cls(model.to(device).eval().requires_grad_(False), device)
+        if config.quantization:
+            hf_quantization.keep_layout(model)
+        else:
+            model = model.to(device)
+        return cls(model.eval().requires_grad_(False), device)
 
     @property
     def dtype(self) -> str:

@@ -42,8 +42,15 @@ def not_started(model: str, error: BaseException) -> StillhouseError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something; pydantic's errors begin with a headline and a field."""
+    """The first line of an error that says something; pydantic's errors stand between a headline and what was put in."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    return " ".join(lines[:2]) if "validation error" in lines[0] else lines[0]
+    if "validation error" not in lines[0] or len(lines) == 1:
+        return lines[0]
+    return (
+        " ".join(lines[1:])
+        .split(" [type=")[0]
+        .removeprefix("Value error, ")
+        .removeprefix("Assertion failed, ")
+    )

@@ -80,6 +80,12 @@ class Teacher:
             raise answer
         return answer
 
+    def load_adapter(self, name: str, path: Path | str) -> None:
+        self.stub.LoadAdapter(teacher_pb2.LoadAdapterRequest(adapter=name, path=str(path)))
+
+    def unload_adapter(self, name: str) -> None:
+        self.stub.UnloadAdapter(teacher_pb2.UnloadAdapterRequest(adapter=name))
+
     def generate(
         self,
         prompts: Sequence[teacher_pb2.Prompt],

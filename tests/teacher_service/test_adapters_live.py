@@ -43,14 +43,6 @@ def upload(teacher: Teacher, directory: Path) -> teacher_pb2.UploadAdapterRespon
     return answer
 
 
-def load(teacher: Teacher, name: str, path: Path | str) -> None:
-    teacher.stub.LoadAdapter(teacher_pb2.LoadAdapterRequest(adapter=name, path=str(path)))
-
-
-def unload(teacher: Teacher, name: str) -> None:
-    teacher.stub.UnloadAdapter(teacher_pb2.UnloadAdapterRequest(adapter=name))
-
-
 def test_adapters_come_and_go_while_others_are_asked(teacher: Teacher, models: Models) -> None:
     ids = random_ids(40, seed=3)
     wanted = {
@@ -85,7 +77,7 @@ def test_adapters_come_and_go_while_others_are_asked(teacher: Teacher, models: M
                 except AssertionError as error:
                     wrong.append(error)
 
-    load(teacher, "live-a", models.adapter_a)
+    teacher.load_adapter("live-a", models.adapter_a)
     running = threading.Thread(target=stream)
     running.start()
     try:
@@ -93,14 +85,14 @@ def test_adapters_come_and_go_while_others_are_asked(teacher: Teacher, models: M
         whole = reference_logprobs(models.teacher, ids, models.adapter_b)
         for number in range(3):
             before = answers[0]
-            load(teacher, f"live-b/{number}", path)
+            teacher.load_adapter(f"live-b/{number}", path)
             assert_agrees(teacher.score_one(ids, adapter=f"live-b/{number}", top_k=8), ids, whole, top_k=8)
-            unload(teacher, f"live-b/{number}")
+            teacher.unload_adapter(f"live-b/{number}")
             assert answers[0] > before or number == 0
     finally:
         ending.set()
         running.join(60)
-        unload(teacher, "live-a")
+        teacher.unload_adapter("live-a")
     assert not wrong, wrong[0]
     assert answers[0] > 10
 
@@ -117,9 +109,9 @@ def test_every_slot_is_used_and_the_next_adapter_is_told_so(
     names = [f"slot/{seed}" for seed in range(slots)]
     try:
         for name, path in zip(names, made, strict=True):
-            load(teacher, name, upload(teacher, path).path)
+            teacher.load_adapter(name, upload(teacher, path).path)
         with pytest.raises(grpc.RpcError) as caught:
-            load(teacher, "one-more", models.adapter_a)
+            teacher.load_adapter("one-more", models.adapter_a)
         error = from_rpc_error(caught.value, target="", service="teacher")
         assert error.reason == Reason.ADAPTER_SLOTS
         assert f"{slots} adapter slots" in error.message
@@ -149,4 +141,4 @@ def test_every_slot_is_used_and_the_next_adapter_is_told_so(
     finally:
         for each in teacher.stub.GetTeacherInfo(teacher_pb2.GetTeacherInfoRequest()).adapters:
             if each.name.startswith("slot/"):
-                unload(teacher, each.name)
+                teacher.unload_adapter(each.name)

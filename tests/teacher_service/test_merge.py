@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.small_models import make_adapter
+from protos.errors import StillhouseError
+from teacher_service.merge import merge_adapter
 from tests.conftest import Models
 from tests.teacher_service.calls import random_ids, reference_logprobs
 
@@ -79,9 +82,10 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(models: Models, tmp_pa
         (tmp_path / "absent", models.adapter_a, out, "There is no"),
         (models.teacher, models.adapter_a, taken, "exists already"),
     ):
-        done = merge(model, adapter, to)
-        assert done.returncode == 2
-        assert part in done.stderr, done.stderr
-        assert "Traceback" not in done.stderr
-        assert done.stderr.strip().count("\n") == 0, done.stderr
+        with pytest.raises(StillhouseError, match=re.escape(part)):
+            merge_adapter(str(model), adapter, to)
+    done = merge(models.teacher, models.teacher, out)
+    assert done.returncode == 2
+    assert done.stderr.startswith("stillhouse-teacher merge-adapter: ")
+    assert done.stderr.strip().count("\n") == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"quantised", "misfit", "cut", "taken"}
