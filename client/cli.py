@@ -15,6 +15,7 @@ _COMMANDS = {
     "teacher": ("client.commands.teacher:teacher", "Ask and manage a teacher service."),
     "generate": ("client.commands.generate:generate", "Let the teacher write."),
     "score": ("client.commands.score:score", "Ask the teacher for its distributions over your token ids."),
+    "token": ("client.commands.token:token", "Make, list and revoke tokens on a service's host."),
     "version": ("client.commands.version:version", "Show the version of this client."),
 }
 

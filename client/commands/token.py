@@ -1,0 +1,156 @@
+"""`stillhouse token`: makes, lists and revokes the tokens of a service, in a file on its host; services read it again by themselves."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import click
+
+from client.commands.common import Session, command
+
+_PATH = click.Path(path_type=Path)
+_UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
+_FILE = click.option(
+    "--file",
+    type=_PATH,
+    required=True,
+    envvar="STILLHOUSE_TOKENS",
+    help="The service's tokens file: tokens.json in a trainer's --data-dir, or what a service was given as --tokens.",
+)
+
+
+@click.group()
+def token() -> None:
+    """Make, list and revoke tokens for a service, on its own host.
+
+    A tokens file that is there makes its service demand one with every call. It holds hashes, never a token.
+    """
+
+
+def _lifetime(_context: click.Context, _parameter: click.Parameter, value: str) -> float | None:
+    """Seconds from "12h", "90d" or "never"."""
+    if value == "never":
+        return None
+    match = re.fullmatch(r"(\d{1,6})([mhdw])", value)
+    if match is None or int(match[1]) == 0:
+        raise click.BadParameter(f"{value!r} is no time such as 30m, 12h, 90d, 4w or never.")
+    return float(int(match[1]) * _UNITS_S[match[2]])
+
+
+@command(token, name="create")
+@_FILE
+@click.option("--name", required=True, help="Whose it is: for quotas, ownership of runs and the audit log.")
+@click.option(
+    "--scope",
+    "scopes",
+    type=click.Choice(["infer", "submit", "admin"]),
+    multiple=True,
+    required=True,
+    help="infer: ask a teacher; submit: runs; admin: everything. May be repeated.",
+)
+@click.option(
+    "--expires", callback=_lifetime, default="90d", show_default=True, help="Such as 12h, 90d, 4w or never."
+)
+@click.option(
+    "--to", "target", type=_PATH, help="Write the token to this file, mode 0600, instead of printing it."
+)
+def create(
+    session: Session,
+    *,
+    file: Path,
+    name: str,
+    scopes: tuple[str, ...],
+    expires: float | None,
+    target: Path | None,
+) -> None:
+    """Make a token; it is shown this once.
+
+    The client reads it from the file named by --token-file or STILLHOUSE_TOKEN_FILE, a training process from the
+    token_file of its teacher's section in credentials.toml.
+    """
+    from client.errors import file_error
+    from protos import auth_tokens
+
+    descriptor = None
+    if target is not None:
+        try:
+            descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except OSError as error:
+            raise file_error("make", target, error) from error
+    try:
+        secret, made = auth_tokens.create(
+            file, name=name, scopes=[auth_tokens.Scope(each) for each in scopes], lifetime_s=expires
+        )
+    except BaseException:
+        if target is not None:
+            target.unlink()
+        raise
+    if descriptor is not None:
+        with os.fdopen(descriptor, "w") as output:
+            output.write(secret + "\n")
+    end = None if made.expire_time_s is None else auth_tokens.time_text(made.expire_time_s)
+    if session.as_json:
+        shown = {"token": secret} if target is None else {"token_file": str(target)}
+        facts = {"id": made.id, "name": made.name, "scopes": sorted(made.scopes), "expire_time": end}
+        session.emit(shown | facts)
+        return
+    session.note(
+        f"token {made.id} of {made.name}: {', '.join(sorted(made.scopes))}; expires {end or 'never'}"
+    )
+    session.say(secret if target is None else str(target))
+
+
+@command(token, name="list")
+@_FILE
+def list_tokens(session: Session, file: Path) -> None:
+    """Show the tokens of FILE, without the tokens themselves."""
+    from client.render import columns
+    from protos import auth_tokens
+
+    tokens = sorted(auth_tokens.read(file).values(), key=lambda each: each.create_time_s)
+    now_s = time.time()
+    rows = [
+        {
+            "id": each.id,
+            "name": each.name,
+            "scopes": sorted(each.scopes),
+            "create_time": auth_tokens.time_text(each.create_time_s),
+            "expire_time": None if each.expire_time_s is None else auth_tokens.time_text(each.expire_time_s),
+            "expired": each.expired(now_s),
+        }
+        for each in tokens
+    ]
+    if session.as_json:
+        session.emit({"tokens": rows})
+    elif not rows:
+        session.say("There are no tokens: the service lets nobody in.")
+    else:
+        texts = [
+            (
+                str(row["id"]),
+                str(row["name"]),
+                ",".join(each for each in sorted(token.scopes)),
+                str(row["create_time"]),
+                f"{row['expire_time'] or 'never'}{' (expired)' if row['expired'] else ''}",
+            )
+            for row, token in zip(rows, tokens, strict=True)
+        ]
+        session.say(columns(texts, header=("ID", "NAME", "SCOPES", "CREATED", "EXPIRES")))
+
+
+@command(token, name="revoke")
+@_FILE
+@click.argument("which", metavar="ID|NAME")
+def revoke(session: Session, file: Path, which: str) -> None:
+    """Take a token back; the next call with it is refused."""
+    from protos import auth_tokens
+
+    gone = auth_tokens.revoke(file, which)
+    if session.as_json:
+        session.emit({"revoked": [each.id for each in gone]})
+    else:
+        for each in gone:
+            session.say(f"{each.id} of {each.name} is revoked")
