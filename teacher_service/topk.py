@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -157,7 +158,7 @@ def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
     rest_T1 = torch.full_like(head_T1, -torch.inf)
     if top_k < vocab_size:
         next_T1 = values_TC[:, -1:]
-        rest_TV = torch.sub(logits_TV, next_T1, out=scratch(logits_TV, "rest"))
+        rest_TV = torch.sub(logits_TV, next_T1, out=scratch("rest", logits_TV.shape, logits_TV.device))
         rest_TV.scatter_(-1, ids_TK, -torch.inf).exp_()
         rest_T1 = rest_TV.sum(dim=-1, keepdim=True).double().log() + next_T1
         lse_T1 = torch.logaddexp(head_T1, rest_T1)
@@ -170,21 +171,25 @@ def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
     )
 
 
-def scratch(like: Tensor, name: str) -> Tensor:
-    """FLOAT32 [T, V] of undefined values that this thread's next call with this name overwrites.
+def scratch(name: str, shape: torch.Size | tuple[int, int], device: torch.device) -> Tensor:
+    """FLOAT32 of this shape and of undefined values, which this thread's next call with this name overwrites.
 
     Memory that is asked for anew is slower to get than to compute in.
     """
     buffers: dict[str, Tensor] = _SCRATCH.__dict__
-    key = f"{name} {like.device}"
-    if key not in buffers or buffers[key].numel() < like.numel():
-        buffers[key] = torch.empty(like.numel(), dtype=torch.float32, device=like.device)
-    return buffers[key][: like.numel()].view(like.shape)
+    key, size = f"{name} {device}", math.prod(shape)
+    if key not in buffers or buffers[key].numel() < size:
+        buffers[key] = torch.empty(size, dtype=torch.float32, device=device)
+    return buffers[key][:size].view(shape)
 
 
 def as_float32(logits_TV: Tensor) -> Tensor:
     """The logits themselves, or a copy in `scratch`."""
-    return logits_TV if logits_TV.dtype == torch.float32 else scratch(logits_TV, "logits").copy_(logits_TV)
+    return (
+        logits_TV
+        if logits_TV.dtype == torch.float32
+        else scratch("logits", logits_TV.shape, logits_TV.device).copy_(logits_TV)
+    )
 
 
 def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

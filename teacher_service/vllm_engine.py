@@ -1,11 +1,11 @@
-"""One vLLM engine for scoring and writing: token ids in, arrays out, through public options of vLLM alone."""
+"""One vLLM engine for scoring and writing: token ids in, arrays out, by the tier that `vllm_probe` found to work."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, suppress
-from functools import partial
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -31,9 +31,17 @@ from teacher_service.vllm_adapter_files import AdapterRules, matrix_shapes
 from teacher_service.vllm_adapters import VllmAdapters
 from teacher_service.vllm_errors import engine_dead, not_started, translated
 from teacher_service.vllm_guard import Guard, kill_all
-from teacher_service.vllm_requests import Requests, require_top_k_only, require_whole
-from teacher_service.vllm_rows import to_distributions
-from teacher_service.vllm_setup import engine_arguments, require_vllm, set_cpu_environment, set_environment
+from teacher_service.vllm_plugin import switched_on
+from teacher_service.vllm_probe import choose
+from teacher_service.vllm_requests import require_whole
+from teacher_service.vllm_setup import (
+    engine_arguments,
+    require_vllm,
+    set_cpu_environment,
+    set_environment,
+    set_first_runner,
+)
+from teacher_service.vllm_tiers import PublicTier, RowsMissingError
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time for vLLM's processes to end by themselves; they are killed after it."""
@@ -42,8 +50,8 @@ SHUTDOWN_TIMEOUT_S = 30.0
 class VllmEngine:
     """Engine on vLLM's `AsyncLLM`, which runs the model in processes of its own.
 
-    Distributions are vLLM's raw logprobs: at temperature 1, before any sampling setting. vLLM returns nothing about
-    the distribution after temperature, top-p and top-k, whose normaliser needs the whole vocabulary. So
+    Distributions are raw: at temperature 1, before any sampling setting. Below the tier worker, vLLM tells nothing
+    about the distribution after temperature, top-p and top-k, whose normaliser needs the whole vocabulary. There
     `sampling_logprobs` has values where that distribution is the raw one (temperature 1, top-p 1, no top-k, no
     padding of the output layer that has to be kept out) and for greedy samples (0), and is empty everywhere else.
     """
@@ -54,6 +62,7 @@ class VllmEngine:
         info: EngineInfo,
         adapters: VllmAdapters,
         *,
+        tier: PublicTier | None = None,
         processes: Sequence[psutil.Process] = (),
         guard: Guard | None = None,
     ) -> None:
@@ -61,7 +70,7 @@ class VllmEngine:
         self._llm = llm
         self._info = info
         self._adapters = adapters
-        self._requests = Requests(info)
+        self._tier = tier or PublicTier(info)
         self._numbers = count(1)
         self._running: set[str] = set()
         self._processes = processes
@@ -91,19 +100,19 @@ class VllmEngine:
             if _is_vllm(each) and each not in others
         ]
         try:
-            info = await asyncio.to_thread(
-                _describe, config, llm, codec, files, f"vllm {version} (tier public)"
-            )
+            info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
             rules = AdapterRules(
                 max_rank=config.max_lora_rank, shapes=await asyncio.to_thread(matrix_shapes, files.directory)
             )
-            engine = cls(
-                llm,
+            adapters = VllmAdapters(max_adapters=config.max_adapters, rules=rules)
+            tier = await choose(config, llm, info, lambda tier: cls(llm, info, adapters, tier=tier))
+            info = replace(
                 info,
-                VllmAdapters(max_adapters=config.max_adapters, rules=rules),
-                processes=processes,
-                guard=guard,
+                engine=f"{info.engine} (tier {tier.name})",
+                capabilities=info.capabilities | tier.capabilities,
+                max_query_tokens=tier.max_query_tokens,
             )
+            engine = cls(llm, info, adapters, tier=tier, processes=processes, guard=guard)
             await engine._warm_up()
         except BaseException:
             await asyncio.to_thread(_stop, llm, processes, guard)
@@ -117,54 +126,25 @@ class VllmEngine:
 
     async def score(self, item: ScoreItem) -> Distributions:
         """Distributions of one sequence; cancelling aborts it inside vLLM."""
-        require_top_k_only(item.options, queries=item.query_token_ids is not None)
-        rows = partial(
-            to_distributions, top_k=self._requests.columns(item.options), vocab_size=self._info.vocab_size
-        )
-        ids = item.token_ids.tolist()
-        # vLLM must have room to write a token, so of a sequence of full length the last one is written, by force.
-        forced = ids.pop() if len(ids) == self._info.max_sequence_tokens else None
-        params = self._requests.scoring(self._requests.columns(item.options), forced)
-        output = await self._last_output(ids, params, item.adapter)
-        parts = []
-        if item.start < len(ids):
-            num_rows = len(ids) - item.start
-            parts.append(
-                rows(output.prompt_logprobs, first_row=item.start, num_rows=num_rows, start=item.start)
-            )
-        if forced is not None:
-            parts.append(rows(output.outputs[0].logprobs, first_row=0, num_rows=1, start=len(ids)))
-        return Distributions.concat(parts)
+        try:
+            return await self.score_once(item, reuse=True)
+        except RowsMissingError:
+            return await self.score_once(item, reuse=False)
+
+    async def score_once(self, item: ScoreItem, *, reuse: bool) -> Distributions:
+        """As `score`, from the prefix cache only with `reuse`. Raises RowsMissingError where rows came from there."""
+        ids, params = self._tier.scoring(item, reuse=reuse)
+        return self._tier.scored(item, await self._last_output(ids, params, item.adapter))
 
     async def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
         """Pieces of one sample; closing the iterator aborts it inside vLLM."""
-        if item.options is not None:
-            require_top_k_only(item.options, queries=False)
-        top_k = 0 if item.options is None else self._requests.columns(item.options)
         position = len(item.token_ids)
-        params = self._requests.sampling(item)
+        params = self._tier.writing(item)
         async with aclosing(self._outputs(item.token_ids.tolist(), params, item.adapter)) as outputs:
             async for output in outputs:
-                completion = output.outputs[0]
-                token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-                self._requests.require_known(token_ids)
-                rows = None
-                if len(token_ids):
-                    rows = to_distributions(
-                        completion.logprobs,
-                        first_row=0,
-                        num_rows=len(token_ids),
-                        top_k=top_k,
-                        start=position,
-                        vocab_size=self._info.vocab_size,
-                    )
-                position += len(token_ids)
-                yield GeneratedPiece(
-                    token_ids=token_ids,
-                    sampling_logprobs=self._requests.sampling_logprobs(item, len(token_ids), rows),
-                    distributions=None if item.options is None else rows,
-                    finish=completion.finish_reason or "",
-                )
+                piece = self._tier.written(item, output.outputs[0], position)
+                position += len(piece.token_ids)
+                yield piece
 
     async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
         """Loads an adapter while others are served."""
@@ -246,11 +226,14 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
     on_cpu = bool(current_platform.is_cpu())
     if on_cpu:
         set_cpu_environment()
+    if config.tier == "worker":
+        set_first_runner()
     vocab_size = int(text_config.vocab_size)
     arguments = engine_arguments(config, directory, on_cpu=on_cpu, vocab_size=vocab_size)
     try:
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    except (ValueError, RuntimeError, OSError, NotImplementedError) as error:
+        with switched_on() if "worker_extension_cls" in arguments else nullcontext():
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except Exception as error:  # whatever vLLM makes of a model, a method of quantisation or a platform
         raise not_started(config.model, error) from error
 
 

@@ -1,4 +1,4 @@
-"""What vLLM is asked for one sequence or one sample, through the public options of its sampling parameters alone."""
+"""What vLLM is asked for one sequence or one sample: the public options of its sampling parameters."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
 from teacher_service.engine import DistributionOptions, EngineInfo, Float32Array, GenerateItem, Int32Array
 from teacher_service.vllm_errors import engine_dead
+from teacher_service.vllm_plan import RAW
 
 STREAM_INTERVAL_TOKENS = 8
 """Tokens of a sample that come as one piece, but for its first and its last."""
@@ -80,6 +81,46 @@ class Requests:
             stream_interval=STREAM_INTERVAL_TOKENS,
         )
 
+    def marked(self, params: Any) -> Any:
+        """The same parameters for a request whose rows the front end leaves alone."""
+        params.extra_args = {**(params.extra_args or {}), **RAW}
+        return params
+
+    def planned_scoring(self, argument: dict[str, Any], *, reuse: bool) -> Any:
+        """Parameters of a prompt whose rows the worker's extension makes, from `ScorePlan.argument`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            extra_args=argument,
+            skip_reading_prefix_cache=not reuse,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            ignore_eos=True,
+            skip_clone=True,
+        )
+
+    def planned_writing(self, item: GenerateItem, argument: dict[str, Any]) -> Any:
+        """Parameters of a sample whose tokens the worker's extension draws, from `DrawPlan.argument`."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            max_tokens=min(item.max_new_tokens, self._info.max_sequence_tokens - len(item.token_ids)),
+            temperature=0.0,  # vLLM's own sampler has nothing to do
+            logprobs=0,
+            extra_args=argument,
+            stop_token_ids=list(self._info.eos_token_ids),
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY if item.whole else RequestOutputKind.DELTA,
+            stream_interval=STREAM_INTERVAL_TOKENS,
+            skip_clone=True,
+        )
+
     def _drawing(self, item: GenerateItem) -> dict[str, Any]:
         """How tokens are drawn, by vLLM or, with a seed on a CPU, by `vllm_seeds`."""
         from vllm.platforms import current_platform
@@ -125,18 +166,6 @@ class Requests:
 
     def _cuts(self, top_k: int) -> bool:
         return 0 < top_k < self._info.vocab_size
-
-
-def require_top_k_only(options: DistributionOptions, *, queries: bool) -> None:
-    """Raises `StillhouseError` (CAPABILITY) for what this engine's capabilities do not have."""
-    if any(
-        (options.temperatures, options.num_sampled_tokens, options.entropy, options.hidden_states, queries)
-    ):
-        raise StillhouseError(
-            Reason.CAPABILITY,
-            "The vllm engine reports top-k, target and tail. Log-partitions, queries, draws, entropy and hidden states "
-            "come from a teacher started with --engine hf.",
-        )
 
 
 def require_whole(reason: str | None) -> None:

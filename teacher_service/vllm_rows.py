@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
+from teacher_service.topk import non_finite
 
 
 def to_distributions(
@@ -35,6 +35,21 @@ def to_distributions(
         )
     token_ids_TW = np.array(flat.token_ids[begin:end], dtype=np.int32).reshape(num_rows, width)
     logprobs_TW = np.array(flat.logprobs[begin:end], dtype=np.float32).reshape(num_rows, width)
+    return from_arrays(
+        token_ids_TW, logprobs_TW, num_rows=num_rows, top_k=top_k, start=start, vocab_size=vocab_size
+    )
+
+
+def from_arrays(
+    token_ids_TW: Any, logprobs_TW: Any, *, num_rows: int, top_k: int, start: int, vocab_size: int
+) -> Distributions:
+    """The same of arrays [T, 1 + K], as vLLM's worker makes them."""
+    if logprobs_TW.shape != (num_rows, top_k + 1) or token_ids_TW.shape != logprobs_TW.shape:
+        raise RuntimeError(
+            f"vLLM returned {list(token_ids_TW.shape)} ids and {list(logprobs_TW.shape)} logprobs for {num_rows} rows "
+            f"that are {top_k + 1} wide"
+        )
+    token_ids_TW = token_ids_TW.astype(np.int32, copy=False)
     _require_finite(logprobs_TW, start)
     return Distributions(
         start=start,
@@ -65,10 +80,4 @@ def log_tail(logprobs_TK: np.ndarray[tuple[int, ...], np.dtype[np.float32]], voc
 def _require_finite(logprobs_TW: np.ndarray[tuple[int, ...], np.dtype[np.float32]], start: int) -> None:
     bad_T = ~np.isfinite(logprobs_TW).all(axis=1)
     if bad_T.any():
-        position = start + int(bad_T.argmax())
-        raise StillhouseError(
-            Reason.NON_FINITE,
-            f"The model's logits for position {position} are not finite numbers. "
-            "Its weights are damaged, or its numbers overflow: try --dtype float32.",
-            metadata={"position": str(position)},
-        )
+        raise non_finite(start + int(bad_T.argmax()))

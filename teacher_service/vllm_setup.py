@@ -11,12 +11,15 @@ from typing import Any
 from protos.errors import Reason, StillhouseError
 from teacher_service.config import TeacherConfig
 from teacher_service.vllm_parallel import parallel_arguments, set_cpu_binding
+from teacher_service.vllm_quantization import dtype_argument, method_argument
 
 VERSIONS = ((0, 32), (0, 33))
 """Minor versions that this engine has been read and tried against."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Sizes of adapter slots that vLLM can make."""
 MAX_RUNNING_SEQUENCES = 256
+WORKER_EXTENSION = "teacher_service.vllm_worker.WorkerExtension"
+"""What vLLM's worker finds the class by; it does nothing before it is told to."""
 # On a CPU the worker holds float32 logits of a whole chunk of a prompt: 1 GiB at this many elements.
 _CPU_LOGITS_ELEMENTS = 1 << 28
 _CPU_MIN_BATCH_TOKENS = 256
@@ -72,8 +75,15 @@ def set_environment(config: TeacherConfig) -> None:
 
 
 def set_cpu_environment() -> None:
-    """Sets what only the CPU build reads, once it is known to be one."""
-    # `vllm_seeds` is written for the first model runner; the second needs Triton, which few CPU builds have.
+    """Sets what the CPU build reads, once it is known to be one."""
+    set_first_runner()
+
+
+def set_first_runner() -> None:
+    """Asks for vLLM's first model runner, unless the operator chose: `vllm_seeds` and `vllm_worker` are written for it.
+
+    The second needs Triton, which few CPU builds have.
+    """
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
@@ -89,7 +99,7 @@ def engine_arguments(
         "skip_tokenizer_init": True,  # ids come in and ids go out
         "trust_remote_code": False,
         "generation_config": "vllm",  # requests alone decide how tokens are drawn
-        "dtype": "float32" if config.dtype == "auto" and on_cpu else config.dtype,
+        "dtype": dtype_argument(config, directory, on_cpu=on_cpu),
         "max_model_len": config.max_sequence_tokens,
         "max_logprobs": max(1, min(config.max_top_k, vocab_size)),
         "logprobs_mode": "raw_logprobs",
@@ -103,8 +113,10 @@ def engine_arguments(
         "disable_log_stats": True,
         "enable_log_requests": False,
     }
+    if config.tier in {"auto", "worker"}:
+        arguments["worker_extension_cls"] = WORKER_EXTENSION
     if config.quantization:
-        arguments["quantization"] = config.quantization
+        arguments["quantization"] = method_argument(config.quantization)
     if on_cpu:
         from teacher_service import vllm_seeds
 

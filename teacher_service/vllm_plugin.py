@@ -1,0 +1,100 @@
+"""vLLM's plug-in of Stillhouse: a scored prompt takes from the prefix cache only what comes before its first row, and nobody's NaN.
+
+vLLM loads it in each of its processes (entry point `vllm.general_plugins`). It does nothing unless the variable below is
+set, and then nothing to requests that do not carry Stillhouse's argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from teacher_service.vllm_plan import start_of
+
+VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
+"""Set to "1" while a teacher starts its vLLM."""
+_log = logging.getLogger("vllm.stillhouse")
+
+
+@contextmanager
+def switched_on() -> Iterator[None]:
+    """Processes of vLLM that are started inside load the plug-in."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def register() -> None:
+    """Called by vLLM, maybe several times."""
+    if os.environ.get(VARIABLE) != "1":
+        return
+    for change, consequence in (
+        # The teacher notices that rows are missing.
+        (_cap_cache_hits, "the prefix cache is not used for scoring"),
+        (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
+    ):
+        try:
+            change()
+        except (ImportError, AttributeError, TypeError) as error:
+            _log.warning("stillhouse: vLLM's code has moved, so %s: %s", consequence, error)
+
+
+def _cap_cache_hits() -> None:
+    """Wraps `KVCacheManager.get_computed_blocks`.
+
+    vLLM computes at least the last token of a prompt, for its logits. A request that scores from `start` needs them
+    from the token before `start` on; it is shown to the manager as a prompt that ends there. Otherwise a prompt whose
+    length is a multiple of the cache's block would come from the cache with the row that is asked for.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    original = KVCacheManager.get_computed_blocks
+    if getattr(original, "stillhouse", False):
+        return
+    if list(inspect.signature(original).parameters) != ["self", "request"]:
+        raise TypeError(f"KVCacheManager.get_computed_blocks{inspect.signature(original)}")
+
+    def get_computed_blocks(self: Any, request: Any) -> Any:
+        params = request.sampling_params
+        start = None if params is None else start_of(params.extra_args)
+        return original(self, request if start is None else _Until(request, start))
+
+    get_computed_blocks.stillhouse = True  # type: ignore[attr-defined]
+    KVCacheManager.get_computed_blocks = get_computed_blocks
+
+
+def _clear_new_blocks() -> None:
+    """Has the CPU's worker clear blocks of the cache before they are filled, as it does for models that need it.
+
+    Its attention multiplies what a block holds behind the end of a sequence by 0. What another sequence left there may
+    be NaN, and stays it.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    if not current_platform.is_cpu():
+        return
+    if not isinstance(inspect.getattr_static(KVCacheConfig, "needs_kv_cache_zeroing"), property):
+        raise TypeError("KVCacheConfig.needs_kv_cache_zeroing")
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)  # noqa: ARG005
+
+
+class _Until:
+    """A request as if it ended before position `end`."""
+
+    def __init__(self, request: Any, end: int) -> None:
+        self._request = request
+        self.num_tokens = min(end, request.num_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)

@@ -1,0 +1,75 @@
+"""One vLLM engine for all tests of its parts, and a view of it for each tier: a start of vLLM takes half a minute."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from typing import Any
+
+import pytest
+import pytest_asyncio
+
+from teacher_service.config import TeacherConfig
+from tests.conftest import Models
+from tests.support.processes import no_process_left
+
+BATCH_TOKENS = 200  # less than many sequences of the tests have: their prompts are read in chunks
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def worker_engine(models: Models) -> AsyncIterator[Any]:
+    """The engine at the tier that it finds by itself, which has to be the best."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    from teacher_service.vllm_engine import VllmEngine
+
+    config = TeacherConfig(
+        model=str(models.teacher),
+        engine="vllm",
+        dtype="float32",
+        max_adapters=2,
+        max_lora_rank=8,
+        max_batch_tokens=BATCH_TOKENS,
+        kv_cache_gib=0.25,
+    )
+    resource_tracker.ensure_running()  # one for the life of this process, not of the engine
+    with no_process_left() as mark:
+        os.environ.update(mark)
+        try:
+            engine = await VllmEngine.load(config)
+            try:
+                yield engine
+            finally:
+                await engine.close()
+        finally:
+            for name in mark:
+                del os.environ[name]
+
+
+def view(engine: Any, tier: str | None = None, **changes: Any) -> Any:
+    """The same vLLM behind an engine of another tier, or with other facts about its model."""
+    from teacher_service.vllm_engine import VllmEngine
+    from teacher_service.vllm_tiers import PublicTier, RawTier, WorkerTier
+
+    info = replace(engine.info, **changes)
+    name = tier or engine._tier.name
+    made: PublicTier
+    if name == "worker":
+        made = WorkerTier(
+            info,
+            hidden_size=64,
+            max_query_tokens=info.max_query_tokens,
+            reuse=True,
+        )
+    else:
+        made = {"raw": RawTier, "public": PublicTier}[name](info)
+    return VllmEngine(engine._llm, info, engine._adapters, tier=made)
+
+
+@pytest.fixture(params=["worker", "raw", "public"])
+def engine(request: pytest.FixtureRequest, worker_engine: Any) -> Any:
+    """An engine of each tier."""
+    return view(worker_engine, request.param)
