@@ -19,9 +19,10 @@ from client.batch_output import RETRY, Output, Paths, commit_retry, locked
 from client.batch_retry import Earlier
 from client.batch_rows import Line, Row, Sampling, detect, plain_row, read_lines
 from client.batch_teacher import BatchTeacher, identity
-from client.connection import PATIENCE_S, OnLost
+from client.connection import PATIENCE_S, OnLost, Patience
 from client.errors import usage_error
 from client.token_texts import TokenTexts
+from protos.errors import Reason, StillhouseError
 
 if TYPE_CHECKING:
     from client.teacher import Teacher
@@ -144,7 +145,7 @@ class _Batch:
 
     def run(self) -> BatchSummary:
         began_s = time.monotonic()
-        self._teacher.refresh()
+        self._wait_until_loaded()
         with locked(self._paths.out):
             if self._settings.overwrite:
                 self._paths.retry.journal.unlink(missing_ok=True)
@@ -165,6 +166,19 @@ class _Batch:
             tokens=self._tokens,
             seconds=time.monotonic() - began_s,
         )
+
+    def _wait_until_loaded(self) -> None:
+        """A teacher that nobody reaches is told of at once; one that loads its model is waited for."""
+        patience = Patience(self._settings.patience_s)
+        while True:
+            try:
+                self._teacher.refresh()
+            except StillhouseError as error:
+                if error.reason is not Reason.TEACHER_LOADING:
+                    raise
+                patience.wait(error, self._tell.lost)
+            else:
+                return
 
     def _pass(self, paths: Paths, *, overwrite: bool, earlier: Earlier | None) -> Position:
         """Answers all rows into `paths`; those that `earlier` holds are taken from there."""
