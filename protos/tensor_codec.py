@@ -1,6 +1,7 @@
 """What a model says at T positions, as arrays, and its way over the wire; a receiver checks every number."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -63,7 +64,7 @@ class Distributions:
     def row_bytes(self) -> int:
         """The most bytes that one row takes on the wire, to choose how many rows make a message."""
         arrays = (getattr(self, name) for name in _ARRAYS)
-        return sum(4 * int(np.prod(array.shape[1:])) for array in arrays if array is not None)
+        return sum(4 * math.prod(array.shape[1:]) for array in arrays if array is not None)
 
     def rows(self, begin: int, end: int) -> "Distributions":
         """Rows [begin, end), 0 <= begin <= end <= num_rows, as views; start moves along."""

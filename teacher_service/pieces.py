@@ -47,6 +47,9 @@ def cut(piece: GeneratedPiece, max_bytes: int) -> Iterator[GeneratedPiece]:
     """The piece in parts of at most `max_bytes`, but of one token at least; only the last has its finish."""
     step = max(1, max_bytes // _token_bytes(piece))
     length = len(piece.token_ids)
+    if length <= step:
+        yield piece
+        return
     for begin in range(0, max(1, length), step):
         end = min(begin + step, length)
         yield rows(piece, begin, end, piece.finish if end == length else "")
@@ -72,6 +75,9 @@ class Held:
         held = join(self._pieces)
         count = num_kept - self._num_given
         self._num_given = num_kept
+        if count == len(held.token_ids):
+            self._pieces = []
+            return held if held.finish == finish else replace(held, finish=finish)
         rest = rows(held, count, len(held.token_ids), "")
         self._pieces = [rest] if len(rest.token_ids) else []
         return replace(rows(held, 0, count, ""), finish=finish)
