@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation clean
+.PHONY: help setup demo test check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-cache clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -63,6 +63,9 @@ bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, f
 
 bench-distillation: setup ## distilled against cross-entropy students; ARGS names teacher, student and data
 	$(PY) -m benchmarks.distillation $(ARGS)
+
+bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
+	$(PY) -m benchmarks.cache_codecs $(if $(JSON),--json $(JSON)) $(ARGS)
 
 clean: ## remove what the commands made
 	rm -rf $(VENV) .tools .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
