@@ -225,6 +225,8 @@ class CacheConfig:
     """Required, such as "caches/my-set"."""
     mode: str = "write_through"
     """ "read", "write_through" or "only"."""
+    codec: str = "lossless"
+    """How answers are kept: "lossless" or "compact"."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -30,6 +30,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "LoraConfig.bias": ("none", "all", "lora_only"),
     "TeacherConfig.logprob_dtype": ("float16", "float32"),
     "CacheConfig.mode": ("read", "write_through", "only"),
+    "CacheConfig.codec": ("lossless", "compact"),
     "DataConfig.overflow": ("truncate", "drop"),
     "LossConfig.temperature_mode": ("exact", "conditional"),
     "LossConfig.reduction": ("token_mean", "sequence_mean"),

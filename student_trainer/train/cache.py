@@ -5,13 +5,14 @@ Modes: "write_through" asks for what is missing and keeps it, "read" asks and ke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
 
-from protos.cache_format import CacheMeta
+from protos.cache_format import CODECS, CacheMeta, Codec
 from protos.cache_reader import CacheReader
 from protos.cache_writer import CacheWriter
 from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
@@ -20,6 +21,8 @@ from student_trainer.train.cache_stream import AnswerStream, CachedStream
 from student_trainer.train.teacher_client import Teacher, adapter_fingerprint
 
 log = structlog.get_logger()
+
+_CODECS: Mapping[str, Codec] = {codec: codec for codec in CODECS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class RunCache:
             return None
         path = data_dir / config.path
         if config.mode == "write_through":
-            writer = stack.enter_context(CacheWriter(path))
+            writer = stack.enter_context(CacheWriter(path, codec=_CODECS[config.codec]))
             reader = writer.reader
         else:
             writer = None

@@ -717,22 +717,33 @@ class CacheSpec(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     MODE_FIELD_NUMBER: _builtins.int
+    CODEC_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Required. Such as "caches/my-set"."""
     mode: _builtins.str
     """"read" (ask for what is missing, keep nothing), "write_through" (ask and keep) or "only" (no teacher)."""
+    codec: _builtins.str
+    """How answers are kept: "lossless" (every bit of the wire) or "compact" (coarser log-probabilities, about
+    two thirds of the bytes). Unset means lossless; answers that are there stay as they are.
+    """
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         mode: _builtins.str | None = ...,
+        codec: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "mode", b"mode"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_codec", b"_codec", "_mode", b"_mode", "codec", b"codec", "mode", b"mode"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_mode", b"_mode", "mode", b"mode", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_codec", b"_codec", "_mode", b"_mode", "codec", b"codec", "mode", b"mode", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__codec: _TypeAlias = _typing.Literal["codec"]  # noqa: Y015
+    _WhichOneofArgType__codec: _TypeAlias = _typing.Literal["_codec", b"_codec"]  # noqa: Y015
     _WhichOneofReturnType__mode: _TypeAlias = _typing.Literal["mode"]  # noqa: Y015
     _WhichOneofArgType__mode: _TypeAlias = _typing.Literal["_mode", b"_mode"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__codec) -> _WhichOneofReturnType__codec | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__mode) -> _WhichOneofReturnType__mode | None: ...
 
 Global___CacheSpec: _TypeAlias = CacheSpec  # noqa: Y015
