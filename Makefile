@@ -53,10 +53,13 @@ fmt: setup ## format, and fix what can be fixed
 	$(VENV)/bin/ruff format $(CODE)
 	$(VENV)/bin/ruff check --fix $(CODE)
 
-bench: bench-teacher ## the benchmarks that print a ratio in one run
+bench: bench-teacher bench-student ## the benchmarks that print a ratio in one run
 
 bench-teacher: setup ## the teacher's rates against its engine, vLLM's servers, TRL's client, transformers; JSON=FILE
 	$(PY) -m benchmarks.teacher $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-student: setup ## a student's step, time and memory, against full logits, TRL and Liger; JSON=FILE
+	$(PY) -m benchmarks.student_loss $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory
 	$(PY) -m benchmarks.soak $(ARGS)

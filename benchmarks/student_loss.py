@@ -1,0 +1,193 @@
+"""The student's step at a large vocabulary: seconds and memory against full logits, TRL's chunked loss and Liger's fused JSD.
+
+Prints two rows, each one setting of ours in one run: the smallest memory, and the fastest. Every pass is a fresh process;
+the passes of a round follow one another, and a method's time is its fastest step of all rounds, since what disturbs a
+machine only ever adds. Peers are installed into a directory of their own; one that cannot be is shown as n/a.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+PEERS = ("trl==1.16.0", "liger-kernel==0.8.5")
+PEERS_DIR = Path(".bench/student-peers")
+TIMEOUT_S = 900.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pass:
+    """A method at a chunk size, in positions; 0 where it has no chunks."""
+
+    method: str
+    chunk: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.method}, chunk {self.chunk}" if self.chunk else self.method
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What a pass took."""
+
+    seconds: float
+    """Of the fastest step."""
+    memory_mib: float
+    """The most that memory grew."""
+    loss: float
+
+
+FULL = Pass(method="full")
+TRL = Pass(method="trl_async", chunk=256)
+REQUIRED = {
+    "memory_full_over_ours": 10.0,
+    "small_speed_vs_full": 2.0,
+    "speed_vs_full": 3.0,
+    "speed_vs_trl_async": 5.0,
+    "fast_memory_full_over_ours": 7.5,
+}
+
+
+@click.command()
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write ratios and passes here.")
+@click.option("--rounds", default=2, show_default=True, help="Fresh processes for each pass.")
+@click.option("--steps", default=3, show_default=True, help="Steps of each process.")
+@click.option("--small-chunk", default=64, show_default=True, help="Positions at a time in the first row.")
+@click.option("--fast-chunk", default=256, show_default=True, help="Positions at a time in the second row.")
+@click.option("--only", multiple=True, help="Methods to measure; all if not given.")
+def main(  # noqa: PLR0917 (click passes them by name)
+    json_file: Path | None, rounds: int, steps: int, small_chunk: int, fast_chunk: int, only: tuple[str, ...]
+) -> None:
+    """Measure the student's step."""
+    console = Console()
+    small, fast = Pass(method="ours", chunk=small_chunk), Pass(method="ours", chunk=fast_chunk)
+    passes = [
+        *(FULL, small, fast, TRL, Pass(method="trl_async", chunk=128)),
+        *(Pass(method="trl_gkd"), Pass(method="liger_jsd", chunk=256)),
+    ]
+    passes = [each for each in dict.fromkeys(passes) if not only or each.method in only]
+    _install_peers(console)
+    found: dict[Pass, list[Found]] = defaultdict(list)
+    missing: dict[Pass, str] = {}
+    for number in range(rounds):
+        for each in passes:
+            if each in missing:
+                continue
+            console.print(f"round {number + 1} of {rounds}: {each}")
+            try:
+                found[each].append(_measure(each, steps))
+            except RuntimeError as error:
+                missing[each] = str(error)
+    best = {each: _best(all_found) for each, all_found in found.items() if all_found}
+    ratios = _ratios(best, small, fast)
+    console.print(_table(passes, best, missing))
+    for row, names in (
+        (f"smallest memory ({small})", ("memory_full_over_ours", "small_speed_vs_full")),
+        (f"fastest ({fast})", ("speed_vs_full", "speed_vs_trl_async", "fast_memory_full_over_ours")),
+    ):
+        said = ", ".join(f"{name} {_said(ratios.get(name))} (>= {REQUIRED[name]:g})" for name in names)
+        console.print(f"{row}: {said}", soft_wrap=True)
+    if json_file is not None:
+        content = {
+            **{name: ratios.get(name, "n/a") for name in REQUIRED},
+            "details": {
+                "required": REQUIRED,
+                "passes": {
+                    str(each): {"seconds": one.seconds, "memory_mib": one.memory_mib, "loss": one.loss}
+                    for each, one in best.items()
+                },
+                "not_available": {str(each): why for each, why in missing.items()},
+            },
+        }
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _install_peers(console: Console) -> None:
+    """The peers without their dependencies, which this environment has; once."""
+    stamp = PEERS_DIR / ".done"
+    if stamp.exists() and stamp.read_text() == " ".join(PEERS):
+        return
+    PEERS_DIR.mkdir(parents=True, exist_ok=True)
+    for peer in PEERS:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        done = subprocess.run(
+            [*command, "--target", str(PEERS_DIR), peer], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            console.print(f"{peer} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
+            return
+    stamp.write_text(" ".join(PEERS))
+
+
+def _measure(each: Pass, steps: int) -> Found:
+    """One fresh process. Raises RuntimeError with the reason if it fails."""
+    path = os.pathsep.join([str(PEERS_DIR.resolve()), *sys.path])
+    command = [sys.executable, "-m", "benchmarks.student_step", each.method, str(each.chunk), str(steps)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=TIMEOUT_S,
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"no end within {TIMEOUT_S:g} s") from error
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
+    return Found(seconds=min(result["seconds"]), memory_mib=result["memory_mib"], loss=result["loss"])
+
+
+def _best(found: list[Found]) -> Found:
+    """The fastest step of all rounds; the most memory of any."""
+    return Found(
+        seconds=min(each.seconds for each in found),
+        memory_mib=max(each.memory_mib for each in found),
+        loss=found[0].loss,
+    )
+
+
+def _ratios(best: Mapping[Pass, Found], small: Pass, fast: Pass) -> dict[str, float]:
+    """What can be told of what was measured."""
+    full, trl = best.get(FULL), best.get(TRL)
+    ratios: dict[str, float] = {}
+    if full and small in best:
+        ratios["memory_full_over_ours"] = full.memory_mib / best[small].memory_mib
+        ratios["small_speed_vs_full"] = full.seconds / best[small].seconds
+    if full and fast in best:
+        ratios["speed_vs_full"] = full.seconds / best[fast].seconds
+        ratios["fast_memory_full_over_ours"] = full.memory_mib / best[fast].memory_mib
+    if trl and fast in best:
+        ratios["speed_vs_trl_async"] = trl.seconds / best[fast].seconds
+    return ratios
+
+
+def _table(passes: list[Pass], best: Mapping[Pass, Found], missing: Mapping[Pass, str]) -> Table:
+    table = Table("loss", "step s", "memory MiB", "value", "", title="A student's step, forward and backward")
+    for each in passes:
+        if each in best:
+            one = best[each]
+            table.add_row(str(each), f"{one.seconds:.2f}", f"{one.memory_mib:.0f}", f"{one.loss:.4f}", "")
+        else:
+            table.add_row(str(each), "n/a", "n/a", "n/a", missing.get(each, "not measured"))
+    return table
+
+
+def _said(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main()
