@@ -10,6 +10,7 @@ from typing import Any
 from student_trainer.run_dir import Attempt, fsync_directory
 from student_trainer.train import failpoints
 from student_trainer.train.student import Student
+from student_trainer.train.student_model import merged
 
 ADAPTER_FOLDER = "adapter"
 """Where the adapter lies beside a merged model."""
@@ -41,12 +42,15 @@ def export(student: Student, attempt: Attempt) -> Path:
 
 def _write(student: Student, directory: Path) -> None:
     model: Any = student.model
-    output = student.config.output if student.config.lora else "merged"
-    if output != "merged":
-        model.save_pretrained(directory if output == "adapter" else directory / ADAPTER_FOLDER)
-    if output != "adapter":
-        merged = model.merge_and_unload(safe_merge=True) if student.config.lora else model
-        merged.save_pretrained(directory)
+    config = student.config
+    if not config.trains_adapter or config.output == "adapter":
+        model.save_pretrained(directory)
+    else:
+        adapter = directory / ADAPTER_FOLDER
+        model.save_pretrained(adapter)
+        merged(model, config, student.data_dir, adapter).save_pretrained(directory)
+        if config.output == "merged":
+            shutil.rmtree(adapter)
     student.tokenizer.save_pretrained(directory)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from protos.errors import FieldViolation, Reason, StillhouseError
 from student_trainer.config import OptimizerConfig
 
 SGD_MOMENTUM = 0.9
@@ -34,8 +35,30 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
             return torch.optim.Adam(groups, lr=config.learning_rate)
         case "sgd":
             return torch.optim.SGD(groups, lr=config.learning_rate, momentum=SGD_MOMENTUM)
+        case "adamw_8bit" | "paged_adamw_8bit":
+            return _make_8bit(groups, config)
         case _:
-            raise ValueError(f"optimizer.name {config.name} is not one of adamw, adam, sgd")
+            raise ValueError(f"optimizer.name {config.name} is not known")
+
+
+def _make_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW whose moments are held in 8 bits, by bitsandbytes; small tensors keep 32.
+
+    Raises StillhouseError(INVALID_SPEC) for paged moments on a CPU, which has nothing to page out of.
+    """
+    import bitsandbytes
+
+    on_cpu = all(each.device.type == "cpu" for group in groups for each in group["params"])
+    if config.name == "paged_adamw_8bit" and on_cpu:
+        description = '"paged_adamw_8bit" moves its moments between GPU and host, and this process has no GPU; use "adamw_8bit".'
+        raise StillhouseError(
+            Reason.INVALID_SPEC,
+            f"optimizer.name: {description}",
+            violations=[FieldViolation(field="optimizer.name", description=description)],
+        )
+    make = bitsandbytes.optim.AdamW8bit if config.name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
+    optimizer: torch.optim.Optimizer = make(groups, lr=config.learning_rate)
+    return optimizer
 
 
 def learning_rate(step: int, total_steps: int, config: OptimizerConfig) -> float:
