@@ -16,6 +16,7 @@ _COMMANDS = {
     "generate": ("client.commands.generate:generate", "Let the teacher write."),
     "score": ("client.commands.score:score", "Ask the teacher for its distributions over your token ids."),
     "token": ("client.commands.token:token", "Make, list and revoke tokens on a service's host."),
+    "estimate": ("client.commands.estimate:estimate", "Predict a run's memory before it is submitted."),
     "version": ("client.commands.version:version", "Show the version of this client."),
 }
 

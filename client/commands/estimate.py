@@ -1,0 +1,91 @@
+"""`stillhouse estimate`: whether a run fits into memory, before it is submitted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from client.commands.common import Session, command
+
+_PATH = click.Path(path_type=Path)
+_DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.56}
+EXIT_IMPOSSIBLE = 1
+GIB = 2**30
+
+
+@command()
+@click.argument("file", type=_PATH)
+@click.option("--set", "overrides", multiple=True, metavar="FIELD=VALUE", help="Change a field of FILE.")
+@click.option(
+    "--student-model", type=_PATH, help="Directory or config.json.  [default: student.model, on this machine]"
+)
+@click.option(
+    "--teacher-model", type=_PATH, help="Directory or config.json of the teacher, to estimate it too."
+)
+@click.option("--teacher-dtype", type=click.Choice(list(_DTYPE_BYTES)), default="bfloat16", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "gpu"]), help="[default: gpu if this machine has one]")
+@click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="[default: this machine's]")
+def estimate(
+    session: Session,
+    *,
+    file: Path,
+    overrides: tuple[str, ...],
+    student_model: Path | None,
+    teacher_model: Path | None,
+    teacher_dtype: str,
+    device: str | None,
+    memory_gib: float | None,
+) -> int:
+    """Predict the memory of the run in FILE, from shapes alone; exit code 1 if it cannot fit.
+
+    Student and teacher are judged apart, as if each had the device to itself. No weights are opened.
+    """
+    from client.errors import usage_error
+    from client.machine import gpus, memory_bytes
+    from client.memory_estimate import MAX_SEQUENCE_TOKENS, Plan, remedies, student_bytes, teacher_bytes
+    from client.model_shape import ModelShape
+    from client.render import columns, size_text
+    from client.run_file import load_run_file
+
+    run = load_run_file(file, overrides)
+    found = gpus()
+    device = device or ("gpu" if found else "cpu")
+    limit = round(memory_gib * GIB) if memory_gib else None
+    if limit is None:
+        limit = memory_bytes() if device == "cpu" else max((each.total_bytes for each in found), default=None)
+    if limit is None:
+        raise usage_error("this machine's memory is not known; give --memory-gib.")
+    source = student_model or Path(run.spec.student.model)
+    if student_model is None and not source.is_absolute():
+        source = source if source.exists() else run.directory / source
+    shape, plan = ModelShape.read(source), Plan.of(run.spec, device)
+    parts: dict[str, dict[str, int]] = {"student": student_bytes(shape, plan)}
+    if teacher_model is not None:
+        tokens = run.spec.data.max_sequence_tokens or MAX_SEQUENCE_TOKENS
+        parts["teacher"] = teacher_bytes(
+            ModelShape.read(teacher_model), dtype_bytes=_DTYPE_BYTES[teacher_dtype], sequence_tokens=tokens
+        )
+    totals = {name: sum(each.values()) for name, each in parts.items()}
+    fits = {name: total <= limit for name, total in totals.items()}
+    helps = [] if fits["student"] else list(remedies(shape, plan))
+    if session.as_json:
+        document: dict[str, Any] = {
+            "device": device,
+            "memory_bytes": limit,
+            "parameters": shape.parameters,
+            "remedies": [{"set": text, "student_bytes": then} for text, then in helps],
+        }
+        for name, each in parts.items():
+            document[name] = {"total_bytes": totals[name], "fits": fits[name], "parts_bytes": each}
+        session.emit(document)
+    else:
+        for name, each in parts.items():
+            session.say(f"{name} ({device}): {size_text(totals[name])} of {size_text(limit)}")
+            session.say(columns((f"  {part}", size_text(number)) for part, number in each.items()))
+            if not fits[name]:
+                session.say(f"  It cannot fit: {size_text(totals[name] - limit)} too much.")
+        for text, then in helps:
+            session.say(f"  {text} would take {size_text(then)}{'' if then > limit else ', which fits'}")
+    return 0 if all(fits.values()) else EXIT_IMPOSSIBLE
