@@ -41,6 +41,22 @@ class Settings:
     token_file: Path | None = None
     """File whose only line is the bearer token."""
 
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.tls or any((self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name))
+
+    def security(self) -> dict[str, Any]:
+        """What a connection takes besides its target. Raises StillhouseError if the token's file cannot be read."""
+        return {
+            "tls": self.tls,
+            "tls_ca": self.tls_ca,
+            "tls_cert": self.tls_cert,
+            "tls_key": self.tls_key,
+            "tls_server_name": self.tls_server_name,
+            "token": self.token(),
+        }
+
     def token(self) -> str | None:
         """The bearer token. Raises StillhouseError if its file cannot be read."""
         if self.token_file is None:

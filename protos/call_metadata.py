@@ -6,6 +6,8 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from protos.tracing import trace_metadata
+
 
 class AddMetadata(
     grpc.UnaryUnaryClientInterceptor,
@@ -38,7 +40,7 @@ class AddMetadata(
         own = _Details()
         own.method, own.timeout, own.credentials = details.method, details.timeout, details.credentials
         own.wait_for_ready, own.compression = details.wait_for_ready, details.compression
-        own.metadata = (*(details.metadata or ()), *self._metadata)
+        own.metadata = (*(details.metadata or ()), *self._metadata, *trace_metadata())
         return own
 
 
@@ -54,7 +56,7 @@ class WithMetadata(grpc.aio.Channel):
 
     def _wrap(self, multicallable: Callable[..., Any]) -> Any:
         def call(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
-            return multicallable(*args, metadata=(*(metadata or ()), *self._metadata), **kwargs)
+            return multicallable(*args, metadata=(*(metadata or ()), *self._metadata, *trace_metadata()), **kwargs)
 
         return call
 

@@ -81,15 +81,7 @@ class Session:
             click.echo(printable(text), err=True)
 
     def _security(self) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "tls": settings.tls,
-            "tls_ca": settings.tls_ca,
-            "tls_cert": settings.tls_cert,
-            "tls_key": settings.tls_key,
-            "tls_server_name": settings.tls_server_name,
-            "token": settings.token(),
-        }
+        return self.settings.security()
 
 
 def command(
