@@ -80,6 +80,7 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
     holder, name = holders[0]
     kept = nn.ModuleList([getattr(holder, name)[each] for each in config.keep_layers])
     for number, layer in enumerate(kept):
+        module: Any
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = number  # its place in the cache of keys and values

@@ -19,7 +19,8 @@ def test_an_example_is_a_valid_run(path: Path) -> None:
     assert config.student.model == ".demo/student"
     assert config.teachers[0].targets == ("127.0.0.1:7401",)
     paths = [dataset.path for dataset in (*config.data.train, *config.data.eval)]
-    assert set(paths) <= {".demo/data/train.jsonl", ".demo/data/held_out.jsonl"}
+    files = ("train.jsonl", "held_out.jsonl", "by_category.jsonl")
+    assert set(paths) <= {f".demo/data/{name}" for name in files}
 
 
 def test_there_are_examples_to_copy() -> None:
