@@ -23,21 +23,39 @@ def to_distributions(
     numbers are none.
     """
     width = top_k + 1
+    if len(flat.start_indices) < first_row + num_rows:
+        raise RuntimeError(f"vLLM returned {len(flat.start_indices)} rows of {first_row + num_rows}")
     begin = int(flat.start_indices[first_row])
-    end = begin + num_rows * width
-    if (
-        len(flat.start_indices) < first_row + num_rows
-        or int(flat.end_indices[first_row + num_rows - 1]) != end
-    ):
-        raise RuntimeError(
-            f"vLLM returned rows {first_row} to {first_row + num_rows} of {len(flat.start_indices)} "
-            f"that are not all {width} wide"
-        )
-    token_ids_TW = np.array(flat.token_ids[begin:end], dtype=np.int32).reshape(num_rows, width)
-    logprobs_TW = np.array(flat.logprobs[begin:end], dtype=np.float32).reshape(num_rows, width)
+    if int(flat.end_indices[first_row + num_rows - 1]) == begin + num_rows * width:
+        token_ids_TW = np.array(flat.token_ids[begin : begin + num_rows * width], dtype=np.int32)
+        logprobs_TW = np.array(flat.logprobs[begin : begin + num_rows * width], dtype=np.float32)
+    else:
+        order = [
+            place for row in range(first_row, first_row + num_rows) for place in _places(flat, row, width)
+        ]
+        token_ids_TW = np.array([flat.token_ids[place] for place in order], dtype=np.int32)
+        logprobs_TW = np.array([flat.logprobs[place] for place in order], dtype=np.float32)
+    token_ids_TW, logprobs_TW = token_ids_TW.reshape(num_rows, width), logprobs_TW.reshape(num_rows, width)
     return from_arrays(
         token_ids_TW, logprobs_TW, num_rows=num_rows, top_k=top_k, start=start, vocab_size=vocab_size
     )
+
+
+def _places(flat: Any, row: int, width: int) -> list[int]:
+    """Where the candidates of a row stand in the flat lists.
+
+    vLLM joins outputs that wait for a slow reader by way of dictionaries. There the token that is really there has lost
+    its second place if it is among the K likeliest; its rank tells which place that was.
+    """
+    places = list(range(int(flat.start_indices[row]), int(flat.end_indices[row])))
+    ranked = sorted(places, key=lambda place: int(flat.ranks[place]))
+    if [flat.ranks[place] for place in ranked] == list(range(1, width)):
+        return places[:1] + ranked
+    if len(places) != width:
+        raise RuntimeError(
+            f"vLLM returned rows that are not all {width} wide: one has {len(places)} candidates"
+        )
+    return places
 
 
 def from_arrays(

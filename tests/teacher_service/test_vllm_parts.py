@@ -52,6 +52,31 @@ def test_the_token_that_is_there_comes_first_and_may_come_again() -> None:
     assert to_distributions(flat, first_row=2, num_rows=1, top_k=2, start=2, vocab_size=10).start == 2
 
 
+def test_outputs_that_vllm_joined_read_as_they_were_before() -> None:
+    pieces = []
+    for there, its_rank in ((1, 3), (9, 17)):
+        ids, logprobs, ranks = [there, 4, 2, 1], [-2.0 * its_rank, -0.5, -1.5, -6.0], [its_rank, 1, 2, 3]
+        flat = FlatLogprobs()
+        flat.append_fast(ids, logprobs, iter(ranks), [None] * 4)  # type: ignore[arg-type]
+        pieces.append(flat)
+    alone = [
+        to_distributions(flat, first_row=0, num_rows=1, top_k=3, start=5 + index, vocab_size=32)
+        for index, flat in enumerate(pieces)
+    ]
+    pieces[0].extend(pieces[1])  # what RequestOutput.add does
+    pieces[1].extend(pieces[0])
+    joined = to_distributions(pieces[0], first_row=0, num_rows=2, top_k=3, start=5, vocab_size=32)
+    assert (
+        len(pieces[1].token_ids) == 11
+    )  # the token at rank 3 has lost a place, which the numbers above must not show
+    twice = to_distributions(pieces[1], first_row=1, num_rows=2, top_k=3, start=5, vocab_size=32)
+    for got in (joined, twice):
+        for row, want in enumerate(alone):
+            assert got.token_ids[row].tolist() == want.token_ids[0].tolist() == [4, 2, 1]
+            assert got.logprobs[row].tolist() == want.logprobs[0].tolist()
+            assert got.target_logprobs[row] == want.target_logprobs[0]
+
+
 def test_rows_of_another_width_are_not_misread() -> None:
     flat = flat_rows([None, [(7, -3.0), (1, -0.5)], [(2, -0.7), (2, -0.7), (5, -0.9)]])
     with pytest.raises(RuntimeError, match="not all 3 wide"):
