@@ -34,7 +34,8 @@ class AnswerMemory:
 
 
 class UnreadAnswers:
-    """What one call holds: answers from when they are asked of the engine until they have left for their caller."""
+    """What one call holds: answers to Score from when they are asked of the engine, samples as they grow, until they have
+    left for their caller."""
 
     def __init__(self, memory: AnswerMemory) -> None:
         self._memory = memory
@@ -46,17 +47,29 @@ class UnreadAnswers:
         while self._num_bytes and self._num_bytes + num_bytes > self._memory.limit_of_a_call:
             self._freed.clear()
             await self._freed.wait()
-        self._add(num_bytes)
+        self.add(num_bytes)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether the call holds no more than its limit."""
+        return self._num_bytes <= self._memory.limit_of_a_call
+
+    async def room(self) -> None:
+        """Returns once the call holds no more than its limit, for answers whose size nobody knows beforehand."""
+        while not self.has_room:
+            self._freed.clear()
+            await self._freed.wait()
 
     def free(self, num_bytes: int) -> None:
         """Gives the memory of an answer back."""
-        self._add(-num_bytes)
+        self.add(-num_bytes)
         self._freed.set()
 
     def clear(self) -> None:
         """Gives everything back: the call has ended."""
         self.free(self._num_bytes)
 
-    def _add(self, num_bytes: int) -> None:
+    def add(self, num_bytes: int) -> None:
+        """Takes memory for an answer that is there already."""
         self._num_bytes += num_bytes
         self._memory.num_bytes += num_bytes

@@ -11,6 +11,7 @@ from protos.errors import StillhouseError, to_status
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import encode
 from teacher_service import pieces
+from teacher_service.answer_memory import UnreadAnswers
 from teacher_service.engine import (
     DistributionOptions,
     GeneratedPiece,
@@ -56,6 +57,8 @@ class _News:
     prompt_ids: Int32Array | None = None
     adapter_fingerprint: str = ""
     error: Exception | None = None
+    num_bytes: int = 0
+    """What it takes until it has left."""
 
 
 class GenerateSession:
@@ -72,6 +75,7 @@ class GenerateSession:
         if request.HasField("distributions"):
             self._options, self._wire = check_distributions(request.distributions, serving.info)
         self._outbox: Outbox[_News] = Outbox()
+        self._unread = UnreadAnswers(serving.memory)
         self._prompts: dict[int, _Prompt | StillhouseError] = {}
 
     async def responses(self) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
@@ -81,8 +85,11 @@ class GenerateSession:
             async with aclosing(self._outbox.gathered()) as gathered:
                 async for news in gathered:
                     yield teacher_pb2.GenerateResponse(chunks=[self._chunk(each) for each in _merged(news)])
+                    # Here the message has been handed to the transport, which waits for a slow caller.
+                    self._unread.free(sum(each.num_bytes for each in news))
         finally:
             await cancel_all({running})
+            self._unread.clear()
 
     async def _write_all(self) -> None:
         error: Exception | None = None
@@ -94,7 +101,7 @@ class GenerateSession:
                     writers.create_task(self._write_samples(keys))
         except ExceptionGroup as group:
             error = group
-        await self._outbox.end(error)
+        self._outbox.end(error)
 
     def _keys(self) -> Iterator[tuple[int, int]]:
         for prompt_index, prompt in enumerate(self._request.prompts):
@@ -107,17 +114,20 @@ class GenerateSession:
             try:
                 await self._write(key)
             except Exception as error:
-                await self._outbox.put(_News(key=key, error=error), _CHUNK_BYTES)
+                self._say(_News(key=key, error=error, num_bytes=_CHUNK_BYTES))
 
     async def _write(self, key: tuple[int, int]) -> None:
         prompt = await self._prompt(key[0])
         self._serving.counters.samples_started += 1
         cost = self._serving.capacity.writing(len(prompt.token_ids), self._num_new(prompt))
-        async with (
-            self._serving.adapters.use(self._request.prompts[key[0]].adapter) as adapter,
-            self._serving.admission.turn(self._client, cost),
-        ):
-            await self._stream(key, prompt, adapter)
+        async with self._serving.adapters.use(self._request.prompts[key[0]].adapter) as adapter:
+            while True:
+                await self._unread.room()
+                async with self._serving.admission.turn(self._client, cost):
+                    if self._unread.has_room:
+                        # Now it is written to its end, read or not: its place in the engine is not its caller's to keep.
+                        await self._stream(key, prompt, adapter)
+                        return
 
     async def _prompt(self, index: int) -> _Prompt:
         """The checked prompt; raises what is wrong with it, for each of its samples."""
@@ -174,7 +184,7 @@ class GenerateSession:
                     first = False
                     withheld.append(one)
                     if finish or not self._request.whole_samples:
-                        await self._put(next(_merged(withheld)))
+                        self._put(next(_merged(withheld)))
                         withheld.clear()
                 if finish:
                     return
@@ -183,7 +193,7 @@ class GenerateSession:
         room = self._serving.info.max_sequence_tokens - len(prompt.token_ids)
         return min(prompt.sampling.max_new_tokens, room)
 
-    async def _put(self, news: _News) -> None:
+    def _put(self, news: _News) -> None:
         """Cuts what is too long for one message; text and prompt go with the first part, the end with the last."""
         assert news.piece is not None
         self._serving.counters.tokens_generated += len(news.piece.token_ids)
@@ -196,9 +206,13 @@ class GenerateSession:
                 prompt_tokens=news.prompt_tokens if index == 0 else 0,
                 prompt_ids=news.prompt_ids if index == 0 else None,
                 adapter_fingerprint=news.adapter_fingerprint,
+                num_bytes=_CHUNK_BYTES + (beside_bytes if index == 0 else 0) + pieces.num_bytes(part),
             )
-            size = _CHUNK_BYTES + (beside_bytes if index == 0 else 0) + pieces.num_bytes(part)
-            await self._outbox.put(one, size)
+            self._say(one)
+
+    def _say(self, news: _News) -> None:
+        self._unread.add(news.num_bytes)
+        self._outbox.put(news, news.num_bytes)
 
     def _chunk(self, news: _News) -> teacher_pb2.SampleChunk:
         chunk = teacher_pb2.SampleChunk(

@@ -15,12 +15,13 @@ LINGER_S = 0.004
 """How long a first part waits for company."""
 PART_BYTES = MAX_MESSAGE_BYTES - FLUSH_BYTES - 4096
 """Largest part: one more than a full message never exceeds MAX_MESSAGE_BYTES."""
-WAITING_BYTES = 2 * FLUSH_BYTES
-"""Once this much waits for the writer, who has more to say waits too."""
 
 
 class Outbox(Generic[Part]):
-    """A bounded queue between the tasks of a call and the one writer of its responses."""
+    """A queue between the tasks of a call and the one writer of its responses.
+
+    What bounds it is `answer_memory`: a task that waited here for a slow reader would keep its place in the engine.
+    """
 
     def __init__(self) -> None:
         self._parts: deque[tuple[Part, int]] = deque()
@@ -29,20 +30,16 @@ class Outbox(Generic[Part]):
         """Something is there, or the end."""
         self._enough = asyncio.Event()
         """A message is full, or nothing follows."""
-        self._room = asyncio.Event()
         self._ended = False
         self._error: BaseException | None = None
 
-    async def put(self, part: Part, num_bytes: int) -> None:
-        """Adds a part of at most PART_BYTES; waits while the writer is behind."""
-        while self._num_bytes >= WAITING_BYTES:
-            self._room.clear()
-            await self._room.wait()
+    def put(self, part: Part, num_bytes: int) -> None:
+        """Adds a part of at most PART_BYTES."""
         self._parts.append((part, num_bytes))
         self._num_bytes += num_bytes
         self._tell()
 
-    async def end(self, error: BaseException | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """Says that nothing follows; with an error, that the call fails after what was put before."""
         self._ended, self._error = True, error
         self._tell()
@@ -74,7 +71,6 @@ class Outbox(Generic[Part]):
         self._some.clear()
         self._enough.clear()
         self._tell()
-        self._room.set()
         return taken
 
     def _tell(self) -> None:

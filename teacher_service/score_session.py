@@ -75,7 +75,7 @@ class ScoreSession:
         # What was read is answered also when the call then fails.
         outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
         bugs = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        await self._outbox.end(error or (bugs[0] if bugs else None))
+        self._outbox.end(error or (bugs[0] if bugs else None))
 
     async def _read_config(self) -> tuple[DistributionOptions, Wire]:
         first = await anext(self._requests, None)
@@ -132,7 +132,7 @@ class ScoreSession:
         except Exception as error:
             self._serving.counters.sequences_refused += 1
             result = teacher_pb2.ScoreResult(sequence_id=sequence_id, error=to_status(error), last=True)
-            await self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
+            self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
         rows_per_part = max(1, PART_BYTES // (rows.row_bytes + 1))
@@ -144,7 +144,7 @@ class ScoreSession:
                 last=end == rows.num_rows,
             )
             part = _Part(result, owns_id, num_bytes if result.last else 0)
-            await self._outbox.put(part, result.ByteSize())
+            self._outbox.put(part, result.ByteSize())
 
     def _num_bytes(self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions) -> int:
         """What its answer will take, as far as an unchecked request tells."""

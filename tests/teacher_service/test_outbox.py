@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from protos.tensor_codec import Distributions
-from protos.transport import MAX_MESSAGE_BYTES
+from protos.transport import FLUSH_BYTES, MAX_MESSAGE_BYTES
 from teacher_service import pieces
 from teacher_service.engine import GeneratedPiece
-from teacher_service.outbox import PART_BYTES, WAITING_BYTES, Outbox
+from teacher_service.outbox import PART_BYTES, Outbox
 
 
 async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> None:
@@ -21,8 +21,9 @@ async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> N
 
     async def fill() -> None:
         for size in sizes:
-            await outbox.put(size, size)
-        await outbox.end()
+            outbox.put(size, size)
+            await asyncio.sleep(0)
+        outbox.end()
 
     filling = asyncio.create_task(fill())
     messages = [parts async for parts in outbox.gathered()]
@@ -35,7 +36,7 @@ async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> N
 async def test_a_lonely_part_does_not_wait_long() -> None:
     outbox: Outbox[int] = Outbox()
     gathered = outbox.gathered()
-    await outbox.put(1, 1)
+    outbox.put(1, 1)
     begin = time.monotonic()
     assert await anext(gathered) == [1]
     assert time.monotonic() - begin < 0.5
@@ -44,27 +45,22 @@ async def test_a_lonely_part_does_not_wait_long() -> None:
 
 async def test_an_error_comes_after_what_was_put_before() -> None:
     outbox: Outbox[int] = Outbox()
-    await outbox.put(1, 1)
-    await outbox.end(ValueError("broken"))
+    outbox.put(1, 1)
+    outbox.end(ValueError("broken"))
     gathered = outbox.gathered()
     assert await anext(gathered) == [1]
     with pytest.raises(ValueError, match="broken"):
         await anext(gathered)
 
 
-async def test_who_says_more_than_the_writer_takes_waits() -> None:
+async def test_what_was_put_before_the_writer_came_goes_in_messages_of_their_size() -> None:
     outbox: Outbox[int] = Outbox()
-    num_parts = -(-WAITING_BYTES // PART_BYTES)
-    for number in range(num_parts):
-        await outbox.put(number, PART_BYTES)
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(outbox.put(99, 1), 0.05)
-    gathered = outbox.gathered()
-    first = await anext(gathered)
-    async with asyncio.timeout(5):
-        await outbox.put(num_parts, 1)
-        await outbox.end()
-    assert first + [part async for parts in gathered for part in parts] == list(range(num_parts + 1))
+    for number in range(100):
+        outbox.put(number, FLUSH_BYTES // 10)
+    outbox.end()
+    messages = [parts async for parts in outbox.gathered()]
+    assert [part for parts in messages for part in parts] == list(range(100))
+    assert {len(parts) for parts in messages} == {11, 1}
 
 
 def piece(length: int, start: int, finish: str = "") -> GeneratedPiece:

@@ -178,6 +178,29 @@ async def test_answers_that_nobody_reads_are_bounded_and_others_go_on(models: Mo
         assert memory.num_bytes == 0
 
 
+async def test_samples_that_nobody_reads_are_bounded_and_free_their_places(
+    models: Models, tmp_path: Path
+) -> None:
+    async with serving(models, tmp_path, max_inflight_sequences=64) as local:
+        memory = local.servicer._serving.memory  # type: ignore[union-attr]
+        memory._max_bytes = 8 << 20
+        request = teacher_pb2.GenerateRequest(
+            prompts=[prompt(random_ids(8, seed=number)) for number in range(300)],
+            sampling=teacher_pb2.SamplingParams(max_new_tokens=20, seed=5),
+            distributions=distribution_config(256),
+        )
+        slow = local.stub.Generate(request, metadata=FLOOD)
+        responses = aiter(slow)
+        chunks = list((await anext(responses)).chunks)
+        # About 40 kB a sample, of which a call may hold 1 MB; the engine is free once what has begun is written.
+        await until(lambda: memory.num_bytes > 1 << 20 and admission(local).free == WHOLE)
+        assert memory.num_bytes < 2 << 20
+        assert local.servicer.counters.tokens_generated < 200 * 20
+        chunks += [chunk async for response in responses for chunk in response.chunks]
+        assert {chunk.prompt_index for chunk in chunks if chunk.finish_reason} == set(range(300))
+        assert memory.num_bytes == 0
+
+
 async def test_calls_of_one_client_leave_room_for_anothers(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path, max_calls=8) as local:
         paused = await local.pause()
