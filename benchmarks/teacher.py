@@ -28,7 +28,6 @@ from benchmarks.teacher_rounds import Measured, Options, is_missing, measure
 from benchmarks.teacher_servers import Settings
 from examples.demo import signals_as_exceptions
 from examples.programs import ProgramError
-from protos.errors import StillhouseError
 
 
 def outcomes_of(
@@ -123,6 +122,7 @@ def main(
         click.echo(f"[{time.monotonic() - begin:5.0f} s] {line}", err=True)
 
     measured: dict[str, Measured] = {}
+    problems: list[str] = []
     try:
         with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as directory:
             peers = prepare(say)
@@ -133,12 +133,20 @@ def main(
                     num_sequences=max(4, round(shape.num_sequences * scale)),
                     length=length or shape.length,
                 )
-                result = measure(shape, options, peers, Path(directory), say)
+                try:
+                    result = measure(shape, options, peers, Path(directory), say)
+                except ProgramError as error:  # what the other models give is worth its time
+                    problems.append(f"{name}: {error}")
+                    continue
                 if result is not None:
                     measured[name] = result
-    except (ProgramError, RuntimeError, StillhouseError) as error:
-        raise click.ClickException(str(error)) from error
+                    problems += [f"{name}, {key}: {why}" for key, why in result.failures.items()]
+                    problems += [f"{name}, the teacher's log ends with:\n{result.log}"] if result.log else []
+    except KeyboardInterrupt:
+        raise click.ClickException("interrupted; everything that it started has ended") from None
     _show(measured, options, peers, json_file, time.monotonic() - begin)
+    if problems:
+        raise click.ClickException("\n".join(problems))
 
 
 def _show(

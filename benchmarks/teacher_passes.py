@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from benchmarks import batch_pass
 from benchmarks.generation_clients import generate, generate_http
@@ -15,6 +18,7 @@ from benchmarks.scoring_clients import score, score_http
 from benchmarks.teacher_models import Shape
 from benchmarks.teacher_ratios import top_k_of
 from benchmarks.teacher_servers import Settings
+from protos.errors import StillhouseError
 
 CONCURRENCIES = {
     "engine": (8, 16, 64),
@@ -50,6 +54,10 @@ SERVERS = {
     "batch_llm": ("llm",),
 }
 """Which servers a kind of pass needs."""
+
+
+# What our client raises, and aiohttp, msgspec and the lines of other processes.
+_FAILURES = (StillhouseError, RuntimeError, OSError, ValueError, AssertionError, aiohttp.ClientError)
 
 
 def kind_of(name: str) -> str:
@@ -93,12 +101,20 @@ class Runner:
         self._workload, self._servers = workload, servers
         self._best: dict[str, Any] = {}
         self._seeds = itertools.count()
+        self.failures: dict[str, str] = {}
+        """Why a pass could not be taken, by its name; the last reason."""
 
-    def run(self, name: str, seed: int | None = None) -> Pass:
-        """One pass. Passes of one `seed` read the same tokens; with None nobody has read them."""
-        kind = kind_of(name)
-        base = kind.removesuffix("_shared")
-        return self._pass(name, kind, self._best.get(base), next(self._seeds) if seed is None else seed)
+    def run(self, name: str, seed: int | None = None) -> Pass | None:
+        """One pass; None if it failed. Passes of one `seed` read the same tokens; with None nobody has read them."""
+        base = kind_of(name).removesuffix("_shared")
+        return self._tried(name, self._best.get(base), next(self._seeds) if seed is None else seed)
+
+    def _tried(self, name: str, choice: Any, seed: int) -> Pass | None:
+        try:
+            return self._pass(name, kind_of(name), choice, seed)
+        except _FAILURES as error:
+            self.failures[name] = f"{type(error).__name__}: {error}"
+            return None
 
     def fresh_seed(self) -> int:
         """A seed that no pass had."""
@@ -114,14 +130,19 @@ class Runner:
             if choices is None:
                 self.run(name)
                 continue
-            if kind == "engine":
-                self._pass(name, kind, choices[0], next(self._seeds))
-            rates = {
-                choice: self._pass(name, kind, choice, next(self._seeds)).tokens_per_s for choice in choices
-            }
-            self._best[kind] = max(rates, key=lambda choice: rates[choice])
+            self._first_use(name, choices[0])
+            taken = {choice: self._tried(name, choice, next(self._seeds)) for choice in choices}
+            rates = {choice: each.tokens_per_s for choice, each in taken.items() if each is not None}
+            self._best[kind] = max(rates, key=lambda choice: rates[choice]) if rates else choices[0]
             shown = ", ".join(f"{choice}: {rate:,.0f} tok/s" for choice, rate in rates.items())
-            say(f"{name} by concurrency: {shown}")
+            say(f"{name} by concurrency: {shown or self.failures[name]}")
+
+    def _first_use(self, name: str, choice: Any) -> None:
+        """A few sequences pay for what is made on first use, so that no concurrency does."""
+        whole = self._workload
+        self._workload = replace(whole, shape=replace(whole.shape, num_sequences=4))
+        self._tried(name, choice, next(self._seeds))
+        self._workload = whole
 
     @property
     def best(self) -> dict[str, Any]:
@@ -224,6 +245,4 @@ def _scored(answer: dict[str, Any], work: Work) -> Pass:
 
 def num_cores() -> int:
     """Cores that this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0))

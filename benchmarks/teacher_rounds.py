@@ -5,10 +5,12 @@ Batch inference comes last: vLLM's offline engine takes the place of the other b
 
 from __future__ import annotations
 
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,10 @@ class Measured:
     """How each server was started."""
     concurrencies: dict[str, Any]
     """At which each baseline was fastest."""
+    failures: dict[str, str]
+    """Passes that failed, and why."""
+    log: str = ""
+    """The end of the teacher's, if any did."""
 
 
 def measure(shape: Shape, options: Options, peers: Peers, directory: Path, say: Say) -> Measured | None:
@@ -113,6 +119,7 @@ class _Rounds:
         self._rounds: list[dict[str, Pass]] = []
         self._costs: list[dict[str, Any]] = []
         self._best: dict[str, Any] = {}
+        self._failures: dict[str, str] = {}
 
     def take(self, names: Sequence[str], top_ks: Sequence[int], until: float) -> None:
         """Rounds of these passes, at least one, and none that would end after `until`; their servers end with them."""
@@ -147,6 +154,8 @@ class _Rounds:
             engine=self._running["teacher"].info().engine,
             commands=self._servers.commands,
             concurrencies=self._best,
+            failures=self._failures,
+            log=self._servers.teacher_log() if self._failures else "",
         )
 
     def _start(self, names: Sequence[str], *, with_torch: bool) -> list[str]:
@@ -167,9 +176,13 @@ class _Rounds:
             repeats = QUICK_REPEATS.get(self._workload.shape.name, 1) if kind in QUICK else 1
             # Passes over shared prompts read the same tokens; no other pass reads any twice.
             same = seed if "shared" in kind or kind in LAST else None
-            for _ in range(repeats):
-                one = runner.run(name, same)
-                taken[name] = taken[name] + one if name in taken else one
+            passes = [runner.run(name, same) for _ in range(repeats)]
+            whole = [one for one in passes if one is not None]
+            if len(whole) < repeats:
+                self._say(f"{name} failed: {runner.failures[name]}")
+            else:
+                taken[name] = reduce(operator.add, whole)
+        self._failures |= runner.failures
         return taken
 
     def _add(self, number: int, taken: dict[str, Pass]) -> None:

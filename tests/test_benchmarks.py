@@ -121,7 +121,7 @@ def test_a_peer_that_cannot_run_is_not_applicable_in_table_and_file() -> None:
     assert [each.name for each in options.ratios("small", peers)] == ["score_vs_engine_small_k64"]
     assert is_missing(ratio("score_vs_trl_k128"), peers)
     measured = {
-        "small": Measured(result=seconds((2, 1)), engine="vllm", commands={}, concurrencies={}),
+        "small": Measured(result=seconds((2, 1)), engine="vllm", commands={}, concurrencies={}, failures={}),
     }
     found = outcomes_of(measured, options, peers)
     written = as_json(found, {"rounds": 1})
