@@ -89,6 +89,8 @@ class CacheMeta:
     """Whether there is entropy."""
     sampling: Mapping[str, Any] | None = None
     """Everything else that was asked for and decides the answer, such as number and seed of draws."""
+    held_out: bool = False
+    """Whether the text is kept for evaluation, so that nobody learns from it."""
     name: str = ""
     """By which the run that asked speaks of the teacher; empty if it has one only."""
     student_tokenizer_fingerprint: str = ""
@@ -236,9 +238,10 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     ):
         raise ValueError("its temperatures are no list of positive numbers")
     checked["temperatures"] = tuple(float(each) for each in temperatures)
-    if type(values.get("entropy")) is not bool:
-        raise ValueError("its entropy is neither true nor false")
-    checked["entropy"] = values["entropy"]
+    for name in ("entropy", "held_out"):
+        if type(values.get(name)) is not bool:
+            raise ValueError(f"its {name} is neither true nor false")
+        checked[name] = values[name]
     sampling = values.get("sampling")
     if not (sampling is None or isinstance(sampling, dict)):
         raise ValueError("its sampling is no JSON object")

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from protos.cache_format import META, SHARD, CacheMeta, Codec, invalid_cache
 from protos.cache_rows import MAX_VALUES, Columns, Row, optional_columns, schema
 from protos.errors import Reason, StillhouseError
@@ -131,6 +134,20 @@ class CacheReader:
                     except (ValueError, TypeError, KeyError) as error:
                         raise invalid_cache(shard.path, f"in row {number}, {error}", REMEDY) from error
                     number += 1
+        finally:
+            file.close()
+
+    def texts(self, shard: Shard) -> Iterator[tuple[NDArray[np.int32], int]]:
+        """The sequences of a shard, each with the position of its first answer. Raises StillhouseError(CACHE_INVALID)."""
+        file = _open(shard.path)
+        try:
+            for group in range(len(shard.groups)):
+                columns = _read_group(file, shard, group, ["start", "token_ids"])
+                for index in range(shard.groups[group]):
+                    try:
+                        yield columns.text(index)
+                    except (ValueError, TypeError, KeyError) as error:
+                        raise invalid_cache(shard.path, str(error), REMEDY) from error
         finally:
             file.close()
 
@@ -306,9 +323,9 @@ def _num_tokens(footer: Any) -> int:
     return sum(footer.row_group(number).column(at).num_values for number in range(footer.num_row_groups))
 
 
-def _read_group(file: Any, shard: Shard, group: int) -> Columns:
+def _read_group(file: Any, shard: Shard, group: int, names: list[str] | None = None) -> Columns:
     try:
-        table = file.read_row_group(group, use_threads=False)
+        table = file.read_row_group(group, columns=names, use_threads=False)
         if table.num_rows != shard.groups[group]:
             raise ValueError(f"its group {group} has {table.num_rows} rows, not {shard.groups[group]}")
         if any(column.null_count for column in table.columns):

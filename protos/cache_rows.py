@@ -148,10 +148,7 @@ class Columns:
         Raises:
             ValueError: its arrays disagree, or hold what no distribution can.
         """
-        token_ids = self._list("token_ids", index)
-        start = self.table.column("start")[index].as_py()
-        if not 1 <= start < len(token_ids):
-            raise ValueError(f"start is {start} in a sequence of {len(token_ids)} tokens")
+        token_ids, start = self.text(index)
         num_rows = len(token_ids) - start
         arrays = {name: self._wide(name, index, num_rows) for name in self._present()}
         top_k = arrays["top_token_ids"].shape[1]
@@ -172,6 +169,18 @@ class Columns:
         compact = self.codec == "compact"
         check_answer(answer, self.meta.vocab_size, max_sum=MAX_COMPACT_SUM if compact else MAX_ROW_SUM)
         return _normalised(answer) if compact else answer
+
+    def text(self, index: int) -> tuple[NDArray[np.int32], int]:
+        """The sequence in row `index`, and the position of its first answer. Raises ValueError for what cannot be."""
+        token_ids = self._list("token_ids", index)
+        start = self.table.column("start")[index].as_py()
+        if not 1 <= start < len(token_ids):
+            raise ValueError(f"start is {start} in a sequence of {len(token_ids)} tokens")
+        if not (token_ids.min() >= 0 and token_ids.max() < self.meta.vocab_size):
+            raise ValueError(
+                f"token_ids reach from {token_ids.min()} to {token_ids.max()} in a vocabulary of {self.meta.vocab_size}"
+            )
+        return token_ids, start
 
     def row(self, index: int) -> Row:
         """Everything in row `index`; raises ValueError as `answer` does, and if its key is not that of its content."""

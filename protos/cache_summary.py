@@ -44,6 +44,7 @@ def _kind(shards: Sequence[Shard]) -> dict[str, Any]:
         "logprob_dtype": meta.logprob_dtype,
         "temperatures": list(meta.temperatures),
         "entropy": meta.entropy,
+        "held_out": meta.held_out,
         "sampling": meta.sampling,
         "codec": shards[0].codec,
         **_totals(shards),

@@ -24,8 +24,8 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
             if context.dataset is None:
                 yield _violation(
                     f"contexts[{i}]",
-                    "is text that is written during the run, which no cache holds. With cache.mode: only learn from the "
-                    "dataset alone, or use cache.mode: write_through with a teacher.",
+                    "is text that is written during the run, and cache.mode: only asks nobody. Build a cache of the teacher's "
+                    "texts with this context, then learn from data.train: [{path: caches/...}], which holds them.",
                 )
 
 
@@ -38,8 +38,12 @@ def _check_build(config: RunConfig) -> Iterator[FieldViolation]:
         yield _violation("cache.mode", f'is "{config.cache.mode}", which keeps nothing; leave it out.')
     if not config.teachers:
         yield _violation("teachers", "is empty, and task: cache asks one; name it.")
-    if all(context.dataset is None for context in config.contexts):
-        yield _violation("contexts", "have none of the dataset, whose text task: cache asks about.")
+    for i, context in enumerate(config.contexts):
+        if context.student is not None:
+            yield _violation(
+                f"contexts[{i}]",
+                "is text of a student that changes as it learns, which task: cache cannot keep; leave it out.",
+            )
 
 
 def _violation(field: str, description: str) -> FieldViolation:

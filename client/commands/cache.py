@@ -195,7 +195,7 @@ def summary_text(what: str, told: dict[str, Any]) -> str:
     ]
     for kind in told["kinds"]:
         extras = [f"temperature {each:g}" for each in kind["temperatures"]]
-        extras += ["entropy"] * kind["entropy"]
+        extras += ["entropy"] * kind["entropy"] + ["held-out text"] * kind["held_out"]
         extras += [f"{name} {value}" for name, value in (kind["sampling"] or {}).items()]
         adapter = f" with adapter {kind['adapter']}" if kind["adapter"] else ""
         lines += [

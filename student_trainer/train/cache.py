@@ -56,16 +56,19 @@ class RunCache:
         log.info("cache opened", path=str(path), mode=config.mode, answers=len(reader))
         return cls(config, path, reader, writer)
 
-    def around(self, live: AnswerStream, teacher: Teacher, request: DistributionConfig) -> CachedStream:
-        """A stream that asks `live` for what the cache lacks; `teacher` has been reached."""
-        return CachedStream(self.meta(teacher, request), self.reader, live=live, writer=self.writer)
+    def around(
+        self, live: AnswerStream, teacher: Teacher, request: DistributionConfig, *, held_out: bool = False
+    ) -> CachedStream:
+        """A stream that asks `live` for what the cache lacks; `teacher` has been reached, `held_out` is said of the text."""
+        meta = self.meta(teacher, request, held_out=held_out)
+        return CachedStream(meta, self.reader, live=live, writer=self.writer)
 
     def alone(self, meta: CacheMeta) -> CachedStream:
         """A stream that asks nobody."""
         return CachedStream(meta, self.reader, live=None, writer=None)
 
     @staticmethod
-    def meta(teacher: Teacher, request: DistributionConfig) -> CacheMeta:
+    def meta(teacher: Teacher, request: DistributionConfig, *, held_out: bool = False) -> CacheMeta:
         """What a teacher that has been reached answers to `request`."""
         info, config = teacher.info, teacher.config
         meta = CacheMeta.of(
@@ -78,6 +81,7 @@ class RunCache:
         other = student != info.tokenizer_fingerprint
         return replace(
             meta,
+            held_out=held_out,
             name=config.name,
             student_tokenizer_fingerprint=student if other else "",
             shared_size=teacher.shared_size if other else 0,

@@ -1,4 +1,7 @@
-"""A run with task: cache: asks the teachers every question that training would ask, and keeps the answers; what is stored is not asked again."""
+"""A run with task: cache: asks the teachers what training would ask, lets them write where a context does, and keeps all of it.
+
+What is stored is not asked again.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,10 @@ from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
 from student_trainer.config import RunConfig
 from student_trainer.run_dir import Attempt, write_whole
+from student_trainer.train.answers import training_request
 from student_trainer.train.cache import RunCache
-from student_trainer.train.corpus import load_corpus
+from student_trainer.train.cache_texts import TextJob, Written, texts
+from student_trainer.train.corpus import Corpus, load_corpus
 from student_trainer.train.loop import Outcome
 from student_trainer.train.patience import Patience, Stopped
 from student_trainer.train.prompts import Example
@@ -34,6 +39,7 @@ from student_trainer.train.sources import Skips
 from student_trainer.train.student import load_tokenizer
 from student_trainer.train.teacher_client import Demands, Teacher
 from student_trainer.train.teachers import Teachers
+from student_trainer.train.text_stream import TextStream
 
 log = structlog.get_logger()
 
@@ -87,6 +93,9 @@ class _Build:
         self._reporter = reporter
         self._skips = Skips()
         self._jobs: list[_Job] = []
+        self._texts: list[TextJob] = []
+        self._written = Written.load(attempt.run_dir)
+        self._just_written: list[tuple[int, int]] = []
         self._rows_per_step = config.optimizer.micro_batch_size * config.optimizer.grad_accum_steps
         self._num_done = 0
         self._num_asked = 0
@@ -112,10 +121,14 @@ class _Build:
         assert cache.writer is not None, "checked with the configuration"
         teachers = Teachers.connect(config, demands, attempt.run_dir, patience=patience, stack=stack)
         built = cls(config, attempt, patience, cache.writer, reporter)
+        for number, context in enumerate(config.contexts):
+            for name, teacher in teachers.members.items() if context.teacher else ():
+                built._plan_texts(number, name, teacher, corpus)
         for question in [*training_questions(config, corpus), *evaluation_questions(config, corpus)]:
             for name, teacher in teachers.members.items():
                 built._plan(question, name, teacher)
         built._num_done = sum(job.num_stored for job in built._jobs)
+        built._num_done += sum(job.num_stored for job in built._texts)
         reporter.resume_at(built.step)
         attempt.report("started", total_steps=built._total_steps, step=built.step)
         log.info("cache is built", sequences=built._num_all, stored=built._num_done, path=str(cache.path))
@@ -129,7 +142,13 @@ class _Build:
         return self._num_done // self._rows_per_step
 
     def ask_all(self) -> None:
-        """Asks what is missing. Raises Stopped, and StillhouseError as ScoreStream.take does."""
+        """Asks what is missing. Raises Stopped, and StillhouseError as the streams' `take` does."""
+        for text_job in self._texts:
+            texts_of = TextStream(text_job.teacher, text_job.generation, text_job.request)
+            try:
+                self._let_write(text_job, texts_of)
+            finally:
+                texts_of.close()
         for job in self._jobs:
             stream = ScoreStream(job.teacher, job.request)
             try:
@@ -161,7 +180,8 @@ class _Build:
 
     @property
     def _num_all(self) -> int:
-        return sum(job.num_stored + len(job.examples) for job in self._jobs)
+        asked = sum(job.num_stored + len(job.examples) for job in self._jobs)
+        return asked + sum(job.num_stored + len(job.prompts) for job in self._texts)
 
     @property
     def _total_steps(self) -> int:
@@ -169,7 +189,7 @@ class _Build:
 
     def _plan(self, question: Question, name: str, teacher: Teacher) -> None:
         request = question.request(teacher.config)
-        meta = RunCache.meta(teacher, request)
+        meta = RunCache.meta(teacher, request, held_out=question.held_out)
         examples = {meta.key(each.token_ids, each.start): each for each in question.of(name)}
         missing = [each for key, each in examples.items() if not self._writer.has(key, meta)]
         self._jobs.append(
@@ -181,6 +201,41 @@ class _Build:
                 num_stored=len(examples) - len(missing),
             )
         )
+
+    def _plan_texts(self, number: int, name: str, teacher: Teacher, corpus: Corpus) -> None:
+        context = self._config.contexts[number]
+        assert context.teacher is not None
+        request = training_request(self._config.loss_of(context), self._config.data.seed)(teacher.config)
+        done = self._written.of(number)
+        room = min(self._config.data.max_sequence_tokens, teacher.info.max_sequence_tokens)
+        routed = bool(self._config.data.teacher_field)
+        mine = [
+            (row, each)
+            for row, each in enumerate(corpus.train)
+            if (not routed or each.teacher == name) and len(each.prompt) < room
+        ]
+        self._texts.append(
+            TextJob(
+                context=number,
+                teacher=teacher,
+                request=request,
+                meta=RunCache.meta(teacher, request),
+                generation=context.teacher.generation,
+                seed=self._config.data.seed,
+                room=room,
+                prompts=[(row, each) for row, each in mine if row not in done],
+                num_stored=sum(row in done for row, _ in mine),
+            )
+        )
+
+    def _let_write(self, job: TextJob, stream: TextStream) -> None:
+        for row, written in texts(job, stream, self._patience):
+            self._attempt.check_fence()
+            for token_ids, answer in written:
+                self._writer.add(job.meta, token_ids, answer)
+                self._num_tokens += answer.num_rows
+            self._just_written.append((job.context, row))
+            self._count()
 
     def _ask(self, job: _Job, stream: ScoreStream) -> None:
         asked = 0
@@ -216,6 +271,10 @@ class _Build:
     def _flush(self) -> None:
         self._attempt.check_fence()
         self._writer.flush()
+        for context, row in self._just_written:
+            self._written.of(context).add(row)
+        self._just_written = []
+        self._written.save()
         self._flushed_at = time.monotonic()
 
     def _report(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import structlog
 
 from protos.errors import Reason, StillhouseError
 from student_trainer.config import MAX_SPLIT_ROWS, DataConfig, DatasetConfig, EvaluationConfig
+from student_trainer.train.cached_rows import cached_examples, is_cache
 from student_trainer.train.prompts import Encoder, Example, num_prompt_tokens
-from student_trainer.train.rows import Row, read_rows
+from student_trainer.train.rows import Row, read_rows, resolve
 
 log = structlog.get_logger()
 
@@ -105,6 +107,10 @@ class _Reader:
         self.nothing_to_learn = 0
 
     def examples(self, dataset: DatasetConfig, data_dir: Path) -> Iterator[Example]:
+        path = resolve(dataset.path, data_dir)
+        if is_cache(path):
+            yield from self._cached(path, dataset.limit)
+            return
         limit = self._data.max_sequence_tokens
         for row in read_rows(dataset, data_dir):
             token_ids, written = self._encoder.mark(row)
@@ -121,6 +127,15 @@ class _Reader:
                     num_prompt=num_prompt_tokens(written[:limit]),
                     teacher=self._teacher(row),
                 )
+
+    def _cached(self, path: Path, limit: int | None) -> Iterator[Example]:
+        """Texts of a cache, as they are: cut ones would have no answer in it."""
+        found = cached_examples(path, self._encoder.fingerprint, routed=bool(self._data.teacher_field))
+        for example in itertools.islice(found, limit):
+            if len(example.token_ids) > self._data.max_sequence_tokens:
+                self.too_long += 1
+            else:
+                yield example
 
     def _teacher(self, row: Row) -> str:
         """The name that the row gives in `data.teacher_field`. Raises StillhouseError(DATASET_INVALID)."""

@@ -182,7 +182,9 @@ class _Run:
         log.info("training", step=progress.step, total_steps=run._schedule.total_steps, precision=precision)
 
         if ask_now and teachers:
-            asked = teachers.answers(evaluation_request(config.evaluation.top_k), fixed_text=True)
+            asked = teachers.answers(
+                evaluation_request(config.evaluation.top_k), fixed_text=True, held_out=True
+            )
             try:
                 answers = evaluate.ask(corpus.eval, asked, patience)
             finally:
@@ -196,6 +198,8 @@ class _Run:
             teachers=teachers if config.asks_teacher else None,
             student=run.student,
             vocab_size=run._vocab_size,
+            run_name=attempt.run_dir.path.name,
+            tokenizer_fingerprint=fingerprint,
             in_flight=run._trained.in_flight,
             version=lambda: progress.step - progress.skipped_steps,
             is_resumed=progress.step > 0,

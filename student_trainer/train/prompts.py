@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protos.errors import Reason, StillhouseError
+from protos.tokenizer_fingerprint import tokenizer_fingerprint
 from student_trainer.train.rows import Row
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -71,6 +72,12 @@ class Encoder:
         self._tokenizer = tokenizer
         self._completion_only = completion_only
         self._marks_generation = bool(_GENERATION_BLOCK.search(tokenizer.chat_template or ""))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokenizer."""
+        tokenizer = self._tokenizer
+        return tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
 
     def encode(self, row: Row) -> tuple[list[int], list[bool]]:
         """Token ids and mask of a row, not cut. Raises StillhouseError(DATASET_INVALID) for a row that cannot be."""

@@ -23,6 +23,8 @@ class Question:
     """Where its top_k stands in the run file."""
     by_row: bool
     """Whether a row names its teacher; else every teacher is asked."""
+    held_out: bool
+    """Whether it is about text that nobody learns from."""
 
     def of(self, teacher: str) -> list[Example]:
         """The examples that a teacher is asked about."""
@@ -42,6 +44,7 @@ def training_questions(config: RunConfig, corpus: Corpus) -> list[Question]:
             examples=corpus.train,
             field=field,
             by_row=bool(config.data.teacher_field),
+            held_out=False,
         )
         for loss, field in fields.items()
     ]
@@ -57,5 +60,6 @@ def evaluation_questions(config: RunConfig, corpus: Corpus) -> list[Question]:
             examples=corpus.eval,
             field="evaluation.top_k",
             by_row=bool(config.data.teacher_field),
+            held_out=True,
         )
     ]

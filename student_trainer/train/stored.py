@@ -102,7 +102,7 @@ class StoredTeachers:
         """Nobody can be asked."""
         return 0
 
-    def answers(self, request: RequestOf, *, fixed_text: bool = True) -> Answers:
+    def answers(self, request: RequestOf, *, fixed_text: bool, held_out: bool = False) -> Answers:  # noqa: ARG002 - as Teachers
         """Answers to one of the questions; the caller closes them."""
         assert fixed_text, "checked with the configuration"
         metas = {

@@ -71,18 +71,23 @@ class Teachers:
             return 0
         return min(teacher.info.max_query_tokens for teacher in self.members.values())
 
-    def answers(self, request: RequestOf, *, fixed_text: bool) -> Answers:
-        """Answers to `request`, about text that stays the same from run to run or not; the caller closes them."""
+    def answers(self, request: RequestOf, *, fixed_text: bool, held_out: bool = False) -> Answers:
+        """Answers to `request`, about text that stays the same from run to run or not; the caller closes them.
+
+        `held_out` text is marked in a cache, so that nobody learns from it.
+        """
         streams: dict[str, AnswerStream] = {
-            name: self._stream(teacher, request(teacher.config), fixed_text=fixed_text)
+            name: self._stream(teacher, request(teacher.config), fixed_text=fixed_text, held_out=held_out)
             for name, teacher in self.members.items()
         }
         weights = {name: teacher.config.weight for name, teacher in self.members.items()}
         vocab_size = max(teacher.info.vocab_size for teacher in self.members.values())
         return Answers(streams, weights=weights if self._mixed else None, vocab_size=vocab_size)
 
-    def _stream(self, teacher: Teacher, request: DistributionConfig, *, fixed_text: bool) -> AnswerStream:
+    def _stream(
+        self, teacher: Teacher, request: DistributionConfig, *, fixed_text: bool, held_out: bool
+    ) -> AnswerStream:
         live = ScoreStream(teacher, request)
         if self._cache is None or not fixed_text:
             return live
-        return self._cache.around(live, teacher, request)
+        return self._cache.around(live, teacher, request, held_out=held_out)

@@ -216,3 +216,33 @@ def test_a_damaged_answer_ends_a_run_without_a_teacher_and_is_asked_again_by_one
         run(tmp_path, "mended", spec(models, dataset_file, proxy.target, "write_through"))
     assert 0 < counts.asked(TOP_K) < NUM_TRAIN
     run(tmp_path, "again", spec(models, dataset_file, None, "only"))
+
+
+def test_a_teachers_own_texts_are_kept_and_learnt_from_without_it(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    generation = {"max_new_tokens": 8, "samples_per_prompt": 2}
+    values = build_spec(models, dataset_file, hf_teacher.target)
+    values["contexts"] = [{"teacher": {"generation": generation}}]
+    values["data"]["train"][0]["limit"] = 20
+    build = run(tmp_path, "build", values)
+    total = metric(build, "cache/sequences")
+    assert max(total.values()) == 18 + 2  # prompts, and the held-out rows
+    reader = CacheReader(tmp_path / "caches" / "set")
+    written = [row for shard in reader.shards if shard.meta.top_k == TOP_K for row in reader.rows(shard)]
+    assert 18 < len(written) <= 36
+    assert all(row.answer.num_rows <= 8 for row in written)
+
+    learnt = spec(models, dataset_file, None, "only", data={"eval_fraction": 0})
+    learnt["data"]["train"] = [{"path": "caches/set"}]
+    # The held-out rows of the build are in the cache as well, and are not learnt from.
+    only = run(tmp_path, "only", learnt)
+    assert metric(only, "train/loss")[1] > 0
+    again = run(tmp_path, "again", {**values, "cache": {"path": "caches/again"}})
+    assert metric(again, "cache/sequences") == total
+    assert {row.key for row in written} <= {
+        row.key
+        for reader in [CacheReader(tmp_path / "caches" / "again")]
+        for shard in reader.shards
+        for row in reader.rows(shard)
+    }
