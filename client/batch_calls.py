@@ -42,6 +42,8 @@ MAX_ATTEMPTS = 8
 _BUSY = frozenset({Reason.TOO_MANY_CALLS, Reason.TEACHER_LOADING, Reason.DRAINING})
 """Why a teacher takes nothing; that says nothing of what it was asked."""
 _CLOSE_S = 5.0
+_LISTEN_S = 0.5
+"""A Ctrl-C that falls between two instructions is seen so much later."""
 
 Key = tuple[int, int]
 """Prompt of a row, and sample of that prompt."""
@@ -129,6 +131,7 @@ class Flow:
         self._calls: set[_Call] = set()
         self._events: queue.Queue[tuple[_Call, teacher_pb2.GenerateResponse | _End]] = queue.Queue(MAX_UNREAD)
         self._closed = threading.Event()
+        self._opening = threading.Lock()
         self._pause_s = FIRST_PAUSE_S
         self._not_before_s = 0.0
         self._lost_since_s: float | None = None
@@ -237,7 +240,6 @@ class Flow:
         self._again.extendleft(reversed(others))
         unanswered = {(index, sample) for index, ask in enumerate(asks) for sample in ask.samples}
         call = _Call(request=request, asks=asks, unanswered=unanswered)
-        call.stream = self._teacher.stub.Generate(request)
         self._calls.add(call)
         self._num_unanswered += len(unanswered)
         call.thread = threading.Thread(target=self._listen, args=(call,), name="batch-call", daemon=True)
@@ -249,6 +251,11 @@ class Flow:
 
     def _listen(self, call: _Call) -> None:
         error: StillhouseError | None = None
+        # Not in the main thread: a Ctrl-C inside of gRPC leaves a call that nobody can end.
+        with self._opening:
+            if self._closed.is_set():
+                return
+            call.stream = self._teacher.stub.Generate(call.request)
         try:
             for response in call.stream:
                 self._put(call, response)
@@ -259,7 +266,7 @@ class Flow:
     def _put(self, call: _Call, said: teacher_pb2.GenerateResponse | _End) -> None:
         while not self._closed.is_set():
             try:
-                self._events.put((call, said), timeout=0.5)
+                self._events.put((call, said), timeout=_LISTEN_S)
             except queue.Full:
                 continue
             return
@@ -271,7 +278,7 @@ class Flow:
             time.sleep(max(0.0, pause_s))
             return None
         try:
-            return self._events.get(timeout=pause_s if pause_s > 0 else None)
+            return self._events.get(timeout=min(pause_s, _LISTEN_S) if pause_s > 0 else _LISTEN_S)
         except queue.Empty:
             return None
 
@@ -347,9 +354,11 @@ class Flow:
             self._on_lost(error, pause_s)
 
     def _close(self) -> None:
-        self._closed.set()
+        with self._opening:
+            self._closed.set()
         for call in self._calls:
-            call.stream.cancel()
+            if call.stream is not None:
+                call.stream.cancel()
         deadline = time.monotonic() + _CLOSE_S
         for call in self._calls:
             if call.thread is not None:

@@ -23,15 +23,24 @@ class Bar:
     def __init__(self, progress: Any, name: str) -> None:
         self._progress = progress
         self._next_s = 0.0
+        self._last: BatchProgress | None = None
         self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
         if progress is not None:
             self._task = progress.add_task(printable(name), total=None, rows="", speed="")
 
     def show(self, now: BatchProgress) -> None:
         """Shows how far the batch is."""
+        self._last = now
+        if self._progress is not None and time.monotonic() >= self._next_s:
+            self._update(now)
+
+    def finish(self) -> None:
+        """Shows the last that was told."""
+        if self._progress is not None and self._last is not None:
+            self._update(self._last)
+
+    def _update(self, now: BatchProgress) -> None:
         at_s = time.monotonic()
-        if self._progress is None or at_s < self._next_s:
-            return
         self._next_s = at_s + REFRESH_S
         self._tokens.append((at_s, now.tokens))
         while len(self._tokens) > 2 and self._tokens[0][0] < at_s - WINDOW_S:
@@ -61,6 +70,7 @@ class progress_bar(AbstractContextManager[Bar]):  # noqa: N801 (used like a func
         self._name = name
         self._visible = visible and sys.stderr.isatty()
         self._progress: Any = None
+        self._bar: Bar
 
     def __enter__(self) -> Bar:
         if self._visible:
@@ -77,8 +87,10 @@ class progress_bar(AbstractContextManager[Bar]):  # noqa: N801 (used like a func
                 console=Console(stderr=True),
             )
             self._progress.start()
-        return Bar(self._progress, self._name)
+        self._bar = Bar(self._progress, self._name)
+        return self._bar
 
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
+            self._bar.finish()
             self._progress.stop()

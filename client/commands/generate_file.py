@@ -19,6 +19,7 @@ def answer_file(session: Session, source: Path, out: Path, options: dict[str, An
     from client.batch_calls import MAX_INFLIGHT
     from client.batch_progress import progress_bar
     from client.batch_rows import Sampling
+    from client.errors import ExitCode
 
     top_k = options.pop("top_k_logprobs")
     if top_k and rest["capture"] is None:
@@ -40,7 +41,11 @@ def answer_file(session: Session, source: Path, out: Path, options: dict[str, An
                 session.note(text)
 
         listeners = Listeners(progress=bar.show, note=note, lost=on_lost)
-        summary = generate_file(session.teacher, source, out, settings, listeners)
+        try:
+            summary = generate_file(session.teacher, source, out, settings, listeners)
+        except KeyboardInterrupt:
+            note("Interrupted; the same command goes on where it was.")
+            return ExitCode.INTERRUPTED
     if session.as_json:
         session.emit(_as_json(summary))
     else:

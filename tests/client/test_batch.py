@@ -344,6 +344,27 @@ def test_a_batch_goes_on_only_as_it_was_begun(teacher: Teacher, tmp_path: Path) 
     assert (new.asked, out.read_bytes()) == (4, whole)
 
 
+def test_a_retry_that_was_killed_while_it_took_the_outputs_place_ends_later(
+    teacher: Teacher, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"id": 1, "prompt": "Ada"}, {"id": 2, "prompt": "Ada", "adapter": "batch-test/later"}]
+    source, out = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
+    settings = BatchSettings(sampling=FIXED, retry_failed=True)
+    assert generate_file(teacher, source, out, settings).failed == 1
+    teacher.load_adapter("batch-test/later", str(models.adapter_b))
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr("client.batch.commit_retry", lambda _: None)
+            assert generate_file(teacher, source, out, settings).failed == 0
+        (tmp_path / "out.jsonl.retry").replace(out)  # as far as the kill let it
+        summary = generate_file(teacher, source, out, BatchSettings(sampling=FIXED))
+    finally:
+        teacher.unload_adapter("batch-test/later")
+    assert (summary.asked, summary.failed) == (0, 0)
+    assert [row["id"] for row in read(out)] == [1, 2]
+    assert {each.name for each in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.journal"}
+
+
 def test_another_teacher_does_not_go_on_with_a_batch(teacher: Teacher, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", {"prompt": "Ada"}), tmp_path / "out.jsonl"
     generate_file(teacher, source, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import signal
@@ -10,9 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from protos.stillhouse.v1 import teacher_pb2
 from protos.stillhouse.v1.run_pb2 import MetricPoint, Progress, Run, WatchRunResponse
+from protos.tensor_codec import encode
 from tests.client.odd_services import odd_service
 
 NAME = "runs/abcabcabcabc"
@@ -80,3 +86,63 @@ def test_ctrl_c_leaves_the_run_and_says_how_to_go_on() -> None:
         "No longer watching; run abcabcabcabc goes on. To see it again: stillhouse run watch abcabcabcabc. "
         "To end it: stillhouse run stop abcabcabcabc."
     )
+
+
+def info(_: Any) -> Iterator[teacher_pb2.GetTeacherInfoResponse]:
+    yield teacher_pb2.GetTeacherInfoResponse(max_prompts=9, max_sequence_tokens=9)
+
+
+def batch(target: str, folder: Path) -> list[str]:
+    (folder / "in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": "x"}\n')
+    files = ["--in", f"{folder}/in.jsonl", "--out", f"{folder}/out.jsonl"]
+    return [sys.executable, "-m", "client", "--teacher", target, "generate", *files]
+
+
+def test_a_batch_shows_a_bar_on_a_terminal_and_nothing_elsewhere(tmp_path: Path) -> None:
+    def generate(request: teacher_pb2.GenerateRequest) -> Iterator[teacher_pb2.GenerateResponse]:
+        chunk = teacher_pb2.SampleChunk(
+            token_ids=encode(np.array([5, 6], np.int32)),
+            finish_reason=teacher_pb2.SampleChunk.FINISH_REASON_STOP,
+        )
+        yield teacher_pb2.GenerateResponse(chunks=[chunk])
+
+    ours, theirs = pty.openpty()
+    with odd_service(GetTeacherInfo=info, Generate=generate) as target:
+        environment = {**os.environ, "COLUMNS": "120", "TERM": "xterm"}
+        arguments = batch(target, tmp_path)
+        with subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment
+        ) as process:
+            os.close(theirs)
+            shown = read_all(ours)
+            said = process.stdout.read() if process.stdout else ""
+            assert process.wait(60) == 1
+        quiet = subprocess.run([*arguments, "--overwrite"], capture_output=True, text=True, check=False)
+        as_json = subprocess.run(
+            [*arguments, "--json", "--overwrite"], capture_output=True, text=True, check=False
+        )
+    os.close(ours)
+    for part in ("out.jsonl", "100%", "2 rows, 1 failed", "tokens/s"):
+        assert part in shown
+    summary = f"{tmp_path}/out.jsonl: 2 rows, 1 failed; asked for 2, 2 tokens in"
+    assert said.startswith(summary)
+    assert quiet.stdout.startswith(summary)
+    assert (quiet.stderr, as_json.stderr) == ("", "")
+    assert json.loads(as_json.stdout)["failed"] == 1
+
+
+def test_ctrl_c_says_that_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
+    asked, done = threading.Event(), threading.Event()
+
+    def generate(_: Any) -> Iterator[teacher_pb2.GenerateResponse]:
+        asked.set()
+        done.wait(60)
+        yield teacher_pb2.GenerateResponse()
+
+    with odd_service(GetTeacherInfo=info, Generate=generate) as target:
+        process = subprocess.Popen(batch(target, tmp_path), stderr=subprocess.PIPE, text=True)
+        assert asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        done.set()
+    assert (process.returncode, said) == (130, "Interrupted; the same command goes on where it was.\n")
