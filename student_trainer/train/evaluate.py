@@ -6,18 +6,23 @@ import hashlib
 import io
 import math
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import structlog
 import torch
+from torch import Tensor
 
 from protos.tensor_codec import Distributions
 from student_trainer.run_dir import RunDir, write_whole
 from student_trainer.train.answers import Answers
 from student_trainer.train.batch import Scored, collate
+from student_trainer.train.head import Head
+from student_trainer.train.loss.fused import Positions
+from student_trainer.train.loss.sparse import SparseTargets
 from student_trainer.train.loss.terms import cross_entropy, forward_kl
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
@@ -50,35 +55,37 @@ def evaluate(
     eval/kl: KL(teacher || student) on the teacher's top-k and the tail, a lower bound of the full one. eval/agreement:
     share of tokens where the student's likeliest token is the teacher's. These two only where there are answers.
     """
-    sums = {"eval/cross_entropy": 0.0, "eval/kl": 0.0, "eval/agreement": 0.0}
+    sums: Counter[str] = Counter()
     num_tokens, has_answers = 0, False
+    head = Head(student)
     was_training = student.model.training
     student.model.eval()
     try:
         for first in range(0, len(scored), batch_size):
             batch = collate(scored[first : first + batch_size], reduction="token_mean", device=device)
-            with torch.no_grad():
-                with autocast():
-                    logits = student.logits(batch)
-                num_tokens += batch.num_targets
-                sums["eval/cross_entropy"] += cross_entropy(
-                    logits, batch.target_ids, batch.weights
-                ).loss_sum.item()
-                if batch.targets is not None:
-                    has_answers = True
-                    kl = forward_kl(logits, batch.targets, batch.weights, vocab_size=vocab_size)
-                    sums["eval/kl"] += kl.loss_sum.item()
-                    agrees = logits.argmax(-1) == batch.targets.token_ids[..., 0]
-                    sums["eval/agreement"] += agrees.sum().item()
+            num_tokens += batch.num_targets
+            has_answers |= batch.targets is not None
+            with torch.no_grad(), autocast():
+                for rows, logits in head.logit_chunks(batch):
+                    sums.update(_chunk(logits, batch.positions.rows(rows), vocab_size))
     finally:
         student.model.train(was_training)
-    means = {name: total / num_tokens for name, total in sums.items()}
-    if not has_answers:
-        del means["eval/kl"], means["eval/agreement"]
+    names = ("cross_entropy", "kl", "agreement") if has_answers else ("cross_entropy",)
+    means = {f"eval/{name}": float(sums[name]) / num_tokens for name in names}
     # Beyond this exponent no float holds the perplexity.
     means["eval/perplexity"] = math.exp(min(means["eval/cross_entropy"], 700.0))
     means["eval/tokens"] = float(num_tokens)
     return means
+
+
+def _chunk(logits: Tensor, here: Positions, vocab_size: int) -> dict[str, Any]:
+    """Sums over some targets, whose logits are [1, n, V]."""
+    found = {"cross_entropy": cross_entropy(logits, here.target_ids, here.weights).loss_sum.item()}
+    if isinstance(here.targets, SparseTargets):
+        kl = forward_kl(logits, here.targets, here.weights, vocab_size=vocab_size)
+        agrees = logits.argmax(-1) == here.targets.token_ids[..., 0]
+        found |= {"kl": kl.loss_sum.item(), "agreement": float(agrees.sum().item())}
+    return found
 
 
 def ask(examples: Sequence[Example], stream: Answers, patience: Patience) -> list[Scored]:

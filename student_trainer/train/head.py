@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,8 +17,6 @@ from torch.nn import functional
 from student_trainer.train.batch import MicroBatch
 from student_trainer.train.loss.fused import OutputLayer
 from student_trainer.train.student import Student
-
-log = structlog.get_logger()
 
 CHUNK_LOGITS = 2**27
 """Logits that are held at a time where no gradient is wanted."""
@@ -31,8 +28,6 @@ class Head:
     def __init__(self, student: Student) -> None:
         self._student = student
         self._linear = _plain_layer(student.model)
-        if self._linear is None:
-            log.info("output layer is not fused with the loss", why="it is not a plain linear layer")
 
     @property
     def layer(self) -> OutputLayer | None:

@@ -59,6 +59,8 @@ class Stepper:
         # The configuration's checks see to it that all contexts reduce alike.
         self._reduction = cast("Reduction", self._losses[0].reduction)
         self._head = Head(student)
+        if self._head.layer is None:
+            log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
         if config.data.packing:
             check_packing(student, accelerator.device)
 
