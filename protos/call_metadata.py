@@ -56,7 +56,9 @@ class WithMetadata(grpc.aio.Channel):
 
     def _wrap(self, multicallable: Callable[..., Any]) -> Any:
         def call(*args: Any, metadata: Any = None, **kwargs: Any) -> Any:
-            return multicallable(*args, metadata=(*(metadata or ()), *self._metadata, *trace_metadata()), **kwargs)
+            return multicallable(
+                *args, metadata=(*(metadata or ()), *self._metadata, *trace_metadata()), **kwargs
+            )
 
         return call
 

@@ -1,0 +1,53 @@
+"""`stillhouse doctor`: looks at everything that a run needs and says, for each thing that is wrong, what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from client.commands.common import Session, command
+
+_PATH = click.Path(path_type=Path)
+EXIT_UNWELL = 1
+_MARKS = {"ok": "ok  ", "warning": "!   ", "failed": "FAIL"}
+
+
+@command()
+@click.option("--student", type=_PATH, help="Model directory whose tokenizer must be the teacher's.")
+@click.option("--data-dir", type=_PATH, help="The trainer's data directory, if this is its host.")
+@click.option(
+    "--only",
+    type=click.Choice(["all", "here", "teacher", "trainer"]),
+    default="all",
+    show_default=True,
+    help="What to look at.",
+)
+def doctor(session: Session, *, student: Path | None, data_dir: Path | None, only: str) -> int:
+    """Check this machine, the teacher and the trainer, and say what to do.
+
+    Exit code 1 if anything FAILed; what is marked ! works, and should be looked at.
+    """
+    from client import checks
+
+    findings = []
+    if only in ("all", "here"):
+        findings += [*checks.machine(data_dir), *checks.certificates(session.settings)]
+    if only in ("all", "teacher"):
+        findings += checks.teacher(session.settings, student)
+    if only in ("all", "trainer"):
+        findings += checks.trainer(session.settings)
+    failed = any(each.state == "failed" for each in findings)
+    if session.as_json:
+        rows = [
+            {"check": each.check, "state": each.state, "found": each.found, "remedy": each.remedy or None}
+            for each in findings
+        ]
+        session.emit({"well": not failed, "findings": rows})
+    else:
+        width = max(len(each.check) for each in findings)
+        for each in findings:
+            session.say(f"{_MARKS[each.state]}  {each.check.ljust(width)}  {each.found}")
+            if each.remedy:
+                session.say(f"      {' ' * width}  → {each.remedy}")
+    return EXIT_UNWELL if failed else 0
