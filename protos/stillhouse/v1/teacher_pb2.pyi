@@ -702,7 +702,9 @@ class ScoreSequence(_message.Message):
     adapter: _builtins.str
     """Adapter to apply. Empty means the base model."""
     timeout_ms: _builtins.int
-    """Time from receipt after which this sequence is answered with DEADLINE_EXCEEDED. 0 means 300,000."""
+    """Time after which this sequence is answered with DEADLINE_EXCEEDED: from receipt, or from when the caller has read
+    enough of its earlier answers to make room for this one. 0 means 300,000.
+    """
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
         """Required. INT32 [T]."""
