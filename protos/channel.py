@@ -11,6 +11,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from protos import tracing
 from protos.call_metadata import AddMetadata, WithMetadata
 from protos.errors import Reason, StillhouseError
 
@@ -101,7 +102,7 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
         channel = grpc.secure_channel(options.target, _credentials(options), options=arguments)
     else:
         channel = grpc.insecure_channel(options.target, options=arguments)
-    return grpc.intercept_channel(channel, AddMetadata(metadata)) if metadata else channel
+    return grpc.intercept_channel(channel, AddMetadata(metadata)) if metadata or tracing.enabled() else channel
 
 
 def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
@@ -112,7 +113,7 @@ def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
         channel = grpc.aio.secure_channel(options.target, _credentials(options), options=arguments)
     else:
         channel = grpc.aio.insecure_channel(options.target, options=arguments)
-    return WithMetadata(channel, metadata) if metadata else channel
+    return WithMetadata(channel, metadata) if metadata or tracing.enabled() else channel
 
 
 def is_loopback(address: str) -> bool:

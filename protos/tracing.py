@@ -18,6 +18,9 @@ ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 _KEYS = frozenset({"traceparent", "tracestate"})
 _SDK = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 
+_process_carrier: dict[str, str] = {}
+"""Where calls belong that are made outside of any span, as those of threads are."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -60,7 +63,7 @@ def configure_tracing(service: str) -> bool:
 @contextmanager
 def server_span(method: str, context: Any) -> Iterator[Span]:
     """The answering of a call as a span below the caller's, if its metadata names one."""
-    if not _enabled():
+    if not enabled():
         yield Span()
         return
     from opentelemetry import propagate, trace
@@ -76,29 +79,38 @@ def server_span(method: str, context: Any) -> Iterator[Span]:
 
 
 @contextmanager
-def span(name: str, **attributes: str | int | float) -> Iterator[None]:
-    """A piece of work of this process, under which its calls appear."""
-    if not _enabled():
+def process_span(name: str, **attributes: str | int | float) -> Iterator[None]:
+    """The work of this process: calls of all its threads appear under it, unless they have a nearer span."""
+    if not enabled():
         yield
         return
     from opentelemetry import trace
 
     with trace.get_tracer("stillhouse").start_as_current_span(name, attributes=attributes):
-        yield
+        _process_carrier.update(_carrier())
+        try:
+            yield
+        finally:
+            _process_carrier.clear()
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
     """What a call must carry so that its answering appears below the present span."""
-    if not _enabled():
+    if not enabled():
         return ()
+    return tuple((_carrier() or _process_carrier).items())
+
+
+def _carrier() -> dict[str, str]:
     from opentelemetry import propagate
 
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    return tuple((key, value) for key, value in carrier.items() if key in _KEYS)
+    return {key: value for key, value in carrier.items() if key in _KEYS}
 
 
-def _enabled() -> bool:
+def enabled() -> bool:
+    """Whether this process takes part in traces."""
     # The environment alone would not do: a program may set up a tracer of its own.
     return bool(os.environ.get(ENDPOINT_VARIABLE)) and _installed("opentelemetry.sdk")
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from protos.errors import Reason, StillhouseError
+from protos.tracing import configure_tracing
 from protos.transport import configure_logging
 from teacher_service.config import DTYPES, TeacherConfig, default_engine, default_roots
 
@@ -204,6 +205,7 @@ def main() -> None:
 def run(options: dict[str, Any]) -> int:
     """Exit code of a teacher with these options."""
     configure_logging(options["log_level"])
+    configure_tracing("stillhouse-teacher")
     try:
         config = _config(options)
         from teacher_service.lifecycle import serve

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from protos.errors import StillhouseError
+from protos.tracing import configure_tracing
 from protos.transport import ServerTls, configure_logging
 from student_trainer.runs.service import ServiceOptions, serve
 
@@ -139,6 +140,7 @@ def main(
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key.")
     tls = ServerTls(cert=tls_cert, key=tls_key, client_ca=tls_client_ca) if tls_cert and tls_key else None
     configure_logging(log_level)
+    configure_tracing("stillhouse-trainer")
     options = ServiceOptions(tls=tls, **settings)
     try:
         asyncio.run(serve(options))

@@ -18,6 +18,7 @@ import click
 import structlog
 
 from protos.errors import Reason, StillhouseError, to_json, to_status
+from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
 from student_trainer.config import from_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
@@ -43,7 +44,11 @@ def main(*, run_dir: Path, attempt: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
     try:
-        with RunDir(run_dir).open_attempt(attempt) as opened:
+        configure_tracing("stillhouse-train")
+        with (
+            process_span("train", run=run_dir.name, attempt=attempt),
+            RunDir(run_dir).open_attempt(attempt) as opened,
+        ):
             sys.exit(work(opened, stop.is_set))
     except StillhouseError as error:
         log.error("not the owner of the run", why=error.message)  # noqa: TRY400 - no bug, so no traceback
