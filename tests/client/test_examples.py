@@ -29,4 +29,5 @@ def test_there_are_examples_to_copy() -> None:
         "online.yaml",
         "lora.yaml",
         "hard_and_soft.yaml",
+        "offline.yaml",
     }
