@@ -59,7 +59,6 @@ CHOICES: Mapping[str, Sequence[str]] = {
 
 SUPPORTED: Mapping[str, Collection[object]] = {
     "RunConfig.task": ("distil", "cache"),
-    "StudentContextConfig.rollout_target": ("",),
     "LossConfig.foreign_tokenizer": ("refuse",),
     "EvaluationConfig.metrics": ("kl", "perplexity", "agreement", "cross_entropy"),
     "EvaluationConfig.best_metric": ("",),

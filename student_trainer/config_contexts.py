@@ -52,6 +52,12 @@ def _check_source(
             "row has its own.",
         )
     if context.student is not None:
+        if context.student.rollout_target and not config.student.trains_adapter:
+            yield _violation(
+                f"{path}.student.rollout_target",
+                "needs an adapter that can travel there; add student.lora: {}, or leave it out so that the training "
+                "process writes by itself.",
+            )
         if loss.hard_weight:
             yield _violation(
                 f"{field}.hard_weight",

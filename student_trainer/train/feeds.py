@@ -15,11 +15,12 @@ from student_trainer.train.answers import training_request
 from student_trainer.train.corpus import Corpus
 from student_trainer.train.in_flight import InFlight
 from student_trainer.train.patience import Patience
+from student_trainer.train.remote_rollouts import RemoteSampler
 from student_trainer.train.rollouts import Sampler
 from student_trainer.train.sources import DatasetFeed, Feed
 from student_trainer.train.stored import StoredTeachers
 from student_trainer.train.student import Student
-from student_trainer.train.student_text import StudentFeed
+from student_trainer.train.student_text import StudentFeed, TextWriter
 from student_trainer.train.teacher_text import TeacherFeed
 from student_trainer.train.teachers import Teachers
 from student_trainer.train.text_stream import TextStream
@@ -37,6 +38,8 @@ class Parts:
     student: Student
     vocab_size: int
     """The effective vocabulary."""
+    run_name: str
+    tokenizer_fingerprint: str
     in_flight: InFlight
     version: Callable[[], int]
     """Updates that the student's weights have had."""
@@ -117,13 +120,7 @@ def _student_feed(
     return StudentFeed(
         parts.corpus.train,
         answers,
-        Sampler(
-            parts.student,
-            device=parts.device,
-            autocast=parts.autocast,
-            vocab_size=parts.vocab_size,
-            num_likeliest=num_likeliest,
-        ),
+        _writer(config, num_likeliest, parts),
         config,
         parts.in_flight,
         context=number,
@@ -141,3 +138,27 @@ def _student_feed(
         version=parts.version,
         patience=parts.patience,
     )
+
+
+def _writer(config: StudentContextConfig, num_likeliest: int, parts: Parts) -> TextWriter:
+    """Who writes with the student's weights."""
+    if not config.rollout_target:
+        return Sampler(
+            parts.student,
+            device=parts.device,
+            autocast=parts.autocast,
+            vocab_size=parts.vocab_size,
+            num_likeliest=num_likeliest,
+        )
+    remote = RemoteSampler(
+        parts.student,
+        config.rollout_target,
+        run_name=parts.run_name,
+        tokenizer_fingerprint=parts.tokenizer_fingerprint,
+        vocab_size=parts.vocab_size,
+        num_likeliest=num_likeliest,
+        version=parts.version,
+        patience=parts.patience,
+    )
+    parts.stack.callback(remote.close)
+    return remote

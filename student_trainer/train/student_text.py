@@ -8,25 +8,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from protos.errors import StillhouseError
 from protos.tensor_codec import Distributions
-from student_trainer.config import StudentContextConfig
+from student_trainer.config import RolloutConfig, StudentContextConfig
 from student_trainer.train.answers import Answers
 from student_trainer.train.batch import Scored
 from student_trainer.train.contexts import Slot, text_seed
 from student_trainer.train.in_flight import InFlight, Rollout
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
-from student_trainer.train.rollouts import Sampler
+from student_trainer.train.rollouts import Text
 from student_trainer.train.sources import Skips
 from student_trainer.train.support import with_query
 from student_trainer.train.warm_start import WarmStart
 
 log = structlog.get_logger()
+
+
+class TextWriter(Protocol):
+    """Writes texts with the student's weights as they are: rollouts.Sampler here, remote_rollouts.RemoteSampler elsewhere."""
+
+    def write(
+        self,
+        prompts: Sequence[NDArray[np.int32]],
+        generation: RolloutConfig,
+        *,
+        max_sequence_tokens: int,
+        seed: int,
+    ) -> list[list[Text]]:
+        """Texts for each prompt, of at most `max_sequence_tokens` with it."""
+        ...
 
 
 class StudentFeed:
@@ -36,7 +53,7 @@ class StudentFeed:
         self,
         examples: Sequence[Example],
         answers: Answers,
-        sampler: Sampler,
+        sampler: TextWriter,
         config: StudentContextConfig,
         in_flight: InFlight,
         *,

@@ -1,0 +1,260 @@
+"""Texts of the student from a service that was started on its base: each version of its adapter travels there under a name of its own.
+
+A name never changes its weights, and every text comes back with the fingerprint of the adapter that wrote it, so a text
+cannot be taken for that of another version, however a crash falls between upload, load and sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from protos.errors import Reason, StillhouseError, from_rpc_error, from_status
+from protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_HOT_ADAPTERS,
+    DistributionConfig,
+    GenerateRequest,
+    GetTeacherInfoRequest,
+    LoadAdapterRequest,
+    Prompt,
+    SampleChunk,
+    SamplingParams,
+    UnloadAdapterRequest,
+    UploadAdapterRequest,
+)
+from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+from protos.stillhouse.v1.tensor_pb2 import Tensor
+from protos.tensor_codec import decode, decode_distributions, encode
+from protos.transport import ChannelOptions, connect
+from student_trainer.config import RolloutConfig
+from student_trainer.train.patience import Patience
+from student_trainer.train.rollouts import Text
+from student_trainer.train.student import Student
+from student_trainer.train.student_model import ADAPTER_FILES
+from student_trainer.train.teacher_client import INFO_TIMEOUT_S, backoff_s
+
+log = structlog.get_logger()
+Result = TypeVar("Result")
+
+LOAD_TIMEOUT_S = 600.0
+PIECE_BYTES = 512 * 1024
+
+
+class RemoteSampler:
+    """Writes texts with the student's adapter as it is, on another host or GPU."""
+
+    def __init__(
+        self,
+        student: Student,
+        target: str,
+        *,
+        run_name: str,
+        tokenizer_fingerprint: str,
+        vocab_size: int,
+        num_likeliest: int,
+        version: Callable[[], int],
+        patience: Patience,
+    ) -> None:
+        """Reaches the service and checks it.
+
+        Raises StillhouseError: TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, TEACHER_UNREACHABLE.
+        """
+        self._student = student
+        self._target = target
+        self._run_name = run_name
+        self._vocab_size = vocab_size
+        self._num_likeliest = num_likeliest
+        self._version = version
+        self._patience = patience
+        self._channel = connect(ChannelOptions(target=target, client_name="stillhouse-trainer"))
+        self._stub = TeacherServiceStub(self._channel)
+        self._loaded = ""
+        self.info = self._ask(
+            lambda: self._stub.GetTeacherInfo(GetTeacherInfoRequest(), timeout=INFO_TIMEOUT_S)
+        )
+        self._check(tokenizer_fingerprint)
+
+    def close(self) -> None:
+        """Closes the connection; the last adapter stays until the service needs its place."""
+        self._channel.close()
+
+    def write(
+        self,
+        prompts: Sequence[NDArray[np.int32]],
+        generation: RolloutConfig,
+        *,
+        max_sequence_tokens: int,
+        seed: int,
+    ) -> list[list[Text]]:
+        """Up to `samples_per_prompt` texts for each prompt, waiting for the service as for a teacher.
+
+        A text with a token that the run's teacher does not know is left out. Raises Stopped, or StillhouseError.
+        """
+        name, fingerprint = self._load_version()
+        request = GenerateRequest(
+            prompts=[
+                Prompt(
+                    token_ids=encode(prompt),
+                    adapter=name,
+                    sampling=SamplingParams(
+                        seed=(seed + number) % 2**63,
+                        max_new_tokens=min(generation.max_new_tokens, max_sequence_tokens - len(prompt)),
+                    ),
+                )
+                for number, prompt in enumerate(prompts)
+            ],
+            sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
+            num_samples=generation.samples_per_prompt,
+            distributions=DistributionConfig(
+                top_k=self._num_likeliest, logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_token_ids=True
+            ),
+            whole_samples=True,
+        )
+        texts = self._ask(lambda: self._generate(request, fingerprint))
+        for number, prompt in enumerate(prompts):
+            missing = [each for each in range(generation.samples_per_prompt) if (number, each) not in texts]
+            if missing:
+                raise StillhouseError(
+                    Reason.TENSOR_INVALID,
+                    f"The service at {self._target} left out samples {missing} of a prompt of {len(prompt)} tokens.",
+                )
+        return [
+            [
+                texts[number, sample]
+                for sample in range(generation.samples_per_prompt)
+                if int(texts[number, sample].token_ids.max()) < self._vocab_size
+            ]
+            for number in range(len(prompts))
+        ]
+
+    def _check(self, tokenizer_fingerprint: str) -> None:
+        if self.info.tokenizer_fingerprint != tokenizer_fingerprint:
+            raise StillhouseError(
+                Reason.TOKENIZER_MISMATCH,
+                f"The rollout service at {self._target} has another tokenizer than the student. Start it on the student's "
+                "base: stillhouse-teacher --model <student.model> --max-adapters 2.",
+            )
+        if CAPABILITY_HOT_ADAPTERS not in self.info.capabilities:
+            raise StillhouseError(
+                Reason.CAPABILITY,
+                f"The rollout service at {self._target} loads no adapters while it serves. Start it with --max-adapters 2.",
+                metadata={"capability": "CAPABILITY_HOT_ADAPTERS"},
+            )
+        if self._num_likeliest > self.info.max_top_k:
+            raise StillhouseError(
+                Reason.TOP_K_TOO_LARGE,
+                f"The rollout service at {self._target} gives at most {self.info.max_top_k} likeliest tokens; the loss "
+                f"wants {self._num_likeliest}. Start it with --max-top-k {self._num_likeliest}.",
+            )
+
+    def _load_version(self) -> tuple[str, str]:
+        """Name and fingerprint of the adapter as it is, loaded in the service; the one before is freed."""
+        model: Any = self._student.model
+        with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
+            model.save_pretrained(folder)
+            stored = self._ask(
+                lambda: self._stub.UploadAdapter(_pieces(Path(folder)), timeout=LOAD_TIMEOUT_S)
+            )
+        name = f"{self._run_name}/{self._version()}-{stored.fingerprint[:12]}"
+        before, self._loaded = self._loaded, name
+        if before and before != name:
+            self._unload(before)
+        load = LoadAdapterRequest(adapter=name, path=stored.path)
+        self._ask(lambda: self._stub.LoadAdapter(load, timeout=LOAD_TIMEOUT_S))
+        return name, stored.fingerprint
+
+    def _unload(self, name: str) -> None:
+        try:
+            self._stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=LOAD_TIMEOUT_S)
+        except grpc.RpcError as error:  # a service that was restarted has forgotten it
+            log.warning("an adapter was not unloaded", adapter=name, why=str(error.code()))
+
+    def _generate(self, request: GenerateRequest, fingerprint: str) -> dict[tuple[int, int], Text]:
+        parts: dict[tuple[int, int], list[SampleChunk]] = {}
+        for response in self._stub.Generate(request):
+            for chunk in response.chunks:
+                if chunk.HasField("error"):
+                    raise from_status(chunk.error)
+                if chunk.adapter_fingerprint != fingerprint:
+                    raise StillhouseError(
+                        Reason.TEACHER_CHANGED,
+                        f"The service at {self._target} wrote with adapter {chunk.adapter_fingerprint[:12] or 'none'}; "
+                        f"{fingerprint[:12]} was asked for.",
+                    )
+                parts.setdefault((chunk.prompt_index, chunk.sample_index), []).append(chunk)
+        return {key: self._text(several) for key, several in parts.items()}
+
+    def _text(self, parts: Sequence[SampleChunk]) -> Text:
+        int32, float32 = (Tensor.DATA_TYPE_INT32,), (Tensor.DATA_TYPE_FLOAT32,)
+        token_ids = np.concatenate(
+            [decode(part.token_ids, field="token_ids", dtypes=int32, shape=(None,)) for part in parts]
+        )
+        if not all(part.HasField("sampling_logprobs") for part in parts) or not token_ids.size:
+            raise StillhouseError(
+                Reason.CAPABILITY,
+                f"The rollout service at {self._target} ({self.info.engine}) does not say how likely its tokens were when it drew "
+                "them. Use temperature 1 and top_p 1, or start it with --engine hf.",
+                metadata={"capability": "sampling_logprobs"},
+            )
+        logprobs = np.concatenate(
+            [
+                decode(part.sampling_logprobs, field="sampling_logprobs", dtypes=float32, shape=(None,))
+                for part in parts
+            ]
+        )
+        rows = [
+            decode_distributions(
+                part.distributions,
+                vocab_size=self.info.vocab_size,
+                max_rows=len(token_ids),
+                max_top_k=self._num_likeliest,
+            ).token_ids
+            for part in parts
+        ]
+        likeliest = np.concatenate(rows)
+        if not len(token_ids) == len(logprobs) == len(likeliest):
+            raise StillhouseError(
+                Reason.TENSOR_INVALID,
+                f"The service at {self._target} sent a text whose parts differ in length.",
+            )
+        return Text(
+            token_ids=token_ids.astype(np.int32),
+            logprobs=logprobs.astype(np.float32),
+            likeliest=np.where(likeliest < self._vocab_size, likeliest, -1).astype(np.int32),
+            finished=parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
+        )
+
+    def _ask(self, call: Callable[[], Result]) -> Result:
+        """The answer to a call, repeated while nobody answers, as long as the run is patient."""
+        since, attempt = time.monotonic(), 0
+        while True:
+            try:
+                result = call()
+            except grpc.RpcError as caught:
+                error = from_rpc_error(caught, target=self._target, service="teacher")
+            except StillhouseError as caught:
+                error = caught
+            else:
+                self._patience.clear()
+                return result
+            if not error.retryable:
+                raise error
+            self._patience.sleep(backoff_s(attempt, error), since, error.message)
+            attempt += 1
+
+
+def _pieces(directory: Path) -> Iterator[UploadAdapterRequest]:
+    for name in ADAPTER_FILES:
+        data = (directory / name).read_bytes()
+        yield UploadAdapterRequest(file_name=name, sha256=hashlib.sha256(data).hexdigest())
+        for first in range(0, len(data), PIECE_BYTES):
+            yield UploadAdapterRequest(data=data[first : first + PIECE_BYTES])
