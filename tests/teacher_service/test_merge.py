@@ -1,4 +1,4 @@
-"""merge-adapter as a process: the merged model scores as base and adapter do, and what cannot be merged is told in a sentence."""
+"""merge-adapter, also as a process: the merged model scores as base and adapter do, and what cannot be merged is told in a sentence."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ def test_a_merged_model_says_what_base_and_adapter_say(
     AutoModelForCausalLM.from_pretrained(models.teacher, dtype=dtype).save_pretrained(base)
     (base / "NOTICE.txt").write_text("kept")
     out = tmp_path / "deep" / "merged"
-    done = merge(base, models.adapter_a, out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{out}: {base} with {models.adapter_a} merged"
+    if dtype == torch.float32:
+        merge_adapter(str(base), models.adapter_a, out)
+    else:
+        done = merge(base, models.adapter_a, out)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == f"{out}: {base} with {models.adapter_a} merged"
     ids = random_ids(60)
     wanted = reference_logprobs(base, ids, models.adapter_a)
     # bfloat16 keeps 8 bits of every merged weight.
