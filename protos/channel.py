@@ -102,7 +102,9 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
         channel = grpc.secure_channel(options.target, _credentials(options), options=arguments)
     else:
         channel = grpc.insecure_channel(options.target, options=arguments)
-    return grpc.intercept_channel(channel, AddMetadata(metadata)) if metadata or tracing.enabled() else channel
+    return (
+        grpc.intercept_channel(channel, AddMetadata(metadata)) if metadata or tracing.enabled() else channel
+    )
 
 
 def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
