@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from examples.programs import Program
+from student_trainer.config_checks import CHOICES
 from student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.dense import dense_bucket_kl
@@ -146,6 +147,9 @@ def test_lora_runs_leave_what_output_says(
         {"temperature": 2.0, "temperature_mode": "exact"},
         {"temperature": 2.0, "temperature_mode": "conditional"},
         {"hard_weight": 0.5, "reduction": "sequence_mean"},
+        {"sparse_target": "sampled", "num_samples": 20, "top_k": 1},
+        {"sparse_target": "top_k_and_sampled", "num_samples": 12, "top_k": 8},
+        {"sparse_target": "renormalise", "top_k": 8},
     ],
 )
 def test_losses_of_a_run_file(
@@ -159,6 +163,30 @@ def test_losses_of_a_run_file(
     soft, hard = metric(run_dir, "train/forward_kl"), metric(run_dir, "train/cross_entropy")
     for step, value in losses.items():
         assert value == pytest.approx(soft[step] + loss.get("hard_weight", 0) * hard[step], rel=1e-5)
+
+
+def test_every_divergence_is_a_term_of_a_packed_run(
+    run: Run, models: Models, dataset_file: Path, hf_teacher: Program
+) -> None:
+    names = CHOICES["LossTermConfig.divergence"]
+    weights = {name: 0.1 * (number + 1) for number, name in enumerate(names)}
+    terms = [{"divergence": name, "weight": weight} for name, weight in weights.items()]
+    terms[0]["token_weighting"] = "teacher_entropy"
+    loss = {"terms": terms, "temperature": 1.5}
+    run_dir = run(
+        spec_of(
+            models.student,
+            dataset_file,
+            hf_teacher.target,
+            loss=loss,
+            data={"packing": True},
+            optimizer={"max_steps": 2},
+        )
+    )
+    parts = {name: metric(run_dir, f"train/{name}") for name in names}
+    for step, value in metric(run_dir, "train/loss").items():
+        assert value == pytest.approx(sum(weights[name] * parts[name][step] for name in names), rel=1e-5)
+        assert all(parts[name][step] > 0 for name in names)
 
 
 def test_micro_batches_of_a_run_change_nothing(
