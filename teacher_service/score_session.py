@@ -135,6 +135,9 @@ class ScoreSession:
             self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
+        more = max(0, rows.num_rows * rows.row_bytes - num_bytes)  # hidden states
+        self._unread.add(more)
+        num_bytes += more
         rows_per_part = max(1, PART_BYTES // (rows.row_bytes + 1))
         for begin in range(0, rows.num_rows, rows_per_part):
             end = min(begin + rows_per_part, rows.num_rows)
