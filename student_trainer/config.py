@@ -1,19 +1,16 @@
-"""A run's configuration as frozen dataclasses, field by field as RunSpec has it: the one place of every default."""
+"""A run's configuration as frozen dataclasses, field by field as RunSpec has it, with every default that is a plain value."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer.config_checks import MAX_TOP_K, check
+from student_trainer.config_checks import check
+from student_trainer.config_defaults import FULL_LEARNING_RATE, fill
 from student_trainer.config_loss import DIVERGENCE_PARAMETERS
 from student_trainer.config_proto import read, write
 
-FULL_LEARNING_RATE = 1e-5
-LORA_LEARNING_RATE = 1e-4
-CHECKPOINT_EVERY_STEPS = 500
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
 
@@ -26,7 +23,7 @@ def from_proto(spec: RunSpec) -> RunConfig:
     Raises:
         StillhouseError: INVALID_SPEC with every violation at once, each with the field's path.
     """
-    config = _fill(read(RunConfig, spec), spec)
+    config = fill(read(RunConfig, spec), spec)
     check(config)
     return config
 
@@ -383,46 +380,3 @@ class RunConfig:
     def asks_teacher(self) -> bool:
         """Whether training needs a teacher, to score or to write."""
         return any(context.dataset is None or self.loss_of(context).asks_teacher for context in self.contexts)
-
-
-def _fill(config: RunConfig, spec: RunSpec) -> RunConfig:
-    """`config` with the defaults that depend on other fields."""
-    optimizer, data = config.optimizer, config.data
-    checkpoint, evaluation = config.checkpoint, config.evaluation
-    if config.student.trains_adapter and not spec.optimizer.HasField("learning_rate"):
-        optimizer = replace(optimizer, learning_rate=LORA_LEARNING_RATE)
-    if not spec.data.HasField("seed"):
-        data = replace(data, seed=optimizer.seed)
-    if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
-        checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
-    if not spec.evaluation.HasField("top_k"):
-        # Within its range, so that a loss.top_k outside of it is reported once.
-        evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
-    if not evaluation.metrics:
-        metrics = ("kl", "perplexity", "agreement") if config.has_teacher else ("perplexity",)
-        evaluation = replace(evaluation, metrics=metrics)
-    student = config.student
-    if student.trains_adapter and not spec.student.HasField("output"):
-        student = replace(student, output="both")
-    contexts = tuple(
-        replace(context, loss=_with_parameters(context.loss)) if context.loss else context
-        for context in config.contexts
-    )
-    return replace(
-        config,
-        student=student,
-        optimizer=optimizer,
-        data=data,
-        contexts=contexts,
-        loss=_with_parameters(config.loss),
-        checkpoint=checkpoint,
-        evaluation=evaluation,
-    )
-
-
-def _with_parameters(loss: LossConfig) -> LossConfig:
-    terms = []
-    for term in loss.terms:
-        values: dict[str, Any] = dict(term.parameters)
-        terms.append(replace(term, **values))
-    return replace(loss, terms=tuple(terms))

@@ -1,0 +1,59 @@
+"""The defaults of a run that depend on its other fields; plain ones stand beside their fields in config.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from protos.stillhouse.v1.run_pb2 import RunSpec
+from student_trainer.config_checks import MAX_TOP_K
+
+if TYPE_CHECKING:
+    from student_trainer.config import LossConfig, RunConfig
+
+FULL_LEARNING_RATE = 1e-5
+LORA_LEARNING_RATE = 1e-4
+CHECKPOINT_EVERY_STEPS = 500
+
+
+def fill(config: RunConfig, spec: RunSpec) -> RunConfig:
+    """`config` with the defaults that depend on other fields."""
+    optimizer, data = config.optimizer, config.data
+    checkpoint, evaluation = config.checkpoint, config.evaluation
+    if config.student.trains_adapter and not spec.optimizer.HasField("learning_rate"):
+        optimizer = replace(optimizer, learning_rate=LORA_LEARNING_RATE)
+    if not spec.data.HasField("seed"):
+        data = replace(data, seed=optimizer.seed)
+    if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
+        checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
+    if not spec.evaluation.HasField("top_k"):
+        # Within its range, so that a loss.top_k outside of it is reported once.
+        evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
+    if not evaluation.metrics:
+        metrics = ("kl", "perplexity", "agreement") if config.has_teacher else ("perplexity",)
+        evaluation = replace(evaluation, metrics=metrics)
+    student = config.student
+    if student.trains_adapter and not spec.student.HasField("output"):
+        student = replace(student, output="both")
+    contexts = tuple(
+        replace(context, loss=_with_parameters(context.loss)) if context.loss else context
+        for context in config.contexts
+    )
+    return replace(
+        config,
+        student=student,
+        optimizer=optimizer,
+        data=data,
+        contexts=contexts,
+        loss=_with_parameters(config.loss),
+        checkpoint=checkpoint,
+        evaluation=evaluation,
+    )
+
+
+def _with_parameters(loss: LossConfig) -> LossConfig:
+    terms = []
+    for term in loss.terms:
+        values: dict[str, Any] = dict(term.parameters)
+        terms.append(replace(term, **values))
+    return replace(loss, terms=tuple(terms))
