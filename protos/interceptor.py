@@ -19,6 +19,7 @@ from protos.errors import Reason, StillhouseError, from_status, to_status
 from protos.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
+BUSY_RETRY_S = 1.0
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 log = structlog.get_logger(__name__)
@@ -31,13 +32,17 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     at once, so that a `finally` in it runs. A cancellation stays one: it is never INTERNAL.
     """
 
-    def __init__(self, observers: Sequence[Observer] = ()) -> None:
+    def __init__(
+        self, observers: Sequence[Observer] = (), *, max_calls_per_client: int | None = None
+    ) -> None:
         """`observers` are told of every call that has ended, except those of health and reflection."""
         self.draining = False
         """While true, calls are refused with DRAINING."""
         self._observers = tuple(observers)
         self._calls: set[object] = set()
         self._running: Counter[str] = Counter()
+        self._of_client: Counter[str] = Counter()
+        self._max_calls_per_client = max_calls_per_client
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -88,6 +93,8 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._running[method] += 1
         self._idle.clear()
         seen = _Seen(what=what_of(request))
+        client = _client_of(context)
+        self._of_client[client] += 1
         try:
             with (
                 structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()),
@@ -100,6 +107,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         finally:
             self._calls.discard(call)
             self._running[method] -= 1
+            self._of_client[client] -= 1
+            if not self._of_client[client]:
+                del self._of_client[client]
             if not self._calls:
                 self._idle.set()
             self._tell(method, context, seen, time.monotonic() - began_s)
@@ -123,7 +133,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any, seen: "_Seen"
     ) -> Any:
         try:
-            self._admit()
+            self._admit(_client_of(context))
             answer = behaviour(request, context)
             answer = await (_send(answer, context) if hasattr(answer, "__aiter__") else answer)
             seen.outcome, seen.what = OK, what_of(answer, request)
@@ -143,13 +153,28 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         else:
             return answer
 
-    def _admit(self) -> None:
+    def _admit(self, client: str) -> None:
+        most = self._max_calls_per_client
+        if most is not None and self._of_client[client] > most:
+            raise StillhouseError(
+                Reason.TOO_MANY_CALLS,
+                f"{most} calls of this client are running, and this service keeps room for others. End some, or start the "
+                "service with a larger --max-calls.",
+                retry_after_s=BUSY_RETRY_S,
+            )
         if self.draining:
             raise StillhouseError(
                 Reason.DRAINING,
                 "This service is stopping and takes no further calls; ask again when it is back.",
                 retry_after_s=DRAIN_RETRY_S,
             )
+
+
+def _client_of(context: Any) -> str:
+    """The name that a caller has proved, else the host that it calls from."""
+    peer: str = context.peer()
+    host = peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
+    return current_caller().name or host
 
 
 class _Seen:

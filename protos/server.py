@@ -62,6 +62,7 @@ class Server:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         tokens: TokenFile | None = None,
         observers: Sequence[Observer] = (),
+        max_calls_per_client: int | None = None,
     ) -> None:
         """`listen` is HOST:PORT, where port 0 means any, or unix:PATH. `services` are full names, for health.
 
@@ -87,7 +88,7 @@ class Server:
             )
         self._listen, self._tls = listen, tls
         self._names = (*services, "")
-        self._errors = ErrorInterceptor(observers)
+        self._errors = ErrorInterceptor(observers, max_calls_per_client=max_calls_per_client)
         self._tasks: set[asyncio.Task[None]] = set()
         self.aio: grpc.aio.Server = grpc.aio.server(
             interceptors=[self._errors, AuthInterceptor(tokens), *interceptors],

@@ -81,7 +81,7 @@ def _indices(_context: click.Context, _parameter: click.Parameter, value: str | 
     "--max-calls",
     type=click.IntRange(1),
     default=_DEFAULTS.max_calls,
-    help="Calls at once; more are refused.",
+    help="Calls at once, of which one client gets three quarters; more are refused.",
 )
 @click.option(
     "--max-queued-runs",

@@ -49,6 +49,7 @@ class ServiceOptions:
     shutdown_grace_s: float = 30.0
     max_upload_bytes: int = 64 * 2**30
     max_calls: int = 256
+    """At once, of which one client gets three quarters."""
     max_queued_runs: int = 1000
     """Of one client."""
     keep_ended_days: float | None = None
@@ -82,6 +83,7 @@ async def serve(options: ServiceOptions) -> None:
             reflection=options.reflection,
             services=[SERVICE_NAME],
             max_concurrent_rpcs=options.max_calls,
+            max_calls_per_client=max(1, options.max_calls * 3 // 4),
             tokens=TokenFile(tokens, optional=options.tokens is None),
             observers=[metrics, AuditLog(options.audit_log or data_dir.audit_path)],
         )

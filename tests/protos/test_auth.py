@@ -47,9 +47,13 @@ class Guarded:
     tokens: dict[str, str]
     reached: list[tuple[str, Caller]]
     records: list[CallRecord]
+    go: asyncio.Event
+    """Streams answer once it is set."""
 
 
-def handlers(reached: list[tuple[str, Caller]], rpcs: dict[str, MethodDescriptor]) -> list[Any]:
+def handlers(
+    reached: list[tuple[str, Caller]], rpcs: dict[str, MethodDescriptor], go: asyncio.Event | None = None
+) -> list[Any]:
     def answering(method: str, rpc: MethodDescriptor) -> Any:
         answer = GetMessageClass(rpc.output_type)()
 
@@ -59,6 +63,8 @@ def handlers(reached: list[tuple[str, Caller]], rpcs: dict[str, MethodDescriptor
 
         async def stream(_request: Any, _context: Any) -> AsyncIterator[Any]:
             reached.append((method, current_caller()))
+            if go is not None:
+                await go.wait()
             yield answer
 
         sends = "stream" if rpc.client_streaming else "unary"
@@ -79,7 +85,11 @@ def handlers(reached: list[tuple[str, Caller]], rpcs: dict[str, MethodDescriptor
 
 @asynccontextmanager
 async def guarded(
-    directory: Path, *, tls: ServerTls | None = None, rpcs: dict[str, MethodDescriptor] = RPCS
+    directory: Path,
+    *,
+    tls: ServerTls | None = None,
+    rpcs: dict[str, MethodDescriptor] = RPCS,
+    max_calls_per_client: int | None = None,
 ) -> AsyncIterator[Guarded]:
     path = directory / "tokens.json"
     tokens = {"wrong": "sth_aaaaaaaa_" + "x" * 43, "garbled": "\u00e4", "none": ""}
@@ -94,6 +104,8 @@ async def guarded(
     path.write_text(json.dumps(document))
     reached: list[tuple[str, Caller]] = []
     records: list[CallRecord] = []
+    go = asyncio.Event()
+    go.set()
     server = Server(
         listen="127.0.0.1:0",
         tls=tls,
@@ -102,12 +114,13 @@ async def guarded(
         services=[service.full_name for service in SERVICES],
         max_concurrent_rpcs=None,
         tokens=TokenFile(path),
+        max_calls_per_client=max_calls_per_client,
         observers=[records.append, AuditLog(directory / "audit.jsonl")],
     )
-    server.aio.add_generic_rpc_handlers(handlers(reached, rpcs))
+    server.aio.add_generic_rpc_handlers(handlers(reached, rpcs, go))
     address = await server.start()
     try:
-        yield Guarded(address=address, path=path, tokens=tokens, reached=reached, records=records)
+        yield Guarded(address=address, path=path, tokens=tokens, reached=reached, records=records, go=go)
     finally:
         await server.stop(0)
 
@@ -258,6 +271,25 @@ async def test_a_changed_file_counts_at_once_and_a_broken_one_lets_nobody_in(tmp
         await call(channel, method, admin)
         server.path.unlink()
         assert (await refusal(channel, method, admin)).reason == Reason.UNAUTHENTICATED
+
+
+async def test_one_client_leaves_room_for_others(tmp_path: Path) -> None:
+    method = "/stillhouse.v1.RunService/WatchRun"
+    async with guarded(tmp_path, max_calls_per_client=2) as server, connect_async(server.address) as channel:
+        ada, admin = f"Bearer {server.tokens['submit']}", f"Bearer {server.tokens['admin']}"
+        server.go.clear()
+        async with asyncio.TaskGroup() as running:
+            for _ in range(2):
+                running.create_task(call(channel, method, ada))
+            while len(server.reached) < 2:  # noqa: ASYNC110 - the server is asked, and has no event
+                await asyncio.sleep(0.01)
+            assert (await refusal(channel, method, ada)).reason == Reason.TOO_MANY_CALLS
+            assert len(server.reached) == 2
+            running.create_task(call(channel, method, admin))
+            while len(server.reached) < 3:  # noqa: ASYNC110 - the server is asked, and has no event
+                await asyncio.sleep(0.01)
+            server.go.set()
+        await call(channel, method, ada)
 
 
 async def test_without_tokens_a_certificate_names_the_caller(tmp_path: Path) -> None:
