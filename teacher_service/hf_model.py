@@ -14,6 +14,7 @@ from protos.errors import Reason, StillhouseError
 from teacher_service import hf_quantization
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import Int32Array
+from teacher_service.model_files import is_quantised
 
 FALLBACK_SEQUENCE_TOKENS = 32768
 """Limit of a model whose configuration names none."""
@@ -48,8 +49,10 @@ class HfModel:
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        quantised = bool(config.quantization) or is_quantised(path)
         if config.quantization:
             options["quantization_config"] = hf_quantization.configuration(config.quantization, dtype)
+        if quantised:
             options["device_map"] = {"": device}
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
@@ -60,7 +63,7 @@ class HfModel:
                 Reason.MODEL_NOT_FOUND,
                 f"transformers cannot load a language model from {config.model}: {str(error).splitlines()[0]}",
             ) from error
-        if config.quantization:
+        if quantised:
             hf_quantization.keep_layout(model)
         else:
             model = model.to(device)

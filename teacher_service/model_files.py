@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,3 +44,10 @@ def locate_model(model: str, revision: str = "") -> ModelFiles:
             "Give --model the directory of a model, or a hub id that this host can reach or has in its cache.",
         ) from error
     return ModelFiles(directory=snapshot, revision=snapshot.name)
+
+
+def is_quantised(directory: Path) -> bool:
+    """Whether a checkpoint says that its weights are quantised."""
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((directory / "config.json").read_bytes()).get("quantization_config"))
+    return False

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from teacher_service.config import TeacherConfig
+from teacher_service.model_files import is_quantised
 
 _SAME = {"bitsandbytes_4bit": "bitsandbytes"}
 """What the reference engine and vLLM call by two names: vLLM quantises to 4 bits while it loads."""
@@ -18,13 +18,6 @@ def method_argument(asked: str) -> str:
 
 def dtype_argument(config: TeacherConfig, directory: Path, *, on_cpu: bool) -> str:
     """The type of the computation. On a CPU "auto" is float32, but for quantised models, few of which compute in it."""
-    if config.dtype == "auto" and on_cpu and not _is_quantised(config, directory):
+    if config.dtype == "auto" and on_cpu and not config.quantization and not is_quantised(directory):
         return "float32"
     return config.dtype
-
-
-def _is_quantised(config: TeacherConfig, directory: Path) -> bool:
-    file = directory / "config.json"
-    return bool(config.quantization) or (
-        file.is_file() and bool(json.loads(file.read_bytes()).get("quantization_config"))
-    )

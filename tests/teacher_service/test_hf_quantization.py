@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,28 @@ def direct(models: Models, **options: Any) -> Any:
     with torch.inference_mode():
         logits = model(torch.tensor(IDS[None].astype(np.int64))).logits[0]
     return logits.double().log_softmax(-1).numpy()[np.arange(len(IDS) - 1), IDS[1:]]
+
+
+async def test_a_checkpoint_that_is_quantised_is_served_as_it_is(models: Models, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    shutil.copytree(models.teacher, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    quantised = AutoModelForCausalLM.from_pretrained(
+        models.teacher,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(load_in_8bit=True),
+        device_map={"": "cpu"},
+    )
+    quantised.save_pretrained(tmp_path / "model")
+    engine = await HfEngine.load(TeacherConfig(model=str(tmp_path / "model"), threads=1))
+    try:
+        assert engine.info.quantization == "bitsandbytes"
+        item = ScoreItem(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
+        answer = (await engine.score(item)).target_logprobs
+        assert np.abs(answer - direct(models, load_in_8bit=True)).mean() < 0.01
+    finally:
+        await engine.close()
 
 
 @pytest.mark.parametrize(
