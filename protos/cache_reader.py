@@ -24,8 +24,8 @@ from protos.tensor_codec import Distributions
 MAX_GROUP_BYTES = 512 * 2**20
 """Of one group of rows, uncompressed."""
 MAX_OPEN_SHARDS = 128
-GROUPS_KEPT = 8
-"""Groups of rows that stay decoded, for reading in order."""
+KEPT_BYTES = 256 * 2**20
+"""Of decoded groups of rows that stay in memory: later epochs over a small cache decode nothing."""
 REMEDY = "Delete the file: a run with a teacher asks for its sequences again. `stillhouse cache verify` finds every such file."
 _KEY_COLUMNS = ("key",)
 
@@ -77,6 +77,8 @@ class CacheReader:
         self._places: dict[bytes, tuple[_Place, ...]] = {}
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], Columns] = OrderedDict()
+        self._kept_bytes = 0
+        self._checked: set[_Place] = set()
         self._lock = threading.RLock()
         for file in shard_paths(path):
             try:
@@ -117,9 +119,11 @@ class CacheReader:
             shard = self.shards[place.shard]
             columns, index = self._columns(place)
             try:
-                return columns.answer(index, asked)
+                answer = columns.answer(index, asked, checked=place in self._checked)
             except (ValueError, TypeError, KeyError) as error:
                 raise invalid_cache(shard.path, f"in row {place.row}, {error}", REMEDY) from error
+            self._checked.add(place)
+            return answer
 
     def rows(self, shard: Shard) -> Iterator[Row]:
         """Every row of a shard, checked against its key. Raises StillhouseError(CACHE_INVALID)."""
@@ -194,6 +198,7 @@ class CacheReader:
                 file.close()
             self._files.clear()
             self._groups.clear()
+            self._kept_bytes = 0
 
     def _find(self, key: str, asked: CacheMeta) -> _Place | None:
         for place in reversed(
@@ -213,9 +218,10 @@ class CacheReader:
         if name in self._groups:
             self._groups.move_to_end(name)
         else:
-            self._groups[name] = _read_group(self._file(place.shard), shard, group)
-            while len(self._groups) > GROUPS_KEPT:
-                self._groups.popitem(last=False)
+            self._groups[name] = read = _read_group(self._file(place.shard), shard, group)
+            self._kept_bytes += read.table.nbytes
+            while self._kept_bytes > KEPT_BYTES and len(self._groups) > 1:
+                self._kept_bytes -= self._groups.popitem(last=False)[1].table.nbytes
         return self._groups[name], index
 
     def _file(self, number: int) -> Any:
