@@ -56,7 +56,7 @@ def check_samples(prompt: teacher_pb2.Prompt, num_samples: int) -> tuple[int, ..
         return tuple(range(max(1, num_samples)))
     indices = tuple(prompt.sample_indices)
     if not (
-        0 <= min(indices) and max(indices) < MAX_SAMPLES_PER_PROMPT and len(set(indices)) == len(indices)
+        min(indices) >= 0 and max(indices) < MAX_SAMPLES_PER_PROMPT and len(set(indices)) == len(indices)
     ):
         raise _invalid(
             f"sample_indices has {len(indices)} numbers from {min(indices)} to {max(indices)}. Give each once, in "
