@@ -17,7 +17,10 @@ _COMMANDS = {
     "score": ("client.commands.score:score", "Ask the teacher for its distributions over your token ids."),
     "token": ("client.commands.token:token", "Make, list and revoke tokens on a service's host."),
     "estimate": ("client.commands.estimate:estimate", "Predict a run's memory before it is submitted."),
-    "doctor": ("client.commands.doctor:doctor", "Check hosts, services and certificates, and say what to do."),
+    "doctor": (
+        "client.commands.doctor:doctor",
+        "Check hosts, services and certificates, and say what to do.",
+    ),
     "version": ("client.commands.version:version", "Show the version of this client."),
 }
 
