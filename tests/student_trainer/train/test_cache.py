@@ -246,3 +246,18 @@ def test_a_teachers_own_texts_are_kept_and_learnt_from_without_it(
         for shard in reader.shards
         for row in reader.rows(shard)
     }
+
+
+def test_reading_asks_for_what_is_missing_and_keeps_nothing(
+    built: Path, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    longer = tmp_path / "longer.jsonl"
+    more = json.dumps({"prompt": "Zoe", "completion": " has eggs."})
+    longer.write_text(dataset_file.read_text() + more + "\n")
+    before = len(CacheReader(built / "caches" / "set"))
+    proxy, counts = counting_proxy(hf_teacher.target)
+    with proxy:
+        run(built, "reading", spec(models, longer, proxy.target, "read", data={"eval_fraction": 0}))
+    # The row that came along and those that were held out, in each of two epochs.
+    assert counts.asked(TOP_K) == 2 * (1 + NUM_EVAL)
+    assert len(CacheReader(built / "caches" / "set")) == before
