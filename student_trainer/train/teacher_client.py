@@ -24,6 +24,7 @@ from protos.errors import Reason, StillhouseError, from_rpc_error
 from protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
+    CAPABILITY_SAMPLED_TOKENS,
     GetTeacherInfoRequest,
     GetTeacherInfoResponse,
 )
@@ -31,6 +32,7 @@ from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from protos.transport import ChannelOptions, connect, process_name
 from student_trainer.config import RunConfig, TeacherConfig
 from student_trainer.config_contexts import losses, query_field
+from student_trainer.config_loss import DRAWN_TARGETS
 from student_trainer.run_dir import RunDir, write_whole
 from student_trainer.train.corpus import Corpus
 from student_trainer.train.patience import Patience
@@ -64,6 +66,8 @@ class Demands:
     """Temperature whose log-partition is needed; None if none is."""
     query_field: str
     """Place in the run file of a loss that needs query_logprobs; empty if none does."""
+    draws_field: str
+    """Place in the run file of a loss whose targets the teacher draws; empty if none has such."""
     longest: Example
     """The longest example."""
     largest: Example
@@ -76,8 +80,11 @@ class Demands:
         """The demands of `config`."""
         asked = {"evaluation.top_k": config.evaluation.top_k}
         tempered: list[float | None] = [None]
+        drawn = [""]
         for path, loss in losses(config):
             if loss.asks_teacher:
+                if loss.sparse_target in DRAWN_TARGETS:
+                    drawn.append(f"{path}.sparse_target")
                 asked[f"{path}.top_k"] = loss.top_k
                 if loss.temperature != 1 and loss.temperature_mode == "exact":
                     tempered.append(loss.temperature)
@@ -89,6 +96,7 @@ class Demands:
             top_k_field=field,
             temperature=tempered[-1],
             query_field=query_field(config),
+            draws_field=drawn[-1],
             longest=corpus.longest,
             largest=corpus.largest,
         )
@@ -227,6 +235,13 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -
             f"teacher at {target} ({info.engine}) does not give them. Set its divergence to reverse_kl and its estimator "
             "to policy_gradient, which every engine serves, or start the teacher with --engine hf.",
             metadata={"capability": "CAPABILITY_QUERY_LOGPROBS"},
+        )
+    if demands.draws_field and CAPABILITY_SAMPLED_TOKENS not in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"{demands.draws_field} has targets that the teacher draws, which the engine of the teacher at {target} "
+            f"({info.engine}) does not do. Set it to tail_bucket, or start the teacher with --engine hf.",
+            metadata={"capability": "CAPABILITY_SAMPLED_TOKENS"},
         )
     if demands.top_k > info.max_top_k:
         raise StillhouseError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -41,9 +40,3 @@ def read_out(
         return Readout(buckets=None, targets=targets)
     tempered = logits if temperature == 1.0 else logits / temperature
     return Readout(buckets=student_buckets(tempered, teacher), targets=targets)
-
-
-def masked_rows(weights: Float[Tensor, "B T"]) -> Tensor | None:
-    """Indices of the positions of a single sequence that have weight; None if all have."""
-    keep = weights[0] > 0
-    return None if bool(keep.all()) else torch.nonzero(keep).squeeze(-1)

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1.teacher_pb2 import CAPABILITY_SAMPLED_TOKENS, GetTeacherInfoResponse
 from protos.tensor_codec import Distributions
+from student_trainer.config import LossConfig, RunConfig
+from student_trainer.train.corpus import Corpus
 from student_trainer.train.loss.sparse import SparseTargets
 from student_trainer.train.loss.terms import forward_kl
+from student_trainer.train.prompts import Example
 from student_trainer.train.targets import TargetForm, entropy, target_rows, token_factor
+from student_trainer.train.teacher_client import Demands, check_demands
 
 V, K, R, ROWS = 9, 3, 6, 20_000
 
@@ -77,6 +84,19 @@ def test_without_draws_the_drawn_forms_are_refused() -> None:
     with pytest.raises(StillhouseError, match="CAPABILITY_SAMPLED_TOKENS") as error:
         target_rows(_answer(draws=False)[0], np.arange(3), "sampled")
     assert error.value.reason is Reason.CAPABILITY
+
+
+def test_a_teacher_that_cannot_draw_is_refused_before_training() -> None:
+    example = Example(token_ids=np.arange(3, dtype=np.int32), mask=np.arange(3) > 0, place="row 1")
+    config = replace(RunConfig(), loss=LossConfig(sparse_target="sampled"))
+    demands = Demands.of(config, "f", "{}", Corpus(train=[example], eval=[], parts=[1]))
+    info = GetTeacherInfoResponse(
+        tokenizer_fingerprint="f", tokenizer_size=9, vocab_size=9, max_top_k=64, max_sequence_tokens=9
+    )
+    with pytest.raises(StillhouseError, match="targets that the teacher draws"):
+        check_demands(demands, info, "here:1")
+    info.capabilities.append(CAPABILITY_SAMPLED_TOKENS)
+    check_demands(demands, info, "here:1")
 
 
 def test_entropy_without_the_teachers_is_that_of_the_buckets() -> None:
