@@ -199,6 +199,9 @@ def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     columns whose own largest are largest: only these are compared.
     """
     num_rows, vocab_size = logits_TV.shape
+    if top_k == vocab_size:
+        ordered = logits_TV.sort(dim=-1, descending=True)
+        return ordered.values, ordered.indices
     num_layers = FOLDS[vocab_size >= 1 << 16]
     width = vocab_size // num_layers
     if logits_TV.device.type != "cpu" or width < 2 * top_k or not logits_TV.is_contiguous():

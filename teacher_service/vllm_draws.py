@@ -20,7 +20,7 @@ from teacher_service.vllm_plan import DrawPlan
 BLOCK = 128
 """Ids whose probabilities are summed before one of them is looked for."""
 FIRST_CANDIDATES = 1024
-"""Likeliest tokens among which a nucleus is looked for at first; eight times as many each time that it is larger."""
+"""Likeliest tokens among which a nucleus is looked for, before it is among all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,17 +117,16 @@ def _from_likeliest(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor
     top_p_B1 = torch.tensor(
         [plan.top_p for plan in plans], dtype=torch.float64, device=logits_BV.device
     ).unsqueeze(-1)
-    num_candidates = min(num_valid, max(FIRST_CANDIDATES, *(plan.top_k for plan in plans)))
-    while True:
+    candidates = min(num_valid, max(FIRST_CANDIDATES, *(plan.top_k for plan in plans)))
+    for num_candidates in (candidates, num_valid):
         values_BC, ids_BC = likeliest(logits_BV.contiguous(), num_candidates)
         weights_BC = ((values_BC - highest_B1).double() / temperature_B1).exp()
         weights_BC.masked_fill_(torch.arange(num_candidates, device=logits_BV.device) >= counts, 0)
         sums_BC = weights_BC.cumsum(dim=-1)
         norm_B1 = torch.where(counts < num_valid, sums_BC[:, -1:], all_B1)
         complete_B1 = (counts < num_valid) | (sums_BC[:, -1:] >= top_p_B1 * norm_B1)
-        if num_candidates == num_valid or bool(complete_B1.all()):
+        if bool(complete_B1.all()):
             break
-        num_candidates = min(num_valid, 8 * num_candidates)
     outside_BC = sums_BC - weights_BC >= top_p_B1 * norm_B1
     outside_BC[:, 0] = False
     kept_BC = weights_BC.masked_fill(outside_BC & (top_p_B1 < 1), 0)

@@ -12,7 +12,7 @@ from teacher_service.engine import DistributionOptions, EngineInfo, Float32Array
 from teacher_service.vllm_errors import engine_dead
 from teacher_service.vllm_plan import RAW
 
-STREAM_INTERVAL_TOKENS = 8
+STREAM_INTERVAL_TOKENS = 16
 """Tokens of a sample that come as one piece, but for its first and its last."""
 TEMPERATURES = (0.01, 2.0)
 """Lowest and highest temperature, besides 0, that vLLM samples at."""

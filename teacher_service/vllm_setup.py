@@ -14,10 +14,14 @@ from teacher_service.vllm_parallel import parallel_arguments, set_cpu_binding
 from teacher_service.vllm_quantization import dtype_argument, method_argument
 
 VERSIONS = ((0, 32), (0, 33))
-"""Minor versions that this engine has been read and tried against."""
+"""Minor versions that this engine was written for. Tests run the CPU build of 0.32; for the others, and for GPUs, the tiers
+check themselves at the start."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Sizes of adapter slots that vLLM can make."""
 MAX_RUNNING_SEQUENCES = 256
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a block of the prefix cache on a CPU, the fewest that its kernels take: what is left of a prompt after its
+last whole block is computed again for each of its completions."""
 WORKER_EXTENSION = "teacher_service.vllm_worker.WorkerExtension"
 """What vLLM's worker finds the class by; it does nothing before it is told to."""
 # On a CPU the worker holds float32 logits of a whole chunk of a prompt: 1 GiB at this many elements.
@@ -122,6 +126,7 @@ def engine_arguments(
 
         arguments["enforce_eager"] = True
         arguments["logits_processors"] = [vllm_seeds.NAME]
+        arguments["block_size"] = CPU_BLOCK_TOKENS
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if config.max_adapters:
         arguments |= _adapter_arguments(config, on_cpu=on_cpu)

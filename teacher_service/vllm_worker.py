@@ -21,6 +21,7 @@ from teacher_service import topk
 from teacher_service.engine import Float32Array, Int32Array
 from teacher_service.topk import Target
 from teacher_service.vllm_plan import MISSING, ScorePlan, pack, read_plan, widths
+from teacher_service.vllm_worker_head import Head, output_layer
 
 _METHODS = {
     "_get_prompt_logprobs_dict": ["hidden_states", "num_scheduled_tokens"],
@@ -28,6 +29,7 @@ _METHODS = {
 }
 _STATE = (
     "requests", "num_prompt_logprobs", "input_batch", "query_start_loc", "discard_request_mask", "model",
+    "device", "max_num_reqs",
 )  # fmt: skip
 _GPU_CHUNK_ELEMENTS = 1 << 27
 
@@ -98,6 +100,10 @@ class _Segment:
 
 
 def _scorer(runner: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+    head, bound = output_layer(runner)
+    elements = topk.CHUNK_ELEMENTS if runner.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
+    max_rows = max(1, min(bound or elements, elements // runner.input_batch.vocab_size))
+
     def get_prompt_logprobs_dict(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         ours = {
             name: count for name, count in runner.num_prompt_logprobs.items()
@@ -122,7 +128,7 @@ def _scorer(runner: Any, original: Callable[..., Any]) -> Callable[..., Any]:
                 answers[name] = segments[-1].scoring
             else:
                 runner.num_prompt_logprobs[name] = width
-        _compute(runner, hidden_states, [each for each in segments if each.count > 0])
+        _compute(head, max_rows, hidden_states, [each for each in segments if each.count > 0])
         return {
             name: _tensors(each) if isinstance(each, _Scoring) else each for name, each in answers.items()
         }
@@ -168,7 +174,7 @@ def _scoring(runner: Any, request: Any, hidden_size: int) -> _Scoring:
     return scoring
 
 
-def _compute(runner: Any, hidden_states: Tensor, segments: list[_Segment]) -> None:
+def _compute(head: Head, max_rows: int, hidden_states: Tensor, segments: list[_Segment]) -> None:
     """Fills in the rows of this step, a few rows of logits at a time, whichever prompts they belong to.
 
     Every rank of a split model calls the head equally often, whatever becomes of a prompt.
@@ -177,11 +183,11 @@ def _compute(runner: Any, hidden_states: Tensor, segments: list[_Segment]) -> No
         return
     views = [hidden_states[each.offset : each.offset + each.count] for each in segments]
     hidden_TH = views[0] if len(views) == 1 else torch.cat(views)
-    elements = topk.CHUNK_ELEMENTS if hidden_TH.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
-    chunk = max(1, elements // runner.input_batch.vocab_size)
-    for begin in range(0, len(hidden_TH), chunk):
-        rows_TH = hidden_TH[begin : begin + chunk]
-        logits_TV = runner.model.compute_logits(rows_TH)
+    places_T = torch.cat([torch.arange(each.offset, each.offset + each.count) for each in segments])
+    places_T = places_T.to(hidden_TH.device)
+    for begin in range(0, len(hidden_TH), max_rows):
+        rows_TH = hidden_TH[begin : begin + max_rows]
+        logits_TV = head(rows_TH, places_T[begin : begin + max_rows])
         if logits_TV is None:
             continue  # another rank has them
         for segment, low, high, row in _within(segments, begin, begin + len(rows_TH)):

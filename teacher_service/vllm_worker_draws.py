@@ -115,7 +115,7 @@ def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     drawn = draw_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
     token_B1, sampling_B1 = drawn.token_ids.unsqueeze(-1), drawn.logprobs.unsqueeze(-1)
     if options is None:
-        finite_B = torch.isfinite(logits_BV.amin(dim=-1)) & torch.isfinite(logits_BV.amax(dim=-1))
+        finite_B = torch.isfinite(logits_BV.sum(dim=-1))
         nothing_B1 = torch.zeros_like(sampling_B1)
         return token_B1.int(), torch.cat([_marked(nothing_B1, finite_B), nothing_B1, sampling_B1], dim=1)
     top = topk.normalised(logits_BV, options.top_k)

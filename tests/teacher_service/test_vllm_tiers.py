@@ -21,6 +21,7 @@ from teacher_service import topk, vllm_probe
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import DistributionOptions, GeneratedPiece, GenerateItem, ScoreItem
 from teacher_service.vllm_engine import VllmEngine
+from teacher_service.vllm_setup import CPU_BLOCK_TOKENS
 from tests.conftest import Models
 from tests.teacher_service.conftest import view
 from tests.teacher_service.test_vllm_engine import joined, random_ids, reference, written
@@ -30,8 +31,7 @@ if find_spec("vllm") is None:
 
 pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session")]
 
-BLOCK = 128
-"""Tokens of a block of vLLM's prefix cache on a CPU."""
+BLOCK = CPU_BLOCK_TOKENS
 EVERYTHING = DistributionOptions(
     top_k=16, temperatures=(0.5, 2.0), num_sampled_tokens=5, seed=-3, entropy=True, hidden_states=True
 )
@@ -77,7 +77,20 @@ async def test_everything_is_exact_at_block_boundaries_and_at_the_shortest_and_l
     worker_engine: VllmEngine, model: Any
 ) -> None:
     items = []
-    for length in (2, 3, BLOCK - 1, BLOCK, BLOCK + 1, BLOCK + 2, 2 * BLOCK, 2 * BLOCK + 1, 511, 512):
+    for length in (
+        2,
+        3,
+        BLOCK - 1,
+        BLOCK,
+        BLOCK + 1,
+        BLOCK + 2,
+        2 * BLOCK,
+        2 * BLOCK + 1,
+        200,
+        201,
+        511,
+        512,
+    ):
         for start in sorted({1, length // 2, length - 1} - {0}):
             ids = random_ids(worker_engine, length, seed=length)
             query = np.random.default_rng(start).integers(-1, 392, (length - start, 3)).astype(np.int32)
