@@ -42,18 +42,9 @@ def generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: int, *, 
 
 async def _generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: int, concurrency: int) -> Pass:
     import aiohttp
-    import msgspec
 
-    class Logprobs(msgspec.Struct):
-        top_logprobs: list[dict[str, float]]
+    from benchmarks.http_answers import event
 
-    class Choice(msgspec.Struct):
-        logprobs: Logprobs | None = None
-
-    class Event(msgspec.Struct):
-        choices: list[Choice]
-
-    decoder = msgspec.json.Decoder(Event)
     waiting = list(prompts)
     received = written = 0
 
@@ -76,7 +67,7 @@ async def _generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: i
                     received += len(line)
                     if not line.startswith(b"data: {"):
                         continue
-                    for choice in decoder.decode(line[6:]).choices:
+                    for choice in event.decode(line[6:]).choices:
                         if choice.logprobs is not None:
                             written += len(_rows(choice.logprobs.top_logprobs, top_k)[0])
 

@@ -67,19 +67,9 @@ def score_http(url: str, sequences: Sequences, top_k: int, *, concurrency: int) 
 
 async def _score_http(url: str, sequences: Sequences, top_k: int, concurrency: int) -> Pass:
     import aiohttp
-    import msgspec
 
-    class Candidate(msgspec.Struct):
-        logprob: float
-        rank: int
+    from benchmarks.http_answers import scored
 
-    class Choice(msgspec.Struct):
-        prompt_logprobs: list[dict[int, Candidate] | None]
-
-    class Answer(msgspec.Struct):
-        choices: list[Choice]
-
-    decoder = msgspec.json.Decoder(Answer, strict=False)  # ids are keys, which JSON quotes
     waiting = list(sequences)
     received = rows = 0
 
@@ -98,7 +88,7 @@ async def _score_http(url: str, sequences: Sequences, top_k: int, concurrency: i
                 if response.status != 200:
                     raise RuntimeError(f"vLLM's server answers {response.status}: {text[:300]!r}")
             received += len(text)
-            token_ids, _ = _http_rows(decoder.decode(text).choices[0].prompt_logprobs[1:], top_k)
+            token_ids, _ = _http_rows(scored.decode(text).choices[0].prompt_logprobs[1:], top_k)
             rows += len(token_ids)
 
     # Its event loop stands still for seconds with many logprobs, and connections that are kept are then reset.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,28 @@ def test_the_synthetic_tokenizer_has_as_many_tokens_as_asked_for_and_gives_text_
     ids = tokenizer.encode("babe kozu, 7 Grüße")
     assert tokenizer.decode(ids) == "babe kozu, 7 Grüße"
     assert len(tokenizer.encode("babe")) == 1
+
+
+def test_answers_of_the_http_server_are_read_into_the_same_arrays() -> None:
+    pytest.importorskip("msgspec", reason="msgspec comes with vllm")
+    from benchmarks import generation_clients, http_answers, scoring_clients
+
+    position = {"7": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}, "3": {"logprob": -1.5, "rank": 2}}
+    beyond = {"9": {"logprob": -9.0, "rank": 40}, **position}
+    text = json.dumps({"id": "x", "choices": [{"index": 0, "prompt_logprobs": [None, position, beyond]}]})
+    rows = http_answers.scored.decode(text.encode()).choices[0].prompt_logprobs[1:]
+    token_ids, logprobs = scoring_clients._http_rows(rows, 2)
+    assert token_ids.tolist() == [[7, 3], [7, 3]]
+    assert logprobs.tolist() == [[-0.5, -1.5], [-0.5, -1.5]]
+
+    inside = {"token_id:3": -1.5, "token_id:7": -0.5}
+    outside = {"token_id:9": -9.0, "token_id:7": -0.5, "token_id:3": -1.5}
+    text = json.dumps({"choices": [{"text": "", "logprobs": {"top_logprobs": [inside, outside]}}]})
+    written = http_answers.event.decode(text.encode()).choices[0].logprobs
+    assert written is not None
+    token_ids, logprobs = generation_clients._rows(written.top_logprobs, 2)
+    assert token_ids.tolist() == [[3, 7], [7, 3]]
+    assert logprobs.tolist() == [[-1.5, -0.5], [-0.5, -1.5]]
 
 
 def test_shares_and_slope_of_a_soak() -> None:
