@@ -84,6 +84,12 @@ def _indices(_context: click.Context, _parameter: click.Parameter, value: str | 
     help="Calls at once, of which one client gets three quarters; more are refused.",
 )
 @click.option(
+    "--max-log-bytes",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_log_bytes,
+    help="Log of one attempt of a run; one that writes more is ended.",
+)
+@click.option(
     "--max-queued-runs",
     type=click.IntRange(1),
     default=_DEFAULTS.max_queued_runs,

@@ -41,6 +41,8 @@ class Ending:
     """The last lines of its log."""
     may_retry: bool
     """Whether another process may be started without being asked."""
+    overflowed: bool = False
+    """Whether the service killed it because its log outgrew the limit."""
     may_halve: bool = False
     """Whether one with half the micro-batch may be, if memory ran out."""
 
@@ -72,7 +74,12 @@ def classify(ending: Ending) -> tuple[State, Status | None]:
 def _failed_or_retry(ending: Ending, error: Status) -> State:
     """PENDING if another attempt may help, else FAILED; a run that was asked to stop is not retried."""
     cause = from_status(error)
-    if ending.may_halve and wants_less_memory(error) and ending.state != state.STOPPING:
+    if (
+        ending.may_halve
+        and not ending.overflowed
+        and wants_less_memory(error)
+        and ending.state != state.STOPPING
+    ):
         return state.PENDING
     helps = cause.retryable and cause.reason not in NO_RETRY
     return state.PENDING if helps and ending.may_retry and ending.state != state.STOPPING else state.FAILED
@@ -85,6 +92,14 @@ def _death(ending: Ending) -> StillhouseError:
     told = number not in (signal.SIGKILL, signal.SIGTERM)
     tail = f" Its log ends: {ending.log_tail}" if ending.log_tail and told else ""
     metadata = {"exit_code": str(code), "signal": str(number)}
+    if ending.overflowed:
+        sentence = (
+            "The process wrote more log than one attempt may, and was killed. See what it repeats; if it has to, start the "
+            "service with a larger --max-log-bytes."
+        )
+        return StillhouseError(
+            Reason.QUOTA, sentence + f" Its log ends: {ending.log_tail}", metadata=metadata
+        )
     if ending.killed_for_stop:
         sentence = "The process did not end in time after it was asked to stop, and was killed; `run resume` goes on from the last checkpoint."
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)

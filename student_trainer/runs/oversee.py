@@ -17,6 +17,7 @@ from student_trainer.run_dir import RunDir
 from student_trainer.runs.database import DatabaseThread
 from student_trainer.runs.ending import Ending, classify, wants_less_memory
 from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
+from student_trainer.runs.state import PENDING
 from student_trainer.runs.store import Store
 from student_trainer.runs.watch import Bell, Tail
 
@@ -39,6 +40,8 @@ class Keeping:
     db: DatabaseThread
     bell: Bell
     stop_grace_s: float
+    max_log_bytes: int
+    """Of one attempt; a process that writes more is killed."""
 
 
 class Overseer:
@@ -58,6 +61,7 @@ class Overseer:
         self._adopting = isinstance(process, Adopted)
         self._terminated = False
         self._killed = False
+        self._overflowed = False
 
     def ask_stop(self) -> None:
         """Ask the process to write a checkpoint and end; insist after the grace."""
@@ -79,6 +83,7 @@ class Overseer:
             if ended is not None:
                 return await self._finish(ended)
             self._insist()
+            self._bound_log()
             await asyncio.sleep(POLL_S)
 
     async def _settle_adoption(self) -> None:
@@ -118,6 +123,17 @@ class Overseer:
             self._killed = True
             self._process.send(signal.SIGKILL)
 
+    def _bound_log(self) -> None:
+        """Kill a process whose log would fill the disk."""
+        try:
+            size = self._run_dir.log_path(self._attempt).stat().st_size
+        except OSError:
+            return
+        if size > self._keeping.max_log_bytes and not self._overflowed:
+            log.warning("log too long", run=self._run_id, size_bytes=size)
+            self._overflowed = True
+            self._process.send(signal.SIGKILL)
+
     async def _finish(self, ended: Exit) -> Run:
         store, db = self._keeping.store, self._keeping.db
         outcome, error = await db(store.outcome, self._run_id, self._attempt)
@@ -135,6 +151,7 @@ class Overseer:
                 killed_for_memory=oom_kills() > self._oom_kills,
                 log_tail=log_tail(self._run_dir, self._attempt),
                 may_retry=used < run.effective_spec.retry.max_attempts,
+                overflowed=self._overflowed,
                 may_halve=may_halve,
             )
         )
@@ -146,7 +163,7 @@ class Overseer:
             exit_code=ended.code or 0,
             signal=ended.signal,
             error=error,
-            halve=may_halve and wants_less_memory(error),
+            halve=may_halve and following == PENDING and wants_less_memory(error),
         )
         log.info(
             "attempt ended",

@@ -50,6 +50,8 @@ class ServiceOptions:
     max_upload_bytes: int = 64 * 2**30
     max_calls: int = 256
     """At once, of which one client gets three quarters."""
+    max_log_bytes: int = 2**30
+    """Of one attempt of a run."""
     max_queued_runs: int = 1000
     """Of one client."""
     keep_ended_days: float | None = None
@@ -117,6 +119,7 @@ async def _serve(
         runs_path=data_dir.runs_path,
         credentials=data_dir.credentials_path,
         stop_grace_s=options.stop_grace_s,
+        max_log_bytes=options.max_log_bytes,
     )
     supervisor = Supervisor(store, db, bell, slots, supervisor_options)
     host = Host(

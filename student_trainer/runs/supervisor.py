@@ -37,6 +37,8 @@ class SupervisorOptions:
     """File with the secrets of teachers; it need not exist."""
     stop_grace_s: float
     """Time that a run has to write a checkpoint and end before it is signalled."""
+    max_log_bytes: int
+    """Of one attempt."""
 
 
 class Supervisor:
@@ -50,7 +52,13 @@ class Supervisor:
         self._db = db
         self._bell = bell
         self._options = options
-        self._keeping = Keeping(store=store, db=db, bell=bell, stop_grace_s=options.stop_grace_s)
+        self._keeping = Keeping(
+            store=store,
+            db=db,
+            bell=bell,
+            stop_grace_s=options.stop_grace_s,
+            max_log_bytes=options.max_log_bytes,
+        )
         self._overseers: dict[str, Overseer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from examples.programs import Program
 from protos import auth_tokens
 from protos.auth_tokens import Scope
-from protos.errors import Reason
+from protos.errors import Reason, from_status
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
@@ -150,6 +150,26 @@ def test_a_client_may_queue_so_many_runs(trainer_service: Callable[..., Program]
         for run in ada.ListRuns(pb.ListRunsRequest(states=[Run.STATE_PENDING])).runs:
             if run.name != waiting.name:
                 ada.StopRun(pb.StopRunRequest(name=run.name))
+
+
+def test_a_run_that_writes_too_much_log_is_ended(
+    trainer_service: Callable[..., Program], tmp_path: Path
+) -> None:
+    # Importing what training needs takes seconds, in which the first line is written and seen.
+    data_dir, service = tmp_path / "trainer-data", trainer_service("--max-log-bytes", "10")
+    with stub_of(service.target, None) as stub:
+        created = stub.CreateRun(pb.CreateRunRequest(spec=doomed_spec(tmp_path)))
+        log = data_dir / created.name / "attempts/1/log"
+        deadline = time.monotonic() + PATIENCE_S
+        while not log.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        with log.open("ab") as file:
+            file.write(b"the same again\n" * 3)
+        run = wait_ended(stub, created.name)
+    assert from_status(run.error).reason is Reason.QUOTA
+    assert "--max-log-bytes" in run.error.message
+    assert "the same again" in run.error.message
 
 
 def test_ended_runs_are_removed_after_their_time(
