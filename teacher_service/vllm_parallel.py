@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from protos.errors import Reason, StillhouseError
 from teacher_service.config import TeacherConfig
 
 _NODES = Path("/sys/devices/system/node")
@@ -17,8 +18,18 @@ def num_workers(config: TeacherConfig) -> int:
     return config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
 
 
-def parallel_arguments(config: TeacherConfig) -> dict[str, Any]:
-    """Arguments of vLLM's `AsyncEngineArgs`; vLLM itself says which sizes a model and a host allow."""
+def parallel_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`; vLLM itself says which sizes a model and a host allow.
+
+    Raises `StillhouseError` (INVALID_CONFIG) for stages on a CPU: there vLLM starts, and dies of its first request,
+    because it makes the buffers between stages in a warm-up that it leaves out where nothing is compiled.
+    """
+    if on_cpu and config.pipeline_parallel_size > 1:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--pipeline-parallel-size is {config.pipeline_parallel_size}; vLLM's CPU build answers with one stage only. "
+            "Split the model with --tensor-parallel-size instead.",
+        )
     return {
         "tensor_parallel_size": config.tensor_parallel_size,
         "pipeline_parallel_size": config.pipeline_parallel_size,

@@ -110,7 +110,7 @@ def engine_arguments(
         "max_num_batched_tokens": batch_tokens,
         "max_num_seqs": min(MAX_RUNNING_SEQUENCES, batch_tokens),
         "enable_chunked_prefill": True,
-        **parallel_arguments(config),
+        **parallel_arguments(config, on_cpu=on_cpu),
         "gpu_memory_utilization": config.gpu_memory_utilization,
         "seed": config.seed,
         "use_tqdm_on_load": False,

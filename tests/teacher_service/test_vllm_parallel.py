@@ -16,7 +16,9 @@ from tests.teacher_service.calls import Teacher, distribution_config, prompt, ra
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
-from teacher_service.vllm_parallel import cores_of_workers
+from protos.errors import StillhouseError
+from teacher_service.config import TeacherConfig
+from teacher_service.vllm_parallel import cores_of_workers, parallel_arguments
 
 
 @pytest.mark.parametrize(
@@ -30,6 +32,19 @@ from teacher_service.vllm_parallel import cores_of_workers
 )
 def test_workers_share_the_cores(cores: list[int], workers: int, binding: str) -> None:
     assert cores_of_workers(cores, workers) == binding
+
+
+def test_sizes_are_passed_on_and_stages_refused_where_vllm_dies_of_them() -> None:
+    config = TeacherConfig(
+        model="a/b", engine="vllm", tensor_parallel_size=4, pipeline_parallel_size=2, data_parallel_size=3
+    )
+    assert parallel_arguments(config, on_cpu=False) == {
+        "tensor_parallel_size": 4,
+        "pipeline_parallel_size": 2,
+        "data_parallel_size": 3,
+    }
+    with pytest.raises(StillhouseError, match="--tensor-parallel-size instead"):
+        parallel_arguments(config, on_cpu=True)
 
 
 def test_two_workers_say_what_one_says(models: Models, vllm_teacher: Program, tmp_path: Path) -> None:
