@@ -50,6 +50,8 @@ ROW_TOKENS = 192
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 BATCH_ROWS = 200
+STEP_TOKENS = 512
+"""Tokens that the teacher computes at once: a written token waits for as many read ones, and so does its client's share."""
 STEPS = 1_000_000
 """More than there is time for: runs are stopped."""
 WARM_UP = 0.25
@@ -205,7 +207,14 @@ def soak(
                 model,
                 engine=engine,
                 directory=directory,
-                options=["--dtype", "bfloat16", "--max-adapters", "0"],
+                options=[
+                    "--dtype",
+                    "bfloat16",
+                    "--max-adapters",
+                    "0",
+                    "--max-batch-tokens",
+                    str(STEP_TOKENS),
+                ],
             )
         )
         service = running.enter_context(
@@ -300,10 +309,9 @@ def report(samples: Sequence[Sample], failures: Sequence[str]) -> Table:
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every sample to this file.")
 def main(*, minutes: float, interval_s: float, engine: str | None, json_file: Path | None) -> None:
     """Share a teacher between two trainers and a batch job, and print what each got and what the teacher kept."""
-    progress = Console(stderr=True)
 
     def say(line: str) -> None:
-        progress.print(line, markup=False, highlight=False)
+        click.echo(line, err=True)
 
     try:
         with (
