@@ -58,6 +58,7 @@ def _details(measured: Mapping[str, Measured], peers: Peers, options: Options) -
                 "engine": each.engine,
                 "commands": each.commands,
                 "concurrencies": each.concurrencies,
+                "failures": each.failures,
                 "costs_s_per_token": asdict(each.result.costs) if each.result.costs else None,
                 "rounds": [
                     {key: asdict(taken) for key, taken in passes.items()} for passes in each.result.rounds
