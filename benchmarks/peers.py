@@ -11,7 +11,7 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,10 @@ class Peers:
     """Requirement to the reason why it cannot."""
 
 
-def prepare(say: Callable[[str], None], directory: Path = DIRECTORY) -> Peers:
-    """The environment, made on the first call for this interpreter and these versions; a peer may be missing."""
+def prepare(
+    say: Callable[[str], None], requirements: Collection[str] = IMPORTS, directory: Path = DIRECTORY
+) -> Peers:
+    """The environment with `requirements`, made on the first call for this interpreter; a peer may be missing."""
     packages = sysconfig.get_path("purelib")
     wanted = "\n".join((sys.version, packages, *IMPORTS))
     home = directory / hashlib.sha256(wanted.encode()).hexdigest()[:12]
@@ -45,7 +47,7 @@ def prepare(say: Callable[[str], None], directory: Path = DIRECTORY) -> Peers:
     missing = {}
     for requirement, module in IMPORTS.items():
         done = home / f"{requirement}.done"
-        if done.exists():
+        if requirement not in requirements or done.exists():
             continue
         if not python.exists():
             venv.create(home, with_pip=True)

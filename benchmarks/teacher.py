@@ -35,9 +35,7 @@ def outcomes_of(
 ) -> dict[str, Outcome | None]:
     """Every ratio that was asked for; None where a peer cannot run."""
     found: dict[str, Outcome | None] = {}
-    for ratio in RATIOS:
-        if (options.only and ratio.name not in options.only) or ratio.model not in options.models:
-            continue
+    for ratio in options.asked():
         model = measured.get(ratio.model)
         found[ratio.name] = (
             outcome(ratio, model.result) if model is not None and not is_missing(ratio, peers) else None
@@ -126,7 +124,7 @@ def main(
     problems: list[str] = []
     try:
         with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as directory:
-            peers = prepare(say)
+            peers = prepare(say, options.requirements())
             for name in options.models:
                 shape = SHAPES[name]
                 shape = replace(

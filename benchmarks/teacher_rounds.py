@@ -46,10 +46,18 @@ class Options:
     minutes: float
     settings: Settings
 
+    def asked(self) -> list[Ratio]:
+        """Those that are asked for."""
+        named = [ratio for ratio in RATIOS if not self.only or ratio.name in self.only]
+        return [ratio for ratio in named if ratio.model in self.models]
+
+    def requirements(self) -> frozenset[str]:
+        """Peers that somebody asks for."""
+        return frozenset(filter(None, (peer_of(ratio) for ratio in self.asked())))
+
     def ratios(self, model: str, peers: Peers) -> list[Ratio]:
         """Those of a model that are asked for and can be measured here."""
-        asked = [ratio for ratio in RATIOS if not self.only or ratio.name in self.only]
-        return [ratio for ratio in asked if ratio.model == model and not is_missing(ratio, peers)]
+        return [ratio for ratio in self.asked() if ratio.model == model and not is_missing(ratio, peers)]
 
     def seconds(self, model: str) -> float:
         """A model's part of the time."""
@@ -59,10 +67,15 @@ class Options:
 
 def is_missing(ratio: Ratio, peers: Peers) -> bool:
     """Whether a side of it cannot run here."""
+    return peer_of(ratio) in peers.missing
+
+
+def peer_of(ratio: Ratio) -> str | None:
+    """What has to be installed for its other side; None for what the project has."""
     kind = kind_of(ratio.other)
-    return (kind == "trl" and TRL in peers.missing) or (
-        kind in {"vllm_grpc", "gen_vllm_grpc"} and VLLM_GRPC in peers.missing
-    )
+    if kind == "trl":
+        return TRL
+    return VLLM_GRPC if kind in {"vllm_grpc", "gen_vllm_grpc"} else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import teacher_scoring
 from benchmarks.passes import Pass, Work
 from benchmarks.peers import TRL, VLLM_GRPC, Peers
 from benchmarks.soak import Sample, settled, shares, slope
@@ -205,3 +206,16 @@ def test_shares_and_slope_of_a_soak() -> None:
     assert slope(late) == pytest.approx(20)
     assert slope(samples[:1]) == 0
     assert len(settled(samples[:2])) == 2
+
+
+def test_scoring_alone_asks_for_three_sizes_against_engine_and_http() -> None:
+    asked = [ratio(name) for name in teacher_scoring.NAMES]
+    sizes = ("score_k20", "score_k64", "score_k128")
+    assert {(each.ours, each.other) for each in asked} == {
+        *((size, "engine") for size in sizes),
+        *((size, size.replace("score", "http")) for size in sizes),
+    }
+    options = Options(
+        models=("small",), only=frozenset(teacher_scoring.NAMES), rounds=1, minutes=1, settings=SETTINGS
+    )
+    assert options.requirements() == frozenset()
