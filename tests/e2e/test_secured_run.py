@@ -20,7 +20,9 @@ from protos.stillhouse.v1.run_pb2 import Run
 from tests.conftest import Models
 from tests.support.certificates import Certificates, make_certificates
 from tests.support.processes import no_process_left
-from tests.support.runs import Service, completed, small_spec, stillhouse
+from tests.support.runs import Service, completed, small_spec, stillhouse, wait_until
+
+COUNTED = 'stillhouse_calls_total{outcome="OK",rpc="Score"}'
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +96,12 @@ def spec_of(
     return spec
 
 
+def metrics_of(secured: Secured) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{secured.metrics_port}/metrics", timeout=20) as page:
+        text: str = page.read().decode()
+    return text
+
+
 def test_a_run_trains_through_mutual_tls_and_tokens_and_leaks_none(
     secured: Secured, models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
@@ -121,10 +129,10 @@ def test_a_run_trains_through_mutual_tls_and_tokens_and_leaks_none(
         )
         assert {each["name"] for each in json.loads(shown.stdout)["runs"]} == {run.name, unknown.name}
 
-        with urllib.request.urlopen(f"http://127.0.0.1:{secured.metrics_port}/metrics", timeout=20) as page:
-            text = page.read().decode()
+        # A call is counted when it has ended for the service, which may be after it has for its caller.
+        wait_until(lambda: COUNTED in metrics_of(secured), "the run's Score call is counted")
+        text = metrics_of(secured)
         assert "stillhouse_tokens_scored_total" in text
-        assert 'stillhouse_calls_total{outcome="OK",rpc="Score"}' in text
         assert "stillhouse_engine_used 0.0" in text
 
         auth_tokens.revoke(secured.teacher_tokens, "trainer")

@@ -13,6 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2
@@ -310,7 +311,6 @@ async def test_a_tier_that_disagrees_with_the_public_one_is_not_used(
     worker_engine: VllmEngine,
     models: Models,
     case: tuple[Sequence[str], str, str],
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     broken, change, left = case
 
@@ -319,9 +319,10 @@ async def test_a_tier_that_disagrees_with_the_public_one_is_not_used(
         return _Wrong(made, change) if tier.name in broken else made
 
     config = TeacherConfig(model=str(models.teacher), engine="vllm")
-    chosen = await vllm_probe.choose(config, worker_engine._llm, worker_engine.info, engine)
+    with capture_logs() as logs:
+        chosen = await vllm_probe.choose(config, worker_engine._llm, worker_engine.info, engine)
     assert chosen.name == left
-    assert capsys.readouterr().out.count("vllm tier not used") == len(broken)
+    assert [line["tier"] for line in logs if line["event"] == "vllm tier not used"] == list(broken)
     config = replace(config, tier="public")
     assert (await vllm_probe.choose(config, worker_engine._llm, worker_engine.info, engine)).name == "public"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from examples.programs import Program
 from protos.stillhouse.v1 import teacher_pb2
 from protos.stillhouse.v1.tensor_pb2 import Tensor
 from protos.tensor_codec import decode_distributions, packed_bits
+from teacher_service.outbox import LINGER_S
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
 
 pytestmark = pytest.mark.model
@@ -86,15 +88,17 @@ def test_samples_written_at_once_travel_together(teacher: Teacher) -> None:
         sampling=teacher_pb2.SamplingParams(max_new_tokens=new_tokens, seed=3),
         distributions=distribution_config(TOP_K),
     )
+    begin = time.monotonic()
     responses = list(teacher.stub.Generate(request))
+    elapsed_s = time.monotonic() - begin
     tokens = sum(
         chunk.token_ids.shape[0] if chunk.token_ids.shape else 0
         for response in responses
         for chunk in response.chunks
     )
+    # One token of one sample is one piece of the engine; a message that is not full waits for others.
     assert tokens > 500
-    # One token of one sample is one piece of the engine.
-    assert len(responses) < tokens / 4
+    assert len(responses) <= elapsed_s / LINGER_S + 1
     for response in responses:
         keys = [(chunk.prompt_index, chunk.sample_index) for chunk in response.chunks]
         assert len(keys) == len(set(keys))
