@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from tests.support.certificates import Certificates, make_certificates
 from tests.support.processes import no_process_left
 from tests.support.runs import Service, completed, small_spec, stillhouse, wait_until
 
-COUNTED = 'stillhouse_calls_total{outcome="OK",rpc="Score"}'
+# A training process that has all its answers hangs up, and the service may see that before the call's end.
+COUNTED = re.compile(r'stillhouse_calls_total\{outcome="(OK|CANCELLED)",rpc="Score"\}')
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,7 +132,7 @@ def test_a_run_trains_through_mutual_tls_and_tokens_and_leaks_none(
         assert {each["name"] for each in json.loads(shown.stdout)["runs"]} == {run.name, unknown.name}
 
         # A call is counted when it has ended for the service, which may be after it has for its caller.
-        wait_until(lambda: COUNTED in metrics_of(secured), "the run's Score call is counted")
+        wait_until(lambda: COUNTED.search(metrics_of(secured)) is not None, "the Score call is counted")
         text = metrics_of(secured)
         assert "stillhouse_tokens_scored_total" in text
         assert "stillhouse_engine_used 0.0" in text
@@ -142,7 +144,7 @@ def test_a_run_trains_through_mutual_tls_and_tokens_and_leaks_none(
 
     lines = [json.loads(line) for line in (service.data_dir.parent / "audit.jsonl").read_text().splitlines()]
     told = {(line["who"], line["rpc"], line["outcome"]) for line in lines}
-    assert ("trainer", "TeacherService/Score", "OK") in told
+    assert {("trainer", "TeacherService/Score", outcome) for outcome in ("OK", "CANCELLED")} & told
     assert ("anybody", "TeacherService/GetTeacherInfo", "UNAUTHENTICATED") in told
     secrets = (secured.token.encode(), secured.training_token.encode())
     files = [path for path in service.data_dir.parent.rglob("*") if path.is_file()]
