@@ -22,10 +22,10 @@ demo: setup ## distil a small model end to end, with all three programs
 	@$(PY) -m examples.demo $(ARGS)
 
 test: check-static ## set up and run everything that CI runs
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: check-static ## the static checks, and the tests that start no model
-	$(PY) -m pytest -m "not model" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model" $(ARGS)
 
 .PHONY: check-static
 check-static: lint lint-protos types imports drift
