@@ -15,6 +15,7 @@ import structlog
 from protos import auth_tokens
 from protos.auth_tokens import Scope, Token, time_text
 from protos.errors import Reason, StillhouseError
+from protos.handlers import Behaviour, with_behaviour
 
 _TEACHER, _RUNS = "/stillhouse.v1.TeacherService/", "/stillhouse.v1.RunService/"
 SCOPES: Mapping[str, Scope] = {
@@ -193,21 +194,15 @@ def _refusing(error: StillhouseError) -> Any:
 
 def _as_caller(handler: Any, caller: Caller | None) -> Any:
     """The handler with `current_caller` set; a certificate names the caller where no token does."""
-    kind = "_".join(
-        "stream" if streams else "unary"
-        for streams in (handler.request_streaming, handler.response_streaming)
-    )
-    behaviour = getattr(handler, kind)
 
-    def called(request: Any, context: Any) -> Any:
-        _caller.set(caller if caller is not None else _from_certificate(context))
-        return behaviour(request, context)
+    def called_by(behaviour: Behaviour) -> Behaviour:
+        def called(request: Any, context: Any) -> Any:
+            _caller.set(caller if caller is not None else _from_certificate(context))
+            return behaviour(request, context)
 
-    return getattr(grpc, f"{kind}_rpc_method_handler")(
-        called,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
+        return called
+
+    return with_behaviour(handler, called_by)
 
 
 def _from_certificate(context: Any) -> Caller:

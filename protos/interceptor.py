@@ -16,6 +16,7 @@ from grpc_status import rpc_status
 from protos.auth import INFRASTRUCTURE, current_caller
 from protos.calls import OK, CallRecord, Observer, what_of
 from protos.errors import Reason, StillhouseError, from_status, to_status
+from protos.handlers import Behaviour, with_behaviour
 from protos.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
@@ -70,24 +71,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if handler is None or method.startswith(INFRASTRUCTURE):
             return handler
-        kind = "_".join(
-            "stream" if streams else "unary"
-            for streams in (handler.request_streaming, handler.response_streaming)
-        )
-        behaviour = getattr(handler, kind)
 
-        async def wrapped(request: Any, context: Any) -> Any:
-            return await self._guard(behaviour, request, context, method)
+        def guarded(behaviour: Behaviour) -> Behaviour:
+            async def wrapped(request: Any, context: Any) -> Any:
+                return await self._guard(behaviour, request, context, method)
 
-        return getattr(grpc, f"{kind}_rpc_method_handler")(
-            wrapped,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
-        )
+            return wrapped
 
-    async def _guard(
-        self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any, method: str
-    ) -> Any:
+        return with_behaviour(handler, guarded)
+
+    async def _guard(self, behaviour: Behaviour, request: Any, context: Any, method: str) -> Any:
         call, began_s = object(), time.monotonic()
         self._calls.add(call)
         self._running[method] += 1
@@ -129,9 +122,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             except Exception:
                 log.exception("call not observed", rpc=method)
 
-    async def _answer(
-        self, behaviour: Callable[[Any, Any], Any], request: Any, context: Any, seen: "_Seen"
-    ) -> Any:
+    async def _answer(self, behaviour: Behaviour, request: Any, context: Any, seen: "_Seen") -> Any:
         try:
             self._admit(_client_of(context))
             answer = behaviour(request, context)
