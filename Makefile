@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-cache clean
+.PHONY: help setup demo test test-faults check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-cache clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -22,10 +22,13 @@ demo: setup ## distil a small model end to end, with all three programs
 	@$(PY) -m examples.demo $(ARGS)
 
 test: check-static ## set up and run everything that CI runs
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+
+test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
+	LONG=$(LONG) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -p tests.faults.report $(ARGS)
 
 check: check-static ## the static checks, and the tests that start no model
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model" $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model and not slow" $(ARGS)
 
 .PHONY: check-static
 check-static: lint lint-protos types imports drift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -31,25 +32,35 @@ MODEL_FIXTURES = {"hf_teacher", "vllm_teacher"}
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "model: starts a model; `make check` leaves it out.")
+    config.addinivalue_line(
+        "markers", "faults(row): injects the fault of this row of tests/faults/matrix.py."
+    )
+    config.addinivalue_line("markers", "slow: only in `make test-faults`.")
     # By default SIGTERM would end pytest before its fixtures have ended the services that they started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())) or "e2e" in item.path.parts:
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())) or {"e2e", "faults"} & set(
+            item.path.parts
+        ):
             item.add_marker(pytest.mark.model)
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport() -> Iterator[None]:
-    """A skip fails, unless its reason is "<module> is not installed" and that is so."""
+    """A skip fails, unless its reason is "<module or program> is not installed" or "<this> needs root" and that is so."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
         module = reason.removesuffix(" is not installed")
-        if module == reason or importlib.util.find_spec(module) is not None:
+        needs_root = reason.endswith(" needs root") and os.geteuid() != 0
+        missing = (
+            module != reason and importlib.util.find_spec(module) is None and shutil.which(module) is None
+        )
+        if not (missing or needs_root):
             report.outcome = "failed"
             report.longrepr = f"skipped although it can run here: {reason}"
 

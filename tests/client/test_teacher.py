@@ -177,6 +177,7 @@ def test_what_the_caller_raises_comes_back_after_the_answers(teacher: Teacher) -
         next(answers)
 
 
+@pytest.mark.faults(row=1)
 def test_a_lost_stream_is_opened_again_and_every_sequence_answered_once(
     hf_teacher: Program, teacher: Teacher
 ) -> None:

@@ -154,6 +154,7 @@ def refusals(good: dict[str, Any], models: Models, narrow: Program, root: Path) 
     }
 
 
+@pytest.mark.faults(row=16)
 def test_what_a_run_cannot_use_ends_it_before_the_first_step(
     *,
     good_spec: dict[str, Any],
@@ -192,6 +193,7 @@ def check(name: str, case: Refused, error: StillhouseError) -> None:
 
 
 @pytest.mark.parametrize("engine", ["hf", "vllm"])
+@pytest.mark.faults(row=19)
 def test_each_bad_sequence_gets_its_own_error_and_the_others_their_answers(
     engine: str, request: pytest.FixtureRequest, models: Models
 ) -> None:

@@ -165,6 +165,7 @@ def expected(caller: str, method: str) -> Reason | None:
     return None if caller in ("admin", SCOPES[method].value) else Reason.PERMISSION_DENIED
 
 
+@pytest.mark.faults(row=15)
 async def test_the_matrix_of_rpcs_and_tokens(tmp_path: Path) -> None:
     outcomes: dict[tuple[str, str], Reason | None] = {}
     async with guarded(tmp_path) as server, connect_async(server.address) as channel:
@@ -212,6 +213,7 @@ async def test_an_rpc_that_the_table_lacks_is_refused_to_everybody(tmp_path: Pat
         assert (error.reason, server.reached) == (Reason.PERMISSION_DENIED, [])
 
 
+@pytest.mark.faults(row=15)
 async def test_wrong_authorities_and_plaintext_reach_no_rpc_whatever_the_token(tmp_path: Path) -> None:
     certificates = make_certificates(tmp_path)
     tls = ServerTls(

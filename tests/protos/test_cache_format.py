@@ -326,6 +326,7 @@ SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("name", SPOILT)
+@pytest.mark.faults(row=11)
 def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, name: str) -> None:
     spoil, told = SPOILT[name]
     spoil(write(tmp_path, PLAIN))
@@ -333,6 +334,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, name: str) ->
     assert "Delete the file" in refusal(tmp_path)
 
 
+@pytest.mark.faults(row=11)
 def test_a_flipped_byte_is_noticed_while_reading_without_the_name(tmp_path: Path) -> None:
     shard = write(tmp_path, PLAIN, 200)
     data = bytearray(shard.read_bytes())
@@ -344,6 +346,7 @@ def test_a_flipped_byte_is_noticed_while_reading_without_the_name(tmp_path: Path
         [reader.get(key, PLAIN) for key in keys]
 
 
+@pytest.mark.faults(row=11)
 def test_broken_shards_are_left_out_where_a_teacher_can_be_asked_again(tmp_path: Path) -> None:
     _cut(write(tmp_path, PLAIN))
     with CacheWriter(tmp_path) as writer:

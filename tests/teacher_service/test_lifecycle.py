@@ -78,6 +78,7 @@ def test_what_cannot_be_served_is_one_sentence_and_exit_code_2(
     assert "Traceback" not in said
 
 
+@pytest.mark.faults(row=22)
 def test_sigterm_lets_running_calls_finish_and_refuses_others(program: Program) -> None:
     teacher = Teacher(program.target)
     writing = iter(
@@ -131,6 +132,7 @@ def test_a_teacher_that_loads_can_be_stopped(models: Models, tmp_path: Path) -> 
     assert not address_file.exists()
 
 
+@pytest.mark.faults(row=22)
 def test_a_second_signal_does_not_wait_for_calls(program: Program) -> None:
     teacher = Teacher(program.target)
     writing = teacher.stub.Generate(
@@ -149,6 +151,7 @@ def test_a_second_signal_does_not_wait_for_calls(program: Program) -> None:
     teacher.close()
 
 
+@pytest.mark.faults(row=2)
 async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serving(
     models: Models, tmp_path: Path
 ) -> None:

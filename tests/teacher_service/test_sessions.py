@@ -122,6 +122,7 @@ async def test_an_adapter_in_use_leaves_only_when_its_users_have_ended(
         assert local.adapters.adapters() == ()
 
 
+@pytest.mark.faults(row=14)
 async def test_adapters_are_read_only_below_the_allowed_roots(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path) as local:
         outside = tmp_path / "outside"

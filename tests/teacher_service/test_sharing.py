@@ -57,6 +57,7 @@ async def until(condition: Any) -> None:
 
 
 @pytest.mark.parametrize("calls", [1, 12])
+@pytest.mark.faults(row=20)
 async def test_two_clients_are_served_alike_however_many_calls_one_makes(
     models: Models, tmp_path: Path, calls: int
 ) -> None:
@@ -77,6 +78,7 @@ async def test_two_clients_are_served_alike_however_many_calls_one_makes(
     assert 0.5 < shares < 2
 
 
+@pytest.mark.faults(row=20)
 async def test_a_flood_of_samples_does_not_starve_who_scores(models: Models, tmp_path: Path) -> None:
     tokens: Counter[str] = Counter()
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
@@ -102,6 +104,7 @@ async def test_a_flood_of_samples_does_not_starve_who_scores(models: Models, tmp
         await until(lambda: admission(local).free == WHOLE)
 
 
+@pytest.mark.faults(row=20)
 async def test_the_cancel_of_one_leaves_the_others_answers(models: Models, tmp_path: Path) -> None:
     tokens: Counter[str] = Counter()
     async with serving(models, tmp_path, max_inflight_sequences=64, max_inflight_tokens=512) as local:

@@ -86,6 +86,7 @@ def test_every_way_to_end(seen: dict[str, Any], state: State, reason: Reason | N
 
 
 @pytest.mark.parametrize("code", [Exit(code=137), KILLED])
+@pytest.mark.faults(row=8)
 def test_exit_137_comes_with_advice(code: Exit) -> None:
     assert "optimizer.micro_batch_size" in ended(exit=code)[2]
 

@@ -47,6 +47,7 @@ def test_a_step_has_as_many_sequences_as_before(
 
 
 @pytest.mark.model
+@pytest.mark.faults(row=8)
 def test_a_killed_run_is_halved_once_and_then_fails_with_advice(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:

@@ -129,6 +129,7 @@ def test_a_path_outside_of_the_roots_is_refused(service: Service, path: str) -> 
     assert "outside of what this service may read" in str(caught[0])
 
 
+@pytest.mark.faults(row=14)
 def test_no_field_that_takes_a_path_follows_a_link_out_of_the_roots(service: Service) -> None:
     link = service.rows.parent / "outside" / "link"
     caches = service.data_dir / "caches" / "link"
@@ -311,6 +312,7 @@ def test_artifacts_are_listed_and_sent_from_a_byte_with_their_hash(service: Serv
         list(service.stub.DownloadArtifact(request))
 
 
+@pytest.mark.faults(row=14)
 def test_a_file_that_is_no_artifact_is_not_sent(service: Service, failed: Run) -> None:
     run_path = service.data_dir / failed.name
     final = run_path / "final"

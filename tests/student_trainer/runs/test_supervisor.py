@@ -74,6 +74,7 @@ def test_a_run_trains_and_everything_about_it_can_be_seen(
         assert not weights.exists()
 
 
+@pytest.mark.faults(row=9)
 def test_a_run_survives_stops_kills_and_restarts_of_its_service(
     models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_process_that_dies_is_retried_and_one_that_hangs_is_killed_after_the_g
     assert "did not end in time" in run.attempts[1].error.message
 
 
+@pytest.mark.faults(row=22)
 def test_the_end_of_the_service_stops_its_runs_if_it_shall(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:

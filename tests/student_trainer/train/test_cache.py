@@ -182,12 +182,14 @@ def test_another_question_than_the_cache_answers_is_refused(
     assert told in refused(built, name, spec(models, dataset_file, None, "only", **change))
 
 
+@pytest.mark.faults(row=16)
 def test_another_tokenizer_is_refused(built: Path, models: Models, dataset_file: Path) -> None:
     values = spec(models, dataset_file, None, "only")
     values["student"]["model"] = str(models.foreign)
     assert "tokenizer" in refused(built, "foreign", values)
 
 
+@pytest.mark.faults(row=6)
 def test_another_teacher_than_the_run_began_with_is_refused(
     built: Path, models: Models, dataset_file: Path
 ) -> None:
@@ -199,6 +201,7 @@ def test_another_teacher_than_the_run_began_with_is_refused(
     assert "answers of another teacher than the one that this run began with" in failure(run_dir)
 
 
+@pytest.mark.faults(row=11)
 def test_a_damaged_answer_ends_a_run_without_a_teacher_and_is_asked_again_by_one_with(
     models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:

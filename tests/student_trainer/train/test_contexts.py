@@ -218,6 +218,7 @@ def test_a_mixture_of_one_teacher_with_itself_is_that_teacher(
     assert metric(mixed, "eval/kl")[STEPS] == pytest.approx(metric(alone, "eval/kl")[STEPS], rel=1e-4)
 
 
+@pytest.mark.faults(row=16)
 def test_a_longer_vocabulary_of_one_family_compares_exactly(
     run: Run, spec: Any, models: Models, tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ FAILPOINTS = [
 
 
 @pytest.mark.parametrize("failpoint", FAILPOINTS)
+@pytest.mark.faults(row=7)
 def test_a_kill_inside_a_save_changes_nothing(
     spec: dict[str, Any],
     undisturbed: RunDir,
@@ -103,6 +104,7 @@ def test_a_kill_inside_a_save_changes_nothing(
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.faults(row=7)
 def test_random_kills_change_nothing(spec: dict[str, Any], undisturbed: RunDir, tmp_path: Path) -> None:
     generator = random.Random(7)
     run_dir = make_run(tmp_path, "killed", spec)
@@ -117,6 +119,7 @@ def test_random_kills_change_nothing(spec: dict[str, Any], undisturbed: RunDir, 
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.faults(row=22)
 def test_sigterm_ends_with_a_checkpoint_and_resume_goes_on(
     spec: dict[str, Any], undisturbed: RunDir, tmp_path: Path
 ) -> None:
@@ -133,6 +136,7 @@ def test_sigterm_ends_with_a_checkpoint_and_resume_goes_on(
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.faults(row=7)
 def test_a_damaged_checkpoint_is_set_aside(spec: dict[str, Any], undisturbed: RunDir, tmp_path: Path) -> None:
     run_dir = make_run(tmp_path, "damaged", spec)
     with no_process_left() as mark:
@@ -148,6 +152,7 @@ def test_a_damaged_checkpoint_is_set_aside(spec: dict[str, Any], undisturbed: Ru
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.faults(row=21)
 def test_a_replaced_attempt_writes_nothing_more(spec: dict[str, Any], tmp_path: Path) -> None:
     spec["optimizer"]["max_steps"] = 100_000
     run_dir = make_run(tmp_path, "fenced", spec)
@@ -178,6 +183,7 @@ def own_teacher(models: Models, tmp_path: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+@pytest.mark.faults(row=1)
 def test_a_teacher_that_dies_and_returns_is_waited_for(
     models: Models,
     dataset_file: Path,
@@ -200,6 +206,7 @@ def test_a_teacher_that_dies_and_returns_is_waited_for(
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.faults(row=6)
 def test_another_teacher_at_the_same_address_is_refused(
     models: Models, dataset_file: Path, own_teacher: dict[str, Any], tmp_path: Path
 ) -> None:
