@@ -146,6 +146,7 @@ class Store:
             if following == PENDING:
                 rows.check_quota(db, row["owner"], max_queued)
                 values |= {"queue_number": rows.next_queue_number(db), "end_us": None, "error": None}
+                values["step"] = row["latest_checkpoint"] or 0  # where the next attempt begins
             if verb == "resume":
                 values["asked_attempt"] = rows.last_attempt(db, run_id)
             if error is not None:
@@ -223,6 +224,8 @@ class Store:
             if halve:
                 values["halved"] = True
         with self._engine.begin() as db:
+            if following == PENDING:
+                values["step"] = rows.row_of(db, run_id)["latest_checkpoint"] or 0
             ended = {"end_us": now_us(), "exit_code": exit_code, "signal": signal}
             db.execute(
                 update(attempts)

@@ -11,6 +11,7 @@ import pytest
 from protos.errors import Reason, StillhouseError, to_json, to_status
 from protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from student_trainer.run_dir import RunDir
+from student_trainer.runs import state
 from student_trainer.runs.metrics import thin, to_series
 from student_trainer.runs.store import Store
 from student_trainer.runs.watch import Bell, Tail
@@ -58,6 +59,24 @@ def test_what_a_process_reports_is_in_the_store(store: Store, run_dir: RunDir) -
     assert store.get(RUN).condition == Run.CONDITION_UNSPECIFIED
     assert store.outcome(RUN, 1) == ("failed", error)
     assert not tail.ingest()
+
+
+def test_between_attempts_a_run_is_as_far_as_its_checkpoint(store: Store, run_dir: RunDir) -> None:
+    """The next attempt goes on from there: what the last one took beyond it is taken again."""
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("checkpoint", step=2)
+        attempt.report_metrics(5, {"train/loss": 1.0})
+    Tail(store, RUN, run_dir).ingest()
+    assert store.get(RUN).progress.step == 5
+    retried = store.end_attempt(RUN, 1, state.PENDING, exit_code=1, signal=0, error=None)
+    assert retried.progress.step == 2
+    store.begin_attempt(RUN, ())
+    with run_dir.open_attempt(2) as attempt:
+        attempt.report_metrics(4, {"train/loss": 1.0})
+    Tail(store, RUN, run_dir).ingest()
+    assert store.end_attempt(RUN, 2, state.FAILED, exit_code=1, signal=0, error=None).progress.step == 4
+    resumed = store.change(RUN, "resume", state.PENDING, allowed=frozenset({state.FAILED}))
+    assert resumed.progress.step == 2
 
 
 def test_a_reader_that_starts_again_reads_nothing_twice(store: Store, run_dir: RunDir) -> None:
