@@ -1,11 +1,14 @@
-"""A gRPC handler with another behaviour: the rest of it, its kind and its serialisers, stays as it was."""
+"""A gRPC handler with another behaviour, its kind and serialisers as they were; and requests whose bytes are no message."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
+
+from protos.errors import Reason, StillhouseError
 
 Behaviour = Callable[[Any, Any], Any]
 
@@ -21,3 +24,49 @@ def with_behaviour(handler: Any, change: Callable[[Behaviour], Behaviour]) -> An
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
+
+
+def tolerant(handler: Any) -> Any:
+    """The same handler, which reads what cannot be decoded as an `Undecodable`; left alone, gRPC calls that UNKNOWN."""
+    deserializer = handler.request_deserializer
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            return Undecodable(str(error))
+
+    return handler._replace(request_deserializer=read)
+
+
+class Undecodable:
+    """Stands for a request whose bytes are not its message."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+class _Checked:
+    """The requests of a stream; one that could not be decoded is raised."""
+
+    def __init__(self, requests: AsyncIterable[Any]) -> None:
+        self._requests = requests
+        self._begun: AsyncIterator[Any] | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._begun is None:
+            self._begun = aiter(self._requests)
+        return checked(await anext(self._begun))
+
+
+def checked(request: Any) -> Any:
+    """The request, or the requests of a stream. Raises StillhouseError(INVALID_REQUEST) for one that is Undecodable."""
+    if isinstance(request, Undecodable):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST,
+            f"The request cannot be decoded ({request.why}). Both sides need the same version of the contract.",
+        )
+    return _Checked(request) if isinstance(request, AsyncIterable) else request

@@ -16,7 +16,7 @@ from grpc_status import rpc_status
 from protos.auth import INFRASTRUCTURE, current_caller
 from protos.calls import OK, CallRecord, Observer, what_of
 from protos.errors import Reason, StillhouseError, from_status, to_status
-from protos.handlers import Behaviour, with_behaviour
+from protos.handlers import Behaviour, checked, tolerant, with_behaviour
 from protos.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
@@ -78,7 +78,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
 
             return wrapped
 
-        return with_behaviour(handler, guarded)
+        return with_behaviour(tolerant(handler), guarded)
 
     async def _guard(self, behaviour: Behaviour, request: Any, context: Any, method: str) -> Any:
         call, began_s = object(), time.monotonic()
@@ -125,7 +125,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     async def _answer(self, behaviour: Behaviour, request: Any, context: Any, seen: "_Seen") -> Any:
         try:
             self._admit(_client_of(context))
-            answer = behaviour(request, context)
+            answer = behaviour(checked(request), context)
             answer = await (_send(answer, context) if hasattr(answer, "__aiter__") else answer)
             seen.outcome, seen.what = OK, what_of(answer, request)
         except (grpc.aio.AbortError, grpc.aio.InternalError):

@@ -22,7 +22,8 @@ def draw(
     logits_V = logits_V[:num_valid].float().cpu()
     if temperature == 0:
         return int(logits_V.argmax()), 0.0
-    logits_V = logits_V / temperature
+    # Divided as differences from the highest, by nothing that float32 rounds to 0, so that the likeliest stays finite.
+    logits_V = (logits_V - logits_V.max()) / max(temperature, torch.finfo(logits_V.dtype).tiny)
     if 0 < top_k < len(logits_V):
         logits_V = logits_V.masked_fill(~_likeliest(logits_V, top_k), -torch.inf)
     if top_p < 1:

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from protos.errors import FieldViolation, Reason, StillhouseError, from_rpc_error
 from protos.stillhouse.v1 import run_pb2, run_pb2_grpc, teacher_pb2
 from protos.transport import RECEIVE_LIMIT_BYTES, ChannelOptions, connect, connect_async
-from tests.protos.serving import Step, Told, Written, serving, stub_of
+from tests.protos.serving import SERVICE, Step, Told, Written, serving, stub_of
 
 INFO = teacher_pb2.GetTeacherInfoRequest()
 FILES = teacher_pb2.GetTokenizerRequest()
@@ -212,6 +212,32 @@ async def test_a_message_beyond_the_limit_is_refused_and_the_server_lives() -> N
         error = await caught(lambda: stub_of(channel).UploadAdapter(iter([huge])), address)
         assert error.reason == Reason.MESSAGE_TOO_LARGE
         await call_async(stub_of(channel), "stream_unary")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("unary_unary", "GetTeacherInfo"),
+        ("unary_stream", "GetTokenizer"),
+        ("stream_unary", "UploadAdapter"),
+        ("stream_stream", "Score"),
+    ],
+)
+async def test_bytes_that_are_no_message_are_the_fault_of_their_sender(kind: str, name: str) -> None:
+    garbage = b"\x0a\xff\xff\xff\xff\x07"
+
+    def call(address: str) -> None:
+        with grpc.insecure_channel(address) as channel:
+            method = getattr(channel, kind)(f"/{SERVICE}/{name}", request_serializer=bytes)
+            answer = method(iter([b"", garbage]) if kind.startswith("stream") else garbage, timeout=10)
+            list(answer) if kind.endswith("stream") else None
+
+    async with serving(Told()) as address:
+        with capture_logs() as logs:
+            error = await caught(lambda: asyncio.to_thread(call, address), address)
+    assert error.reason == Reason.INVALID_REQUEST
+    assert "cannot be decoded" in error.message
+    assert [entry["event"] for entry in logs] == ["call refused"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
