@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,44 +12,9 @@ from protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
 from protos.tensor_codec import Distributions
 from student_trainer.config import LossConfig, TeacherConfig
 from student_trainer.config_loss import DRAWN_TARGETS
+from student_trainer.train.asking import AnswerStream, Asked
 from student_trainer.train.patience import Patience
 from student_trainer.train.support import mix
-
-
-class AnswerStream(Protocol):
-    """One teacher's answers to sequences, by the ids that the caller gives them; the caller bounds how much is in flight."""
-
-    @property
-    def num_asked(self) -> int:
-        """Sequences that the teacher was asked for."""
-        ...
-
-    def submit(self, sequence_id: int, token_ids: NDArray[np.int32], start: int, place: str) -> None:
-        """Ask for the distributions at positions [start, T); `place` is named in errors."""
-        ...
-
-    def take(self, sequence_id: int, patience: Patience) -> Distributions:
-        """The answer to a submitted sequence, waiting for it; each can be taken once."""
-        ...
-
-    def close(self) -> None:
-        """End it; what is unanswered is dropped."""
-        ...
-
-
-class QueryStream(AnswerStream, Protocol):
-    """A stream that takes ids of the caller's choice; score_stream.ScoreStream is one."""
-
-    def submit(
-        self,
-        sequence_id: int,
-        token_ids: NDArray[np.int32],
-        start: int,
-        place: str,
-        query_token_ids: NDArray[np.int32] | None = None,
-    ) -> None:
-        """Ask for the distributions at positions [start, T), also of `query_token_ids` [T - start, Q]."""
-        ...
 
 
 class Answers:
@@ -85,15 +49,12 @@ class Answers:
         query_token_ids: NDArray[np.int32] | None = None,
     ) -> None:
         """Ask for the distributions at positions [start, T); `teacher` is the row's, "" where rows name none."""
+        asked = Asked(token_ids=token_ids, start=start, place=place, query_token_ids=query_token_ids)
         every = self._weights is not None or len(self._streams) == 1
         names = tuple(self._streams) if every else (teacher,)
         self._asked[sequence_id] = names
         for name in names:
-            if query_token_ids is None:
-                self._streams[name].submit(sequence_id, token_ids, start, place)
-            else:
-                stream: QueryStream = self._streams[name]  # type: ignore[assignment]  # opened for queries
-                stream.submit(sequence_id, token_ids, start, place, query_token_ids)
+            self._streams[name].submit(sequence_id, asked)
 
     def take(self, sequence_id: int, patience: Patience) -> Distributions:
         """The answer, mixed where several teachers were asked. Raises what the streams' `take` raises."""

@@ -17,7 +17,8 @@ from protos.cache_reader import CacheReader
 from protos.cache_writer import CacheWriter
 from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from student_trainer.config import CacheConfig
-from student_trainer.train.cache_stream import AnswerStream, CachedStream
+from student_trainer.train.asking import AnswerStream
+from student_trainer.train.cache_stream import CachedStream
 from student_trainer.train.teacher_client import Teacher, adapter_fingerprint
 
 log = structlog.get_logger()

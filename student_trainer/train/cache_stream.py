@@ -4,63 +4,27 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
 
-import numpy as np
 import structlog
-from numpy.typing import NDArray
 
 from protos.cache_format import CacheMeta
 from protos.cache_reader import CacheReader
 from protos.cache_writer import CacheWriter
 from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
+from student_trainer.train.asking import AnswerStream, Asked
 from student_trainer.train.patience import Patience
 
 log = structlog.get_logger()
 
 
-class AnswerStream(Protocol):
-    """Answers to sequences, by the ids that the caller gives them; the caller bounds how much is in flight."""
-
-    @property
-    def num_asked(self) -> int:
-        """Sequences that a teacher was asked for."""
-        ...
-
-    def submit(
-        self,
-        sequence_id: int,
-        token_ids: NDArray[np.int32],
-        start: int,
-        place: str,
-        query_token_ids: NDArray[np.int32] | None = None,
-    ) -> None:
-        """Ask for the distributions at positions [start, T), with `query_token_ids` [T - start, Q] also for those ids.
-
-        `place` is named in errors.
-        """
-        ...
-
-    def take(self, sequence_id: int, patience: Patience) -> Distributions:
-        """The answer to a submitted sequence, waiting for it; each can be taken once."""
-        ...
-
-    def close(self) -> None:
-        """Ends it; what is unanswered is dropped."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
     key: str
-    token_ids: NDArray[np.int32]
-    start: int
-    place: str
-    query_token_ids: NDArray[np.int32] | None
+    asked: Asked
     reading: Future[Distributions | None] | None
     """The answer on its way from the cache, if it is there."""
-    asked: bool
+    at_teacher: bool
     """Whether a teacher was asked; with neither, an earlier sequence asks for the same."""
 
 
@@ -87,31 +51,16 @@ class CachedStream:
         """Sequences that a teacher was asked for."""
         return self._live.num_asked if self._live else 0
 
-    def submit(
-        self,
-        sequence_id: int,
-        token_ids: NDArray[np.int32],
-        start: int,
-        place: str,
-        query_token_ids: NDArray[np.int32] | None = None,
-    ) -> None:
+    def submit(self, sequence_id: int, asked: Asked) -> None:
         """Look for the answer, and ask for it if it is missing and nobody has asked yet."""
-        key = self._meta.key(token_ids, start, query_token_ids)
+        key = self._meta.key(asked.token_ids, asked.start, asked.query_token_ids)
         reading = self._thread.submit(self._read, key) if self._has(key) else None
-        asked = reading is None and self._live is not None and key not in self._flying
-        if asked and self._live:
-            self._live.submit(sequence_id, token_ids, start, place, query_token_ids)
+        at_teacher = reading is None and self._live is not None and key not in self._flying
+        if at_teacher and self._live:
+            self._live.submit(sequence_id, asked)
             if self._writer:
                 self._flying.add(key)
-        self._items[sequence_id] = _Item(
-            key=key,
-            token_ids=token_ids,
-            start=start,
-            place=place,
-            query_token_ids=query_token_ids,
-            reading=reading,
-            asked=asked,
-        )
+        self._items[sequence_id] = _Item(key=key, asked=asked, reading=reading, at_teacher=at_teacher)
 
     def take(self, sequence_id: int, patience: Patience) -> Distributions:
         """The answer.
@@ -121,7 +70,7 @@ class CachedStream:
             StillhouseError: what the teacher says of this sequence; CACHE_MISS or CACHE_INVALID if there is no teacher.
         """
         item = self._items.pop(sequence_id)
-        if item.asked:
+        if item.at_teacher:
             return self._from_teacher(sequence_id, item, patience)
         found = self._found(item)
         if found is not None:
@@ -129,10 +78,10 @@ class CachedStream:
             return found
         if self._live is None:
             raise StillhouseError(
-                Reason.CACHE_MISS, f"The cache has no answer to {item.place}, and no teacher is asked."
+                Reason.CACHE_MISS, f"The cache has no answer to {item.asked.place}, and no teacher is asked."
             )
         # The answer turned out damaged, or whoever asked for the same sequence did not get one.
-        self._live.submit(sequence_id, item.token_ids, item.start, item.place, item.query_token_ids)
+        self._live.submit(sequence_id, item.asked)
         return self._from_teacher(sequence_id, item, patience)
 
     def close(self) -> None:
@@ -148,7 +97,7 @@ class CachedStream:
         finally:
             self._flying.discard(item.key)
         if self._writer is not None:
-            self._writer.add(self._meta, item.token_ids, answer, item.query_token_ids)
+            self._writer.add(self._meta, item.asked.token_ids, answer, item.asked.query_token_ids)
         return answer
 
     def _found(self, item: _Item) -> Distributions | None:
@@ -160,13 +109,14 @@ class CachedStream:
             log.warning("a damaged answer in the cache is asked for again", why=error.message)
             self._reader.forget(item.key)
             return None
+        asked = item.asked
         if found is not None and (
-            found.start != item.start or found.start + found.num_rows != len(item.token_ids)
+            found.start != asked.start or found.start + found.num_rows != len(asked.token_ids)
         ):
             raise StillhouseError(
                 Reason.CACHE_INVALID,
-                f"The cache answers positions [{found.start}, {found.start + found.num_rows}) of {item.place}; "
-                f"[{item.start}, {len(item.token_ids)}) was asked for. Find the file with `stillhouse cache verify`.",
+                f"The cache answers positions [{found.start}, {found.start + found.num_rows}) of {asked.place}; "
+                f"[{asked.start}, {len(asked.token_ids)}) was asked for. Find the file with `stillhouse cache verify`.",
             )
         return found
 

@@ -26,6 +26,7 @@ from protos.tokenizer_fingerprint import tokenizer_fingerprint
 from student_trainer.config import RunConfig
 from student_trainer.run_dir import Attempt, write_whole
 from student_trainer.train.answers import training_request
+from student_trainer.train.asking import Asked
 from student_trainer.train.cache import RunCache
 from student_trainer.train.cache_texts import TextJob, Written, texts
 from student_trainer.train.corpus import Corpus, load_corpus
@@ -242,7 +243,8 @@ class _Build:
         for number, example in enumerate(job.examples):
             while asked < min(number + WINDOW_SEQUENCES, len(job.examples)):
                 ahead = job.examples[asked]
-                stream.submit(asked, ahead.token_ids, ahead.start, ahead.place)
+                question = Asked(token_ids=ahead.token_ids, start=ahead.start, place=ahead.place)
+                stream.submit(asked, question)
                 asked += 1
             self._patience.check(None)
             try:

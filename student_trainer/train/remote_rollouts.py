@@ -36,11 +36,11 @@ from protos.stillhouse.v1.tensor_pb2 import Tensor
 from protos.tensor_codec import decode, decode_distributions, encode
 from protos.transport import ChannelOptions, connect
 from student_trainer.config import RolloutConfig
+from student_trainer.train.endpoints import INFO_TIMEOUT_S, backoff_s
 from student_trainer.train.patience import Patience
 from student_trainer.train.rollouts import Text
 from student_trainer.train.student import Student
 from student_trainer.train.student_model import ADAPTER_FILES
-from student_trainer.train.teacher_client import INFO_TIMEOUT_S, backoff_s
 
 log = structlog.get_logger()
 Result = TypeVar("Result")

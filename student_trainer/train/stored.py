@@ -14,9 +14,10 @@ from student_trainer.config_contexts import is_ensemble
 from student_trainer.run_dir import RunDir
 from student_trainer.train.answers import Answers, RequestOf
 from student_trainer.train.cache import RunCache
+from student_trainer.train.identity import check_stored_identity
 from student_trainer.train.prompts import Example
 from student_trainer.train.questions import Question
-from student_trainer.train.teacher_client import Teacher, check_stored_identity
+from student_trainer.train.teacher_client import Teacher
 
 
 class StoredTeachers:
@@ -71,6 +72,7 @@ class StoredTeachers:
                         "model_fingerprint": meta.teacher_fingerprint,
                         "adapter": meta.adapter,
                         "adapter_fingerprint": meta.adapter_fingerprint,
+                        "tokenizer_fingerprint": meta.tokenizer_fingerprint,
                     },
                     model=meta.model,
                     place=f"The cache {cache.config.path}",

@@ -5,49 +5,38 @@ Everything that can be wrong between student and teacher is refused here, in sec
 
 from __future__ import annotations
 
-import json
-import os
-import random
 import threading
 import time
-import tomllib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import grpc
 import structlog
 
-from protos.errors import Reason, StillhouseError, from_rpc_error
+from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
-    GetTeacherInfoRequest,
     GetTeacherInfoResponse,
 )
 from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from protos.transport import ChannelOptions, connect, process_name
 from student_trainer.config import RunConfig, TeacherConfig
 from student_trainer.config_contexts import losses, query_field
 from student_trainer.config_loss import DRAWN_TARGETS
-from student_trainer.run_dir import RunDir, write_whole
+from student_trainer.run_dir import RunDir
 from student_trainer.train.corpus import Corpus
+from student_trainer.train.endpoints import Endpoint, Endpoints, backoff_s, is_passing
+from student_trainer.train.identity import changed, read_identity, write_identity
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
 from student_trainer.train.vocabulary import Verdict, compare_with
 
 log = structlog.get_logger()
 
-INFO_TIMEOUT_S = 5.0
-"""Deadline of one GetTeacherInfo."""
 FIRST_CONTACT_S = 15.0
 """A teacher that nobody has ever reached in this run is waited for so long; later ones for retry.teacher_wait_s."""
-MAX_BACKOFF_S = 20.0
-CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
-"""Path of the credentials file, which the run service passes on."""
+_LIMITS = ("max_sequence_tokens", "max_top_k", "max_query_tokens", "max_prompts", "max_inflight_sequences")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,70 +92,53 @@ class Demands:
 
 
 class Teacher:
-    """The services that serve one frozen model; `reach` finds one that answers."""
+    """One frozen model and the services that serve it: all of them have the same fingerprints, tokenizer and adapter."""
 
     def __init__(self, config: TeacherConfig, demands: Demands, run_dir: RunDir) -> None:
         self.config = config
+        self.endpoints = Endpoints(config, self._check)
+        """Its services."""
         self._demands = demands
         self._run_dir = run_dir
-        self._channels: dict[str, grpc.Channel] = {}
-        self._identity = _read_identity(run_dir, config.name)
+        self._identity = read_identity(run_dir, config.name)
         self._lock = threading.Lock()
         self._verdicts: dict[str, Verdict] = {}
+        self._seen: dict[str, GetTeacherInfoResponse] = {}
         self.shared_size = 0
-        """Ids below it mean the same to the student and to the teacher that answered last."""
+        """Ids below it mean the same to the student and to the teacher."""
         self.info = GetTeacherInfoResponse()
-        """Of the service that answered last."""
+        """What all services that were reached have in common: the least of each limit, and what each can do."""
 
     def connect(self, patience: Patience) -> None:
-        """Reach and check the teacher for the first time in this process.
+        """Reach and check the teacher for the first time in this process: one service at least, and each that answers.
 
         Raises:
             Stopped: the run shall stop.
-            StillhouseError: TEACHER_UNREACHABLE, and all that `reach` raises.
+            StillhouseError: TEACHER_UNREACHABLE; TOKENIZER_MISMATCH, TEACHER_CHANGED, TOP_K_TOO_LARGE, SEQUENCE_TOO_LONG,
+                CAPABILITY, ADAPTER_NOT_FOUND, or what a service says, unless another service will do.
         """
         known_before, since, attempt = self._identity is not None, time.monotonic(), 0
         while True:
-            try:
-                self.reach()
-            except StillhouseError as error:
-                if not error.retryable:
-                    raise
-                silent = error.reason is Reason.TEACHER_UNREACHABLE
-                if silent and not known_before and time.monotonic() - since > FIRST_CONTACT_S:
-                    raise
-                patience.sleep(backoff_s(attempt, error), since, error.message)
-                attempt += 1
-            else:
+            errors = self._reach_all()
+            refusals = [
+                error
+                for error in errors
+                if not is_passing(error) or (error.reason is Reason.UNAUTHENTICATED and not known_before)
+            ]
+            if refusals and (not known_before or len(refusals) == len(self.endpoints.all)):
+                # In a run that begins nobody can say which of two services is the right one.
+                raise refusals[0]
+            if len(errors) < len(self.endpoints.all):
+                for error in errors:
+                    log.warning("a teacher's service is not used yet", why=error.message)
                 patience.clear()
                 return
-
-    def reach(self) -> TeacherServiceStub:
-        """A service that answers and is the run's teacher; the first that is, in the order of `targets`.
-
-        Raises StillhouseError: retryable if none answers; else TOKENIZER_MISMATCH, TEACHER_CHANGED, TOP_K_TOO_LARGE,
-        SEQUENCE_TOO_LONG, CAPABILITY, ADAPTER_NOT_FOUND, or what a service says.
-        """
-        with self._lock:  # several streams ask, each on a thread of its own
-            return self._reach()
-
-    def _reach(self) -> TeacherServiceStub:
-        last: StillhouseError | None = None
-        for target in self.config.targets:
-            stub = TeacherServiceStub(self._channel(target))
-            try:
-                info = stub.GetTeacherInfo(GetTeacherInfoRequest(), timeout=INFO_TIMEOUT_S)
-                shared_size = self._shared_size(stub, info, target)
-            except grpc.RpcError as error:
-                last = from_rpc_error(error, target=target, service="teacher")
-                if not last.retryable:
-                    raise last from error
-                continue
-            self._check(info, target)
-            self.info, self.shared_size = info, shared_size
-            return stub
-        assert last is not None, "the configuration names at least one target"
-        raise last
+            error = errors[-1]
+            silent = error.reason is Reason.TEACHER_UNREACHABLE
+            if silent and not known_before and time.monotonic() - since > FIRST_CONTACT_S:
+                raise error
+            patience.sleep(backoff_s(attempt, error), since, error.message)
+            attempt += 1
 
     @property
     def student_tokenizer(self) -> str:
@@ -175,14 +147,45 @@ class Teacher:
 
     def close(self) -> None:
         """Closes the channels."""
-        for channel in self._channels.values():
-            channel.close()
-        self._channels.clear()
+        self.endpoints.close()
 
-    def _channel(self, target: str) -> grpc.Channel:
-        if target not in self._channels:
-            self._channels[target] = connect(_channel_options(self.config, target))
-        return self._channels[target]
+    def _reach_all(self) -> list[StillhouseError]:
+        """Asks each service; what was wrong with those that cannot be used."""
+        first, *others = self.endpoints.all
+        # Before the others, so that it is always the same one that says who the teacher is.
+        errors = [_why_not(first)]
+        if others:
+            with ThreadPoolExecutor(len(others)) as pool:
+                errors += pool.map(_why_not, others)
+        return [error for error in errors if error is not None]
+
+    def _check(self, endpoint: Endpoint, stub: TeacherServiceStub, info: GetTeacherInfoResponse) -> None:
+        """Return if a service is the run's teacher; what was learnt of it is kept. Raises grpc.RpcError, StillhouseError."""
+        target = endpoint.target
+        shared_size = self._shared_size(stub, info, target)
+        check_demands(self._demands, info, target)
+        identity = {
+            "model_fingerprint": info.model_fingerprint,
+            "adapter": self.config.adapter,
+            "adapter_fingerprint": adapter_fingerprint(info, self.config.adapter, target),
+            "tokenizer_fingerprint": info.tokenizer_fingerprint,
+        }
+        with self._lock:
+            if self._identity is None:
+                write_identity(self._run_dir, self.config.name, {**identity, "model": info.model})
+                self._identity = identity
+            part = changed(self._identity, identity)
+            if part:
+                raise StillhouseError(
+                    Reason.TEACHER_CHANGED,
+                    f"The teacher at {target} is not the one that this run began with: its {part} is {identity[part]}, "
+                    f"and was {self._identity[part]}. Start the former teacher there again, or create a new run for this one.",
+                    metadata={"expected": self._identity[part], "found": identity[part], "target": target},
+                )
+            if target not in self._seen:
+                log.info("teacher reached", target=target, model=info.model, engine=info.engine)
+            self._seen[target] = info
+            self.info, self.shared_size = common(list(self._seen.values())), shared_size
 
     def _shared_size(self, stub: TeacherServiceStub, info: GetTeacherInfoResponse, target: str) -> int:
         """Ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""
@@ -197,25 +200,25 @@ class Teacher:
             log.info("tokenizers differ at their ends alone", shared_size=verdict.shared_size, target=target)
         return min(verdict.shared_size, info.tokenizer_size)
 
-    def _check(self, info: GetTeacherInfoResponse, target: str) -> None:
-        check_demands(self._demands, info, target)
-        identity = {
-            "model_fingerprint": info.model_fingerprint,
-            "adapter": self.config.adapter,
-            "adapter_fingerprint": adapter_fingerprint(info, self.config.adapter, target),
-        }
-        if self._identity is None:
-            _write_identity(self._run_dir, self.config.name, {**identity, "model": info.model})
-            log.info("teacher reached", target=target, model=info.model, engine=info.engine)
-            self._identity = identity
-        for name in ("model_fingerprint", "adapter_fingerprint"):
-            if self._identity[name] != identity[name]:
-                raise StillhouseError(
-                    Reason.TEACHER_CHANGED,
-                    f"The teacher at {target} is not the one that this run began with: its {name} is {identity[name]}, "
-                    f"and was {self._identity[name]}. Start the former teacher again, or create a new run for this one.",
-                    metadata={"expected": self._identity[name], "found": identity[name], "target": target},
-                )
+
+def _why_not(endpoint: Endpoint) -> StillhouseError | None:
+    try:
+        endpoint.reach()
+    except StillhouseError as error:
+        return error
+    return None
+
+
+def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
+    """What services of one model have in common: the least of each limit, and the capabilities of all."""
+    merged = GetTeacherInfoResponse()
+    merged.CopyFrom(infos[0])
+    for name in _LIMITS:
+        setattr(merged, name, min(getattr(info, name) for info in infos))
+    every = set(merged.capabilities).intersection(*(info.capabilities for info in infos))
+    merged.ClearField("capabilities")
+    merged.capabilities.extend(sorted(every))
+    return merged
 
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
@@ -284,13 +287,6 @@ def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str)
     )
 
 
-def backoff_s(attempt: int, error: StillhouseError | None = None) -> float:
-    """Seconds to wait before try number `attempt` + 2: what the service asks for, else exponential with full jitter."""
-    if error is not None and error.retry_after_s is not None:
-        return error.retry_after_s
-    return random.uniform(0.05, min(MAX_BACKOFF_S, 0.25 * 2.0 ** min(attempt, 10)))  # noqa: S311 - no secret
-
-
 def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> StillhouseError:
     """The error that says so, and what to do."""
     return StillhouseError(
@@ -300,102 +296,4 @@ def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> Stil
         "tokenizer to a student that is trained from_config. Approximate likelihood matching (ALM) bridges foreign "
         "tokenizers where loss.foreign_tokenizer: alm can be chosen.",
         metadata={"student": student, "teacher": teacher},
-    )
-
-
-def check_stored_identity(
-    run_dir: RunDir, name: str, identity: Mapping[str, str], *, model: str, place: str
-) -> None:
-    """Return if the teacher whose answers `place` holds is the one that the run began with, which is kept.
-
-    Raises:
-        StillhouseError: TEACHER_CHANGED.
-    """
-    known = _read_identity(run_dir, name)
-    if known is None:
-        _write_identity(run_dir, name, {**identity, "model": model})
-        return
-    for part in ("model_fingerprint", "adapter_fingerprint"):
-        if known[part] != identity[part]:
-            raise StillhouseError(
-                Reason.TEACHER_CHANGED,
-                f"{place} holds answers of another teacher than the one that this run began with: its {part} is "
-                f"{identity[part]}, and was {known[part]}. Name the cache of the former teacher, or create a new run.",
-                metadata={"expected": known[part], "found": identity[part]},
-            )
-
-
-def _write_identity(run_dir: RunDir, name: str, identity: Mapping[str, str]) -> None:
-    """Keeps who the teacher is; teachers with names stand beside each other."""
-    content: dict[str, Any] = dict(identity)
-    if name:
-        with suppress(FileNotFoundError):
-            content = json.loads(run_dir.teacher_path.read_bytes())
-        content = (
-            {**content, name: dict(identity)}
-            if "model_fingerprint" not in content
-            else {name: dict(identity)}
-        )
-    write_whole(run_dir.teacher_path, json.dumps(content).encode())
-
-
-def _read_identity(run_dir: RunDir, name: str) -> dict[str, str] | None:
-    try:
-        value = json.loads(run_dir.teacher_path.read_bytes())
-        if name:
-            value = value.get(name)
-            if value is None:
-                return None
-        return {name: str(value[name]) for name in ("model_fingerprint", "adapter", "adapter_fingerprint")}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise StillhouseError(
-            Reason.CHECKPOINT_CORRUPT,
-            f"{run_dir.teacher_path} cannot be read ({error}). Delete it to accept the teacher that answers now.",
-        ) from error
-
-
-def _channel_options(config: TeacherConfig, target: str) -> ChannelOptions:
-    section = _credential(config.credential) if config.credential else {}
-
-    def path(name: str) -> Path | None:
-        return Path(section[name]) if name in section else None
-
-    token_file = path("token_file")
-    try:
-        token = token_file.read_text().strip() if token_file else None
-    except OSError as error:
-        raise _bad_credential(
-            config.credential, f"token_file {token_file} cannot be read ({error})"
-        ) from error
-    return ChannelOptions(
-        target=target,
-        ca=path("ca"),
-        cert=path("certificate"),
-        key=path("key"),
-        server_name=config.tls_server_name or None,
-        token=token,
-        client_name=process_name("stillhouse-trainer"),
-    )
-
-
-def _credential(name: str) -> Mapping[str, Any]:
-    file = os.environ.get(CREDENTIALS_VARIABLE)
-    if not file:
-        raise _bad_credential(name, "the run service passed no credentials file")
-    try:
-        sections = tomllib.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        raise _bad_credential(name, f"{file} cannot be read ({error})") from error
-    section = sections.get(name)
-    if not isinstance(section, dict):
-        raise _bad_credential(name, f"{file} has no section [{name}]; it has {', '.join(sections) or 'none'}")
-    return section
-
-
-def _bad_credential(name: str, problem: str) -> StillhouseError:
-    return StillhouseError(
-        Reason.INVALID_SPEC,
-        f'teachers[0].credential is "{name}", but {problem}. Correct credentials.toml in the trainer\'s data directory.',
     )

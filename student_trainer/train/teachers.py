@@ -9,7 +9,8 @@ from protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS, Distribu
 from student_trainer.config import RunConfig
 from student_trainer.config_contexts import is_ensemble
 from student_trainer.run_dir import RunDir
-from student_trainer.train.answers import Answers, AnswerStream, RequestOf
+from student_trainer.train.answers import Answers, RequestOf
+from student_trainer.train.asking import AnswerStream
 from student_trainer.train.cache import RunCache
 from student_trainer.train.patience import Patience
 from student_trainer.train.score_stream import ScoreStream
