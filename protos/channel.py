@@ -26,6 +26,8 @@ METADATA_LIMIT_BYTES = 64 * 1024
 CLIENT_NAME_KEY = "stillhouse-client"
 KEEPALIVE_S = 30
 KEEPALIVE_TIMEOUT_S = 10
+KEEPALIVE_VARIABLE = "STILLHOUSE_KEEPALIVE_S"
+"""Names another silence than KEEPALIVE_S after which a caller asks for a sign of life, such as less than a NAT's patience."""
 
 # Only calls that may be repeated without harm. CreateRun is one of them through its request_id. There is no
 # waitForReady: a service that does not answer is to be reported at once, and who wants to wait asks again.
@@ -175,14 +177,28 @@ def _metadata(options: ChannelOptions) -> tuple[tuple[str, str], ...]:
     return tuple((key, value) for key, value in pairs if value)
 
 
+def _keepalive_s() -> float:
+    """Seconds, from the variable or by default. Raises StillhouseError(INVALID_CONFIG) for what is no such number."""
+    text = os.environ.get(KEEPALIVE_VARIABLE, "")
+    try:
+        value = float(text or KEEPALIVE_S)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 3600:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG, f"{KEEPALIVE_VARIABLE} is {text!r}; it must be seconds in [1, 3600]."
+        )
+    return value
+
+
 def _channel_arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
     arguments: list[tuple[str, Any]] = [
         ("grpc.max_receive_message_length", RECEIVE_LIMIT_BYTES),
         ("grpc.max_send_message_length", RECEIVE_LIMIT_BYTES),
         ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
         ("grpc.absolute_max_metadata_size", 2 * METADATA_LIMIT_BYTES),
-        ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
-        ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+        ("grpc.keepalive_time_ms", int(_keepalive_s() * 1000)),
+        ("grpc.keepalive_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # A service that comes back is found within seconds; gRPC's own bound is two minutes.

@@ -1,8 +1,9 @@
 """Logging set-up of every program: one event a line, JSON unless a person reads it on a terminal."""
 
+import contextlib
 import logging
 import sys
-from typing import TextIO
+from typing import TextIO, cast
 
 import structlog
 
@@ -12,7 +13,7 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None) -> N
 
     Lines carry ts (UTC, RFC 3339), level and event. Raises ValueError for a level that logging lacks.
     """
-    stream = sys.stderr if stream is None else stream
+    stream = cast("TextIO", _Lossy(sys.stderr if stream is None else stream))
     number = logging.getLevelNamesMapping().get(level.upper())
     if number is None:
         raise ValueError(f"no log level {level!r}; use debug, info, warning or error")
@@ -39,3 +40,21 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None) -> N
         )
     )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+class _Lossy:
+    """A stream for log lines: what cannot be written, as on a full disk, is lost and stops nobody."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()

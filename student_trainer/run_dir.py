@@ -27,6 +27,8 @@ from protos.stillhouse.v1.run_pb2 import RunSpec
 Journal = Literal["events.jsonl", "metrics.jsonl"]
 EXIT_FAILED = 3
 """Exit code of a training process that wrote a `failed` event."""
+EXIT_DISK_FULL = 5
+"""Exit code of a training process that had no room for a `failed` event."""
 START_TIME_TOLERANCE_S = 1.0
 """Two readings of one process's start time differ by less than this."""
 MANIFEST = "MANIFEST.json"

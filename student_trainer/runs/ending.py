@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from google.rpc.status_pb2 import Status
 
 from protos.errors import Reason, StillhouseError, from_status, to_status
+from student_trainer.run_dir import EXIT_DISK_FULL
 from student_trainer.runs import state
 from student_trainer.runs.process import Exit
 from student_trainer.runs.state import State
@@ -45,6 +46,8 @@ class Ending:
     """Whether the service killed it because its log outgrew the limit."""
     may_halve: bool = False
     """Whether one with half the micro-batch may be, if memory ran out."""
+    full_disk: str = ""
+    """What to say of the run's disk if the process had no room for a word."""
 
 
 def wants_less_memory(error: Status | None) -> bool:
@@ -106,6 +109,8 @@ def _death(ending: Ending) -> StillhouseError:
     if ending.outcome == "stopped":
         sentence = "The process wrote a checkpoint and ended because something else than this service told it to, such as a SIGTERM; `run resume` goes on from there."
         return StillhouseError(Reason.PROCESS_DIED, sentence, metadata=metadata)
+    if code == EXIT_DISK_FULL:
+        return StillhouseError(Reason.DISK_FULL, ending.full_disk, metadata=metadata)
     if number == signal.SIGKILL and ending.killed_for_memory:
         sentence = f"The kernel killed the process for memory (exit 137). {MEMORY_ADVICE}"
         return StillhouseError(Reason.OUT_OF_MEMORY, sentence + tail, metadata=metadata)

@@ -13,7 +13,8 @@ from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1.run_pb2 import Run
 from student_trainer.config import from_proto
 from student_trainer.config_memory import smaller_micro_batch
-from student_trainer.run_dir import RunDir
+from student_trainer.disk import full_sentence
+from student_trainer.run_dir import EXIT_DISK_FULL, RunDir
 from student_trainer.runs.database import DatabaseThread
 from student_trainer.runs.ending import Ending, classify, wants_less_memory
 from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
@@ -153,6 +154,7 @@ class Overseer:
                 may_retry=used < run.effective_spec.retry.max_attempts,
                 overflowed=self._overflowed,
                 may_halve=may_halve,
+                full_disk=full_sentence(self._run_dir.path) if ended.code == EXIT_DISK_FULL else "",
             )
         )
         run = await db(

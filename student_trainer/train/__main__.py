@@ -1,12 +1,11 @@
 """The training process: `python -m student_trainer.train RUN_DIR --attempt N`; its last event says how it ended.
 
-Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event says why. Anything else: it died, or another process
-owns the run.
+Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event says why. EXIT_DISK_FULL: there was no room for one.
+Anything else: it died, or another process owns the run.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import signal
 import sys
@@ -22,13 +21,13 @@ from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
 from student_trainer.config import from_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
-from student_trainer.run_dir import EXIT_FAILED, Attempt, RunDir
+from student_trainer.disk import full_sentence, is_full
+from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 
 log = structlog.get_logger()
 
 EXIT_NOT_OWNER = 4
 """Exit code of a process that another one has replaced; it writes nothing."""
-_DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 @click.command()
@@ -53,6 +52,10 @@ def main(*, run_dir: Path, attempt: int) -> None:
     except StillhouseError as error:
         log.error("not the owner of the run", why=error.message)  # noqa: TRY400 - no bug, so no traceback
         sys.exit(EXIT_NOT_OWNER)
+    except OSError as error:  # not even why the run ends can be written
+        if not is_full(error):
+            raise
+        sys.exit(EXIT_DISK_FULL)
 
 
 def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
@@ -69,7 +72,7 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
         do = build if config.task == "cache" else train
         outcome = do(config, attempt, lambda: stopped() or attempt.stop_requested)
     except Exception as caught:  # whatever ends the run, the run directory says so
-        error = explain(caught)
+        error = explain(caught, attempt.run_dir.path)
         if isinstance(error, StillhouseError) and error.reason is Reason.RUN_STATE:
             raise error from caught
         status = to_status(error)
@@ -81,16 +84,12 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
     return 0
 
 
-def explain(error: BaseException) -> BaseException:
+def explain(error: BaseException, run_path: Path) -> BaseException:
     """The error in words of the catalog where it has a cause that a user can mend; else itself."""
     import torch
 
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
-        return StillhouseError(
-            Reason.DISK_FULL,
-            f"The disk of the run directory is full ({error}). Free space, then resume the run; "
-            "its last complete checkpoint is intact.",
-        )
+    if is_full(error):
+        return StillhouseError(Reason.DISK_FULL, full_sentence(run_path))
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return StillhouseError(
             Reason.OUT_OF_MEMORY,

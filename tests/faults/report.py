@@ -39,7 +39,14 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         _reports[report.nodeid] = report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def is_narrowed(config: pytest.Config) -> bool:
+    """Whether somebody asked for a part of the suite, or for its names alone."""
+    return bool(
+        config.option.keyword or config.option.collectonly or config.args != config.getini("testpaths")
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Prints row, tests and outcomes, and what a test measured."""
     write = terminalreporter.write_line
     by_row: dict[int, list[pytest.TestReport]] = defaultdict(list)
@@ -49,6 +56,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 by_row[int(str(value))].append(report)
     terminalreporter.section("fault matrix")
     for row in ROWS:
+        if is_narrowed(config) and not by_row[row.number]:
+            continue
         write(f"{row.number:2} {row.fault}: {row.ends}")
         for report in by_row[row.number]:
             write(f"     {report.outcome:7} {report.duration:6.1f} s  {report.nodeid}")
@@ -66,8 +75,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails a whole run of the suite in which a row had no test."""
-    narrowed = session.config.option.keyword or session.config.args != session.config.getini("testpaths")
-    if narrowed or hasattr(session.config, "workerinput") or session.config.option.collectonly:
+    if is_narrowed(session.config) or hasattr(session.config, "workerinput"):
         return
     seen = {
         value

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +47,15 @@ def test_an_unknown_level_is_refused() -> None:
     with pytest.raises(ValueError, match="no log level 'loud'"):
         configure_logging("loud")
     assert logging.getLogger().handlers == before
+
+
+def test_a_line_that_cannot_be_written_stops_nobody() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM + 'print("went on")'],
+            stdout=subprocess.PIPE,
+            stderr=full,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == "went on\n"

@@ -10,6 +10,7 @@ import pytest
 
 from protos.errors import Reason, StillhouseError, from_status, to_status
 from protos.stillhouse.v1.run_pb2 import Run
+from student_trainer.run_dir import EXIT_DISK_FULL
 from student_trainer.runs.ending import Ending, classify
 from student_trainer.runs.process import Exit
 from student_trainer.runs.state import (
@@ -65,6 +66,7 @@ def ended(**seen: Any) -> tuple[State, Reason | None, str]:
         ),
         ({"exit": Exit(code=1)}, FAILED, Reason.PROCESS_DIED),
         ({"exit": Exit(code=None)}, FAILED, Reason.PROCESS_DIED),
+        ({"exit": Exit(code=EXIT_DISK_FULL), "may_retry": True}, FAILED, Reason.DISK_FULL),
         ({"exit": KILLED}, FAILED, Reason.PROCESS_DIED),
         ({"exit": KILLED, "may_retry": True}, PENDING, Reason.PROCESS_DIED),
         ({"exit": KILLED, "killed_for_memory": True, "may_retry": True}, FAILED, Reason.OUT_OF_MEMORY),

@@ -1,0 +1,199 @@
+"""A full disk, a real one: what was whole stays whole, the run says where there is no room, and goes on once there is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from google.protobuf import json_format
+
+from examples.programs import Program
+from protos.cache_reader import CacheReader
+from protos.errors import Reason, from_rpc_error, from_status
+from protos.stillhouse.v1 import run_pb2 as pb
+from protos.stillhouse.v1.run_pb2 import Run
+from student_trainer.run_dir import EXIT_FAILED, RunDir
+from student_trainer.train.checkpoint import find_damage
+from tests.conftest import Models
+from tests.faults.world import World, curve_of, events_of, final_weights, get_run, insist, world
+from tests.student_trainer.runs.caller import stub_for
+from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
+from tests.support.processes import no_process_left
+from tests.support.runs import wait_until
+
+STEPS = 200
+DISK_BYTES = 24 * 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with DISK_BYTES."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    path = tmp_path / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", path], check=True)
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "--lazy", path], check=True)
+
+
+def fill(disk: Path, *, leave_bytes: int = 0) -> Path:
+    """A file that takes all room but `leave_bytes`."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 65536)
+    with filler.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x")
+    os.truncate(filler, filler.stat().st_size - leave_bytes)
+    return filler
+
+
+def spec(models: Models, data: Path, target: str) -> dict[str, Any]:
+    return spec_of(
+        models.student,
+        data,
+        target,
+        data={"eval_fraction": 0},
+        optimizer={"max_steps": STEPS, "grad_accum_steps": 1},
+        checkpoint={"every_steps": 5, "keep": 2},
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path_factory: pytest.TempPathFactory
+) -> RunDir:
+    run_dir = make_run(tmp_path_factory.mktemp("calm"), "calm", spec(models, dataset_file, hf_teacher.target))
+    assert finish_here(run_dir) == 0
+    return run_dir
+
+
+@pytest.fixture
+def environment() -> Iterator[Mapping[str, str]]:
+    with no_process_left() as mark:
+        yield mark
+
+
+def assert_same_end(run_dir: RunDir, undisturbed: RunDir) -> None:
+    assert curve_of(run_dir) == curve_of(undisturbed)
+    expected, found = final_weights(undisturbed), final_weights(run_dir)
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(weight, found[name], err_msg=name)
+
+
+def assert_says_where(message: str, disk: Path) -> None:
+    """The sentence names the disk, the path, the free bytes and what to do."""
+    assert str(disk) in message
+    assert f"of {DISK_BYTES} bytes free" in message
+    assert "Free some space" in message
+    assert "resume" in message
+
+
+@pytest.mark.faults(row=10)
+@pytest.mark.parametrize("room", [40_000])
+def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_it(
+    *,
+    room: int,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    undisturbed: RunDir,
+    environment: Mapping[str, str],
+    small_disk: Path,
+) -> None:
+    run_dir = make_run(small_disk, "full", spec(models, dataset_file, hf_teacher.target))
+    process = start(run_dir, 1, environment)
+    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
+    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
+    filler = fill(small_disk, leave_bytes=room)
+    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
+    error = events_of(run_dir, "failed")[-1]["error"]
+    assert error["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert_says_where(error["message"], small_disk)
+    kept = run_dir.checkpoints()
+    assert kept
+    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
+    assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
+    filler.unlink()
+    assert finish_here(run_dir, 2) == 0
+    assert events_of(run_dir, "started")[1]["step"] == kept[-1]
+    assert_same_end(run_dir, undisturbed)
+
+
+@pytest.mark.faults(row=10)
+@pytest.mark.slow
+def test_a_service_without_room_answers_reads_and_says_so_once_it_can(
+    *, models: Models, dataset_file: Path, hf_teacher: Program, undisturbed: RunDir, small_disk: Path
+) -> None:
+    """Database, journals, logs and checkpoints share the full disk."""
+    with world(small_disk, models.teacher) as here:
+        here.start_service()
+        request = pb.CreateRunRequest(
+            spec=json_format.ParseDict(spec(models, dataset_file, hf_teacher.target), pb.RunSpec())
+        )
+        with stub_for(here.service_target) as stub:
+            name = stub.CreateRun(request, timeout=30).name
+            run_dir = here.run_dir(name)
+            wait_until(lambda: len(run_dir.checkpoints()) == 2, "two checkpoints")
+            filler = fill(small_disk)
+            wait_until(lambda: here.training_pid(name) is None, "the end of the training process")
+            run = stub.GetRun(pb.GetRunRequest(name=name), timeout=30)
+            assert run.name == name
+            assert [each.name for each in stub.ListRuns(pb.ListRunsRequest(), timeout=30).runs] == [name]
+            assert stub.QueryMetrics(pb.QueryMetricsRequest(name=name), timeout=30).series
+            assert stub.ListArtifacts(pb.ListArtifactsRequest(name=name), timeout=60).artifacts
+            with pytest.raises(grpc.RpcError) as refused:
+                stub.CreateRun(request, timeout=30)
+            assert from_rpc_error(refused.value, target="", service="trainer").reason is Reason.DISK_FULL
+            filler.unlink()
+            wait_until(lambda: failed(here, name), "that the service says why")
+            error = from_status(get_run(here.service_target, name).error)
+            assert error.reason is Reason.DISK_FULL, error.message
+            assert_says_where(error.message, small_disk)
+            insist(lambda stub: stub.ResumeRun(pb.ResumeRunRequest(name=name)), here.service_target)
+            wait_until(
+                lambda: get_run(here.service_target, name).state == Run.STATE_COMPLETED, "the end of the run"
+            )
+        assert_same_end(run_dir, undisturbed)
+        assert "Traceback" not in here.service.log() if here.service else False
+
+
+def failed(here: World, name: str) -> bool:
+    return get_run(here.service_target, name).state == Run.STATE_FAILED
+
+
+@pytest.mark.faults(row=10)
+def test_a_cache_without_room_keeps_its_whole_shards(
+    *,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    environment: Mapping[str, str],
+    small_disk: Path,
+    tmp_path: Path,
+) -> None:
+    values = spec(models, dataset_file, hf_teacher.target)
+    values |= {"task": "cache", "cache": {"path": "caches/set"}}
+    (tmp_path / "caches").symlink_to(small_disk)
+    filler = fill(small_disk, leave_bytes=20_000)
+    run_dir = make_run(tmp_path, "build", values)
+    process = start(run_dir, 1, environment)
+    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
+    message = events_of(run_dir, "failed")[-1]["error"]["message"]
+    assert "room" in message
+    assert str(small_disk) in message
+    filler.unlink()
+    run_dir.write_control(2, stop=False)
+    assert finish_here(run_dir, 2) == 0, events_of(run_dir, "failed")
+    assert len(CacheReader(small_disk / "set")) == 64

@@ -1,0 +1,161 @@
+"""A small world to disturb: a teacher and a run service at addresses that outlive their processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from safetensors.numpy import load_file
+
+from examples.programs import Program, start_teacher, start_trainer
+from protos.stillhouse.v1 import run_pb2 as pb
+from protos.stillhouse.v1.run_pb2 import Run
+from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+from protos.transport import connect
+from student_trainer.run_dir import RunDir
+from tests.support.processes import kill, no_process_left
+from tests.support.runs import PATIENCE_S
+
+T = TypeVar("T")
+LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+"""What a caller is told when the reply, or the service, is gone."""
+
+
+@dataclass(kw_only=True)
+class World:
+    """Starts, kills and starts again; whatever it started ends with it."""
+
+    root: Path
+    teacher_model: Path
+    environment: Mapping[str, str]
+    service_options: Sequence[str] = ("--cpu-slots", "1", "--stop-grace-s", "20")
+    teacher_options: Sequence[str] = ("--dtype", "float32", "--threads", "1")
+    teacher: Program | None = None
+    service: Program | None = None
+    num_started: int = field(default=0)
+
+    @property
+    def teacher_target(self) -> str:
+        return f"unix:{self.root}/t.sock"
+
+    @property
+    def service_target(self) -> str:
+        return f"unix:{self.root}/s.sock"
+
+    @property
+    def data_dir(self) -> Path:
+        return self.root / "data"
+
+    def run_dir(self, name: str) -> RunDir:
+        """Where the run `runs/<id>` lies."""
+        return RunDir(self.data_dir / name)
+
+    def start_teacher(self, model: Path | None = None, *options: str) -> Program:
+        """A teacher at the address of all teachers of this world, while no other one lives."""
+        self.num_started += 1
+        self.teacher = start_teacher(
+            model or self.teacher_model,
+            engine="hf",
+            directory=self.root / f"teacher-{self.num_started}",
+            options=[*self.teacher_options, *options, "--listen", self.teacher_target, "--metrics-port", "0"],
+            environment=self.environment,
+        )
+        return self.teacher
+
+    def start_service(self) -> Program:
+        """The run service, on the data directory that it always had."""
+        self.num_started += 1
+        self.service = start_trainer(
+            self.data_dir,
+            directory=self.root / f"service-{self.num_started}",
+            options=[*self.service_options, "--listen", self.service_target, "--metrics-port", "0"],
+            environment=self.environment,
+        )
+        return self.service
+
+    def kill_teacher(self) -> None:
+        """SIGKILL for the teacher, which somebody starts again."""
+        assert self.teacher is not None
+        self.teacher.kill()
+
+    def kill_service(self) -> None:
+        """SIGKILL for the service alone: training processes live on."""
+        assert self.service is not None
+        self.service.process.kill()
+        self.service.process.wait()
+
+    def training_pid(self, name: str) -> int | None:
+        """The live training process of a run, if it has one."""
+        record = self.run_dir(name).process()
+        return record.pid if record is not None and record.alive else None
+
+    def close(self) -> None:
+        """Ends everything, training processes included."""
+        for program in (self.service, self.teacher):
+            if program is not None:
+                program.kill()
+        for path in self.data_dir.glob("runs/*/process.json"):
+            record = RunDir(path.parent).process()
+            if record is not None and record.alive:
+                kill(record.pid)
+
+
+@contextlib.contextmanager
+def world(root: Path, teacher_model: Path, **changes: Any) -> Iterator[World]:
+    """A world in which nothing runs; nothing of it outlives the block."""
+    with no_process_left() as mark:
+        made = World(root=root, teacher_model=teacher_model, environment=mark, **changes)
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def insist(call: Callable[[RunServiceStub], T], target: str, *, patience_s: float = PATIENCE_S) -> T:
+    """What the service answers, asking again while it is away; only for calls that may be repeated."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        with connect(target) as channel:
+            try:
+                return call(RunServiceStub(channel))
+            except grpc.RpcError as error:
+                if error.code() not in LOST or time.monotonic() > deadline:  # type: ignore[attr-defined]
+                    raise
+        time.sleep(0.1)
+
+
+def get_run(target: str, name: str) -> Run:
+    """The run as the service knows it."""
+    return insist(lambda stub: stub.GetRun(pb.GetRunRequest(name=name), timeout=30), target)
+
+
+def curve_of(run_dir: RunDir, metric: str = "train/loss") -> dict[int, float]:
+    """Step to value, from the run's own journal; of several attempts the last counts."""
+    lines: list[dict[str, Any]] = []
+    offset = -1
+    following = 0
+    while following != offset:
+        offset = following
+        more, following = run_dir.read_lines("metrics.jsonl", offset)
+        lines += more
+    return {line["step"]: line["values"][metric] for line in lines if metric in line["values"]}
+
+
+def final_weights(run_dir: RunDir) -> dict[str, Any]:
+    """The final model's arrays by name."""
+    return dict(load_file(run_dir.final_path / "model.safetensors"))
+
+
+def events_of(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
+    """The events of one kind in the run's own journal."""
+    try:
+        lines = run_dir.events_path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
