@@ -7,6 +7,7 @@ trained on shuffled rows and measured against the true ones.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import fields, replace
 from pathlib import Path
 
 import click
@@ -61,13 +62,9 @@ def shuffle(parts: list[ScoreResult], generator: np.random.Generator) -> list[Sc
     ]
     whole = Distributions.concat(decoded)
     order = generator.permutation(whole.num_rows)
-    mixed = Distributions(
-        start=whole.start,
-        token_ids=whole.token_ids[order],
-        logprobs=whole.logprobs[order],
-        target_logprobs=whole.target_logprobs[order],
-        log_tail=whole.log_tail[order],
-        log_partitions=None if whole.log_partitions is None else whole.log_partitions[order],
+    columns = {field.name: getattr(whole, field.name) for field in fields(whole)}
+    mixed = replace(
+        whole, **{name: each[order] for name, each in columns.items() if isinstance(each, np.ndarray)}
     )
     shuffled, begin = [], 0
     for part, piece in zip(parts, decoded, strict=True):

@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import click
 import numpy as np
@@ -22,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.distillation_report import paired_interval
 from protos.tensor_codec import Distributions
 from student_trainer.config import LossConfig, LossTermConfig
 from student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
@@ -29,7 +31,7 @@ from student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 from student_trainer.train.targets import TargetForm, target_rows
 
 ID_BITS, LOGPROB_BITS = 18, 16
-LENGTH, BATCH = 128, 8
+LENGTH, TEACHER_BATCH = 128, 8
 Kind = Literal["cross_entropy", "full", "tail_bucket", "sampled", "top_k_and_sampled", "renormalise"]
 
 
@@ -55,9 +57,8 @@ class Form:
         return " ".join(part for part in parts if part)
 
 
+CROSS_ENTROPY, FULL = Form(kind="cross_entropy"), Form(kind="full")
 FORMS = (
-    Form(kind="cross_entropy"),
-    Form(kind="full"),
     Form(kind="tail_bucket", top_k=64),
     Form(kind="sampled", num_samples=120),
     Form(kind="top_k_and_sampled", top_k=16, num_samples=90),
@@ -65,37 +66,44 @@ FORMS = (
 )
 
 
+def _form(text: str) -> Form:
+    """A form as the option names it: kind:k:n."""
+    kind, top_k, num_samples = text.split(":")
+    if kind not in get_args(Kind):
+        raise click.BadParameter(f"{kind!r} is none of {', '.join(get_args(Kind))}.")
+    return Form(kind=cast("Kind", kind), top_k=int(top_k), num_samples=int(num_samples))
+
+
 @click.command()
 @click.option(
     "--text", required=True, type=click.Path(path_type=Path, exists=True), help="UTF-8 text to learn."
 )
+@click.option("--work-dir", required=True, type=click.Path(path_type=Path), help="Name it again to go on.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was found here.")
+@click.option("--form", "forms", multiple=True, help="kind:k:n; default: four at most at 272 bytes.")
 @click.option("--vocabulary", default=4096, show_default=True)
 @click.option("--teacher-steps", default=600, show_default=True)
 @click.option("--steps", default=300, show_default=True, help="Of each student.")
 @click.option("--seeds", default=5, show_default=True)
+@click.option("--student-batch", default=4, show_default=True, help="Rows of 128 tokens in a step.")
 @click.option("--teacher-width", default=256, show_default=True)
-@click.option("--student-width", default=96, show_default=True)
-@click.option("--rows", default=0, help="Rows of the text that students learn from; 0 for all.")
-def main(text: Path, json_file: Path | None, seeds: int, **options: int) -> None:
+@click.option("--student-width", default=128, show_default=True)
+def main(
+    text: Path, work_dir: Path, json_file: Path | None, forms: Sequence[str], seeds: int, **sizes: int
+) -> None:
     """Measure the forms."""
     console = Console()
-    train, held_out = _blocks(text, options["vocabulary"])
-    torch.manual_seed(0)
-    teacher = _model(options["teacher_width"], 4, options["vocabulary"])
-    _train(teacher, None, train, Form(kind="cross_entropy"), options["teacher_steps"], seed=0)
-    student_rows = train[: options["rows"] or len(train)]
-    found: dict[Form, list[float]] = {form: [] for form in FORMS}
+    torch.set_num_threads(1)
+    chosen = [CROSS_ENTROPY, FULL, *(map(_form, forms) if forms else FORMS)]
+    found: dict[Form, list[float]] = {form: [] for form in chosen}
+    setting = _setting(text, work_dir, sizes)
     for seed in range(seeds):
-        for form in FORMS:
-            torch.manual_seed(seed)
-            student = _model(options["student_width"], 2, options["vocabulary"])
-            _train(student, teacher, student_rows, form, options["steps"], seed=seed)
-            found[form].append(_held_out_kl(teacher, student, held_out))
-            console.print(f"seed {seed}: {form}: {found[form][-1]:.4f}")
-    shares = {form: _shares(found, form) for form in FORMS}
+        for form, kl in _students(setting, chosen, seed).items():
+            found[form].append(kl)
+            console.print(f"seed {seed}: {form}: {kl:.4f}", highlight=False)
+    shares = {form: _shares(found, form) for form in chosen}
     table = Table("form", "bytes a token", "held-out KL", "share of the gain", "95 %")
-    for form in FORMS:
+    for form in chosen:
         mean, half = shares[form]
         table.add_row(
             *(str(form), f"{form.num_bytes:.0f}", f"{statistics.mean(found[form]):.4f}"),
@@ -103,8 +111,68 @@ def main(text: Path, json_file: Path | None, seeds: int, **options: int) -> None
         )
     console.print(table)
     if json_file is not None:
-        content = {str(form): {"kl": found[form], "share": shares[form]} for form in FORMS}
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+        content = {
+            str(form): {"bytes": form.num_bytes, "kl": found[form], "share": shares[form]} for form in chosen
+        }
+        json_file.write_text(json.dumps({"sizes": sizes, "forms": content}, indent=2) + "\n")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What students of all seeds and forms have in common."""
+
+    teacher: Any
+    train: Tensor
+    held_out: Tensor
+    results: Path
+    """Folder with a file for each student."""
+    sizes: Mapping[str, int]
+
+
+def _setting(text: Path, work_dir: Path, sizes: Mapping[str, int]) -> Setting:
+    """With a teacher that is trained here, once in a work folder."""
+    train, held_out = _blocks(text, sizes["vocabulary"])
+    torch.manual_seed(0)
+    teacher = _model(sizes["teacher_width"], 4, sizes["vocabulary"])
+    path = work_dir / "teacher-{teacher_width}-{vocabulary}-{teacher_steps}.pt".format(**sizes)
+    results = path.with_suffix("") / "students-{student_width}-{student_batch}-{steps}".format(**sizes)
+    results.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        teacher.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        optimizer, schedule = _optimizer(teacher, sizes["teacher_steps"])
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(sizes["teacher_steps"]):
+            batch = train[torch.randint(len(train), (TEACHER_BATCH,), generator=generator)]
+            _step(teacher, batch, None, optimizer, schedule)
+        torch.save(teacher.state_dict(), path)
+    return Setting(teacher=teacher, train=train, held_out=held_out, results=results, sizes=sizes)
+
+
+def _students(setting: Setting, forms: Sequence[Form], seed: int) -> dict[Form, float]:
+    """Held-out KL of one student for each form, trained side by side: the teacher scores a batch once."""
+    sizes, train = setting.sizes, setting.train
+    files = {
+        form: setting.results / f"{form.kind}-{form.top_k}-{form.num_samples}-{seed}.json" for form in forms
+    }
+    students = {}
+    for form in (form for form, file in files.items() if not file.exists()):
+        torch.manual_seed(seed)
+        student = _model(sizes["student_width"], 2, sizes["vocabulary"])
+        draws = torch.Generator().manual_seed(1000 + seed)
+        students[form] = (student, *_optimizer(student, sizes["steps"]), draws)
+    rows = torch.Generator().manual_seed(seed)
+    for _ in range(sizes["steps"] if students else 0):
+        batch = train[torch.randint(len(train), (sizes["student_batch"],), generator=rows)]
+        with torch.no_grad():
+            logits = setting.teacher(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
+            logprobs = logits.log_softmax(-1)
+        for form, (student, optimizer, schedule, draws) in students.items():
+            targets = None if form == CROSS_ENTROPY else _targets(logprobs, form, draws)
+            _step(student, batch, targets, optimizer, schedule)
+    for form, (student, *_) in students.items():
+        files[form].write_text(json.dumps(_held_out_kl(setting.teacher, student, setting.held_out)))
+    return {form: json.loads(file.read_text()) for form, file in files.items()}
 
 
 def _blocks(text: Path, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -134,36 +202,31 @@ def _model(width: int, num_layers: int, vocabulary: int) -> Any:
     return LlamaForCausalLM(settings)
 
 
-def _train(model: Any, teacher: Any, rows: Tensor, form: Form, steps: int, *, seed: int) -> None:
-    """Steps of AdamW with a cosine."""
+def _optimizer(model: Any, steps: int) -> tuple[Any, Any]:
+    """AdamW with a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
-    generator = torch.Generator().manual_seed(seed)
-    weight = 0.0 if form.kind == "cross_entropy" else 1.0
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+
+
+def _step(
+    model: Any, batch: Tensor, targets: DenseTargets | SparseTargets | None, optimizer: Any, schedule: Any
+) -> None:
+    """One step towards the targets, or towards the text where there are none."""
+    weight = 0.0 if targets is None else 1.0
     loss = LossConfig(terms=(LossTermConfig(weight=weight),), hard_weight=1.0 - weight)
-    for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
-        text = batch[:, 1:].reshape(1, -1)
-        positions = Positions(
-            target_ids=text,
-            weights=torch.ones(text.shape),
-            targets=None if form.kind == "cross_entropy" else _targets(teacher, batch, form, generator),
-        )
-        hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-        total = fused_objective(hidden, OutputLayer(weight=model.lm_head.weight), positions, loss)
-        (total.loss_sum / text.numel()).backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    text = batch[:, 1:].reshape(1, -1)
+    positions = Positions(target_ids=text, weights=torch.ones(text.shape), targets=targets)
+    hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    total = fused_objective(hidden, OutputLayer(weight=model.lm_head.weight), positions, loss)
+    (total.loss_sum / text.numel()).backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+    optimizer.zero_grad()
 
 
-def _targets(
-    teacher: Any, batch: Tensor, form: Form, generator: torch.Generator
-) -> DenseTargets | SparseTargets:
-    """What the teacher says of each next token, as the form has it."""
-    with torch.no_grad():
-        logprobs = teacher(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+def _targets(logprobs: Tensor, form: Form, generator: torch.Generator) -> DenseTargets | SparseTargets:
+    """What the teacher says of each next token, [N, V], as the form has it."""
     if form.kind == "full":
         return DenseTargets(logprobs=logprobs.unsqueeze(0))
     top = logprobs.topk(form.top_k, -1)
@@ -191,7 +254,7 @@ def _held_out_kl(teacher: Any, student: Any, rows: Tensor) -> float:
     """Mean over tokens of KL(teacher || student) on the whole vocabulary, in nats."""
     total = 0.0
     with torch.no_grad():
-        for batch in torch.split(rows, BATCH):
+        for batch in torch.split(rows, 8):
             log_p, log_q = (
                 model(input_ids=batch, use_cache=False).logits[:, :-1].log_softmax(-1)
                 for model in (teacher, student)
@@ -200,17 +263,14 @@ def _held_out_kl(teacher: Any, student: Any, rows: Tensor) -> float:
     return total / (rows.shape[0] * (LENGTH - 1))
 
 
-def _shares(found: dict[Form, list[float]], form: Form) -> tuple[float, float]:
+def _shares(found: Mapping[Form, Sequence[float]], form: Form) -> tuple[float, float]:
     """Mean over seeds of (CE - form) / mean of (CE - full), and the half width of its 95 % interval (Student's t)."""
-    base, full = found[FORMS[0]], found[FORMS[1]]
+    base, full = found[CROSS_ENTROPY], found[FULL]
     gain = statistics.mean(base) - statistics.mean(full)
     if gain == 0:
         return math.nan, math.nan
-    shares = [(b - f) / gain for b, f in zip(base, found[form], strict=True)]
-    if len(shares) < 2:
-        return shares[0], math.nan
-    t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}.get(len(shares), 2.3)
-    return statistics.mean(shares), t * statistics.stdev(shares) / math.sqrt(len(shares))
+    interval = paired_interval([each / gain for each in base], [each / gain for each in found[form]])
+    return interval.mean, interval.high - interval.mean
 
 
 if __name__ == "__main__":

@@ -1,0 +1,231 @@
+"""The acceptance experiment: every way to learn, through the teacher, the run service and training processes, on languages whose truth is known.
+
+Three parts. Dense: an order-2 language with a teacher that knows it fairly. Sparse: one of few successors with a teacher
+of high entropy, where what is cut off a target shows. On-policy: students that begin as the first part's cross-entropy
+ones learn from their own text. Seeds change text, weights and order; arms of a seed share them. What is measured is
+measured here, exactly, on the final model that a run left. Results are kept run by run: name the work folder to go on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import acceptance_arms as arms
+from benchmarks.acceptance_arms import ARMS, Arm, Found, Group
+from benchmarks.acceptance_language import (
+    BATCH,
+    NUM_LOGITS,
+    Language,
+    kl_from_truth,
+    load,
+    on_policy_kl,
+    write_rows,
+    write_student,
+    write_teacher,
+)
+from client.api import RunHandle, StillhouseError, Trainer
+from client.run_handle import ENDED
+from examples.demo import signals_as_exceptions
+from examples.programs import ProgramError, start_program, start_teacher, start_trainer
+from protos.stillhouse.v1.run_pb2 import Run
+
+LENGTH, TRAIN_ROWS, HELD_OUT_ROWS, STEPS = 48, 128, 256, 80
+HELD_OUT_SEED, TRAIN_SEED = 7, 100
+WRITTEN_LENGTH, WRITTEN_ROWS, UPDATES = 24, 512, 50
+"""Of the part on-policy."""
+LEARNING_RATE = 3e-3
+LANGUAGES: dict[str, tuple[Callable[[], Language], int]] = {
+    "dense": (Language.dense, 250),
+    "sparse": (Language.sparse, 150),
+}
+"""Each with the steps of its teacher."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bench:
+    """The running services, and where everything lies."""
+
+    client: Trainer
+    targets: dict[tuple[str, bool], str]
+    """By language, and whether rows are shuffled."""
+    teachers: dict[str, Path]
+    work_dir: Path
+
+    def complete(self, group: Group, seed: int) -> dict[str, float]:
+        """What was measured, by arm; runs that are not known are completed first."""
+        missing = [arm for arm in ARMS[group] if not self._file(group, arm, seed).exists()]
+        for arm, handle in [(arm, self._submit(group, arm, seed)) for arm in missing]:
+            value = self._measured(group, self._final(handle, group, arm, seed), seed)
+            self._file(group, arm, seed).write_text(json.dumps(value))
+            click.echo(f"{group}, {arm.name}, seed {seed}: {value:.4f}", err=True)
+        return {arm.name: json.loads(self._file(group, arm, seed).read_text()) for arm in ARMS[group]}
+
+    def _submit(self, group: Group, arm: Arm, seed: int) -> RunHandle:
+        language = "dense" if group == "on-policy" else group
+        rows = self.work_dir / f"rows-{language}-{seed}.jsonl"
+        if not rows.exists():
+            write_rows(LANGUAGES[language][0]().sample(TRAIN_ROWS, LENGTH, TRAIN_SEED + seed), rows)
+        return self.client.create_run(
+            {
+                "display_name": f"{group}, {arm.name}, seed {seed}",
+                "student": {"model": str(self._student(group, seed))},
+                "teachers": [{"targets": [self.targets[language, arm.shuffled]], "logprob_dtype": "float32"}],
+                "data": {
+                    "train": [{"path": str(rows)}],
+                    "eval": [{"path": str(rows), "limit": 4}],
+                    "max_sequence_tokens": WRITTEN_LENGTH if group == "on-policy" else LENGTH,
+                },
+                "contexts": [_on_policy() if group == "on-policy" else {"dataset": {}}],
+                "loss": dict(arm.loss),
+                "optimizer": {
+                    "learning_rate": LEARNING_RATE,
+                    "max_steps": UPDATES if group == "on-policy" else STEPS,
+                    "micro_batch_size": BATCH,
+                    "seed": seed,
+                },
+                "evaluation": {"top_k": NUM_LOGITS},
+            }
+        )
+
+    def _student(self, group: Group, seed: int) -> Path:
+        """Where the student of a seed begins."""
+        if group == "on-policy":
+            return self._model("dense", arms.CROSS_ENTROPY, seed)
+        return write_student(self.work_dir / f"student-{seed}", seed=seed, length=LENGTH)
+
+    def _final(self, handle: RunHandle, group: Group, arm: Arm, seed: int) -> Path:
+        """The model that a run left, copied through its service."""
+        run = handle.wait()
+        if run.state not in ENDED or run.state != Run.STATE_COMPLETED:
+            raise click.ClickException(f"{run.name} ({run.spec.display_name}) failed: {run.error.message}")
+        directory = self._model(group, arm, seed)
+        handle.pull("final", directory)
+        return directory
+
+    def _measured(self, group: Group, directory: Path, seed: int) -> float:
+        student = load(directory)
+        if group != "on-policy":
+            language = LANGUAGES[group][0]()
+            return kl_from_truth(language, student, language.sample(HELD_OUT_ROWS, LENGTH, HELD_OUT_SEED))
+        teacher, before = load(self.teachers["dense"]), load(self._student(group, seed))
+        after_kl, before_kl = (
+            on_policy_kl(model, teacher, count=WRITTEN_ROWS, length=WRITTEN_LENGTH, seed=seed)[0]
+            for model in (student, before)
+        )
+        return after_kl / before_kl
+
+    def _file(self, group: Group, arm: Arm, seed: int) -> Path:
+        return self.work_dir / "results" / f"{_plain(group, arm)}-{seed}.json"
+
+    def _model(self, group: Group, arm: Arm, seed: int) -> Path:
+        return self.work_dir / "models" / f"{_plain(group, arm)}-{seed}"
+
+
+def _plain(group: Group, arm: Arm) -> str:
+    return "".join(each if each.isalnum() else "-" for each in f"{group} {arm.name}")
+
+
+def _on_policy() -> dict[str, Any]:
+    """Texts behind the first token of a row."""
+    generation = {"max_new_tokens": WRITTEN_LENGTH - 1, "samples_per_prompt": 4}
+    return {"student": {"generation": generation, "max_staleness": 0}}
+
+
+def report(found: Found) -> Iterator[str]:
+    """As Markdown."""
+    for group in ("dense", "sparse"):
+        yield f"| {group} | held-out KL(truth, student) | gain over cross-entropy | share of the full gain |"
+        yield "|---|---|---|---|"
+        full = arms.gain(found, group, arms.FULL).mean
+        for arm in ARMS[group]:
+            values, gain = found.values[group][arm.name], arms.gain(found, group, arm)
+            cells = ["", ""] if arm is arms.CROSS_ENTROPY else [str(gain), f"{gain.mean / full:.0%}"]
+            yield f"| {arm.name} | {sum(values) / len(values):.4f} | {' | '.join(cells)} |"
+        yield ""
+    yield "| on-policy | reverse KL that is gone |"
+    yield "|---|---|"
+    for arm in ARMS["on-policy"]:
+        yield f"| {arm.name} | {arms.drop(found, arm)} |"
+    yield ""
+    yield from (f"- {claim}: {'yes' if holds else 'NO'}" for claim, holds in arms.claims(found).items())
+
+
+@click.command()
+@click.option("--seeds", default=5, show_default=True)
+@click.option("--engine", type=click.Choice(["vllm", "hf"]), default="hf", show_default=True)
+@click.option("--slots", default=1, show_default=True, help="Runs that train at once.")
+@click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="Name it again to go on.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
+def main(*, seeds: int, engine: str, slots: int, work_dir: Path, json_file: Path | None) -> None:
+    """Run what is missing, and report."""
+    work_dir = work_dir.resolve()
+    (work_dir / "results").mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    teachers = {
+        name: write_teacher(make(), work_dir / f"teacher-{name}", steps=steps, length=LENGTH)
+        for name, (make, steps) in LANGUAGES.items()
+    }
+    try:
+        with signals_as_exceptions(), ExitStack() as stack:
+            bench = _bench(stack, teachers, work_dir, engine, slots)
+            # Seed by seed, so that an interrupted experiment has whole pairs.
+            by_seed = [{group: bench.complete(group, seed) for group in ARMS} for seed in range(seeds)]
+    except (ProgramError, StillhouseError) as error:
+        raise click.ClickException(str(error)) from error
+    found = Found(
+        values={
+            group: {arm.name: [each[group][arm.name] for each in by_seed] for arm in ARMS[group]}
+            for group in ARMS
+        }
+    )
+    click.echo("\n".join(report(found)))
+    if json_file is not None:
+        json_file.write_text(
+            json.dumps(
+                {"seeds": seeds, "engine": engine, "values": found.values, "claims": arms.claims(found)},
+                indent=2,
+            )
+        )
+    sys.exit(0 if all(arms.claims(found).values()) else 1)
+
+
+def _bench(stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: str, slots: int) -> Bench:
+    logs = work_dir / "logs"
+    targets = {}
+    for name, directory in teachers.items():
+        options = ["--dtype", "float32", "--threads", "1"]
+        served = stack.enter_context(
+            start_teacher(directory, engine=engine, directory=logs, options=options, name=f"teacher-{name}")
+        )
+        targets[name, False] = served.target
+    arguments = [
+        "benchmarks.shuffling_proxy",
+        "--target",
+        targets["dense", False],
+        "--top-k",
+        str(arms.SHUFFLED_TOP_K),
+    ]
+    proxy = stack.enter_context(start_program("shuffling-proxy", arguments, directory=logs))
+    targets["dense", True] = proxy.target
+    service = stack.enter_context(
+        start_trainer(
+            work_dir / "trainer",
+            directory=logs,
+            options=["--cpu-slots", str(slots), "--stop-runs-on-exit", "--stop-grace-s", "5"],
+        )
+    )
+    client = stack.enter_context(Trainer(service.target))
+    return Bench(client=client, targets=targets, teachers=teachers, work_dir=work_dir)
+
+
+if __name__ == "__main__":
+    main()

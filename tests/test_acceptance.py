@@ -1,0 +1,86 @@
+"""The acceptance experiment's own parts: its languages are what they say, and its claims can fail."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import acceptance_arms as arms
+from benchmarks.acceptance_arms import ARMS, Found, Group
+from benchmarks.acceptance_language import (
+    NUM_LOGITS,
+    VOCABULARY,
+    Language,
+    kl_from_truth,
+    load,
+    on_policy_kl,
+    tokenizer,
+    write_rows,
+    write_student,
+)
+from benchmarks.sparse_targets import CROSS_ENTROPY, FULL, Form, _form, _shares
+
+
+@pytest.mark.parametrize("make", [Language.dense, Language.sparse])
+def test_text_follows_the_language_and_reaches_a_model_token_by_token(
+    make: Callable[[], Language], tmp_path: Path
+) -> None:
+    language = make()
+    rows = language.sample(400, 48, seed=1)
+    assert torch.equal(rows, language.sample(400, 48, seed=1))
+    surprise = -language.of(rows).gather(-1, rows[:, 2:, None]).mean()
+    entropy = -(language.of(rows).exp() * language.of(rows)).sum(-1).mean()
+    assert float(surprise) == pytest.approx(float(entropy), abs=0.05)
+    texts = [
+        json.loads(line)["text"] for line in write_rows(rows, tmp_path / "rows").read_text().splitlines()
+    ]
+    assert tokenizer()(texts)["input_ids"] == rows.tolist()
+
+
+def test_distances_are_zero_for_the_same_model_and_positive_for_another(tmp_path: Path) -> None:
+    one, other = (load(write_student(tmp_path / str(seed), seed=seed, length=48)) for seed in (0, 1))
+    assert on_policy_kl(one, one, count=8, length=6, seed=0) == pytest.approx((0, 0), abs=1e-6)
+    assert min(on_policy_kl(one, other, count=8, length=6, seed=0)) > 1e-4
+    language = Language.dense()
+    rows = language.sample(8, 48, seed=2)
+    even = torch.full((VOCABULARY,), -torch.tensor(float(NUM_LOGITS)).log())
+    truth = language.of(rows)
+    assert kl_from_truth(language, one, rows) == pytest.approx(
+        float((truth.exp() * (truth - even)).sum(-1).mean()), abs=0.1
+    )
+
+
+def test_every_claim_holds_for_what_is_hoped_for_and_fails_for_the_reverse() -> None:
+    hoped = {
+        "cross-entropy": 1.0, "full vocabulary": 0.8, "top-8 + tail": 0.85, "random sampling, 8 draws": 0.83,
+        "top-8 renormalised": 1.2, "control: rows shuffled": 1.1,
+        "reverse KL on the student's top-8": 0.7, "policy gradient": 0.85,
+    }  # fmt: skip
+
+    def found(value: Callable[[float], float]) -> Found:
+        groups: tuple[Group, ...] = ("dense", "sparse", "on-policy")
+        return Found(
+            values={
+                group: {
+                    arm.name: [value(hoped[arm.name]) + 0.001 * at for at in (0, 1, 2)] for arm in ARMS[group]
+                }
+                for group in groups
+            }
+        )
+
+    assert all(arms.claims(found(lambda value: value)).values())
+    assert not any(arms.claims(found(lambda value: 1.9 - value)).values())
+
+
+def test_shares_are_of_the_full_gain_and_bytes_are_those_of_packed_ids() -> None:
+    form = _form("top_k_and_sampled:32:60")
+    assert form == Form(kind="top_k_and_sampled", top_k=32, num_samples=60)
+    assert form.num_bytes == 32 * 4.25 + 60 * 2.25
+    found = {CROSS_ENTROPY: [2.0, 2.2], FULL: [1.0, 1.2], form: [1.1, 1.3]}
+    mean, half = _shares(found, form)
+    assert mean == pytest.approx(0.9)
+    assert half == pytest.approx(0, abs=1e-9)
