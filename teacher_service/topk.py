@@ -28,6 +28,8 @@ GROUP_ELEMENTS = 1 << 20
 """Elements of the rows that a CPU normalises at once: what stays in its cache is read several times."""
 FOLDS = 8, 16
 """Into how many layers a CPU folds a vocabulary of below and above 2^16 ids to find its likeliest: see `likeliest`."""
+DRAW_BLOCK = 128
+"""Ids of the vocabulary whose probabilities are added up before draws look at them."""
 _SCRATCH = threading.local()
 
 
@@ -258,13 +260,31 @@ def entropies(logits_TV: Tensor, lse_T1: Tensor) -> Tensor:
 
 
 def drawn(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
-    """[T, R]: the inverse of the cumulative distribution, in the order of the vocabulary, at the given numbers."""
-    cumulative_TV = logits_TV.double().softmax(dim=-1).cumsum(dim=-1)
-    total_T1 = cumulative_TV[:, -1:]
-    numbers_TR = torch.from_numpy(draws_TR).to(logits_TV.device) * total_T1
-    # Rounding may lift a number to the total itself, beyond which there is no token.
-    numbers_TR = torch.minimum(numbers_TR, torch.nextafter(total_T1, torch.zeros_like(total_T1)))
-    return torch.searchsorted(cumulative_TV, numbers_TR, right=True).int()
+    """[T, R]: the inverse of the cumulative distribution, in the order of the vocabulary, at the given numbers.
+
+    A number finds its block of the vocabulary first, so that only the sums of blocks and the blocks that are hit are
+    added up in double precision.
+    """
+    num_rows, vocab_size = logits_TV.shape
+    width = -(-vocab_size // DRAW_BLOCK) * DRAW_BLOCK
+    exps_TV = scratch("drawn", (num_rows, width), logits_TV.device)
+    exps_TV[:, vocab_size:] = 0
+    torch.sub(logits_TV, logits_TV.amax(dim=-1, keepdim=True), out=exps_TV[:, :vocab_size]).exp_()
+    blocks_TNW = exps_TV.view(num_rows, -1, DRAW_BLOCK)
+    sums_TN = blocks_TNW.sum(dim=-1).double()
+    cumulative_TN = sums_TN.cumsum(dim=-1)
+    numbers_TR = _below(torch.from_numpy(draws_TR).to(logits_TV.device), cumulative_TN[:, -1:])
+    block_TR = torch.searchsorted(cumulative_TN, numbers_TR, right=True)
+    sum_TR = sums_TN.gather(1, block_TR)
+    share_TR = (numbers_TR - cumulative_TN.gather(1, block_TR) + sum_TR).clamp_min(0) / sum_TR
+    hit_TRW = blocks_TNW.gather(1, block_TR.unsqueeze(-1).expand(-1, -1, DRAW_BLOCK)).double().cumsum(dim=-1)
+    within_TR1 = torch.searchsorted(hit_TRW, _below(share_TR.unsqueeze(-1), hit_TRW[..., -1:]), right=True)
+    return (block_TR * DRAW_BLOCK + within_TR1.squeeze(-1)).int()
+
+
+def _below(shares: Tensor, totals: Tensor) -> Tensor:
+    """Shares in [0, 1] of the totals; rounding may lift one to the total itself, beyond which there is no token."""
+    return torch.minimum(shares * totals, torch.nextafter(totals, torch.zeros_like(totals)))
 
 
 def uniforms(target: Target, options: DistributionOptions) -> Float64Array | None:

@@ -14,7 +14,7 @@ from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
 from teacher_service import topk
 from teacher_service.engine import DistributionOptions
-from teacher_service.topk import Target, distributions, uniforms
+from teacher_service.topk import Target, distributions, drawn, uniforms
 
 V, T = 50, 7
 EVERYTHING = DistributionOptions(
@@ -162,3 +162,21 @@ def test_the_likeliest_of_a_folded_vocabulary_are_those_of_the_whole(size: int, 
     assert torch.equal(values, rows.topk(top_k).values)
     assert torch.equal(values, rows.gather(1, ids))
     assert all(len(set(row)) == top_k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("vocab_size", [7, 128, 1000])
+def test_draws_invert_the_cumulative_distribution_and_pass_over_what_cannot_be(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 5 * torch.randn(3, vocab_size, generator=generator)
+    logits[:, torch.rand(vocab_size, generator=generator) < 0.3] = -torch.inf
+    logits[:, 0] = 0
+    logits[:, -2:] = -torch.inf
+    numbers = np.concatenate([np.random.default_rng(0).random((3, 400)), np.zeros((3, 1))], axis=1)
+    numbers = np.concatenate([numbers, np.full((3, 1), 1 - 2.0**-53)], axis=1)
+    ids = drawn(logits, numbers).long()
+    probs = logits.double().softmax(-1)
+    upper = probs.cumsum(-1).gather(1, ids).numpy()
+    mass = probs.gather(1, ids).numpy()
+    assert (mass > 0).all()
+    assert (numbers < upper + 1e-6).all()
+    assert (numbers > upper - mass - 1e-6).all()
