@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -63,9 +64,10 @@ def shuffle(parts: list[ScoreResult], generator: np.random.Generator) -> list[Sc
     whole = Distributions.concat(decoded)
     order = generator.permutation(whole.num_rows)
     columns = {field.name: getattr(whole, field.name) for field in fields(whole)}
-    mixed = replace(
-        whole, **{name: each[order] for name, each in columns.items() if isinstance(each, np.ndarray)}
-    )
+    permuted: dict[str, Any] = {
+        name: each[order] for name, each in columns.items() if isinstance(each, np.ndarray)
+    }
+    mixed = replace(whole, **permuted)
     shuffled, begin = [], 0
     for part, piece in zip(parts, decoded, strict=True):
         rows = mixed.rows(begin, begin + piece.num_rows)
