@@ -194,6 +194,10 @@ class LossConfig:
     """Draws per position for sampled targets."""
     foreign_tokenizer: str = "refuse"
     """How a foreign tokenizer is bridged: "refuse" or "alm"."""
+    chunk_temperature: float = 100.0
+    """Of the probabilities of chunks of text with "alm", > 0."""
+    chunks: str = "shortest"
+    """Where chunks end: "shortest" or "words"."""
 
     @property
     def asks_teacher(self) -> bool:
@@ -276,7 +280,7 @@ class OptimizerConfig:
     micro_batch_size: int = 8
     """Sequences in one forward pass of one process."""
     grad_accum_steps: int = 1
-    """Forward passes in one update."""
+    """Forward passes in one update, of all processes together: several share the same update."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 means no clipping."""
     epochs: float = 1.0
@@ -329,6 +333,11 @@ class ResourceConfig:
     """None: one where the service has any, else the CPU."""
     num_processes: int = 0
     """0 means one for each GPU, at least one."""
+
+    @property
+    def processes(self) -> int:
+        """Training processes of the run."""
+        return self.num_processes or max(1, len(self.gpus) or self.gpu_count or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 from protos.errors import FieldViolation, Reason, StillhouseError
 from student_trainer.config_cache import check_cache
 from student_trainer.config_contexts import check_contexts, check_data, check_student, check_teachers, losses
+from student_trainer.config_foreign import check_foreign
 from student_trainer.config_loss import check_loss
 
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig
 
 MAX_TOP_K = 256
-MAX_GPUS = 1
-"""Devices that one training process can use."""
+MAX_PROCESSES = 64
+"""Of one run."""
 MAX_NAME_CHARACTERS = 200
-TEACHER_METRICS = frozenset({"kl", "agreement"})
+TEACHER_METRICS = frozenset({"kl", "agreement", "alm"})
 """Evaluation metrics that need a teacher's answers."""
 CHOICES: Mapping[str, Sequence[str]] = {
     "RunConfig.task": ("distil", "cache", "evaluate"),
@@ -36,6 +37,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     "LossConfig.reduction": ("token_mean", "sequence_mean"),
     "LossConfig.sparse_target": ("tail_bucket", "sampled", "top_k_and_sampled", "renormalise"),
     "LossConfig.foreign_tokenizer": ("refuse", "alm"),
+    "LossConfig.chunks": ("shortest", "words"),
     "LossTermConfig.divergence": (
         *("forward_kl", "reverse_kl", "jsd", "jsd_normalised", "tvd", "skew_kl", "skew_reverse_kl"),
         *("alpha_beta", "adaptive_kl", "mse"),
@@ -50,6 +52,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
         "perplexity",
         "agreement",
         "cross_entropy",
+        "alm",
         "bleu",
         "rouge",
         "accuracy",
@@ -59,11 +62,9 @@ CHOICES: Mapping[str, Sequence[str]] = {
 
 SUPPORTED: Mapping[str, Collection[object]] = {
     "RunConfig.task": ("distil", "cache"),
-    "LossConfig.foreign_tokenizer": ("refuse",),
-    "EvaluationConfig.metrics": ("kl", "perplexity", "agreement", "cross_entropy"),
+    "EvaluationConfig.metrics": ("kl", "perplexity", "agreement", "cross_entropy", "alm"),
     "EvaluationConfig.best_metric": ("",),
     "EvaluationConfig.generation": (),
-    "ResourceConfig.num_processes": (0, 1),
 }
 """What the training process does, where that is less than the contract has; a feature that lands deletes its line."""
 
@@ -117,6 +118,7 @@ RANGES: Mapping[str, Interval] = {
     "LossConfig.hard_weight": NOT_NEGATIVE,
     "LossConfig.temperature": POSITIVE,
     "LossConfig.top_k": Interval(1, MAX_TOP_K),
+    "LossConfig.chunk_temperature": POSITIVE,
     "LossConfig.num_samples": COUNT,
     "ContextConfig.weight": POSITIVE,
     "DatasetConfig.weight": POSITIVE,
@@ -143,7 +145,7 @@ RANGES: Mapping[str, Interval] = {
     "EvaluationConfig.top_k": Interval(1, MAX_TOP_K),
     "ResourceConfig.gpus": NOT_NEGATIVE,
     "ResourceConfig.gpu_count": NOT_NEGATIVE,
-    "ResourceConfig.num_processes": NOT_NEGATIVE,
+    "ResourceConfig.num_processes": Interval(0, MAX_PROCESSES),
     "RetryConfig.max_attempts": COUNT,
     "RetryConfig.teacher_wait_s": NOT_NEGATIVE,
 }
@@ -217,7 +219,8 @@ def _problem(key: str, value: Any) -> str | None:
 
 
 def _unknown_choice(value: str, choices: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(value.lower().replace("-", "_"), choices, n=1)
+    spelled = value[:MAX_NAME_CHARACTERS].lower().replace("-", "_")
+    nearest = difflib.get_close_matches(spelled, choices, n=1)
     hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
     return f'"{value}" is not known; {hint}Possible: {_listed(choices)}.'
 
@@ -260,7 +263,7 @@ def _check_required(config: RunConfig) -> Iterator[FieldViolation]:
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
     """What fits together."""
-    for check_part in (check_student, check_teachers, check_contexts, check_data, check_cache):
+    for check_part in (check_student, check_teachers, check_contexts, check_data, check_cache, check_foreign):
         yield from check_part(config)
     yield from _check_teachers(config)
     for path, loss in losses(config):
@@ -270,9 +273,35 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         yield violation("resources.gpu_count", "is set beside gpus; give one of the two.")
     if len(set(resources.gpus)) != len(resources.gpus):
         yield violation("resources.gpus", "names a device twice; name each once.")
-    if max(len(resources.gpus), resources.gpu_count or 0) > MAX_GPUS:
+    yield from _check_processes(config)
+
+
+def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
+    """Several processes: one for each device, and what they cannot share."""
+    resources = config.resources
+    num_gpus = len(resources.gpus) or resources.gpu_count or 0
+    if num_gpus > MAX_PROCESSES:
         field = "gpus" if resources.gpus else "gpu_count"
-        yield violation(f"resources.{field}", f"asks for more than the {MAX_GPUS} device that a run can use.")
+        yield violation(
+            f"resources.{field}", f"asks for more than the {MAX_PROCESSES} devices that a run can use."
+        )
+    if resources.num_processes and num_gpus and resources.num_processes != num_gpus:
+        yield violation(
+            "resources.num_processes",
+            f"is {resources.num_processes} for {num_gpus} devices; every device has one process. Leave it out.",
+        )
+    if resources.processes == 1:
+        return
+    if config.task == "cache":
+        yield violation(
+            "resources.num_processes", "is above 1, but one process builds a cache. Leave it out."
+        )
+    if config.cache is not None and config.cache.mode == "write_through":
+        yield violation(
+            "cache.mode",
+            f'"write_through" has one writer, and this run has {resources.processes} processes. Build the cache first, '
+            'with `stillhouse cache build`, and use "read" or "only".',
+        )
 
 
 def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:

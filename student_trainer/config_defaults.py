@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from student_trainer.config_checks import MAX_TOP_K
+from student_trainer.config_foreign import is_bridged
 
 if TYPE_CHECKING:
     from student_trainer.config import LossConfig, RunConfig
@@ -31,6 +32,8 @@ def fill(config: RunConfig, spec: RunSpec) -> RunConfig:
         evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
     if not evaluation.metrics:
         metrics = ("kl", "perplexity", "agreement") if config.has_teacher else ("perplexity",)
+        if config.has_teacher and is_bridged(config):
+            metrics = ("alm", "perplexity")
         evaluation = replace(evaluation, metrics=metrics)
     student = config.student
     if student.trains_adapter and not spec.student.HasField("output"):

@@ -82,7 +82,7 @@ def training_request(loss: LossConfig, seed: int) -> RequestOf:
 
     def request(teacher: TeacherConfig) -> DistributionConfig:
         return DistributionConfig(
-            top_k=loss.top_k,
+            top_k=0 if loss.foreign_tokenizer == "alm" else loss.top_k,
             logprob_dtype=_dtype(teacher),
             pack_token_ids=True,
             temperatures=[loss.temperature] if tempered else [],

@@ -78,7 +78,7 @@ class RunCache:
             adapter=config.adapter,
             adapter_fingerprint=adapter_fingerprint(info, config.adapter, config.targets[0]),
         )
-        student = teacher.student_tokenizer
+        student = teacher.text_tokenizer
         other = student != info.tokenizer_fingerprint
         return replace(
             meta,

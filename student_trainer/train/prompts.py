@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from protos.errors import Reason, StillhouseError
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
+from student_trainer.train.alignment import ForeignText
 from student_trainer.train.rows import Row
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -35,6 +36,15 @@ class Example:
     """Tokens of the prompt that a generated completion continues; None: those before the first target."""
     teacher: str = ""
     """Name of the row's teacher; empty where rows name none."""
+    foreign: ForeignText | None = None
+    """The text in the tokens of a teacher with a tokenizer of its own; None where ids mean the same to both."""
+
+    @property
+    def asked(self) -> tuple[NDArray[np.int32], int]:
+        """Token ids and first position that the teacher is asked about."""
+        if self.foreign is not None:
+            return self.foreign.token_ids, self.foreign.start
+        return self.token_ids, self.start
 
     @property
     def start(self) -> int:

@@ -23,6 +23,7 @@ from protos.stillhouse.v1.teacher_pb2 import (
 from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from student_trainer.config import RunConfig, TeacherConfig
 from student_trainer.config_contexts import losses, query_field
+from student_trainer.config_foreign import is_bridged
 from student_trainer.config_loss import DRAWN_TARGETS
 from student_trainer.run_dir import RunDir
 from student_trainer.train.corpus import Corpus
@@ -30,7 +31,7 @@ from student_trainer.train.endpoints import Endpoint, Endpoints, backoff_s, is_p
 from student_trainer.train.identity import changed, read_identity, write_identity
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
-from student_trainer.train.vocabulary import Verdict, compare_with
+from student_trainer.train.vocabulary import Verdict, compare_with, fetch_tokenizer
 
 log = structlog.get_logger()
 
@@ -47,6 +48,8 @@ class Demands:
     """Of the student's tokenizer."""
     tokenizer_json: str
     """The student's tokenizer, which is compared with the teacher's where the fingerprints differ."""
+    bridged: bool
+    """Whether teachers are asked about the text in their own tokens, so that any tokenizer will do."""
     top_k: int
     """Largest that training and evaluation ask for."""
     top_k_field: str
@@ -67,20 +70,22 @@ class Demands:
         cls, config: RunConfig, tokenizer_fingerprint: str, tokenizer_json: str, corpus: Corpus
     ) -> Demands:
         """The demands of `config`."""
-        asked = {"evaluation.top_k": config.evaluation.top_k}
+        bridged = is_bridged(config)
+        asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
         drawn = [""]
         for path, loss in losses(config):
             if loss.asks_teacher:
                 if loss.sparse_target in DRAWN_TARGETS:
                     drawn.append(f"{path}.sparse_target")
-                asked[f"{path}.top_k"] = loss.top_k
+                asked[f"{path}.top_k"] = 0 if bridged else loss.top_k
                 if loss.temperature != 1 and loss.temperature_mode == "exact":
                     tempered.append(loss.temperature)
         field = max(asked, key=lambda name: (asked[name], name != "evaluation.top_k"))
         return cls(
             tokenizer_fingerprint=tokenizer_fingerprint,
             tokenizer_json=tokenizer_json,
+            bridged=bridged,
             top_k=asked[field],
             top_k_field=field,
             temperature=tempered[-1],
@@ -104,6 +109,7 @@ class Teacher:
         self._lock = threading.Lock()
         self._verdicts: dict[str, Verdict] = {}
         self._seen: dict[str, GetTeacherInfoResponse] = {}
+        self._tokenizers: dict[str, bytes] = {}
         self.shared_size = 0
         """Ids below it mean the same to the student and to the teacher."""
         self.info = GetTeacherInfoResponse()
@@ -141,9 +147,15 @@ class Teacher:
             attempt += 1
 
     @property
-    def student_tokenizer(self) -> str:
-        """Fingerprint of the tokenizer that the run's text is encoded with."""
-        return self._demands.tokenizer_fingerprint
+    def text_tokenizer(self) -> str:
+        """Fingerprint of the tokenizer whose ids it is asked about: the student's, or its own where that is foreign."""
+        demands = self._demands
+        return self.info.tokenizer_fingerprint if demands.bridged else demands.tokenizer_fingerprint
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """Its tokenizer, which a teacher that is asked about text in its own tokens has sent."""
+        return self._tokenizers[self.info.tokenizer_fingerprint]
 
     def close(self) -> None:
         """Closes the channels."""
@@ -190,6 +202,10 @@ class Teacher:
     def _shared_size(self, stub: TeacherServiceStub, info: GetTeacherInfoResponse, target: str) -> int:
         """Ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""
         key = info.tokenizer_fingerprint
+        if self._demands.bridged:
+            if key not in self._tokenizers:
+                self._tokenizers[key] = fetch_tokenizer(stub)
+            return info.tokenizer_size
         if key == self._demands.tokenizer_fingerprint:
             return info.tokenizer_size
         known = key in self._verdicts
@@ -224,7 +240,7 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
     """Return if a teacher can do what the run asks; raises what `Teacher.reach` lists, with limit and remedy."""
     largest_id = int(demands.largest.token_ids.max())
-    if largest_id >= info.tokenizer_size:
+    if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(
             Reason.TOKENIZER_MISMATCH,
             f"{demands.largest.place} has token id {largest_id}, which the student's tokenizer added; the teacher at "
@@ -262,7 +278,7 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -
             metadata={"capability": "CAPABILITY_LOG_PARTITIONS"},
         )
     longest = len(demands.longest.token_ids)
-    if longest > info.max_sequence_tokens:
+    if longest > info.max_sequence_tokens and not demands.bridged:
         raise StillhouseError(
             Reason.SEQUENCE_TOO_LONG,
             f"{demands.longest.place} has {longest} tokens; the teacher at {target} takes at most "
@@ -293,7 +309,7 @@ def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> Stil
         Reason.TOKENIZER_MISMATCH,
         f"The student's tokenizer ({student}) is foreign to the one of the teacher at {target} ({teacher}), so their token "
         f"ids stand for different text: {why}. Use a student and a teacher of one model family, or copy the teacher's "
-        "tokenizer to a student that is trained from_config. Approximate likelihood matching (ALM) bridges foreign "
-        "tokenizers where loss.foreign_tokenizer: alm can be chosen.",
+        "tokenizer to a student that is trained from_config; or set loss.foreign_tokenizer: alm, which compares both by "
+        "chunks of text (approximate likelihood matching).",
         metadata={"student": student, "teacher": teacher},
     )

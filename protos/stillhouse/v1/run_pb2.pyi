@@ -936,6 +936,8 @@ class LossSpec(_message.Message):
     SPARSE_TARGET_FIELD_NUMBER: _builtins.int
     NUM_SAMPLES_FIELD_NUMBER: _builtins.int
     FOREIGN_TOKENIZER_FIELD_NUMBER: _builtins.int
+    CHUNK_TEMPERATURE_FIELD_NUMBER: _builtins.int
+    CHUNKS_FIELD_NUMBER: _builtins.int
     hard_weight: _builtins.float
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
@@ -964,7 +966,20 @@ class LossSpec(_message.Message):
     num_samples: _builtins.int
     """Draws per position for "sampled" and "top_k_and_sampled". Unset means 50."""
     foreign_tokenizer: _builtins.str
-    """How a foreign tokenizer is bridged: "refuse" or "alm"."""
+    """How a foreign tokenizer is bridged. "alm": approximate likelihood matching. The text is tokenised for the teacher too, and
+    cut into chunks where tokens of both sides end; each term compares P = exp(log p / chunk_temperature), with log p what
+    a side gives to a chunk, as the distribution (P, 1 - P). It needs the log-probabilities of the text's own tokens and
+    nothing else: top_k does not count. Means are over chunks. Unset means refuse.
+    """
+    chunk_temperature: _builtins.float
+    """Of "alm", > 0. High ones let the likelihood of a chunk count even where it is tiny; gradients shrink with it. Unset
+    means 100.
+    """
+    chunks: _builtins.str
+    """Of "alm", where chunks end. "shortest": wherever tokens of both sides do. "words": only there where white space
+    follows, or a completion ends, so that no side is judged amid a word that it would have cut otherwise. Unset means
+    shortest.
+    """
     @_builtins.property
     def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossTerm]:
         """Divergences between teacher and student. Empty means forward KL with weight 1."""
@@ -981,11 +996,17 @@ class LossSpec(_message.Message):
         sparse_target: _builtins.str | None = ...,
         num_samples: _builtins.int | None = ...,
         foreign_tokenizer: _builtins.str | None = ...,
+        chunk_temperature: _builtins.float | None = ...,
+        chunks: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chunk_temperature: _TypeAlias = _typing.Literal["chunk_temperature"]  # noqa: Y015
+    _WhichOneofArgType__chunk_temperature: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature"]  # noqa: Y015
+    _WhichOneofReturnType__chunks: _TypeAlias = _typing.Literal["chunks"]  # noqa: Y015
+    _WhichOneofArgType__chunks: _TypeAlias = _typing.Literal["_chunks", b"_chunks"]  # noqa: Y015
     _WhichOneofReturnType__foreign_tokenizer: _TypeAlias = _typing.Literal["foreign_tokenizer"]  # noqa: Y015
     _WhichOneofArgType__foreign_tokenizer: _TypeAlias = _typing.Literal["_foreign_tokenizer", b"_foreign_tokenizer"]  # noqa: Y015
     _WhichOneofReturnType__hard_weight: _TypeAlias = _typing.Literal["hard_weight"]  # noqa: Y015
@@ -1002,6 +1023,10 @@ class LossSpec(_message.Message):
     _WhichOneofArgType__temperature_mode: _TypeAlias = _typing.Literal["_temperature_mode", b"_temperature_mode"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk_temperature) -> _WhichOneofReturnType__chunk_temperature | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chunks) -> _WhichOneofReturnType__chunks | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__foreign_tokenizer) -> _WhichOneofReturnType__foreign_tokenizer | None: ...
     @_typing.overload
@@ -1292,7 +1317,7 @@ class EvaluationSpec(_message.Message):
     """Likeliest teacher tokens to ask for on held-out rows. Unset means loss.top_k."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names such as "kl", "perplexity", "agreement", "bleu", "rouge", "accuracy"."""
+        """Names such as "kl", "perplexity", "agreement", "bleu", "rouge", "accuracy"; "alm" with loss.foreign_tokenizer: alm."""
 
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:

@@ -1,0 +1,120 @@
+"""Approximate likelihood matching: what teacher and student of different tokenizers give to the same stretches of text.
+
+A chunk is a stretch of bytes at whose two ends tokens of both end. The teacher gives it probability exp(p), p the sum of
+its tokens' log-probabilities, and the student exp(q). At a temperature t, P = exp(p / t - EPSILON) and Q likewise; the
+loss of the chunk is a divergence of (P, 1 - P) and (Q, 1 - Q). With forward KL that is Minixhofer et al. (2503.20083)
+up to the teacher's entropy, which no gradient sees: d loss / d q = (Q - P) / (1 - Q) / t. Axes: N targets, C chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from student_trainer.config import LossConfig
+from student_trainer.train.loss.divergences import DIVERGENCES
+from student_trainer.train.loss.objective import ObjectiveSum
+from student_trainer.train.loss.reduction import reduce
+
+EPSILON = 1e-6
+"""Keeps P and Q below 1, so that a chunk that is certain has a finite loss and gradient."""
+LEAST_LOGPROB = -1e4
+"""A chunk that is less likely counts as just so unlikely."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChunkTargets:
+    """What a teacher says of the chunks of N targets."""
+
+    chunk_of: Int64[Tensor, "1 N"]
+    """Which chunk a target belongs to, -1 for none."""
+    teacher_logprobs: Float[Tensor, " C"]
+    """Float64: log-probability of the chunk's text given all text before it, natural, at temperature 1."""
+    weights: Float[Tensor, " C"]
+    """Float64: of each chunk in the sum."""
+
+
+def chunk_objective(
+    text_logprobs: Float[Tensor, "1 N"],
+    weights: Float[Tensor, "1 N"],
+    chunks: ChunkTargets,
+    config: LossConfig,
+) -> ObjectiveSum:
+    """sum_c w_c sum_i weight_i D_i(P_c, Q_c) + hard_weight x CE(text), before it is divided.
+
+    `text_logprobs` are the student's, of each target; `weights` are those of targets and count for cross-entropy.
+    Parts: "alm_" and the divergence, by chunk; "cross_entropy" and "aligned", the share of targets in a chunk, by target;
+    "chunk_gap", |p - q| by chunk in nats.
+    """
+    hard = reduce(-text_logprobs, weights).loss_sum
+    # Not even as 0 x inf a token that the student rules out spoils a loss without cross-entropy.
+    total = (
+        config.hard_weight * hard.double() if config.hard_weight else torch.zeros_like(hard.detach()).double()
+    )
+    student = chunk_logprobs(text_logprobs, chunks)
+    parts: dict[str, Tensor] = {
+        "cross_entropy": hard.detach(),
+        "aligned": reduce((chunks.chunk_of >= 0).to(weights.dtype), weights).loss_sum,
+        "chunk_gap": ((student.detach() - chunks.teacher_logprobs).abs() * chunks.weights).sum(),
+    }
+    for name, parameters, weight in (
+        (each.divergence, each.parameters, each.weight) for each in config.terms
+    ):
+        if weight == 0:
+            continue
+        loss = chunk_divergence(
+            name,
+            chunks.teacher_logprobs,
+            student,
+            temperature=config.chunk_temperature,
+            parameters=parameters,
+        )
+        summed = (loss * chunks.weights).sum()
+        key = f"alm_{name}"
+        parts[key] = parts.get(key, torch.zeros_like(summed)) + summed.detach()
+        total = total + weight * summed
+    return ObjectiveSum(loss_sum=total, parts=parts)
+
+
+def chunk_logprobs(text_logprobs: Float[Tensor, "1 N"], chunks: ChunkTargets) -> Float[Tensor, " C"]:
+    """Float64: the student's log-probability of each chunk. Targets of no chunk may hold anything and get no gradient."""
+    chunk_of = chunks.chunk_of[0]
+    inside = chunk_of >= 0
+    summed = torch.zeros(
+        len(chunks.teacher_logprobs), dtype=torch.float64, device=text_logprobs.device
+    ).index_add(0, chunk_of[inside], text_logprobs[0][inside].double())
+    return summed.clamp(min=LEAST_LOGPROB)
+
+
+def chunk_divergence(
+    name: str,
+    teacher_logprobs: Float[Tensor, " C"],
+    student_logprobs: Float[Tensor, " C"],
+    *,
+    temperature: float,
+    parameters: Mapping[str, float] | None = None,
+) -> Float[Tensor, " C"]:
+    """The f-divergence `name` of each chunk's (P, 1 - P) from (Q, 1 - Q), in nats, >= 0; 0 iff P = Q."""
+    divergence = DIVERGENCES[name].bind(parameters or {})
+    teacher = binary(teacher_logprobs.clamp(min=LEAST_LOGPROB), temperature)
+    return divergence(teacher.unsqueeze(0), binary(student_logprobs, temperature).unsqueeze(0))[0]
+
+
+def binary(logprobs: Float[Tensor, " C"], temperature: float) -> Float[Tensor, "C 2"]:
+    """log P and log (1 - P) with P = exp(logprobs / temperature - EPSILON); a sum above 0 through rounding counts as 0."""
+    log_p = logprobs.clamp(max=0.0) / temperature - EPSILON
+    return torch.stack([log_p, log1mexp(log_p)], dim=-1)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, without loss of digits near 0 and far from it (Maechler 2012), also in the gradient."""
+    near = x > -math.log(2)
+    # Each branch sees only what is its own, so that no NaN of the other reaches the gradient.
+    close = torch.where(near, x, torch.full_like(x, -1.0))
+    far = torch.where(near, torch.full_like(x, -1.0), x)
+    return torch.where(near, (-torch.expm1(close)).log(), torch.log1p(-far.exp()))
