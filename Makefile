@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-acceptance bench-sparse bench-cache clean
+.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-acceptance bench-sparse bench-cache clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -26,6 +26,9 @@ test: check-static ## set up and run everything that CI runs
 
 test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
 	LONG=$(LONG) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -p tests.faults.report $(ARGS)
+
+test-fuzz: setup ## hostile bytes, messages, files and connections; LONG=1 for more than 100,000 cases, FUZZ_SEED=2 for others
+	LONG=$(LONG) $(PY) -m pytest --timeout 3600 tests/fuzz $(ARGS)
 
 check: check-static ## the static checks, and the tests that start no model
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model and not slow" $(ARGS)

@@ -12,6 +12,9 @@ from google.protobuf.message import Message
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
 
+MAX_NAME_CHARS = 100
+"""Of a wrong name that is compared with the right ones."""
+
 
 def is_map(field: FieldDescriptor) -> bool:
     """Whether `field` maps strings to strings, as `labels` does."""
@@ -35,7 +38,7 @@ def spelled_like(name: str, sample: str) -> str:
 def unknown_field_sentence(message: Message, name: str, prefix: str) -> str:
     """Says that `name` is no field of `message`, which lies at `prefix`, and which field may be meant."""
     names = [field.name for field in message.DESCRIPTOR.fields]
-    near = difflib.get_close_matches(_snake(name), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(_snake(name[:MAX_NAME_CHARS]), names, n=1, cutoff=0.6)
     if near:
         return f'there is no such field; did you mean "{spelled_like(near[0], name)}"?'
     elsewhere = [path for path in all_paths() if path.rpartition(".")[2] == _snake(name)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import functools
 import typing
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -58,7 +60,8 @@ class Kind:
     nested: type[Any] | None
 
 
-def kinds(cls: type[Any]) -> dict[str, Kind]:
+@functools.cache
+def kinds(cls: type[Any]) -> Mapping[str, Kind]:
     """Every field of the dataclass `cls`, in order."""
     hints = typing.get_type_hints(cls)
     return {field.name: _kind(hints[field.name]) for field in dataclasses.fields(cls)}

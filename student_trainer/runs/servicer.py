@@ -35,6 +35,8 @@ Context = grpc.aio.ServicerContext[Any, Any]
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 DEFAULT_PAGE, MAX_PAGE = 50, 500
 DEFAULT_POINTS, MAX_POINTS = 1000, 20_000
+MAX_SPEC_BYTES = 256 * 1024
+"""Far beyond any run; it bounds the time that checks take."""
 DELETED = ".deleted-"
 """Prefix of a run directory whose files are being removed."""
 
@@ -74,11 +76,17 @@ class RunServicer(RunServiceServicer):
                 Reason.INVALID_REQUEST,
                 f"request_id {request.request_id[:80]!r} is no UUID; give one, or leave it out.",
             )
+        if request.spec.ByteSize() > MAX_SPEC_BYTES:
+            raise StillhouseError(
+                Reason.INVALID_SPEC,
+                f"The spec has {request.spec.ByteSize()} bytes; at most {MAX_SPEC_BYTES} are taken. Name rows and models by "
+                "path.",
+            )
         if request.request_id and not request.validate_only:
             earlier = await self._db(self._store.find_request, request.request_id, request.spec)
             if earlier is not None:
                 return earlier  # even if its files are gone meanwhile
-        asked = config.from_proto(request.spec)
+        asked = await asyncio.to_thread(config.from_proto, request.spec)
         effective = config.to_proto(await self._db(resolve, asked, self._host))
         if request.validate_only:
             return pb.Run(spec=request.spec, effective_spec=effective)

@@ -22,6 +22,9 @@ from student_trainer.runs.schema import attempts, datasets, events, requests, ru
 from student_trainer.runs.state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
 from student_trainer.runs.totals import Totals
 
+MAX_PAGE_BYTES = 8 * 2**20
+"""Of a page of runs; one run may be beyond it."""
+
 
 class Store:
     """Runs, their attempts and events, request ids and datasets."""
@@ -97,7 +100,8 @@ class Store:
     def page(
         self, states: Sequence[State], *, before: int | None, limit: int
     ) -> tuple[list[Run], int | None]:
-        """At most `limit` runs, newest first, older than number `before`; and the number to go on from, if there are more."""
+        """At most `limit` runs and about MAX_PAGE_BYTES, newest first, older than number `before`; and the number to go
+        on from, if there are more."""
         query = select(runs).order_by(runs.c.number.desc()).limit(limit + 1)
         if states:
             query = query.where(runs.c.state.in_(states))
@@ -105,8 +109,14 @@ class Store:
             query = query.where(runs.c.number < before)
         with self._engine.begin() as db:
             found = db.execute(query).mappings().all()
-            shown = [rows.to_run(db, row) for row in found[:limit]]
-        return shown, int(found[limit - 1]["number"]) if len(found) > limit else None
+            shown: list[Run] = []
+            num_bytes = 0
+            for row in found[:limit]:
+                shown.append(rows.to_run(db, row))
+                num_bytes += shown[-1].ByteSize()
+                if num_bytes > MAX_PAGE_BYTES:
+                    break
+        return shown, int(found[len(shown) - 1]["number"]) if len(found) > len(shown) else None
 
     def queue(self) -> list[Run]:
         """PENDING runs in the order in which they shall start."""

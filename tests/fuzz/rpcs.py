@@ -1,0 +1,238 @@
+"""What is sent to each rpc: every method of both services, found in the descriptors, with requests that it would answer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+
+from protos.stillhouse.v1 import run_pb2 as run
+from protos.stillhouse.v1 import teacher_pb2 as teacher
+from protos.stillhouse.v1.tensor_pb2 import Tensor
+from protos.tensor_codec import encode
+from tests.fuzz.messages import arbitrary, mutate, structure
+from tests.fuzz.wire import damage, outline
+
+SHARE_DAMAGED = 0.2
+"""Of the cases whose bytes are no message, or another one."""
+SHARE_ARBITRARY = 0.2
+"""Of the cases that do not begin with a good request."""
+MAX_STREAM = 12
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Known:
+    """What hostile requests may speak of: there is more to break behind a good name than behind a bad one."""
+
+    names: list[str] = field(default_factory=list)
+    """Of runs."""
+    words: list[str] = field(default_factory=list)
+    """Paths, adapters, datasets."""
+    spec: run.RunSpec = field(default_factory=run.RunSpec)
+    """Of a run that could be queued."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Of an adapter that can be uploaded."""
+
+    def any_words(self) -> Sequence[str]:
+        return self.names + self.words
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What one call sends."""
+
+    method: MethodDescriptor
+    payloads: tuple[bytes, ...]
+    structure: int
+    repeats: str
+    """What makes the same case again."""
+
+    @property
+    def path(self) -> str:
+        return f"/{self.method.containing_service.full_name}/{self.method.name}"
+
+
+def methods(service: Any) -> list[MethodDescriptor]:
+    """Every rpc of a service."""
+    return list(service.methods)
+
+
+def case(method: MethodDescriptor, seed: str, known: Known) -> Case:
+    """The case of an rpc that `seed` and what is known give."""
+    rng = random.Random(seed)
+    requests = _good(method, rng, known)
+    words = known.any_words()
+    if rng.random() < SHARE_ARBITRARY:
+        kind = kind_of_input(method)
+        count = rng.randrange(4) if method.client_streaming else 1
+        requests = [arbitrary(kind, rng, words) for _ in range(count)]
+    elif rng.random() < 0.75:
+        for _ in range(rng.choice((1, 1, 2)) if requests else 0):
+            mutate(rng.choice(requests), rng, words)
+    if method.client_streaming:
+        requests = _shuffled(requests, rng)
+    payloads = [each.SerializeToString() for each in requests]
+    shape = hash(tuple(structure(each) for each in requests))
+    if payloads and rng.random() < SHARE_DAMAGED:
+        at = rng.randrange(len(payloads))
+        payloads[at] = damage(payloads[at], rng)
+        shape = hash((at, outline(payloads[at])))
+    return Case(method=method, payloads=tuple(payloads), structure=shape, repeats=seed)
+
+
+def kind_of_input(method: MethodDescriptor) -> type[Message]:
+    """The class of an rpc's requests."""
+    return method.input_type._concrete_class  # type: ignore[no-any-return]
+
+
+def _shuffled(requests: list[Any], rng: random.Random) -> list[Any]:
+    """The stream as it is, or in another order, with repetitions or gaps."""
+    match rng.randrange(6):
+        case 0:
+            rng.shuffle(requests)
+        case 1:
+            requests = requests[1:]
+        case 2:
+            requests = requests + requests
+        case 3:
+            requests = requests[: rng.randrange(len(requests) + 1)]
+        case _:
+            pass
+    return requests[:MAX_STREAM]
+
+
+def _good(method: MethodDescriptor, rng: random.Random, known: Known) -> list[Any]:
+    """Requests that the service would answer."""
+    return GOOD[method.name](rng, known)
+
+
+def _ids(rng: random.Random, length: int) -> Tensor:
+    return encode(np.array([rng.randrange(300) for _ in range(length)], np.int32))
+
+
+def _config(rng: random.Random) -> teacher.DistributionConfig:
+    return teacher.DistributionConfig(
+        top_k=rng.choice((0, 1, 8)),
+        pack_token_ids=rng.random() < 0.5,
+        temperatures=[2.0][: rng.randrange(2)],
+        num_sampled_tokens=rng.choice((0, 4)),
+        entropy=rng.random() < 0.3,
+        hidden_states=rng.random() < 0.3,
+        logprob_dtype=rng.choice((Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)),
+    )
+
+
+def _generate(rng: random.Random, known: Known) -> list[Any]:
+    prompts = [
+        teacher.Prompt(token_ids=_ids(rng, rng.randrange(1, 20))),
+        teacher.Prompt(text="Ada has 3 apples", adapter=rng.choice(["", *known.words])),
+        teacher.Prompt(
+            conversation=teacher.Conversation(messages=[teacher.Message(role="user", content="Count.")]),
+            sampling=teacher.SamplingParams(top_p=0.9, top_k=5, seed=1, stop=["."]),
+            sample_indices=[0, 3],
+        ),
+    ]
+    return [
+        teacher.GenerateRequest(
+            prompts=rng.sample(prompts, rng.randrange(1, 4)),
+            sampling=teacher.SamplingParams(temperature=1, max_new_tokens=rng.randrange(1, 4)),
+            num_samples=rng.randrange(3),
+            distributions=_config(rng) if rng.random() < 0.5 else None,
+            whole_samples=rng.random() < 0.5,
+            prompt_token_ids=rng.random() < 0.5,
+        )
+    ]
+
+
+def _score(rng: random.Random, known: Known) -> list[Any]:
+    requests: list[Any] = [teacher.ScoreRequest(config=_config(rng))]
+    for number in range(rng.randrange(1, 5)):
+        length = rng.randrange(2, 24)
+        start = rng.randrange(1, length)
+        query = np.array([[rng.randrange(-1, 300), 5]] * (length - start), np.int32)
+        sequence = teacher.ScoreSequence(
+            sequence_id=number,
+            token_ids=_ids(rng, length),
+            start=start,
+            adapter=rng.choice(["", "", *known.words]),
+            query_token_ids=encode(query) if rng.random() < 0.4 else None,
+        )
+        requests.append(teacher.ScoreRequest(sequence=sequence))
+    return requests
+
+
+def _upload_adapter(rng: random.Random, known: Known) -> list[Any]:
+    requests = []
+    for name, good in known.files.items():
+        data = damage(good, rng) if rng.random() < 0.3 else good  # a hostile file by a good name
+        half = len(data) // 2
+        requests += [
+            teacher.UploadAdapterRequest(file_name=name, data=data[:half]),
+            teacher.UploadAdapterRequest(data=data[half:]),
+        ]
+    return requests
+
+
+def _name(rng: random.Random, known: Known) -> str:
+    return rng.choice(known.names or ["runs/aaaaaaaaaaaa"])
+
+
+def _word(rng: random.Random, known: Known) -> str:
+    return rng.choice(known.words[:1] * 4 + known.words or [""])
+
+
+def _create(rng: random.Random, known: Known) -> list[Any]:
+    request = run.CreateRunRequest(spec=known.spec, validate_only=rng.random() < 0.7)
+    if rng.random() < 0.3:
+        digits = "".join(rng.choice("0123456789abcdef") for _ in range(12))
+        request.request_id = f"123e4567-e89b-42d3-a456-{digits}"
+    return [request]
+
+
+def _upload_dataset(rng: random.Random, known: Known) -> list[Any]:
+    rows = b'{"prompt": "a", "completion": "b"}\n' * rng.randrange(1, 4)
+    return [
+        run.UploadDatasetRequest(file_name="rows.jsonl", data=rows),
+        run.UploadDatasetRequest(data=rows),
+    ]
+
+
+GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
+    "GetTeacherInfo": lambda _rng, _known: [teacher.GetTeacherInfoRequest()],
+    "GetTokenizer": lambda _rng, _known: [teacher.GetTokenizerRequest()],
+    "Generate": _generate,
+    "Score": _score,
+    "UploadAdapter": _upload_adapter,
+    "LoadAdapter": lambda rng, known: [
+        teacher.LoadAdapterRequest(adapter=f"a{rng.randrange(6)}", path=_word(rng, known))
+    ],
+    "UnloadAdapter": lambda rng, _known: [teacher.UnloadAdapterRequest(adapter=f"a{rng.randrange(6)}")],
+    "CreateRun": _create,
+    "GetRun": lambda rng, known: [run.GetRunRequest(name=_name(rng, known))],
+    "ListRuns": lambda rng, _known: [
+        run.ListRunsRequest(page_size=rng.randrange(4), page_token=rng.choice(("", "3-")), states=[1])
+    ],
+    "WatchRun": lambda rng, known: [
+        run.WatchRunRequest(name=_name(rng, known), after_sequence=rng.randrange(9))
+    ],
+    "StopRun": lambda rng, known: [run.StopRunRequest(name=_name(rng, known))],
+    "ResumeRun": lambda rng, known: [run.ResumeRunRequest(name=_name(rng, known))],
+    "DeleteRun": lambda rng, known: [run.DeleteRunRequest(name=_name(rng, known))],
+    "QueryMetrics": lambda rng, known: [
+        run.QueryMetricsRequest(name=_name(rng, known), keys=["train/loss"], end_step=5, max_points=3)
+    ],
+    "UploadDataset": _upload_dataset,
+    "ListArtifacts": lambda rng, known: [run.ListArtifactsRequest(name=_name(rng, known))],
+    "DownloadArtifact": lambda rng, known: [
+        run.DownloadArtifactRequest(name=_name(rng, known), path=_word(rng, known), start_offset=1)
+    ],
+    "StreamLogs": lambda rng, known: [
+        run.StreamLogsRequest(name=_name(rng, known), start_offset=-5, follow=rng.random() < 0.2)
+    ],
+}
+"""By the rpc's name; one without a line here fails the suite."""

@@ -1,0 +1,67 @@
+"""Tensors and whole answers that lie, as they would come from a hostile peer: refused in one sentence, before memory is taken."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections import Counter
+
+from protos.errors import Reason, StillhouseError
+from protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
+from protos.tensor_codec import decode, decode_distributions, encode_distributions
+from tests.fuzz.conftest import SEED, scaled, show
+from tests.fuzz.messages import arbitrary, lie, mutate, structure
+from tests.protos.test_cache_format import EVERYTHING, VOCAB_SIZE, answer
+
+REFUSALS = {Reason.TENSOR_INVALID, Reason.NON_FINITE, Reason.TOKEN_OUT_OF_RANGE}
+MAX_SCRATCH_BYTES = 16 * 2**20
+
+
+def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
+    seen, refused, count = set(), Counter(), scaled(3000, 20_000)
+    tracemalloc.start()
+    for number in range(count):
+        rng = random.Random(f"{SEED}/tensor/{number}")
+        tensor = arbitrary(Tensor, rng, ())
+        for _ in range(rng.randrange(1, 5)):
+            lie(tensor, rng)
+        dimensions = rng.randrange(4)
+        dtypes = rng.sample(Tensor.DataType.values()[1:], rng.randrange(1, 6))
+        shape = [rng.choice((None, None, 1, 9, len(tensor.data))) for _ in range(dimensions)]
+        seen.add((structure(tensor), tuple(shape)))
+        try:
+            array = decode(tensor, field="x", dtypes=dtypes, shape=shape)
+        except StillhouseError as error:
+            refused[error.reason] += 1
+        else:
+            assert list(array.shape) == list(tensor.shape)
+            bits = tensor.bits or {1: 32, 2: 64, 3: 16, 4: 32, 6: 16}[tensor.dtype]
+            assert len(tensor.data) == (array.size * bits + 7) // 8
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    show("tensors", iter([f"{count} cases, {len(seen)} structures, {refused.total()} refused"]))
+    assert 0 < refused.total() < count
+    assert set(refused) == {Reason.TENSOR_INVALID}
+    assert peak < MAX_SCRATCH_BYTES
+
+
+def test_no_answer_of_a_teacher_is_taken_that_can_be_no_models() -> None:
+    good = encode_distributions(answer(EVERYTHING), logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
+    seen, refused, count = set(), Counter(), scaled(2000, 10_000)
+    for number in range(count):
+        rng = random.Random(f"{SEED}/answer/{number}")
+        message = TokenDistributions()
+        message.CopyFrom(good)
+        mutate(message, rng, ())
+        seen.add(structure(message))
+        try:
+            decoded = decode_distributions(message, vocab_size=VOCAB_SIZE, max_rows=64, max_top_k=16)
+        except StillhouseError as error:
+            refused[error.reason] += 1
+        else:
+            assert decoded.token_ids.min(initial=0) >= 0
+            assert decoded.token_ids.max(initial=0) < VOCAB_SIZE
+            assert decoded.logprobs.max(initial=0) <= 0.01
+    show("answers of a teacher", iter([f"{count} cases, {len(seen)} structures, {refused.total()} refused"]))
+    assert 0 < refused.total() < count
+    assert set(refused) <= REFUSALS
