@@ -137,15 +137,22 @@ def make_adapter(directory: Path, base_dir: Path, rank: int, seed: int) -> Path:
 
 
 def make_student(
-    teacher_dir: Path, directory: Path, *, hidden_size: int, num_layers: int, num_heads: int, seed: int
+    teacher_dir: Path,
+    directory: Path,
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    seed: int,
+    tokenizer_dir: Path | None = None,
 ) -> Path:
-    """Directory with a student of random weights that shares the teacher's tokenizer and sequence length."""
+    """Directory with a student of random weights with the teacher's sequence length and, unless given, its tokenizer."""
     from transformers import AutoConfig
 
     teacher = AutoConfig.from_pretrained(teacher_dir)
     return make_model(
         directory,
-        tokenizer_dir=teacher_dir,
+        tokenizer_dir=tokenizer_dir or teacher_dir,
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
@@ -169,10 +176,31 @@ def make_student(
 @click.option("--layers", "num_layers", type=int, default=2, show_default=True)
 @click.option("--heads", "num_heads", type=int, default=None, help="Default: heads of 32.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--tokenizer-from",
+    "text_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text to learn a tokenizer of its own from, for a student that is foreign to its teacher.",
+)
+@click.option(
+    "--vocab-size", type=click.IntRange(min=260), default=512, show_default=True, help="Of that tokenizer."
+)
 def main(
-    *, teacher_dir: Path, directory: Path, hidden_size: int, num_layers: int, num_heads: int | None, seed: int
+    *,
+    teacher_dir: Path,
+    directory: Path,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int | None,
+    seed: int,
+    text_file: Path | None,
+    vocab_size: int,
 ) -> None:
-    """Write a student with random weights and a teacher's tokenizer."""
+    """Write a student with random weights and a teacher's tokenizer, or one of its own."""
+    tokenizer_dir = None
+    if text_file is not None:
+        with text_file.open(encoding="utf-8") as lines:
+            tokenizer_dir = make_tokenizer(lines, directory, vocab_size)
     try:
         make_student(
             teacher_dir,
@@ -181,6 +209,7 @@ def main(
             num_layers=num_layers,
             num_heads=num_heads or max(1, hidden_size // 32),
             seed=seed,
+            tokenizer_dir=tokenizer_dir,
         )
     except ValueError as error:
         raise click.ClickException(str(error)) from error

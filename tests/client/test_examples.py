@@ -16,7 +16,8 @@ EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 def test_an_example_is_a_valid_run(path: Path) -> None:
     spec = load_run_file(path).spec
     config = from_proto(spec)
-    assert config.student.model == ".demo/student"
+    foreign = config.loss.foreign_tokenizer == "alm"
+    assert config.student.model == (".demo/foreign-student" if foreign else ".demo/student")
     assert config.teachers[0].targets == ("127.0.0.1:7401",)
     paths = [dataset.path for dataset in (*config.data.train, *config.data.eval)]
     files = ("train.jsonl", "held_out.jsonl", "by_category.jsonl")
@@ -30,4 +31,5 @@ def test_there_are_examples_to_copy() -> None:
         "lora.yaml",
         "hard_and_soft.yaml",
         "offline.yaml",
+        "foreign_tokenizer.yaml",
     }

@@ -16,6 +16,7 @@ from student_trainer.config import RunConfig, from_proto, to_proto
 from student_trainer.config_proto import kinds
 from tests.student_trainer.specs import SMALLEST, changed, spec_of
 
+ALM = {"foreign_tokenizer": "alm"}
 PYTHON_TYPES = {
     FieldDescriptor.CPPTYPE_INT32: "int",
     FieldDescriptor.CPPTYPE_INT64: "int",
@@ -184,7 +185,25 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
             {"temperature": 2, "temperature_mode": "conditional", "terms": [{"divergence": "mse"}]},
             "loss.terms[0].divergence",
         ),
-        ("loss.foreign_tokenizer", "alm", "loss.foreign_tokenizer"),
+        ("loss.foreign_tokenizer", "ALM", "loss.foreign_tokenizer"),
+        ("loss", {**ALM, "chunk_temperature": 0}, "loss.chunk_temperature"),
+        ("loss", {**ALM, "temperature": 2}, "loss.temperature"),
+        ("loss", {**ALM, "sparse_target": "sampled"}, "loss.sparse_target"),
+        ("loss", {**ALM, "terms": [{"divergence": "mse"}]}, "loss.terms[0].divergence"),
+        (
+            "loss",
+            {**ALM, "terms": [{"token_weighting": "teacher_entropy"}]},
+            "loss.terms[0].token_weighting",
+        ),
+        ("contexts", [{"dataset": {}, "loss": ALM}, {"dataset": {}}], "loss.foreign_tokenizer"),
+        ("contexts", [{"student": {}, "loss": ALM}], "contexts[0]"),
+        ("contexts", [{"teacher": {}, "loss": ALM}], "contexts[0]"),
+        (
+            "contexts",
+            [{"dataset": {}, "loss": ALM}, {"dataset": {}, "loss": {**ALM, "chunks": "words"}}],
+            "contexts",
+        ),
+        ("evaluation.metrics", ["alm"], "evaluation.metrics"),
         ("loss.temperature", 0, "loss.temperature"),
         ("contexts", [{"weight": 1}], "contexts[0]"),
         ("contexts", [{"dataset": {}, "loss": {"top_k": 999}}], "contexts[0].loss.top_k"),
@@ -225,6 +244,26 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
 )
 def test_a_spec_that_cannot_run_is_refused_by_name(path: str, value: Any, field: str) -> None:
     assert field in violations(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("further", "field"),
+    [
+        ({"evaluation": {"metrics": ["kl"]}}, "evaluation.metrics"),
+        ({"cache": {"path": "caches/a", "mode": "only"}}, "cache.mode"),
+        ({"cache": {"path": "caches/a"}, "task": "cache"}, "task"),
+        ({"teachers": [{"targets": ["a:1"], "name": "a"}, {"targets": ["b:1"], "name": "b"}]}, "teachers"),
+    ],
+)
+def test_a_bridged_run_refuses_what_needs_one_vocabulary(further: dict[str, Any], field: str) -> None:
+    assert set(violations(spec_of({**SMALLEST, "loss": ALM, **further}))) == {field}
+
+
+def test_a_bridged_run_goes_with_hard_labels_and_has_its_own_metric() -> None:
+    hard = {"dataset": {}, "loss": {"terms": [{"weight": 0}], "hard_weight": 1}}
+    run = from_proto(spec_of({**SMALLEST, "loss": ALM, "contexts": [{"dataset": {}}, hard]}))
+    assert run.evaluation.metrics == ("alm", "perplexity")
+    assert run.loss.chunk_temperature == 100
 
 
 def test_a_mixture_of_teachers_refuses_what_it_has_not() -> None:

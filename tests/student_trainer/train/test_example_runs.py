@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from examples.programs import Program, start_teacher
+from examples.small_models import main
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, finish_here, make_run, metric
 from tests.support.processes import no_process_left
@@ -58,6 +60,32 @@ def test_an_example_trains(
     run_dir = make_run(tmp_path, name, _spec(name, models, dataset_file, hf_teacher.target))
     assert finish_here(run_dir) == 0, events(run_dir)
     assert len(metric(run_dir, "train/loss")) == STEPS
+
+
+def test_a_student_made_as_the_example_says_learns_from_a_foreign_teacher(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    options = [
+        "--tokenizer-from",
+        str(dataset_file),
+        "--vocab-size",
+        "300",
+        "--hidden-size",
+        "32",
+        "--layers",
+        "1",
+    ]
+    made = CliRunner().invoke(
+        main, ["--like", str(models.teacher), "--out", str(tmp_path / "student"), *options]
+    )
+    assert made.exit_code == 0, made.output
+    spec = _spec("foreign_tokenizer", models, dataset_file, hf_teacher.target)
+    spec["student"]["model"] = str(tmp_path / "student")
+    spec["data"].pop("eval")
+    run_dir = make_run(tmp_path, "foreign", spec)
+    assert finish_here(run_dir) == 0, events(run_dir)
+    assert len(metric(run_dir, "train/alm_forward_kl")) == STEPS
+    assert set(metric(run_dir, "eval/alm")) >= {0, STEPS}
 
 
 def test_each_category_learns_from_its_adapter(
