@@ -252,7 +252,8 @@ def _tokenizers(student: Path, theirs: Mapping[str, bytes]) -> Finding:
         state="failed",
         found=f"the student's tokens and merges ({own[:12]}) are not the teacher's ({teacher[:12]})",
         remedy="Their ids stand for different text. Use a student of the teacher's family, or copy the teacher's with "
-        "`stillhouse teacher tokenizer` to a student that is trained from_config.",
+        "`stillhouse teacher tokenizer` to a student that is trained from_config; or set loss.foreign_tokenizer: alm in the "
+        "run, which compares chunks of text.",
     )
 
 
