@@ -199,6 +199,8 @@ def _channel_arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
         ("grpc.absolute_max_metadata_size", 2 * METADATA_LIMIT_BYTES),
         ("grpc.keepalive_time_ms", int(_keepalive_s() * 1000)),
         ("grpc.keepalive_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
+        # Every ping has this long, those that measure bandwidth too: a keepalive waits behind one that is on its way.
+        ("grpc.http2.ping_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # A service that comes back is found within seconds; gRPC's own bound is two minutes.

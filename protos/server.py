@@ -37,6 +37,10 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.absolute_max_metadata_size", 2 * METADATA_LIMIT_BYTES),
     ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+    (
+        "grpc.http2.ping_timeout_ms",
+        KEEPALIVE_TIMEOUT_S * 1000,
+    ),  # of every ping, which the keepalive may wait behind
     ("grpc.keepalive_permit_without_calls", 1),
     # Callers ping while a long call is silent; that is what keepalive is for and no abuse.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIMEOUT_S * 1000),

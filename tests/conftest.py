@@ -24,6 +24,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from examples.programs import Program, start_teacher, start_trainer  # noqa: E402
+from tests.support.privileges import NOT_ALLOWED  # noqa: E402
 from tests.support.processes import no_process_left  # noqa: E402
 from tests.support.texts import sentences  # noqa: E402
 
@@ -50,17 +51,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport() -> Iterator[None]:
-    """A skip fails, unless its reason is "<module or program> is not installed" or "<this> needs root" and that is so."""
+    """A skip fails, unless its reason is "<module or program> is not installed" or "<this> is not allowed on this machine"."""
     outcome = yield
     report = outcome.get_result()  # type: ignore[attr-defined]
     if report.skipped and not hasattr(report, "wasxfail"):
         reason = str(report.longrepr[2]).removeprefix("Skipped: ")
         module = reason.removesuffix(" is not installed")
-        needs_root = reason.endswith(" needs root") and os.geteuid() != 0
+        not_allowed = reason.endswith(NOT_ALLOWED)  # it was tried
         missing = (
             module != reason and importlib.util.find_spec(module) is None and shutil.which(module) is None
         )
-        if not (missing or needs_root):
+        if not (missing or not_allowed):
             report.outcome = "failed"
             report.longrepr = f"skipped although it can run here: {reason}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tests.conftest import Models
 from tests.faults.world import World, curve_of, events_of, final_weights, get_run, insist, world
 from tests.student_trainer.runs.caller import stub_for
 from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
+from tests.support.privileges import disk_of
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 
@@ -35,15 +35,8 @@ DISK_BYTES = 24 * 2**20
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of its own with DISK_BYTES."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", path], check=True)
-    try:
+    with disk_of(tmp_path / "disk", DISK_BYTES) as path:
         yield path
-    finally:
-        subprocess.run(["umount", "--lazy", path], check=True)
 
 
 def fill(disk: Path, *, leave_bytes: int = 0) -> Path:
