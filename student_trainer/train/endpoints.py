@@ -124,7 +124,15 @@ class Endpoint:
 
     def error(self, error: grpc.RpcError) -> StillhouseError:
         """What went wrong, as a sentence with a remedy."""
-        return from_rpc_error(error, target=self.target, service="teacher")
+        said = from_rpc_error(error, target=self.target, service="teacher")
+        if said.reason is not Reason.UNAUTHENTICATED:
+            return said
+        return StillhouseError(
+            said.reason,
+            f"The teacher at {self.target} refuses this run's credential ({said.message}) Put a valid token into the "
+            "token_file that the trainer's credentials.toml names for this teacher: it is read again before every try.",
+            metadata=said.metadata,
+        )
 
     def close(self) -> None:
         """Closes its channels, and with them all calls."""
