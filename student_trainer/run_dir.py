@@ -234,6 +234,16 @@ class RunDir:
             opened.cut_torn_lines()
             yield opened
 
+    def follow_attempt(self, attempt: int) -> Attempt:
+        """The run as the further processes of an attempt see it: they read, and write nothing.
+
+        Raises:
+            StillhouseError: RUN_STATE if the service has given the run to another attempt.
+        """
+        follower = Follower(self, attempt)
+        follower.check_fence()
+        return follower
+
     def _locked(self) -> bool:
         try:
             with self.lock_path.open("rb") as lock:
@@ -247,6 +257,9 @@ class RunDir:
 
 class Attempt:
     """One process's hold on a run: it alone writes the journals."""
+
+    writes = True
+    """Whether this process writes the run directory."""
 
     def __init__(self, run_dir: RunDir, number: int) -> None:
         self.run_dir = run_dir
@@ -312,6 +325,21 @@ class Attempt:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+class Follower(Attempt):
+    """A further process of an attempt, whose first process speaks for all."""
+
+    writes = False
+
+    def heartbeat(self) -> None:
+        """Nothing."""
+
+    def report(self, kind: str, **payload: Any) -> None:
+        """Nothing."""
+
+    def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing."""
 
 
 def now_text() -> str:

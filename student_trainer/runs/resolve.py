@@ -106,7 +106,7 @@ class _Resolver:
         """`config` with its device count and precision settled."""
         resources, slots = config.resources, self.host.slots
         if resources.gpu_count is None and not resources.gpus:
-            resources = replace(resources, gpu_count=1 if slots.gpus else 0)
+            resources = replace(resources, gpu_count=max(1, resources.num_processes) if slots.gpus else 0)
         need = Need(gpus=resources.gpus, count=resources.gpu_count or 0)
         lack = slots.lacks(need)
         if lack is not None:

@@ -11,7 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import structlog
@@ -19,10 +21,14 @@ import structlog
 from protos.errors import Reason, StillhouseError, to_json, to_status
 from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
-from student_trainer.config import from_proto
+from student_trainer.config import RunConfig, from_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
 from student_trainer.disk import full_sentence, is_full
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
+from student_trainer.train.ranks_start import Place, Processes, end_with_first, say_why
+
+if TYPE_CHECKING:
+    from student_trainer.train.loop import Outcome
 
 log = structlog.get_logger()
 
@@ -35,10 +41,15 @@ EXIT_NOT_OWNER = 4
 @click.option(
     "--attempt", type=click.IntRange(1), required=True, help="Number of this process among those of the run."
 )
-def main(*, run_dir: Path, attempt: int) -> None:
-    """Train the run in RUN_DIR."""
+@click.option("--worker", is_flag=True, hidden=True, help="Started by the first process of the attempt.")
+def main(*, run_dir: Path, attempt: int, worker: bool) -> None:
+    """Train the run in RUN_DIR, alone or as one of several processes that torchrun has started."""
     configure_logging("info")
-    structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt)
+    given = Place.given()
+    if worker:
+        end_with_first()
+    rank = {"rank": given.rank} if given else {}
+    structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt, **rank)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -46,9 +57,9 @@ def main(*, run_dir: Path, attempt: int) -> None:
         configure_tracing("stillhouse-train")
         with (
             process_span("train", run=run_dir.name, attempt=attempt),
-            RunDir(run_dir).open_attempt(attempt) as opened,
+            _opened(RunDir(run_dir), attempt, given) as opened,
         ):
-            sys.exit(work(opened, stop.is_set))
+            sys.exit(work(opened, stop.is_set, given))
     except StillhouseError as error:
         log.error("not the owner of the run", why=error.message)  # noqa: TRY400 - no bug, so no traceback
         sys.exit(EXIT_NOT_OWNER)
@@ -58,19 +69,22 @@ def main(*, run_dir: Path, attempt: int) -> None:
         sys.exit(EXIT_DISK_FULL)
 
 
-def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
-    """Trains and reports; the exit code. Raises StillhouseError(RUN_STATE) if another attempt owns the run."""
-    try:
-        _quieten_libraries()
-        from student_trainer.train.cache_task import build
-        from student_trainer.train.loop import train
+def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: Place | None = None) -> int:
+    """Trains and reports; the exit code. Raises StillhouseError(RUN_STATE) if another attempt owns the run.
 
+    `given` is this process's place among several that somebody else has started.
+    """
+
+    def stop_requested() -> bool:
+        return stopped() or attempt.stop_requested
+
+    try:
         config = from_proto(attempt.run_dir.effective_spec())
         if os.environ.get(HALVE_VARIABLE) == "1":
             config = smaller_micro_batch(config) or config
             log.info("micro-batch halved", micro_batch_size=config.optimizer.micro_batch_size)
-        do = build if config.task == "cache" else train
-        outcome = do(config, attempt, lambda: stopped() or attempt.stop_requested)
+        with Processes(config, attempt, stopped, given) as processes:
+            outcome = _do(config, attempt, stop_requested, processes)
     except Exception as caught:  # whatever ends the run, the run directory says so
         error = explain(caught, attempt.run_dir.path)
         if isinstance(error, StillhouseError) and error.reason is Reason.RUN_STATE:
@@ -78,10 +92,32 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False) -> int:
         status = to_status(error)
         log.error("run failed", why=status.message)  # noqa: TRY400 - to_status logs the traceback of a bug
         attempt.report("failed", error=to_json(status))
+        say_why(status)
         return EXIT_FAILED
     attempt.report(outcome.kind, step=outcome.step)
     log.info(f"run {outcome.kind}", step=outcome.step)
     return 0
+
+
+def _opened(run_dir: RunDir, attempt: int, given: Place | None) -> AbstractContextManager[Attempt]:
+    """The run, held by the first process of the attempt and followed by the others."""
+    if given is None or given.rank == 0:
+        return run_dir.open_attempt(attempt)
+    return nullcontext(run_dir.follow_attempt(attempt))
+
+
+def _do(
+    config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], processes: Processes
+) -> Outcome:
+    """The run's task. Imports torch, which by now has its threads, and the other processes are on their way."""
+    _quieten_libraries()
+    if config.task == "cache":
+        from student_trainer.train.cache_task import build
+
+        return build(config, attempt, stop_requested)
+    from student_trainer.train.loop import train
+
+    return train(config, attempt, stop_requested, processes.ranks())
 
 
 def explain(error: BaseException, run_path: Path) -> BaseException:

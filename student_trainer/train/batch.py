@@ -8,7 +8,7 @@ teacher's answer speaks of it (protos/stillhouse/v1/tensor.proto).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -136,15 +136,21 @@ class Factor:
     ) -> Factor:
         """The weighting whose factors have mean 1 over the targets of `scored` that have an answer."""
         plain = cls(weighting=weighting, vocab_size=vocab_size)
+        return plain.scaled(*plain.sums(scored, reduction))
+
+    def sums(self, scored: Sequence[Scored], reduction: Reduction) -> tuple[float, float]:
+        """Of the factors and of the weights, over the targets of `scored` that have an answer."""
         total = denominator = 0.0
         for each in scored:
             if each.answer is not None:
                 at = np.flatnonzero(each.example.mask)
-                total += float(plain.of(each, at).sum()) * _weight(len(at), reduction)
+                total += float(self.of(each, at).sum()) * _weight(len(at), reduction)
                 denominator += len(at) * _weight(len(at), reduction)
-        return cls(
-            weighting=weighting, vocab_size=vocab_size, scale=denominator / total if total > 0 else 1.0
-        )
+        return total, denominator
+
+    def scaled(self, total: float, denominator: float) -> Factor:
+        """The same with mean 1, where `sums` over the whole step are these."""
+        return replace(self, scale=denominator / total if total > 0 else 1.0)
 
     def of(self, scored: Scored, at: np.ndarray) -> np.ndarray:
         """float32 [n]: the factors of the targets `at` of a sequence with an answer."""

@@ -120,6 +120,11 @@ def restore(attempt: Attempt, trained: Trained) -> int | None:
     return None
 
 
+def restore_step(run_dir: RunDir, step: int, trained: Trained) -> None:
+    """Restores the checkpoint of `step`, which another process of this attempt has found whole, in place."""
+    _read_files(run_dir.checkpoint_path(step), trained)
+
+
 def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, against its manifest; None if nothing is."""
     try:

@@ -7,7 +7,7 @@ import io
 import math
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -49,32 +49,35 @@ def evaluate(
     device: torch.device,
     autocast: Autocast,
     vocab_size: int,
+    total: Callable[[Mapping[str, float]], Mapping[str, float]] = dict,
 ) -> dict[str, float]:
     """Means over held-out tokens, at temperature 1, by metric name; nothing is drawn at random.
+
+    `scored` may be a part of them, where several processes share the work; `total` adds up the sums of all.
 
     eval/kl: KL(teacher || student) on the teacher's top-k and the tail, a lower bound of the full one. eval/agreement:
     share of tokens where the student's likeliest token is the teacher's. These two only where there are answers.
     """
     sums: Counter[str] = Counter()
-    num_tokens, has_answers = 0, False
     head = Head(student)
     was_training = student.model.training
     student.model.eval()
     try:
         for first in range(0, len(scored), batch_size):
             batch = collate(scored[first : first + batch_size], reduction="token_mean", device=device)
-            num_tokens += batch.num_targets
-            has_answers |= batch.targets is not None
+            sums["tokens"] += batch.num_targets
+            sums["answers"] += batch.targets is not None
             with torch.no_grad(), autocast():
                 for rows, logits in head.logit_chunks(batch):
                     sums.update(_chunk(logits, batch.positions.rows(rows), vocab_size))
     finally:
         student.model.train(was_training)
-    names = ("cross_entropy", "kl", "agreement") if has_answers else ("cross_entropy",)
-    means = {f"eval/{name}": float(sums[name]) / num_tokens for name in names}
+    whole = total({name: float(value) for name, value in sums.items()})
+    names = ("cross_entropy", "kl", "agreement") if whole["answers"] else ("cross_entropy",)
+    means = {f"eval/{name}": whole[name] / whole["tokens"] for name in names}
     # Beyond this exponent no float holds the perplexity.
     means["eval/perplexity"] = math.exp(min(means["eval/cross_entropy"], 700.0))
-    means["eval/tokens"] = float(num_tokens)
+    means["eval/tokens"] = whole["tokens"]
     return means
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
@@ -26,12 +27,14 @@ from student_trainer.train.corpus import Corpus, load_corpus
 from student_trainer.train.due import Due
 from student_trainer.train.export import export
 from student_trainer.train.feeds import Parts, make_feed
+from student_trainer.train.in_flight import InFlight
 from student_trainer.train.optim import make_optimizer
 from student_trainer.train.order import Schedule
 from student_trainer.train.patience import Patience, Stopped
 from student_trainer.train.questions import evaluation_questions, training_questions
+from student_trainer.train.ranks import Ranks, merged
 from student_trainer.train.reporter import Reporter
-from student_trainer.train.sources import Source
+from student_trainer.train.sources import Source, StepData
 from student_trainer.train.step import Stepper
 from student_trainer.train.stored import StoredTeachers
 from student_trainer.train.student import Student, load_tokenizer
@@ -52,45 +55,63 @@ class Outcome:
     step: int
 
 
-def train(config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool]) -> Outcome:
+def train(
+    config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], ranks: Ranks | None = None
+) -> Outcome:
     """Runs `config` from its last checkpoint to its end, or until it shall stop.
+
+    Of several `ranks` every one calls this; they take each step together and end together.
 
     Raises:
         StillhouseError: for all that a user can cause; nothing up to the last checkpoint is lost.
     """
-    progress = Progress()
+    progress, ranks = Progress(), ranks or Ranks()
     with ExitStack() as stack:
         try:
-            run = _Run.prepare(config, attempt, progress, stop_requested, stack)
+            run = _Run.prepare(config, attempt, progress, stop_requested, stack=stack, ranks=ranks)
         except Stopped:
             return Outcome(kind="stopped", step=progress.step)
         try:
             run.evaluate_at_start()
-            for data in run.source.steps(after=progress.step):
+            for data in ranks.together(run.source.steps(after=progress.step), stop_requested):
                 metrics = run.stepper.take(data, progress)
-                run.report({**metrics, **data.metrics})
+                settled = run.settle(data, stop=stop_requested())
+                run.report({**metrics, **settled.metrics})
                 run.refuse_nonsense()
                 if run.due.evaluation(progress.step):
                     run.evaluate()
-                if stop_requested():
+                if settled.stop:
                     raise Stopped  # noqa: TRY301 - the same way out as from a wait
                 # A checkpoint amid steps that failed would be no place to go on from.
-                if run.due.checkpoint(progress.step) and not progress.skipped_in_a_row:
+                if settled.save and not progress.skipped_in_a_row:
                     run.save()
             run.save()
             run.evaluate_at_end()
         except Stopped:
             run.save()
             return Outcome(kind="stopped", step=progress.step)
-        export(run.student, attempt)
+        if ranks.is_first:
+            export(run.student, attempt)
     return Outcome(kind="completed", step=progress.step)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settled:
+    """What the processes of a run agree on after a step."""
+
+    stop: bool
+    save: bool
+    """Whether a checkpoint is due."""
+    metrics: Mapping[str, float]
+    """Of all contexts in all processes."""
 
 
 class _Run:
     """The parts of a run, ready to take steps."""
 
-    def __init__(self, config: RunConfig, attempt: Attempt, progress: Progress) -> None:
+    def __init__(self, config: RunConfig, attempt: Attempt, progress: Progress, ranks: Ranks) -> None:
         self.config = config
+        self.ranks = ranks
         self.attempt = attempt
         self.progress = progress
         self.student: Student
@@ -102,6 +123,7 @@ class _Run:
         self._trained: Trained
         self._schedule: Schedule
         self._held_out: list[Scored]
+        self._num_held_out: int
         self._vocab_size: int
         self._facts: dict[str, str]
         self._saved_step: int | None = None
@@ -114,10 +136,12 @@ class _Run:
         attempt: Attempt,
         progress: Progress,
         stop_requested: Callable[[], bool],
+        *,
         stack: ExitStack,
+        ranks: Ranks,
     ) -> _Run:
         """Reads the data, checks the teacher, loads the student and its last checkpoint; in the order of what fails fastest."""
-        run = cls(config, attempt, progress)
+        run = cls(config, attempt, progress, ranks)
         run._reporter = stack.enter_context(Reporter(attempt))
         data_dir = attempt.run_dir.path.resolve().parent.parent
         patience = Patience(attempt, stop_requested, config.retry.teacher_wait_s)
@@ -131,12 +155,15 @@ class _Run:
         wants_answers = bool(
             config.has_teacher and corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
         )
-        ask_now = wants_answers and answers is None
+        # The first process asks, and all go by what it found.
+        ask_now = ranks.exchange(wants_answers and answers is None, patient=True)[0]
         teachers: Teachers | StoredTeachers | None = None
         if config.asks_teacher or ask_now:
             demands = Demands.of(config, fingerprint, tokenizer_json, corpus)
-            teachers = _reach(
-                config, corpus, demands, attempt, patience=patience, stack=stack, ask_now=ask_now
+            teachers = ranks.after_first(
+                lambda: _reach(
+                    config, corpus, demands, attempt, patience=patience, stack=stack, ask_now=ask_now
+                )
             )
 
         run._accelerator = device.make_accelerator(config.optimizer)
@@ -163,6 +190,7 @@ class _Run:
             config,
             total_steps=run._schedule.total_steps,
             vocab_size=run._vocab_size,
+            ranks=ranks,
         )
         run._trained = Trained(
             model=run.student.model,
@@ -175,23 +203,18 @@ class _Run:
             "tokenizer_fingerprint": fingerprint,
             "teacher_fingerprint": teachers.fingerprint if teachers else "",
         }
-        run._saved_step = checkpoint.restore(attempt, run._trained)
+        run._restore()
         run.due = Due(config.checkpoint, config.evaluation, run._schedule)
         run._reporter.resume_at(progress.step)
         attempt.report("started", total_steps=run._schedule.total_steps, step=progress.step)
         log.info("training", step=progress.step, total_steps=run._schedule.total_steps, precision=precision)
 
         if ask_now and teachers:
-            asked = teachers.answers(
-                evaluation_request(config.evaluation.top_k), fixed_text=True, held_out=True
-            )
-            try:
-                answers = evaluate.ask(corpus.eval, asked, patience)
-            finally:
-                asked.close()
-            evaluate.store_answers(attempt.run_dir, answers, config.evaluation.top_k)
+            answers = ranks.after_first(lambda: run._answers(corpus, teachers, patience))
         plain = [Scored(example=example, answer=None) for example in corpus.eval]
-        run._held_out = answers if answers is not None and wants_answers else plain
+        held_out = answers if answers is not None and wants_answers else plain
+        run._num_held_out = len(held_out)
+        run._held_out = [each for number, each in enumerate(held_out) if ranks.is_mine(number)]
         parts = Parts(
             config=config,
             corpus=corpus,
@@ -212,14 +235,57 @@ class _Run:
             weights=[each.weight for each in config.contexts], schedule=run._schedule, seed=config.data.seed
         )
         feeds = [make_feed(context, number, parts) for number, context in enumerate(config.contexts)]
-        run.source = Source(feeds, mix)
+        run.source = Source(feeds, mix, ranks.is_mine)
         return run
+
+    def _restore(self) -> None:
+        """Takes over the last checkpoint, which the first process has found whole; all begin with the same weights."""
+        found = checkpoint.restore(self.attempt, self._trained) if self.ranks.is_first else None
+        found = self.ranks.exchange(found, patient=True)[0]
+        if found is not None and not self.ranks.is_first:
+            checkpoint.restore_step(self.attempt.run_dir, found, self._trained)
+        self._trained.in_flight.keep(self.ranks.is_mine)
+        self.ranks.share(self.student.trained().values())
+        self._saved_step = found
+
+    def _answers(
+        self, corpus: Corpus, teachers: Teachers | StoredTeachers, patience: Patience
+    ) -> list[Scored] | None:
+        """The teacher's answers for the held-out rows: the first process asks for them, the others read what it stored."""
+        run_dir, top_k = self.attempt.run_dir, self.config.evaluation.top_k
+        if not self.ranks.is_first:
+            return evaluate.load_answers(run_dir, corpus.eval, top_k)
+        asked = teachers.answers(evaluation_request(top_k), fixed_text=True, held_out=True)
+        try:
+            answers = evaluate.ask(corpus.eval, asked, patience)
+        finally:
+            asked.close()
+        evaluate.store_answers(run_dir, answers, top_k)
+        return answers
+
+    def settle(self, data: StepData, *, stop: bool) -> Settled:
+        """What all processes say after a step."""
+        self._trained.in_flight.forget_before(self.progress.step)
+        own = {
+            "stop": stop,
+            "save": self.due.checkpoint(self.progress.step),
+            "weight": len(data.scored),
+            "metrics": {"train/teacher_wait_s": data.teacher_wait_s, **data.metrics},
+            "asked": self.source.num_asked,
+        }
+        told = self.ranks.exchange(own)
+        asked = float(sum(each["asked"] for each in told))
+        metrics = merged([(each["weight"], each["metrics"]) for each in told])
+        return Settled(
+            stop=any(each["stop"] for each in told),
+            save=any(each["save"] for each in told),
+            metrics={**metrics, "teacher/sequences_asked": asked},
+        )
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of the step just taken."""
         further = {
             "train/epoch": self._schedule.epochs(self.progress.step),
-            "teacher/sequences_asked": float(self.source.num_asked),
         }
         self._reporter.metrics(self.progress.step, {**metrics, **further})
 
@@ -239,8 +305,15 @@ class _Run:
         if step in (0, self._saved_step):
             return
         began = time.monotonic()
-        checkpoint.save(self.attempt, self._trained, self._facts, keep=self.config.checkpoint.keep)
+        self._trained.in_flight.forget_before(step)
+        parts = self.ranks.gather(self._trained.in_flight.to_bytes())
         self._saved_step = step
+        self.due.saved()
+        if not self.ranks.is_first:
+            return
+        in_flight = InFlight.joined(InFlight.from_bytes(part) for part in parts)
+        whole = dataclasses.replace(self._trained, in_flight=in_flight)
+        checkpoint.save(self.attempt, whole, self._facts, keep=self.config.checkpoint.keep)
         self.due.saved()
         self.attempt.report("checkpoint", step=step)
         log.info("checkpoint written", step=step, time_s=round(time.monotonic() - began, 3))
@@ -258,7 +331,7 @@ class _Run:
     def evaluate(self) -> None:
         """Evaluates on the held-out rows, if there are any, and reports."""
         self._evaluated_step = self.progress.step
-        if not self._held_out:
+        if not self._num_held_out:
             return
         metrics = evaluate.evaluate(
             self.student,
@@ -267,6 +340,7 @@ class _Run:
             device=self._accelerator.device,
             autocast=self._accelerator.autocast,
             vocab_size=self._vocab_size,
+            total=self.ranks.sums,
         )
         self._reporter.metrics(self.progress.step, metrics)
         log.info("evaluated", step=self.progress.step, **metrics)

@@ -93,7 +93,7 @@ class RemoteSampler:
         generation: RolloutConfig,
         *,
         max_sequence_tokens: int,
-        seed: int,
+        seeds: Sequence[int],
     ) -> list[list[Text]]:
         """Up to `samples_per_prompt` texts for each prompt, waiting for the service as for a teacher.
 
@@ -106,11 +106,11 @@ class RemoteSampler:
                     token_ids=encode(prompt),
                     adapter=name,
                     sampling=SamplingParams(
-                        seed=(seed + number) % 2**63,
+                        seed=seed,
                         max_new_tokens=min(generation.max_new_tokens, max_sequence_tokens - len(prompt)),
                     ),
                 )
-                for number, prompt in enumerate(prompts)
+                for prompt, seed in zip(prompts, seeds, strict=True)
             ],
             sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
             num_samples=generation.samples_per_prompt,

@@ -47,6 +47,8 @@ class Reporter:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of a step; what is no number is left out, because JSON has no word for it."""
+        if not self._attempt.writes:
+            return
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._attempt.report_metrics(step, finite)
         for name, value in finite.items():

@@ -71,15 +71,18 @@ class Sampler:
         generation: RolloutConfig,
         *,
         max_sequence_tokens: int,
-        seed: int,
+        seeds: Sequence[int],
     ) -> list[list[Text]]:
-        """`samples_per_prompt` texts for each prompt; the same for the same weights, prompts and seed.
+        """`samples_per_prompt` texts for each prompt, drawn by the seed of the prompt; who writes beside it changes nothing.
 
         Prompt and text together have at most `max_sequence_tokens`, which leaves every prompt room for a token. Raises
         StillhouseError(NON_FINITE) if the student's logits are no numbers.
         """
-        copies = [prompt for prompt in prompts for _ in range(generation.samples_per_prompt)]
-        generator = torch.Generator(self._device).manual_seed(seed)
+        copies = [
+            (prompt, np.random.Generator(np.random.PCG64([seed, sample])))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for sample in range(generation.samples_per_prompt)
+        ]
         was_training = self._student.model.training
         self._student.model.eval()
         try:
@@ -88,7 +91,7 @@ class Sampler:
                     text
                     for first in range(0, len(copies), BATCH_TEXTS)
                     for text in self._write_batch(
-                        copies[first : first + BATCH_TEXTS], generation, max_sequence_tokens, generator
+                        copies[first : first + BATCH_TEXTS], generation, max_sequence_tokens
                     )
                 ]
         finally:
@@ -98,11 +101,11 @@ class Sampler:
 
     def _write_batch(
         self,
-        prompts: Sequence[NDArray[np.int32]],
+        copies: Sequence[tuple[NDArray[np.int32], np.random.Generator]],
         generation: RolloutConfig,
         max_sequence_tokens: int,
-        generator: torch.Generator,
     ) -> Iterator[Text]:
+        prompts = [prompt for prompt, _ in copies]
         rooms = [min(generation.max_new_tokens, max_sequence_tokens - len(prompt)) for prompt in prompts]
         assert min(rooms) >= 1, "examples end before max_sequence_tokens"
         longest = max(map(len, prompts))
@@ -111,7 +114,13 @@ class Sampler:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
-        draws = _Draws(self._vocab_size, generation, self._num_likeliest, generator)
+        uniform = np.stack([generator.random(max(rooms)) for _, generator in copies])
+        draws = _Draws(
+            self._vocab_size,
+            generation,
+            self._num_likeliest,
+            torch.from_numpy(uniform).to(self._device),
+        )
         model: Any = self._student.model
         model.generate(
             input_ids=torch.from_numpy(ids).to(self._device),
@@ -174,12 +183,13 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
     """Draws the token of every text, records it, and leaves only it for `generate`, which takes the likeliest."""
 
     def __init__(
-        self, num_valid: int, generation: RolloutConfig, num_likeliest: int, generator: torch.Generator
+        self, num_valid: int, generation: RolloutConfig, num_likeliest: int, uniform_BT: Tensor
     ) -> None:
+        """`uniform_BT`: float64 in [0, 1), one number for each draw."""
         self._num_valid = num_valid
         self._generation = generation
         self._num_likeliest = num_likeliest
-        self._generator = generator
+        self._uniform_BT = uniform_BT
         self._tokens: list[Tensor] = []
         self._logprobs: list[Tensor] = []
         self._likeliest: list[Tensor] = []
@@ -198,7 +208,7 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
         if self._generation.top_p < 1:
             logits_BV = _nucleus(logits_BV, self._generation.top_p)
         logprobs_BV = logits_BV.log_softmax(-1)
-        tokens_B1 = torch.multinomial(logprobs_BV.exp(), 1, generator=self._generator)
+        tokens_B1 = _inverse(logprobs_BV, self._uniform_BT[:, len(self._tokens)])
         self._tokens.append(tokens_B1.squeeze(-1).int())
         self._logprobs.append(logprobs_BV.gather(-1, tokens_B1).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens_B1, 0.0)
@@ -208,6 +218,13 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
         parts = (self._tokens, self._logprobs, self._likeliest)
         tokens, logprobs, likeliest = (torch.stack(part, dim=1).cpu().numpy() for part in parts)
         return tokens, logprobs, likeliest
+
+
+def _inverse(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """[B, 1]: the token in whose stretch of the cumulative distribution the number lies; never one of probability 0."""
+    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
+    points_B1 = uniform_B.unsqueeze(-1) * cumulative_BV[:, -1:]
+    return (cumulative_BV <= points_B1).sum(-1, keepdim=True)
 
 
 def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:

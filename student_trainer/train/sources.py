@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,9 +64,13 @@ class Feed(Protocol):
 class Source:
     """The contexts of a run, mixed."""
 
-    def __init__(self, feeds: Sequence[Feed], mix: Mix) -> None:
+    def __init__(
+        self, feeds: Sequence[Feed], mix: Mix, is_mine: Callable[[int], bool] = lambda _: True
+    ) -> None:
+        """`is_mine` says by its place in the run whether a row is this process's, where several share every step."""
         self._feeds = feeds
         self._mix = mix
+        self._is_mine = is_mine
 
     @property
     def num_asked(self) -> int:
@@ -85,7 +89,8 @@ class Source:
         for step in range(after, total):
             for number, feed in enumerate(self._feeds):
                 while asked_until[number] < min(step + 1 + feed.ahead, total):
-                    feed.ask(asked_until[number], self._mix.slots(asked_until[number])[number])
+                    slots = self._mix.slots(asked_until[number])[number]
+                    feed.ask(asked_until[number], [slot for slot in slots if self._is_mine(slot.place)])
                     asked_until[number] += 1
             began = time.monotonic()
             scored = [each for feed in self._feeds for each in feed.take(step)]

@@ -6,9 +6,10 @@ import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import structlog
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.reduction import Reduction
 from student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
 from student_trainer.train.packing import check_packing
+from student_trainer.train.ranks import Ranks
 from student_trainer.train.sources import StepData
 from student_trainer.train.student import Student
 from student_trainer.train.targets import TargetForm, TokenWeighting
@@ -32,6 +34,10 @@ log = structlog.get_logger()
 CHUNK_LOGITS = 2**27
 """Where loss and output layer are not fused: logits whose float32 log-probabilities are held at a time; those of other
 chunks are computed again in the backward pass."""
+
+
+_DROPOUT_STREAM = 6
+"""Distinguishes these draws from those of orders, contexts and texts."""
 
 
 class Stepper:
@@ -46,9 +52,14 @@ class Stepper:
         *,
         total_steps: int,
         vocab_size: int,
+        ranks: Ranks | None = None,
     ) -> None:
-        """`vocab_size` is the effective vocabulary: the ids that student and teacher both know."""
+        """`vocab_size` is the effective vocabulary: the ids that student and teacher both know.
+
+        Of several `ranks`, each computes the gradient of its own sequences; the update is that of all.
+        """
         self._student = student
+        self._ranks = ranks or Ranks()
         self._optimizer = optimizer
         self._prepared = accelerator.prepare_optimizer(optimizer)
         self._accelerator = accelerator
@@ -58,6 +69,12 @@ class Stepper:
         self._losses = [context.loss or config.loss for context in config.contexts]
         # The configuration's checks see to it that all contexts reduce alike.
         self._reduction = cast("Reduction", self._losses[0].reduction)
+        named = {term.token_weighting for loss in self._losses for term in loss.terms if term.weight > 0}
+        self._weightings = [
+            Factor(weighting=cast("TokenWeighting", name), vocab_size=vocab_size)
+            for name in sorted(named - {"uniform"})
+        ]
+        self._parameters = list(student.trained().values())
         self._head = Head(student)
         if self._head.layer is None:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
@@ -65,18 +82,19 @@ class Stepper:
             check_packing(student, accelerator.device)
 
     def take(self, data: StepData, progress: Progress) -> dict[str, float]:
-        """The metrics of a step, after it was taken and `progress` was moved on.
+        """The metrics of a step over all processes, after it was taken and `progress` was moved on.
 
         A loss or a gradient that is no number changes no weight and is counted in `progress`.
         """
         began = time.monotonic()
-        examples = [each.example for each in data.scored]
-        num_tokens = sum(each.num_targets for each in examples)
+        self._seed_dropout(data.step)
+        whole = self._whole(data.scored)
+        num_tokens = int(whole["tokens"])
         rate = learning_rate(data.step, self._total_steps, self._config.optimizer)
         set_learning_rate(self._optimizer, rate)
         metrics = {"train/learning_rate": rate, "train/teacher_wait_s": data.teacher_wait_s}
-        if examples:
-            means = self._accumulate(data.scored, total_weight(examples, self._reduction))
+        if num_tokens:
+            means = self._accumulate(data.scored, whole["weight"], self._factors(whole))
             norm = self._update(means["loss"])
             metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
             updated = math.isfinite(means["loss"]) and (
@@ -97,11 +115,32 @@ class Stepper:
             "train/step_time_s": step_time_s,
         }
 
-    def _accumulate(self, scored: Sequence[Scored], denominator: float) -> dict[str, float]:
+    def _seed_dropout(self, step: int) -> None:
+        """With several processes their random numbers are a function of seed, step and rank, and part of no checkpoint."""
+        if self._ranks.size > 1:
+            seeds = np.random.SeedSequence(
+                [self._config.optimizer.seed, _DROPOUT_STREAM, step, self._ranks.rank]
+            )
+            torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
+
+    def _whole(self, scored: Sequence[Scored]) -> dict[str, float]:
+        """Of the step in all processes: "tokens", "weight", which is its denominator, and the sums of token weightings."""
+        examples = [each.example for each in scored]
+        own = {
+            "tokens": float(sum(each.num_targets for each in examples)),
+            "weight": total_weight(examples, self._reduction),
+        }
+        for plain in self._weightings:
+            total, denominator = plain.sums(scored, self._reduction)
+            own |= {f"{plain.weighting}/total": total, f"{plain.weighting}/denominator": denominator}
+        return self._ranks.sums(own)
+
+    def _accumulate(
+        self, scored: Sequence[Scored], denominator: float, factors: Sequence[Factor]
+    ) -> dict[str, float]:
         """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
         sums: Counter[str] = Counter()
         shares: Counter[str] = Counter()
-        factors = self._factors(scored)
         for group in _groups(scored, self._config.optimizer.micro_batch_size):
             context = group[0].context
             loss, student = self._losses[context], self._config.contexts[context].student
@@ -122,29 +161,42 @@ class Stepper:
             if not math.isfinite(sums["loss"]):
                 break
             self._accelerator.backward(summed.loss_sum / denominator)
+        return self._means(sums, shares)
+
+    def _means(self, sums: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
+        """Of all processes' sums. Each part is a mean over the tokens of the contexts that have it."""
+        if self._ranks.size > 1:
+            # The sum of all processes' shares of a loss is 1.
+            both = self._ranks.exchange([dict(sums), {**shares, "loss": 0.0}])
+            sums, shares = Counter(), Counter({"loss": 1.0})
+            for own_sums, own_shares in both:
+                sums.update(own_sums)
+                shares.update(own_shares)
         if len(self._losses) == 1:
             return {name: float(value) for name, value in sums.items()}
-        # Each part is a mean over the tokens of the contexts that have it.
-        return {name: float(value) / shares[name] for name, value in sums.items()}
+        return {
+            name: float(value) if name == "loss" else float(value) / shares[name]
+            for name, value in sums.items()
+        }
 
     def _update(self, loss: float) -> float:
         """Changes the weights if it can; the norm of the gradient before clipping, 0 where there is none."""
         norm = math.nan
         if math.isfinite(loss):
+            self._ranks.sum_gradients(self._parameters)
             self._accelerator.unscale_gradients()
-            norm = clip_gradients(self._student.trained().values(), self._config.optimizer.max_grad_norm)
+            norm = clip_gradients(self._parameters, self._config.optimizer.max_grad_norm)
             # With fp16 an infinite gradient is part of finding the scale: the scaler leaves the step out by itself.
             if math.isfinite(norm) or self._accelerator.scaler is not None:
                 self._prepared.step()
         self._prepared.zero_grad()
         return norm
 
-    def _factors(self, scored: Sequence[Scored]) -> list[Factor]:
-        """How the terms of all losses weigh tokens, over the whole step."""
-        named = {term.token_weighting for loss in self._losses for term in loss.terms if term.weight > 0}
+    def _factors(self, whole: Mapping[str, float]) -> list[Factor]:
+        """How the terms of all losses weigh tokens, with mean 1 over the whole step."""
         return [
-            Factor.over(scored, cast("TokenWeighting", name), self._vocab_size, self._reduction)
-            for name in sorted(named - {"uniform"})
+            plain.scaled(whole[f"{plain.weighting}/total"], whole[f"{plain.weighting}/denominator"])
+            for plain in self._weightings
         ]
 
     def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:

@@ -40,9 +40,9 @@ class TextWriter(Protocol):
         generation: RolloutConfig,
         *,
         max_sequence_tokens: int,
-        seed: int,
+        seeds: Sequence[int],
     ) -> list[list[Text]]:
-        """Texts for each prompt, of at most `max_sequence_tokens` with it."""
+        """Texts for each prompt, drawn by its seed, of at most `max_sequence_tokens` with it."""
         ...
 
 
@@ -98,7 +98,7 @@ class StudentFeed:
         """Writes the texts, unless they came out of a checkpoint, and asks for their answers."""
         key = (self._context, step)
         if key not in self._in_flight.rollouts:
-            self._in_flight.rollouts[key] = self._write(step, slots) if slots else []
+            self._in_flight.rollouts[key] = self._write(slots) if slots else []
         for number, rollout in enumerate(self._in_flight.rollouts[key]):
             self._answers.submit(
                 self._id(step, number),
@@ -112,7 +112,8 @@ class StudentFeed:
     def take(self, step: int) -> Iterator[Scored]:
         """The texts with their answers; those that are too old are left out and counted."""
         version = self._version()
-        rollouts = self._in_flight.rollouts.pop((self._context, step))
+        # They stay until the step is taken: a run that stops before that goes on with them.
+        rollouts = self._in_flight.rollouts[self._context, step]
         log_sums, seen = _Sums(), 0
         for number, rollout in enumerate(rollouts):
             try:
@@ -145,7 +146,7 @@ class StudentFeed:
         """Means over the texts of the last step, and how many were too old in this process."""
         return self._metrics
 
-    def _write(self, step: int, slots: Sequence[Slot]) -> list[Rollout]:
+    def _write(self, slots: Sequence[Slot]) -> list[Rollout]:
         began = time.monotonic()
         examples = [self._examples[slot.row] for slot in slots]
         # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
@@ -154,7 +155,7 @@ class StudentFeed:
             [example.prompt for example in examples],
             self._config.generation,
             max_sequence_tokens=self._max_sequence_tokens,
-            seed=text_seed(self._seed, self._context, step),
+            seeds=[text_seed(self._seed, self._context, slot.place) for slot in slots],
         )
         self._writing_s = time.monotonic() - began
         return [
@@ -167,8 +168,9 @@ class StudentFeed:
                 version=version,
                 place=example.place,
                 teacher=example.teacher,
+                slot=slot.place,
             )
-            for example, several in zip(examples, texts, strict=True)
+            for slot, example, several in zip(slots, examples, texts, strict=True)
             for text in several
         ]
 
