@@ -74,27 +74,29 @@ class Bench:
         rows = self.work_dir / f"rows-{language}-{seed}.jsonl"
         if not rows.exists():
             write_rows(LANGUAGES[language][0]().sample(TRAIN_ROWS, LENGTH, TRAIN_SEED + seed), rows)
-        return self.client.create_run(
-            {
-                "display_name": f"{group}, {arm.name}, seed {seed}",
-                "student": {"model": str(self._student(group, seed))},
-                "teachers": [{"targets": [self.targets[language, arm.shuffled]], "logprob_dtype": "float32"}],
-                "data": {
-                    "train": [{"path": str(rows)}],
-                    "eval": [{"path": str(rows), "limit": 4}],
-                    "max_sequence_tokens": WRITTEN_LENGTH if group == "on-policy" else LENGTH,
-                },
-                "contexts": [_on_policy() if group == "on-policy" else {"dataset": {}}],
-                "loss": dict(arm.loss),
-                "optimizer": {
-                    "learning_rate": LEARNING_RATE,
-                    "max_steps": UPDATES if group == "on-policy" else STEPS,
-                    "micro_batch_size": BATCH,
-                    "seed": seed,
-                },
-                "evaluation": {"top_k": NUM_LOGITS},
-            }
-        )
+        spec: dict[str, Any] = {
+            "display_name": f"{group}, {arm.name}, seed {seed}",
+            "student": {"model": str(self._student(group, seed))},
+            "teachers": [{"targets": [self.targets[language, arm.shuffled]], "logprob_dtype": "float32"}],
+            "data": {
+                "train": [{"path": str(rows)}],
+                "eval": [{"path": str(rows), "limit": 4}],
+                "max_sequence_tokens": WRITTEN_LENGTH if group == "on-policy" else LENGTH,
+            },
+            "contexts": [_on_policy() if group == "on-policy" else {"dataset": {}}],
+            "loss": dict(arm.loss),
+            "optimizer": {
+                "learning_rate": LEARNING_RATE,
+                "max_steps": UPDATES if group == "on-policy" else STEPS,
+                "micro_batch_size": BATCH,
+                "seed": seed,
+            },
+            "evaluation": {"top_k": NUM_LOGITS},
+        }
+        if group != "on-policy" and not arm.shuffled:
+            # Rows come again in every epoch: the teacher is asked once, over the wire, and its answers are kept.
+            spec["cache"] = {"path": f"caches/{_plain(group, arm)}-{seed}", "mode": "write_through"}
+        return self.client.create_run(spec)
 
     def _student(self, group: Group, seed: int) -> Path:
         """Where the student of a seed begins."""
@@ -136,7 +138,7 @@ def _plain(group: Group, arm: Arm) -> str:
 
 def _on_policy() -> dict[str, Any]:
     """Texts behind the first token of a row."""
-    generation = {"max_new_tokens": WRITTEN_LENGTH - 1, "samples_per_prompt": 4}
+    generation = {"max_new_tokens": WRITTEN_LENGTH - 1, "samples_per_prompt": 2}
     return {"student": {"generation": generation, "max_staleness": 0}}
 
 

@@ -957,11 +957,14 @@ class LossSpec(_message.Message):
     """Likeliest teacher tokens to ask for, in [1, 256]. Unset means 64."""
     sparse_target: _builtins.str
     """What stands for the tokens beyond them. "tail_bucket": one bucket with all their mass; a lower bound of the
-    divergence over the vocabulary, least for a student that equals its teacher. "sampled": random-sampling
-    distillation, num_samples draws of the teacher in place of its top_k, which then may be 1; unbiased. "top_k_and_sampled":
-    the top_k exactly, and the draws that fell outside share the tail's mass. "renormalise": the top_k as if they were
-    all, as many programs do; it makes students over-confident. All but the first are for forward_kl alone. Unset means
-    tail_bucket.
+    divergence over the vocabulary, least for a student that equals its teacher, but nothing shapes the student within
+    the bucket. "sampled": random-sampling distillation, num_samples draws of the teacher in place of its top_k, which
+    then may be 1; unbiased. "top_k_and_sampled": the top_k exactly, and the draws that fell outside share the tail's
+    mass; recommended for forward_kl with top_k 16, num_samples 90 and evaluation.top_k 64, which take the bytes of
+    top_k 64 with one bucket and keep far more of what the whole vocabulary teaches (`make bench-sparse`).
+    "renormalise": the top_k as if they were all, as many programs do; it makes students over-confident. All but the
+    first are for forward_kl alone, and draws need a teacher with CAPABILITY_SAMPLED_TOKENS. Unset means tail_bucket,
+    which every teacher and every divergence can.
     """
     num_samples: _builtins.int
     """Draws per position for "sampled" and "top_k_and_sampled". Unset means 50."""
