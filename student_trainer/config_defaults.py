@@ -31,10 +31,8 @@ def fill(config: RunConfig, spec: RunSpec) -> RunConfig:
         # Within its range, so that a loss.top_k outside of it is reported once.
         evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
     if not evaluation.metrics:
-        metrics = ("kl", "perplexity", "agreement") if config.has_teacher else ("perplexity",)
-        if config.has_teacher and is_bridged(config):
-            metrics = ("alm", "perplexity")
-        evaluation = replace(evaluation, metrics=metrics)
+        of_teacher = ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
+        evaluation = replace(evaluation, metrics=of_teacher if config.has_teacher else ("perplexity",))
     student = config.student
     if student.trains_adapter and not spec.student.HasField("output"):
         student = replace(student, output="both")

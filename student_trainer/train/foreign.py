@@ -228,7 +228,14 @@ class _Encoder:
 
     def encode(self, text: str) -> _Encoded:
         """The ids of a text without marks."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises this class and no other
+            raise StillhouseError(
+                Reason.TOKENIZER_INVALID,
+                f"The teacher's tokenizer cannot encode a text of {len(text)} characters ({error}). Start the teacher with a "
+                "model whose tokenizer takes any text.",
+            ) from error
         pieces = [self.bytes.of(each) for each in encoding.ids]
         given = text.encode()
         if None not in pieces:

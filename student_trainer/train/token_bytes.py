@@ -84,8 +84,8 @@ def _parts(component: Any) -> Iterator[Mapping[str, Any]]:
 
 def _drops_space(part: Mapping[str, Any]) -> bool:
     if part.get("type") == "Metaspace":
-        return part.get("prepend_scheme", "always") != "never" and part.get("add_prefix_space", True)
-    return part.get("type") == "Strip" and part.get("content") == " " and part.get("start", 0) > 0
+        return part.get("prepend_scheme", "always") != "never" and bool(part.get("add_prefix_space", True))
+    return part.get("type") == "Strip" and part.get("content") == " " and bool(part.get("start"))
 
 
 def _alphabet() -> dict[str, int]:

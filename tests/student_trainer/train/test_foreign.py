@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ def _example(student: Tokenizer, prompt: str, completion: str, *, end: bool = Tr
     )
 
 
-def _bytes(tokenizer: Tokenizer, ids: np.ndarray) -> bytes:
+def _bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> bytes:
     table = TokenBytes(tokenizer.to_str(), "teacher")
     return b"".join(table.of(int(each)) or f"[{tokenizer.id_to_token(int(each))}]".encode() for each in ids)
 
