@@ -49,12 +49,15 @@ def align(
     is cut, whether or not one of its tokens ends there. `stops` [B + 1], if given, are the only places where a chunk may
     end beside `cuts`. What stands before the first token of both sides belongs to no chunk.
     """
-    teacher_ends = teacher.ends if teacher.closes is None else teacher.ends[teacher.closes]
-    boundaries = np.intersect1d(student.ends, np.concatenate([teacher_ends, cuts]))
+    ours, theirs, at_cuts = (np.zeros(len(missing) + 1, np.bool_) for _ in range(3))
+    ours[student.ends] = True
+    theirs[teacher.ends if teacher.closes is None else teacher.ends[teacher.closes]] = True
+    at_cuts[cuts] = True
+    here = ours & (theirs | at_cuts)
     if stops is not None:
-        boundaries = boundaries[stops[boundaries] | np.isin(boundaries, cuts)]
-    # Chunk k is (boundaries[k - 1], boundaries[k]]; what ends at 0 is in none.
-    boundaries = np.unique(np.concatenate([[0], boundaries])).astype(np.int64)
+        here &= stops | at_cuts
+    here[0] = True  # chunk k is (boundaries[k - 1], boundaries[k]]; what ends at 0 is in none
+    boundaries = np.flatnonzero(here)
     of_student = _places(student, boundaries)
     of_teacher = _places(teacher, boundaries)
     num_missing = np.concatenate([[0], np.cumsum(missing)])[boundaries]

@@ -128,7 +128,7 @@ class _Text:
     parts: Sequence[_Part]
     """In order; bytes that are no UTF-8 are in none."""
     cuts: NDArray[np.int64]
-    """Where parts begin and end."""
+    """Where parts begin and end, in any order."""
 
     @classmethod
     def of(cls, example: Example, student: TokenBytes) -> _Text:
@@ -144,7 +144,7 @@ class _Text:
             content=content,
             ends=ends,
             parts=parts,
-            cuts=np.unique([place for part in parts for place in (part.begin, part.end)]).astype(np.int64),
+            cuts=np.array([place for part in parts for place in (part.begin, part.end)], np.int64),
         )
 
     @property
@@ -157,22 +157,19 @@ def _parts(
     example: Example, pieces: Sequence[bytes | None], ends: NDArray[np.int64], content: bytes
 ) -> Iterator[_Part]:
     """Marks, and the text between them; cut also where a completion begins or ends, as the student's tokens are."""
+    borders = np.flatnonzero(example.mask[1:] != example.mask[:-1]) + 1
+    stops = {place for place, piece in enumerate(pieces) if piece is None}
     begin = 0
-    for place, piece in enumerate(pieces):
-        end = int(ends[place])
-        is_last = place + 1 == len(pieces)
-        if piece is None:
-            yield _Part(end - 1, end, mark=int(example.token_ids[place]))
-            begin = end
-        elif (
-            is_last or pieces[place + 1] is None or (_is_border(example, place + 1) and _opens(content, end))
-        ):
-            yield from _valid(content, begin, end)
-            begin = end
-
-
-def _is_border(example: Example, place: int) -> bool:
-    return bool(example.mask[place] != example.mask[place - 1]) or place == example.num_prompt
+    for place in sorted({*borders.tolist(), example.num_prompt or 0, *stops}):
+        until = int(ends[place - 1]) if place else 0
+        if place in stops:
+            yield from _valid(content, begin, until)
+            yield _Part(until, until + 1, mark=int(example.token_ids[place]))
+            begin = until + 1
+        elif until < len(content) and _opens(content, until):
+            yield from _valid(content, begin, until)
+            begin = until
+    yield from _valid(content, begin, len(content))
 
 
 def _opens(content: bytes, place: int) -> bool:
