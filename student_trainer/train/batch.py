@@ -16,6 +16,7 @@ from torch import Tensor
 
 from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
+from student_trainer.train.loss.alm import ChunkTargets
 from student_trainer.train.loss.fused import Positions
 from student_trainer.train.loss.policy_gradient import SampledTokens
 from student_trainer.train.loss.reduction import Reduction
@@ -60,6 +61,8 @@ class MicroBatch:
     """[1, N]: the targets as the student drew them; None if it did not write them."""
     token_factors: Mapping[str, Tensor] = field(default_factory=dict)
     """By token weighting, float32 [1, N]: what a position's divergence is multiplied with."""
+    chunks: ChunkTargets | None = None
+    """The teacher's answer if its tokenizer is another; `targets` is None then."""
 
     @property
     def positions(self) -> Positions:
@@ -87,16 +90,18 @@ def collate(
     form: TargetForm = "tail_bucket",
     factors: Sequence[Factor] = (),
     packing: bool = False,
+    chunk_scale: float = 1.0,
 ) -> MicroBatch:
     """The micro-batch of `scored`, of which either all or none have an answer, and of all or none the student is the writer.
 
     `form` is what stands for the tokens beyond the teacher's likeliest. With `packing` the sequences lie in one row
-    without padding.
+    without padding. `chunk_scale` multiplies the weights of chunks.
     """
     positions = [np.flatnonzero(each.example.mask) for each in scored]
     target_ids = [each.example.token_ids[at] for each, at in zip(scored, positions, strict=True)]
     weights = [np.full(len(at), _weight(len(at), reduction), np.float32) for at in positions]
     answered = all(each.answer is not None for each in scored)
+    foreign = answered and all(each.example.foreign is not None for each in scored)
     model_inputs = _packed(scored, positions) if packing else _padded(scored, positions)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -110,15 +115,16 @@ def collate(
         picks=tensor(model_inputs.picks),
         target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
         weights=tensor(np.concatenate(weights)).unsqueeze(0),
-        targets=_targets(scored, positions, device, form) if answered else None,
+        targets=_targets(scored, positions, device, form) if answered and not foreign else None,
         sampled=_sampled(scored, positions, device, max_importance_weight),
         token_factors={
             each.weighting: tensor(
                 np.concatenate([each.of(*pair) for pair in zip(scored, positions, strict=True)])
             ).unsqueeze(0)
             for each in factors
-            if answered
+            if answered and not foreign
         },
+        chunks=_chunks(scored, positions, device, reduction, chunk_scale) if foreign else None,
     )
 
 
@@ -163,6 +169,20 @@ class Factor:
 def total_weight(examples: Sequence[Example], reduction: Reduction) -> float:
     """The denominator of a step: what the weights of its targets sum to."""
     return float(sum(example.num_targets * _weight(example.num_targets, reduction) for example in examples))
+
+
+def chunk_sums(scored: Sequence[Scored], reduction: Reduction) -> tuple[float, float]:
+    """Of the sequences that are compared by chunks: what the weights of their targets sum to, and those of their chunks.
+
+    Chunks whose weights are multiplied with the first over the second, of a whole step, give a mean over chunks.
+    """
+    foreign = [
+        (each.example, each.example.foreign.chunks.number)
+        for each in scored
+        if each.answer is not None and each.example.foreign is not None
+    ]
+    of_chunks = float(sum(number * _weight(number, reduction) for _, number in foreign))
+    return total_weight([example for example, _ in foreign], reduction), of_chunks
 
 
 def _weight(num_targets: int, reduction: Reduction) -> float:
@@ -246,6 +266,31 @@ def _targets(
         logprobs=joined(logprobs, np.float32),
         log_tail=joined(log_tail, np.float32),
         log_partition=joined(log_partition, np.float32) if log_partition else None,
+    )
+
+
+def _chunks(
+    scored: Sequence[Scored],
+    positions: Sequence[np.ndarray],
+    device: torch.device,
+    reduction: Reduction,
+    scale: float,
+) -> ChunkTargets:
+    chunk_of, logprobs, weights, before = [], [], [], 0
+    for each, at in zip(scored, positions, strict=True):
+        foreign, answer = each.example.foreign, each.answer
+        assert foreign is not None
+        assert answer is not None
+        number = foreign.chunks.number
+        own = foreign.chunks.student[at].astype(np.int64)
+        chunk_of.append(np.where(own < 0, -1, own + before))
+        logprobs.append(foreign.logprobs(answer.target_logprobs))
+        weights.append(np.full(number, scale * _weight(number, reduction)))
+        before += number
+    return ChunkTargets(
+        chunk_of=torch.from_numpy(np.concatenate(chunk_of)).unsqueeze(0).to(device),
+        teacher_logprobs=torch.from_numpy(np.concatenate(logprobs)).to(device),
+        weights=torch.from_numpy(np.concatenate(weights)).to(device),
     )
 
 

@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,13 +18,16 @@ import torch
 from torch import Tensor
 
 from protos.tensor_codec import Distributions
+from student_trainer.config import LossConfig
 from student_trainer.run_dir import RunDir, write_whole
 from student_trainer.train.answers import Answers
 from student_trainer.train.batch import Scored, collate
 from student_trainer.train.head import Head
+from student_trainer.train.loss.alm import chunk_objective
 from student_trainer.train.loss.fused import Positions
 from student_trainer.train.loss.sparse import SparseTargets
 from student_trainer.train.loss.terms import cross_entropy, forward_kl
+from student_trainer.train.loss.text_logprobs import text_logprobs_of
 from student_trainer.train.patience import Patience
 from student_trainer.train.prompts import Example
 from student_trainer.train.student import Student
@@ -50,6 +54,7 @@ def evaluate(
     autocast: Autocast,
     vocab_size: int,
     total: Callable[[Mapping[str, float]], Mapping[str, float]] = dict,
+    chunk_loss: LossConfig | None = None,
 ) -> dict[str, float]:
     """Means over held-out tokens, at temperature 1, by metric name; nothing is drawn at random.
 
@@ -57,6 +62,7 @@ def evaluate(
 
     eval/kl: KL(teacher || student) on the teacher's top-k and the tail, a lower bound of the full one. eval/agreement:
     share of tokens where the student's likeliest token is the teacher's. These two only where there are answers.
+    eval/alm: the terms of `chunk_loss`, as a mean over the chunks of text that teacher and student have in common.
     """
     sums: Counter[str] = Counter()
     head = Head(student)
@@ -67,14 +73,24 @@ def evaluate(
             batch = collate(scored[first : first + batch_size], reduction="token_mean", device=device)
             sums["tokens"] += batch.num_targets
             sums["answers"] += batch.targets is not None
+            text = torch.zeros(1, batch.num_targets, device=device)
             with torch.no_grad(), autocast():
                 for rows, logits in head.logit_chunks(batch):
                     sums.update(_chunk(logits, batch.positions.rows(rows), vocab_size))
+                    if batch.chunks is not None:
+                        text[:, rows] = text_logprobs_of(logits, batch.target_ids[:, rows])
+            if batch.chunks is not None and chunk_loss is not None:
+                summed = chunk_objective(
+                    text, batch.weights, batch.chunks, replace(chunk_loss, hard_weight=0)
+                )
+                sums.update({"alm": summed.loss_sum.item(), "chunks": batch.chunks.weights.sum().item()})
     finally:
         student.model.train(was_training)
     whole = total({name: float(value) for name, value in sums.items()})
     names = ("cross_entropy", "kl", "agreement") if whole["answers"] else ("cross_entropy",)
     means = {f"eval/{name}": whole[name] / whole["tokens"] for name in names}
+    if whole.get("chunks"):
+        means["eval/alm"] = whole["alm"] / whole["chunks"]
     # Beyond this exponent no float holds the perplexity.
     means["eval/perplexity"] = math.exp(min(means["eval/cross_entropy"], 700.0))
     means["eval/tokens"] = whole["tokens"]
@@ -98,7 +114,8 @@ def ask(examples: Sequence[Example], stream: Answers, patience: Patience) -> lis
     for sequence_id, example in enumerate(examples):
         while asked < min(sequence_id + WINDOW_SEQUENCES, len(examples)):
             ahead = examples[asked]
-            stream.submit(asked, ahead.token_ids, ahead.start, ahead.place, teacher=ahead.teacher)
+            token_ids, start = ahead.asked
+            stream.submit(asked, token_ids, start, ahead.place, teacher=ahead.teacher)
             asked += 1
         scored.append(Scored(example=example, answer=stream.take(sequence_id, patience)))
     return scored
@@ -122,7 +139,7 @@ def load_answers(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> li
         Scored(
             example=example,
             answer=Distributions(
-                start=example.start, **{name: array[begin:end] for name, array in arrays.items()}
+                start=example.asked[1], **{name: array[begin:end] for name, array in arrays.items()}
             ),
         )
         for example, begin, end in zip(examples, bounds[:-1], bounds[1:], strict=True)
@@ -145,6 +162,7 @@ def _key(examples: Sequence[Example], top_k: int) -> str:
     """What the stored answers belong to."""
     digest = hashlib.sha256(f"{top_k}".encode())
     for example in examples:
-        digest.update(f" {example.start} {len(example.token_ids)} ".encode())
-        digest.update(np.ascontiguousarray(example.token_ids, "<i4").tobytes())
+        token_ids, start = example.asked
+        digest.update(f" {start} {len(token_ids)} ".encode())
+        digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
     return digest.hexdigest()

@@ -16,10 +16,12 @@ from protos.errors import Reason, StillhouseError
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
 from student_trainer.config import RunConfig
 from student_trainer.config_checks import TEACHER_METRICS
+from student_trainer.config_foreign import chunk_loss, evaluation_top_k, is_bridged
 from student_trainer.run_dir import Attempt
 from student_trainer.train import checkpoint, device, evaluate
 from student_trainer.train.answers import evaluation_request
 from student_trainer.train.batch import Scored
+from student_trainer.train.bridged import bridge
 from student_trainer.train.cache import RunCache
 from student_trainer.train.checkpoint import Progress, Trained
 from student_trainer.train.contexts import Mix
@@ -151,15 +153,22 @@ class _Run:
         fingerprint = tokenizer_fingerprint(tokenizer_json, tokenizer.special_tokens_map)
         names = [teacher.name for teacher in config.teachers]
         corpus = load_corpus(config.data, config.evaluation, tokenizer, data_dir, names)
-        answers = evaluate.load_answers(attempt.run_dir, corpus.eval, config.evaluation.top_k)
+        demands = Demands.of(config, fingerprint, tokenizer_json, corpus)
+        teachers: Teachers | StoredTeachers | None = None
+        if is_bridged(config):  # what a teacher with a tokenizer of its own is asked about depends on that
+            teachers = ranks.after_first(
+                lambda: _reach(
+                    config, corpus, demands, attempt, patience=patience, stack=stack, ask_now=False
+                )
+            )
+            corpus = bridge(config, corpus, teachers.members, tokenizer)
+        answers = evaluate.load_answers(attempt.run_dir, corpus.eval, evaluation_top_k(config))
         wants_answers = bool(
             config.has_teacher and corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
         )
         # The first process asks, and all go by what it found.
         ask_now = ranks.exchange(wants_answers and answers is None, patient=True)[0]
-        teachers: Teachers | StoredTeachers | None = None
-        if config.asks_teacher or ask_now:
-            demands = Demands.of(config, fingerprint, tokenizer_json, corpus)
+        if teachers is None and (config.asks_teacher or ask_now):
             teachers = ranks.after_first(
                 lambda: _reach(
                     config, corpus, demands, attempt, patience=patience, stack=stack, ask_now=ask_now
@@ -177,7 +186,9 @@ class _Run:
             seed=config.optimizer.seed,
         )
         _check_length(corpus, run.student)
-        run._vocab_size = min(len(tokenizer), teachers.tokenizer_size) if teachers else len(tokenizer)
+        run._vocab_size = len(tokenizer)
+        if teachers and not is_bridged(config):
+            run._vocab_size = min(len(tokenizer), teachers.tokenizer_size)
         weights = [each.weight for each in config.data.train if each.weight is not None]
         run._schedule = Schedule.of(
             len(corpus.train), config.optimizer, config.data.seed, corpus.parts, weights
@@ -252,7 +263,7 @@ class _Run:
         self, corpus: Corpus, teachers: Teachers | StoredTeachers, patience: Patience
     ) -> list[Scored] | None:
         """The teacher's answers for the held-out rows: the first process asks for them, the others read what it stored."""
-        run_dir, top_k = self.attempt.run_dir, self.config.evaluation.top_k
+        run_dir, top_k = self.attempt.run_dir, evaluation_top_k(self.config)
         if not self.ranks.is_first:
             return evaluate.load_answers(run_dir, corpus.eval, top_k)
         asked = teachers.answers(evaluation_request(top_k), fixed_text=True, held_out=True)
@@ -341,6 +352,7 @@ class _Run:
             autocast=self._accelerator.autocast,
             vocab_size=self._vocab_size,
             total=self.ranks.sums,
+            chunk_loss=chunk_loss(self.config) if is_bridged(self.config) else None,
         )
         self._reporter.metrics(self.progress.step, metrics)
         log.info("evaluated", step=self.progress.step, **metrics)

@@ -151,9 +151,8 @@ class DatasetFeed:
             return
         for slot in slots:
             example = self._examples[slot.row]
-            self._answers.submit(
-                slot.place, example.token_ids, example.start, example.place, teacher=example.teacher
-            )
+            token_ids, start = example.asked
+            self._answers.submit(slot.place, token_ids, start, example.place, teacher=example.teacher)
 
     def take(self, step: int) -> Iterator[Scored]:
         """The rows with their answers."""

@@ -16,12 +16,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from student_trainer.config import LossConfig, RunConfig
-from student_trainer.train.batch import Factor, MicroBatch, Scored, collate, total_weight
+from student_trainer.train.batch import Factor, MicroBatch, Scored, chunk_sums, collate, total_weight
 from student_trainer.train.checkpoint import Progress
 from student_trainer.train.head import Head
+from student_trainer.train.loss.alm import chunk_objective
 from student_trainer.train.loss.fused import Positions, fused_objective
 from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.reduction import Reduction
+from student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
 from student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
 from student_trainer.train.packing import check_packing
 from student_trainer.train.ranks import Ranks
@@ -94,7 +96,8 @@ class Stepper:
         set_learning_rate(self._optimizer, rate)
         metrics = {"train/learning_rate": rate, "train/teacher_wait_s": data.teacher_wait_s}
         if num_tokens:
-            means = self._accumulate(data.scored, whole["weight"], self._factors(whole))
+            chunk_scale = whole["chunks/targets"] / (whole["chunks/weight"] or 1.0)
+            means = self._accumulate(data.scored, whole["weight"], self._factors(whole), chunk_scale)
             norm = self._update(means["loss"])
             metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
             updated = math.isfinite(means["loss"]) and (
@@ -130,13 +133,14 @@ class Stepper:
             "tokens": float(sum(each.num_targets for each in examples)),
             "weight": total_weight(examples, self._reduction),
         }
+        own["chunks/targets"], own["chunks/weight"] = chunk_sums(scored, self._reduction)
         for plain in self._weightings:
             total, denominator = plain.sums(scored, self._reduction)
             own |= {f"{plain.weighting}/total": total, f"{plain.weighting}/denominator": denominator}
         return self._ranks.sums(own)
 
     def _accumulate(
-        self, scored: Sequence[Scored], denominator: float, factors: Sequence[Factor]
+        self, scored: Sequence[Scored], denominator: float, factors: Sequence[Factor], chunk_scale: float
     ) -> dict[str, float]:
         """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
         sums: Counter[str] = Counter()
@@ -152,6 +156,7 @@ class Stepper:
                 form=cast("TargetForm", loss.sparse_target),
                 factors=factors,
                 packing=self._config.data.packing,
+                chunk_scale=chunk_scale,
             )
             summed = self._objective(batch, loss)
             weight = batch.weights.sum().item() / denominator
@@ -202,12 +207,23 @@ class Stepper:
     def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
         """The objective of a micro-batch; fused with the output layer if that is plain."""
         layer = self._head.layer
+        if batch.chunks is not None:
+            return chunk_objective(self._text_logprobs(batch), batch.weights, batch.chunks, loss)
         with self._accelerator.autocast():
             if layer is not None:
                 hidden = self._head.hidden(batch)
                 return fused_objective(hidden, layer, batch.positions, loss, vocab_size=self._vocab_size)
             logits = self._student.logits(batch)
         return self._chunked(logits, batch.positions, loss)
+
+    def _text_logprobs(self, batch: MicroBatch) -> Tensor:
+        """[1, N]: of the targets, with gradients."""
+        layer = self._head.layer
+        with self._accelerator.autocast():
+            if layer is not None:
+                return text_logprobs(self._head.hidden(batch), layer, batch.target_ids)
+            logits = self._student.logits(batch)
+        return text_logprobs_of(logits, batch.target_ids, chunk_logits=CHUNK_LOGITS)
 
     def _chunked(self, logits: Tensor, positions: Positions, loss: LossConfig) -> ObjectiveSum:
         """The objective of logits that a model has given as a whole, a chunk of targets at a time."""
