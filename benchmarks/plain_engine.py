@@ -30,7 +30,7 @@ async def serve(config: TeacherConfig, answers: Any) -> None:
     vocab_size = int(AutoConfig.from_pretrained(config.model).vocab_size)
     on_cpu = bool(current_platform.is_cpu())
     if on_cpu:
-        set_cpu_environment()
+        set_cpu_environment(config)
     arguments = engine_arguments(config, Path(config.model), on_cpu=on_cpu, vocab_size=vocab_size)
     guard = Guard()
     llm = await asyncio.to_thread(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)))

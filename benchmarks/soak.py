@@ -50,8 +50,12 @@ ROW_TOKENS = 192
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 BATCH_ROWS = 200
-STEP_TOKENS = 512
-"""Tokens that the teacher computes at once: a written token waits for as many read ones, and so does its client's share."""
+LEAST_PARITY = 0.75
+"""Of one trainer's tokens to the other's, the smaller to the larger."""
+LEAST_BATCH_SHARE = 0.08
+"""Of all tokens. A written token costs the engine a few times what a read one does, and shares go by the engine's room."""
+MOST_GROWTH = 0.02
+"""Of the teacher's memory, from the first third after the warm-up to the last."""
 STEPS = 1_000_000
 """More than there is time for: runs are stopped."""
 WARM_UP = 0.25
@@ -207,14 +211,7 @@ def soak(
                 model,
                 engine=engine,
                 directory=directory,
-                options=[
-                    "--dtype",
-                    "bfloat16",
-                    "--max-adapters",
-                    "0",
-                    "--max-batch-tokens",
-                    str(STEP_TOKENS),
-                ],
+                options=["--dtype", "bfloat16", "--max-adapters", "0"],
             )
         )
         service = running.enter_context(
@@ -282,7 +279,7 @@ def _line(before: Sample, after: Sample) -> str:
 
 
 def report(samples: Sequence[Sample], failures: Sequence[str]) -> Table:
-    """Shares and rates after the warm-up, memory, failures."""
+    """Shares and rates after the warm-up, memory, failures, and what follows from them."""
     late = settled(samples)
     first, last = late[0], late[-1]
     minutes = (last.seconds - first.seconds) / 60
@@ -296,10 +293,31 @@ def report(samples: Sequence[Sample], failures: Sequence[str]) -> Table:
     sizes = [sample.resident_bytes / 2**20 for sample in late]
     shown.add_row(
         "teacher's memory",
-        f"{sizes[0]:,.0f} to {sizes[-1]:,.0f} MiB, at most {max(sizes):,.0f}; {slope(late) / 2**20:+.2f} MiB a minute",
+        f"{sizes[0]:,.0f} MiB after the warm-up, {sizes[len(sizes) // 2]:,.0f} in the middle, {sizes[-1]:,.0f} at the end, "
+        f"at most {max(sizes):,.0f}; {slope(late) / 2**20:+.2f} MiB a minute",
     )
     shown.add_row("failures", "; ".join(failures) or "none")
+    shown.add_row("verdict", "; ".join(objections(samples, failures)) or "fair, flat and whole")
     return shown
+
+
+def objections(samples: Sequence[Sample], failures: Sequence[str]) -> list[str]:
+    """What is not as it should be: one trainer that gets less than the other, a batch job that starves, memory that grows."""
+    late = settled(samples)
+    part = shares(late[0], late[-1])
+    least, most = sorted(part[name] for name in TRAINERS)
+    found = [f"{len(failures)} failures"] if failures else []
+    if least < LEAST_PARITY * most:
+        found.append(f"unfair: one trainer got {least:.1%} of the tokens, the other {most:.1%}")
+    if part[BATCH] < LEAST_BATCH_SHARE:
+        found.append(f"unfair: the {BATCH} got {part[BATCH]:.1%} of the tokens")
+    third = max(1, len(late) // 3)
+    before, after = (
+        np.mean([each.resident_bytes for each in some]) for some in (late[:third], late[-third:])
+    )
+    if after > (1 + MOST_GROWTH) * before:
+        found.append(f"not flat: the teacher's memory grew by {after / before - 1:.1%}")
+    return found
 
 
 @click.command()
@@ -328,7 +346,7 @@ def main(*, minutes: float, interval_s: float, engine: str | None, json_file: Pa
             for each in samples
         ]
         json_file.write_text(json.dumps({"samples": content, "failures": failures}, indent=2) + "\n")
-    sys.exit(1 if failures else 0)
+    sys.exit(1 if objections(samples, failures) else 0)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,13 @@ def main(
 
     measured: dict[str, Measured] = {}
     problems: list[str] = []
+    peers = Peers(python=Path(), missing={})
+
+    def keep(name: str, found: Measured) -> None:
+        measured[name] = found
+        _write(measured, options, peers, json_file)
+
+    interrupted = False
     try:
         with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as directory:
             peers = prepare(say, options.requirements())
@@ -133,7 +141,7 @@ def main(
                     length=length or shape.length,
                 )
                 try:
-                    result = measure(shape, options, peers, Path(directory), say)
+                    result = measure(shape, options, peers, Path(directory), say, keep=partial(keep, name))
                 except ProgramError as error:  # what the other models give is worth its time
                     problems.append(f"{name}: {error}")
                     continue
@@ -142,15 +150,29 @@ def main(
                     problems += [f"{name}, {key}: {why}" for key, why in result.failures.items()]
                     problems += [f"{name}, the teacher's log ends with:\n{result.log}"] if result.log else []
     except KeyboardInterrupt:
-        raise click.ClickException("interrupted; everything that it started has ended") from None
-    _show(measured, options, peers, json_file, time.monotonic() - begin)
+        interrupted = True
+    _show(measured, options, peers, time.monotonic() - begin)
+    _write(measured, options, peers, json_file)
+    if interrupted:
+        raise click.ClickException(
+            "interrupted: the table has the rounds that were whole; everything that it started has ended"
+        )
     if problems:
         raise click.ClickException("\n".join(problems))
 
 
-def _show(
-    measured: Mapping[str, Measured], options: Options, peers: Peers, json_file: Path | None, seconds: float
-) -> None:
+def _write(measured: Mapping[str, Measured], options: Options, peers: Peers, json_file: Path | None) -> None:
+    """The file so far; a ratio that was not measured, though its peer can run, is null."""
+    if json_file is not None:
+        found = outcomes_of(measured, options, peers)
+        content = as_json(found, _details(measured, peers, options))
+        for ratio in options.asked():
+            if found[ratio.name] is None and not is_missing(ratio, peers):
+                content[ratio.name] = None
+        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _show(measured: Mapping[str, Measured], options: Options, peers: Peers, seconds: float) -> None:
     found = outcomes_of(measured, options, peers)
     console = Console(width=170)
     where = f"{num_cores()} cores" if options.settings.on_cpu else "GPU"
@@ -168,9 +190,6 @@ def _show(
             console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
     for requirement, reason in peers.missing.items():
         console.print(f"{requirement} cannot run here: {reason}", highlight=False, markup=False)
-    if json_file is not None:
-        content = as_json(found, _details(measured, peers, options))
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _vllm() -> str:

@@ -95,8 +95,16 @@ class Measured:
     """The end of the teacher's, if any did."""
 
 
-def measure(shape: Shape, options: Options, peers: Peers, directory: Path, say: Say) -> Measured | None:
-    """All rounds of one model; None if nothing of it was asked for."""
+def measure(
+    shape: Shape,
+    options: Options,
+    peers: Peers,
+    directory: Path,
+    say: Say,
+    *,
+    keep: Callable[[Measured], None] = lambda measured: None,  # noqa: ARG005
+) -> Measured | None:
+    """All rounds of one model; None if nothing of it was asked for. `keep` is given what there is after each round."""
     ratios = options.ratios(shape.name, peers)
     if not ratios:
         return None
@@ -106,7 +114,7 @@ def measure(shape: Shape, options: Options, peers: Peers, directory: Path, say: 
     model = make_teacher(shape, directory / shape.name)
     workload = Workload(shape=shape, settings=options.settings, directory=directory)
     servers = Servers(model, shape, options.settings, directory / f"{shape.name}-logs", peers)
-    rounds = _Rounds(workload, servers, options, say)
+    rounds = _Rounds(workload, servers, options, say, keep)
     names = list(dict.fromkeys(name for ratio in ratios for name in (ratio.ours, ratio.other)))
     last = [name for name in names if name in LAST]
     first = [name for name in names if name not in LAST]
@@ -126,8 +134,16 @@ def measure(shape: Shape, options: Options, peers: Peers, directory: Path, say: 
 class _Rounds:
     """Takes passes, and keeps what they gave."""
 
-    def __init__(self, workload: Workload, servers: Servers, options: Options, say: Say) -> None:
+    def __init__(
+        self,
+        workload: Workload,
+        servers: Servers,
+        options: Options,
+        say: Say,
+        keep: Callable[[Measured], None],
+    ) -> None:
         self._workload, self._servers, self._options, self._say = workload, servers, options, say
+        self._keep = keep
         self._running: dict[str, Any] = {}
         self._rounds: list[dict[str, Pass]] = []
         self._costs: list[dict[str, Any]] = []
@@ -148,6 +164,7 @@ class _Rounds:
             if top_ks:
                 self._costs.append(runner.costs(top_ks))
             self._add(number, self._turns(runner, names, is_even=number % 2 == 0))
+            self._keep(self.measured())
             longest = max(longest, time.monotonic() - begin)
         self._servers.stop([name for name in started if name != "teacher"])
         self._running = {name: server for name, server in self._running.items() if name == "teacher"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import structlog
 
 from protos.errors import Reason, StillhouseError
+from protos.gpu_memory import GpuMemory
 from protos.metrics import Metrics
 from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from protos.transport import AuditLog, Server, ServerTls, TokenFile, write_address_file
@@ -68,6 +70,7 @@ class _Teacher:
         config = self._config
         self._metrics.watch_calls(lambda: server.running)
         self._metrics.add(Figures(self._servicer.counters, lambda: self._servicer.serving))
+        self._metrics.add(GpuMemory())
         any_port = config.metrics_port is None and config.listen.endswith(":0")
         port = 0 if any_port else config.metrics_port
         page = self._metrics.listen(address, host=config.metrics_host, port=port)
@@ -130,6 +133,9 @@ class _Teacher:
             await adapters.load(name, str(path), trusted=True)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
         await _warm_up(engine)
+        # The collector would go through the libraries' millions of objects whenever answers have made enough of their own.
+        gc.collect()
+        gc.freeze()
         self._servicer.serve(engine, codec, adapters)
         server.set_serving(True)
         if config.address_file is not None:

@@ -28,6 +28,8 @@ GROUP_ELEMENTS = 1 << 20
 """Elements of the rows that a CPU normalises at once: what stays in its cache is read several times."""
 FOLDS = 8, 16
 """Into how many layers a CPU folds a vocabulary of below and above 2^16 ids to find its likeliest: see `likeliest`."""
+FAR_BELOW = 50.0
+"""Differences of logits up to here leave room below them before float32 takes an exponential for 0, at 87."""
 DRAW_BLOCK = 128
 """Ids of the vocabulary whose probabilities are added up before draws look at them."""
 _SCRATCH = threading.local()
@@ -144,11 +146,13 @@ class Normalised:
     """BOOL [T]: whether every logit of the row is a number; the row's other values mean nothing where not."""
 
 
-def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
+def normalised(logits_TV: Tensor, top_k: int, exps_TV: Tensor | None = None) -> Normalised:
     """The `top_k` likeliest of FLOAT32 logits, at most V, with exact tails.
 
     The tail is a sum of its own, relative to the largest in it: taken as 1 - sum, it would lose everything below
     6e-8. Log-sum-exp is made of head and tail, so that one pass of exponentials serves for both.
+
+    `exps_TV` spares that pass: exp(logit - the row's highest), where somebody has it already; it is overwritten.
     """
     vocab_size = logits_TV.shape[1]
     lowest_T = logits_TV.amin(dim=-1)
@@ -159,10 +163,7 @@ def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
     lse_T1 = head_T1 = (values_TK - first_T1).exp_().sum(dim=-1, keepdim=True).log_() + first_T1
     rest_T1 = torch.full_like(head_T1, -torch.inf)
     if top_k < vocab_size:
-        next_T1 = values_TC[:, -1:]
-        rest_TV = torch.sub(logits_TV, next_T1, out=scratch("rest", logits_TV.shape, logits_TV.device))
-        rest_TV.scatter_(-1, ids_TK, -torch.inf).exp_()
-        rest_T1 = rest_TV.sum(dim=-1, keepdim=True).double().log() + next_T1
+        rest_T1 = _log_rest(logits_TV, values_TC, ids_TK, exps_TV)
         lse_T1 = torch.logaddexp(head_T1, rest_T1)
     return Normalised(
         token_ids=ids_TK,
@@ -171,6 +172,17 @@ def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
         lse=lse_T1,
         finite=torch.isfinite(lowest_T) & torch.isfinite(lse_T1.squeeze(-1)),
     )
+
+
+def _log_rest(logits_TV: Tensor, values_TC: Tensor, ids_TK: Tensor, exps_TV: Tensor | None) -> Tensor:
+    """FLOAT64 [T, 1]: log-sum-exp of the logits besides `ids_TK`, of which the largest ends `values_TC`."""
+    first_T1, next_T1 = values_TC[:, :1], values_TC[:, -1:]
+    if exps_TV is not None and bool((first_T1 - next_T1 < FAR_BELOW).all()):
+        exps_TV.scatter_(-1, ids_TK, 0)
+        return exps_TV.sum(dim=-1, keepdim=True).double().log() + first_T1
+    rest_TV = torch.sub(logits_TV, next_T1, out=scratch("rest", logits_TV.shape, logits_TV.device))
+    rest_TV.scatter_(-1, ids_TK, -torch.inf).exp_()
+    return rest_TV.sum(dim=-1, keepdim=True).double().log() + next_T1
 
 
 def scratch(name: str, shape: torch.Size | tuple[int, int], device: torch.device) -> Tensor:
@@ -211,15 +223,16 @@ def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         return top.values, top.indices
     layers_TLW = logits_TV[:, : num_layers * width].view(num_rows, num_layers, width)
     columns_TK = layers_TLW.amax(dim=1).topk(top_k, dim=-1, sorted=False).indices
-    within_TLK = columns_TK.unsqueeze(1).expand(-1, num_layers, -1)
-    ids_TLK = within_TLK + torch.arange(num_layers, device=logits_TV.device)[:, None] * width
-    rest_V = torch.arange(num_layers * width, vocab_size, device=logits_TV.device)
-    ids_TC = torch.cat([ids_TLK.flatten(1), rest_V.expand(num_rows, -1)], dim=1)
-    candidates_TC = torch.cat(
-        [layers_TLW.gather(2, within_TLK).flatten(1), logits_TV[:, num_layers * width :]], 1
-    )
+    candidates_TC = layers_TLW.gather(2, columns_TK.unsqueeze(1).expand(-1, num_layers, -1)).flatten(1)
+    if num_layers * width < vocab_size:
+        candidates_TC = torch.cat([candidates_TC, logits_TV[:, num_layers * width :]], dim=1)
     top = candidates_TC.topk(top_k, dim=-1)
-    return top.values, ids_TC.gather(1, top.indices)
+    layers_TK = top.indices.div(top_k, rounding_mode="floor")
+    ids_TK = columns_TK.gather(1, top.indices - layers_TK * top_k) + layers_TK * width
+    if num_layers * width < vocab_size:
+        beyond_TK = top.indices - num_layers * top_k  # of the rest, which fills no layer
+        ids_TK = torch.where(beyond_TK < 0, ids_TK, beyond_TK + num_layers * width)
+    return top.values, ids_TK
 
 
 def require_finite(finite_T: Tensor, first: int) -> None:

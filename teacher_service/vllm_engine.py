@@ -225,7 +225,7 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
     text_config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
     on_cpu = bool(current_platform.is_cpu())
     if on_cpu:
-        set_cpu_environment()
+        set_cpu_environment(config)
     if config.tier == "worker":
         set_first_runner()
     vocab_size = int(text_config.vocab_size)

@@ -9,19 +9,51 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import numpy as np
+
 from teacher_service.vllm_plan import KEY
 
+Block = tuple[Any, Any]
 _PARTS = ("logprobs", "prompt_logprobs", "cumulative_logprob", "num_logprobs", "num_prompt_logprobs")
 
 
-class RawRows(list[Any]):
-    """(ids, values) of each written token that was not given out; a slice of it is given out and forgotten."""
+class RawRows:
+    """Rows of written tokens that were not given out, in the blocks that they came in; what is given out is forgotten."""
 
-    def __getitem__(self, index: Any) -> Any:
-        rows = list.__getitem__(self, index)
-        if isinstance(index, slice):
-            del self[index]
-        return rows
+    def __init__(self, blocks: list[Block] | None = None) -> None:
+        self.blocks = blocks or []
+        """(ids, values), a row a token; one may be wider than another."""
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids, _ in self.blocks)
+
+    def __getitem__(self, index: slice) -> RawRows:
+        begin, end, _ = index.indices(len(self))
+        taken: list[Block] = []
+        left: list[Block] = []
+        for ids, values in self.blocks:
+            low, high = (min(max(place, 0), len(ids)) for place in (begin, end))
+            for rows, blocks in ((slice(low), left), (slice(low, high), taken), (slice(high, None), left)):
+                if len(ids[rows]):
+                    blocks.append((ids[rows], values[rows]))
+            begin, end = begin - len(ids), end - len(ids)
+        self.blocks = left
+        return RawRows(taken)
+
+    def extend(self, other: RawRows) -> None:
+        """Called by vLLM where outputs wait for a slow reader and are joined."""
+        self.blocks += other.blocks
+
+    def joined(self) -> Block:
+        """All rows as one block, with the columns that all have."""
+        if len(self.blocks) == 1:
+            return self.blocks[0]
+        return _joined([ids for ids, _ in self.blocks]), _joined([values for _, values in self.blocks])
+
+
+def _joined(parts: list[Any]) -> Any:
+    width = min(part.shape[1] for part in parts)
+    return np.concatenate([part[:, :width] for part in parts])
 
 
 def install() -> str:
@@ -71,7 +103,7 @@ def _processor(base: Any) -> Any:
             if output.prompt_token_id_logprobs is not None:
                 self.prompt_token_id_logprobs = output.prompt_token_id_logprobs.numpy()
             if output.new_logprobs is not None and self.logprobs is not None:
-                self.logprobs.extend(zip(output.new_logprobs[0], output.new_logprobs[1], strict=True))
+                self.logprobs.blocks.append((output.new_logprobs[0], output.new_logprobs[1]))
 
         def pop_prompt_logprobs(self) -> Any:
             """The rows of the prompt, once."""

@@ -7,15 +7,32 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from protos.errors import Reason, StillhouseError
 from teacher_service.config import TeacherConfig
 
+HELPERS = "STILLHOUSE_VLLM_HELPERS"
+"""Variable that tells the worker's process how many threads beside its own select rows: see `vllm_helpers`."""
 _NODES = Path("/sys/devices/system/node")
 
 
 def num_workers(config: TeacherConfig) -> int:
     """Processes that compute, over all copies of the model."""
     return config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
+
+
+def is_one_process(config: TeacherConfig) -> bool:
+    """Whether a CPU's only worker computes beside its scheduler: unless there are several NUMA nodes, or the operator binds
+    cores, both of which need vLLM's own processes."""
+    bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") != "nobind"
+    return num_workers(config) == 1 and _num_nodes() == 1 and not bound
+
+
+def num_cores() -> int:
+    """Physical cores that this process may use."""
+    usable = len(os.sched_getaffinity(0))
+    return min(usable, psutil.cpu_count(logical=False) or usable)
 
 
 def parallel_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]:

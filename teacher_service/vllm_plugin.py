@@ -1,4 +1,5 @@
-"""vLLM's plug-in of Stillhouse: a scored prompt takes from the prefix cache only what comes before its first row, and nobody's NaN.
+"""vLLM's plug-in of Stillhouse: a scored prompt takes from the prefix cache only what comes before its first row, and nobody's
+NaN; and who writes does not stand still while others read.
 
 vLLM loads it in each of its processes (entry point `vllm.general_plugins`). It does nothing unless the variable below is
 set, and then nothing to requests that do not carry Stillhouse's argument.
@@ -17,6 +18,8 @@ from teacher_service.vllm_plan import start_of
 
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
 """Set to "1" while a teacher starts its vLLM."""
+BESIDE_WRITERS = 512
+"""Tokens that a CPU reads in a step that writes: it takes two or three times as long as one that only writes some dozens."""
 _log = logging.getLogger("vllm.stillhouse")
 
 
@@ -42,6 +45,7 @@ def register() -> None:
         # The teacher notices that rows are missing.
         (_cap_cache_hits, "the prefix cache is not used for scoring"),
         (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
+        (_read_less_beside_writers, "long prompts hold up those who write"),
     ):
         try:
             change()
@@ -87,6 +91,37 @@ def _clear_new_blocks() -> None:
     if not isinstance(inspect.getattr_static(KVCacheConfig, "needs_kv_cache_zeroing"), property):
         raise TypeError("KVCacheConfig.needs_kv_cache_zeroing")
     KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)  # noqa: ARG005
+
+
+def _read_less_beside_writers() -> None:
+    """Wraps `Scheduler.schedule` of a CPU's engine: a step in which samples are written reads BESIDE_WRITERS tokens at most.
+
+    A step writes one token of each sample, however many tokens it reads, and takes as long as they take. Steps in which
+    nobody writes are as large as vLLM was told.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not current_platform.is_cpu():
+        return
+    original = Scheduler.schedule
+    if getattr(original, "stillhouse", False):
+        return
+    if list(inspect.signature(original).parameters)[:1] != ["self"]:
+        raise TypeError(f"Scheduler.schedule{inspect.signature(original)}")
+
+    def schedule(self: Any, *arguments: Any, **named: Any) -> Any:
+        whole = self.max_num_scheduled_tokens
+        writing = sum(1 for request in self.running if request.num_output_tokens)
+        if writing:
+            self.max_num_scheduled_tokens = min(whole, writing + BESIDE_WRITERS)
+        try:
+            return original(self, *arguments, **named)
+        finally:
+            self.max_num_scheduled_tokens = whole
+
+    schedule.stillhouse = True  # type: ignore[attr-defined]
+    Scheduler.schedule = schedule
 
 
 class _Until:

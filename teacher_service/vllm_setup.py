@@ -10,7 +10,13 @@ from typing import Any
 
 from protos.errors import Reason, StillhouseError
 from teacher_service.config import TeacherConfig
-from teacher_service.vllm_parallel import parallel_arguments, set_cpu_binding
+from teacher_service.vllm_parallel import (
+    HELPERS,
+    is_one_process,
+    num_cores,
+    parallel_arguments,
+    set_cpu_binding,
+)
 from teacher_service.vllm_quantization import dtype_argument, method_argument
 
 VERSIONS = ((0, 32), (0, 33))
@@ -78,9 +84,20 @@ def set_environment(config: TeacherConfig) -> None:
     set_cpu_binding(config)
 
 
-def set_cpu_environment() -> None:
-    """Sets what the CPU build reads, once it is known to be one."""
+def set_cpu_environment(config: TeacherConfig) -> None:
+    """Sets what the CPU build reads, once it is known to be one.
+
+    vLLM gives the model a process of its own even where there is one worker, to bind that to cores. Its scheduler then
+    spins on another core until each step is done, which the front end and small hosts miss: a worker that is alone
+    computes in the scheduler's process, as on a GPU.
+    """
     set_first_runner()
+    os.environ[HELPERS] = "0"
+    if is_one_process(config):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() - 1))))
+        # With many threads the one core that is left makes no difference.
+        os.environ[HELPERS] = str(int(config.threads is None and threads == 1 and num_cores() > 1))
 
 
 def set_first_runner() -> None:
@@ -125,6 +142,8 @@ def engine_arguments(
         from teacher_service import vllm_seeds
 
         arguments["enforce_eager"] = True
+        if is_one_process(config):
+            arguments["distributed_executor_backend"] = "uni"
         arguments["logits_processors"] = [vllm_seeds.NAME]
         arguments["block_size"] = CPU_BLOCK_TOKENS
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)

@@ -202,7 +202,7 @@ class RawTier(PublicTier):
     def _written_rows(
         self, rows: Any, start: int, num_rows: int, options: DistributionOptions
     ) -> Distributions:
-        return self._arrays(*stacked(rows), start, num_rows, options)
+        return self._arrays(*rows.joined(), start, num_rows, options)
 
     def _arrays(
         self, ids: Any, values: Any, start: int, num_rows: int, options: DistributionOptions
@@ -275,7 +275,7 @@ class WorkerTier(PublicTier):
         sampling, rows = np.zeros(0, np.float32), None
         if len(token_ids):
             unpacked = unpack(
-                *stacked(completion.logprobs),
+                *completion.logprobs.joined(),
                 start=position,
                 options=item.options,
                 vocab_size=self._info.vocab_size,
@@ -290,14 +290,3 @@ class WorkerTier(PublicTier):
             distributions=None if item.options is None else rows,
             finish=completion.finish_reason or "",
         )
-
-
-def stacked(rows: Sequence[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """(ids, values) of rows that came one by one; their widths may differ, and what is common is kept."""
-    ids, values = zip(*rows, strict=True)
-    return _stack(ids), _stack(values)
-
-
-def _stack(rows: Sequence[Any]) -> Any:
-    width = min(len(row) for row in rows)
-    return np.stack([row[:width] for row in rows])

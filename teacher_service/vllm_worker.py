@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from protos.errors import StillhouseError
 from teacher_service import topk
 from teacher_service.engine import Float32Array, Int32Array
 from teacher_service.topk import Target
+from teacher_service.vllm_helpers import SHARED_ROWS, Helpers
 from teacher_service.vllm_plan import MISSING, ScorePlan, pack, read_plan, widths
 from teacher_service.vllm_worker_head import Head, output_layer
 
@@ -29,7 +31,7 @@ _METHODS = {
 }
 _STATE = (
     "requests", "num_prompt_logprobs", "input_batch", "query_start_loc", "discard_request_mask", "model",
-    "device", "max_num_reqs",
+    "device", "max_num_reqs", "max_model_len",
 )  # fmt: skip
 _GPU_CHUNK_ELEMENTS = 1 << 27
 
@@ -60,8 +62,9 @@ def install(runner: Any) -> None:
             raise TypeError(f"{type(runner).__name__}.{name} takes {found}")
     for name in _STATE:
         getattr(runner, name)
-    runner._get_prompt_logprobs_dict = _scorer(runner, runner._get_prompt_logprobs_dict)
-    runner._sample = sampler(runner, runner._sample, plan_of)
+    helpers = Helpers.of_environment()
+    runner._get_prompt_logprobs_dict = _scorer(runner, runner._get_prompt_logprobs_dict, helpers)
+    runner._sample = sampler(runner, runner._sample, plan_of, helpers)
     runner.stillhouse_installed = True
 
 
@@ -84,7 +87,6 @@ class _Scoring:
     draws: np.ndarray[Any, np.dtype[np.float64]] | None
     ids: Int32Array
     values: Float32Array
-    failed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,10 +101,12 @@ class _Segment:
     count: int
 
 
-def _scorer(runner: Any, original: Callable[..., Any]) -> Callable[..., Any]:
+def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Callable[..., Any]:
     head, bound = output_layer(runner)
     elements = topk.CHUNK_ELEMENTS if runner.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
     max_rows = max(1, min(bound or elements, elements // runner.input_batch.vocab_size))
+    if helpers.count:
+        max_rows = min(max_rows, SHARED_ROWS)
 
     def get_prompt_logprobs_dict(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         ours = {
@@ -128,7 +132,9 @@ def _scorer(runner: Any, original: Callable[..., Any]) -> Callable[..., Any]:
                 answers[name] = segments[-1].scoring
             else:
                 runner.num_prompt_logprobs[name] = width
-        _compute(head, max_rows, hidden_states, [each for each in segments if each.count > 0])
+        present = [each for each in segments if each.count > 0]
+        if present:
+            _compute(head, max_rows, hidden_states, present, helpers)
         return {
             name: _tensors(each) if isinstance(each, _Scoring) else each for name, each in answers.items()
         }
@@ -174,29 +180,26 @@ def _scoring(runner: Any, request: Any, hidden_size: int) -> _Scoring:
     return scoring
 
 
-def _compute(head: Head, max_rows: int, hidden_states: Tensor, segments: list[_Segment]) -> None:
+def _compute(
+    head: Head, max_rows: int, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers
+) -> None:
     """Fills in the rows of this step, a few rows of logits at a time, whichever prompts they belong to.
 
     Every rank of a split model calls the head equally often, whatever becomes of a prompt.
     """
-    if not segments:
-        return
     views = [hidden_states[each.offset : each.offset + each.count] for each in segments]
     hidden_TH = views[0] if len(views) == 1 else torch.cat(views)
     places_T = torch.cat([torch.arange(each.offset, each.offset + each.count) for each in segments])
     places_T = places_T.to(hidden_TH.device)
-    for begin in range(0, len(hidden_TH), max_rows):
-        rows_TH = hidden_TH[begin : begin + max_rows]
-        logits_TV = head(rows_TH, places_T[begin : begin + max_rows])
-        if logits_TV is None:
-            continue  # another rank has them
-        for segment, low, high, row in _within(segments, begin, begin + len(rows_TH)):
-            _fill(
-                segment.scoring,
-                row,
-                logits_TV[low - begin : high - begin],
-                rows_TH[low - begin : high - begin],
-            )
+    with helpers.sharing() as share:
+        for begin in range(0, len(hidden_TH), max_rows):
+            rows_TH = hidden_TH[begin : begin + max_rows]
+            logits_TV = head(rows_TH, places_T[begin : begin + max_rows])
+            if logits_TV is None:
+                continue  # another rank has them
+            for segment, low, high, row in _within(segments, begin, begin + len(rows_TH)):
+                part = slice(low - begin, high - begin)
+                share(partial(_fill, segment.scoring, row, logits_TV[part], rows_TH[part]))
 
 
 def _within(segments: list[_Segment], begin: int, end: int) -> Iterator[tuple[_Segment, int, int, int]]:
@@ -210,8 +213,6 @@ def _within(segments: list[_Segment], begin: int, end: int) -> Iterator[tuple[_S
 
 
 def _fill(scoring: _Scoring, row: int, logits_TV: Tensor, hidden_TH: Tensor) -> None:
-    if scoring.failed:
-        return
     end = row + len(logits_TV)
     position = scoring.plan.start + row
     try:
@@ -226,10 +227,8 @@ def _fill(scoring: _Scoring, row: int, logits_TV: Tensor, hidden_TH: Tensor) -> 
         ids, values = pack(rows, scoring.target.sequence[position : position + len(logits_TV)])
         scoring.ids[row:end], scoring.values[row:end] = ids, values
     except StillhouseError as error:
-        bad = int(error.metadata["position"]) - scoring.plan.start
-        scoring.failed = True
-        scoring.ids[:, 0] = 0
-        scoring.values[bad] = np.nan
+        scoring.ids[row:end, 0] = 0
+        scoring.values[int(error.metadata["position"]) - scoring.plan.start] = np.nan
 
 
 def _tensors(scoring: _Scoring) -> Any:

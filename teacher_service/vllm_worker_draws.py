@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,21 @@ from teacher_service import topk
 from teacher_service.engine import DistributionOptions
 from teacher_service.topk import Target
 from teacher_service.vllm_draws import draw_rows
+from teacher_service.vllm_helpers import Helpers
 from teacher_service.vllm_plan import DrawPlan
+from teacher_service.vllm_worker_rows import Held, Leaving, is_due
+
+_SHARED_ELEMENTS = 1 << 16
+"""Logits that are worth handing to another thread."""
 
 
-def sampler(runner: Any, original: Callable[..., Any], plan_of: Callable[[Any], Any]) -> Callable[..., Any]:
+def sampler(
+    runner: Any, original: Callable[..., Any], plan_of: Callable[[Any], Any], helpers: Helpers
+) -> Callable[..., Any]:
     """What replaces `runner._sample`. The token that a scored prompt has to end in is of no account, and is not drawn."""
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+    on_cpu, longest = runner.device.type == "cpu", runner.max_model_len
 
     def sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         requests = [runner.requests[name] for name in runner.input_batch.req_ids]
@@ -35,12 +45,32 @@ def sampler(runner: Any, original: Callable[..., Any], plan_of: Callable[[Any], 
             # vLLM's sampler overwrites the logits that it is given.
             step.copy(foreign, original(logits.clone(), spec_decode_metadata))
         unfinished = runner.discard_request_mask.np
-        for rows in _alike(plans, unfinished, logits):
-            chosen = _Rows(plans=[plans[row] for row in rows], requests=[requests[row] for row in rows])
-            step.add(rows, *_drawn(chosen, _take(logits, rows)))
-        return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=step.tensors(LogprobsTensors))
+        with helpers.sharing() as share:
+            for rows in _alike(plans, unfinished, logits, helpers.count + 1):
+                chosen = _Rows(plans=[plans[row] for row in rows], requests=[requests[row] for row in rows])
+                share(partial(_write, step, rows, chosen, logits))
+        leaving = _leaving(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
+        return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=leaving)
 
     return sample
+
+
+def _leaving(step: _Step, requests: list[Any], longest: int) -> Leaving:
+    """The rows that leave with this step, together with those that each of their samples held; vLLM's own do so at once."""
+    tokens, blocks = step.tokens[:, 0].tolist(), {}
+    for rows, *tensors in step.parts:
+        ids, values = (each.numpy() for each in tensors)
+        for at, row in enumerate(rows):
+            request = requests[row]
+            if request.stillhouse_plan is None:
+                assert step.ranks is not None
+                blocks[row] = ids[at : at + 1], values[at : at + 1], step.ranks[row : row + 1].numpy()
+                continue
+            held = request.stillhouse_held = getattr(request, "stillhouse_held", None) or Held()
+            held.rows.append((ids, values, at))
+            if is_due(request, tokens[row], longest):
+                blocks[row] = held.take()
+    return Leaving(blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,15 +121,21 @@ class _Step:
         return kind(ids, values, ranks)
 
 
-def _alike(plans: list[Any], unfinished: Any, logits: Tensor) -> Iterator[list[int]]:
-    """Rows to draw, those with the same options together, on a CPU no more than stay in its cache."""
+def _write(step: _Step, rows: list[int], chosen: _Rows, logits: Tensor) -> None:
+    step.add(rows, *_drawn(chosen, _take(logits, rows)))
+
+
+def _alike(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
+    """Rows to draw, those with the same options together, on a CPU no more than stay in its cache, and shared by threads."""
     groups: dict[Any, list[int]] = {}
     for row, plan in enumerate(plans):
         # A prompt that is read in parts has a row here, too, which nobody reads.
         if isinstance(plan, DrawPlan) and not unfinished[row]:
             groups.setdefault((plan.options, plan.num_valid), []).append(row)
-    size = max(1, topk.GROUP_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(plans)
+    whole = max(1, topk.GROUP_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(plans)
     for rows in groups.values():
+        least = max(1, _SHARED_ELEMENTS // logits.shape[1])
+        size = whole if num_threads == 1 else min(whole, max(least, -(-len(rows) // num_threads)))
         for begin in range(0, len(rows), size):
             yield rows[begin : begin + size]
 
@@ -118,7 +154,7 @@ def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
         nothing_B1 = torch.zeros_like(sampling_B1)
         return token_B1.int(), torch.cat([_marked(nothing_B1, finite_B), nothing_B1, sampling_B1], dim=1)
-    top = topk.normalised(logits_BV, options.top_k)
+    top = topk.normalised(logits_BV, options.top_k, drawn.exps)
     lse_B1 = top.lse.float()
     target_B1 = (logits_BV.gather(-1, token_B1) - top.lse).float()
     ids = [token_B1, top.token_ids]
