@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -72,11 +73,11 @@ def test_helpers_do_all_of_the_work_and_say_what_went_wrong(count: int) -> None:
     with torch.inference_mode():
         with helpers.sharing() as share:
             for number in range(40):
-                share(lambda number=number: work(number))
+                share(partial(work, number))
         assert done == set(range(40))
         assert len(threads) <= count + 1
         with pytest.raises(ValueError, match="forty"), helpers.sharing() as share:
-            share(lambda: work(40))
+            share(partial(work, 40))
 
 
 @pytest.mark.parametrize("gap", [0.0, 30.0, 80.0])
