@@ -82,6 +82,8 @@ class Admission:
         self._clients: dict[str, _Client] = {}
         self._round: deque[_Client] = deque()
         self._free = WHOLE
+        self.num_running = 0
+        """Items that hold a part of the engine."""
 
     @property
     def free(self) -> int:
@@ -122,6 +124,7 @@ class Admission:
         else:
             client.held -= item.cost.part
             self._free += item.cost.part
+            self.num_running -= 1
         if not client.waiting and client.held == 0:
             self._clients.pop(client.name, None)
 
@@ -148,6 +151,7 @@ class Admission:
         client.deficit_tokens -= item.cost.tokens
         client.held += item.cost.part
         self._free -= item.cost.part
+        self.num_running += 1
         if not client.waiting:
             self._round.popleft()
             client.deficit_tokens = 0

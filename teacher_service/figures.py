@@ -12,6 +12,7 @@ _COUNTERS = {
     "sequences_received": "Sequences that Score calls have read.",
     "sequences_refused": "Of these, those that were answered with an error.",
     "tokens_scored": "Rows of Score's answers.",
+    "scoring_seconds": "Time from reading a sequence of Score to its answer, added up over sequences.",
     "samples_started": "Samples that Generate calls have begun.",
     "tokens_generated": "Tokens of Generate's answers.",
 }
@@ -39,13 +40,18 @@ class Figures:
             return
         yield Reading(
             name="engine_used",
-            help="Share of the engine's capacity that is in use, in [0, 1].",
+            help="Share of the engine's capacity that is in use, in [0, 1]: how full its batches are.",
             value=1 - serving.admission.free / WHOLE,
         )
         yield Reading(
             name="items_waiting",
             help="Sequences and samples that wait for their turn.",
             value=serving.admission.total_waiting,
+        )
+        yield Reading(
+            name="items_running",
+            help="Sequences and samples that the engine has.",
+            value=serving.admission.num_running,
         )
         yield Reading(
             name="unread_answer_bytes",

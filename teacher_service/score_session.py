@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ class ScoreSession:
     async def _answer(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, wire: Wire
     ) -> None:
+        began = time.monotonic()
         sequence_id = sequence.sequence_id
         owns_id = sequence_id not in self._unanswered
         self._unanswered.add(sequence_id)
@@ -135,6 +137,7 @@ class ScoreSession:
             self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
+        self._serving.counters.scoring_seconds += time.monotonic() - began
         more = max(0, rows.num_rows * rows.row_bytes - num_bytes)  # hidden states
         self._unread.add(more)
         num_bytes += more

@@ -24,6 +24,8 @@ class Counters:
     """Of these, those that were answered with an error."""
     tokens_scored: int = 0
     """Rows of Score's answers."""
+    scoring_seconds: float = 0.0
+    """From reading a sequence to its answer, added up over sequences."""
     samples_started: int = 0
     """Samples that Generate calls have begun."""
     tokens_generated: int = 0

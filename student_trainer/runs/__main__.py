@@ -90,6 +90,12 @@ def _indices(_context: click.Context, _parameter: click.Parameter, value: str | 
     help="Log of one attempt of a run; one that writes more is ended.",
 )
 @click.option(
+    "--max-metric-bytes",
+    type=click.IntRange(1),
+    default=_DEFAULTS.max_metric_bytes,
+    help="Metrics and events of a run; one that writes more is ended.",
+)
+@click.option(
     "--max-queued-runs",
     type=click.IntRange(1),
     default=_DEFAULTS.max_queued_runs,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from google.rpc.status_pb2 import Status
 
@@ -21,6 +23,15 @@ MEMORY_ADVICE = (
     "retry.halve_micro_batch does by itself, set student.gradient_checkpointing, quantise the base with "
     "student.quantization, or give the host more memory; `run resume` goes on from the last checkpoint."
 )
+
+
+Overflow = Literal["log", "metrics"]
+_TOO_MUCH: Mapping[Overflow, str] = {
+    "log": "The process wrote more log than one attempt may, and was killed. See what it repeats; if it has to, start the "
+    "service with a larger --max-log-bytes.",
+    "metrics": "The process wrote more metrics and events than a run may, and was killed. Evaluate less often or take fewer "
+    "steps; if it has to be so many, start the service with a larger --max-metric-bytes and resume the run.",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,8 +53,8 @@ class Ending:
     """The last lines of its log."""
     may_retry: bool
     """Whether another process may be started without being asked."""
-    overflowed: bool = False
-    """Whether the service killed it because its log outgrew the limit."""
+    overflowed: Overflow | None = None
+    """What outgrew its limit, if the service killed it because of that."""
     may_halve: bool = False
     """Whether one with half the micro-batch may be, if memory ran out."""
     full_disk: str = ""
@@ -96,13 +107,8 @@ def _death(ending: Ending) -> StillhouseError:
     tail = f" Its log ends: {ending.log_tail}" if ending.log_tail and told else ""
     metadata = {"exit_code": str(code), "signal": str(number)}
     if ending.overflowed:
-        sentence = (
-            "The process wrote more log than one attempt may, and was killed. See what it repeats; if it has to, start the "
-            "service with a larger --max-log-bytes."
-        )
-        return StillhouseError(
-            Reason.QUOTA, sentence + f" Its log ends: {ending.log_tail}", metadata=metadata
-        )
+        sentence = f"{_TOO_MUCH[ending.overflowed]} Its log ends: {ending.log_tail}"
+        return StillhouseError(Reason.QUOTA, sentence, metadata=metadata)
     if ending.killed_for_stop:
         sentence = "The process did not end in time after it was asked to stop, and was killed; `run resume` goes on from the last checkpoint."
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)

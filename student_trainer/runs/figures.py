@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from protos.metrics import Reading
 from student_trainer.runs.database import DatabaseThread
@@ -12,6 +12,29 @@ from student_trainer.runs.store import Store
 
 TIMEOUT_S = 5.0
 """How long the page waits for the store."""
+_OF_A_RUN: Mapping[str, tuple[str, str]] = {
+    "train/step_time_s": ("run_step_seconds", "Time of the last step, with the wait for its data."),
+    "train/teacher_wait_s": ("run_teacher_wait_seconds", "Of that, what the student waited for a teacher."),
+    "teacher/outstanding": (
+        "run_teacher_in_flight",
+        "Sequences and prompts that teachers have not answered.",
+    ),
+    "teacher/outstanding_tokens": ("run_teacher_in_flight_tokens", "Tokens of these."),
+    "teacher/asked_again": (
+        "run_teacher_asked_again",
+        "Sequences and prompts that a broken service left unanswered.",
+    ),
+    "teacher/breaks": ("run_teacher_breaks", "Streams and calls to teachers that broke."),
+    "train/rollouts_dropped": ("run_rollouts_stale", "Texts of the student that were too old to learn from."),
+    "cache/found": ("run_cache_hits", "Answers that came out of a cache."),
+    "cache/missed": ("run_cache_misses", "Answers that a cache lacked, and a teacher gave."),
+    "device/memory_bytes": (
+        "run_device_memory_bytes",
+        "Memory that the training process holds on its device.",
+    ),
+    "device/memory_peak_bytes": ("run_device_memory_peak_bytes", "The most that its tensors took of it."),
+}
+"""Metric of a run to name and help of its reading; what the process counts begins again with each attempt."""
 
 
 class Figures:
@@ -59,6 +82,10 @@ class Figures:
             value=totals.retries,
             kind="counter",
         )
+        for run_id, values in totals.live.items():
+            for metric, (name, text) in _OF_A_RUN.items():
+                if metric in values:
+                    yield Reading(name=name, help=text, value=values[metric], labels={"run": run_id})
         for kind, total, free in (
             ("gpu", len(self._slots.gpus), self._slots.num_free_gpus),
             ("cpu", self._slots.cpu_slots, self._slots.num_free_cpu),

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import structlog
 
@@ -16,7 +17,7 @@ from student_trainer.config_memory import smaller_micro_batch
 from student_trainer.disk import full_sentence
 from student_trainer.run_dir import EXIT_DISK_FULL, RunDir
 from student_trainer.runs.database import DatabaseThread
-from student_trainer.runs.ending import Ending, classify, wants_less_memory
+from student_trainer.runs.ending import Ending, Overflow, classify, wants_less_memory
 from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
 from student_trainer.runs.state import PENDING
 from student_trainer.runs.store import Store
@@ -43,6 +44,8 @@ class Keeping:
     stop_grace_s: float
     max_log_bytes: int
     """Of one attempt; a process that writes more is killed."""
+    max_metric_bytes: int
+    """Of a run's metrics and events; a process that writes more is killed."""
 
 
 class Overseer:
@@ -62,7 +65,7 @@ class Overseer:
         self._adopting = isinstance(process, Adopted)
         self._terminated = False
         self._killed = False
-        self._overflowed = False
+        self._overflowed: Overflow | None = None
 
     def ask_stop(self) -> None:
         """Ask the process to write a checkpoint and end; insist after the grace."""
@@ -84,7 +87,7 @@ class Overseer:
             if ended is not None:
                 return await self._finish(ended)
             self._insist()
-            self._bound_log()
+            self._bound_volume()
             await asyncio.sleep(POLL_S)
 
     async def _settle_adoption(self) -> None:
@@ -124,16 +127,19 @@ class Overseer:
             self._killed = True
             self._process.send(signal.SIGKILL)
 
-    def _bound_log(self) -> None:
-        """Kill a process whose log would fill the disk."""
-        try:
-            size = self._run_dir.log_path(self._attempt).stat().st_size
-        except OSError:
+    def _bound_volume(self) -> None:
+        """Kill a process whose log or metrics would fill the disk and the store."""
+        if self._overflowed is not None:
             return
-        if size > self._keeping.max_log_bytes and not self._overflowed:
-            log.warning("log too long", run=self._run_id, size_bytes=size)
-            self._overflowed = True
-            self._process.send(signal.SIGKILL)
+        journals = self._run_dir.metrics_path, self._run_dir.events_path
+        if _size(self._run_dir.log_path(self._attempt)) > self._keeping.max_log_bytes:
+            self._overflowed = "log"
+        elif sum(map(_size, journals)) > self._keeping.max_metric_bytes:
+            self._overflowed = "metrics"
+        else:
+            return
+        log.warning("run writes too much", run=self._run_id, what=self._overflowed)
+        self._process.send(signal.SIGKILL)
 
     async def _finish(self, ended: Exit) -> Run:
         store, db = self._keeping.store, self._keeping.db
@@ -177,6 +183,13 @@ class Overseer:
         )
         self._keeping.bell.ring(self._run_id)
         return run
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def log_tail(run_dir: RunDir, attempt: int) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from protos.errors import StillhouseError
+from protos.gpu_memory import GpuMemory
 from protos.metrics import LOOPBACK, Metrics
 from protos.stillhouse.v1.run_pb2 import DESCRIPTOR
 from protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
@@ -52,6 +53,8 @@ class ServiceOptions:
     """At once, of which one client gets three quarters."""
     max_log_bytes: int = 2**30
     """Of one attempt of a run."""
+    max_metric_bytes: int = 2**30
+    """Of a run's metrics and events."""
     max_queued_runs: int = 1000
     """Of one client."""
     keep_ended_days: float | None = None
@@ -120,6 +123,7 @@ async def _serve(
         credentials=data_dir.credentials_path,
         stop_grace_s=options.stop_grace_s,
         max_log_bytes=options.max_log_bytes,
+        max_metric_bytes=options.max_metric_bytes,
     )
     supervisor = Supervisor(store, db, bell, slots, supervisor_options)
     host = Host(
@@ -141,6 +145,7 @@ async def _serve(
     )
     add_RunServiceServicer_to_server(servicer, server.aio)
     metrics.add(Figures(store, db, slots))
+    metrics.add(GpuMemory(slots.gpus))
     address = await server.start()
     try:
         page = metrics.listen(address, host=options.metrics_host, port=_metrics_port(options))

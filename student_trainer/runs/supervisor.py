@@ -39,6 +39,8 @@ class SupervisorOptions:
     """Time that a run has to write a checkpoint and end before it is signalled."""
     max_log_bytes: int
     """Of one attempt."""
+    max_metric_bytes: int
+    """Of a run's metrics and events."""
 
 
 class Supervisor:
@@ -58,6 +60,7 @@ class Supervisor:
             bell=bell,
             stop_grace_s=options.stop_grace_s,
             max_log_bytes=options.max_log_bytes,
+            max_metric_bytes=options.max_metric_bytes,
         )
         self._overseers: dict[str, Overseer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

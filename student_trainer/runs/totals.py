@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, func, select
 
-from protos.stillhouse.v1.run_pb2 import Run
+from protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from student_trainer.runs.rows import now_us
-from student_trainer.runs.schema import attempts, runs
+from student_trainer.runs.schema import attempts, events, runs
 from student_trainer.runs.state import ARROWS, LIVE, PENDING, State
+
+LATEST_POINTS = 3
+"""Points of a run that are looked at: an evaluation is a point of its own, between those of steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +34,8 @@ class Totals:
     """Processes started."""
     retries: int
     """Of these, those that were not the first of their run."""
+    live: Mapping[str, Mapping[str, float]]
+    """Run id to its latest metrics, of each live run."""
 
 
 def read(db: Connection) -> Totals:
@@ -50,4 +55,19 @@ def read(db: Connection) -> Totals:
         trained_tokens=int(db.execute(learnt).scalar_one()),
         attempts=int(db.execute(select(func.count()).select_from(attempts)).scalar_one()),
         retries=int(db.execute(retries).scalar_one()),
+        live={row: _latest(db, row) for row in db.execute(select(runs.c.id).where(live)).scalars().all()},
     )
+
+
+def _latest(db: Connection, run_id: str) -> dict[str, float]:
+    """The run's latest value of each metric that is measured often."""
+    query = (
+        select(events.c.payload)
+        .where(events.c.run_id == run_id, events.c.kind == "metrics")
+        .order_by(events.c.sequence.desc())
+        .limit(LATEST_POINTS)
+    )
+    values: dict[str, float] = {}
+    for payload in reversed(db.execute(query).scalars().all()):
+        values |= MetricPoint.FromString(payload).values
+    return values

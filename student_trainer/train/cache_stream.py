@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -125,3 +126,11 @@ class CachedStream:
 
     def _read(self, key: str) -> Distributions | None:
         return (self._writer or self._reader).get(key, self._meta)
+
+
+def cache_metrics(streams: Sequence[CachedStream]) -> dict[str, float]:
+    """Answers that came out of a cache, and those that it lacked."""
+    return {
+        "cache/found": float(sum(stream.num_found for stream in streams)),
+        "cache/missed": float(sum(stream.num_asked for stream in streams)),
+    }

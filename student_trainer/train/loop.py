@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import structlog
@@ -42,6 +43,7 @@ from student_trainer.train.stored import StoredTeachers
 from student_trainer.train.student import Student, load_tokenizer
 from student_trainer.train.teacher_client import Demands
 from student_trainer.train.teachers import Teachers
+from student_trainer.train.vitals import vitals
 
 log = structlog.get_logger()
 
@@ -125,6 +127,7 @@ class _Run:
         self._trained: Trained
         self._schedule: Schedule
         self._held_out: list[Scored]
+        self._vitals: Callable[[], Mapping[str, float]]
         self._num_held_out: int
         self._vocab_size: int
         self._facts: dict[str, str]
@@ -226,6 +229,7 @@ class _Run:
         held_out = answers if answers is not None and wants_answers else plain
         run._num_held_out = len(held_out)
         run._held_out = [each for number, each in enumerate(held_out) if ranks.is_mine(number)]
+        run._vitals = partial(vitals, teachers, run._accelerator.device)
         parts = Parts(
             config=config,
             corpus=corpus,
@@ -281,7 +285,7 @@ class _Run:
             "stop": stop,
             "save": self.due.checkpoint(self.progress.step),
             "weight": len(data.scored),
-            "metrics": {"train/teacher_wait_s": data.teacher_wait_s, **data.metrics},
+            "metrics": {"train/teacher_wait_s": data.teacher_wait_s, **data.metrics, **self._vitals()},
             "asked": self.source.num_asked,
         }
         told = self.ranks.exchange(own)

@@ -204,16 +204,17 @@ class Ranks:
 def merged(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
     """One value for each metric of several processes, given with their weights.
 
-    Means are weighted, counts of what was dropped are added up, and of times the longest counts: all wait for it.
+    Means are weighted, and counts of what was dropped, asked or found are added up. Of times the longest counts, for which
+    all wait, and of devices the fullest.
     """
     names = sorted({name for _, metrics in parts for name in metrics})
     result = {}
     for name in names:
         values = [(weight, metrics[name]) for weight, metrics in parts if name in metrics]
         total = sum(weight for weight, _ in values)
-        if name.endswith("_dropped"):
+        if name.endswith("_dropped") or name.startswith(("teacher/", "cache/")):
             result[name] = sum(value for _, value in values)
-        elif name.endswith("_s") or not total:
+        elif name.endswith("_s") or name.startswith("device/") or not total:
             result[name] = max(value for _, value in values)
         else:
             result[name] = sum(weight * value for weight, value in values) / total

@@ -14,6 +14,7 @@ from student_trainer.config_contexts import is_ensemble
 from student_trainer.run_dir import RunDir
 from student_trainer.train.answers import Answers, RequestOf
 from student_trainer.train.cache import RunCache
+from student_trainer.train.cache_stream import CachedStream, cache_metrics
 from student_trainer.train.identity import check_stored_identity
 from student_trainer.train.prompts import Example
 from student_trainer.train.questions import Question
@@ -38,6 +39,7 @@ class StoredTeachers:
         self.members: Mapping[str, Teacher] = {}
         """Nobody."""
         self._found: dict[tuple[str, bytes], CacheMeta] = {}
+        self._streams: list[CachedStream] = []
 
     @classmethod
     def find(
@@ -100,6 +102,10 @@ class StoredTeachers:
         """Nothing is written, so nothing bounds it."""
         return None
 
+    def metrics(self) -> dict[str, float]:
+        """What came out of the cache."""
+        return cache_metrics(self._streams)
+
     def max_query_tokens(self) -> int:
         """Nobody can be asked."""
         return 0
@@ -112,8 +118,10 @@ class StoredTeachers:
             for name, teacher in self._configs.items()
         }
         weights = {name: teacher.weight for name, teacher in self._configs.items()}
+        streams = {name: self._cache.alone(meta) for name, meta in metas.items()}
+        self._streams += streams.values()
         return Answers(
-            {name: self._cache.alone(meta) for name, meta in metas.items()},
+            streams,
             weights=weights if self._mixed else None,
             vocab_size=max(meta.vocab_size for meta in metas.values()),
         )

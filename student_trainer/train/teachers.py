@@ -12,6 +12,7 @@ from student_trainer.run_dir import RunDir
 from student_trainer.train.answers import Answers, RequestOf
 from student_trainer.train.asking import AnswerStream
 from student_trainer.train.cache import RunCache
+from student_trainer.train.cache_stream import CachedStream, cache_metrics
 from student_trainer.train.patience import Patience
 from student_trainer.train.score_stream import ScoreStream
 from student_trainer.train.teacher_client import Demands, Teacher
@@ -25,6 +26,7 @@ class Teachers:
         """By name."""
         self._mixed = mixed
         self._cache = cache
+        self._cached: list[CachedStream] = []
 
     @classmethod
     def connect(
@@ -66,6 +68,27 @@ class Teachers:
         """Steps that are asked ahead: as many as the one that is farthest away needs."""
         return max(teacher.config.prefetch_steps for teacher in self.members.values())
 
+    def metrics(self) -> dict[str, float]:
+        """What the services of all teachers owe and left undone; of each by itself where there are several."""
+        counts = {
+            f"{name or 'service'}{number}": each
+            for name, teacher in self.members.items()
+            for number, each in enumerate(teacher.endpoints.counts().values())
+        }
+        found = {
+            "teacher/outstanding": float(sum(each.outstanding for each in counts.values())),
+            "teacher/outstanding_tokens": float(sum(each.outstanding_tokens for each in counts.values())),
+            "teacher/asked_again": float(sum(each.returned for each in counts.values())),
+            "teacher/breaks": float(sum(each.breaks for each in counts.values())),
+        }
+        for name, each in counts.items() if len(counts) > 1 else ():
+            found[f"teacher/{name}/answered"] = float(each.answered)
+            found[f"teacher/{name}/outstanding_tokens"] = float(each.outstanding_tokens)
+            found[f"teacher/{name}/asked_again"] = float(each.returned)
+        if self._cache is not None:
+            found |= cache_metrics(self._cached)
+        return found
+
     def max_query_tokens(self) -> int:
         """Ids per position that all of them take; 0 if one takes none."""
         if any(CAPABILITY_QUERY_LOGPROBS not in each.info.capabilities for each in self.members.values()):
@@ -91,4 +114,5 @@ class Teachers:
         live = ScoreStream(teacher, request)
         if self._cache is None or not fixed_text:
             return live
-        return self._cache.around(live, teacher, request, held_out=held_out)
+        self._cached.append(self._cache.around(live, teacher, request, held_out=held_out))
+        return self._cached[-1]

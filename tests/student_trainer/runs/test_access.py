@@ -152,11 +152,14 @@ def test_a_client_may_queue_so_many_runs(trainer_service: Callable[..., Program]
                 ada.StopRun(pb.StopRunRequest(name=run.name))
 
 
-def test_a_run_that_writes_too_much_log_is_ended(
-    trainer_service: Callable[..., Program], tmp_path: Path
+@pytest.mark.parametrize(
+    ("option", "file"), [("--max-log-bytes", "attempts/1/log"), ("--max-metric-bytes", "metrics.jsonl")]
+)
+def test_a_run_that_writes_too_much_is_ended(
+    trainer_service: Callable[..., Program], tmp_path: Path, option: str, file: str
 ) -> None:
     # Importing what training needs takes seconds, in which the first line is written and seen.
-    data_dir, service = tmp_path / "trainer-data", trainer_service("--max-log-bytes", "10")
+    data_dir, service = tmp_path / "trainer-data", trainer_service(option, "10")
     with stub_of(service.target, None) as stub:
         created = stub.CreateRun(pb.CreateRunRequest(spec=doomed_spec(tmp_path)))
         log = data_dir / created.name / "attempts/1/log"
@@ -164,12 +167,12 @@ def test_a_run_that_writes_too_much_log_is_ended(
         while not log.exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        with log.open("ab") as file:
-            file.write(b"the same again\n" * 3)
+        with (data_dir / created.name / file).open("ab") as opened:
+            opened.write(b"the same again\n" * 3)
         run = wait_ended(stub, created.name)
     assert from_status(run.error).reason is Reason.QUOTA
-    assert "--max-log-bytes" in run.error.message
-    assert "the same again" in run.error.message
+    assert option in run.error.message
+    assert ("the same again" in run.error.message) == file.endswith("log")
 
 
 def test_ended_runs_are_removed_after_their_time(

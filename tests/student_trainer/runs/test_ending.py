@@ -70,7 +70,11 @@ def ended(**seen: Any) -> tuple[State, Reason | None, str]:
         ({"exit": KILLED}, FAILED, Reason.PROCESS_DIED),
         ({"exit": KILLED, "may_retry": True}, PENDING, Reason.PROCESS_DIED),
         ({"exit": KILLED, "killed_for_memory": True, "may_retry": True}, FAILED, Reason.OUT_OF_MEMORY),
-        ({"exit": KILLED, "overflowed": True, "may_halve": True, "may_retry": True}, FAILED, Reason.QUOTA),
+        (
+            {"exit": KILLED, "overflowed": "metrics", "may_halve": True, "may_retry": True},
+            FAILED,
+            Reason.QUOTA,
+        ),
         ({"exit": KILLED, "may_halve": True}, PENDING, Reason.PROCESS_DIED),
         ({"exit": KILLED, "may_halve": True, "state": STOPPING}, FAILED, Reason.PROCESS_DIED),
         ({"exit": KILLED, "killed_for_memory": True, "may_halve": True}, PENDING, Reason.OUT_OF_MEMORY),
