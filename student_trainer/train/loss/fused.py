@@ -3,7 +3,7 @@
 Every loss is a function of a readout (readout.py): log-probabilities b_s of a few buckets, and t of the text's token.
 With h = dL/db, H = sum_s h_s and c = dL/dt, its gradient by a logit z_j at temperature 1 is, by the chain rule,
 h_j - q_j (H + c) on a kept token and q_j (h_tail / Q_tail - H - c) on any other, and c more on the text's token. So a
-chunk needs its exponentials twice, autograd on [C, S] alone, and nothing is computed again in the backward pass.
+chunk needs its exponentials once, autograd on [C, S] alone, and nothing is computed again in the backward pass.
 
 Axes: N positions, C of a chunk, R of a block, V vocabulary, H hidden units, K kept tokens, S = K + 1 buckets.
 """
@@ -166,10 +166,19 @@ def _run(
         rows = slice(first, first + work.chunk_rows)
         hidden_CH = hidden[rows]
         chunk.fill(hidden_CH, product_weight, bias)
-        parts.append(_chunk(chunk, work, rows, differentiate=any(wants)))
+        summed, factors = _chunk(chunk, work, rows, differentiate=any(wants))
+        parts.append(summed)
         gradient_CV = chunk.logits
+        if factors is not None and gradients.bias is not None:
+            gradient_CV.mul_(factors)
+            factors = None
         if gradients.hidden is not None:
             torch.mm(gradient_CV, product_weight, out=gradients.hidden[rows])
+        if factors is not None:
+            # A factor of a row is cheaper on [C, H] than on [C, V].
+            if gradients.hidden is not None:
+                gradients.hidden[rows].mul_(factors)
+            hidden_CH = (hidden_CH * factors).to(dtype)
         if gradients.weight is not None and share is None:
             gradients.weight.addmm_(gradient_CV.T, hidden_CH)
         elif gradients.weight is not None:
@@ -179,24 +188,27 @@ def _run(
     return ObjectiveSum.total(parts), gradients
 
 
-def _chunk(chunk: LogitChunk, work: _Work, rows: slice, *, differentiate: bool) -> ObjectiveSum:
-    """The objective of a chunk, whose logits are replaced by their gradient if that is wanted."""
+def _chunk(
+    chunk: LogitChunk, work: _Work, rows: slice, *, differentiate: bool
+) -> tuple[ObjectiveSum, Tensor | None]:
+    """The objective of a chunk, whose logits are replaced by their gradient if that is wanted, and the factors [C, 1] of its rows if it has any."""
     here, config = work.positions.rows(rows), work.config
     teacher = teacher_side(
         here.targets, config, num_logits=chunk.logits.shape[-1], vocab_size=work.vocab_size
     )
     temperature = readout_temperature(config)
     if teacher is not None and teacher.token_ids is None:
-        return _dense_chunk(chunk, here, teacher, config, differentiate=differentiate)
-    values = chunk.read(here.target_ids, teacher, temperature)
+        return _dense_chunk(chunk, here, teacher, config, differentiate=differentiate), None
+    values = chunk.read(here.target_ids, teacher, temperature, differentiate=differentiate)
     leaves = [each.detach().requires_grad_(differentiate) for each in values if each is not None]
     with torch.set_grad_enabled(differentiate):
         readout = Readout(buckets=leaves[0] if teacher is not None else None, targets=leaves[-1])
         summed = _objective(readout, teacher, here, config)
+    factors = None
     if differentiate:
         found = torch.autograd.grad(summed.loss_sum, leaves, allow_unused=True, materialize_grads=True)
-        chunk.differentiate(found[0] if teacher is not None else None, found[-1])
-    return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts)
+        factors = chunk.differentiate(found[0] if teacher is not None else None, found[-1])
+    return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts), factors
 
 
 def _dense_chunk(

@@ -1,6 +1,8 @@
 """The logits of one chunk of positions in memory that is used again for every chunk: read out, then overwritten by their gradient.
 
-Exponentials are taken in float32 at least, a block of rows at a time that fits a processor's cache.
+Exponentials are taken in float32 at least, a block of rows at a time that fits a processor's cache. At temperature 1
+they are taken once: what the readout computes stays in the place of the logits, and a gradient is that times a factor
+of its row, which whoever multiplies by it can put elsewhere.
 Axes: C positions of the chunk, R of a block, V vocabulary, H hidden units, K kept tokens, S = K + 1 buckets.
 """
 
@@ -35,6 +37,8 @@ class _Read:
     target_ids: Tensor
     """[C, 1]."""
     temperature: float
+    rest_sum: Tensor | None
+    """[C, 1]: sum of the exponentials that have replaced the logits of all but the kept tokens; None if logits are there."""
 
 
 class LogitChunk:
@@ -45,7 +49,7 @@ class LogitChunk:
         self._block = block
         self._read: _Read | None = None
         self.logits = memory
-        """[C, V]: of the rows that were filled in last; their gradient after `differentiate`."""
+        """[C, V]: of the rows that were filled in last; after `differentiate` their gradient, but for a factor."""
 
     @classmethod
     def allocate(cls, num_rows: int, num_logits: int, dtype: torch.dtype, device: torch.device) -> LogitChunk:
@@ -65,20 +69,29 @@ class LogitChunk:
         if bias is not None:
             self.logits.add_(bias.to(self.logits.dtype))
 
-    def read(self, target_ids: Tensor, teacher: TeacherBuckets | None, temperature: float) -> Readout:
-        """The readout, as [1, C, S] and [1, C], without gradient. The logits of kept tokens are overwritten."""
+    def read(
+        self,
+        target_ids: Tensor,
+        teacher: TeacherBuckets | None,
+        temperature: float,
+        *,
+        differentiate: bool = True,
+    ) -> Readout:
+        """The readout, as [1, C, S] and [1, C], without gradient. The logits are overwritten; `differentiate` may follow if it is said here."""
         ids = target_ids[0].unsqueeze(-1)
         target_logits = self.logits.gather(-1, ids).to(self._block.dtype)
         kept = None if teacher is None else _Kept.of(teacher, self.logits.shape[-1])
-        plain_total = None if temperature == 1.0 and kept is not None else self._logsumexp(1.0)
+        plain_total, rest_sum = None, None
         if kept is None:
-            assert plain_total is not None
             kept_logits = target_logits[:, :0]
-            log_rest = log_total = plain_total
+            log_rest, rest_sum = self._logsumexp(1.0, keep=differentiate)
+            log_total = log_rest
         else:
+            if temperature != 1.0:
+                plain_total = self._logsumexp(1.0)[0]
             kept_logits = kept.take(self.logits).to(self._block.dtype) / temperature
             kept.put(self.logits, kept_logits.new_full((), -torch.inf).expand_as(kept_logits))
-            log_rest = self._logsumexp(temperature)
+            log_rest, rest_sum = self._logsumexp(temperature, keep=differentiate and temperature == 1.0)
             log_total = torch.cat([kept_logits, log_rest], dim=-1).logsumexp(-1, keepdim=True)
         self._read = _Read(
             kept=kept,
@@ -88,14 +101,18 @@ class LogitChunk:
             log_total_plain=log_total if plain_total is None else plain_total,
             target_ids=ids,
             temperature=temperature,
+            rest_sum=rest_sum,
         )
         targets = (target_logits - self._read.log_total_plain).squeeze(-1).unsqueeze(0)
         if kept is None:
             return Readout(buckets=None, targets=targets)
         return Readout(buckets=self._buckets(self._read, kept).unsqueeze(0), targets=targets)
 
-    def differentiate(self, by_buckets: Tensor | None, by_targets: Tensor) -> None:
-        """Overwrites the logits by the gradient of a loss, given that by the readout: [1, C, S] and [1, C]."""
+    def differentiate(self, by_buckets: Tensor | None, by_targets: Tensor) -> Tensor | None:
+        """Overwrites the logits by the gradient of a loss, given that by the readout: [1, C, S] and [1, C].
+
+        What stands there is to be multiplied by the factors [C, 1] that are returned, if there are any.
+        """
         read = self._read
         assert read is not None, "read first"
         by_target = by_targets[0].unsqueeze(-1)
@@ -114,12 +131,32 @@ class LogitChunk:
         of_kept = (by_kept - probs_kept * by_all) / read.temperature
         if not plain:
             of_kept = of_kept - by_target * (read.kept_logits * read.temperature - read.log_total_plain).exp()
-        self._replace(of_rest, read, extra=None if plain else by_target)
+        factors = None
+        if read.rest_sum is None:
+            self._replace(of_rest, read, extra=None if plain else by_target)
+        else:
+            highest = torch.cat([of_kept, by_target], dim=-1).abs().amax(-1, keepdim=True)
+            factors = self._factors(of_rest, read.rest_sum, highest)
+            divisors = factors.masked_fill(factors == 0, 1.0)
+            of_kept, by_target = of_kept / divisors, by_target / divisors
         if read.kept is not None:
             read.kept.put(self.logits, of_kept)
         at_target = self.logits.gather(-1, read.target_ids) + by_target.to(self.logits.dtype)
         _scatter(self.logits, read.target_ids, at_target)
         self._read = None
+        return factors
+
+    def _factors(self, of_rest: Tensor, rest_sum: Tensor, highest: Tensor) -> Tensor:
+        """[C, 1]: what each row's exponentials are to be multiplied by; `highest` is the most that is to be divided by it.
+
+        Where that would leave the type's range, the row is multiplied here, and its factor is 1.
+        """
+        factors = of_rest / rest_sum.masked_fill(rest_sum == 0, 1.0)
+        most = 1e3 if self.logits.dtype == torch.float16 else 1e30
+        far = (factors.abs() * most < highest).squeeze(-1)
+        for row in far.nonzero().flatten().tolist():
+            self.logits[row].mul_(factors[row].to(self.logits.dtype))
+        return factors.masked_fill(far.unsqueeze(-1), 1.0)
 
     def _buckets(self, read: _Read, kept: _Kept) -> Tensor:
         """[C, S]."""
@@ -128,15 +165,23 @@ class LogitChunk:
         has_none = kept.mask.sum(-1, keepdim=True) == self.logits.shape[-1]
         return torch.cat([logprobs, tail.masked_fill(has_none, -torch.inf)], dim=-1)
 
-    def _logsumexp(self, temperature: float) -> Tensor:
-        """[C, 1] of the logits / temperature; -inf for a row of -inf."""
+    def _logsumexp(self, temperature: float, *, keep: bool = False) -> tuple[Tensor, Tensor | None]:
+        """[C, 1] of the logits / temperature; -inf for a row of -inf.
+
+        With `keep` the logits become exponentials, 1 at the highest of a row, whose sums [C, 1] are returned as well.
+        """
         found = self._block.new_empty(self.logits.shape[0], 1)
+        sums = torch.empty_like(found)
         for rows, block in self._blocks(temperature):
             highest = block.amax(-1, keepdim=True)
             highest.masked_fill_(torch.isneginf(highest), 0.0)
             block.sub_(highest).exp_()
-            found[rows] = block.sum(-1, keepdim=True).log_().add_(highest)
-        return found
+            total = block.sum(-1, keepdim=True)
+            sums[rows] = total
+            found[rows] = total.log().add_(highest)
+            if keep:
+                self.logits[rows] = block
+        return found, sums if keep else None
 
     def _replace(self, of_rest: Tensor, read: _Read, *, extra: Tensor | None) -> None:
         """Each logit by of_rest x its share of the rest; with `extra`, minus extra x its probability at temperature 1."""
