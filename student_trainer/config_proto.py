@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -60,11 +59,16 @@ class Kind:
     nested: type[Any] | None
 
 
-@functools.cache
+_KINDS: dict[type[Any], Mapping[str, Kind]] = {}
+"""By dataclass: reading type hints takes most of the time of a copy."""
+
+
 def kinds(cls: type[Any]) -> Mapping[str, Kind]:
     """Every field of the dataclass `cls`, in order."""
-    hints = typing.get_type_hints(cls)
-    return {field.name: _kind(hints[field.name]) for field in dataclasses.fields(cls)}
+    if cls not in _KINDS:
+        hints = typing.get_type_hints(cls)
+        _KINDS[cls] = {field.name: _kind(hints[field.name]) for field in dataclasses.fields(cls)}
+    return _KINDS[cls]
 
 
 def _kind(hint: Any) -> Kind:

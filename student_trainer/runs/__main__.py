@@ -38,6 +38,12 @@ def _indices(_context: click.Context, _parameter: click.Parameter, value: str | 
     required=True,
     help="Folder for runs, datasets and the database; made if missing.",
 )
+@click.option(
+    "--database",
+    help="URL of a PostgreSQL database for runs and their history, such as postgresql://user@host/name; best given as "
+    "STILLHOUSE_TRAINER_DATABASE or with its password in ~/.pgpass, since others see arguments.  [default: a file in "
+    "--data-dir]",
+)
 @click.option("--listen", default=_DEFAULTS.listen, help="HOST:PORT or unix:PATH; port 0 means any free one.")
 @click.option("--address-file", type=_PATH, help="Written with the bound address once the service is ready.")
 @click.option(

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Engine, create_engine, event
-from sqlalchemy.exc import DatabaseError, OperationalError
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.pool import StaticPool
 
 from protos.errors import Reason, StillhouseError
+from student_trainer.runs.postgres import TakenError, explained, postgres_engine, postgres_url, shown
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -23,25 +25,35 @@ BUSY_TIMEOUT_MS = 5000
 """Time that a statement waits for another program that reads the file, such as a backup."""
 
 
-def open_database(path: Path) -> Engine:
-    """The SQLite database at `path`, made or migrated to this version's schema.
+def open_database(place: Path | str) -> Engine:
+    """The SQLite database at the path `place`, or the PostgreSQL one at that URL, made or migrated to this version's schema.
 
     Raises:
-        StillhouseError: INVALID_CONFIG if the file is of a later version, or is no database.
+        StillhouseError: INVALID_CONFIG if it is of a later version, is no database, or cannot be used.
     """
-    # One connection, since one thread uses it.
-    engine = create_engine(
-        f"sqlite:///{path}", poolclass=StaticPool, connect_args={"check_same_thread": False}
-    )
-    event.listen(engine, "connect", _set_pragmas)
+    if isinstance(place, str):
+        url = postgres_url(place)
+        engine, where = postgres_engine(url), shown(url)
+    else:
+        # One connection, since one thread uses it.
+        engine = create_engine(
+            f"sqlite:///{place}",
+            poolclass=StaticPool,
+            hide_parameters=True,
+            connect_args={"check_same_thread": False},
+        )
+        event.listen(engine, "connect", _set_pragmas)
+        where = str(place)
     try:
         _migrate(engine)
-    except (CommandError, DatabaseError) as error:
+    except (CommandError, DBAPIError, TakenError) as error:
         engine.dispose()
-        raise StillhouseError(
-            Reason.INVALID_CONFIG,
-            f"{path} cannot be opened: {error}. If a later version of Stillhouse wrote it, start that version.",
-        ) from error
+        known = _explained(error, engine)
+        why = (
+            known
+            or f"{where} cannot be opened: {error}. If a later version of Stillhouse wrote it, start that version."
+        )
+        raise StillhouseError(Reason.INVALID_CONFIG, str(why)) from error
     return engine
 
 
@@ -64,6 +76,34 @@ def _migrate(engine: Engine) -> None:
         command.upgrade(config, "head")
 
 
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Connection]:
+    """One transaction.
+
+    Raises:
+        StillhouseError: DISK_FULL if the database cannot grow, DATABASE_UNREACHABLE if its server does not answer.
+    """
+    try:
+        with engine.begin() as connection:
+            yield connection
+    except (DBAPIError, TakenError) as error:
+        known = _explained(error, engine)
+        if known is None:
+            raise
+        raise known from error
+
+
+def _explained(error: Exception, engine: Engine) -> StillhouseError | None:
+    """What an error of the database means to a caller; None if it is a bug."""
+    if engine.dialect.name == "postgresql":
+        return explained(error, shown(engine.url))
+    if isinstance(error, OperationalError) and "full" in str(error.orig):
+        return StillhouseError(
+            Reason.DISK_FULL, "The disk of the service's data directory is full; free some space."
+        )
+    return None
+
+
 class DatabaseThread:
     """Runs blocking calls one after the other, off the event loop."""
 
@@ -71,20 +111,9 @@ class DatabaseThread:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
 
     async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `function` returns. A call that has begun is finished even if the caller is cancelled.
-
-        Raises:
-            StillhouseError: DISK_FULL if the database cannot grow.
-        """
+        """What `function` returns. A call that has begun is finished even if the caller is cancelled."""
         loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
-        except OperationalError as error:
-            if "full" in str(error.orig):
-                raise StillhouseError(
-                    Reason.DISK_FULL, "The disk of the service's data directory is full; free some space."
-                ) from error
-            raise
+        return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """The same for a caller in a thread of its own, which waits by itself."""

@@ -27,7 +27,8 @@ POLL_S = 0.2
 """Time between two looks at a run's journals and process."""
 TERM_GRACE_S = 10.0
 """Time between SIGTERM and SIGKILL."""
-DISK_FULL_RETRY_S = 5.0
+STORE_RETRY_S = 5.0
+"""Time after which a store that took nothing is tried again."""
 LOG_TAIL_BYTES = 2000
 LOG_TAIL_LINES = 6
 
@@ -93,25 +94,27 @@ class Overseer:
     async def _settle_adoption(self) -> None:
         """Say that the run is taken over, once its journals are in the store."""
         if self._adopting:
-            self._adopting = False
             store, adopting = self._keeping.store, Run.CONDITION_ADOPTING
             await self._keeping.db(
                 store.set_condition, self._run_id, Run.CONDITION_UNSPECIFIED, instead_of=adopting
             )
+            self._adopting = False
             self._keeping.bell.ring(self._run_id)
 
     async def _ingest(self) -> None:
-        """Take in all that the journals hold; a full disk delays that and loses nothing."""
+        """Take in all that the journals hold; a full disk or a database that is away delays that and loses nothing."""
         while True:
             try:
                 while await self._keeping.db(self._tail.ingest):
                     self._keeping.bell.ring(self._run_id)
                 break
             except StillhouseError as error:
-                if error.reason is not Reason.DISK_FULL:
+                if error.reason not in (Reason.DISK_FULL, Reason.DATABASE_UNREACHABLE):
                     raise
-                log.warning("disk full", run=self._run_id, retry_after_s=DISK_FULL_RETRY_S)
-                await asyncio.sleep(DISK_FULL_RETRY_S)
+                log.warning(
+                    "journals not read", run=self._run_id, why=error.message, retry_after_s=STORE_RETRY_S
+                )
+                await asyncio.sleep(STORE_RETRY_S)
 
     def _insist(self) -> None:
         """Signal a process that takes too long to end."""

@@ -15,11 +15,13 @@ from typing import Protocol
 import psutil
 
 from student_trainer.config_memory import HALVE_VARIABLE
-from student_trainer.run_dir import ProcessRecord, RunDir
+from student_trainer.run_dir import ProcessRecord, RunDir, start_time_of
 
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 """Names the file with the secrets of teachers; the secrets themselves stay in it."""
+SECRETS = frozenset({"STILLHOUSE_TRAINER_DATABASE", "PGPASSWORD"})
+"""Of the service's environment, which training processes have no use for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +123,7 @@ def environment(
     *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
 ) -> dict[str, str]:
     """The service's own environment with the process's share of the machine."""
-    variables = dict(os.environ)
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
     # The package is found whether it is installed or runs from a source tree.
     paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     variables |= {
@@ -149,7 +151,7 @@ def find(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
             if process.cmdline()[1:] == wanted and process.status() != psutil.STATUS_ZOMBIE:
-                return ProcessRecord(attempt=attempt, pid=process.pid, start_time=process.create_time())
+                return ProcessRecord(attempt=attempt, pid=process.pid, start_time=start_time_of(process.pid))
     return None
 
 

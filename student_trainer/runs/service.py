@@ -38,6 +38,8 @@ class ServiceOptions:
     """Settings of `stillhouse-trainer`, one for each flag."""
 
     data_dir: Path
+    database: str | None = None
+    """URL of a PostgreSQL database; None: stillhouse.db in the data directory."""
     listen: str = "127.0.0.1:7402"
     address_file: Path | None = None
     gpus: Sequence[int] | None = None
@@ -93,7 +95,7 @@ async def serve(options: ServiceOptions) -> None:
             observers=[metrics, AuditLog(options.audit_log or data_dir.audit_path)],
         )
         metrics.watch_calls(lambda: server.running)
-        store = await db(Store.open, data_dir.database_path)
+        store = await db(Store.open, options.database or data_dir.database_path)
         await db(datasets.remove_leftovers, data_dir.datasets_path)
         await db(remove_deleted, data_dir.runs_path)
         try:

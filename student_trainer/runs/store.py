@@ -1,6 +1,7 @@
 """What the service remembers of runs: every change of a run is one transaction and one event in its history.
 
-Methods block; the service calls them through one DatabaseThread.
+Methods block; the service calls them through one DatabaseThread. Any of them raises StillhouseError(DATABASE_UNREACHABLE)
+while a database server does not answer.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from google.rpc.status_pb2 import Status
-from sqlalchemy import Engine, delete, insert, select, update
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy import Engine, RowMapping, delete, insert, select, update
 
 from protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, WatchRunResponse
 from student_trainer.runs import rows, state, totals
-from student_trainer.runs.database import open_database
+from student_trainer.runs.database import open_database, transaction
 from student_trainer.runs.journal import Batch
 from student_trainer.runs.rows import now_us, to_bytes
 from student_trainer.runs.schema import attempts, datasets, events, requests, runs
@@ -33,9 +33,9 @@ class Store:
         self._engine = engine
 
     @classmethod
-    def open(cls, path: Path) -> Self:
-        """The store in the database file `path`, made or migrated if needed."""
-        return cls(open_database(path))
+    def open(cls, place: Path | str) -> Self:
+        """The store in the database file `place`, or at that URL, made or migrated if needed."""
+        return cls(open_database(place))
 
     def close(self) -> None:
         """Close the database."""
@@ -58,7 +58,7 @@ class Store:
             StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec, QUOTA if `owner` has
                 `max_queued` runs in the queue.
         """
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             earlier = rows.earlier(db, request_id, spec)
             if earlier is not None:
                 return earlier, False
@@ -83,17 +83,17 @@ class Store:
 
     def find_request(self, request_id: str, spec: RunSpec) -> Run | None:
         """The run that `request_id` made, if any. Raises as `create` does."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return rows.earlier(db, request_id, spec)
 
     def get(self, run_id: str) -> Run:
         """The run with both specs. Raises StillhouseError(RUN_NOT_FOUND)."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return rows.to_run(db, rows.row_of(db, run_id))
 
     def watch_start(self, run_id: str) -> tuple[Run, int]:
         """The run, and the sequence of its newest event."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             return rows.to_run(db, row), int(row["last_sequence"])
 
@@ -107,15 +107,9 @@ class Store:
             query = query.where(runs.c.state.in_(states))
         if before is not None:
             query = query.where(runs.c.number < before)
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             found = db.execute(query).mappings().all()
-            shown: list[Run] = []
-            num_bytes = 0
-            for row in found[:limit]:
-                shown.append(rows.to_run(db, row))
-                num_bytes += shown[-1].ByteSize()
-                if num_bytes > MAX_PAGE_BYTES:
-                    break
+            shown = rows.to_runs(db, _first(found[:limit], MAX_PAGE_BYTES))
         return shown, int(found[len(shown) - 1]["number"]) if len(found) > len(shown) else None
 
     def queue(self) -> list[Run]:
@@ -128,7 +122,7 @@ class Store:
 
     def ids(self) -> set[str]:
         """Every run's id."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return set(db.execute(select(runs.c.id)).scalars())
 
     def change(
@@ -148,7 +142,7 @@ class Store:
             StillhouseError: RUN_STATE unless its state is in `allowed`; QUOTA if its owner has `max_queued` runs in the
                 queue.
         """
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             if row["state"] not in allowed:
                 raise state.refuse(run_id, row["state"], verb, allowed)
@@ -169,7 +163,7 @@ class Store:
     ) -> None:
         """Say why a live run makes no progress, if what is said so far is `instead_of`."""
         this = (runs.c.id == run_id) & (runs.c.condition == instead_of)
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             if db.execute(update(runs).where(this).values(condition=condition)).rowcount:
                 rows.tell(db, run_id)
 
@@ -179,7 +173,7 @@ class Store:
         Raises:
             StillhouseError: RUN_STATE if it is COMPLETED or FAILED.
         """
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             if row["state"] == PENDING:
                 rows.move(db, row, state.STOPPED, {"condition": Run.CONDITION_UNSPECIFIED})
@@ -196,7 +190,7 @@ class Store:
         Raises:
             StillhouseError: RUN_STATE if the run is not PENDING.
         """
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             if row["state"] != PENDING:
                 raise state.refuse(run_id, row["state"], "launch", frozenset({PENDING}))
@@ -223,7 +217,8 @@ class Store:
     ) -> Run:
         """The run after its process ended and it became `following`; with `halve` it goes on with half its micro-batch.
 
-        `error` is the attempt's, and the run's too if it FAILED. A PENDING run is retried, at the head of the queue.
+        `error` is the attempt's, and the run's too if it FAILED. A PENDING run is retried, at the head of the queue. An
+        attempt ends once: telling it again changes nothing.
         """
         failed = following == state.FAILED
         values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
@@ -233,15 +228,15 @@ class Store:
             values["condition"] = Run.CONDITION_RETRYING
             if halve:
                 values["halved"] = True
-        with self._engine.begin() as db:
+        ended: dict[str, Any] = {"end_us": now_us(), "exit_code": exit_code, "signal": signal}
+        ended["error"] = to_bytes(error) if error is not None else None
+        this = (attempts.c.run_id == run_id) & (attempts.c.number == number) & attempts.c.end_us.is_(None)
+        with transaction(self._engine) as db:
+            if not db.execute(update(attempts).where(this).values(**ended)).rowcount:
+                # It is told again, because the answer to the first time was lost.
+                return rows.to_run(db, rows.row_of(db, run_id))
             if following == PENDING:
                 values["step"] = rows.row_of(db, run_id)["latest_checkpoint"] or 0
-            ended = {"end_us": now_us(), "exit_code": exit_code, "signal": signal}
-            db.execute(
-                update(attempts)
-                .where(attempts.c.run_id == run_id, attempts.c.number == number)
-                .values(error=to_bytes(error) if error is not None else None, **ended)
-            )
             if following == state.COMPLETED and rows.row_of(db, run_id)["state"] == STARTING:
                 # It had nothing left to do, as after a crash between its last step and its end.
                 rows.move(db, rows.row_of(db, run_id), RUNNING, {})
@@ -250,12 +245,12 @@ class Store:
 
     def owner(self, run_id: str) -> str:
         """Who submitted the run; empty where nobody had to say. Raises StillhouseError(RUN_NOT_FOUND)."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return str(rows.row_of(db, run_id)["owner"])
 
     def halved(self, run_id: str) -> bool:
         """Whether the run goes on with half its micro-batch."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return bool(rows.row_of(db, run_id)["halved"])
 
     def ended_before(self, time_us: int, *, limit: int) -> list[str]:
@@ -266,41 +261,41 @@ class Store:
             .order_by(runs.c.end_us)
             .limit(limit)
         )
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return [str(each) for each in db.execute(query).scalars()]
 
     def totals(self) -> Totals:
         """Sums over all runs, for metrics."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return totals.read(db)
 
     def devices(self, run_id: str, number: int) -> tuple[int, ...]:
         """The devices that an attempt was given; none for the CPU."""
         query = select(attempts.c.devices).where(attempts.c.run_id == run_id, attempts.c.number == number)
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return tuple(int(each) for each in db.execute(query).scalar_one().split(",") if each)
 
     def attempts_since_asked(self, run_id: str) -> int:
         """Processes that were started for the run since a person last asked for it."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return rows.last_attempt(db, run_id) - int(rows.row_of(db, run_id)["asked_attempt"])
 
     def offsets(self, run_id: str) -> tuple[int, int]:
         """Bytes of the event and metric journals that are in the store."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             return int(row["events_offset"]), int(row["metrics_offset"])
 
     def outcome(self, run_id: str, number: int) -> tuple[str | None, Status | None]:
         """How the process of an attempt said that it ends: completed, stopped, failed or None; and with which error."""
         query = select(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number)
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = db.execute(query).mappings().one()
         return row["outcome"], Status.FromString(row["error"]) if row["error"] else None
 
     def record(self, run_id: str, batch: Batch) -> None:
         """Take in what the run's journals hold, and how far they were read, in one transaction."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             for number, point in batch.metrics:
                 rows.append_event(db, run_id, "metrics", point, step=point.step)
@@ -330,7 +325,7 @@ class Store:
             .order_by(events.c.sequence)
             .limit(limit)
         )
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             return [rows.to_response(row) for row in db.execute(query).mappings().all()]
 
     def metric_points(self, run_id: str, *, start: int, end: int | None) -> list[MetricPoint]:
@@ -342,13 +337,13 @@ class Store:
         )
         if end is not None:
             query = query.where(events.c.step < end)
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             rows.row_of(db, run_id)
             return [MetricPoint.FromString(payload) for payload in db.execute(query).scalars()]
 
     def delete(self, run_id: str) -> None:
         """Forget an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             row = rows.row_of(db, run_id)
             if row["state"] not in ENDED:
                 raise state.refuse(run_id, row["state"], "delete", ENDED)
@@ -357,17 +352,27 @@ class Store:
     def add_dataset(self, sha256: str, suffix: str, file_name: str, size_bytes: int) -> None:
         """Remember an uploaded file; the newest upload of the same bytes gives the suffix."""
         values = {"suffix": suffix, "file_name": file_name, "size_bytes": size_bytes}
-        query = upsert(datasets).values(sha256=sha256, create_us=now_us(), **values)
-        with self._engine.begin() as db:
-            db.execute(query.on_conflict_do_update(index_elements=["sha256"], set_=values))
+        with transaction(self._engine) as db:
+            if not db.execute(update(datasets).where(datasets.c.sha256 == sha256).values(**values)).rowcount:
+                db.execute(insert(datasets).values(sha256=sha256, create_us=now_us(), **values))
 
     def dataset_suffix(self, sha256: str) -> str | None:
         """The suffix of the stored file; None if there is no such dataset."""
-        with self._engine.begin() as db:
+        with transaction(self._engine) as db:
             query = select(datasets.c.suffix).where(datasets.c.sha256 == sha256)
             return db.execute(query).scalar_one_or_none()
 
     def _in_states(self, states: Iterable[State]) -> list[Run]:
         query = select(runs).where(runs.c.state.in_(list(states))).order_by(runs.c.queue_number)
-        with self._engine.begin() as db:
-            return [rows.to_run(db, row) for row in db.execute(query).mappings().all()]
+        with transaction(self._engine) as db:
+            return rows.to_runs(db, db.execute(query).mappings().all())
+
+
+def _first(found: Sequence[RowMapping], max_bytes: int) -> Sequence[RowMapping]:
+    """The first rows, at least one, whose specs have about `max_bytes`."""
+    num_bytes = 0
+    for index, row in enumerate(found):
+        num_bytes += len(row["spec"]) + len(row["effective_spec"])
+        if num_bytes > max_bytes:
+            return found[: index + 1]
+    return found

@@ -66,6 +66,8 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
         self._scheduler: asyncio.Task[None] | None = None
+        self._unsure = False
+        """Whether the store may know of attempts that were never started, because its answer was lost."""
 
     def run_dir(self, run_id: str) -> RunDir:
         """The directory of a run."""
@@ -122,11 +124,33 @@ class Supervisor:
             await self._news.wait()
             self._news.clear()
             try:
+                if self._unsure:
+                    await self._catch_up()
                 await self._start_queued()
+                self._unsure = False
+                continue
+            except StillhouseError as error:
+                log.warning("queue not served", why=error.message, retry_after_s=RETRY_S)
             except Exception:
                 log.exception("queue not served", retry_after_s=RETRY_S)
-                await asyncio.sleep(RETRY_S)
-                self._news.set()
+            self._unsure = True
+            await asyncio.sleep(RETRY_S)
+            self._news.set()
+
+    async def _catch_up(self) -> None:
+        """Queue the runs again that the store calls live and that nobody looks after; pass on stops that were missed."""
+        for run in await self._db(self._store.live):
+            run_id, stopping = run.name.removeprefix("runs/"), run.state == state.STOPPING
+            if run_id in self._overseers:
+                if stopping:
+                    self._overseers[run_id].ask_stop()
+                continue
+            following = state.STOPPED if stopping else state.PENDING
+            attempt = run.attempts[-1].number
+            await self._db(
+                self._store.end_attempt, run_id, attempt, following, exit_code=0, signal=0, error=None
+            )
+            self._bell.ring(run_id)
 
     async def _start_queued(self) -> None:
         """Start what fits. A run that waits for devices lets none behind it pass that wants the same kind."""
@@ -155,6 +179,7 @@ class Supervisor:
     async def _launch(self, run: Run, devices: tuple[int, ...]) -> None:
         run_id = run.name.removeprefix("runs/")
         try:
+            halve = await self._db(self._store.halved, run_id)
             attempt = await self._db(self._store.begin_attempt, run_id, devices)
         except StillhouseError as error:
             self.slots.release(devices)
@@ -164,7 +189,6 @@ class Supervisor:
         self._bell.ring(run_id)
         run_dir = self.run_dir(run_id)
         try:
-            halve = await self._db(self._store.halved, run_id)
             child = await asyncio.to_thread(self._spawn, run, run_dir, attempt, devices, halve=halve)
         except Exception as error:
             log.exception("attempt not started", run=run_id, attempt=attempt)
@@ -248,6 +272,8 @@ class Supervisor:
             try:
                 await overseer.watch()
                 break
+            except StillhouseError as error:
+                log.warning("run not looked after", run=run_id, why=error.message, retry_after_s=RETRY_S)
             except Exception:
                 log.exception("run not looked after", run=run_id, retry_after_s=RETRY_S)
             await asyncio.sleep(RETRY_S)

@@ -32,6 +32,7 @@ class Tail:
         following = (batch.offsets["events_offset"], batch.offsets["metrics_offset"])
         if following == self._offsets:
             return False
+        self._offsets = None  # asked for again if recording fails: a database may have done it all the same
         self._store.record(self._run_id, batch)
         self._offsets = following
         return True

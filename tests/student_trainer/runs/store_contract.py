@@ -204,6 +204,26 @@ class StoreContract:
         assert (run.queue_position, run.HasField("error"), run.HasField("end_time")) == (1, False, False)
         assert store.attempts_since_asked("aaaaaaaaaaaa") == 0
 
+    def test_an_attempt_ends_once_however_often_it_is_told(self, store: Store) -> None:
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        first = store.end_attempt("aaaaaaaaaaaa", 1, state.FAILED, exit_code=1, signal=0, error=None)
+        again = store.end_attempt("aaaaaaaaaaaa", 1, state.COMPLETED, exit_code=0, signal=0, error=None)
+        assert again == first
+        assert first.state == Run.STATE_FAILED
+
+    def test_many_runs_are_read_as_each_of_them_is(self, store: Store) -> None:
+        for letter in "abcd":
+            new_run(store, letter * 12)
+        store.begin_attempt("b" * 12, (1,))
+        store.end_attempt("b" * 12, 1, state.PENDING, exit_code=1, signal=0, error=None)
+        store.begin_attempt("b" * 12, (1,))
+        store.stop("c" * 12)
+        listed, _ = store.page([], before=None, limit=10)
+        assert listed == [store.get(letter * 12) for letter in "dcba"]
+        assert store.live() == [store.get("b" * 12)]
+        assert [run.queue_position for run in store.queue()] == [0, 1]
+
     def test_a_condition_is_set_only_in_place_of_another(self, store: Store) -> None:
         new_run(store)
         waiting, adopting = Run.CONDITION_WAITING_FOR_TEACHER, Run.CONDITION_ADOPTING

@@ -1,4 +1,4 @@
-"""The SQLite store: the contract of stores, its file, and its migrations."""
+"""The store on SQLite and on PostgreSQL: one contract for both, their migrations, and what each has of its own."""
 
 from __future__ import annotations
 
@@ -16,34 +16,50 @@ from student_trainer.runs.database import DatabaseThread, open_database
 from student_trainer.runs.schema import metadata
 from student_trainer.runs.store import Store
 from tests.student_trainer.runs.store_contract import StoreContract, new_run
+from tests.support.postgres import Postgres
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """An empty database: a file, or the URL of one on a real server."""
+    if request.param == "sqlite":
+        return tmp_path / "stillhouse.db"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.empty()
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
-    opened = Store.open(tmp_path / "stillhouse.db")
+def store(place: Path | str) -> Iterator[Store]:
+    opened = Store.open(place)
     yield opened
     opened.close()
 
 
-class TestSqlite(StoreContract):
+class TestStore(StoreContract):
     pass
 
 
-def test_migrations_make_the_schema_that_the_code_uses(tmp_path: Path) -> None:
-    engine = open_database(tmp_path / "stillhouse.db")
+def test_migrations_make_the_schema_that_the_code_uses(place: Path | str) -> None:
+    engine = open_database(place)
     with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_sqlite_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+    engine = open_database(tmp_path / "stillhouse.db")
+    with engine.begin() as connection:
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
         assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
     engine.dispose()
 
 
-def test_a_store_is_what_it_was_after_opening_it_again(tmp_path: Path) -> None:
-    store = Store.open(tmp_path / "stillhouse.db")
+def test_a_store_is_what_it_was_after_opening_it_again(place: Path | str) -> None:
+    store = Store.open(place)
     run = new_run(store)
     store.close()
-    store = Store.open(tmp_path / "stillhouse.db")
+    store = Store.open(place)
     assert store.get("aaaaaaaaaaaa") == run
     store.close()
 
