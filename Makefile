@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-acceptance bench-sparse bench-cache clean
+.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -78,6 +78,9 @@ bench-acceptance: setup ## every way to learn, through the services, on language
 
 bench-sparse: setup ## the share of full distillation's gain that each sparse target keeps; ARGS names a text and a work folder; JSON=FILE
 	$(PY) -m benchmarks.sparse_targets $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-foreign: setup ## what a student gains from a teacher with a foreign tokenizer; ARGS names a work folder; JSON=FILE
+	$(PY) -m benchmarks.foreign $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
 	$(PY) -m benchmarks.cache_codecs $(if $(JSON),--json $(JSON)) $(ARGS)
