@@ -29,8 +29,7 @@ EXIT_FAILED = 3
 """Exit code of a training process that wrote a `failed` event."""
 EXIT_DISK_FULL = 5
 """Exit code of a training process that had no room for a `failed` event."""
-START_TIME_TOLERANCE_S = 1.0
-"""Two readings of one process's start time differ by less than this."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 MANIFEST = "MANIFEST.json"
 """A checkpoint's last file: with it the checkpoint is complete."""
 MAX_READ_BYTES = 8 * 2**20
@@ -43,16 +42,15 @@ class ProcessRecord:
 
     attempt: int
     pid: int
-    start_time: float
-    """Seconds since the epoch, as the operating system says."""
+    start_time: str
+    """As `start_time_of` says."""
 
     @property
     def alive(self) -> bool:
         """Whether this very process, and no later one of the same number, lives."""
         try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.start_time) < START_TIME_TOLERANCE_S
-            return same and process.status() != psutil.STATUS_ZOMBIE
+            same = start_time_of(self.pid) == self.start_time
+            return same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return False
 
@@ -188,7 +186,7 @@ class RunDir:
         if not value:
             return None
         return ProcessRecord(
-            attempt=int(value["attempt"]), pid=int(value["pid"]), start_time=float(value["start_time"])
+            attempt=int(value["attempt"]), pid=int(value["pid"]), start_time=str(value["start_time"])
         )
 
     def locked_by_live_process(self) -> ProcessRecord | None:
@@ -227,7 +225,7 @@ class RunDir:
                     Reason.RUN_STATE,
                     f"{self.path} is locked by another process; stop it before attempt {attempt}.",
                 ) from error
-            record = {"attempt": attempt, "pid": os.getpid(), "start_time": psutil.Process().create_time()}
+            record = {"attempt": attempt, "pid": os.getpid(), "start_time": start_time_of(os.getpid())}
             opened = Attempt(self, attempt)
             opened.check_fence()
             write_whole(self.process_path, json.dumps(record).encode())
@@ -290,7 +288,7 @@ class Attempt:
         self.run_dir.heartbeat_path.touch()
 
     def report(self, kind: str, **payload: Any) -> None:
-        """Append an event; it is on disk when this returns."""
+        """Append an event; it is on disk when this returns. Raises as `check_fence` does."""
         self._append("events.jsonl", {"kind": kind, **payload}, sync=True)
 
     def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -312,6 +310,7 @@ class Attempt:
             self._sequences[name] = max((int(line["sequence"]) for line in lines), default=0)
 
     def _append(self, name: Journal, value: dict[str, Any], *, sync: bool) -> None:
+        self.check_fence()
         self._sequences[name] += 1
         head = {"sequence": self._sequences[name], "attempt": self.number, "time": now_text()}
         line = json.dumps({**head, **value}, separators=(",", ":")).encode() + b"\n"
@@ -340,6 +339,19 @@ class Follower(Attempt):
 
     def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Nothing."""
+
+
+def start_time_of(pid: int) -> str:
+    """When a process began, on a clock that nobody sets: the id of this boot and the ticks since then.
+
+    Raises:
+        psutil.NoSuchProcess: there is none of this number.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{_BOOT.read_text().strip()} {fields[19]}"
+    except (FileNotFoundError, ProcessLookupError):
+        return str(psutil.Process(pid).create_time())  # no Linux, or no process
 
 
 def now_text() -> str:

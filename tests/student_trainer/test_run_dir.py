@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.student_trainer.specs import SMALLEST, spec_of
 
 HOLDER = """
 import sys
+import time
 from pathlib import Path
 from student_trainer.run_dir import RunDir
 with RunDir(Path(sys.argv[1])).open_attempt(int(sys.argv[2])) as attempt:
@@ -155,6 +157,28 @@ def test_a_record_of_another_process_with_the_same_pid_is_not_taken_for_it(run_d
         record = json.loads(run_dir.process_path.read_text())
         write_whole(run_dir.process_path, json.dumps(record | {"start_time": 1.0}).encode())
         assert run_dir.locked_by_live_process() is None
+
+
+def test_a_process_is_known_again_after_the_clock_was_set(run_dir: RunDir) -> None:
+    """Where the kernel says when it was booted, that time moves with the clock."""
+    with run_dir.open_attempt(1):
+        record = run_dir.process()
+    assert record is not None
+    boot, ticks = record.start_time.split()
+    assert Path("/proc/sys/kernel/random/boot_id").read_text().strip() == boot
+    assert 0 < int(ticks) / os.sysconf("SC_CLK_TCK") <= time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def test_nothing_is_written_for_an_attempt_that_was_replaced(run_dir: RunDir) -> None:
+    run_dir.write_control(1, stop=False)
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("started", total_steps=1, step=0)
+        run_dir.write_control(2, stop=False)
+        for write in (lambda: attempt.report("stopped", step=0), lambda: attempt.report_metrics(1, {})):
+            with pytest.raises(StillhouseError, match="was replaced by attempt 2"):
+                write()
+    assert [line["kind"] for line in run_dir.read_lines("events.jsonl", 0)[0]] == ["started"]
+    assert run_dir.read_lines("metrics.jsonl", 0) == ([], 0)
 
 
 def test_only_complete_checkpoints_count(run_dir: RunDir) -> None:

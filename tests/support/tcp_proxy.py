@@ -10,8 +10,9 @@ import threading
 from collections.abc import Coroutine
 from typing import Any, Literal, Self
 
-Weather = Literal["fine", "silent", "cut"]
-"""fine: bytes pass. silent: none do, and nobody is told, as when a cable is pulled. cut: connections are reset and refused."""
+Weather = Literal["fine", "silent", "mute", "cut"]
+"""fine: bytes pass. silent: none do, and nobody is told, as when a cable is pulled. mute: what the target says is lost.
+cut: connections are reset and refused."""
 PIECE_BYTES = 1024
 LINGER_RESET = struct.pack("ii", 1, 0)
 """Closing with it sends a RST."""
@@ -94,7 +95,9 @@ class TcpProxy:
                 return
             self._writers.add(up_writer)
             try:
-                await asyncio.gather(self._pump(reader, up_writer), self._pump(up_reader, writer))
+                await asyncio.gather(
+                    self._pump(reader, up_writer), self._pump(up_reader, writer, is_answer=True)
+                )
             finally:
                 self._writers.discard(up_writer)
                 up_writer.close()
@@ -110,9 +113,13 @@ class TcpProxy:
         host, port = self._upstream.rsplit(":", 1)
         return await asyncio.open_connection(host, int(port))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, is_answer: bool = False
+    ) -> None:
         while data := await reader.read(PIECE_BYTES if self._delay_s else 64 * PIECE_BYTES):
             await self._passing.wait()
+            if is_answer and self._weather == "mute":
+                continue
             if self._delay_s:
                 await asyncio.sleep(self._delay_s * len(data) / 1024)
             writer.write(data)

@@ -1,0 +1,111 @@
+"""The clock of the day jumps under every program, and a process that was long asleep wakes up: neither spoils a run."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import json_format
+
+from examples.programs import Program
+from protos.stillhouse.v1 import run_pb2 as pb
+from protos.stillhouse.v1.run_pb2 import Run
+from student_trainer.run_dir import EXIT_FAILED
+from tests.conftest import Models
+from tests.faults.world import World, curve_of, final_weights
+from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step
+from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
+from tests.support.processes import no_process_left
+from tests.support.runs import wait_until
+
+STEPS = 60
+DAY_S = 86_400
+
+
+@pytest.fixture
+def jumping(tmp_path: Path) -> Iterator[World]:
+    """A world whose clock jumps once the file `jump` is there."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    library = tmp_path / "jump.so"
+    source = Path(__file__).with_name("clock_jump.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    with no_process_left() as mark:
+        clock = {"LD_PRELOAD": str(library), "CLOCK_JUMP_FILE": str(tmp_path / "jump"), "CLOCK_JUMP_S": ""}
+        made = World(root=tmp_path, teacher_model=tmp_path, environment={**mark, **clock})
+        try:
+            yield made
+        finally:
+            made.close()
+
+
+def spec(models: Models, data: Path, target: str) -> dict[str, Any]:
+    return spec_of(
+        models.student,
+        data,
+        target,
+        data={"eval_fraction": 0},
+        optimizer={"max_steps": STEPS, "grad_accum_steps": 1},
+        checkpoint={"every_steps": 5},
+    )
+
+
+@pytest.mark.faults(row=21)
+@pytest.mark.slow
+@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S])
+def test_a_clock_that_jumps_by_a_day_under_all_programs_changes_nothing(
+    jump_s: int, jumping: World, models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    jumping.environment = {**jumping.environment, "CLOCK_JUMP_S": str(jump_s)}
+    jumping.start_teacher(models.teacher)
+    jumping.start_service()
+    message = json_format.ParseDict(spec(models, dataset_file, jumping.teacher_target), pb.RunSpec())
+    with stub_for(jumping.service_target) as stub:
+        disturbed = stub.CreateRun(pb.CreateRunRequest(spec=message)).name
+        wait_step(stub, disturbed, 2)
+        (tmp_path / "jump").touch()
+        calm = stub.CreateRun(pb.CreateRunRequest(spec=message)).name
+        for name in (disturbed, calm):
+            run = wait_ended(stub, name)
+            assert run.state == Run.STATE_COMPLETED, run.error.message
+            assert len(run.attempts) == 1
+    first, second = (jumping.run_dir(name) for name in (disturbed, calm))
+    assert curve_of(first) == curve_of(second)
+    expected = final_weights(second)
+    for name, weight in final_weights(first).items():
+        np.testing.assert_array_equal(weight, expected[name], err_msg=name)
+
+
+@pytest.mark.faults(row=21)
+def test_a_process_that_slept_through_its_replacement_changes_nothing_when_it_wakes(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    """Without the lock, as on a file system of two hosts: the number of the attempt alone keeps it off."""
+    run_dir = make_run(tmp_path, "slept", spec(models, dataset_file, hf_teacher.target))
+    with no_process_left() as mark:
+        sleeper = start(run_dir, 1, mark)
+        wait_until(lambda: len(run_dir.checkpoints()) >= 2 or sleeper.poll() is not None, "two checkpoints")
+        assert sleeper.poll() is None
+        sleeper.send_signal(signal.SIGSTOP)
+        try:
+            run_dir.lock_path.unlink()
+            assert finish_here(run_dir, 2) == 0
+            left = {path: path.read_bytes() for path in files_of(run_dir.path)}
+        finally:
+            sleeper.send_signal(signal.SIGCONT)
+        assert sleeper.wait(60) not in (0, EXIT_FAILED)
+    assert {path: path.read_bytes() for path in files_of(run_dir.path)} == left
+    assert sorted(curve_of(run_dir)) == list(range(1, STEPS + 1))
+
+
+def files_of(root: Path) -> list[Path]:
+    """What a run consists of; a log and a drawing of curves may grow."""
+    folders = ("attempts", "tensorboard")
+    found = (path for path in root.rglob("*") if path.is_file() and path.name != "heartbeat")
+    return sorted(path for path in found if path.relative_to(root).parts[0] not in folders)
