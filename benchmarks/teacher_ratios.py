@@ -175,20 +175,27 @@ class Costs:
     head: float
     select: Mapping[int, float]
     """Top-k and the log-sum-exp, by k."""
+    helpers: int = 0
+    """Threads beside the engine's that select rows while it computes the logits of others."""
+
+    def answer(self, top_k: int) -> float:
+        """Seconds that the rows of one token take at least: output layer and selection."""
+        return max(self.head, (self.head + self.select[top_k]) / (1 + self.helpers))
 
     def score_rate(self, top_k: int) -> float:
         """The roofline: tokens per second of body, output layer and selection."""
-        return 1 / (self.body + self.head + self.select[top_k])
+        return 1 / (self.body + self.answer(top_k))
 
     def limit(self, kind: str, top_k: int, *, computed: float, answered: float) -> float | None:
         """What the parts allow for a ratio; `computed` and `answered` are shares of shared sequences."""
-        answer = self.head + self.select[top_k]
+        answer = self.answer(top_k)
         if kind == "score":
             return self.body / (self.body + answer)
         if kind == "shared":
             return self.body * computed / (self.body * computed + answer * answered)
         if kind == "decode":
-            return (self.body + self.head) / (self.body + answer)
+            step = self.body + self.head
+            return step / (step + self.select[top_k] / (1 + self.helpers))
         return None
 
 

@@ -177,7 +177,7 @@ class _Rounds:
         return Measured(
             result=ModelResult(
                 rounds=self._rounds,
-                costs=_median_costs(self._costs),
+                costs=_median_costs(self._costs, self._options.settings.helpers),
                 computed=(group.shared + group.group_size * own) / tokens,
                 answered=group.group_size * own / tokens,
             ),
@@ -223,7 +223,7 @@ class _Rounds:
         self._say(f"{self._workload.shape.name}, round {number + 1}: {rates} tok/s")
 
 
-def _median_costs(costs: Sequence[dict[str, Any]]) -> Costs | None:
+def _median_costs(costs: Sequence[dict[str, Any]], helpers: int) -> Costs | None:
     if not costs:
         return None
     return Costs(
@@ -232,4 +232,5 @@ def _median_costs(costs: Sequence[dict[str, Any]]) -> Costs | None:
         select={
             top_k: statistics.median(each["select"][top_k] for each in costs) for top_k in costs[0]["select"]
         },
+        helpers=helpers,
     )

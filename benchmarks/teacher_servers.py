@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shlex
 import socket
 import sys
@@ -20,6 +19,7 @@ from benchmarks.peers import VLLM_GRPC, Peers
 from benchmarks.scoring_clients import CountingTeacher
 from benchmarks.teacher_models import Shape
 from examples.programs import Program, ProgramError, start_program, start_teacher
+from teacher_service.vllm_parallel import num_cores
 from teacher_service.vllm_setup import MAX_RUNNING_SEQUENCES
 
 MAX_TOP_K = 256
@@ -45,7 +45,12 @@ class Settings:
     @property
     def engine_threads(self) -> int:
         """Threads that an engine computes with."""
-        return self.threads or max(1, len(os.sched_getaffinity(0)) - 1)
+        return self.threads or max(1, num_cores() - 1)
+
+    @property
+    def helpers(self) -> int:
+        """Threads beside these that select the teacher's rows: see `vllm_helpers`."""
+        return int(self.on_cpu and not self.threads and self.engine_threads == 1 and num_cores() > 1)
 
 
 class Servers:
