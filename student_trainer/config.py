@@ -143,6 +143,10 @@ class StudentContextConfig:
     """Cap on the importance weight of a token."""
     min_teacher_logprob: float | None = None
     """Mean log-probability per token that the teacher must give the student's first texts; None: that of a blind guess."""
+    rollout_credential: str = ""
+    """Section of the trainer's credentials file, for rollout_target."""
+    rollout_tls_server_name: str = ""
+    """Name to expect in its certificate."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,6 +166,8 @@ class LossTermConfig:
     """ "full" (over the support) or "policy_gradient"."""
     token_weighting: str = "uniform"  # noqa: S105 (tokens of text)
     """ "uniform", "teacher_entropy" or "teacher_confidence"."""
+    baseline: str = "none"
+    """Of a policy gradient: "none", "batch", "group" or "position"."""
 
     @property
     def parameters(self) -> Mapping[str, float]:

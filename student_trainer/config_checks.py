@@ -44,6 +44,7 @@ CHOICES: Mapping[str, Sequence[str]] = {
     ),
     "LossTermConfig.estimator": ("full", "policy_gradient"),
     "LossTermConfig.token_weighting": ("uniform", "teacher_entropy", "teacher_confidence"),
+    "LossTermConfig.baseline": ("none", "batch", "group", "position"),
     "OptimizerConfig.name": ("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw_8bit"),
     "OptimizerConfig.lr_scheduler": ("cosine", "linear", "constant"),
     "OptimizerConfig.precision": ("bf16", "fp16", "fp32"),

@@ -58,6 +58,11 @@ def _check_source(
                 "needs an adapter that can travel there; add student.lora: {}, or leave it out so that the training "
                 "process writes by itself.",
             )
+        for name in ("rollout_credential", "rollout_tls_server_name"):
+            if getattr(context.student, name) and not context.student.rollout_target:
+                yield _violation(
+                    f"{path}.student.{name}", "is for the service at rollout_target, which is not set."
+                )
         if loss.hard_weight:
             yield _violation(
                 f"{field}.hard_weight",
@@ -71,10 +76,23 @@ def _check_source(
 
 
 def _check_policy_gradient(context: ContextConfig, loss: LossConfig, field: str) -> Iterator[FieldViolation]:
+    samples = context.student.generation.samples_per_prompt if context.student else 0
     for i, term in enumerate(loss.terms):
+        path = f"{field}.terms[{i}]"
+        if term.baseline != "none" and term.estimator != "policy_gradient":
+            yield _violation(
+                f"{path}.baseline",
+                f'is "{term.baseline}", which a loss without sampled advantages has no use for. Set '
+                "estimator: policy_gradient, or leave it out.",
+            )
         if term.estimator != "policy_gradient" or term.weight == 0:
             continue
-        path = f"{field}.terms[{i}]"
+        if term.baseline in ("group", "position") and samples == 1:
+            yield _violation(
+                f"{path}.baseline",
+                f'is "{term.baseline}", a mean over the other texts of a prompt, and samples_per_prompt is 1. Raise that, or '
+                'use "batch".',
+            )
         if context.student is None:
             yield _violation(
                 f"{path}.estimator",

@@ -7,7 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
+from protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_ENTROPY,
+    DistributionConfig,
+    GetTeacherInfoResponse,
+)
 from protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
 from protos.tensor_codec import Distributions
 from student_trainer.config import LossConfig, TeacherConfig
@@ -79,6 +83,7 @@ def training_request(loss: LossConfig, seed: int) -> RequestOf:
     """What `loss` asks; `seed` is that of draws, where it needs any."""
     tempered = loss.temperature != 1 and loss.temperature_mode == "exact"
     draws = loss.sparse_target in DRAWN_TARGETS
+    weighted = any(term.weight > 0 and term.token_weighting != "uniform" for term in loss.terms)  # noqa: S105 (of text)
 
     def request(teacher: TeacherConfig) -> DistributionConfig:
         return DistributionConfig(
@@ -88,9 +93,20 @@ def training_request(loss: LossConfig, seed: int) -> RequestOf:
             temperatures=[loss.temperature] if tempered else [],
             num_sampled_tokens=loss.num_samples if draws else 0,
             seed=seed if draws else 0,
+            entropy=weighted,
         )
 
     return request
+
+
+def offered(request: DistributionConfig, info: GetTeacherInfoResponse) -> DistributionConfig:
+    """`request` without the entropy where the teacher does not tell it: then its lower bound weighs the tokens."""
+    if not request.entropy or CAPABILITY_ENTROPY in info.capabilities:
+        return request
+    reduced = DistributionConfig()
+    reduced.CopyFrom(request)
+    reduced.entropy = False
+    return reduced
 
 
 def evaluation_request(top_k: int) -> RequestOf:

@@ -35,6 +35,10 @@ class Scored:
     """Which of the run's contexts it comes from, by its place in the run file."""
     behaviour_logprobs: np.ndarray | None = None
     """float32 [T - start]: of each token under the distribution that it was drawn from, if the student wrote it."""
+    group: int = 0
+    """Of a text that the student wrote: which prompt it belongs to."""
+    baseline: np.ndarray | None = None
+    """float32 [T - start]: what the advantage of each of its tokens is compared with; None means 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -310,14 +314,17 @@ def _sampled(
     device: torch.device,
     max_importance_weight: float,
 ) -> SampledTokens | None:
-    teacher, behaviour = [], []
+    teacher, behaviour, baseline = [], [], []
     for each, at in zip(scored, positions, strict=True):
         if each.behaviour_logprobs is None or each.answer is None:
             return None
         teacher.append(each.answer.target_logprobs[at - each.answer.start])
         behaviour.append(each.behaviour_logprobs[at - each.example.start])
+        own = np.zeros_like(each.behaviour_logprobs) if each.baseline is None else each.baseline
+        baseline.append(own[at - each.example.start])
     return SampledTokens(
         teacher_logprobs=torch.from_numpy(np.concatenate(teacher)).unsqueeze(0).to(device),
         behaviour_logprobs=torch.from_numpy(np.concatenate(behaviour)).unsqueeze(0).to(device),
         max_importance_weight=max_importance_weight,
+        baseline=torch.from_numpy(np.concatenate(baseline)).unsqueeze(0).to(device),
     )

@@ -25,7 +25,7 @@ from protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
 from student_trainer.config import RunConfig
 from student_trainer.run_dir import Attempt, write_whole
-from student_trainer.train.answers import training_request
+from student_trainer.train.answers import offered, training_request
 from student_trainer.train.asking import Asked
 from student_trainer.train.cache import RunCache
 from student_trainer.train.cache_texts import TextJob, Written, texts
@@ -189,7 +189,7 @@ class _Build:
         return -(-self._num_all // self._rows_per_step)
 
     def _plan(self, question: Question, name: str, teacher: Teacher) -> None:
-        request = question.request(teacher.config)
+        request = offered(question.request(teacher.config), teacher.info)
         meta = RunCache.meta(teacher, request, held_out=question.held_out)
         examples = {meta.key(each.token_ids, each.start): each for each in question.of(name)}
         missing = [each for key, each in examples.items() if not self._writer.has(key, meta)]
@@ -206,7 +206,8 @@ class _Build:
     def _plan_texts(self, number: int, name: str, teacher: Teacher, corpus: Corpus) -> None:
         context = self._config.contexts[number]
         assert context.teacher is not None
-        request = training_request(self._config.loss_of(context), self._config.data.seed)(teacher.config)
+        asked = training_request(self._config.loss_of(context), self._config.data.seed)(teacher.config)
+        request = offered(asked, teacher.info)
         done = self._written.of(number)
         room = min(self._config.data.max_sequence_tokens, teacher.info.max_sequence_tokens)
         routed = bool(self._config.data.teacher_field)

@@ -18,13 +18,15 @@ CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 Signature = tuple[ChannelOptions, tuple[object, ...]]
 
 
-def signature(config: TeacherConfig, target: str) -> Signature:
+def signature(config: TeacherConfig, target: str, *, field: str = "teachers[0].credential") -> Signature:
     """How to reach `target` at present, and what tells whether a file that this names was replaced.
+
+    `field` is where the credential stands in the run file.
 
     Raises:
         StillhouseError: INVALID_SPEC if the credential cannot be read.
     """
-    options = _channel_options(config, target)
+    options = _channel_options(config, target, field)
     return options, tuple(_stamp(path) for path in (options.ca, options.cert, options.key))
 
 
@@ -36,8 +38,8 @@ def _stamp(path: Path | None) -> object:
     return status and (status.st_ino, status.st_mtime_ns, status.st_size)
 
 
-def _channel_options(config: TeacherConfig, target: str) -> ChannelOptions:
-    section = _credential(config.credential) if config.credential else {}
+def _channel_options(config: TeacherConfig, target: str, field: str) -> ChannelOptions:
+    section = _credential(config.credential, field) if config.credential else {}
 
     def path(name: str) -> Path | None:
         return Path(section[name]) if name in section else None
@@ -47,7 +49,7 @@ def _channel_options(config: TeacherConfig, target: str) -> ChannelOptions:
         token = token_file.read_text().strip() if token_file else None
     except (OSError, ValueError) as error:
         raise _bad_credential(
-            config.credential, f"token_file {token_file} cannot be read ({error})"
+            config.credential, f"token_file {token_file} cannot be read ({error})", field
         ) from error
     return ChannelOptions(
         target=target,
@@ -60,22 +62,24 @@ def _channel_options(config: TeacherConfig, target: str) -> ChannelOptions:
     )
 
 
-def _credential(name: str) -> Mapping[str, Any]:
+def _credential(name: str, field: str) -> Mapping[str, Any]:
     file = os.environ.get(CREDENTIALS_VARIABLE)
     if not file:
-        raise _bad_credential(name, "the run service passed no credentials file")
+        raise _bad_credential(name, "the run service passed no credentials file", field)
     try:
         sections = tomllib.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
-        raise _bad_credential(name, f"{file} cannot be read ({error})") from error
+        raise _bad_credential(name, f"{file} cannot be read ({error})", field) from error
     section = sections.get(name)
     if not isinstance(section, dict):
-        raise _bad_credential(name, f"{file} has no section [{name}]; it has {', '.join(sections) or 'none'}")
+        raise _bad_credential(
+            name, f"{file} has no section [{name}]; it has {', '.join(sections) or 'none'}", field
+        )
     return section
 
 
-def _bad_credential(name: str, problem: str) -> StillhouseError:
+def _bad_credential(name: str, problem: str, field: str) -> StillhouseError:
     return StillhouseError(
         Reason.INVALID_SPEC,
-        f'teachers[0].credential is "{name}", but {problem}. Correct credentials.toml in the trainer\'s data directory.',
+        f'{field} is "{name}", but {problem}. Correct credentials.toml in the trainer\'s data directory.',
     )

@@ -9,9 +9,15 @@ from typing import Any
 
 import torch
 
-from student_trainer.config import ContextConfig, RunConfig, StudentContextConfig, TeacherContextConfig
+from student_trainer.config import (
+    ContextConfig,
+    RunConfig,
+    StudentContextConfig,
+    TeacherConfig,
+    TeacherContextConfig,
+)
 from student_trainer.config_contexts import needs_query
-from student_trainer.train.answers import training_request
+from student_trainer.train.answers import offered, training_request
 from student_trainer.train.corpus import Corpus
 from student_trainer.train.in_flight import InFlight
 from student_trainer.train.patience import Patience
@@ -92,7 +98,7 @@ def _teacher_feed(
     request = training_request(loss, parts.seed)
     streams = {}
     for name, teacher in parts.teachers.members.items():
-        distributions = request(teacher.config) if loss.asks_teacher else None
+        distributions = offered(request(teacher.config), teacher.info) if loss.asks_teacher else None
         streams[name] = TextStream(teacher, config.generation, distributions)
         parts.stack.callback(streams[name].close)
     return TeacherFeed(
@@ -120,7 +126,7 @@ def _student_feed(
     return StudentFeed(
         parts.corpus.train,
         answers,
-        _writer(config, num_likeliest, parts),
+        _writer(config, number, num_likeliest, parts),
         config,
         parts.in_flight,
         context=number,
@@ -140,7 +146,7 @@ def _student_feed(
     )
 
 
-def _writer(config: StudentContextConfig, num_likeliest: int, parts: Parts) -> TextWriter:
+def _writer(config: StudentContextConfig, number: int, num_likeliest: int, parts: Parts) -> TextWriter:
     """Who writes with the student's weights."""
     if not config.rollout_target:
         return Sampler(
@@ -152,7 +158,12 @@ def _writer(config: StudentContextConfig, num_likeliest: int, parts: Parts) -> T
         )
     remote = RemoteSampler(
         parts.student,
-        config.rollout_target,
+        TeacherConfig(
+            targets=(config.rollout_target,),
+            credential=config.rollout_credential,
+            tls_server_name=config.rollout_tls_server_name,
+        ),
+        field=f"contexts[{number}].student",
         run_name=parts.run_name,
         tokenizer_fingerprint=parts.tokenizer_fingerprint,
         vocab_size=parts.vocab_size,

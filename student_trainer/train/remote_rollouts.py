@@ -34,8 +34,10 @@ from protos.stillhouse.v1.teacher_pb2 import (
 from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from protos.stillhouse.v1.tensor_pb2 import Tensor
 from protos.tensor_codec import decode, decode_distributions, encode
-from protos.transport import ChannelOptions, connect
-from student_trainer.config import RolloutConfig
+from protos.transport import connect
+from student_trainer.config import RolloutConfig, TeacherConfig
+from student_trainer.train import failpoints
+from student_trainer.train.credentials import signature
 from student_trainer.train.endpoints import INFO_TIMEOUT_S, backoff_s
 from student_trainer.train.patience import Patience
 from student_trainer.train.rollouts import Text
@@ -55,8 +57,9 @@ class RemoteSampler:
     def __init__(
         self,
         student: Student,
-        target: str,
+        service: TeacherConfig,
         *,
+        field: str,
         run_name: str,
         tokenizer_fingerprint: str,
         vocab_size: int,
@@ -64,18 +67,21 @@ class RemoteSampler:
         version: Callable[[], int],
         patience: Patience,
     ) -> None:
-        """Reaches the service and checks it.
+        """Reaches the service at the only target of `service` and checks it; `field` is its context in the run file.
 
         Raises StillhouseError: TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, TEACHER_UNREACHABLE.
         """
         self._student = student
-        self._target = target
+        self._service = service
+        self._target = service.targets[0]
+        self._field = f"{field}.rollout_credential"
         self._run_name = run_name
         self._vocab_size = vocab_size
         self._num_likeliest = num_likeliest
         self._version = version
         self._patience = patience
-        self._channel = connect(ChannelOptions(target=target, client_name="stillhouse-trainer"))
+        self._signature = signature(service, self._target, field=self._field)
+        self._channel = connect(self._signature[0])
         self._stub = TeacherServiceStub(self._channel)
         self._loaded = ""
         self.info = self._ask(
@@ -136,6 +142,15 @@ class RemoteSampler:
             for number in range(len(prompts))
         ]
 
+    def _renew(self) -> None:
+        """Connects anew if token or certificate were replaced. Raises StillhouseError(INVALID_SPEC) if they are gone."""
+        found = signature(self._service, self._target, field=self._field)
+        if found != self._signature:
+            self._channel.close()
+            self._signature = found
+            self._channel = connect(found[0])
+            self._stub = TeacherServiceStub(self._channel)
+
     def _check(self, tokenizer_fingerprint: str) -> None:
         if self.info.tokenizer_fingerprint != tokenizer_fingerprint:
             raise StillhouseError(
@@ -170,6 +185,7 @@ class RemoteSampler:
             self._unload(before)
         load = LoadAdapterRequest(adapter=name, path=stored.path)
         self._ask(lambda: self._stub.LoadAdapter(load, timeout=LOAD_TIMEOUT_S))
+        failpoints.reach("rollouts.after_load")
         return name, stored.fingerprint
 
     def _unload(self, name: str) -> None:
@@ -238,6 +254,7 @@ class RemoteSampler:
         since, attempt = time.monotonic(), 0
         while True:
             try:
+                self._renew()
                 result = call()
             except grpc.RpcError as caught:
                 error = from_rpc_error(caught, target=self._target, service="teacher")

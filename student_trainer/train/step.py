@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from student_trainer.config import LossConfig, RunConfig
+from student_trainer.train.baselines import Baseline, batch_sums, with_baselines
 from student_trainer.train.batch import Factor, MicroBatch, Scored, chunk_sums, collate, total_weight
 from student_trainer.train.checkpoint import Progress
 from student_trainer.train.head import Head
@@ -76,6 +77,12 @@ class Stepper:
             Factor(weighting=cast("TokenWeighting", name), vocab_size=vocab_size)
             for name in sorted(named - {"uniform"})
         ]
+        self._baselines = {
+            number: cast("Baseline", term.baseline)
+            for number, loss in enumerate(self._losses)
+            for term in loss.terms
+            if term.weight > 0 and term.baseline != "none"
+        }
         self._parameters = list(student.trained().values())
         self._head = Head(student)
         if self._head.layer is None:
@@ -91,13 +98,15 @@ class Stepper:
         began = time.monotonic()
         self._seed_dropout(data.step)
         whole = self._whole(data.scored)
+        sums = {number: (whole[f"{number}/total"], whole[f"{number}/count"]) for number in self._baselines}
+        scored = with_baselines(data.scored, self._baselines, sums)
         num_tokens = int(whole["tokens"])
         rate = learning_rate(data.step, self._total_steps, self._config.optimizer)
         set_learning_rate(self._optimizer, rate)
         metrics = {"train/learning_rate": rate, "train/teacher_wait_s": data.teacher_wait_s}
         if num_tokens:
             chunk_scale = whole["chunks/targets"] / (whole["chunks/weight"] or 1.0)
-            means = self._accumulate(data.scored, whole["weight"], self._factors(whole), chunk_scale)
+            means = self._accumulate(scored, whole["weight"], self._factors(whole), chunk_scale)
             norm = self._update(means["loss"])
             metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
             updated = math.isfinite(means["loss"]) and (
@@ -127,7 +136,7 @@ class Stepper:
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
     def _whole(self, scored: Sequence[Scored]) -> dict[str, float]:
-        """Of the step in all processes: "tokens", "weight", which is its denominator, and the sums of token weightings."""
+        """Of the step in all processes: "tokens", "weight", which is its denominator, and the sums of weightings and baselines."""
         examples = [each.example for each in scored]
         own = {
             "tokens": float(sum(each.num_targets for each in examples)),
@@ -137,6 +146,9 @@ class Stepper:
         for plain in self._weightings:
             total, denominator = plain.sums(scored, self._reduction)
             own |= {f"{plain.weighting}/total": total, f"{plain.weighting}/denominator": denominator}
+        for number in self._baselines:
+            total, count = batch_sums(scored, number)
+            own |= {f"{number}/total": total, f"{number}/count": count}
         return self._ranks.sums(own)
 
     def _accumulate(

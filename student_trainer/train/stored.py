@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from protos.cache_format import CacheMeta
@@ -170,7 +171,9 @@ class StoredTeachers:
             raise self._miss(
                 f"was built with top_k {have}, and {field} is {request.top_k}", f"Set {field}: {have}."
             )
-        pairs = [(meta, meta.asked(request)) for meta in wide]
+        # Without the entropy its lower bound weighs the tokens.
+        told = request.entropy and any(meta.entropy for meta in wide)
+        pairs = [(meta, replace(meta.asked(request), entropy=told)) for meta in wide]
         fitting = [asked for meta, asked in pairs if meta.sampling == asked.sampling and meta.serves(asked)]
         if not fitting:
             raise self._miss(

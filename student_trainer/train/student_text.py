@@ -207,7 +207,11 @@ def _scored(rollout: Rollout, answer: Distributions, context: int) -> Scored:
         teacher=rollout.teacher,
     )
     return Scored(
-        example=example, answer=answer, context=context, behaviour_logprobs=rollout.behaviour_logprobs
+        example=example,
+        answer=answer,
+        context=context,
+        behaviour_logprobs=rollout.behaviour_logprobs,
+        group=rollout.slot,
     )
 
 

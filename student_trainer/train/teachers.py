@@ -9,7 +9,7 @@ from protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS, Distribu
 from student_trainer.config import RunConfig
 from student_trainer.config_contexts import is_ensemble
 from student_trainer.run_dir import RunDir
-from student_trainer.train.answers import Answers, RequestOf
+from student_trainer.train.answers import Answers, RequestOf, offered
 from student_trainer.train.asking import AnswerStream
 from student_trainer.train.cache import RunCache
 from student_trainer.train.cache_stream import CachedStream, cache_metrics
@@ -101,7 +101,12 @@ class Teachers:
         `held_out` text is marked in a cache, so that nobody learns from it.
         """
         streams: dict[str, AnswerStream] = {
-            name: self._stream(teacher, request(teacher.config), fixed_text=fixed_text, held_out=held_out)
+            name: self._stream(
+                teacher,
+                offered(request(teacher.config), teacher.info),
+                fixed_text=fixed_text,
+                held_out=held_out,
+            )
             for name, teacher in self.members.items()
         }
         weights = {name: teacher.config.weight for name, teacher in self.members.items()}

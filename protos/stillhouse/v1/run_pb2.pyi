@@ -667,6 +667,8 @@ class StudentContext(_message.Message):
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     MAX_IMPORTANCE_WEIGHT_FIELD_NUMBER: _builtins.int
     MIN_TEACHER_LOGPROB_FIELD_NUMBER: _builtins.int
+    ROLLOUT_CREDENTIAL_FIELD_NUMBER: _builtins.int
+    ROLLOUT_TLS_SERVER_NAME_FIELD_NUMBER: _builtins.int
     rollout_target: _builtins.str
     """A Stillhouse teacher started on the student's base, to sample from. Empty: the training process samples itself."""
     max_staleness: _builtins.int
@@ -677,6 +679,12 @@ class StudentContext(_message.Message):
     """Warm-start gate: mean log-probability, in nats per token, that the teacher must give the first texts that the
     student writes, in [-1e6, 0]. Unset means that of a blind guess, -log(vocabulary).
     """
+    rollout_credential: _builtins.str
+    """Section of the trainer's credentials file with token, CA, certificate and key for rollout_target, whose token needs
+    the scope admin: the run loads adapters there. Never the secret itself.
+    """
+    rollout_tls_server_name: _builtins.str
+    """Name to expect in the certificate of rollout_target, if not the target's."""
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
         """How it writes."""
@@ -689,10 +697,12 @@ class StudentContext(_message.Message):
         max_staleness: _builtins.int | None = ...,
         max_importance_weight: _builtins.float | None = ...,
         min_teacher_logprob: _builtins.float | None = ...,
+        rollout_credential: _builtins.str = ...,
+        rollout_tls_server_name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob", "rollout_target", b"rollout_target"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob", "rollout_credential", b"rollout_credential", "rollout_target", b"rollout_target", "rollout_tls_server_name", b"rollout_tls_server_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_importance_weight: _TypeAlias = _typing.Literal["max_importance_weight"]  # noqa: Y015
     _WhichOneofArgType__max_importance_weight: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight"]  # noqa: Y015
@@ -1062,6 +1072,7 @@ class LossTerm(_message.Message):
     MU_FIELD_NUMBER: _builtins.int
     ESTIMATOR_FIELD_NUMBER: _builtins.int
     TOKEN_WEIGHTING_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
     divergence: _builtins.str
     """"forward_kl": KL(p || q). "reverse_kl": KL(q || p). "jsd": beta KL(p || m) + (1 - beta) KL(q || m) with
     m = beta p + (1 - beta) q, as in TRL, Liger and GKD: beta 0 and 1 are forward and reverse KL by decree, although
@@ -1084,8 +1095,14 @@ class LossTerm(_message.Message):
     """"full" (over the support) or "policy_gradient" (the token that was sampled). Unset means full."""
     token_weighting: _builtins.str
     """Weight of a token in this term, with mean 1 over a step: "uniform"; "teacher_entropy", H(p); "teacher_confidence",
-    1 - H(p) / log V. Without the teacher's own entropy H is that of the top_k and the tail as one, a lower bound. Unset
-    means uniform.
+    1 - H(p) / log V. The teacher is asked for H; from one that does not tell, it is that of the top_k and the tail as
+    one, a lower bound. Unset means uniform.
+    """
+    baseline: _builtins.str
+    """Of a policy gradient: what a token's advantage log p - log q is compared with, always from texts other than its own,
+    so that the gradient's expectation stays and its noise falls. "none"; "batch": mean over the tokens of all other texts
+    of the step; "group": of the other texts of the same prompt; "position": of these at the same position. Unset means
+    none.
     """
     def __init__(
         self,
@@ -1097,13 +1114,16 @@ class LossTerm(_message.Message):
         mu: _builtins.float | None = ...,
         estimator: _builtins.str | None = ...,
         token_weighting: _builtins.str | None = ...,
+        baseline: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta", b"_beta", "_divergence", b"_divergence", "_estimator", b"_estimator", "_mu", b"_mu", "_token_weighting", b"_token_weighting", "_weight", b"_weight", "alpha", b"alpha", "beta", b"beta", "divergence", b"divergence", "estimator", b"estimator", "mu", b"mu", "token_weighting", b"token_weighting", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_baseline", b"_baseline", "_beta", b"_beta", "_divergence", b"_divergence", "_estimator", b"_estimator", "_mu", b"_mu", "_token_weighting", b"_token_weighting", "_weight", b"_weight", "alpha", b"alpha", "baseline", b"baseline", "beta", b"beta", "divergence", b"divergence", "estimator", b"estimator", "mu", b"mu", "token_weighting", b"token_weighting", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_beta", b"_beta", "_divergence", b"_divergence", "_estimator", b"_estimator", "_mu", b"_mu", "_token_weighting", b"_token_weighting", "_weight", b"_weight", "alpha", b"alpha", "beta", b"beta", "divergence", b"divergence", "estimator", b"estimator", "mu", b"mu", "token_weighting", b"token_weighting", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_baseline", b"_baseline", "_beta", b"_beta", "_divergence", b"_divergence", "_estimator", b"_estimator", "_mu", b"_mu", "_token_weighting", b"_token_weighting", "_weight", b"_weight", "alpha", b"alpha", "baseline", b"baseline", "beta", b"beta", "divergence", b"divergence", "estimator", b"estimator", "mu", b"mu", "token_weighting", b"token_weighting", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
+    _WhichOneofReturnType__baseline: _TypeAlias = _typing.Literal["baseline"]  # noqa: Y015
+    _WhichOneofArgType__baseline: _TypeAlias = _typing.Literal["_baseline", b"_baseline"]  # noqa: Y015
     _WhichOneofReturnType__beta: _TypeAlias = _typing.Literal["beta"]  # noqa: Y015
     _WhichOneofArgType__beta: _TypeAlias = _typing.Literal["_beta", b"_beta"]  # noqa: Y015
     _WhichOneofReturnType__divergence: _TypeAlias = _typing.Literal["divergence"]  # noqa: Y015
@@ -1118,6 +1138,8 @@ class LossTerm(_message.Message):
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__alpha) -> _WhichOneofReturnType__alpha | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__baseline) -> _WhichOneofReturnType__baseline | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__beta) -> _WhichOneofReturnType__beta | None: ...
     @_typing.overload
@@ -1164,7 +1186,7 @@ class OptimizerSpec(_message.Message):
     micro_batch_size: _builtins.int
     """Sequences in one forward pass of one process."""
     grad_accum_steps: _builtins.int
-    """Forward passes in one update."""
+    """Forward passes in one update, of all processes together."""
     max_grad_norm: _builtins.float
     """Gradients are scaled down to this norm. 0 means no clipping; unset means 1."""
     epochs: _builtins.float
@@ -1376,7 +1398,9 @@ class ResourceSpec(_message.Message):
     gpu_count: _builtins.int
     """Free devices to take. Unset means one where the service has any, else the CPU."""
     num_processes: _builtins.int
-    """Training processes. 0 means one for each GPU, at least one."""
+    """Training processes. 0 means one for each GPU, at least one. They share the rows of every step, so their number
+    changes the time of a step and not what it learns.
+    """
     @_builtins.property
     def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Device indices. Empty: as many free ones as gpu_count says."""

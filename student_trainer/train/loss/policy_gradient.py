@@ -1,9 +1,9 @@
 """Reverse KL by policy gradient, on the tokens that the student itself drew: needs of the teacher no more than the log-probability of these.
 
 With y drawn from mu, an earlier student, and q the student as it is: A = log p(y) - log q(y), taken as a constant, and
-rho = q(y) / mu(y), truncated. The gradient is that of -rho A log q(y), whose expectation over y ~ mu is the gradient of
-KL(q || p) at this position, as long as nothing is truncated or dropped (the states are held fixed; the k1 estimate taken
-as a loss by itself has expectation zero). Axes: B sequences, T positions.
+rho = q(y) / mu(y), truncated. The gradient is that of -rho (A - b) log q(y), whose expectation over y ~ mu is the gradient
+of KL(q || p) at this position for every b that does not depend on y, as long as nothing is truncated or dropped (the states
+are held fixed; the k1 estimate taken as a loss by itself has expectation zero). Axes: B sequences, T positions.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ class SampledTokens:
     """log mu(y), under the distribution that y was really drawn from."""
     max_importance_weight: float
     """rho is truncated here, > 0."""
+    baseline: Float[Tensor, "B T"] | None = None
+    """b, from texts that were drawn independently; None means 0."""
 
     def rows(self, rows: slice) -> SampledTokens:
         """Positions `rows` of every sequence, as views."""
@@ -39,6 +41,7 @@ class SampledTokens:
             teacher_logprobs=self.teacher_logprobs[:, rows],
             behaviour_logprobs=self.behaviour_logprobs[:, rows],
             max_importance_weight=self.max_importance_weight,
+            baseline=None if self.baseline is None else self.baseline[:, rows],
         )
 
 
@@ -64,12 +67,13 @@ def importance_weights(student_logprobs: Float[Tensor, "B T"], sampled: SampledT
 
 
 def policy_gradient(student_logprobs: Float[Tensor, "B T"], sampled: SampledTokens) -> Float[Tensor, "B T"]:
-    """The loss of each position: its value is the estimate rho (log q - log p), its gradient -rho A grad log q."""
+    """The loss of each position: its value is the estimate rho (log q - log p), its gradient -rho (A - b) grad log q."""
     weights = importance_weights(student_logprobs, sampled).used
     now = student_logprobs.detach()
     advantage = sampled.teacher_logprobs.clamp(min=MIN_TEACHER_LOGPROB) - now
-    # The second factor is 0 in value and carries the gradient.
-    return -weights * advantage * (1 + student_logprobs - now)
+    compared = advantage if sampled.baseline is None else advantage - sampled.baseline
+    # The second part is 0 in value and carries the gradient.
+    return -weights * (advantage + compared * (student_logprobs - now))
 
 
 def drift(

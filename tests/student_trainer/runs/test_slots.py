@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
+from student_trainer.config import from_proto, to_proto
+from student_trainer.runs.process import environment
+from student_trainer.runs.resolve import Host, resolve
 from student_trainer.runs.slots import Need, Slots, visible_gpus
+from tests.student_trainer.specs import SMALLEST, spec_of
 
 
 def test_cpu_slots_are_counted() -> None:
@@ -67,3 +72,40 @@ def test_visible_devices_are_those_of_the_environment(monkeypatch: pytest.Monkey
     assert visible_gpus() == (2, 3)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == ()
+
+
+def test_a_run_has_a_process_for_each_of_its_devices(tmp_path: Path) -> None:
+    spec = spec_of({**SMALLEST, "resources": {"gpus": [0, 2]}})
+    config = from_proto(spec)
+    assert config.resources.processes == 2
+    assert from_proto(to_proto(config)) == config
+    slots = Slots(gpus=(0, 1, 2), cpu_slots=1)
+    devices = slots.take(Need.of(to_proto(config)))
+    assert devices == (0, 2)
+    given = environment(devices=devices, threads=slots.threads(devices), credentials=tmp_path / "none")
+    assert given["CUDA_VISIBLE_DEVICES"] == "0,2"
+
+
+@pytest.mark.parametrize(("asked", "count"), [({}, 1), ({"num_processes": 3}, 3), ({"gpu_count": 2}, 2)])
+def test_devices_that_are_not_named_follow_the_processes(
+    tmp_path: Path, asked: dict[str, int], count: int
+) -> None:
+    host = Host(
+        data_dir=tmp_path / "data",
+        roots=(tmp_path,),
+        slots=Slots(gpus=(0, 1, 2), cpu_slots=1),
+        dataset_suffix=lambda _: None,
+    )
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text("{}")
+    spec = spec_of(
+        {
+            "student": {"model": str(tmp_path / "student")},
+            "teachers": [{"targets": ["a:1"]}],
+            "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}]},
+            "resources": asked,
+        }
+    )
+    resolved = resolve(from_proto(spec), host).resources
+    assert (resolved.gpu_count, resolved.processes) == (count, count)
