@@ -40,6 +40,13 @@ def bridge(config: RunConfig, corpus: Corpus, teachers: Mapping[str, Teacher], t
         )
         for name, teacher in teachers.items()
     }
+    for name, each in bridges.items():
+        if each.teacher_size != teachers[name].info.tokenizer_size:
+            raise StillhouseError(
+                Reason.TOKENIZER_INVALID,
+                f"The teacher at {teachers[name].config.targets[0]} sent a tokenizer of {each.teacher_size} tokens, and says that "
+                f"it has {teachers[name].info.tokenizer_size}. Restart it, and bring both sides to the same version.",
+            )
     limit = min(teacher.info.max_sequence_tokens for teacher in teachers.values())
     return bridged_corpus(corpus, bridges, config.data, max_sequence_tokens=limit)
 

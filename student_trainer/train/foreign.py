@@ -58,6 +58,8 @@ class Bridge:
         """
         self._student = TokenBytes(student_json, "student")
         self._teacher = _Encoder(teacher_json)
+        self.teacher_size = self._teacher.bytes.size
+        """The teacher's ids are below it."""
         self._words = words
         self._marks = _same_marks(self._student, self._teacher, student_roles, teacher_end_ids)
         self.account = Account()

@@ -45,6 +45,8 @@ class TokenBytes:
                 f"The {whose}'s tokenizer is neither byte-level nor of the SentencePiece kind, so its tokens cannot be "
                 "matched with text byte by byte, which loss.foreign_tokenizer: alm needs. Use another model.",
             )
+        self.size = 1 + max((*tokens, *(number for number, _, _ in added)), default=-1)
+        """Ids are below it."""
         self.marks: Mapping[int, str] = {number: content for number, content, special in added if special}
         """Id to content of special tokens."""
         self.drops_first_space = not by_bytes and any(_drops_space(part) for part in parts)

@@ -145,7 +145,9 @@ def test_both_sides_of_a_chunk_are_the_same_bytes(
 
 def test_one_tokenizer_on_both_sides_gives_a_chunk_for_each_token(student: Tokenizer) -> None:
     example = _example(student, "Question: ", TEXTS[0] + " 🎉 東京")
-    found = _bridge(student, student).translate(example)
+    bridge = _bridge(student, student)
+    assert bridge.teacher_size == student.get_vocab_size()
+    found = bridge.translate(example)
     assert found is not None
     np.testing.assert_array_equal(found.token_ids, example.token_ids)
     expected = np.where(example.mask, np.cumsum(example.mask) - 1, -1)
