@@ -11,6 +11,7 @@ from typing import Any, Self
 import structlog
 
 from student_trainer.run_dir import Attempt
+from student_trainer.train.waits import Waits
 
 log = structlog.get_logger()
 
@@ -27,6 +28,7 @@ class Reporter:
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._writer: Any = None
         self._first_step = 0
+        self._waits = Waits()
 
     def __enter__(self) -> Self:
         self._attempt.heartbeat()
@@ -51,6 +53,7 @@ class Reporter:
             return
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._attempt.report_metrics(step, finite)
+        self._waits.note(step, finite)
         for name, value in finite.items():
             self._tensorboard().add_scalar(name, value, step)
 

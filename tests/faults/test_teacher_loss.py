@@ -195,6 +195,7 @@ def test_a_slow_teacher_fills_nothing_up(
     assert growth < 64 * 2**20, f"the training process grew by {growth} bytes"
     waited_s = sum(curve_of(run_dir, "train/teacher_wait_s").values())
     assert waited_s > 1
+    assert "the student waits for its teacher" in run_dir.log_path(1).read_text()
     assert_same_end(run_dir, undisturbed)
     record_property(
         "figure",

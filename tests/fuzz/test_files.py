@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pyarrow as pa
+import pytest
 from google.protobuf import json_format
 
 from client.run_file import parse_run
@@ -125,6 +126,7 @@ def test_every_spec_is_checked_to_its_end() -> None:
     assert set(refused) == {Reason.INVALID_SPEC}
 
 
+@pytest.mark.faults(row=11)
 def test_a_shard_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
     shards = [write(tmp_path / name, meta).read_bytes() for name, meta in (("a", PLAIN), ("b", EVERYTHING))]
     path, refused, count = tmp_path / "hostile.parquet", Counter(), scaled(150, 4000)
@@ -170,6 +172,7 @@ def test_a_shard_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
     assert pa.total_allocated_bytes() - before < 64 * 2**20
 
 
+@pytest.mark.faults(row=14)
 def test_no_path_leaves_the_run(tmp_path: Path) -> None:
     run = tmp_path / "runs" / "aaaaaaaaaaaa"
     (run / "exports" / "deep").mkdir(parents=True)

@@ -62,6 +62,7 @@ def call(target: Target, service: Any, count: int, look: Any) -> None:
     assert growth < MAX_GROWTH_BYTES, "\n".join(lines)
 
 
+@pytest.mark.faults(row=13)
 def test_the_teacher_service_survives_hostile_requests(teacher: Target) -> None:
     known = Teacher(teacher.program.target)
     before = known.score_one(SENTENCE, top_k=8)
@@ -79,6 +80,7 @@ def test_the_teacher_service_survives_hostile_requests(teacher: Target) -> None:
     known.close()
 
 
+@pytest.mark.faults(row=13)
 def test_the_run_service_survives_hostile_requests(trainer: Target) -> None:
     known = trainer.known
 
@@ -151,6 +153,7 @@ def dribble(program: Program, opened: list[socket.socket]) -> None:
         connection.sendall(PREFACE[: 1 + number % len(PREFACE)])
 
 
+@pytest.mark.faults(row=13)
 def test_the_teacher_service_survives_hostile_connections(
     teacher: Target, slow_connections: list[socket.socket]
 ) -> None:
@@ -166,6 +169,7 @@ def test_the_teacher_service_survives_hostile_connections(
     assault(teacher.program, rpc_paths(TEACHER), "connections to the teacher", scaled(60, 2000), alive)
 
 
+@pytest.mark.faults(row=13)
 def test_the_run_service_survives_hostile_connections(
     trainer: Target, slow_connections: list[socket.socket]
 ) -> None:

@@ -157,6 +157,7 @@ MIXED = (
 )
 
 
+@pytest.mark.faults(row=7)
 def test_a_mix_resumes_bit_for_bit_with_rollouts_in_flight(run: Run, spec: Any, tmp_path: Path) -> None:
     whole = run(spec(*MIXED))
     again = run(spec(*MIXED))

@@ -158,6 +158,7 @@ def assert_same(found: Distributions | None, expected: Distributions | None) -> 
 
 
 @pytest.mark.parametrize("how", ["cut", "hangs"])
+@pytest.mark.faults(row=1)
 def test_what_a_lost_service_owes_is_answered_by_the_other(
     world: World, hf_teacher: Program, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
@@ -204,6 +205,7 @@ def test_texts_of_a_lost_service_are_written_by_the_other(world: World, hf_teach
             assert_same(text.distributions, other.distributions)
 
 
+@pytest.mark.faults(row=3)
 def test_with_no_service_left_the_run_waits_and_goes_on(world: World, hf_teacher: Program) -> None:
     networks = [world.proxy(hf_teacher.target) for _ in range(2)]
     teacher, patience, run_dir = world.connect([each.target for each in networks])
@@ -224,6 +226,7 @@ def test_with_no_service_left_the_run_waits_and_goes_on(world: World, hf_teacher
     assert [each["condition"] for each in events(run_dir, "condition")] == ["WAITING_FOR_TEACHER", ""]
 
 
+@pytest.mark.faults(row=4)
 def test_a_slow_service_gets_less(world: World, hf_teacher: Program) -> None:
     slow = world.proxy(hf_teacher.target, delay_s_per_kib=0.02)
     teacher, patience, _ = world.connect([slow.target, hf_teacher.target])
@@ -282,6 +285,7 @@ def _spec(models: Models, data: Path, targets: Sequence[str]) -> dict[str, Any]:
     return spec
 
 
+@pytest.mark.faults(row=1)
 def test_services_die_change_and_return_and_the_weights_are_the_same_bit_for_bit(
     models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:

@@ -144,6 +144,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [each for each in psutil.Process(process.pid).children() if "--worker" in each.cmdline()]
 
 
+@pytest.mark.faults(row=7)
 def test_a_process_that_is_killed_ends_the_run_and_any_number_goes_on(spec: Any, tmp_path: Path) -> None:
     changes = {
         "optimizer": {"max_steps": 40, "micro_batch_size": 2, "grad_accum_steps": 3, "learning_rate": 1e-3},
