@@ -73,10 +73,11 @@ class Bridge:
             [True] * len(self._teacher.prefix),
         )
         missing = np.ones(len(text.content), np.bool_)
-        exact = True
+        exact, any_text = True, False
         for part in text.parts:
             if part.mark is None:
-                encoded = self._teacher.encode(part.text)
+                encoded = self._teacher.encode(part.text, opens=not any_text)
+                any_text = True
                 exact &= encoded.exact
                 ids += encoded.token_ids
                 ends += [part.begin + end for end in encoded.ends]
@@ -89,7 +90,9 @@ class Bridge:
                 if ids == self._teacher.prefix == [own]:
                     ends = [part.end]  # the text opens as the teacher's texts do
                 else:
-                    ids, ends, closes = [*ids, own], [*ends, part.end], [*closes, True]
+                    ids.append(own)
+                    ends.append(part.end)
+                    closes.append(True)
             missing[part.begin : part.end] = False
         chunks = align(
             Tokens(ends=text.ends, counts=example.mask),
@@ -225,26 +228,36 @@ class _Encoder:
                 "the tokenizers library reads.",
             ) from error
 
-    def encode(self, text: str) -> _Encoded:
-        """The ids of a text without marks."""
+    def encode(self, text: str, *, opens: bool) -> _Encoded:
+        """The ids of a piece of text without marks; `opens` says that no text stands before it."""
+        if not opens and self.bytes.drops_first_space and text.startswith(" "):
+            # Tokenizers of the SentencePiece kind put a space before whatever they are given: the one that is there already.
+            found = self._by_bytes(self._run(text[1:]).ids, text)
+            if found is not None:
+                return found
+        encoding = self._run(text)
+        return self._by_bytes(encoding.ids, text) or _by_offsets(encoding, text)
+
+    def _run(self, text: str) -> Any:
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            return self._tokenizer.encode(text, add_special_tokens=False)
         except Exception as error:  # the library raises this class and no other
             raise StillhouseError(
                 Reason.TOKENIZER_INVALID,
                 f"The teacher's tokenizer cannot encode a text of {len(text)} characters ({error}). Start the teacher with a "
                 "model whose tokenizer takes any text.",
             ) from error
-        pieces = [self.bytes.of(each) for each in encoding.ids]
-        given = text.encode()
-        if None not in pieces:
-            read = b"".join(piece for piece in pieces if piece is not None)
-            # Tokenizers of the SentencePiece kind open a text with a space.
-            shift = 1 if read == b" " + given and self.bytes.drops_first_space else 0
-            if read[shift:] == given:
-                ends = np.maximum(np.cumsum([len(piece or b"") for piece in pieces]) - shift, 0)
-                return _Encoded(list(encoding.ids), ends.tolist(), [True] * len(ends), exact=True)
-        return _by_offsets(encoding, text)
+
+    def _by_bytes(self, ids: list[int], text: str) -> _Encoded | None:
+        """Where the tokens end, if they are `text` byte by byte, but for a space in front that is none of the text."""
+        pieces = [self.bytes.of(each) for each in ids]
+        known = [piece for piece in pieces if piece is not None]
+        read, given = b"".join(known), text.encode()
+        shift = 1 if self.bytes.drops_first_space and read == b" " + given else 0
+        if len(known) < len(pieces) or read[shift:] != given:
+            return None
+        ends = np.maximum(np.cumsum([len(piece) for piece in known]) - shift, 0).tolist()
+        return _Encoded(list(ids), ends, [True] * len(ends), exact=True)
 
 
 def _by_offsets(encoding: Any, text: str) -> _Encoded:

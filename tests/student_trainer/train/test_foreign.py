@@ -178,15 +178,16 @@ def test_a_teacher_of_the_sentence_piece_kind_is_aligned_exactly(
     student: Tokenizer, sentence_piece: Tokenizer
 ) -> None:
     bridge = _bridge(student, sentence_piece, ends=(2,))
-    example = _example(student, "Ask: 東京", "naïve answer 🎉")
+    example = _example(student, "Ask: 東京", " naïve answer 🎉")
     found = bridge.translate(example)
     assert found is not None
     assert found.token_ids[0] == sentence_piece.token_to_id("<s>")
     assert found.token_ids[-1] == sentence_piece.token_to_id("</s>")
     assert bridge.account.num_inexact == 0
     assert bridge.account.num_aligned == example.num_targets
-    for ours, theirs in _chunk_bytes(example, found, student, sentence_piece)[:-1]:
-        assert theirs.lstrip(b" ") == ours.lstrip(b" ")
+    chunks = _chunk_bytes(example, found, student, sentence_piece)[:-1]
+    assert b"".join(theirs for _, theirs in chunks).decode() == " naïve answer 🎉"
+    assert all(ours == theirs for ours, theirs in chunks)
 
 
 def test_a_student_of_the_sentence_piece_kind_reads_the_same_text(
