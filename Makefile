@@ -67,6 +67,10 @@ bench-teacher: setup ## the teacher's rates against its engine, vLLM's servers, 
 bench-student: setup ## a student's step, time and memory, against full logits, TRL and Liger; JSON=FILE
 	$(PY) -m benchmarks.student_loss $(if $(JSON),--json $(JSON)) $(ARGS)
 
+.PHONY: bench-overlap
+bench-overlap: setup ## what a teacher costs a student's step, online and from the cache, a core for each; JSON=FILE
+	$(PY) -m benchmarks.overlap $(if $(JSON),--json $(JSON)) $(ARGS)
+
 bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory
 	$(PY) -m benchmarks.soak $(ARGS)
 
