@@ -13,7 +13,7 @@ from rich.console import Console
 from benchmarks import teacher_scoring
 from benchmarks.passes import Pass, Work
 from benchmarks.peers import TRL, VLLM_GRPC, Peers
-from benchmarks.soak import Sample, settled, shares, slope
+from benchmarks.soak import BATCH, TRAINERS, Sample, objections, report, settled, shares, slope
 from benchmarks.teacher import outcomes_of
 from benchmarks.teacher_models import SHAPES, make_tokenizer
 from benchmarks.teacher_passes import CONCURRENCIES, SERVERS, kind_of
@@ -206,6 +206,33 @@ def test_shares_and_slope_of_a_soak() -> None:
     assert slope(late) == pytest.approx(20)
     assert slope(samples[:1]) == 0
     assert len(settled(samples[:2])) == 2
+
+
+@pytest.mark.parametrize(
+    ("rates", "growth", "objection"),
+    [
+        ((100, 100, 50), 0.0, ""),
+        ((100, 60, 50), 0.0, "one trainer got"),
+        ((100, 100, 10), 0.0, "batch job got"),
+        ((100, 100, 50), 0.05, "grew by"),
+    ],
+)
+def test_a_soak_says_what_is_unfair_and_what_grows(
+    rates: tuple[int, ...], growth: float, objection: str
+) -> None:
+    names = (*TRAINERS, BATCH)
+    samples = [
+        Sample(
+            seconds=10.0 * at,
+            tokens={name: rate * at for name, rate in zip(names, rates, strict=True)},
+            resident_bytes=int(1e9 * (1 + growth * at / 10)),
+        )
+        for at in range(20)
+    ]
+    found = objections(samples, [])
+    assert [objection in each for each in found] == [True] * bool(objection)
+    assert objections(samples, ["it broke"])[0] == "1 failures"
+    assert report(samples, []).row_count == 6
 
 
 def test_scoring_alone_asks_for_three_sizes_against_engine_and_http() -> None:
