@@ -150,9 +150,9 @@ class _Resolver:
             return None
         if path.is_relative_to(data_dir):
             if path.relative_to(data_dir).parts[:1] in {(folder,) for folder in OWN_FOLDERS}:
-                return path
+                return self._readable(where, name, path)
         elif any(path.is_relative_to(root.resolve()) for root in self.host.roots):
-            return path
+            return self._readable(where, name, path)
         if HUB_ID.fullmatch(name) and not _is_own(name):
             return None  # a hub id is never looked for outside of the roots
         self._refuse(
@@ -160,6 +160,15 @@ class _Resolver:
             f'"{name}" is outside of what this service may read; start it with --allow-root, or upload the file.',
         )
         return None
+
+    def _readable(self, where: str, name: str, path: Path) -> Path | None:
+        """`path`, whether it is there or not; None, and a violation, if this host cannot tell."""
+        try:
+            path.exists()
+        except OSError as error:
+            self._refuse(where, f'"{name[:200]}" cannot be read on the trainer\'s host ({error.strerror}).')
+            return None
+        return path
 
     def _refuse(self, where: str, description: str) -> None:
         self.violations.append(violation(where, description))

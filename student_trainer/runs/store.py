@@ -243,6 +243,16 @@ class Store:
             rows.move(db, rows.row_of(db, run_id), following, values)
             return rows.to_run(db, rows.row_of(db, run_id))
 
+    def withdraw_attempt(self, run_id: str, number: int) -> None:
+        """Forget the newest attempt, for which no process was ever started: the run is PENDING again, at its old place in
+        the queue, or STOPPED if that was asked."""
+        with transaction(self._engine) as db:
+            row = rows.row_of(db, run_id)
+            following = state.STOPPED if row["state"] == state.STOPPING else PENDING
+            db.execute(delete(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number))
+            values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
+            rows.move(db, row, following, values | ({"start_us": None} if number == 1 else {}))
+
     def owner(self, run_id: str) -> str:
         """Who submitted the run; empty where nobody had to say. Raises StillhouseError(RUN_NOT_FOUND)."""
         with transaction(self._engine) as db:

@@ -140,17 +140,16 @@ class Supervisor:
     async def _catch_up(self) -> None:
         """Queue the runs again that the store calls live and that nobody looks after; pass on stops that were missed."""
         for run in await self._db(self._store.live):
-            run_id, stopping = run.name.removeprefix("runs/"), run.state == state.STOPPING
-            if run_id in self._overseers:
-                if stopping:
-                    self._overseers[run_id].ask_stop()
-                continue
-            following = state.STOPPED if stopping else state.PENDING
-            attempt = run.attempts[-1].number
-            await self._db(
-                self._store.end_attempt, run_id, attempt, following, exit_code=0, signal=0, error=None
-            )
-            self._bell.ring(run_id)
+            run_id = run.name.removeprefix("runs/")
+            if run_id not in self._overseers:
+                await self._withdraw(run_id, run.attempts[-1].number)
+            elif run.state == state.STOPPING:
+                self._overseers[run_id].ask_stop()
+
+    async def _withdraw(self, run_id: str, attempt: int) -> None:
+        log.info("attempt withdrawn", run=run_id, attempt=attempt)
+        await self._db(self._store.withdraw_attempt, run_id, attempt)
+        self._bell.ring(run_id)
 
     async def _start_queued(self) -> None:
         """Start what fits. A run that waits for devices lets none behind it pass that wants the same kind."""
@@ -241,6 +240,10 @@ class Supervisor:
         run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
         devices = await self._db(self._store.devices, run_id, attempt)
         record = await asyncio.to_thread(process.find, run_dir, attempt)
+        if record is None and not run_dir.log_path(attempt).exists():
+            # The service was killed between the store's word and the process's start.
+            await self._withdraw(run_id, attempt)
+            return
         log.info("run adopted", run=run_id, attempt=attempt, pid=record.pid if record else None)
         self.slots.hold(devices)
         idle, adopting = Run.CONDITION_UNSPECIFIED, Run.CONDITION_ADOPTING

@@ -124,7 +124,7 @@ def _bad_headers(path: str, rng: random.Random) -> bytes:
     return PREFACE + frame(SETTINGS) + opened + frame(DATA, message(b""), flags=END_STREAM, stream=1)
 
 
-def _flood(path: str, rng: random.Random) -> bytes:
+def flood(path: str, rng: random.Random) -> bytes:
     """Many small frames that each ask for work."""
     kind = rng.randrange(6)
     count = rng.choice((50, 1000))
@@ -157,5 +157,5 @@ ATTACKS: Sequence[Callable[[str, random.Random], bytes]] = (
     _frames,
     _lying_message,
     _bad_headers,
-    _flood,
+    flood,
 )

@@ -87,7 +87,7 @@ def scrambled(text: str, rng: random.Random) -> str:
 
 def test_a_run_file_is_read_or_all_that_is_wrong_is_said() -> None:
     texts = [path.read_text() for path in sorted(EXAMPLES.glob("*.yaml"))]
-    refused, count = Counter(), scaled(150, 8000)
+    refused, count = Counter(), scaled(150, 3000)
     sentences: set[str] = set()
     for number in range(count):
         rng = random.Random(f"{SEED}/yaml/{number}")

@@ -18,7 +18,7 @@ from protos.stillhouse.v1 import run_pb2, teacher_pb2
 from teacher_service.fingerprint import adapter_fingerprint
 from tests.fuzz.calls import Report, faults, resident_bytes, send
 from tests.fuzz.conftest import CANARY, SEED, Target, scaled, show
-from tests.fuzz.http2 import PREFACE, attack
+from tests.fuzz.http2 import PREFACE, attack, flood
 from tests.fuzz.rpcs import Case, Known, case, methods
 from tests.student_trainer.runs.caller import stub_for
 from tests.teacher_service.calls import Teacher
@@ -126,13 +126,21 @@ def slow_connections() -> Iterator[list[socket.socket]]:
         each.close()
 
 
+def rng_of(title: str, number: int) -> random.Random:
+    return random.Random(f"{SEED}/{title}/{number}")
+
+
 def assault(program: Program, paths: list[str], title: str, count: int, alive: Callable[[], None]) -> None:
-    """`count` hostile connections, after as many tenths to warm up; `alive` is asked in between."""
+    """`count` hostile connections, after some to warm up; `alive` is asked in between."""
+    for number in range(
+        scaled(20, 300)
+    ):  # what takes most memory: the allocator keeps the most that it ever had
+        speak(program, flood(rng_of(title, -number).choice(paths), random.Random(number)))
     before = 0
     for number in range(-count // 10, count):
         if number == 0:
             before = resident_bytes(program.pid)
-        rng = random.Random(f"{SEED}/{title}/{number}")
+        rng = rng_of(title, number)
         speak(program, attack(rng.choice(paths), rng))
         if number % ALIVE_EVERY == 0:
             alive()

@@ -212,6 +212,19 @@ class StoreContract:
         assert again == first
         assert first.state == Run.STATE_FAILED
 
+    def test_an_attempt_without_a_process_is_withdrawn(self, store: Store) -> None:
+        first, second = new_run(store), new_run(store, "bbbbbbbbbbbb")
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        store.withdraw_attempt("aaaaaaaaaaaa", 1)
+        run = store.get("aaaaaaaaaaaa")
+        assert (run.state, run.queue_position, len(run.attempts)) == (Run.STATE_PENDING, 0, 0)
+        assert not run.HasField("start_time")
+        assert [each.name for each in store.queue()] == [first.name, second.name]
+        assert store.begin_attempt("aaaaaaaaaaaa", ()) == 1
+        store.stop("aaaaaaaaaaaa")
+        store.withdraw_attempt("aaaaaaaaaaaa", 1)
+        assert store.get("aaaaaaaaaaaa").state == Run.STATE_STOPPED
+
     def test_many_runs_are_read_as_each_of_them_is(self, store: Store) -> None:
         for letter in "abcd":
             new_run(store, letter * 12)
