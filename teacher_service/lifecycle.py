@@ -15,7 +15,6 @@ import structlog
 
 from protos.errors import Reason, StillhouseError
 from protos.gpu_memory import GpuMemory
-from protos.gpu_memory import GpuMemory
 from protos.metrics import Metrics
 from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from protos.transport import AuditLog, Server, ServerTls, TokenFile, write_address_file
@@ -71,7 +70,6 @@ class _Teacher:
         config = self._config
         self._metrics.watch_calls(lambda: server.running)
         self._metrics.add(Figures(self._servicer.counters, lambda: self._servicer.serving))
-        self._metrics.add(GpuMemory())
         self._metrics.add(GpuMemory())
         any_port = config.metrics_port is None and config.listen.endswith(":0")
         port = 0 if any_port else config.metrics_port
