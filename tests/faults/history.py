@@ -42,6 +42,7 @@ class Watcher(threading.Thread):
         self._ended = threading.Event()
         self.seen: list[pb.WatchRunResponse] = []
         self.num_breaks = 0
+        """Of calls that had told something."""
 
     def run(self) -> None:
         """Until `stop`; the service ends a watch when the run has ended, which a resume makes untrue."""
@@ -51,8 +52,10 @@ class Watcher(threading.Thread):
                 call = RunServiceStub(channel).WatchRun(
                     pb.WatchRunRequest(name=self._name, after_sequence=after), timeout=600
                 )
+                heard = False
                 try:
                     for event in call:
+                        heard = True
                         # The first message of a watch without a cursor is the run as it is, at a sequence told before.
                         if event.sequence > after or not self.seen:
                             self.seen.append(event)
@@ -61,7 +64,7 @@ class Watcher(threading.Thread):
                             call.cancel()
                             break
                 except grpc.RpcError:
-                    self.num_breaks += 1
+                    self.num_breaks += heard
             time.sleep(0.05)
 
     def stop(self) -> None:

@@ -67,6 +67,7 @@ def test_a_student_that_brings_code_is_refused_and_its_code_does_not_run(
 
 
 @pytest.mark.faults(row=14)
+@pytest.mark.slow
 def test_a_teacher_that_brings_code_is_refused_and_its_code_does_not_run(hostile: tuple[Path, Path]) -> None:
     model, token = hostile
     command = [sys.executable, "-m", "teacher_service", "--engine", "hf", "--listen", "127.0.0.1:0"]

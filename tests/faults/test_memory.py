@@ -21,6 +21,7 @@ LIMIT_BYTES = 120 * 2**20
 
 
 @pytest.mark.faults(row=8)
+@pytest.mark.slow
 def test_a_process_killed_for_memory_is_told_from_others_and_advice_is_given(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path
 ) -> None:
