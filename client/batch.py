@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import cache, partial
@@ -16,6 +16,7 @@ from client.batch_journal import Header, Position
 from client.batch_lines import Lines, OpenAi, dataset, for_dataset, plain
 from client.batch_openai import openai_row
 from client.batch_output import RETRY, Output, Paths, commit_retry, locked
+from client.batch_pool import agreeing
 from client.batch_retry import Earlier
 from client.batch_rows import Line, Row, Sampling, detect, plain_row, read_lines
 from client.batch_teacher import BatchTeacher, identity
@@ -105,7 +106,7 @@ class Listeners:
 
 
 def generate_file(
-    teacher: Teacher,
+    teacher: Teacher | Sequence[Teacher],
     source: Path | str,
     out: Path | str,
     settings: BatchSettings | None = None,
@@ -113,18 +114,25 @@ def generate_file(
 ) -> BatchSummary:
     """Answers every row of `source` in `out`, in order, each exactly once, also over kills of either side.
 
+    Several services of one teacher share the work, and one that is lost leaves its part to the others.
     Calling it again goes on where it was killed, and does nothing where it was done. A row that fails is told in `out`.
 
     Raises StillhouseError: INVALID_REQUEST for files that cannot be read or written; REQUEST_CONFLICT if `out` was begun
     with other settings or another input; TEACHER_CHANGED, ADAPTER_NOT_FOUND; what makes a teacher refuse the whole batch.
     """
-    batch = _Batch(teacher, Path(source), Path(out), settings or BatchSettings(), listeners or Listeners())
+    teachers = list(teacher) if isinstance(teacher, Sequence) else [teacher]
+    batch = _Batch(teachers, Path(source), Path(out), settings or BatchSettings(), listeners or Listeners())
     return batch.run()
 
 
 class _Batch:
     def __init__(
-        self, teacher: Teacher, source: Path, out: Path, settings: BatchSettings, listeners: Listeners
+        self,
+        teachers: Sequence[Teacher],
+        source: Path,
+        out: Path,
+        settings: BatchSettings,
+        listeners: Listeners,
     ) -> None:
         if not source.is_file():
             raise usage_error(
@@ -132,7 +140,7 @@ class _Batch:
             )
         if out.exists() and out.samefile(source):
             raise usage_error(f"{out} is the input, too. Choose another --out.")
-        self._teacher = teacher
+        self._teachers = teachers
         self._source = source
         self._paths = Paths(out=out)
         self._settings = settings
@@ -172,7 +180,7 @@ class _Batch:
         patience = Patience(self._settings.patience_s)
         while True:
             try:
-                self._teacher.refresh()
+                self._teachers = agreeing(self._teachers)
             except StillhouseError as error:
                 if error.reason is not Reason.TEACHER_LOADING:
                     raise
@@ -189,7 +197,7 @@ class _Batch:
             )
             # Ids and times of a batch that goes on are those that it was begun with.
             header = output.journal.header
-            teacher = BatchTeacher(self._teacher, paths.out, header, output.journal, self._tell.note)
+            teacher = BatchTeacher(self._teachers, paths.out, header, output.journal, self._tell.note)
             capture = None
             if self._settings.capture is not None:
                 capture = stack.enter_context(Capture(self._settings.capture, self._settings.top_k, teacher))
@@ -202,7 +210,7 @@ class _Batch:
     ) -> None:
         lines_of = self._lines_of(output.journal.header)
         flow = Flow(
-            self._teacher,
+            self._teachers,
             self._rows(output, teacher, capture, earlier),
             verify=teacher.verify,
             top_k=None if capture is None else self._settings.top_k,
@@ -284,7 +292,7 @@ class _Batch:
             created_s=header.started_s,
             model=str(header.teacher["model"]),
             fingerprint=str(header.teacher["model_fingerprint"]),
-            token_texts=cache(lambda: TokenTexts(self._teacher.tokenizer().get("tokenizer.json", b""))),
+            token_texts=cache(lambda: TokenTexts(self._teachers[0].tokenizer().get("tokenizer.json", b""))),
         )
 
     def _header(self, earlier: Earlier | None) -> Header:
@@ -296,4 +304,6 @@ class _Batch:
             settings |= {"capture": str(self._settings.capture), "capture's top_k": self._settings.top_k}
         if earlier is not None:
             settings[RETRY] = earlier.digest
-        return Header(settings=settings, teacher=identity(self._teacher.limits), started_s=int(time.time()))
+        return Header(
+            settings=settings, teacher=identity(self._teachers[0].limits), started_s=int(time.time())
+        )

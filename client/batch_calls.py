@@ -1,25 +1,25 @@
 """Rows through the teacher: a bounded number of samples in flight over a few Generate calls, answered as they finish.
 
-A call that breaks off costs nothing but time: what it had not answered is asked for again, on a teacher that is checked
-to be the same, and no sample twice.
+A call that breaks off costs nothing but time: what it had not answered is asked for again, on a service that is checked
+to be the same teacher, and no sample twice.
 """
 
 from __future__ import annotations
 
 import queue
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import grpc
 
+from client.batch_pool import Member, Pool
 from client.batch_rows import Row
 from client.completions import Completion, Gathering, failed, piece_of
-from client.connection import FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S, OnLost
+from client.connection import PATIENCE_S, OnLost
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2
 from protos.stillhouse.v1.tensor_pb2 import Tensor
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from client.teacher import Teacher
 
 MAX_INFLIGHT = 1024
-"""Samples in flight: a few times what an engine writes side by side, so that it never waits."""
-MAX_CALLS = 24
-"""Calls at once."""
+"""Samples in flight at each service: a few times what an engine writes side by side, so that it never waits."""
 CALL_SHARE = 8
 """A call is opened once this share of the samples is missing."""
 MAX_REQUEST_BYTES = 1 << 20
@@ -87,6 +85,7 @@ class _Ask:
 class _Call:
     """One Generate call."""
 
+    member: Member
     request: teacher_pb2.GenerateRequest
     asks: list[_Ask]
     unanswered: set[Key]
@@ -106,36 +105,29 @@ class Flow:
 
     def __init__(
         self,
-        teacher: Teacher,
+        teachers: Sequence[Teacher],
         rows: Iterator[Row | None],
         *,
-        verify: Callable[[], None] = lambda: None,
+        verify: Callable[[Teacher], None] = lambda _: None,
         top_k: int | None = None,
         max_inflight: int = MAX_INFLIGHT,
         on_lost: OnLost | None = None,
         patience_s: float = PATIENCE_S,
     ) -> None:
-        """`rows` are read in the caller's thread; None among them means that there are none at the moment.
+        """`teachers` are services of one teacher. `rows` are read in the caller's thread; None: there are none at the moment.
 
         With `top_k` all are asked for that many candidates at each position, as float16, and for their prompts' ids.
-        `verify` is called before a teacher that was lost is asked again: it raises if that is another one.
+        `verify` is called before a service that was lost is asked again: it raises if that is another teacher.
         """
-        self._teacher = teacher
+        self._pool = Pool(teachers, verify=verify, on_lost=on_lost, patience_s=patience_s)
         self._rows: Iterator[Row | None] | None = rows
-        self._verify = verify
         self._top_k = top_k
         self._max_inflight = max_inflight
-        self._on_lost = on_lost
-        self._patience_s = patience_s
         self._again: deque[_Ask] = deque()
         self._calls: set[_Call] = set()
         self._events: queue.Queue[tuple[_Call, teacher_pb2.GenerateResponse | _End]] = queue.Queue(MAX_UNREAD)
         self._closed = threading.Event()
         self._opening = threading.Lock()
-        self._pause_s = FIRST_PAUSE_S
-        self._not_before_s = 0.0
-        self._lost_since_s: float | None = None
-        self._num_unanswered = 0
         self.tokens = 0
         """Tokens that were written."""
 
@@ -164,16 +156,15 @@ class Flow:
     def _fill(self) -> Iterator[Answer]:
         """Opens calls until enough is in flight; rows that ask for nothing are answered at once."""
         share = max(1, self._max_inflight // CALL_SHARE)
-        while time.monotonic() >= self._not_before_s and len(self._calls) < MAX_CALLS:
-            if self._num_unanswered > self._max_inflight - share:
-                return
+        while (member := self._pool.choose(share, self._max_inflight)) is not None:
             self._read(share)
             while self._again and not self._again[0].samples:
                 ask = self._again.popleft()
                 yield Answer(row=ask.work.row, completions={})
-            if not self._again or not self._reachable():
+            if not self._again:
                 return
-            self._open(share)
+            if self._pool.is_reachable(member):
+                self._open(share, member)
 
     def _read(self, share: int) -> None:
         waiting = sum(max(1, len(ask.samples)) for ask in self._again)
@@ -196,21 +187,8 @@ class Flow:
                     self._again.append(_Ask(work=work, prompt=prompt, samples=samples))
                     waiting += len(samples)
 
-    def _reachable(self) -> bool:
-        """Whether the teacher may be asked; after a loss it is looked at first."""
-        if self._lost_since_s is None:
-            return True
-        try:
-            self._verify()
-        except StillhouseError as error:
-            if not error.retryable:
-                raise
-            self._wait_after(error)
-            return False
-        return True
-
-    def _open(self, share: int) -> None:
-        limits = self._teacher.limits
+    def _open(self, share: int, member: Member) -> None:
+        limits = member.teacher.limits
         top_k = self._columns(self._again[0])
         request = teacher_pb2.GenerateRequest(num_samples=1, whole_samples=True)
         if top_k is not None:
@@ -239,9 +217,11 @@ class Flow:
             num_samples += len(ask.samples)
         self._again.extendleft(reversed(others))
         unanswered = {(index, sample) for index, ask in enumerate(asks) for sample in ask.samples}
-        call = _Call(request=request, asks=asks, unanswered=unanswered)
+        call = _Call(member=member, request=request, asks=asks, unanswered=unanswered)
         self._calls.add(call)
-        self._num_unanswered += len(unanswered)
+        member.num_calls += 1
+        for _ in unanswered:
+            member.load.give(1)
         call.thread = threading.Thread(target=self._listen, args=(call,), name="batch-call", daemon=True)
         call.thread.start()
 
@@ -255,12 +235,12 @@ class Flow:
         with self._opening:
             if self._closed.is_set():
                 return
-            call.stream = self._teacher.stub.Generate(call.request)
+            call.stream = call.member.teacher.stub.Generate(call.request)
         try:
             for response in call.stream:
                 self._put(call, response)
         except grpc.RpcError as broken:
-            error = self._teacher.error(broken)
+            error = call.member.teacher.error(broken)
         self._put(call, _End(error))
 
     def _put(self, call: _Call, said: teacher_pb2.GenerateResponse | _End) -> None:
@@ -273,9 +253,9 @@ class Flow:
 
     def _next_event(self) -> tuple[_Call, teacher_pb2.GenerateResponse | _End] | None:
         """What was heard next; None once it is time to open calls again."""
-        pause_s = self._not_before_s - time.monotonic()
+        pause_s = self._pool.pause_s()
         if not self._calls:
-            time.sleep(max(0.0, pause_s))
+            time.sleep(pause_s)
             return None
         try:
             return self._events.get(timeout=min(pause_s, _LISTEN_S) if pause_s > 0 else _LISTEN_S)
@@ -283,8 +263,7 @@ class Flow:
             return None
 
     def _take(self, call: _Call, response: teacher_pb2.GenerateResponse) -> Iterator[Answer]:
-        self._lost_since_s = None
-        self._pause_s = FIRST_PAUSE_S
+        call.member.answered()
         for chunk in response.chunks:
             key = chunk.prompt_index, chunk.sample_index
             if key not in call.unanswered:
@@ -292,15 +271,15 @@ class Flow:
                     Reason.TENSOR_INVALID,
                     f"the teacher answered sample {key[1]} of prompt {key[0]}, which is not waiting for an answer.",
                 )
-            completion = call.gathering.add(piece_of(chunk, self._teacher.limits, call.request))
+            completion = call.gathering.add(piece_of(chunk, call.member.teacher.limits, call.request))
             if completion is None:
                 continue
             call.unanswered.discard(key)
-            self._num_unanswered -= 1
+            call.member.load.answer(1)
             ask = call.asks[key[0]]
             if completion.error is not None and completion.error.retryable:
                 yield from self._lost(ask, (key[1],), completion.error)
-                self._wait_after(completion.error)
+                self._pool.lost(call.member, completion.error)
             else:
                 yield from self._done(ask, key[1], completion)
 
@@ -313,13 +292,15 @@ class Flow:
 
     def _ended(self, call: _Call, error: StillhouseError | None) -> Iterator[Answer]:
         self._calls.discard(call)
-        self._num_unanswered -= len(call.unanswered)
+        call.member.num_calls -= 1
+        for _ in call.unanswered:
+            call.member.load.take_back(1)
         if not call.unanswered:
             return
         if error is None:
             error = StillhouseError(
                 Reason.TEACHER_UNREACHABLE,
-                f"The teacher at {self._teacher.target} ended a call before every sample was answered.",
+                f"The teacher at {call.member.teacher.target} ended a call before every sample was answered.",
             )
         broke = error.retryable or error.reason in (Reason.INTERNAL, Reason.CANCELLED)
         if not broke:
@@ -327,7 +308,7 @@ class Flow:
         for index in reversed(range(len(call.asks))):
             left = tuple(sample for sample in call.asks[index].samples if (index, sample) in call.unanswered)
             yield from self._lost(call.asks[index], left, error)
-        self._wait_after(error)
+        self._pool.lost(call.member, error)
 
     def _lost(self, ask: _Ask, samples: tuple[int, ...], error: StillhouseError) -> Iterator[Answer]:
         """Asks for them again, before all others; samples that were lost too often fail."""
@@ -337,21 +318,6 @@ class Flow:
                 yield from self._done(ask, sample, failed(ask.prompt, sample, error))
         elif samples:
             self._again.appendleft(_Ask(work=ask.work, prompt=ask.prompt, samples=samples, attempts=attempts))
-
-    def _wait_after(self, error: StillhouseError) -> None:
-        """Opens no call for a while. Raises `error` if nobody has answered for too long."""
-        now = time.monotonic()
-        if now < self._not_before_s:
-            return  # other calls broke off for the same reason
-        self._lost_since_s = now if self._lost_since_s is None else self._lost_since_s
-        if now - self._lost_since_s > self._patience_s:
-            raise error
-        pause_s = max(self._pause_s, min(error.retry_after_s or 0.0, LONGEST_PAUSE_S))
-        pause_s *= random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        self._not_before_s = now + pause_s
-        if self._on_lost is not None:
-            self._on_lost(error, pause_s)
 
     def _close(self) -> None:
         with self._opening:

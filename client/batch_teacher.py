@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _REFRESH_S = 1.0
 """Least time between two questions for adapters that were loaded meanwhile."""
+VERIFY_TIMEOUT_S = 10.0
+"""Time that a service which was lost has to say who it is; nothing else is asked meanwhile."""
 _IDENTITY = ("model_fingerprint", "tokenizer_fingerprint", "chat_template_fingerprint")
 
 
@@ -32,15 +34,23 @@ class BatchTeacher:
     """
 
     def __init__(
-        self, teacher: Teacher, out: Path, header: Header, journal: Journal, note: Callable[[str], None]
+        self,
+        teachers: Sequence[Teacher],
+        out: Path,
+        header: Header,
+        journal: Journal,
+        note: Callable[[str], None],
     ) -> None:
-        """Raises StillhouseError (ADAPTER_NOT_FOUND) if an adapter is gone that rows were written with."""
-        self._teacher = teacher
+        """`teachers` are its services, of which the first was asked who it is.
+
+        Raises StillhouseError (ADAPTER_NOT_FOUND) if an adapter is gone that rows were written with.
+        """
+        self._teachers = teachers
         self._out = out
         self._header = header
         self._journal = journal
         self._note = note
-        self._info = teacher.limits
+        self._info = teachers[0].limits
         self._asked_s = time.monotonic()
         self._require_adapters()
 
@@ -49,9 +59,10 @@ class BatchTeacher:
         """What it said of itself last."""
         return self._info
 
-    def verify(self) -> None:
-        """Asks the teacher who it is. Raises StillhouseError if it is another, or an adapter is gone."""
-        self._refresh()
+    def verify(self, teacher: Teacher) -> None:
+        """Asks a service who it is. Raises StillhouseError if it is another teacher, or an adapter is gone."""
+        self._info = teacher.refresh(timeout_s=VERIFY_TIMEOUT_S)
+        self._asked_s = time.monotonic()
         require_same_teacher(self._out, self._header.teacher, identity(self._info))
         self._require_adapters()
 
@@ -85,7 +96,14 @@ class BatchTeacher:
         return found
 
     def _refresh(self) -> None:
-        self._info = self._teacher.refresh()
+        """Asks the first service that answers."""
+        for number, teacher in enumerate(self._teachers):
+            try:
+                self._info = teacher.refresh()
+                break
+            except StillhouseError as error:
+                if not error.retryable or number + 1 == len(self._teachers):
+                    raise
         self._asked_s = time.monotonic()
 
     def _require_adapters(self) -> None:

@@ -146,9 +146,14 @@ def certificate(check: str, path: Path, now_s: float | None = None) -> Finding:
 
 
 def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
-    """Whether the teacher answers, how fast, of which version, and whether it reads as the student does."""
-    yield from _exposure("teacher", settings.teacher, settings)
-    with Teacher(settings.teacher, **settings.security(), timeout_s=TIMEOUT_S) as service:
+    """Whether each service of the teacher answers, how fast, of which version, and whether it reads as the student does."""
+    for target in settings.teachers:
+        yield from _teacher(settings, target, student)
+
+
+def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[Finding]:
+    yield from _exposure("teacher", target, settings)
+    with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
         began_s = time.monotonic()
         info, problem = _asked("teacher", service.info)
         if info is None:
@@ -159,7 +164,7 @@ def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
         yield Finding(
             check="teacher",
             state="warning" if slow else "ok",
-            found=f"{info.model} at {settings.teacher} answers in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})",
+            found=f"{info.model} at {target} answers in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})",
             remedy="It is overloaded or far away; prefetch hides some of that." if slow else "",
         )
         yield _versions("teacher", info.service_version)

@@ -75,7 +75,10 @@ def shared_options(*, hidden: bool) -> list[click.Option]:
     """The options that say where the services are; every command takes them too, without listing them."""
     described = {
         "--trainer": ("HOST:PORT", "Run service. [default: 127.0.0.1:7402]"),
-        "--teacher": ("HOST:PORT", "Teacher service. [default: 127.0.0.1:7401]"),
+        "--teacher": (
+            "HOST:PORT[,...]",
+            "Teacher service, or several of one teacher. [default: 127.0.0.1:7401]",
+        ),
         "--context": ("NAME", "Section [contexts.NAME] of the config file."),
         "--config": ("FILE", "Config file. [default: ~/.config/stillhouse/config.toml]"),
         "--tls-ca": ("FILE", "Authorities to trust, PEM."),

@@ -27,7 +27,7 @@ class Settings:
     trainer: str = DEFAULT_TRAINER
     """`host:port` or `unix:PATH` of the run service."""
     teacher: str = DEFAULT_TEACHER
-    """`host:port` or `unix:PATH` of the teacher."""
+    """`host:port` or `unix:PATH` of the teacher; several services of one teacher with commas between."""
     tls: bool = False
     """TLS with the system's authorities; implied by any other TLS setting."""
     tls_ca: Path | None = None
@@ -40,6 +40,11 @@ class Settings:
     """Name to expect in the service's certificate, if not the target's."""
     token_file: Path | None = None
     """File whose only line is the bearer token."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Each service of the teacher, once."""
+        return tuple(dict.fromkeys(each.strip() for each in self.teacher.split(",") if each.strip()))
 
     @property
     def uses_tls(self) -> bool:

@@ -46,10 +46,18 @@ class Teacher(Connection):
         """info(), asked once."""
         return self.info()
 
-    def refresh(self) -> teacher_pb2.GetTeacherInfoResponse:
+    def refresh(self, *, timeout_s: float | None = None) -> teacher_pb2.GetTeacherInfoResponse:
         """info(), asked anew: after a teacher was lost it may be another."""
-        self.__dict__.pop("limits", None)
-        return self.limits
+        request = teacher_pb2.GetTeacherInfoRequest()
+        info: teacher_pb2.GetTeacherInfoResponse
+        info = self.call(self.stub.GetTeacherInfo, request, timeout_s=timeout_s)
+        self.__dict__["limits"] = info
+        return info
+
+    @property
+    def was_reached(self) -> bool:
+        """Whether it ever said who it is."""
+        return "limits" in self.__dict__
 
     def tokenizer(self) -> dict[str, bytes]:
         """File name to content, of the tokenizer's files."""

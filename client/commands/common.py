@@ -51,10 +51,34 @@ class Session:
 
     @functools.cached_property
     def teacher(self) -> Teacher:
-        """The teacher service."""
+        """The teacher service; of several the first that answers."""
+        from client.batch_pool import agreeing
+
+        return self.teachers[0] if len(self.teachers) == 1 else agreeing(self.teachers)[0]
+
+    @functools.cached_property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All services of the teacher that --teacher names."""
+        from client.errors import usage_error
         from client.teacher import Teacher
 
-        return self._stack.enter_context(Teacher(self.settings.teacher, **self._security()))
+        if not self.settings.teachers:
+            raise usage_error("--teacher names no service; give HOST:PORT, or several with commas between.")
+        return tuple(
+            self._stack.enter_context(Teacher(target, **self._security()))
+            for target in self.settings.teachers
+        )
+
+    @property
+    def only_teacher(self) -> Teacher:
+        """The teacher service, for what is done to one service and not to another."""
+        from client.errors import usage_error
+
+        if len(self.teachers) > 1:
+            raise usage_error(
+                f"--teacher names {len(self.teachers)} services; this is done to each by itself: name one."
+            )
+        return self.teachers[0]
 
     def run(self, name: str) -> RunHandle:
         """The run that `name` means."""

@@ -42,7 +42,7 @@ def answer_file(session: Session, source: Path, out: Path, options: dict[str, An
 
         listeners = Listeners(progress=bar.show, note=note, lost=on_lost)
         try:
-            summary = generate_file(session.teacher, source, out, settings, listeners)
+            summary = generate_file(session.teachers, source, out, settings, listeners)
         except KeyboardInterrupt:
             note("Interrupted; the same command goes on where it was.")
             return ExitCode.INTERRUPTED

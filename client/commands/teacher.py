@@ -25,14 +25,17 @@ def info(session: Session) -> None:
     from client.json_text import as_json
     from client.render import columns
 
-    answer = session.teacher.info()
-    if session.as_json:
-        session.emit(as_json(answer))
-        return
-    session.say(columns(_facts(answer)))
-    if answer.adapters:
-        rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
-        session.say("\n" + columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
+    for number, service in enumerate(session.teachers):
+        answer = service.info()
+        if session.as_json:
+            session.emit(as_json(answer))
+            continue
+        if len(session.teachers) > 1:
+            session.say(("\n" if number else "") + service.target)
+        session.say(columns(_facts(answer)))
+        if answer.adapters:
+            rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
+            session.say("\n" + columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
 
 
 def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
@@ -103,7 +106,7 @@ def load_adapter(session: Session, name: str, path: str) -> None:
     """
     from client.json_text import as_json
 
-    adapter = session.teacher.load_adapter(name, path)
+    adapter = session.only_teacher.load_adapter(name, path)
     if session.as_json:
         session.emit(as_json(adapter))
     else:
@@ -114,7 +117,7 @@ def load_adapter(session: Session, name: str, path: str) -> None:
 @click.argument("name")
 def unload_adapter(session: Session, name: str) -> None:
     """Free the adapter NAME; calls that are using it finish first."""
-    session.teacher.unload_adapter(name)
+    session.only_teacher.unload_adapter(name)
     if session.as_json:
         session.emit({"unloaded": name})
     else:
@@ -129,9 +132,9 @@ def upload_adapter(session: Session, directory: Path, name: str) -> None:
 
     Only adapter_config.json and adapter_model.safetensors are sent.
     """
-    answer = session.teacher.upload_adapter(directory)
+    answer = session.only_teacher.upload_adapter(directory)
     if name:
-        session.teacher.load_adapter(name, answer.path)
+        session.only_teacher.load_adapter(name, answer.path)
     if session.as_json:
         session.emit({"path": answer.path, "fingerprint": answer.fingerprint, "loaded": name or None})
     else:

@@ -33,6 +33,7 @@ from protos.tensor_codec import encode
 from tests.client.odd_services import TcpLine, odd_service
 from tests.conftest import Models
 from tests.support.processes import no_process_left
+from tests.support.tcp_proxy import TcpProxy
 
 NUM_ROWS = 120
 DEADLINE_S = 120.0
@@ -168,6 +169,41 @@ def test_a_lost_line_costs_only_what_was_not_answered(
         generate_file(teacher, tmp_path / "in.jsonl", tmp_path / "out.jsonl", settings, listeners)
     assert lost
     assert (tmp_path / "out.jsonl").read_bytes() == undisturbed
+
+
+def test_several_services_share_a_batch_and_one_that_is_lost_leaves_its_part_to_the_others(
+    hf_teacher: Program, undisturbed: bytes, tmp_path: Path
+) -> None:
+    prompts(tmp_path / "in.jsonl")
+    with (
+        TcpProxy(hf_teacher.target) as network,
+        Teacher(f"unix:{tmp_path}/nobody") as silent,
+        Teacher(network.target) as first,
+        Teacher(hf_teacher.target) as second,
+    ):
+        lost: list[StillhouseError] = []
+        listeners = Listeners(
+            progress=lambda now: network.become("cut") if now.rows == 20 else None,
+            lost=lambda error, _: lost.append(error),
+        )
+        settings = BatchSettings(sampling=SAMPLING, max_inflight=32)
+        generate_file(
+            [silent, first, second], tmp_path / "in.jsonl", tmp_path / "out.jsonl", settings, listeners
+        )
+    assert (tmp_path / "out.jsonl").read_bytes() == undisturbed
+    assert any(network.target in error.message for error in lost), "it had a part that it lost"
+
+
+def test_services_that_would_write_other_text_are_refused(hf_teacher: Program, tmp_path: Path) -> None:
+    prompts(tmp_path / "in.jsonl")
+    with (
+        odd_service(GetTeacherInfo=_info) as target,
+        Teacher(target) as other,
+        Teacher(hf_teacher.target) as teacher,
+        pytest.raises(StillhouseError, match="with another model_fingerprint") as caught,
+    ):
+        generate_file([teacher, other], tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert caught.value.reason is Reason.TEACHER_CHANGED
 
 
 def test_only_unanswered_samples_are_asked_for_again(tmp_path: Path) -> None:
