@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import threading
 from functools import partial
 from types import SimpleNamespace
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("vllm", reason="vllm is not installed")
+
 from teacher_service import topk
 from teacher_service.vllm_frontend import RawRows
 from teacher_service.vllm_helpers import Helpers
 from teacher_service.vllm_requests import STREAM_INTERVAL_TOKENS
-from teacher_service.vllm_worker_rows import Held, is_due
+from teacher_service.vllm_worker_rows import Held, Leaving, is_due
 
 
 def block(first: int, count: int, width: int = 3) -> tuple[Any, Any]:
@@ -43,6 +46,12 @@ def test_held_rows_leave_in_the_order_of_their_steps() -> None:
     ids, values, _ = held.take()
     assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 11, 22, 30, 41]
     assert held.rows == []
+
+
+def test_what_leaves_travels_between_processes_and_holds_nothing_for_the_others() -> None:
+    leaving = pickle.loads(pickle.dumps(Leaving({2: (*block(5, 2), np.empty(0, np.int32))}).tolists()))
+    assert leaving.slice_request(0, 1) is None
+    assert leaving.slice_request(2, 1).logprob_token_ids[:, 0].tolist() == [5, 6]
 
 
 def test_rows_leave_when_the_front_end_gives_them_out() -> None:
