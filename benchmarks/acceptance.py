@@ -139,7 +139,8 @@ def _plain(group: Group, arm: Arm) -> str:
 def _on_policy() -> dict[str, Any]:
     """Texts behind the first token of a row."""
     generation = {"max_new_tokens": WRITTEN_LENGTH - 1, "samples_per_prompt": 2}
-    return {"student": {"generation": generation, "max_staleness": 0}}
+    # Students of few texts write little that the teacher finds likely: the gate for that is wide here.
+    return {"student": {"generation": generation, "max_staleness": 0, "min_teacher_logprob": -8}}
 
 
 def report(found: Found) -> Iterator[str]:
