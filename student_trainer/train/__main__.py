@@ -1,5 +1,9 @@
 """The training process: `python -m student_trainer.train RUN_DIR --attempt N`; its last event says how it ended.
 
+Without a run service, also on several hosts that share the disk of RUN_DIR, one such command on each of them:
+`torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m student_trainer.train RUN_DIR
+--attempt 1 --spec run.yaml`. After a stop or a failure the same with --attempt 2 goes on, with any number of processes.
+
 Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event says why. EXIT_DISK_FULL: there was no room for one.
 Anything else: it died, or another process owns the run.
 """
@@ -10,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -17,11 +22,14 @@ from typing import TYPE_CHECKING
 
 import click
 import structlog
+import yaml
+from google.protobuf import json_format
 
 from protos.errors import Reason, StillhouseError, to_json, to_status
+from protos.stillhouse.v1.run_pb2 import RunSpec
 from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
-from student_trainer.config import RunConfig, from_proto
+from student_trainer.config import RunConfig, from_proto, to_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
 from student_trainer.disk import full_sentence, is_full
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
@@ -32,17 +40,24 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
+DIRECTORY_WAIT_S = 60.0
+"""Time for a run directory that the first process has made to be seen on other hosts."""
 EXIT_NOT_OWNER = 4
 """Exit code of a process that another one has replaced; it writes nothing."""
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("run_dir", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--attempt", type=click.IntRange(1), required=True, help="Number of this process among those of the run."
 )
+@click.option(
+    "--spec",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Run file whose run this is; makes RUN_DIR if it is not there. For runs that no service starts.",
+)
 @click.option("--worker", is_flag=True, hidden=True, help="Started by the first process of the attempt.")
-def main(*, run_dir: Path, attempt: int, worker: bool) -> None:
+def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> None:
     """Train the run in RUN_DIR, alone or as one of several processes that torchrun has started."""
     configure_logging("info")
     given = Place.given()
@@ -50,6 +65,7 @@ def main(*, run_dir: Path, attempt: int, worker: bool) -> None:
         end_with_first()
     rank = {"rank": given.rank} if given else {}
     structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt, **rank)
+    _make(RunDir(run_dir), spec, given)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -97,6 +113,27 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: P
     attempt.report(outcome.kind, step=outcome.step)
     log.info(f"run {outcome.kind}", step=outcome.step)
     return 0
+
+
+def _make(run_dir: RunDir, spec: Path | None, given: Place | None) -> None:
+    """Makes the run directory out of a run file, if there is none; the first process does, and the others wait for it."""
+    deadline = time.monotonic() + DIRECTORY_WAIT_S
+    first = given is None or given.rank == 0
+    while not run_dir.effective_spec_path.exists():
+        if spec is None:
+            raise click.UsageError(f"{run_dir.path} is no run directory; make it with --spec FILE.")
+        if first:
+            try:
+                message = json_format.ParseDict(yaml.safe_load(spec.read_text()), RunSpec())
+                RunDir.create(run_dir.path, message, to_proto(from_proto(message)))
+            except (yaml.YAMLError, json_format.ParseError, ValueError, TypeError, StillhouseError) as error:
+                raise click.UsageError(f"{spec} is no run file: {error}") from error
+        elif time.monotonic() > deadline:
+            raise click.UsageError(
+                f"{run_dir.path} does not appear on this host. Put it on a disk that all hosts share."
+            )
+        else:
+            time.sleep(0.2)
 
 
 def _opened(run_dir: RunDir, attempt: int, given: Place | None) -> AbstractContextManager[Attempt]:

@@ -28,7 +28,8 @@ def advantages(scored: Scored) -> NDArray[np.float64]:
     assert scored.behaviour_logprobs is not None
     first = scored.example.start - scored.answer.start
     teacher = scored.answer.target_logprobs[first:].astype(np.float64)
-    return np.maximum(teacher, MIN_TEACHER_LOGPROB) - scored.behaviour_logprobs
+    found: NDArray[np.float64] = np.maximum(teacher, MIN_TEACHER_LOGPROB) - scored.behaviour_logprobs
+    return found
 
 
 def batch_sums(scored: Sequence[Scored], context: int) -> tuple[float, float]:

@@ -55,6 +55,8 @@ class Parts:
     patience: Patience
     stack: ExitStack
     """Closes the streams."""
+    is_first: bool = True
+    """Whether this is the first of the run's processes."""
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -170,6 +172,7 @@ def _writer(config: StudentContextConfig, number: int, num_likeliest: int, parts
         num_likeliest=num_likeliest,
         version=parts.version,
         patience=parts.patience,
+        clean=parts.is_first,
     )
     parts.stack.callback(remote.close)
     return remote

@@ -245,11 +245,13 @@ class _Run:
             autocast=run._accelerator.autocast,
             patience=patience,
             stack=stack,
+            is_first=ranks.is_first,
         )
         mix = Mix(
             weights=[each.weight for each in config.contexts], schedule=run._schedule, seed=config.data.seed
         )
         feeds = [make_feed(context, number, parts) for number, context in enumerate(config.contexts)]
+        ranks.exchange(None, patient=True)  # what an earlier attempt has left elsewhere is gone for all
         run.source = Source(feeds, mix, ranks.is_mine)
         return run
 

@@ -7,6 +7,7 @@ cannot be taken for that of another version, however a crash falls between uploa
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -66,8 +67,11 @@ class RemoteSampler:
         num_likeliest: int,
         version: Callable[[], int],
         patience: Patience,
+        clean: bool,
     ) -> None:
         """Reaches the service at the only target of `service` and checks it; `field` is its context in the run file.
+
+        With `clean` it unloads what an attempt of this run that was killed has left there.
 
         Raises StillhouseError: TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, TEACHER_UNREACHABLE.
         """
@@ -88,9 +92,14 @@ class RemoteSampler:
             lambda: self._stub.GetTeacherInfo(GetTeacherInfoRequest(), timeout=INFO_TIMEOUT_S)
         )
         self._check(tokenizer_fingerprint)
+        for each in self.info.adapters if clean else ():
+            if each.name.startswith(f"{run_name}/"):
+                self._unload(each.name)
 
     def close(self) -> None:
-        """Closes the connection; the last adapter stays until the service needs its place."""
+        """Gives the last adapter's place back, if the service answers, and closes the connection."""
+        if self._loaded:
+            self._unload(self._loaded)
         self._channel.close()
 
     def write(
@@ -176,6 +185,7 @@ class RemoteSampler:
         model: Any = self._student.model
         with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
             model.save_pretrained(folder)
+            _in_order(Path(folder) / ADAPTER_FILES[0])
             stored = self._ask(
                 lambda: self._stub.UploadAdapter(_pieces(Path(folder)), timeout=LOAD_TIMEOUT_S)
             )
@@ -190,7 +200,7 @@ class RemoteSampler:
 
     def _unload(self, name: str) -> None:
         try:
-            self._stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=LOAD_TIMEOUT_S)
+            self._stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=INFO_TIMEOUT_S)
         except grpc.RpcError as error:  # a service that was restarted has forgotten it
             log.warning("an adapter was not unloaded", adapter=name, why=str(error.code()))
 
@@ -267,6 +277,18 @@ class RemoteSampler:
                 raise error
             self._patience.sleep(backoff_s(attempt, error), since, error.message)
             attempt += 1
+
+
+def _in_order(settings: Path) -> None:
+    """Writes an adapter's settings so that equal ones have equal bytes: peft holds sets, whose order is the process's own."""
+    values = json.loads(settings.read_bytes())
+    ordered = {
+        name: sorted(value)
+        if isinstance(value, list) and all(isinstance(each, str) for each in value)
+        else value
+        for name, value in values.items()
+    }
+    settings.write_text(json.dumps(ordered, sort_keys=True))
 
 
 def _pieces(directory: Path) -> Iterator[UploadAdapterRequest]:

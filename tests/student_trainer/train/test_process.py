@@ -88,6 +88,35 @@ def test_a_noisy_student_has_the_loss_of_a_dense_computation(
 
 
 @pytest.mark.faults(row=18)
+def test_tokens_are_weighed_by_the_entropy_that_the_teacher_tells(
+    run: Run, models: Models, hf_teacher: Program, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    text, top_k = models.texts[1], 2
+    data = tmp_path / "one.jsonl"
+    data.write_text(json.dumps({"text": text}) + "\n")
+    term = {"divergence": "forward_kl", "token_weighting": "teacher_entropy"}
+    loss = {"top_k": top_k, "terms": [term]}
+    run_dir = run(spec_of(models.student, data, hf_teacher.target, data={"eval_fraction": 0}, loss=loss))
+    tokenizer = AutoTokenizer.from_pretrained(models.student)
+    token_ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        teacher_logits, student_logits = (
+            AutoModelForCausalLM.from_pretrained(path).double()(token_ids).logits[:, :-1]
+            for path in (models.teacher, models.student)
+        )
+    missing = teacher_logits.shape[-1] - student_logits.shape[-1]
+    student_logits = torch.nn.functional.pad(student_logits, (0, missing), value=-math.inf)
+    logprobs = teacher_logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    kl = dense_bucket_kl(teacher_logits, student_logits, top_k)
+    expected = (entropy / entropy.mean() * kl).mean().item()
+    assert abs(expected - kl.mean().item()) > 1e-3
+    assert metric(run_dir, "train/loss")[1] == pytest.approx(expected, rel=1e-3)
+
+
 def test_a_run_whose_loss_is_no_number_fails_and_names_its_checkpoint(
     run: Callable[..., RunDir], models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import yaml
 
 from examples.programs import Program
 from student_trainer.run_dir import EXIT_FAILED, RunDir
@@ -201,10 +202,12 @@ def test_a_process_that_answers_no_more_is_not_waited_for_without_end(spec: Any,
 
 
 def test_processes_that_torchrun_starts_are_one_run(spec: Any, tmp_path: Path) -> None:
-    run_dir = make_run(tmp_path, "by-hand", spec(2))
+    run_dir = RunDir(tmp_path / "runs" / "by-hand")
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(yaml.safe_dump(spec(0)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    module = ["-m", "student_trainer.train", str(run_dir.path), "--attempt", "1"]
+    module = ["-m", "student_trainer.train", str(run_dir.path), "--attempt", "1", "--spec", str(run_file)]
     with no_process_left() as mark:
         done = subprocess.run(
             [*torchrun, *rendezvous, *module],
