@@ -9,6 +9,7 @@ measured here, exactly, on the final model that a run left. Results are kept run
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -33,7 +34,6 @@ from benchmarks.acceptance_language import (
     write_teacher,
 )
 from client.api import RunHandle, StillhouseError, Trainer
-from client.run_handle import ENDED
 from examples.demo import signals_as_exceptions
 from examples.programs import ProgramError, start_program, start_teacher, start_trainer
 from protos.stillhouse.v1.run_pb2 import Run
@@ -93,7 +93,7 @@ class Bench:
             },
             "evaluation": {"top_k": NUM_LOGITS},
         }
-        if group != "on-policy" and not arm.shuffled:
+        if group != "on-policy" and arm is not arms.CROSS_ENTROPY and not arm.shuffled:
             # Rows come again in every epoch: the teacher is asked once, over the wire, and its answers are kept.
             spec["cache"] = {"path": f"caches/{_plain(group, arm)}-{seed}", "mode": "write_through"}
         return self.client.create_run(spec)
@@ -107,9 +107,10 @@ class Bench:
     def _final(self, handle: RunHandle, group: Group, arm: Arm, seed: int) -> Path:
         """The model that a run left, copied through its service."""
         run = handle.wait()
-        if run.state not in ENDED or run.state != Run.STATE_COMPLETED:
+        if run.state != Run.STATE_COMPLETED:
             raise click.ClickException(f"{run.name} ({run.spec.display_name}) failed: {run.error.message}")
         directory = self._model(group, arm, seed)
+        shutil.rmtree(directory, ignore_errors=True)
         handle.pull("final", directory)
         return directory
 
