@@ -71,16 +71,18 @@ class Bench:
 
     def _submit(self, group: Group, arm: Arm, seed: int) -> RunHandle:
         language = "dense" if group == "on-policy" else group
-        rows = self.work_dir / f"rows-{language}-{seed}.jsonl"
-        if not rows.exists():
-            write_rows(LANGUAGES[language][0]().sample(TRAIN_ROWS, LENGTH, TRAIN_SEED + seed), rows)
+        rows, others = (self.work_dir / f"{name}-{language}-{seed}.jsonl" for name in ("rows", "others"))
+        if not others.exists():
+            made = LANGUAGES[language][0]()
+            write_rows(made.sample(TRAIN_ROWS, LENGTH, TRAIN_SEED + seed), rows)
+            write_rows(made.sample(4, LENGTH, HELD_OUT_SEED), others)
         spec: dict[str, Any] = {
             "display_name": f"{group}, {arm.name}, seed {seed}",
             "student": {"model": str(self._student(group, seed))},
             "teachers": [{"targets": [self.targets[language, arm.shuffled]], "logprob_dtype": "float32"}],
             "data": {
                 "train": [{"path": str(rows)}],
-                "eval": [{"path": str(rows), "limit": 4}],
+                "eval": [{"path": str(others)}],
                 "max_sequence_tokens": WRITTEN_LENGTH if group == "on-policy" else LENGTH,
             },
             "contexts": [_on_policy() if group == "on-policy" else {"dataset": {}}],
