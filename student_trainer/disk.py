@@ -1,31 +1,43 @@
-"""A full disk: how it is told from other errors, whichever library met it, and how people are told where it is."""
+"""A full or broken disk: how it is told from other errors, whichever library met it, and how people are told where it is."""
 
 from __future__ import annotations
 
 import errno
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 """What writing fails with where no more may be written."""
+BROKEN = frozenset({errno.EIO, errno.EROFS, errno.ESTALE, errno.ENODEV})
+"""What reading or writing fails with where the disk itself does."""
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries in Rust, such as safetensors, name the number."""
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether a full disk is behind an error: torch and safetensors raise errors of their own while they handle it."""
+    """Whether a full disk is behind an error."""
+    return not FULL.isdisjoint(_numbers(error))
+
+
+def is_broken(error: BaseException) -> bool:
+    """Whether a disk that fails, or was taken away, is behind an error."""
+    return not BROKEN.isdisjoint(_numbers(error))
+
+
+def _numbers(error: BaseException) -> Iterator[int]:
+    """The system's numbers in an error and its causes: torch and safetensors raise errors of their own on top of them."""
     seen: set[int] = set()
     here: BaseException | None = error
     while here is not None and id(here) not in seen:
         seen.add(id(here))
-        if isinstance(here, OSError) and here.errno in FULL:
-            return True
+        if isinstance(here, OSError) and here.errno is not None:
+            yield here.errno
         number = _OS_ERROR.search(str(here))
-        if number is not None and int(number[1]) in FULL:
-            return True
+        if number is not None:
+            yield int(number[1])
         here = here.__cause__ or here.__context__
-    return False
 
 
 def describe(path: Path) -> str:
@@ -46,4 +58,12 @@ def full_sentence(run_path: Path) -> str:
     return (
         f"There is no room for the run's files in {fullest}, on {describe(fullest)}. Its last complete checkpoint is intact. "
         "Free some space there, or lower checkpoint.keep, then resume the run."
+    )
+
+
+def broken_sentence(run_path: Path, error: BaseException) -> str:
+    """What a disk that fails means for the run in `run_path`, and what to do."""
+    return (
+        f"A file of the run in {run_path} could not be read or written ({error}): {describe(run_path)} fails. Mend or "
+        "replace it, then resume the run: it goes on from its newest checkpoint that is found to be whole."
     )

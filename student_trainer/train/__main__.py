@@ -31,7 +31,7 @@ from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
 from student_trainer.config import RunConfig, from_proto, to_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
-from student_trainer.disk import full_sentence, is_full
+from student_trainer.disk import broken_sentence, full_sentence, is_broken, is_full
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from student_trainer.train.ranks_start import Place, Processes, end_with_first, say_why
 
@@ -163,6 +163,8 @@ def explain(error: BaseException, run_path: Path) -> BaseException:
 
     if is_full(error):
         return StillhouseError(Reason.DISK_FULL, full_sentence(run_path))
+    if is_broken(error):
+        return StillhouseError(Reason.CHECKPOINT_CORRUPT, broken_sentence(run_path, error))
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return StillhouseError(
             Reason.OUT_OF_MEMORY,

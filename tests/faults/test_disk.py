@@ -24,7 +24,7 @@ from tests.conftest import Models
 from tests.faults.world import World, curve_of, events_of, final_weights, get_run, insist, world
 from tests.student_trainer.runs.caller import stub_for
 from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
-from tests.support.privileges import disk_of
+from tests.support.privileges import disk_of, preloaded
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 
@@ -119,6 +119,37 @@ def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_
     assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
     assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
     filler.unlink()
+    assert finish_here(run_dir, 2) == 0
+    assert events_of(run_dir, "started")[1]["step"] == kept[-1]
+    assert_same_end(run_dir, undisturbed)
+
+
+@pytest.mark.faults(row=10)
+def test_a_disk_that_fails_leaves_the_last_checkpoint_and_is_named(
+    *,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    undisturbed: RunDir,
+    environment: Mapping[str, str],
+    tmp_path: Path,
+) -> None:
+    """fsync that answers EIO: what was written before may be anywhere, so that checkpoint does not count."""
+    failing = preloaded(Path(__file__).with_name("fsync_error.c"), tmp_path)
+    switch = tmp_path / "fails"
+    failing |= {"FSYNC_ERROR_FILE": str(switch), "FSYNC_ERROR_IN": "/checkpoints/"}
+    run_dir = make_run(tmp_path, "failing", spec(models, dataset_file, hf_teacher.target))
+    process = start(run_dir, 1, {**environment, **failing})
+    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
+    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
+    switch.touch()
+    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
+    error = events_of(run_dir, "failed")[-1]["error"]
+    assert error["code"] == grpc.StatusCode.DATA_LOSS.value[0]
+    assert "Input/output error" in error["message"]
+    assert "the disk mounted at" in error["message"]
+    kept = run_dir.checkpoints()
+    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
     assert finish_here(run_dir, 2) == 0
     assert events_of(run_dir, "started")[1]["step"] == kept[-1]
     assert_same_end(run_dir, undisturbed)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tests.conftest import Models
 from tests.faults.world import World, curve_of, final_weights
 from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step
 from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
+from tests.support.privileges import preloaded
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 
@@ -31,13 +30,9 @@ DAY_S = 86_400
 @pytest.fixture
 def jumping(tmp_path: Path) -> Iterator[World]:
     """A world whose clock jumps once the file `jump` is there."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed")
-    library = tmp_path / "jump.so"
-    source = Path(__file__).with_name("clock_jump.c")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    library = preloaded(Path(__file__).with_name("clock_jump.c"), tmp_path)
     with no_process_left() as mark:
-        clock = {"LD_PRELOAD": str(library), "CLOCK_JUMP_FILE": str(tmp_path / "jump"), "CLOCK_JUMP_S": ""}
+        clock = {**library, "CLOCK_JUMP_FILE": str(tmp_path / "jump"), "CLOCK_JUMP_S": ""}
         made = World(root=tmp_path, teacher_model=tmp_path, environment={**mark, **clock})
         try:
             yield made

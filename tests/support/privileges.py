@@ -1,8 +1,9 @@
-"""What only some machines allow: small disks and memory limits; a test that cannot have one says so and is skipped."""
+"""What only some machines allow: small disks, memory limits, other system calls; a test that cannot have one is skipped."""
 
 from __future__ import annotations
 
 import contextlib
+import shutil
 import subprocess
 import time
 import uuid
@@ -59,3 +60,12 @@ def memory_limited(pid: int, limit_bytes: int) -> Iterator[None]:
         while group.exists() and time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 group.rmdir()
+
+
+def preloaded(source: Path, directory: Path) -> dict[str, str]:
+    """The environment of a program some of whose system calls are those of the C file `source`."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed")
+    library = directory / source.with_suffix(".so").name
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl"], check=True)
+    return {"LD_PRELOAD": str(library)}
