@@ -1,4 +1,4 @@
-"""Kill anything at any moment: teacher, run service, training process; the run ends as if nothing had happened.
+"""Kill anything at any moment: either service of the teacher, run service, training process; the run ends as if nothing had happened.
 
 LONG=1 kills 50 times, KILLS=N so many times, STILLHOUSE_TEST_KILL_SEED=N at other moments.
 """
@@ -36,7 +36,7 @@ KILLS = int(os.environ.get("KILLS") or (50 if LONG else 4))
 SEED = int(os.environ.get("STILLHOUSE_TEST_KILL_SEED") or 20261122)
 STEPS = 300
 AFTER_A_CHECKPOINT_SHARE, TWO_AT_ONCE_SHARE, STOP_SHARE = 0.6, 0.2, 0.15
-COMPONENTS = ("teacher", "service", "training")
+COMPONENTS = ("teacher", "second teacher", "service", "training")
 ASK_S = 10.0
 
 
@@ -59,6 +59,7 @@ def test_whatever_is_killed_whenever_a_run_ends_as_if_nothing_had_happened(
     began = time.monotonic()
     with world(tmp_path, models.teacher) as here:
         here.start_teacher()
+        here.start_second_teacher()
         here.start_service()
         spec = small_spec(
             student=models.student,
@@ -67,6 +68,7 @@ def test_whatever_is_killed_whenever_a_run_ends_as_if_nothing_had_happened(
             steps=STEPS,
             changes={"checkpoint": {"every_steps": 3, "keep": 2}, "retry": {"teacher_wait_s": 120}},
         )
+        spec["teachers"][0]["targets"].append(here.second_teacher_target)
         disturbed = disturb(here, spec, random.Random(SEED), KILLS)
         calm = create(here, spec, Operations())
         assert wait_ended(here, calm).state == Run.STATE_COMPLETED
@@ -109,11 +111,7 @@ def disturb(here: World, spec: dict[str, Any], generator: random.Random, kills: 
         victims = generator.sample(COMPONENTS, 2 if generator.random() < TWO_AT_ONCE_SHARE else 1)
         for victim in victims[: kills - done]:
             done += kill_one(here, run, victim)
-        for victim in victims:
-            if victim == "teacher" and here.teacher is not None and here.teacher.process.poll() is not None:
-                here.start_teacher()
-            if victim == "service" and here.service is not None and here.service.process.poll() is not None:
-                here.start_service()
+        restart(here)
         heal(here, run)
     while heal(here, runs[-1]).state != Run.STATE_COMPLETED:
         time.sleep(0.2)
@@ -157,10 +155,23 @@ def kill_one(here: World, run: Disturbed, victim: str) -> int:
         kill(pid)
     elif victim == "teacher":
         here.kill_teacher()
+    elif victim == "second teacher":
+        assert here.second_teacher is not None
+        here.second_teacher.kill()
     else:
         here.kill_service()
     run.kills.append(victim)
     return 1
+
+
+def restart(here: World) -> None:
+    """Starts again what was killed, as whoever looks after services does."""
+    if here.teacher is not None and here.teacher.process.poll() is not None:
+        here.start_teacher()
+    if here.second_teacher is not None and here.second_teacher.process.poll() is not None:
+        here.start_second_teacher()
+    if here.service is not None and here.service.process.poll() is not None:
+        here.start_service()
 
 
 def heal(here: World, run: Disturbed) -> Run:

@@ -37,12 +37,17 @@ class World:
     service_options: Sequence[str] = ("--cpu-slots", "1", "--stop-grace-s", "20")
     teacher_options: Sequence[str] = ("--dtype", "float32", "--threads", "1")
     teacher: Program | None = None
+    second_teacher: Program | None = None
     service: Program | None = None
     num_started: int = field(default=0)
 
     @property
     def teacher_target(self) -> str:
         return f"unix:{self.root}/t.sock"
+
+    @property
+    def second_teacher_target(self) -> str:
+        return f"unix:{self.root}/t2.sock"
 
     @property
     def service_target(self) -> str:
@@ -58,15 +63,23 @@ class World:
 
     def start_teacher(self, model: Path | None = None, *options: str) -> Program:
         """A teacher at the address of all teachers of this world, while no other one lives."""
+        self.teacher = self._start_teacher(self.teacher_target, model or self.teacher_model, *options)
+        return self.teacher
+
+    def start_second_teacher(self) -> Program:
+        """Another service of the same model, at an address of its own."""
+        self.second_teacher = self._start_teacher(self.second_teacher_target, self.teacher_model)
+        return self.second_teacher
+
+    def _start_teacher(self, target: str, model: Path, *options: str) -> Program:
         self.num_started += 1
-        self.teacher = start_teacher(
-            model or self.teacher_model,
+        return start_teacher(
+            model,
             engine="hf",
             directory=self.root / f"teacher-{self.num_started}",
-            options=[*self.teacher_options, *options, "--listen", self.teacher_target, "--metrics-port", "0"],
+            options=[*self.teacher_options, *options, "--listen", target, "--metrics-port", "0"],
             environment=self.environment,
         )
-        return self.teacher
 
     def start_service(self) -> Program:
         """The run service, on the data directory that it always had."""
@@ -97,7 +110,7 @@ class World:
 
     def close(self) -> None:
         """Ends everything, training processes included."""
-        for program in (self.service, self.teacher):
+        for program in (self.service, self.teacher, self.second_teacher):
             if program is not None:
                 program.kill()
         for path in self.data_dir.glob("runs/*/process.json"):
