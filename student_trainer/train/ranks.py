@@ -117,44 +117,55 @@ class Ranks:
                 total[name] = total.get(name, 0.0) + value
         return total
 
-    def after_first(self, do: Callable[[], Item]) -> Item:
-        """What `do` returns; the first process does it before the others, and alone writes what it has to write."""
-        if self.is_first:
-            done = do()
-            self.exchange(None, patient=True)
-            return done
-        self.exchange(None, patient=True)
-        return do()
-
-    def together(self, steps: Iterable[Item], stop_requested: Callable[[], bool]) -> Iterator[Item]:
-        """The items of `steps` once every process has its own; all have equally many.
+    def agree(self, do: Callable[[], Item]) -> Item:
+        """What `do` returns, once it has returned in every process.
 
         Raises:
-            Stopped: one of the processes shall stop; then all do, at the same step.
-            StillhouseError: why one of them cannot have its item; the others say so too.
+            Stopped: one of the processes shall stop; then all do.
+            StillhouseError: why `do` fails in one of them; the others say so too.
         """
+        item: list[Item] = []
+        said: dict[str, Any] = {}
+        own: StillhouseError | None = None
+        try:
+            item.append(do())
+        except Stopped:
+            said["stop"] = True
+        except StillhouseError as error:
+            own, said["error"] = error, to_json(to_status(error))
+        answers = self.exchange(said, patient=True)
+        if own is not None:
+            raise own
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise of_another(from_status(from_json(answer["error"])), rank, self.size)
+        if any("stop" in answer for answer in answers):
+            raise Stopped
+        return item[0]
+
+    def after_first(self, do: Callable[[], Item]) -> Item:
+        """What `do` returns; the first process does it before the others, and alone writes what it has to write.
+
+        Raises what `agree` raises.
+        """
+        if self.is_first:
+            done = self.agree(do)
+            self.agree(lambda: None)
+            return done
+        self.agree(lambda: None)
+        return self.agree(do)
+
+    def together(self, steps: Iterable[Item], stop_requested: Callable[[], bool]) -> Iterator[Item]:
+        """The items of `steps` once every process has its own; all have equally many. Raises what `agree` raises."""
         iterator = iter(steps)
-        while True:
-            item: Item | None = None
-            said: dict[str, Any] = {}
-            own: StillhouseError | None = None
-            try:
-                item = next(iterator, None)
-                said["stop"] = stop_requested() and item is not None
-            except Stopped:
-                said["stop"] = True
-            except StillhouseError as error:
-                own, said["error"] = error, to_json(to_status(error))
-            answers = self.exchange(said, patient=True)
-            if own is not None:
-                raise own
-            for rank, answer in enumerate(answers):
-                if "error" in answer:
-                    raise of_another(from_status(from_json(answer["error"])), rank, self.size)
-            if any(answer["stop"] for answer in answers):
+
+        def following() -> Item | None:
+            item = next(iterator, None)
+            if item is not None and stop_requested():
                 raise Stopped
-            if item is None:
-                return
+            return item
+
+        while (item := self.agree(following)) is not None:
             yield item
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
