@@ -202,7 +202,9 @@ class Reader:
     def _read_list(
         self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str, spelled: str
     ) -> None:
-        if not isinstance(node, yaml.SequenceNode):
+        """A list; one value where several may stand is a list of it alone."""
+        alone = isinstance(node, yaml.ScalarNode) and field.message_type is None and not is_null(node)
+        if not alone and not isinstance(node, yaml.SequenceNode):
             name = spelled.rpartition(".")[2]
             remedy = (
                 'put "- " before its first field' if isinstance(node, yaml.MappingNode) else "write [...]"
@@ -211,7 +213,7 @@ class Reader:
             self.problem(node, spelled, f"expects a list; {kind(node)}: {remedy}.")
             return
         items = getattr(message, field.name)
-        for index, item in enumerate(node.value):
+        for index, item in enumerate([node] if alone else node.value):
             item_path, item_spelled = f"{path}[{index}]", f"{spelled}[{index}]"
             self.places.note(item_path, self.place(item), item_spelled)
             if not self._has_known_tag(item, item_spelled):

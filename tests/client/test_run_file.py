@@ -57,6 +57,13 @@ def test_both_spellings_and_every_kind_of_value_are_read() -> None:
     assert spec == expected
 
 
+def test_one_value_where_several_may_stand_is_a_list_of_it() -> None:
+    spec = read("teachers: [{targets: host:7401}]\nresources: {gpus: 3}\n").spec
+    assert list(spec.teachers[0].targets) == ["host:7401"]
+    assert list(spec.resources.gpus) == [3]
+    assert "expects a whole number" in "".join(problems("resources: {gpus: many}\n"))
+
+
 def test_every_problem_is_reported_at_once_with_its_place() -> None:
     text = """\
 display_name: 2024
