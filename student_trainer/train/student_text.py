@@ -85,7 +85,7 @@ class StudentFeed:
         self._version = version
         self._patience = patience
         self._skips = Skips()
-        self._num_stale = 0
+        self._num_dropped = 0
         self._writing_s = 0.0
         self._metrics: dict[str, float] = {}
 
@@ -120,11 +120,12 @@ class StudentFeed:
                 answer = self._answers.take(self._id(step, number), self._patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
+                self._num_dropped += 1
                 continue
             age = version - rollout.version
             log_sums.add("rollout_staleness", age)
             if age > self._config.max_staleness:
-                self._num_stale += 1
+                self._num_dropped += 1
                 continue
             seen += 1
             log_sums.add("rollout_tokens", len(rollout.token_ids) - rollout.start)
@@ -137,13 +138,15 @@ class StudentFeed:
             yield _scored(rollout, answer, self._context)
         self._gate.check(step)
         self._metrics = {f"train/{name}": value for name, value in log_sums.means().items()}
-        self._metrics["train/rollouts_dropped"] = float(self._num_stale)
+        self._metrics["train/rollouts_dropped"] = float(self._num_dropped)
         self._metrics["train/rollout_time_s"] = self._writing_s
         if len(rollouts) > seen:
             log.warning("rollouts left out", step=step + 1, left_out=len(rollouts) - seen, of=len(rollouts))
 
     def metrics(self) -> Mapping[str, float]:
-        """Means over the texts of the last step, and how many were too old in this process."""
+        """Means over the texts of the last step; of all steps of this process, how many texts were too old, without an answer,
+        or held tokens that the teacher does not know.
+        """
         return self._metrics
 
     def _write(self, slots: Sequence[Slot]) -> list[Rollout]:
@@ -158,6 +161,8 @@ class StudentFeed:
             seeds=[text_seed(self._seed, self._context, slot.place) for slot in slots],
         )
         self._writing_s = time.monotonic() - began
+        wanted = len(slots) * self._config.generation.samples_per_prompt
+        self._num_dropped += wanted - sum(map(len, texts))
         return [
             Rollout(
                 token_ids=np.concatenate([example.prompt, text.token_ids]),
