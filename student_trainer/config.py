@@ -147,6 +147,8 @@ class StudentContextConfig:
     """Section of the trainer's credentials file, for rollout_target."""
     rollout_tls_server_name: str = ""
     """Name to expect in its certificate."""
+    rollout_targets: tuple[str, ...] = ()
+    """Further services like rollout_target, which share the work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -256,10 +256,19 @@ def _check_required(config: RunConfig) -> Iterator[FieldViolation]:
     for i, teacher in enumerate(config.teachers):
         if not teacher.targets and not config.is_offline:
             yield violation(f"teachers[{i}].targets", 'is required, such as ["127.0.0.1:7401"].')
-        for j, target in enumerate(teacher.targets):
-            match = _TARGET.fullmatch(target)
-            if not match or int(match[2] or 0) > 65535:
-                yield violation(f"teachers[{i}].targets[{j}]", f'"{target}" is no host:port or unix:PATH.')
+        yield from _check_targets(f"teachers[{i}].targets", teacher.targets)
+    for i, context in enumerate(config.contexts):
+        if context.student is not None:
+            yield from _check_targets(
+                f"contexts[{i}].student.rollout_targets", context.student.rollout_targets
+            )
+
+
+def _check_targets(path: str, targets: Sequence[str]) -> Iterator[FieldViolation]:
+    for i, target in enumerate(targets):
+        match = _TARGET.fullmatch(target)
+        if not match or int(match[2] or 0) > 65535:
+            yield violation(f"{path}[{i}]", f'"{target}" is no host:port or unix:PATH.')
 
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from protos.errors import FieldViolation
 
 if TYPE_CHECKING:
-    from student_trainer.config import ContextConfig, LossConfig, RunConfig
+    from student_trainer.config import ContextConfig, LossConfig, RunConfig, StudentContextConfig
 
 SAMPLED_TARGETS = ("sampled", "top_k_and_sampled")
 """Sparse targets that need a teacher's draws."""
@@ -52,14 +52,15 @@ def _check_source(
             "row has its own.",
         )
     if context.student is not None:
-        if context.student.rollout_target and not config.student.trains_adapter:
+        if writers(context.student) and not config.student.trains_adapter:
+            named = "rollout_target" if context.student.rollout_target else "rollout_targets"
             yield _violation(
-                f"{path}.student.rollout_target",
+                f"{path}.student.{named}",
                 "needs an adapter that can travel there; add student.lora: {}, or leave it out so that the training "
                 "process writes by itself.",
             )
         for name in ("rollout_credential", "rollout_tls_server_name"):
-            if getattr(context.student, name) and not context.student.rollout_target:
+            if getattr(context.student, name) and not writers(context.student):
                 yield _violation(
                     f"{path}.student.{name}", "is for the service at rollout_target, which is not set."
                 )
@@ -196,6 +197,11 @@ def query_field(config: RunConfig) -> str:
         if context.student is not None and needs_query(config.loss_of(context)):
             return f"contexts[{i}].loss" if context.loss else "loss"
     return ""
+
+
+def writers(student: StudentContextConfig) -> tuple[str, ...]:
+    """The services that the student's text is sampled from; none: the training process samples itself."""
+    return tuple(dict.fromkeys(each for each in (student.rollout_target, *student.rollout_targets) if each))
 
 
 def needs_query(loss: LossConfig) -> bool:

@@ -16,13 +16,14 @@ from student_trainer.config import (
     TeacherConfig,
     TeacherContextConfig,
 )
-from student_trainer.config_contexts import needs_query
+from student_trainer.config_contexts import needs_query, writers
 from student_trainer.train.answers import offered, training_request
 from student_trainer.train.corpus import Corpus
 from student_trainer.train.in_flight import InFlight
 from student_trainer.train.patience import Patience
 from student_trainer.train.remote_rollouts import RemoteSampler
 from student_trainer.train.rollouts import Sampler
+from student_trainer.train.shared_rollouts import SharedSampler
 from student_trainer.train.sources import DatasetFeed, Feed
 from student_trainer.train.stored import StoredTeachers
 from student_trainer.train.student import Student
@@ -150,7 +151,8 @@ def _student_feed(
 
 def _writer(config: StudentContextConfig, number: int, num_likeliest: int, parts: Parts) -> TextWriter:
     """Who writes with the student's weights."""
-    if not config.rollout_target:
+    targets = writers(config)
+    if not targets:
         return Sampler(
             parts.student,
             device=parts.device,
@@ -158,21 +160,29 @@ def _writer(config: StudentContextConfig, number: int, num_likeliest: int, parts
             vocab_size=parts.vocab_size,
             num_likeliest=num_likeliest,
         )
-    remote = RemoteSampler(
-        parts.student,
-        TeacherConfig(
-            targets=(config.rollout_target,),
-            credential=config.rollout_credential,
-            tls_server_name=config.rollout_tls_server_name,
-        ),
-        field=f"contexts[{number}].student",
-        run_name=parts.run_name,
-        tokenizer_fingerprint=parts.tokenizer_fingerprint,
-        vocab_size=parts.vocab_size,
-        num_likeliest=num_likeliest,
-        version=parts.version,
-        patience=parts.patience,
-        clean=parts.is_first,
+
+    def remote(target: str, patience: Patience) -> RemoteSampler:
+        return RemoteSampler(
+            parts.student,
+            TeacherConfig(
+                targets=(target,),
+                credential=config.rollout_credential,
+                tls_server_name=config.rollout_tls_server_name,
+            ),
+            field=f"contexts[{number}].student",
+            run_name=parts.run_name,
+            tokenizer_fingerprint=parts.tokenizer_fingerprint,
+            vocab_size=parts.vocab_size,
+            num_likeliest=num_likeliest,
+            version=parts.version,
+            patience=patience,
+            clean=parts.is_first,
+        )
+
+    writer = (
+        SharedSampler(targets, remote, parts.patience)
+        if len(targets) > 1
+        else remote(targets[0], parts.patience)
     )
-    parts.stack.callback(remote.close)
-    return remote
+    parts.stack.callback(writer.close)
+    return writer

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ Result = TypeVar("Result")
 
 LOAD_TIMEOUT_S = 600.0
 PIECE_BYTES = 512 * 1024
+_SAVING = threading.Lock()
+"""peft changes its settings while it saves them, and several services may be given the same weights at once."""
 
 
 class RemoteSampler:
@@ -184,7 +187,8 @@ class RemoteSampler:
         """Name and fingerprint of the adapter as it is, loaded in the service; the one before is freed."""
         model: Any = self._student.model
         with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
-            model.save_pretrained(folder)
+            with _SAVING:
+                model.save_pretrained(folder)
             _in_order(Path(folder) / ADAPTER_FILES[0])
             stored = self._ask(
                 lambda: self._stub.UploadAdapter(_pieces(Path(folder)), timeout=LOAD_TIMEOUT_S)

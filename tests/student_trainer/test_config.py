@@ -209,6 +209,7 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
         ("contexts", [{"dataset": {}, "loss": {"top_k": 999}}], "contexts[0].loss.top_k"),
         ("contexts", [{"dataset": {}}, {"teacher": {}, "loss": {"reduction": "sequence_mean"}}], "contexts"),
         ("contexts", [{"student": {"rollout_target": "a:1"}}], "contexts[0].student.rollout_target"),
+        ("contexts", [{"student": {"rollout_targets": ["a"]}}], "contexts[0].student.rollout_targets[0]"),
         ("student", {"model": "m", "quantization": "nf4"}, "student.quantization"),
         ("contexts", [{"student": {}, "loss": {"hard_weight": 1}}], "contexts[0].loss.hard_weight"),
         ("contexts", [{"student": {"min_teacher_logprob": 1}}], "contexts[0].student.min_teacher_logprob"),

@@ -669,6 +669,7 @@ class StudentContext(_message.Message):
     MIN_TEACHER_LOGPROB_FIELD_NUMBER: _builtins.int
     ROLLOUT_CREDENTIAL_FIELD_NUMBER: _builtins.int
     ROLLOUT_TLS_SERVER_NAME_FIELD_NUMBER: _builtins.int
+    ROLLOUT_TARGETS_FIELD_NUMBER: _builtins.int
     rollout_target: _builtins.str
     """A Stillhouse teacher started on the student's base, to sample from. Empty: the training process samples itself."""
     max_staleness: _builtins.int
@@ -689,6 +690,12 @@ class StudentContext(_message.Message):
     def generation(self) -> Global___RolloutSpec:
         """How it writes."""
 
+    @_builtins.property
+    def rollout_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Further services like rollout_target, with its credential: all of them share the work, and one that is lost leaves its
+        part to the others.
+        """
+
     def __init__(
         self,
         *,
@@ -699,10 +706,11 @@ class StudentContext(_message.Message):
         min_teacher_logprob: _builtins.float | None = ...,
         rollout_credential: _builtins.str = ...,
         rollout_tls_server_name: _builtins.str = ...,
+        rollout_targets: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob", "rollout_credential", b"rollout_credential", "rollout_target", b"rollout_target", "rollout_tls_server_name", b"rollout_tls_server_name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight", "_max_staleness", b"_max_staleness", "_min_teacher_logprob", b"_min_teacher_logprob", "generation", b"generation", "max_importance_weight", b"max_importance_weight", "max_staleness", b"max_staleness", "min_teacher_logprob", b"min_teacher_logprob", "rollout_credential", b"rollout_credential", "rollout_target", b"rollout_target", "rollout_targets", b"rollout_targets", "rollout_tls_server_name", b"rollout_tls_server_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_importance_weight: _TypeAlias = _typing.Literal["max_importance_weight"]  # noqa: Y015
     _WhichOneofArgType__max_importance_weight: _TypeAlias = _typing.Literal["_max_importance_weight", b"_max_importance_weight"]  # noqa: Y015

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from examples.programs import Program, start_teacher
 from protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoRequest
@@ -16,6 +18,7 @@ from student_trainer.run_dir import EXIT_FAILED
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of
 from tests.support.processes import no_process_left
+from tests.support.tcp_proxy import TcpProxy
 
 STEPS = 3
 
@@ -86,3 +89,28 @@ def test_a_service_on_another_base_is_refused(
     )
     assert finish_here(run_dir) == EXIT_FAILED
     assert "cannot be loaded: size mismatch" in failure(run_dir)
+
+
+def test_services_share_the_writing_and_one_that_is_lost_leaves_its_part(
+    models: Models, dataset_file: Path, hf_teacher: Program, writer: Program, tmp_path: Path
+) -> None:
+    alone = make_run(tmp_path, "alone", _spec(models, dataset_file, hf_teacher.target, writer.target))
+    assert finish_here(alone) == 0, events(alone)
+    with TcpProxy(writer.target) as network:
+        targets = {"rollout_targets": [writer.target]}
+        spec = _spec(models, dataset_file, hf_teacher.target, network.target, **targets)
+        run_dir = make_run(tmp_path, "shared", spec)
+        carried = []
+
+        def cut_after_a_step() -> bool:
+            if not carried and metric(run_dir, "train/loss"):
+                carried.append(network.num_bytes)
+                network.become("cut")
+            return False
+
+        assert finish_here(run_dir, stopped=cut_after_a_step) == 0, events(run_dir)
+    assert carried[0] > 10_000, "it had its part"
+    assert metric(run_dir, "train/loss") == metric(alone, "train/loss")
+    expected, found = (load_file(each.final_path / "adapter_model.safetensors") for each in (alone, run_dir))
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(weight, found[name], err_msg=name)
