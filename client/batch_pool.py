@@ -1,8 +1,12 @@
-"""The services that write one batch: each is the same teacher, the one that will be done first gets the next call, and one that is lost is left alone for a while."""
+"""The services that write one batch: each is the same teacher, the one that will be done first gets the next call, and one that is lost is left alone for a while.
+
+Used from the caller's thread alone.
+"""
 
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +24,31 @@ MAX_CALLS = 24
 """Calls at once to one service."""
 
 
+class Check:
+    """Whether a service that was lost is back, and the same teacher; on a thread, so that the others go on meanwhile."""
+
+    def __init__(self, verify: Callable[[Teacher], None], teacher: Teacher) -> None:
+        self.error: Exception | None = None
+        self._verify, self._teacher = verify, teacher
+        self._thread = threading.Thread(target=self._run, name="batch-check", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer is there."""
+        return not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the answer is there."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self._verify(self._teacher)
+        except Exception as error:  # whatever it is, it is raised where the check is read
+            self.error = error
+
+
 @dataclass(eq=False, kw_only=True, slots=True)
 class Member:
     """One service of the pool."""
@@ -33,6 +62,9 @@ class Member:
     """Nothing is asked of it until then."""
     lost_since_s: float | None = None
     """Since when it has answered nothing; None while all is well."""
+    check: Check | None = None
+    is_checked: bool = False
+    """Whether it was found to be the same teacher since it was lost."""
 
     def answered(self) -> None:
         """It wrote something."""
@@ -41,7 +73,7 @@ class Member:
 
 
 class Pool:
-    """Chooses among the services. Used from one thread."""
+    """Chooses among the services."""
 
     def __init__(
         self,
@@ -69,6 +101,7 @@ class Pool:
             if now >= each.not_before_s
             and each.num_calls < MAX_CALLS
             and each.load.num_outstanding <= max_inflight - num_samples
+            and (each.check is None or each.check.is_done)
         ]
         if not members:
             return None
@@ -76,16 +109,22 @@ class Pool:
 
     def is_reachable(self, member: Member) -> bool:
         """Whether a service may be asked; after a loss it is looked at first."""
-        if member.lost_since_s is None:
+        if member.lost_since_s is None or member.is_checked:
             return True
-        try:
-            self._verify(member.teacher)
-        except StillhouseError as error:
-            if not error.retryable and not self._others(member):
-                raise
-            self.lost(member, error)
+        if member.check is None:
+            member.check = Check(self._verify, member.teacher)
+        if not self._others(member):
+            member.check.wait()
+        if not member.check.is_done:
             return False
-        return True
+        error, member.check = member.check.error, None
+        if error is None:
+            member.is_checked = True
+            return True
+        if not isinstance(error, StillhouseError) or not (error.retryable or self._others(member)):
+            raise error
+        self.lost(member, error)
+        return False
 
     def lost(self, member: Member, error: StillhouseError) -> None:
         """Leaves a service alone for a while. Raises `error` if nobody has answered for too long."""
@@ -93,6 +132,7 @@ class Pool:
         if now < member.not_before_s:
             return  # other calls broke off for the same reason
         member.lost_since_s = now if member.lost_since_s is None else member.lost_since_s
+        member.is_checked = False
         lost_since = [each.lost_since_s for each in self._members if each.lost_since_s is not None]
         if len(lost_since) == len(self._members) and now - max(lost_since) > self._patience_s:
             raise error

@@ -155,8 +155,12 @@ class RemoteSampler:
         ]
 
     def _renew(self) -> None:
-        """Connects anew if token or certificate were replaced. Raises StillhouseError(INVALID_SPEC) if they are gone."""
-        found = signature(self._service, self._target, field=self._field)
+        """Connects anew if token or certificate were replaced; while a file is being replaced, the former one is used."""
+        try:
+            found = signature(self._service, self._target, field=self._field)
+        except StillhouseError as error:
+            log.warning("the former credential is used", why=error.message)
+            return
         if found != self._signature:
             self._channel.close()
             self._signature = found
@@ -277,7 +281,8 @@ class RemoteSampler:
             else:
                 self._patience.clear()
                 return result
-            if not error.retryable:
+            # A token that is replaced while the run goes on is read again before the next try.
+            if not error.retryable and not (error.reason is Reason.UNAUTHENTICATED and self._loaded):
                 raise error
             self._patience.sleep(backoff_s(attempt, error), since, error.message)
             attempt += 1
