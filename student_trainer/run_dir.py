@@ -232,16 +232,6 @@ class RunDir:
             opened.cut_torn_lines()
             yield opened
 
-    def follow_attempt(self, attempt: int) -> Attempt:
-        """The run as the further processes of an attempt see it: they read, and write nothing.
-
-        Raises:
-            StillhouseError: RUN_STATE if the service has given the run to another attempt.
-        """
-        follower = Follower(self, attempt)
-        follower.check_fence()
-        return follower
-
     def _locked(self) -> bool:
         try:
             with self.lock_path.open("rb") as lock:
@@ -324,34 +314,6 @@ class Attempt:
                 os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class Follower(Attempt):
-    """A further process of an attempt, whose first process speaks for all."""
-
-    writes = False
-
-    def heartbeat(self) -> None:
-        """Nothing."""
-
-    def report(self, kind: str, **payload: Any) -> None:
-        """Nothing."""
-
-    def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
-
-
-def start_time_of(pid: int) -> str:
-    """When a process began, on a clock that nobody sets: the id of this boot and the ticks since then.
-
-    Raises:
-        psutil.NoSuchProcess: there is none of this number.
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return f"{_BOOT.read_text().strip()} {fields[19]}"
-    except (FileNotFoundError, ProcessLookupError):
-        return str(psutil.Process(pid).create_time())  # no Linux, or no process
 
 
 def now_text() -> str:

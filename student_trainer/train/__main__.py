@@ -33,6 +33,7 @@ from student_trainer.config import RunConfig, from_proto, to_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
 from student_trainer.disk import broken_sentence, full_sentence, is_broken, is_full
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
+from student_trainer.train.follower import Follower
 from student_trainer.train.ranks_start import Place, Processes, end_with_first, say_why
 
 if TYPE_CHECKING:
@@ -140,7 +141,7 @@ def _opened(run_dir: RunDir, attempt: int, given: Place | None) -> AbstractConte
     """The run, held by the first process of the attempt and followed by the others."""
     if given is None or given.rank == 0:
         return run_dir.open_attempt(attempt)
-    return nullcontext(run_dir.follow_attempt(attempt))
+    return nullcontext(Follower.of(run_dir, attempt))
 
 
 def _do(
