@@ -316,6 +316,19 @@ class Attempt:
             os.close(descriptor)
 
 
+def start_time_of(pid: int) -> str:
+    """When a process began, on a clock that nobody sets: the id of this boot and the ticks since then.
+
+    Raises:
+        psutil.NoSuchProcess: there is none of this number.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{_BOOT.read_text().strip()} {fields[19]}"
+    except (FileNotFoundError, ProcessLookupError):
+        return str(psutil.Process(pid).create_time())  # no Linux, or no process
+
+
 def now_text() -> str:
     """The time in UTC as RFC 3339, with milliseconds."""
     return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
