@@ -60,7 +60,8 @@ class Form:
 CROSS_ENTROPY, FULL = Form(kind="cross_entropy"), Form(kind="full")
 FORMS = (
     Form(kind="tail_bucket", top_k=64),
-    Form(kind="sampled", num_samples=120),
+    Form(kind="sampled", top_k=1, num_samples=119),
+    Form(kind="sampled", top_k=1, num_samples=50),
     Form(kind="top_k_and_sampled", top_k=16, num_samples=90),
     Form(kind="top_k_and_sampled", top_k=32, num_samples=60),
 )
@@ -80,7 +81,7 @@ def _form(text: str) -> Form:
 )
 @click.option("--work-dir", required=True, type=click.Path(path_type=Path), help="Name it again to go on.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was found here.")
-@click.option("--form", "forms", multiple=True, help="kind:k:n; default: four at most at 272 bytes.")
+@click.option("--form", "forms", multiple=True, help="kind:k:n; default: five of at most 272 bytes.")
 @click.option("--vocabulary", default=4096, show_default=True)
 @click.option("--teacher-steps", default=600, show_default=True)
 @click.option("--steps", default=300, show_default=True, help="Of each student.")
@@ -264,12 +265,10 @@ def _held_out_kl(teacher: Any, student: Any, rows: Tensor) -> float:
 
 
 def _shares(found: Mapping[Form, Sequence[float]], form: Form) -> tuple[float, float]:
-    """Mean over seeds of (CE - form) / mean of (CE - full), and the half width of its 95 % interval (Student's t)."""
-    base, full = found[CROSS_ENTROPY], found[FULL]
-    gain = statistics.mean(base) - statistics.mean(full)
-    if gain == 0:
-        return math.nan, math.nan
-    interval = paired_interval([each / gain for each in base], [each / gain for each in found[form]])
+    """Mean over seeds of (CE - form) / (CE - full), and the half width of its 95 % interval (Student's t)."""
+    every = zip(found[CROSS_ENTROPY], found[FULL], found[form], strict=True)
+    shares = [(base - value) / (base - full) if base != full else math.nan for base, full, value in every]
+    interval = paired_interval(shares, [0.0] * len(shares))
     return interval.mean, interval.high - interval.mean
 
 
