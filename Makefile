@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache clean
+.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -73,6 +73,9 @@ bench-overlap: setup ## what a teacher costs a student's step, online and from t
 
 bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory
 	$(PY) -m benchmarks.soak $(ARGS)
+
+soak-runs: setup ## 200 short runs through one run service that is killed ten times: each ends once, and nothing is lost
+	$(PY) -m benchmarks.soak_runs $(ARGS)
 
 bench-distillation: setup ## distilled against cross-entropy students; ARGS names teacher, student and data
 	$(PY) -m benchmarks.distillation $(ARGS)

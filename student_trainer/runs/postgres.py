@@ -15,16 +15,17 @@ SCHEMES = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
 RETRY_S = 2.0
 DISK_FULL = "53100"
 """SQLSTATE of a server whose disk is full."""
+_KEEPALIVES = {"idle": 5, "interval": 3, "count": 3}
+"""On both sides: seconds of silence, seconds between two probes, and probes without an answer."""
 _SETTINGS = {
     "application_name": "stillhouse-trainer",
     "connect_timeout": 5,
     # A server that vanished is noticed within about 15 s.
-    "keepalives_idle": 5,
-    "keepalives_interval": 3,
-    "keepalives_count": 3,
+    **{f"keepalives_{name}": value for name, value in _KEEPALIVES.items()},
     "tcp_user_timeout": 15_000,
 }
 """Of the connection, unless the URL says otherwise."""
+_LOCK = "SELECT pg_try_advisory_lock(hashtext('stillhouse runs'), hashtext(coalesce(current_schema(), '')))"
 
 
 class TakenError(Exception):
@@ -78,16 +79,25 @@ def postgres_engine(url: URL) -> Engine:
 
 
 def _take(connection: Any, _record: object) -> None:
-    """Hold the database for this service as long as the connection lives.
+    """Hold the database for this service as long as the connection lives, and let the server notice if it does not.
 
     Raises:
         TakenError: another service holds it.
     """
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT pg_try_advisory_lock(hashtext('stillhouse runs'), hashtext(current_schema()))")
-        taken = cursor.fetchone()[0]
-    connection.commit()
+    import psycopg
+
+    try:
+        with connection.cursor() as cursor:
+            for name, value in _KEEPALIVES.items():
+                cursor.execute(f"SET tcp_keepalives_{name} = {value}")
+            cursor.execute(_LOCK)
+            (taken,) = cursor.fetchone()
+        connection.commit()
+    except psycopg.Error as error:
+        connection.close()
+        raise OperationalError(_LOCK, None, error) from error
     if not taken:
+        connection.close()
         raise TakenError
 
 
