@@ -45,7 +45,7 @@ class Form:
 
     @property
     def num_bytes(self) -> float:
-        """Of one token's target; the tail takes 4 more."""
+        """Of one token's target; its tail and the text's own token take 8 more."""
         return (self.top_k * (ID_BITS + LOGPROB_BITS) + self.num_samples * ID_BITS) / 8
 
     def __str__(self) -> str:
