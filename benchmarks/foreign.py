@@ -100,7 +100,7 @@ def report(values: Mapping[str, Sequence[float]]) -> Iterator[str]:
 
 
 @click.command()
-@click.option("--seeds", default=3, show_default=True)
+@click.option("--seeds", default=6, show_default=True)
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="hf", show_default=True)
 @click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="The teacher is kept here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
