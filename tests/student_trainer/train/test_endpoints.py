@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from examples.programs import Program, start_teacher
-from protos import auth_tokens, balance
+from protos import auth_tokens
 from protos.auth_tokens import Scope
 from protos.balance import Load, lightest
 from protos.errors import Reason, StillhouseError
@@ -57,7 +57,7 @@ QUESTIONS = [
 
 def test_who_is_fast_gets_more(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(balance.time, "monotonic", lambda: now)
+    monkeypatch.setattr("protos.balance.time.monotonic", lambda: now)
     loads, speeds = [Load(), Load()], (30, 10)
     given = [0, 0]
     for _ in range(200):
@@ -326,6 +326,10 @@ def test_services_die_change_and_return_and_the_weights_are_the_same_bit_for_bit
         assert process.wait(DEADLINE_S) == 0, log.read_text()[-2000:]
     assert [each["condition"] for each in events(run_dir, "condition")] == ["WAITING_FOR_TEACHER", ""]
     assert metric(run_dir, "train/loss") == metric(calm, "train/loss")
+    assert metric(run_dir, "teacher/breaks")[STEPS] >= 2
+    assert metric(run_dir, "teacher/service1/answered")[STEPS] > 0
+    assert metric(calm, "teacher/outstanding")[STEPS] == 0
+    assert not metric(calm, "teacher/service0/answered"), "one service alone has no numbers of its own"
     expected, found = final_weights(calm), final_weights(run_dir)
     assert expected.keys() == found.keys()
     for name, weight in expected.items():

@@ -100,7 +100,7 @@ def test_services_share_the_writing_and_one_that_is_lost_leaves_its_part(
         targets = {"rollout_targets": [writer.target]}
         spec = _spec(models, dataset_file, hf_teacher.target, network.target, **targets)
         run_dir = make_run(tmp_path, "shared", spec)
-        carried = []
+        carried: list[int] = []
 
         def cut_after_a_step() -> bool:
             if not carried and metric(run_dir, "train/loss"):
