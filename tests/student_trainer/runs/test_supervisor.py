@@ -178,3 +178,29 @@ def test_the_end_of_the_service_stops_its_runs_if_it_shall(
         assert run.latest_checkpoint
         refused = wait_ended(stub, waiting)
     assert "--cpu-slots" in refused.error.message
+
+
+def test_the_processes_of_a_run_end_together(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    spec = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+    spec.resources.num_processes = 2
+    spec.checkpoint.every_steps = 2
+    with stub_for(trainer_service().target) as stub:
+        name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+        wait_step(stub, name, 3)
+        first = psutil.Process(training_pid(tmp_path / "trainer-data", name))
+        (second,) = [each for each in first.children() if "--worker" in each.cmdline()]
+        assert os.getpgid(second.pid) == os.getpgid(first.pid)
+        second.kill()
+        run = wait_ended(stub, name)
+        assert run.state == Run.STATE_FAILED
+        assert "Process 1 of 2 (from 0) was ended by SIGKILL" in run.error.message
+        stub.ResumeRun(pb.ResumeRunRequest(name=name))
+        wait_step(stub, name, run.progress.step + 1, attempt=2)
+        stub.StopRun(pb.StopRunRequest(name=name))
+        run = wait_ended(stub, name)
+        assert run.state == Run.STATE_STOPPED
+        assert run.latest_checkpoint == f"{name}/checkpoints/{run.progress.step}"
+        last = tmp_path / "trainer-data" / run.latest_checkpoint
+        assert (last / "MANIFEST.json").is_file()
