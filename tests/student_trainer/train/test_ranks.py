@@ -34,7 +34,7 @@ from tests.student_trainer.train.runs import (
 from tests.support.processes import no_process_left
 
 STEPS = 4
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 ROLLOUTS = {"max_new_tokens": 6, "samples_per_prompt": 2}
 
 
