@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def main(rank: int, listener: int | None, port: int, part: str) -> None:
     """One of the processes; the first has the socket at which they meet."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    own = {} if listener is None else {"master_listen_fd": listener}
+    own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener}
     store = TCPStore(
         "127.0.0.1",
         port,
