@@ -48,6 +48,22 @@ def test_info_names_model_limits_and_capabilities(hf_teacher: Program, models: M
     assert "vocabulary         384 tokens, 392 with padding" in text
 
 
+def test_of_several_services_the_first_that_answers_is_asked(hf_teacher: Program, tmp_path: Path) -> None:
+    both = f"unix:{tmp_path}/nobody, {hf_teacher.target}"
+    written = lines(command(both, "generate", "Ada", "--seed", "1", "--max-new-tokens", "4", "--json"))
+    alone = lines(
+        command(hf_teacher.target, "generate", "Ada", "--seed", "1", "--max-new-tokens", "4", "--json")
+    )
+    assert written == alone
+    twice = command(
+        f"{hf_teacher.target},{hf_teacher.target},localhost:{hf_teacher.target.rpartition(':')[2]}",
+        "teacher",
+        "info",
+    )
+    assert twice.stdout.count("model fingerprint") == 2
+    assert "name one" in command(both, "teacher", "unload-adapter", "x").output
+
+
 def test_the_tokenizer_arrives(hf_teacher: Program, models: Models, tmp_path: Path) -> None:
     result = command(hf_teacher.target, "teacher", "tokenizer", "--to", str(tmp_path / "tok"), "--json")
     assert str(tmp_path / "tok" / "tokenizer.json") in lines(result)[0]["files"]  # type: ignore[operator]
