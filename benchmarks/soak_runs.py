@@ -118,6 +118,11 @@ def soak(
         seconds = time.monotonic() - began_s
         left = service.processes() - {service.program.pid}
         orphans = [f"processes outlived their runs: {sorted(left)}"] if left else []
+    except StillhouseError as error:
+        ended = service.program.process.poll()
+        raise ProgramError(
+            f"{error}\nThe service's exit code: {ended}. Its log:\n{service.program.log()}"
+        ) from error
     finally:
         service.end()
     submitted = submitter.ids
