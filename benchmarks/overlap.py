@@ -1,7 +1,8 @@
 """Does a teacher cost a student time? Steps with answers from a teacher, and from a cache, against the same steps with answers in memory.
 
 The teacher is a real service pinned to one core; the steps are those of the training process, pinned to another, with
-its own streams, cache, batches and optimizer. Blocks of steps of the three kinds take turns; a pair is two neighbours.
+its own streams, cache, batches and optimizer. Steps from memory and from the cache take turns one by one, and blocks of
+them with blocks of online steps; a pair is what lies side by side.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Found:
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Add ratios and times to this file."
 )
-@click.option("--pairs", default=36, show_default=True, help="Blocks of each kind.")
+@click.option("--pairs", default=40, show_default=True, help="Blocks of each kind.")
 @click.option("--steps", default=3, show_default=True, help="Timed steps of a block.")
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
 @click.option(
@@ -151,9 +152,14 @@ def _measured(
                 continue
             times: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for pair in range(pairs):
-                # Every kind is as often first, in the middle and last.
-                for kind in (*KINDS[pair % 3 :], *KINDS[: pair % 3]):
-                    times[kind].append(student.block(kind, LEAD_IN, steps))
+                # What comes first changes, and who is first after a block that kept the teacher busy.
+                memory = ("alone", "cached") if pair % 4 < 2 else ("cached", "alone")
+                if pair % 2:
+                    times["online"].append(student.block("online", LEAD_IN, steps))
+                for kind, seconds in student.both(memory, LEAD_IN, steps).items():
+                    times[kind].append(seconds)
+                if not pair % 2:
+                    times["online"].append(student.block("online", LEAD_IN, steps))
             return Found(
                 times=times,
                 teacher_rate=teacher_rate,

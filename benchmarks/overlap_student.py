@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +61,18 @@ class Models:
 def make_models(directory: Path, teacher_layers: int) -> Models:
     """A teacher and a student of random weights with one tokenizer."""
     tokenizer = make_tokenizer(directory / "tokenizer", VOCABULARY)
-    sizes = {"hidden_size": HIDDEN, "num_heads": HEADS, "tokenizer_dir": tokenizer}
-    return Models(
-        teacher=make_model(directory / "teacher", num_layers=teacher_layers, seed=1, **sizes),
-        student=make_model(directory / "student", num_layers=LAYERS, seed=2, **sizes),
-    )
+
+    def made(name: str, num_layers: int, seed: int) -> Path:
+        return make_model(
+            directory / name,
+            tokenizer_dir=tokenizer,
+            hidden_size=HIDDEN,
+            num_layers=num_layers,
+            num_heads=HEADS,
+            seed=seed,
+        )
+
+    return Models(teacher=made("teacher", teacher_layers, 1), student=made("student", LAYERS, 2))
 
 
 def write_rows(path: Path, count: int, length: int) -> Path:
@@ -114,8 +121,8 @@ class Student:
                 "online": parts.steps("online", parts.config(None)),
                 "cached": parts.steps("cached", parts.config("only")),
             }
-            return cls(parts.stepper, sources, stack.pop_all())
-        raise AssertionError
+            kept = stack.pop_all()
+        return cls(parts.stepper, sources, kept)
 
     def rates(self) -> tuple[float, float]:
         """Tokens per second of the teacher alone, and of the student alone."""
@@ -126,21 +133,40 @@ class Student:
         for _ in range(2 * epoch):
             next(self._sources["online"])
         teacher_s = (time.perf_counter() - began) / (2 * epoch)
-        self.block("alone", 1, 2)
         tokens = BATCH * LENGTH
-        return tokens / teacher_s, tokens / self.block("alone", 1, 8)
+        return tokens / teacher_s, tokens / self.block("alone", 3, 8)
+
+    def begin(self, kind: str, steps: int) -> None:
+        """Steps that are not timed."""
+        for _ in range(steps):
+            self._stepper.take(next(self._sources[kind]), self._progress)
 
     def block(self, kind: str, lead_in: int, steps: int) -> float:
         """Seconds of one of `steps` steps, after `lead_in` steps that are not timed."""
-        source = self._sources[kind]
-        for _ in range(lead_in):
-            self._stepper.take(next(source), self._progress)
+        self.begin(kind, lead_in)
+        return sum(self._seconds(kind) for _ in range(steps)) / steps
+
+    def both(self, kinds: Sequence[str], lead_in: int, steps: int) -> dict[str, float]:
+        """Seconds of a step of each of two kinds that take turns, after `lead_in` steps of the first and one of the second.
+
+        What a step from the cache makes a thread read is read during that very step.
+        """
+        first, second = kinds
+        self.begin(first, lead_in)
+        self.begin(second, 1)
+        taken = {first: 0.0, second: 0.0}
+        for step in range(steps):
+            for kind in (first, second) if step % 2 else (second, first):
+                taken[kind] += self._seconds(kind)
+        return {kind: seconds / steps for kind, seconds in taken.items()}
+
+    def _seconds(self, kind: str) -> float:
+        """Of one step, from wanting its data to having taken it."""
         began = time.perf_counter()
-        for _ in range(steps):
-            data = next(source)
-            self.waited_s += data.teacher_wait_s if kind == "online" else 0.0
-            self._stepper.take(data, self._progress)
-        return (time.perf_counter() - began) / steps
+        data = next(self._sources[kind])
+        self.waited_s += data.teacher_wait_s if kind == "online" else 0.0
+        self._stepper.take(data, self._progress)
+        return time.perf_counter() - began
 
 
 class _Parts:
@@ -201,8 +227,9 @@ class _Parts:
         teachers: Teachers | StoredTeachers
         if config.is_offline:
             questions = training_questions(config, self._corpus)
-            where = {"run_dir": run_dir, "data_dir": self._directory, "stack": stack}
-            teachers = StoredTeachers.find(config, questions, self._fingerprint, **where)
+            teachers = StoredTeachers.find(
+                config, questions, self._fingerprint, run_dir=run_dir, data_dir=self._directory, stack=stack
+            )
         else:
             demands = Demands.of(config, self._fingerprint, self._tokenizer_json, self._corpus)
             cache = RunCache.open(config.cache, self._directory, stack)

@@ -12,15 +12,19 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.student_sizes import DEFAULT, Sizes
+
 PEERS = ("trl==1.16.0", "liger-kernel==0.8.5")
+PEER_METHODS = ("trl_async", "trl_gkd", "liger_jsd")
 PEERS_DIR = Path(".bench/student-peers")
 TIMEOUT_S = 900.0
 
@@ -59,35 +63,66 @@ REQUIRED = {
 
 
 @click.command()
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write ratios and passes here.")
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Add ratios and passes to this file."
+)
 @click.option("--rounds", default=2, show_default=True, help="Fresh processes for each pass.")
 @click.option("--steps", default=3, show_default=True, help="Steps of each process.")
 @click.option("--small-chunk", default=64, show_default=True, help="Positions at a time in the first row.")
 @click.option("--fast-chunk", default=256, show_default=True, help="Positions at a time in the second row.")
 @click.option("--only", multiple=True, help="Methods to measure; all if not given.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda for the first GPU.")
+@click.option("--vocabulary", default=DEFAULT.vocabulary, show_default=True)
+@click.option(
+    "--hidden", default=DEFAULT.hidden, show_default=True, help="Width; 1536 is that of Qwen2.5-1.5B."
+)
+@click.option("--layers", default=DEFAULT.layers, show_default=True)
+@click.option(
+    "--heads", default=DEFAULT.heads, show_default=True, help="An even number that divides the width."
+)
+@click.option("--sequences", default=DEFAULT.sequences, show_default=True, help="Of 512 tokens each.")
 def main(  # noqa: PLR0917 (click passes them by name)
-    json_file: Path | None, rounds: int, steps: int, small_chunk: int, fast_chunk: int, only: tuple[str, ...]
+    json_file: Path | None,
+    rounds: int,
+    steps: int,
+    small_chunk: int,
+    fast_chunk: int,
+    only: tuple[str, ...],
+    device: str,
+    vocabulary: int,
+    hidden: int,
+    layers: int,
+    heads: int,
+    sequences: int,
 ) -> None:
     """Measure the student's step."""
     console = Console()
+    sizes = Sizes(
+        vocabulary=vocabulary, sequences=sequences, hidden=hidden, layers=layers, heads=heads, device=device
+    )
     small, fast = Pass(method="ours", chunk=small_chunk), Pass(method="ours", chunk=fast_chunk)
-    passes = [
-        *(FULL, small, fast, TRL, Pass(method="trl_async", chunk=128)),
-        *(Pass(method="trl_gkd"), Pass(method="liger_jsd", chunk=256)),
-    ]
+    passes = [FULL, small, fast, TRL, Pass(method="trl_gkd"), Pass(method="liger_jsd", chunk=256)]
     passes = [each for each in dict.fromkeys(passes) if not only or each.method in only]
-    _install_peers(console)
+    if any(each.method in PEER_METHODS for each in passes):
+        _install_peers(console)
     found: dict[Pass, list[Found]] = defaultdict(list)
     missing: dict[Pass, str] = {}
     for number in range(rounds):
         for each in passes:
             if each in missing:
                 continue
-            console.print(f"round {number + 1} of {rounds}: {each}")
             try:
-                found[each].append(_measure(each, steps))
+                found[each].append(measure(each, steps, sizes))
             except RuntimeError as error:
                 missing[each] = str(error)
+                console.print(f"round {number + 1} of {rounds}: {each}: {error}", soft_wrap=True)
+            else:
+                one = found[each][-1]
+                console.print(
+                    f"round {number + 1} of {rounds}: {each}: {one.seconds:.2f} s, {one.memory_mib:.0f} MiB"
+                )
+        if json_file is not None:
+            _save(json_file, _content(found, missing, small, fast, sizes))
     best = {each: _best(all_found) for each, all_found in found.items() if all_found}
     ratios = _ratios(best, small, fast)
     console.print(_table(passes, best, missing))
@@ -97,19 +132,34 @@ def main(  # noqa: PLR0917 (click passes them by name)
     ):
         said = ", ".join(f"{name} {_said(ratios.get(name))} (>= {REQUIRED[name]:g})" for name in names)
         console.print(f"{row}: {said}", soft_wrap=True)
-    if json_file is not None:
-        content = {
-            **{name: ratios.get(name, "n/a") for name in REQUIRED},
-            "details": {
-                "required": REQUIRED,
-                "passes": {
-                    str(each): {"seconds": one.seconds, "memory_mib": one.memory_mib, "loss": one.loss}
-                    for each, one in best.items()
-                },
-                "not_available": {str(each): why for each, why in missing.items()},
-            },
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _content(
+    found: Mapping[Pass, Sequence[Found]],
+    missing: Mapping[Pass, str],
+    small: Pass,
+    fast: Pass,
+    sizes: Sizes,
+) -> dict[str, Any]:
+    """What is known so far, for the file."""
+    best = {each: _best(all_found) for each, all_found in found.items() if all_found}
+    ratios = _ratios(best, small, fast)
+    return {
+        **{name: ratios.get(name, "n/a") for name in REQUIRED},
+        "details": {
+            "required": REQUIRED,
+            "sizes": asdict(sizes),
+            "passes": {str(each): asdict(one) for each, one in best.items()},
+            "not_available": {str(each): why for each, why in missing.items()},
+        },
+    }
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
+    """Adds it to what other benchmarks have written there."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    details = {**before.get("details", {}), **content["details"]}
+    path.write_text(json.dumps({**before, **content, "details": details}, indent=2) + "\n")
 
 
 def _install_peers(console: Console) -> None:
@@ -129,10 +179,11 @@ def _install_peers(console: Console) -> None:
     stamp.write_text(" ".join(PEERS))
 
 
-def _measure(each: Pass, steps: int) -> Found:
+def measure(each: Pass, steps: int, sizes: Sizes) -> Found:
     """One fresh process. Raises RuntimeError with the reason if it fails."""
     path = os.pathsep.join([str(PEERS_DIR.resolve()), *sys.path])
-    command = [sys.executable, "-m", "benchmarks.student_step", each.method, str(each.chunk), str(steps)]
+    arguments = [each.method, str(each.chunk), str(steps), json.dumps(asdict(sizes))]
+    command = [sys.executable, "-m", "benchmarks.student_step", *arguments]
     try:
         done = subprocess.run(
             command,
@@ -150,7 +201,7 @@ def _measure(each: Pass, steps: int) -> Found:
     return Found(seconds=min(result["seconds"]), memory_mib=result["memory_mib"], loss=result["loss"])
 
 
-def _best(found: list[Found]) -> Found:
+def _best(found: Sequence[Found]) -> Found:
     """The fastest step of all rounds; the most memory of any."""
     return Found(
         seconds=min(each.seconds for each in found),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from benchmarks import teacher_scoring
+from benchmarks import overlap, student_loss, teacher_scoring
 from benchmarks.passes import Pass, Work
 from benchmarks.peers import TRL, VLLM_GRPC, Peers
 from benchmarks.soak import BATCH, TRAINERS, Sample, objections, report, settled, shares, slope
+from benchmarks.student_sizes import Sizes
 from benchmarks.teacher import outcomes_of
 from benchmarks.teacher_models import SHAPES, make_tokenizer
 from benchmarks.teacher_passes import CONCURRENCIES, SERVERS, kind_of
@@ -246,3 +248,23 @@ def test_scoring_alone_asks_for_three_sizes_against_engine_and_http() -> None:
         models=("small",), only=frozenset(teacher_scoring.NAMES), rounds=1, minutes=1, settings=SETTINGS
     )
     assert options.requirements() == frozenset()
+
+
+def test_the_interval_of_an_overlap_is_of_ratios_pair_by_pair() -> None:
+    drifting = np.linspace(1.0, 3.0, 40)
+    assert overlap.interval((1.05 * drifting).tolist(), drifting.tolist()) == pytest.approx(
+        (1.05, 1.05, 1.05)
+    )
+    noisy = np.random.default_rng(1).normal(1.0, 0.1, 40)
+    low, middle, high = overlap.interval(noisy.tolist(), [1.0] * 40)
+    assert low < middle < high
+    assert 0.02 < high - low < 0.15
+
+
+def test_a_students_step_is_measured_at_any_size_in_a_process_of_its_own() -> None:
+    sizes = Sizes(vocabulary=512, sequences=1, hidden=64, layers=1, heads=2)
+    found = student_loss.measure(student_loss.Pass(method="ours", chunk=64), 2, sizes)
+    assert found.seconds > 0
+    assert 0 < found.loss < 20
+    with pytest.raises(RuntimeError, match="nowhere"):
+        student_loss.measure(student_loss.FULL, 1, replace(sizes, device="nowhere"))
