@@ -202,7 +202,8 @@ class RawTier(PublicTier):
     def _written_rows(
         self, rows: Any, start: int, num_rows: int, options: DistributionOptions
     ) -> Distributions:
-        return self._arrays(*rows.joined(), start, num_rows, options)
+        ids, values = rows.joined()
+        return self._arrays(ids, values, start, num_rows, options)
 
     def _arrays(
         self, ids: Any, values: Any, start: int, num_rows: int, options: DistributionOptions
