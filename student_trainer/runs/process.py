@@ -20,6 +20,8 @@ from student_trainer.run_dir import ProcessRecord, RunDir, start_time_of
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 """Names the file with the secrets of teachers; the secrets themselves stay in it."""
+SECRETS = frozenset({"STILLHOUSE_TRAINER_DATABASE", "PGPASSWORD"})
+"""Of the service's environment, which training processes have no use for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,7 +123,7 @@ def environment(
     *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
 ) -> dict[str, str]:
     """The service's own environment with the process's share of the machine."""
-    variables = dict(os.environ)
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
     # The package is found whether it is installed or runs from a source tree.
     paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     variables |= {
