@@ -205,6 +205,8 @@ class Ranks:
         """Gives the connections up, as all do at the end."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            # The groups' own threads end with the last reference, not while the interpreter goes down.
+            self._patient = self._swift = self._bulk = None
 
     def abandon(self) -> None:
         """Gives them up while others may be gone; those between GPUs end with the process."""

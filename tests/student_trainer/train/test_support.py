@@ -157,9 +157,9 @@ def sampler(models: Models) -> Sampler:
 def test_a_rollout_records_what_it_was_drawn_from(sampler: Sampler) -> None:
     prompts = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
     generation = RolloutConfig(max_new_tokens=6, samples_per_prompt=3)
-    texts = sampler.write(prompts, generation, max_sequence_tokens=7, seed=1)
-    again = sampler.write(prompts, generation, max_sequence_tokens=7, seed=1)
-    other = sampler.write(prompts, generation, max_sequence_tokens=7, seed=2)
+    texts = sampler.write(prompts, generation, max_sequence_tokens=7, seeds=[1, 2])
+    again = sampler.write(prompts, generation, max_sequence_tokens=7, seeds=[1, 2])
+    other = sampler.write(prompts, generation, max_sequence_tokens=7, seeds=[3, 4])
     assert [len(each) for each in texts] == [3, 3]
     drawn = [text.token_ids.tolist() for each in texts for text in each]
     assert drawn == [text.token_ids.tolist() for each in again for text in each]
