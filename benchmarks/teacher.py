@@ -88,7 +88,9 @@ def _details(measured: Mapping[str, Measured], peers: Peers, options: Options) -
 @click.option("--length", type=click.IntRange(16, MAX_SEQUENCE_TOKENS - 1), help="Tokens of a sequence.")
 @click.option("--threads", type=int, default=0, help="Of an engine on a CPU.  [default: vLLM's choice]")
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float32", "float16"]), default="bfloat16", show_default=True
+    "--dtype",
+    type=click.Choice(["bfloat16", "float32", "float16"]),
+    help="Of all models.  [default: bfloat16 where the device multiplies it, else float32]",
 )
 def main(
     *,
@@ -100,7 +102,7 @@ def main(
     scale: float,
     length: int | None,
     threads: int,
-    dtype: str,
+    dtype: str | None,
 ) -> None:
     """Print the teacher's rates as ratios to those of others on the same model and machine."""
     import torch
@@ -114,7 +116,9 @@ def main(
         else frozenset(),
         rounds=rounds,
         minutes=minutes,
-        settings=Settings(dtype=dtype, on_cpu=not torch.cuda.is_available(), threads=threads),
+        settings=Settings(
+            dtype=dtype or native_dtype(), on_cpu=not torch.cuda.is_available(), threads=threads
+        ),
     )
     begin = time.monotonic()
 
@@ -196,6 +200,15 @@ def _vllm() -> str:
     import vllm
 
     return str(vllm.__version__)
+
+
+def native_dtype() -> str:
+    """bfloat16 where the device has instructions for its products; elsewhere they are emulated, many times slower."""
+    import torch
+
+    abilities = torch.cpu.get_capabilities()
+    known = abilities.get("avx512_bf16") or abilities.get("amx_bf16") or abilities.get("bf16")
+    return "bfloat16" if torch.cuda.is_available() or known else "float32"
 
 
 def _names(value: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:

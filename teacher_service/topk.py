@@ -28,8 +28,10 @@ GROUP_ELEMENTS = 1 << 20
 """Elements of the rows that a CPU normalises at once: what stays in its cache is read several times."""
 FOLDS = 8, 16
 """Into how many layers a CPU folds a vocabulary of below and above 2^16 ids to find its likeliest: see `likeliest`."""
-FAR_BELOW = 50.0
-"""Differences of logits up to here leave room below them before float32 takes an exponential for 0, at 87."""
+COMPILED_VOCAB = 2048
+"""Vocabularies from here on are worth the seconds that a process needs for compiled code."""
+IDS_PER_TOKEN = 16
+"""Ids of a vocabulary for each likeliest that is wanted, from which on the compiled way is the faster one."""
 DRAW_BLOCK = 128
 """Ids of the vocabulary whose probabilities are added up before draws look at them."""
 _SCRATCH = threading.local()
@@ -135,7 +137,7 @@ class Normalised:
     """The head of T distributions, and what is left of them."""
 
     token_ids: Tensor
-    """INT64 [T, K], likeliest first."""
+    """INT32 or INT64 [T, K], likeliest first."""
     logprobs: Tensor
     """FLOAT32 [T, K]."""
     log_tail: Tensor
@@ -146,25 +148,23 @@ class Normalised:
     """BOOL [T]: whether every logit of the row is a number; the row's other values mean nothing where not."""
 
 
-def normalised(logits_TV: Tensor, top_k: int, exps_TV: Tensor | None = None) -> Normalised:
+def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
     """The `top_k` likeliest of FLOAT32 logits, at most V, with exact tails.
 
     The tail is a sum of its own, relative to the largest in it: taken as 1 - sum, it would lose everything below
-    6e-8. Log-sum-exp is made of head and tail, so that one pass of exponentials serves for both.
-
-    `exps_TV` spares that pass: exp(logit - the row's highest), where somebody has it already; it is overwritten.
+    6e-8. Log-sum-exp is made of head and tail.
     """
-    vocab_size = logits_TV.shape[1]
-    lowest_T = logits_TV.amin(dim=-1)
-    top_k = min(top_k, vocab_size)
-    values_TC, ids_TC = likeliest(logits_TV, min(top_k + 1, vocab_size))
-    values_TK, ids_TK = values_TC[:, :top_k], ids_TC[:, :top_k]
-    first_T1 = values_TC[:, :1].double()
-    lse_T1 = head_T1 = (values_TK - first_T1).exp_().sum(dim=-1, keepdim=True).log_() + first_T1
-    rest_T1 = torch.full_like(head_T1, -torch.inf)
-    if top_k < vocab_size:
-        rest_T1 = _log_rest(logits_TV, values_TC, ids_TK, exps_TV)
-        lse_T1 = torch.logaddexp(head_T1, rest_T1)
+    top_k = min(top_k, logits_TV.shape[1])
+    if is_compiled(logits_TV, top_k):
+        from teacher_service.topk_cpu import heads_and_tails
+
+        arrays = heads_and_tails(logits_TV.numpy(), top_k)
+        ids_TK, values_TK, head_T, rest_T = (torch.from_numpy(each) for each in arrays)
+        head_T1, rest_T1, lowest_T = head_T.unsqueeze(-1), rest_T.unsqueeze(-1), head_T
+    else:
+        ids_TK, values_TK, head_T1, rest_T1 = _head_and_tail(logits_TV, top_k)
+        lowest_T = logits_TV.amin(dim=-1)
+    lse_T1 = torch.logaddexp(head_T1, rest_T1)
     return Normalised(
         token_ids=ids_TK,
         logprobs=(values_TK - lse_T1).float(),
@@ -174,15 +174,27 @@ def normalised(logits_TV: Tensor, top_k: int, exps_TV: Tensor | None = None) -> 
     )
 
 
-def _log_rest(logits_TV: Tensor, values_TC: Tensor, ids_TK: Tensor, exps_TV: Tensor | None) -> Tensor:
-    """FLOAT64 [T, 1]: log-sum-exp of the logits besides `ids_TK`, of which the largest ends `values_TC`."""
-    first_T1, next_T1 = values_TC[:, :1], values_TC[:, -1:]
-    if exps_TV is not None and bool((first_T1 - next_T1 < FAR_BELOW).all()):
-        exps_TV.scatter_(-1, ids_TK, 0)
-        return exps_TV.sum(dim=-1, keepdim=True).double().log() + first_T1
+def is_compiled(logits_TV: Tensor, top_k: int) -> bool:
+    """Whether `topk_cpu` serves these logits: on a CPU, rows that lie as it reads them, of a vocabulary large enough."""
+    if logits_TV.device.type != "cpu" or not logits_TV.is_contiguous():
+        return False
+    vocab_size = logits_TV.shape[1]
+    return vocab_size >= COMPILED_VOCAB and top_k >= 1 and vocab_size >= IDS_PER_TOKEN * (top_k + 2)
+
+
+def _head_and_tail(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids [T, K], logits [T, K], log-sum-exp FLOAT64 [T, 1] of these, of all others), in PyTorch's operations."""
+    vocab_size = logits_TV.shape[1]
+    values_TC, ids_TC = likeliest(logits_TV, min(top_k + 1, vocab_size))
+    values_TK, ids_TK = values_TC[:, :top_k], ids_TC[:, :top_k]
+    first_T1 = values_TC[:, :1].double()
+    head_T1 = (values_TK - first_T1).exp_().sum(dim=-1, keepdim=True).log_() + first_T1
+    if top_k == vocab_size:
+        return ids_TK, values_TK, head_T1, torch.full_like(head_T1, -torch.inf)
+    next_T1 = values_TC[:, -1:]
     rest_TV = torch.sub(logits_TV, next_T1, out=scratch("rest", logits_TV.shape, logits_TV.device))
     rest_TV.scatter_(-1, ids_TK, -torch.inf).exp_()
-    return rest_TV.sum(dim=-1, keepdim=True).double().log() + next_T1
+    return ids_TK, values_TK, head_T1, rest_TV.sum(dim=-1, keepdim=True).double().log() + next_T1
 
 
 def scratch(name: str, shape: torch.Size | tuple[int, int], device: torch.device) -> Tensor:

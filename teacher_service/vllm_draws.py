@@ -7,7 +7,7 @@ nor the device matters. The distributions are those of `sampling.draw`: temperat
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,9 +31,6 @@ class Drawn:
     """INT64 [B]."""
     logprobs: Tensor
     """FLOAT32 [B], under the distribution that was drawn from; 0 for the likeliest at temperature 0."""
-    exps: Tensor | None = None
-    """FLOAT32 [B, V], exp(logit - the row's highest), where the whole distribution at temperature 1 was drawn from in all
-    rows; in `scratch`, until the next draws."""
 
 
 def draw_rows(logits_BV: Tensor, plans: list[DrawPlan], positions: list[int]) -> Drawn:
@@ -58,8 +55,7 @@ def draw_rows(logits_BV: Tensor, plans: list[DrawPlan], positions: list[int]) ->
         chosen = [plans[row] for row in rows]
         drawn = (_from_all if kind == "all" else _from_likeliest)(some_BV, chosen, numbers_B1)
         if len(rows) == len(plans):
-            whole = num_valid == logits_BV.shape[1] and all(plan.temperature == 1 for plan in plans)
-            return replace(drawn, exps=drawn.exps if whole else None)
+            return drawn
         token_ids[rows], logprobs[rows] = drawn.token_ids, drawn.logprobs
     return Drawn(token_ids=token_ids, logprobs=logprobs)
 
@@ -93,9 +89,7 @@ def _from_all(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor) -> D
     share_B1 = (numbers_B1 * cumulative_BN[:, -1:] - before_B1).clamp_min(0) / within_BW[:, -1:]
     token_B1 = (block_B1 * BLOCK + _inverse(within_BW, share_B1)).clamp_max(num_valid - 1)
     logprob_B1 = (logits_BV.gather(1, token_B1) - highest_B1).double() / temperature_B1 - total_B1.log()
-    return Drawn(
-        token_ids=token_B1.squeeze(1), logprobs=logprob_B1.squeeze(1).float(), exps=exps_BV[:, :num_valid]
-    )
+    return Drawn(token_ids=token_B1.squeeze(1), logprobs=logprob_B1.squeeze(1).float())
 
 
 def _exponentials(logits_BV: Tensor, plans: list[DrawPlan]) -> tuple[Tensor, Tensor, Tensor]:

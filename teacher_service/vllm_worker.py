@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from protos.errors import StillhouseError
-from teacher_service import topk
+from teacher_service import topk, vllm_pipeline
 from teacher_service.engine import Float32Array, Int32Array
 from teacher_service.topk import Target
-from teacher_service.vllm_helpers import SHARED_ROWS, Helpers
+from teacher_service.vllm_helpers import SHARED_ROWS, Helpers, Shared
+from teacher_service.vllm_pipeline import PendingRows
 from teacher_service.vllm_plan import MISSING, ScorePlan, pack, read_plan, widths
-from teacher_service.vllm_worker_head import Head, output_layer
+from teacher_service.vllm_worker_head import Head, SharedHead, output_layer, shared_output_layer
 
 _METHODS = {
     "_get_prompt_logprobs_dict": ["hidden_states", "num_scheduled_tokens"],
@@ -105,8 +106,10 @@ def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Call
     head, bound = output_layer(runner)
     elements = topk.CHUNK_ELEMENTS if runner.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
     max_rows = max(1, min(bound or elements, elements // runner.input_batch.vocab_size))
+    shared_head = shared_output_layer(runner) if helpers.count else None
     if helpers.count:
         max_rows = min(max_rows, SHARED_ROWS)
+    may_wait = shared_head is not None and vllm_pipeline.is_installed()
 
     def get_prompt_logprobs_dict(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         ours = {
@@ -133,11 +136,19 @@ def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Call
             else:
                 runner.num_prompt_logprobs[name] = width
         present = [each for each in segments if each.count > 0]
-        if present:
-            _compute(head, max_rows, hidden_states, present, helpers)
-        return {
+        tensors = {
             name: _tensors(each) if isinstance(each, _Scoring) else each for name, each in answers.items()
         }
+        if not present:
+            return tensors
+        if shared_head is None or any(runner.requests[name].lora_request for name in ours):
+            _compute(head, max_rows, hidden_states, present, helpers)
+        else:
+            shared = _share(shared_head, hidden_states, present, helpers)
+            if may_wait and num_scheduled_tokens.keys() <= ours.keys():
+                return PendingRows(tensors, shared.finish)
+            shared.finish()
+        return tensors
 
     return get_prompt_logprobs_dict
 
@@ -180,6 +191,32 @@ def _scoring(runner: Any, request: Any, hidden_size: int) -> _Scoring:
     return scoring
 
 
+def _share(head: SharedHead, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers) -> Shared:
+    """The rows of this step as work that has begun: each piece from hidden states to rows."""
+    shared, num_rows = helpers.shared(), sum(each.count for each in segments)
+    hidden_TH = _joined(hidden_states, segments)
+    size = helpers.piece_rows(num_rows)
+    for begin in range(0, num_rows, size):
+        end = min(begin + size, num_rows)
+        places = list(_within(segments, begin, end))
+        shared.give(partial(_fill_all, head, hidden_TH[begin:end], places, begin))
+    return shared
+
+
+def _fill_all(
+    head: SharedHead, hidden_TH: Tensor, places: list[tuple[_Segment, int, int, int]], begin: int
+) -> None:
+    logits_TV = head(hidden_TH)
+    for segment, low, high, row in places:
+        part = slice(low - begin, high - begin)
+        _fill(segment.scoring, row, logits_TV[part], hidden_TH[part])
+
+
+def _joined(hidden_states: Tensor, segments: list[_Segment]) -> Tensor:
+    views = [hidden_states[each.offset : each.offset + each.count] for each in segments]
+    return views[0] if len(views) == 1 else torch.cat(views)
+
+
 def _compute(
     head: Head, max_rows: int, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers
 ) -> None:
@@ -187,8 +224,7 @@ def _compute(
 
     Every rank of a split model calls the head equally often, whatever becomes of a prompt.
     """
-    views = [hidden_states[each.offset : each.offset + each.count] for each in segments]
-    hidden_TH = views[0] if len(views) == 1 else torch.cat(views)
+    hidden_TH = _joined(hidden_states, segments)
     places_T = torch.cat([torch.arange(each.offset, each.offset + each.count) for each in segments])
     places_T = places_T.to(hidden_TH.device)
     with helpers.sharing() as share:

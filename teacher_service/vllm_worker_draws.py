@@ -154,7 +154,7 @@ def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
         nothing_B1 = torch.zeros_like(sampling_B1)
         return token_B1.int(), torch.cat([_marked(nothing_B1, finite_B), nothing_B1, sampling_B1], dim=1)
-    top = topk.normalised(logits_BV, options.top_k, drawn.exps)
+    top = topk.normalised(logits_BV, options.top_k)
     lse_B1 = top.lse.float()
     target_B1 = (logits_BV.gather(-1, token_B1) - top.lse).float()
     ids = [token_B1, top.token_ids]

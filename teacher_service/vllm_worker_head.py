@@ -5,10 +5,46 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Head = Callable[[Tensor, Tensor], Tensor | None]
 """(hidden states [T, H], places of their tokens in the step's batch [T]) to logits [T, V], None on ranks without them."""
+
+SharedHead = Callable[[Tensor], Tensor]
+"""Hidden states [T, H] to logits [T, V], from any thread and at any time."""
+_SHARED_WEIGHTS = 1 << 24
+"""Weights of an output layer up to which it can be a plain product: a larger one is faster as vLLM has packed it."""
+_PROBED_ROWS = 3
+
+
+def shared_output_layer(runner: Any) -> SharedHead | None:
+    """The layer without adapters as one product of PyTorch's, which any thread may compute while vLLM computes; None where it
+    is more than that.
+
+    vLLM's own products on a CPU share their working memory, so that no two may run at once. Whether the plain one gives
+    the same is tried on a few rows.
+    """
+    layer = getattr(runner.model, "lm_head", None)
+    weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
+    vocab_size = runner.input_batch.vocab_size
+    if runner.device.type != "cpu" or not isinstance(weight, Tensor):
+        return None
+    if weight.ndim != 2 or len(weight) < vocab_size or weight.numel() > _SHARED_WEIGHTS:
+        return None
+    plain_VH = weight.detach()[:vocab_size]
+
+    def head(hidden_TH: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden_TH, plain_VH)
+
+    generator = torch.Generator().manual_seed(0)
+    probe_TH = torch.randn(_PROBED_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+    with torch.inference_mode():
+        wanted_TV, found_TV = runner.model.compute_logits(probe_TH), head(probe_TH)
+    if wanted_TV is None or wanted_TV.shape != found_TV.shape:
+        return None
+    tolerance = 4 * torch.finfo(weight.dtype).eps * max(1.0, float(wanted_TV.abs().max()))
+    return head if float((wanted_TV - found_TV).abs().max()) <= tolerance else None
 
 
 def output_layer(runner: Any) -> tuple[Head, int | None]:

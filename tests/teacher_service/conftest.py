@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
@@ -19,22 +20,11 @@ from tests.support.processes import no_process_left
 BATCH_TOKENS = 200  # less than many sequences of the tests have: their prompts are read in chunks
 
 
-@pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def worker_engine(models: Models) -> AsyncIterator[Any]:
-    """The engine at the tier that it finds by itself, which has to be the best."""
-    if find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
+@asynccontextmanager
+async def loaded(config: TeacherConfig) -> AsyncIterator[Any]:
+    """A vLLM engine, none of whose processes is left afterwards."""
     from teacher_service.vllm_engine import VllmEngine
 
-    config = TeacherConfig(
-        model=str(models.teacher),
-        engine="vllm",
-        dtype="float32",
-        max_adapters=2,
-        max_lora_rank=8,
-        max_batch_tokens=BATCH_TOKENS,
-        kv_cache_gib=0.25,
-    )
     resource_tracker.ensure_running()  # one for the life of this process, not of the engine
     with no_process_left() as mark:
         os.environ.update(mark)
@@ -47,6 +37,24 @@ async def worker_engine(models: Models) -> AsyncIterator[Any]:
         finally:
             for name in mark:
                 del os.environ[name]
+
+
+@pytest_asyncio.fixture(scope="session", loop_scope="session")
+async def worker_engine(models: Models) -> AsyncIterator[Any]:
+    """The engine at the tier that it finds by itself, which has to be the best."""
+    if find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    config = TeacherConfig(
+        model=str(models.teacher),
+        engine="vllm",
+        dtype="float32",
+        max_adapters=2,
+        max_lora_rank=8,
+        max_batch_tokens=BATCH_TOKENS,
+        kv_cache_gib=0.25,
+    )
+    async with loaded(config) as engine:
+        yield engine
 
 
 def view(engine: Any, tier: str | None = None, **changes: Any) -> Any:

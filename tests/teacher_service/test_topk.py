@@ -180,3 +180,44 @@ def test_draws_invert_the_cumulative_distribution_and_pass_over_what_cannot_be(v
     assert (mass > 0).all()
     assert (numbers < upper + 1e-6).all()
     assert (numbers > upper - mass - 1e-6).all()
+
+
+@pytest.mark.parametrize(("size", "top_k"), [(2048, 1), (4099, 64), (4096, 128), (70_001, 100)])
+@pytest.mark.parametrize("shape", ["random", "equal", "stairs", "steep", "clustered"])
+def test_compiled_heads_and_tails_are_what_float64_says(size: int, top_k: int, shape: str) -> None:
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size)) * 3
+    if shape == "equal":
+        rows = torch.full_like(rows, -1.25)
+    elif shape == "stairs":
+        rows = (rows * 2).round()  # ties on both sides of the cut
+    elif shape == "steep":
+        rows[:, 5 : 5 + top_k] += 60
+    elif shape == "clustered":
+        rows[:, : 2 * top_k] += 10  # the likeliest stand in few blocks
+    assert topk.is_compiled(rows, top_k)
+    got = topk.normalised(rows, top_k)
+    wanted = rows.double().log_softmax(-1)
+    ids = got.token_ids.long()
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    assert torch.equal(rows.gather(1, ids), rows.topk(top_k).values)
+    assert (got.logprobs - wanted.gather(1, ids)).abs().max() < 2e-6
+    tail = wanted.scatter(1, ids, -torch.inf).logsumexp(-1)
+    assert ((got.log_tail - tail).abs() < 1e-6 + 1e-7 * tail.abs()).all()
+    alone = topk.normalised(rows[1:2], top_k)
+    assert torch.equal(alone.logprobs, got.logprobs[1:2])
+    assert torch.equal(alone.log_tail, got.log_tail[1:2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1999, 2047])
+def test_compiled_rows_with_what_is_no_number_are_told_apart(value: float, place: int) -> None:
+    rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
+    rows[1, place] = value
+    assert topk.is_compiled(rows, 8)
+    assert topk.normalised(rows, 8).finite.tolist() == [True, False, True]
+
+
+def test_equal_logits_come_in_the_order_of_their_ids() -> None:
+    rows = torch.zeros(1, 4096)
+    rows[0, 70] = 1.0
+    assert topk.normalised(rows, 4).token_ids.tolist() == [[70, 0, 1, 2]]

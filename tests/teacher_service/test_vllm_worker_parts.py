@@ -14,7 +14,6 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from teacher_service import topk
 from teacher_service.vllm_frontend import RawRows
 from teacher_service.vllm_helpers import Helpers
 from teacher_service.vllm_requests import STREAM_INTERVAL_TOKENS
@@ -87,15 +86,3 @@ def test_helpers_do_all_of_the_work_and_say_what_went_wrong(count: int) -> None:
         assert len(threads) <= count + 1
         with pytest.raises(ValueError, match="forty"), helpers.sharing() as share:
             share(partial(work, 40))
-
-
-@pytest.mark.parametrize("gap", [0.0, 30.0, 80.0])
-def test_exponentials_that_are_there_already_give_the_same_tails(gap: float) -> None:
-    logits_TV = torch.randn(4, 600, generator=torch.Generator().manual_seed(0))
-    logits_TV[:, :8] += gap
-    wanted = topk.normalised(logits_TV, 8)
-    exps_TV = (logits_TV - logits_TV.amax(dim=-1, keepdim=True)).exp()
-    got = topk.normalised(logits_TV, 8, exps_TV)
-    assert torch.equal(got.token_ids, wanted.token_ids)
-    assert torch.allclose(got.logprobs, wanted.logprobs, atol=1e-6)
-    assert torch.allclose(got.log_tail, wanted.log_tail, atol=1e-5)

@@ -1,0 +1,175 @@
+"""Logits to the head and tail of a distribution on a CPU, compiled: a row is read a few times and nothing but its answer is written.
+
+A row's answer depends on that row alone, not on the rows beside it and not on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+Float64Array = npt.NDArray[np.float64]
+
+# Axes: T positions, K kept tokens, V vocabulary.
+
+_MIN_BLOCK, _MAX_BLOCK = 16, 128
+"""Ids of the vocabulary of which only the largest logit is compared at first."""
+_BLOCKS_PER_TOKEN = 2
+"""Blocks for each token that is wanted, as far as the vocabulary has them."""
+_LOW_BITS = 0x7FFFFFFF
+_LEAST_KEY = ~0x7F7FFFFF
+"""Of the lowest finite number: see `_key`."""
+# e^r = 1 + r + r^2 P(r) for |r| <= ln 2 / 2, to a unit in the last place: as expf of the Cephes library.
+_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_HALF, _ONE, _ZERO, _NOTHING = np.float32(0.5), np.float32(1.0), np.float32(0.0), np.float32(-87.0)
+
+
+def heads_and_tails(
+    logits_TV: Float32Array, top_k: int
+) -> tuple[Int32Array, Float32Array, Float64Array, Float64Array]:
+    """(ids [T, K], their logits [T, K], log-sum-exp [T] of these, log-sum-exp [T] of all others).
+
+    The likeliest come first, of equal ones that with the lower id. Rows are contiguous; 0 < K and 16 (K + 2) <= V. The
+    second sum is one of its own and not a difference. Where a logit of a row is not finite the first one is not either,
+    and the row's other values mean nothing.
+    """
+    num_rows, vocab_size = logits_TV.shape
+    ids, values = np.empty((num_rows, top_k), np.int32), np.empty((num_rows, top_k), np.float32)
+    head, rest = np.empty(num_rows, np.float64), np.empty(num_rows, np.float64)
+    wanted = vocab_size // (_BLOCKS_PER_TOKEN * (top_k + 1))
+    block = min(_MAX_BLOCK, max(_MIN_BLOCK, wanted // _MIN_BLOCK * _MIN_BLOCK))
+    _fill(logits_TV, block, ids, values, head, rest)
+    return ids, values, head, rest
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Machine code of a function, kept beside its source or in the user's cache where either can be written."""
+    settings: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+    try:
+        return numba.njit(cache=True, **settings)(function)
+    except RuntimeError:
+        return numba.njit(**settings)(function)
+
+
+@_compiled
+def _key(logit: Any) -> Any:
+    """An integer that is ordered as the number is; NaN with a sign is lowest of all, without one highest."""
+    bits = np.float32(logit).view(np.int32)
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(_LOW_BITS)))
+
+
+@_compiled
+def _fill(logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: Any) -> None:  # noqa: PLR0917 - compiled code takes no keywords
+    vocab_size, top_k = logits_TV.shape[1], ids.shape[1]
+    highest = np.empty((vocab_size + block - 1) // block, np.int32)
+    order = np.empty_like(highest)
+    found = np.empty(vocab_size + 1, np.int64)
+    for row in range(len(logits_TV)):
+        logits_V = logits_TV[row]
+        lowest = _highest_of_blocks(logits_V, block, highest)
+        order[:] = highest
+        floor = _kth_largest(order, top_k)
+        num_found = _at_least(logits_V, block, highest, floor, found)
+        _sort_falling(found, num_found)
+        for place in range(top_k):
+            token = _LOW_BITS - (found[place] & _LOW_BITS)
+            ids[row, place], values[row, place] = token, logits_V[token]
+        first, following = values[row, 0], logits_V[_LOW_BITS - (found[top_k] & _LOW_BITS)]
+        total, num_equal = 0.0, 0
+        for place in range(top_k):
+            total += np.exp(np.float64(values[row, place]) - np.float64(first))
+            num_equal += values[row, place] == following
+        head[row] = np.log(total) + first if lowest >= _LEAST_KEY else np.nan
+        rest[row] = np.log(_sum_up_to(logits_V, following) - num_equal) + following
+
+
+@_compiled
+def _highest_of_blocks(logits_V: Any, block: int, highest: Any) -> Any:
+    """Fills in the highest key of each block; returns the lowest of all."""
+    lowest = np.int32(_LOW_BITS)
+    for index in range(len(highest)):
+        top = np.int32(~_LOW_BITS)
+        for logit in logits_V[index * block : (index + 1) * block]:
+            key = _key(logit)
+            top, lowest = max(top, key), min(lowest, key)
+        highest[index] = top
+    return lowest
+
+
+@_compiled
+def _kth_largest(keys: Any, k: int) -> Any:
+    """The key before which k others stand in falling order; `keys` are put in another order."""
+    low, high = 0, len(keys) - 1
+    while low < high:
+        pivot = keys[(low + high) // 2]
+        left, right = low, high
+        while left <= right:
+            while keys[left] > pivot:
+                left += 1
+            while keys[right] < pivot:
+                right -= 1
+            if left <= right:
+                keys[left], keys[right] = keys[right], keys[left]
+                left += 1
+                right -= 1
+        if k <= right:
+            high = right
+        elif k >= left:
+            low = left
+        else:
+            break
+    return keys[k]
+
+
+@_compiled
+def _at_least(logits_V: Any, block: int, highest: Any, floor: Any, found: Any) -> int:
+    """Fills in key and id, in one number, of the logits whose key is not below `floor`; returns how many there are."""
+    count = 0
+    for index in range(len(highest)):
+        if highest[index] >= floor:
+            for token in range(index * block, min(len(logits_V), (index + 1) * block)):
+                key = _key(logits_V[token])
+                found[count] = (np.int64(key) << 32) | (_LOW_BITS - token)  # stays if it is counted
+                count += key >= floor
+    return count
+
+
+@_compiled
+def _sort_falling(numbers: Any, count: int) -> None:
+    """Shell's sort of the first `count`: they are few."""
+    gap = 1
+    while gap < count // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for index in range(gap, count):
+            number, place = numbers[index], index
+            while place >= gap and numbers[place - gap] < number:
+                numbers[place] = numbers[place - gap]
+                place -= gap
+            numbers[place] = number
+        gap //= 3
+
+
+@_compiled
+def _sum_up_to(logits_V: Any, highest: Any) -> float:
+    """Sum of e^(logit - highest) of the logits up to `highest`: in float32 over a few, in double precision over these."""
+    total = 0.0
+    for begin in range(0, len(logits_V), _MAX_BLOCK):
+        part = _ZERO
+        for logit in logits_V[begin : begin + _MAX_BLOCK]:
+            x = max(logit - highest, _NOTHING)
+            n = np.int32(x * _LOG2_E - _HALF)
+            r = x - np.float32(n) * _LN2_HIGH - np.float32(n) * _LN2_LOW
+            p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+            power = np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
+            part += (p * r * r + r + _ONE) * power if logit <= highest else _ZERO
+        total += float(part)
+    return total
