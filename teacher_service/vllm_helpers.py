@@ -54,7 +54,7 @@ class Shared:
     def _finish_one(self) -> None:
         future, work = self._given.popleft()
         if future.cancel():
-            work()
+            _without_gradients(work)
         else:
             future.result()
 
@@ -88,5 +88,5 @@ class Helpers:
 
 
 def _without_gradients(work: Work) -> None:
-    with torch.inference_mode():  # which holds for one thread alone
+    with torch.inference_mode():  # which holds for one thread alone, and not between vLLM's steps
         work()

@@ -36,7 +36,7 @@ async def loaded(config: TeacherConfig) -> AsyncIterator[Any]:
                 await engine.close()
         finally:
             for name in mark:
-                del os.environ[name]
+                os.environ.pop(name, None)  # another engine may have the same names
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
