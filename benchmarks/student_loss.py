@@ -72,6 +72,7 @@ REQUIRED = {
 @click.option("--fast-chunk", default=256, show_default=True, help="Positions at a time in the second row.")
 @click.option("--only", multiple=True, help="Methods to measure; all if not given.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda for the first GPU.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float32"]), default=DEFAULT.dtype, show_default=True)
 @click.option("--vocabulary", default=DEFAULT.vocabulary, show_default=True)
 @click.option(
     "--hidden", default=DEFAULT.hidden, show_default=True, help="Width; 1536 is that of Qwen2.5-1.5B."
@@ -89,6 +90,7 @@ def main(  # noqa: PLR0917 (click passes them by name)
     fast_chunk: int,
     only: tuple[str, ...],
     device: str,
+    dtype: str,
     vocabulary: int,
     hidden: int,
     layers: int,
@@ -98,7 +100,13 @@ def main(  # noqa: PLR0917 (click passes them by name)
     """Measure the student's step."""
     console = Console()
     sizes = Sizes(
-        vocabulary=vocabulary, sequences=sequences, hidden=hidden, layers=layers, heads=heads, device=device
+        vocabulary=vocabulary,
+        sequences=sequences,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        device=device,
+        dtype=dtype,
     )
     small, fast = Pass(method="ours", chunk=small_chunk), Pass(method="ours", chunk=fast_chunk)
     passes = [FULL, small, fast, TRL, Pass(method="trl_gkd"), Pass(method="liger_jsd", chunk=256)]

@@ -19,6 +19,8 @@ class Sizes:
     layers: int = 4
     heads: int = 4
     device: str = "cpu"
+    dtype: str = "bfloat16"
+    """Of the student and of the teacher's logits, by the name that torch has for it."""
 
     @property
     def positions(self) -> int:

@@ -1,8 +1,8 @@
 """One way to compute a student's distillation step, measured in a process of its own: seconds of a step, and growth of memory.
 
 Run by student_loss.py as `python -m benchmarks.student_step METHOD CHUNK STEPS SIZES`, where SIZES is JSON; prints one
-line of JSON. Every method gets the same student, rows and teacher, in bfloat16; memory counts from the moment before the
-first step, when what a method is given already lies in it: resident memory, or on a GPU what torch has allocated.
+line of JSON. Every method gets the same student, rows and teacher, in the type of SIZES; memory counts from the moment
+before the first step, when what a method is given already lies in it: resident memory, or on a GPU what torch has allocated.
 B sequences, T positions, N = B T, V vocabulary, H hidden units, K kept tokens.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def _student(sizes: Sizes) -> Any:
-    """A Qwen2 in bfloat16; its output layer is its embedding."""
+    """A Qwen2; its output layer is its embedding."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -60,7 +60,13 @@ def _student(sizes: Sizes) -> Any:
         num_key_value_heads=sizes.heads // 2,
         tie_word_embeddings=True,
     )
-    return Qwen2ForCausalLM(settings).to(torch.bfloat16)
+    return Qwen2ForCausalLM(settings).to(_dtype(sizes))
+
+
+def _dtype(sizes: Sizes) -> torch.dtype:
+    found = getattr(torch, sizes.dtype)
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def _drawn(sizes: Sizes, shape: tuple[int, ...], *, seed: int) -> Tensor:
@@ -76,10 +82,10 @@ def _teacher_hidden(sizes: Sizes) -> tuple[Tensor, Tensor]:
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device="cpu").to(sizes.device)
 
-    hidden = drawn(sizes.positions, sizes.hidden).to(torch.bfloat16)
+    hidden = drawn(sizes.positions, sizes.hidden).to(_dtype(sizes))
     # Logits of standard deviation 4, whatever the width.
     weight = 4.0 / sizes.hidden**0.5 * drawn(sizes.vocabulary, sizes.hidden)
-    return hidden, weight.to(torch.bfloat16)
+    return hidden, weight.to(_dtype(sizes))
 
 
 def _teacher_top_k(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:

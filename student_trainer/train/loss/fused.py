@@ -28,6 +28,7 @@ from student_trainer.train.loss.objective import (
     teacher_side,
 )
 from student_trainer.train.loss.policy_gradient import SampledTokens
+from student_trainer.train.loss.product_type import product_type
 from student_trainer.train.loss.readout import Readout, read_out
 from student_trainer.train.loss.sparse import Targets, TeacherBuckets
 
@@ -79,8 +80,9 @@ def fused_objective(
     """`objective` of the logits of `layer`, with gradients for `hidden`, the weight and the bias.
 
     At most `chunk_logits` logits exist at a time, those of one position at least. The product is computed in the type
-    of autocast where that is on, else in the weight's; what follows in float32 at least. Positions of weight 0 add
-    nothing, also where `hidden` is not finite there.
+    of autocast where that is on, else in the weight's, and in float32 on a processor that computes none in that type
+    (product_type.py); what follows in float32 at least. Positions of weight 0 add nothing, also where `hidden` is not
+    finite there.
     """
     if chunk_logits is None:
         chunk_logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
@@ -118,6 +120,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = product_type(dtype, device)
         wants = [work.with_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
         with torch.autocast(device, enabled=False):
             totals, gradients = _run(hidden.to(dtype), weight, bias, work, wants)
@@ -154,13 +157,15 @@ def _run(
     dtype = hidden.dtype
     gradients = _Gradients(
         hidden=torch.empty_like(hidden) if wants[0] else None,
-        weight=torch.zeros_like(weight) if wants[1] else None,
+        # Sums over chunks are kept in the wider of both types.
+        weight=torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, dtype)) if wants[1] else None,
         bias=torch.zeros_like(bias) if wants[2] and bias is not None else None,
     )
     product_weight = weight.to(dtype)
     chunk = LogitChunk.allocate(work.chunk_rows, weight.shape[0], dtype, hidden.device)
-    # Where the weight has another type than the product, a chunk's share of its gradient needs a place of its own.
-    share = torch.empty_like(product_weight) if wants[1] and dtype != weight.dtype else None
+    # Where the sum has a wider type than the product, a chunk's share of it needs a place of its own.
+    is_wider = gradients.weight is not None and gradients.weight.dtype != dtype
+    share = torch.empty_like(product_weight) if is_wider else None
     parts = []
     for first in range(0, hidden.shape[0], work.chunk_rows):
         rows = slice(first, first + work.chunk_rows)
@@ -185,6 +190,9 @@ def _run(
             gradients.weight.add_(torch.mm(gradient_CV.T, hidden_CH, out=share))
         if gradients.bias is not None:
             gradients.bias.add_(gradient_CV.sum(0, dtype=gradients.bias.dtype))
+    if gradients.weight is not None and gradients.weight.dtype != weight.dtype:
+        del chunk, product_weight
+        gradients.weight = gradients.weight.to(weight.dtype)
     return ObjectiveSum.total(parts), gradients
 
 

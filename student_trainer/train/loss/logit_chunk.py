@@ -172,14 +172,14 @@ class LogitChunk:
         """
         found = self._block.new_empty(self.logits.shape[0], 1)
         sums = torch.empty_like(found)
-        for rows, block in self._blocks(temperature):
+        for rows, block in self._blocks(temperature, overwrite=keep):
             highest = block.amax(-1, keepdim=True)
             highest.masked_fill_(torch.isneginf(highest), 0.0)
             block.sub_(highest).exp_()
             total = block.sum(-1, keepdim=True)
             sums[rows] = total
             found[rows] = total.log().add_(highest)
-            if keep:
+            if keep and block.dtype != self.logits.dtype:
                 self.logits[rows] = block
         return found, sums if keep else None
 
@@ -193,13 +193,14 @@ class LogitChunk:
                 block.sub_(logprobs.exp_().mul_(extra[rows]))
             self.logits[rows] = block
 
-    def _blocks(self, temperature: float) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, and a copy of their logits / temperature that may be overwritten."""
+    def _blocks(self, temperature: float, *, overwrite: bool = False) -> Iterator[tuple[slice, Tensor]]:
+        """Rows, and a wide copy of their logits / temperature that may be written to; with `overwrite` no copy of logits that are as wide."""
         size = self._block.shape[0]
         for first in range(0, self.logits.shape[0], size):
             rows = slice(first, min(first + size, self.logits.shape[0]))
-            block = self._block[: rows.stop - first]
-            block.copy_(self.logits[rows])
+            block = self.logits[rows]
+            if not overwrite or block.dtype != self._block.dtype:
+                block = self._block[: rows.stop - first].copy_(block)
             yield rows, block if temperature == 1.0 else block.div_(temperature)
 
 

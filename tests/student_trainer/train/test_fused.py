@@ -13,6 +13,7 @@ from student_trainer.config import LossConfig, LossTermConfig
 from student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
 from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.policy_gradient import SampledTokens
+from student_trainer.train.loss.product_type import product_type
 from student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 from tests.student_trainer.train.dense import random_logits, targets_of
 
@@ -193,3 +194,31 @@ def test_autocast_sets_the_type_of_the_product_alone() -> None:
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.float32
         assert (one - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, N])
+def test_weights_of_half_precision_get_gradients_of_their_type(chunk_rows: int) -> None:
+    positions = _positions(_teacher(), torch.float32)
+    layer = _layer(torch.bfloat16)
+    # Small logits: a processor with products of half precision rounds them.
+    hidden = random_logits(N, H, seed=4, scale=0.3, dtype=torch.bfloat16).requires_grad_()
+    leaves = (hidden, layer.weight, layer.bias)
+    fused = fused_objective(hidden, layer, positions, LOSSES["mixed"], chunk_logits=chunk_rows * V)
+    found = _gradients(fused, *leaves)
+    wide = [each.detach().double().requires_grad_() for each in leaves if each is not None]
+    plain = fused_objective(wide[0], OutputLayer(weight=wide[1], bias=wide[2]), positions, LOSSES["mixed"])
+    expected = _gradients(plain, *wide)
+    assert fused.loss_sum.dtype == torch.float32
+    assert fused.loss_sum.item() == pytest.approx(plain.loss_sum.item(), rel=0.02)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+def test_only_a_processor_without_half_precision_takes_another_type() -> None:
+    for dtype in (torch.float32, torch.float64):
+        assert product_type(dtype, "cpu") == dtype
+    for dtype in (torch.bfloat16, torch.float16):
+        assert product_type(dtype, "cuda") == dtype
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert product_type(torch.bfloat16, "cpu") == (torch.bfloat16 if has_bfloat16 else torch.float32)
