@@ -34,8 +34,10 @@ T = TypeVar("T")
 Fate = Literal["completes", "stopped in the queue", "stopped while it trains", "fails"]
 STEPS = 3
 ENDLESS = 1_000_000
-PATIENCE_S = 60.0
-"""How long a caller asks a service that is away again."""
+PATIENCE_S = 300.0
+"""How long a caller asks a service that is away again; one that starts on a busy machine takes its time."""
+LOOK_S = 2.0
+"""Time between two looks at all runs, each of which costs the service more the more there are."""
 STALL_S = 300.0
 """After so long without a run that ends, a soak has failed."""
 MARK = "STILLHOUSE_SOAK"
@@ -262,12 +264,20 @@ class _Submitter(threading.Thread):
                 if plan.fate == "stopped in the queue":
                     _patiently(run.stop)
                 elif plan.fate == "stopped while it trains":
-                    stoppers.append(threading.Thread(target=_stop_in_training, args=(run,), daemon=True))
+                    stoppers.append(threading.Thread(target=self._stop_in_training, args=(run,), daemon=True))
                     stoppers[-1].start()
         except StillhouseError as error:
             self.error = error
         for each in stoppers:
             each.join()
+
+    def _stop_in_training(self, run: RunHandle) -> None:
+        """Asks the run to stop once it has taken a step; for as long as that takes, through every kill."""
+        try:
+            _patiently(lambda: _wait_for_step(run))
+            _patiently(run.stop)
+        except StillhouseError as error:
+            self.error = error
 
 
 def _ask(trainer: Trainer, plan: Plan) -> RunHandle:
@@ -275,11 +285,11 @@ def _ask(trainer: Trainer, plan: Plan) -> RunHandle:
     return _patiently(lambda: trainer.create_run(dict(plan.spec), request_id=plan.request_id))
 
 
-def _stop_in_training(run: RunHandle) -> None:
-    """Asks the run to stop once it has taken a step; for as long as that takes, through every kill."""
-    while not _patiently(lambda: run.get().progress.step):
-        time.sleep(0.5)
-    _patiently(run.stop)
+def _wait_for_step(run: RunHandle) -> None:
+    """Returns once the run has taken a step, or has ended; its watch is taken up again when the service is back."""
+    for event in run.watch():
+        if event.run.progress.step or event.metrics.step:
+            return
 
 
 def _patiently(ask: Callable[[], T]) -> T:
@@ -316,7 +326,7 @@ def _kill_meanwhile(
             killed += 1
             time.sleep(generator.uniform(0, 0.5))
             service.start()
-        time.sleep(0.5)
+        time.sleep(LOOK_S)
 
 
 if __name__ == "__main__":
