@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 
@@ -20,35 +17,26 @@ from examples.programs import Program
 from protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse
 from student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
-from tests.faults.world import World, curve_of, events_of, final_weights, world
-from tests.student_trainer.train.runs import failure, finish_here, make_run, spec_of, start
+from tests.faults.disturbed import (
+    BATCH,
+    KEEPALIVE,
+    LONG,
+    PREFETCH_STEPS,
+    STEPS,
+    TOP_K,
+    assert_same_end,
+    spec,
+    wait_for_steps,
+    wait_waiting,
+)
+from tests.faults.world import World, curve_of, events_of, world
+from tests.student_trainer.train.runs import failure, finish_here, make_run, start
 from tests.support.counting_proxy import counting_proxy
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 from tests.support.tcp_proxy import TcpProxy
 
-LONG = bool(os.environ.get("LONG"))
-STEPS, BATCH, PREFETCH_STEPS, TOP_K = 40, 4, 2, 32
-KEEPALIVE = {"STILLHOUSE_KEEPALIVE_S": "2"}
-NOTICED_WITHIN_S = 60.0
-"""4 s are enough: a ping every 2 s, 2 s for its answer; the rest is for a loaded machine."""
 LONG_SILENCE_S = 60.0
-
-
-def spec(models: Models, data: Path, target: str, **further: Any) -> dict[str, Any]:
-    """A run without held-out rows: all that it asks for is what it learns from."""
-    made = spec_of(
-        models.student,
-        data,
-        target,
-        data={"eval_fraction": 0},
-        optimizer={"max_steps": STEPS, "grad_accum_steps": 1},
-        checkpoint={"every_steps": 5},
-        retry={"teacher_wait_s": 120},
-        **further,
-    )
-    made["teachers"][0]["prefetch_steps"] = PREFETCH_STEPS
-    return made
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +54,6 @@ def environment() -> Iterator[Mapping[str, str]]:
     """Of training processes that notice a silent teacher soon; none outlives its test."""
     with no_process_left() as mark:
         yield {**mark, **KEEPALIVE}
-
-
-def assert_same_end(run_dir: RunDir, undisturbed: RunDir) -> None:
-    assert curve_of(run_dir) == curve_of(undisturbed)
-    assert sorted(curve_of(run_dir)) == list(range(1, STEPS + 1))
-    expected, found = final_weights(undisturbed), final_weights(run_dir)
-    assert expected.keys() == found.keys()
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(weight, found[name], err_msg=name)
 
 
 class Assassin:
@@ -294,18 +273,3 @@ def test_answers_that_are_no_numbers_are_left_out_counted_and_too_many_end_the_r
     else:
         assert code == 0
         assert len(curve_of(run_dir)) == STEPS
-
-
-def wait_for_steps(run_dir: RunDir, steps: int, process: subprocess.Popen[bytes]) -> None:
-    wait_until(lambda: len(curve_of(run_dir)) >= steps or process.poll() is not None, f"{steps} steps")
-    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
-
-
-def wait_waiting(run_dir: RunDir, process: subprocess.Popen[bytes]) -> None:
-    """Until the run says that it waits for its teacher."""
-    wait_until(
-        lambda: bool(events_of(run_dir, "condition")) or process.poll() is not None,
-        "that the run says why it waits",
-        patience_s=NOTICED_WITHIN_S,
-    )
-    assert events_of(run_dir, "condition")[0]["condition"] == "WAITING_FOR_TEACHER"
