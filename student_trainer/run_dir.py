@@ -274,7 +274,7 @@ class Attempt:
             )
 
     def heartbeat(self) -> None:
-        """Say that the process makes progress, or waits on purpose."""
+        """Say that the process lives."""
         self.run_dir.heartbeat_path.touch()
 
     def report(self, kind: str, **payload: Any) -> None:

@@ -17,6 +17,8 @@ from student_trainer.runs.service import ServiceOptions, serve
 
 _PATH = click.Path(path_type=Path)
 _DEFAULTS = ServiceOptions(data_dir=Path())
+LEAST_SILENCE_S = 15.0
+"""Three times what lies between two signs of life."""
 EXIT_SETTINGS = 2
 """What cannot work with these settings, such as an address that is taken."""
 
@@ -102,6 +104,12 @@ def _indices(_context: click.Context, _parameter: click.Parameter, value: str | 
     help="Metrics and events of a run; one that writes more is ended.",
 )
 @click.option(
+    "--max-silence-s",
+    type=click.FloatRange(0),
+    default=_DEFAULTS.max_silence_s,
+    help="End a run's process that gives no sign of life for so many seconds; 0 for never. It gives one every 5 s.",
+)
+@click.option(
     "--max-queued-runs",
     type=click.IntRange(1),
     default=_DEFAULTS.max_queued_runs,
@@ -154,6 +162,10 @@ def main(
     """Queue distillation runs, train each in its own process, and report."""
     if (tls_cert is None) != (tls_key is None):
         raise click.UsageError("--tls-cert and --tls-key go together.")
+    if 0 < settings["max_silence_s"] < LEAST_SILENCE_S:
+        raise click.UsageError(
+            f"--max-silence-s is less than {LEAST_SILENCE_S:g}, which live processes may need."
+        )
     if tls_client_ca is not None and tls_cert is None:
         raise click.UsageError("--tls-client-ca needs --tls-cert and --tls-key.")
     tls = ServerTls(cert=tls_cert, key=tls_key, client_ca=tls_client_ca) if tls_cert and tls_key else None

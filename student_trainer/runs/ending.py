@@ -47,6 +47,8 @@ class Ending:
     """Why it failed, as the process said."""
     killed_for_stop: bool
     """Whether the service killed it because it did not end in time after a stop."""
+    killed_for_silence: bool
+    """Whether the service killed it because it gave no sign of life for too long."""
     killed_for_memory: bool
     """Whether the kernel has killed a process for memory meanwhile."""
     log_tail: str
@@ -111,6 +113,12 @@ def _death(ending: Ending) -> StillhouseError:
         return StillhouseError(Reason.QUOTA, sentence, metadata=metadata)
     if ending.killed_for_stop:
         sentence = "The process did not end in time after it was asked to stop, and was killed; `run resume` goes on from the last checkpoint."
+        return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
+    if ending.killed_for_silence:
+        sentence = (
+            "The process gave no sign of life for longer than the service's --max-silence-s, and was killed; "
+            "see whether its host or disk hangs. `run resume` goes on from the last checkpoint."
+        )
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
     if ending.outcome == "stopped":
         sentence = "The process wrote a checkpoint and ended because something else than this service told it to, such as a SIGTERM; `run resume` goes on from there."

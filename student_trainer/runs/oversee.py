@@ -19,6 +19,7 @@ from student_trainer.run_dir import EXIT_DISK_FULL, RunDir
 from student_trainer.runs.database import DatabaseThread
 from student_trainer.runs.ending import Ending, Overflow, classify, wants_less_memory
 from student_trainer.runs.process import Adopted, Exit, Process, oom_kills
+from student_trainer.runs.pulse import Pulse
 from student_trainer.runs.state import PENDING
 from student_trainer.runs.store import Store
 from student_trainer.runs.watch import Bell, Tail
@@ -27,6 +28,8 @@ POLL_S = 0.2
 """Time between two looks at a run's journals and process."""
 TERM_GRACE_S = 10.0
 """Time between SIGTERM and SIGKILL."""
+QUIET_S = 60.0
+"""Time without a sign of life after which a run is said not to respond, or half of what it may last if that is less."""
 STORE_RETRY_S = 5.0
 """Time after which a store that took nothing is tried again."""
 LOG_TAIL_BYTES = 2000
@@ -47,6 +50,8 @@ class Keeping:
     """Of one attempt; a process that writes more is killed."""
     max_metric_bytes: int
     """Of a run's metrics and events; a process that writes more is killed."""
+    max_silence_s: float
+    """Time without a sign of life after which a process is killed; 0: never."""
 
 
 class Overseer:
@@ -64,6 +69,10 @@ class Overseer:
         self._oom_kills = oom_kills()
         self._asked_at_s: float | None = None
         self._adopting = isinstance(process, Adopted)
+        self._pulse = Pulse(run_dir.heartbeat_path)
+        self._quiet = self._adopting
+        """Whether the store may say that the run does not respond."""
+        self._silenced = False
         self._terminated = False
         self._killed = False
         self._overflowed: Overflow | None = None
@@ -89,6 +98,7 @@ class Overseer:
                 return await self._finish(ended)
             self._insist()
             self._bound_volume()
+            await self._listen()
             await asyncio.sleep(POLL_S)
 
     async def _settle_adoption(self) -> None:
@@ -144,6 +154,25 @@ class Overseer:
         log.warning("run writes too much", run=self._run_id, what=self._overflowed)
         self._process.send(signal.SIGKILL)
 
+    async def _listen(self) -> None:
+        """Say that the process gives no sign of life, or does again; kill one that is silent for too long."""
+        silent_s, limit_s = self._pulse.silent_s(), self._keeping.max_silence_s
+        quiet = silent_s > (min(QUIET_S, limit_s / 2) if limit_s else QUIET_S)
+        if quiet != self._quiet:
+            idle, quiet_one = Run.CONDITION_UNSPECIFIED, Run.CONDITION_NOT_RESPONDING
+            now, before = (quiet_one, idle) if quiet else (idle, quiet_one)
+            await self._keeping.db(self._keeping.store.set_condition, self._run_id, now, instead_of=before)
+            self._quiet = quiet
+            self._keeping.bell.ring(self._run_id)
+            if quiet:
+                log.warning("run does not respond", run=self._run_id, silent_s=round(silent_s, 1))
+        if limit_s and silent_s > limit_s and not self._silenced:
+            log.warning(
+                "run does not respond", run=self._run_id, silent_s=round(silent_s, 1), signal="SIGKILL"
+            )
+            self._silenced = True
+            self._process.send(signal.SIGKILL)
+
     async def _finish(self, ended: Exit) -> Run:
         store, db = self._keeping.store, self._keeping.db
         outcome, error = await db(store.outcome, self._run_id, self._attempt)
@@ -158,6 +187,7 @@ class Overseer:
                 outcome=outcome,
                 error=error,
                 killed_for_stop=self._terminated,
+                killed_for_silence=self._silenced,
                 killed_for_memory=oom_kills() > self._oom_kills,
                 log_tail=log_tail(self._run_dir, self._attempt),
                 may_retry=used < run.effective_spec.retry.max_attempts,

@@ -57,6 +57,8 @@ class ServiceOptions:
     """Of one attempt of a run."""
     max_metric_bytes: int = 2**30
     """Of a run's metrics and events."""
+    max_silence_s: float = 900.0
+    """Of a training process, after which it is killed; 0: never."""
     max_queued_runs: int = 1000
     """Of one client."""
     keep_ended_days: float | None = None
@@ -126,6 +128,7 @@ async def _serve(
         stop_grace_s=options.stop_grace_s,
         max_log_bytes=options.max_log_bytes,
         max_metric_bytes=options.max_metric_bytes,
+        max_silence_s=options.max_silence_s,
     )
     supervisor = Supervisor(store, db, bell, slots, supervisor_options)
     host = Host(

@@ -41,6 +41,8 @@ class SupervisorOptions:
     """Of one attempt."""
     max_metric_bytes: int
     """Of a run's metrics and events."""
+    max_silence_s: float
+    """Time without a sign of life after which a run's process is killed; 0: never."""
 
 
 class Supervisor:
@@ -61,6 +63,7 @@ class Supervisor:
             stop_grace_s=options.stop_grace_s,
             max_log_bytes=options.max_log_bytes,
             max_metric_bytes=options.max_metric_bytes,
+            max_silence_s=options.max_silence_s,
         )
         self._overseers: dict[str, Overseer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}

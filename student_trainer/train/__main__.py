@@ -34,6 +34,7 @@ from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
 from student_trainer.disk import broken_sentence, full_sentence, is_broken, is_full
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from student_trainer.train.follower import Follower
+from student_trainer.train.heartbeat import beating
 from student_trainer.train.ranks_start import Place, Processes, end_with_first, say_why
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> Non
         with (
             process_span("train", run=run_dir.name, attempt=attempt),
             _opened(RunDir(run_dir), attempt, given) as opened,
+            beating(opened),
         ):
             sys.exit(work(opened, stop.is_set, given))
     except StillhouseError as error:

@@ -84,6 +84,8 @@ class Run(_message.Message):
         """Its process died; a new attempt starts."""
         CONDITION_ADOPTING: Run._Condition.ValueType  # 3
         """The service restarted and takes it over."""
+        CONDITION_NOT_RESPONDING: Run._Condition.ValueType  # 4
+        """Its process gives no sign of life; the service ends it after --max-silence-s."""
 
     class Condition(_Condition, metaclass=_ConditionEnumTypeWrapper):
         """Condition is why a live run makes no progress."""
@@ -96,6 +98,8 @@ class Run(_message.Message):
     """Its process died; a new attempt starts."""
     CONDITION_ADOPTING: Run.Condition.ValueType  # 3
     """The service restarted and takes it over."""
+    CONDITION_NOT_RESPONDING: Run.Condition.ValueType  # 4
+    """Its process gives no sign of life; the service ends it after --max-silence-s."""
 
     NAME_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int

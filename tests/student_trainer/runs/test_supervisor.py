@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -17,8 +18,9 @@ from examples.programs import Program, start_trainer
 from protos.errors import Reason, from_status
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2 import Run
+from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 from tests.conftest import Models
-from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step, watch
+from tests.student_trainer.runs.caller import PATIENCE_S, stub_for, wait_ended, wait_step, watch
 from tests.student_trainer.specs import cross_entropy_spec
 from tests.support.processes import no_process_left
 
@@ -156,6 +158,46 @@ def test_a_process_that_dies_is_retried_and_one_that_hangs_is_killed_after_the_g
     assert [attempt.signal for attempt in run.attempts] == [signal.SIGKILL, signal.SIGKILL]
     assert "was killed (exit 137)" in run.attempts[0].error.message
     assert "did not end in time" in run.attempts[1].error.message
+
+
+@pytest.mark.faults(row=21)
+@pytest.mark.slow
+def test_a_process_that_sleeps_is_told_from_one_that_works_and_is_replaced_if_it_does_not_wake(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    spec = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+    spec.retry.max_attempts = 2
+    spec.checkpoint.every_steps = 1
+    with stub_for(trainer_service("--max-silence-s", "20").target) as stub:
+        name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+        wait_step(stub, name, 2)
+        pid = training_pid(tmp_path / "trainer-data", name)
+        os.kill(pid, signal.SIGSTOP)
+        asleep = wait_condition(stub, name, Run.CONDITION_NOT_RESPONDING)
+        os.kill(pid, signal.SIGCONT)
+        wait_condition(stub, name, Run.CONDITION_UNSPECIFIED, after=asleep)
+        os.kill(pid, signal.SIGSTOP)
+        step = wait_step(stub, name, 1, attempt=2)
+        assert step > asleep
+        assert not psutil.pid_exists(pid)
+        stub.StopRun(pb.StopRunRequest(name=name))
+        run = wait_ended(stub, name)
+    assert run.state == Run.STATE_STOPPED
+    assert [attempt.signal for attempt in run.attempts] == [signal.SIGKILL, 0]
+    assert "no sign of life" in run.attempts[0].error.message
+    assert 1 < run.attempts[1].first_step <= run.attempts[0].last_step + 1
+
+
+def wait_condition(
+    stub: RunServiceStub, name: str, condition: Run.Condition.ValueType, *, after: int = 0
+) -> int:
+    """Wait until the run is said to be in this condition; the sequence of the event that says so."""
+    call: Any = stub.WatchRun(pb.WatchRunRequest(name=name, after_sequence=after), timeout=PATIENCE_S)
+    for event in call:
+        if event.HasField("run") and event.sequence > after and event.run.condition == condition:
+            call.cancel()
+            return int(event.sequence)
+    raise AssertionError(f"{name} ended before that was said")
 
 
 @pytest.mark.faults(row=22)
