@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import socket
 import ssl
 import stat
 import subprocess
@@ -125,24 +126,56 @@ def certificate(check: str, path: Path, now_s: float | None = None) -> Finding:
     except (OSError, ValueError, KeyError, subprocess.SubprocessError):
         remedy = "Give a PEM file that can be read."
         return Finding(check=check, state="failed", found=f"{path} is no certificate", remedy=remedy)
-    now_s = time.time() if now_s is None else now_s
+    what = f"{path} ({told.get('subject', '').strip()})"
+    return _lasting(check, what, begins_s, ends_s, time.time() if now_s is None else now_s)
+
+
+def _lasting(check: str, what: str, begins_s: float, ends_s: float, now_s: float) -> Finding:
+    """Whether a certificate is valid, and will be for a while."""
     days = (ends_s - now_s) / _DAY_S
-    name = told.get("subject", "").strip()
     if now_s < begins_s:
         remedy = "Correct this machine's clock, or wait."
-        return Finding(check=check, state="failed", found=f"{path} ({name}) is not valid yet", remedy=remedy)
+        return Finding(check=check, state="failed", found=f"{what} is not valid yet", remedy=remedy)
     if days <= 0:
         remedy = "Renew it; services read a renewed file without a restart."
         return Finding(
-            check=check, state="failed", found=f"{path} ({name}) expired {-days:.0f} days ago", remedy=remedy
+            check=check, state="failed", found=f"{what} expired {-days:.0f} days ago", remedy=remedy
         )
     soon = days * _DAY_S < EXPIRES_SOON_S
     return Finding(
         check=check,
         state="warning" if soon else "ok",
-        found=f"{path} ({name}), valid for {days:.0f} days",
-        remedy="Renew it soon." if soon else "",
+        found=f"{what}, valid for {days:.0f} days",
+        remedy="Renew it soon; services read a renewed file without a restart." if soon else "",
     )
+
+
+def _shown(check: str, target: str, settings: Settings) -> Iterator[Finding]:
+    """The certificate that a service shows; nothing where there is none, or where nobody answers, which others say."""
+    if not settings.uses_tls or target.startswith("unix"):
+        return
+    check = f"{check}'s certificate"
+    host, _, port = target.rpartition(":")
+    host = host.strip("[]")
+    try:
+        context = ssl.create_default_context(cafile=settings.tls_ca)
+        context.set_alpn_protocols(["h2"])
+        if settings.tls_cert and settings.tls_key:
+            context.load_cert_chain(settings.tls_cert, settings.tls_key)
+        with (
+            socket.create_connection((host, int(port)), TIMEOUT_S) as plain,
+            context.wrap_socket(plain, server_hostname=settings.tls_server_name or host) as secured,
+        ):
+            told: Any = secured.getpeercert()
+    except ssl.SSLCertVerificationError as error:
+        remedy = "Renew it if it has expired; else give --tls-ca the authority that signed it, or --tls-server-name."
+        found = f"{target} shows one that is not accepted: {error.verify_message}"
+        yield Finding(check=check, state="failed", found=found, remedy=remedy)
+    except (OSError, ValueError):
+        return
+    else:
+        begins_s, ends_s = (ssl.cert_time_to_seconds(told[name]) for name in ("notBefore", "notAfter"))
+        yield _lasting(check, f"that of {target}", begins_s, ends_s, time.time())
 
 
 def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
@@ -153,6 +186,7 @@ def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
 
 def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[Finding]:
     yield from _exposure("teacher", target, settings)
+    yield from _shown("teacher", target, settings)
     with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
         began_s = time.monotonic()
         info, problem = _asked("teacher", service.info)
@@ -178,6 +212,7 @@ def trainer(settings: Settings) -> Iterator[Finding]:
     from protos.stillhouse.v1 import run_pb2
 
     yield from _exposure("trainer", settings.trainer, settings)
+    yield from _shown("trainer", settings.trainer, settings)
     with Trainer(settings.trainer, **settings.security(), timeout_s=TIMEOUT_S) as service:
         request = run_pb2.ListRunsRequest(page_size=100)
         page, problem = _asked("trainer", lambda: service.call(service.stub.ListRuns, request))
@@ -199,6 +234,14 @@ def trainer(settings: Settings) -> Iterator[Finding]:
                 state="warning",
                 found=f"{len(stuck)} wait for a teacher that does not answer them",
                 remedy="Start that teacher; `stillhouse run show` names its address under teachers.",
+            )
+        silent = [each for each in working if each.condition == run.CONDITION_NOT_RESPONDING]
+        if silent:
+            yield Finding(
+                check="trainer's runs",
+                state="warning",
+                found=f"the processes of {len(silent)} give no sign of life",
+                remedy="See on the trainer's host whether its disk, its devices or the processes hang.",
             )
 
 

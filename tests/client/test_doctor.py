@@ -84,6 +84,22 @@ def test_a_certificate_says_how_long_it_lasts(tmp_path: Path, days: int, state: 
     assert certificate("own certificate", made.client.key).state == "failed"
 
 
+def test_the_certificate_that_a_service_shows_is_looked_at(
+    trainer_service: Callable[..., Program], tmp_path: Path
+) -> None:
+    made = make_certificates(tmp_path)
+    tls = ("--tls-cert", str(made.server.cert), "--tls-key", str(made.server.key))
+    target = trainer_service(*tls, "--tls-client-ca", str(made.authority.cert)).target
+    own = ("--tls-cert", str(made.client.cert), "--tls-key", str(made.client.key))
+    code, found = doctor("--trainer", target, "--only", "trainer", "--tls-ca", str(made.authority.cert), *own)
+    assert (code, found["trainer"]["state"]) == (0, "ok")
+    assert found["trainer's certificate"]["state"] == "warning"
+    assert "valid for 2 days" in found["trainer's certificate"]["found"]
+    code, found = doctor("--trainer", target, "--only", "trainer", "--tls-ca", str(made.stranger.cert), *own)
+    assert (code, found["trainer's certificate"]["state"]) == (1, "failed")
+    assert "--tls-ca" in found["trainer's certificate"]["remedy"]
+
+
 def test_a_target_elsewhere_without_tls_is_marked() -> None:
     _, found = doctor("--teacher", "192.0.2.1:7401", "--trainer", "127.0.0.1:1", "--only", "trainer")
     assert found["trainer"]["state"] == "failed"
