@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.soak_history import History, check
 from client.api import RunHandle, StillhouseError, Trainer
+from client.connection import CONNECTED_S
 from examples.programs import Program, ProgramError, start_trainer
 from protos.stillhouse.v1.run_pb2 import Run
 
@@ -296,9 +297,12 @@ def _patiently(ask: Callable[[], T]) -> T:
     """What `ask` returns, asked again while no service answers. Raises what waiting does not help, and the last error."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
+        asked_s = time.monotonic()
         try:
             return ask()
         except StillhouseError as error:
+            if time.monotonic() - asked_s > CONNECTED_S:  # a watch that was broken
+                deadline = time.monotonic() + PATIENCE_S
             if not error.retryable or time.monotonic() > deadline:
                 raise
         time.sleep(0.2)

@@ -20,7 +20,9 @@ CALL_TIMEOUT_S = 60.0
 FIRST_PAUSE_S = 0.2
 LONGEST_PAUSE_S = 15.0
 PATIENCE_S = 600.0
-"""Time without an answer after which a lost stream is given up."""
+"""Time without a service after which a lost stream is given up."""
+CONNECTED_S = 30.0
+"""A stream that lasted so long was connected, also if it had nothing to say; one that is refused ends sooner."""
 
 OnLost = Callable[[StillhouseError, float], None]
 """Told why a stream was lost, and how many seconds later it is tried again."""
@@ -128,11 +130,12 @@ def resumed(
     """The items of a stream that is opened again when it is lost.
 
     `open_stream` starts after the last item that was given out. A stream that never answered is not opened again.
-    Raises what cannot be helped by waiting, and the last error if nobody answers for `patience_s` seconds.
+    Raises what cannot be helped by waiting, and the last error if no service is there for `patience_s` seconds.
     """
     patience = Patience(patience_s)
     has_answered = False
     while True:
+        opened_s = time.monotonic()
         try:
             for item in open_stream():
                 has_answered = True
@@ -141,6 +144,8 @@ def resumed(
         except StillhouseError as error:
             if not (has_answered and error.retryable):
                 raise
+            if time.monotonic() - opened_s > CONNECTED_S:
+                patience.answered()
             patience.wait(error, on_lost)
         else:
             return

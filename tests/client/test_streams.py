@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from client import connection
 from client.api import RunHandle, Trainer
 from client.cli import cli
 from protos.errors import Reason, StillhouseError
@@ -87,6 +89,26 @@ def test_waiting_for_a_lost_trainer_has_an_end() -> None:
         assert next(events).sequence == 1
         with pytest.raises(StillhouseError, match="going down"):
             next(events)
+
+
+def test_a_long_silence_before_a_break_costs_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that waits in a queue says nothing for hours; its watch is opened again like any other."""
+    monkeypatch.setattr(connection, "CONNECTED_S", 0.2)
+    asked: list[int] = []
+
+    def watch(request: Any) -> Iterator[WatchRunResponse]:
+        asked.append(request.after_sequence)
+        if not request.after_sequence:
+            yield change(1, Run.STATE_PENDING)
+        if len(asked) < 3:
+            time.sleep(1.5)
+            raise GONE
+        yield change(2, Run.STATE_STOPPED)
+
+    with odd_service(WatchRun=watch) as target, Trainer(target) as trainer:
+        events = list(RunHandle(trainer, NAME).watch(patience_s=1.0))
+    assert asked == [0, 1, 1]
+    assert [event.sequence for event in events] == [1, 2]
 
 
 def test_watch_shows_changes_steps_and_evaluations_as_lines() -> None:
