@@ -21,6 +21,11 @@ def is_full(error: BaseException) -> bool:
     return not FULL.isdisjoint(_numbers(error))
 
 
+def is_too_long(error: BaseException) -> bool:
+    """Whether a limit of a file's length is behind an error, and not the disk's room."""
+    return errno.EFBIG in _numbers(error)
+
+
 def is_broken(error: BaseException) -> bool:
     """Whether a disk that fails, or was taken away, is behind an error."""
     return not BROKEN.isdisjoint(_numbers(error))
@@ -58,6 +63,14 @@ def full_sentence(run_path: Path) -> str:
     return (
         f"There is no room for the run's files in {fullest}, on {describe(fullest)}. Its last complete checkpoint is intact. "
         "Free some space there, or lower checkpoint.keep, then resume the run."
+    )
+
+
+def too_long_sentence(run_path: Path) -> str:
+    """What a limit of a file's length means for the run in `run_path`, and what to do."""
+    return (
+        f"A file of the run in {run_path} would be longer than its process or its file system allows. Its last complete "
+        "checkpoint is intact. Raise the limit (`ulimit -f` of the run service), then resume the run."
     )
 
 

@@ -31,7 +31,14 @@ from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
 from student_trainer.config import RunConfig, from_proto, to_proto
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
-from student_trainer.disk import broken_sentence, full_sentence, is_broken, is_full
+from student_trainer.disk import (
+    broken_sentence,
+    full_sentence,
+    is_broken,
+    is_full,
+    is_too_long,
+    too_long_sentence,
+)
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from student_trainer.train.follower import Follower
 from student_trainer.train.heartbeat import beating
@@ -164,6 +171,8 @@ def explain(error: BaseException, run_path: Path) -> BaseException:
     """The error in words of the catalog where it has a cause that a user can mend; else itself."""
     import torch
 
+    if is_too_long(error):
+        return StillhouseError(Reason.DISK_FULL, too_long_sentence(run_path))
     if is_full(error):
         return StillhouseError(Reason.DISK_FULL, full_sentence(run_path))
     if is_broken(error):

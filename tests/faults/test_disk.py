@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from protos.errors import Reason, from_rpc_error, from_status
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2 import Run
 from student_trainer.run_dir import EXIT_FAILED, RunDir
-from student_trainer.train.checkpoint import find_damage
+from student_trainer.train.checkpoint import WEIGHTS, find_damage
 from tests.conftest import Models
 from tests.faults.world import World, curve_of, events_of, final_weights, get_run, insist, world
 from tests.student_trainer.runs.caller import stub_for
@@ -119,6 +120,36 @@ def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_
     assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
     assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
     filler.unlink()
+    assert finish_here(run_dir, 2) == 0
+    assert events_of(run_dir, "started")[1]["step"] == kept[-1]
+    assert_same_end(run_dir, undisturbed)
+
+
+@pytest.mark.faults(row=10)
+def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
+    *,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    undisturbed: RunDir,
+    environment: Mapping[str, str],
+    tmp_path: Path,
+) -> None:
+    """RLIMIT_FSIZE: the write that meets the limit is cut short, and the next one fails with EFBIG."""
+    run_dir = make_run(tmp_path, "short", spec(models, dataset_file, hf_teacher.target))
+    process = start(run_dir, 1, environment)
+    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
+    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
+    limit = (run_dir.checkpoint_path(run_dir.checkpoints()[-1]) / WEIGHTS).stat().st_size // 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
+    error = events_of(run_dir, "failed")[-1]["error"]
+    assert error["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+    assert "ulimit -f" in error["message"]
+    kept = run_dir.checkpoints()
+    assert len(kept) == 2
+    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
+    assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
     assert finish_here(run_dir, 2) == 0
     assert events_of(run_dir, "started")[1]["step"] == kept[-1]
     assert_same_end(run_dir, undisturbed)
