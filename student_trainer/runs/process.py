@@ -155,6 +155,17 @@ def find(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
     return None
 
 
+def left_a_trace(run_dir: RunDir, attempt: int) -> bool:
+    """Whether the process of an attempt has ever opened the run or said a word; if not, it may never have been started."""
+    opened = run_dir.process()
+    if opened is not None and opened.attempt == attempt:
+        return True
+    try:
+        return run_dir.log_path(attempt).stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def end_leftover(run_dir: RunDir) -> None:
     """Kill a process of an earlier attempt that still holds the run; its writes are fenced off already."""
     record = run_dir.locked_by_live_process()

@@ -243,7 +243,7 @@ class Supervisor:
         run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
         devices = await self._db(self._store.devices, run_id, attempt)
         record = await asyncio.to_thread(process.find, run_dir, attempt)
-        if record is None and not run_dir.log_path(attempt).exists():
+        if record is None and not process.left_a_trace(run_dir, attempt):
             # The service was killed between the store's word and the process's start.
             await self._withdraw(run_id, attempt)
             return

@@ -16,11 +16,9 @@ from protos.errors import Reason
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
-from student_trainer.runs.data_dir import DataDir
 from student_trainer.runs.servicer import MAX_SPEC_BYTES, run_id_of
-from student_trainer.runs.store import Store
 from tests.student_trainer.runs.caller import refused, stub_for, wait_ended
-from tests.student_trainer.specs import SMALLEST, spec_of
+from tests.student_trainer.specs import spec_of
 from tests.support.processes import no_process_left
 
 
@@ -145,30 +143,6 @@ def test_a_spec_beyond_any_run_is_refused_before_it_is_checked(service: Service)
     with refused(Reason.INVALID_SPEC) as caught:
         service.create(spec)
     assert f"at most {MAX_SPEC_BYTES} are taken" in str(caught[0])
-
-
-def test_a_run_whose_process_was_never_started_is_queued_again(tmp_path: Path) -> None:
-    """As after a kill of the service between the store's word and the start of the process."""
-    data_dir = DataDir.open(tmp_path / "data")
-    store = Store.open(data_dir.database_path)
-    spec = spec_of(SMALLEST)
-    store.create("aaaaaaaaaaaa", spec, spec, request_id="", version="1")
-    store.begin_attempt("aaaaaaaaaaaa", ())
-    store.close()
-    data_dir.close()
-    with (
-        no_process_left() as mark,
-        start_trainer(
-            tmp_path / "data",
-            directory=tmp_path,
-            options=["--cpu-slots", "0", "--gpus", ""],
-            environment=mark,
-        ) as program,
-        stub_for(program.target) as stub,
-    ):
-        run = wait_ended(stub, "runs/aaaaaaaaaaaa")
-    assert "--cpu-slots" in run.error.message  # it waited for a slot, of which there is none
-    assert list(run.attempts) == []
 
 
 @pytest.mark.faults(row=14)
