@@ -39,8 +39,10 @@ PATIENCE_S = 300.0
 """How long a caller asks a service that is away again; one that starts on a busy machine takes its time."""
 LOOK_S = 2.0
 """Time between two looks at all runs, each of which costs the service more the more there are."""
-STALL_S = 300.0
+STALL_S = 900.0
 """After so long without a run that ends, a soak has failed."""
+TELL_RUNS = 10
+"""Runs between two lines of progress."""
 MARK = "STILLHOUSE_SOAK"
 """Environment variable by which every process of a soak is known."""
 ENDED = frozenset({Run.STATE_STOPPED, Run.STATE_COMPLETED, Run.STATE_FAILED})
@@ -313,11 +315,14 @@ def _kill_meanwhile(
 ) -> int:
     """Kills and starts the service at random moments of the runs' time, and returns how often once all runs have ended."""
     moments = sorted(generator.uniform(0, runs) for _ in range(kills))
-    killed, deadline, ended_before = 0, time.monotonic() + STALL_S, -1
+    killed, deadline, ended_before, told = 0, time.monotonic() + STALL_S, -1, 0
     while True:
         ended = _patiently(lambda: sum(1 for _ in submitter.trainer.runs(ENDED)))
         if ended > ended_before:
             ended_before, deadline = ended, time.monotonic() + STALL_S
+        if ended >= told + TELL_RUNS:
+            told = ended
+            click.echo(f"{ended} of {runs} runs have ended; the service was killed {killed} times", err=True)
         if ended >= runs and killed == kills:
             return killed
         if submitter.error is not None or time.monotonic() > deadline:
