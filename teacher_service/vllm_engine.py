@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import Distributions
 from teacher_service.config import TeacherConfig
@@ -29,7 +30,7 @@ from teacher_service.model_files import ModelFiles, locate_model
 from teacher_service.text import TextCodec
 from teacher_service.vllm_adapter_files import AdapterRules, matrix_shapes
 from teacher_service.vllm_adapters import VllmAdapters
-from teacher_service.vllm_errors import engine_dead, not_started, translated
+from teacher_service.vllm_errors import engine_dead, never_answered, not_started, translated
 from teacher_service.vllm_guard import Guard, kill_all
 from teacher_service.vllm_plugin import switched_on
 from teacher_service.vllm_probe import choose
@@ -81,7 +82,7 @@ class VllmEngine:
         """The engine, once its model has answered.
 
         Raises `StillhouseError`: INVALID_CONFIG without a vLLM that fits or for settings that it refuses,
-        MODEL_NOT_FOUND.
+        INVALID_CONFIG also for an engine that ends at its first request, MODEL_NOT_FOUND.
         """
         version = require_vllm()
         set_environment(config)
@@ -114,8 +115,10 @@ class VllmEngine:
             )
             engine = cls(llm, info, adapters, tier=tier, processes=processes, guard=guard)
             await engine._warm_up()
-        except BaseException:
+        except BaseException as error:
             await asyncio.to_thread(_stop, llm, processes, guard)
+            if isinstance(error, StillhouseError) and error.reason is Reason.TEACHER_UNREACHABLE:
+                raise never_answered(config.model, str(llm.model_config.quantization or "")) from error
             raise
         return engine
 

@@ -41,6 +41,20 @@ def not_started(model: str, error: BaseException) -> StillhouseError:
     )
 
 
+def never_answered(model: str, quantization: str) -> StillhouseError:
+    """What is said of an engine that came up and ended with its first request."""
+    remedy = (
+        f"It is quantised by {quantization}, for which this build may have no kernel on this processor: take another method, "
+        "or the model without quantisation."
+        if quantization
+        else "--engine hf serves it without vLLM."
+    )
+    return StillhouseError(
+        Reason.INVALID_CONFIG,
+        f"vLLM loads {model} and ends at its first request. The log above says why. {remedy}",
+    )
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error that says something; pydantic's errors stand between a headline and what was put in."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import structlog
 
-from protos.errors import StillhouseError
+from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
 from teacher_service import vllm_frontend
 from teacher_service.config import TeacherConfig, TierName
@@ -113,6 +113,8 @@ async def _guarded(answer: Any) -> Any:
         ValueError,
         KeyError,
     ) as error:
+        if isinstance(error, StillhouseError) and error.reason is Reason.TEACHER_UNREACHABLE:
+            raise  # vLLM is dead, for every tier
         raise StepDownError(f"its answer cannot be read: {type(error).__name__}: {error}") from error
 
 

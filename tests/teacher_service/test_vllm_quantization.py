@@ -9,12 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from protos.errors import Reason, StillhouseError
+from protos.tensor_codec import Distributions
 from teacher_service.config import TeacherConfig
+from teacher_service.engine import DistributionOptions, ScoreItem
 from tests.conftest import Models
 from tests.support.processes import no_process_left
+from tests.support.quantised_models import GROUP, ZERO, Layout, quantised_copy
 from tests.teacher_service.calls import Teacher, random_ids, reference_logprobs
+from tests.teacher_service.conftest import loaded
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
@@ -22,6 +28,9 @@ if find_spec("vllm") is None:
 from examples.programs import start_teacher
 from teacher_service.vllm_engine import VllmEngine
 from teacher_service.vllm_quantization import dtype_argument, method_argument
+
+KERNEL_OF_FOUR_BITS = "cpu_gemm_wna16"
+"""What vLLM multiplies by such weights with on a CPU; builds for processors without AVX-512 lack it."""
 
 
 @pytest.mark.parametrize(
@@ -62,6 +71,58 @@ def test_a_quantised_teacher_says_by_what(models: Models, tmp_path: Path) -> Non
         answer = teacher.score_one(ids, top_k=4).target_logprobs
         assert 1e-3 < np.abs(answer - exact).mean() < 0.3
         teacher.close()
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
+def test_the_bits_mean_to_vllm_what_they_mean_here(models: Models, tmp_path: Path, layout: Layout) -> None:
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+    from vllm.scalar_type import scalar_types
+
+    packed, meant = (
+        load_file(each / "model.safetensors") for each in quantised_copy(models.teacher, layout, tmp_path)
+    )
+    names = [name.removesuffix("qweight") for name in packed if name.endswith("qweight")]
+    assert len(names) == 14
+    for name in names:
+        quants_IO = quant_utils.unpack_quantized_values_into_int32(
+            packed[f"{name}qweight"], scalar_types.uint4, 1 if layout == "awq" else 0
+        )
+        if layout == "awq":
+            quants_IO = quants_IO.unflatten(1, (-1, 8))[:, :, [0, 4, 1, 5, 2, 6, 3, 7]].flatten(1)
+        scales_IO = packed[f"{name}scales"].float().repeat_interleave(GROUP, 0)
+        torch.testing.assert_close((quants_IO - ZERO) * scales_IO, meant[f"{name}weight"].T, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
+def test_a_checkpoint_of_four_bits_scores_as_what_its_bits_mean(
+    models: Models, tmp_path: Path, layout: Layout
+) -> None:
+    packed, meant = quantised_copy(models.teacher, layout, tmp_path)
+    config = TeacherConfig(
+        model=str(packed), engine="vllm", dtype="bfloat16", max_adapters=0, kv_cache_gib=0.25
+    )
+    ids = random_ids(60)
+    item = ScoreItem(token_ids=ids, start=1, options=DistributionOptions(top_k=4))
+
+    async def answer() -> tuple[str, Distributions]:
+        async with loaded(config) as engine:
+            return engine.info.quantization, await engine.score(item)
+
+    from vllm import _custom_ops  # noqa: F401 - loads what this processor has
+
+    if not hasattr(torch.ops._C, KERNEL_OF_FOUR_BITS):
+        with pytest.raises(StillhouseError, match=f"quantised by .*{layout}.* no kernel") as caught:
+            asyncio.run(answer())
+        assert caught.value.reason == Reason.INVALID_CONFIG
+        return
+    name, got = asyncio.run(answer())
+    assert layout in name
+    exact, whole = (
+        reference_logprobs(model, ids)[np.arange(59), ids[1:]] for model in (meant, models.teacher)
+    )
+    error = np.abs(got.target_logprobs - exact).mean()
+    # bfloat16 alone moves these by about 0.06; four bits instead of all move them by more than 1.
+    assert error < 0.2 < 0.5 * np.abs(whole - exact).mean()
 
 
 def test_types_and_names_go_together(models: Models, tmp_path: Path) -> None:
