@@ -6,6 +6,7 @@ or waits until one answers. Each service has a lane of threads of its own; the c
 
 from __future__ import annotations
 
+import abc
 import threading
 import time
 from collections import deque
@@ -86,7 +87,7 @@ class Lane:
     """Whether it gave no answer to that."""
 
 
-class Lanes(Generic[P, A]):
+class Lanes(abc.ABC, Generic[P, A]):
     """The base of a stream: who gets which piece, what became of it, and whether anybody answers."""
 
     def __init__(self, teacher: Teacher, *, name: str, threads: int = 1) -> None:
@@ -165,13 +166,13 @@ class Lanes(Generic[P, A]):
         for thread in self._threads:
             thread.start()
 
+    @abc.abstractmethod
     def _ready(self, lane: Lane) -> bool:
         """Waits until a thread of `lane` has something to do; False once the stream is closed."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _serve(self, lane: Lane, stub: TeacherServiceStub) -> None:
         """One call to a service that was just checked. Raises StillhouseError or grpc.RpcError when it breaks."""
-        raise NotImplementedError
 
     # What a subclass uses.
 

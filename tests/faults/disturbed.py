@@ -7,12 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from student_trainer.run_dir import RunDir
 from tests.conftest import Models
-from tests.faults.world import curve_of, events_of, final_weights
-from tests.student_trainer.train.runs import spec_of
+from tests.student_trainer.train import runs
+from tests.student_trainer.train.runs import events, metric, spec_of
 from tests.support.runs import wait_until
 
 LONG = bool(os.environ.get("LONG"))
@@ -40,25 +38,23 @@ def spec(models: Models, data: Path, target: str, **further: Any) -> dict[str, A
 
 def assert_same_end(run_dir: RunDir, undisturbed: RunDir) -> None:
     """Every step once, with the losses and the final weights of the run that nothing happened to."""
-    assert curve_of(run_dir) == curve_of(undisturbed)
-    assert sorted(curve_of(run_dir)) == list(range(1, STEPS + 1))
-    expected, found = final_weights(undisturbed), final_weights(run_dir)
-    assert expected.keys() == found.keys()
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(weight, found[name], err_msg=name)
+    assert sorted(metric(run_dir, "train/loss")) == list(range(1, STEPS + 1))
+    runs.assert_same_end(run_dir, undisturbed)
 
 
 def wait_for_steps(run_dir: RunDir, steps: int, process: subprocess.Popen[bytes]) -> None:
     """Until the run has taken so many steps."""
-    wait_until(lambda: len(curve_of(run_dir)) >= steps or process.poll() is not None, f"{steps} steps")
+    wait_until(
+        lambda: len(metric(run_dir, "train/loss")) >= steps or process.poll() is not None, f"{steps} steps"
+    )
     assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
 
 
 def wait_waiting(run_dir: RunDir, process: subprocess.Popen[bytes]) -> None:
     """Until the run says that it waits for its teacher."""
     wait_until(
-        lambda: bool(events_of(run_dir, "condition")) or process.poll() is not None,
+        lambda: bool(events(run_dir, "condition")) or process.poll() is not None,
         "that the run says why it waits",
         patience_s=NOTICED_WITHIN_S,
     )
-    assert events_of(run_dir, "condition")[0]["condition"] == "WAITING_FOR_TEACHER"
+    assert events(run_dir, "condition")[0]["condition"] == "WAITING_FOR_TEACHER"

@@ -6,15 +6,21 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from examples.programs import Program
 from student_trainer.run_dir import EXIT_FAILED, MANIFEST, RunDir
 from student_trainer.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, find_damage
 from tests.conftest import Models
-from tests.faults.world import curve_of, events_of, final_weights
-from tests.student_trainer.train.runs import failure, finish_here, make_run, spec_of
+from tests.student_trainer.train.runs import (
+    assert_same_end,
+    events,
+    failure,
+    finish_here,
+    make_run,
+    metric,
+    spec_of,
+)
 
 STEPS = 12
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
@@ -76,11 +82,8 @@ def test_a_run_goes_on_from_the_newest_whole_one_of_several(whole: RunDir, tmp_p
         path = run_dir.checkpoint_path(step) / name
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
     assert finish_here(run_dir, 2) == 0
-    assert events_of(run_dir, "started")[-1]["step"] == 3
-    assert curve_of(run_dir) == curve_of(whole)
-    expected = final_weights(whole)
-    for name, weight in final_weights(run_dir).items():
-        np.testing.assert_array_equal(weight, expected[name], err_msg=name)
+    assert events(run_dir, "started")[-1]["step"] == 3
+    assert_same_end(run_dir, whole)
 
 
 @pytest.mark.faults(row=7)
@@ -92,8 +95,8 @@ def test_no_whole_one_is_said_and_nothing_is_begun_anew_without_being_asked(
     for step in run_dir.checkpoints():
         path = run_dir.checkpoint_path(step) / STATE
         path.write_bytes(b"")
-    before = len(curve_of(run_dir))
+    before = len(metric(run_dir, "train/loss"))
     assert finish_here(run_dir, 2) == EXIT_FAILED
     assert "No checkpoint" in failure(run_dir)
     assert "begin at step 0" in failure(run_dir)
-    assert len(curve_of(run_dir)) == before
+    assert len(metric(run_dir, "train/loss")) == before

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from google.protobuf import json_format
 
@@ -22,9 +21,9 @@ from protos.stillhouse.v1.run_pb2 import Run
 from student_trainer.run_dir import EXIT_FAILED, RunDir
 from student_trainer.train.checkpoint import WEIGHTS, find_damage
 from tests.conftest import Models
-from tests.faults.world import World, curve_of, events_of, final_weights, get_run, insist, world
+from tests.faults.world import World, get_run, insist, world
 from tests.student_trainer.runs.caller import stub_for
-from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
+from tests.student_trainer.train.runs import assert_same_end, events, finish_here, make_run, spec_of, start
 from tests.support.privileges import disk_of, preloaded
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
@@ -79,13 +78,6 @@ def environment() -> Iterator[Mapping[str, str]]:
         yield mark
 
 
-def assert_same_end(run_dir: RunDir, undisturbed: RunDir) -> None:
-    assert curve_of(run_dir) == curve_of(undisturbed)
-    expected, found = final_weights(undisturbed), final_weights(run_dir)
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(weight, found[name], err_msg=name)
-
-
 def assert_says_where(message: str, disk: Path) -> None:
     """The sentence names the disk, the path, the free bytes and what to do."""
     assert str(disk) in message
@@ -112,7 +104,7 @@ def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_
     assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
     filler = fill(small_disk, leave_bytes=room)
     assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    error = events_of(run_dir, "failed")[-1]["error"]
+    error = events(run_dir, "failed")[-1]["error"]
     assert error["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert_says_where(error["message"], small_disk)
     kept = run_dir.checkpoints()
@@ -121,7 +113,7 @@ def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_
     assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
     filler.unlink()
     assert finish_here(run_dir, 2) == 0
-    assert events_of(run_dir, "started")[1]["step"] == kept[-1]
+    assert events(run_dir, "started")[1]["step"] == kept[-1]
     assert_same_end(run_dir, undisturbed)
 
 
@@ -143,7 +135,7 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on
     limit = (run_dir.checkpoint_path(run_dir.checkpoints()[-1]) / WEIGHTS).stat().st_size // 2
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
     assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    error = events_of(run_dir, "failed")[-1]["error"]
+    error = events(run_dir, "failed")[-1]["error"]
     assert error["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert "ulimit -f" in error["message"]
     kept = run_dir.checkpoints()
@@ -151,7 +143,7 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on
     assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
     assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
     assert finish_here(run_dir, 2) == 0
-    assert events_of(run_dir, "started")[1]["step"] == kept[-1]
+    assert events(run_dir, "started")[1]["step"] == kept[-1]
     assert_same_end(run_dir, undisturbed)
 
 
@@ -175,14 +167,14 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_and_is_named(
     assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
     switch.touch()
     assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    error = events_of(run_dir, "failed")[-1]["error"]
+    error = events(run_dir, "failed")[-1]["error"]
     assert error["code"] == grpc.StatusCode.DATA_LOSS.value[0]
     assert "Input/output error" in error["message"]
     assert "the disk mounted at" in error["message"]
     kept = run_dir.checkpoints()
     assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
     assert finish_here(run_dir, 2) == 0
-    assert events_of(run_dir, "started")[1]["step"] == kept[-1]
+    assert events(run_dir, "started")[1]["step"] == kept[-1]
     assert_same_end(run_dir, undisturbed)
 
 
@@ -244,10 +236,10 @@ def test_a_cache_without_room_keeps_its_whole_shards(
     run_dir = make_run(tmp_path, "build", values)
     process = start(run_dir, 1, environment)
     assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    message = events_of(run_dir, "failed")[-1]["error"]["message"]
+    message = events(run_dir, "failed")[-1]["error"]["message"]
     assert "room" in message
     assert str(small_disk) in message
     filler.unlink()
     run_dir.write_control(2, stop=False)
-    assert finish_here(run_dir, 2) == 0, events_of(run_dir, "failed")
+    assert finish_here(run_dir, 2) == 0, events(run_dir, "failed")
     assert len(CacheReader(small_disk / "set")) == 64

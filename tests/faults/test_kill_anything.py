@@ -27,7 +27,8 @@ from protos.transport import connect
 from student_trainer.runs.state import ENDED, LIVE, name_of
 from tests.conftest import Models
 from tests.faults.history import Operations, Watcher, check_history, check_sequences, history
-from tests.faults.world import LOST, World, curve_of, final_weights, get_run, world
+from tests.faults.world import LOST, World, get_run, world
+from tests.student_trainer.train.runs import final_weights, metric
 from tests.support.processes import kill
 from tests.support.runs import small_spec, wait_until
 
@@ -72,7 +73,7 @@ def test_whatever_is_killed_whenever_a_run_ends_as_if_nothing_had_happened(
         disturbed = disturb(here, spec, random.Random(SEED), KILLS)
         calm = create(here, spec, Operations())
         assert wait_ended(here, calm).state == Run.STATE_COMPLETED
-        expected, curve = final_weights(here.run_dir(calm)), curve_of(here.run_dir(calm))
+        expected, curve = final_weights(here.run_dir(calm)), metric(here.run_dir(calm), "train/loss")
         assert sorted(curve) == list(range(1, STEPS + 1))
         for each in disturbed:
             with connect(here.service_target) as channel:
@@ -80,7 +81,7 @@ def test_whatever_is_killed_whenever_a_run_ends_as_if_nothing_had_happened(
             check_history(told, each.operations, total_steps=STEPS)
             check_sequences(each.watcher.seen)
             assert each.watcher.seen[-1].run == told[-1].run, "a watcher saw another end"
-            assert curve_of(here.run_dir(each.name)) == curve
+            assert metric(here.run_dir(each.name), "train/loss") == curve
             weights = final_weights(here.run_dir(each.name))
             assert weights.keys() == expected.keys()
             for name, weight in weights.items():

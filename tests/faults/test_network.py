@@ -22,8 +22,7 @@ from tests.faults.disturbed import (
     wait_for_steps,
     wait_waiting,
 )
-from tests.faults.world import curve_of, events_of
-from tests.student_trainer.train.runs import finish_here, make_run, start
+from tests.student_trainer.train.runs import events, finish_here, make_run, metric, start
 from tests.support.network import Host, other_host
 from tests.support.processes import no_process_left
 
@@ -118,13 +117,13 @@ def test_packets_that_vanish_are_noticed_and_nothing_is_trained_twice_or_skipped
     noticed_s = time.monotonic() - began
     time.sleep(SILENCE_S)
     assert process.poll() is None
-    taken = len(curve_of(run_dir))
+    taken = len(metric(run_dir, "train/loss"))
     assert taken < STEPS
     comes_back(host)
     began = time.monotonic()
     assert process.wait(200) == 0, run_dir.log_path(1).read_text()[-3000:]
     ended_s = time.monotonic() - began
-    assert [event["condition"] for event in events_of(run_dir, "condition")][-1] == ""
+    assert [event["condition"] for event in events(run_dir, "condition")][-1] == ""
     assert far_teacher.process.poll() is None
     assert_same_end(run_dir, undisturbed)
     record_property(
@@ -154,7 +153,7 @@ def test_a_slow_line_costs_time_and_no_memory(
     measured, teacher = psutil.Process(process.pid), psutil.Process(far_teacher.pid)
     wait_for_steps(run_dir, 2, process)
     sizes, teacher_sizes = [], []
-    while process.poll() is None and len(curve_of(run_dir)) < STEPS:
+    while process.poll() is None and len(metric(run_dir, "train/loss")) < STEPS:
         sizes.append(measured.memory_info().rss)
         teacher_sizes.append(teacher.memory_info().rss)
         time.sleep(0.1)
@@ -162,7 +161,7 @@ def test_a_slow_line_costs_time_and_no_memory(
     growth, teacher_growth = (max(each) - each[0] for each in (sizes, teacher_sizes))
     assert growth < 64 * 2**20, f"the training process grew by {growth} bytes"
     assert teacher_growth < 64 * 2**20, f"the teacher grew by {teacher_growth} bytes"
-    waited_s = sum(curve_of(run_dir, "train/teacher_wait_s").values())
+    waited_s = sum(metric(run_dir, "train/teacher_wait_s").values())
     assert waited_s > 1
     assert_same_end(run_dir, undisturbed)
     record_property(

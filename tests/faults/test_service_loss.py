@@ -23,9 +23,10 @@ from protos.stillhouse.v1.teacher_pb2 import ScoreRequest
 from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from tests.conftest import Models
 from tests.faults.history import Watcher, check_sequences
-from tests.faults.world import World, curve_of, get_run, insist, world
+from tests.faults.world import World, get_run, insist, world
 from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step
 from tests.student_trainer.specs import cross_entropy_spec
+from tests.student_trainer.train.runs import metric
 from tests.support.tcp_proxy import TcpProxy
 
 SUBMITS, KILLS = 100, 4 if os.environ.get("LONG") else 2
@@ -81,7 +82,7 @@ def test_a_service_killed_under_a_hundred_submits_loses_and_doubles_none(
                 pb.QueryMetricsRequest(name=live, keys=["train/loss"], max_points=20_000)
             ).series
         assert list(losses.steps) == list(range(1, run.progress.step + 1))
-        assert dict(zip(losses.steps, losses.values, strict=True)) == curve_of(here.run_dir(live))
+        assert dict(zip(losses.steps, losses.values, strict=True)) == metric(here.run_dir(live), "train/loss")
         check_sequences(watcher.seen)
         assert watcher.seen[-1].run.state == Run.STATE_STOPPED
     record_property("figure", f"{SUBMITS} submits, {KILLS} kills, {watcher.num_breaks} breaks of the watch")

@@ -29,8 +29,8 @@ from tests.faults.disturbed import (
     wait_for_steps,
     wait_waiting,
 )
-from tests.faults.world import World, curve_of, events_of, world
-from tests.student_trainer.train.runs import failure, finish_here, make_run, start
+from tests.faults.world import World, world
+from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, start
 from tests.support.counting_proxy import counting_proxy
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
@@ -134,12 +134,12 @@ def test_a_hung_teacher_is_waited_for_and_goes_on(
             if LONG:
                 time.sleep(LONG_SILENCE_S)
             assert process.poll() is None
-            taken = len(curve_of(run_dir))
+            taken = len(metric(run_dir, "train/loss"))
         finally:
             teacher.process.send_signal(signal.SIGCONT)
         assert process.wait(100) == 0, run_dir.log_path(1).read_text()[-3000:]
     assert taken < STEPS
-    assert [event["condition"] for event in events_of(run_dir, "condition")][-1] == ""
+    assert [event["condition"] for event in events(run_dir, "condition")][-1] == ""
     assert_same_end(run_dir, undisturbed)
 
 
@@ -162,8 +162,8 @@ def test_a_slow_teacher_fills_nothing_up(
         process = start(run_dir, 1, environment)
         measured = psutil.Process(process.pid)
         wait_for_steps(run_dir, 2, process)
-        while process.poll() is None and len(curve_of(run_dir)) < STEPS:
-            taken = len(curve_of(run_dir))
+        while process.poll() is None and len(metric(run_dir, "train/loss")) < STEPS:
+            taken = len(metric(run_dir, "train/loss"))
             ahead.append(counts.asked(TOP_K) - taken * BATCH)
             sizes.append(measured.memory_info().rss)
             time.sleep(0.1)
@@ -172,7 +172,7 @@ def test_a_slow_teacher_fills_nothing_up(
     assert max(ahead) <= (PREFETCH_STEPS + 2) * BATCH
     growth = max(sizes) - sizes[0]
     assert growth < 64 * 2**20, f"the training process grew by {growth} bytes"
-    waited_s = sum(curve_of(run_dir, "train/teacher_wait_s").values())
+    waited_s = sum(metric(run_dir, "train/teacher_wait_s").values())
     assert waited_s > 1
     assert "the student waits for its teacher" in run_dir.log_path(1).read_text()
     assert_same_end(run_dir, undisturbed)
@@ -237,7 +237,7 @@ def test_a_teacher_that_comes_back_as_another_is_refused_amid_the_run(
         here.start_teacher(model, *after)
         assert process.wait(100) == EXIT_FAILED
     assert "is not the one that this run began with" in failure(run_dir)
-    error = events_of(run_dir, "failed")[-1]["error"]
+    error = events(run_dir, "failed")[-1]["error"]
     assert error["code"] == 9, "FAILED_PRECONDITION"
     assert run_dir.checkpoints()
 
@@ -272,4 +272,4 @@ def test_answers_that_are_no_numbers_are_left_out_counted_and_too_many_end_the_r
         assert "are left out" in failure(run_dir)
     else:
         assert code == 0
-        assert len(curve_of(run_dir)) == STEPS
+        assert len(metric(run_dir, "train/loss")) == STEPS

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from google.protobuf import json_format
 
@@ -16,9 +15,9 @@ from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2 import Run
 from student_trainer.run_dir import EXIT_FAILED
 from tests.conftest import Models
-from tests.faults.world import World, curve_of, final_weights
+from tests.faults.world import World
 from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step
-from tests.student_trainer.train.runs import finish_here, make_run, spec_of, start
+from tests.student_trainer.train.runs import assert_same_end, finish_here, make_run, metric, spec_of, start
 from tests.support.privileges import preloaded
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
@@ -71,10 +70,7 @@ def test_a_clock_that_jumps_by_a_day_under_all_programs_changes_nothing(
             assert run.state == Run.STATE_COMPLETED, run.error.message
             assert len(run.attempts) == 1
     first, second = (jumping.run_dir(name) for name in (disturbed, calm))
-    assert curve_of(first) == curve_of(second)
-    expected = final_weights(second)
-    for name, weight in final_weights(first).items():
-        np.testing.assert_array_equal(weight, expected[name], err_msg=name)
+    assert_same_end(first, second)
 
 
 @pytest.mark.faults(row=21)
@@ -96,7 +92,7 @@ def test_a_process_that_slept_through_its_replacement_changes_nothing_when_it_wa
             sleeper.send_signal(signal.SIGCONT)
         assert sleeper.wait(60) not in (0, EXIT_FAILED)
     assert {path: path.read_bytes() for path in files_of(run_dir.path)} == left
-    assert sorted(curve_of(run_dir)) == list(range(1, STEPS + 1))
+    assert sorted(metric(run_dir, "train/loss")) == list(range(1, STEPS + 1))
 
 
 def files_of(root: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
-from safetensors.numpy import load_file
 
 from examples.programs import Program, start_teacher, start_trainer
 from protos.stillhouse.v1 import run_pb2 as pb
@@ -146,29 +144,3 @@ def insist(call: Callable[[RunServiceStub], T], target: str, *, patience_s: floa
 def get_run(target: str, name: str) -> Run:
     """The run as the service knows it."""
     return insist(lambda stub: stub.GetRun(pb.GetRunRequest(name=name), timeout=30), target)
-
-
-def curve_of(run_dir: RunDir, metric: str = "train/loss") -> dict[int, float]:
-    """Step to value, from the run's own journal; of several attempts the last counts."""
-    lines: list[dict[str, Any]] = []
-    offset = -1
-    following = 0
-    while following != offset:
-        offset = following
-        more, following = run_dir.read_lines("metrics.jsonl", offset)
-        lines += more
-    return {line["step"]: line["values"][metric] for line in lines if metric in line["values"]}
-
-
-def final_weights(run_dir: RunDir) -> dict[str, Any]:
-    """The final model's arrays by name."""
-    return dict(load_file(run_dir.final_path / "model.safetensors"))
-
-
-def events_of(run_dir: RunDir, kind: str) -> list[dict[str, Any]]:
-    """The events of one kind in the run's own journal."""
-    try:
-        lines = run_dir.events_path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from google.protobuf import json_format
 from safetensors.numpy import load_file
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from student_trainer.config import from_proto, to_proto
-from student_trainer.run_dir import RunDir
+from student_trainer.run_dir import Journal, RunDir
 from student_trainer.train.__main__ import work
 
 
@@ -80,14 +81,21 @@ def finish_here(run_dir: RunDir, attempt: int = 1, stopped: Callable[[], bool] =
 
 def events(run_dir: RunDir, kind: str | None = None) -> list[dict[str, Any]]:
     """The run's events, of one kind or all."""
-    lines, _ = run_dir.read_lines("events.jsonl", 0)
-    return [line for line in lines if kind in (None, line["kind"])]
+    return [line for line in _lines(run_dir, "events.jsonl") if kind in (None, line["kind"])]
 
 
 def metric(run_dir: RunDir, name: str) -> dict[int, float]:
     """Step to value; of several attempts the last counts."""
-    lines, _ = run_dir.read_lines("metrics.jsonl", 0)
+    lines = _lines(run_dir, "metrics.jsonl")
     return {line["step"]: line["values"][name] for line in lines if name in line["values"]}
+
+
+def _lines(run_dir: RunDir, journal: Journal) -> list[dict[str, Any]]:
+    lines, offset = run_dir.read_lines(journal, 0)
+    while (more := run_dir.read_lines(journal, offset))[1] != offset:
+        lines += more[0]
+        offset = more[1]
+    return lines
 
 
 def failure(run_dir: RunDir) -> str:
@@ -98,3 +106,12 @@ def failure(run_dir: RunDir) -> str:
 def final_weights(run_dir: RunDir) -> dict[str, Any]:
     """The final model's arrays by name."""
     return dict(load_file(run_dir.final_path / "model.safetensors"))
+
+
+def assert_same_end(found: RunDir, expected: RunDir) -> None:
+    """Both have the same losses and, bit for bit, the same final weights."""
+    assert metric(found, "train/loss") == metric(expected, "train/loss")
+    weights, others = final_weights(found), final_weights(expected)
+    assert weights.keys() == others.keys()
+    for name, weight in others.items():
+        np.testing.assert_array_equal(weights[name], weight, err_msg=name)

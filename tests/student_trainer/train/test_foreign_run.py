@@ -14,31 +14,14 @@ from examples.programs import Program
 from student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
-    events,
     failure,
     final_weights,
     finish_here,
-    make_run,
     metric,
     spec_of,
 )
 
 ALM = {"foreign_tokenizer": "alm"}
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., RunDir]:
-    """Trains a spec in this process and returns its directory; `code` is the exit code to expect."""
-    count = 0
-
-    def train(spec: dict[str, Any], *, code: int = 0, stopped: Callable[[], bool] = lambda: False) -> RunDir:
-        nonlocal count
-        count += 1
-        run_dir = make_run(tmp_path, f"run-{count}", spec)
-        assert finish_here(run_dir, stopped=stopped) == code, events(run_dir)
-        return run_dir
-
-    return train
 
 
 def _spec(models: Models, data: Path, teacher: Program, /, **further: Any) -> dict[str, Any]:

@@ -20,28 +20,11 @@ from tests.student_trainer.train.runs import (
     events,
     failure,
     final_weights,
-    finish_here,
-    make_run,
     metric,
     spec_of,
 )
 
 Run = Callable[[dict[str, Any]], RunDir]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., RunDir]:
-    """Trains a spec in this process and returns its directory; `code` is the exit code to expect."""
-    count = 0
-
-    def train(spec: dict[str, Any], *, code: int = 0, stopped: Callable[[], bool] = lambda: False) -> RunDir:
-        nonlocal count
-        count += 1
-        run_dir = make_run(tmp_path, f"run-{count}", spec)
-        assert finish_here(run_dir, stopped=stopped) == code, events(run_dir)
-        return run_dir
-
-    return train
 
 
 def test_a_student_that_is_its_teacher_has_loss_zero(

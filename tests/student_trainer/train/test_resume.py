@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from examples.programs import Program, start_teacher
@@ -19,9 +18,9 @@ from student_trainer.run_dir import EXIT_FAILED, RunDir
 from student_trainer.train import failpoints
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
+    assert_same_end,
     events,
     failure,
-    final_weights,
     finish,
     finish_here,
     make_run,
@@ -64,14 +63,6 @@ def undisturbed(
     )
     assert finish_here(run_dir) == 0
     return run_dir
-
-
-def assert_same_end(run_dir: RunDir, undisturbed: RunDir) -> None:
-    expected, found = final_weights(undisturbed), final_weights(run_dir)
-    assert expected.keys() == found.keys()
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(weight, found[name], err_msg=name)
-    assert metric(run_dir, "train/loss") == metric(undisturbed, "train/loss")
 
 
 FAILPOINTS = [

@@ -11,22 +11,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from examples.programs import Program, start_teacher
 from protos import auth_tokens
 from protos.auth_tokens import Scope
-from student_trainer.run_dir import EXIT_FAILED, MANIFEST, RunDir
+from student_trainer.run_dir import EXIT_FAILED, MANIFEST
 from student_trainer.train import failpoints
 from student_trainer.train.checkpoint import OPTIMIZER
 from student_trainer.train.credentials import CREDENTIALS_VARIABLE
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
+    assert_same_end,
     events,
     failure,
-    final_weights,
     finish,
     finish_here,
     make_run,
@@ -56,13 +55,6 @@ def spec_with(models: Models, data: Path, target: str, *contexts: Any, **further
     }
     common: dict[str, Any] = {"optimizer": sizes, "checkpoint": {"every_steps": 1, "keep": 10}}
     return spec_of(models.student, data, target, contexts=list(contexts), **common | further)
-
-
-def assert_same_end(found: RunDir, expected: RunDir) -> None:
-    assert metric(found, "train/loss") == metric(expected, "train/loss")
-    weights = final_weights(found)
-    for name, weight in final_weights(expected).items():
-        np.testing.assert_array_equal(weight, weights[name], err_msg=name)
 
 
 def test_kills_in_a_mixed_run_change_nothing(
