@@ -1,19 +1,22 @@
 """The acceptance experiment: every way to learn, through the teacher, the run service and training processes, on languages whose truth is known.
 
-Three parts. Dense: an order-2 language with a teacher that knows it fairly. Sparse: one of few successors with a teacher
+Four parts. Dense: an order-2 language with a teacher that knows it fairly. Sparse: one of few successors with a teacher
 of high entropy, where what is cut off a target shows. On-policy: students that begin as the first part's cross-entropy
-ones learn from their own text. Seeds change text, weights and order; arms of a seed share them. What is measured is
-measured here, exactly, on the final model that a run left. Results are kept run by run: name the work folder to go on.
+ones learn from their own text. Curves: one run in several ways, online, cached, killed, must tell the same losses. Seeds
+change text, weights and order; arms of a seed share them. What is measured is measured here, exactly, on the final
+model that a run left. Results are kept run by run: name the work folder to go on.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ import torch
 
 from benchmarks import acceptance_arms as arms
 from benchmarks.acceptance_arms import ARMS, Arm, Found, Group
+from benchmarks.acceptance_curves import CURVES, curve_here, differences
 from benchmarks.acceptance_language import (
     BATCH,
     NUM_LOGITS,
@@ -34,6 +38,7 @@ from benchmarks.acceptance_language import (
     write_teacher,
 )
 from client.api import RunHandle, StillhouseError, Trainer
+from client.run_handle import ENDED
 from examples.demo import signals_as_exceptions
 from examples.programs import ProgramError, start_program, start_teacher, start_trainer
 from protos.stillhouse.v1.run_pb2 import Run
@@ -59,17 +64,57 @@ class Bench:
     """By language, and whether rows are shuffled."""
     teachers: dict[str, Path]
     work_dir: Path
+    data_dir: Path
+    """Of the run service."""
 
-    def complete(self, group: Group, seed: int) -> dict[str, float]:
-        """What was measured, by arm; runs that are not known are completed first."""
-        missing = [arm for arm in ARMS[group] if not self._file(group, arm, seed).exists()]
-        for arm, handle in [(arm, self._submit(group, arm, seed)) for arm in missing]:
-            value = self._measured(group, self._final(handle, group, arm, seed), seed)
-            self._file(group, arm, seed).write_text(json.dumps(value))
+    def complete(self, group: Group, seeds: int) -> dict[str, list[float]]:
+        """What was measured, by arm and seed; runs that are not known are completed first.
+
+        All are submitted seed by seed, so that every slot is busy and an interruption leaves whole pairs.
+        """
+        wanted = [(group, arm, seed) for seed in range(seeds) for arm in ARMS[group]]
+        missing = [each for each in wanted if not self._file(*each).exists()]
+        handles = [None if each[1].program else self.client.create_run(self._spec(*each)) for each in missing]
+        for each, handle in zip(missing, handles, strict=True):
+            _, arm, seed = each
+            directory = self._model(*each)
+            shutil.rmtree(directory, ignore_errors=True)
+            if handle is None:
+                self._train(arm.program, self._spec(*each), directory)
+            else:
+                self._pull(handle, directory)
+            value = self._measured(group, directory, seed)
+            self._file(*each).write_text(json.dumps(value))
             click.echo(f"{group}, {arm.name}, seed {seed}: {value:.4f}", err=True)
-        return {arm.name: json.loads(self._file(group, arm, seed).read_text()) for arm in ARMS[group]}
+        return {
+            arm.name: [json.loads(self._file(group, arm, seed).read_text()) for seed in range(seeds)]
+            for arm in ARMS[group]
+        }
 
-    def _submit(self, group: Group, arm: Arm, seed: int) -> RunHandle:
+    def curves(self, seed: int) -> dict[str, float]:
+        """By the way the run with the full vocabulary was taken, how far its losses are from those of the online one."""
+        file = self.work_dir / "results" / f"curves-{seed}.json"
+        if not file.exists():
+            spec = self._spec("dense", arms.FULL, seed)
+            del spec["cache"]
+            here = curve_here(
+                self.teachers["dense"],
+                self._student("dense", seed),
+                LANGUAGES["dense"][0]().sample(TRAIN_ROWS, LENGTH, TRAIN_SEED + seed),
+                steps=STEPS,
+                rate=LEARNING_RATE,
+                batch=BATCH,
+                seed=seed,
+            )
+            found = differences(
+                self.client, spec, cache=f"caches/curves-{seed}", data_dir=self.data_dir, here=here
+            )
+            file.write_text(json.dumps(found))
+            click.echo(f"curves, seed {seed}: {found}", err=True)
+        return dict(json.loads(file.read_text()))
+
+    def _spec(self, group: Group, arm: Arm, seed: int) -> dict[str, Any]:
+        """The run file of an arm; its text is written if it is not there."""
         language = "dense" if group == "on-policy" else group
         rows, others = (self.work_dir / f"{name}-{language}-{seed}.jsonl" for name in ("rows", "others"))
         if not others.exists():
@@ -98,7 +143,7 @@ class Bench:
         if group != "on-policy" and arm is not arms.CROSS_ENTROPY and not arm.shuffled:
             # Rows come again in every epoch: the teacher is asked once, over the wire, and its answers are kept.
             spec["cache"] = {"path": f"caches/{_plain(group, arm)}-{seed}", "mode": "write_through"}
-        return self.client.create_run(spec)
+        return spec
 
     def _student(self, group: Group, seed: int) -> Path:
         """Where the student of a seed begins."""
@@ -106,15 +151,33 @@ class Bench:
             return self._model("dense", arms.CROSS_ENTROPY, seed)
         return write_student(self.work_dir / f"student-{seed}", seed=seed, length=LENGTH)
 
-    def _final(self, handle: RunHandle, group: Group, arm: Arm, seed: int) -> Path:
+    def _pull(self, handle: RunHandle, directory: Path) -> None:
         """The model that a run left, copied through its service."""
         run = handle.wait()
         if run.state != Run.STATE_COMPLETED:
             raise click.ClickException(f"{run.name} ({run.spec.display_name}) failed: {run.error.message}")
-        directory = self._model(group, arm, seed)
-        shutil.rmtree(directory, ignore_errors=True)
         handle.pull("final", directory)
-        return directory
+
+    def _train(self, program: str, spec: dict[str, Any], directory: Path) -> None:
+        """The model that a training process of our own leaves, started as the run service starts its own."""
+        run_dir = self.work_dir / "by-hand" / "runs" / directory.name
+        shutil.rmtree(run_dir, ignore_errors=True)
+        run_dir.mkdir(parents=True)
+        file, log = run_dir.with_suffix(".spec.json"), run_dir.with_suffix(".log")
+        file.write_text(json.dumps(spec))
+        arguments = [sys.executable, "-m", program, str(run_dir), "--attempt", "1", "--spec", str(file)]
+        with log.open("wb") as output:
+            code = subprocess.run(
+                arguments,
+                check=False,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+            ).returncode
+        if code:
+            raise click.ClickException(f"{program} ended with {code}; its log is {log}")
+        shutil.copytree(run_dir / "final", directory)
 
     def _measured(self, group: Group, directory: Path, seed: int) -> float:
         student = load(directory)
@@ -162,16 +225,31 @@ def report(found: Found) -> Iterator[str]:
     for arm in ARMS["on-policy"]:
         yield f"| {arm.name} | {arms.drop(found, arm)} |"
     yield ""
-    yield from (f"- {claim}: {'yes' if holds else 'NO'}" for claim, holds in arms.claims(found).items())
+    yield "| curves, against the run online | largest difference of a step's loss |"
+    yield "|---|---|"
+    yield from (f"| {way} | {max(values):.1e} |" for way, values in found.curves.items())
+    yield ""
+    yield from (f"- {claim}" for claim in arms.claims(found))
 
 
 @click.command()
 @click.option("--seeds", default=5, show_default=True)
+@click.option("--on-policy-seeds", default=3, show_default=True, help="Of these, for the part on-policy.")
+@click.option("--curve-seeds", default=1, show_default=True, help="Of these, for the curves.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="hf", show_default=True)
 @click.option("--slots", default=1, show_default=True, help="Runs that train at once.")
 @click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="Name it again to go on.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
-def main(*, seeds: int, engine: str, slots: int, work_dir: Path, json_file: Path | None) -> None:
+def main(
+    *,
+    seeds: int,
+    on_policy_seeds: int,
+    curve_seeds: int,
+    engine: str,
+    slots: int,
+    work_dir: Path,
+    json_file: Path | None,
+) -> None:
     """Run what is missing, and report."""
     work_dir = work_dir.resolve()
     (work_dir / "results").mkdir(parents=True, exist_ok=True)
@@ -183,25 +261,21 @@ def main(*, seeds: int, engine: str, slots: int, work_dir: Path, json_file: Path
     try:
         with signals_as_exceptions(), ExitStack() as stack:
             bench = _bench(stack, teachers, work_dir, engine, slots)
-            # Seed by seed, so that an interrupted experiment has whole pairs.
-            by_seed = [{group: bench.complete(group, seed) for group in ARMS} for seed in range(seeds)]
+            values: dict[Group, dict[str, list[float]]] = {"dense": bench.complete("dense", seeds)}
+            # These begin as students of the first part.
+            values["on-policy"] = bench.complete("on-policy", min(seeds, on_policy_seeds))
+            curves = [bench.curves(seed) for seed in range(min(seeds, curve_seeds))]
+            values["sparse"] = bench.complete("sparse", seeds)
     except (ProgramError, StillhouseError) as error:
         raise click.ClickException(str(error)) from error
-    found = Found(
-        values={
-            group: {arm.name: [each[group][arm.name] for each in by_seed] for arm in ARMS[group]}
-            for group in ARMS
-        }
-    )
+    found = Found(values=values, curves={way: [each[way] for each in curves] for way in CURVES})
     click.echo("\n".join(report(found)))
+    claims = arms.claims(found)
     if json_file is not None:
-        json_file.write_text(
-            json.dumps(
-                {"seeds": seeds, "engine": engine, "values": found.values, "claims": arms.claims(found)},
-                indent=2,
-            )
-        )
-    sys.exit(0 if all(arms.claims(found).values()) else 1)
+        told = [{**asdict(claim), "holds": claim.holds} for claim in claims]
+        content = {"engine": engine, "values": found.values, "curves": found.curves}
+        json_file.write_text(json.dumps({**content, "claims": told}, indent=2) + "\n")
+    sys.exit(0 if all(claim.holds for claim in claims) else 1)
 
 
 def _bench(stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: str, slots: int) -> Bench:
@@ -222,15 +296,20 @@ def _bench(stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: 
     ]
     proxy = stack.enter_context(start_program("shuffling-proxy", arguments, directory=logs))
     targets["dense", True] = proxy.target
+    data_dir = work_dir / "trainer"
     service = stack.enter_context(
         start_trainer(
-            work_dir / "trainer",
+            data_dir,
             directory=logs,
             options=["--cpu-slots", str(slots), "--stop-runs-on-exit", "--stop-grace-s", "5"],
         )
     )
     client = stack.enter_context(Trainer(service.target))
-    return Bench(client=client, targets=targets, teachers=teachers, work_dir=work_dir)
+    for run in list(client.runs()):
+        if run.state not in ENDED:
+            # What an interrupted experiment had submitted asks teachers that are gone, and would come first.
+            RunHandle(client, run.name).stop()
+    return Bench(client=client, targets=targets, teachers=teachers, work_dir=work_dir, data_dir=data_dir)
 
 
 if __name__ == "__main__":

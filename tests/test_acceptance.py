@@ -12,6 +12,7 @@ import torch
 
 from benchmarks import acceptance_arms as arms
 from benchmarks.acceptance_arms import ARMS, Found, Group
+from benchmarks.acceptance_curves import CURVES, curve_here
 from benchmarks.acceptance_language import (
     NUM_LOGITS,
     VOCABULARY,
@@ -23,7 +24,11 @@ from benchmarks.acceptance_language import (
     write_rows,
     write_student,
 )
+from benchmarks.k1_as_loss import k1_as_loss
 from benchmarks.sparse_targets import CROSS_ENTROPY, FULL, Form, _form, _shares
+from student_trainer.config import OptimizerConfig
+from student_trainer.train.loss.policy_gradient import SampledTokens
+from student_trainer.train.order import Schedule
 
 
 @pytest.mark.parametrize("make", [Language.dense, Language.sparse])
@@ -59,10 +64,10 @@ def test_every_claim_holds_for_what_is_hoped_for_and_fails_for_the_reverse() -> 
     hoped = {
         "cross-entropy": 1.0, "full vocabulary": 0.8, "top-8 + tail": 0.85, "random sampling, 8 draws": 0.83,
         "top-8 renormalised": 1.2, "control: rows shuffled": 1.1,
-        "reverse KL on the student's top-8": 0.7, "policy gradient": 0.85,
+        "reverse KL on the student's top-8": 0.7, "policy gradient": 0.85, "control: k1 taken as a loss": 1.05,
     }  # fmt: skip
 
-    def found(value: Callable[[float], float]) -> Found:
+    def found(value: Callable[[float], float], difference: float) -> Found:
         groups: tuple[Group, ...] = ("dense", "sparse", "on-policy")
         return Found(
             values={
@@ -70,11 +75,47 @@ def test_every_claim_holds_for_what_is_hoped_for_and_fails_for_the_reverse() -> 
                     arm.name: [value(hoped[arm.name]) + 0.001 * at for at in (0, 1, 2)] for arm in ARMS[group]
                 }
                 for group in groups
-            }
+            },
+            curves={way: [0.0, difference] for way in CURVES},
         )
 
-    assert all(arms.claims(found(lambda value: value)).values())
-    assert not any(arms.claims(found(lambda value: 1.9 - value)).values())
+    hold = arms.claims(found(lambda value: value, 9e-6))
+    assert [str(each) for each in hold if not each.holds] == []
+    fail = arms.claims(found(lambda value: 1.9 - value, 2e-5))
+    assert [str(each) for each in fail if each.holds] == []
+    assert len(hold) == len(fail) == 16
+    assert str(hold[0]) == ("pass: dense, nats gained by full vocabulary: [+0.2, +0.2], must be above 0.05")
+
+
+def test_the_k1_estimate_has_the_value_of_reverse_kl_and_no_gradient() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(1, 1, 12, generator=generator, dtype=torch.float64).requires_grad_()
+    student = logits.log_softmax(-1)[0]
+    teacher = torch.randn(1, 12, generator=generator, dtype=torch.float64).log_softmax(-1)
+    # Every token once, weighted by how often the student draws it: the exact expectation.
+    sampled = SampledTokens(teacher_logprobs=teacher, behaviour_logprobs=student, max_importance_weight=2.0)
+    drawn = student.detach()
+    expected = (drawn.exp() * k1_as_loss(student, sampled)).sum()
+    (gradient,) = torch.autograd.grad(expected, logits)
+    assert expected.item() == pytest.approx((drawn.exp() * (drawn - teacher)).sum().item())
+    assert expected.item() > 0.1
+    assert gradient.abs().max() < 1e-12
+
+
+@pytest.mark.model
+def test_a_step_in_this_process_is_that_of_plain_torch_on_the_schedules_rows(tmp_path: Path) -> None:
+    student, teacher = (write_student(tmp_path / str(seed), seed=seed, length=16) for seed in (0, 1))
+    rows = Language.dense().sample(12, 16, seed=1)
+    curve = curve_here(teacher, student, rows, steps=3, rate=3e-3, batch=4, seed=5)
+    schedule = Schedule.of(12, OptimizerConfig(max_steps=3, micro_batch_size=4), 5)
+    first = rows[schedule.rows(0)]
+    with torch.no_grad():
+        p, q = (
+            load(each).double()(input_ids=first).logits[:, :-1].log_softmax(-1) for each in (teacher, student)
+        )
+    assert curve.shape == (3,)
+    assert curve[0] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+    assert len(set(curve.tolist())) == 3
 
 
 def test_shares_are_of_the_full_gain_and_bytes_are_those_of_packed_ids() -> None:
