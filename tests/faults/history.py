@@ -45,8 +45,8 @@ class Watcher(threading.Thread):
         """Of calls that had told something."""
 
     def run(self) -> None:
-        """Until `stop`; the service ends a watch when the run has ended, which a resume makes untrue."""
-        while not self._ended.is_set():
+        """Until `stop`, and the end of the run after it: the service ends a watch with the run, which a resume makes untrue."""
+        while not (self._ended.is_set() and self.seen and self.seen[-1].run.state in ENDED):
             after = self.seen[-1].sequence if self.seen else 0
             with connect(self._target) as channel:
                 call = RunServiceStub(channel).WatchRun(
@@ -60,17 +60,15 @@ class Watcher(threading.Thread):
                         if event.sequence > after or not self.seen:
                             self.seen.append(event)
                             after = event.sequence
-                        if self._ended.is_set():
-                            call.cancel()
-                            break
                 except grpc.RpcError:
                     self.num_breaks += heard
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """The last call ends with the run."""
+        """Called once the run has ended for good; returns when the watch has told so, however far behind it was."""
         self._ended.set()
-        self.join(30)
+        self.join(120)
+        assert not self.is_alive(), "a watch does not reach the end of its run"
 
 
 def history(stub: RunServiceStub, name: str) -> list[pb.WatchRunResponse]:
