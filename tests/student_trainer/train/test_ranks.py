@@ -34,6 +34,9 @@ from tests.student_trainer.train.runs import (
 from tests.support.processes import no_process_left
 
 STEPS = 4
+KEY_BIAS_TOLERANCE = 1e-4
+"""Attention hardly sees what all keys have in common, so the gradient of their bias is near 0, and Adam, which divides it by
+its own size, makes its rounding larger. A step can change 3e-3."""
 DEADLINE_S = 240.0
 ROLLOUTS = {"max_new_tokens": 6, "samples_per_prompt": 2}
 
@@ -71,7 +74,8 @@ def assert_same(found: RunDir, expected: RunDir) -> None:
     weights, others = final_weights(found), final_weights(expected)
     assert weights.keys() == others.keys()
     for name, weight in weights.items():
-        np.testing.assert_allclose(weight, others[name], rtol=0, atol=1e-5, err_msg=name)
+        atol = KEY_BIAS_TOLERANCE if name.endswith("k_proj.bias") else 1e-5
+        np.testing.assert_allclose(weight, others[name], rtol=0, atol=atol, err_msg=name)
 
 
 def run_with(tmp_path: Path, mark: Mapping[str, str], spec: dict[str, Any]) -> RunDir:
