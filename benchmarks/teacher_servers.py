@@ -122,7 +122,6 @@ class Servers:
         options: dict[str, Any] = {
             "dtype": self._settings.dtype,
             "max_adapters": 0,
-            "max_batch_tokens": MAX_BATCH_TOKENS,
         }
         if self._settings.threads:
             options["threads"] = self._settings.threads
@@ -131,13 +130,12 @@ class Servers:
         return options
 
     def _engine(self, running: ExitStack) -> Callable[[], LineProcess]:
+        options = json.dumps(self._engine_options() | {"max_batch_tokens": MAX_BATCH_TOKENS})
         self.commands["engine"] = (
-            f"python -m benchmarks.plain_engine {self.model.name} '{json.dumps(self._engine_options())}'  "
+            f"python -m benchmarks.plain_engine {self.model.name} '{options}'  "
             "# the teacher's engine: AsyncLLM.generate, max_tokens=1, no logprobs, prefix cache on"
         )
-        return self._lines(
-            running, "benchmarks.plain_engine", [str(self.model), json.dumps(self._engine_options())], QUIET
-        )
+        return self._lines(running, "benchmarks.plain_engine", [str(self.model), options], QUIET)
 
     def _llm(self, running: ExitStack) -> Callable[[], LineProcess]:
         arguments: dict[str, Any] = {

@@ -89,7 +89,9 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     help="Tokens inside the engine; more wait, and clients take turns.  [default: 8 batches]",
 )
 @click.option(
-    "--max-batch-tokens", type=int, default=_default("max_batch_tokens"), help="Tokens computed at once."
+    "--max-batch-tokens",
+    type=int,
+    help="Tokens computed at once.  [default: 8192, with vLLM on a CPU 2048]",
 )
 @click.option(
     "--gpu-memory-utilization",

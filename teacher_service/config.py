@@ -16,6 +16,10 @@ TierName = Literal["worker", "raw", "public"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+BATCH_TOKENS = 8192
+"""Tokens that an engine computes at once, unless it is told or knows better."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherConfig:
     """What one teacher process loads, how far requests may go, and where it listens."""
@@ -53,8 +57,8 @@ class TeacherConfig:
     max_inflight_tokens: int | None = None
     """Tokens inside the engine at once, of which one client alone gets three quarters; what is above waits for its
     turn. None means eight batches of the engine."""
-    max_batch_tokens: int = 8192
-    """Tokens that the engine computes at once."""
+    max_batch_tokens: int | None = None
+    """Tokens that the engine computes at once; None means 8192, under vLLM on a CPU fewer: `vllm_setup`."""
     gpu_memory_utilization: float = 0.9
     """Share of the GPU's memory that vLLM takes, in (0, 1]."""
     tensor_parallel_size: int = 1

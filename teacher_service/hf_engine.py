@@ -18,7 +18,7 @@ from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import teacher_pb2
 from protos.tensor_codec import Distributions
 from teacher_service import fingerprint, hf_quantization, hf_worker
-from teacher_service.config import TeacherConfig
+from teacher_service.config import BATCH_TOKENS, TeacherConfig
 from teacher_service.engine import (
     EngineInfo,
     Finish,
@@ -138,7 +138,7 @@ class HfEngine:
             return batch
         length, adapter = len(first.item.token_ids), first.item.adapter
         for job in list(waiting):
-            if (len(batch) + 1) * length > self._config.max_batch_tokens:
+            if (len(batch) + 1) * length > (self._config.max_batch_tokens or BATCH_TOKENS):
                 break
             if len(job.item.token_ids) == length and job.item.adapter == adapter:
                 waiting.remove(job)
@@ -265,6 +265,8 @@ def _describe(
         quantization=quantization,
         eos_token_ids=codec.eos_token_ids,
         max_adapters=config.max_adapters,
-        batch_tokens=config.max_batch_tokens if model.device.type != "cpu" else _CPU_BATCH_TOKENS,
+        batch_tokens=config.max_batch_tokens or BATCH_TOKENS
+        if model.device.type != "cpu"
+        else _CPU_BATCH_TOKENS,
         max_running_samples=hf_worker.MAX_ACTIVE_SAMPLES,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from protos.errors import Reason, StillhouseError
-from teacher_service.config import TeacherConfig
+from teacher_service.config import BATCH_TOKENS, TeacherConfig
 from teacher_service.vllm_parallel import (
     HELPERS,
     is_one_process,
@@ -30,9 +30,11 @@ CPU_BLOCK_TOKENS = 32
 last whole block is computed again for each of its completions."""
 WORKER_EXTENSION = "teacher_service.vllm_worker.WorkerExtension"
 """What vLLM's worker finds the class by; it does nothing before it is told to."""
-# On a CPU the worker holds float32 logits of a whole chunk of a prompt: 1 GiB at this many elements.
-_CPU_LOGITS_ELEMENTS = 1 << 28
+# On a CPU the worker of the lower tiers holds float32 logits of a whole chunk of a prompt: half a GiB at this many elements.
+_CPU_LOGITS_ELEMENTS = 1 << 27
 _CPU_MIN_BATCH_TOKENS = 256
+_CPU_BATCH_TOKENS = 2048
+"""So few that most of a pass's rows are made during the body of the step after theirs: see `vllm_pipeline`."""
 
 
 def require_vllm() -> str:
@@ -112,7 +114,7 @@ def engine_arguments(
     config: TeacherConfig, directory: Path, *, on_cpu: bool, vocab_size: int
 ) -> dict[str, Any]:
     """Arguments of vLLM's `AsyncEngineArgs`. Raises `StillhouseError` (INVALID_CONFIG) for what vLLM cannot do."""
-    batch_tokens = config.max_batch_tokens
+    batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
     if on_cpu:
         batch_tokens = min(batch_tokens, max(_CPU_MIN_BATCH_TOKENS, _CPU_LOGITS_ELEMENTS // vocab_size))
     arguments: dict[str, Any] = {

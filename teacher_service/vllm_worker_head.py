@@ -13,8 +13,6 @@ Head = Callable[[Tensor, Tensor], Tensor | None]
 
 SharedHead = Callable[[Tensor], Tensor]
 """Hidden states [T, H] to logits [T, V], from any thread and at any time."""
-_SHARED_WEIGHTS = 1 << 24
-"""Weights of an output layer up to which it can be a plain product: a larger one is faster as vLLM has packed it."""
 _PROBED_ROWS = 3
 
 
@@ -30,7 +28,7 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
     vocab_size = runner.input_batch.vocab_size
     if runner.device.type != "cpu" or not isinstance(weight, Tensor):
         return None
-    if weight.ndim != 2 or len(weight) < vocab_size or weight.numel() > _SHARED_WEIGHTS:
+    if weight.ndim != 2 or len(weight) < vocab_size:
         return None
     plain_VH = weight.detach()[:vocab_size]
 
