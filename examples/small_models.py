@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,16 +116,16 @@ def save_model(model: Any, tokenizer: Any, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def make_adapter(directory: Path, base_dir: Path, rank: int, seed: int) -> Path:
-    """Directory with a LoRA adapter of `base_dir` on queries and values, both of its matrices random and not zero."""
+def make_adapter(
+    directory: Path, base_dir: Path, rank: int, seed: int, modules: Sequence[str] = ("q_proj", "v_proj")
+) -> Path:
+    """Directory with a LoRA adapter of `base_dir` on these modules, both of its matrices random and not zero."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
     adapted = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -24,7 +24,7 @@ from teacher_service.topk import Target
 from teacher_service.vllm_helpers import SHARED_ROWS, Helpers, Shared
 from teacher_service.vllm_pipeline import PendingRows
 from teacher_service.vllm_plan import MISSING, ScorePlan, pack, read_plan, widths
-from teacher_service.vllm_worker_head import Head, SharedHead, output_layer, shared_output_layer
+from teacher_service.vllm_worker_head import Head, SharedHead, adapts_head, output_layer, shared_output_layer
 
 _METHODS = {
     "_get_prompt_logprobs_dict": ["hidden_states", "num_scheduled_tokens"],
@@ -141,7 +141,9 @@ def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Call
         }
         if not present:
             return tensors
-        if shared_head is None or any(runner.requests[name].lora_request for name in ours):
+        if shared_head is None or any(
+            adapts_head(runner, runner.requests[name].lora_request) for name in ours
+        ):
             _compute(head, max_rows, hidden_states, present, helpers)
         else:
             shared = _share(shared_head, hidden_states, present, helpers)

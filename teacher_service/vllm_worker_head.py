@@ -45,6 +45,14 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
     return head if float((wanted_TV - found_TV).abs().max()) <= tolerance else None
 
 
+def adapts_head(runner: Any, lora_request: Any) -> bool:
+    """Whether a request's adapter changes the output layer; true where that cannot be told."""
+    if lora_request is None:
+        return False
+    adapter = runner.lora_manager._adapter_manager.get_adapter(lora_request.lora_int_id)
+    return adapter is None or any(name.endswith("lm_head") for name in adapter.loras)
+
+
 def output_layer(runner: Any) -> tuple[Head, int | None]:
     """The layer, and how many rows it takes at once where that is bounded.
 

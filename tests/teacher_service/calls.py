@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -232,3 +233,10 @@ def assert_agrees(
     assert np.abs(target - answer.target_logprobs).max() < tolerance
     tail = 1 - np.exp(of_answer).sum(axis=1)
     assert np.abs(np.exp(answer.log_tail) - tail).max() < tolerance
+
+
+def refusal(teacher: Teacher, call: Callable[[], object]) -> StillhouseError:
+    """The error that a call must raise."""
+    with pytest.raises(grpc.RpcError) as caught:
+        call()
+    return from_rpc_error(caught.value, target=teacher.target, service="teacher")

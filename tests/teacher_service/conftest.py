@@ -1,9 +1,9 @@
-"""One vLLM engine for all tests of its parts, and a view of it for each tier: a start of vLLM takes half a minute."""
+"""One vLLM engine for all tests of its parts, and a view of it for each tier: a start of vLLM takes half a minute; a client of each engine's service."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -16,6 +16,7 @@ import pytest_asyncio
 from teacher_service.config import TeacherConfig
 from tests.conftest import Models
 from tests.support.processes import no_process_left
+from tests.teacher_service.calls import Teacher
 
 BATCH_TOKENS = 200  # less than many sequences of the tests have: their prompts are read in chunks
 
@@ -81,3 +82,11 @@ def view(engine: Any, tier: str | None = None, **changes: Any) -> Any:
 def engine(request: pytest.FixtureRequest, worker_engine: Any) -> Any:
     """An engine of each tier."""
     return view(worker_engine, request.param)
+
+
+@pytest.fixture(scope="session", params=["hf_teacher", "vllm_teacher"])
+def teacher(request: pytest.FixtureRequest) -> Iterator[Teacher]:
+    """A client of a service with each engine."""
+    client = Teacher(request.getfixturevalue(request.param).target)
+    yield client
+    client.close()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import pytest_asyncio
 
 from benchmarks.teacher_models import Shape, make_teacher
+from examples.small_models import make_adapter
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
 from tests.teacher_service.conftest import loaded
@@ -107,6 +110,32 @@ async def test_many_sequences_at_once_have_the_rows_of_transformers(engine: Vllm
     base = reference(engine.info.model)  # type: ignore[arg-type]
     for item, got in zip(items, await asyncio.gather(*map(engine.score, items)), strict=True):
         assert_equal_to(base, item.token_ids, got, TOP_K)
+
+
+@pytest.mark.model
+@pytest.mark.asyncio(loop_scope="session")
+async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_peft(
+    engine: VllmEngine, tmp_path: Path
+) -> None:
+    model = Path(engine.info.model)
+    adapters = {
+        "body": make_adapter(tmp_path / "body", model, rank=4, seed=1),
+        "both": make_adapter(tmp_path / "both", model, rank=4, seed=2, modules=("v_proj", "lm_head")),
+    }
+    bases = {"": reference(model)} | {name: reference(model, path) for name, path in adapters.items()}
+    for name, path in adapters.items():
+        await engine.load_adapter(name, path)
+    try:
+        for order in (["", "body"] * 8, ["body"] * 8, ["both", "", "body"] * 5, ["both"] * 4):
+            items = [
+                replace(scored(150 + 10 * number, 1, seed=number), adapter=name)
+                for number, name in enumerate(order)
+            ]
+            for item, got in zip(items, await asyncio.gather(*map(engine.score, items)), strict=True):
+                assert_equal_to(bases[item.adapter], item.token_ids, got, TOP_K)
+    finally:
+        for name in adapters:
+            await engine.unload_adapter(name)
 
 
 @pytest.mark.model

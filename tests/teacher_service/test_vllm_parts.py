@@ -120,9 +120,7 @@ def test_a_cpu_keeps_the_last_adapter_slot_empty_and_a_gpu_needs_not(
 
 def test_a_large_vocabulary_bounds_the_batch_of_a_cpu(config: TeacherConfig, tmp_path: Path) -> None:
     assert engine_arguments(config, tmp_path, on_cpu=True, vocab_size=4096)["max_num_batched_tokens"] == 2048
-    assert (
-        engine_arguments(config, tmp_path, on_cpu=True, vocab_size=151936)["max_num_batched_tokens"] == 883
-    )
+    assert engine_arguments(config, tmp_path, on_cpu=True, vocab_size=151936)["max_num_batched_tokens"] == 883
     assert (
         engine_arguments(config, tmp_path, on_cpu=False, vocab_size=151936)["max_num_batched_tokens"] == 8192
     )
