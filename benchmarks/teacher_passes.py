@@ -19,6 +19,7 @@ from benchmarks.teacher_servers import Settings
 
 CONCURRENCIES = {
     "engine": (8, 16, 64),
+    "engine_all": (8, 16, 64),
     "http": (8, 16, 32),
     "vllm_grpc": (8, 16, 32),
     "gen_http": (16, 32, 64),
@@ -41,6 +42,7 @@ SERVERS = {
     "gen_plain": ("teacher",),
     "engine": ("engine",),
     "engine_shared": ("engine",),
+    "engine_all": ("engine_all",),
     "http": ("http",),
     "gen_http": ("http",),
     "trl": ("http", "trl"),
@@ -171,9 +173,11 @@ class Runner:
             case "shared":
                 work = self._workload.grouped(seed)
                 return score(self._servers["teacher"], work.sequences(), top_k, start=work.shared)
-            case "engine" | "engine_shared":
+            case "engine" | "engine_all" | "engine_shared":
                 work = self._workload.grouped(seed) if kind == "engine_shared" else work
-                seconds = self._servers["engine"].ask(concurrency=choice, **asdict(work))
+                seconds = self._servers["engine_all" if kind == "engine_all" else "engine"].ask(
+                    concurrency=choice, **asdict(work)
+                )
                 return Pass(tokens=work.count * work.length, seconds=seconds)
             case "http":
                 return score_http(self._servers["http"], work.sequences(), top_k, concurrency=choice)

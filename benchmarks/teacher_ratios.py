@@ -148,6 +148,7 @@ RATIOS = (
     # For comparison only.
     Ratio(name="score_vs_engine_small_k20", model="small", ours="score_k20", other="engine", limit="score"),
     Ratio(name="score_vs_engine_small_k128", model="small", ours="score_k128", other="engine", limit="score"),
+    Ratio(name="score_vs_engine_all_cores_small_k64", model="small", ours="score_k64", other="engine_all"),
     Ratio(
         name="score_vs_engine_wide_k64", model="wide", ours="score_packed_k64", other="engine", limit="score"
     ),
@@ -176,26 +177,26 @@ class Costs:
     select: Mapping[int, float]
     """Top-k and the log-sum-exp, by k."""
     helpers: int = 0
-    """Threads beside the engine's that select rows while it computes the logits of others."""
+    """Threads beside the engine's that compute where a step only scores, and that select rows of written tokens."""
 
     def answer(self, top_k: int) -> float:
-        """Seconds that the rows of one token take at least: output layer and selection."""
-        return max(self.head, (self.head + self.select[top_k]) / (1 + self.helpers))
+        """Seconds of one thread for the rows of one token: output layer and selection."""
+        return self.head + self.select[top_k]
 
     def score_rate(self, top_k: int) -> float:
         """The roofline: tokens per second of body, output layer and selection."""
-        return 1 / (self.body + self.answer(top_k))
+        return (1 + self.helpers) / (self.body + self.answer(top_k))
 
     def limit(self, kind: str, top_k: int, *, computed: float, answered: float) -> float | None:
         """What the parts allow for a ratio; `computed` and `answered` are shares of shared sequences."""
-        answer = self.answer(top_k)
+        answer, threads = self.answer(top_k), 1 + self.helpers
         if kind == "score":
-            return self.body / (self.body + answer)
+            return self.body * threads / (self.body + answer)
         if kind == "shared":
-            return self.body * computed / (self.body * computed + answer * answered)
+            return self.body * computed * threads / (self.body * computed + answer * answered)
         if kind == "decode":
             step = self.body + self.head
-            return step / (step + self.select[top_k] / (1 + self.helpers))
+            return step / (step + self.select[top_k] / threads)
         return None
 
 

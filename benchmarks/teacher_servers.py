@@ -8,7 +8,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,9 +129,16 @@ class Servers:
             options["gpu_memory_utilization"] = GPU_SHARE
         return options
 
-    def _engine(self, running: ExitStack) -> Callable[[], LineProcess]:
-        options = json.dumps(self._engine_options() | {"max_batch_tokens": MAX_BATCH_TOKENS})
-        self.commands["engine"] = (
+    def _engine_all(self, running: ExitStack) -> Callable[[], LineProcess]:
+        return self._engine(running, "engine_all", {"threads": num_cores()} if self._settings.on_cpu else {})
+
+    def _engine(
+        self, running: ExitStack, name: str = "engine", more: Mapping[str, Any] | None = None
+    ) -> Callable[[], LineProcess]:
+        options = json.dumps(
+            self._engine_options() | {"max_batch_tokens": MAX_BATCH_TOKENS} | dict(more or {})
+        )
+        self.commands[name] = (
             f"python -m benchmarks.plain_engine {self.model.name} '{options}'  "
             "# the teacher's engine: AsyncLLM.generate, max_tokens=1, no logprobs, prefix cache on"
         )

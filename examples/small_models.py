@@ -132,7 +132,7 @@ def make_adapter(
         for name, weight in adapted.named_parameters():
             if "lora_" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-    adapted.save_pretrained(directory, safe_serialization=True)
+    adapted.save_pretrained(directory, safe_serialization=True, save_embedding_layers=False)
     return directory
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from teacher_service import vllm_pipeline
+from teacher_service import vllm_head_adapters
 from teacher_service.vllm_plan import start_of
 
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
@@ -47,7 +47,7 @@ def register() -> None:
         (_cap_cache_hits, "the prefix cache is not used for scoring"),
         (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
         (_read_less_beside_writers, "long prompts hold up those who write"),
-        (vllm_pipeline.install, "a step waits until its rows are selected"),
+        (vllm_head_adapters.install, "models whose output layer takes adapters cannot be scored beside any"),
     ):
         try:
             change()

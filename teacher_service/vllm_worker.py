@@ -1,6 +1,6 @@
 """Stillhouse inside vLLM's worker process, for vLLM's first model runner: rows of scored prompts, exact and no more than asked for.
 
-It is loaded as vLLM's `worker_extension_cls` and replaces two methods of the runner of this process, for requests that
+It is loaded as vLLM's `worker_extension_cls` and replaces three methods of the runner of this process, for requests that
 carry a plan (`vllm_plan`); all others go to vLLM's own methods. It was read and run against the runner of vLLM 0.32's CPU
 build. On GPUs it has not been run.
 """
@@ -18,17 +18,18 @@ import torch
 from torch import Tensor
 
 from protos.errors import StillhouseError
-from teacher_service import topk, vllm_pipeline
+from teacher_service import topk
 from teacher_service.engine import Float32Array, Int32Array
 from teacher_service.topk import Target
-from teacher_service.vllm_helpers import SHARED_ROWS, Helpers, Shared
-from teacher_service.vllm_pipeline import PendingRows
+from teacher_service.vllm_cores import with_free_cores
+from teacher_service.vllm_helpers import SHARED_ROWS, Helpers
 from teacher_service.vllm_plan import MISSING, ScorePlan, pack, read_plan, widths
 from teacher_service.vllm_worker_head import Head, SharedHead, adapts_head, output_layer, shared_output_layer
 
 _METHODS = {
     "_get_prompt_logprobs_dict": ["hidden_states", "num_scheduled_tokens"],
     "_sample": ["logits", "spec_decode_metadata"],
+    "execute_model": ["scheduler_output", "intermediate_tensors"],
 }
 _STATE = (
     "requests", "num_prompt_logprobs", "input_batch", "query_start_loc", "discard_request_mask", "model",
@@ -66,6 +67,8 @@ def install(runner: Any) -> None:
     helpers = Helpers.of_environment()
     runner._get_prompt_logprobs_dict = _scorer(runner, runner._get_prompt_logprobs_dict, helpers)
     runner._sample = sampler(runner, runner._sample, plan_of, helpers)
+    if helpers.count:
+        runner.execute_model = with_free_cores(runner, runner.execute_model, helpers.count)
     runner.stillhouse_installed = True
 
 
@@ -109,7 +112,6 @@ def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Call
     shared_head = shared_output_layer(runner) if helpers.count else None
     if helpers.count:
         max_rows = min(max_rows, SHARED_ROWS)
-    may_wait = shared_head is not None and vllm_pipeline.is_installed()
 
     def get_prompt_logprobs_dict(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         ours = {
@@ -146,10 +148,7 @@ def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Call
         ):
             _compute(head, max_rows, hidden_states, present, helpers)
         else:
-            shared = _share(shared_head, hidden_states, present, helpers)
-            if may_wait and num_scheduled_tokens.keys() <= ours.keys():
-                return PendingRows(tensors, shared.finish)
-            shared.finish()
+            _compute_shared(shared_head, hidden_states, present, helpers)
         return tensors
 
     return get_prompt_logprobs_dict
@@ -193,16 +192,18 @@ def _scoring(runner: Any, request: Any, hidden_size: int) -> _Scoring:
     return scoring
 
 
-def _share(head: SharedHead, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers) -> Shared:
-    """The rows of this step as work that has begun: each piece from hidden states to rows."""
-    shared, num_rows = helpers.shared(), sum(each.count for each in segments)
+def _compute_shared(
+    head: SharedHead, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers
+) -> None:
+    """Fills in the rows of this step, each piece from hidden states to rows by one thread."""
+    num_rows = sum(each.count for each in segments)
     hidden_TH = _joined(hidden_states, segments)
     size = helpers.piece_rows(num_rows)
-    for begin in range(0, num_rows, size):
-        end = min(begin + size, num_rows)
-        places = list(_within(segments, begin, end))
-        shared.give(partial(_fill_all, head, hidden_TH[begin:end], places, begin))
-    return shared
+    with helpers.sharing() as share:
+        for begin in range(0, num_rows, size):
+            end = min(begin + size, num_rows)
+            places = list(_within(segments, begin, end))
+            share(partial(_fill_all, head, hidden_TH[begin:end], places, begin))
 
 
 def _fill_all(

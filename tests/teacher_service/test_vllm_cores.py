@@ -1,4 +1,4 @@
-"""Steps of vLLM whose rows are selected during the step after them: the same numbers, each once, for whoever still waits."""
+"""Steps of vLLM that only score, on all cores: the numbers of transformers, with and without adapters, for whoever still waits."""
 
 from __future__ import annotations
 
@@ -13,78 +13,90 @@ from typing import Any
 import numpy as np
 import pytest
 import pytest_asyncio
+import torch
 
-from benchmarks.teacher_models import Shape, make_teacher
+from benchmarks.teacher_models import make_tokenizer
 from examples.small_models import make_adapter
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
-from tests.teacher_service.conftest import loaded
+from tests.teacher_service.conftest import loaded, view
 from tests.teacher_service.test_vllm_engine import assert_equal_to, reference
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
-from vllm.v1.engine import EngineCoreOutputs
-
 from teacher_service import topk
+from teacher_service.vllm_cores import with_free_cores
 from teacher_service.vllm_engine import VllmEngine
-from teacher_service.vllm_pipeline import PendingRows, _waiting, joined
+from teacher_service.vllm_plan import KEY
 
-SHAPE = Shape(
-    name="overlap",
-    vocab_size=2200,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=2,
-    num_kv_heads=1,
-    intermediate_size=96,
-    num_sequences=1,
-    length=1,
-    num_texts=1,
-)
+VOCAB_SIZE = 2200
 BATCH_TOKENS = 512
 TOP_K = 64
 
 
-def scheduler(log: list[Any]) -> Any:
-    def original(self: Any, scheduled: str, output: Any) -> dict[int, Any]:
-        log.append(("answered", scheduled))
-        return {0: EngineCoreOutputs(outputs=[scheduled], finished_requests={scheduled})}
-
-    update, this = _waiting(original), SimpleNamespace()
-    return lambda scheduled, output: update(this, scheduled, output)
+def step_of(*names: str, new: dict[str, Any] | None = None) -> Any:
+    requests = [SimpleNamespace(req_id=name, sampling_params=params) for name, params in (new or {}).items()]
+    return SimpleNamespace(num_scheduled_tokens=dict.fromkeys(names, 1), scheduled_new_reqs=requests)
 
 
-def answer(log: list[Any], name: str, *, pending: bool) -> Any:
-    rows = PendingRows({}, lambda: log.append(("finished", name))) if pending else {}
-    return SimpleNamespace(prompt_logprobs_dict=rows)
+def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> None:
+    scores = SimpleNamespace(extra_args={KEY: {"score": {"start": 1}}})
+    writes = SimpleNamespace(extra_args=None)
+    runner = SimpleNamespace(
+        requests={
+            "known": SimpleNamespace(sampling_params=scores),
+            "writer": SimpleNamespace(sampling_params=writes),
+        }
+    )
+    before = torch.get_num_threads()
+    step = with_free_cores(runner, lambda _: torch.get_num_threads() - before, helpers=1)
+    assert step(step_of("known")) == 1
+    assert step(step_of("known", "new", new={"new": scores})) == 1
+    assert step(step_of("known", "writer")) == 0
+    assert step(step_of("known", "new", new={"new": writes})) == 0
+    assert step(step_of("known", "pooled", new={"pooled": None})) == 0
+    assert step(step_of()) == 0
+    assert torch.get_num_threads() == before
 
 
-def test_an_answer_waits_for_one_step_and_not_for_a_second() -> None:
-    log: list[Any] = []
-    step = scheduler(log)
-    assert step("a", answer(log, "a", pending=True)) == {}
-    assert step("b", answer(log, "b", pending=True))[0].outputs == ["a"]
-    assert log == [("finished", "a"), ("answered", "a")]
-    both = step("c", answer(log, "c", pending=False))[0]
-    assert both.outputs == ["b", "c"]
-    assert both.finished_requests == {"b", "c"}
-    assert step("d", answer(log, "d", pending=False))[0].outputs == ["d"]
+def test_a_step_that_fails_leaves_the_threads_as_they_were() -> None:
+    scores = SimpleNamespace(extra_args={KEY: {"score": {"start": 1}}})
+
+    def fails(_: Any) -> None:
+        raise ValueError("no")
+
+    before = torch.get_num_threads()
+    with pytest.raises(ValueError, match="no"):
+        with_free_cores(SimpleNamespace(requests={}), fails, helpers=1)(step_of("a", new={"a": scores}))
+    assert torch.get_num_threads() == before
 
 
-def test_answers_of_two_steps_are_joined_by_client() -> None:
-    earlier = {0: EngineCoreOutputs(outputs=[1]), 1: EngineCoreOutputs(outputs=[2])}
-    later = {1: EngineCoreOutputs(outputs=[3]), 2: EngineCoreOutputs(outputs=[4])}
-    assert {client: each.outputs for client, each in joined(earlier, later).items()} == {
-        0: [1],
-        1: [2, 3],
-        2: [4],
-    }
+def make_llama(directory: Path) -> Path:
+    """A model with an output layer of its own, of the kind for which vLLM takes adapters of that layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make_tokenizer(directory, VOCAB_SIZE)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=96,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[VllmEngine]:
-    model = make_teacher(SHAPE, tmp_path_factory.mktemp("overlap") / "teacher")
+    model = make_llama(tmp_path_factory.mktemp("cores") / "teacher")
     config = TeacherConfig(
         model=str(model), engine="vllm", dtype="float32", max_batch_tokens=BATCH_TOKENS, kv_cache_gib=0.25
     )
@@ -92,15 +104,20 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vllm
         yield made
 
 
+async def greedy(engine: VllmEngine, item: GenerateItem) -> list[int]:
+    item = replace(item, temperature=0.0, options=DistributionOptions(top_k=4))
+    return [int(token) async for piece in engine.generate(item) for token in piece.token_ids]
+
+
 def scored(length: int, start: int, seed: int) -> ScoreItem:
-    ids = np.random.default_rng(seed).integers(0, SHAPE.vocab_size, length, dtype=np.int32)
+    ids = np.random.default_rng(seed).integers(0, VOCAB_SIZE, length, dtype=np.int32)
     return ScoreItem(token_ids=ids, start=start, options=DistributionOptions(top_k=TOP_K))
 
 
 @pytest.mark.model
 @pytest.mark.asyncio(loop_scope="session")
 async def test_many_sequences_at_once_have_the_rows_of_transformers(engine: VllmEngine) -> None:
-    assert SHAPE.vocab_size >= topk.COMPILED_VOCAB, "the compiled way is not what is tested"
+    assert VOCAB_SIZE >= topk.COMPILED_VOCAB, "the compiled way is not what is tested"
     items = [
         scored(length, start, seed=number)
         for number, (length, start) in enumerate(
@@ -126,13 +143,27 @@ async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_pef
     for name, path in adapters.items():
         await engine.load_adapter(name, path)
     try:
-        for order in (["", "body"] * 8, ["body"] * 8, ["both", "", "body"] * 5, ["both"] * 4):
+        public = view(engine, "public")
+        for by, order in (
+            (engine, ["", "body"] * 8),
+            (engine, ["body"] * 8),
+            (engine, ["both", "", "body"] * 5),
+            (engine, ["both"] * 4),
+            (public, ["both", "", "body"] * 2),
+        ):
             items = [
                 replace(scored(150 + 10 * number, 1, seed=number), adapter=name)
                 for number, name in enumerate(order)
             ]
-            for item, got in zip(items, await asyncio.gather(*map(engine.score, items)), strict=True):
+            for item, got in zip(items, await asyncio.gather(*map(by.score, items)), strict=True):
                 assert_equal_to(bases[item.adapter], item.token_ids, got, TOP_K)
+        for name in ("both", "", "body"):
+            prompt = np.arange(5, 40, dtype=np.int32)
+            written = await greedy(engine, GenerateItem(token_ids=prompt, adapter=name, max_new_tokens=8))
+            whole = torch.from_numpy(np.concatenate([prompt, written])).long()
+            with torch.no_grad():
+                likeliest = bases[name](whole[None]).logits[0, len(prompt) - 1 : -1].argmax(-1)
+            assert likeliest.tolist() == written
     finally:
         for name in adapters:
             await engine.unload_adapter(name)
