@@ -23,6 +23,7 @@ from teacher_service.engine import Float32Array, Int32Array
 from teacher_service.topk import Target
 from teacher_service.vllm_cores import with_free_cores
 from teacher_service.vllm_helpers import SHARED_ROWS, Helpers
+from teacher_service.vllm_memory import trim_regularly
 from teacher_service.vllm_plan import MISSING, ScorePlan, pack, read_plan, widths
 from teacher_service.vllm_worker_head import Head, SharedHead, adapts_head, output_layer, shared_output_layer
 
@@ -69,6 +70,8 @@ def install(runner: Any) -> None:
     runner._sample = sampler(runner, runner._sample, plan_of, helpers)
     if helpers.count:
         runner.execute_model = with_free_cores(runner, runner.execute_model, helpers.count)
+    if runner.device.type == "cpu":
+        trim_regularly()
     runner.stillhouse_installed = True
 
 

@@ -1,0 +1,30 @@
+"""Gives back to the host what steps of many sizes leave free in a worker's heap on a CPU, so that its memory stays what it needs.
+
+PyTorch takes the tensors of a step from the C library, whose heap grows at each mixture of sizes that it has not met, and
+shrinks only at its end.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+INTERVAL_S = 30.0
+
+
+def trim_regularly(interval_s: float = INTERVAL_S) -> threading.Event | None:
+    """Starts a thread that does so until the event is set; None where the C library cannot (glibc can).
+
+    A call takes some milliseconds, in which allocations of the steps wait.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return None
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(interval_s):
+            trim(ctypes.c_size_t(0))
+
+    threading.Thread(target=run, name="stillhouse-trim", daemon=True).start()
+    return ended
