@@ -25,7 +25,7 @@ test: check-static ## set up and run everything that CI runs
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
 
 test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
-	LONG=$(LONG) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -p tests.faults.report $(ARGS)
+	LONG=$(LONG) STILLHOUSE_TEST_KILLS=$(or $(STILLHOUSE_TEST_KILLS),20) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -p tests.faults.report $(ARGS)
 
 test-fuzz: setup ## hostile bytes, messages, files and connections; LONG=1 for more than 100,000 cases, FUZZ_SEED=2 for others
 	LONG=$(LONG) $(PY) -m pytest --timeout 3600 tests/fuzz $(ARGS)

@@ -26,7 +26,7 @@ from tests.support.counting_proxy import Counts, counting_proxy
 from tests.support.processes import kill
 from tests.support.runs import Service, completed, curve, log_of, small_spec, training_pid, wait_until
 
-KILLS = int(os.environ.get("STILLHOUSE_TEST_KILLS", "20"))
+KILLS = int(os.environ.get("STILLHOUSE_TEST_KILLS", "6"))
 SEED = int(os.environ.get("STILLHOUSE_TEST_KILL_SEED", "20261122"))
 STEPS, CHECKPOINT_STEPS, PREFETCH_STEPS, BATCH, TOP_K = 160, 2, 2, 4, 16
 LONGEST_DELAY_S = 0.2
@@ -164,6 +164,7 @@ def test_killed_anywhere_a_run_ends_in_the_same_weights_bit_for_bit(
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 @pytest.mark.faults(row=7)
 def test_killed_with_a_vllm_teacher_a_run_ends_in_the_same_held_out_loss(
     vllm_teacher: Program, service: Service, trainer: Trainer, models: Models, dataset_file: Path

@@ -117,6 +117,7 @@ def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.faults(row=10)
 def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on_from_it(
     *,
@@ -147,6 +148,7 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.faults(row=10)
 def test_a_disk_that_fails_leaves_the_last_checkpoint_and_is_named(
     *,

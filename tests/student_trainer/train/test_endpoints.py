@@ -285,6 +285,7 @@ def _spec(models: Models, data: Path, targets: Sequence[str]) -> dict[str, Any]:
     return spec
 
 
+@pytest.mark.slow
 @pytest.mark.faults(row=1)
 def test_services_die_change_and_return_and_the_weights_are_the_same_bit_for_bit(
     models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path

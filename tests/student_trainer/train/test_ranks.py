@@ -153,6 +153,7 @@ def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return [each for each in psutil.Process(process.pid).children() if "--worker" in each.cmdline()]
 
 
+@pytest.mark.slow
 @pytest.mark.faults(row=7)
 def test_a_process_that_is_killed_ends_the_run_and_any_number_goes_on(spec: Any, tmp_path: Path) -> None:
     changes = {

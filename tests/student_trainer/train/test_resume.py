@@ -95,6 +95,7 @@ def test_a_kill_inside_a_save_changes_nothing(
     assert_same_end(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.faults(row=7)
 def test_random_kills_change_nothing(spec: dict[str, Any], undisturbed: RunDir, tmp_path: Path) -> None:
     generator = random.Random(7)
@@ -174,6 +175,7 @@ def own_teacher(models: Models, tmp_path: Path) -> Iterator[dict[str, Any]]:
         }
 
 
+@pytest.mark.slow
 @pytest.mark.faults(row=1)
 def test_a_teacher_that_dies_and_returns_is_waited_for(
     models: Models,
