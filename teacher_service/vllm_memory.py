@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import threading
 
-INTERVAL_S = 30.0
+INTERVAL_S = 5.0
 
 
 def trim_regularly(interval_s: float = INTERVAL_S) -> threading.Event | None:
