@@ -175,9 +175,8 @@ class Runner:
                 return score(self._servers["teacher"], work.sequences(), top_k, start=work.shared)
             case "engine" | "engine_all" | "engine_shared":
                 work = self._workload.grouped(seed) if kind == "engine_shared" else work
-                seconds = self._servers["engine_all" if kind == "engine_all" else "engine"].ask(
-                    concurrency=choice, **asdict(work)
-                )
+                (server,) = SERVERS[kind]
+                seconds = self._servers[server].ask(concurrency=choice, **asdict(work))
                 return Pass(tokens=work.count * work.length, seconds=seconds)
             case "http":
                 return score_http(self._servers["http"], work.sequences(), top_k, concurrency=choice)

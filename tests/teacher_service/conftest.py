@@ -1,4 +1,7 @@
-"""One vLLM engine for all tests of its parts, and a view of it for each tier: a start of vLLM takes half a minute; a client of each engine's service."""
+"""One vLLM engine for all tests of its parts, and a view of it for each tier: a start of vLLM takes half a minute.
+
+Beside it, a client of each engine's service.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from examples.small_models import make_adapter
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
 from tests.teacher_service.conftest import loaded, view
-from tests.teacher_service.test_vllm_engine import assert_equal_to, reference
+from tests.teacher_service.test_vllm_engine import assert_equal_to, joined, reference, written
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
@@ -104,11 +104,6 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vllm
         yield made
 
 
-async def greedy(engine: VllmEngine, item: GenerateItem) -> list[int]:
-    item = replace(item, temperature=0.0, options=DistributionOptions(top_k=4))
-    return [int(token) async for piece in engine.generate(item) for token in piece.token_ids]
-
-
 def scored(length: int, start: int, seed: int) -> ScoreItem:
     ids = np.random.default_rng(seed).integers(0, VOCAB_SIZE, length, dtype=np.int32)
     return ScoreItem(token_ids=ids, start=start, options=DistributionOptions(top_k=TOP_K))
@@ -159,11 +154,18 @@ async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_pef
                 assert_equal_to(bases[item.adapter], item.token_ids, got, TOP_K)
         for name in ("both", "", "body"):
             prompt = np.arange(5, 40, dtype=np.int32)
-            written = await greedy(engine, GenerateItem(token_ids=prompt, adapter=name, max_new_tokens=8))
-            whole = torch.from_numpy(np.concatenate([prompt, written])).long()
+            item = GenerateItem(
+                token_ids=prompt,
+                adapter=name,
+                temperature=0.0,
+                max_new_tokens=8,
+                options=DistributionOptions(top_k=4),
+            )
+            greedy = joined(await written(engine, item))
+            whole = torch.from_numpy(np.concatenate([prompt, greedy])).long()
             with torch.no_grad():
                 likeliest = bases[name](whole[None]).logits[0, len(prompt) - 1 : -1].argmax(-1)
-            assert likeliest.tolist() == written
+            assert likeliest.tolist() == greedy.tolist()
     finally:
         for name in adapters:
             await engine.unload_adapter(name)
@@ -179,7 +181,7 @@ async def test_who_leaves_and_who_writes_meanwhile_changes_nothing(engine: VllmE
             seed=3,
             options=DistributionOptions(top_k=4),
         )
-        return [int(token) async for piece in engine.generate(item) for token in piece.token_ids]
+        return joined(await written(engine, item)).tolist()
 
     alone = await write()
     items = [scored(300 + number, 1, seed=100 + number) for number in range(16)]
