@@ -1,24 +1,51 @@
-"""The type in which products are computed: a processor without instructions for half precision computes them in float32.
+"""The type in which products are computed on a CPU: float32 where the processor is no faster in half precision.
 
-Torch computes a product of half precision on any processor, but without such instructions many times more slowly than
-the same one in float32, which is more exact as well.
+Torch computes a product of half precision on any processor. Without instructions for it that takes many times as long as
+the same product in float32, and with those of AVX-512 alone it takes up to twice as long on some processors and half
+as long on others. So the products are timed once in a process. Float32 is more exact as well, and wins a tie.
 """
 
 from __future__ import annotations
 
+import time
 from functools import cache
 
 import torch
 
 _HALF = (torch.bfloat16, torch.float16)
+_ROWS, _INNER, _COLUMNS = 128, 256, 4096
+"""A product of 0.27 GFLOP: a millisecond or two."""
+_TRIES = 6
+_FASTER = 0.8
+"""Half precision must take this share of float32's time or less. The processors known lie near 0.5 or above 1.5."""
 
 
 def product_type(dtype: torch.dtype, device: str) -> torch.dtype:
-    """`dtype`, or float32 where the type of device ("cpu", "cuda") has no fast product of it."""
-    return torch.float32 if device == "cpu" and dtype in _HALF and not _has_product(dtype) else dtype
+    """`dtype`, or float32 where the type of device ("cpu", "cuda") computes no faster in it. The same all through a process."""
+    return torch.float32 if device == "cpu" and dtype in _HALF and not _is_faster(dtype) else dtype
 
 
 @cache
+def _is_faster(dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` are well faster than those of float32, by the fastest of a few of each in turn."""
+    if not _has_product(dtype):
+        return False
+    half, wide = _factors(dtype), _factors(torch.float32)
+    seconds = [(_seconds(*half), _seconds(*wide)) for _ in range(1 + _TRIES)][1:]
+    return min(one for one, _ in seconds) <= _FASTER * min(other for _, other in seconds)
+
+
+def _factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ones: drawn numbers would move the run's own random state."""
+    return torch.ones(_ROWS, _INNER, dtype=dtype), torch.ones(_COLUMNS, _INNER, dtype=dtype)
+
+
+def _seconds(left: torch.Tensor, right: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    torch.mm(left, right.T)
+    return time.perf_counter() - begin
+
+
 def _has_product(dtype: torch.dtype) -> bool:
     """Whether oneDNN, which torch leaves such products to, has one for this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
