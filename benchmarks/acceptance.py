@@ -234,7 +234,7 @@ def report(found: Found) -> Iterator[str]:
 
 @click.command()
 @click.option("--seeds", default=5, show_default=True)
-@click.option("--on-policy-seeds", default=3, show_default=True, help="Of these, for the part on-policy.")
+@click.option("--on-policy-seeds", default=5, show_default=True, help="Of these, for the part on-policy.")
 @click.option("--curve-seeds", default=1, show_default=True, help="Of these, for the curves.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="hf", show_default=True)
 @click.option("--slots", default=1, show_default=True, help="Runs that train at once.")

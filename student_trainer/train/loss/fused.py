@@ -155,17 +155,20 @@ def _run(
 ) -> tuple[ObjectiveSum, _Gradients]:
     """The sums over all chunks; products are computed in the type of `hidden`."""
     dtype = hidden.dtype
+    # Sums over chunks are kept in the wider of both types.
+    weight_dtype = torch.promote_types(weight.dtype, dtype)
+    is_wider = weight_dtype != dtype
+    # The first chunk overwrites what the others are added to.
+    new_sum = torch.zeros_like if is_wider or not hidden.shape[0] else torch.empty_like
     gradients = _Gradients(
         hidden=torch.empty_like(hidden) if wants[0] else None,
-        # Sums over chunks are kept in the wider of both types.
-        weight=torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, dtype)) if wants[1] else None,
+        weight=new_sum(weight, dtype=weight_dtype) if wants[1] else None,
         bias=torch.zeros_like(bias) if wants[2] and bias is not None else None,
     )
     product_weight = weight.to(dtype)
     chunk = LogitChunk.allocate(work.chunk_rows, weight.shape[0], dtype, hidden.device)
     # Where the sum has a wider type than the product, a chunk's share of it needs a place of its own.
-    is_wider = gradients.weight is not None and gradients.weight.dtype != dtype
-    share = torch.empty_like(product_weight) if is_wider else None
+    share = torch.empty_like(product_weight) if wants[1] and is_wider else None
     parts = []
     for first in range(0, hidden.shape[0], work.chunk_rows):
         rows = slice(first, first + work.chunk_rows)
@@ -185,7 +188,7 @@ def _run(
                 gradients.hidden[rows].mul_(factors)
             hidden_CH = (hidden_CH * factors).to(dtype)
         if gradients.weight is not None and share is None:
-            gradients.weight.addmm_(gradient_CV.T, hidden_CH)
+            gradients.weight.addmm_(gradient_CV.T, hidden_CH, beta=1.0 if first else 0.0)
         elif gradients.weight is not None:
             gradients.weight.add_(torch.mm(gradient_CV.T, hidden_CH, out=share))
         if gradients.bias is not None:

@@ -56,7 +56,10 @@ class LogitChunk:
         """Memory for at most `num_rows` rows."""
         wide = dtype if dtype == torch.float64 else torch.float32
         on_cpu = device.type == "cpu"
-        block_rows = min(num_rows, max(1, BLOCK_LOGITS // num_logits)) if on_cpu else num_rows
+        # Threads share a block by rows.
+        threads = torch.get_num_threads()
+        wanted = max(1, BLOCK_LOGITS // (threads * num_logits)) * threads
+        block_rows = min(num_rows, wanted) if on_cpu else num_rows
         return cls(
             torch.empty(num_rows, num_logits, dtype=dtype, device=device),
             torch.empty(block_rows, num_logits, dtype=wide, device=device),
