@@ -44,7 +44,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The sequences of one pass. Groups of `group_size` begin with the same `shared` tokens."""
+    """The sequences of one pass. Groups of `group_size` begin with the same tokens, `shared` of them on average."""
 
     count: int
     length: int
@@ -52,6 +52,15 @@ class Work:
     seed: int
     group_size: int = 1
     shared: int = 0
+    spread: int = 1
+    """Different numbers of shared tokens that groups have: a prefix cache keeps whole blocks, and no length is the rule."""
+
+    def shared_lengths(self) -> list[int]:
+        """Of each sequence: how many tokens it shares with its group."""
+        generator = np.random.default_rng([self.seed, self.spread])
+        first = self.shared - self.spread // 2
+        groups = generator.integers(first, first + self.spread, -(-self.count // self.group_size))
+        return np.repeat(groups, self.group_size)[: self.count].tolist()
 
     def sequences(self) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
         """int32 [length] each; a seed that was not used before gives prefixes that no cache has seen."""
@@ -61,8 +70,8 @@ class Work:
             return generator.integers(NUM_SPECIAL, self.vocab_size, size, dtype=np.int32)
 
         made = []
-        for index in range(self.count):
+        for index, shared in enumerate(self.shared_lengths()):
             if index % self.group_size == 0:
-                prefix = draw(self.shared)
-            made.append(np.concatenate([prefix, draw(self.length - self.shared)]))
+                prefix = draw(shared)
+            made.append(np.concatenate([prefix, draw(self.length - shared)]))
         return made

@@ -42,13 +42,22 @@ class CountingTeacher(Teacher):
 
 
 def score(
-    teacher: CountingTeacher, sequences: Sequences, top_k: int, *, start: int = 1, packed: bool = False
+    teacher: CountingTeacher,
+    sequences: Sequences,
+    top_k: int,
+    *,
+    starts: list[int] | None = None,
+    packed: bool = False,
 ) -> Pass:
-    """Our client, one stream, logprobs as float16; with `packed` ids travel in the fewest bits."""
+    """Our client, one stream, logprobs as float16, rows from position 1 or `starts`; with `packed` ids travel in the fewest bits."""
+    starts = [1] * len(sequences) if starts is None else starts
     before = teacher.num_bytes
     rows = 0
     begin = time.perf_counter()
-    items = (ScoreItem(id=index, token_ids=ids, start=start) for index, ids in enumerate(sequences))
+    items = (
+        ScoreItem(id=index, token_ids=ids, start=start)
+        for index, (ids, start) in enumerate(zip(sequences, starts, strict=True))
+    )
     for answer in teacher.score(items, top_k=top_k, float16=True, pack_token_ids=packed):
         if answer.error is not None:
             raise answer.error
@@ -56,7 +65,7 @@ def score(
         assert answer.distributions.token_ids.shape[1] == top_k
         rows += answer.distributions.num_rows
     seconds = time.perf_counter() - begin
-    require_rows(rows, sequences, start)
+    require_rows(rows, sequences, starts)
     return Pass(tokens=sum(map(len, sequences)), seconds=seconds, num_bytes=teacher.num_bytes - before)
 
 
@@ -98,7 +107,7 @@ async def _score_http(url: str, sequences: Sequences, top_k: int, concurrency: i
         begin = time.perf_counter()
         await asyncio.gather(*(work(session) for _ in range(concurrency)))
         seconds = time.perf_counter() - begin
-    require_rows(rows, sequences, 1)
+    require_rows(rows, sequences, [1] * len(sequences))
     return Pass(tokens=sum(map(len, sequences)), seconds=seconds, num_bytes=received)
 
 
@@ -115,8 +124,8 @@ def _http_rows(positions: list[Any], top_k: int) -> tuple[np.ndarray[Any, Any], 
     return token_ids, logprobs
 
 
-def require_rows(rows: int, sequences: Sequences, start: int) -> None:
-    """Raises `RuntimeError` unless every position from `start` on was answered."""
-    expected = sum(len(sequence) - start for sequence in sequences)
+def require_rows(rows: int, sequences: Sequences, starts: list[int]) -> None:
+    """Raises `RuntimeError` unless every position from its sequence's start on was answered."""
+    expected = sum(len(sequence) - start for sequence, start in zip(sequences, starts, strict=True))
     if rows != expected:
         raise RuntimeError(f"{rows} rows came for {expected}")

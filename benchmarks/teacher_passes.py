@@ -31,7 +31,9 @@ CONCURRENCIES = {
 GROUP_SIZE = 4
 """Completions of one prompt, in the pass with shared prompts."""
 SHARED_PART = 0.75
-"""Share of a sequence that is its prompt there."""
+"""Share of a sequence that is its prompt there, on average."""
+SHARED_SPREAD = 32
+"""Lengths that prompts have there: a block of vLLM's cache on a CPU."""
 PROMPTS = 64
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -70,7 +72,7 @@ class Workload:
 
     @property
     def shared(self) -> int:
-        """Prompt tokens of sequences in groups."""
+        """Prompt tokens of sequences in groups, on average."""
         return int(self.shape.length * SHARED_PART)
 
     def score(self, seed: int) -> Work:
@@ -82,7 +84,7 @@ class Workload:
         """As many in groups with one prompt each: twice as many, for a prefix cache spares half of them."""
         work = self.score(seed)
         count = max(GROUP_SIZE, 2 * work.count // GROUP_SIZE * GROUP_SIZE)
-        return replace(work, count=count, group_size=GROUP_SIZE, shared=self.shared)
+        return replace(work, count=count, group_size=GROUP_SIZE, shared=self.shared, spread=SHARED_SPREAD)
 
     def prompts(self, seed: int) -> Work:
         """Prompts to continue."""
@@ -172,7 +174,7 @@ class Runner:
                 )
             case "shared":
                 work = self._workload.grouped(seed)
-                return score(self._servers["teacher"], work.sequences(), top_k, start=work.shared)
+                return score(self._servers["teacher"], work.sequences(), top_k, starts=work.shared_lengths())
             case "engine" | "engine_all" | "engine_shared":
                 work = self._workload.grouped(seed) if kind == "engine_shared" else work
                 (server,) = SERVERS[kind]

@@ -161,6 +161,16 @@ def test_sequences_of_a_group_share_their_beginning_and_a_seed_fixes_them() -> N
     np.testing.assert_array_equal(first, work.sequences()[0])
 
 
+def test_groups_share_as_many_tokens_as_are_said_and_not_all_the_same_number() -> None:
+    work = Work(count=64, length=24, vocab_size=512, seed=3, group_size=2, shared=12, spread=8)
+    lengths = work.shared_lengths()
+    assert set(lengths) == set(range(8, 16))
+    sequences = work.sequences()
+    for shared, first, second in zip(lengths[::2], sequences[::2], sequences[1::2], strict=True):
+        np.testing.assert_array_equal(first[:shared], second[:shared])
+        assert (first[shared:] != second[shared:]).any()
+
+
 def test_the_synthetic_tokenizer_has_as_many_tokens_as_asked_for_and_gives_text_back(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
