@@ -60,7 +60,7 @@ class Work:
         generator = np.random.default_rng([self.seed, self.spread])
         first = self.shared - self.spread // 2
         groups = generator.integers(first, first + self.spread, -(-self.count // self.group_size))
-        return np.repeat(groups, self.group_size)[: self.count].tolist()
+        return [int(each) for each in np.repeat(groups, self.group_size)[: self.count]]
 
     def sequences(self) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
         """int32 [length] each; a seed that was not used before gives prefixes that no cache has seen."""

@@ -43,8 +43,18 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
         wanted_TV, found_TV = runner.model.compute_logits(probe_TH), head(probe_TH)
     if wanted_TV is None or wanted_TV.shape != found_TV.shape:
         return None
-    tolerance = 4 * torch.finfo(weight.dtype).eps * max(1.0, float(wanted_TV.abs().max()))
-    return head if float((wanted_TV - found_TV).abs().max()) <= tolerance else None
+    return (
+        head
+        if float((wanted_TV - found_TV).abs().max()) <= _rounding(probe_TH, plain_VH, wanted_TV)
+        else None
+    )
+
+
+def _rounding(hidden_TH: Tensor, weight_VH: Tensor, logits_TV: Tensor) -> float:
+    """How far two ways to compute a product may lie apart: its sums are rounded in float32, its results in their own type."""
+    terms = float((hidden_TH.float().abs() @ weight_VH.float().abs().T).max())
+    result = torch.finfo(logits_TV.dtype).eps * float(logits_TV.abs().max())
+    return 4 * (result + torch.finfo(torch.float32).eps * terms)
 
 
 def adapts_head(runner: Any, lora_request: Any) -> bool:

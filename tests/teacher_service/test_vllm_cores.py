@@ -29,6 +29,7 @@ from teacher_service import topk
 from teacher_service.vllm_cores import with_free_cores
 from teacher_service.vllm_engine import VllmEngine
 from teacher_service.vllm_plan import KEY
+from teacher_service.vllm_worker_head import shared_output_layer
 
 VOCAB_SIZE = 2200
 BATCH_TOKENS = 512
@@ -70,6 +71,30 @@ def test_a_step_that_fails_leaves_the_threads_as_they_were() -> None:
     with pytest.raises(ValueError, match="no"):
         with_free_cores(SimpleNamespace(requests={}), fails, helpers=1)(step_of("a", new={"a": scores}))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_output_layer_is_taken_if_it_differs_by_rounding_alone(dtype: torch.dtype) -> None:
+    weight_VH = torch.randn(512, 2048, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def one_by_one(hidden_TH: torch.Tensor) -> torch.Tensor:
+        """The same product, whose sums are made term by term, in float32."""
+        terms = zip(hidden_TH.float().T, weight_VH.float().T, strict=True)
+        summed = sum(torch.outer(each_T, each_V) for each_T, each_V in terms)
+        assert isinstance(summed, torch.Tensor)
+        return summed.to(dtype)
+
+    def found(compute_logits: Any) -> Any:
+        model = SimpleNamespace(lm_head=SimpleNamespace(weight=weight_VH), compute_logits=compute_logits)
+        return shared_output_layer(
+            SimpleNamespace(
+                model=model, device=torch.device("cpu"), input_batch=SimpleNamespace(vocab_size=512)
+            )
+        )
+
+    assert found(one_by_one) is not None
+    assert found(lambda hidden_TH: one_by_one(hidden_TH) * 1.05) is None
+    assert found(lambda hidden_TH: torch.tanh(one_by_one(hidden_TH) / 30) * 30) is None
 
 
 def make_llama(directory: Path) -> Path:
