@@ -20,6 +20,10 @@ SHARED_ROWS = 512
 _LEAST_ROWS = 32
 _PIECES = 4
 """Of a step's work for each thread, where it has so many rows, so that all end at about the same time."""
+_CACHED_WEIGHTS = 1 << 24
+"""A layer with more comes from memory for each piece anew, which costs as much as computing some fifty rows."""
+_LARGE_ROWS = 256
+"""Of a piece of such a layer, at most: its logits are held."""
 _AHEAD = 4
 """Pieces of work for each thread that wait, before who gives them takes some: each holds its logits."""
 
@@ -66,9 +70,11 @@ class Helpers:
             given.rotate(1)  # the threads begin with the oldest, this one with the latest
             finish_one()
 
-    def piece_rows(self, num_rows: int) -> int:
-        """Into pieces of how many rows so many are cut."""
-        return min(SHARED_ROWS, max(_LEAST_ROWS, -(-num_rows // (_PIECES * (self.count + 1)))))
+    def piece_rows(self, num_rows: int, num_weights: int) -> int:
+        """Into pieces of how many rows so many are cut, each of which reads a layer of so many weights."""
+        threads = self.count + 1
+        pieces = _PIECES if num_weights <= _CACHED_WEIGHTS else -(-num_rows // (threads * _LARGE_ROWS))
+        return min(SHARED_ROWS, max(_LEAST_ROWS, -(-num_rows // (pieces * threads))))
 
 
 def _without_gradients(work: Work) -> None:

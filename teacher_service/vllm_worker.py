@@ -201,7 +201,7 @@ def _compute_shared(
     """Fills in the rows of this step, each piece from hidden states to rows by one thread."""
     num_rows = sum(each.count for each in segments)
     hidden_TH = _joined(hidden_states, segments)
-    size = helpers.piece_rows(num_rows)
+    size = helpers.piece_rows(num_rows, head.weight.numel())
     with helpers.sharing() as share:
         for begin in range(0, num_rows, size):
             end = min(begin + size, num_rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,9 +14,19 @@ from teacher_service.vllm_head_adapters import looked_up, lookup
 Head = Callable[[Tensor, Tensor], Tensor | None]
 """(hidden states [T, H], places of their tokens in the step's batch [T]) to logits [T, V], None on ranks without them."""
 
-SharedHead = Callable[[Tensor], Tensor]
-"""Hidden states [T, H] to logits [T, V], from any thread and at any time."""
 _PROBED_ROWS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SharedHead:
+    """Hidden states [T, H] to logits [T, V], from any thread and at any time."""
+
+    weight: Tensor
+    """[V, H]."""
+
+    def __call__(self, hidden_TH: Tensor) -> Tensor:
+        """The logits."""
+        return torch.nn.functional.linear(hidden_TH, self.weight)
 
 
 def shared_output_layer(runner: Any) -> SharedHead | None:
@@ -32,11 +43,7 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
         return None
     if weight.ndim != 2 or len(weight) < vocab_size:
         return None
-    plain_VH = weight.detach()[:vocab_size]
-
-    def head(hidden_TH: Tensor) -> Tensor:
-        return torch.nn.functional.linear(hidden_TH, plain_VH)
-
+    head = SharedHead(weight.detach()[:vocab_size])
     generator = torch.Generator().manual_seed(0)
     probe_TH = torch.randn(_PROBED_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
     with torch.inference_mode():
@@ -45,7 +52,7 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
         return None
     return (
         head
-        if float((wanted_TV - found_TV).abs().max()) <= _rounding(probe_TH, plain_VH, wanted_TV)
+        if float((wanted_TV - found_TV).abs().max()) <= _rounding(probe_TH, head.weight, wanted_TV)
         else None
     )
 

@@ -21,12 +21,6 @@ from tests.conftest import Models
 IDS = [[int(each) for each in np.random.default_rng(seed).integers(0, 384, 12)] for seed in range(40)]
 
 
-@pytest.fixture
-def teacher(hf_teacher: Program) -> Iterator[Teacher]:
-    with Teacher(hf_teacher.target) as teacher:
-        yield teacher
-
-
 def command(target: str, *arguments: str, stdin: str = "") -> Result:
     return CliRunner().invoke(cli, ["--teacher", target, *arguments], input=stdin)
 
