@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from importlib.util import find_spec
@@ -25,8 +29,10 @@ from tests.teacher_service.test_vllm_engine import assert_equal_to, joined, refe
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed", allow_module_level=True)
 
+from vllm import _custom_ops
+
 from teacher_service import topk
-from teacher_service.vllm_cores import with_free_cores
+from teacher_service.vllm_cores import KEPT_SIZES, with_free_cores
 from teacher_service.vllm_engine import VllmEngine
 from teacher_service.vllm_plan import KEY
 from teacher_service.vllm_worker_head import shared_output_layer
@@ -38,7 +44,11 @@ TOP_K = 64
 
 def step_of(*names: str, new: dict[str, Any] | None = None) -> Any:
     requests = [SimpleNamespace(req_id=name, sampling_params=params) for name, params in (new or {}).items()]
-    return SimpleNamespace(num_scheduled_tokens=dict.fromkeys(names, 1), scheduled_new_reqs=requests)
+    return SimpleNamespace(
+        num_scheduled_tokens=dict.fromkeys(names, 1),
+        total_num_scheduled_tokens=len(names),
+        scheduled_new_reqs=requests,
+    )
 
 
 def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> None:
@@ -52,6 +62,8 @@ def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> 
     )
     before = torch.get_num_threads()
     step = with_free_cores(runner, lambda _: torch.get_num_threads() - before, helpers=1)
+    for size in range(4):
+        step(step_of(*["known"] * size))
     assert step(step_of("known")) == 1
     assert step(step_of("known", "new", new={"new": scores})) == 1
     assert step(step_of("known", "writer")) == 0
@@ -59,6 +71,62 @@ def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> 
     assert step(step_of("known", "pooled", new={"pooled": None})) == 0
     assert step(step_of()) == 0
     assert torch.get_num_threads() == before
+
+
+def test_the_first_step_of_a_size_has_the_free_core_whatever_it_does() -> None:
+    runner = SimpleNamespace(requests={"writer": SimpleNamespace(sampling_params=None)})
+    before = torch.get_num_threads()
+    step = with_free_cores(runner, lambda _: torch.get_num_threads() - before, helpers=1)
+
+    def threads_at(size: int) -> int:
+        output = step_of("writer")
+        output.total_num_scheduled_tokens = size
+        return int(step(output))
+
+    assert [threads_at(size) for size in (5, 5, 6, 5)] == [1, 0, 1, 0]
+    for size in range(100, 100 + KEPT_SIZES):
+        assert threads_at(size) == 1
+    assert threads_at(5) == 1, "products that vLLM has dropped are made again"
+    assert threads_at(100 + KEPT_SIZES - 1) == 0
+
+
+@pytest.mark.model
+@pytest.mark.skipif(not _custom_ops._supports_onednn, reason="this build's products are PyTorch's")
+def test_products_of_vllm_keep_the_number_of_threads_that_they_were_first_computed_with() -> None:
+    """Why a size's first step counts. A vLLM for which this does not hold needs no such care."""
+    script = textwrap.dedent(
+        """
+        import os
+        import torch
+        import vllm.platforms
+        from vllm import _custom_ops as ops
+
+        handler = ops.create_onednn_mm(torch.randn(2048, 512).t(), 32)
+
+        def seconds_of_others():
+            main = str(os.getpid())
+            stats = [open(f"/proc/self/task/{task}/schedstat").read() for task in os.listdir("/proc/self/task") if task != main]
+            return sum(int(stat.split()[0]) for stat in stats) / 1e9
+
+        def by_others(rows, threads):
+            torch._C.set_num_threads(threads)
+            hidden = torch.randn(rows, 512)
+            ops.onednn_mm(handler, hidden, None)
+            before = seconds_of_others()
+            for _ in range(100):
+                ops.onednn_mm(handler, hidden, None)
+            return seconds_of_others() - before
+
+        print(by_others(400, 1), by_others(400, 2), by_others(401, 2))
+        """
+    )
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    first_alone, then_two, first_two = map(float, done.stdout.split())
+    assert first_two > 0.01
+    assert max(first_alone, then_two) < first_two / 10
 
 
 def test_a_step_that_fails_leaves_the_threads_as_they_were() -> None:
