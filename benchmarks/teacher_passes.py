@@ -119,7 +119,8 @@ class Runner:
 
     def warm_up(self, names: Sequence[str], say: Callable[[str], None]) -> None:
         """A pass of each, and of a baseline one at each concurrency: the fastest stays."""
-        for name in names:
+        # A baseline over shared prompts runs at the concurrency of the plain one.
+        for name in dict.fromkeys(each for asked in names for each in (asked.removesuffix("_shared"), asked)):
             kind = kind_of(name)
             if kind in self._best:
                 continue  # found with another k
