@@ -90,7 +90,7 @@ def _details(measured: Mapping[str, Measured], peers: Peers, options: Options) -
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "float16"]),
-    help="Of all models.  [default: bfloat16 where the device multiplies it, else float32]",
+    help="Of all models.  [default: bfloat16 where the device is faster in it, else float32]",
 )
 def main(
     *,
