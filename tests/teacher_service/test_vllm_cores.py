@@ -62,7 +62,7 @@ def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> 
     )
     before = torch.get_num_threads()
     step = with_free_cores(runner, lambda _: torch.get_num_threads() - before, helpers=1)
-    for size in range(4):
+    for size in range(4):  # no step of such a size is the first one
         step(step_of(*["known"] * size))
     assert step(step_of("known")) == 1
     assert step(step_of("known", "new", new={"new": scores})) == 1
