@@ -122,6 +122,7 @@ def _ours(chunk: int, sizes: Sizes) -> Loss:
     from student_trainer.config import LossConfig
     from student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
     from student_trainer.train.loss.sparse import SparseTargets
+    from student_trainer.train.loss.workspace import Workspace
 
     ids, logprobs, log_tail = _teacher_top_k(sizes)
     positions = Positions(
@@ -131,13 +132,56 @@ def _ours(chunk: int, sizes: Sizes) -> Loss:
             token_ids=ids.unsqueeze(0), logprobs=logprobs.unsqueeze(0), log_tail=log_tail.unsqueeze(0)
         ),
     )
+    workspace = Workspace()
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as the trainer does
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         layer = OutputLayer(weight=weight)
-        total = fused_objective(hidden, layer, positions, LossConfig(), chunk_logits=chunk * sizes.vocabulary)
+        total = fused_objective(
+            hidden,
+            layer,
+            positions,
+            LossConfig(),
+            chunk_logits=chunk * sizes.vocabulary,
+            workspace=workspace,
+        )
         return total.loss_sum / sizes.positions
+
+    return loss
+
+
+class _Products(torch.autograd.Function):
+    """The three products of every exact loss, a chunk at a time; their values mean nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+        wide_hidden, wide_weight = hidden.to(logits.dtype), weight.to(logits.dtype)
+        by_hidden, by_weight = torch.empty_like(wide_hidden), torch.zeros_like(wide_weight)
+        for first in range(0, hidden.shape[0], logits.shape[0]):
+            rows = slice(first, first + logits.shape[0])
+            here = logits[: hidden[rows].shape[0]]
+            torch.mm(wide_hidden[rows], wide_weight.T, out=here)
+            torch.mm(here, wide_weight, out=by_hidden[rows])
+            by_weight.addmm_(here.T, wide_hidden[rows])
+        ctx.gradients = by_hidden.to(hidden.dtype), by_weight.to(weight.dtype)
+        return here[0, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, None]:
+        return (*ctx.gradients, None)
+
+
+def _products(chunk: int, sizes: Sizes) -> Loss:
+    """No loss at all: what the step of an exact one takes at least."""
+    from student_trainer.train.loss.product_type import product_type
+
+    dtype = product_type(_dtype(sizes), torch.device(sizes.device).type)
+    logits = torch.empty(chunk, sizes.vocabulary, dtype=dtype)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        value: Tensor = _Products.apply(hidden, weight, logits)  # type: ignore[no-untyped-call]
+        return value
 
     return loss
 
@@ -222,6 +266,7 @@ def _resident_mib(name: str) -> float:
 METHODS: dict[str, Callable[[int, Sizes], Loss]] = {
     "full": _full,
     "ours": _ours,
+    "products": _products,
     "trl_async": _trl_async,
     "trl_gkd": _trl_gkd,
     "liger_jsd": _liger,

@@ -276,5 +276,6 @@ def test_a_students_step_is_measured_at_any_size_in_a_process_of_its_own() -> No
     found = student_loss.measure(student_loss.Pass(method="ours", chunk=64), 2, sizes)
     assert found.seconds > 0
     assert 0 < found.loss < 20
+    assert student_loss.measure(student_loss.Pass(method="products", chunk=100), 1, sizes).seconds > 0
     with pytest.raises(RuntimeError, match="nowhere"):
         student_loss.measure(student_loss.FULL, 1, replace(sizes, device="nowhere"))

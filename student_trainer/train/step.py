@@ -25,6 +25,7 @@ from student_trainer.train.loss.fused import Positions, fused_objective
 from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.reduction import Reduction
 from student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
+from student_trainer.train.loss.workspace import Workspace
 from student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
 from student_trainer.train.packing import check_packing
 from student_trainer.train.ranks import Ranks
@@ -85,6 +86,7 @@ class Stepper:
         }
         self._parameters = list(student.trained().values())
         self._head = Head(student)
+        self._workspace = Workspace()
         if self._head.layer is None:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
         if config.data.packing:
@@ -224,7 +226,14 @@ class Stepper:
         with self._accelerator.autocast():
             if layer is not None:
                 hidden = self._head.hidden(batch)
-                return fused_objective(hidden, layer, batch.positions, loss, vocab_size=self._vocab_size)
+                return fused_objective(
+                    hidden,
+                    layer,
+                    batch.positions,
+                    loss,
+                    vocab_size=self._vocab_size,
+                    workspace=self._workspace,
+                )
             logits = self._student.logits(batch)
         return self._chunked(logits, batch.positions, loss)
 

@@ -31,6 +31,7 @@ from student_trainer.train.loss.policy_gradient import SampledTokens
 from student_trainer.train.loss.product_type import product_type
 from student_trainer.train.loss.readout import Readout, read_out
 from student_trainer.train.loss.sparse import Targets, TeacherBuckets
+from student_trainer.train.loss.workspace import Workspace
 
 CPU_CHUNK_LOGITS = 2**25
 """Logits that are held at a time on a CPU."""
@@ -76,13 +77,14 @@ def fused_objective(
     *,
     vocab_size: int | None = None,
     chunk_logits: int | None = None,
+    workspace: Workspace | None = None,
 ) -> ObjectiveSum:
     """`objective` of the logits of `layer`, with gradients for `hidden`, the weight and the bias.
 
     At most `chunk_logits` logits exist at a time, those of one position at least. The product is computed in the type
     of autocast where that is on, else in the weight's, and in float32 on a processor that is no faster in that type
     (product_type.py); what follows in float32 at least. Positions of weight 0 add nothing, also where `hidden` is not
-    finite there.
+    finite there. Whoever calls again and again hands over the same `workspace`.
     """
     if chunk_logits is None:
         chunk_logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
@@ -92,6 +94,7 @@ def fused_objective(
         vocab_size=vocab_size,
         chunk_rows=max(1, min(chunk_logits // layer.weight.shape[0], hidden.shape[0])),
         with_gradients=torch.is_grad_enabled(),
+        workspace=workspace or Workspace(),
     )
     keep = positions.weights[0] > 0
     if not bool(keep.all()):
@@ -110,6 +113,7 @@ class _Work:
     vocab_size: int | None
     chunk_rows: int
     with_gradients: bool
+    workspace: Workspace
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -154,21 +158,16 @@ def _run(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, wants: list[bool]
 ) -> tuple[ObjectiveSum, _Gradients]:
     """The sums over all chunks; products are computed in the type of `hidden`."""
-    dtype = hidden.dtype
-    # Sums over chunks are kept in the wider of both types.
-    weight_dtype = torch.promote_types(weight.dtype, dtype)
-    is_wider = weight_dtype != dtype
-    # The first chunk overwrites what the others are added to.
-    new_sum = torch.zeros_like if is_wider or not hidden.shape[0] else torch.empty_like
+    dtype, workspace = hidden.dtype, work.workspace
     gradients = _Gradients(
         hidden=torch.empty_like(hidden) if wants[0] else None,
-        weight=new_sum(weight, dtype=weight_dtype) if wants[1] else None,
+        weight=None,
         bias=torch.zeros_like(bias) if wants[2] and bias is not None else None,
     )
+    # Not kept: it would be held beside what the backward pass needs.
     product_weight = weight.to(dtype)
-    chunk = LogitChunk.allocate(work.chunk_rows, weight.shape[0], dtype, hidden.device)
-    # Where the sum has a wider type than the product, a chunk's share of it needs a place of its own.
-    share = torch.empty_like(product_weight) if wants[1] and is_wider else None
+    weight_sum = _WeightSum(weight, dtype, workspace) if wants[1] else None
+    chunk = LogitChunk.allocate(work.chunk_rows, weight.shape[0], dtype, weight.device, workspace)
     parts = []
     for first in range(0, hidden.shape[0], work.chunk_rows):
         rows = slice(first, first + work.chunk_rows)
@@ -187,16 +186,48 @@ def _run(
             if gradients.hidden is not None:
                 gradients.hidden[rows].mul_(factors)
             hidden_CH = (hidden_CH * factors).to(dtype)
-        if gradients.weight is not None and share is None:
-            gradients.weight.addmm_(gradient_CV.T, hidden_CH, beta=1.0 if first else 0.0)
-        elif gradients.weight is not None:
-            gradients.weight.add_(torch.mm(gradient_CV.T, hidden_CH, out=share))
+        if weight_sum is not None:
+            weight_sum.add(gradient_CV, hidden_CH)
         if gradients.bias is not None:
             gradients.bias.add_(gradient_CV.sum(0, dtype=gradients.bias.dtype))
-    if gradients.weight is not None and gradients.weight.dtype != weight.dtype:
+    if weight_sum is not None:
         del chunk, product_weight
-        gradients.weight = gradients.weight.to(weight.dtype)
+        gradients.weight = weight_sum.total()
     return ObjectiveSum.total(parts), gradients
+
+
+class _WeightSum:
+    """The gradient of a weight [V, H], summed over chunks in the wider of the weight's type and the product's."""
+
+    def __init__(self, weight: Tensor, product_dtype: torch.dtype, workspace: Workspace) -> None:
+        self._dtype = weight.dtype
+        dtype = torch.promote_types(weight.dtype, product_dtype)
+        self._share: Tensor | None = None
+        if dtype == weight.dtype:
+            # This is handed out.
+            self._sum = torch.empty_like(weight)
+        else:
+            self._sum = workspace.empty("weight sum", weight.shape, dtype, weight.device)
+        if dtype != product_dtype:
+            # A chunk's share needs a place of its own before it is widened.
+            self._share = workspace.empty("weight share", weight.shape, product_dtype, weight.device)
+        self._is_empty = True
+
+    def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
+        """Adds the share of a chunk, given the gradient by its logits. The first overwrites what was there."""
+        if self._share is None:
+            self._sum.addmm_(gradient_CV.T, hidden_CH, beta=0.0 if self._is_empty else 1.0)
+        else:
+            torch.mm(gradient_CV.T, hidden_CH, out=self._share)
+            if self._is_empty:
+                self._sum.copy_(self._share)
+            else:
+                self._sum.add_(self._share)
+        self._is_empty = False
+
+    def total(self) -> Tensor:
+        """[V, H] in the weight's type."""
+        return (self._sum.zero_() if self._is_empty else self._sum).to(self._dtype)
 
 
 def _chunk(

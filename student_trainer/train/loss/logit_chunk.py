@@ -16,6 +16,7 @@ from torch import Tensor
 
 from student_trainer.train.loss.readout import Readout
 from student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
+from student_trainer.train.loss.workspace import Workspace
 
 BLOCK_LOGITS = 2**19
 """Logits of a block on a CPU: 2 MiB in float32."""
@@ -52,7 +53,14 @@ class LogitChunk:
         """[C, V]: of the rows that were filled in last; after `differentiate` their gradient, but for a factor."""
 
     @classmethod
-    def allocate(cls, num_rows: int, num_logits: int, dtype: torch.dtype, device: torch.device) -> LogitChunk:
+    def allocate(
+        cls,
+        num_rows: int,
+        num_logits: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        workspace: Workspace,
+    ) -> LogitChunk:
         """Memory for at most `num_rows` rows."""
         wide = dtype if dtype == torch.float64 else torch.float32
         on_cpu = device.type == "cpu"
@@ -61,7 +69,7 @@ class LogitChunk:
         wanted = max(1, BLOCK_LOGITS // (threads * num_logits)) * threads
         block_rows = min(num_rows, wanted) if on_cpu else num_rows
         return cls(
-            torch.empty(num_rows, num_logits, dtype=dtype, device=device),
+            workspace.empty("logits", (num_rows, num_logits), dtype, device),
             torch.empty(block_rows, num_logits, dtype=wide, device=device),
         )
 

@@ -16,6 +16,7 @@ from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.policy_gradient import SampledTokens
 from student_trainer.train.loss.product_type import product_type
 from student_trainer.train.loss.sparse import DenseTargets, SparseTargets
+from student_trainer.train.loss.workspace import Workspace
 from tests.student_trainer.train.dense import random_logits, targets_of
 
 N, H, V, K = 11, 6, 23, 5
@@ -214,6 +215,43 @@ def test_weights_of_half_precision_get_gradients_of_their_type(chunk_rows: int) 
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == torch.bfloat16
         assert (one.double() - other).norm() < 0.02 * other.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_memory_of_earlier_calls_changes_no_value_and_no_gradient_handed_out(dtype: torch.dtype) -> None:
+    """Calls of several sizes, with one workspace and with a new one each; gradients are read after all calls."""
+    positions = _positions(_teacher(), torch.promote_types(dtype, torch.float32))
+    layer = _layer(dtype)
+
+    def gradients(workspace: Workspace | None) -> list[list[Tensor]]:
+        found = []
+        for num_rows, chunk_rows in ((N - 2, 2), (N, 4), (1, 1)):
+            hidden = random_logits(N, H, seed=num_rows, dtype=dtype)[:num_rows].requires_grad_()
+            total = fused_objective(
+                hidden,
+                layer,
+                positions.rows(slice(num_rows)),
+                LOSSES["mixed"],
+                chunk_logits=chunk_rows * V,
+                workspace=workspace,
+            )
+            found.append([total.loss_sum.detach(), *_gradients(total, hidden, layer.weight, layer.bias)])
+        return found
+
+    for kept, fresh in zip(gradients(Workspace()), gradients(None), strict=True):
+        for one, other in zip(kept, fresh, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_a_workspace_keeps_memory_by_name_and_type_and_grows() -> None:
+    workspace, cpu = Workspace(), torch.device("cpu")
+    first = workspace.empty("logits", (4, 10), torch.float32, cpu)
+    assert workspace.empty("logits", (3, 5), torch.float32, cpu).data_ptr() == first.data_ptr()
+    assert workspace.empty("weight", (4, 10), torch.float32, cpu).data_ptr() != first.data_ptr()
+    larger = workspace.empty("logits", (5, 10), torch.float32, cpu)
+    assert larger.shape == (5, 10)
+    assert workspace.empty("logits", (4, 10), torch.float32, cpu).data_ptr() == larger.data_ptr()
+    assert workspace.empty("logits", (2, 0), torch.bfloat16, cpu).dtype == torch.bfloat16
 
 
 def test_a_cpu_computes_in_half_precision_only_where_that_is_faster() -> None:
