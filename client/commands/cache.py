@@ -136,8 +136,15 @@ def verify(session: Session, path: Path) -> int:
     The exit code is 1 if a file is damaged; each such file is named with what is wrong with it.
     """
     from protos.cache_reader import CacheReader
-    from protos.errors import StillhouseError
+    from protos.errors import Reason, StillhouseError
 
+    if not path.exists():
+        raise StillhouseError(
+            Reason.CACHE_NOT_FOUND,
+            f"There is no cache at {path} on this machine. Every byte is read where the files lie: a run's cache is below "
+            "the trainer's --data-dir, on its host.",
+            resource=str(path),
+        )
     reader = CacheReader(path, ignore_broken=True)
     bad = {each.path.name: each.error.message for each in reader.broken}
     sequences = 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ from client.commands.common import Session, command
 if TYPE_CHECKING:
     from client.run_handle import Series
 
-TABLE_POINTS = 20
+TABLE_STEPS = 20
 PLOT_LINES = 16
 MAIN = ("train/loss", "eval/kl", "eval/perplexity", "eval/agreement")
 
@@ -31,7 +33,12 @@ _end = click.option(
 @_key
 @_start
 @_end
-@click.option("--max-points", type=click.IntRange(1), default=None, help="Points for each metric.")
+@click.option(
+    "--max-points",
+    type=click.IntRange(1),
+    default=None,
+    help=f"Steps in the table, {TABLE_STEPS} by default; with --json points of each metric, all by default.",
+)
 def metrics(
     session: Session,
     *,
@@ -41,15 +48,25 @@ def metrics(
     end_step: int,
     max_points: int | None,
 ) -> None:
-    """Show RUN's metrics by step: all of them, or those of --key."""
-    points = max_points or (0 if session.as_json else TABLE_POINTS)
-    series = session.run(run).metrics(*keys, start_step=start_step, end_step=end_step, max_points=points)
+    """Show RUN's metrics by step.
+
+    The table has loss and evaluation, or what --key names; --json has every metric.
+    """
+    handle, steps = session.run(run), {"start_step": start_step, "end_step": end_step}
     if session.as_json:
+        series = handle.metrics(*keys, **steps, max_points=max_points or 0)
         session.emit({"series": {key: _as_json(each) for key, each in series.items()}})
-    elif not series:
-        session.say("There are no metrics yet.")
-    else:
-        session.say(_table(series))
+        return
+    known = list(keys or handle.metrics(**steps, max_points=1))
+    shown = keys or [key for key in MAIN if key in known] or known
+    series = handle.metrics(*shown, **steps)
+    if not series:
+        session.say("There are no such metrics yet." if keys else "There are no metrics yet.")
+        return
+    session.say(_table({key: series[key] for key in shown if key in series}, max_points or TABLE_STEPS))
+    others = [key for key in known if key not in shown]
+    if others:
+        session.say(f"\n--key shows others: {', '.join(others)}")
 
 
 @command(name="plot")
@@ -88,18 +105,33 @@ def _as_json(series: Series) -> dict[str, list[Any]]:
     return {"steps": series.steps.tolist(), "values": series.values.tolist()}
 
 
-def _table(series: dict[str, Series]) -> str:
+def _table(series: dict[str, Series], max_steps: int) -> str:
     from client.render import columns, number_text
 
     cells = {
         key: dict(zip(each.steps.tolist(), each.values.tolist(), strict=True)) for key, each in series.items()
     }
-    steps = sorted({step for column in cells.values() for step in column})
     rows = [
         [str(step), *(number_text(column[step]) if step in column else "" for column in cells.values())]
-        for step in steps
+        for step in _steps(list(cells.values()), max_steps)
     ]
     return columns(rows, header=("step", *cells))
+
+
+def _steps(cells: Sequence[Mapping[int, float]], most: int) -> list[int]:
+    """At most `most` of the steps: first those at which more columns have a value, such as evaluations."""
+    filled = Counter(step for column in cells for step in column)
+    kept: list[int] = []
+    for count in sorted(set(filled.values()), reverse=True):
+        alike = sorted(step for step in filled if filled[step] == count)
+        kept += _evenly(alike, most - len(kept))
+    return sorted(kept)
+
+
+def _evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most `most` of them, the last of equal parts."""
+    parts = min(most, len(steps))
+    return [steps[(part + 1) * len(steps) // parts - 1] for part in range(parts)]
 
 
 def _curve(key: str, series: Series) -> str:

@@ -87,6 +87,10 @@ def test_a_run_from_its_file_to_its_model(
     assert command(target, "run", "metrics", "latest", "--key", "eval/kl").stdout.startswith(
         "step  eval/kl\n"
     )
+    table = command(target, "run", "metrics", "latest", "--max-points", "2").stdout.splitlines()
+    assert table[0].split() == ["step", "train/loss", "eval/kl", "eval/perplexity", "eval/agreement"]
+    assert [len(row.split()) for row in table[1:3]] == [5, 5], "steps that have a loss and an evaluation"
+    assert (table[3], "train/learning_rate" in table[4]) == ("", True)
     assert "train/loss" in command(target, "run", "plot", "latest").stdout
     assert "eval/kl" in command(target, "run", "plot", "latest", "--key", "nothing").stdout
     log = command(target, "run", "logs", "latest").stdout
@@ -157,6 +161,8 @@ def test_a_failed_run_says_why_and_what_to_do(
     assert shown.exit_code == 0
     assert "Why it failed (TOKENIZER_MISMATCH)" in shown.stdout
     assert "Its log: stillhouse run logs " in shown.stdout
+    why = shown.stdout.split("Why it failed")[1].split("\n\n")[0].splitlines()
+    assert len(why) == len(set(why)) == 3, "the reason, its sentence once, and where the log is"
     told = json.loads(command(target, "run", "show", "latest", "--json").stdout)
     assert told["error"]["reason"] == "TOKENIZER_MISMATCH"
     assert told["error"]["message"] in watched.stdout
