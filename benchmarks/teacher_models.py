@@ -10,7 +10,7 @@ import string
 from dataclasses import dataclass
 from pathlib import Path
 
-from examples.small_models import CHAT_TEMPLATE, END, PAD, SPECIAL_TOKENS, TURN_END, TURN_START, model_config
+from examples.small_models import SPECIAL_TOKENS, model_config, save_tokenizer
 
 VOWELS = "aeiou"
 
@@ -113,7 +113,6 @@ def make_tokenizer(directory: Path, vocab_size: int) -> Path:
     so a server that writes tokens out as text writes about as much.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     names = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     vocab = {token: number for number, token in enumerate(names)}
@@ -124,16 +123,7 @@ def make_tokenizer(directory: Path, vocab_size: int) -> Path:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token=END,
-        pad_token=PAD,
-        additional_special_tokens=[TURN_START, TURN_END],
-        clean_up_tokenization_spaces=False,
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    fast.save_pretrained(directory)
-    return directory
+    return save_tokenizer(tokenizer, directory)
 
 
 def _merges() -> itertools.chain[tuple[str, str]]:

@@ -25,7 +25,6 @@ def make_tokenizer(
     other bytes are then dropped.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -37,6 +36,13 @@ def make_tokenizer(
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return save_tokenizer(tokenizer, directory)
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> Path:
+    """Directory with a Tokenizer of the tokenizers library, which has SPECIAL_TOKENS, and a chat template."""
+    from transformers import PreTrainedTokenizerFast
+
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import structlog
 from protos import auth_tokens
 from protos.auth_tokens import Scope, Token, time_text
 from protos.errors import Reason, StillhouseError
-from protos.handlers import Behaviour, with_behaviour
+from protos.handlers import Behaviour, RpcInterceptor, with_behaviour
 
 _TEACHER, _RUNS = "/stillhouse.v1.TeacherService/", "/stillhouse.v1.RunService/"
 SCOPES: Mapping[str, Scope] = {
@@ -41,8 +41,6 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "StreamLogs": Scope.SUBMIT,
 }
 """The scope that each rpc needs."""
-INFRASTRUCTURE = "/grpc."
-"""Health and reflection, which tell nothing of anybody's work, answer everybody who can reach the port."""
 _HEADER = "authorization"
 _BEARER = "bearer "
 
@@ -114,25 +112,17 @@ class TokenFile:
         return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
 
 
-class AuthInterceptor(grpc.aio.ServerInterceptor):
+class AuthInterceptor(RpcInterceptor):
     """Lets a call through if its token has the rpc's scope, and says who called through `current_caller`."""
 
     def __init__(self, tokens: TokenFile | None) -> None:
         """Without `tokens` nobody is asked for one; an rpc without an entry in SCOPES is refused even so."""
         self._tokens = tokens
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """The handler of the call, or one that refuses before a byte of the request's body is read."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or method.startswith(INFRASTRUCTURE):
-            return handler
+    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The handler with a caller, or one that refuses before a byte of the request's body is read."""
         try:
-            caller = self._authorise(method, handler_call_details.invocation_metadata or ())
+            caller = self._authorise(details.method, details.invocation_metadata or ())
         except StillhouseError as error:
             return _refusing(error)
         return _as_caller(handler, caller)

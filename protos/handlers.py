@@ -1,16 +1,39 @@
-"""A gRPC handler with another behaviour, its kind and serialisers as they were; and requests whose bytes are no message."""
+"""gRPC handlers with another behaviour, their kind and serialisers as they were, interceptors that replace them, and requests whose bytes are no message."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Callable
+from abc import abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
+import grpc.aio
 from google.protobuf.message import DecodeError
 
 from protos.errors import Reason, StillhouseError
 
 Behaviour = Callable[[Any, Any], Any]
+INFRASTRUCTURE = "/grpc."
+"""How the rpcs of health and reflection begin, which tell nothing of anybody's work and answer whoever reaches the port."""
+
+
+class RpcInterceptor(grpc.aio.ServerInterceptor):
+    """Replaces the handlers of a service's rpcs; those of health and reflection stay as they are."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of a call, whose request is not yet read."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(INFRASTRUCTURE):
+            return handler
+        return self.replaced(handler, handler_call_details)
+
+    @abstractmethod
+    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The handler that takes the place of `handler`."""
 
 
 def with_behaviour(handler: Any, change: Callable[[Behaviour], Behaviour]) -> Any:

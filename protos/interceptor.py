@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -13,10 +13,10 @@ import structlog
 from google.rpc import status_pb2
 from grpc_status import rpc_status
 
-from protos.auth import INFRASTRUCTURE, current_caller
+from protos.auth import current_caller
 from protos.calls import OK, CallRecord, Observer, what_of
 from protos.errors import Reason, StillhouseError, from_status, to_status
-from protos.handlers import Behaviour, checked, tolerant, with_behaviour
+from protos.handlers import Behaviour, RpcInterceptor, checked, tolerant, with_behaviour
 from protos.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
@@ -26,7 +26,7 @@ _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 log = structlog.get_logger(__name__)
 
 
-class ErrorInterceptor(grpc.aio.ServerInterceptor):
+class ErrorInterceptor(RpcInterceptor):
     """Makes a status of every exception of a servicer, for all four kinds of rpc.
 
     A servicer is async and raises; nothing else ends calls. A response stream whose caller hangs up is closed
@@ -61,16 +61,9 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         """Returns once no call is in progress."""
         await self._idle.wait()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        """The handler of the call, wrapped; health and reflection stay as they are, and answer to the end."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None or method.startswith(INFRASTRUCTURE):
-            return handler
+    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The handler, guarded."""
+        method = details.method
 
         def guarded(behaviour: Behaviour) -> Behaviour:
             async def wrapped(request: Any, context: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,15 @@ from student_trainer.train.checkpoint import WEIGHTS, find_damage
 from tests.conftest import Models
 from tests.faults.world import World, get_run, insist, world
 from tests.student_trainer.runs.caller import stub_for
-from tests.student_trainer.train.runs import assert_same_end, events, finish_here, make_run, spec_of, start
+from tests.student_trainer.train.runs import (
+    assert_ends,
+    assert_same_end,
+    events,
+    finish_here,
+    make_run,
+    spec_of,
+    start,
+)
 from tests.support.privileges import disk_of, preloaded
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
@@ -63,15 +71,6 @@ def spec(models: Models, data: Path, target: str) -> dict[str, Any]:
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path_factory: pytest.TempPathFactory
-) -> RunDir:
-    run_dir = make_run(tmp_path_factory.mktemp("calm"), "calm", spec(models, dataset_file, hf_teacher.target))
-    assert finish_here(run_dir) == 0
-    return run_dir
-
-
 @pytest.fixture
 def environment() -> Iterator[Mapping[str, str]]:
     with no_process_left() as mark:
@@ -86,11 +85,34 @@ def assert_says_where(message: str, disk: Path) -> None:
     assert "resume" in message
 
 
+def error_of(
+    run_dir: RunDir, environment: Mapping[str, str], breaks: Callable[[int], object]
+) -> dict[str, Any]:
+    """Why a run failed that `breaks`, given its process, after two checkpoints. Whole checkpoints are left, and no part of one."""
+    process = start(run_dir, 1, environment)
+    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
+    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
+    breaks(process.pid)
+    assert_ends(process, run_dir, EXIT_FAILED, within_s=60)
+    kept = run_dir.checkpoints()
+    assert kept
+    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
+    assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
+    error: dict[str, Any] = events(run_dir, "failed")[-1]["error"]
+    return error
+
+
+def assert_goes_on(run_dir: RunDir, undisturbed: RunDir) -> None:
+    """The next attempt begins at the last checkpoint, and ends like the run that nothing happened to."""
+    last = run_dir.checkpoints()[-1]
+    assert finish_here(run_dir, 2) == 0
+    assert events(run_dir, "started")[1]["step"] == last
+    assert_same_end(run_dir, undisturbed)
+
+
 @pytest.mark.faults(row=10)
-@pytest.mark.parametrize("room", [40_000])
 def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_it(
     *,
-    room: int,
     models: Models,
     dataset_file: Path,
     hf_teacher: Program,
@@ -99,22 +121,11 @@ def test_a_checkpoint_without_room_leaves_the_last_one_and_the_run_goes_on_from_
     small_disk: Path,
 ) -> None:
     run_dir = make_run(small_disk, "full", spec(models, dataset_file, hf_teacher.target))
-    process = start(run_dir, 1, environment)
-    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
-    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
-    filler = fill(small_disk, leave_bytes=room)
-    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    error = events(run_dir, "failed")[-1]["error"]
+    error = error_of(run_dir, environment, lambda _: fill(small_disk, leave_bytes=40_000))
     assert error["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert_says_where(error["message"], small_disk)
-    kept = run_dir.checkpoints()
-    assert kept
-    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
-    assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
-    filler.unlink()
-    assert finish_here(run_dir, 2) == 0
-    assert events(run_dir, "started")[1]["step"] == kept[-1]
-    assert_same_end(run_dir, undisturbed)
+    (small_disk / "filler").unlink()
+    assert_goes_on(run_dir, undisturbed)
 
 
 @pytest.mark.slow
@@ -130,22 +141,16 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on
 ) -> None:
     """RLIMIT_FSIZE: the write that meets the limit is cut short, and the next one fails with EFBIG."""
     run_dir = make_run(tmp_path, "short", spec(models, dataset_file, hf_teacher.target))
-    process = start(run_dir, 1, environment)
-    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
-    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
-    limit = (run_dir.checkpoint_path(run_dir.checkpoints()[-1]) / WEIGHTS).stat().st_size // 2
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    error = events(run_dir, "failed")[-1]["error"]
+
+    def limit(pid: int) -> None:
+        size = (run_dir.checkpoint_path(run_dir.checkpoints()[-1]) / WEIGHTS).stat().st_size // 2
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
+
+    error = error_of(run_dir, environment, limit)
     assert error["code"] == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
     assert "ulimit -f" in error["message"]
-    kept = run_dir.checkpoints()
-    assert len(kept) == 2
-    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
-    assert not list(run_dir.checkpoints_path.glob(".*")), "a part of a checkpoint was left"
-    assert finish_here(run_dir, 2) == 0
-    assert events(run_dir, "started")[1]["step"] == kept[-1]
-    assert_same_end(run_dir, undisturbed)
+    assert len(run_dir.checkpoints()) == 2
+    assert_goes_on(run_dir, undisturbed)
 
 
 @pytest.mark.slow
@@ -164,20 +169,11 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint_and_is_named(
     switch = tmp_path / "fails"
     failing |= {"FSYNC_ERROR_FILE": str(switch), "FSYNC_ERROR_IN": "/checkpoints/"}
     run_dir = make_run(tmp_path, "failing", spec(models, dataset_file, hf_teacher.target))
-    process = start(run_dir, 1, {**environment, **failing})
-    wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
-    assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]
-    switch.touch()
-    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
-    error = events(run_dir, "failed")[-1]["error"]
+    error = error_of(run_dir, {**environment, **failing}, lambda _: switch.touch())
     assert error["code"] == grpc.StatusCode.DATA_LOSS.value[0]
     assert "Input/output error" in error["message"]
     assert "the disk mounted at" in error["message"]
-    kept = run_dir.checkpoints()
-    assert all(find_damage(run_dir.checkpoint_path(step)) is None for step in kept)
-    assert finish_here(run_dir, 2) == 0
-    assert events(run_dir, "started")[1]["step"] == kept[-1]
-    assert_same_end(run_dir, undisturbed)
+    assert_goes_on(run_dir, undisturbed)
 
 
 @pytest.mark.faults(row=10)
@@ -237,7 +233,7 @@ def test_a_cache_without_room_keeps_its_whole_shards(
     filler = fill(small_disk, leave_bytes=20_000)
     run_dir = make_run(tmp_path, "build", values)
     process = start(run_dir, 1, environment)
-    assert process.wait(60) == EXIT_FAILED, run_dir.log_path(1).read_text()[-3000:]
+    assert_ends(process, run_dir, EXIT_FAILED, within_s=60)
     message = events(run_dir, "failed")[-1]["error"]["message"]
     assert "room" in message
     assert str(small_disk) in message

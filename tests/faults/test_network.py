@@ -22,7 +22,7 @@ from tests.faults.disturbed import (
     wait_for_steps,
     wait_waiting,
 )
-from tests.student_trainer.train.runs import events, finish_here, make_run, metric, start
+from tests.student_trainer.train.runs import assert_ends, events, make_run, metric, start
 from tests.support.network import Host, other_host
 from tests.support.processes import no_process_left
 
@@ -73,16 +73,6 @@ def far_teacher(
         yield program
 
 
-@pytest.fixture(scope="module")
-def undisturbed(
-    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path_factory: pytest.TempPathFactory
-) -> RunDir:
-    """The run that nothing happened to; its teacher is on this machine."""
-    run_dir = make_run(tmp_path_factory.mktemp("calm"), "calm", spec(models, dataset_file, hf_teacher.target))
-    assert finish_here(run_dir) == 0
-    return run_dir
-
-
 CUTS: dict[str, tuple[Callable[[Host], None], Callable[[Host], None]]] = {
     "cable": (Host.pull_cable, Host.plug_cable),
     "answers": (Host.lose_answers, Host.find_answers),
@@ -121,7 +111,7 @@ def test_packets_that_vanish_are_noticed_and_nothing_is_trained_twice_or_skipped
     assert taken < STEPS
     comes_back(host)
     began = time.monotonic()
-    assert process.wait(200) == 0, run_dir.log_path(1).read_text()[-3000:]
+    assert_ends(process, run_dir, within_s=200)
     ended_s = time.monotonic() - began
     assert [event["condition"] for event in events(run_dir, "condition")][-1] == ""
     assert far_teacher.process.poll() is None
@@ -157,7 +147,7 @@ def test_a_slow_line_costs_time_and_no_memory(
         sizes.append(measured.memory_info().rss)
         teacher_sizes.append(teacher.memory_info().rss)
         time.sleep(0.1)
-    assert process.wait(100) == 0, run_dir.log_path(1).read_text()[-3000:]
+    assert_ends(process, run_dir)
     growth, teacher_growth = (max(each) - each[0] for each in (sizes, teacher_sizes))
     assert growth < 64 * 2**20, f"the training process grew by {growth} bytes"
     assert teacher_growth < 64 * 2**20, f"the teacher grew by {teacher_growth} bytes"

@@ -30,23 +30,21 @@ from tests.faults.disturbed import (
     wait_waiting,
 )
 from tests.faults.world import World, world
-from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, start
+from tests.student_trainer.train.runs import (
+    assert_ends,
+    events,
+    failure,
+    finish_here,
+    make_run,
+    metric,
+    start,
+)
 from tests.support.counting_proxy import counting_proxy
 from tests.support.processes import no_process_left
 from tests.support.runs import wait_until
 from tests.support.tcp_proxy import TcpProxy
 
 LONG_SILENCE_S = 60.0
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path_factory: pytest.TempPathFactory
-) -> RunDir:
-    """The run that nothing happened to."""
-    run_dir = make_run(tmp_path_factory.mktemp("calm"), "calm", spec(models, dataset_file, hf_teacher.target))
-    assert finish_here(run_dir) == 0
-    return run_dir
 
 
 @pytest.fixture
@@ -110,7 +108,7 @@ def test_a_teacher_killed_at_any_item_is_asked_again_for_what_is_missing_only(
                 time.sleep(5 if LONG else 0.5)
                 here.start_teacher()
                 assassin.killed.clear()
-            assert process.wait(100) == 0, run_dir.log_path(1).read_text()[-3000:]
+            assert_ends(process, run_dir)
     assert_same_end(run_dir, undisturbed)
     again = assassin.num_asked - total
     assert again <= len(moments) * (PREFETCH_STEPS + 1) * BATCH, "answered sequences were asked for again"
@@ -137,7 +135,7 @@ def test_a_hung_teacher_is_waited_for_and_goes_on(
             taken = len(metric(run_dir, "train/loss"))
         finally:
             teacher.process.send_signal(signal.SIGCONT)
-        assert process.wait(100) == 0, run_dir.log_path(1).read_text()[-3000:]
+        assert_ends(process, run_dir)
     assert taken < STEPS
     assert [event["condition"] for event in events(run_dir, "condition")][-1] == ""
     assert_same_end(run_dir, undisturbed)
@@ -167,7 +165,7 @@ def test_a_slow_teacher_fills_nothing_up(
             ahead.append(counts.asked(TOP_K) - taken * BATCH)
             sizes.append(measured.memory_info().rss)
             time.sleep(0.1)
-        assert process.wait(100) == 0
+        assert_ends(process, run_dir)
         teacher_rss = psutil.Process(hf_teacher.pid).memory_info().rss
     assert max(ahead) <= (PREFETCH_STEPS + 2) * BATCH
     growth = max(sizes) - sizes[0]
@@ -207,7 +205,7 @@ def test_a_network_that_fails_and_heals_leaves_no_trace(
             time.sleep(30)
         assert process.poll() is None
         network.become("fine")
-        assert process.wait(100) == 0, run_dir.log_path(1).read_text()[-3000:]
+        assert_ends(process, run_dir)
         assert network.num_connections >= 2
     assert_same_end(run_dir, undisturbed)
 
@@ -235,7 +233,7 @@ def test_a_teacher_that_comes_back_as_another_is_refused_amid_the_run(
         wait_for_steps(run_dir, 6, process)
         here.kill_teacher()
         here.start_teacher(model, *after)
-        assert process.wait(100) == EXIT_FAILED
+        assert_ends(process, run_dir, EXIT_FAILED)
     assert "is not the one that this run began with" in failure(run_dir)
     error = events(run_dir, "failed")[-1]["error"]
     assert error["code"] == 9, "FAILED_PRECONDITION"

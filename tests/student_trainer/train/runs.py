@@ -66,6 +66,13 @@ def finish(run_dir: RunDir, attempt: int = 1, environment: Mapping[str, str] | N
     return start(run_dir, attempt, environment).wait(timeout=200)
 
 
+def assert_ends(
+    process: subprocess.Popen[bytes], run_dir: RunDir, code: int = 0, *, within_s: float = 100.0
+) -> None:
+    """The first attempt's process ends so, or the end of its log is shown."""
+    assert process.wait(within_s) == code, run_dir.log_path(1).read_text()[-3000:]
+
+
 def finish_here(run_dir: RunDir, attempt: int = 1, stopped: Callable[[], bool] = lambda: False) -> int:
     """Exit code of a whole attempt in this process, which saves the time of starting one."""
     from accelerate.state import AcceleratorState
