@@ -26,14 +26,9 @@ from examples.programs import start_teacher
 KINDS = ("alone", "online", "cached")
 REQUIRED = {"online_step_over_student_alone": 1.1, "cached_step_over_student_alone": 1.02}
 """The most that the upper end of each interval may be."""
-VOCABULARY = 4096
-HIDDEN, LAYERS, HEADS = 384, 4, 6
-"""Of the student; the teacher is as wide."""
 TEACHER_LAYERS = (6, 4, 2, 1)
 """Tried in this order, until the teacher is faster than the student by MARGIN."""
 MARGIN = 1.15
-BATCH, LENGTH, TOP_K = 4, 128, 64
-ROWS = 16 * BATCH
 LEAD_IN = 2
 """Steps of a block that are not timed: as many as a run asks ahead, so that no block profits from a pause before it."""
 RESAMPLES = 20_000
@@ -123,7 +118,7 @@ def _measured(
     steps: int,
     console: Console,
 ) -> Found:
-    from benchmarks.overlap_student import Student, make_models, write_rows
+    from benchmarks.overlap_student import LENGTH, ROWS, Student, make_models, write_rows
 
     data = write_rows(directory / "rows.jsonl", ROWS, LENGTH)
     for layers in TEACHER_LAYERS:

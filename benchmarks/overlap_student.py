@@ -20,12 +20,12 @@ import numpy as np
 import structlog
 import torch
 
-from benchmarks.overlap import BATCH, HEADS, HIDDEN, LAYERS, LENGTH, ROWS, TOP_K, VOCABULARY
 from benchmarks.teacher_models import make_tokenizer
 from examples.small_models import make_model
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
-from student_trainer.config import RunConfig, from_proto, to_proto
+from student_trainer.config import RunConfig
+from student_trainer.config_spec import from_proto, to_proto
 from student_trainer.run_dir import RunDir
 from student_trainer.train.cache import RunCache
 from student_trainer.train.checkpoint import Progress
@@ -46,6 +46,11 @@ from student_trainer.train.student import load_tokenizer
 from student_trainer.train.teacher_client import Demands
 from student_trainer.train.teachers import Teachers
 
+VOCABULARY = 4096
+HIDDEN, LAYERS, HEADS = 384, 4, 6
+"""Of the student; the teacher is as wide."""
+BATCH, LENGTH, TOP_K = 4, 128, 64
+ROWS = 16 * BATCH
 STEPS = 1_000_000
 """More than are taken."""
 

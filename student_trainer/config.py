@@ -5,34 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer.config_checks import check
-from student_trainer.config_defaults import FULL_LEARNING_RATE, fill
-from student_trainer.config_loss import DIVERGENCE_PARAMETERS
-from student_trainer.config_proto import read, write
-
+FULL_LEARNING_RATE = 1e-5
+DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
+    "jsd": {"beta": 0.5},
+    "jsd_normalised": {"beta": 0.5},
+    "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "alpha_beta": {"alpha": 0.5, "beta": 0.5},
+    "adaptive_kl": {"mu": 0.5},
+}
+"""The parameters of each divergence that has any, with their defaults."""
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
-
-
-def from_proto(spec: RunSpec) -> RunConfig:
-    """The configuration that `spec` asks for, with every default set.
-
-    Reading an effective spec gives the same configuration again.
-
-    Raises:
-        StillhouseError: INVALID_SPEC with every violation at once, each with the field's path.
-    """
-    config = fill(read(RunConfig, spec), spec)
-    check(config)
-    return config
-
-
-def to_proto(config: RunConfig) -> RunSpec:
-    """The spec with every default of `config` set: a run's effective_spec."""
-    spec = RunSpec()
-    write(config, spec)
-    return spec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

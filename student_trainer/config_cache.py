@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from protos.errors import FieldViolation
-
-if TYPE_CHECKING:
-    from student_trainer.config import RunConfig
+from student_trainer.config import RunConfig
 
 
 def check_cache(config: RunConfig) -> Iterator[FieldViolation]:

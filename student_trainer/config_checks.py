@@ -7,16 +7,14 @@ import difflib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from protos.errors import FieldViolation, Reason, StillhouseError
+from student_trainer.config import RunConfig
 from student_trainer.config_cache import check_cache
 from student_trainer.config_contexts import check_contexts, check_data, check_student, check_teachers, losses
 from student_trainer.config_foreign import check_foreign
 from student_trainer.config_loss import check_loss
-
-if TYPE_CHECKING:
-    from student_trainer.config import RunConfig
 
 MAX_TOP_K = 256
 MAX_PROCESSES = 64

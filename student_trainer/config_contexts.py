@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from protos.errors import FieldViolation
-
-if TYPE_CHECKING:
-    from student_trainer.config import ContextConfig, LossConfig, RunConfig, StudentContextConfig
+from student_trainer.config import ContextConfig, LossConfig, RunConfig, StudentContextConfig
 
 SAMPLED_TARGETS = ("sampled", "top_k_and_sampled")
 """Sparse targets that need a teacher's draws."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
+from student_trainer.config import LossConfig, RunConfig
 from student_trainer.config_checks import MAX_TOP_K
 from student_trainer.config_foreign import is_bridged
 
-if TYPE_CHECKING:
-    from student_trainer.config import LossConfig, RunConfig
-
-FULL_LEARNING_RATE = 1e-5
 LORA_LEARNING_RATE = 1e-4
 CHECKPOINT_EVERY_STEPS = 500
 

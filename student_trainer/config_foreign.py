@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from protos.errors import FieldViolation
+from student_trainer.config import LossConfig, RunConfig
 from student_trainer.config_contexts import is_ensemble, losses
-
-if TYPE_CHECKING:
-    from student_trainer.config import LossConfig, RunConfig
 
 OF_CHUNKS = (
     *("forward_kl", "reverse_kl", "jsd", "jsd_normalised", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta"),

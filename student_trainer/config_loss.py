@@ -1,24 +1,12 @@
-"""What a run's loss must satisfy: the parameters of each divergence, their defaults and ranges, and what goes with what."""
+"""What a run's loss must satisfy: the ranges of its divergences' parameters, and what goes with what."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 from protos.errors import FieldViolation
+from student_trainer.config import DIVERGENCE_PARAMETERS, LossConfig, LossTermConfig
 
-if TYPE_CHECKING:
-    from student_trainer.config import LossConfig, LossTermConfig
-
-DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
-    "jsd": {"beta": 0.5},
-    "jsd_normalised": {"beta": 0.5},
-    "skew_kl": {"alpha": 0.1},
-    "skew_reverse_kl": {"alpha": 0.1},
-    "alpha_beta": {"alpha": 0.5, "beta": 0.5},
-    "adaptive_kl": {"mu": 0.5},
-}
-"""The parameters of each divergence that has any, with their defaults."""
 DRAWN_TARGETS = ("sampled", "top_k_and_sampled")
 """Values of sparse_target whose ids the teacher draws."""
 WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")

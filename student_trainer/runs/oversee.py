@@ -12,8 +12,8 @@ import structlog
 
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1.run_pb2 import Run
-from student_trainer.config import from_proto
 from student_trainer.config_memory import smaller_micro_batch
+from student_trainer.config_spec import from_proto
 from student_trainer.disk import full_sentence
 from student_trainer.run_dir import EXIT_DISK_FULL, RunDir
 from student_trainer.runs.database import DatabaseThread

@@ -21,7 +21,7 @@ from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1 import run_pb2 as pb
 from protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
 from protos.transport import current_caller
-from student_trainer import config
+from student_trainer import config_spec
 from student_trainer.runs import datasets, state
 from student_trainer.runs.database import DatabaseThread
 from student_trainer.runs.metrics import to_series
@@ -86,8 +86,8 @@ class RunServicer(RunServiceServicer):
             earlier = await self._db(self._store.find_request, request.request_id, request.spec)
             if earlier is not None:
                 return earlier  # even if its files are gone meanwhile
-        asked = await asyncio.to_thread(config.from_proto, request.spec)
-        effective = config.to_proto(await self._db(resolve, asked, self._host))
+        asked = await asyncio.to_thread(config_spec.from_proto, request.spec)
+        effective = config_spec.to_proto(await self._db(resolve, asked, self._host))
         if request.validate_only:
             return pb.Run(spec=request.spec, effective_spec=effective)
         run, created = await self._db(

@@ -29,8 +29,9 @@ from protos.errors import Reason, StillhouseError, to_json, to_status
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from protos.tracing import configure_tracing, process_span
 from protos.transport import configure_logging
-from student_trainer.config import RunConfig, from_proto, to_proto
+from student_trainer.config import RunConfig
 from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
+from student_trainer.config_spec import from_proto, to_proto
 from student_trainer.disk import (
     broken_sentence,
     full_sentence,
@@ -42,7 +43,8 @@ from student_trainer.disk import (
 from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from student_trainer.train.follower import Follower
 from student_trainer.train.heartbeat import beating
-from student_trainer.train.ranks_start import Place, Processes, end_with_first, say_why
+from student_trainer.train.ranks_place import Place
+from student_trainer.train.ranks_start import Processes, end_with_first, say_why
 
 if TYPE_CHECKING:
     from student_trainer.train.loop import Outcome

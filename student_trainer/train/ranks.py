@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
 from student_trainer.train.patience import Stopped
-from student_trainer.train.ranks_start import Place, of_another, timeout_s
+from student_trainer.train.ranks_place import Place, of_another, timeout_s
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -18,7 +18,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -28,6 +27,7 @@ from google.rpc.status_pb2 import Status
 
 from protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
 from student_trainer.run_dir import EXIT_FAILED, Attempt
+from student_trainer.train.ranks_place import Place, of_another, timeout_s
 
 if TYPE_CHECKING:
     from student_trainer.config import RunConfig
@@ -38,8 +38,6 @@ log = structlog.get_logger()
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 ERROR_VARIABLE = "STILLHOUSE_RANK_ERROR"
 """Path of the file in which a process that was started here says why it failed."""
-TIMEOUT_VARIABLE = "STILLHOUSE_RANK_TIMEOUT_S"
-DEFAULT_TIMEOUT_S = 1800.0
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _LOOPBACK = "lo"
 POLL_S = 0.2
@@ -47,30 +45,6 @@ FAILURE_GRACE_S = 10.0
 """Time that the first process has to notice by itself that another one has died."""
 END_GRACE_S = 30.0
 """Time that the others have to end once the first is done."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Which of the processes of a run one is."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    """Among those of its host; the index of its device."""
-
-    @classmethod
-    def given(cls) -> Place | None:
-        """The place that torchrun, or the first process, gave to this one by its environment; None for a first process."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if not all(os.environ.get(name, "").isdecimal() for name in names):
-            return None
-        rank, size, local_rank = (int(os.environ[name]) for name in names)
-        return cls(rank=rank, size=size, local_rank=local_rank)
-
-
-def timeout_s() -> float:
-    """How long a process waits for another one inside a step; between steps retry.teacher_wait_s is added."""
-    return float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
 
 
 class Processes:
@@ -291,13 +265,3 @@ def end_with_first() -> None:
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=wait, name="orphan", daemon=True).start()
-
-
-def of_another(error: StillhouseError, rank: int, size: int) -> StillhouseError:
-    """The error of process `rank` as another one tells it."""
-    return StillhouseError(
-        error.reason,
-        f"Process {rank} of {size} (from 0): {error.message}",
-        metadata=error.metadata,
-        violations=error.violations,
-    )

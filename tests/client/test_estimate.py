@@ -16,7 +16,7 @@ from client.cli import cli
 from client.memory_estimate import Plan, student_bytes
 from client.model_shape import ModelShape
 from protos.errors import StillhouseError
-from student_trainer import config
+from student_trainer import config, config_spec
 from tests.conftest import Models
 from tests.student_trainer.specs import SMALLEST, spec_of
 from tests.student_trainer.train.runs import make_run, start
@@ -76,7 +76,7 @@ def test_an_adapter_is_counted_as_peft_makes_it(models: Models) -> None:
 
 
 def test_the_defaults_are_those_of_the_trainer() -> None:
-    run = config.from_proto(spec_of(SMALLEST))
+    run = config_spec.from_proto(spec_of(SMALLEST))
     assert run.optimizer.micro_batch_size == memory_estimate.MICRO_BATCH_SIZE
     assert run.data.max_sequence_tokens == memory_estimate.MAX_SEQUENCE_TOKENS
     assert config.LoraConfig().rank == memory_estimate.LORA_RANK

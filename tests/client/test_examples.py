@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from client.run_file import load_run_file
-from student_trainer.config import from_proto
+from student_trainer.config_spec import from_proto
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.yaml"))
 

@@ -15,7 +15,7 @@ from client.run_file import parse_run
 from protos.cache_reader import CacheReader
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer import config
+from student_trainer import config_spec
 from student_trainer.runs.files import is_artifact, open_below
 from tests.fuzz.conftest import CANARY, SEED, scaled, show
 from tests.fuzz.messages import arbitrary, structure
@@ -100,7 +100,7 @@ def test_a_run_file_is_read_or_all_that_is_wrong_is_said() -> None:
         if rng.random() < 0.1:
             data = data[: rng.randrange(len(data) + 1)] + rng.randbytes(3)
         try:
-            config.from_proto(parse_run(data, "run.yaml").spec)
+            config_spec.from_proto(parse_run(data, "run.yaml").spec)
         except StillhouseError as error:
             refused[error.reason] += 1
             sentences.add(error.message.splitlines()[0][-30:])
@@ -119,7 +119,7 @@ def test_every_spec_is_checked_to_its_end() -> None:
         spec.MergeFrom(arbitrary(RunSpec, rng, ()))
         seen.add(structure(spec))
         try:
-            config.to_proto(config.from_proto(spec))
+            config_spec.to_proto(config_spec.from_proto(spec))
         except StillhouseError as error:
             refused[error.reason] += 1
     show("specs", iter([f"{count} cases, {len(seen)} structures, {refused.total()} refused"]))

@@ -12,8 +12,9 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from protos.errors import Reason, StillhouseError
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from student_trainer import config, config_checks
-from student_trainer.config import RunConfig, from_proto, to_proto
+from student_trainer.config import RunConfig
 from student_trainer.config_proto import kinds
+from student_trainer.config_spec import from_proto, to_proto
 from tests.student_trainer.specs import SMALLEST, changed, spec_of
 
 ALM = {"foreign_tokenizer": "alm"}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from protos.errors import Reason, StillhouseError
-from student_trainer import config
+from student_trainer import config_spec
 from student_trainer.run_dir import MANIFEST, RunDir, write_whole
 from tests.student_trainer.specs import SMALLEST, spec_of
 
@@ -31,11 +31,11 @@ with RunDir(Path(sys.argv[1])).open_attempt(int(sys.argv[2])) as attempt:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     spec = spec_of(SMALLEST)
-    return RunDir.create(tmp_path / "run", spec, config.to_proto(config.from_proto(spec)))
+    return RunDir.create(tmp_path / "run", spec, config_spec.to_proto(config_spec.from_proto(spec)))
 
 
 def test_specs_are_kept_as_they_were_given(run_dir: RunDir) -> None:
-    assert config.from_proto(run_dir.effective_spec()) == config.from_proto(spec_of(SMALLEST))
+    assert config_spec.from_proto(run_dir.effective_spec()) == config_spec.from_proto(spec_of(SMALLEST))
     assert json.loads(run_dir.spec_path.read_text())["student"] == {"model": "org/student"}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer.config import from_proto, to_proto
+from student_trainer.config_spec import from_proto, to_proto
 from student_trainer.runs.process import environment
 from student_trainer.runs.resolve import Host, resolve
 from student_trainer.runs.slots import Need, Slots, visible_gpus

@@ -14,7 +14,7 @@ from google.protobuf import json_format
 from safetensors.numpy import load_file
 
 from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer.config import from_proto, to_proto
+from student_trainer.config_spec import from_proto, to_proto
 from student_trainer.run_dir import Journal, RunDir
 from student_trainer.train.__main__ import work
 

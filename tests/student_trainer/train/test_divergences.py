@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
+from student_trainer.config import DIVERGENCE_PARAMETERS
 from student_trainer.config_checks import CHOICES
-from student_trainer.config_loss import DIVERGENCE_PARAMETERS
 from student_trainer.train.loss.divergences import (
     DIVERGENCES,
     adaptive_kl_divergence,

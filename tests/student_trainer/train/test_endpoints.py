@@ -21,7 +21,8 @@ from protos.balance import Load, lightest
 from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
-from student_trainer.config import RolloutConfig, StudentConfig, from_proto
+from student_trainer.config import RolloutConfig, StudentConfig
+from student_trainer.config_spec import from_proto
 from student_trainer.run_dir import EXIT_FAILED, RunDir
 from student_trainer.train import credentials, lanes
 from student_trainer.train.answers import training_request

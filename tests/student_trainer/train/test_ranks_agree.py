@@ -16,7 +16,7 @@ from torch import nn
 from protos.errors import Reason, StillhouseError
 from student_trainer.train.patience import Stopped
 from student_trainer.train.ranks import BUCKET_BYTES, Ranks
-from student_trainer.train.ranks_start import TIMEOUT_VARIABLE, Place
+from student_trainer.train.ranks_place import TIMEOUT_VARIABLE, Place
 
 PATIENCE_S = 60.0
 SILENCE_S = 12

@@ -13,7 +13,8 @@ from google.protobuf import json_format
 from protos.errors import StillhouseError
 from protos.stillhouse.v1.run_pb2 import RunSpec
 from protos.tensor_codec import Distributions
-from student_trainer.config import RunConfig, from_proto
+from student_trainer.config import RunConfig
+from student_trainer.config_spec import from_proto
 from student_trainer.train import head, step
 from student_trainer.train.batch import Factor, MicroBatch, Scored
 from student_trainer.train.checkpoint import Progress

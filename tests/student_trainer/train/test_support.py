@@ -16,7 +16,8 @@ from examples.programs import Program
 from protos.errors import Reason, StillhouseError
 from protos.tensor_codec import Distributions
 from protos.tokenizer_fingerprint import tokenizer_fingerprint
-from student_trainer.config import RolloutConfig, StudentConfig, StudentContextConfig, from_proto
+from student_trainer.config import RolloutConfig, StudentConfig, StudentContextConfig
+from student_trainer.config_spec import from_proto
 from student_trainer.train.answers import training_request
 from student_trainer.train.corpus import load_corpus
 from student_trainer.train.in_flight import InFlight, Rollout
