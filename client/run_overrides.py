@@ -10,8 +10,8 @@ import yaml
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from client.run_file import Reader
 from client.run_places import Place, Problem, join
+from client.run_reader import Reader
 from client.run_schema import find_field, is_map, unknown_field_sentence
 from protos.stillhouse.v1.run_pb2 import RunSpec
 
