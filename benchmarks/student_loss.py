@@ -1,9 +1,10 @@
 """The student's step at a large vocabulary: seconds and memory against full logits, TRL's chunked loss and Liger's fused JSD.
 
-Prints two rows, each one setting of ours in one run: the smallest memory, and the fastest of the chunk sizes tried; and
-the most that both speeds can be here, from a pass that computes the body and the products alone. Every pass is a fresh process; the passes of a round follow one another, and a method's time is its fastest step of all rounds,
-since what disturbs a machine only ever adds. Peers are installed into a directory of their own; one that cannot be is
-shown as n/a.
+Prints two rows, each one setting of ours in one run: the smallest memory, and the fastest of the chunk sizes tried. Beside
+the speeds stands what they would be if a step were the student's body and the products of an exact loss, and nothing
+else. Every pass is a fresh process; the passes of a round follow one another, and a method's time is its fastest step of
+all rounds, since what disturbs a machine only ever adds. Peers are installed into a directory of their own; one that
+cannot be is shown as n/a.
 """
 
 from __future__ import annotations

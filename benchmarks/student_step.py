@@ -155,21 +155,21 @@ class _Products(torch.autograd.Function):
     """The three products of every exact loss, a chunk at a time; their values mean nothing."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, logits: Tensor, by_weight: Tensor) -> Tensor:
         wide_hidden, wide_weight = hidden.to(logits.dtype), weight.to(logits.dtype)
-        by_hidden, by_weight = torch.empty_like(wide_hidden), torch.zeros_like(wide_weight)
+        by_hidden = torch.empty_like(wide_hidden)
         for first in range(0, hidden.shape[0], logits.shape[0]):
             rows = slice(first, first + logits.shape[0])
             here = logits[: hidden[rows].shape[0]]
             torch.mm(wide_hidden[rows], wide_weight.T, out=here)
             torch.mm(here, wide_weight, out=by_hidden[rows])
-            by_weight.addmm_(here.T, wide_hidden[rows])
-        ctx.gradients = by_hidden.to(hidden.dtype), by_weight.to(weight.dtype)
+            by_weight.addmm_(here.T, wide_hidden[rows], beta=1.0 if first else 0.0)
+        ctx.gradients = by_hidden.to(hidden.dtype), by_weight.to(weight.dtype, copy=True)
         return here[0, 0].float()
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-        return (*ctx.gradients, None)
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return (*ctx.gradients, None, None)
 
 
 def _products(chunk: int, sizes: Sizes) -> Loss:
@@ -178,9 +178,10 @@ def _products(chunk: int, sizes: Sizes) -> Loss:
 
     dtype = product_type(_dtype(sizes), torch.device(sizes.device).type)
     logits = torch.empty(chunk, sizes.vocabulary, dtype=dtype)
+    by_weight = torch.empty(sizes.vocabulary, sizes.hidden, dtype=dtype)
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        value: Tensor = _Products.apply(hidden, weight, logits)  # type: ignore[no-untyped-call]
+        value: Tensor = _Products.apply(hidden, weight, logits, by_weight)  # type: ignore[no-untyped-call]
         return value
 
     return loss

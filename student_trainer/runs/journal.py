@@ -1,9 +1,12 @@
-"""What the lines of a run's journals mean for the store; a line that cannot be read is logged and left out."""
+"""What the lines of a run's journals mean for the store; a line that cannot be read, or comes late, is logged and left out.
+
+Late is a line of an attempt that was replaced: its process woke in the middle of a write, on a file system without locks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,18 +56,28 @@ class Batch:
         return not (self.started or self.changes or self.metrics or self.outcomes)
 
 
-def read_batch(run_dir: RunDir, offsets: tuple[int, int]) -> Batch:
-    """What the journals hold behind `offsets`, the bytes already read of events and metrics."""
+def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> Batch:
+    """What the journals hold behind `offsets`, the bytes already read of events and metrics, in the life of `attempt`."""
     # Events first: a metric point that was written before an event is then never missed behind it.
     event_lines, events_offset = run_dir.read_lines("events.jsonl", offsets[0])
     metric_lines, metrics_offset = run_dir.read_lines("metrics.jsonl", offsets[1])
     batch = Batch(offsets={"events_offset": events_offset, "metrics_offset": metrics_offset})
-    _take(run_dir, event_lines, batch, _take_event)
-    _take(run_dir, metric_lines, batch, _take_metrics)
+    for lines, take in ((event_lines, _take_event), (metric_lines, _take_metrics)):
+        _take(run_dir, _timely(run_dir, lines, attempt), batch, take)
     return batch
 
 
-def _take(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], batch: Batch, take: Any) -> None:
+def _timely(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], attempt: int) -> Iterator[Mapping[str, Any]]:
+    """The lines but for those of an earlier attempt, all of whose own were read before this one began."""
+    for line in lines:
+        number = line.get("attempt")
+        if isinstance(number, int) and number < attempt:
+            log.warning("late line left out", run=run_dir.path.name, line=dict(line), attempt=attempt)
+        else:
+            yield line
+
+
+def _take(run_dir: RunDir, lines: Iterable[Mapping[str, Any]], batch: Batch, take: Any) -> None:
     for line in lines:
         try:
             take(line, batch)

@@ -65,7 +65,7 @@ class Overseer:
         self._run_dir = run_dir
         self._attempt = attempt
         self._process = process
-        self._tail = Tail(keeping.store, run_id, run_dir)
+        self._tail = Tail(keeping.store, run_id, run_dir, attempt)
         self._oom_kills = oom_kills()
         self._asked_at_s: float | None = None
         self._adopting = isinstance(process, Adopted)

@@ -13,9 +13,10 @@ from student_trainer.runs.store import Store
 
 
 class Tail:
-    """Reads what a run's process has written since the last call; blocks, for the database's thread."""
+    """Reads what the process of a run's attempt has written since the last call; blocks, for the database's thread."""
 
-    def __init__(self, store: Store, run_id: str, run_dir: RunDir) -> None:
+    def __init__(self, store: Store, run_id: str, run_dir: RunDir, attempt: int) -> None:
+        self._attempt = attempt
         self._store = store
         self._run_id = run_id
         self._run_dir = run_dir
@@ -28,7 +29,7 @@ class Tail:
         """
         if self._offsets is None:
             self._offsets = self._store.offsets(self._run_id)
-        batch = read_batch(self._run_dir, self._offsets)
+        batch = read_batch(self._run_dir, self._offsets, self._attempt)
         following = (batch.offsets["events_offset"], batch.offsets["metrics_offset"])
         if following == self._offsets:
             return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def test_what_a_process_reports_is_in_the_store(store: Store, run_dir: RunDir) -> None:
-    tail = Tail(store, RUN, run_dir)
+    tail = Tail(store, RUN, run_dir, 1)
     assert not tail.ingest()
     with run_dir.open_attempt(1) as attempt:
         attempt.report("started", total_steps=9, step=0)
@@ -66,14 +67,14 @@ def test_between_attempts_a_run_is_as_far_as_its_checkpoint(store: Store, run_di
     with run_dir.open_attempt(1) as attempt:
         attempt.report("checkpoint", step=2)
         attempt.report_metrics(5, {"train/loss": 1.0})
-    Tail(store, RUN, run_dir).ingest()
+    Tail(store, RUN, run_dir, 1).ingest()
     assert store.get(RUN).progress.step == 5
     retried = store.end_attempt(RUN, 1, state.PENDING, exit_code=1, signal=0, error=None)
     assert retried.progress.step == 2
     store.begin_attempt(RUN, ())
     with run_dir.open_attempt(2) as attempt:
         attempt.report_metrics(4, {"train/loss": 1.0})
-    Tail(store, RUN, run_dir).ingest()
+    Tail(store, RUN, run_dir, 2).ingest()
     assert store.end_attempt(RUN, 2, state.FAILED, exit_code=1, signal=0, error=None).progress.step == 4
     resumed = store.change(RUN, "resume", state.PENDING, allowed=frozenset({state.FAILED}))
     assert resumed.progress.step == 2
@@ -84,9 +85,40 @@ def test_a_reader_that_starts_again_reads_nothing_twice(store: Store, run_dir: R
         attempt.report("started", total_steps=9)
         for step in range(1, 6):
             attempt.report_metrics(step, {"train/loss": 1.0})
-            Tail(store, RUN, run_dir).ingest()
+            Tail(store, RUN, run_dir, 1).ingest()
     steps = [point.step for point in store.metric_points(RUN, start=0, end=None)]
     assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: RunDir) -> None:
+    """Its process had passed the check for a successor, slept, and wrote what it was about to write."""
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("checkpoint", step=2)
+        attempt.report_metrics(3, {"train/loss": 3.0})
+    Tail(store, RUN, run_dir, 1).ingest()
+    store.end_attempt(RUN, 1, state.PENDING, exit_code=1, signal=0, error=None)
+    store.begin_attempt(RUN, ())
+    tail = Tail(store, RUN, run_dir, 2)
+    with run_dir.open_attempt(2) as attempt:
+        attempt.report("started", total_steps=9, step=2)
+        attempt.report("checkpoint", step=4)
+        attempt.report_metrics(4, {"train/loss": 4.0})
+    tail.ingest()
+    before = store.get(RUN)
+    for path, late in (
+        (run_dir.events_path, {"kind": "checkpoint", "step": 3}),
+        (run_dir.events_path, {"kind": "condition", "condition": "WAITING_FOR_TEACHER"}),
+        (run_dir.metrics_path, {"step": 3, "values": {"train/loss": 9.0}}),
+    ):
+        with path.open("a") as file:
+            file.write(
+                json.dumps({"sequence": 9, "attempt": 1, "time": "2026-01-01T00:00:00Z"} | late) + "\n"
+            )
+    assert tail.ingest()
+    after = store.get(RUN)
+    assert (after.latest_checkpoint, after.condition) == (before.latest_checkpoint, before.condition)
+    assert after.progress == before.progress
+    assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3, 4]
 
 
 def test_a_line_that_makes_no_sense_is_left_out(store: Store, run_dir: RunDir) -> None:
@@ -106,7 +138,7 @@ def test_a_line_that_makes_no_sense_is_left_out(store: Store, run_dir: RunDir) -
         '{"sequence":3,"attempt":1,"step":3,"time":"2026-01-01T00:00:00Z","values":{"train/loss":NaN,"train/tokens_per_second":NaN}}\n'
         '{"sequence":4,"attempt":1,"step":1e30,"time":"2026-01-01T00:00:00Z","values":{}}\n'
     )
-    assert Tail(store, RUN, run_dir).ingest()
+    assert Tail(store, RUN, run_dir, 1).ingest()
     assert store.get(RUN).progress.total_steps == 3
     assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3]
 

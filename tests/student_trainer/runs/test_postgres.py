@@ -84,7 +84,7 @@ def test_what_was_committed_when_the_connection_broke_is_taken_in_once(
     with run_dir.open_attempt(1) as attempt:
         for step in (1, 2):
             attempt.report_metrics(step, {"train/loss": 0.5})
-    tail, record = Tail(store, "aaaaaaaaaaaa", run_dir), store.record
+    tail, record = Tail(store, "aaaaaaaaaaaa", run_dir, 1), store.record
 
     def record_and_lose_the_answer(*arguments: object) -> None:
         record(*arguments)  # type: ignore[arg-type]
