@@ -77,7 +77,7 @@ REQUIRED = {
     "chunks",
     multiple=True,
     type=int,
-    default=(64, 128, 256, 384, 512),
+    default=(64, 128, 256, 384),
     show_default=True,
     help="Positions at a time that are tried for the second row.",
 )
