@@ -220,8 +220,8 @@ def _problem(key: str, value: Any) -> str | None:
 def _unknown_choice(value: str, choices: Sequence[str]) -> str:
     spelled = value[:MAX_NAME_CHARACTERS].lower().replace("-", "_")
     nearest = difflib.get_close_matches(spelled, choices, n=1)
-    hint = f'did you mean "{nearest[0]}"? ' if nearest else ""
-    return f'"{value}" is not known; {hint}Possible: {_listed(choices)}.'
+    hint = f'; did you mean "{nearest[0]}"?' if nearest else "."
+    return f'"{value}" is not known{hint} Possible: {_listed(choices)}.'
 
 
 def _unsupported(value: object, supported: Collection[object]) -> str:

@@ -144,6 +144,8 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
     assert found["loss.top_k"] == "512 is out of range; it must be in [1, 256]."
     assert 'did you mean "forward_kl"?' in found["loss.terms[0].divergence"]
     assert 'did you mean "cosine"?' in found["optimizer.lr_scheduler"]
+    far = violations(changed("optimizer.name", "zzz"))
+    assert far["optimizer.name"].startswith('"zzz" is not known. Possible: "adamw"')
 
 
 @pytest.mark.parametrize(
