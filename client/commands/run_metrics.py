@@ -37,7 +37,7 @@ _end = click.option(
     "--max-points",
     type=click.IntRange(1),
     default=None,
-    help=f"Steps in the table, {TABLE_STEPS} by default; with --json points of each metric, all by default.",
+    help=f"Steps in the table, {TABLE_STEPS} by default; with --json points of each metric, 1000 by default.",
 )
 def metrics(
     session: Session,
