@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+import time
 import timeit
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -14,7 +18,7 @@ from student_trainer.config import LossConfig, LossTermConfig
 from student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
 from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.policy_gradient import SampledTokens
-from student_trainer.train.loss.product_type import product_type
+from student_trainer.train.loss.product_type import _is_faster, product_type
 from student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 from student_trainer.train.loss.workspace import Workspace
 from tests.student_trainer.train.dense import random_logits, targets_of
@@ -262,11 +266,41 @@ def test_a_cpu_computes_in_half_precision_only_where_that_is_faster() -> None:
     taken = product_type(torch.bfloat16, "cpu")
     (other,) = {torch.bfloat16, torch.float32} - {taken}
     # Wider than the margin of the choice: on every processor known one of them takes half as long again or more.
-    seconds = [(_product_seconds(taken), _product_seconds(other)) for _ in range(5)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        seconds = [(_product_seconds(taken), _product_seconds(other)) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
     assert min(one for one, _ in seconds) < 1.4 * min(another for _, another in seconds)
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """A product of 1 GFLOP."""
-    left, right = torch.ones(512, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
-    return timeit.timeit(lambda: left @ right, number=1)
+    """Processor time of a product of 1 GFLOP, which other processes change little."""
+    left, right = torch.ones(504, 504, dtype=dtype), torch.ones(504, 2040, dtype=dtype)
+    return timeit.timeit(lambda: left @ right, timer=time.thread_time, number=1)
+
+
+BUSY = """
+import numpy as np
+factor = np.ones((1024, 1024), np.float32)
+print(flush=True)
+while True:
+    factor @ factor
+"""
+
+
+def test_what_else_the_machine_does_changes_no_choice_of_type() -> None:
+    """A resumed run must choose as before, however busy its processor is."""
+    taken = product_type(torch.bfloat16, "cpu")
+    with ExitStack() as stack:
+        for _ in range(3):
+            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE))
+            stack.callback(busy.kill)
+            assert busy.stdout is not None
+            busy.stdout.readline()
+        chosen = []
+        for _ in range(20):
+            _is_faster.cache_clear()
+            chosen.append(product_type(torch.bfloat16, "cpu"))
+    assert chosen == [taken] * 20
