@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from protos.errors import Reason, StillhouseError
 
 Behaviour = Callable[[Any, Any], Any]
-INFRASTRUCTURE = "/grpc."
+_INFRASTRUCTURE = "/grpc."
 """How the rpcs of health and reflection begin, which tell nothing of anybody's work and answer whoever reaches the port."""
 
 
@@ -27,7 +27,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     ) -> Any:
         """The handler of a call, whose request is not yet read."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler_call_details.method.startswith(INFRASTRUCTURE):
+        if handler is None or handler_call_details.method.startswith(_INFRASTRUCTURE):
             return handler
         return self.replaced(handler, handler_call_details)
 

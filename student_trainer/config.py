@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-FULL_LEARNING_RATE = 1e-5
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "jsd": {"beta": 0.5},
     "jsd_normalised": {"beta": 0.5},
@@ -261,7 +260,7 @@ class OptimizerConfig:
     """How the loss is minimised."""
 
     name: str = "adamw"
-    learning_rate: float = FULL_LEARNING_RATE
+    learning_rate: float = 1e-5
     """Peak, > 0; unset means LORA_LEARNING_RATE with lora."""
     weight_decay: float = 0.01
     """Decoupled for adamw, L2 for adam and sgd; >= 0."""

@@ -173,6 +173,11 @@ def invalid_spec(violations: Sequence[FieldViolation]) -> StillhouseError:
     )
 
 
+def invalid_field(field: str, description: str) -> StillhouseError:
+    """The same for one field."""
+    return invalid_spec([FieldViolation(field=field, description=description)])
+
+
 def violation(field: str, description: str) -> FieldViolation:
     """What is wrong with `field`, a path as in the run file."""
     return FieldViolation(field=field, description=description)

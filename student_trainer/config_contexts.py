@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from protos.errors import FieldViolation
 from student_trainer.config import ContextConfig, LossConfig, RunConfig, StudentContextConfig
+from student_trainer.config_loss import DRAWN_TARGETS
 
-SAMPLED_TARGETS = ("sampled", "top_k_and_sampled")
-"""Sparse targets that need a teacher's draws."""
 TEACHER_WEIGHTED = ("forward_kl", "skew_kl", "mse")
 """Divergences that weigh tokens by the teacher's probabilities, so that its likeliest are support enough."""
 
@@ -132,7 +131,7 @@ def check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
                 '"exact" needs the log-partition of the mixture of teachers, which those of its parts do not give. '
                 'Use "conditional", or temperature 1.',
             )
-        if loss.sparse_target in SAMPLED_TARGETS:
+        if loss.sparse_target in DRAWN_TARGETS:
             yield _violation(
                 f"{path}.sparse_target",
                 f'"{loss.sparse_target}" needs draws of one teacher; several are mixed. Use "tail_bucket".',

@@ -52,19 +52,17 @@ def metrics(
 
     The table has loss and evaluation, or what --key names; --json has every metric.
     """
-    handle, steps = session.run(run), {"start_step": start_step, "end_step": end_step}
+    points = (max_points or 0) if session.as_json else 0
+    series = session.run(run).metrics(*keys, start_step=start_step, end_step=end_step, max_points=points)
     if session.as_json:
-        series = handle.metrics(*keys, **steps, max_points=max_points or 0)
         session.emit({"series": {key: _as_json(each) for key, each in series.items()}})
         return
-    known = list(keys or handle.metrics(**steps, max_points=1))
-    shown = keys or [key for key in MAIN if key in known] or known
-    series = handle.metrics(*shown, **steps)
     if not series:
         session.say("There are no such metrics yet." if keys else "There are no metrics yet.")
         return
-    session.say(_table({key: series[key] for key in shown if key in series}, max_points or TABLE_STEPS))
-    others = [key for key in known if key not in shown]
+    shown = [key for key in (keys or MAIN) if key in series] or list(series)
+    session.say(_table({key: series[key] for key in shown}, max_points or TABLE_STEPS))
+    others = [key for key in series if key not in shown]
     if others:
         session.say(f"\n--key shows others: {', '.join(others)}")
 

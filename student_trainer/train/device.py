@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from protos.errors import FieldViolation, Reason, StillhouseError
 from student_trainer.config import OptimizerConfig
+from student_trainer.config_checks import invalid_field
 
 _MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
@@ -24,11 +24,7 @@ def make_accelerator(config: OptimizerConfig) -> Any:
     precision = config.precision or ("bf16" if has_gpu else "fp32")
     if precision == "fp16" and not has_gpu:
         description = "fp16 needs a GPU, and this process has none; use bf16 or fp32."
-        raise StillhouseError(
-            Reason.INVALID_SPEC,
-            f"optimizer.precision: {description}",
-            violations=[FieldViolation(field="optimizer.precision", description=description)],
-        )
+        raise invalid_field("optimizer.precision", description)
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
     # Filling costs time, and nothing here reads uninitialised memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

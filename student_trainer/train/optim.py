@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from protos.errors import FieldViolation, Reason, StillhouseError
 from student_trainer.config import OptimizerConfig
+from student_trainer.config_checks import invalid_field
 
 SGD_MOMENTUM = 0.9
 
@@ -51,11 +51,7 @@ def _make_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.o
     on_cpu = all(each.device.type == "cpu" for group in groups for each in group["params"])
     if config.name == "paged_adamw_8bit" and on_cpu:
         description = '"paged_adamw_8bit" moves its moments between GPU and host, and this process has no GPU; use "adamw_8bit".'
-        raise StillhouseError(
-            Reason.INVALID_SPEC,
-            f"optimizer.name: {description}",
-            violations=[FieldViolation(field="optimizer.name", description=description)],
-        )
+        raise invalid_field("optimizer.name", description)
     make = bitsandbytes.optim.AdamW8bit if config.name == "adamw_8bit" else bitsandbytes.optim.PagedAdamW8bit
     optimizer: torch.optim.Optimizer = make(groups, lr=config.learning_rate)
     return optimizer

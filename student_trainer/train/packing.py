@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from protos.errors import FieldViolation, Reason, StillhouseError
+from student_trainer.config_checks import invalid_field
 from student_trainer.train.batch import Scored, collate
 from student_trainer.train.prompts import Example
 from student_trainer.train.student import Student
@@ -52,8 +52,4 @@ def check_packing(student: Student, device: torch.device) -> None:
             f"{student.config.model} mixes sequences that lie in one row: its logits differ from those of the sequences "
             "apart. Leave data.packing out."
         )
-        raise StillhouseError(
-            Reason.INVALID_SPEC,
-            f"data.packing: {description}",
-            violations=[FieldViolation(field="data.packing", description=description)],
-        )
+        raise invalid_field("data.packing", description)

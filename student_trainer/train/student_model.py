@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from protos.errors import FieldViolation, Reason, StillhouseError
+from protos.errors import Reason, StillhouseError
 from student_trainer.config import LoraConfig, StudentConfig
+from student_trainer.config_checks import invalid_field
 from student_trainer.train.rows import resolve
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -62,7 +63,7 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
         return model
     total = model.config.num_hidden_layers
     if config.keep_layers[-1] >= total:
-        raise _invalid(
+        raise invalid_field(
             "student.keep_layers",
             f"{config.keep_layers[-1]} is no layer of {config.model}, whose {total} layers count from 0.",
         )
@@ -73,7 +74,7 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
         if isinstance(child, nn.ModuleList) and len(child) == total
     ]
     if len(holders) != 1:
-        raise _invalid(
+        raise invalid_field(
             "student.keep_layers",
             f"{config.model} does not hold its {total} layers in one list, so that some can be taken out; leave it out.",
         )
@@ -117,7 +118,7 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
     except ValueError as error:
         names = ", ".join(config.target_modules) or "all linear layers"
         layers = f" of layers {list(config.layers)}" if config.layers else ""
-        raise _invalid(
+        raise invalid_field(
             "student.lora.target_modules",
             f"{names}{layers}: nothing in this model fits. Its linear layers are {', '.join(linear)}.",
         ) from error
@@ -152,7 +153,7 @@ def _go_on_from(model: Any, config: StudentConfig, data_dir: Path) -> Any:
     try:
         return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _invalid(
+        raise invalid_field(
             "student.adapter", f"{path} does not fit {config.model} ({first_line(error)})."
         ) from error
 
@@ -161,7 +162,7 @@ def _load_quantized(config: StudentConfig, data_dir: Path, dtype: torch.dtype, d
     from transformers import BitsAndBytesConfig
 
     if config.from_config:
-        raise _invalid(
+        raise invalid_field(
             "student.quantization",
             "freezes the base, and random weights (from_config) are nothing to freeze.",
         )
@@ -220,11 +221,3 @@ def first_line(error: BaseException) -> str:
     """What an error says first."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _invalid(field: str, description: str) -> StillhouseError:
-    return StillhouseError(
-        Reason.INVALID_SPEC,
-        f"{field}: {description}",
-        violations=[FieldViolation(field=field, description=description)],
-    )

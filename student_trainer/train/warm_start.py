@@ -8,7 +8,7 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from protos.errors import FieldViolation, Reason, StillhouseError
+from student_trainer.config_checks import invalid_field
 
 log = structlog.get_logger()
 
@@ -51,8 +51,4 @@ class WarmStart:
         if not self._alone:
             log.warning("the student writes badly yet", why=description)
             return
-        raise StillhouseError(
-            Reason.INVALID_SPEC,
-            f"{self._field}: {description}",
-            violations=[FieldViolation(field=self._field, description=description)],
-        )
+        raise invalid_field(self._field, description)

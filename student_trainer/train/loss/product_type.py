@@ -10,6 +10,8 @@ wins a tie.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -33,13 +35,20 @@ def _is_faster(dtype: torch.dtype) -> bool:
     if not _has_product(dtype):
         return False
     half, wide = _factors(dtype), _factors(torch.float32)
+    with one_thread():
+        seconds = [(_seconds(*half), _seconds(*wide)) for _ in range(1 + _TRIES)][1:]
+    return min(one for one, _ in seconds) <= _FASTER * min(other for _, other in seconds)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within it torch computes with this thread alone, whose processor time is then that of all."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        seconds = [(_seconds(*half), _seconds(*wide)) for _ in range(1 + _TRIES)][1:]
+        yield
     finally:
         torch.set_num_threads(threads)
-    return min(one for one, _ in seconds) <= _FASTER * min(other for _, other in seconds)
 
 
 def _factors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

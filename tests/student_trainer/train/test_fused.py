@@ -18,7 +18,7 @@ from student_trainer.config import LossConfig, LossTermConfig
 from student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
 from student_trainer.train.loss.objective import ObjectiveSum, objective
 from student_trainer.train.loss.policy_gradient import SampledTokens
-from student_trainer.train.loss.product_type import _is_faster, product_type
+from student_trainer.train.loss.product_type import _is_faster, one_thread, product_type
 from student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 from student_trainer.train.loss.workspace import Workspace
 from tests.student_trainer.train.dense import random_logits, targets_of
@@ -266,12 +266,8 @@ def test_a_cpu_computes_in_half_precision_only_where_that_is_faster() -> None:
     taken = product_type(torch.bfloat16, "cpu")
     (other,) = {torch.bfloat16, torch.float32} - {taken}
     # Wider than the margin of the choice: on every processor known one of them takes half as long again or more.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         seconds = [(_product_seconds(taken), _product_seconds(other)) for _ in range(5)]
-    finally:
-        torch.set_num_threads(threads)
     assert min(one for one, _ in seconds) < 1.4 * min(another for _, another in seconds)
 
 
