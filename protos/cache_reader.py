@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from protos.cache_format import META, SHARD, CacheMeta, Codec, invalid_cache
 from protos.cache_rows import MAX_VALUES, Columns, Row, optional_columns, schema
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 from protos.tensor_codec import Distributions
 
 MAX_GROUP_BYTES = 512 * 2**20
@@ -259,7 +259,7 @@ def _open(path: Path) -> Any:
             thrift_container_size_limit=4 * 2**20,
         )
     except _errors() as error:
-        raise invalid_cache(path, _first_line(error), REMEDY) from error
+        raise invalid_cache(path, first_line(error).rstrip("."), REMEDY) from error
 
 
 def _errors() -> tuple[type[Exception], ...]:
@@ -283,7 +283,7 @@ def _read_footer(path: Path, file: Any) -> tuple[Shard, list[bytes]]:
         if len(keys) != sum(groups) or any(len(key) != 32 for key in keys):
             raise ValueError("its keys are no SHA-256 sums, one for each row")
     except _errors() as error:
-        raise invalid_cache(path, _first_line(error), REMEDY) from error
+        raise invalid_cache(path, first_line(error).rstrip("."), REMEDY) from error
     shard = Shard(
         path=path,
         meta=meta,
@@ -338,9 +338,4 @@ def _read_group(file: Any, shard: Shard, group: int, names: list[str] | None = N
             raise ValueError(f"its group {group} has empty places")
         return Columns(table.combine_chunks(), shard.meta, shard.codec)
     except _errors() as error:
-        raise invalid_cache(shard.path, _first_line(error), REMEDY) from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+        raise invalid_cache(shard.path, first_line(error).rstrip("."), REMEDY) from error

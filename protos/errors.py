@@ -150,7 +150,7 @@ _RETRYABLE = frozenset(
 _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class FieldViolation:
     """What is wrong with one field of a request."""
 
@@ -384,3 +384,9 @@ def from_json(plain: Mapping[str, Any]) -> status_pb2.Status:
     except (json_format.Error, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"no error record: {error}") from error
     return status
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's says first; its type's name where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

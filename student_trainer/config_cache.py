@@ -15,11 +15,11 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
     if config.cache is None:
         return
     if not config.cache.path:
-        yield _violation("cache.path", 'is required, such as "caches/my-set".')
+        yield FieldViolation("cache.path", 'is required, such as "caches/my-set".')
     if config.cache.mode == "only":
         for i, context in enumerate(config.contexts):
             if context.dataset is None:
-                yield _violation(
+                yield FieldViolation(
                     f"contexts[{i}]",
                     "is text that is written during the run, and cache.mode: only asks nobody. Build a cache of the teacher's "
                     "texts with this context, then learn from data.train: [{path: caches/...}], which holds them.",
@@ -28,20 +28,16 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
 
 def _check_build(config: RunConfig) -> Iterator[FieldViolation]:
     if config.cache is None:
-        yield _violation(
+        yield FieldViolation(
             "cache", 'is required with task: cache; name a place, such as {path: "caches/my-set"}.'
         )
     elif config.cache.mode != "write_through":
-        yield _violation("cache.mode", f'is "{config.cache.mode}", which keeps nothing; leave it out.')
+        yield FieldViolation("cache.mode", f'is "{config.cache.mode}", which keeps nothing; leave it out.')
     if not config.teachers:
-        yield _violation("teachers", "is empty, and task: cache asks one; name it.")
+        yield FieldViolation("teachers", "is empty, and task: cache asks one; name it.")
     for i, context in enumerate(config.contexts):
         if context.student is not None:
-            yield _violation(
+            yield FieldViolation(
                 f"contexts[{i}]",
                 "is text of a student that changes as it learns, which task: cache cannot keep; leave it out.",
             )
-
-
-def _violation(field: str, description: str) -> FieldViolation:
-    return FieldViolation(field=field, description=description)

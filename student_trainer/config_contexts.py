@@ -16,10 +16,10 @@ TEACHER_WEIGHTED = ("forward_kl", "skew_kl", "mse")
 def check_contexts(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of `contexts` and of the losses that count in them."""
     if not config.contexts:
-        yield _violation("contexts", "is empty; leave the field out for the dataset alone.")
+        yield FieldViolation("contexts", "is empty; leave the field out for the dataset alone.")
     reductions = {config.loss_of(context).reduction for context in config.contexts}
     if len(reductions) > 1:
-        yield _violation(
+        yield FieldViolation(
             "contexts",
             f"have losses with different reductions ({', '.join(sorted(reductions))}), whose denominators cannot be "
             "added. Give all losses the same.",
@@ -28,7 +28,7 @@ def check_contexts(config: RunConfig) -> Iterator[FieldViolation]:
         path = f"contexts[{i}]"
         sources = [context.dataset, context.teacher, context.student]
         if sum(source is not None for source in sources) != 1:
-            yield _violation(path, "needs exactly one source: dataset, teacher or student.")
+            yield FieldViolation(path, "needs exactly one source: dataset, teacher or student.")
             continue
         field = f"{path}.loss" if context.loss else "loss"
         yield from _check_source(config, context, path, field)
@@ -40,9 +40,9 @@ def _check_source(
 ) -> Iterator[FieldViolation]:
     loss = config.loss_of(context)
     if context.dataset is None and not config.teachers:
-        yield _violation(path, "needs a teacher, and teachers is empty; name one.")
+        yield FieldViolation(path, "needs a teacher, and teachers is empty; name one.")
     if context.teacher is not None and is_ensemble(config):
-        yield _violation(
+        yield FieldViolation(
             path,
             "asks a teacher to write, but several are mixed. Keep one teacher, or set data.teacher_field so that each "
             "row has its own.",
@@ -50,24 +50,24 @@ def _check_source(
     if context.student is not None:
         if writers(context.student) and not config.student.trains_adapter:
             named = "rollout_target" if context.student.rollout_target else "rollout_targets"
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.student.{named}",
                 "needs an adapter that can travel there; add student.lora: {}, or leave it out so that the training "
                 "process writes by itself.",
             )
         for name in ("rollout_credential", "rollout_tls_server_name"):
             if getattr(context.student, name) and not writers(context.student):
-                yield _violation(
+                yield FieldViolation(
                     f"{path}.student.{name}", "is for the service at rollout_target, which is not set."
                 )
         if loss.hard_weight:
-            yield _violation(
+            yield FieldViolation(
                 f"{field}.hard_weight",
                 f"is {loss.hard_weight:g} for text that the student writes itself, from which cross-entropy learns "
                 "nothing. Give the student's context a loss of its own with hard_weight: 0.",
             )
         if not loss.asks_teacher:
-            yield _violation(
+            yield FieldViolation(
                 f"{field}.terms", "have no weight, and the student's own text teaches nothing by itself."
             )
 
@@ -77,7 +77,7 @@ def _check_policy_gradient(context: ContextConfig, loss: LossConfig, field: str)
     for i, term in enumerate(loss.terms):
         path = f"{field}.terms[{i}]"
         if term.baseline != "none" and term.estimator != "policy_gradient":
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.baseline",
                 f'is "{term.baseline}", which a loss without sampled advantages has no use for. Set '
                 "estimator: policy_gradient, or leave it out.",
@@ -85,23 +85,23 @@ def _check_policy_gradient(context: ContextConfig, loss: LossConfig, field: str)
         if term.estimator != "policy_gradient" or term.weight == 0:
             continue
         if term.baseline in ("group", "position") and samples == 1:
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.baseline",
                 f'is "{term.baseline}", a mean over the other texts of a prompt, and samples_per_prompt is 1. Raise that, or '
                 'use "batch".',
             )
         if context.student is None:
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.estimator",
                 '"policy_gradient" needs tokens that the student drew; use it in a context with student: {}.',
             )
         if term.divergence != "reverse_kl":
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.divergence",
                 f'is "{term.divergence}"; the policy gradient is that of "reverse_kl". Use this, or estimator: full.',
             )
         if loss.temperature != 1:
-            yield _violation(
+            yield FieldViolation(
                 f"{field}.temperature",
                 f"is {loss.temperature:g}; tokens are scored at temperature 1, so a policy gradient needs 1.",
             )
@@ -113,26 +113,26 @@ def check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
         counts = Counter(teacher.name for teacher in config.teachers)
         for i, teacher in enumerate(config.teachers):
             if not teacher.name:
-                yield _violation(
+                yield FieldViolation(
                     f"teachers[{i}].name", "is required where there are several, or rows name theirs."
                 )
             elif counts[teacher.name] > 1:
-                yield _violation(
+                yield FieldViolation(
                     f"teachers[{i}].name", f'"{teacher.name}" is given twice; each needs its own.'
                 )
     if config.data.teacher_field and not config.teachers:
-        yield _violation("data.teacher_field", "names the teacher of a row, but teachers is empty.")
+        yield FieldViolation("data.teacher_field", "names the teacher of a row, but teachers is empty.")
     if not is_ensemble(config):
         return
     for path, loss in losses(config):
         if loss.temperature != 1 and loss.temperature_mode == "exact" and loss.asks_teacher:
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.temperature_mode",
                 '"exact" needs the log-partition of the mixture of teachers, which those of its parts do not give. '
                 'Use "conditional", or temperature 1.',
             )
         if loss.sparse_target in DRAWN_TARGETS:
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.sparse_target",
                 f'"{loss.sparse_target}" needs draws of one teacher; several are mixed. Use "tail_bucket".',
             )
@@ -142,21 +142,21 @@ def check_student(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of the student's base, adapter and output."""
     student = config.student
     if student.lora is not None and student.adapter:
-        yield _violation(
+        yield FieldViolation(
             "student.lora",
             "is set beside student.adapter, whose own rank and modules count. Leave student.lora out.",
         )
     if not student.trains_adapter and student.quantization in ("int8", "nf4"):
-        yield _violation(
+        yield FieldViolation(
             "student.quantization",
             f'"{student.quantization}" freezes the base; add student.lora: {{}} to train it.',
         )
     if not student.trains_adapter and student.output in ("adapter", "both"):
-        yield _violation(
+        yield FieldViolation(
             "student.output", f'"{student.output}" needs student.lora; there is no adapter without.'
         )
     if list(student.keep_layers) != sorted(set(student.keep_layers)):
-        yield _violation(
+        yield FieldViolation(
             "student.keep_layers", "must ascend, each layer once: their order is that of the deeper model."
         )
 
@@ -165,13 +165,13 @@ def check_data(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of the mixture of datasets."""
     weighted = [dataset.weight is not None for dataset in config.data.train]
     if any(weighted) and not all(weighted):
-        yield _violation(
+        yield FieldViolation(
             f"data.train[{weighted.index(False)}].weight",
             "is missing while other datasets have one; give all of them a weight, or none.",
         )
     for i, dataset in enumerate(config.data.eval):
         if dataset.weight is not None:
-            yield _violation(
+            yield FieldViolation(
                 f"data.eval[{i}].weight", "has no meaning: every held-out row counts once. Leave it out."
             )
 
@@ -211,7 +211,3 @@ def needs_query(loss: LossConfig) -> bool:
 def is_ensemble(config: RunConfig) -> bool:
     """Whether every row asks several teachers, whose answers are mixed."""
     return len(config.teachers) > 1 and not config.data.teacher_field
-
-
-def _violation(field: str, description: str) -> FieldViolation:
-    return FieldViolation(field=field, description=description)

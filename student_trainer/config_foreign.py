@@ -35,7 +35,7 @@ def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of a bridged run, and of metrics that need one."""
     if not is_bridged(config):
         if "alm" in config.evaluation.metrics:
-            yield _violation(
+            yield FieldViolation(
                 "evaluation.metrics",
                 'has "alm", which compares chunks of text; use it with loss.foreign_tokenizer: alm.',
             )
@@ -43,35 +43,35 @@ def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
     for path, loss in losses(config):
         yield from _check_loss(path, loss)
     if len({loss.chunks for _, loss in losses(config) if loss.asks_teacher}) > 1:
-        yield _violation(
+        yield FieldViolation(
             "contexts", "have losses with different chunks, and the text is cut once. Give all the same."
         )
     for i, context in enumerate(config.contexts):
         if context.dataset is None:
-            yield _violation(
+            yield FieldViolation(
                 f"contexts[{i}]",
                 "is text that is written during the run in one side's tokens; loss.foreign_tokenizer: alm learns from a dataset. "
                 "Use dataset: {}, such as of texts that `stillhouse batch` had the teacher write.",
             )
     if is_ensemble(config):
-        yield _violation(
+        yield FieldViolation(
             "teachers",
             "are several that would be mixed, but with loss.foreign_tokenizer: alm each may cut the text differently. Keep "
             "one, or set data.teacher_field so that each row has its own.",
         )
     if config.task == "cache":
-        yield _violation(
+        yield FieldViolation(
             "task",
             'is "cache", which keeps answers about the student\'s tokens; with loss.foreign_tokenizer: alm use '
             "cache.mode: write_through in a run that trains.",
         )
     if config.is_offline:
-        yield _violation(
+        yield FieldViolation(
             "cache.mode",
             'is "only", but loss.foreign_tokenizer: alm needs the tokenizer of a teacher that is there. Use "read".',
         )
     for name in sorted(set(_OF_TOKENS) & set(config.evaluation.metrics)):
-        yield _violation(
+        yield FieldViolation(
             "evaluation.metrics",
             f'has "{name}", which compares distributions over one vocabulary; with loss.foreign_tokenizer: alm use "alm".',
         )
@@ -81,19 +81,19 @@ def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
     if not loss.asks_teacher:
         return
     if loss.foreign_tokenizer != "alm":
-        yield _violation(
+        yield FieldViolation(
             f"{path}.foreign_tokenizer",
             'is "refuse" beside a loss with "alm": a term over one vocabulary and one over chunks do not go together. Set '
             "alm in all losses, or every term's weight here to 0, which leaves hard_weight.",
         )
         return
     if loss.temperature != 1:
-        yield _violation(
+        yield FieldViolation(
             f"{path}.temperature",
             f"is {loss.temperature:g}, which is that of a softmax; with foreign_tokenizer: alm set chunk_temperature.",
         )
     if loss.sparse_target != "tail_bucket":
-        yield _violation(
+        yield FieldViolation(
             f"{path}.sparse_target",
             f'is "{loss.sparse_target}", but with foreign_tokenizer: alm no tokens beside those of the text are asked for. '
             "Leave it out.",
@@ -102,18 +102,14 @@ def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
         if term.weight == 0:
             continue
         if term.divergence not in OF_CHUNKS:
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.terms[{i}].divergence",
                 f'"{term.divergence}" compares many tokens, and with foreign_tokenizer: alm there are two probabilities. Use '
                 f"one of {', '.join(OF_CHUNKS)}.",
             )
         if term.token_weighting != "uniform":  # noqa: S105 (tokens of text)
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.terms[{i}].token_weighting",
                 f'"{term.token_weighting}" needs distributions over tokens, which foreign_tokenizer: alm does not ask for. '
                 "Leave it out.",
             )
-
-
-def _violation(field: str, description: str) -> FieldViolation:
-    return FieldViolation(field=field, description=description)

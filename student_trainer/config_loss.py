@@ -15,7 +15,7 @@ WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
 def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
     """Everything that is wrong with the loss at `path` of the run file."""
     if not loss.asks_teacher and loss.hard_weight == 0:
-        yield _violation(
+        yield FieldViolation(
             f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."
         )
     for i, term in enumerate(loss.terms):
@@ -25,7 +25,7 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
             yield from _check_target(here, term, loss)
             yield from _check_temperature(here, term, loss)
     if loss.sparse_target in DRAWN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
-        yield _violation(
+        yield FieldViolation(
             f"{path}.temperature",
             f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are drawn at temperature 1 '
             "and say nothing exact of another. Use temperature 1, or sparse_target tail_bucket.",
@@ -39,11 +39,11 @@ def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolatio
         if value is None:
             continue
         if name not in known:
-            yield _violation(f"{path}.{name}", f'has no meaning for "{term.divergence}"; leave it out.')
+            yield FieldViolation(f"{path}.{name}", f'has no meaning for "{term.divergence}"; leave it out.')
         elif value > 1 and term.divergence != "alpha_beta":
-            yield _violation(f"{path}.{name}", f"{value:g} is out of range; it must be in [0, 1].")
+            yield FieldViolation(f"{path}.{name}", f"{value:g} is out of range; it must be in [0, 1].")
         elif value == 1 and term.divergence.startswith("skew"):
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.{name}",
                 "is 1, which compares a distribution with itself: nothing would be learnt. It must be in [0, 1).",
             )
@@ -51,7 +51,7 @@ def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolatio
         parameters = term.parameters
         total = parameters["alpha"] + parameters["beta"]
         if abs(total - 1) > 1e-9:
-            yield _violation(
+            yield FieldViolation(
                 f"{path}.beta",
                 f"alpha + beta is {total:g}; it must be 1. Of all tokens beyond top_k the teacher sends one sum, the tail. "
                 "Merging tokens into it can only lower an f-divergence, and with equal distributions leaves it 0; "
@@ -68,7 +68,7 @@ def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator
         if loss.sparse_target in DRAWN_TARGETS
         else "which has no tail: whatever the student gives to other tokens would be free, or without limit"
     )
-    yield _violation(
+    yield FieldViolation(
         f"{path}.divergence",
         f'"{term.divergence}" does not go with sparse_target "{loss.sparse_target}", {why}. Use forward_kl, or '
         "sparse_target tail_bucket.",
@@ -81,12 +81,8 @@ def _check_temperature(path: str, term: LossTermConfig, loss: LossConfig) -> Ite
         and loss.temperature_mode == "conditional"
         and term.divergence in WITHOUT_CONDITIONAL_FORM
     ):
-        yield _violation(
+        yield FieldViolation(
             f"{path}.divergence",
             f'"{term.divergence}" is no f-divergence and does not split into "a kept token or not" and "which one". '
             "Use temperature_mode exact, or temperature 1.",
         )
-
-
-def _violation(field: str, description: str) -> FieldViolation:
-    return FieldViolation(field=field, description=description)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -21,7 +21,7 @@ def check_ranks(name: str, directory: Path) -> None:
         with safe_open(weights_path, framework="numpy") as weights:
             shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        raise _invalid(name, f"its files cannot be read ({str(error).splitlines()[0]})") from error
+        raise _invalid(name, f"its files cannot be read ({first_line(error)})") from error
     if not shapes:
         raise _invalid(name, f"its {FILES[1]} holds no weights")
     for key, shape in shapes.items():

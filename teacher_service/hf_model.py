@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 from teacher_service import hf_quantization
 from teacher_service.config import TeacherConfig
 from teacher_service.engine import Int32Array
@@ -61,7 +61,7 @@ class HfModel:
                 raise hf_quantization.refused(config.quantization, error) from error
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,
-                f"transformers cannot load a language model from {config.model}: {str(error).splitlines()[0]}",
+                f"transformers cannot load a language model from {config.model}: {first_line(error)}",
             ) from error
         if quantised:
             hf_quantization.keep_layout(model)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 from teacher_service.adapter_files import FILES, check_ranks
 from teacher_service.fingerprint import weight_files
 from teacher_service.hf_adapters import LoraSlots
@@ -80,7 +80,7 @@ def _merged(base: Path, adapter: Path) -> Any:
     except (OSError, ValueError, KeyError) as error:
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,
-            f"transformers cannot load a language model from {base}: {str(error).splitlines()[0]}",
+            f"transformers cannot load a language model from {base}: {first_line(error)}",
         ) from error
     types = {name: weight.dtype for name, weight in model.state_dict().items()}
     model = model.float().requires_grad_(False)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 
 # Configuration, tokenizer and weights; neither Python files nor duplicates in other frameworks' formats.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
@@ -36,11 +36,10 @@ def locate_model(model: str, revision: str = "") -> ModelFiles:
     try:
         snapshot = Path(snapshot_download(model, revision=revision or None, allow_patterns=list(_PATTERNS)))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,
             f"There is no directory {model}, and the hub does not give {model}"
-            f"{f' at {revision}' if revision else ''}: {reason} "
+            f"{f' at {revision}' if revision else ''}: {first_line(error)} "
             "Give --model the directory of a model, or a hub id that this host can reach or has in its cache.",
         ) from error
     return ModelFiles(directory=snapshot, revision=snapshot.name)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
+from protos.errors import Reason, StillhouseError, first_line, from_json, from_status, to_json, to_status
 from student_trainer.train.patience import Stopped
 from student_trainer.train.ranks_place import Place, of_another, timeout_s
 
@@ -246,10 +246,9 @@ def _take_device(place: Place) -> None:
 
 
 def _lost(error: RuntimeError) -> StillhouseError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return StillhouseError(
         Reason.PROCESS_DIED,
-        f"Another process of this run has ended, or did not answer for {timeout_s():g} s ({first}). Its log says why; "
+        f"Another process of this run has ended, or did not answer for {timeout_s():g} s ({first_line(error)}). Its log says why; "
         "`run resume` goes on from the last checkpoint.",
     )
 

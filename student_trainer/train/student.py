@@ -11,10 +11,10 @@ import structlog
 import torch
 from torch import Tensor, nn
 
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 from student_trainer.config import StudentConfig
 from student_trainer.train.batch import MicroBatch
-from student_trainer.train.student_model import first_line, load_model, model_not_found, model_source
+from student_trainer.train.student_model import load_model, model_not_found, model_source
 
 log = structlog.get_logger()
 

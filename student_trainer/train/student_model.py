@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from protos.errors import Reason, StillhouseError
+from protos.errors import Reason, StillhouseError, first_line
 from student_trainer.config import LoraConfig, StudentConfig
 from student_trainer.config_checks import invalid_field
 from student_trainer.train.rows import resolve
@@ -215,9 +215,3 @@ def model_not_found(config: StudentConfig, source: str, problem: str) -> Stillho
         "or the id of a model that this host can download.",
         resource=config.model,
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
