@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV := .venv
 PY := $(VENV)/bin/python
 PROTOC := .tools/protoc
-CODE := protos teacher_service student_trainer client examples benchmarks tests
+CODE := stillhouse/__init__.py protos teacher_service student_trainer client examples benchmarks scripts tests
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 export VLLM_NO_USAGE_STATS = 1
@@ -41,7 +41,7 @@ lint: setup ## ruff: style, and the formatter's opinion
 	$(VENV)/bin/ruff format --check $(CODE)
 
 lint-protos: $(PROTOC)/.done ## buf lint, where node is present
-	$(PROTOC)/bin/python protos/check.py lint
+	$(PROTOC)/bin/python scripts/protos.py lint
 
 types: setup ## mypy --strict
 	$(VENV)/bin/mypy
@@ -50,10 +50,10 @@ imports: setup ## import-linter: imports run one way
 	$(VENV)/bin/lint-imports
 
 drift: $(PROTOC)/.done ## the committed stubs are those of the .proto files
-	$(PROTOC)/bin/python protos/check.py drift
+	$(PROTOC)/bin/python scripts/protos.py drift
 
 protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
-	$(PROTOC)/bin/python protos/check.py generate
+	$(PROTOC)/bin/python scripts/protos.py generate
 
 fmt: setup ## format, and fix what can be fixed
 	$(VENV)/bin/ruff format $(CODE)
@@ -65,7 +65,7 @@ bench-teacher: setup ## the teacher's rates against its engine, vLLM's servers, 
 	$(PY) -m benchmarks.teacher $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-student: setup ## a student's step, time and memory, against full logits, TRL and Liger; JSON=FILE
-	$(PY) -m benchmarks.student_loss $(if $(JSON),--json $(JSON)) $(ARGS)
+	$(PY) -m benchmarks.student $(if $(JSON),--json $(JSON)) $(ARGS)
 
 .PHONY: bench-overlap
 bench-overlap: setup ## what a teacher costs a student's step, online and from the cache, a core for each; JSON=FILE
@@ -75,7 +75,7 @@ bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, f
 	$(PY) -m benchmarks.soak $(ARGS)
 
 soak-runs: setup ## 200 short runs through one run service that is killed ten times: each ends once, and nothing is lost
-	$(PY) -m benchmarks.soak_runs $(ARGS)
+	$(PY) -m benchmarks.soak.runs $(ARGS)
 
 bench-distillation: setup ## distilled against cross-entropy students; ARGS names teacher, student and data
 	$(PY) -m benchmarks.distillation $(ARGS)
@@ -84,13 +84,13 @@ bench-acceptance: setup ## every way to learn, through the services, on language
 	$(PY) -m benchmarks.acceptance $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-sparse: setup ## the share of full distillation's gain that each sparse target keeps; ARGS names a text and a work folder; JSON=FILE
-	$(PY) -m benchmarks.sparse_targets $(if $(JSON),--json $(JSON)) $(ARGS)
+	$(PY) -m benchmarks.distillation.sparse_targets $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-foreign: setup ## what a student gains from a teacher with a foreign tokenizer; ARGS names a work folder; JSON=FILE
-	$(PY) -m benchmarks.foreign $(if $(JSON),--json $(JSON)) $(ARGS)
+	$(PY) -m benchmarks.distillation.foreign $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
-	$(PY) -m benchmarks.cache_codecs $(if $(JSON),--json $(JSON)) $(ARGS)
+	$(PY) -m benchmarks.cache $(if $(JSON),--json $(JSON)) $(ARGS)
 
 clean: ## remove what the commands made
 	rm -rf $(VENV) .tools .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

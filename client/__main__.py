@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from client.cli import cli
+from stillhouse.client.cli import cli
 
 
 def main() -> None:

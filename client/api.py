@@ -1,15 +1,21 @@
-"""Everything a notebook needs: `from client.api import Teacher, Trainer`."""
+"""Everything a notebook needs: `from stillhouse.client.api import Teacher, Trainer`."""
 
-from client.batch import BatchProgress, BatchSettings, BatchSummary, Listeners, generate_file
-from client.batch_rows import Sampling
-from client.completions import Completion, Piece
-from client.run_file import RunFile, load_run_file
-from client.run_handle import RunHandle, Series
-from client.scoring import ScoreAnswer, ScoreItem
-from client.teacher import Teacher
-from client.trainer import PushedDataset, Trainer
-from protos.errors import Reason, StillhouseError
-from protos.tensor_codec import Distributions
+from stillhouse.client.batch.input_rows import Sampling
+from stillhouse.client.batch.pipeline import (
+    BatchProgress,
+    BatchSettings,
+    BatchSummary,
+    Listeners,
+    generate_file,
+)
+from stillhouse.client.runfile.load import RunFile, load_run_file
+from stillhouse.client.teacher.generate import Completion, Piece
+from stillhouse.client.teacher.score import ScoreAnswer, ScoreItem
+from stillhouse.client.teacher.teacher import Teacher
+from stillhouse.client.trainer.run_handle import RunHandle, Series
+from stillhouse.client.trainer.trainer import PushedDataset, Trainer
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
 
 __all__ = [
     "BatchProgress",

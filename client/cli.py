@@ -7,21 +7,32 @@ from typing import Any
 
 import click
 
+from stillhouse.client.terminal.options import shared_options
+
 # Command to where it is and what it does; a module is imported when its command is used, so that --help is quick.
 _COMMANDS = {
-    "run": ("client.commands.run:run", "Create, watch, steer and read distillation runs."),
-    "data": ("client.commands.data:data", "Bring data to the trainer."),
-    "cache": ("client.commands.cache:cache", "Keep teachers' answers, to train from them without a teacher."),
-    "teacher": ("client.commands.teacher:teacher", "Ask and manage a teacher service."),
-    "generate": ("client.commands.generate:generate", "Let the teacher write."),
-    "score": ("client.commands.score:score", "Ask the teacher for its distributions over your token ids."),
-    "token": ("client.commands.token:token", "Make, list and revoke tokens on a service's host."),
-    "estimate": ("client.commands.estimate:estimate", "Predict a run's memory before it is submitted."),
+    "run": ("stillhouse.client.commands.run.group:run", "Create, watch, steer and read distillation runs."),
+    "data": ("stillhouse.client.commands.data:data", "Bring data to the trainer."),
+    "cache": (
+        "stillhouse.client.commands.cache:cache",
+        "Keep teachers' answers, to train from them without a teacher.",
+    ),
+    "teacher": ("stillhouse.client.commands.teacher:teacher", "Ask and manage a teacher service."),
+    "generate": ("stillhouse.client.commands.generate:generate", "Let the teacher write."),
+    "score": (
+        "stillhouse.client.commands.score:score",
+        "Ask the teacher for its distributions over your token ids.",
+    ),
+    "token": ("stillhouse.client.commands.token:token", "Make, list and revoke tokens on a service's host."),
+    "estimate": (
+        "stillhouse.client.commands.estimate:estimate",
+        "Predict a run's memory before it is submitted.",
+    ),
     "doctor": (
-        "client.commands.doctor:doctor",
+        "stillhouse.client.commands.doctor:doctor",
         "Check hosts, services and certificates, and say what to do.",
     ),
-    "version": ("client.commands.version:version", "Show the version of this client."),
+    "version": ("stillhouse.client.commands.version:version", "Show the version of this client."),
 }
 
 EXIT_CODES = """
@@ -63,45 +74,12 @@ class LazyGroup(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
         except Exception as error:
-            from client.commands.failure import report
+            from stillhouse.client.terminal.error_report import report
 
             code = report(error, as_json=bool(ctx.obj and ctx.obj.get("as_json")))
             if code is None:
                 raise
             ctx.exit(code)
-
-
-def shared_options(*, hidden: bool) -> list[click.Option]:
-    """The options that say where the services are; every command takes them too, without listing them."""
-    described = {
-        "--trainer": ("HOST:PORT", "Run service. [default: 127.0.0.1:7402]"),
-        "--teacher": (
-            "HOST:PORT[,...]",
-            "Teacher service, or several of one teacher. [default: 127.0.0.1:7401]",
-        ),
-        "--context": ("NAME", "Section [contexts.NAME] of the config file."),
-        "--config": ("FILE", "Config file. [default: ~/.config/stillhouse/config.toml]"),
-        "--tls-ca": ("FILE", "Authorities to trust, PEM."),
-        "--tls-cert": ("FILE", "Certificate of this client, PEM."),
-        "--tls-key": ("FILE", "Key of that certificate, PEM."),
-        "--tls-server-name": ("NAME", "Name to expect in the service's certificate."),
-        "--token-file": ("FILE", "File that holds a bearer token."),
-    }
-    options = [
-        click.Option([flag, f"shared_{_name(flag)}"], metavar=metavar, help=text, hidden=hidden)
-        for flag, (metavar, text) in described.items()
-    ]
-    tls = click.Option(
-        ["--tls/--no-tls", "shared_tls"],
-        default=None,
-        help="TLS with the system's authorities.",
-        hidden=hidden,
-    )
-    return [*options, tls]
-
-
-def _name(flag: str) -> str:
-    return flag.removeprefix("--").replace("-", "_")
 
 
 @click.group(

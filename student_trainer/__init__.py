@@ -1,0 +1,1 @@
+"""The student: the run service (runs) and the training process (train)."""

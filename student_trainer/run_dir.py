@@ -21,8 +21,8 @@ from typing import Any, Literal, cast
 import psutil
 from google.protobuf import json_format
 
-from protos.errors import Reason, StillhouseError
-from protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 Journal = Literal["events.jsonl", "metrics.jsonl"]
 EXIT_FAILED = 3

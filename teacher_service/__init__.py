@@ -1,0 +1,1 @@
+"""The teacher: one frozen model behind TeacherService."""

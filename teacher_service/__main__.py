@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from protos.errors import Reason, StillhouseError
-from protos.tracing import configure_tracing
-from protos.transport import configure_logging
-from teacher_service.config import DTYPES, TeacherConfig, default_engine, default_roots
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.telemetry.logs import configure_logging
+from stillhouse.protos.telemetry.tracing import configure_tracing
+from stillhouse.teacher_service.config import DTYPES, TeacherConfig, default_engine, default_roots
 
 EXIT_SETTINGS = 2
 """What cannot work with these settings: a model that is not there, an address that is taken."""
@@ -181,7 +181,7 @@ def merge_adapter(model: str, adapter: Path, out: Path, revision: str) -> None:
     """Merge a LoRA adapter into its base, on the CPU: weights in OUT, and every other file as the base has it."""
     configure_logging("error")
     try:
-        from teacher_service.merge import merge_adapter as merge
+        from stillhouse.teacher_service.engines.hf.merge_adapter import merge_adapter as merge
 
         merge(model, adapter, out, revision=revision)
     except ImportError as error:
@@ -210,7 +210,7 @@ def run(options: dict[str, Any]) -> int:
     configure_tracing("stillhouse-teacher")
     try:
         config = _config(options)
-        from teacher_service.lifecycle import serve
+        from stillhouse.teacher_service.lifecycle import serve
 
         return serve(config)
     except StillhouseError as error:

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import Reason, StillhouseError
 
 EngineName = Literal["vllm", "hf"]
 TierName = Literal["worker", "raw", "public"]

@@ -13,17 +13,20 @@ from importlib import import_module
 import numpy as np
 import structlog
 
-from protos.errors import Reason, StillhouseError
-from protos.gpu_memory import GpuMemory
-from protos.metrics import Metrics
-from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
-from protos.transport import AuditLog, Server, ServerTls, TokenFile, write_address_file
-from teacher_service.adapters import AdapterRegistry
-from teacher_service.config import TeacherConfig
-from teacher_service.engine import DistributionOptions, Engine, ScoreItem
-from teacher_service.figures import Figures
-from teacher_service.servicer import TeacherServicer
-from teacher_service.text import TextCodec
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.audit import AuditLog
+from stillhouse.protos.rpc.auth import TokenFile
+from stillhouse.protos.rpc.server import Server, write_address_file
+from stillhouse.protos.rpc.tls import ServerTls
+from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from stillhouse.protos.telemetry.gpu_memory import GpuMemory
+from stillhouse.protos.telemetry.metrics import Metrics
+from stillhouse.teacher_service.adapters.registry import AdapterRegistry
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreItem
+from stillhouse.teacher_service.metrics import Figures
+from stillhouse.teacher_service.models.tokenizer import TextCodec
+from stillhouse.teacher_service.rpc.servicer import TeacherServicer
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 CHECK_INTERVAL_S = 1.0
@@ -34,8 +37,8 @@ CHILD_TIMEOUT_S = 5.0
 """How long a process of a half-loaded engine may take to end by itself."""
 
 _ENGINES = {
-    "vllm": ("teacher_service.vllm_engine", "VllmEngine"),
-    "hf": ("teacher_service.hf_engine", "HfEngine"),
+    "vllm": ("stillhouse.teacher_service.engines.vllm.engine", "VllmEngine"),
+    "hf": ("stillhouse.teacher_service.engines.hf.engine", "HfEngine"),
 }
 
 log = structlog.get_logger(__name__)

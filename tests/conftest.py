@@ -23,9 +23,9 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-from examples.programs import Program, start_teacher, start_trainer  # noqa: E402
 from tests.support.privileges import NOT_ALLOWED  # noqa: E402
 from tests.support.processes import no_process_left  # noqa: E402
+from tests.support.programs import Program, start_teacher, start_trainer  # noqa: E402
 from tests.support.texts import sentences  # noqa: E402
 
 MODEL_FIXTURES = {"hf_teacher", "vllm_teacher"}
@@ -80,7 +80,7 @@ class Models:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    from examples.small_models import make_adapter, make_model, make_tokenizer
+    from tests.support.small_models import make_adapter, make_model, make_tokenizer
 
     root = tmp_path_factory.mktemp("models")
     texts = tuple(sentences(400, seed=1))

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from client.run_file import RunFile
-    from client.run_handle import RunHandle
+    from stillhouse.client.runfile.load import RunFile
+    from stillhouse.client.trainer.run_handle import RunHandle
 
 SUMMARY = "exports/cache.json"
-"""What a build leaves among its run's artifacts; student_trainer/train/cache_task.py writes it."""
+"""What a build leaves among its run's artifacts; student_trainer/train/cache_build/build.py writes it."""
 
 
 @click.group()
@@ -52,9 +52,9 @@ def build(
     with cache.mode: only trains from the answers. The build is a run with task: cache: `stillhouse run` watches, stops
     and resumes it, and what is stored is never asked for again.
     """
-    from client.commands.run_watch import follow
-    from client.json_text import as_json
-    from client.run_file import load_run_file
+    from stillhouse.client.commands.run.watch import follow
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.runfile.load import load_run_file
 
     loaded = load_run_file(file, overrides)
     _as_build(loaded, place)
@@ -87,8 +87,8 @@ def _as_build(file: RunFile, place: str) -> None:
 @command(cache, name="list")
 def list_caches(session: Session) -> None:
     """List the caches that runs of the trainer have named, the last used first."""
-    from client.render import columns, state_name, time_text
-    from client.run_ids import run_id
+    from stillhouse.client.terminal.render import columns, state_name, time_text
+    from stillhouse.client.trainer.run_lookup import run_id
 
     found: dict[str, dict[str, Any]] = {}
     rows = []
@@ -116,8 +116,8 @@ def info(session: Session, what: str) -> None:
     """
     path = Path(what).expanduser()
     if path.exists():
-        from protos.cache_reader import CacheReader
-        from protos.cache_summary import summary
+        from stillhouse.protos.cache.reader import CacheReader
+        from stillhouse.protos.cache.summary import summary
 
         told = summary(CacheReader(path, ignore_broken=path.is_dir()))
     else:
@@ -135,8 +135,8 @@ def verify(session: Session, path: Path) -> int:
 
     The exit code is 1 if a file is damaged; each such file is named with what is wrong with it.
     """
-    from protos.cache_reader import CacheReader
-    from protos.errors import Reason, StillhouseError
+    from stillhouse.protos.cache.reader import CacheReader
+    from stillhouse.protos.errors import Reason, StillhouseError
 
     if not path.exists():
         raise StillhouseError(
@@ -167,8 +167,8 @@ def verify(session: Session, path: Path) -> int:
 
 def _build_of(session: Session, what: str) -> RunHandle:
     """The run that `what` names, or the last one that built the cache of this name."""
-    from client.run_handle import RunHandle
-    from protos.errors import Reason, StillhouseError
+    from stillhouse.client.trainer.run_handle import RunHandle
+    from stillhouse.protos.errors import Reason, StillhouseError
 
     if "/" not in what:
         return session.run(what)
@@ -192,7 +192,7 @@ def _summary_of(run: RunHandle) -> dict[str, Any]:
 
 def summary_text(what: str, told: dict[str, Any]) -> str:
     """The summary of a cache for people."""
-    from client.render import size_text
+    from stillhouse.client.terminal.render import size_text
 
     if not told["kinds"]:
         return f"{what} holds no answer yet."

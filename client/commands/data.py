@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 
 @click.group()
@@ -22,7 +22,7 @@ def push(session: Session, files: tuple[Path, ...]) -> None:
     Prints `datasets/...`, which a run file gives as a path. A file is stored by its content: pushing it again changes
     nothing.
     """
-    from client.render import size_text
+    from stillhouse.client.terminal.render import size_text
 
     pushed = []
     for file in files:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 _PATH = click.Path(path_type=Path)
 EXIT_UNWELL = 1
@@ -28,7 +28,7 @@ def doctor(session: Session, *, student: Path | None, data_dir: Path | None, onl
 
     Exit code 1 if anything FAILed; what is marked ! works, and should be looked at.
     """
-    from client import checks
+    from stillhouse.client.doctor import checks
 
     findings = []
     if only in ("all", "here"):

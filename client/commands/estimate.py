@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 _PATH = click.Path(path_type=Path)
 _DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.56}
@@ -42,12 +42,18 @@ def estimate(
 
     Student and teacher are judged apart, as if each had the device to itself. No weights are opened.
     """
-    from client.errors import usage_error
-    from client.machine import gpus, memory_bytes
-    from client.memory_estimate import MAX_SEQUENCE_TOKENS, Plan, remedies, student_bytes, teacher_bytes
-    from client.model_shape import ModelShape
-    from client.render import columns, size_text
-    from client.run_file import load_run_file
+    from stillhouse.client.core.errors import usage_error
+    from stillhouse.client.doctor.machine import gpus, memory_bytes
+    from stillhouse.client.estimate.memory import (
+        MAX_SEQUENCE_TOKENS,
+        Plan,
+        remedies,
+        student_bytes,
+        teacher_bytes,
+    )
+    from stillhouse.client.estimate.model_shape import ModelShape
+    from stillhouse.client.runfile.load import load_run_file
+    from stillhouse.client.terminal.render import columns, size_text
 
     run = load_run_file(file, overrides)
     found = gpus()

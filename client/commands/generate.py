@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from client.completions import Completion
-    from client.teacher import Prompt
-    from protos.tensor_codec import Distributions
+    from stillhouse.client.teacher.generate import Completion
+    from stillhouse.client.teacher.teacher import Prompt
+    from stillhouse.protos.tensors.distributions import Distributions
 
 
 @command(name="generate")
@@ -92,7 +92,7 @@ def generate(
     `adapter`; or one of OpenAI's batch format, whose `model` may name an adapter. The same command given again goes on
     where it was killed. A row that fails says so in --out, and the exit code is 1.
     """
-    from client.prompts import chat_prompts, text_prompts
+    from stillhouse.client.terminal.prompt_input import chat_prompts, text_prompts
 
     for_files = (out, capture, retry_failed, overwrite, max_inflight, file_format != "auto", output != "rows")
     if source is None and any(for_files):
@@ -102,7 +102,7 @@ def generate(
     if source is not None:
         if prompts or files or chat or out is None:
             raise click.UsageError("--in FILE goes with --out FILE, and without PROMPT, --file and --chat.")
-        from client.commands.generate_file import answer_file
+        from stillhouse.client.commands.generate_file import answer_file
 
         flags = {"retry_failed": retry_failed, "overwrite": overwrite, "as_dataset": output == "dataset"}
         return answer_file(
@@ -127,8 +127,8 @@ def generate(
 
 
 def _one(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> int:
-    from client.completions import Gathering
-    from client.render import printable
+    from stillhouse.client.teacher.generate import Gathering
+    from stillhouse.client.terminal.render import printable
 
     gathering = Gathering()
     for piece in session.teacher.generate(prompts, **options):
@@ -157,7 +157,7 @@ def _several(session: Session, prompts: list[Prompt], options: dict[str, Any]) -
 
 
 def _as_json(completion: Completion) -> dict[str, Any]:
-    from client.json_text import error_as_json
+    from stillhouse.client.core.json_output import error_as_json
 
     drawn = completion.sampling_logprobs
     document: dict[str, Any] = {
@@ -186,7 +186,7 @@ def distributions_as_json(distributions: Distributions) -> dict[str, Any]:
 
 
 def _show_top(session: Session, completion: Completion) -> None:
-    from client.render import columns, number_text
+    from stillhouse.client.terminal.render import columns, number_text
 
     told = completion.distributions
     if told is None or told.token_ids.shape[1] == 0:

@@ -7,19 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from client.commands.common import Session
+from stillhouse.client.terminal.session import Session
 
 if TYPE_CHECKING:
-    from client.batch import BatchSummary
+    from stillhouse.client.batch.pipeline import BatchSummary
 
 
 def answer_file(session: Session, source: Path, out: Path, options: dict[str, Any], **rest: Any) -> int:
     """Answers `source` in `out`; the exit code. `options` are those of all generation, `rest` are fields of the settings."""
-    from client.batch import CAPTURE_TOP_K, BatchSettings, Listeners, generate_file
-    from client.batch_calls import MAX_INFLIGHT
-    from client.batch_progress import progress_bar
-    from client.batch_rows import Sampling
-    from client.errors import ExitCode
+    from stillhouse.client.batch.dispatcher import MAX_INFLIGHT
+    from stillhouse.client.batch.input_rows import Sampling
+    from stillhouse.client.batch.pipeline import CAPTURE_TOP_K, BatchSettings, Listeners, generate_file
+    from stillhouse.client.core.errors import ExitCode
+    from stillhouse.client.terminal.batch_progress import progress_bar
 
     top_k = options.pop("top_k_logprobs")
     if top_k and rest["capture"] is None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from client.scoring import ScoreAnswer
+    from stillhouse.client.teacher.score import ScoreAnswer
 
 
 @command(name="score")
@@ -35,8 +35,8 @@ def score(session: Session, *, path: str, out: Path | None, max_inflight: int | 
     order in which they are ready; --json adds the numbers of each position. With --out FILE.npz all arrays go into one
     file: row `offsets[i]` is the first of sequence `ids[i]`. The exit code is 1 if a sequence could not be scored.
     """
-    from client.prompts import score_items
-    from client.score_file import ScoreFile
+    from stillhouse.client.terminal.prompt_input import score_items
+    from stillhouse.client.terminal.score_input import ScoreFile
 
     file = ScoreFile(out) if out is not None else None
     failed = 0
@@ -58,9 +58,9 @@ def score(session: Session, *, path: str, out: Path | None, max_inflight: int | 
 
 
 def _show(session: Session, answer: ScoreAnswer) -> None:
-    from client.commands.generate import distributions_as_json
-    from client.json_text import error_as_json
-    from client.render import number_text
+    from stillhouse.client.commands.generate import distributions_as_json
+    from stillhouse.client.core.json_output import error_as_json
+    from stillhouse.client.terminal.render import number_text
 
     told = answer.distributions
     if told is None:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
+    from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
 
 
 @click.group()
@@ -22,8 +22,8 @@ def teacher() -> None:
 @command(teacher, name="info")
 def info(session: Session) -> None:
     """Show model, fingerprints, limits, capabilities and adapters."""
-    from client.json_text import as_json
-    from client.render import columns
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.terminal.render import columns
 
     for number, service in enumerate(session.teachers):
         answer = service.info()
@@ -39,8 +39,8 @@ def info(session: Session) -> None:
 
 
 def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
-    from client.json_text import enum_name
-    from protos.stillhouse.v1.teacher_pb2 import Capability
+    from stillhouse.client.core.json_output import enum_name
+    from stillhouse.protos.stillhouse.v1.teacher_pb2 import Capability
 
     yield "model", answer.model
     if answer.revision:
@@ -81,8 +81,8 @@ def tokenizer(session: Session, directory: Path) -> None:
 @command(teacher, name="adapters")
 def adapters(session: Session) -> None:
     """List the loaded LoRA adapters."""
-    from client.json_text import as_json
-    from client.render import columns
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.terminal.render import columns
 
     answer = session.teacher.info()
     if session.as_json:
@@ -104,7 +104,7 @@ def load_adapter(session: Session, name: str, path: str) -> None:
 
     PATH is a directory on the teacher's host. A name never changes its weights: load step 120 as "run-7/120".
     """
-    from client.json_text import as_json
+    from stillhouse.client.core.json_output import as_json
 
     adapter = session.only_teacher.load_adapter(name, path)
     if session.as_json:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 _PATH = click.Path(path_type=Path)
 _UNITS_S = {"m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
@@ -71,8 +71,8 @@ def create(
     The client reads it from the file named by --token-file or STILLHOUSE_TOKEN_FILE, a training process from the
     token_file of its teacher's section in credentials.toml.
     """
-    from client.errors import file_error
-    from protos import auth_tokens
+    from stillhouse.client.core.errors import file_error
+    from stillhouse.protos.rpc import tokens as auth_tokens
 
     descriptor = None
     if target is not None:
@@ -107,8 +107,8 @@ def create(
 @_FILE
 def list_tokens(session: Session, file: Path) -> None:
     """Show the tokens of FILE, without the tokens themselves."""
-    from client.render import columns
-    from protos import auth_tokens
+    from stillhouse.client.terminal.render import columns
+    from stillhouse.protos.rpc import tokens as auth_tokens
 
     tokens = sorted(auth_tokens.read(file).values(), key=lambda each: each.create_time_s)
     now_s = time.time()
@@ -146,7 +146,7 @@ def list_tokens(session: Session, file: Path) -> None:
 @click.argument("which", metavar="ID|NAME")
 def revoke(session: Session, file: Path, which: str) -> None:
     """Take a token back; the next call with it is refused."""
-    from protos import auth_tokens
+    from stillhouse.protos.rpc import tokens as auth_tokens
 
     gone = auth_tokens.revoke(file, which)
     if session.as_json:

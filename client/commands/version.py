@@ -6,7 +6,7 @@ import platform
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 
-from client.commands.common import Session, command
+from stillhouse.client.terminal.session import Session, command
 
 
 @command()

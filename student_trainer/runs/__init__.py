@@ -1,0 +1,1 @@
+"""The run service, without torch."""

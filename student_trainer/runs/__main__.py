@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
-from protos.errors import StillhouseError
-from protos.tracing import configure_tracing
-from protos.transport import ServerTls, configure_logging
-from student_trainer.runs.service import ServiceOptions, serve
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rpc.tls import ServerTls
+from stillhouse.protos.telemetry.logs import configure_logging
+from stillhouse.protos.telemetry.tracing import configure_tracing
+from stillhouse.student_trainer.runs.service import ServiceOptions, serve
 
 _PATH = click.Path(path_type=Path)
 _DEFAULTS = ServiceOptions(data_dir=Path())

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 
-from protos.errors import Reason, StillhouseError
-from student_trainer.run_dir import write_whole
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.run_dir import write_whole
 
 LAYOUT = 1
 """Version of the folders and files; an older one is migrated at the start, a later one refused."""

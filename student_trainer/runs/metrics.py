@@ -1,57 +1,96 @@
-"""Metric history as series: the last attempt counts after a rollback, and no more points than a plot can show."""
+"""What the run service shows Prometheus: runs by state, the queue, devices, attempts and learnt tokens, read from the store."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterator, Mapping
 
-from protos.stillhouse.v1.run_pb2 import MetricPoint, MetricSeries
+from stillhouse.protos.telemetry.metrics import Reading
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.run_state import name_of
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.device_slots import Slots
 
-Point = tuple[int, float]
-"""Step and value."""
-
-
-def to_series(points: Iterable[MetricPoint], *, keys: Collection[str], max_points: int) -> list[MetricSeries]:
-    """One series for each metric, by name; all of them if `keys` is empty.
-
-    `points` come in the order in which they were measured.
-    """
-    columns: defaultdict[str, list[Point]] = defaultdict(list)
-    for point in points:
-        for key, value in point.values.items():
-            if not keys or key in keys:
-                _append(columns[key], (point.step, value))
-    return [_series(key, thin(columns[key], max_points)) for key in sorted(columns)]
-
-
-def _append(column: list[Point], point: Point) -> None:
-    """Add a point; whatever was measured before at its step or a later one was rolled back."""
-    while column and column[-1][0] >= point[0]:
-        column.pop()
-    column.append(point)
-
-
-def thin(column: Sequence[Point], max_points: int) -> list[Point]:
-    """At most `max_points` of the points: the first and the last, and between them the smallest and largest of equal parts.
-
-    Spikes stay visible, which a plain stride would hide.
-    """
-    if len(column) <= max_points:
-        return list(column)
-    if max_points < 4:
-        return list(column[len(column) - max_points :])
-    inner, parts = column[1:-1], (max_points - 2) // 2
-    kept: list[Point] = [column[0]]
-    for part in range(parts):
-        piece = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]
-        extremes = {min(piece, key=_value), max(piece, key=_value)}
-        kept.extend(sorted(extremes))
-    return [*kept, column[-1]]
+TIMEOUT_S = 5.0
+"""How long the page waits for the store."""
+_OF_A_RUN: Mapping[str, tuple[str, str]] = {
+    "train/step_time_s": ("run_step_seconds", "Time of the last step, with the wait for its data."),
+    "train/teacher_wait_s": ("run_teacher_wait_seconds", "Of that, what the student waited for a teacher."),
+    "teacher/outstanding": (
+        "run_teacher_in_flight",
+        "Sequences and prompts that teachers have not answered.",
+    ),
+    "teacher/outstanding_tokens": ("run_teacher_in_flight_tokens", "Tokens of these."),
+    "teacher/asked_again": (
+        "run_teacher_asked_again",
+        "Sequences and prompts that a broken service left unanswered.",
+    ),
+    "teacher/breaks": ("run_teacher_breaks", "Streams and calls to teachers that broke."),
+    "train/rollouts_dropped": ("run_rollouts_stale", "Texts of the student that were too old to learn from."),
+    "cache/found": ("run_cache_hits", "Answers that came out of a cache."),
+    "cache/missed": ("run_cache_misses", "Answers that a cache lacked, and a teacher gave."),
+    "device/memory_bytes": (
+        "run_device_memory_bytes",
+        "Memory that the training process holds on its device.",
+    ),
+    "device/memory_peak_bytes": ("run_device_memory_peak_bytes", "The most that its tensors took of it."),
+}
+"""Metric of a run to name and help of its reading; what the process counts begins again with each attempt."""
 
 
-def _value(point: Point) -> float:
-    return point[1]
+class Figures:
+    """Takes the readings; called from the thread that serves the page."""
 
+    def __init__(self, store: Store, db: DatabaseThread, slots: Slots) -> None:
+        self._store = store
+        self._db = db
+        self._slots = slots
 
-def _series(key: str, column: Sequence[Point]) -> MetricSeries:
-    return MetricSeries(key=key, steps=[step for step, _ in column], values=[value for _, value in column])
+    def __call__(self) -> Iterator[Reading]:
+        """The readings as they are at present."""
+        totals = self._db.submit(self._store.totals).result(TIMEOUT_S)
+        for state, number in totals.states.items():
+            yield Reading(
+                name="runs", help="Runs by state.", value=number, labels={"state": name_of(state).lower()}
+            )
+        yield Reading(
+            name="oldest_queued_seconds",
+            help="How long the first run of the queue has waited; 0 if there is none.",
+            value=totals.oldest_queued_s,
+        )
+        yield Reading(
+            name="waiting_for_teacher",
+            help="Live runs that make no progress because no teacher answers.",
+            value=totals.waiting_for_teacher,
+        )
+        yield Reading(
+            name="run_tokens_per_second",
+            help="Completion tokens learnt from in a second, lately, by all live runs.",
+            value=totals.tokens_per_second,
+        )
+        yield Reading(
+            name="trained_tokens",
+            help="Completion tokens learnt from by the runs that the store knows.",
+            value=totals.trained_tokens,
+            kind="counter",
+        )
+        yield Reading(
+            name="attempts", help="Training processes started.", value=totals.attempts, kind="counter"
+        )
+        yield Reading(
+            name="attempts_retried",
+            help="Of these, those that followed an earlier one of the same run.",
+            value=totals.retries,
+            kind="counter",
+        )
+        for run_id, values in totals.live.items():
+            for metric, (name, text) in _OF_A_RUN.items():
+                if metric in values:
+                    yield Reading(name=name, help=text, value=values[metric], labels={"run": run_id})
+        for kind, total, free in (
+            ("gpu", len(self._slots.gpus), self._slots.num_free_gpus),
+            ("cpu", self._slots.cpu_slots, self._slots.num_free_cpu),
+        ):
+            yield Reading(name="slots", help="Places for runs.", value=total, labels={"device": kind})
+            yield Reading(
+                name="slots_free", help="Places that no run has.", value=free, labels={"device": kind}
+            )

@@ -9,24 +9,28 @@ from pathlib import Path
 
 import structlog
 
-from protos.errors import StillhouseError
-from protos.gpu_memory import GpuMemory
-from protos.metrics import LOOPBACK, Metrics
-from protos.stillhouse.v1.run_pb2 import DESCRIPTOR
-from protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
-from protos.transport import AuditLog, Server, ServerTls, TokenFile, is_loopback, write_address_file
-from student_trainer.runs import datasets
-from student_trainer.runs.data_dir import DataDir
-from student_trainer.runs.database import DatabaseThread
-from student_trainer.runs.figures import Figures
-from student_trainer.runs.oversee import TERM_GRACE_S
-from student_trainer.runs.resolve import Host
-from student_trainer.runs.retention import keep_sweeping
-from student_trainer.runs.servicer import RunServicer, ServiceParts, remove_deleted
-from student_trainer.runs.slots import Slots, visible_gpus
-from student_trainer.runs.store import Store
-from student_trainer.runs.supervisor import Supervisor, SupervisorOptions
-from student_trainer.runs.watch import Bell
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rpc.audit import AuditLog
+from stillhouse.protos.rpc.auth import TokenFile
+from stillhouse.protos.rpc.channel import is_loopback
+from stillhouse.protos.rpc.server import Server, write_address_file
+from stillhouse.protos.rpc.tls import ServerTls
+from stillhouse.protos.stillhouse.v1.run_pb2 import DESCRIPTOR
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
+from stillhouse.protos.telemetry.gpu_memory import GpuMemory
+from stillhouse.protos.telemetry.metrics import LOOPBACK, Metrics
+from stillhouse.student_trainer.runs.api import dataset_uploads
+from stillhouse.student_trainer.runs.api.servicer import RunServicer, ServiceParts, remove_deleted
+from stillhouse.student_trainer.runs.api.spec_resolution import Host
+from stillhouse.student_trainer.runs.data_dir import DataDir
+from stillhouse.student_trainer.runs.metrics import Figures
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.attempt_monitor import TERM_GRACE_S
+from stillhouse.student_trainer.runs.supervision.device_slots import Slots, visible_gpus
+from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
+from stillhouse.student_trainer.runs.supervision.retention import keep_sweeping
+from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor, SupervisorOptions
 
 SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
 
@@ -98,7 +102,7 @@ async def serve(options: ServiceOptions) -> None:
         )
         metrics.watch_calls(lambda: server.running)
         store = await db(Store.open, options.database or data_dir.database_path)
-        await db(datasets.remove_leftovers, data_dir.datasets_path)
+        await db(dataset_uploads.remove_leftovers, data_dir.datasets_path)
         await db(remove_deleted, data_dir.runs_path)
         try:
             await _serve(options, server, data_dir, store, db, metrics=metrics)

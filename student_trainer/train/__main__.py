@@ -1,7 +1,7 @@
-"""The training process: `python -m student_trainer.train RUN_DIR --attempt N`; its last event says how it ended.
+"""The training process: `python -m stillhouse.student_trainer.train RUN_DIR --attempt N`; its last event says how it ended.
 
 Without a run service, also on several hosts that share the disk of RUN_DIR, one such command on each of them:
-`torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m student_trainer.train RUN_DIR
+`torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m stillhouse.student_trainer.train RUN_DIR
 --attempt 1 --spec run.yaml`. After a stop or a failure the same with --attempt 2 goes on, with any number of processes.
 
 Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event says why. EXIT_DISK_FULL: there was no room for one.
@@ -25,14 +25,14 @@ import structlog
 import yaml
 from google.protobuf import json_format
 
-from protos.errors import Reason, StillhouseError, to_json, to_status
-from protos.stillhouse.v1.run_pb2 import RunSpec
-from protos.tracing import configure_tracing, process_span
-from protos.transport import configure_logging
-from student_trainer.config import RunConfig
-from student_trainer.config_memory import HALVE_VARIABLE, smaller_micro_batch
-from student_trainer.config_spec import from_proto, to_proto
-from student_trainer.disk import (
+from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.telemetry.logs import configure_logging
+from stillhouse.protos.telemetry.tracing import configure_tracing, process_span
+from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, smaller_micro_batch
+from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.disk_errors import (
     broken_sentence,
     full_sentence,
     is_broken,
@@ -40,14 +40,14 @@ from student_trainer.disk import (
     is_too_long,
     too_long_sentence,
 )
-from student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
-from student_trainer.train.follower import Follower
-from student_trainer.train.heartbeat import beating
-from student_trainer.train.ranks_place import Place
-from student_trainer.train.ranks_start import Processes, end_with_first, say_why
+from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
+from stillhouse.student_trainer.train.distributed.follower import Follower
+from stillhouse.student_trainer.train.distributed.launcher import Processes, end_with_first, say_why
+from stillhouse.student_trainer.train.distributed.rank_env import Place
+from stillhouse.student_trainer.train.process.heartbeat import beating
 
 if TYPE_CHECKING:
-    from student_trainer.train.loop import Outcome
+    from stillhouse.student_trainer.train.process.outcome import Outcome
 
 log = structlog.get_logger()
 
@@ -161,10 +161,10 @@ def _do(
     """The run's task. Imports torch, which by now has its threads, and the other processes are on their way."""
     _quieten_libraries()
     if config.task == "cache":
-        from student_trainer.train.cache_task import build
+        from stillhouse.student_trainer.train.cache_build.build import build
 
         return build(config, attempt, stop_requested)
-    from student_trainer.train.loop import train
+    from stillhouse.student_trainer.train.loop import train
 
     return train(config, attempt, stop_requested, processes.ranks())
 

@@ -17,20 +17,20 @@ import structlog
 import torch
 from torch import Tensor
 
-from protos.tensor_codec import Distributions
-from student_trainer.config import LossConfig
-from student_trainer.run_dir import RunDir, write_whole
-from student_trainer.train.answers import Answers
-from student_trainer.train.batch import Scored, collate
-from student_trainer.train.head import Head
-from student_trainer.train.loss.alm import chunk_objective
-from student_trainer.train.loss.fused import Positions
-from student_trainer.train.loss.sparse import SparseTargets
-from student_trainer.train.loss.terms import cross_entropy, forward_kl
-from student_trainer.train.loss.text_logprobs import text_logprobs_of
-from student_trainer.train.patience import Patience
-from student_trainer.train.prompts import Example
-from student_trainer.train.student import Student
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.run_dir import RunDir, write_whole
+from stillhouse.student_trainer.train.batching.collate import Scored, collate
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.loss.alm import chunk_objective
+from stillhouse.student_trainer.train.loss.functional import cross_entropy, forward_kl
+from stillhouse.student_trainer.train.loss.fused import Positions
+from stillhouse.student_trainer.train.loss.sparse import SparseTargets
+from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs_of
+from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.student.lm_head import Head
+from stillhouse.student_trainer.train.student.student import Student
+from stillhouse.student_trainer.train.teacher.answers import Answers
 
 log = structlog.get_logger()
 

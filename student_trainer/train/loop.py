@@ -9,54 +9,49 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import structlog
 
-from protos.errors import Reason, StillhouseError
-from protos.tokenizer_fingerprint import tokenizer_fingerprint
-from student_trainer.config import RunConfig
-from student_trainer.config_checks import TEACHER_METRICS
-from student_trainer.config_foreign import chunk_loss, evaluation_top_k, is_bridged
-from student_trainer.run_dir import Attempt
-from student_trainer.train import checkpoint, device, evaluate
-from student_trainer.train.answers import evaluation_request
-from student_trainer.train.batch import Scored
-from student_trainer.train.bridged import bridge
-from student_trainer.train.cache import RunCache
-from student_trainer.train.checkpoint import Progress, Trained
-from student_trainer.train.contexts import Mix
-from student_trainer.train.corpus import Corpus, load_corpus
-from student_trainer.train.due import Due
-from student_trainer.train.export import export
-from student_trainer.train.feeds import Parts, make_feed
-from student_trainer.train.in_flight import InFlight
-from student_trainer.train.optim import make_optimizer
-from student_trainer.train.order import Schedule
-from student_trainer.train.patience import Patience, Stopped
-from student_trainer.train.questions import evaluation_questions, training_questions
-from student_trainer.train.ranks import Ranks, merged
-from student_trainer.train.reporter import Reporter
-from student_trainer.train.sources import Source, StepData
-from student_trainer.train.step import Stepper
-from student_trainer.train.stored import StoredTeachers
-from student_trainer.train.student import Student, load_tokenizer
-from student_trainer.train.teacher_client import Demands
-from student_trainer.train.teachers import Teachers
-from student_trainer.train.vitals import vitals
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.student_trainer.config.check_cross_tokenizer import chunk_loss, evaluation_top_k, is_bridged
+from stillhouse.student_trainer.config.checks import TEACHER_METRICS
+from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.run_dir import Attempt
+from stillhouse.student_trainer.train import evaluate
+from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.checkpointing import checkpoint
+from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, Trained
+from stillhouse.student_trainer.train.checkpointing.triggers import Due
+from stillhouse.student_trainer.train.contexts.factory import Parts, make_feed
+from stillhouse.student_trainer.train.contexts.source import Source, StepData
+from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import bridge
+from stillhouse.student_trainer.train.data.context_mix import Mix
+from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
+from stillhouse.student_trainer.train.data.schedule import Schedule
+from stillhouse.student_trainer.train.distributed.ranks import Ranks, merged
+from stillhouse.student_trainer.train.optim import make_optimizer
+from stillhouse.student_trainer.train.process.outcome import Outcome
+from stillhouse.student_trainer.train.process.reporter import Reporter
+from stillhouse.student_trainer.train.process.waiting import Patience, Stopped
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
+from stillhouse.student_trainer.train.runtime_metrics import vitals
+from stillhouse.student_trainer.train.step import Stepper
+from stillhouse.student_trainer.train.student import device
+from stillhouse.student_trainer.train.student.export import export
+from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
+from stillhouse.student_trainer.train.teacher.answers import evaluation_request
+from stillhouse.student_trainer.train.teacher.offline_teachers import StoredTeachers
+from stillhouse.student_trainer.train.teacher.queries import evaluation_questions, training_questions
+from stillhouse.student_trainer.train.teacher.run_cache import RunCache
+from stillhouse.student_trainer.train.teacher.teacher import Demands
+from stillhouse.student_trainer.train.teacher.teachers import Teachers
 
 log = structlog.get_logger()
 
 MAX_SKIPPED_IN_A_ROW = 3
 """Steps in a row whose loss is no number, after which a run fails."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """How the process ends."""
-
-    kind: Literal["completed", "stopped"]
-    step: int
 
 
 def train(

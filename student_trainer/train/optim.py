@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from student_trainer.config import OptimizerConfig
-from student_trainer.config_checks import invalid_field
+from stillhouse.student_trainer.config.checks import invalid_field
+from stillhouse.student_trainer.config.schema import OptimizerConfig
 
 SGD_MOMENTUM = 0.9
 

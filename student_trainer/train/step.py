@@ -15,23 +15,30 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from student_trainer.config import LossConfig, RunConfig
-from student_trainer.train.baselines import Baseline, batch_sums, with_baselines
-from student_trainer.train.batch import Factor, MicroBatch, Scored, chunk_sums, collate, total_weight
-from student_trainer.train.checkpoint import Progress
-from student_trainer.train.head import Head
-from student_trainer.train.loss.alm import chunk_objective
-from student_trainer.train.loss.fused import Positions, fused_objective
-from student_trainer.train.loss.objective import ObjectiveSum, objective
-from student_trainer.train.loss.reduction import Reduction
-from student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
-from student_trainer.train.loss.workspace import Workspace
-from student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
-from student_trainer.train.packing import check_packing
-from student_trainer.train.ranks import Ranks
-from student_trainer.train.sources import StepData
-from student_trainer.train.student import Student
-from student_trainer.train.targets import TargetForm, TokenWeighting
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
+from stillhouse.student_trainer.train.batching.baselines import Baseline, batch_sums, with_baselines
+from stillhouse.student_trainer.train.batching.collate import (
+    Factor,
+    MicroBatch,
+    Scored,
+    chunk_sums,
+    collate,
+    total_weight,
+)
+from stillhouse.student_trainer.train.batching.target_forms import TargetForm, TokenWeighting
+from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
+from stillhouse.student_trainer.train.contexts.source import StepData
+from stillhouse.student_trainer.train.distributed.ranks import Ranks
+from stillhouse.student_trainer.train.loss.alm import chunk_objective
+from stillhouse.student_trainer.train.loss.fused import Positions, fused_objective
+from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, objective
+from stillhouse.student_trainer.train.loss.reduction import Reduction
+from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
+from stillhouse.student_trainer.train.loss.workspace import Workspace
+from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
+from stillhouse.student_trainer.train.student.lm_head import Head
+from stillhouse.student_trainer.train.student.packing_check import check_packing
+from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
 

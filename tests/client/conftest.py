@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from client.api import Teacher
-from examples.programs import Program
+from stillhouse.client.api import Teacher
 from tests.conftest import Models
+from tests.support.programs import Program
 
 
 @pytest.fixture

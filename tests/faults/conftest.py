@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from examples.programs import Program
-from student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.run_dir import RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.runs import finish_here, make_run
+from tests.support.programs import Program
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.run_dir import RunDir
 from tests.conftest import Models
 from tests.student_trainer.train import runs
 from tests.student_trainer.train.runs import events, metric, spec_of

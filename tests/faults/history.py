@@ -11,11 +11,18 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
-from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
-from protos.transport import connect
-from student_trainer.runs.state import ENDED, LIVE, PENDING, STARTING, may_become, name_of
+from stillhouse.protos.rpc.channel import connect
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+from stillhouse.student_trainer.runs.store.run_state import (
+    ENDED,
+    LIVE,
+    PENDING,
+    STARTING,
+    may_become,
+    name_of,
+)
 
 STEP_METRIC = "train/loss"
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from examples.programs import Program
-from student_trainer.run_dir import EXIT_FAILED, MANIFEST, RunDir
-from student_trainer.train.checkpoint import OPTIMIZER, STATE, WEIGHTS, find_damage
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, MANIFEST, RunDir
+from stillhouse.student_trainer.train.checkpointing.checkpoint import OPTIMIZER, STATE, WEIGHTS, find_damage
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
     assert_same_end,
@@ -21,6 +20,7 @@ from tests.student_trainer.train.runs import (
     metric,
     spec_of,
 )
+from tests.support.programs import Program
 
 STEPS = 12
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {

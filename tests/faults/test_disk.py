@@ -13,16 +13,15 @@ import grpc
 import pytest
 from google.protobuf import json_format
 
-from examples.programs import Program
-from protos.cache_reader import CacheReader
-from protos.errors import Reason, from_rpc_error, from_status
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
-from student_trainer.run_dir import EXIT_FAILED, RunDir
-from student_trainer.train.checkpoint import WEIGHTS, find_damage
+from stillhouse.protos.cache.reader import CacheReader
+from stillhouse.protos.errors import Reason, from_rpc_error, from_status
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
+from stillhouse.student_trainer.train.checkpointing.checkpoint import WEIGHTS, find_damage
 from tests.conftest import Models
 from tests.faults.world import World, get_run, insist, world
-from tests.student_trainer.runs.caller import stub_for
+from tests.student_trainer.runs.api.caller import stub_for
 from tests.student_trainer.train.runs import (
     assert_ends,
     assert_same_end,
@@ -34,6 +33,7 @@ from tests.student_trainer.train.runs import (
 )
 from tests.support.privileges import disk_of, preloaded
 from tests.support.processes import no_process_left
+from tests.support.programs import Program
 from tests.support.runs import wait_until
 
 STEPS = 200

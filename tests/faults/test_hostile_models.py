@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from student_trainer.run_dir import EXIT_FAILED
+from stillhouse.student_trainer.run_dir import EXIT_FAILED
 from tests.conftest import Models
 from tests.student_trainer.train.runs import failure, finish_here, make_run, spec_of
 
@@ -70,7 +70,15 @@ def test_a_student_that_brings_code_is_refused_and_its_code_does_not_run(
 @pytest.mark.slow
 def test_a_teacher_that_brings_code_is_refused_and_its_code_does_not_run(hostile: tuple[Path, Path]) -> None:
     model, token = hostile
-    command = [sys.executable, "-m", "teacher_service", "--engine", "hf", "--listen", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "stillhouse.teacher_service",
+        "--engine",
+        "hf",
+        "--listen",
+        "127.0.0.1:0",
+    ]
     done = subprocess.run(
         [*command, "--model", str(model)], capture_output=True, text=True, timeout=120, check=False
     )

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from protos.errors import Reason, StillhouseError
-from student_trainer.runs.files import open_below
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.runs.api.artifacts import open_below
 
 SECONDS, LEAST = 3.0, 50
 

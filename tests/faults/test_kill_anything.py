@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from google.protobuf import json_format
 
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
-from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
-from protos.transport import connect
-from student_trainer.runs.state import ENDED, LIVE, name_of
+from stillhouse.protos.rpc.channel import connect
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, name_of
 from tests.conftest import Models
 from tests.faults.history import Operations, Watcher, check_history, check_sequences, history
 from tests.faults.world import LOST, World, get_run, world

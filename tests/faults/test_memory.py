@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from examples.programs import Program
-from protos.errors import Reason, from_status
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.protos.errors import Reason, from_status
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from tests.conftest import Models
-from tests.student_trainer.runs.caller import stub_for, wait_ended
-from tests.student_trainer.specs import cross_entropy_spec
+from tests.student_trainer.config.specs import cross_entropy_spec
+from tests.student_trainer.runs.api.caller import stub_for, wait_ended
 from tests.support.privileges import memory_limited
+from tests.support.programs import Program
 
 LIMIT_BYTES = 120 * 2**20
 """Room for the service, and not for a process that imports torch."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from examples.programs import Program, start_program
-from student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.run_dir import RunDir
 from tests.conftest import Models
 from tests.faults.disturbed import (
     KEEPALIVE,
@@ -25,6 +24,7 @@ from tests.faults.disturbed import (
 from tests.student_trainer.train.runs import assert_ends, events, make_run, metric, start
 from tests.support.network import Host, other_host
 from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_program
 
 SILENCE_S = 30.0 if LONG else 5.0
 """How long the network stays away after the run has said that it waits."""

@@ -14,19 +14,19 @@ import grpc
 import psutil
 import pytest
 
-from client.api import Teacher
-from examples.programs import Program
-from protos.errors import Reason, from_rpc_error
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
-from protos.stillhouse.v1.teacher_pb2 import ScoreRequest
-from protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+from stillhouse.client.api import Teacher
+from stillhouse.protos.errors import Reason, from_rpc_error
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreRequest
+from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from tests.conftest import Models
 from tests.faults.history import Watcher, check_sequences
 from tests.faults.world import World, get_run, insist, world
-from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step
-from tests.student_trainer.specs import cross_entropy_spec
+from tests.student_trainer.config.specs import cross_entropy_spec
+from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step
 from tests.student_trainer.train.runs import metric
+from tests.support.programs import Program
 from tests.support.tcp_proxy import TcpProxy
 
 SUBMITS, KILLS = 100, 4 if os.environ.get("LONG") else 2
@@ -193,7 +193,7 @@ def lying(which: str, program: Program) -> None:
             (response,) = TeacherServiceStub(channel).Score(iter([request, claim]), timeout=30)
             assert response.results[0].error.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
         else:
-            from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+            from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 
             with pytest.raises(grpc.RpcError) as refused:
                 RunServiceStub(channel).ListRuns(pb.ListRunsRequest(page_size=-1), timeout=30)

@@ -12,10 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.teacher_proxy import TeacherProxy
-from examples.programs import Program
-from protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse
-from student_trainer.run_dir import EXIT_FAILED, RunDir
+from benchmarks.distillation.teacher_proxy import TeacherProxy
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
 from tests.faults.disturbed import (
     BATCH,
@@ -41,6 +40,7 @@ from tests.student_trainer.train.runs import (
 )
 from tests.support.counting_proxy import counting_proxy
 from tests.support.processes import no_process_left
+from tests.support.programs import Program
 from tests.support.runs import wait_until
 from tests.support.tcp_proxy import TcpProxy
 
@@ -259,7 +259,7 @@ def test_answers_that_are_no_numbers_are_left_out_counted_and_too_many_end_the_r
                     result.last = True
             return response
 
-    from protos.errors import Reason, StillhouseError, to_status
+    from stillhouse.protos.errors import Reason, StillhouseError, to_status
 
     damage = to_status(StillhouseError(Reason.NON_FINITE, "Logits at position 3 are no numbers."))
     with TeacherProxy(hf_teacher.target, Damage) as proxy:

@@ -11,17 +11,17 @@ import psutil
 import pytest
 from google.protobuf import json_format
 
-from examples.programs import Program
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
-from student_trainer.run_dir import EXIT_FAILED
-from student_trainer.train import failpoints
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.run_dir import EXIT_FAILED
+from stillhouse.student_trainer.train.process import failpoints
 from tests.conftest import Models
 from tests.faults.world import World
-from tests.student_trainer.runs.caller import stub_for, wait_ended, wait_step
+from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step
 from tests.student_trainer.train.runs import assert_same_end, finish_here, make_run, metric, spec_of, start
 from tests.support.privileges import preloaded
 from tests.support.processes import no_process_left
+from tests.support.programs import Program
 from tests.support.runs import wait_until
 
 STEPS = 60

@@ -14,10 +14,10 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from client.api import Teacher
-from examples.programs import start_teacher
+from stillhouse.client.api import Teacher
 from tests.conftest import Models
 from tests.support.processes import no_process_left
+from tests.support.programs import start_teacher
 
 NOT_SERVING_WITHIN_S, ENDS_WITHIN_S = 2.0, 20.0
 

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 import grpc
 
-from examples.programs import Program, start_teacher, start_trainer
-from protos.stillhouse.v1 import run_pb2 as pb
-from protos.stillhouse.v1.run_pb2 import Run
-from protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
-from protos.transport import connect
-from student_trainer.run_dir import RunDir
+from stillhouse.protos.rpc.channel import connect
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+from stillhouse.student_trainer.run_dir import RunDir
 from tests.support.processes import kill, no_process_left
+from tests.support.programs import Program, start_teacher, start_trainer
 from tests.support.runs import PATIENCE_S
 
 T = TypeVar("T")

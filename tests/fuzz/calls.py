@@ -15,7 +15,7 @@ import grpc
 import psutil
 from google.protobuf.message import Message
 
-from protos.stillhouse.v1 import run_pb2, teacher_pb2
+from stillhouse.protos.stillhouse.v1 import run_pb2, teacher_pb2
 from tests.fuzz.rpcs import Case
 
 AT_ONCE = 6

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from examples.programs import Program, start_teacher, start_trainer
-from protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from tests.conftest import Models
 from tests.fuzz.rpcs import Known
-from tests.student_trainer.runs.caller import stub_for, wait_step
-from tests.student_trainer.specs import cross_entropy_spec
+from tests.student_trainer.config.specs import cross_entropy_spec
+from tests.student_trainer.runs.api.caller import stub_for, wait_step
 from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_teacher, start_trainer
 
 SEED = os.environ.get("FUZZ_SEED", "1")
 LONG = os.environ.get("LONG", "0") not in ("", "0")

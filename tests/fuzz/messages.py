@@ -9,7 +9,7 @@ from typing import Any
 from google.protobuf.internal import encoder
 from google.protobuf.message import Message
 
-from protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from tests.fuzz.values import class_of, hostile
 
 MAX_DEPTH = 5

@@ -11,10 +11,10 @@ import numpy as np
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
-from protos.stillhouse.v1 import run_pb2 as run
-from protos.stillhouse.v1 import teacher_pb2 as teacher
-from protos.stillhouse.v1.tensor_pb2 import Tensor
-from protos.tensor_codec import encode
+from stillhouse.protos.stillhouse.v1 import run_pb2 as run
+from stillhouse.protos.stillhouse.v1 import teacher_pb2 as teacher
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors.distributions import encode
 from tests.fuzz.messages import arbitrary, mutate, structure
 from tests.fuzz.wire import damage, outline
 

@@ -11,19 +11,19 @@ import pyarrow as pa
 import pytest
 from google.protobuf import json_format
 
-from client.run_file import parse_run
-from protos.cache_reader import CacheReader
-from protos.errors import Reason, StillhouseError
-from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer import config_spec
-from student_trainer.runs.files import is_artifact, open_below
+from stillhouse.client.runfile.load import parse_run
+from stillhouse.protos.cache.reader import CacheReader
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.runs.api.artifacts import is_artifact, open_below
 from tests.fuzz.conftest import CANARY, SEED, scaled, show
 from tests.fuzz.messages import arbitrary, structure
 from tests.fuzz.values import STRINGS, some_string
-from tests.protos.test_cache_format import EVERYTHING, PLAIN, sequence, write
-from tests.student_trainer.specs import SMALLEST, spec_of
+from tests.protos.cache.test_format import EVERYTHING, PLAIN, sequence, write
+from tests.student_trainer.config.specs import SMALLEST, spec_of
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples" / "runs"
 SCRAPS = (
     *(
         "&a",
@@ -100,7 +100,7 @@ def test_a_run_file_is_read_or_all_that_is_wrong_is_said() -> None:
         if rng.random() < 0.1:
             data = data[: rng.randrange(len(data) + 1)] + rng.randbytes(3)
         try:
-            config_spec.from_proto(parse_run(data, "run.yaml").spec)
+            proto.from_proto(parse_run(data, "run.yaml").spec)
         except StillhouseError as error:
             refused[error.reason] += 1
             sentences.add(error.message.splitlines()[0][-30:])
@@ -119,7 +119,7 @@ def test_every_spec_is_checked_to_its_end() -> None:
         spec.MergeFrom(arbitrary(RunSpec, rng, ()))
         seen.add(structure(spec))
         try:
-            config_spec.to_proto(config_spec.from_proto(spec))
+            proto.to_proto(proto.from_proto(spec))
         except StillhouseError as error:
             refused[error.reason] += 1
     show("specs", iter([f"{count} cases, {len(seen)} structures, {refused.total()} refused"]))

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from google.protobuf.message import Message
 
-from examples.programs import Program
-from protos.stillhouse.v1 import run_pb2, teacher_pb2
-from teacher_service.fingerprint import adapter_fingerprint
+from stillhouse.protos.stillhouse.v1 import run_pb2, teacher_pb2
+from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 from tests.fuzz.calls import Report, faults, resident_bytes, send
 from tests.fuzz.conftest import CANARY, SEED, Target, scaled, show
 from tests.fuzz.http2 import PREFACE, attack, flood
 from tests.fuzz.rpcs import Case, Known, case, methods
-from tests.student_trainer.runs.caller import stub_for
+from tests.student_trainer.runs.api.caller import stub_for
+from tests.support.programs import Program
 from tests.teacher_service.calls import Teacher
 
 pytestmark = pytest.mark.model

@@ -6,12 +6,12 @@ import random
 import tracemalloc
 from collections import Counter
 
-from protos.errors import Reason, StillhouseError
-from protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from protos.tensor_codec import decode, decode_distributions, encode_distributions
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
+from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode_distributions
 from tests.fuzz.conftest import SEED, scaled, show
 from tests.fuzz.messages import arbitrary, lie, mutate, structure
-from tests.protos.test_cache_format import EVERYTHING, VOCAB_SIZE, answer
+from tests.protos.cache.test_format import EVERYTHING, VOCAB_SIZE, answer
 
 REFUSALS = {Reason.TENSOR_INVALID, Reason.NON_FINITE, Reason.TOKEN_OUT_OF_RANGE}
 MAX_SCRATCH_BYTES = 16 * 2**20

@@ -9,7 +9,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 from structlog.testing import capture_logs
 
-from protos.errors import (
+from stillhouse.protos.errors import (
     MAX_STATUS_BYTES,
     FieldViolation,
     Reason,

@@ -4,9 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import protos
+from stillhouse import protos
 
-MODULES = sorted(path.stem for path in Path(protos.__file__).parent.glob("*.py") if path.stem != "__init__")
+ROOT = Path(protos.__file__).parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in ROOT.rglob("*.py")
+    if path.stem != "__init__"
+)
 HEAVY = (
     "torch",
     "transformers",
@@ -14,15 +19,15 @@ HEAVY = (
     "peft",
     "accelerate",
     "pyarrow",
-    "teacher_service",
-    "student_trainer",
-    "client",
+    "stillhouse.teacher_service",
+    "stillhouse.student_trainer",
+    "stillhouse.client",
 )
 
 
 def test_every_module_of_the_contract_imports_without_anything_heavy() -> None:
     program = (
-        f"import importlib, sys\nfor name in {MODULES}: importlib.import_module('protos.' + name)\n"
+        f"import importlib, sys\nfor name in {MODULES}: importlib.import_module('stillhouse.protos.' + name)\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     done = subprocess.run(

@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from protos.errors import Reason, StillhouseError
-from student_trainer import config_spec
-from student_trainer.run_dir import MANIFEST, RunDir, write_whole
-from tests.student_trainer.specs import SMALLEST, spec_of
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.run_dir import MANIFEST, RunDir, write_whole
+from tests.student_trainer.config.specs import SMALLEST, spec_of
 
 HOLDER = """
 import sys
 import time
 from pathlib import Path
-from student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.run_dir import RunDir
 with RunDir(Path(sys.argv[1])).open_attempt(int(sys.argv[2])) as attempt:
     attempt.report("started", total_steps=3)
     print("open", flush=True)
@@ -31,11 +31,11 @@ with RunDir(Path(sys.argv[1])).open_attempt(int(sys.argv[2])) as attempt:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> RunDir:
     spec = spec_of(SMALLEST)
-    return RunDir.create(tmp_path / "run", spec, config_spec.to_proto(config_spec.from_proto(spec)))
+    return RunDir.create(tmp_path / "run", spec, proto.to_proto(proto.from_proto(spec)))
 
 
 def test_specs_are_kept_as_they_were_given(run_dir: RunDir) -> None:
-    assert config_spec.from_proto(run_dir.effective_spec()) == config_spec.from_proto(spec_of(SMALLEST))
+    assert proto.from_proto(run_dir.effective_spec()) == proto.from_proto(spec_of(SMALLEST))
     assert json.loads(run_dir.spec_path.read_text())["student"] == {"model": "org/student"}
 
 
@@ -87,7 +87,7 @@ def test_a_line_that_is_no_object_is_left_out(run_dir: RunDir) -> None:
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
-from student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.run_dir import RunDir
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with RunDir(Path(sys.argv[1])).open_attempt(1) as attempt:
     attempt.report("started", total_steps=3)

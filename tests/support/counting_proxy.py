@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, field
 
-from benchmarks.teacher_proxy import TeacherProxy
-from protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse
+from benchmarks.distillation.teacher_proxy import TeacherProxy
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse
 
 
 @dataclass(kw_only=True)

@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from client.api import RunHandle
-from examples.programs import Program
-from protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.client.api import RunHandle
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from tests.support.programs import Program
 
 PATIENCE_S = 120.0
 
@@ -44,7 +44,7 @@ class Service:
 def stillhouse(*arguments: str, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
     """The client's command line in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "client", *arguments],
+        [sys.executable, "-m", "stillhouse.client", *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

@@ -13,11 +13,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from protos.errors import StillhouseError, from_rpc_error, from_status
-from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
-from protos.stillhouse.v1.tensor_pb2 import Tensor
-from protos.tensor_codec import Distributions, decode, decode_distributions, encode
-from protos.transport import connect
+from stillhouse.protos.errors import StillhouseError, from_rpc_error, from_status
+from stillhouse.protos.rpc.channel import connect
+from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
 
 Answer = Distributions | StillhouseError
 FLOAT32 = Tensor.DATA_TYPE_FLOAT32

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.config import TeacherConfig
 from tests.conftest import Models
 from tests.support.processes import no_process_left
 from tests.teacher_service.calls import Teacher
@@ -27,7 +27,7 @@ BATCH_TOKENS = 200  # less than many sequences of the tests have: their prompts 
 @asynccontextmanager
 async def loaded(config: TeacherConfig) -> AsyncIterator[Any]:
     """A vLLM engine, none of whose processes is left afterwards."""
-    from teacher_service.vllm_engine import VllmEngine
+    from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
 
     resource_tracker.ensure_running()  # one for the life of this process, not of the engine
     with no_process_left() as mark:
@@ -63,8 +63,8 @@ async def worker_engine(models: Models) -> AsyncIterator[Any]:
 
 def view(engine: Any, tier: str | None = None, **changes: Any) -> Any:
     """The same vLLM behind an engine of another tier, or with other facts about its model."""
-    from teacher_service.vllm_engine import VllmEngine
-    from teacher_service.vllm_tiers import PublicTier, RawTier, WorkerTier
+    from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
+    from stillhouse.teacher_service.engines.vllm.tiers import PublicTier, RawTier, WorkerTier
 
     info = replace(engine.info, **changes)
     name = tier or engine._tier.name

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from protos.stillhouse.v1 import teacher_pb2_grpc
-from protos.transport import Server, connect_async
-from teacher_service.adapters import AdapterRegistry
-from teacher_service.config import TeacherConfig
-from teacher_service.hf_engine import HfEngine
-from teacher_service.lifecycle import SERVICE
-from teacher_service.servicer import TeacherServicer
-from teacher_service.text import TextCodec
+from stillhouse.protos.rpc.channel import connect_async
+from stillhouse.protos.rpc.server import Server
+from stillhouse.protos.stillhouse.v1 import teacher_pb2_grpc
+from stillhouse.teacher_service.adapters.registry import AdapterRegistry
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engines.hf.engine import HfEngine
+from stillhouse.teacher_service.lifecycle import SERVICE
+from stillhouse.teacher_service.models.tokenizer import TextCodec
+from stillhouse.teacher_service.rpc.servicer import TeacherServicer
 from tests.conftest import Models
 
 MAX_INFLIGHT = 5

@@ -15,14 +15,14 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from examples.programs import Program, start_teacher
-from protos.errors import Reason, StillhouseError, from_rpc_error
-from protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
-from protos.transport import connect_async
-from teacher_service.config import TeacherConfig
-from teacher_service.lifecycle import SERVICE, _Teacher
+from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
+from stillhouse.protos.rpc.channel import connect_async
+from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.lifecycle import SERVICE, _Teacher
 from tests.conftest import Models
 from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_teacher
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
 
 pytestmark = pytest.mark.model
@@ -43,7 +43,16 @@ def program(models: Models, tmp_path: Path) -> Iterator[Program]:
 def start_with(*options: str) -> tuple[int, str]:
     """Exit code and what a teacher with these options says on stderr."""
     done = subprocess.run(
-        [sys.executable, "-m", "teacher_service", "--engine", "hf", "--listen", "127.0.0.1:0", *options],
+        [
+            sys.executable,
+            "-m",
+            "stillhouse.teacher_service",
+            "--engine",
+            "hf",
+            "--listen",
+            "127.0.0.1:0",
+            *options,
+        ],
         capture_output=True,
         text=True,
         timeout=120,
@@ -114,7 +123,15 @@ def test_sigterm_lets_running_calls_finish_and_refuses_others(program: Program) 
 
 
 def test_a_teacher_that_loads_can_be_stopped(models: Models, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "teacher_service", "--engine", "hf", "--model", str(models.teacher)]
+    command = [
+        sys.executable,
+        "-m",
+        "stillhouse.teacher_service",
+        "--engine",
+        "hf",
+        "--model",
+        str(models.teacher),
+    ]
     address_file = tmp_path / "address"
     with no_process_left() as mark:
         loading = subprocess.Popen(

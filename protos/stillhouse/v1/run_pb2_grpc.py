@@ -3,7 +3,7 @@
 import grpc
 import warnings
 
-from protos.stillhouse.v1 import run_pb2 as protos_dot_stillhouse_dot_v1_dot_run__pb2
+from stillhouse.protos.stillhouse.v1 import run_pb2 as protos_dot_stillhouse_dot_v1_dot_run__pb2
 
 GRPC_GENERATED_VERSION = '1.80.0'
 GRPC_VERSION = grpc.__version__

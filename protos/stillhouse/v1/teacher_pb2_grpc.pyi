@@ -5,7 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from grpc import aio as _aio
-from protos.stillhouse.v1 import teacher_pb2 as _teacher_pb2
+from stillhouse.protos.stillhouse.v1 import teacher_pb2 as _teacher_pb2
 import abc as _abc_1
 import grpc as _grpc
 import sys

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from student_trainer.config import LossConfig
-from student_trainer.train.loss.divergences import DIVERGENCES
-from student_trainer.train.loss.objective import ObjectiveSum
-from student_trainer.train.loss.reduction import reduce
+from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES
+from stillhouse.student_trainer.train.loss.objective import ObjectiveSum
+from stillhouse.student_trainer.train.loss.reduction import reduce
 
 EPSILON = 1e-6
 """Keeps P and Q below 1, so that a chunk that is certain has a finite loss and gradient."""

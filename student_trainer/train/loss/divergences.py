@@ -227,4 +227,4 @@ DIVERGENCES: Mapping[str, Kind] = {
     "adaptive_kl": Kind(function=adaptive_kl_divergence, is_f_divergence=False),
     "mse": Kind(function=centred_mse, is_f_divergence=False),
 }
-"""By their names in a run file; their parameters and defaults are in student_trainer/config_checks.py."""
+"""By their names in a run file; their parameters and defaults are in student_trainer/config/schema.py."""

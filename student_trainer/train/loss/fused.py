@@ -18,20 +18,20 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from student_trainer.config import LossConfig
-from student_trainer.train.loss.logit_chunk import LogitChunk
-from student_trainer.train.loss.objective import (
+from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.train.loss.logit_chunk import LogitChunk
+from stillhouse.student_trainer.train.loss.matmul_dtype import product_type
+from stillhouse.student_trainer.train.loss.objective import (
     ObjectiveSum,
     TokenFactors,
     objective_of,
     readout_temperature,
     teacher_side,
 )
-from student_trainer.train.loss.policy_gradient import SampledTokens
-from student_trainer.train.loss.product_type import product_type
-from student_trainer.train.loss.readout import Readout, read_out
-from student_trainer.train.loss.sparse import Targets, TeacherBuckets
-from student_trainer.train.loss.workspace import Workspace
+from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
+from stillhouse.student_trainer.train.loss.readout import Readout, read_out
+from stillhouse.student_trainer.train.loss.sparse import Targets, TeacherBuckets
+from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 CPU_CHUNK_LOGITS = 2**25
 """Logits that are held at a time on a CPU."""

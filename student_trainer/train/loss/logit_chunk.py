@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from student_trainer.train.loss.readout import Readout
-from student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
-from student_trainer.train.loss.workspace import Workspace
+from stillhouse.student_trainer.train.loss.readout import Readout
+from stillhouse.student_trainer.train.loss.sparse import FORBIDDEN_LOGPROB, TeacherBuckets, charge_forbidden
+from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 BLOCK_LOGITS = 2**19
 """Logits of a block on a CPU: 2 MiB in float32."""

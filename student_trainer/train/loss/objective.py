@@ -10,19 +10,23 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from student_trainer.config import LossConfig, LossTermConfig
-from student_trainer.train.loss.divergences import DIVERGENCES, TAIL_FLOOR_LOGPROB
-from student_trainer.train.loss.policy_gradient import SampledTokens, drift, policy_gradient
-from student_trainer.train.loss.readout import Readout, read_out
-from student_trainer.train.loss.reduction import reduce
-from student_trainer.train.loss.sparse import (
+from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
+from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES, TAIL_FLOOR_LOGPROB
+from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens, drift, policy_gradient
+from stillhouse.student_trainer.train.loss.readout import Readout, read_out
+from stillhouse.student_trainer.train.loss.reduction import reduce
+from stillhouse.student_trainer.train.loss.sparse import (
     BucketPair,
     SparseTargets,
     Targets,
     TeacherBuckets,
     teacher_buckets,
 )
-from student_trainer.train.loss.temperature import TemperatureMode, bucket_temperature, tempered_divergence
+from stillhouse.student_trainer.train.loss.temperature import (
+    TemperatureMode,
+    bucket_temperature,
+    tempered_divergence,
+)
 
 TokenFactors: TypeAlias = Mapping[str, Tensor]
 """By the name of a token weighting: what each position's divergence is multiplied with, [B, T], with mean 1 over a step."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from student_trainer.train.loss.reduction import reduce
+from stillhouse.student_trainer.train.loss.reduction import reduce
 
 MAX_PROBABILITY_LOST = 0.2
 """A token whose probability fell by more than this since it was drawn teaches nothing about the student as it is."""

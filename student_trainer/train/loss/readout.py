@@ -11,8 +11,8 @@ from typing import NamedTuple
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from student_trainer.train.loss.reduction import blank_masked
-from student_trainer.train.loss.sparse import TeacherBuckets, student_buckets, widened
+from stillhouse.student_trainer.train.loss.reduction import blank_masked
+from stillhouse.student_trainer.train.loss.sparse import TeacherBuckets, student_buckets, widened
 
 
 class Readout(NamedTuple):

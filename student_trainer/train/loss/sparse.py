@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import Reason, StillhouseError
 
 PAD_ID = -1
 """Stands in `token_ids` where a row has fewer than K tokens."""

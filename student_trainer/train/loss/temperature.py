@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from student_trainer.train.loss.divergences import Divergence
-from student_trainer.train.loss.sparse import BucketPair, normalise
+from stillhouse.student_trainer.train.loss.divergences import Divergence
+from stillhouse.student_trainer.train.loss.sparse import BucketPair, normalise
 
 TemperatureMode = Literal["exact", "conditional"]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from student_trainer.train.loss.fused import CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS, OutputLayer
-from student_trainer.train.loss.sparse import widened
+from stillhouse.student_trainer.train.loss.fused import CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS, OutputLayer
+from stillhouse.student_trainer.train.loss.sparse import widened
 
 
 def text_logprobs(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.run_dir import RunDir
 from tests.student_trainer.train.runs import events, finish_here, make_run
 
 

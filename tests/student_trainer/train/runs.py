@@ -13,10 +13,10 @@ import numpy as np
 from google.protobuf import json_format
 from safetensors.numpy import load_file
 
-from protos.stillhouse.v1.run_pb2 import RunSpec
-from student_trainer.config_spec import from_proto, to_proto
-from student_trainer.run_dir import Journal, RunDir
-from student_trainer.train.__main__ import work
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.run_dir import Journal, RunDir
+from stillhouse.student_trainer.train.__main__ import work
 
 
 def make_run(data_dir: Path, name: str, spec: Mapping[str, Any]) -> RunDir:
@@ -53,7 +53,14 @@ def start(
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "student_trainer.train", str(run_dir.path), "--attempt", str(attempt)],
+            [
+                sys.executable,
+                "-m",
+                "stillhouse.student_trainer.train",
+                str(run_dir.path),
+                "--attempt",
+                str(attempt),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

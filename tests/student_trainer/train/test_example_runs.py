@@ -11,13 +11,13 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from examples.programs import Program, start_teacher
-from examples.small_models import main
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, finish_here, make_run, metric
 from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_teacher
+from tests.support.small_models import main
 
-EXAMPLES = Path(__file__).parents[3] / "examples"
+EXAMPLES = Path(__file__).parents[3] / "examples" / "runs"
 STEPS = 3
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from student_trainer.config import CheckpointConfig, EvaluationConfig, OptimizerConfig
-from student_trainer.train.due import Due
-from student_trainer.train.optim import clip_gradients, learning_rate, make_optimizer
-from student_trainer.train.order import Schedule
+from stillhouse.student_trainer.config.schema import CheckpointConfig, EvaluationConfig, OptimizerConfig
+from stillhouse.student_trainer.train.checkpointing.triggers import Due
+from stillhouse.student_trainer.train.data.schedule import Schedule
+from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, make_optimizer
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,21 @@ import pytest
 import torch
 from google.protobuf import json_format
 
-from protos.errors import StillhouseError
-from protos.stillhouse.v1.run_pb2 import RunSpec
-from protos.tensor_codec import Distributions
-from student_trainer.config import RunConfig
-from student_trainer.config_spec import from_proto
-from student_trainer.train import head, step
-from student_trainer.train.batch import Factor, MicroBatch, Scored
-from student_trainer.train.checkpoint import Progress
-from student_trainer.train.device import make_accelerator
-from student_trainer.train.loss import fused
-from student_trainer.train.optim import make_optimizer
-from student_trainer.train.prompts import Example
-from student_trainer.train.sources import StepData
-from student_trainer.train.student import Student, load_tokenizer
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.train import step
+from stillhouse.student_trainer.train.batching.collate import Factor, MicroBatch, Scored
+from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
+from stillhouse.student_trainer.train.contexts.source import StepData
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.loss import fused
+from stillhouse.student_trainer.train.optim import make_optimizer
+from stillhouse.student_trainer.train.student import lm_head
+from stillhouse.student_trainer.train.student.device import make_accelerator
+from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
 
 TOP_K = 8
@@ -97,13 +98,13 @@ def _same(found: tuple[dict[str, float], dict[str, torch.Tensor]], config: RunCo
 @pytest.fixture
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     """No output layer is plain."""
-    monkeypatch.setattr(head, "_plain_layer", lambda model: None)
+    monkeypatch.setattr(lm_head, "_plain_layer", lambda model: None)
 
 
 def test_fusing_changes_nothing(models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "CPU_CHUNK_LOGITS", 7 * 400)
     found = _take(_config(models), tmp_path)
-    monkeypatch.setattr(head, "_plain_layer", lambda model: None)
+    monkeypatch.setattr(lm_head, "_plain_layer", lambda model: None)
     _same(found, _config(models), tmp_path)
 
 
@@ -144,11 +145,11 @@ def test_only_a_layer_whose_product_is_the_logits_is_fused(models: Models, tmp_p
     student = Student.load(
         config, tokenizer, data_dir=tmp_path, device=torch.device("cpu"), precision="fp32", seed=0
     )
-    assert head.Head(student).layer is not None
+    assert lm_head.Head(student).layer is not None
     student.model.get_output_embeddings().register_forward_hook(  # type: ignore[operator]
         lambda module, inputs, output: output.tanh()
     )
-    assert head.Head(student).layer is None
+    assert lm_head.Head(student).layer is None
 
 
 def test_a_model_that_mixes_packed_sequences_is_refused(

@@ -1,0 +1,169 @@
+"""Does a teacher cost a student time? Steps with answers from a teacher, and from a cache, against the same steps with answers in memory.
+
+The teacher is a real service pinned to one core; the steps are those of the training process, pinned to another, with
+its own streams, cache, batches and optimizer. Steps from memory and from the cache take turns one by one, and blocks of
+them with blocks of online steps; a pair is what lies side by side.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from rich.console import Console
+
+from examples.demo.__main__ import signals_as_exceptions
+from tests.support.programs import start_teacher
+
+KINDS = ("alone", "online", "cached")
+REQUIRED = {"online_step_over_student_alone": 1.1, "cached_step_over_student_alone": 1.02}
+"""The most that the upper end of each interval may be."""
+TEACHER_LAYERS = (6, 4, 2, 1)
+"""Tried in this order, until the teacher is faster than the student by MARGIN."""
+MARGIN = 1.15
+LEAD_IN = 2
+"""Steps of a block that are not timed: as many as a run asks ahead, so that no block profits from a pause before it."""
+RESAMPLES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """What was measured."""
+
+    times: Mapping[str, Sequence[float]]
+    """By kind, seconds of a step in each block."""
+    teacher_rate: float
+    """Tokens per second that it answers when nobody else works."""
+    student_rate: float
+    """Tokens per second with answers in memory."""
+    teacher_layers: int
+    waited_s: float
+    """That timed steps waited for the teacher, in all."""
+
+
+@click.command()
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Add ratios and times to this file."
+)
+@click.option("--pairs", default=40, show_default=True, help="Blocks of each kind.")
+@click.option("--steps", default=3, show_default=True, help="Timed steps of a block.")
+@click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
+@click.option(
+    "--cores", default="", help="Two cores, teacher's first; by default the first two that this process has."
+)
+def main(json_file: Path | None, pairs: int, steps: int, engine: str, cores: str) -> None:
+    """Measure what online and cached teachers cost a student's step."""
+    console = Console()
+    every = os.sched_getaffinity(0)
+    named = [int(core) for core in cores.split(",") if core] or sorted(every)[:2]
+    if len(set(named)) != 2:
+        raise click.ClickException(f"teacher and student need a core each, and there are {named}")
+    with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-overlap-") as directory:
+        found = _measured(
+            Path(directory), engine, named[0], named[1], pairs=pairs, steps=steps, console=console
+        )
+    times = found.times
+    ratios: dict[str, float] = {}
+    for name, most in REQUIRED.items():
+        kind = name.split("_")[0]
+        low, middle, high = interval(times[kind], times["alone"])
+        ratios[name] = high
+        console.print(
+            f"{name}: median {middle:.4f}, 95 % interval [{low:.4f}, {high:.4f}] of {pairs} pairs (<= {most:g})",
+            soft_wrap=True,
+        )
+    console.print(
+        f"tokens/s: teacher {found.teacher_rate:.0f}, student {found.student_rate:.0f}; step alone "
+        f"{statistics.median(times['alone']):.3f} s; waited for the teacher {found.waited_s:.3f} s in all",
+        soft_wrap=True,
+    )
+    if json_file is not None:
+        content = json.loads(json_file.read_text()) if json_file.exists() else {}
+        details = content.setdefault("details", {})
+        details["overlap"] = {
+            "required": REQUIRED,
+            "engine": engine,
+            "teacher_tokens_per_s": found.teacher_rate,
+            "student_tokens_per_s": found.student_rate,
+            "teacher_layers": found.teacher_layers,
+            "teacher_wait_s": found.waited_s,
+            "step_s": {kind: list(each) for kind, each in times.items()},
+        }
+        json_file.write_text(json.dumps({**content, **ratios, "details": details}, indent=2) + "\n")
+
+
+def interval(times: Sequence[float], alone: Sequence[float]) -> tuple[float, float, float]:
+    """Lower end, middle and upper end: the median of times / alone by pairs, and its 95 % bootstrap interval."""
+    ratios = np.array(times) / np.array(alone)
+    chosen = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+    low, high = np.percentile(np.median(ratios[chosen], axis=1), [2.5, 97.5])
+    return float(low), float(np.median(ratios)), float(high)
+
+
+def _measured(
+    directory: Path,
+    engine: str,
+    teacher_core: int,
+    student_core: int,
+    *,
+    pairs: int,
+    steps: int,
+    console: Console,
+) -> Found:
+    from benchmarks.overlap.student import LENGTH, ROWS, Student, make_models, write_rows
+
+    data = write_rows(directory / "rows.jsonl", ROWS, LENGTH)
+    for layers in TEACHER_LAYERS:
+        models = make_models(directory / f"models-{layers}", layers)
+        with ExitStack() as stack:
+            # Threads and processes begin on the cores of whoever starts them.
+            os.sched_setaffinity(0, {teacher_core})
+            one_thread = {
+                "OMP_NUM_THREADS": "1",
+                "MKL_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": str(teacher_core),
+            }
+            teacher = stack.enter_context(
+                start_teacher(models.teacher, engine=engine, directory=directory, environment=one_thread)
+            )
+            os.sched_setaffinity(0, {student_core})
+            student = stack.enter_context(
+                Student.open(directory / f"run-{layers}", models.student, data, teacher.target)
+            )
+            teacher_rate, student_rate = student.rates()
+            console.print(
+                f"teacher of {layers} layers: {teacher_rate:.0f} tokens/s, student: {student_rate:.0f}",
+                soft_wrap=True,
+            )
+            if teacher_rate < MARGIN * student_rate and layers != TEACHER_LAYERS[-1]:
+                continue
+            times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+            for pair in range(pairs):
+                # What comes first changes, and who is first after a block that kept the teacher busy.
+                memory = ("alone", "cached") if pair % 4 < 2 else ("cached", "alone")
+                if pair % 2:
+                    times["online"].append(student.block("online", LEAD_IN, steps))
+                for kind, seconds in student.both(memory, LEAD_IN, steps).items():
+                    times[kind].append(seconds)
+                if not pair % 2:
+                    times["online"].append(student.block("online", LEAD_IN, steps))
+            return Found(
+                times=times,
+                teacher_rate=teacher_rate,
+                student_rate=student_rate,
+                teacher_layers=layers,
+                waited_s=student.waited_s,
+            )
+    raise click.ClickException("no teacher is as fast as the student")
+
+
+if __name__ == "__main__":
+    main()

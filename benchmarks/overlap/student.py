@@ -1,0 +1,266 @@
+"""The training process's own parts, taking blocks of steps whose answers come from a teacher, from a cache, or lie in memory.
+
+Only the answers' origin differs: the same student, optimizer, rows, batches and loss take every step.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import structlog
+import torch
+
+from benchmarks.teacher.models import make_tokenizer
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
+from stillhouse.student_trainer.train.contexts.factory import Parts, make_feed
+from stillhouse.student_trainer.train.contexts.source import Source, StepData
+from stillhouse.student_trainer.train.data.context_mix import Mix
+from stillhouse.student_trainer.train.data.corpus import load_corpus
+from stillhouse.student_trainer.train.data.schedule import Schedule
+from stillhouse.student_trainer.train.optim import make_optimizer
+from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
+from stillhouse.student_trainer.train.step import Stepper
+from stillhouse.student_trainer.train.student.device import make_accelerator, precision_of
+from stillhouse.student_trainer.train.student.student import Student as Trained
+from stillhouse.student_trainer.train.student.student import load_tokenizer
+from stillhouse.student_trainer.train.teacher.offline_teachers import StoredTeachers
+from stillhouse.student_trainer.train.teacher.queries import training_questions
+from stillhouse.student_trainer.train.teacher.run_cache import RunCache
+from stillhouse.student_trainer.train.teacher.teacher import Demands
+from stillhouse.student_trainer.train.teacher.teachers import Teachers
+from tests.support.small_models import make_model
+
+VOCABULARY = 4096
+HIDDEN, LAYERS, HEADS = 384, 4, 6
+"""Of the student; the teacher is as wide."""
+BATCH, LENGTH, TOP_K = 4, 128, 64
+ROWS = 16 * BATCH
+STEPS = 1_000_000
+"""More than are taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """Where they lie."""
+
+    teacher: Path
+    student: Path
+
+
+def make_models(directory: Path, teacher_layers: int) -> Models:
+    """A teacher and a student of random weights with one tokenizer."""
+    tokenizer = make_tokenizer(directory / "tokenizer", VOCABULARY)
+
+    def made(name: str, num_layers: int, seed: int) -> Path:
+        return make_model(
+            directory / name,
+            tokenizer_dir=tokenizer,
+            hidden_size=HIDDEN,
+            num_layers=num_layers,
+            num_heads=HEADS,
+            seed=seed,
+        )
+
+    return Models(teacher=made("teacher", teacher_layers, 1), student=made("student", LAYERS, 2))
+
+
+def write_rows(path: Path, count: int, length: int) -> Path:
+    """Texts of more than `length` tokens each, which are cut there, so that every step costs the same."""
+    chooser = np.random.default_rng(0)
+    syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
+    with path.open("w") as file:
+        for _ in range(count):
+            words = ["".join(chooser.choice(syllables, 3)) for _ in range(length)]
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    return path
+
+
+class Student:
+    """A student, and what its steps learn from by the kind of their answers."""
+
+    def __init__(self, stepper: Stepper, sources: dict[str, Iterator[StepData]], stack: ExitStack) -> None:
+        self._stepper = stepper
+        self._sources = sources
+        self._stack = stack
+        self._progress = Progress()
+        self.waited_s = 0.0
+        """That timed steps waited for the teacher."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    @classmethod
+    def open(cls, directory: Path, model: Path, data: Path, target: str) -> Student:
+        """Asks the teacher once about every row: the answers go to memory, and to a cache."""
+        torch.set_num_threads(1)
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+        with ExitStack() as stack:
+            parts = _Parts(directory, model, data, target, stack)
+            epoch = ROWS // BATCH
+            filling = parts.steps("write_through", parts.config("write_through"))
+            in_memory = list(itertools.islice(filling, epoch))
+            parts.close_cache()
+            sources: dict[str, Iterator[StepData]] = {
+                "alone": itertools.cycle(in_memory),
+                "online": parts.steps("online", parts.config(None)),
+                "cached": parts.steps("cached", parts.config("only")),
+            }
+            kept = stack.pop_all()
+        return cls(parts.stepper, sources, kept)
+
+    def rates(self) -> tuple[float, float]:
+        """Tokens per second of the teacher alone, and of the student alone."""
+        epoch = ROWS // BATCH
+        for _ in range(epoch):
+            next(self._sources["online"])
+        began = time.perf_counter()
+        for _ in range(2 * epoch):
+            next(self._sources["online"])
+        teacher_s = (time.perf_counter() - began) / (2 * epoch)
+        tokens = BATCH * LENGTH
+        return tokens / teacher_s, tokens / self.block("alone", 3, 8)
+
+    def begin(self, kind: str, steps: int) -> None:
+        """Steps that are not timed."""
+        for _ in range(steps):
+            self._stepper.take(next(self._sources[kind]), self._progress)
+
+    def block(self, kind: str, lead_in: int, steps: int) -> float:
+        """Seconds of one of `steps` steps, after `lead_in` steps that are not timed."""
+        self.begin(kind, lead_in)
+        return sum(self._seconds(kind) for _ in range(steps)) / steps
+
+    def both(self, kinds: Sequence[str], lead_in: int, steps: int) -> dict[str, float]:
+        """Seconds of a step of each of two kinds that take turns, after `lead_in` steps of the first and one of the second.
+
+        What a step from the cache makes a thread read is read during that very step.
+        """
+        first, second = kinds
+        self.begin(first, lead_in)
+        self.begin(second, 1)
+        taken = {first: 0.0, second: 0.0}
+        for step in range(steps):
+            for kind in (first, second) if step % 2 else (second, first):
+                taken[kind] += self._seconds(kind)
+        return {kind: seconds / steps for kind, seconds in taken.items()}
+
+    def _seconds(self, kind: str) -> float:
+        """Of one step, from wanting its data to having taken it."""
+        began = time.perf_counter()
+        data = next(self._sources[kind])
+        self.waited_s += data.teacher_wait_s if kind == "online" else 0.0
+        self._stepper.take(data, self._progress)
+        return time.perf_counter() - began
+
+
+class _Parts:
+    """What a run is made of, put together as the training process does."""
+
+    def __init__(self, directory: Path, model: Path, data: Path, target: str, stack: ExitStack) -> None:
+        self._directory, self._model, self._data, self._target = directory, model, data, target
+        self._stack = stack
+        self._cache_stack = ExitStack()
+        stack.callback(self._cache_stack.close)
+        config = self.config(None)
+        self._tokenizer: Any = load_tokenizer(config.student, directory)
+        self._tokenizer_json = self._tokenizer.backend_tokenizer.to_str()
+        self._fingerprint = tokenizer_fingerprint(self._tokenizer_json, self._tokenizer.special_tokens_map)
+        self._corpus = load_corpus(config.data, config.evaluation, self._tokenizer, directory, [""])
+        self._accelerator = make_accelerator(config.optimizer)
+        self._student = Trained.load(
+            config.student,
+            self._tokenizer,
+            data_dir=directory,
+            device=self._accelerator.device,
+            precision=precision_of(self._accelerator),
+            seed=0,
+        )
+        self.stepper = Stepper(
+            self._student,
+            make_optimizer(self._student.trained(), config.optimizer),
+            self._accelerator,
+            config,
+            total_steps=STEPS,
+            vocab_size=len(self._tokenizer),
+        )
+
+    def config(self, cache: str | None) -> RunConfig:
+        """Of a run with a cache in this mode, or without one."""
+        spec = RunSpec()
+        spec.student.model = str(self._model)
+        spec.teachers.add(targets=[self._target], logprob_dtype="float16")
+        spec.data.train.add(path=str(self._data))
+        spec.data.max_sequence_tokens = LENGTH
+        spec.data.eval_fraction = 0.0
+        spec.loss.top_k = TOP_K
+        spec.optimizer.learning_rate = 1e-4
+        spec.optimizer.max_steps = STEPS
+        spec.optimizer.micro_batch_size = BATCH
+        if cache:
+            spec.cache.path, spec.cache.mode = "cache", cache
+        return from_proto(spec)
+
+    def steps(self, name: str, config: RunConfig) -> Iterator[StepData]:
+        """The data of a run's steps, as its loop gets them."""
+        stack = self._cache_stack if name == "write_through" else self._stack
+        spec = to_proto(config)
+        run_dir = RunDir.create(self._directory / "runs" / name, spec, spec)
+        run_dir.write_control(1, stop=False)
+        attempt = stack.enter_context(run_dir.open_attempt(1))
+        patience = Patience(attempt, lambda: False, config.retry.teacher_wait_s)
+        teachers: Teachers | StoredTeachers
+        if config.is_offline:
+            questions = training_questions(config, self._corpus)
+            teachers = StoredTeachers.find(
+                config, questions, self._fingerprint, run_dir=run_dir, data_dir=self._directory, stack=stack
+            )
+        else:
+            demands = Demands.of(config, self._fingerprint, self._tokenizer_json, self._corpus)
+            cache = RunCache.open(config.cache, self._directory, stack)
+            teachers = Teachers.connect(config, demands, run_dir, patience=patience, stack=stack, cache=cache)
+        parts = Parts(
+            config=config,
+            corpus=self._corpus,
+            teachers=teachers,
+            student=self._student,
+            vocab_size=len(self._tokenizer),
+            run_name=name,
+            tokenizer_fingerprint=self._fingerprint,
+            in_flight=InFlight(),
+            version=lambda: 0,
+            is_resumed=False,
+            device=self._accelerator.device,
+            autocast=self._accelerator.autocast,
+            patience=patience,
+            stack=stack,
+        )
+        schedule = Schedule.of(
+            len(self._corpus.train), config.optimizer, config.data.seed, self._corpus.parts
+        )
+        mix = Mix(weights=[1.0], schedule=schedule, seed=config.data.seed)
+        return Source([make_feed(config.contexts[0], 0, parts)], mix).steps(after=0)
+
+    def close_cache(self) -> None:
+        """Writes what was answered, so that it can be read."""
+        self._cache_stack.close()

@@ -1,0 +1,46 @@
+"""vLLM's own offline inference, `LLM.generate`, in a process that answers one line of JSON with the seconds of one pass.
+
+Run as `python -m benchmarks.teacher.vllm_offline_baseline MODEL ARGUMENTS` with the arguments of `vllm.LLM` as JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from benchmarks.teacher.json_worker import keep_stdout, serve_lines
+from stillhouse.teacher_service.engines.vllm.orphan_guard import Guard
+
+
+def main() -> None:
+    """Keeps stdout for answers: vLLM's processes write to stderr."""
+    answers = keep_stdout()
+    model, arguments = sys.argv[1:]
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    from vllm import LLM, SamplingParams
+
+    guard = Guard()
+    llm = LLM(model=model, **json.loads(arguments))
+
+    async def answer(request: dict[str, Any]) -> dict[str, Any]:
+        params = SamplingParams(temperature=1.0, max_tokens=request["max_tokens"])
+        begin = time.perf_counter()
+        outputs = llm.generate(request["prompts"], params, use_tqdm=False)
+        seconds = time.perf_counter() - begin
+        return {"seconds": seconds, "tokens": sum(len(each.outputs[0].token_ids) for each in outputs)}
+
+    asyncio.run(serve_lines(answers, "ready", answer))
+    llm.llm_engine.engine_core.shutdown(timeout=30.0)
+    guard.release()
+    answers.close()
+    sys.stderr.flush()
+    os._exit(0)  # vLLM's destructors complain about modules that are gone
+
+
+if __name__ == "__main__":
+    main()

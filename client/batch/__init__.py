@@ -1,0 +1,1 @@
+"""Batch inference: a file of rows through teachers."""

@@ -1,0 +1,110 @@
+"""What a teacher said while it wrote, kept in a cache of teachers' answers: one decode gives text and distributions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from stillhouse.client.batch.dispatcher import Answer
+from stillhouse.client.batch.teacher_identity import BatchTeacher
+from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors.distributions import Distributions
+
+if TYPE_CHECKING:
+    from stillhouse.protos.cache.writer import CacheWriter
+
+FLUSH_S = 60.0
+"""Rows wait so long for the shard that holds them; a kill costs what waits."""
+FLUSH_ROWS = 1 << 14
+"""Rows that wait for it."""
+
+
+class Capture:
+    """A cache that takes `top_k` candidates of every token that is written; a context manager."""
+
+    def __init__(self, path: Path, top_k: int, teacher: BatchTeacher) -> None:
+        """Raises StillhouseError where pyarrow is missing, another process writes the cache, or it cannot be written."""
+        self._path = path
+        self._teacher = teacher
+        self._config = DistributionConfig(top_k=top_k, logprob_dtype=Tensor.DATA_TYPE_FLOAT16)
+        self._writer = _open(path)
+        self._waiting: list[Any] = []
+        self._since_s = time.monotonic()
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._writer.close()
+        except OSError as error:
+            raise file_error("write", self._path, error) from error
+
+    @property
+    def is_due(self) -> bool:
+        """Whether flush() should be called."""
+        return len(self._waiting) >= FLUSH_ROWS or time.monotonic() - self._since_s > FLUSH_S
+
+    def add(self, answer: Answer, kept: Any) -> None:
+        """Keeps the distributions of a row; `kept` comes back from flush() once they are safe."""
+        from stillhouse.protos.cache.format import CacheMeta
+
+        for (prompt, _), completion in sorted(answer.completions.items()):
+            told, prompt_ids = completion.distributions, completion.prompt_token_ids
+            if told is None or prompt_ids is None or completion.error is not None or not told.num_rows:
+                continue
+            adapter = answer.row.prompts[prompt].adapter
+            meta = CacheMeta.of(
+                self._teacher.info,
+                self._config,
+                adapter=adapter,
+                adapter_fingerprint=self._teacher.fingerprint(adapter),
+            )
+            sequence = np.concatenate([prompt_ids, completion.token_ids])
+            try:
+                self._writer.add(meta, sequence, narrowed(told, self._config.top_k))
+            except OSError as error:
+                raise file_error("write", self._path, error) from error
+        self._waiting.append(kept)
+
+    def flush(self) -> list[Any]:
+        """Everything that was kept and is safe from a kill."""
+        try:
+            self._writer.flush()
+        except OSError as error:
+            raise file_error("write", self._path, error) from error
+        self._since_s = time.monotonic()
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+
+def narrowed(told: Distributions, top_k: int) -> Distributions:
+    """The same with at most `top_k` candidates: the others go into the tail."""
+    if told.token_ids.shape[1] <= top_k:
+        return told
+    tail = np.logaddexp.reduce(told.logprobs[:, top_k:].astype(np.float64), axis=1)
+    return Distributions(
+        start=told.start,
+        token_ids=np.ascontiguousarray(told.token_ids[:, :top_k]),
+        logprobs=np.ascontiguousarray(told.logprobs[:, :top_k]),
+        target_logprobs=told.target_logprobs,
+        log_tail=np.logaddexp(told.log_tail, tail).astype(np.float32),
+    )
+
+
+def _open(path: Path) -> CacheWriter:
+    try:
+        from stillhouse.protos.cache.writer import CacheWriter
+
+        return CacheWriter(path)
+    except ImportError as error:
+        raise usage_error(
+            "--capture needs pyarrow, which is not installed here: pip install pyarrow."
+        ) from error
+    except OSError as error:
+        raise file_error("write", path, error) from error

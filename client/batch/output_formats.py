@@ -1,0 +1,251 @@
+"""Answers as lines of an output: plain rows, rows of a data set, and the other half of OpenAI's batch files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import grpc
+
+from stillhouse.client.batch.dispatcher import Answer
+from stillhouse.client.batch.input_rows import INPUTS, SETTINGS, Row, invalid
+from stillhouse.client.core.json_output import dumps, error_as_json
+from stillhouse.client.teacher.generate import Completion
+from stillhouse.client.teacher.token_texts import TokenTexts
+from stillhouse.protos.errors import StillhouseError
+
+Output = Literal["plain", "dataset", "openai"]
+
+_HTTP = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.OUT_OF_RANGE: 400,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.UNIMPLEMENTED: 400,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Lines:
+    """What one row becomes."""
+
+    out: str
+    """Its lines in the output, each with its end; empty where the output cannot hold it."""
+    failed: str = ""
+    """Its line in the file of failed rows, where the output cannot hold it."""
+    is_failed: bool = False
+    """Whether the row failed."""
+
+
+def plain(answer: Answer) -> Lines:
+    """The row as it came, with `completions` and `usage`, and `error` if it failed."""
+    row = answer.row
+    document: dict[str, Any] = {
+        "id": row.id,
+        **{key: row.values[key] for key in row.values if key != "error"},
+    }
+    document["completions"] = [
+        _plain_completion(each, with_ids="token_ids" in row.values)
+        for _, each in sorted(answer.completions.items())
+    ]
+    document["usage"] = _usage(answer)
+    if answer.error is not None:
+        document["error"] = error_as_json(answer.error)
+    return Lines(out=_line(document), is_failed=answer.error is not None)
+
+
+def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, Any]:
+    document: dict[str, Any] = {"text": completion.text, "finish_reason": completion.finish or None}
+    if with_ids:
+        document["token_ids"] = completion.token_ids.tolist()
+    if completion.error is not None:
+        document["error"] = error_as_json(completion.error)
+    return document
+
+
+def dataset(answer: Answer) -> Lines:
+    """A row of training data for each sample: `prompt` and `completion`, or `messages` with the answer as last turn.
+
+    A row of which a sample failed gives none.
+    """
+    row = answer.row
+    source = _source(row)
+    if answer.error is not None:
+        failed = {"id": row.id, "line": row.line.line_number, "error": error_as_json(answer.error)}
+        return Lines(out="", failed=_line(failed), is_failed=True)
+    kept: dict[str, Any] = {"id": row.id}
+    if not row.interface:
+        kept |= {key: row.values[key] for key in row.values if key not in (*INPUTS, *SETTINGS)}
+    lines = []
+    for (prompt, _), completion in sorted(answer.completions.items()):
+        if source.get("messages") is not None:
+            turn = {"role": "assistant", "content": completion.text}
+            written: dict[str, Any] = {"messages": [*source["messages"], turn]}
+        else:
+            texts = source["prompt"] if isinstance(source["prompt"], list) else [source["prompt"]]
+            written = {"prompt": texts[prompt], "completion": completion.text}
+        lines.append(_line({**kept, **written, "finish_reason": completion.finish}))
+    return Lines(out="".join(lines))
+
+
+def _source(row: Row) -> Mapping[str, Any]:
+    """Where prompt or messages stand."""
+    source: Mapping[str, Any] = row.values["body"] if row.interface else row.values
+    return source
+
+
+def for_dataset(row: Row) -> Row:
+    """The row, or its error if its answer could be no row of a data set."""
+    if row.error is not None or _has_text(_source(row)):
+        return row
+    error = invalid(
+        f"Line {row.line.line_number} has token ids, and a row of a data set has text. Give prompt or messages, or write "
+        "plain rows."
+    )
+    return replace(row, error=error)
+
+
+def _has_text(source: Mapping[str, Any]) -> bool:
+    prompt = source.get("prompt")
+    if source.get("messages") is not None or isinstance(prompt, str):
+        return True
+    return isinstance(prompt, list) and all(isinstance(each, str) for each in prompt)
+
+
+class OpenAi:
+    """Writes OpenAI's output format; `created` is one for all rows, and ids follow from the rows."""
+
+    def __init__(
+        self, *, created_s: int, model: str, fingerprint: str, token_texts: Callable[[], TokenTexts]
+    ) -> None:
+        """`model` is what rows without an adapter were written by; `token_texts` is called if logprobs are asked for."""
+        self._created_s = created_s
+        self._model = model
+        self._fingerprint = f"fp_{fingerprint[:10]}"
+        self._token_texts = token_texts
+
+    def __call__(self, answer: Answer) -> Lines:
+        """The line of one row."""
+        row = answer.row
+        digest = hashlib.blake2b(f"{row.line.number} {row.line.digest}".encode(), digest_size=12).hexdigest()
+        error = answer.error
+        status, body = (200, self._body(answer, digest)) if error is None else (_status(error), _error(error))
+        document = {
+            "id": f"batch_req_{digest}",
+            "custom_id": row.id,
+            "response": {"status_code": status, "request_id": f"req_{digest}", "body": body},
+            "error": None if error is None else {"code": str(error.reason), "message": error.message},
+        }
+        return Lines(out=_line(document), is_failed=error is not None)
+
+    def _body(self, answer: Answer, digest: str) -> dict[str, Any]:
+        row = answer.row
+        is_chat = row.interface == "chat"
+        choices = [
+            (self._chat_choice if is_chat else self._text_choice)(answer, index, completion)
+            for index, (_, completion) in enumerate(sorted(answer.completions.items()))
+        ]
+        return {
+            "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{digest}",
+            "object": "chat.completion" if is_chat else "text_completion",
+            "created": self._created_s,
+            "model": row.prompts[0].adapter or self._model,
+            "choices": choices,
+            "usage": _usage(answer),
+            "system_fingerprint": self._fingerprint,
+        }
+
+    def _chat_choice(self, answer: Answer, index: int, completion: Completion) -> dict[str, Any]:
+        logprobs = None
+        if answer.row.top_logprobs is not None:
+            logprobs = {"content": self._chat_logprobs(completion, answer.row.top_logprobs), "refusal": None}
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": logprobs,
+            "finish_reason": completion.finish,
+        }
+
+    def _chat_logprobs(self, completion: Completion, top: int) -> list[dict[str, Any]]:
+        texts = self._token_texts()
+        return [
+            {
+                **texts.as_json(token, logprob),
+                "top_logprobs": [texts.as_json(*each) for each in candidates[:top]],
+            }
+            for token, logprob, candidates in _positions(completion)
+        ]
+
+    def _text_choice(self, answer: Answer, index: int, completion: Completion) -> dict[str, Any]:
+        logprobs = None
+        if answer.row.top_logprobs is not None:
+            logprobs = self._text_logprobs(completion, answer.row.top_logprobs)
+        return {
+            "index": index,
+            "text": completion.text,
+            "logprobs": logprobs,
+            "finish_reason": completion.finish,
+        }
+
+    def _text_logprobs(self, completion: Completion, top: int) -> dict[str, Any]:
+        texts = self._token_texts()
+        tokens, logprobs, tops, offsets = [], [], [], []
+        offset = 0
+        for token, logprob, candidates in _positions(completion):
+            tokens.append(texts.text(token))
+            logprobs.append(logprob)
+            tops.append({texts.text(other): value for other, value in candidates[:top]})
+            offsets.append(offset)
+            offset += len(tokens[-1])
+        return {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+def _positions(completion: Completion) -> Sequence[tuple[int, float, list[tuple[int, float]]]]:
+    """Of each token: its id, its logprob at temperature 1, and the likeliest candidates."""
+    told = completion.distributions
+    if told is None:  # nothing was written
+        return []
+    positions = []
+    for row, token in enumerate(completion.token_ids.tolist()):
+        candidates = zip(told.token_ids[row].tolist(), told.logprobs[row].tolist(), strict=True)
+        positions.append((token, float(told.target_logprobs[row]), list(candidates)))
+    return positions
+
+
+def _status(error: StillhouseError) -> int:
+    return _HTTP.get(error.code, 500)
+
+
+def _error(error: StillhouseError) -> dict[str, Any]:
+    kind = "invalid_request_error" if _status(error) < 500 else "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": None, "code": str(error.reason)}}
+
+
+def _usage(answer: Answer) -> dict[str, int]:
+    prompts: dict[int, int] = {}
+    for (prompt, _), completion in answer.completions.items():
+        prompts[prompt] = max(prompts.get(prompt, 0), completion.prompt_tokens)
+    written = sum(len(each.token_ids) for each in answer.completions.values())
+    read = sum(prompts.values())
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _line(document: Mapping[str, Any]) -> str:
+    try:
+        line = json.dumps(document, ensure_ascii=False, allow_nan=False)
+        line.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, which stood in the input as an escape
+        line = json.dumps(document)
+    except ValueError:
+        line = dumps(document)
+    return line + "\n"
+
+
+def is_failed(line: bytes) -> bool:
+    """Whether a line of a plain or an OpenAI output says that its row failed."""
+    return json.loads(line).get("error") is not None

@@ -1,0 +1,309 @@
+"""Batch inference from file to file: what `stillhouse generate --in` does, for Python."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from stillhouse.client.batch.capture import Capture
+from stillhouse.client.batch.dispatcher import MAX_INFLIGHT, Answer, Flow
+from stillhouse.client.batch.input_rows import Line, Row, Sampling, detect, plain_row, read_lines
+from stillhouse.client.batch.journal import Header, Position
+from stillhouse.client.batch.openai_input import openai_row
+from stillhouse.client.batch.ordered_output import RETRY, Output, Paths, commit_retry, locked
+from stillhouse.client.batch.output_formats import Lines, OpenAi, dataset, for_dataset, plain
+from stillhouse.client.batch.retry import Earlier
+from stillhouse.client.batch.service_pool import agreeing
+from stillhouse.client.batch.teacher_identity import BatchTeacher, identity
+from stillhouse.client.core.connection import PATIENCE_S, OnLost, Patience
+from stillhouse.client.core.errors import usage_error
+from stillhouse.client.teacher.token_texts import TokenTexts
+from stillhouse.protos.errors import Reason, StillhouseError
+
+if TYPE_CHECKING:
+    from stillhouse.client.teacher.teacher import Teacher
+
+CAPTURE_TOP_K = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSettings:
+    """How a file of prompts is answered."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    """For rows that do not say it themselves."""
+    format: Literal["auto", "plain", "openai"] = "auto"
+    """Of the input; "auto" looks at its first row."""
+    as_dataset: bool = False
+    """Write rows of training data instead of the format of the input."""
+    capture: Path | None = None
+    """Folder of a cache that takes the distributions of every token that is written."""
+    top_k: int = CAPTURE_TOP_K
+    """Candidates at each position of `capture`."""
+    retry_failed: bool = False
+    """Ask again for the rows that failed, once all others are answered."""
+    overwrite: bool = False
+    """Start again, whatever the output holds."""
+    max_inflight: int = MAX_INFLIGHT
+    """Samples in flight."""
+    patience_s: float = PATIENCE_S
+    """Time without an answer after which a lost teacher is given up."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchProgress:
+    """How far a batch is."""
+
+    rows: int
+    """Rows that were answered, also by earlier commands."""
+    failed: int
+    """Rows of the output that failed."""
+    tokens: int
+    """Tokens that this command got."""
+    input_bytes: int
+    """How far the input was read."""
+    total_bytes: int
+    """Its size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchSummary:
+    """What became of a batch."""
+
+    out: Path
+    """The output."""
+    failed_file: Path | None
+    """Rows that failed, where the output cannot hold them."""
+    format: Literal["plain", "openai"]
+    """Of the input."""
+    rows: int
+    """Rows of the output, whichever command they were answered by."""
+    failed: int
+    """How many of them failed."""
+    asked: int
+    """Rows that this command asked for."""
+    tokens: int
+    """Tokens that it got."""
+    seconds: float
+    """Time that it took."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Listeners:
+    """Who is told what happens on the way."""
+
+    progress: Callable[[BatchProgress], None] = lambda _: None
+    """Told after every row."""
+    note: Callable[[str], None] = lambda _: None
+    """Told what people should know."""
+    lost: OnLost | None = None
+    """Told why a teacher was lost, and how many seconds later it is asked again."""
+
+
+def generate_file(
+    teacher: Teacher | Sequence[Teacher],
+    source: Path | str,
+    out: Path | str,
+    settings: BatchSettings | None = None,
+    listeners: Listeners | None = None,
+) -> BatchSummary:
+    """Answers every row of `source` in `out`, in order, each exactly once, also over kills of either side.
+
+    Several services of one teacher share the work, and one that is lost leaves its part to the others.
+    Calling it again goes on where it was killed, and does nothing where it was done. A row that fails is told in `out`.
+
+    Raises StillhouseError: INVALID_REQUEST for files that cannot be read or written; REQUEST_CONFLICT if `out` was begun
+    with other settings or another input; TEACHER_CHANGED, ADAPTER_NOT_FOUND; what makes a teacher refuse the whole batch.
+    """
+    teachers = list(teacher) if isinstance(teacher, Sequence) else [teacher]
+    batch = _Batch(teachers, Path(source), Path(out), settings or BatchSettings(), listeners or Listeners())
+    return batch.run()
+
+
+class _Batch:
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        source: Path,
+        out: Path,
+        settings: BatchSettings,
+        listeners: Listeners,
+    ) -> None:
+        if not source.is_file():
+            raise usage_error(
+                f"{source} is no file. The input is read again when a batch goes on: give a file."
+            )
+        if out.exists() and out.samefile(source):
+            raise usage_error(f"{out} is the input, too. Choose another --out.")
+        self._teachers = teachers
+        self._source = source
+        self._paths = Paths(out=out)
+        self._settings = settings
+        self._tell = listeners
+        self._format = detect(source) if settings.format == "auto" else settings.format
+        self._total_bytes = source.stat().st_size
+        self._read_bytes = 0
+        self._asked = 0
+        self._tokens = 0
+
+    def run(self) -> BatchSummary:
+        began_s = time.monotonic()
+        self._wait_until_loaded()
+        with locked(self._paths.out):
+            if self._settings.overwrite:
+                self._paths.retry.journal.unlink(missing_ok=True)
+            commit_retry(self._paths)
+            position = self._pass(self._paths, overwrite=self._settings.overwrite, earlier=None)
+            if self._settings.retry_failed and position.num_failed:
+                with Earlier(self._paths, position, is_dataset=self._settings.as_dataset) as earlier:
+                    position = self._pass(self._paths.retry, overwrite=False, earlier=earlier)
+                commit_retry(self._paths)
+        has_failures = self._settings.as_dataset and position.num_failed
+        return BatchSummary(
+            out=self._paths.out,
+            failed_file=self._paths.failed if has_failures else None,
+            format=self._format,
+            rows=position.rows,
+            failed=position.num_failed,
+            asked=self._asked,
+            tokens=self._tokens,
+            seconds=time.monotonic() - began_s,
+        )
+
+    def _wait_until_loaded(self) -> None:
+        """A teacher that nobody reaches is told of at once; one that loads its model is waited for."""
+        patience = Patience(self._settings.patience_s)
+        while True:
+            try:
+                self._teachers = agreeing(self._teachers)
+            except StillhouseError as error:
+                if error.reason is not Reason.TEACHER_LOADING:
+                    raise
+                patience.wait(error, self._tell.lost)
+            else:
+                return
+
+    def _pass(self, paths: Paths, *, overwrite: bool, earlier: Earlier | None) -> Position:
+        """Answers all rows into `paths`; those that `earlier` holds are taken from there."""
+        header = self._header(earlier)
+        with ExitStack() as stack:
+            output = stack.enter_context(
+                Output(paths, header, overwrite=overwrite, has_failed_file=self._settings.as_dataset)
+            )
+            # Ids and times of a batch that goes on are those that it was begun with.
+            header = output.journal.header
+            teacher = BatchTeacher(self._teachers, paths.out, header, output.journal, self._tell.note)
+            capture = None
+            if self._settings.capture is not None:
+                capture = stack.enter_context(Capture(self._settings.capture, self._settings.top_k, teacher))
+            self._answer_all(output, teacher, capture, earlier)
+            output.finish()
+            return output.position
+
+    def _answer_all(
+        self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: Earlier | None
+    ) -> None:
+        lines_of = self._lines_of(output.journal.header)
+        flow = Flow(
+            self._teachers,
+            self._rows(output, teacher, capture, earlier),
+            verify=teacher.verify,
+            top_k=None if capture is None else self._settings.top_k,
+            max_inflight=self._settings.max_inflight,
+            on_lost=self._tell.lost,
+            patience_s=self._settings.patience_s,
+        )
+        before = self._tokens
+        for answer in flow.answers():
+            self._asked += 1
+            self._tokens = before + flow.tokens
+            lines = lines_of(answer)
+            if capture is None:
+                self._add(output, answer.row.line, lines)
+                continue
+            capture.add(answer, (answer.row.line, lines))
+            if capture.is_due:
+                self._flush(output, capture)
+        if capture is not None:
+            self._flush(output, capture)
+
+    def _flush(self, output: Output, capture: Capture) -> None:
+        """A row counts as answered once its distributions are safe."""
+        for line, lines in capture.flush():
+            self._add(output, line, lines)
+
+    def _add(self, output: Output, line: Line, lines: Lines) -> None:
+        output.add(line, lines.out, lines.failed, is_failed=lines.is_failed)
+        self._tell.progress(
+            BatchProgress(
+                rows=output.num_answered,
+                failed=output.num_failed,
+                tokens=self._tokens,
+                input_bytes=self._read_bytes,
+                total_bytes=self._total_bytes,
+            )
+        )
+
+    def _rows(
+        self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: Earlier | None
+    ) -> Iterator[Row | None]:
+        """Rows to ask for; None while so much waits for an earlier row that nothing more should be."""
+        num_lines = 0
+        for line in read_lines(self._source):
+            num_lines += 1
+            is_answered = output.is_answered(line)
+            kept = None if earlier is None else earlier.next(line, partial(self._row, teacher))
+            if is_answered:
+                continue
+            while output.is_full:
+                if capture is not None:
+                    self._flush(output, capture)
+                if output.is_full:
+                    yield None
+            self._read_bytes = line.end
+            if kept is not None:
+                self._add(output, line, kept)
+            else:
+                yield self._row(teacher, line)
+        output.ended(num_lines)
+
+    def _row(self, teacher: BatchTeacher, line: Line) -> Row:
+        sampling = self._settings.sampling
+        if self._format == "openai":
+            longest = teacher.info.max_sequence_tokens
+            row = openai_row(line, sampling, max_tokens=longest, adapter_of=teacher.adapter_of)
+        else:
+            row = plain_row(line, sampling)
+        for prompt in row.prompts:
+            teacher.use(prompt.adapter)
+        return for_dataset(row) if self._settings.as_dataset else row
+
+    def _lines_of(self, header: Header) -> Callable[[Answer], Lines]:
+        if self._settings.as_dataset:
+            return dataset
+        if self._format == "plain":
+            return plain
+        return OpenAi(
+            created_s=header.started_s,
+            model=str(header.teacher["model"]),
+            fingerprint=str(header.teacher["model_fingerprint"]),
+            token_texts=cache(lambda: TokenTexts(self._teachers[0].tokenizer().get("tokenizer.json", b""))),
+        )
+
+    def _header(self, earlier: Earlier | None) -> Header:
+        settings: dict[str, Any] = {"input format": self._format}
+        settings["output"] = "dataset" if self._settings.as_dataset else self._format
+        settings |= asdict(self._settings.sampling)
+        settings["stop"] = list(self._settings.sampling.stop)
+        if self._settings.capture is not None:
+            settings |= {"capture": str(self._settings.capture), "capture's top_k": self._settings.top_k}
+        if earlier is not None:
+            settings[RETRY] = earlier.digest
+        return Header(
+            settings=settings, teacher=identity(self._teachers[0].limits), started_s=int(time.time())
+        )

@@ -1,0 +1,123 @@
+"""Which teacher a batch is written by: the same one from its first row to its last, with the same adapters."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stillhouse.client.batch.journal import Header, Journal
+from stillhouse.client.batch.ordered_output import require_same_teacher
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+
+if TYPE_CHECKING:
+    from stillhouse.client.teacher.teacher import Teacher
+
+_REFRESH_S = 1.0
+"""Least time between two questions for adapters that were loaded meanwhile."""
+VERIFY_TIMEOUT_S = 10.0
+"""Time that a service which was lost has to say who it is; nothing else is asked meanwhile."""
+_IDENTITY = ("model_fingerprint", "tokenizer_fingerprint", "chat_template_fingerprint")
+
+
+def identity(info: teacher_pb2.GetTeacherInfoResponse) -> dict[str, str]:
+    """What decides which text a teacher writes, and its name."""
+    return {"model": info.model, **{name: str(getattr(info, name)) for name in _IDENTITY}}
+
+
+class BatchTeacher:
+    """The teacher of one batch, checked when it was lost, and what its adapters' names mean.
+
+    A name means the same from its first use on, over kills and restarts: the journal holds it.
+    """
+
+    def __init__(
+        self,
+        teachers: Sequence[Teacher],
+        out: Path,
+        header: Header,
+        journal: Journal,
+        note: Callable[[str], None],
+    ) -> None:
+        """`teachers` are its services, of which the first was asked who it is.
+
+        Raises StillhouseError (ADAPTER_NOT_FOUND) if an adapter is gone that rows were written with.
+        """
+        self._teachers = teachers
+        self._out = out
+        self._header = header
+        self._journal = journal
+        self._note = note
+        self._info = teachers[0].limits
+        self._asked_s = time.monotonic()
+        self._require_adapters()
+
+    @property
+    def info(self) -> teacher_pb2.GetTeacherInfoResponse:
+        """What it said of itself last."""
+        return self._info
+
+    def verify(self, teacher: Teacher) -> None:
+        """Asks a service who it is. Raises StillhouseError if it is another teacher, or an adapter is gone."""
+        self._info = teacher.refresh(timeout_s=VERIFY_TIMEOUT_S)
+        self._asked_s = time.monotonic()
+        require_same_teacher(self._out, self._header.teacher, identity(self._info))
+        self._require_adapters()
+
+    def use(self, name: str) -> str:
+        """Notes that rows name the adapter `name`, if it is loaded; otherwise they fail, each by itself."""
+        if name and name not in self._journal.state.adapters and (found := self._loaded(name)):
+            self._journal.adapter(name, found)
+        return name
+
+    def adapter_of(self, model: str) -> str:
+        """The adapter that a `model` of OpenAI's format means: one of that name, or none."""
+        meant = self._journal.state.adapters.get(model)
+        if meant is None:
+            meant = self._loaded(model) or ""
+            self._journal.adapter(model, meant)
+            if not meant and model not in ("", self._info.model, Path(self._info.model).name):
+                self._note(
+                    f'No adapter of this teacher is named "{model}": rows with this model are written by {self._info.model}.'
+                )
+        return model if meant else ""
+
+    def fingerprint(self, adapter: str) -> str:
+        """The fingerprint of an adapter that rows were written with; empty for the base model."""
+        return self._journal.state.adapters.get(adapter, "")
+
+    def _loaded(self, name: str) -> str | None:
+        found = _fingerprints(self._info).get(name)
+        if found is None and time.monotonic() - self._asked_s > _REFRESH_S:
+            self._refresh()
+            found = _fingerprints(self._info).get(name)
+        return found
+
+    def _refresh(self) -> None:
+        """Asks the first service that answers."""
+        for number, teacher in enumerate(self._teachers):
+            try:
+                self._info = teacher.refresh()
+                break
+            except StillhouseError as error:
+                if not error.retryable or number + 1 == len(self._teachers):
+                    raise
+        self._asked_s = time.monotonic()
+
+    def _require_adapters(self) -> None:
+        loaded = _fingerprints(self._info)
+        for name, fingerprint in self._journal.state.adapters.items():
+            if fingerprint and loaded.get(name) != fingerprint:
+                how = "another one has its name" if name in loaded else "it is not loaded"
+                raise StillhouseError(
+                    Reason.ADAPTER_NOT_FOUND,
+                    f'Rows of {self._out} were written with the adapter "{name}", and now {how}. Load it again with '
+                    "`stillhouse teacher load-adapter`, and give the same command again: it goes on where it was.",
+                    resource=name,
+                )
+
+
+def _fingerprints(info: teacher_pb2.GetTeacherInfoResponse) -> Mapping[str, Any]:
+    return {each.name: each.fingerprint for each in info.adapters}

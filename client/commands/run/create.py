@@ -1,0 +1,79 @@
+"""`stillhouse run create`: a run file becomes a run, or every problem of it is shown at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from stillhouse.client.commands.run.watch import follow
+from stillhouse.client.terminal.session import Session, command
+
+if TYPE_CHECKING:
+    from stillhouse.client.runfile.load import RunFile
+
+
+@command(name="create")
+@click.argument("file", type=click.Path(allow_dash=True))
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Override a field, such as loss.terms[0].weight=2.",
+)
+@click.option("--watch", is_flag=True, help="Follow the run until it ends.")
+@click.option(
+    "--validate", is_flag=True, help="Check the file and show the effective settings; create no run."
+)
+@click.option("--push", is_flag=True, help="Copy datasets that lie beside FILE to the trainer first.")
+@click.option(
+    "--request-id", default="", metavar="UUID4", help="Creating again with it returns the same run."
+)
+def create(
+    session: Session,
+    *,
+    file: str,
+    overrides: tuple[str, ...],
+    watch: bool,
+    validate: bool,
+    push: bool,
+    request_id: str,
+) -> int:
+    """Create a run from FILE.
+
+    FILE is YAML or JSON with the fields of RunSpec; "-" reads standard input. Text in --set is taken as it stands; lists and sets of fields are YAML, as in --set 'student.lora={rank: 8}'.
+    """
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.runfile.load import load_run_file
+
+    loaded = load_run_file(file, overrides)
+    if push:
+        session.trainer.push_datasets_of(
+            loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
+        )
+    if validate:
+        return _validate(session, loaded)
+    run = session.trainer.create_run(loaded, request_id=request_id)
+    if session.as_json and not watch:
+        session.emit(as_json(run.get()) | {"id": run.id})
+    elif not session.as_json:
+        session.say(f"run {run.id} created")
+        if not watch:
+            session.say(f"To follow it: stillhouse run watch {run.id}")
+    return follow(session, run) if watch else 0
+
+
+def _validate(session: Session, file: RunFile) -> int:
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.terminal.render import spec_text
+
+    run = session.trainer.validate(file)
+    if session.as_json:
+        session.emit({"valid": True, "effective_spec": as_json(run.effective_spec)})
+    else:
+        session.say(f"The run is valid. With every default it reads:\n\n{spec_text(run.effective_spec)}")
+    return 0
+
+
+COMMANDS = (create,)

@@ -1,0 +1,97 @@
+"""`stillhouse run logs | artifacts | pull`: what a run wrote."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+from pathlib import Path
+
+import click
+
+from stillhouse.client.terminal.session import Session, command
+
+
+@command(name="logs")
+@click.argument("run")
+@click.option("-f", "--follow", is_flag=True, help="Stay until the run ends.")
+@click.option("--attempt", type=click.IntRange(0), default=0, help="Only this attempt; 0 means all of them.")
+@click.option("--tail-bytes", type=click.IntRange(1), default=None, help="Only the last so many bytes.")
+def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int | None) -> int:
+    """Print RUN's log.
+
+    With --json each piece is one line with its text and `next_offset`, the byte after it.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    handle = session.run(run)
+
+    def on_lost(error: Exception, pause_s: float) -> None:
+        session.note(f"{error} Trying again in {pause_s:.0f} s; the run is not affected.")
+
+    start = -tail_bytes if tail_bytes else 0
+    try:
+        for piece in handle.logs(follow=follow, attempt=attempt, start_offset=start, on_lost=on_lost):
+            text = decoder.decode(piece.data)
+            if session.as_json:
+                session.emit({"text": text, "next_offset": piece.next_offset})
+            else:
+                _write(text)
+    except KeyboardInterrupt:
+        session.note(f"\nNo longer following; run {handle.id} goes on.")
+        return 130
+    return 0
+
+
+def _write(text: str) -> None:
+    from stillhouse.client.terminal.render import printable
+
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+@command(name="artifacts")
+@click.argument("run")
+def artifacts(session: Session, run: str) -> None:
+    """List the files that RUN left."""
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.terminal.render import columns, size_text
+
+    found = session.run(run).artifacts()
+    if session.as_json:
+        session.emit({"artifacts": [as_json(each) for each in found]})
+    elif not found:
+        session.say("The run has left nothing yet.")
+    else:
+        rows = [(each.path, size_text(each.size_bytes), each.sha256[:12]) for each in found]
+        session.say(columns(rows, header=("PATH", "SIZE", "SHA-256")))
+
+
+@command(name="pull")
+@click.argument("run")
+@click.argument("what", default="final")
+@click.option(
+    "--to", "directory", type=click.Path(path_type=Path), default=None, help="[default: ./RUN/WHAT]"
+)
+def pull(session: Session, run: str, what: str, directory: Path | None) -> None:
+    """Copy RUN's final model to this machine.
+
+    WHAT may also be "checkpoints/120", say, or one file of `run artifacts`. A broken download goes on where it broke; each file's SHA-256 is checked.
+    """
+    from stillhouse.client.terminal.render import printable
+
+    handle = session.run(run)
+
+    def on_file(path: str, size: int, whole: int) -> None:
+        is_whole = size == whole
+        if session.as_json or not (is_whole or sys.stderr.isatty()):
+            return
+        share = 100 * size // whole if whole else 100
+        click.echo(f"\r{printable(path)} {share} %", nl=is_whole, err=True)
+
+    paths = handle.pull(what, directory, on_file=on_file)
+    if session.as_json:
+        session.emit({"files": [str(path) for path in paths]})
+    else:
+        session.say(f"{len(paths)} files of run {handle.id} are in {directory or Path(handle.id, what)}")
+
+
+COMMANDS = (logs, artifacts, pull)

@@ -1,0 +1,71 @@
+"""`stillhouse run watch`: follows a run to its end, across lost streams."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from stillhouse.client.terminal.session import Session, command
+
+if TYPE_CHECKING:
+    from stillhouse.client.trainer.run_handle import RunHandle
+
+
+@command(name="watch")
+@click.argument("run")
+@click.option(
+    "--after-sequence",
+    type=click.IntRange(0),
+    default=0,
+    help="Leave out events up to this sequence (see --json).",
+)
+def watch(session: Session, run: str, after_sequence: int) -> int:
+    """Follow RUN until it ends: state changes, steps, evaluations.
+
+    A lost connection is taken up again. Ctrl-C stops watching, not the run. With --json each event is one line. The exit
+    code is 0 if the run completed, 1 if it failed and 5 if it was stopped.
+    """
+    return follow(session, session.run(run), after_sequence)
+
+
+def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
+    """Shows the events of `run` until it ends; the exit code of the command that waits for it."""
+    from stillhouse.client.terminal.run_progress import run_view
+
+    try:
+        if session.as_json:
+            return _follow_json(session, run, after_sequence)
+        state = 0
+        with run_view() as view:
+            for event in run.watch(after_sequence=after_sequence, on_lost=view.lost):
+                view.show(event)
+                state = event.run.state if event.WhichOneof("event") == "run" else state
+        return _code(state or run.get().state)
+    except KeyboardInterrupt:
+        session.note(
+            f"\nNo longer watching; run {run.id} goes on. To see it again: stillhouse run watch {run.id}. "
+            f"To end it: stillhouse run stop {run.id}."
+        )
+        return 130
+
+
+def _follow_json(session: Session, run: RunHandle, after_sequence: int) -> int:
+    from stillhouse.client.core.json_output import as_json
+
+    state = 0
+    for event in run.watch(after_sequence=after_sequence):
+        session.emit(as_json(event))
+        state = event.run.state if event.WhichOneof("event") == "run" else state
+    return _code(state or run.get().state)
+
+
+def _code(state: int) -> int:
+    from stillhouse.client.core.errors import ExitCode
+    from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+
+    codes = {Run.STATE_FAILED: ExitCode.FAILED, Run.STATE_STOPPED: ExitCode.CONFLICT}
+    return {int(each): int(code) for each, code in codes.items()}.get(state, int(ExitCode.OK))
+
+
+COMMANDS = (watch,)

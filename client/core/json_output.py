@@ -1,0 +1,92 @@
+"""What --json prints: contract messages as JSON with snake_case names, whole numbers as numbers and RFC 3339 times."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.status_pb2 import Status
+
+from stillhouse.protos.errors import StillhouseError, from_status
+
+
+def dumps(value: object) -> str:
+    """One line of JSON. NaN and infinities become the strings "NaN", "Infinity" and "-Infinity"."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def as_json(message: Message) -> dict[str, Any]:
+    """The fields of `message`. Unset optional values and messages are left out; enums are names without prefix.
+
+    An enum's unspecified value is null, bytes are not expected, and a google.rpc.Status is as error_as_json has it.
+    """
+    result: dict[str, Any] = {}
+    for each in message.DESCRIPTOR.fields:
+        field = cast("FieldDescriptor", each)
+        if field.has_presence and not message.HasField(field.name):
+            continue
+        value = getattr(message, field.name)
+        if is_map(field):
+            result[field.name] = dict(value)
+        elif field.is_repeated:
+            result[field.name] = [_value(field, item) for item in value]
+        else:
+            result[field.name] = _value(field, value)
+    return result
+
+
+def error_as_json(error: StillhouseError) -> dict[str, Any]:
+    """Reason and sentence of `error`, and what else it carries."""
+    result: dict[str, Any] = {"reason": str(error.reason), "message": error.message}
+    if error.violations:
+        result["violations"] = [
+            {"field": each.field, "description": each.description} for each in error.violations
+        ]
+    if error.metadata:
+        result["metadata"] = dict(error.metadata)
+    if error.retry_after_s is not None:
+        result["retry_after_s"] = error.retry_after_s
+    return result
+
+
+def _value(field: FieldDescriptor, value: Any) -> Any:
+    if isinstance(value, Timestamp):
+        return value.ToJsonString()
+    if isinstance(value, Status):
+        return error_as_json(from_status(value))
+    if isinstance(value, Message):
+        return as_json(value)
+    if field.enum_type is not None:
+        return enum_name(field.enum_type, value)
+    return value
+
+
+def enum_name(enum: Any, number: int) -> str | None:
+    """RUNNING for STATE_RUNNING; None for the unspecified value, the number as text for an unknown one."""
+    if number == 0:
+        return None
+    known = enum.values_by_number.get(number)
+    if known is None:
+        return str(number)
+    prefix = enum.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    return str(known.name.removeprefix(prefix))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def is_map(field: FieldDescriptor) -> bool:
+    """True if `field` maps strings to strings, as `labels` does."""
+    return field.message_type is not None and field.message_type.GetOptions().map_entry

@@ -1,0 +1,174 @@
+"""Where the services are: flag, else STILLHOUSE_* environment, else a context in config.toml, else the default."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from stillhouse.client.core.errors import file_error, usage_error
+
+DEFAULT_TRAINER = "127.0.0.1:7402"
+DEFAULT_TEACHER = "127.0.0.1:7401"
+ENVIRONMENT_PREFIX = "STILLHOUSE_"
+MAX_TOKEN_BYTES = 8192
+_PATHS = {"tls_ca", "tls_cert", "tls_key", "token_file"}
+_BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How to reach the services."""
+
+    trainer: str = DEFAULT_TRAINER
+    """`host:port` or `unix:PATH` of the run service."""
+    teacher: str = DEFAULT_TEACHER
+    """`host:port` or `unix:PATH` of the teacher; several services of one teacher with commas between."""
+    tls: bool = False
+    """TLS with the system's authorities; implied by any other TLS setting."""
+    tls_ca: Path | None = None
+    """Authorities to trust instead, PEM."""
+    tls_cert: Path | None = None
+    """Our certificate, PEM, for services that ask for one."""
+    tls_key: Path | None = None
+    """Its key, PEM."""
+    tls_server_name: str | None = None
+    """Name to expect in the service's certificate, if not the target's."""
+    token_file: Path | None = None
+    """File whose only line is the bearer token."""
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Each service of the teacher, once."""
+        return tuple(dict.fromkeys(each.strip() for each in self.teacher.split(",") if each.strip()))
+
+    @property
+    def uses_tls(self) -> bool:
+        """Whether connections are encrypted."""
+        return self.tls or any((self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name))
+
+    def security(self) -> dict[str, Any]:
+        """What a connection takes besides its target. Raises StillhouseError if the token's file cannot be read."""
+        return {
+            "tls": self.tls,
+            "tls_ca": self.tls_ca,
+            "tls_cert": self.tls_cert,
+            "tls_key": self.tls_key,
+            "tls_server_name": self.tls_server_name,
+            "token": self.token(),
+        }
+
+    def token(self) -> str | None:
+        """The bearer token. Raises StillhouseError if its file cannot be read."""
+        if self.token_file is None:
+            return None
+        try:
+            with self.token_file.open("rb") as file:
+                content = file.read(MAX_TOKEN_BYTES + 1)
+        except OSError as error:
+            raise file_error("read the token in", self.token_file, error) from error
+        token = content.decode("ascii", "replace").strip()
+        if not token or len(content) > MAX_TOKEN_BYTES or not token.isprintable() or not token.isascii():
+            raise usage_error(f"{self.token_file} must hold a token, one line of ASCII, and nothing else.")
+        return token
+
+
+NAMES = tuple(field.name for field in fields(Settings))
+_TOP_LEVEL = {*NAMES, "context", "contexts"}
+
+
+def default_config_path(environment: Mapping[str, str] = os.environ) -> Path:
+    """`~/.config/stillhouse/config.toml`, or under XDG_CONFIG_HOME."""
+    base = environment.get("XDG_CONFIG_HOME") or "~/.config"
+    return Path(base).expanduser() / "stillhouse" / "config.toml"
+
+
+def load_settings(
+    flags: Mapping[str, str | None],
+    *,
+    context: str | None = None,
+    config: Path | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> Settings:
+    """Settings by precedence; `flags` maps names of Settings to what the command line gave.
+
+    The config file has the names of Settings at the top level, and again in `[contexts.NAME]`, which wins; `context`
+    names the one to use unless --context or STILLHOUSE_CONTEXT does. Paths in it are relative to it.
+
+    Raises StillhouseError for a file that cannot be read, an unknown name and an unknown context.
+    """
+    config = config or _path(environment.get(ENVIRONMENT_PREFIX + "CONFIG"))
+    context = context or environment.get(ENVIRONMENT_PREFIX + "CONTEXT") or None
+    values = _from_file(config, context, environment)
+    for name in NAMES:
+        given = flags.get(name) or environment.get(ENVIRONMENT_PREFIX + name.upper())
+        if given:
+            values[name] = _typed(name, given)
+    if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
+        raise usage_error("--tls-cert and --tls-key go together; give both or neither.")
+    return Settings(**values)
+
+
+def _from_file(config: Path | None, context: str | None, environment: Mapping[str, str]) -> dict[str, Any]:
+    path = config or default_config_path(environment)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        if config is not None:
+            raise file_error("read", path, error) from error
+        content = {}
+    except OSError as error:
+        raise file_error("read", path, error) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise usage_error(f"{path} is no valid TOML: {error}.") from error
+    contexts = content.get("contexts", {})
+    if not isinstance(contexts, dict):
+        raise usage_error(f"{path}: contexts expects tables such as [contexts.lab].")
+    values = _checked(path, "", {key: value for key, value in content.items() if key != "contexts"})
+    context = context or values.pop("context", None)
+    values.pop("context", None)
+    if context is not None:
+        if context not in contexts:
+            known = ", ".join(sorted(contexts)) or "none"
+            raise usage_error(f'there is no context "{context}"; {path} has: {known}.')
+        values |= _checked(path, f"contexts.{context}.", contexts[context])
+    return values
+
+
+def _checked(path: Path, prefix: str, table: object) -> dict[str, Any]:
+    if not isinstance(table, dict):
+        raise usage_error(f"{path}: {prefix.rstrip('.')} expects a table of settings.")
+    known = _TOP_LEVEL if not prefix else set(NAMES)
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(sorted(known))}."
+            raise usage_error(f"{path}: there is no setting {prefix}{key}; {hint}")
+        if key == "tls" and isinstance(value, bool):
+            values[key] = value
+            continue
+        if key == "tls":
+            raise usage_error(f"{path}: {prefix}tls expects true or false, not {value!r}.")
+        if not isinstance(value, str) or not value:
+            raise usage_error(f"{path}: {prefix}{key} expects text in quotes, not {value!r}.")
+        values[key] = path.parent / Path(value).expanduser() if key in _PATHS else value
+    return values
+
+
+def _typed(name: str, text: str) -> str | bool | Path:
+    if name in _PATHS:
+        return Path(text).expanduser()
+    if name != "tls":
+        return text
+    if text.lower() not in _BOOLEANS:
+        raise usage_error(f'{ENVIRONMENT_PREFIX}TLS expects true or false, not "{text}".')
+    return _BOOLEANS[text.lower()]
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text).expanduser() if text else None

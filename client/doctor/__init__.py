@@ -1,0 +1,1 @@
+"""Checks of hosts, services and certificates."""

@@ -1,0 +1,322 @@
+"""The checks of `stillhouse doctor`: each gives what it found, and a remedy if that is wrong; none changes anything."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import socket
+import ssl
+import stat
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from stillhouse.client.core.settings import Settings
+from stillhouse.client.doctor.machine import gpus, memory_bytes
+from stillhouse.client.teacher.teacher import Teacher
+from stillhouse.client.trainer.trainer import Trainer
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.channel import is_loopback
+from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+
+LEAST_FREE_BYTES = 10 * 2**30
+EXPIRES_SOON_S = 14 * 86400
+TIMEOUT_S = 10.0
+_SLOW_S = 1.0
+_DAY_S = 86400
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finding:
+    """What a check found."""
+
+    check: str
+    state: Literal["ok", "warning", "failed"]
+    found: str
+    remedy: str = ""
+
+
+def machine(data_dir: Path | None) -> Iterator[Finding]:
+    """Versions, memory, devices and disk of this machine."""
+    python = platform.python_version()
+    yield Finding(check="client", state="ok", found=f"Stillhouse {own_version()}, Python {python}")
+    total = memory_bytes()
+    if total is not None:
+        yield Finding(check="memory", state="ok", found=f"{total / 2**30:.0f} GiB")
+    found = gpus()
+    if not found:
+        told = "none; training and serving here would use the CPU"
+        if shutil.which("nvidia-smi") is not None:
+            remedy = "nvidia-smi is installed but does not answer: see what it says, and mend the driver."
+            yield Finding(check="GPU", state="failed", found="nvidia-smi lists none", remedy=remedy)
+        else:
+            yield Finding(check="GPU", state="ok", found=told)
+    for number, each in enumerate(found):
+        free, whole = each.free_bytes / 2**30, each.total_bytes / 2**30
+        text = f"{each.name}, {free:.0f} of {whole:.0f} GiB free, driver {each.driver}"
+        busy = each.free_bytes < each.total_bytes / 10
+        yield Finding(
+            check=f"GPU {number}",
+            state="warning" if busy else "ok",
+            found=text,
+            remedy="Something uses most of it; `nvidia-smi` shows what." if busy else "",
+        )
+    yield _disk(data_dir)
+    if data_dir is not None:
+        yield from _secrets(data_dir)
+
+
+def _disk(data_dir: Path | None) -> Finding:
+    path = (data_dir or Path()).resolve()
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as error:
+        return Finding(
+            check="disk",
+            state="failed",
+            found=f"{path}: {error.strerror}",
+            remedy="Give a directory that exists.",
+        )
+    text = f"{usage.free / 2**30:.0f} of {usage.total / 2**30:.0f} GiB free at {path}"
+    low = usage.free < LEAST_FREE_BYTES
+    remedy = (
+        "Delete old runs with `stillhouse run delete`, or start the trainer with --keep-ended-days."
+        if low
+        else ""
+    )
+    return Finding(check="disk", state="warning" if low else "ok", found=text, remedy=remedy)
+
+
+def _secrets(data_dir: Path) -> Iterator[Finding]:
+    for name in ("credentials.toml", "tokens.json"):
+        path = data_dir / name
+        if path.exists():
+            open_to_others = stat.S_IMODE(path.stat().st_mode) & 0o077
+            yield Finding(
+                check=name,
+                state="failed" if open_to_others else "ok",
+                found="others on this host can read it" if open_to_others else "readable by its owner alone",
+                remedy=f"chmod 600 {path}" if open_to_others else "",
+            )
+
+
+def certificates(settings: Settings) -> Iterator[Finding]:
+    """The certificates that this client is told to use, and their time."""
+    for name, path in (("authority", settings.tls_ca), ("own certificate", settings.tls_cert)):
+        if path is not None:
+            yield certificate(name, path)
+
+
+def certificate(check: str, path: Path, now_s: float | None = None) -> Finding:
+    """What the first certificate of a PEM file says of itself."""
+    program = shutil.which("openssl")
+    if program is None:
+        remedy = "Install the openssl command to have certificates looked at."
+        return Finding(check=check, state="warning", found=f"{path} was not looked at", remedy=remedy)
+    ask = [program, "x509", "-noout", "-startdate", "-enddate", "-subject", "-in", str(path)]
+    try:
+        answer = subprocess.run(ask, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+        told = dict(line.split("=", 1) for line in answer.stdout.splitlines())
+        begins_s, ends_s = (ssl.cert_time_to_seconds(told[name]) for name in ("notBefore", "notAfter"))
+    except (OSError, ValueError, KeyError, subprocess.SubprocessError):
+        remedy = "Give a PEM file that can be read."
+        return Finding(check=check, state="failed", found=f"{path} is no certificate", remedy=remedy)
+    what = f"{path} ({told.get('subject', '').strip()})"
+    return _lasting(check, what, begins_s, ends_s, time.time() if now_s is None else now_s)
+
+
+def _lasting(check: str, what: str, begins_s: float, ends_s: float, now_s: float) -> Finding:
+    """Whether a certificate is valid, and will be for a while."""
+    days = (ends_s - now_s) / _DAY_S
+    if now_s < begins_s:
+        remedy = "Correct this machine's clock, or wait."
+        return Finding(check=check, state="failed", found=f"{what} is not valid yet", remedy=remedy)
+    if days <= 0:
+        remedy = "Renew it; services read a renewed file without a restart."
+        return Finding(
+            check=check, state="failed", found=f"{what} expired {-days:.0f} days ago", remedy=remedy
+        )
+    soon = days * _DAY_S < EXPIRES_SOON_S
+    return Finding(
+        check=check,
+        state="warning" if soon else "ok",
+        found=f"{what}, valid for {days:.0f} days",
+        remedy="Renew it soon; services read a renewed file without a restart." if soon else "",
+    )
+
+
+def _shown(check: str, target: str, settings: Settings) -> Iterator[Finding]:
+    """The certificate that a service shows; nothing where there is none, or where nobody answers, which others say."""
+    if not settings.uses_tls or target.startswith("unix"):
+        return
+    check = f"{check}'s certificate"
+    host, _, port = target.rpartition(":")
+    host = host.strip("[]")
+    try:
+        context = ssl.create_default_context(cafile=settings.tls_ca)
+        context.set_alpn_protocols(["h2"])
+        if settings.tls_cert and settings.tls_key:
+            context.load_cert_chain(settings.tls_cert, settings.tls_key)
+        with (
+            socket.create_connection((host, int(port)), TIMEOUT_S) as plain,
+            context.wrap_socket(plain, server_hostname=settings.tls_server_name or host) as secured,
+        ):
+            told: Any = secured.getpeercert()
+    except ssl.SSLCertVerificationError as error:
+        remedy = "Renew it if it has expired; else give --tls-ca the authority that signed it, or --tls-server-name."
+        found = f"{target} shows one that is not accepted: {error.verify_message}"
+        yield Finding(check=check, state="failed", found=found, remedy=remedy)
+    except (OSError, ValueError):
+        return
+    else:
+        begins_s, ends_s = (ssl.cert_time_to_seconds(told[name]) for name in ("notBefore", "notAfter"))
+        yield _lasting(check, f"that of {target}", begins_s, ends_s, time.time())
+
+
+def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
+    """Whether each service of the teacher answers, how fast, of which version, and whether it reads as the student does."""
+    for target in settings.teachers:
+        yield from _teacher(settings, target, student)
+
+
+def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[Finding]:
+    yield from _exposure("teacher", target, settings)
+    yield from _shown("teacher", target, settings)
+    with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
+        began_s = time.monotonic()
+        info, problem = _asked("teacher", service.info)
+        if info is None:
+            yield problem
+            return
+        took_s = time.monotonic() - began_s
+        slow = took_s > _SLOW_S
+        yield Finding(
+            check="teacher",
+            state="warning" if slow else "ok",
+            found=f"{info.model} at {target} answers in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})",
+            remedy="It is overloaded or far away; prefetch hides some of that." if slow else "",
+        )
+        yield _versions("teacher", info.service_version)
+        if student is not None:
+            files, problem = _asked("tokenizers", service.tokenizer)
+            yield problem if files is None else _tokenizers(student, files)
+
+
+def trainer(settings: Settings) -> Iterator[Finding]:
+    """Whether the trainer answers, and how its queue stands."""
+    from stillhouse.protos.stillhouse.v1 import run_pb2
+
+    yield from _exposure("trainer", settings.trainer, settings)
+    yield from _shown("trainer", settings.trainer, settings)
+    with Trainer(settings.trainer, **settings.security(), timeout_s=TIMEOUT_S) as service:
+        request = run_pb2.ListRunsRequest(page_size=100)
+        page, problem = _asked("trainer", lambda: service.call(service.stub.ListRuns, request))
+        if page is None:
+            yield problem
+            return
+        run = run_pb2.Run
+        live = {run.STATE_STARTING, run.STATE_RUNNING, run.STATE_STOPPING}
+        working = [each for each in page.runs if each.state in live]
+        waiting = sum(each.state == run.STATE_PENDING for each in page.runs)
+        text = f"{settings.trainer} answers: {len(working)} runs work, {waiting} wait among the newest 100"
+        yield Finding(check="trainer", state="ok", found=text)
+        if page.runs:
+            yield _versions("trainer", page.runs[0].created_by_version)
+        stuck = [each for each in working if each.condition == run.CONDITION_WAITING_FOR_TEACHER]
+        if stuck:
+            yield Finding(
+                check="trainer's runs",
+                state="warning",
+                found=f"{len(stuck)} wait for a teacher that does not answer them",
+                remedy="Start that teacher; `stillhouse run show` names its address under teachers.",
+            )
+        silent = [each for each in working if each.condition == run.CONDITION_NOT_RESPONDING]
+        if silent:
+            yield Finding(
+                check="trainer's runs",
+                state="warning",
+                found=f"the processes of {len(silent)} give no sign of life",
+                remedy="See on the trainer's host whether its disk, its devices or the processes hang.",
+            )
+
+
+def _asked(check: str, ask: Callable[[], Any]) -> tuple[Any, Finding]:
+    try:
+        answer = ask()
+    except StillhouseError as error:
+        remedies = {
+            Reason.TEACHER_LOADING: "Wait until it has loaded.",
+            Reason.UNAUTHENTICATED: "Give a token with --token-file.",
+            Reason.PERMISSION_DENIED: "Use a token with this scope.",
+        }
+        state: Literal["warning", "failed"] = (
+            "warning" if error.reason is Reason.TEACHER_LOADING else "failed"
+        )
+        remedy = remedies.get(error.reason, "")
+        return None, Finding(check=check, state=state, found=error.message, remedy=remedy)
+    return answer, Finding(check=check, state="ok", found="")
+
+
+def _exposure(check: str, target: str, settings: Settings) -> Iterator[Finding]:
+    if not is_loopback(target) and not settings.uses_tls:
+        yield Finding(
+            check=check,
+            state="warning",
+            found=f"{target} is on another host, and nothing is encrypted",
+            remedy="Give the service --tls-cert and --tls-key, and this client --tls-ca.",
+        )
+
+
+def _versions(check: str, theirs: str) -> Finding:
+    ours = own_version()
+    same = theirs.split(".")[:2] == ours.split(".")[:2]
+    return Finding(
+        check=f"{check}'s version",
+        state="ok" if same else "warning",
+        found=theirs if same else f"{theirs}, and this client is {ours}",
+        remedy="" if same else "Bring both to the same version.",
+    )
+
+
+def _tokenizers(student: Path, theirs: Mapping[str, bytes]) -> Finding:
+    """Whether the student's ids stand for the same tokens as the teacher's."""
+    check = "tokenizers"
+    try:
+        own = _fingerprint({"tokenizer.json": (student / "tokenizer.json").read_bytes()})
+        teacher = _fingerprint(theirs)
+    except (OSError, StillhouseError, ValueError, KeyError) as error:
+        found = f"{student} has no tokenizer.json" if isinstance(error, OSError) else str(error)
+        remedy = "Give a model directory with a tokenizer of the tokenizers library."
+        return Finding(check=check, state="failed", found=found, remedy=remedy)
+    if own == teacher:
+        return Finding(check=check, state="ok", found="the student's tokens and merges are the teacher's")
+    return Finding(
+        check=check,
+        state="failed",
+        found=f"the student's tokens and merges ({own[:12]}) are not the teacher's ({teacher[:12]})",
+        remedy="Their ids stand for different text. Use a student of the teacher's family, or copy the teacher's with "
+        "`stillhouse teacher tokenizer` to a student that is trained from_config; or set loss.foreign_tokenizer: alm in the "
+        "run, which compares chunks of text.",
+    )
+
+
+def _fingerprint(files: Mapping[str, bytes]) -> str:
+    """Of ids, tokens and merges. How text is cut before depends on the library that loads the files: a run compares that."""
+    document = json.loads(files["tokenizer.json"])
+    if not isinstance(document, dict):
+        raise KeyError("tokenizer.json")
+    bare = {name: part for name, part in document.items() if name in ("model", "added_tokens")}
+    return tokenizer_fingerprint(json.dumps(bare), {})
+
+
+def own_version() -> str:
+    """Of this installation."""
+    try:
+        return version("stillhouse")
+    except PackageNotFoundError:  # run from a checkout
+        return "0.0.0"

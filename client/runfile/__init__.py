@@ -1,0 +1,1 @@
+"""YAML run file to RunSpec; problems with line and column."""

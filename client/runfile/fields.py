@@ -1,0 +1,64 @@
+"""What fields a run file may have, read from the contract; both spellings, and the nearest name for a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from stillhouse.client.core.json_output import is_map
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+
+MAX_NAME_CHARS = 100
+"""Of a wrong name that is compared with the right ones."""
+
+
+def find_field(message: Message, name: str) -> FieldDescriptor | None:
+    """The field of `message` that is spelled `name`, in snake_case or lowerCamelCase."""
+    fields = cast("Sequence[FieldDescriptor]", message.DESCRIPTOR.fields)
+    return next((each for each in fields if name in (each.name, each.json_name)), None)
+
+
+def spelled_like(name: str, sample: str) -> str:
+    """The field name `name` in the spelling of `sample`: lowerCamelCase if that has a capital."""
+    if not any(letter.isupper() for letter in sample):
+        return name
+    head, *rest = name.split("_")
+    return head + "".join(part.capitalize() for part in rest)
+
+
+def unknown_field_sentence(message: Message, name: str, prefix: str) -> str:
+    """Says that `name` is no field of `message`, which lies at `prefix`, and which field may be meant."""
+    names = [field.name for field in message.DESCRIPTOR.fields]
+    near = difflib.get_close_matches(_snake(name[:MAX_NAME_CHARS]), names, n=1, cutoff=0.6)
+    if near:
+        return f'there is no such field; did you mean "{spelled_like(near[0], name)}"?'
+    elsewhere = [path for path in all_paths() if path.rpartition(".")[2] == _snake(name)]
+    if elsewhere:
+        places = " or ".join(f'"{path}"' for path in elsewhere[:3])
+        return f"there is no such field here; it belongs to {places}."
+    where = f"of {prefix}" if prefix else "of a run"
+    listed = ", ".join(spelled_like(each, name) for each in names) or "none"
+    return f"there is no such field; the fields {where} are: {listed}."
+
+
+@cache
+def all_paths() -> tuple[str, ...]:
+    """Every field's path, with `[]` after lists, such as "loss.terms[].alpha"; nearest to the top first."""
+    return tuple(sorted(_paths(RunSpec.DESCRIPTOR, ""), key=lambda path: (path.count("."), path)))
+
+
+def _paths(message: Descriptor, prefix: str) -> Iterator[str]:
+    for field in message.fields:
+        path = f"{prefix}{field.name}"
+        yield path
+        if field.message_type is not None and not is_map(field):
+            yield from _paths(field.message_type, path + ("[]." if field.is_repeated else "."))
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name.replace("-", "_"))

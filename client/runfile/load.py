@@ -1,0 +1,86 @@
+"""Reads a run file, YAML or JSON, into a RunSpec; every problem is reported at once, as FILE:LINE:COLUMN: path: sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stillhouse.client.core.errors import file_error
+from stillhouse.client.runfile.overrides import apply_override
+from stillhouse.client.runfile.source_map import Place, Places, Problem, invalid
+from stillhouse.client.runfile.yaml_reader import Reader
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+
+MAX_RUN_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFile:
+    """A run as a user wrote it."""
+
+    spec: RunSpec
+    """What it says, with overrides applied."""
+    places: Places
+    """Where it says so."""
+    directory: Path
+    """Where the file lies."""
+
+
+def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
+    """The run in the file at `path`, or on standard input for "-", with `overrides` such as "loss.top_k=32".
+
+    Raises StillhouseError(INVALID_SPEC) with every problem, one a line.
+    """
+    if str(path) == "-":
+        return parse_run(sys.stdin.buffer.read(MAX_RUN_FILE_BYTES + 1), "<stdin>", overrides)
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_RUN_FILE_BYTES + 1)
+    except OSError as error:
+        raise file_error("read", path, error) from error
+    return parse_run(content, str(path), overrides, directory=path.parent)
+
+
+def parse_run(
+    content: bytes, source: str, overrides: Sequence[str] = (), *, directory: Path | None = None
+) -> RunFile:
+    """The run in `content`, which errors call `source`; without one they name fields alone."""
+    reader = Reader(source)
+    spec = RunSpec()
+    root = reader.compose(_decoded(content, source))
+    if root is not None:
+        reader.places.root = reader.place(root)
+        reader.read_message(root, spec, "", "")
+    for override in overrides:
+        apply_override(override, spec, reader)
+    if reader.problems:
+        raise invalid(reader.problems)
+    return RunFile(spec=spec, places=reader.places, directory=directory or Path.cwd())
+
+
+def parse_fields(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:
+    """The run in `values`, which has the field names of a run file; errors name fields alone, without lines."""
+    text = yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False)
+    return parse_run(text.encode(), "", overrides)
+
+
+def _decoded(content: bytes, source: str) -> str:
+    top = Place(source=source, line=1, column=1)
+    if len(content) > MAX_RUN_FILE_BYTES:
+        sentence = f"the file is larger than {MAX_RUN_FILE_BYTES} bytes; a run file is a page of text."
+        raise invalid([Problem(place=top, path="", sentence=sentence)])
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].split(b"\n")
+        place = Place(source=source, line=len(before), column=len(before[-1]) + 1)
+        sentence = "this byte is not UTF-8; save the file as UTF-8."
+        raise invalid([Problem(place=place, path="", sentence=sentence)]) from error
+    # JSON indents with tabs and has none inside its strings; YAML does not take them.
+    return text.replace("\t", " ") if source.endswith(".json") else text

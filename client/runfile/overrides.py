@@ -1,0 +1,152 @@
+"""Applies `--set a.b=c` to a run: the path and the value pass the same checks as those of a file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from stillhouse.client.core.json_output import is_map
+from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
+from stillhouse.client.runfile.source_map import Place, Problem, join
+from stillhouse.client.runfile.yaml_reader import Reader
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+
+_PATH = re.compile(r"[^.\[\]=]+(\.[^.\[\]=]+|\[\d+\])*")
+_LABELS = "labels."
+
+
+class _Refused(Exception):  # noqa: N818 (it never leaves this file)
+    """The override does not fit; its text is a sentence."""
+
+
+def apply_override(override: str, spec: RunSpec, reader: Reader) -> None:
+    """Sets the field that `override`, such as "loss.terms.0.weight=2" or "loss.terms[0].weight=2", names.
+
+    Text is taken as it stands; a list or a set of fields is written as YAML, "student.lora={rank: 8}". An index
+    equal to the length of a list adds to it. Problems go to `reader`.
+    """
+    path, equals, text = override.partition("=")
+    place = Place(source=f"--set {override}")
+    setting = _Setting(reader=reader, place=place, text=text)
+    reader.override = place
+    try:
+        if path.startswith(_LABELS) and equals:
+            spec.labels[path.removeprefix(_LABELS)] = text
+            reader.places.note(path, place, path)
+        else:
+            setting.apply(spec, _segments(path if equals else ""))
+    except _Refused as refused:
+        problem = Problem(place=place, path=join(setting.spelled), sentence=str(refused))
+        reader.problems.append(problem)
+    finally:
+        reader.override = None
+
+
+def _segments(path: str) -> list[str]:
+    if not _PATH.fullmatch(path):
+        raise _Refused("expects path=value, such as loss.top_k=32 or loss.terms[0].weight=2.")
+    return [segment for segment in re.split(r"\.|\[|\]\.?", path) if segment]
+
+
+@dataclass(kw_only=True, slots=True)
+class _Setting:
+    """One override on its way down the fields."""
+
+    reader: Reader
+    place: Place
+    text: str
+    path: list[str] = field(default_factory=list)
+    spelled: list[str] = field(default_factory=list)
+
+    def apply(self, message: Message, segments: list[str]) -> None:
+        """Goes from `message` down `segments`, and sets what is there."""
+        while segments:
+            name = segments.pop(0)
+            found = find_field(message, name)
+            if found is None:
+                sentence = unknown_field_sentence(message, name, join(self.spelled))
+                self.spelled.append(name)
+                raise _Refused(sentence)
+            self.path.append(found.name)
+            self.spelled.append(name)
+            if not segments:
+                self._set_field(found, message)
+                return
+            if found.is_repeated and not is_map(found):
+                items = getattr(message, found.name)
+                index = self._index(segments.pop(0), len(items))
+                if found.message_type is None:
+                    self._set_item(found, items, index, segments)
+                    return
+                message = items[index] if index < len(items) else items.add()
+                if not segments:
+                    self._set_element(message)
+                    return
+                self._note()
+            elif found.message_type is not None:
+                message = getattr(message, found.name)
+                message.SetInParent()
+            else:
+                raise _Refused(f'is one value and has no "{segments[0]}" below it.')
+
+    def _index(self, segment: str, length: int) -> int:
+        if not segment.isdecimal():
+            raise _Refused(f'is a list; write an index before "{segment}", such as {join(self.spelled)}[0].')
+        index = int(segment[:9])
+        if index > length or len(segment) > 9:
+            raise _Refused(f"has {length} items; index {segment} is beyond its end.")
+        self.path.append(f"[{index}]")
+        self.spelled.append(f"[{index}]")
+        return index
+
+    def _set_field(self, found: FieldDescriptor, message: Message) -> None:
+        path, spelled = join(self.path), join(self.spelled)
+        self.reader.places.forget_below(path)
+        if found.message_type is None and not found.is_repeated:
+            value = self._scalar(found)
+            if value is not None:
+                setattr(message, found.name, value)
+                self._note()
+            return
+        node = self._composed()
+        message.ClearField(found.name)
+        self.reader.read_field(found, node, node, message, path=path, spelled=spelled)
+
+    def _set_item(self, found: FieldDescriptor, items: Any, index: int, below: list[str]) -> None:
+        if below:
+            raise _Refused(f'is one value and has no "{below[0]}" below it.')
+        value = self._scalar(found)
+        if value is not None:
+            items[index : index + 1] = [value]
+            self._note()
+
+    def _set_element(self, element: Message) -> None:
+        path, spelled = join(self.path), join(self.spelled)
+        node = self._composed()
+        element.Clear()
+        self.reader.places.forget_below(path)
+        self._note()
+        self.reader.read_message(node, element, path, spelled)
+
+    def _scalar(self, found: FieldDescriptor) -> Any:
+        node = yaml.ScalarNode("", self.text)
+        return self.reader.read_scalar(found, node, join(self.spelled), verbatim=True)
+
+    def _composed(self) -> yaml.Node:
+        try:
+            node = yaml.compose(self.text, Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, RecursionError):
+            node = None
+        if node is None:
+            raise _Refused(
+                f'expects a list or a set of fields, such as [a, b] or {{a: 1}}; "{self.text}" is none.'
+            )
+        return node
+
+    def _note(self) -> None:
+        self.reader.places.note(join(self.path), self.place, join(self.spelled))

@@ -1,0 +1,100 @@
+"""Where each field of a run was written, so that an error, also one of the service, points at the user's own text."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from stillhouse.client.runfile.fields import spelled_like
+from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
+
+_SEGMENT = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """A position in a run file, or an override on the command line."""
+
+    source: str
+    """File name, or the whole "--set a.b=c"; empty for values that were in no file."""
+    line: int = 0
+    """Counts from 1; 0 for an override."""
+    column: int = 0
+    """Counts from 1; 0 for an override."""
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.line}:{self.column}" if self.line and self.source else self.source
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Problem:
+    """One thing that is wrong with a run."""
+
+    place: Place
+    path: str
+    """The field, in the file's own spelling; empty for the file as a whole."""
+    sentence: str
+
+    def __str__(self) -> str:
+        return ": ".join(part for part in (str(self.place), self.path, self.sentence) if part)
+
+
+@dataclass(kw_only=True, slots=True)
+class Places:
+    """Field path, such as "loss.terms[0].alpha", to where it was written and how it was spelled there."""
+
+    root: Place
+    camel_case: bool = False
+    """Whether the file spells its fields in lowerCamelCase."""
+    _known: dict[str, tuple[Place, str]] = field(default_factory=dict)
+
+    def note(self, path: str, place: Place, spelled: str) -> None:
+        """Remembers where `path` was written."""
+        self._known[path] = place, spelled
+
+    def forget_below(self, path: str) -> None:
+        """Forgets everything under `path`, which an override replaces."""
+        for known in [each for each in self._known if each.startswith((f"{path}.", f"{path}["))]:
+            del self._known[known]
+
+    def find(self, path: str) -> tuple[Place, str]:
+        """Where `path` was written, or else the nearest field around it; and its spelling."""
+        segments = [match.group() for match in _SEGMENT.finditer(path)]
+        for length in range(len(segments), 0, -1):
+            known = self._known.get(join(segments[:length]))
+            if known is not None:
+                place, spelled = known
+                return place, join([spelled, *self._spelled(segments[length:])])
+        return self.root, join(self._spelled(segments))
+
+    def located(self, error: StillhouseError) -> StillhouseError:
+        """`error` with the service's field violations as problems of the file."""
+        if error.reason is not Reason.INVALID_SPEC or not error.violations:
+            return error
+        problems = []
+        for violation in error.violations:
+            place, spelled = self.find(violation.field.removeprefix("spec."))
+            problems.append(Problem(place=place, path=spelled, sentence=violation.description))
+        return invalid(problems)
+
+    def _spelled(self, segments: Sequence[str]) -> list[str]:
+        return [spelled_like(each, "aA") if self.camel_case else each for each in segments]
+
+
+def join(segments: Sequence[str]) -> str:
+    """The path of `segments`, where "[0]" is an index: a.b[0].c."""
+    path = ""
+    for segment in segments:
+        path += segment if not path or segment.startswith("[") else f".{segment}"
+    return path
+
+
+def invalid(problems: Sequence[Problem]) -> StillhouseError:
+    """One error with all `problems`: those of the file by position, then those of overrides."""
+    ordered = sorted(problems, key=lambda each: (not each.place.line, each.place.line, each.place.column))
+    return StillhouseError(
+        Reason.INVALID_SPEC,
+        "\n".join(dict.fromkeys(str(each) for each in ordered)),
+        violations=[FieldViolation(field=each.path, description=each.sentence) for each in ordered],
+    )

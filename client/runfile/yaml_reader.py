@@ -1,0 +1,228 @@
+"""Reads the YAML nodes of a run file into the fields of a message; a problem is noted where it lies, and the reading goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import Message
+
+from stillhouse.client.core.json_output import is_map
+from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
+from stillhouse.client.runfile.scalars import is_null, kind, read_value
+from stillhouse.client.runfile.source_map import Place, Places, Problem
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+
+_STANDARD_TAG = "tag:yaml.org,2002:"
+_MERGE_TAG = _STANDARD_TAG + "merge"
+
+
+class Reader:
+    """Walks YAML nodes along the fields of a message and gathers values, places and problems."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.problems: list[Problem] = []
+        self.places = Places(root=Place(source=source, line=1, column=1))
+        self.override: Place | None = None
+        """Set while an override is read: then everything lies there."""
+
+    def compose(self, text: str) -> yaml.Node | None:
+        """The tree of `text`; None, with a problem, where it is empty or no YAML."""
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = self._at(mark.line, mark.column) if mark else self.places.root
+            self._problem(place, "", f"this is no valid YAML: {error.problem or error.context}.")
+            return None
+        except yaml.reader.ReaderError as error:
+            before = text[: error.position].split("\n")
+            place = self._at(len(before) - 1, len(before[-1]))
+            self._problem(place, "", "this character must not stand in YAML.")
+            return None
+        except RecursionError:
+            self._problem(self.places.root, "", "the file is nested too deeply.")
+            return None
+        if root is None or is_null(root):
+            self._problem(self.places.root, "", "the file is empty; a run needs student, teachers and data.")
+            return None
+        return root
+
+    def place(self, node: yaml.Node) -> Place:
+        """Where `node` begins."""
+        if self.override is not None:
+            return self.override
+        return self._at(node.start_mark.line, node.start_mark.column)
+
+    def problem(self, node: yaml.Node, spelled: str, sentence: str) -> None:
+        """Notes what is wrong at `node`."""
+        self._problem(self.place(node), spelled, sentence)
+
+    def read_message(self, node: yaml.Node, message: Message, path: str, spelled: str) -> None:
+        """Reads the fields in the mapping `node` into `message`."""
+        if not isinstance(node, yaml.MappingNode):
+            self.problem(node, spelled, f"expects fields, each as `name: value`; {kind(node)}.")
+            return
+        seen: dict[str, tuple[str, yaml.Node]] = {}
+        prefix, spelled_prefix = (f"{path}.", f"{spelled}.") if path else ("", "")
+        for key, value in self._pairs(node, spelled):
+            name = key.value
+            field = find_field(message, name)
+            if field is None:
+                sentence = unknown_field_sentence(message, name, spelled)
+                self.problem(key, f"{spelled_prefix}{name}", sentence)
+                continue
+            if self._is_conflict(field, key, seen, spelled_prefix):
+                continue
+            seen[field.name] = name, key
+            self.places.camel_case |= name != field.name
+            self.read_field(
+                field, key, value, message, path=prefix + field.name, spelled=spelled_prefix + name
+            )
+
+    def read_field(
+        self,
+        field: FieldDescriptor,
+        key: yaml.Node,
+        value: yaml.Node,
+        message: Message,
+        *,
+        path: str,
+        spelled: str,
+    ) -> None:
+        """Reads `value` into `field` of `message`."""
+        is_scalar = field.message_type is None and not field.is_repeated
+        self.places.note(path, self.place(value if is_scalar else key), spelled)
+        if not self._has_known_tag(value, spelled):
+            return
+        name = spelled.rpartition(".")[2]
+        if is_map(field):
+            self._read_map(value, getattr(message, field.name), path, spelled)
+        elif field.is_repeated:
+            self._read_list(field, value, message, path, spelled)
+        elif field.message_type is not None:
+            if is_null(value):
+                self.problem(key, spelled, f"is empty; write `{name}: {{}}` for its defaults, or remove it.")
+                return
+            child: Message = getattr(message, field.name)
+            child.SetInParent()
+            self.read_message(value, child, path, spelled)
+        elif not is_null(value):
+            scalar = self.read_scalar(field, value, spelled, verbatim=False)
+            if scalar is not None:
+                setattr(message, field.name, scalar)
+
+    def read_scalar(self, field: FieldDescriptor, node: yaml.Node, spelled: str, *, verbatim: bool) -> Any:
+        """The value of `node` in the type of `field`; None, with a problem, if it has none."""
+        if not isinstance(node, yaml.ScalarNode):
+            self.problem(node, spelled, f"expects one value; {kind(node)}.")
+            return None
+        try:
+            return read_value(field, node, verbatim=verbatim)
+        except ValueError as error:
+            self.problem(node, spelled, str(error))
+            return None
+
+    def _read_list(
+        self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str, spelled: str
+    ) -> None:
+        """A list; one value where several may stand is a list of it alone."""
+        alone = isinstance(node, yaml.ScalarNode) and field.message_type is None and not is_null(node)
+        if not alone and not isinstance(node, yaml.SequenceNode):
+            name = spelled.rpartition(".")[2]
+            remedy = (
+                'put "- " before its first field' if isinstance(node, yaml.MappingNode) else "write [...]"
+            )
+            remedy = f"write `{name}: []` or remove it" if is_null(node) else remedy
+            self.problem(node, spelled, f"expects a list; {kind(node)}: {remedy}.")
+            return
+        items = getattr(message, field.name)
+        for index, item in enumerate([node] if alone else node.value):
+            item_path, item_spelled = f"{path}[{index}]", f"{spelled}[{index}]"
+            self.places.note(item_path, self.place(item), item_spelled)
+            if not self._has_known_tag(item, item_spelled):
+                continue
+            if is_null(item):
+                self.problem(item, item_spelled, "is empty; give it a value or remove it.")
+            elif field.message_type is not None:
+                self.read_message(item, items.add(), item_path, item_spelled)
+            else:
+                value = self.read_scalar(field, item, item_spelled, verbatim=False)
+                if value is not None:
+                    items.append(value)
+
+    def _read_map(self, node: yaml.Node, target: Any, path: str, spelled: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            self.problem(node, spelled, f"expects `name: text` pairs; {kind(node)}.")
+            return
+        value_field = RunSpec.LabelsEntry.DESCRIPTOR.fields_by_name["value"]
+        seen = set()
+        for key, value in self._pairs(node, spelled):
+            item_spelled = f"{spelled}.{key.value}"
+            self.places.note(f"{path}.{key.value}", self.place(value), item_spelled)
+            if key.value in seen:
+                self.problem(key, item_spelled, "is given twice; keep one.")
+            seen.add(key.value)
+            text = self.read_scalar(value_field, value, item_spelled, verbatim=False)
+            if text is not None:
+                target[key.value] = text
+
+    def _pairs(self, node: yaml.MappingNode, spelled: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+        """Keys and values of `node`; those merged in by `<<` come last and yield to its own."""
+        merged: list[tuple[yaml.ScalarNode, yaml.Node]] = []
+        own = set()
+        for key, value in node.value:
+            if key.tag == _MERGE_TAG:
+                merged += self._merged(value, spelled)
+            elif isinstance(key, yaml.ScalarNode):
+                own.add(key.value)
+                yield key, value
+            else:
+                self.problem(key, spelled, "expects a field name; this is a list or a set of fields.")
+        for key, value in merged:
+            if key.value not in own:
+                own.add(key.value)
+                yield key, value
+
+    def _merged(self, node: yaml.Node, spelled: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+        parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        pairs: list[tuple[yaml.ScalarNode, yaml.Node]] = []
+        for part in parts:
+            if isinstance(part, yaml.MappingNode) and all(key.tag != _MERGE_TAG for key, _ in part.value):
+                pairs += self._pairs(part, spelled)
+            else:
+                self.problem(
+                    part, spelled, "`<<` expects one set of fields, or a list of them, without `<<`."
+                )
+        return pairs
+
+    def _is_conflict(
+        self, field: FieldDescriptor, key: yaml.Node, seen: dict[str, tuple[str, yaml.Node]], prefix: str
+    ) -> bool:
+        if field.name in seen:
+            first = seen[field.name][1].start_mark.line + 1
+            self.problem(key, f"{prefix}{key.value}", f"is given twice, first in line {first}; keep one.")
+            return True
+        rivals = field.containing_oneof.fields if field.containing_oneof else ()
+        for rival in rivals:
+            if rival.name in seen:
+                self.problem(
+                    key, f"{prefix}{key.value}", f'excludes "{seen[rival.name][0]}" beside it; keep one.'
+                )
+                return True
+        return False
+
+    def _has_known_tag(self, node: yaml.Node, spelled: str) -> bool:
+        if node.tag.startswith(_STANDARD_TAG) and not node.tag.startswith(_STANDARD_TAG + "python"):
+            return True
+        self.problem(node, spelled, f"has the tag {node.tag}, which a run file does not know; remove it.")
+        return False
+
+    def _at(self, line: int, column: int) -> Place:
+        return Place(source=self.source, line=line + 1, column=column + 1)
+
+    def _problem(self, place: Place, spelled: str, sentence: str) -> None:
+        self.problems.append(Problem(place=place, path=spelled, sentence=sentence))

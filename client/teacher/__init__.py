@@ -1,0 +1,1 @@
+"""Teacher: generate, score, adapters."""

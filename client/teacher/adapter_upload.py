@@ -1,0 +1,43 @@
+"""A LoRA adapter as pieces of its two files; nothing else of its directory leaves this machine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from io import BufferedReader
+from pathlib import Path
+
+from stillhouse.client.core.errors import file_error
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import UploadAdapterRequest
+
+FILES = ("adapter_config.json", "adapter_model.safetensors")
+PIECE_BYTES = 512 * 1024
+
+
+@contextmanager
+def adapter_pieces(
+    directory: Path, on_bytes: Callable[[int], None] | None
+) -> Iterator[Iterator[UploadAdapterRequest]]:
+    """The requests that carry the adapter in `directory`. Raises StillhouseError if one of its files is missing."""
+    with ExitStack() as stack:
+        files: dict[str, BufferedReader] = {}
+        for name in FILES:
+            try:
+                files[name] = stack.enter_context((directory / name).open("rb"))
+            except OSError as error:
+                raise file_error("read", directory / name, error) from error
+        yield _pieces(files, on_bytes)
+
+
+def _pieces(
+    files: dict[str, BufferedReader], on_bytes: Callable[[int], None] | None
+) -> Iterator[UploadAdapterRequest]:
+    for name, file in files.items():
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file.seek(0)
+        yield UploadAdapterRequest(file_name=name, sha256=digest)
+        while data := file.read(PIECE_BYTES):
+            yield UploadAdapterRequest(data=data)
+            if on_bytes is not None:
+                on_bytes(len(data))

@@ -1,0 +1,231 @@
+"""Text that a teacher writes: prompts in, pieces out as they grow, and whole samples gathered from them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.client.core.errors import usage_error
+from stillhouse.protos.errors import Reason, StillhouseError, from_status
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors.distributions import Distributions, decode_distributions
+from stillhouse.protos.tensors.layout import decode, encode
+
+if TYPE_CHECKING:
+    from stillhouse.client.teacher.teacher import Prompt, Teacher
+
+_FINISH = {
+    teacher_pb2.SampleChunk.FINISH_REASON_UNSPECIFIED: "",
+    teacher_pb2.SampleChunk.FINISH_REASON_STOP: "stop",
+    teacher_pb2.SampleChunk.FINISH_REASON_LENGTH: "length",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """The next piece of one sample."""
+
+    prompt_index: int
+    """The prompt that it answers, counted from 0 over all prompts given."""
+    sample_index: int
+    """Which of that prompt's samples it extends."""
+    text: str
+    """The new text."""
+    token_ids: NDArray[np.int32]
+    """The new tokens, [T]."""
+    sampling_logprobs: NDArray[np.float32] | None
+    """Log-probability of each new token where it was drawn, after temperature, top-p and top-k, [T]."""
+    distributions: Distributions | None
+    """What the teacher said at each new token, at temperature 1, if it was asked for."""
+    finish: str
+    """"stop" or "length" on the last piece, else empty."""
+    prompt_tokens: int
+    """Tokens of the prompt; set on the first piece."""
+    prompt_token_ids: NDArray[np.int32] | None
+    """The prompt, [P], on the first piece, if it was asked for."""
+    error: StillhouseError | None
+    """Why this sample, and only this one, failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """One finished sample."""
+
+    prompt_index: int
+    """The prompt that it answers, counted from 0 over all prompts given."""
+    sample_index: int
+    """Which of that prompt's samples it is."""
+    text: str
+    """What was written."""
+    token_ids: NDArray[np.int32]
+    """Its tokens, [T]."""
+    sampling_logprobs: NDArray[np.float32] | None
+    """Log-probability of each token where it was drawn, [T]."""
+    distributions: Distributions | None
+    """What the teacher said at each token, at temperature 1, if it was asked for."""
+    finish: str
+    """"stop", "length", or empty after an error."""
+    prompt_tokens: int
+    """Tokens of the prompt."""
+    prompt_token_ids: NDArray[np.int32] | None
+    """The prompt, [P], if it was asked for."""
+    error: StillhouseError | None
+    """Why it failed; what came before is kept."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Gathering:
+    """Pieces of unfinished samples."""
+
+    _pieces: dict[tuple[int, int], list[Piece]] = field(default_factory=dict)
+
+    def add(self, piece: Piece) -> Completion | None:
+        """The sample that `piece` finishes, if it does."""
+        key = piece.prompt_index, piece.sample_index
+        parts = self._pieces.setdefault(key, [])
+        parts.append(piece)
+        if not piece.finish and piece.error is None:
+            return None
+        del self._pieces[key]
+        logprobs = [part.sampling_logprobs for part in parts if part.sampling_logprobs is not None]
+        told = [part.distributions for part in parts if part.distributions is not None]
+        return Completion(
+            prompt_index=piece.prompt_index,
+            sample_index=piece.sample_index,
+            text="".join(part.text for part in parts),
+            token_ids=np.concatenate([part.token_ids for part in parts]),
+            sampling_logprobs=np.concatenate(logprobs) if logprobs else None,
+            distributions=Distributions.concat(told) if told else None,
+            finish=piece.finish,
+            prompt_tokens=max(part.prompt_tokens for part in parts),
+            prompt_token_ids=parts[0].prompt_token_ids,
+            error=piece.error,
+        )
+
+
+def failed(prompt_index: int, sample_index: int, error: StillhouseError) -> Completion:
+    """A sample of which nothing came."""
+    return Completion(
+        prompt_index=prompt_index,
+        sample_index=sample_index,
+        text="",
+        token_ids=np.zeros(0, np.int32),
+        sampling_logprobs=None,
+        distributions=None,
+        finish="",
+        prompt_tokens=0,
+        prompt_token_ids=None,
+        error=error,
+    )
+
+
+def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
+    """The message for text, token ids or messages. Raises StillhouseError for anything else."""
+    message = teacher_pb2.Prompt(adapter=adapter)
+    if isinstance(prompt, teacher_pb2.Prompt):
+        message.MergeFrom(prompt)
+    elif isinstance(prompt, str):
+        message.text = prompt
+    elif len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):
+        message.conversation.messages.extend(_turn(turn) for turn in prompt if isinstance(turn, Mapping))
+    else:
+        message.token_ids.CopyFrom(encode(as_ids(prompt)))
+    return message
+
+
+def as_ids(ids: object) -> NDArray[np.int32]:
+    """Token ids as int32 [T]. Raises StillhouseError for what are no whole numbers of that size."""
+    try:
+        array = np.asarray(ids if isinstance(ids, Sequence | np.ndarray) else list(ids))  # type: ignore[call-overload]
+    except (TypeError, ValueError) as error:
+        raise usage_error(f"token ids are a list of whole numbers, not {ids!r:.60}.") from error
+    if array.size == 0:
+        array = array.astype(np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (array.size and abs(int(array.max())) >= 2**31):
+        raise usage_error(f"token ids are a list of whole numbers in [0, 2^31), not {ids!r:.60}.")
+    return array.astype(np.int32)
+
+
+def _turn(turn: Mapping[str, str]) -> teacher_pb2.Message:
+    role, content = turn.get("role"), turn.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise usage_error(f'a message needs "role" and "content", both text; got {dict(turn)!r:.80}.')
+    return teacher_pb2.Message(role=role, content=content)
+
+
+def pieces(
+    teacher: Teacher, prompts: Iterable[teacher_pb2.Prompt], template: teacher_pb2.GenerateRequest
+) -> Iterator[Piece]:
+    """The pieces for `prompts`, asked for with `template`, at most the teacher's max_prompts at a time."""
+    most = max(1, teacher.limits.max_prompts)
+    most_samples = max(1, template.num_samples)
+    offset = 0
+    for batch in _batched(prompts, most):
+        request = teacher_pb2.GenerateRequest(prompts=batch)
+        request.MergeFrom(template)
+        for response in teacher.stream(teacher.stub.Generate, request):
+            for chunk in response.chunks:
+                if not (0 <= chunk.prompt_index < len(batch) and 0 <= chunk.sample_index < most_samples):
+                    raise StillhouseError(
+                        Reason.TENSOR_INVALID,
+                        f"the teacher answered sample {chunk.sample_index} of prompt {chunk.prompt_index}; asked for were "
+                        f"{most_samples} of {len(batch)} prompts.",
+                    )
+                yield replace(
+                    piece_of(chunk, teacher.limits, template), prompt_index=offset + chunk.prompt_index
+                )
+        offset += len(batch)
+
+
+def _batched(prompts: Iterable[teacher_pb2.Prompt], most: int) -> Iterator[tuple[teacher_pb2.Prompt, ...]]:
+    iterator = iter(prompts)
+    while batch := tuple(itertools.islice(iterator, most)):
+        yield batch
+
+
+def piece_of(
+    chunk: teacher_pb2.SampleChunk,
+    limits: teacher_pb2.GetTeacherInfoResponse,
+    template: teacher_pb2.GenerateRequest,
+) -> Piece:
+    """What a chunk says, checked against the teacher's limits and what was asked for. Raises StillhouseError."""
+    most = limits.max_sequence_tokens
+    distributions = None
+    if chunk.HasField("distributions"):
+        distributions = decode_distributions(
+            chunk.distributions,
+            vocab_size=limits.vocab_size,
+            max_rows=most,
+            max_top_k=template.distributions.top_k,
+        )
+    drawn = None
+    if chunk.HasField("sampling_logprobs"):
+        drawn = _array(chunk.sampling_logprobs, "sampling_logprobs", Tensor.DATA_TYPE_FLOAT32, most)
+    prompt_ids = None
+    if chunk.HasField("prompt_token_ids"):
+        prompt_ids = _array(chunk.prompt_token_ids, "prompt_token_ids", Tensor.DATA_TYPE_INT32, most)
+    token_ids = np.zeros(0, np.int32)
+    if chunk.HasField("token_ids"):
+        token_ids = _array(chunk.token_ids, "token_ids", Tensor.DATA_TYPE_INT32, most)
+    return Piece(
+        prompt_index=chunk.prompt_index,
+        sample_index=chunk.sample_index,
+        text=chunk.text,
+        token_ids=token_ids,
+        sampling_logprobs=drawn,
+        distributions=distributions,
+        finish=_FINISH.get(chunk.finish_reason, "stop"),
+        prompt_tokens=chunk.prompt_tokens,
+        prompt_token_ids=prompt_ids,
+        error=from_status(chunk.error) if chunk.HasField("error") else None,
+    )
+
+
+def _array(tensor: Tensor, name: str, dtype: Tensor.DataType.ValueType, most: int) -> NDArray[Any]:
+    return decode(tensor, field=f"chunk.{name}", dtypes=(dtype,), shape=(None,), max_elements=most)

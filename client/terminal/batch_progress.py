@@ -1,0 +1,96 @@
+"""A batch as it goes, for people: a progress bar with tokens per second on a terminal, and nothing elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from contextlib import AbstractContextManager
+from typing import Any
+
+from stillhouse.client.batch.pipeline import BatchProgress
+from stillhouse.client.terminal.render import printable
+
+REFRESH_S = 0.1
+"""Least time between two looks of the bar."""
+WINDOW_S = 10.0
+"""Tokens per second are those of so much time."""
+
+
+class Bar:
+    """What is shown of a batch; `progress` is rich's, or None where there is nobody to see it."""
+
+    def __init__(self, progress: Any, name: str) -> None:
+        self._progress = progress
+        self._next_s = 0.0
+        self._last: BatchProgress | None = None
+        self._tokens: deque[tuple[float, int]] = deque([(time.monotonic(), 0)])
+        if progress is not None:
+            self._task = progress.add_task(printable(name), total=None, rows="", speed="")
+
+    def show(self, now: BatchProgress) -> None:
+        """Shows how far the batch is."""
+        self._last = now
+        if self._progress is not None and time.monotonic() >= self._next_s:
+            self._update(now)
+
+    def finish(self) -> None:
+        """Shows the last that was told."""
+        if self._progress is not None and self._last is not None:
+            self._update(self._last)
+
+    def _update(self, now: BatchProgress) -> None:
+        at_s = time.monotonic()
+        self._next_s = at_s + REFRESH_S
+        self._tokens.append((at_s, now.tokens))
+        while len(self._tokens) > 2 and self._tokens[0][0] < at_s - WINDOW_S:
+            self._tokens.popleft()
+        begin_s, begin = self._tokens[0]
+        failed = f", {now.failed} failed" if now.failed else ""
+        self._progress.update(
+            self._task,
+            completed=now.input_bytes,
+            total=now.total_bytes,
+            rows=f"{now.rows} rows{failed}",
+            speed=f"{(now.tokens - begin) / max(at_s - begin_s, 1e-9):.0f} tokens/s",
+        )
+
+    def line(self, text: str) -> bool:
+        """Shows one line above the bar; False where there is none."""
+        if self._progress is None:
+            return False
+        self._progress.console.print(printable(text), markup=False, highlight=False)
+        return True
+
+
+class progress_bar(AbstractContextManager[Bar]):  # noqa: N801 (used like a function)
+    """The bar on standard error, if that is a terminal and it is to be `visible`; a context manager."""
+
+    def __init__(self, name: str, *, visible: bool) -> None:
+        self._name = name
+        self._visible = visible and sys.stderr.isatty()
+        self._progress: Any = None
+        self._bar: Bar
+
+    def __enter__(self) -> Bar:
+        if self._visible:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TaskProgressColumn(),
+                TextColumn("{task.fields[rows]}"),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._progress.start()
+        self._bar = Bar(self._progress, self._name)
+        return self._bar
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress is not None:
+            self._bar.finish()
+            self._progress.stop()

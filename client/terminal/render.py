@@ -1,0 +1,100 @@
+"""How values look to people: aligned columns, sizes, times; text from elsewhere without control characters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from stillhouse.client.core.json_output import as_json, enum_name
+from stillhouse.protos.stillhouse.v1 import run_pb2
+
+_STATES = run_pb2.Run.DESCRIPTOR.enum_types_by_name["State"]
+_CONDITIONS = run_pb2.Run.DESCRIPTOR.enum_types_by_name["Condition"]
+_KEPT = {"\n", "\t"}
+
+
+def printable(text: str) -> str:
+    """`text` with control characters made visible: what a model or a log wrote must not steer the terminal."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each in _KEPT else _visible(each) for each in text)
+
+
+def _visible(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii") if character != "\r" else ""
+
+
+def columns(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
+    """The rows, with cells of one column under each other, two spaces apart."""
+    table = [list(header)] if header else []
+    table += [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
+
+
+def state_name(run: run_pb2.Run) -> str:
+    """RUNNING, or "RUNNING, waiting for teacher" where something keeps it from making progress."""
+    state = enum_name(_STATES, run.state) or "UNKNOWN"
+    condition = enum_name(_CONDITIONS, run.condition)
+    if condition is not None:
+        return f"{state}, {condition.lower().replace('_', ' ')}"
+    if run.state == run_pb2.Run.STATE_PENDING and run.queue_position:
+        return f"{state}, {run.queue_position} ahead of it"
+    return state
+
+
+def progress_text(progress: run_pb2.Progress) -> str:
+    """ "120/500 24 %", or the step alone while the total is not known."""
+    if not progress.total_steps:
+        return str(progress.step)
+    share = 100 * progress.step / progress.total_steps
+    return f"{progress.step}/{progress.total_steps} {share:.0f} %"
+
+
+def number_text(value: float) -> str:
+    """A metric's value in at most five significant digits."""
+    if not math.isfinite(value):
+        return str(value)
+    if value and abs(value) < 1e-3:
+        return f"{value:.3e}"
+    if abs(value) >= 1e5:
+        return f"{value:,.0f}"
+    return f"{value:.5g}"
+
+
+def size_text(size_bytes: int) -> str:
+    """1.5 MiB."""
+    size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def time_text(time: Timestamp) -> str:
+    """Local time to the second; empty if it is not set."""
+    if not time.seconds:
+        return ""
+    return datetime.fromtimestamp(time.seconds, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration_text(seconds: float) -> str:
+    """3 h 4 min, 2 min 5 s or 12 s."""
+    whole = max(0, round(seconds))
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    if whole >= 60:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole} s"
+
+
+def spec_text(spec: run_pb2.RunSpec) -> str:
+    """`spec` as a run file in YAML."""
+    import yaml
+
+    return yaml.safe_dump(as_json(spec), sort_keys=False, allow_unicode=True, width=100)

@@ -1,0 +1,143 @@
+"""What every command shares: --json, the connection options, and a session that opens services when they are needed."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stillhouse.client.terminal.options import shared_options
+
+if TYPE_CHECKING:
+    from stillhouse.client.core.settings import Settings
+    from stillhouse.client.teacher.teacher import Teacher
+    from stillhouse.client.trainer.run_handle import RunHandle
+    from stillhouse.client.trainer.trainer import Trainer
+
+
+class Session:
+    """One command at work: where to print, and which services to ask."""
+
+    def __init__(self, flags: Mapping[str, Any], stack: ExitStack, *, as_json: bool) -> None:
+        self._flags = flags
+        self._stack = stack
+        self.as_json = as_json
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """Where the services are."""
+        from stillhouse.client.core.settings import NAMES, load_settings
+
+        config = self._flags.get("config")
+        tls = self._flags.get("tls")
+        flags = {name: self._flags.get(name) for name in NAMES if name != "tls"}
+        return load_settings(
+            flags | {"tls": None if tls is None else str(tls).lower()},
+            context=self._flags.get("context"),
+            config=Path(config).expanduser() if config else None,
+        )
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """The run service."""
+        from stillhouse.client.trainer.trainer import Trainer
+
+        return self._stack.enter_context(Trainer(self.settings.trainer, **self._security()))
+
+    @functools.cached_property
+    def teacher(self) -> Teacher:
+        """The teacher service; of several the first that answers."""
+        from stillhouse.client.batch.service_pool import agreeing
+
+        return self.teachers[0] if len(self.teachers) == 1 else agreeing(self.teachers)[0]
+
+    @functools.cached_property
+    def teachers(self) -> tuple[Teacher, ...]:
+        """All services of the teacher that --teacher names."""
+        from stillhouse.client.core.errors import usage_error
+        from stillhouse.client.teacher.teacher import Teacher
+
+        if not self.settings.teachers:
+            raise usage_error("--teacher names no service; give HOST:PORT, or several with commas between.")
+        return tuple(
+            self._stack.enter_context(Teacher(target, **self._security()))
+            for target in self.settings.teachers
+        )
+
+    @property
+    def only_teacher(self) -> Teacher:
+        """The teacher service, for what is done to one service and not to another."""
+        from stillhouse.client.core.errors import usage_error
+
+        if len(self.teachers) > 1:
+            raise usage_error(
+                f"--teacher names {len(self.teachers)} services; this is done to each by itself: name one."
+            )
+        return self.teachers[0]
+
+    def run(self, name: str) -> RunHandle:
+        """The run that `name` means."""
+        return self.trainer.run(name)
+
+    def emit(self, document: object) -> None:
+        """Prints one line of JSON."""
+        from stillhouse.client.core.json_output import dumps
+
+        click.echo(dumps(document))
+        sys.stdout.flush()
+
+    def say(self, text: str) -> None:
+        """Prints for people; text from elsewhere cannot steer the terminal."""
+        from stillhouse.client.terminal.render import printable
+
+        click.echo(printable(text))
+
+    def note(self, text: str) -> None:
+        """Prints for people on standard error, where it does not mix with results; nothing with --json."""
+        from stillhouse.client.terminal.render import printable
+
+        if not self.as_json:
+            click.echo(printable(text), err=True)
+
+    def _security(self) -> dict[str, Any]:
+        return self.settings.security()
+
+
+def command(
+    group: click.Group | None = None, name: str | None = None
+) -> Callable[[Callable[..., Any]], click.Command]:
+    """Makes a command of a function whose first argument is a Session, and adds it to `group`.
+
+    The function returns its exit code, or None for 0.
+    """
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        @click.pass_context
+        def callback(ctx: click.Context, /, **params: Any) -> None:
+            root = ctx.find_root()
+            shared = (root.obj or {}).get("shared", {})
+            own = {key: params.pop(key) for key in list(params) if key.startswith("shared_")}
+            merged = {
+                key.removeprefix("shared_"): value if value is not None else shared.get(key)
+                for key, value in own.items()
+            }
+            as_json = params.pop("as_json")
+            root.obj = {"shared": shared, "as_json": as_json}
+            with ExitStack() as stack:
+                code = function(Session(merged, stack, as_json=as_json), **params)
+            ctx.exit(int(code or 0))
+
+        functools.update_wrapper(callback, function)
+        made = click.command(name or function.__name__)(callback)
+        made.params.append(click.Option(["--json", "as_json"], is_flag=True, help="Print JSON."))
+        made.params.extend(shared_options(hidden=True))
+        if group is not None:
+            group.add_command(made)
+        return made
+
+    return decorate

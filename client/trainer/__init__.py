@@ -1,0 +1,1 @@
+"""Trainer: runs, artifacts, datasets."""

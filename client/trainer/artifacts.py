@@ -1,0 +1,120 @@
+"""Copies artifacts of a run to this machine: resumable, checked by SHA-256, whole or absent under their names."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from stillhouse.client.core.connection import resumed
+from stillhouse.client.core.errors import file_error
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import run_pb2
+
+if TYPE_CHECKING:
+    from stillhouse.client.trainer.run_handle import RunHandle
+
+OnFile = Callable[[str, int, int], None]
+"""Told path, bytes that are here, bytes of the whole file."""
+
+PART_SUFFIX = ".part"
+_READ_BYTES = 1 << 20
+_CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+def pull(run: RunHandle, what: str, directory: Path, on_file: OnFile | None) -> list[Path]:
+    """The files of `what` in `directory`; see RunHandle.pull."""
+    artifacts = run.artifacts()
+    wanted = [each for each in artifacts if each.path == what or each.path.startswith(what + "/") or not what]
+    if not wanted:
+        tops = sorted({_top(each.path) for each in artifacts})
+        has = f"it has: {', '.join(tops)}" if tops else "it has none yet"
+        raise StillhouseError(
+            Reason.ARTIFACT_NOT_FOUND, f'run {run.id} has no artifact "{what}"; {has}.', resource=what
+        )
+    places = [(each, directory / _below(each.path, what)) for each in wanted]
+    for artifact, place in places:
+        _fetch(run, artifact, place, on_file)
+    return [place for _, place in places]
+
+
+def _top(path: str) -> str:
+    parts = path.split("/")
+    return "/".join(parts[:2]) if parts[0] == "checkpoints" else parts[0]
+
+
+def _below(path: str, what: str) -> PurePosixPath:
+    """Where `path` lies below the directory that `what` is copied into. The path comes from the network."""
+    pure = PurePosixPath(path)
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or _CONTROL.search(path):
+        raise StillhouseError(
+            Reason.PATH_NOT_ALLOWED,
+            f"the trainer offers a file named {path!a}, which could lie anywhere; refused.",
+        )
+    return PurePosixPath(pure.name) if path == what else pure.relative_to(what or ".")
+
+
+def _fetch(run: RunHandle, artifact: run_pb2.Artifact, place: Path, on_file: OnFile | None) -> None:
+    try:
+        if _is_same(place, artifact):
+            _tell(on_file, artifact, artifact.size_bytes)
+            return
+        place.parent.mkdir(parents=True, exist_ok=True)
+        part = place.with_name(place.name + PART_SUFFIX)
+        resumes = part.is_file()
+        if not _download(run, artifact, part, on_file):
+            part.unlink()
+            # The half that was here may be of another file of that name; only then is a second try worth it.
+            if not resumes or not _download(run, artifact, part, on_file):
+                part.unlink(missing_ok=True)
+                raise StillhouseError(
+                    Reason.CHECKPOINT_CORRUPT,
+                    f"{artifact.path} arrived with another SHA-256 than the trainer named; nothing was kept. "
+                    "Pull again; if it stays so, the file is damaged on the trainer's host.",
+                )
+        part.replace(place)
+    except OSError as error:
+        raise file_error("write", place, error) from error
+
+
+def _is_same(place: Path, artifact: run_pb2.Artifact) -> bool:
+    has_size = place.is_file() and place.stat().st_size == artifact.size_bytes
+    return has_size and _sha256(place).hexdigest() == artifact.sha256
+
+
+def _download(run: RunHandle, artifact: run_pb2.Artifact, part: Path, on_file: OnFile | None) -> bool:
+    """Whether `part` holds the whole file and its SHA-256 is right."""
+    digest = _sha256(part) if part.is_file() else hashlib.sha256()
+    size = part.stat().st_size if part.is_file() else 0
+    if size > artifact.size_bytes:
+        return False
+    stated = artifact.sha256
+    with part.open("ab") as file:
+
+        def open_stream() -> Iterator[run_pb2.DownloadArtifactResponse]:
+            return run.download(artifact.path, size)
+
+        for piece in resumed(open_stream):
+            size += len(piece.data)
+            if size > artifact.size_bytes:
+                return False
+            digest.update(piece.data)
+            file.write(piece.data)
+            stated = piece.sha256 or stated
+            _tell(on_file, artifact, size)
+    return size == artifact.size_bytes and digest.hexdigest() == stated
+
+
+def _tell(on_file: OnFile | None, artifact: run_pb2.Artifact, size: int) -> None:
+    if on_file is not None:
+        on_file(artifact.path, size, artifact.size_bytes)
+
+
+def _sha256(path: Path) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest

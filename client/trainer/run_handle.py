@@ -1,0 +1,166 @@
+"""One run from Python: watch it, stop it, read its metrics and log, fetch what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.client.core.connection import PATIENCE_S, OnLost, resumed
+from stillhouse.client.trainer.artifacts import OnFile, pull
+from stillhouse.client.trainer.run_lookup import run_id
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import run_pb2
+
+if TYPE_CHECKING:
+    from stillhouse.client.trainer.trainer import Trainer
+
+ENDED = frozenset({run_pb2.Run.STATE_STOPPED, run_pb2.Run.STATE_COMPLETED, run_pb2.Run.STATE_FAILED})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """One metric over time."""
+
+    steps: NDArray[np.int64]
+    """Optimizer steps, growing, [N]."""
+    values: NDArray[np.float64]
+    """Values, one for each step, [N]."""
+
+
+class RunHandle:
+    """The run `name`, `runs/{run}`, of a trainer. Every method raises StillhouseError."""
+
+    def __init__(self, trainer: Trainer, name: str) -> None:
+        self.name = name
+        self._trainer = trainer
+        self._stub = trainer.stub
+
+    def __repr__(self) -> str:
+        return f"RunHandle({self.name!r} at {self._trainer.target})"
+
+    @property
+    def id(self) -> str:
+        """12 characters of a-z and 2-7."""
+        return run_id(self.name)
+
+    def get(self) -> run_pb2.Run:
+        """The run as it is."""
+        return self._trainer.call(self._stub.GetRun, run_pb2.GetRunRequest(name=self.name))
+
+    def stop(self) -> run_pb2.Run:
+        """Asks it to write a checkpoint and end; the run as it is then, mostly STOPPING."""
+        return self._trainer.call(self._stub.StopRun, run_pb2.StopRunRequest(name=self.name))
+
+    def resume(self) -> run_pb2.Run:
+        """Queues it again, from its last checkpoint. Raises RUN_STATE unless it is STOPPED or FAILED."""
+        return self._trainer.call(self._stub.ResumeRun, run_pb2.ResumeRunRequest(name=self.name))
+
+    def delete(self) -> None:
+        """Removes it and its files. Raises RUN_STATE unless it has ended."""
+        self._trainer.call(self._stub.DeleteRun, run_pb2.DeleteRunRequest(name=self.name))
+
+    def watch(
+        self, *, after_sequence: int = 0, on_lost: OnLost | None = None, patience_s: float = PATIENCE_S
+    ) -> Iterator[run_pb2.WatchRunResponse]:
+        """Every change and every step's metrics, until the run ends; first the run as it is.
+
+        A lost stream is taken up after the last sequence that was given out; `on_lost` is told.
+        """
+        last = after_sequence
+        is_live = False
+
+        def open_stream() -> Iterator[run_pb2.WatchRunResponse]:
+            nonlocal is_live
+            request = run_pb2.WatchRunRequest(name=self.name, after_sequence=last)
+            for event in self._stream(self._stub.WatchRun, request):
+                if event.WhichOneof("event") == "run":
+                    is_live = event.run.state not in ENDED
+                yield event
+            if is_live:
+                message = f"The trainer at {self._trainer.target} closed the stream of run {self.id}, which goes on."
+                raise StillhouseError(Reason.SERVICE_UNREACHABLE, message)
+
+        while True:
+            try:
+                for event in resumed(open_stream, on_lost=on_lost, patience_s=patience_s):
+                    if event.sequence > last or last == 0:
+                        last = event.sequence
+                        yield event
+            except StillhouseError as error:
+                if error.reason is not Reason.CURSOR_EXPIRED or last == 0:
+                    raise
+                last = 0  # what lies between is gone; go on from the present state
+            else:
+                return
+
+    def wait(self) -> run_pb2.Run:
+        """The run once it has ended, however that was."""
+        for event in self.watch():
+            if event.WhichOneof("event") == "run" and event.run.state in ENDED:
+                return event.run
+        return self.get()
+
+    def metrics(
+        self, *keys: str, start_step: int = 0, end_step: int = 0, max_points: int = 0
+    ) -> dict[str, Series]:
+        """Metric name to its history, thinned to `max_points` (0 means 1000) points.
+
+        Without `keys` all metrics; steps in [start_step, end_step), where an end_step of 0 means no bound.
+        """
+        request = run_pb2.QueryMetricsRequest(
+            name=self.name, keys=keys, start_step=start_step, end_step=end_step, max_points=max_points
+        )
+        return {
+            series.key: Series(
+                steps=np.array(series.steps, dtype=np.int64), values=np.array(series.values, dtype=np.float64)
+            )
+            for series in self._trainer.call(self._stub.QueryMetrics, request).series
+        }
+
+    def logs(
+        self, *, follow: bool = False, attempt: int = 0, start_offset: int = 0, on_lost: OnLost | None = None
+    ) -> Iterator[run_pb2.StreamLogsResponse]:
+        """The log as bytes from `start_offset`, negative from the end; of one attempt, or (0) of all.
+
+        With `follow` it stays until the run ends. A lost stream is taken up where it broke.
+        """
+        offset = start_offset
+
+        def open_stream() -> Iterator[run_pb2.StreamLogsResponse]:
+            request = run_pb2.StreamLogsRequest(
+                name=self.name, start_offset=offset, follow=follow, attempt=attempt
+            )
+            return self._stream(self._stub.StreamLogs, request)
+
+        for piece in resumed(open_stream, on_lost=on_lost):
+            offset = piece.next_offset
+            yield piece
+
+    def artifacts(self) -> list[run_pb2.Artifact]:
+        """What it left: checkpoints, final model, evaluation outputs."""
+        answer = self._trainer.call(self._stub.ListArtifacts, run_pb2.ListArtifactsRequest(name=self.name))
+        return list(answer.artifacts)
+
+    def pull(
+        self, what: str = "final", directory: Path | str | None = None, *, on_file: OnFile | None = None
+    ) -> list[Path]:
+        """The files of `what`, a path of artifacts() or a directory above some, copied into `directory`.
+
+        `directory` is `{run}/{what}` by default; the part of the path that `what` names is left out below it. A broken
+        download goes on where it broke, a file that is there already is kept, and every file's SHA-256 is checked.
+        Raises ARTIFACT_NOT_FOUND if nothing matches.
+        """
+        return pull(self, what.strip("/"), Path(directory) if directory else Path(self.id, what), on_file)
+
+    def download(self, path: str, start_offset: int) -> Iterator[run_pb2.DownloadArtifactResponse]:
+        """The pieces of one artifact from a byte on; the last one carries the SHA-256 of the whole file."""
+        request = run_pb2.DownloadArtifactRequest(name=self.name, path=path, start_offset=start_offset)
+        return self._stream(self._stub.DownloadArtifact, request)
+
+    def _stream(self, method: Any, request: object) -> Iterator[Any]:
+        return self._trainer.stream(method, request)

@@ -1,0 +1,52 @@
+"""Finds the run that a person means: a whole id, a unique prefix of one, or `latest`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from stillhouse.client.core.errors import usage_error
+from stillhouse.protos.errors import Reason, StillhouseError
+
+ID_LENGTH = 12
+LATEST = "latest"
+_PREFIX = re.compile(rf"[a-z2-7]{{1,{ID_LENGTH}}}")
+_SHOWN = 5
+
+
+def run_id(name: str) -> str:
+    """The id in a resource name `runs/{run}`."""
+    return name.removeprefix("runs/")
+
+
+def find_run(wanted: str, newest_first: Callable[[], Iterable[str]]) -> str:
+    """The resource name `runs/{run}` of the run that `wanted` means.
+
+    `newest_first` gives the names of all runs; it is asked only for a prefix or `latest`.
+    Raises StillhouseError: RUN_NOT_FOUND, or INVALID_REQUEST for what is no id or fits several runs.
+    """
+    text = run_id(wanted.strip())
+    if text == LATEST:
+        for name in newest_first():
+            return name
+        raise StillhouseError(
+            Reason.RUN_NOT_FOUND, "there is no run yet; `stillhouse run create FILE` makes one."
+        )
+    if not _PREFIX.fullmatch(text):
+        raise usage_error(
+            f'"{wanted}" is no run id: give one of {ID_LENGTH} characters of a-z and 2-7, the beginning of one, or '
+            f'"{LATEST}"; `stillhouse run list` shows them.'
+        )
+    if len(text) == ID_LENGTH:
+        return f"runs/{text}"
+    found = [name for name in newest_first() if run_id(name).startswith(text)]
+    if not found:
+        raise StillhouseError(
+            Reason.RUN_NOT_FOUND,
+            f'no run\'s id begins with "{text}"; `stillhouse run list` shows the runs.',
+            resource=f"runs/{text}",
+        )
+    if len(found) > 1:
+        shown = ", ".join(run_id(name) for name in found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
+        raise usage_error(f'"{text}" fits {len(found)} runs ({shown}); give more characters.')
+    return found[0]

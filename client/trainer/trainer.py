@@ -1,0 +1,147 @@
+"""The run service from Python: create and find runs, push data; `RunHandle` goes on from there."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from google.protobuf.json_format import MessageToDict
+
+from stillhouse.client.core.connection import Connection
+from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.settings import DEFAULT_TRAINER
+from stillhouse.client.runfile.load import RunFile, load_run_file, parse_fields
+from stillhouse.client.trainer.run_handle import RunHandle
+from stillhouse.client.trainer.run_lookup import find_run
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import run_pb2
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+
+PIECE_BYTES = 512 * 1024
+PAGE_SIZE = 500
+UPLOAD_TIMEOUT_S = 24 * 3600.0
+
+Spec = run_pb2.RunSpec | RunFile | Mapping[str, Any] | str | Path
+OnBytes = Callable[[int], None]
+"""Told how many more bytes have gone over the wire."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushedDataset:
+    """A file that the trainer holds."""
+
+    name: str
+    """`datasets/{sha256}`, which a spec gives as a path."""
+    size_bytes: int
+    """Its size."""
+
+
+class Trainer(Connection):
+    """The run service at `target`, `host:port` or `unix:PATH`; a context manager.
+
+    With `tls_ca` or a certificate the connection is TLS. Every method raises StillhouseError with a sentence that
+    names a remedy; SERVICE_UNREACHABLE if nobody answers.
+    """
+
+    service = "trainer"
+
+    def __init__(self, target: str = DEFAULT_TRAINER, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.stub = RunServiceStub(self.channel)
+
+    def create_run(self, spec: Spec, *, overrides: Sequence[str] = (), request_id: str = "") -> RunHandle:
+        """The queued run.
+
+        `spec` is a RunSpec, a mapping with its field names, or the path of a run file; `overrides` are such as
+        "loss.top_k=32". Calling again with an equal `request_id`, a UUID4, returns the first run.
+        Raises INVALID_SPEC with every problem, in the file's own words.
+        """
+        run = self._create(spec, overrides, request_id or str(uuid.uuid4()), validate_only=False)
+        return RunHandle(self, run.name)
+
+    def validate(self, spec: Spec, *, overrides: Sequence[str] = ()) -> run_pb2.Run:
+        """The run that `spec` would make, with `effective_spec`; nothing is queued. Raises as create_run does."""
+        return self._create(spec, overrides, "", validate_only=True)
+
+    def _create(
+        self, spec: Spec, overrides: Sequence[str], request_id: str, *, validate_only: bool
+    ) -> run_pb2.Run:
+        file = as_run_file(spec, overrides)
+        request = run_pb2.CreateRunRequest(spec=file.spec, request_id=request_id, validate_only=validate_only)
+        try:
+            return self.call(self.stub.CreateRun, request)
+        except StillhouseError as error:
+            raise file.places.located(error) from error
+
+    def run(self, name: str = "latest") -> RunHandle:
+        """The run with this id, with an id that begins so, or the newest one."""
+        return RunHandle(self, find_run(name, lambda: (run.name for run in self.runs())))
+
+    def runs(self, states: Iterable[run_pb2.Run.State.ValueType] = ()) -> Iterator[run_pb2.Run]:
+        """Every run, newest first; only those in one of `states` if any are given."""
+        request = run_pb2.ListRunsRequest(page_size=PAGE_SIZE, states=states)
+        while True:
+            page = self.call(self.stub.ListRuns, request)
+            yield from page.runs
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def push_dataset(self, path: Path | str, *, on_bytes: OnBytes | None = None) -> PushedDataset:
+        """Copies the file at `path` to the trainer, which stores it by content; pushing it again is not an error."""
+        path = Path(path)
+        digest = hashlib.sha256()
+        try:
+            file = path.open("rb")
+        except OSError as error:
+            raise file_error("read", path, error) from error
+        with file:
+            pieces = _pieces(file, path.name, digest.update, on_bytes)
+            answer = self.call(self.stub.UploadDataset, pieces, timeout_s=UPLOAD_TIMEOUT_S)
+        if answer.name != f"datasets/{digest.hexdigest()}":
+            raise StillhouseError(
+                Reason.INTERNAL,
+                f"the trainer stored {path} as {answer.name}, which is not its content; push it again.",
+            )
+        return PushedDataset(name=answer.name, size_bytes=answer.size_bytes)
+
+    def push_datasets_of(self, file: RunFile, *, on_push: Callable[[Path], None] | None = None) -> RunFile:
+        """`file` with every dataset that lies beside it copied to the trainer and named `datasets/{sha256}`.
+
+        Paths that do not exist beside it are left alone: they are the trainer's.
+        """
+        for dataset in (*file.spec.data.train, *file.spec.data.eval):
+            local = file.directory / dataset.path
+            if dataset.path and local.is_file():
+                if on_push is not None:
+                    on_push(local)
+                dataset.path = self.push_dataset(local).name
+        return file
+
+
+def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:
+    """`spec` with `overrides`, whatever form it has, copied and checked."""
+    match spec:
+        case RunFile():
+            return spec
+        case str() | Path():
+            return load_run_file(spec, overrides)
+        case run_pb2.RunSpec():
+            return parse_fields(MessageToDict(spec, preserving_proto_field_name=True), overrides)
+        case _:
+            return parse_fields(spec, overrides)
+
+
+def _pieces(
+    file: BinaryIO, name: str, digest: Callable[[bytes], None], on_bytes: OnBytes | None
+) -> Iterator[run_pb2.UploadDatasetRequest]:
+    yield run_pb2.UploadDatasetRequest(file_name=name)
+    while data := file.read(PIECE_BYTES):
+        digest(data)
+        yield run_pb2.UploadDatasetRequest(data=data)
+        if on_bytes is not None:
+            on_bytes(len(data))

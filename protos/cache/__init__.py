@@ -1,0 +1,1 @@
+"""The teacher cache's file format."""

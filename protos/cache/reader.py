@@ -1,0 +1,341 @@
+"""Reads a cache of teachers' answers: memory-mapped shards, found by key, hostile until checked.
+
+Every page carries a checksum that is compared when it is read; every number is checked before it leaves this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.protos.cache.format import META, SHARD, CacheMeta, Codec, invalid_cache
+from stillhouse.protos.cache.rows import MAX_VALUES, Columns, Row, optional_columns, schema
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.tensors.distributions import Distributions
+
+MAX_GROUP_BYTES = 512 * 2**20
+"""Of one group of rows, uncompressed."""
+MAX_OPEN_SHARDS = 128
+KEPT_BYTES = 256 * 2**20
+"""Of decoded groups of rows that stay in memory: later epochs over a small cache decode nothing."""
+REMEDY = "Delete the file: a run with a teacher asks for its sequences again. `stillhouse cache verify` finds every such file."
+_KEY_COLUMNS = ("key",)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """One file of a cache, whose footer has been checked."""
+
+    path: Path
+    meta: CacheMeta
+    codec: Codec
+    num_sequences: int
+    num_tokens: int
+    """Positions answered."""
+    num_bytes: int
+    """On disk."""
+    groups: tuple[int, ...]
+    """Rows in each group of rows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Broken:
+    """A file that is no whole shard."""
+
+    path: Path
+    error: StillhouseError
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    shard: int
+    row: int
+
+
+class CacheReader:
+    """The answers in a cache by key. Safe for several threads."""
+
+    def __init__(self, path: Path, *, ignore_broken: bool = False) -> None:
+        """Opens the cache in folder `path`, or a single shard.
+
+        With `ignore_broken`, files that are no whole shards are listed in `broken` and left out.
+
+        Raises:
+            StillhouseError: CACHE_NOT_FOUND; CACHE_INVALID for a file that is no whole shard.
+        """
+        self.path = path
+        self.shards: list[Shard] = []
+        self.broken: list[Broken] = []
+        self._places: dict[bytes, tuple[_Place, ...]] = {}
+        self._files: OrderedDict[int, Any] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], Columns] = OrderedDict()
+        self._kept_bytes = 0
+        self._checked: set[_Place] = set()
+        self._lock = threading.RLock()
+        for file in shard_paths(path):
+            try:
+                self.add_shard(file)
+            except StillhouseError as error:
+                if not ignore_broken:
+                    raise
+                self.broken.append(Broken(path=file, error=error))
+
+    @property
+    def metas(self) -> list[CacheMeta]:
+        """What kinds of answers there are, each once."""
+        kinds: list[CacheMeta] = []
+        for shard in self.shards:
+            if shard.meta not in kinds:
+                kinds.append(shard.meta)
+        return kinds
+
+    def __len__(self) -> int:
+        """Answers by different keys."""
+        return len(self._places)
+
+    def has(self, key: str, asked: CacheMeta) -> bool:
+        """Whether there is an answer with every column that `asked` needs."""
+        with self._lock:
+            return self._find(key, asked) is not None
+
+    def get(self, key: str, asked: CacheMeta) -> Distributions | None:
+        """The answer by key, or None if there is none with every column that `asked` needs.
+
+        Raises:
+            StillhouseError: CACHE_INVALID if it is damaged, or can be no model's answer.
+        """
+        with self._lock:
+            place = self._find(key, asked)
+            if place is None:
+                return None
+            shard = self.shards[place.shard]
+            columns, index = self._columns(place)
+            try:
+                answer = columns.answer(index, asked, checked=place in self._checked)
+            except (ValueError, TypeError, KeyError) as error:
+                raise invalid_cache(shard.path, f"in row {place.row}, {error}", REMEDY) from error
+            self._checked.add(place)
+            return answer
+
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        """Every row of a shard, checked against its key. Raises StillhouseError(CACHE_INVALID)."""
+        file = _open(shard.path)
+        try:
+            number = 0
+            for group, size in enumerate(shard.groups):
+                columns = _read_group(file, shard, group)
+                for index in range(size):
+                    try:
+                        yield columns.row(index)
+                    except (ValueError, TypeError, KeyError) as error:
+                        raise invalid_cache(shard.path, f"in row {number}, {error}", REMEDY) from error
+                    number += 1
+        finally:
+            file.close()
+
+    def texts(self, shard: Shard) -> Iterator[tuple[NDArray[np.int32], int]]:
+        """The sequences of a shard, each with the position of its first answer. Raises StillhouseError(CACHE_INVALID)."""
+        file = _open(shard.path)
+        try:
+            for group in range(len(shard.groups)):
+                columns = _read_group(file, shard, group, ["start", "token_ids"])
+                for index in range(shard.groups[group]):
+                    try:
+                        yield columns.text(index)
+                    except (ValueError, TypeError, KeyError) as error:
+                        raise invalid_cache(shard.path, str(error), REMEDY) from error
+        finally:
+            file.close()
+
+    def verify(self, shard: Shard) -> int:
+        """Rows of a shard, each checked, and its bytes compared with the SHA-256 in its name.
+
+        Raises:
+            StillhouseError: CACHE_INVALID.
+        """
+        match = SHARD.fullmatch(shard.path.name)
+        if match:
+            with shard.path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != match[2]:
+                raise invalid_cache(
+                    shard.path,
+                    f"its bytes have SHA-256 {found[:12]}…, and its name says {match[2][:12]}…",
+                    REMEDY,
+                )
+        return sum(1 for _ in self.rows(shard))
+
+    def add_shard(self, path: Path) -> None:
+        """Takes in one more shard. Raises StillhouseError(CACHE_INVALID)."""
+        file = _open(path)
+        try:
+            shard, keys = _read_footer(path, file)
+        finally:
+            file.close()
+        with self._lock:
+            number = len(self.shards)
+            self.shards.append(shard)
+            for row, key in enumerate(keys):
+                self._places[key] = (*self._places.get(key, ()), _Place(number, row))
+
+    def forget(self, key: str) -> None:
+        """Have no answer by this key any more, because it is damaged."""
+        with self._lock:
+            self._places.pop(bytes.fromhex(key), None)
+
+    def close(self) -> None:
+        """Closes the files; the reader cannot be used any more."""
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
+            self._groups.clear()
+            self._kept_bytes = 0
+
+    def _find(self, key: str, asked: CacheMeta) -> _Place | None:
+        for place in reversed(
+            self._places.get(bytes.fromhex(key), ())
+        ):  # what came last replaces damaged ones
+            if self.shards[place.shard].meta.serves(asked):
+                return place
+        return None
+
+    def _columns(self, place: _Place) -> tuple[Columns, int]:
+        """The group of rows that holds a place, and the place's index in it."""
+        shard, index, group = self.shards[place.shard], place.row, 0
+        while index >= shard.groups[group]:
+            index -= shard.groups[group]
+            group += 1
+        name = (place.shard, group)
+        if name in self._groups:
+            self._groups.move_to_end(name)
+        else:
+            self._groups[name] = read = _read_group(self._file(place.shard), shard, group)
+            self._kept_bytes += read.table.nbytes
+            while self._kept_bytes > KEPT_BYTES and len(self._groups) > 1:
+                self._kept_bytes -= self._groups.popitem(last=False)[1].table.nbytes
+        return self._groups[name], index
+
+    def _file(self, number: int) -> Any:
+        if number in self._files:
+            self._files.move_to_end(number)
+        else:
+            self._files[number] = _open(self.shards[number].path)
+            while len(self._files) > MAX_OPEN_SHARDS:
+                self._files.popitem(last=False)[1].close()
+        return self._files[number]
+
+
+def shard_paths(path: Path) -> Sequence[Path]:
+    """The shards in a cache by number, or `path` itself if it is a file. Raises StillhouseError(CACHE_NOT_FOUND)."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise StillhouseError(
+            Reason.CACHE_NOT_FOUND,
+            f"There is no cache at {path}. Build one with `stillhouse cache build`, or correct the path.",
+            resource=str(path),
+        )
+    return sorted(each for each in path.glob("*.parquet") if not each.name.startswith("."))
+
+
+def _open(path: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(
+            path,
+            memory_map=True,
+            page_checksum_verification=True,
+            thrift_string_size_limit=64 * 2**20,
+            thrift_container_size_limit=4 * 2**20,
+        )
+    except _errors() as error:
+        raise invalid_cache(path, first_line(error).rstrip("."), REMEDY) from error
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for a file that is not what it should be."""
+    import pyarrow as pa
+
+    return (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError)
+
+
+def _read_footer(path: Path, file: Any) -> tuple[Shard, list[bytes]]:
+    """A shard's description and the keys of its rows."""
+    try:
+        footer = file.metadata
+        about: Mapping[bytes, bytes] = footer.metadata or {}
+        if META not in about:
+            raise ValueError("it has no description of a teacher; Stillhouse did not write it")
+        meta, codec = CacheMeta.from_json(about[META])
+        groups = _check_groups(footer)
+        _check_columns(file.schema_arrow, meta, codec)
+        keys = [bytes.fromhex(key) for key in file.read(columns=list(_KEY_COLUMNS)).column("key").to_pylist()]
+        if len(keys) != sum(groups) or any(len(key) != 32 for key in keys):
+            raise ValueError("its keys are no SHA-256 sums, one for each row")
+    except _errors() as error:
+        raise invalid_cache(path, first_line(error).rstrip("."), REMEDY) from error
+    shard = Shard(
+        path=path,
+        meta=meta,
+        codec=codec,
+        num_sequences=sum(groups),
+        num_tokens=_num_tokens(footer),
+        num_bytes=path.stat().st_size,
+        groups=groups,
+    )
+    return shard, keys
+
+
+def _check_groups(footer: Any) -> tuple[int, ...]:
+    """Rows in each group; raises ValueError for a group that would take too much memory."""
+    groups = []
+    for number in range(footer.num_row_groups):
+        group = footer.row_group(number)
+        columns = [group.column(index) for index in range(group.num_columns)]
+        if not 1 <= group.num_rows <= MAX_VALUES:
+            raise ValueError(f"its group {number} has {group.num_rows} rows")
+        if any(not 0 <= column.num_values <= MAX_VALUES for column in columns):
+            raise ValueError(f"its group {number} has a column of more than {MAX_VALUES} numbers")
+        if any(not 0 <= column.total_uncompressed_size <= MAX_GROUP_BYTES for column in columns):
+            raise ValueError(f"its group {number} has a column of more than {MAX_GROUP_BYTES} bytes")
+        groups.append(group.num_rows)
+    return tuple(groups)
+
+
+def _check_columns(found: Any, meta: CacheMeta, codec: Codec) -> None:
+    """Return if the columns have their types; raises ValueError. Columns that nobody asked for are ignored."""
+    names = set(found.names)
+    optional = [name for name in optional_columns(None) if name in names]
+    for field in schema(meta, codec, optional):
+        if field.name not in names:
+            raise ValueError(f"it has no column {field.name}")
+        if not found.field(field.name).equals(field):
+            raise ValueError(f"its column {field.name} is {found.field(field.name).type}, not {field.type}")
+
+
+def _num_tokens(footer: Any) -> int:
+    names = [footer.schema.column(index).path for index in range(footer.num_columns)]
+    at = next(index for index, name in enumerate(names) if name.startswith("target_logprobs."))
+    return sum(footer.row_group(number).column(at).num_values for number in range(footer.num_row_groups))
+
+
+def _read_group(file: Any, shard: Shard, group: int, names: list[str] | None = None) -> Columns:
+    try:
+        table = file.read_row_group(group, columns=names, use_threads=False)
+        if table.num_rows != shard.groups[group]:
+            raise ValueError(f"its group {group} has {table.num_rows} rows, not {shard.groups[group]}")
+        if any(column.null_count for column in table.columns):
+            raise ValueError(f"its group {group} has empty places")
+        return Columns(table.combine_chunks(), shard.meta, shard.codec)
+    except _errors() as error:
+        raise invalid_cache(shard.path, first_line(error).rstrip("."), REMEDY) from error

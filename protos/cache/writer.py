@@ -1,0 +1,283 @@
+"""Writes a cache of teachers' answers: whole shards under final names or nothing, so that a kill loses the last shard at most.
+
+One writer at a time, by a lock that the operating system lets go of when the process ends. Groups of rows go to a hidden
+file as they fill; `flush` closes it, syncs it and gives it its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+from io import BufferedWriter
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.protos.cache.format import CODECS, META, SHARD, CacheMeta, Codec
+from stillhouse.protos.cache.reader import CacheReader
+from stillhouse.protos.cache.rows import Row, optional_columns, schema, table
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
+
+GROUP_BYTES = 128 * 1024
+"""Rows that are compressed together, uncompressed: what a reader decodes to get at one of them."""
+SHARD_BYTES = 256 * 2**20
+"""A shard that has reached this size on disk is closed."""
+SHARD_AGE_S = 60.0
+"""A shard is closed once its first row is so old, so that a kill costs a minute of a teacher's work."""
+ZSTD_LEVEL = 3
+_TEMPORARY = ".writing-"
+_Kind = tuple[bytes, tuple[str, ...]]
+"""What the rows of a shard have in common: their description, and their optional columns."""
+
+
+class CacheWriter:
+    """The one writer of a cache; a context manager. Safe for several threads."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        codec: Codec = "lossless",
+        shard_bytes: int = SHARD_BYTES,
+        shard_age_s: float = SHARD_AGE_S,
+    ) -> None:
+        """Opens the cache in folder `path`, made if it is not there; what a killed writer left half done is removed.
+
+        Files that are no whole shards are left as they are, and listed in `reader.broken`.
+
+        Raises:
+            StillhouseError: CACHE_LOCKED if another writer has it.
+        """
+        if codec not in CODECS:
+            raise ValueError(f"codec is {codec!r}; known are {', '.join(CODECS)}")
+        self.path = path
+        self._codec: Codec = codec
+        self._shard_bytes, self._shard_age_s = shard_bytes, shard_age_s
+        self._mutex = threading.RLock()
+        self._open: dict[_Kind, _OpenShard] = {}
+        self.num_added = 0
+        """Answers added by this writer."""
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path)
+        try:
+            for left in path.glob(f"{_TEMPORARY}*"):
+                left.unlink()
+            self.reader = CacheReader(path, ignore_broken=True)
+            """Of all that is in whole shards."""
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def add(
+        self,
+        meta: CacheMeta,
+        token_ids: NDArray[np.int32],
+        answer: Distributions,
+        query_token_ids: NDArray[np.int32] | None = None,
+    ) -> bool:
+        """Keeps the answer to the sequence `token_ids` [L], of positions [answer.start, L); False if it is there already.
+
+        `query_token_ids` are those of `answer.query_logprobs`. It is safe from a kill once its shard is closed: after
+        `flush`, or by itself after `shard_age_s` or `shard_bytes`.
+
+        Raises:
+            ValueError: the answer does not fit `meta` or the tokens, or is not what codec "lossless" can keep.
+            OSError: the disk is full.
+        """
+        key = meta.key(token_ids, answer.start, query_token_ids)
+        row = Row(key=key, token_ids=token_ids, answer=answer, query_token_ids=query_token_ids)
+        row.check(meta)
+        with self._mutex:
+            if self.has(key, meta):
+                return False
+            kind = (meta.to_json(self._codec), optional_columns(row))
+            shard = self._open.get(kind)
+            if shard is None:
+                shard = self._open[kind] = _OpenShard(self.path, meta, self._codec, kind[1])
+            shard.add(row)
+            self.num_added += 1
+            if shard.num_bytes >= self._shard_bytes or shard.age_s >= self._shard_age_s:
+                self._close_shard(kind)
+            return True
+
+    def has(self, key: str, asked: CacheMeta) -> bool:
+        """Whether an answer is there, in a whole shard or on the way to one."""
+        with self._mutex:
+            return self.reader.has(key, asked) or self._pending(key, asked)
+
+    def get(self, key: str, asked: CacheMeta) -> Distributions | None:
+        """The answer by key, if there is one; closes the open shards if it is in one of them. Raises as CacheReader.get."""
+        with self._mutex:
+            if self._pending(key, asked) and not self.reader.has(key, asked):
+                self.flush()
+            return self.reader.get(key, asked)
+
+    def flush(self) -> None:
+        """Gives every row added so far to a whole shard. Raises OSError if the disk is full."""
+        with self._mutex:
+            for kind in list(self._open):
+                self._close_shard(kind)
+
+    def close(self) -> None:
+        """Flushes, and lets another writer in."""
+        with self._mutex:
+            try:
+                self.flush()
+            finally:
+                for shard in self._open.values():
+                    shard.discard()
+                self._open.clear()
+                self.reader.close()
+                self._lock.close()
+
+    def _pending(self, key: str, asked: CacheMeta) -> bool:
+        return any(key in shard.keys and shard.meta.serves(asked) for shard in self._open.values())
+
+    def _close_shard(self, kind: _Kind) -> None:
+        shard = self._open[kind]
+        path = shard.finish(self._next_number())
+        del self._open[kind]
+        self.reader.add_shard(path)
+
+    def _next_number(self) -> int:
+        matches = (SHARD.fullmatch(each.name) for each in self.path.iterdir())
+        return max((int(match[1]) for match in matches if match), default=-1) + 1
+
+
+@dataclass(slots=True)
+class _Sink:
+    """A file that hashes what is written to it, as Arrow wants files to be."""
+
+    file: BufferedWriter
+    digest: Any = field(default_factory=hashlib.sha256)
+    closed: bool = False
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def close(self) -> None:
+        self.closed = True
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+
+class _OpenShard:
+    """Rows of one kind on their way to a file."""
+
+    def __init__(self, folder: Path, meta: CacheMeta, codec: Codec, optional: tuple[str, ...]) -> None:
+        import pyarrow.parquet as pq
+
+        self.meta = meta
+        self.keys: set[str] = set()
+        self._codec: Codec = codec
+        self._rows: list[Row] = []
+        self._row_bytes = 0
+        self._born = time.monotonic()
+        self._schema = schema(meta, codec, optional).with_metadata({META: meta.to_json(codec)})
+        self._path = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+        self._sink = _Sink(self._path.open("wb"))
+        self._writer = pq.ParquetWriter(
+            self._sink,
+            self._schema,
+            compression="zstd",
+            compression_level=ZSTD_LEVEL,
+            use_dictionary=False,
+            write_statistics=False,
+            write_page_checksum=True,
+            # The bytes of numbers in order of significance lie together: zstd then halves what it leaves.
+            column_encoding={
+                f"{each.name}.list.element": "BYTE_STREAM_SPLIT" for each in list(self._schema)[2:]
+            },
+            store_schema=True,
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Written to disk so far."""
+        return self._sink.tell()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._born
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+        self.keys.add(row.key)
+        self._row_bytes += row.num_bytes
+        if self._row_bytes >= GROUP_BYTES:
+            self._write_group()
+
+    def finish(self, number: int) -> Path:
+        """The whole shard: on disk, under its name."""
+        self._write_group()
+        self._writer.close()
+        self._sink.file.flush()
+        os.fsync(self._sink.file.fileno())
+        self._sink.file.close()
+        path = self._path.with_name(f"{number:06d}-{self._sink.digest.hexdigest()}.parquet")
+        self._path.rename(path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+        return path
+
+    def discard(self) -> None:
+        """Removes what could not be finished."""
+        with contextlib.suppress(OSError):
+            self._sink.file.close()
+        self._path.unlink(missing_ok=True)
+
+    def _write_group(self) -> None:
+        if self._rows:
+            made = table(self._rows, self._schema, self._codec)
+            self._rows, self._row_bytes = [], 0
+            self._writer.write_table(made, row_group_size=made.num_rows)
+
+
+def _lock(path: Path) -> BufferedWriter:
+    """The lock on a cache, held until it is closed. Raises StillhouseError(CACHE_LOCKED)."""
+    file = (path / ".lock").open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise StillhouseError(
+            Reason.CACHE_LOCKED,
+            f"Another run or command writes to the cache {path}. Wait for it or stop it, or give another path.",
+            resource=str(path),
+        ) from error
+    return file

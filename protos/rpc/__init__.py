@@ -1,0 +1,1 @@
+"""Channels, servers, TLS, authentication, and the interceptors of a call."""

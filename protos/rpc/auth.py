@@ -1,0 +1,191 @@
+"""Who may call what: each rpc needs one scope, an rpc that this table lacks is refused, and no body is read before that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc import tokens as auth_tokens
+from stillhouse.protos.rpc.interceptor_base import Behaviour, RpcInterceptor, with_behaviour
+from stillhouse.protos.rpc.tokens import Scope, Token, time_text
+from stillhouse.protos.telemetry.call_record import Caller
+
+_TEACHER, _RUNS = "/stillhouse.v1.TeacherService/", "/stillhouse.v1.RunService/"
+SCOPES: Mapping[str, Scope] = {
+    _TEACHER + "GetTeacherInfo": Scope.INFER,
+    _TEACHER + "GetTokenizer": Scope.INFER,
+    _TEACHER + "Generate": Scope.INFER,
+    _TEACHER + "Score": Scope.INFER,
+    _TEACHER + "UploadAdapter": Scope.ADMIN,
+    _TEACHER + "LoadAdapter": Scope.ADMIN,
+    _TEACHER + "UnloadAdapter": Scope.ADMIN,
+    _RUNS + "CreateRun": Scope.SUBMIT,
+    _RUNS + "GetRun": Scope.SUBMIT,
+    _RUNS + "ListRuns": Scope.SUBMIT,
+    _RUNS + "WatchRun": Scope.SUBMIT,
+    # Of these three, a token without admin steers its own runs alone, which the servicer checks.
+    _RUNS + "StopRun": Scope.SUBMIT,
+    _RUNS + "ResumeRun": Scope.SUBMIT,
+    _RUNS + "DeleteRun": Scope.SUBMIT,
+    _RUNS + "QueryMetrics": Scope.SUBMIT,
+    _RUNS + "UploadDataset": Scope.SUBMIT,
+    _RUNS + "ListArtifacts": Scope.SUBMIT,
+    _RUNS + "DownloadArtifact": Scope.SUBMIT,
+    _RUNS + "StreamLogs": Scope.SUBMIT,
+}
+"""The scope that each rpc needs."""
+_HEADER = "authorization"
+_BEARER = "bearer "
+
+log = structlog.get_logger(__name__)
+
+
+ANYBODY = Caller(name="", is_admin=True)
+_caller: ContextVar[Caller] = ContextVar("stillhouse_caller", default=ANYBODY)
+
+
+def current_caller() -> Caller:
+    """Who made the call that is being answered."""
+    return _caller.get()
+
+
+class TokenFile:
+    """The tokens that a service accepts; a changed file counts from the next call on.
+
+    A file that cannot be used any longer accepts nobody. Where `optional`, a file that was never there demands nothing.
+    """
+
+    def __init__(self, path: Path, *, optional: bool = False) -> None:
+        """Raises StillhouseError(INVALID_CONFIG) if the file cannot be used."""
+        self.path = path
+        self._tokens: Mapping[str, Token] | None = None
+        self._seen: object = None
+        if path.exists() or not optional:
+            self._seen = self._signature()
+            self._tokens = auth_tokens.read(path)
+
+    @property
+    def demanded(self) -> bool:
+        """Whether calls need a token."""
+        self._refresh()
+        return self._tokens is not None
+
+    def find(self, secret: str) -> Token | None:
+        """The entry of a token; None for one that is unknown or revoked."""
+        self._refresh()
+        return auth_tokens.find(self._tokens or {}, secret)
+
+    def _refresh(self) -> None:
+        signature = self._signature()
+        if signature == self._seen:
+            return
+        self._seen = signature
+        try:
+            self._tokens = auth_tokens.read(self.path)
+            log.info("tokens read", file=str(self.path), tokens=len(self._tokens))
+        except StillhouseError as error:
+            self._tokens = {}
+            log.error("no token is accepted", why=error.message)  # noqa: TRY400 - no bug, so no traceback
+
+    def _signature(self) -> object:
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size, status.st_mode
+
+
+class AuthInterceptor(RpcInterceptor):
+    """Lets a call through if its token has the rpc's scope, and says who called through `current_caller`."""
+
+    def __init__(self, tokens: TokenFile | None) -> None:
+        """Without `tokens` nobody is asked for one; an rpc without an entry in SCOPES is refused even so."""
+        self._tokens = tokens
+
+    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The handler with a caller, or one that refuses before a byte of the request's body is read."""
+        try:
+            caller = self._authorise(details.method, details.invocation_metadata or ())
+        except StillhouseError as error:
+            return _refusing(error)
+        return _as_caller(handler, caller)
+
+    def _authorise(self, method: str, metadata: Any) -> Caller | None:
+        scope = SCOPES.get(method)
+        name = method.rpartition("/")[2]
+        if scope is None:
+            raise StillhouseError(
+                Reason.PERMISSION_DENIED,
+                f"{name} has no entry in this service's table of scopes, so nobody may call it.",
+            )
+        if self._tokens is None or not self._tokens.demanded:
+            return None
+        token = self._tokens.find(_bearer(metadata))
+        if token is None:
+            raise _unauthenticated("The token is not one of this service's, or was revoked.")
+        _caller.set(Caller(name=token.name, is_admin=token.allows(Scope.ADMIN)))
+        if token.expired():
+            assert token.expire_time_s is not None
+            raise _unauthenticated(f'The token "{token.name}" expired at {time_text(token.expire_time_s)}.')
+        if not token.allows(scope):
+            scopes = ", ".join(sorted(token.scopes))
+            raise StillhouseError(
+                Reason.PERMISSION_DENIED,
+                f'{name} needs the scope {scope}; the token "{token.name}" has {scopes}. Use another token, or let the '
+                f"service's operator make one with `stillhouse token create --scope {scope}`.",
+                metadata={"scope": scope},
+            )
+        return current_caller()
+
+
+def _bearer(metadata: Any) -> str:
+    given = [value for key, value in metadata if key == _HEADER]
+    if not given:
+        raise _unauthenticated("This service wants a token, and the call has none.")
+    text = given[0].decode("utf-8", "replace") if isinstance(given[0], bytes) else str(given[0])
+    if len(given) > 1 or not text.lower().startswith(_BEARER):
+        raise _unauthenticated('The header "authorization" must stand there once and hold "Bearer TOKEN".')
+    return text[len(_BEARER) :].strip()
+
+
+def _unauthenticated(problem: str) -> StillhouseError:
+    return StillhouseError(
+        Reason.UNAUTHENTICATED,
+        f"{problem} Name the file that holds a valid one with --token-file or STILLHOUSE_TOKEN_FILE; the service's "
+        "operator makes one with `stillhouse token create`.",
+    )
+
+
+def _refusing(error: StillhouseError) -> Any:
+    """A handler that ends the call with `error`. That of a stream is the one for which gRPC reads no request first."""
+
+    async def refuse(_requests: Any, _context: Any) -> None:
+        raise error
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _as_caller(handler: Any, caller: Caller | None) -> Any:
+    """The handler with `current_caller` set; a certificate names the caller where no token does."""
+
+    def called_by(behaviour: Behaviour) -> Behaviour:
+        def called(request: Any, context: Any) -> Any:
+            _caller.set(caller if caller is not None else _from_certificate(context))
+            return behaviour(request, context)
+
+        return called
+
+    return with_behaviour(handler, called_by)
+
+
+def _from_certificate(context: Any) -> Caller:
+    for subject in context.auth_context().get("x509_common_name", ()):
+        return Caller(name=f"certificate:{subject.decode(errors='replace')[:128]}", is_admin=True)
+    return ANYBODY

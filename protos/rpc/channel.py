@@ -1,0 +1,216 @@
+"""Channels to a service: keepalive, limits, retries, TLS and identity; the same for blocking and async callers."""
+
+import ipaddress
+import json
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.call_metadata import AddMetadata, WithMetadata
+from stillhouse.protos.telemetry import tracing
+
+MAX_MESSAGE_BYTES = 1024 * 1024
+"""No message that Stillhouse sends exceeds this."""
+RECEIVE_LIMIT_BYTES = 32 * 1024 * 1024
+"""No message that exceeds this is received; far above MAX_MESSAGE_BYTES, for callers who build their own."""
+FLUSH_BYTES = 512 * 1024
+"""A stream that gathers answers sends them once they exceed this."""
+METADATA_LIMIT_BYTES = 64 * 1024
+"""Room for a status with many field violations, which travels in headers."""
+CLIENT_NAME_KEY = "stillhouse-client"
+KEEPALIVE_S = 30
+KEEPALIVE_TIMEOUT_S = 10
+KEEPALIVE_VARIABLE = "STILLHOUSE_KEEPALIVE_S"
+"""Names another silence than KEEPALIVE_S after which a caller asks for a sign of life, such as less than a NAT's patience."""
+
+# Only calls that may be repeated without harm. CreateRun is one of them through its request_id. There is no
+# waitForReady: a service that does not answer is to be reported at once, and who wants to wait asks again.
+_IDEMPOTENT = {
+    "stillhouse.v1.TeacherService": ("GetTeacherInfo", "LoadAdapter"),
+    "stillhouse.v1.RunService": (
+        "CreateRun",
+        "GetRun",
+        "ListRuns",
+        "StopRun",
+        "QueryMetrics",
+        "ListArtifacts",
+    ),
+}
+_RETRY_POLICY = {
+    "maxAttempts": 4,
+    "initialBackoff": "0.2s",
+    "maxBackoff": "2s",
+    "backoffMultiplier": 2,
+    # A server forbids repeating a RESOURCE_EXHAUSTED that lasts, such as a full disk, by a negative pushback.
+    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+}
+SERVICE_CONFIG = {
+    "methodConfig": [
+        {
+            "name": [
+                {"service": service, "method": name}
+                for service, names in _IDEMPOTENT.items()
+                for name in names
+            ],
+            "retryPolicy": _RETRY_POLICY,
+        }
+    ],
+    "retryThrottling": {"maxTokens": 10, "tokenRatio": 0.1},
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelOptions:
+    """Where a service is and how to speak to it."""
+
+    target: str
+    """`host:port` or `unix:PATH`."""
+    tls: bool = False
+    """TLS with the system's authorities; implied by any of the next four."""
+    ca: Path | None = None
+    """Authorities that may have signed the service's certificate."""
+    cert: Path | None = None
+    """This side's certificate, for a service that demands one; needs key."""
+    key: Path | None = None
+    server_name: str | None = None
+    """Name to expect in the certificate, if not the target's."""
+    token: str | None = None
+    """Bearer token. Over plaintext it goes to this machine alone."""
+    client_name: str | None = None
+    """Who asks, for fair shares and logs."""
+
+
+def process_name(program: str) -> str:
+    """A `client_name` that no other process has: services share themselves out between clients of different names."""
+    host = socket.gethostname().encode("ascii", "replace").decode()
+    return f"{program}/{host}/{os.getpid()}"
+
+
+def connect(options: ChannelOptions | str) -> grpc.Channel:
+    """A blocking channel; it connects with the first call.
+
+    Raises StillhouseError(INVALID_CONFIG) for a certificate that cannot be read, for half a pair of
+    certificate and key, and for a token that would cross a network in plaintext.
+    """
+    options = _as_options(options)
+    metadata, arguments = _metadata(options), _channel_arguments(options)
+    if _uses_tls(options):
+        channel = grpc.secure_channel(options.target, _credentials(options), options=arguments)
+    else:
+        channel = grpc.insecure_channel(options.target, options=arguments)
+    return (
+        grpc.intercept_channel(channel, AddMetadata(metadata)) if metadata or tracing.enabled() else channel
+    )
+
+
+def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
+    """The same as `connect` for asyncio; call it from the loop that will use it."""
+    options = _as_options(options)
+    metadata, arguments = _metadata(options), _channel_arguments(options)
+    if _uses_tls(options):
+        channel = grpc.aio.secure_channel(options.target, _credentials(options), options=arguments)
+    else:
+        channel = grpc.aio.insecure_channel(options.target, options=arguments)
+    return WithMetadata(channel, metadata) if metadata or tracing.enabled() else channel
+
+
+def is_loopback(address: str) -> bool:
+    """Whether `host:port` or `unix:PATH` cannot be reached from another machine."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may mean anything
+
+
+def read_pem(path: Path, what: str) -> bytes:
+    """The bytes of a key or certificate. Raises StillhouseError(INVALID_CONFIG) if it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"{what} {path} cannot be read ({error.strerror}); give a PEM file that can.",
+        ) from error
+
+
+def _as_options(options: ChannelOptions | str) -> ChannelOptions:
+    return ChannelOptions(target=options) if isinstance(options, str) else options
+
+
+def _uses_tls(options: ChannelOptions) -> bool:
+    return options.tls or any((options.ca, options.cert, options.key, options.server_name))
+
+
+def _credentials(options: ChannelOptions) -> grpc.ChannelCredentials:
+    if (options.cert is None) != (options.key is None):
+        raise StillhouseError(
+            Reason.INVALID_CONFIG, "A client certificate and its key belong together; give both or neither."
+        )
+    return grpc.ssl_channel_credentials(
+        root_certificates=read_pem(options.ca, "The authority's certificate") if options.ca else None,
+        private_key=read_pem(options.key, "The client's key") if options.key else None,
+        certificate_chain=read_pem(options.cert, "The client's certificate") if options.cert else None,
+    )
+
+
+def _metadata(options: ChannelOptions) -> tuple[tuple[str, str], ...]:
+    if options.token and not _uses_tls(options) and not is_loopback(options.target):
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"A token would travel to {options.target} in plaintext. Give the authority's certificate for TLS, or no token.",
+        )
+    pairs = (
+        ("authorization", f"Bearer {options.token}" if options.token else None),
+        (CLIENT_NAME_KEY, options.client_name),
+    )
+    return tuple((key, value) for key, value in pairs if value)
+
+
+def _keepalive_s() -> float:
+    """Seconds, from the variable or by default. Raises StillhouseError(INVALID_CONFIG) for what is no such number."""
+    text = os.environ.get(KEEPALIVE_VARIABLE, "")
+    try:
+        value = float(text or KEEPALIVE_S)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value <= 3600:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG, f"{KEEPALIVE_VARIABLE} is {text!r}; it must be seconds in [1, 3600]."
+        )
+    return value
+
+
+def _channel_arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
+    arguments: list[tuple[str, Any]] = [
+        ("grpc.max_receive_message_length", RECEIVE_LIMIT_BYTES),
+        ("grpc.max_send_message_length", RECEIVE_LIMIT_BYTES),
+        ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
+        ("grpc.absolute_max_metadata_size", 2 * METADATA_LIMIT_BYTES),
+        ("grpc.keepalive_time_ms", int(_keepalive_s() * 1000)),
+        ("grpc.keepalive_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
+        # Every ping has this long, those that measure bandwidth too: a keepalive waits behind one that is on its way.
+        ("grpc.http2.ping_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # A service that comes back is found within seconds; gRPC's own bound is two minutes.
+        ("grpc.initial_reconnect_backoff_ms", 500),
+        ("grpc.max_reconnect_backoff_ms", 5000),
+        ("grpc.enable_retries", 1),
+        ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
+    ]
+    if is_loopback(options.target):
+        arguments.append(("grpc.enable_http_proxy", 0))  # http_proxy is for elsewhere
+    if options.server_name:
+        arguments.append(("grpc.ssl_target_name_override", options.server_name))
+    return arguments

@@ -1,0 +1,95 @@
+"""gRPC handlers with another behaviour, their kind and serialisers as they were, interceptors that replace them, and requests whose bytes are no message."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from stillhouse.protos.errors import Reason, StillhouseError
+
+Behaviour = Callable[[Any, Any], Any]
+_INFRASTRUCTURE = "/grpc."
+"""How the rpcs of health and reflection begin, which tell nothing of anybody's work and answer whoever reaches the port."""
+
+
+class RpcInterceptor(grpc.aio.ServerInterceptor):
+    """Replaces the handlers of a service's rpcs; those of health and reflection stay as they are."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        """The handler of a call, whose request is not yet read."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(_INFRASTRUCTURE):
+            return handler
+        return self.replaced(handler, handler_call_details)
+
+    @abstractmethod
+    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+        """The handler that takes the place of `handler`."""
+
+
+def with_behaviour(handler: Any, change: Callable[[Behaviour], Behaviour]) -> Any:
+    """The same handler, whose behaviour (request or requests, context) is what `change` makes of the present one."""
+    kind = "_".join(
+        "stream" if streams else "unary"
+        for streams in (handler.request_streaming, handler.response_streaming)
+    )
+    return getattr(grpc, f"{kind}_rpc_method_handler")(
+        change(getattr(handler, kind)),
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def tolerant(handler: Any) -> Any:
+    """The same handler, which reads what cannot be decoded as an `Undecodable`; left alone, gRPC calls that UNKNOWN."""
+    deserializer = handler.request_deserializer
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            return Undecodable(str(error))
+
+    return handler._replace(request_deserializer=read)
+
+
+class Undecodable:
+    """Stands for a request whose bytes are not its message."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+class _Checked:
+    """The requests of a stream; one that could not be decoded is raised."""
+
+    def __init__(self, requests: AsyncIterable[Any]) -> None:
+        self._requests = requests
+        self._begun: AsyncIterator[Any] | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._begun is None:
+            self._begun = aiter(self._requests)
+        return checked(await anext(self._begun))
+
+
+def checked(request: Any) -> Any:
+    """The request, or the requests of a stream. Raises StillhouseError(INVALID_REQUEST) for one that is Undecodable."""
+    if isinstance(request, Undecodable):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST,
+            f"The request cannot be decoded ({request.why}). Both sides need the same version of the contract.",
+        )
+    return _Checked(request) if isinstance(request, AsyncIterable) else request

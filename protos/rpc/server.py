@@ -1,0 +1,216 @@
+"""The server that both services run: limits, TLS, health, reflection, and an end in good order."""
+
+import asyncio
+import os
+import signal
+import tempfile
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import structlog
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.auth import AuthInterceptor, TokenFile
+from stillhouse.protos.rpc.channel import (
+    KEEPALIVE_S,
+    KEEPALIVE_TIMEOUT_S,
+    METADATA_LIMIT_BYTES,
+    RECEIVE_LIMIT_BYTES,
+    is_loopback,
+)
+from stillhouse.protos.rpc.error_interceptor import ErrorInterceptor
+from stillhouse.protos.rpc.tls import ServerTls, server_credentials
+from stillhouse.protos.telemetry.call_record import Observer
+
+_LAST_WORDS_S = 1.0
+"""Time for the trailers of the last calls to leave, once every call has ended."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_OPTIONS: tuple[tuple[str, Any], ...] = (
+    ("grpc.max_receive_message_length", RECEIVE_LIMIT_BYTES),
+    ("grpc.max_send_message_length", RECEIVE_LIMIT_BYTES),
+    ("grpc.max_metadata_size", METADATA_LIMIT_BYTES),
+    ("grpc.absolute_max_metadata_size", 2 * METADATA_LIMIT_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_S * 1000),
+    (
+        "grpc.http2.ping_timeout_ms",
+        KEEPALIVE_TIMEOUT_S * 1000,
+    ),  # of every ping, which the keepalive may wait behind
+    ("grpc.keepalive_permit_without_calls", 1),
+    # Callers ping while a long call is silent; that is what keepalive is for and no abuse.
+    ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIMEOUT_S * 1000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a helper
+)
+
+log = structlog.get_logger(__name__)
+
+
+class Server:
+    """A grpc.aio server whose servicers are added to `aio` before `start`. Make it inside the running loop."""
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        tls: ServerTls | None,
+        insecure: bool,
+        reflection: bool | None,
+        services: Sequence[str],
+        max_concurrent_rpcs: int | None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        tokens: TokenFile | None = None,
+        observers: Sequence[Observer] = (),
+        max_calls_per_client: int | None = None,
+    ) -> None:
+        """`listen` is HOST:PORT, where port 0 means any, or unix:PATH. `services` are full names, for health.
+
+        `reflection` is on for loopback if None. `tokens` are those that calls need; `observers` are told of every call
+        that has ended. Raises StillhouseError(INVALID_CONFIG) for an address that another machine can reach without
+        TLS, or without tokens or certificates of callers, unless `insecure`.
+        """
+        if tls is None and not insecure and not is_loopback(listen):
+            raise StillhouseError(
+                Reason.INVALID_CONFIG,
+                f"{listen} can be reached from other machines, and nothing would be encrypted. Give --tls-cert and "
+                "--tls-key, listen on 127.0.0.1, or accept it with --insecure.",
+            )
+        proves_callers = (tls is not None and tls.client_ca is not None) or (
+            tokens is not None and tokens.demanded
+        )
+        if not proves_callers and not insecure and not is_loopback(listen):
+            raise StillhouseError(
+                Reason.INVALID_CONFIG,
+                f"{listen} can be reached from other machines, and everybody there could use this service. Make a token "
+                "with `stillhouse token create`, give --tls-client-ca to demand certificates of callers, or accept it "
+                "with --insecure.",
+            )
+        self._listen, self._tls = listen, tls
+        self._names = (*services, "")
+        self._errors = ErrorInterceptor(observers, max_calls_per_client=max_calls_per_client)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.aio: grpc.aio.Server = grpc.aio.server(
+            interceptors=[self._errors, AuthInterceptor(tokens), *interceptors],
+            options=list(_OPTIONS),
+            maximum_concurrent_rpcs=max_concurrent_rpcs,
+        )
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)
+        self.set_serving(False)
+        if is_loopback(listen) if reflection is None else reflection:
+            _reflect(self.aio, services)
+
+    @property
+    def running(self) -> dict[str, int]:
+        """Calls in progress by full name of their rpc; those of health and reflection apart."""
+        return self._errors.running
+
+    async def start(self) -> str:
+        """Listens, and returns the bound address. Health says NOT_SERVING until set_serving(True).
+
+        Raises StillhouseError(INVALID_CONFIG) if the address cannot be bound or a PEM file cannot be used.
+        """
+        try:
+            if self._tls is None:
+                port = self.aio.add_insecure_port(self._listen)
+            else:
+                port = self.aio.add_secure_port(self._listen, server_credentials(self._tls))
+        except (RuntimeError, ValueError) as error:
+            raise StillhouseError(
+                Reason.INVALID_CONFIG,
+                f"The service cannot listen on {self._listen}: the address is taken, is not this machine's, or its TLS "
+                f"files do not fit each other ({error}). Choose another --listen, or port 0 for any.",
+            ) from error
+        await self.aio.start()
+        if self._listen.startswith("unix"):
+            return self._listen
+        return f"{self._listen.rpartition(':')[0]}:{port}"
+
+    def set_serving(self, serving: bool) -> None:
+        """What health says from here on, for the server and each of its services."""
+        status = (
+            health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        )
+
+        async def tell() -> None:
+            for name in self._names:
+                await self._health.set(name, status)
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def run_until_signal(self, drain: Callable[[], Awaitable[None]], grace_s: float) -> None:
+        """Serves until SIGTERM, SIGINT or `stop`, then ends in good order.
+
+        On the first signal health says NOT_SERVING, further calls are refused with DRAINING, and `drain` is
+        awaited, which ends the long streams of a service. After `grace_s`, or on the second signal, what is left
+        is cancelled.
+        """
+        loop = asyncio.get_running_loop()
+        signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, signals.put_nowait, number)
+        first, ended = loop.create_task(signals.get()), loop.create_task(_ended(self.aio))
+        hasten: asyncio.Task[signal.Signals] | None = None
+        try:
+            await asyncio.wait({first, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if first.done():
+                log.info(
+                    "draining", signal=first.result().name, calls=self._errors.num_calls, grace_s=grace_s
+                )
+                hasten = loop.create_task(signals.get())
+                await self._drain(drain, grace_s, hasten)
+        finally:
+            for task in (first, ended, hasten):
+                if task is not None:
+                    task.cancel()
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    async def _drain(
+        self, drain: Callable[[], Awaitable[None]], grace_s: float, hasten: asyncio.Task[signal.Signals]
+    ) -> None:
+        self.set_serving(False)
+        self._errors.draining = True
+
+        async def finish() -> None:
+            await drain()
+            await self._errors.wait_idle()
+
+        finishing = asyncio.ensure_future(finish())
+        await asyncio.wait({finishing, hasten}, timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
+        if finishing.done():
+            await self.stop(_LAST_WORDS_S)
+            finishing.result()
+        else:
+            log.warning("calls cut off", calls=self._errors.num_calls, hastened=hasten.done())
+            finishing.cancel()
+            await self.stop(0)
+            await asyncio.wait({finishing}, timeout=_LAST_WORDS_S)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more calls, gives those in progress `grace_s`, and cancels the rest."""
+        await self.aio.stop(grace_s or None)
+
+
+async def _ended(server: grpc.aio.Server) -> None:
+    await server.wait_for_termination()
+
+
+def _reflect(server: grpc.aio.Server, services: Sequence[str]) -> None:
+    names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(names, server)
+
+
+def write_address_file(path: Path, address: str) -> None:
+    """Writes the bound address for whoever started this service; a reader finds all of it or no file."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(address)
+    Path(temporary).replace(path)

@@ -1,0 +1,248 @@
+"""The tokens file: who may do what until when, and the SHA-256 of each token; a token itself is shown once and never kept."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import stat
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from stillhouse.protos.errors import Reason, StillhouseError
+
+VERSION = 1
+PREFIX = "sth"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+MAX_FILE_BYTES = 4 * 2**20
+_ID_BYTES, _SECRET_BYTES = 5, 32
+_NOBODY = hashlib.sha256(b"nobody").hexdigest()
+
+
+class Scope(StrEnum):
+    """What a token is good for."""
+
+    INFER = "infer"
+    """Ask a teacher."""
+    SUBMIT = "submit"
+    """Submit runs, read all, and steer those that the same token submitted."""
+    ADMIN = "admin"
+    """Everything, adapters and other people's runs included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Token:
+    """What the file holds of a token."""
+
+    id: str
+    """8 characters of a-z and 2-7, the second part of the token."""
+    name: str
+    """Whose it is, for logs, quotas and the audit log."""
+    scopes: frozenset[Scope]
+    sha256: str
+    """Of the whole token. It has 256 random bits, so a slow hash would protect nothing."""
+    create_time_s: float
+    """Seconds since the epoch."""
+    expire_time_s: float | None
+    """Seconds since the epoch; None: never."""
+
+    def expired(self, now_s: float | None = None) -> bool:
+        """Whether its time is over."""
+        return self.expire_time_s is not None and self.expire_time_s <= (
+            time.time() if now_s is None else now_s
+        )
+
+    def allows(self, scope: Scope) -> bool:
+        """Whether it is good for `scope`."""
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+
+def create(
+    path: Path, *, name: str, scopes: Collection[Scope], lifetime_s: float | None
+) -> tuple[str, Token]:
+    """A fresh token, which nobody can read again, and its entry in the file at `path`, made if it is not there.
+
+    Raises:
+        StillhouseError: INVALID_REQUEST for a bad name or lifetime, no scope, or a name that is taken.
+    """
+    if not NAME.fullmatch(name):
+        raise _bad(
+            f"{name[:80]!r} is no name for a token; give letters, digits and . _ @ -, at most 64, such as ci-runner."
+        )
+    if not scopes:
+        raise _bad("A token without a scope is good for nothing; give infer, submit or admin.")
+    if lifetime_s is not None and not 0 < lifetime_s <= 100 * 365 * 86400:
+        raise _bad(f"A lifetime of {lifetime_s:g} s is outside of (0, 100 years]; give another, or none.")
+    now_s = time.time()
+    with _locked(path):
+        tokens = read(path) if path.exists() else {}
+        if any(each.name == name and not each.expired(now_s) for each in tokens.values()):
+            raise _bad(
+                f'There is a token named "{name}"; revoke it first, or give this one a name of its own.'
+            )
+        number = base32(secrets.token_bytes(_ID_BYTES))
+        secret = f"{PREFIX}_{number}_{secrets.token_urlsafe(_SECRET_BYTES)}"
+        token = Token(
+            id=number,
+            name=name,
+            scopes=frozenset(scopes),
+            sha256=_digest(secret),
+            create_time_s=now_s,
+            expire_time_s=None if lifetime_s is None else now_s + lifetime_s,
+        )
+        _write(path, {**tokens, number: token})
+    return secret, token
+
+
+def revoke(path: Path, which: str) -> list[Token]:
+    """The entries of the id or name `which`, which are no longer in the file.
+
+    Raises:
+        StillhouseError: NOT_FOUND if there is none.
+    """
+    with _locked(path):
+        tokens = read(path)
+        gone = [each for each in tokens.values() if which in (each.id, each.name)]
+        if not gone:
+            raise StillhouseError(
+                Reason.NOT_FOUND,
+                f"{path} has no token {which[:80]!r}; `stillhouse token list` shows those that there are.",
+            )
+        _write(path, {each.id: each for each in tokens.values() if each not in gone})
+    return gone
+
+
+def read(path: Path) -> dict[str, Token]:
+    """The entries of the file at `path` by id.
+
+    Raises:
+        StillhouseError: INVALID_CONFIG if it cannot be read, is no tokens file, or others on this host may read it.
+    """
+    try:
+        with path.open("rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise _unusable(
+                    path, f"others on this host can reach it (mode {mode:o}); run `chmod 600 {path}`"
+                )
+            content = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    if len(content) > MAX_FILE_BYTES:
+        raise _unusable(path, f"it has more than {MAX_FILE_BYTES} bytes")
+    try:
+        entries = _entries(json.loads(content))
+    except (ValueError, TypeError, KeyError) as error:
+        raise _unusable(path, f"it is no tokens file: {error}") from error
+    return {each.id: each for each in entries}
+
+
+def find(tokens: Mapping[str, Token], secret: str) -> Token | None:
+    """The entry of the token `secret`, expired or not; None if there is none.
+
+    An unknown id costs the same comparison as a known one, and comparing takes as long for any digest.
+    """
+    parts = secret.split("_", 2)
+    token = tokens.get(parts[1]) if len(parts) == 3 else None
+    same = hmac.compare_digest(_digest(secret), token.sha256 if token is not None else _NOBODY)
+    return token if same else None
+
+
+def base32(data: bytes) -> str:
+    """`data` in the characters a-z and 2-7."""
+    import base64
+
+    return base64.b32encode(data).decode().lower().rstrip("=")
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _entries(document: Mapping[str, Any]) -> list[Token]:
+    if document["version"] != VERSION:
+        raise ValueError(f"its version is {document['version']}, not {VERSION}")
+    return [_entry(each) for each in document["tokens"]]
+
+
+def _entry(value: Mapping[str, Any]) -> Token:
+    expire = value["expire_time"]
+    token = Token(
+        id=str(value["id"]),
+        name=str(value["name"]),
+        scopes=frozenset(Scope(each) for each in value["scopes"]),
+        sha256=str(value["sha256"]),
+        create_time_s=datetime.fromisoformat(value["create_time"]).timestamp(),
+        expire_time_s=None if expire is None else datetime.fromisoformat(expire).timestamp(),
+    )
+    if not NAME.fullmatch(token.name) or not re.fullmatch(r"[0-9a-f]{64}", token.sha256):
+        raise ValueError(f"entry {token.id[:20]!r} is damaged")
+    return token
+
+
+def time_text(time_s: float) -> str:
+    """RFC 3339 in UTC."""
+    return datetime.fromtimestamp(time_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _write(path: Path, tokens: Mapping[str, Token]) -> None:
+    entries = [
+        {
+            "id": each.id,
+            "name": each.name,
+            "scopes": sorted(each.scopes),
+            "sha256": each.sha256,
+            "create_time": time_text(each.create_time_s),
+            "expire_time": None if each.expire_time_s is None else time_text(each.expire_time_s),
+        }
+        for each in tokens.values()
+    ]
+    text = json.dumps({"version": VERSION, "tokens": entries}, indent=2) + "\n"
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            if path.exists():  # an administrator who revokes for a service keeps the file that service's
+                with contextlib.suppress(PermissionError):
+                    os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two commands at once change the file one after the other."""
+    try:
+        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    finally:
+        os.close(descriptor)
+
+
+def _bad(message: str) -> StillhouseError:
+    return StillhouseError(Reason.INVALID_REQUEST, message)
+
+
+def _unusable(path: Path, why: str) -> StillhouseError:
+    return StillhouseError(Reason.INVALID_CONFIG, f"The tokens file {path} cannot be used: {why}.")

@@ -1,0 +1,1 @@
+"""Logs, metrics and traces, and one record for each call."""

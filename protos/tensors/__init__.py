@@ -1,0 +1,1 @@
+"""Arrays to bytes and back: the only code that knows their layout."""

@@ -1,0 +1,234 @@
+"""What a model says at T positions, as arrays, and its way over the wire; a receiver checks every number."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
+from stillhouse.protos.tensors.layout import decode, encode, packed_bits
+
+__all__ = ["Distributions", "decode", "decode_distributions", "encode", "encode_distributions", "packed_bits"]
+
+MAX_LOGPROB = 1e-3
+"""What rounding may leave above 0."""
+MAX_ROW_SUM = 1.01
+"""What rounding may make of a sum of probabilities."""
+MAX_COLUMNS = 64 * 1024
+"""Columns of a part whose width the caller does not bound: temperatures, queries, draws, hidden units."""
+
+_FLOAT32 = (Tensor.DATA_TYPE_FLOAT32,)
+_HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distributions:
+    """What a model says at T consecutive positions of one sequence.
+
+    Row t predicts sequence[start + t]; protos/stillhouse/v1/tensor.proto defines every part.
+    T positions, K kept tokens, N temperatures, Q queried tokens, R draws, H hidden units.
+    """
+
+    start: int
+    """Position that row 0 predicts, >= 1."""
+    token_ids: NDArray[np.int32]
+    """[T, K], likeliest first."""
+    logprobs: NDArray[np.float32]
+    """[T, K], natural, at temperature 1, normalised over the whole vocabulary."""
+    target_logprobs: NDArray[np.float32]
+    """[T], of the token that is really there."""
+    log_tail: NDArray[np.float32]
+    """[T], log of the probability outside the K; -inf where nothing is."""
+    log_partitions: NDArray[np.float32] | None = None
+    """[T, N], log sum_v p_v^(1/T_n)."""
+    query_logprobs: NDArray[np.float32] | None = None
+    """[T, Q], of the tokens asked for; -inf where the caller padded with -1."""
+    sampled_token_ids: NDArray[np.int32] | None = None
+    """[T, R], drawn from the distribution with replacement."""
+    entropy: NDArray[np.float32] | None = None
+    """[T], nats."""
+    hidden_states: NDArray[np.float32] | None = None
+    """[T, H], last hidden state."""
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return int(self.target_logprobs.shape[0])
+
+    @property
+    def row_bytes(self) -> int:
+        """The most bytes that one row takes on the wire, to choose how many rows make a message."""
+        arrays = (getattr(self, name) for name in _ARRAYS)
+        return sum(4 * math.prod(array.shape[1:]) for array in arrays if array is not None)
+
+    def rows(self, begin: int, end: int) -> "Distributions":
+        """Rows [begin, end), 0 <= begin <= end <= num_rows, as views; start moves along."""
+        if not 0 <= begin <= end <= self.num_rows:
+            raise ValueError(f"rows [{begin}, {end}) of {self.num_rows}")
+        parts = {name: getattr(self, name) for name in _ARRAYS}
+        cut: dict[str, Any] = {
+            name: None if array is None else array[begin:end] for name, array in parts.items()
+        }
+        return Distributions(start=self.start + begin, **cut)
+
+    @staticmethod
+    def concat(parts: Sequence["Distributions"]) -> "Distributions":
+        """The parts as one.
+
+        Raises StillhouseError(TENSOR_INVALID) unless there is a part, each begins where the one before ends, and
+        all have the same columns.
+        """
+        if not parts:
+            raise _invalid("distributions", "have no parts")
+        if len(parts) == 1:
+            return parts[0]
+        for before, after in itertools.pairwise(parts):
+            if after.start != before.start + before.num_rows:
+                expected = before.start + before.num_rows
+                raise _invalid("distributions.start", f"is {after.start}; the rows before end at {expected}")
+        joined: dict[str, Any] = {}
+        for name in _ARRAYS:
+            arrays = [getattr(part, name) for part in parts]
+            widths = {None if array is None else array.shape[1:] for array in arrays}
+            if len(widths) > 1:
+                raise _invalid(f"distributions.{name}", "has other columns in some parts than in others")
+            joined[name] = None if arrays[0] is None else np.concatenate(arrays)
+        return Distributions(start=parts[0].start, **joined)
+
+
+_ARRAYS = tuple(field.name for field in fields(Distributions) if field.name != "start")
+
+
+def encode_distributions(
+    distributions: Distributions,
+    *,
+    logprob_dtype: Tensor.DataType.ValueType = Tensor.DATA_TYPE_FLOAT16,
+    pack_bits: int | None = None,
+) -> TokenDistributions:
+    """The message, with logprobs as FLOAT16 or FLOAT32 and, with `pack_bits`, ids packed to so many bits.
+
+    Raises ValueError for another logprob_dtype.
+    """
+    if logprob_dtype not in _HALF_OR_FULL:
+        raise ValueError(f"logprobs do not travel as {Tensor.DataType.Name(logprob_dtype)}")
+    message = TokenDistributions(
+        start=distributions.start,
+        token_ids=encode(distributions.token_ids, bits=pack_bits),
+        logprobs=encode(distributions.logprobs, dtype=logprob_dtype),
+    )
+    for name in _ARRAYS[2:]:
+        array = getattr(distributions, name)
+        if array is not None:
+            bits = pack_bits if name == "sampled_token_ids" else None
+            getattr(message, name).CopyFrom(encode(array, bits=bits))
+    return message
+
+
+def decode_distributions(
+    message: TokenDistributions, *, vocab_size: int, max_rows: int, max_top_k: int
+) -> Distributions:
+    """The arrays of a message from elsewhere, always int32 and float32.
+
+    Raises StillhouseError(TENSOR_INVALID) where a part is missing, parts disagree on T or K, an id is
+    outside [0, vocab_size) or twice in a row, or probabilities exceed what rounding allows, and
+    StillhouseError(NON_FINITE) where a number is NaN or infinite that must not be.
+    """
+    if not 1 <= message.start <= 2**31 - 1 - max_rows:
+        raise _invalid(
+            "distributions.start", f"is {message.start}; position 0 is predicted by nothing, send 1 or more"
+        )
+    token_ids = _ids(message, "token_ids", vocab_size, (None, None))
+    num_rows, top_k = token_ids.shape
+    if num_rows > max_rows or top_k > max_top_k:
+        raise _invalid(
+            "distributions.token_ids",
+            f"has shape [{num_rows}, {top_k}]; at most [{max_rows}, {max_top_k}] was asked for",
+        )
+    ordered = np.sort(token_ids, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise _invalid("distributions.token_ids", "names a token twice at one position")
+    logprobs = _logprobs(message, "logprobs", (num_rows, top_k), _HALF_OR_FULL)
+    log_tail = _logprobs(message, "log_tail", (num_rows,))
+    sums = np.exp(logprobs).sum(axis=1) + np.exp(log_tail)
+    if (sums > MAX_ROW_SUM).any():
+        raise _invalid(
+            "distributions.logprobs", f"sum to {sums.max():.4g} at one position; probabilities sum to 1"
+        )
+    query, draws = message.HasField("query_logprobs"), message.HasField("sampled_token_ids")
+    return Distributions(
+        start=message.start,
+        token_ids=token_ids,
+        logprobs=logprobs,
+        target_logprobs=_logprobs(message, "target_logprobs", (num_rows,)),
+        log_tail=log_tail,
+        log_partitions=_finite(message, "log_partitions", (num_rows, None)),
+        query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,
+        sampled_token_ids=_ids(message, "sampled_token_ids", vocab_size, (num_rows, None)) if draws else None,
+        entropy=_finite(message, "entropy", (num_rows,)),
+        hidden_states=_finite(message, "hidden_states", (num_rows, None)),
+    )
+
+
+def _part(
+    message: TokenDistributions, name: str, dtypes: Sequence[Any], shape: Sequence[int | None]
+) -> NDArray[Any]:
+    field = f"distributions.{name}"
+    if not message.HasField(name):  # type: ignore[arg-type]  # a name out of _ARRAYS
+        raise _invalid(field, "is missing")
+    array = decode(getattr(message, name), field=field, dtypes=dtypes, shape=shape)
+    if array.ndim > 1 and array.shape[1] > MAX_COLUMNS:
+        raise _invalid(field, f"has {array.shape[1]} columns; the limit is {MAX_COLUMNS}")
+    return array
+
+
+def _ids(
+    message: TokenDistributions, name: str, vocab_size: int, shape: Sequence[int | None]
+) -> NDArray[np.int32]:
+    ids = _part(message, name, (Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_PACKED_UINT), shape)
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        raise _invalid(
+            f"distributions.{name}",
+            f"has ids from {ids.min()} to {ids.max()}; the vocabulary has {vocab_size}",
+        )
+    return ids.astype(np.int32, copy=False)
+
+
+def _logprobs(
+    message: TokenDistributions, name: str, shape: Sequence[int | None], dtypes: Sequence[Any] = _FLOAT32
+) -> NDArray[np.float32]:
+    logprobs = _part(message, name, dtypes, shape).astype(np.float32, copy=False)
+    if np.isnan(logprobs).any():
+        raise _non_finite(name)
+    if logprobs.size and logprobs.max() > MAX_LOGPROB:
+        raise _invalid(f"distributions.{name}", f"has {logprobs.max():.4g}; a log-probability is at most 0")
+    return logprobs
+
+
+def _finite(
+    message: TokenDistributions, name: str, shape: Sequence[int | None]
+) -> NDArray[np.float32] | None:
+    if not message.HasField(name):  # type: ignore[arg-type]  # a name out of _ARRAYS
+        return None
+    dtypes = (*_FLOAT32, Tensor.DATA_TYPE_BFLOAT16) if name == "hidden_states" else _FLOAT32
+    array = _part(message, name, dtypes, shape).astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise _non_finite(name)
+    return array
+
+
+def _invalid(field: str, what: str) -> StillhouseError:
+    return StillhouseError(Reason.TENSOR_INVALID, f"{field} {what}.", metadata={"field": field})
+
+
+def _non_finite(name: str) -> StillhouseError:
+    field = f"distributions.{name}"
+    return StillhouseError(
+        Reason.NON_FINITE,
+        f"{field} holds NaN or infinity; the model behind it is broken.",
+        metadata={"field": field},
+    )

@@ -1,0 +1,1 @@
+"""Fingerprints and files of tokenizers."""

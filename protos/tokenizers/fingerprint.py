@@ -1,0 +1,86 @@
+"""The fingerprint of a tokenizer, which both sides compute alike: what decides which text an id stands for, and nothing else."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.protos.errors import Reason, StillhouseError
+
+# Options of a segmentation model that mean the same whether they are false, empty or missing.
+_MODEL_TABLES = ("vocab", "merges")
+
+
+def tokenizer_fingerprint(tokenizer_json: str | bytes, special_tokens: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, over (id, token) pairs, merges, normaliser, pre-tokeniser and special tokens.
+
+    `tokenizer_json` is what `tokenizer.backend_tokenizer.to_str()` gives: the tokenizer as it was
+    loaded, which may differ from the file that it was loaded from. `special_tokens` maps roles such as
+    "eos_token" to tokens, as transformers' `special_tokens_map` does; values may be strings, objects with
+    `content`, or lists of either. Padding and truncation, the pad token (which never stands for text), the
+    post-processor, the decoder and the chat template do not matter.
+
+    Raises StillhouseError(TOKENIZER_INVALID) for anything that is no tokenizer of the `tokenizers` library.
+    """
+    try:
+        tokenizer = json.loads(tokenizer_json)
+        canonical = {
+            "tokens": _tokens(tokenizer),
+            "model": _model(tokenizer["model"]),
+            "normalizer": tokenizer.get("normalizer"),
+            "pre_tokenizer": tokenizer.get("pre_tokenizer"),
+            "special_tokens": _special_tokens(special_tokens),
+        }
+        text = json.dumps(
+            canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StillhouseError(
+            Reason.TOKENIZER_INVALID,
+            f"The tokenizer's description cannot be read ({type(error).__name__}: {error}). Use a model with a "
+            "tokenizer.json of the tokenizers library.",
+        ) from error
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tokens(tokenizer: Mapping[str, Any]) -> list[list[Any]]:
+    """Every (id, token, how an added token matches), ordered."""
+    added = {
+        (int(token["id"]), str(token["content"])): [
+            bool(token.get(flag)) for flag in ("special", "single_word", "lstrip", "rstrip", "normalized")
+        ]
+        for token in tokenizer.get("added_tokens") or ()
+    }
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, Mapping):
+        pairs = {(int(number), str(token)) for token, number in vocab.items()}
+    else:  # Unigram: a list of [token, score], by id
+        pairs = {(number, str(entry[0])) for number, entry in enumerate(vocab)}
+    return [[number, token, added.get((number, token))] for number, token in sorted(pairs | added.keys())]
+
+
+def _model(model: Mapping[str, Any]) -> dict[str, Any]:
+    """How the segmentation model cuts text: merges or scores, and the options that are set."""
+    options = {key: value for key, value in model.items() if key not in _MODEL_TABLES and value}
+    merges = [
+        merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or ()
+    ]
+    scores = None if isinstance(model["vocab"], Mapping) else [float(entry[1]) for entry in model["vocab"]]
+    return {"options": options, "merges": merges, "scores": scores}
+
+
+def _special_tokens(special_tokens: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Role to tokens. The lists of further special tokens have no roles, and older names for the same list."""
+    roles: dict[str, list[str]] = {}
+    for role, value in special_tokens.items():
+        if role == "pad_token" or not value:
+            continue
+        tokens = [_content(each) for each in value] if isinstance(value, (list, tuple)) else [_content(value)]
+        if role in {"additional_special_tokens", "extra_special_tokens"}:
+            continue  # they stand among the added tokens, with their ids
+        roles[role] = tokens
+    return roles
+
+
+def _content(token: Any) -> str:
+    return str(token["content"]) if isinstance(token, Mapping) else str(getattr(token, "content", token))

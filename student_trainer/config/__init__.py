@@ -1,0 +1,1 @@
+"""RunConfig: schema, defaults, checks, from and to RunSpec."""

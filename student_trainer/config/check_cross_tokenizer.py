@@ -1,0 +1,115 @@
+"""What a run must satisfy whose teacher has a tokenizer of its own, which is bridged by comparing chunks of text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stillhouse.protos.errors import FieldViolation
+from stillhouse.student_trainer.config.check_contexts import is_ensemble, losses
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
+
+OF_CHUNKS = (
+    *("forward_kl", "reverse_kl", "jsd", "jsd_normalised", "tvd", "skew_kl", "skew_reverse_kl", "alpha_beta"),
+)
+"""Divergences of two probabilities: the f-divergences."""
+_OF_TOKENS = ("kl", "agreement")
+"""Metrics that compare distributions over tokens."""
+
+
+def is_bridged(config: RunConfig) -> bool:
+    """Whether teachers are compared with the student by chunks of text."""
+    return any(loss.asks_teacher and loss.foreign_tokenizer == "alm" for _, loss in losses(config))
+
+
+def chunk_loss(config: RunConfig) -> LossConfig:
+    """The loss by which held-out rows are compared in a bridged run: the first of those that compare chunks."""
+    return next(loss for _, loss in losses(config) if loss.asks_teacher and loss.foreign_tokenizer == "alm")
+
+
+def evaluation_top_k(config: RunConfig) -> int:
+    """Likeliest tokens to ask for on held-out rows: none where chunks are compared."""
+    return 0 if is_bridged(config) else config.evaluation.top_k
+
+
+def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
+    """Problems of a bridged run, and of metrics that need one."""
+    if not is_bridged(config):
+        if "alm" in config.evaluation.metrics:
+            yield FieldViolation(
+                "evaluation.metrics",
+                'has "alm", which compares chunks of text; use it with loss.foreign_tokenizer: alm.',
+            )
+        return
+    for path, loss in losses(config):
+        yield from _check_loss(path, loss)
+    if len({loss.chunks for _, loss in losses(config) if loss.asks_teacher}) > 1:
+        yield FieldViolation(
+            "contexts", "have losses with different chunks, and the text is cut once. Give all the same."
+        )
+    for i, context in enumerate(config.contexts):
+        if context.dataset is None:
+            yield FieldViolation(
+                f"contexts[{i}]",
+                "is text that is written during the run in one side's tokens; loss.foreign_tokenizer: alm learns from a dataset. "
+                "Use dataset: {}, such as of texts that `stillhouse batch` had the teacher write.",
+            )
+    if is_ensemble(config):
+        yield FieldViolation(
+            "teachers",
+            "are several that would be mixed, but with loss.foreign_tokenizer: alm each may cut the text differently. Keep "
+            "one, or set data.teacher_field so that each row has its own.",
+        )
+    if config.task == "cache":
+        yield FieldViolation(
+            "task",
+            'is "cache", which keeps answers about the student\'s tokens; with loss.foreign_tokenizer: alm use '
+            "cache.mode: write_through in a run that trains.",
+        )
+    if config.is_offline:
+        yield FieldViolation(
+            "cache.mode",
+            'is "only", but loss.foreign_tokenizer: alm needs the tokenizer of a teacher that is there. Use "read".',
+        )
+    for name in sorted(set(_OF_TOKENS) & set(config.evaluation.metrics)):
+        yield FieldViolation(
+            "evaluation.metrics",
+            f'has "{name}", which compares distributions over one vocabulary; with loss.foreign_tokenizer: alm use "alm".',
+        )
+
+
+def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
+    if not loss.asks_teacher:
+        return
+    if loss.foreign_tokenizer != "alm":
+        yield FieldViolation(
+            f"{path}.foreign_tokenizer",
+            'is "refuse" beside a loss with "alm": a term over one vocabulary and one over chunks do not go together. Set '
+            "alm in all losses, or every term's weight here to 0, which leaves hard_weight.",
+        )
+        return
+    if loss.temperature != 1:
+        yield FieldViolation(
+            f"{path}.temperature",
+            f"is {loss.temperature:g}, which is that of a softmax; with foreign_tokenizer: alm set chunk_temperature.",
+        )
+    if loss.sparse_target != "tail_bucket":
+        yield FieldViolation(
+            f"{path}.sparse_target",
+            f'is "{loss.sparse_target}", but with foreign_tokenizer: alm no tokens beside those of the text are asked for. '
+            "Leave it out.",
+        )
+    for i, term in enumerate(loss.terms):
+        if term.weight == 0:
+            continue
+        if term.divergence not in OF_CHUNKS:
+            yield FieldViolation(
+                f"{path}.terms[{i}].divergence",
+                f'"{term.divergence}" compares many tokens, and with foreign_tokenizer: alm there are two probabilities. Use '
+                f"one of {', '.join(OF_CHUNKS)}.",
+            )
+        if term.token_weighting != "uniform":  # noqa: S105 (tokens of text)
+            yield FieldViolation(
+                f"{path}.terms[{i}].token_weighting",
+                f'"{term.token_weighting}" needs distributions over tokens, which foreign_tokenizer: alm does not ask for. '
+                "Leave it out.",
+            )

@@ -1,0 +1,88 @@
+"""What a run's loss must satisfy: the ranges of its divergences' parameters, and what goes with what."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stillhouse.protos.errors import FieldViolation
+from stillhouse.student_trainer.config.schema import DIVERGENCE_PARAMETERS, LossConfig, LossTermConfig
+
+DRAWN_TARGETS = ("sampled", "top_k_and_sampled")
+"""Values of sparse_target whose ids the teacher draws."""
+WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
+
+
+def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
+    """Everything that is wrong with the loss at `path` of the run file."""
+    if not loss.asks_teacher and loss.hard_weight == 0:
+        yield FieldViolation(
+            f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."
+        )
+    for i, term in enumerate(loss.terms):
+        here = f"{path}.terms[{i}]"
+        yield from _check_parameters(here, term)
+        if term.weight > 0 and term.estimator == "full":
+            yield from _check_target(here, term, loss)
+            yield from _check_temperature(here, term, loss)
+    if loss.sparse_target in DRAWN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
+        yield FieldViolation(
+            f"{path}.temperature",
+            f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are drawn at temperature 1 '
+            "and say nothing exact of another. Use temperature 1, or sparse_target tail_bucket.",
+        )
+
+
+def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolation]:
+    known = DIVERGENCE_PARAMETERS.get(term.divergence, {})
+    for name in ("alpha", "beta", "mu"):
+        value = getattr(term, name)
+        if value is None:
+            continue
+        if name not in known:
+            yield FieldViolation(f"{path}.{name}", f'has no meaning for "{term.divergence}"; leave it out.')
+        elif value > 1 and term.divergence != "alpha_beta":
+            yield FieldViolation(f"{path}.{name}", f"{value:g} is out of range; it must be in [0, 1].")
+        elif value == 1 and term.divergence.startswith("skew"):
+            yield FieldViolation(
+                f"{path}.{name}",
+                "is 1, which compares a distribution with itself: nothing would be learnt. It must be in [0, 1).",
+            )
+    if term.divergence == "alpha_beta":
+        parameters = term.parameters
+        total = parameters["alpha"] + parameters["beta"]
+        if abs(total - 1) > 1e-9:
+            yield FieldViolation(
+                f"{path}.beta",
+                f"alpha + beta is {total:g}; it must be 1. Of all tokens beyond top_k the teacher sends one sum, the tail. "
+                "Merging tokens into it can only lower an f-divergence, and with equal distributions leaves it 0; "
+                "alpha-beta is one only if alpha + beta = 1, and any other pair could rise through the merging.",
+            )
+
+
+def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
+    """Targets without a tail fit forward KL alone."""
+    if loss.sparse_target == "tail_bucket" or term.divergence == "forward_kl":
+        return
+    why = (
+        "whose ids are drawn: their expectation is right only for a loss that is linear in the teacher"
+        if loss.sparse_target in DRAWN_TARGETS
+        else "which has no tail: whatever the student gives to other tokens would be free, or without limit"
+    )
+    yield FieldViolation(
+        f"{path}.divergence",
+        f'"{term.divergence}" does not go with sparse_target "{loss.sparse_target}", {why}. Use forward_kl, or '
+        "sparse_target tail_bucket.",
+    )
+
+
+def _check_temperature(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
+    if (
+        loss.temperature != 1
+        and loss.temperature_mode == "conditional"
+        and term.divergence in WITHOUT_CONDITIONAL_FORM
+    ):
+        yield FieldViolation(
+            f"{path}.divergence",
+            f'"{term.divergence}" is no f-divergence and does not split into "a kept token or not" and "which one". '
+            "Use temperature_mode exact, or temperature 1.",
+        )

@@ -1,0 +1,57 @@
+"""The defaults of a run that depend on its other fields; plain ones stand beside their fields in config.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.config.checks import MAX_TOP_K
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
+
+LORA_LEARNING_RATE = 1e-4
+CHECKPOINT_EVERY_STEPS = 500
+
+
+def fill(config: RunConfig, spec: RunSpec) -> RunConfig:
+    """`config` with the defaults that depend on other fields."""
+    optimizer, data = config.optimizer, config.data
+    checkpoint, evaluation = config.checkpoint, config.evaluation
+    if config.student.trains_adapter and not spec.optimizer.HasField("learning_rate"):
+        optimizer = replace(optimizer, learning_rate=LORA_LEARNING_RATE)
+    if not spec.data.HasField("seed"):
+        data = replace(data, seed=optimizer.seed)
+    if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
+        checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
+    if not spec.evaluation.HasField("top_k"):
+        # Within its range, so that a loss.top_k outside of it is reported once.
+        evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
+    if not evaluation.metrics:
+        of_teacher = ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
+        evaluation = replace(evaluation, metrics=of_teacher if config.has_teacher else ("perplexity",))
+    student = config.student
+    if student.trains_adapter and not spec.student.HasField("output"):
+        student = replace(student, output="both")
+    contexts = tuple(
+        replace(context, loss=_with_parameters(context.loss)) if context.loss else context
+        for context in config.contexts
+    )
+    return replace(
+        config,
+        student=student,
+        optimizer=optimizer,
+        data=data,
+        contexts=contexts,
+        loss=_with_parameters(config.loss),
+        checkpoint=checkpoint,
+        evaluation=evaluation,
+    )
+
+
+def _with_parameters(loss: LossConfig) -> LossConfig:
+    terms = []
+    for term in loss.terms:
+        values: dict[str, Any] = dict(term.parameters)
+        terms.append(replace(term, **values))
+    return replace(loss, terms=tuple(terms))

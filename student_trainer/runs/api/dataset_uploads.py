@@ -1,0 +1,112 @@
+"""Takes in uploaded datasets: by content, whole or not at all, and never above the size limit."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import UploadDatasetRequest
+from stillhouse.student_trainer.run_dir import fsync_directory
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+"""What the training process can read; the file keeps its suffix."""
+MAX_FILE_NAME_CHARACTERS = 255
+_TEMPORARY = ".upload-"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Upload:
+    """A stored file."""
+
+    sha256: str
+    suffix: str
+    file_name: str
+    size_bytes: int
+
+
+async def receive(folder: Path, pieces: AsyncIterator[UploadDatasetRequest], *, max_bytes: int) -> Upload:
+    """Store the file that `pieces` make up as `folder`/<sha256><suffix>.
+
+    Raises:
+        StillhouseError: INVALID_REQUEST, DATASET_INVALID, QUOTA above `max_bytes`, DISK_FULL; nothing is kept then.
+    """
+    temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    try:
+        with temporary.open("xb") as file:
+            file_name, digest, size = await _write(file, pieces, max_bytes)
+            await asyncio.to_thread(_sync, file)
+        suffix = Path(file_name).suffix
+        temporary.rename(folder / f"{digest}{suffix}")
+        await asyncio.to_thread(fsync_directory, folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise StillhouseError(
+            Reason.DISK_FULL,
+            "The disk of the service's data directory is full; free some space and upload again.",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return Upload(sha256=digest, suffix=suffix, file_name=file_name, size_bytes=size)
+
+
+async def _write(
+    file: BinaryIO, pieces: AsyncIterator[UploadDatasetRequest], max_bytes: int
+) -> tuple[str, str, int]:
+    """Name, SHA-256 and size of what was written."""
+    name, digest, size = "", hashlib.sha256(), 0
+    async for piece in pieces:
+        if not name:
+            name = _checked(piece.file_name)
+        elif piece.file_name not in ("", name):
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"A piece of {name!r} names the file {piece.file_name!r}; send one file a call.",
+            )
+        size += len(piece.data)
+        if size > max_bytes:
+            raise StillhouseError(
+                Reason.QUOTA,
+                f"{name!r} has more than the {max_bytes} bytes that this service takes; split it, or start the service "
+                "with a larger --max-upload-bytes.",
+            )
+        digest.update(piece.data)
+        await asyncio.to_thread(file.write, piece.data)
+    if size == 0:
+        raise StillhouseError(Reason.DATASET_INVALID, f"The uploaded file {name!r} is empty; send its rows.")
+    return name, digest.hexdigest(), size
+
+
+def _checked(name: str) -> str:
+    """`name`, if a dataset can be called so."""
+    plain = name.isprintable() and "/" not in name and len(name) <= MAX_FILE_NAME_CHARACTERS
+    if not name or not plain:
+        raise StillhouseError(
+            Reason.INVALID_REQUEST,
+            f"{name[:80]!r} is no file name; the first piece needs one such as 'train.jsonl'.",
+        )
+    if Path(name).suffix not in SUFFIXES:
+        raise StillhouseError(
+            Reason.DATASET_INVALID,
+            f"{name!r} does not end in one of {', '.join(SUFFIXES)}, by which its format is known; rename or convert it.",
+        )
+    return name
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the halves of uploads that a killed service left."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        path.unlink(missing_ok=True)

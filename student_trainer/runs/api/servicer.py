@@ -1,0 +1,272 @@
+"""RunService's rpcs: checks what was asked, lets store and supervisor do it, and answers with the run as it is."""
+
+# ruff: noqa: ARG002 - gRPC hands a context to every rpc
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import re
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.auth import current_caller
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
+from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.runs.api import dataset_uploads
+from stillhouse.student_trainer.runs.api.metric_series import to_series
+from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve
+from stillhouse.student_trainer.runs.api.streams import Streams
+from stillhouse.student_trainer.runs.store import run_state
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
+from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
+
+Context = grpc.aio.ServicerContext[Any, Any]
+UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+DEFAULT_PAGE, MAX_PAGE = 50, 500
+DEFAULT_POINTS, MAX_POINTS = 1000, 20_000
+MAX_SPEC_BYTES = 256 * 1024
+"""Far beyond any run; it bounds the time that checks take."""
+DELETED = ".deleted-"
+"""Prefix of a run directory whose files are being removed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceParts:
+    """What the servicer works with."""
+
+    store: Store
+    db: DatabaseThread
+    bell: Bell
+    supervisor: Supervisor
+    host: Host
+    max_upload_bytes: int
+    max_queued_runs: int
+    """Of one client."""
+
+
+class RunServicer(RunServiceServicer):
+    """Answers the rpcs of RunService."""
+
+    def __init__(self, parts: ServiceParts) -> None:
+        self._store = parts.store
+        self._db = parts.db
+        self._bell = parts.bell
+        self._supervisor = parts.supervisor
+        self._host = parts.host
+        self._max_upload_bytes = parts.max_upload_bytes
+        self._max_queued_runs = parts.max_queued_runs
+        self._uploads = parts.host.data_dir / "datasets"
+        self._streams = Streams(parts.store, parts.db, parts.bell, parts.supervisor.run_dir)
+
+    async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.Run:
+        """Validate a spec and queue it."""
+        if request.request_id and not UUID.fullmatch(request.request_id):
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"request_id {request.request_id[:80]!r} is no UUID; give one, or leave it out.",
+            )
+        if request.spec.ByteSize() > MAX_SPEC_BYTES:
+            raise StillhouseError(
+                Reason.INVALID_SPEC,
+                f"The spec has {request.spec.ByteSize()} bytes; at most {MAX_SPEC_BYTES} are taken. Name rows and models by "
+                "path.",
+            )
+        if request.request_id and not request.validate_only:
+            earlier = await self._db(self._store.find_request, request.request_id, request.spec)
+            if earlier is not None:
+                return earlier  # even if its files are gone meanwhile
+        asked = await asyncio.to_thread(proto.from_proto, request.spec)
+        effective = proto.to_proto(await self._db(resolve, asked, self._host))
+        if request.validate_only:
+            return pb.Run(spec=request.spec, effective_spec=effective)
+        run, created = await self._db(
+            self._store.create,
+            new_run_id(),
+            request.spec,
+            effective,
+            request_id=request.request_id,
+            version=metadata.version("stillhouse"),
+            owner=current_caller().name,
+            max_queued=self._max_queued_runs,
+        )
+        if created:
+            self._supervisor.wake()
+        return run
+
+    async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:
+        """Return one run."""
+        return await self._db(self._store.get, run_id_of(request.name))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
+        """Return a page of runs, newest first."""
+        size = _bounded("page_size", request.page_size, DEFAULT_PAGE, MAX_PAGE)
+        before = _read_page_token(request)
+        runs, following = await self._db(self._store.page, list(request.states), before=before, limit=size)
+        token = "" if following is None else _page_token(request, following)
+        return pb.ListRunsResponse(runs=runs, next_page_token=token)
+
+    def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
+        """Send the run as it is, then every change."""
+        return self._streams.watch(run_id_of(request.name), request.after_sequence)
+
+    async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.Run:
+        """Ask a run to write a checkpoint and end."""
+        run_id = run_id_of(request.name)
+        await self._check_owner(run_id, "stop")
+        return await self._supervisor.stop_run(run_id)
+
+    async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.Run:
+        """Queue a STOPPED or FAILED run again."""
+        run_id = run_id_of(request.name)
+        await self._check_owner(run_id, "resume")
+        run = await self._db(
+            self._store.change,
+            run_id,
+            "resume",
+            run_state.PENDING,
+            allowed=frozenset({run_state.STOPPED, run_state.FAILED}),
+            max_queued=self._max_queued_runs,
+        )
+        self._bell.ring(run_id)
+        self._supervisor.wake()
+        return run
+
+    async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
+        """Remove an ended run and its files."""
+        run_id = run_id_of(request.name)
+        await self._check_owner(run_id, "delete")
+        await self.delete(run_id)
+        return pb.DeleteRunResponse()
+
+    async def delete(self, run_id: str) -> None:
+        """Forget an ended run and remove its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
+        await self._db(self._store.delete, run_id)
+        self._bell.ring(run_id)
+        await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
+
+    async def QueryMetrics(
+        self, request: pb.QueryMetricsRequest, context: Context
+    ) -> pb.QueryMetricsResponse:
+        """Return metric history, thinned to what a plot can show."""
+        most = _bounded("max_points", request.max_points, DEFAULT_POINTS, MAX_POINTS)
+        points = await self._db(
+            self._store.metric_points,
+            run_id_of(request.name),
+            start=request.start_step,
+            end=request.end_step or None,
+        )
+        series = await asyncio.to_thread(to_series, points, keys=frozenset(request.keys), max_points=most)
+        return pb.QueryMetricsResponse(series=series)
+
+    async def UploadDataset(
+        self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
+    ) -> pb.UploadDatasetResponse:
+        """Store a file by its content."""
+        upload = await dataset_uploads.receive(
+            self._uploads, request_iterator, max_bytes=self._max_upload_bytes
+        )
+        await self._db(
+            self._store.add_dataset, upload.sha256, upload.suffix, upload.file_name, upload.size_bytes
+        )
+        return pb.UploadDatasetResponse(name=f"datasets/{upload.sha256}", size_bytes=upload.size_bytes)
+
+    async def ListArtifacts(
+        self, request: pb.ListArtifactsRequest, context: Context
+    ) -> pb.ListArtifactsResponse:
+        """List what a run left."""
+        return pb.ListArtifactsResponse(artifacts=await self._streams.artifacts(run_id_of(request.name)))
+
+    def DownloadArtifact(
+        self, request: pb.DownloadArtifactRequest, context: Context
+    ) -> AsyncIterator[pb.DownloadArtifactResponse]:
+        """Send a file from a byte offset."""
+        return self._streams.download(run_id_of(request.name), request.path, request.start_offset)
+
+    def StreamLogs(
+        self, request: pb.StreamLogsRequest, context: Context
+    ) -> AsyncIterator[pb.StreamLogsResponse]:
+        """Send a run's log from a byte offset and, if asked, follow it."""
+        run_id = run_id_of(request.name)
+        return self._streams.logs(run_id, request.attempt, request.start_offset, follow=request.follow)
+
+    async def _check_owner(self, run_id: str, verb: str) -> None:
+        """Return if the caller may steer the run: a token without admin steers its own alone."""
+        caller = current_caller()
+        if not caller.is_admin and await self._db(self._store.owner, run_id) != caller.name:
+            raise StillhouseError(
+                Reason.PERMISSION_DENIED,
+                f'Run {run_id} was not submitted with the token "{caller.name}"; to {verb} it takes the one that did, or '
+                "one with the scope admin.",
+            )
+
+
+def new_run_id() -> str:
+    """12 characters of [a-z2-7]."""
+    return base64.b32encode(secrets.token_bytes(8)).decode().lower()[:12]
+
+
+def run_id_of(name: str) -> str:
+    """The id in `runs/{id}`.
+
+    Raises:
+        StillhouseError: INVALID_REQUEST for anything else.
+    """
+    folder, _, run_id = name.partition("/")
+    if folder != "runs" or not RUN_ID.fullmatch(run_id):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST, f"{name[:80]!r} is no run's name; one looks like 'runs/abcdefgh2345'."
+        )
+    return run_id
+
+
+def remove_run_files(path: Path) -> None:
+    """Delete a run directory; once renamed it is gone for everybody, and a killed service goes on at its next start."""
+    if path.exists():
+        doomed = path.with_name(f"{DELETED}{path.name}-{secrets.token_hex(4)}")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def remove_deleted(runs_path: Path) -> None:
+    """Delete what `remove_run_files` of a killed service left."""
+    for path in runs_path.glob(f"{DELETED}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _bounded(field: str, value: int, default: int, most: int) -> int:
+    """`value` within its limit; the default for 0."""
+    if value < 0:
+        raise StillhouseError(
+            Reason.INVALID_REQUEST, f"{field} is {value}; give at least 1, or 0 for {default}."
+        )
+    return min(value or default, most)
+
+
+def _page_token(request: pb.ListRunsRequest, number: int) -> str:
+    """Where the next page begins, and for which question."""
+    states = ".".join(str(each) for each in sorted(set(request.states)))
+    return f"{number}-{states}"
+
+
+def _read_page_token(request: pb.ListRunsRequest) -> int | None:
+    number = request.page_token.partition("-")[0]
+    if not request.page_token:
+        return None
+    if not number.isdecimal() or len(number) > 18 or request.page_token != _page_token(request, int(number)):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST,
+            f"page_token {request.page_token[:80]!r} does not belong to this request; repeat the request that gave it.",
+        )
+    return int(number)

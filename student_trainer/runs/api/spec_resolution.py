@@ -1,0 +1,179 @@
+"""Turns a run's paths and devices into what is on this host: every problem at once, nothing outside the allowed roots."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from stillhouse.protos.errors import FieldViolation
+from stillhouse.student_trainer.config.checks import invalid_spec, violation
+from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
+from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
+
+RUN_ID = re.compile(r"[a-z2-7]{12}")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+OWN_FOLDERS = ("datasets", "runs", "caches", "adapters")
+"""What specs may name of the data directory; its database and credentials are out of reach."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """What this service's host has to offer."""
+
+    data_dir: Path
+    roots: Sequence[Path]
+    """Folders below which specs may name files."""
+    slots: Slots
+    dataset_suffix: Callable[[str], str | None]
+    """Of an uploaded dataset by its SHA-256; None if there is no such dataset."""
+
+
+def resolve(config: RunConfig, host: Host) -> RunConfig:
+    """`config` with absolute paths, its device count and its precision. Blocks: it looks at files.
+
+    Raises:
+        StillhouseError: INVALID_SPEC with every violation at once.
+    """
+    resolver = _Resolver(host)
+    data = config.data
+    resolved = replace(
+        config,
+        student=replace(
+            config.student,
+            model=resolver.model("student.model", config.student.model),
+            adapter=config.student.adapter
+            and resolver.model("student.adapter", config.student.adapter, needed="adapter_config.json"),
+        ),
+        data=replace(
+            data,
+            train=resolver.datasets("data.train", data.train),
+            eval=resolver.datasets("data.eval", data.eval),
+        ),
+        cache=resolver.cache(config.cache),
+    )
+    resolved = resolver.devices(resolved)
+    if resolver.violations:
+        raise invalid_spec(resolver.violations)
+    return resolved
+
+
+@dataclass(slots=True)
+class _Resolver:
+    host: Host
+    violations: list[FieldViolation] = field(default_factory=list)
+
+    def model(self, where: str, name: str, *, needed: str = "config.json") -> str:
+        """An absolute path, or a hub id as it is."""
+        path = self._local(where, name)
+        if path is None or not path.exists():
+            if path is not None and (_is_own(name) or not HUB_ID.fullmatch(name)):
+                self._refuse(
+                    where, f'"{name}" is no directory on the trainer\'s host and no Hugging Face id.'
+                )
+            return name
+        if not (path / needed).is_file():
+            self._refuse(where, f'"{name}" holds no {needed}; give a directory in Hugging Face layout.')
+        return str(path)
+
+    def datasets(self, where: str, datasets: Sequence[DatasetConfig]) -> tuple[DatasetConfig, ...]:
+        """The datasets with absolute paths."""
+        places = (f"{where}[{i}].path" for i in range(len(datasets)))
+        return tuple(
+            replace(each, path=self._dataset(place, each.path))
+            for place, each in zip(places, datasets, strict=True)
+        )
+
+    def cache(self, cache: CacheConfig | None) -> CacheConfig | None:
+        """The cache with an absolute path. One that is written lies below caches/: roots are there to be read."""
+        if cache is None:
+            return None
+        path = self._local("cache.path", cache.path)
+        if path is None:
+            return cache
+        own = (self.host.data_dir / "caches").resolve()
+        writes = cache.mode == "write_through"
+        if (writes and not path.is_relative_to(own)) or path == own:
+            self._refuse(
+                "cache.path",
+                f'"{cache.path}" is no place for a cache; name one below caches/, such as "caches/my-set".',
+            )
+        return replace(cache, path=str(path))
+
+    def devices(self, config: RunConfig) -> RunConfig:
+        """`config` with its device count and precision settled."""
+        resources, slots = config.resources, self.host.slots
+        if resources.gpu_count is None and not resources.gpus:
+            resources = replace(resources, gpu_count=max(1, resources.num_processes) if slots.gpus else 0)
+        need = Need(gpus=resources.gpus, count=resources.gpu_count or 0)
+        lack = slots.lacks(need)
+        if lack is not None:
+            self._refuse("resources.gpus" if resources.gpus else "resources.gpu_count", f"{lack}.")
+        optimizer = config.optimizer
+        if optimizer.precision is None:
+            optimizer = replace(optimizer, precision="fp32" if need.on_cpu else "bf16")
+        elif optimizer.precision == "fp16" and need.on_cpu:
+            self._refuse(
+                "optimizer.precision", '"fp16" needs a GPU, and this run uses the CPU; use bf16 or fp32.'
+            )
+        return replace(config, resources=resources, optimizer=optimizer)
+
+    def _dataset(self, where: str, name: str) -> str:
+        folder, _, digest = name.partition("/")
+        if folder == "datasets" and SHA256.fullmatch(digest):
+            suffix = self.host.dataset_suffix(digest)
+            if suffix is None:
+                self._refuse(
+                    where, f'"{name}" was not uploaded to this service; `stillhouse data push` does that.'
+                )
+                return name
+            name = f"{name}{suffix}"
+        path = self._local(where, name)
+        if path is None:
+            return name
+        if not path.exists():
+            self._refuse(
+                where,
+                f'"{name}" does not exist on the trainer\'s host; upload it with `stillhouse data push`.',
+            )
+        return str(path)
+
+    def _local(self, where: str, name: str) -> Path | None:
+        """The real path that `name` means; None, and a violation, if it is out of bounds."""
+        data_dir = self.host.data_dir.resolve()
+        try:
+            path = (data_dir / name if _is_own(name) else Path(name)).resolve()
+        except (OSError, RuntimeError, ValueError):
+            self._refuse(where, f'"{name}" is no path.')
+            return None
+        if path.is_relative_to(data_dir):
+            if path.relative_to(data_dir).parts[:1] in {(folder,) for folder in OWN_FOLDERS}:
+                return self._readable(where, name, path)
+        elif any(path.is_relative_to(root.resolve()) for root in self.host.roots):
+            return self._readable(where, name, path)
+        if HUB_ID.fullmatch(name) and not _is_own(name):
+            return None  # a hub id is never looked for outside of the roots
+        self._refuse(
+            where,
+            f'"{name}" is outside of what this service may read; start it with --allow-root, or upload the file.',
+        )
+        return None
+
+    def _readable(self, where: str, name: str, path: Path) -> Path | None:
+        """`path`, whether it is there or not; None, and a violation, if this host cannot tell."""
+        try:
+            path.exists()
+        except OSError as error:
+            self._refuse(where, f'"{name[:200]}" cannot be read on the trainer\'s host ({error.strerror}).')
+            return None
+        return path
+
+    def _refuse(self, where: str, description: str) -> None:
+        self.violations.append(violation(where, description))
+
+
+def _is_own(name: str) -> bool:
+    """Whether `name` speaks of the data directory."""
+    return name.partition("/")[0] in OWN_FOLDERS and "/" in name

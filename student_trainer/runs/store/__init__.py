@@ -1,0 +1,1 @@
+"""Database, run states, journal ingestion."""

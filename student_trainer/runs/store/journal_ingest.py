@@ -1,0 +1,129 @@
+"""What the lines of a run's journals mean for the store; a line that cannot be read, or comes late, is logged and left out.
+
+Late is a line of an attempt that was replaced: its process woke in the middle of a write, on a file system without locks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc.status_pb2 import Status
+
+from stillhouse.protos.errors import from_json
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.store.queries import STEP_METRICS
+
+log = structlog.get_logger(__name__)
+
+OUTCOMES = ("completed", "stopped", "failed")
+"""Kinds of event by which a process says that it ends."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How a process said that it ends."""
+
+    kind: str
+    error: Status | None
+
+
+@dataclass(kw_only=True, slots=True)
+class Batch:
+    """What some lines of both journals change, in order."""
+
+    offsets: dict[str, int]
+    """Columns of the store: bytes read of each journal."""
+    started: bool = False
+    """Whether the process takes steps."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Columns whose change people want to hear of."""
+    progress: dict[str, Any] = field(default_factory=dict)
+    """Columns that follow from the metrics."""
+    metrics: list[tuple[int, MetricPoint]] = field(default_factory=list)
+    """Attempt and point."""
+    outcomes: list[tuple[int, Outcome]] = field(default_factory=list)
+    """Attempt and outcome."""
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to record but offsets."""
+        return not (self.started or self.changes or self.metrics or self.outcomes)
+
+
+def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> Batch:
+    """What the journals hold behind `offsets`, the bytes already read of events and metrics, in the life of `attempt`."""
+    # Events first: a metric point that was written before an event is then never missed behind it.
+    event_lines, events_offset = run_dir.read_lines("events.jsonl", offsets[0])
+    metric_lines, metrics_offset = run_dir.read_lines("metrics.jsonl", offsets[1])
+    batch = Batch(offsets={"events_offset": events_offset, "metrics_offset": metrics_offset})
+    for lines, take in ((event_lines, _take_event), (metric_lines, _take_metrics)):
+        _take(run_dir, _timely(run_dir, lines, attempt), batch, take)
+    return batch
+
+
+def _timely(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], attempt: int) -> Iterator[Mapping[str, Any]]:
+    """The lines but for those of an earlier attempt, all of whose own were read before this one began."""
+    for line in lines:
+        number = line.get("attempt")
+        if isinstance(number, int) and number < attempt:
+            log.warning("late line left out", run=run_dir.path.name, line=dict(line), attempt=attempt)
+        else:
+            yield line
+
+
+def _take(run_dir: RunDir, lines: Iterable[Mapping[str, Any]], batch: Batch, take: Any) -> None:
+    for line in lines:
+        try:
+            take(line, batch)
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            log.warning("journal line left out", run=run_dir.path.name, line=dict(line), error=str(error))
+
+
+def _take_event(line: Mapping[str, Any], batch: Batch) -> None:
+    kind = line["kind"]
+    if kind == "started":
+        total_steps, step = _count(line["total_steps"]), _count(line.get("step", 0))
+        batch.started = True
+        batch.changes |= {"total_steps": total_steps, "condition": Run.CONDITION_UNSPECIFIED}
+        batch.progress["step"] = step
+    elif kind == "checkpoint":
+        batch.changes["latest_checkpoint"] = _count(line["step"])
+    elif kind == "condition":
+        batch.changes["condition"] = _condition(line["condition"])
+    elif kind in OUTCOMES:
+        error = from_json(line["error"]) if kind == "failed" else None
+        batch.outcomes.append((_count(line["attempt"]), Outcome(kind=kind, error=error)))
+
+
+def _count(value: float) -> int:
+    """`value` as a whole number that the store can hold. Raises ValueError."""
+    number = int(value)
+    if not 0 <= number < 2**63:
+        raise ValueError(f"{value} is no count")
+    return number
+
+
+def _condition(name: str | None) -> Run.Condition.ValueType:
+    """The condition by its name, with or without the enum's prefix; empty means that the run makes progress."""
+    return Run.Condition.Value(f"CONDITION_{(name or 'UNSPECIFIED').removeprefix('CONDITION_')}")
+
+
+def _take_metrics(line: Mapping[str, Any], batch: Batch) -> None:
+    values = {str(name): float(value) for name, value in line["values"].items()}
+    time = Timestamp()
+    time.FromJsonString(line["time"])
+    attempt, step = _count(line["attempt"]), _count(line["step"])
+    progress: dict[str, Any] = {} if STEP_METRICS.isdisjoint(values) else {"step": step}
+    if "train/trained_tokens" in values:
+        progress["trained_tokens"] = _count(values["train/trained_tokens"])
+    for name in ("train/tokens_per_second", "cache/tokens_per_second"):
+        if math.isfinite(values.get(name, math.nan)):
+            progress["tokens_per_second"] = values[name]
+    batch.metrics.append((attempt, MetricPoint(step=step, values=values, attempt=attempt, time=time)))
+    batch.progress |= progress

@@ -1,0 +1,124 @@
+"""The store on PostgreSQL: its URL, its one connection, and the lock that keeps a second service out; passwords never leave it."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError
+from sqlalchemy.pool import QueuePool
+
+from stillhouse.protos.errors import Reason, StillhouseError
+
+SCHEMES = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
+RETRY_S = 2.0
+DISK_FULL = "53100"
+"""SQLSTATE of a server whose disk is full."""
+_KEEPALIVES = {"idle": 5, "interval": 3, "count": 3}
+"""On both sides: seconds of silence, seconds between two probes, and probes without an answer."""
+_SETTINGS = {
+    "application_name": "stillhouse-trainer",
+    "connect_timeout": 5,
+    # A server that vanished is noticed within about 15 s.
+    **{f"keepalives_{name}": value for name, value in _KEEPALIVES.items()},
+    "tcp_user_timeout": 15_000,
+}
+"""Of the connection, unless the URL says otherwise."""
+_LOCK = "SELECT pg_try_advisory_lock(hashtext('stillhouse runs'), hashtext(coalesce(current_schema(), '')))"
+
+
+class TakenError(Exception):
+    """Another service has the database."""
+
+
+def postgres_url(text: str) -> URL:
+    """The URL that --database was given.
+
+    Raises:
+        StillhouseError: INVALID_CONFIG for anything but PostgreSQL's, or without its driver. The text is not repeated: it
+            may hold a password.
+    """
+    try:
+        url = make_url(text)
+    except (ArgumentError, ValueError):
+        url = None
+    if url is None or url.drivername not in SCHEMES or not url.database:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            "--database is no URL of a PostgreSQL database, such as postgresql://user@host/name. Without it the store is a "
+            "file in --data-dir.",
+        )
+    if find_spec("psycopg") is None:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            "--database needs PostgreSQL's driver, which is not installed; `pip install 'stillhouse[postgres]'` brings it.",
+        )
+    return url.set(drivername="postgresql+psycopg")
+
+
+def shown(url: URL) -> str:
+    """The URL for people, without its password and its settings, which may hold another."""
+    return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
+
+
+def postgres_engine(url: URL) -> Engine:
+    """An engine of one connection, since one thread uses it; a broken one is replaced when it is next needed."""
+    settings = {name: value for name, value in _SETTINGS.items() if name not in url.query}
+    engine = create_engine(
+        url,
+        poolclass=QueuePool,
+        pool_size=1,
+        max_overflow=0,
+        pool_pre_ping=True,
+        hide_parameters=True,
+        connect_args=settings,
+    )
+    event.listen(engine, "connect", _take)
+    return engine
+
+
+def _take(connection: Any, _record: object) -> None:
+    """Hold the database for this service as long as the connection lives, and let the server notice if it does not.
+
+    Raises:
+        TakenError: another service holds it.
+    """
+    import psycopg
+
+    try:
+        with connection.cursor() as cursor:
+            for name, value in _KEEPALIVES.items():
+                cursor.execute(f"SET tcp_keepalives_{name} = {value}")
+            cursor.execute(_LOCK)
+            (taken,) = cursor.fetchone()
+        connection.commit()
+    except psycopg.Error as error:
+        connection.close()
+        raise OperationalError(_LOCK, None, error) from error
+    if not taken:
+        connection.close()
+        raise TakenError
+
+
+def explained(error: Exception, where: str) -> StillhouseError | None:
+    """What an error of the database at `where` means to a caller; None if it is a bug."""
+    if isinstance(error, TakenError):
+        return StillhouseError(
+            Reason.DATABASE_UNREACHABLE,
+            f"Another run service uses the database {where}; stop it, or give this one its own database or schema.",
+            retry_after_s=RETRY_S,
+        )
+    if isinstance(error, OperationalError) and getattr(error.orig, "sqlstate", None) == DISK_FULL:
+        return StillhouseError(
+            Reason.DISK_FULL, f"The disk of the database {where} is full; free some space there."
+        )
+    if isinstance(error, OperationalError | InterfaceError):
+        said = " ".join(str(error.orig).split())
+        return StillhouseError(
+            Reason.DATABASE_UNREACHABLE,
+            f"The run service cannot use its database {where} ({said[:300]}). Runs go on meanwhile; see that the database "
+            "answers, then ask again.",
+            retry_after_s=RETRY_S,
+        )
+    return None

@@ -1,0 +1,209 @@
+"""Rows of the store as messages and back, within a transaction that the store opened."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+from google.protobuf.message import Message
+from google.rpc.status_pb2 import Status
+from sqlalchemy import Connection, RowMapping, func, insert, select, update
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, MetricPoint, Run, RunSpec, WatchRunResponse
+from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, State, may_become, name_of
+from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
+
+STEP_METRICS = frozenset({"train/loss", "cache/sequences"})
+"""A point with one of these metrics is a step that the attempt took; others are evaluations."""
+
+
+def now_us() -> int:
+    """Microseconds since the epoch."""
+    return time.time_ns() // 1000
+
+
+def to_bytes(message: Message) -> bytes:
+    """The message, equal bytes for equal messages of one version."""
+    return message.SerializeToString(deterministic=True)
+
+
+def spec_sha256(spec: RunSpec) -> str:
+    """What tells two specs of one request id apart."""
+    return hashlib.sha256(to_bytes(spec)).hexdigest()
+
+
+def row_of(db: Connection, run_id: str) -> RowMapping:
+    """The run's row. Raises StillhouseError(RUN_NOT_FOUND)."""
+    row = db.execute(select(runs).where(runs.c.id == run_id)).mappings().one_or_none()
+    if row is None:
+        raise StillhouseError(
+            Reason.RUN_NOT_FOUND,
+            f"There is no run {run_id} here; `stillhouse run list` shows those that there are.",
+            resource=f"runs/{run_id}",
+        )
+    return row
+
+
+def earlier(db: Connection, request_id: str, spec: RunSpec) -> Run | None:
+    """The run that `request_id` made. Raises StillhouseError(REQUEST_CONFLICT) if it was made from another spec."""
+    row = db.execute(select(requests).where(requests.c.id == request_id)).mappings().one_or_none()
+    if row is None:
+        return None
+    if row["spec_sha256"] != spec_sha256(spec):
+        raise StillhouseError(
+            Reason.REQUEST_CONFLICT,
+            f"request_id {request_id} made run {row['run_id']} from another spec; give each spec its own request_id.",
+            resource=f"runs/{row['run_id']}",
+        )
+    return to_run(db, row_of(db, row["run_id"]))
+
+
+def check_quota(db: Connection, owner: str, max_queued: int | None) -> None:
+    """Return if `owner` may queue one more run. Raises StillhouseError(QUOTA)."""
+    if max_queued is None:
+        return
+    theirs = (runs.c.owner == owner) & (runs.c.state == PENDING)
+    queued = int(db.execute(select(func.count()).where(theirs)).scalar_one())
+    if queued >= max_queued:
+        raise StillhouseError(
+            Reason.QUOTA,
+            f"{queued} runs of {owner or 'callers without a token'} are queued, and this service holds {max_queued} for "
+            "each client. Wait until some have started, stop some, or start the service with a larger --max-queued-runs.",
+            metadata={"queued": str(queued), "limit": str(max_queued)},
+        )
+
+
+def next_queue_number(db: Connection) -> int:
+    """The number that puts a run behind all others."""
+    return int(db.execute(select(func.coalesce(func.max(runs.c.queue_number), 0))).scalar_one()) + 1
+
+
+def last_attempt(db: Connection, run_id: str) -> int:
+    """The number of the run's newest attempt; 0 if there is none."""
+    query = select(func.coalesce(func.max(attempts.c.number), 0)).where(attempts.c.run_id == run_id)
+    return int(db.execute(query).scalar_one())
+
+
+def move(db: Connection, row: RowMapping, following: State, values: dict[str, Any]) -> None:
+    """Follow the arrow from the row's state to `following`, set `values`, and tell."""
+    assert may_become(row["state"], following), f"{name_of(row['state'])} -> {name_of(following)}"
+    if following in ENDED:
+        values = {"end_us": now_us(), **values}
+    moved = db.execute(
+        update(runs)
+        .where(runs.c.id == row["id"], runs.c.state == row["state"])
+        .values(state=following, **values)
+    )
+    assert moved.rowcount == 1
+    tell(db, row["id"])
+
+
+def tell(db: Connection, run_id: str) -> None:
+    """Append the run as it is to its history; its specs never change and are left out."""
+    append_event(db, run_id, "run", to_run(db, row_of(db, run_id), with_specs=False))
+
+
+def append_event(
+    db: Connection, run_id: str, kind: str, payload: Message, *, step: int | None = None
+) -> None:
+    """Give `payload` the next sequence of the run's history."""
+    sequence = int(row_of(db, run_id)["last_sequence"]) + 1
+    values = {
+        "run_id": run_id,
+        "sequence": sequence,
+        "kind": kind,
+        "step": step,
+        "payload": to_bytes(payload),
+    }
+    db.execute(insert(events).values(**values))
+    db.execute(update(runs).where(runs.c.id == run_id).values(last_sequence=sequence))
+
+
+def count_step(db: Connection, run_id: str, number: int, point: MetricPoint) -> None:
+    """Widen the range of steps that an attempt took."""
+    if STEP_METRICS.isdisjoint(point.values):
+        return
+    this = (attempts.c.run_id == run_id) & (attempts.c.number == number)
+    db.execute(update(attempts).where(this, attempts.c.first_step == 0).values(first_step=point.step))
+    db.execute(update(attempts).where(this).values(last_step=point.step))
+
+
+def to_run(db: Connection, row: RowMapping, *, with_specs: bool = True) -> Run:
+    """The run that a row and its attempts tell of."""
+    run = _to_run(row, with_specs=with_specs)
+    if row["state"] == PENDING:
+        ahead = select(func.count()).where(runs.c.state == PENDING, runs.c.queue_number < row["queue_number"])
+        run.queue_position = db.execute(ahead).scalar_one()
+    query = select(attempts).where(attempts.c.run_id == row["id"]).order_by(attempts.c.number)
+    run.attempts.extend(_to_attempt(each) for each in db.execute(query).mappings())
+    return run
+
+
+def to_runs(db: Connection, found: Sequence[RowMapping]) -> list[Run]:
+    """The same for many rows, by two questions in all."""
+    made = {row["id"]: _to_run(row, with_specs=True) for row in found}
+    if any(row["state"] == PENDING for row in found):
+        queued = select(runs.c.id).where(runs.c.state == PENDING).order_by(runs.c.queue_number)
+        for position, run_id in enumerate(db.execute(queued).scalars()):
+            if run_id in made:
+                made[run_id].queue_position = position
+    query = select(attempts).where(attempts.c.run_id.in_(list(made))).order_by(attempts.c.number)
+    for each in db.execute(query).mappings():
+        made[each["run_id"]].attempts.append(_to_attempt(each))
+    return list(made.values())
+
+
+def _to_run(row: RowMapping, *, with_specs: bool) -> Run:
+    """What the row itself tells."""
+    run = Run(
+        name=f"runs/{row['id']}",
+        state=cast("State", row["state"]),
+        condition=cast("Run.Condition.ValueType", row["condition"]),
+        created_by_version=row["created_by_version"],
+    )
+    run.progress.step = row["step"]
+    run.progress.total_steps = row["total_steps"]
+    run.progress.trained_tokens = row["trained_tokens"]
+    run.progress.tokens_per_second = row["tokens_per_second"]
+    if with_specs:
+        run.spec.ParseFromString(row["spec"])
+        run.effective_spec.ParseFromString(row["effective_spec"])
+    if row["error"] is not None:
+        run.error.ParseFromString(row["error"])
+    if row["latest_checkpoint"] is not None:
+        run.latest_checkpoint = f"{run.name}/checkpoints/{row['latest_checkpoint']}"
+    _set_times(run, row, ("create", "start", "end"))
+    return run
+
+
+def _to_attempt(row: RowMapping) -> Attempt:
+    attempt = Attempt(
+        number=row["number"],
+        first_step=row["first_step"],
+        last_step=row["last_step"],
+        exit_code=row["exit_code"],
+        signal=row["signal"],
+    )
+    if row["error"] is not None:
+        attempt.error.CopyFrom(Status.FromString(row["error"]))
+    _set_times(attempt, row, ("start", "end"))
+    return attempt
+
+
+def _set_times(message: Any, row: RowMapping, names: tuple[str, ...]) -> None:
+    for name in names:
+        if row[f"{name}_us"] is not None:
+            getattr(message, f"{name}_time").FromMicroseconds(row[f"{name}_us"])
+
+
+def to_response(row: RowMapping) -> WatchRunResponse:
+    """An event as WatchRun sends it."""
+    response = WatchRunResponse(sequence=row["sequence"])
+    if row["kind"] == "run":
+        response.run.ParseFromString(row["payload"])
+    else:
+        response.metrics.ParseFromString(row["payload"])
+    return response

@@ -1,0 +1,390 @@
+"""What the service remembers of runs: every change of a run is one transaction and one event in its history.
+
+Methods block; the service calls them through one DatabaseThread. Any of them raises StillhouseError(DATABASE_UNREACHABLE)
+while a database server does not answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from google.rpc.status_pb2 import Status
+from sqlalchemy import Engine, RowMapping, delete, insert, select, update
+
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, WatchRunResponse
+from stillhouse.student_trainer.runs.store import aggregates, queries, run_state
+from stillhouse.student_trainer.runs.store.aggregates import Totals
+from stillhouse.student_trainer.runs.store.database import open_database, transaction
+from stillhouse.student_trainer.runs.store.journal_ingest import Batch
+from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
+from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
+from stillhouse.student_trainer.runs.store.schema import attempts, datasets, events, requests, runs
+
+MAX_PAGE_BYTES = 8 * 2**20
+"""Of a page of runs; one run may be beyond it."""
+
+
+class Store:
+    """Runs, their attempts and events, request ids and datasets."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, place: Path | str) -> Self:
+        """The store in the database file `place`, or at that URL, made or migrated if needed."""
+        return cls(open_database(place))
+
+    def close(self) -> None:
+        """Close the database."""
+        self._engine.dispose()
+
+    def create(
+        self,
+        run_id: str,
+        spec: RunSpec,
+        effective: RunSpec,
+        *,
+        request_id: str,
+        version: str,
+        owner: str = "",
+        max_queued: int | None = None,
+    ) -> tuple[Run, bool]:
+        """A PENDING run at the end of the queue, and True; or the run that `request_id` made before, and False.
+
+        Raises:
+            StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec, QUOTA if `owner` has
+                `max_queued` runs in the queue.
+        """
+        with transaction(self._engine) as db:
+            earlier = queries.earlier(db, request_id, spec)
+            if earlier is not None:
+                return earlier, False
+            queries.check_quota(db, owner, max_queued)
+            values = {
+                "id": run_id,
+                "spec": to_bytes(spec),
+                "effective_spec": to_bytes(effective),
+                "created_by_version": version,
+                "state": PENDING,
+                "queue_number": queries.next_queue_number(db),
+                "create_us": now_us(),
+                "owner": owner,
+            }
+            db.execute(insert(runs).values(**values))
+            if request_id:
+                db.execute(
+                    insert(requests).values(
+                        id=request_id, spec_sha256=queries.spec_sha256(spec), run_id=run_id
+                    )
+                )
+            queries.tell(db, run_id)
+            return queries.to_run(db, queries.row_of(db, run_id)), True
+
+    def find_request(self, request_id: str, spec: RunSpec) -> Run | None:
+        """The run that `request_id` made, if any. Raises as `create` does."""
+        with transaction(self._engine) as db:
+            return queries.earlier(db, request_id, spec)
+
+    def get(self, run_id: str) -> Run:
+        """The run with both specs. Raises StillhouseError(RUN_NOT_FOUND)."""
+        with transaction(self._engine) as db:
+            return queries.to_run(db, queries.row_of(db, run_id))
+
+    def watch_start(self, run_id: str) -> tuple[Run, int]:
+        """The run, and the sequence of its newest event."""
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            return queries.to_run(db, row), int(row["last_sequence"])
+
+    def page(
+        self, states: Sequence[State], *, before: int | None, limit: int
+    ) -> tuple[list[Run], int | None]:
+        """At most `limit` runs and about MAX_PAGE_BYTES, newest first, older than number `before`; and the number to go
+        on from, if there are more."""
+        query = select(runs).order_by(runs.c.number.desc()).limit(limit + 1)
+        if states:
+            query = query.where(runs.c.state.in_(states))
+        if before is not None:
+            query = query.where(runs.c.number < before)
+        with transaction(self._engine) as db:
+            found = db.execute(query).mappings().all()
+            shown = queries.to_runs(db, _first(found[:limit], MAX_PAGE_BYTES))
+        return shown, int(found[len(shown) - 1]["number"]) if len(found) > len(shown) else None
+
+    def queue(self) -> list[Run]:
+        """PENDING runs in the order in which they shall start."""
+        return self._in_states([PENDING])
+
+    def live(self) -> list[Run]:
+        """Runs on which a process works, as far as the store knows."""
+        return self._in_states(sorted(LIVE))
+
+    def ids(self) -> set[str]:
+        """Every run's id."""
+        with transaction(self._engine) as db:
+            return set(db.execute(select(runs.c.id)).scalars())
+
+    def change(
+        self,
+        run_id: str,
+        verb: str,
+        following: State,
+        *,
+        allowed: frozenset[State],
+        error: Status | None = None,
+        condition: Run.Condition.ValueType = Run.CONDITION_UNSPECIFIED,
+        max_queued: int | None = None,
+    ) -> Run:
+        """The run after it became `following`, because `verb` was asked of it.
+
+        Raises:
+            StillhouseError: RUN_STATE unless its state is in `allowed`; QUOTA if its owner has `max_queued` runs in the
+                queue.
+        """
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            if row["state"] not in allowed:
+                raise run_state.refuse(run_id, row["state"], verb, allowed)
+            values: dict[str, Any] = {"condition": condition}
+            if following == PENDING:
+                queries.check_quota(db, row["owner"], max_queued)
+                values |= {"queue_number": queries.next_queue_number(db), "end_us": None, "error": None}
+                values["step"] = row["latest_checkpoint"] or 0  # where the next attempt begins
+            if verb == "resume":
+                values["asked_attempt"] = queries.last_attempt(db, run_id)
+            if error is not None:
+                values["error"] = to_bytes(error)
+            queries.move(db, row, following, values)
+            return queries.to_run(db, queries.row_of(db, run_id))
+
+    def set_condition(
+        self, run_id: str, condition: Run.Condition.ValueType, *, instead_of: Run.Condition.ValueType
+    ) -> None:
+        """Say why a live run makes no progress, if what is said so far is `instead_of`."""
+        this = (runs.c.id == run_id) & (runs.c.condition == instead_of)
+        with transaction(self._engine) as db:
+            if db.execute(update(runs).where(this).values(condition=condition)).rowcount:
+                queries.tell(db, run_id)
+
+    def stop(self, run_id: str) -> Run:
+        """The run after it was asked to stop: STOPPED if it waited, STOPPING if it is live, else as it was.
+
+        Raises:
+            StillhouseError: RUN_STATE if it is COMPLETED or FAILED.
+        """
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            if row["state"] == PENDING:
+                queries.move(db, row, run_state.STOPPED, {"condition": Run.CONDITION_UNSPECIFIED})
+            elif row["state"] in (STARTING, RUNNING):
+                queries.move(db, row, run_state.STOPPING, {})
+            elif row["state"] not in (run_state.STOPPING, run_state.STOPPED):
+                allowed = frozenset({PENDING, STARTING, RUNNING, run_state.STOPPING, run_state.STOPPED})
+                raise run_state.refuse(run_id, row["state"], "stop", allowed)
+            return queries.to_run(db, queries.row_of(db, run_id))
+
+    def begin_attempt(self, run_id: str, devices: Sequence[int]) -> int:
+        """The number of a further attempt, with which the run becomes STARTING.
+
+        Raises:
+            StillhouseError: RUN_STATE if the run is not PENDING.
+        """
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            if row["state"] != PENDING:
+                raise run_state.refuse(run_id, row["state"], "launch", frozenset({PENDING}))
+            number = queries.last_attempt(db, run_id) + 1
+            now = now_us()
+            db.execute(
+                insert(attempts).values(
+                    run_id=run_id, number=number, start_us=now, devices=",".join(map(str, devices))
+                )
+            )
+            queries.move(db, row, STARTING, {"start_us": row["start_us"] or now})
+            return number
+
+    def end_attempt(
+        self,
+        run_id: str,
+        number: int,
+        following: State,
+        *,
+        exit_code: int,
+        signal: int,
+        error: Status | None,
+        halve: bool = False,
+    ) -> Run:
+        """The run after its process ended and it became `following`; with `halve` it goes on with half its micro-batch.
+
+        `error` is the attempt's, and the run's too if it FAILED. A PENDING run is retried, at the head of the queue. An
+        attempt ends once: telling it again changes nothing.
+        """
+        failed = following == run_state.FAILED
+        values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
+        if failed:
+            values["error"] = to_bytes(error) if error is not None else None
+        if following == PENDING:
+            values["condition"] = Run.CONDITION_RETRYING
+            if halve:
+                values["halved"] = True
+        ended: dict[str, Any] = {"end_us": now_us(), "exit_code": exit_code, "signal": signal}
+        ended["error"] = to_bytes(error) if error is not None else None
+        this = (attempts.c.run_id == run_id) & (attempts.c.number == number) & attempts.c.end_us.is_(None)
+        with transaction(self._engine) as db:
+            if not db.execute(update(attempts).where(this).values(**ended)).rowcount:
+                # It is told again, because the answer to the first time was lost.
+                return queries.to_run(db, queries.row_of(db, run_id))
+            if following == PENDING:
+                values["step"] = queries.row_of(db, run_id)["latest_checkpoint"] or 0
+            if following == run_state.COMPLETED and queries.row_of(db, run_id)["state"] == STARTING:
+                # It had nothing left to do, as after a crash between its last step and its end.
+                queries.move(db, queries.row_of(db, run_id), RUNNING, {})
+            queries.move(db, queries.row_of(db, run_id), following, values)
+            return queries.to_run(db, queries.row_of(db, run_id))
+
+    def withdraw_attempt(self, run_id: str, number: int) -> None:
+        """Forget the newest attempt, for which no process was ever started: the run is PENDING again, at its old place in
+        the queue, or STOPPED if that was asked."""
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            following = run_state.STOPPED if row["state"] == run_state.STOPPING else PENDING
+            db.execute(delete(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number))
+            values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
+            queries.move(db, row, following, values | ({"start_us": None} if number == 1 else {}))
+
+    def owner(self, run_id: str) -> str:
+        """Who submitted the run; empty where nobody had to say. Raises StillhouseError(RUN_NOT_FOUND)."""
+        with transaction(self._engine) as db:
+            return str(queries.row_of(db, run_id)["owner"])
+
+    def halved(self, run_id: str) -> bool:
+        """Whether the run goes on with half its micro-batch."""
+        with transaction(self._engine) as db:
+            return bool(queries.row_of(db, run_id)["halved"])
+
+    def ended_before(self, time_us: int, *, limit: int) -> list[str]:
+        """Ids of at most `limit` runs that ended before `time_us`, the oldest first."""
+        query = (
+            select(runs.c.id)
+            .where(runs.c.state.in_(sorted(ENDED)), runs.c.end_us < time_us)
+            .order_by(runs.c.end_us)
+            .limit(limit)
+        )
+        with transaction(self._engine) as db:
+            return [str(each) for each in db.execute(query).scalars()]
+
+    def totals(self) -> Totals:
+        """Sums over all runs, for metrics."""
+        with transaction(self._engine) as db:
+            return aggregates.read(db)
+
+    def devices(self, run_id: str, number: int) -> tuple[int, ...]:
+        """The devices that an attempt was given; none for the CPU."""
+        query = select(attempts.c.devices).where(attempts.c.run_id == run_id, attempts.c.number == number)
+        with transaction(self._engine) as db:
+            return tuple(int(each) for each in db.execute(query).scalar_one().split(",") if each)
+
+    def attempts_since_asked(self, run_id: str) -> int:
+        """Processes that were started for the run since a person last asked for it."""
+        with transaction(self._engine) as db:
+            return queries.last_attempt(db, run_id) - int(queries.row_of(db, run_id)["asked_attempt"])
+
+    def offsets(self, run_id: str) -> tuple[int, int]:
+        """Bytes of the event and metric journals that are in the store."""
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            return int(row["events_offset"]), int(row["metrics_offset"])
+
+    def outcome(self, run_id: str, number: int) -> tuple[str | None, Status | None]:
+        """How the process of an attempt said that it ends: completed, stopped, failed or None; and with which error."""
+        query = select(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number)
+        with transaction(self._engine) as db:
+            row = db.execute(query).mappings().one()
+        return row["outcome"], Status.FromString(row["error"]) if row["error"] else None
+
+    def record(self, run_id: str, batch: Batch) -> None:
+        """Take in what the run's journals hold, and how far they were read, in one transaction."""
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            for number, point in batch.metrics:
+                queries.append_event(db, run_id, "metrics", point, step=point.step)
+                queries.count_step(db, run_id, number, point)
+            values: dict[str, Any] = {**batch.offsets, **batch.progress}
+            changed = {name: value for name, value in batch.changes.items() if row[name] != value}
+            if row["state"] == STARTING and batch.started:
+                changed["state"] = RUNNING
+            db.execute(update(runs).where(runs.c.id == run_id).values(**values, **changed))
+            for number, outcome in batch.outcomes:
+                db.execute(
+                    update(attempts)
+                    .where(attempts.c.run_id == run_id, attempts.c.number == number)
+                    .values(
+                        outcome=outcome.kind,
+                        error=to_bytes(outcome.error) if outcome.error is not None else None,
+                    )
+                )
+            if changed:
+                queries.tell(db, run_id)
+
+    def events(self, run_id: str, *, after: int, limit: int) -> list[WatchRunResponse]:
+        """At most `limit` events of the run behind sequence `after`, in order; a Run in them carries no specs."""
+        query = (
+            select(events)
+            .where(events.c.run_id == run_id, events.c.sequence > after)
+            .order_by(events.c.sequence)
+            .limit(limit)
+        )
+        with transaction(self._engine) as db:
+            return [queries.to_response(row) for row in db.execute(query).mappings().all()]
+
+    def metric_points(self, run_id: str, *, start: int, end: int | None) -> list[MetricPoint]:
+        """Every metric point of the run with a step in [start, end), in the order in which they were measured."""
+        query = (
+            select(events.c.payload)
+            .where(events.c.run_id == run_id, events.c.kind == "metrics", events.c.step >= start)
+            .order_by(events.c.sequence)
+        )
+        if end is not None:
+            query = query.where(events.c.step < end)
+        with transaction(self._engine) as db:
+            queries.row_of(db, run_id)
+            return [MetricPoint.FromString(payload) for payload in db.execute(query).scalars()]
+
+    def delete(self, run_id: str) -> None:
+        """Forget an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""
+        with transaction(self._engine) as db:
+            row = queries.row_of(db, run_id)
+            if row["state"] not in ENDED:
+                raise run_state.refuse(run_id, row["state"], "delete", ENDED)
+            db.execute(delete(runs).where(runs.c.id == run_id))
+
+    def add_dataset(self, sha256: str, suffix: str, file_name: str, size_bytes: int) -> None:
+        """Remember an uploaded file; the newest upload of the same bytes gives the suffix."""
+        values = {"suffix": suffix, "file_name": file_name, "size_bytes": size_bytes}
+        with transaction(self._engine) as db:
+            if not db.execute(update(datasets).where(datasets.c.sha256 == sha256).values(**values)).rowcount:
+                db.execute(insert(datasets).values(sha256=sha256, create_us=now_us(), **values))
+
+    def dataset_suffix(self, sha256: str) -> str | None:
+        """The suffix of the stored file; None if there is no such dataset."""
+        with transaction(self._engine) as db:
+            query = select(datasets.c.suffix).where(datasets.c.sha256 == sha256)
+            return db.execute(query).scalar_one_or_none()
+
+    def _in_states(self, states: Iterable[State]) -> list[Run]:
+        query = select(runs).where(runs.c.state.in_(list(states))).order_by(runs.c.queue_number)
+        with transaction(self._engine) as db:
+            return queries.to_runs(db, db.execute(query).mappings().all())
+
+
+def _first(found: Sequence[RowMapping], max_bytes: int) -> Sequence[RowMapping]:
+    """The first rows, at least one, whose specs have about `max_bytes`."""
+    num_bytes = 0
+    for index, row in enumerate(found):
+        num_bytes += len(row["spec"]) + len(row["effective_spec"])
+        if num_bytes > max_bytes:
+            return found[: index + 1]
+    return found

@@ -1,0 +1,1 @@
+"""Training processes: start, watch, stop, classify, retain."""

@@ -1,0 +1,242 @@
+"""Looks after one live run until its process has ended: takes in its journals, stops it if asked, and says how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.config.micro_batch import smaller_micro_batch
+from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.disk_errors import full_sentence
+from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, RunDir
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.run_state import PENDING
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.exit_classification import (
+    Ending,
+    Overflow,
+    classify,
+    wants_less_memory,
+)
+from stillhouse.student_trainer.runs.supervision.journal_tail import Bell, Tail
+from stillhouse.student_trainer.runs.supervision.liveness import Pulse
+from stillhouse.student_trainer.runs.supervision.training_process import Adopted, Exit, Process, oom_kills
+
+POLL_S = 0.2
+"""Time between two looks at a run's journals and process."""
+TERM_GRACE_S = 10.0
+"""Time between SIGTERM and SIGKILL."""
+QUIET_S = 60.0
+"""Time without a sign of life after which a run is said not to respond, or half of what it may last if that is less."""
+STORE_RETRY_S = 5.0
+"""Time after which a store that took nothing is tried again."""
+LOG_TAIL_BYTES = 2000
+LOG_TAIL_LINES = 6
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Keeping:
+    """What every overseer of a service shares."""
+
+    store: Store
+    db: DatabaseThread
+    bell: Bell
+    stop_grace_s: float
+    max_log_bytes: int
+    """Of one attempt; a process that writes more is killed."""
+    max_metric_bytes: int
+    """Of a run's metrics and events; a process that writes more is killed."""
+    max_silence_s: float
+    """Time without a sign of life after which a process is killed; 0: never."""
+
+
+class Overseer:
+    """One attempt of one run, from the start of its process to its end."""
+
+    def __init__(
+        self, keeping: Keeping, run_id: str, run_dir: RunDir, *, attempt: int, process: Process
+    ) -> None:
+        self._keeping = keeping
+        self._run_id = run_id
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._process = process
+        self._tail = Tail(keeping.store, run_id, run_dir, attempt)
+        self._oom_kills = oom_kills()
+        self._asked_at_s: float | None = None
+        self._adopting = isinstance(process, Adopted)
+        self._pulse = Pulse(run_dir.heartbeat_path)
+        self._quiet = self._adopting
+        """Whether the store may say that the run does not respond."""
+        self._silenced = False
+        self._terminated = False
+        self._killed = False
+        self._overflowed: Overflow | None = None
+
+    def ask_stop(self) -> None:
+        """Ask the process to write a checkpoint and end; insist after the grace."""
+        if self._asked_at_s is None:
+            self._asked_at_s = time.monotonic()
+            self._run_dir.write_control(self._attempt, stop=True)
+
+    def kill(self) -> None:
+        """End the process at once."""
+        self._process.send(signal.SIGKILL)
+
+    async def watch(self) -> Run:
+        """The run after its process has ended. If cancelled, the process goes on for the next service to adopt."""
+        while True:
+            # Asked before reading: whatever the process wrote in its life is then read.
+            ended = await asyncio.to_thread(self._process.poll)
+            await self._ingest()
+            await self._settle_adoption()
+            if ended is not None:
+                return await self._finish(ended)
+            self._insist()
+            self._bound_volume()
+            await self._listen()
+            await asyncio.sleep(POLL_S)
+
+    async def _settle_adoption(self) -> None:
+        """Say that the run is taken over, once its journals are in the store."""
+        if self._adopting:
+            store, adopting = self._keeping.store, Run.CONDITION_ADOPTING
+            await self._keeping.db(
+                store.set_condition, self._run_id, Run.CONDITION_UNSPECIFIED, instead_of=adopting
+            )
+            self._adopting = False
+            self._keeping.bell.ring(self._run_id)
+
+    async def _ingest(self) -> None:
+        """Take in all that the journals hold; a full disk or a database that is away delays that and loses nothing."""
+        while True:
+            try:
+                while await self._keeping.db(self._tail.ingest):
+                    self._keeping.bell.ring(self._run_id)
+                break
+            except StillhouseError as error:
+                if error.reason not in (Reason.DISK_FULL, Reason.DATABASE_UNREACHABLE):
+                    raise
+                log.warning(
+                    "journals not read", run=self._run_id, why=error.message, retry_after_s=STORE_RETRY_S
+                )
+                await asyncio.sleep(STORE_RETRY_S)
+
+    def _insist(self) -> None:
+        """Signal a process that takes too long to end."""
+        if self._asked_at_s is None:
+            return
+        waited_s = time.monotonic() - self._asked_at_s
+        if waited_s > self._keeping.stop_grace_s and not self._terminated:
+            log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGTERM")
+            self._terminated = True
+            self._process.send(signal.SIGTERM)
+        if waited_s > self._keeping.stop_grace_s + TERM_GRACE_S and not self._killed:
+            log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGKILL")
+            self._killed = True
+            self._process.send(signal.SIGKILL)
+
+    def _bound_volume(self) -> None:
+        """Kill a process whose log or metrics would fill the disk and the store."""
+        if self._overflowed is not None:
+            return
+        journals = self._run_dir.metrics_path, self._run_dir.events_path
+        if _size(self._run_dir.log_path(self._attempt)) > self._keeping.max_log_bytes:
+            self._overflowed = "log"
+        elif sum(map(_size, journals)) > self._keeping.max_metric_bytes:
+            self._overflowed = "metrics"
+        else:
+            return
+        log.warning("run writes too much", run=self._run_id, what=self._overflowed)
+        self._process.send(signal.SIGKILL)
+
+    async def _listen(self) -> None:
+        """Say that the process gives no sign of life, or does again; kill one that is silent for too long."""
+        silent_s, limit_s = self._pulse.silent_s(), self._keeping.max_silence_s
+        quiet = silent_s > (min(QUIET_S, limit_s / 2) if limit_s else QUIET_S)
+        if quiet != self._quiet:
+            idle, quiet_one = Run.CONDITION_UNSPECIFIED, Run.CONDITION_NOT_RESPONDING
+            now, before = (quiet_one, idle) if quiet else (idle, quiet_one)
+            await self._keeping.db(self._keeping.store.set_condition, self._run_id, now, instead_of=before)
+            self._quiet = quiet
+            self._keeping.bell.ring(self._run_id)
+            if quiet:
+                log.warning("run does not respond", run=self._run_id, silent_s=round(silent_s, 1))
+        if limit_s and silent_s > limit_s and not self._silenced:
+            log.warning(
+                "run does not respond", run=self._run_id, silent_s=round(silent_s, 1), signal="SIGKILL"
+            )
+            self._silenced = True
+            self._process.send(signal.SIGKILL)
+
+    async def _finish(self, ended: Exit) -> Run:
+        store, db = self._keeping.store, self._keeping.db
+        outcome, error = await db(store.outcome, self._run_id, self._attempt)
+        run = await db(store.get, self._run_id)
+        used = await db(store.attempts_since_asked, self._run_id)
+        may_halve = run.effective_spec.retry.halve_micro_batch and not await db(store.halved, self._run_id)
+        may_halve = may_halve and smaller_micro_batch(from_proto(run.effective_spec)) is not None
+        following, error = classify(
+            Ending(
+                state=run.state,
+                exit=ended,
+                outcome=outcome,
+                error=error,
+                killed_for_stop=self._terminated,
+                killed_for_silence=self._silenced,
+                killed_for_memory=oom_kills() > self._oom_kills,
+                log_tail=log_tail(self._run_dir, self._attempt),
+                may_retry=used < run.effective_spec.retry.max_attempts,
+                overflowed=self._overflowed,
+                may_halve=may_halve,
+                full_disk=full_sentence(self._run_dir.path) if ended.code == EXIT_DISK_FULL else "",
+            )
+        )
+        run = await db(
+            store.end_attempt,
+            self._run_id,
+            self._attempt,
+            following,
+            exit_code=ended.code or 0,
+            signal=ended.signal,
+            error=error,
+            halve=may_halve and following == PENDING and wants_less_memory(error),
+        )
+        log.info(
+            "attempt ended",
+            run=self._run_id,
+            attempt=self._attempt,
+            state=Run.State.Name(run.state),
+            exit_code=ended.code,
+            reason=error.message if error is not None else None,
+        )
+        self._keeping.bell.ring(self._run_id)
+        return run
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def log_tail(run_dir: RunDir, attempt: int) -> str:
+    """The last lines of an attempt's log, printable, on one line."""
+    try:
+        with run_dir.log_path(attempt).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    lines = [line.strip() for line in text.splitlines() if line.strip()][-LOG_TAIL_LINES:]
+    return "".join(each if each.isprintable() else "?" for each in " | ".join(lines))

@@ -1,0 +1,113 @@
+"""Which devices are free, and which run gets them; a run is given all that it needs or nothing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+
+QUERY_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """What a run asks for: these devices, or this many of any; neither means a CPU slot."""
+
+    gpus: tuple[int, ...] = ()
+    count: int = 0
+
+    @classmethod
+    def of(cls, effective: RunSpec) -> Need:
+        """The need of a run whose effective spec is settled."""
+        resources = effective.resources
+        return cls(gpus=tuple(resources.gpus), count=0 if resources.gpus else resources.gpu_count)
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether no device is asked for."""
+        return not self.gpus and not self.count
+
+
+class Slots:
+    """The devices of this service, and places for runs on the CPU."""
+
+    def __init__(self, *, gpus: Collection[int], cpu_slots: int) -> None:
+        self.gpus = tuple(sorted(set(gpus)))
+        self.cpu_slots = cpu_slots
+        self._free = set(self.gpus)
+        self._free_cpu = cpu_slots
+
+    @property
+    def num_free_gpus(self) -> int:
+        """Devices that no run has."""
+        return len(self._free)
+
+    @property
+    def num_free_cpu(self) -> int:
+        """Places on the CPU that no run has."""
+        return max(0, self._free_cpu)
+
+    def lacks(self, need: Need) -> str | None:
+        """Why `need` can never be met here; None if it can."""
+        offered = ", ".join(map(str, self.gpus)) or "none"
+        unknown = sorted(set(need.gpus) - set(self.gpus))
+        if unknown:
+            return f"device {unknown[0]} is not offered by this service; it offers {offered}"
+        if need.count > len(self.gpus):
+            return f"{need.count} devices are asked for; this service offers {offered}"
+        if need.on_cpu and self.cpu_slots == 0:
+            return "this service runs nothing on its CPU; start it with --cpu-slots 1, or ask for a device"
+        return None
+
+    def take(self, need: Need) -> tuple[int, ...] | None:
+        """The devices given to a run, none for a CPU slot; None if they are not free."""
+        if need.on_cpu:
+            if self._free_cpu <= 0:
+                return None
+            self._free_cpu -= 1
+            return ()
+        devices = need.gpus or tuple(sorted(self._free)[: need.count])
+        if len(devices) < need.count or not self._free.issuperset(devices):
+            return None
+        self._free.difference_update(devices)
+        return devices
+
+    def hold(self, devices: tuple[int, ...]) -> None:
+        """Count what an adopted run already has as taken."""
+        if devices:
+            self._free.difference_update(devices)
+        else:
+            self._free_cpu -= 1
+
+    def release(self, devices: tuple[int, ...]) -> None:
+        """Take back what `take` or `hold` gave."""
+        if devices:
+            self._free.update(set(devices).intersection(self.gpus))
+        else:
+            self._free_cpu += 1
+
+    def threads(self, devices: tuple[int, ...]) -> int:
+        """CPU threads for a process: its fair share of the cores."""
+        cores = len(os.sched_getaffinity(0))
+        return max(1, cores // max(1, len(self.gpus) if devices else self.cpu_slots))
+
+
+def visible_gpus() -> tuple[int, ...]:
+    """Indices of the NVIDIA devices that this process may use; none if there is no driver."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(int(each) for each in visible.split(",") if each.strip().isdecimal())
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ()
+    query = [program, "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ()
+    lines = answer.stdout.split() if answer.returncode == 0 else []
+    return tuple(int(line) for line in lines if line.isdecimal())

@@ -1,0 +1,71 @@
+"""Brings a run's journals into the store, and wakes those who watch the run."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.store.journal_ingest import read_batch
+from stillhouse.student_trainer.runs.store.store import Store
+
+
+class Tail:
+    """Reads what the process of a run's attempt has written since the last call; blocks, for the database's thread."""
+
+    def __init__(self, store: Store, run_id: str, run_dir: RunDir, attempt: int) -> None:
+        self._attempt = attempt
+        self._store = store
+        self._run_id = run_id
+        self._run_dir = run_dir
+        self._offsets: tuple[int, int] | None = None
+
+    def ingest(self) -> bool:
+        """Record the further lines, each exactly once; whether there were any.
+
+        What is on disk and how far it was read change in one transaction, so a killed service reads nothing twice.
+        """
+        if self._offsets is None:
+            self._offsets = self._store.offsets(self._run_id)
+        batch = read_batch(self._run_dir, self._offsets, self._attempt)
+        following = (batch.offsets["events_offset"], batch.offsets["metrics_offset"])
+        if following == self._offsets:
+            return False
+        self._offsets = None  # asked for again if recording fails: a database may have done it all the same
+        self._store.record(self._run_id, batch)
+        self._offsets = following
+        return True
+
+
+class Bell:
+    """Wakes the tasks that wait for news of a run."""
+
+    def __init__(self) -> None:
+        self._listeners: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self.closed = False
+        """Whether the service ends, so that nobody should wait any longer."""
+
+    @contextlib.contextmanager
+    def listen(self, run_id: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever there is news of the run."""
+        event = asyncio.Event()
+        self._listeners[run_id].add(event)
+        try:
+            yield event
+        finally:
+            self._listeners[run_id].discard(event)
+            if not self._listeners[run_id]:
+                del self._listeners[run_id]
+
+    def ring(self, run_id: str) -> None:
+        """Say that there is news of the run."""
+        for event in self._listeners.get(run_id, ()):
+            event.set()
+
+    def close(self) -> None:
+        """Wake everybody for the last time."""
+        self.closed = True
+        for run_id in list(self._listeners):
+            self.ring(run_id)

@@ -1,0 +1,53 @@
+"""Removes runs that ended long ago, with their files, where the operator has set an age."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.queries import now_us
+from stillhouse.student_trainer.runs.store.store import Store
+
+SWEEP_S = 600.0
+"""Time between two looks for runs that are too old."""
+AT_ONCE = 100
+DAY_US = 86_400_000_000
+
+log = structlog.get_logger(__name__)
+
+
+async def sweep(
+    store: Store, db: DatabaseThread, keep_days: float, remove: Callable[[str], Awaitable[None]]
+) -> int:
+    """How many runs were removed that ended more than `keep_days` ago; `remove` takes the id of one."""
+    removed = 0
+    while True:
+        ids = await db(store.ended_before, now_us() - round(keep_days * DAY_US), limit=AT_ONCE)
+        for run_id in ids:
+            try:
+                await remove(run_id)
+            except StillhouseError as error:
+                # Resumed or deleted by a person meanwhile.
+                if error.reason not in (Reason.RUN_STATE, Reason.RUN_NOT_FOUND):
+                    raise
+            else:
+                removed += 1
+                log.info("run removed", run=run_id, keep_days=keep_days)
+        if len(ids) < AT_ONCE:
+            return removed
+
+
+async def keep_sweeping(
+    store: Store, db: DatabaseThread, keep_days: float, remove: Callable[[str], Awaitable[None]]
+) -> None:
+    """Sweep until cancelled; what goes wrong is tried again at the next time."""
+    while True:
+        try:
+            await sweep(store, db, keep_days, remove)
+        except Exception:
+            log.exception("old runs not removed")
+        await asyncio.sleep(SWEEP_S)

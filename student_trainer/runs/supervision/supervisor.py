@@ -1,0 +1,286 @@
+"""Starts queued runs as devices become free, first come, first served, and takes over live ones after a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from stillhouse.protos.errors import Reason, StillhouseError, to_status
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.store import run_state
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision import training_process
+from stillhouse.student_trainer.runs.supervision.attempt_monitor import Keeping, Overseer
+from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
+from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
+from stillhouse.student_trainer.runs.supervision.training_process import Adopted
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+RETRY_S = 5.0
+"""Time after which the queue or a run is looked at again, if something went wrong."""
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SupervisorOptions:
+    """How runs are started and stopped."""
+
+    runs_path: Path
+    """Folder of the run directories."""
+    credentials: Path
+    """File with the secrets of teachers; it need not exist."""
+    stop_grace_s: float
+    """Time that a run has to write a checkpoint and end before it is signalled."""
+    max_log_bytes: int
+    """Of one attempt."""
+    max_metric_bytes: int
+    """Of a run's metrics and events."""
+    max_silence_s: float
+    """Time without a sign of life after which a run's process is killed; 0: never."""
+
+
+class Supervisor:
+    """Owns every live run of the service."""
+
+    def __init__(
+        self, store: Store, db: DatabaseThread, bell: Bell, slots: Slots, options: SupervisorOptions
+    ) -> None:
+        self.slots = slots
+        self._store = store
+        self._db = db
+        self._bell = bell
+        self._options = options
+        self._keeping = Keeping(
+            store=store,
+            db=db,
+            bell=bell,
+            stop_grace_s=options.stop_grace_s,
+            max_log_bytes=options.max_log_bytes,
+            max_metric_bytes=options.max_metric_bytes,
+            max_silence_s=options.max_silence_s,
+        )
+        self._overseers: dict[str, Overseer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._news = asyncio.Event()
+        self._scheduler: asyncio.Task[None] | None = None
+        self._unsure = False
+        """Whether the store may know of attempts that were never started, because its answer was lost."""
+
+    def run_dir(self, run_id: str) -> RunDir:
+        """The directory of a run."""
+        return RunDir(self._options.runs_path / run_id)
+
+    async def start(self) -> None:
+        """Take over live runs, then start queued ones until `close`."""
+        for run in await self._db(self._store.live):
+            await self._adopt(run)
+        self._news.set()
+        self._scheduler = asyncio.create_task(self._schedule(), name="scheduler")
+
+    def wake(self) -> None:
+        """Look at the queue, which has changed."""
+        self._news.set()
+
+    async def stop_run(self, run_id: str) -> Run:
+        """The run, which is STOPPED or on its way. Raises StillhouseError(RUN_STATE) if it ended by itself."""
+        run = await self._db(self._store.stop, run_id)
+        if run_id in self._overseers:
+            self._overseers[run_id].ask_stop()
+        self._bell.ring(run_id)
+        self.wake()
+        return run
+
+    async def close(self, *, stop_runs: bool) -> None:
+        """Start nothing more. Live runs go on for the next service, or are stopped and waited for."""
+        if self._scheduler is not None:
+            self._scheduler.cancel()
+            await asyncio.wait({self._scheduler})
+        if stop_runs:
+            for run_id in list(self._tasks):
+                await self._stop_live(run_id)
+        else:
+            for task in self._tasks.values():
+                task.cancel()
+        if self._tasks:
+            await asyncio.wait(set(self._tasks.values()))
+
+    def kill(self) -> None:
+        """End whatever still lives, at once: nothing is left behind when somebody does not want to wait."""
+        for overseer in self._overseers.values():
+            overseer.kill()
+
+    async def _stop_live(self, run_id: str) -> None:
+        try:
+            await self.stop_run(run_id)
+        except StillhouseError as error:
+            if error.reason is not Reason.RUN_STATE:
+                raise
+
+    async def _schedule(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            try:
+                if self._unsure:
+                    await self._catch_up()
+                await self._start_queued()
+                self._unsure = False
+                continue
+            except StillhouseError as error:
+                log.warning("queue not served", why=error.message, retry_after_s=RETRY_S)
+            except Exception:
+                log.exception("queue not served", retry_after_s=RETRY_S)
+            self._unsure = True
+            await asyncio.sleep(RETRY_S)
+            self._news.set()
+
+    async def _catch_up(self) -> None:
+        """Queue the runs again that the store calls live and that nobody looks after; pass on stops that were missed."""
+        for run in await self._db(self._store.live):
+            run_id = run.name.removeprefix("runs/")
+            if run_id not in self._overseers:
+                await self._withdraw(run_id, run.attempts[-1].number)
+            elif run.state == run_state.STOPPING:
+                self._overseers[run_id].ask_stop()
+
+    async def _withdraw(self, run_id: str, attempt: int) -> None:
+        log.info("attempt withdrawn", run=run_id, attempt=attempt)
+        await self._db(self._store.withdraw_attempt, run_id, attempt)
+        self._bell.ring(run_id)
+
+    async def _start_queued(self) -> None:
+        """Start what fits. A run that waits for devices lets none behind it pass that wants the same kind."""
+        blocked: set[bool] = set()
+        for run in await self._db(self._store.queue):
+            need = Need.of(run.effective_spec)
+            lack = self.slots.lacks(need)
+            if lack is not None:
+                await self._refuse(run, lack)
+                continue
+            devices = None if need.on_cpu in blocked else self.slots.take(need)
+            if devices is None:
+                blocked.add(need.on_cpu)
+            else:
+                await self._launch(run, devices)
+
+    async def _refuse(self, run: Run, lack: str) -> None:
+        run_id = run.name.removeprefix("runs/")
+        error = StillhouseError(Reason.RUN_STATE, f"Run {run_id} cannot start: {lack}.")
+        waiting = frozenset({run_state.PENDING})
+        await self._db(
+            self._store.change, run_id, "fail", run_state.FAILED, allowed=waiting, error=to_status(error)
+        )
+        self._bell.ring(run_id)
+
+    async def _launch(self, run: Run, devices: tuple[int, ...]) -> None:
+        run_id = run.name.removeprefix("runs/")
+        try:
+            halve = await self._db(self._store.halved, run_id)
+            attempt = await self._db(self._store.begin_attempt, run_id, devices)
+        except StillhouseError as error:
+            self.slots.release(devices)
+            if error.reason not in (Reason.RUN_STATE, Reason.RUN_NOT_FOUND):
+                raise
+            return  # it was stopped or deleted meanwhile
+        self._bell.ring(run_id)
+        run_dir = self.run_dir(run_id)
+        try:
+            child = await asyncio.to_thread(self._spawn, run, run_dir, attempt, devices, halve=halve)
+        except Exception as error:
+            log.exception("attempt not started", run=run_id, attempt=attempt)
+            self.slots.release(devices)
+            await self._fail_to_start(run_id, attempt, error)
+            return
+        log.info("attempt started", run=run_id, attempt=attempt, devices=devices)
+        overseer = Overseer(self._keeping, run_id, run_dir, attempt=attempt, process=child)
+        self._look_after(run_id, overseer, devices)
+        if (await self._db(self._store.get, run_id)).state == run_state.STOPPING:
+            overseer.ask_stop()
+
+    def _spawn(
+        self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...], *, halve: bool
+    ) -> training_process.Child:
+        """Fence off earlier attempts, then start the process."""
+        if not run_dir.effective_spec_path.exists():
+            RunDir.create(run_dir.path, run.spec, run.effective_spec)
+        run_dir.write_control(attempt, stop=False)
+        training_process.end_leftover(run_dir)
+        return training_process.start(
+            run_dir,
+            attempt,
+            devices=devices,
+            threads=self.slots.threads(devices),
+            credentials=self._options.credentials,
+            halve=halve,
+        )
+
+    async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
+        full = isinstance(cause, OSError) and cause.errno in FULL
+        error = StillhouseError(
+            Reason.DISK_FULL if full else Reason.PROCESS_DIED,
+            f"The training process of run {run_id} could not be started: {cause}. Mend that, then resume the run.",
+        )
+        await self._db(
+            self._store.end_attempt,
+            run_id,
+            attempt,
+            run_state.FAILED,
+            exit_code=0,
+            signal=0,
+            error=to_status(error),
+        )
+        self._bell.ring(run_id)
+
+    async def _adopt(self, run: Run) -> None:
+        """Look after a run that an earlier service started, whether its process lives or not."""
+        run_id = run.name.removeprefix("runs/")
+        run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
+        devices = await self._db(self._store.devices, run_id, attempt)
+        record = await asyncio.to_thread(training_process.find, run_dir, attempt)
+        if record is None and not training_process.left_a_trace(run_dir, attempt):
+            # The service was killed between the store's word and the process's start.
+            await self._withdraw(run_id, attempt)
+            return
+        log.info("run adopted", run=run_id, attempt=attempt, pid=record.pid if record else None)
+        self.slots.hold(devices)
+        idle, adopting = Run.CONDITION_UNSPECIFIED, Run.CONDITION_ADOPTING
+        await self._db(self._store.set_condition, run_id, adopting, instead_of=idle)
+        overseer = Overseer(self._keeping, run_id, run_dir, attempt=attempt, process=Adopted(record))
+        self._look_after(run_id, overseer, devices)
+        if run.state == run_state.STOPPING:
+            overseer.ask_stop()
+
+    def _look_after(self, run_id: str, overseer: Overseer, devices: tuple[int, ...]) -> None:
+        self._overseers[run_id] = overseer
+        self._tasks[run_id] = asyncio.create_task(
+            self._oversee(run_id, overseer, devices), name=f"run {run_id}"
+        )
+
+    async def _oversee(self, run_id: str, overseer: Overseer, devices: tuple[int, ...]) -> None:
+        try:
+            await self._watch(run_id, overseer)
+        finally:
+            self.slots.release(devices)
+            # A resumed run may have its next overseer already.
+            if self._overseers.get(run_id) is overseer:
+                del self._overseers[run_id], self._tasks[run_id]
+            self.wake()
+
+    async def _watch(self, run_id: str, overseer: Overseer) -> None:
+        """Return once the run's process has ended and the store knows; what goes wrong on the way is tried again."""
+        while True:
+            try:
+                await overseer.watch()
+                break
+            except StillhouseError as error:
+                log.warning("run not looked after", run=run_id, why=error.message, retry_after_s=RETRY_S)
+            except Exception:
+                log.exception("run not looked after", run=run_id, retry_after_s=RETRY_S)
+            await asyncio.sleep(RETRY_S)

@@ -1,0 +1,187 @@
+"""One training process as the service sees it: started as its own process group, or found again after a restart."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import psutil
+
+import stillhouse
+from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
+from stillhouse.student_trainer.run_dir import ProcessRecord, RunDir, start_time_of
+
+PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
+CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
+"""Names the file with the secrets of teachers; the secrets themselves stay in it."""
+SECRETS = frozenset({"STILLHOUSE_TRAINER_DATABASE", "PGPASSWORD"})
+"""Of the service's environment, which training processes have no use for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exit:
+    """How a process ended; `code` is None if nobody could see it."""
+
+    code: int | None
+    signal: int = 0
+
+
+class Process(Protocol):
+    """A process that works on a run."""
+
+    def poll(self) -> Exit | None:
+        """How it ended; None while it lives."""
+        ...
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its whole group."""
+        ...
+
+
+class Child:
+    """A process that this service started."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def poll(self) -> Exit | None:
+        """How it ended; what it left in its group is killed before its number can be given to another."""
+        if self._process.returncode is None:
+            flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
+            if os.waitid(os.P_PID, self._process.pid, flags) is None:
+                return None
+            self.send(signal.SIGKILL)
+        code = self._process.wait()
+        return Exit(code=code) if code >= 0 else Exit(code=128 - code, signal=-code)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its whole group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+class Adopted:
+    """A process that an earlier service started, or None if it ended while no service ran."""
+
+    def __init__(self, record: ProcessRecord | None) -> None:
+        self._record = record
+
+    def poll(self) -> Exit | None:
+        """That it ended; only its parent could see how."""
+        return None if self._record is not None and self._record.alive else Exit(code=None)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to its whole group."""
+        if self._record is not None and self._record.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._record.pid, number)
+
+
+def command(run_dir: RunDir, attempt: int) -> list[str]:
+    """The training process's argument list."""
+    # -P keeps the working directory off the import path.
+    module = [sys.executable, "-P", "-m", "stillhouse.student_trainer.train"]
+    return [*module, str(run_dir.path), "--attempt", str(attempt)]
+
+
+def start(
+    run_dir: RunDir,
+    attempt: int,
+    *,
+    devices: Sequence[int],
+    threads: int,
+    credentials: Path,
+    halve: bool = False,
+) -> Child:
+    """Start the training process, with half its micro-batch if `halve`; its output goes to the attempt's log.
+
+    Raises:
+        OSError: the process or its log cannot be made.
+    """
+    log_path = run_dir.log_path(attempt)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("ab") as log:
+        process = subprocess.Popen(
+            command(run_dir, attempt),
+            cwd=run_dir.path,
+            env=environment(devices=devices, threads=threads, credentials=credentials, halve=halve),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Child(process)
+
+
+def environment(
+    *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
+) -> dict[str, str]:
+    """The service's own environment with the process's share of the machine."""
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    # The package is found whether it is installed or runs from a source tree.
+    paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    variables |= {
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(path).resolve()) for path in paths)),
+        "PYTHONUNBUFFERED": "1",
+        "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        CREDENTIALS_VARIABLE: str(credentials),
+        HALVE_VARIABLE: str(int(halve)),
+    }
+    return variables
+
+
+def find(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
+    """The live process of an attempt that an earlier service started.
+
+    It holds the run's lock and matches its own record; before it has come that far, its arguments tell.
+    """
+    record = run_dir.locked_by_live_process()
+    if record is not None:
+        return record if record.attempt == attempt else None
+    wanted = command(run_dir, attempt)[1:]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[1:] == wanted and process.status() != psutil.STATUS_ZOMBIE:
+                return ProcessRecord(attempt=attempt, pid=process.pid, start_time=start_time_of(process.pid))
+    return None
+
+
+def left_a_trace(run_dir: RunDir, attempt: int) -> bool:
+    """Whether the process of an attempt has ever opened the run or said a word; if not, it may never have been started."""
+    opened = run_dir.process()
+    if opened is not None and opened.attempt == attempt:
+        return True
+    try:
+        return run_dir.log_path(attempt).stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def end_leftover(run_dir: RunDir) -> None:
+    """Kill a process of an earlier attempt that still holds the run; its writes are fenced off already."""
+    record = run_dir.locked_by_live_process()
+    if record is not None:
+        Adopted(record).send(signal.SIGKILL)
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(record.pid).wait(timeout=10)
+
+
+def oom_kills() -> int:
+    """Processes that the kernel has killed for memory, in this control group if it says, else on this machine."""
+    for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(path).read_text().splitlines():
+                name, _, value = line.partition(" ")
+                if name == "oom_kill":
+                    return int(value)
+    return 0

@@ -1,0 +1,1 @@
+"""Teacher outputs to micro-batches and target forms."""

@@ -1,0 +1,336 @@
+"""From examples and teachers' answers to the tensors of one forward pass; the only place where a row of logits meets a row of an answer.
+
+Axes: B sequences, L tokens after padding, N targets of the whole micro-batch, K kept tokens. Only the logits of
+targets are ever needed: target t of a sequence is predicted by the model's output at t - 1, and row t - start of the
+teacher's answer speaks of it (protos/stillhouse/v1/tensor.proto).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.train.batching.target_forms import (
+    TargetForm,
+    TokenWeighting,
+    entropy,
+    target_rows,
+    token_factor,
+)
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.loss.alm import ChunkTargets
+from stillhouse.student_trainer.train.loss.fused import Positions
+from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
+from stillhouse.student_trainer.train.loss.reduction import Reduction
+from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """An example, with what the teacher says of its positions [start, T) if it was asked."""
+
+    example: Example
+    answer: Distributions | None
+    context: int = 0
+    """Which of the run's contexts it comes from, by its place in the run file."""
+    behaviour_logprobs: np.ndarray | None = None
+    """float32 [T - start]: of each token under the distribution that it was drawn from, if the student wrote it."""
+    group: int = 0
+    """Of a text that the student wrote: which prompt it belongs to."""
+    baseline: np.ndarray | None = None
+    """float32 [T - start]: what the advantage of each of its tokens is compared with; None means 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """The tensors of one forward pass. Losses see the N targets as one sequence: [1, N]."""
+
+    input_ids: Tensor
+    """int64 [B, L], padded on the right; [1, L] if packed, one sequence behind the other."""
+    attention_mask: Tensor | None
+    """int64 [B, L], 0 at padding; None if packed."""
+    position_ids: Tensor | None
+    """int64 [1, L] if packed: each token's place in its own sequence; else None."""
+    columns: Tensor
+    """int64 [C]: positions whose output predicts a target in any sequence, ascending."""
+    picks: Tensor
+    """int64 [N]: each target's place in the outputs of `columns`, flattened from [B, C]."""
+    target_ids: Tensor
+    """int64 [1, N]."""
+    weights: Tensor
+    """float32 [1, N]: each target's weight in the objective."""
+    targets: SparseTargets | None
+    """The teacher's answer, [1, N, K]; None if it was not asked."""
+    sampled: SampledTokens | None = None
+    """[1, N]: the targets as the student drew them; None if it did not write them."""
+    token_factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """By token weighting, float32 [1, N]: what a position's divergence is multiplied with."""
+    chunks: ChunkTargets | None = None
+    """The teacher's answer if its tokenizer is another; `targets` is None then."""
+
+    @property
+    def positions(self) -> Positions:
+        """What losses know of the targets beside the student."""
+        return Positions(
+            target_ids=self.target_ids,
+            weights=self.weights,
+            targets=self.targets,
+            sampled=self.sampled,
+            token_factors=self.token_factors,
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """N."""
+        return int(self.picks.shape[0])
+
+
+def collate(
+    scored: Sequence[Scored],
+    *,
+    reduction: Reduction,
+    device: torch.device,
+    max_importance_weight: float = np.inf,
+    form: TargetForm = "tail_bucket",
+    factors: Sequence[Factor] = (),
+    packing: bool = False,
+    chunk_scale: float = 1.0,
+) -> MicroBatch:
+    """The micro-batch of `scored`, of which either all or none have an answer, and of all or none the student is the writer.
+
+    `form` is what stands for the tokens beyond the teacher's likeliest. With `packing` the sequences lie in one row
+    without padding. `chunk_scale` multiplies the weights of chunks.
+    """
+    positions = [np.flatnonzero(each.example.mask) for each in scored]
+    target_ids = [each.example.token_ids[at] for each, at in zip(scored, positions, strict=True)]
+    weights = [np.full(len(at), _weight(len(at), reduction), np.float32) for at in positions]
+    answered = all(each.answer is not None for each in scored)
+    foreign = answered and all(each.example.foreign is not None for each in scored)
+    model_inputs = _packed(scored, positions) if packing else _padded(scored, positions)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return MicroBatch(
+        input_ids=tensor(model_inputs.input_ids),
+        attention_mask=_optional(model_inputs.attention_mask, device),
+        position_ids=_optional(model_inputs.position_ids, device),
+        columns=tensor(model_inputs.columns),
+        picks=tensor(model_inputs.picks),
+        target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
+        weights=tensor(np.concatenate(weights)).unsqueeze(0),
+        targets=_targets(scored, positions, device, form) if answered and not foreign else None,
+        sampled=_sampled(scored, positions, device, max_importance_weight),
+        token_factors={
+            each.weighting: tensor(
+                np.concatenate([each.of(*pair) for pair in zip(scored, positions, strict=True)])
+            ).unsqueeze(0)
+            for each in factors
+            if answered and not foreign
+        },
+        chunks=_chunks(scored, positions, device, reduction, chunk_scale) if foreign else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Factor:
+    """How positions are weighed by what the teacher says of them, with mean 1 over the step."""
+
+    weighting: TokenWeighting
+    vocab_size: int
+    scale: float = 1.0
+
+    @classmethod
+    def over(
+        cls, scored: Sequence[Scored], weighting: TokenWeighting, vocab_size: int, reduction: Reduction
+    ) -> Factor:
+        """The weighting whose factors have mean 1 over the targets of `scored` that have an answer."""
+        plain = cls(weighting=weighting, vocab_size=vocab_size)
+        return plain.scaled(*plain.sums(scored, reduction))
+
+    def sums(self, scored: Sequence[Scored], reduction: Reduction) -> tuple[float, float]:
+        """Of the factors and of the weights, over the targets of `scored` that have an answer."""
+        total = denominator = 0.0
+        for each in scored:
+            if each.answer is not None:
+                at = np.flatnonzero(each.example.mask)
+                total += float(self.of(each, at).sum()) * _weight(len(at), reduction)
+                denominator += len(at) * _weight(len(at), reduction)
+        return total, denominator
+
+    def scaled(self, total: float, denominator: float) -> Factor:
+        """The same with mean 1, where `sums` over the whole step are these."""
+        return replace(self, scale=denominator / total if total > 0 else 1.0)
+
+    def of(self, scored: Scored, at: np.ndarray) -> np.ndarray:
+        """float32 [n]: the factors of the targets `at` of a sequence with an answer."""
+        assert scored.answer is not None
+        entropies = entropy(scored.answer, at - scored.answer.start)
+        factors = self.scale * token_factor(entropies, self.weighting, self.vocab_size)
+        return factors.astype(np.float32)
+
+
+def total_weight(examples: Sequence[Example], reduction: Reduction) -> float:
+    """The denominator of a step: what the weights of its targets sum to."""
+    return float(sum(example.num_targets * _weight(example.num_targets, reduction) for example in examples))
+
+
+def chunk_sums(scored: Sequence[Scored], reduction: Reduction) -> tuple[float, float]:
+    """Of the sequences that are compared by chunks: what the weights of their targets sum to, and those of their chunks.
+
+    Chunks whose weights are multiplied with the first over the second, of a whole step, give a mean over chunks.
+    """
+    foreign = [
+        (each.example, each.example.foreign.chunks.number)
+        for each in scored
+        if each.answer is not None and each.example.foreign is not None
+    ]
+    of_chunks = float(sum(number * _weight(number, reduction) for _, number in foreign))
+    return total_weight([example for example, _ in foreign], reduction), of_chunks
+
+
+def _weight(num_targets: int, reduction: Reduction) -> float:
+    """Of each target of a sequence; the same as reduction.token_weights."""
+    return 1.0 if reduction == "token_mean" else 1.0 / num_targets
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inputs:
+    """What the model reads, and where the outputs are that predict targets; as in MicroBatch."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray | None = None
+    position_ids: np.ndarray | None = None
+    columns: np.ndarray
+    picks: np.ndarray
+
+
+def _padded(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Inputs:
+    longest = max(len(each.example.token_ids) for each in scored)
+    input_ids = np.zeros((len(scored), longest), np.int64)
+    attention_mask = np.zeros_like(input_ids)
+    for row, each in enumerate(scored):
+        length = len(each.example.token_ids)
+        input_ids[row, :length] = each.example.token_ids
+        attention_mask[row, :length] = 1
+    columns = np.unique(np.concatenate(positions)) - 1
+    picks = [
+        row * len(columns) + np.searchsorted(columns, targets - 1) for row, targets in enumerate(positions)
+    ]
+    return _Inputs(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        columns=columns,
+        picks=np.concatenate(picks).astype(np.int64),
+    )
+
+
+def _packed(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Inputs:
+    lengths = [len(each.example.token_ids) for each in scored]
+    begins = np.cumsum([0, *lengths[:-1]])
+    columns = [begin + at - 1 for begin, at in zip(begins, positions, strict=True)]
+    return _Inputs(
+        input_ids=np.concatenate([each.example.token_ids for each in scored]).astype(np.int64)[None],
+        position_ids=np.concatenate([np.arange(length) for length in lengths])[None],
+        columns=np.concatenate(columns),
+        picks=np.arange(sum(len(at) for at in positions)),
+    )
+
+
+def _targets(
+    scored: Sequence[Scored], positions: Sequence[np.ndarray], device: torch.device, form: TargetForm
+) -> SparseTargets:
+    token_ids: list[np.ndarray] = []
+    logprobs: list[np.ndarray] = []
+    log_tail: list[np.ndarray] = []
+    log_partition: list[np.ndarray] = []
+    for each, at in zip(scored, positions, strict=True):
+        answer = each.answer
+        assert answer is not None
+        rows = at - answer.start
+        found = target_rows(answer, rows, form)
+        token_ids.append(found.token_ids)
+        logprobs.append(found.logprobs)
+        log_tail.append(found.log_tail)
+        if answer.log_partitions is not None and answer.log_partitions.shape[1]:
+            log_partition.append(answer.log_partitions[rows, 0])
+    widest = max(array.shape[1] for array in token_ids)
+    token_ids = [_widened(array, widest, PAD_ID) for array in token_ids]
+    logprobs = [_widened(array, widest, -np.inf) for array in logprobs]
+    if 0 < len(log_partition) < len(scored):
+        raise StillhouseError(
+            Reason.TENSOR_INVALID, "The teacher sent log_partitions for some sequences only; see its log."
+        )
+
+    def joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
+        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).unsqueeze(0).to(device)
+
+    return SparseTargets(
+        token_ids=joined(token_ids, np.int64),
+        logprobs=joined(logprobs, np.float32),
+        log_tail=joined(log_tail, np.float32),
+        log_partition=joined(log_partition, np.float32) if log_partition else None,
+    )
+
+
+def _chunks(
+    scored: Sequence[Scored],
+    positions: Sequence[np.ndarray],
+    device: torch.device,
+    reduction: Reduction,
+    scale: float,
+) -> ChunkTargets:
+    chunk_of, logprobs, weights, before = [], [], [], 0
+    for each, at in zip(scored, positions, strict=True):
+        foreign, answer = each.example.foreign, each.answer
+        assert foreign is not None
+        assert answer is not None
+        number = foreign.chunks.number
+        own = foreign.chunks.student[at].astype(np.int64)
+        chunk_of.append(np.where(own < 0, -1, own + before))
+        logprobs.append(foreign.logprobs(answer.target_logprobs))
+        weights.append(np.full(number, scale * _weight(number, reduction)))
+        before += number
+    return ChunkTargets(
+        chunk_of=torch.from_numpy(np.concatenate(chunk_of)).unsqueeze(0).to(device),
+        teacher_logprobs=torch.from_numpy(np.concatenate(logprobs)).to(device),
+        weights=torch.from_numpy(np.concatenate(weights)).to(device),
+    )
+
+
+def _optional(array: np.ndarray | None, device: torch.device) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array).to(device)
+
+
+def _widened(array: np.ndarray, num_columns: int, filling: float) -> np.ndarray:
+    """[T, K] with columns of `filling` up to `num_columns`: sequences may have supports of different sizes."""
+    missing = num_columns - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing)), constant_values=filling) if missing else array
+
+
+def _sampled(
+    scored: Sequence[Scored],
+    positions: Sequence[np.ndarray],
+    device: torch.device,
+    max_importance_weight: float,
+) -> SampledTokens | None:
+    teacher, behaviour, baseline = [], [], []
+    for each, at in zip(scored, positions, strict=True):
+        if each.behaviour_logprobs is None or each.answer is None:
+            return None
+        teacher.append(each.answer.target_logprobs[at - each.answer.start])
+        behaviour.append(each.behaviour_logprobs[at - each.example.start])
+        own = np.zeros_like(each.behaviour_logprobs) if each.baseline is None else each.baseline
+        baseline.append(own[at - each.example.start])
+    return SampledTokens(
+        teacher_logprobs=torch.from_numpy(np.concatenate(teacher)).unsqueeze(0).to(device),
+        behaviour_logprobs=torch.from_numpy(np.concatenate(behaviour)).unsqueeze(0).to(device),
+        max_importance_weight=max_importance_weight,
+        baseline=torch.from_numpy(np.concatenate(baseline)).unsqueeze(0).to(device),
+    )

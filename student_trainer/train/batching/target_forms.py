@@ -1,0 +1,114 @@
+"""What stands in a loss for the tokens beyond the teacher's likeliest: one bucket, nothing, or tokens that the teacher drew.
+
+Every form is a row of distinct ids with log-probabilities and the log of all other mass; losses know no other.
+Axes: T positions, K kept tokens, R draws.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.train.loss.sparse import PAD_ID
+
+TargetForm = Literal["tail_bucket", "sampled", "top_k_and_sampled", "renormalise"]
+TokenWeighting = Literal["teacher_entropy", "teacher_confidence"]
+
+
+class TargetRows(NamedTuple):
+    """Distinct ids of each row, PAD_ID where there are fewer, their log-probabilities, and the log of all other mass."""
+
+    token_ids: NDArray[np.int32]
+    """[T, K]."""
+    logprobs: NDArray[np.float64]
+    """[T, K], -inf at PAD_ID."""
+    log_tail: NDArray[np.float64]
+    """[T], -inf where nothing is left."""
+
+
+def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm) -> TargetRows:
+    """Rows `rows` of an answer in the form that a loss wants.
+
+    tail_bucket: the likeliest tokens, and one bucket of all others. renormalise: the likeliest as if they were all,
+    which biases the student towards them. sampled: draw i counts 1 / R for its token (random-sampling distillation,
+    2503.16870), whose expectation is the teacher, so that the gradient of a loss that is linear in it is unbiased.
+    top_k_and_sampled: the likeliest exactly, and the tail's mass shared by the draws that fell into it; a row of which
+    none did, a share of (1 - tail)^R of such rows, keeps the bucket. Raises StillhouseError(CAPABILITY) without draws.
+    """
+    ids, logprobs = answer.token_ids[rows], answer.logprobs[rows].astype(np.float64)
+    log_tail = answer.log_tail[rows].astype(np.float64)
+    if form == "tail_bucket":
+        return TargetRows(ids, logprobs, log_tail)
+    if form == "renormalise":
+        return TargetRows(ids, logprobs, np.full_like(log_tail, -np.inf))
+    if answer.sampled_token_ids is None:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f'loss.sparse_target is "{form}", but the teacher\'s answer holds no draws. Use "tail_bucket", or a teacher '
+            "whose capabilities have CAPABILITY_SAMPLED_TOKENS, such as one started with --engine hf.",
+            metadata={"capability": "CAPABILITY_SAMPLED_TOKENS"},
+        )
+    draws = answer.sampled_token_ids[rows]
+    if form == "sampled":
+        drawn, share = _counted(draws)
+        return TargetRows(drawn, share, np.full_like(log_tail, -np.inf))
+    drawn, share = _counted(np.where(_in_rows(draws, ids), PAD_ID, draws))
+    some = (drawn >= 0).any(axis=1)
+    return TargetRows(
+        np.concatenate([ids, drawn], axis=1),
+        np.concatenate([logprobs, share + log_tail[:, None]], axis=1),
+        np.where(some, -np.inf, log_tail),
+    )
+
+
+def entropy(answer: Distributions, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    """[T]: the teacher's entropy in nats, where it sent it; else that of its likeliest tokens and the tail as one.
+
+    The latter is a lower bound, by at most P_tail log(V - K).
+    """
+    if answer.entropy is not None:
+        return answer.entropy[rows].astype(np.float64)
+    logprobs = np.concatenate([answer.logprobs[rows], answer.log_tail[rows, None]], axis=1).astype(np.float64)
+    finite = np.where(np.isneginf(logprobs), 0.0, logprobs)
+    return cast("NDArray[np.float64]", -(np.exp(logprobs) * finite).sum(axis=1))
+
+
+def token_factor(
+    entropies: NDArray[np.float64], weighting: TokenWeighting, vocab_size: int
+) -> NDArray[np.float64]:
+    """[T], in [0, ...): what a position's divergence is multiplied with, before it is scaled to mean 1 over a step."""
+    if weighting == "teacher_entropy":
+        return entropies
+    return np.maximum(1.0 - entropies / math.log(vocab_size), 0.0)
+
+
+def _counted(draws: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    """Distinct ids of each row of [T, R] and the log of their share of the row's draws; PAD_ID is no draw."""
+    ordered = np.sort(draws, axis=1)
+    first = np.ones_like(ordered, np.bool_)
+    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    column = np.cumsum(first, axis=1) - 1
+    num_rows, num_draws = draws.shape
+    place = np.arange(num_rows)[:, None] * num_draws + column
+    counts = np.bincount(place.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
+    flat = np.full(draws.size, PAD_ID, np.int32)
+    flat[place.ravel()] = ordered.ravel()
+    ids = flat.reshape(draws.shape)
+    counts = np.where(ids < 0, 0.0, counts)
+    with np.errstate(divide="ignore"):
+        share = np.log(counts) - np.log(np.maximum(counts.sum(axis=1, keepdims=True), 1.0))
+    widest = max(1, int(first.sum(axis=1).max(initial=1)))
+    return ids[:, :widest], share[:, :widest]
+
+
+def _in_rows(values: NDArray[np.int32], rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[T, R]: which of `values` stand in the same row of `rows` [T, K]."""
+    found = np.zeros(values.shape, np.bool_)
+    for column in range(rows.shape[1]):
+        found |= values == rows[:, column, None]
+    return found

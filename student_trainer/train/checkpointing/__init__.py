@@ -1,0 +1,1 @@
+"""Checkpoints: when they are due, saving and restoring."""

@@ -1,0 +1,246 @@
+"""Checkpoints that hold everything a run needs to go on bit for bit; a reader never sees half of one.
+
+Order of writing: files into a temporary directory, fsync of each, MANIFEST.json with their SHA-256, fsync of the
+directory, rename, fsync of the parent; old ones go last. A kill or a power cut at any point leaves the
+checkpoints before it whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import structlog
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.run_dir import MANIFEST, Attempt, RunDir, fsync_directory
+from stillhouse.student_trainer.train.process import failpoints
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
+
+log = structlog.get_logger()
+
+FORMAT_VERSION = 1
+WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class Progress:
+    """How far a run is; the position in the data follows from `step`."""
+
+    step: int = 0
+    """Optimizer steps taken, those without an update included."""
+    trained_tokens: int = 0
+    """Completion tokens learnt from."""
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was no number, and that changed nothing."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones without any other between."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """What a checkpoint saves and restores in place, beside the random generators."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: Any
+    """torch's GradScaler with fp16, else None."""
+    progress: Progress
+    in_flight: InFlight = dataclasses.field(default_factory=InFlight)
+    """Texts of the student that no step has taken yet."""
+
+
+def save(attempt: Attempt, trained: Trained, facts: Mapping[str, str], *, keep: int) -> Path:
+    """Writes the checkpoint of the current step and removes all but the newest `keep`.
+
+    `facts` are recorded in the manifest for people. Raises StillhouseError(RUN_STATE) if another attempt owns the run;
+    OSError, as of a full disk, after removing what it began.
+    """
+    run_dir, step = attempt.run_dir, trained.progress.step
+    target = run_dir.checkpoint_path(step)
+    temporary = target.with_name(f".{step}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        _write_files(temporary, trained)
+        _write_manifest(temporary, step, facts)
+        failpoints.reach("checkpoint.before_rename")
+        attempt.check_fence()
+        _discard(target)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    failpoints.reach("checkpoint.after_rename")
+    fsync_directory(target.parent)
+    for old in run_dir.checkpoints()[:-keep]:
+        _discard(run_dir.checkpoint_path(old))
+        failpoints.reach("checkpoint.after_prune")
+    return target
+
+
+def restore(attempt: Attempt, trained: Trained) -> int | None:
+    """Restores the newest checkpoint that is whole, in place; its step, or None if there never was one.
+
+    A damaged one is set aside under another name. Raises StillhouseError(CHECKPOINT_CORRUPT) if all are damaged.
+    """
+    run_dir = attempt.run_dir
+    for leftover in run_dir.checkpoints_path.glob(".*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    damaged: list[str] = []
+    for step in reversed(run_dir.checkpoints()):
+        path = run_dir.checkpoint_path(step)
+        problem = find_damage(path)
+        if problem is None:
+            _read_files(path, trained)
+            return step
+        log.error("checkpoint is damaged and set aside", step=step, why=problem)
+        damaged.append(f"{path.name}: {problem}")
+        attempt.check_fence()
+        _discard(path.with_name(f"{step}.corrupt"))
+        path.rename(path.with_name(f"{step}.corrupt"))
+    if damaged:
+        raise StillhouseError(
+            Reason.CHECKPOINT_CORRUPT,
+            f"No checkpoint in {run_dir.checkpoints_path} is whole ({'; '.join(damaged)}). "
+            "Check the disk, then resume the run to begin at step 0, or create it again.",
+        )
+    return None
+
+
+def restore_step(run_dir: RunDir, step: int, trained: Trained) -> None:
+    """Restores the checkpoint of `step`, which another process of this attempt has found whole, in place."""
+    _read_files(run_dir.checkpoint_path(step), trained)
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, against its manifest; None if nothing is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        files = manifest["files"]
+        if manifest["format_version"] != FORMAT_VERSION:
+            return f"its format is {manifest['format_version']}; this version reads {FORMAT_VERSION}"
+        for name in (WEIGHTS, OPTIMIZER, STATE):
+            size = (path / name).stat().st_size
+            if size != files[name]["size_bytes"]:
+                return f"{name} has {size} bytes; {files[name]['size_bytes']} were written"
+            if _sha256(path / name) != files[name]["sha256"]:
+                return f"{name} is not what was written"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _write_files(directory: Path, trained: Trained) -> None:
+    weights = {name: each.detach().contiguous() for name, each in _saved_tensors(trained.model).items()}
+    save_file(weights, directory / WEIGHTS)
+    _fsync(directory / WEIGHTS)
+    failpoints.reach("checkpoint.after_weights")
+    state = {
+        "optimizer": trained.optimizer.state_dict(),
+        "scaler": trained.scaler.state_dict() if trained.scaler else None,
+        "in_flight": trained.in_flight.state(),
+        "torch_rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    _write(directory / OPTIMIZER, lambda file: torch.save(state, file))
+    failpoints.reach("checkpoint.after_optimizer")
+    generator, keys, position, has_gauss, cached = np.random.get_state()
+    plain = {
+        "progress": dataclasses.asdict(trained.progress),
+        "python_rng": random.getstate(),
+        "numpy_rng": [generator, np.asarray(keys).tolist(), position, has_gauss, cached],
+    }
+    _write(directory / STATE, lambda file: file.write(json.dumps(plain).encode()))
+
+
+def _write_manifest(directory: Path, step: int, facts: Mapping[str, str]) -> None:
+    files = {
+        name: {"sha256": _sha256(directory / name), "size_bytes": (directory / name).stat().st_size}
+        for name in (WEIGHTS, OPTIMIZER, STATE)
+    }
+    manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": files}
+    _write(directory / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    fsync_directory(directory)
+
+
+def _read_files(directory: Path, trained: Trained) -> None:
+    weights = load_file(directory / WEIGHTS)
+    tensors = _saved_tensors(trained.model)
+    if weights.keys() != tensors.keys():
+        raise StillhouseError(
+            Reason.CHECKPOINT_CORRUPT,
+            f"{directory} holds other weights than student.model has. The model's files were changed under the run; "
+            "restore them, or create the run again.",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(weights[name])
+    state = torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True)
+    trained.optimizer.load_state_dict(state["optimizer"])
+    if trained.scaler and state["scaler"]:
+        trained.scaler.load_state_dict(state["scaler"])
+    trained.in_flight.restore(state.get("in_flight", []))
+    torch.set_rng_state(state["torch_rng"])
+    if torch.cuda.is_available() and state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    plain = json.loads((directory / STATE).read_bytes())
+    version, numbers, gauss = plain["python_rng"]
+    random.setstate((version, tuple(numbers), gauss))
+    generator, keys, position, has_gauss, cached = plain["numpy_rng"]
+    np.random.set_state((generator, np.asarray(keys, np.uint32), position, has_gauss, cached))
+    for name, value in plain["progress"].items():
+        setattr(trained.progress, name, value)
+
+
+def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trained parameters, shared ones once, and buffers that belong to the weights."""
+    tensors: dict[str, Tensor] = {name: each for name, each in model.named_parameters() if each.requires_grad}
+    persistent = model.state_dict(keep_vars=True).keys()
+    return tensors | {name: each for name, each in model.named_buffers() if name in persistent}
+
+
+def _discard(path: Path) -> None:
+    """Removes a checkpoint so that it is never seen half removed."""
+    if path.exists():
+        trash = path.with_name(f".{path.name}.trash.tmp")
+        shutil.rmtree(trash, ignore_errors=True)
+        path.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
+
+
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def last_good(run_dir: RunDir) -> str:
+    """The newest checkpoint by name, for errors."""
+    steps = run_dir.checkpoints()
+    return (
+        f"The last good checkpoint is that of step {steps[-1]}." if steps else "There is no checkpoint yet."
+    )

@@ -1,0 +1,1 @@
+"""Sources of training sequences (dataset, teacher text, student text) and their mixture."""

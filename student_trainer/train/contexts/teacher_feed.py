@@ -1,0 +1,123 @@
+"""Texts that teachers write during the run: word-level targets from the pass that wrote them, or the text alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import structlog
+
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.student_trainer.config.schema import RolloutConfig
+from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.contexts.source import Skips
+from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
+
+log = structlog.get_logger()
+
+
+class TeacherFeed:
+    """The teachers' texts of one context; each prompt is continued by its row's teacher."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        streams: Mapping[str, TextStream],
+        generation: RolloutConfig,
+        *,
+        context: int,
+        seed: int,
+        vocab_size: int,
+        max_sequence_tokens: int,
+        prefetch_steps: int,
+        patience: Patience,
+    ) -> None:
+        """`streams` by the teachers' names. `vocab_size`: only ids below it are known to the student."""
+        self.ahead = prefetch_steps
+        self._examples = examples
+        self._streams = streams
+        self._generation = generation
+        self._context = context
+        self._seed = seed
+        self._vocab_size = vocab_size
+        self._max_sequence_tokens = max_sequence_tokens
+        self._patience = patience
+        self._skips = Skips()
+        self._slots: dict[int, Sequence[Slot]] = {}
+        self._metrics: dict[str, float] = {}
+
+    @property
+    def num_asked(self) -> int:
+        """Texts that teachers were asked for."""
+        return sum(stream.num_asked for stream in self._streams.values())
+
+    def ask(self, step: int, slots: Sequence[Slot]) -> None:
+        """Asks for the texts."""
+        self._slots[step] = slots
+        for slot in slots:
+            example = self._examples[slot.row]
+            room = self._max_sequence_tokens - len(example.prompt)
+            self._stream(example).submit(
+                slot.place,
+                example.prompt,
+                seed=text_seed(self._seed, self._context, slot.place),
+                max_new_tokens=min(self._generation.max_new_tokens, room),
+                place=example.place,
+            )
+
+    def take(self, step: int) -> Iterator[Scored]:
+        """The texts with their distributions."""
+        lengths, num_finished, num_foreign = [], 0, 0
+        for slot in self._slots.pop(step):
+            example = self._examples[slot.row]
+            try:
+                texts = self._stream(example).take(slot.place, self._patience)
+            except StillhouseError as error:
+                self._skips.count(error, self.num_asked)
+                continue
+            for text in texts:
+                # A tokenizer that the teacher's one extends has no name for the rest.
+                if not text.token_ids.size or int(text.token_ids.max()) >= self._vocab_size:
+                    num_foreign += 1
+                    continue
+                lengths.append(len(text.token_ids))
+                num_finished += text.finished
+                yield _scored(example, text, self._context)
+        if num_foreign:
+            log.warning("teacher's texts left out", step=step + 1, left_out=num_foreign)
+        if not lengths:
+            self._metrics = {}
+            return
+        self._metrics = {
+            "train/teacher_text_tokens": float(np.mean(lengths)),
+            "train/teacher_text_finished": num_finished / len(lengths),
+            "train/teacher_texts_dropped": float(num_foreign),
+        }
+
+    def metrics(self) -> Mapping[str, float]:
+        """Means over the texts of the last step."""
+        return self._metrics
+
+    def _stream(self, example: Example) -> TextStream:
+        if len(self._streams) == 1:
+            return next(iter(self._streams.values()))
+        return self._streams[example.teacher]
+
+
+def _scored(example: Example, text: Written, context: int) -> Scored:
+    prompt = example.prompt
+    token_ids = np.concatenate([prompt, text.token_ids])
+    return Scored(
+        example=Example(
+            token_ids=token_ids,
+            mask=np.arange(len(token_ids)) >= len(prompt),
+            place=example.place,
+            num_prompt=len(prompt),
+            teacher=example.teacher,
+        ),
+        answer=text.distributions,
+        context=context,
+    )

@@ -1,0 +1,1 @@
+"""Files to rows, token ids, loss masks and order."""

@@ -1,0 +1,277 @@
+"""The processes that train one run together, by rank: what they agree on and what they add up; one process alone is the simplest case.
+
+Every process does the same calls in the same order, so all leave a step, and the run, together. Small things travel as
+JSON over gloo, also where gradients go over NCCL: gloo notices at once that another process has gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stillhouse.protos.errors import (
+    Reason,
+    StillhouseError,
+    first_line,
+    from_json,
+    from_status,
+    to_json,
+    to_status,
+)
+from stillhouse.student_trainer.train.distributed.rank_env import Place, of_another, timeout_s
+from stillhouse.student_trainer.train.process.waiting import Stopped
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Item = TypeVar("Item")
+
+BUCKET_BYTES = 64 * 2**20
+"""Of gradients that travel at once."""
+
+
+class Ranks:
+    """This process's view of all of them."""
+
+    def __init__(
+        self, place: Place | None = None, *, patient: Any = None, swift: Any = None, bulk: Any = None
+    ) -> None:
+        """Process groups, None for a process alone: `patient` between steps, `swift` in them, `bulk` for gradients."""
+        self.place = place or Place()
+        self._patient = patient
+        self._swift = swift
+        self._bulk = bulk
+
+    @classmethod
+    def join(cls, place: Place, store: Any, *, wait_s: float) -> Ranks:
+        """Meets the others at `store`; `wait_s` is the time that one may wait for a teacher while others wait for it.
+
+        Raises StillhouseError: PROCESS_DIED if they do not come, INVALID_SPEC if there is no device for this one.
+        """
+        on_gpus = torch.cuda.is_available()
+        if on_gpus:
+            _take_device(place)
+        swift_time = timedelta(seconds=timeout_s())
+        try:
+            dist.init_process_group(
+                "gloo",
+                store=store,
+                rank=place.rank,
+                world_size=place.size,
+                timeout=timedelta(seconds=wait_s + timeout_s()),
+            )
+            swift = dist.new_group(backend="gloo", timeout=swift_time)
+            bulk = dist.new_group(backend="nccl", timeout=swift_time) if on_gpus else swift
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return cls(place, patient=dist.group.WORLD, swift=swift, bulk=bulk)
+
+    @property
+    def rank(self) -> int:
+        """Of this process, from 0."""
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return self.place.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes the run directory."""
+        return self.place.rank == 0
+
+    def is_mine(self, number: int) -> bool:
+        """Whether item `number` of a global order is this process's."""
+        return number % self.place.size == self.place.rank
+
+    def gather(self, data: bytes, *, patient: bool = False) -> list[bytes]:
+        """What every process gave, by rank. `patient`: some may come late, because they wait for a teacher."""
+        if self.size == 1:
+            return [data]
+        group = self._patient if patient else self._swift
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        try:
+            dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
+            longest = max(1, *(int(size) for size in sizes))
+            own = torch.zeros(longest, dtype=torch.uint8)
+            own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[:0]
+            parts = [torch.empty_like(own) for _ in range(self.size)]
+            dist.all_gather(parts, own, group=group)
+        except RuntimeError as error:
+            raise _lost(error) from error
+        return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
+
+    def exchange(self, value: Any, *, patient: bool = False) -> list[Any]:
+        """What every process said, by rank; anything that JSON can hold."""
+        if self.size == 1:
+            return [value]
+        return [json.loads(each) for each in self.gather(json.dumps(value).encode(), patient=patient)]
+
+    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """By name, the sum over all processes; bit for bit the same in each of them."""
+        if self.size == 1:
+            return dict(values)
+        total: dict[str, float] = {}
+        for each in self.exchange(dict(values)):
+            for name, value in each.items():
+                total[name] = total.get(name, 0.0) + value
+        return total
+
+    def agree(self, do: Callable[[], Item]) -> Item:
+        """What `do` returns, once it has returned in every process.
+
+        Raises:
+            Stopped: one of the processes shall stop; then all do.
+            StillhouseError: why `do` fails in one of them; the others say so too.
+        """
+        item: list[Item] = []
+        said: dict[str, Any] = {}
+        own: StillhouseError | None = None
+        try:
+            item.append(do())
+        except Stopped:
+            said["stop"] = True
+        except StillhouseError as error:
+            own, said["error"] = error, to_json(to_status(error))
+        answers = self.exchange(said, patient=True)
+        if own is not None:
+            raise own
+        for rank, answer in enumerate(answers):
+            if "error" in answer:
+                raise of_another(from_status(from_json(answer["error"])), rank, self.size)
+        if any("stop" in answer for answer in answers):
+            raise Stopped
+        return item[0]
+
+    def after_first(self, do: Callable[[], Item]) -> Item:
+        """What `do` returns; the first process does it before the others, and alone writes what it has to write.
+
+        Raises what `agree` raises.
+        """
+        if self.is_first:
+            done = self.agree(do)
+            self.agree(lambda: None)
+            return done
+        self.agree(lambda: None)
+        return self.agree(do)
+
+    def together(self, steps: Iterable[Item], stop_requested: Callable[[], bool]) -> Iterator[Item]:
+        """The items of `steps` once every process has its own; all have equally many. Raises what `agree` raises."""
+        iterator = iter(steps)
+
+        def following() -> Item | None:
+            item = next(iterator, None)
+            if item is not None and stop_requested():
+                raise Stopped
+            return item
+
+        while (item := self.agree(following)) is not None:
+            yield item
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replaces every gradient by its sum over all processes; one that no process has stays absent."""
+        if self.size == 1:
+            return
+        device = parameters[0].device
+        present = torch.tensor(
+            [each.grad is not None for each in parameters], dtype=torch.int32, device=device
+        )
+        try:
+            dist.all_reduce(present, dist.ReduceOp.MAX, group=self._bulk)
+            there = [each for each, flag in zip(parameters, present.tolist(), strict=True) if flag]
+            for bucket in _buckets(there):
+                gradients = [
+                    torch.zeros_like(each) if each.grad is None else each.grad.contiguous() for each in bucket
+                ]
+                flat = torch.cat([each.view(-1) for each in gradients])
+                dist.all_reduce(flat, group=self._bulk)
+                parts = torch.split(flat, [each.numel() for each in gradients])
+                for each, part in zip(bucket, parts, strict=True):
+                    each.grad = part.view_as(each)
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Gives the first process's values of `tensors` to all, in place."""
+        if self.size > 1:
+            try:
+                with torch.no_grad():
+                    for tensor in tensors:
+                        dist.broadcast(tensor, 0, group=self._bulk)
+            except RuntimeError as error:
+                raise _lost(error) from error
+
+    def leave(self) -> None:
+        """Gives the connections up, as all do at the end."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+            # The groups' own threads end with the last reference, not while the interpreter goes down.
+            self._patient = self._swift = self._bulk = None
+
+    def abandon(self) -> None:
+        """Gives them up while others may be gone; those between GPUs end with the process."""
+        if not torch.cuda.is_available():
+            self.leave()
+
+
+def merged(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    """One value for each metric of several processes, given with their weights.
+
+    Means are weighted, and counts of what was dropped, asked or found are added up. Of times the longest counts, for which
+    all wait, and of devices the fullest.
+    """
+    names = sorted({name for _, metrics in parts for name in metrics})
+    result = {}
+    for name in names:
+        values = [(weight, metrics[name]) for weight, metrics in parts if name in metrics]
+        total = sum(weight for weight, _ in values)
+        if name.endswith("_dropped") or name.startswith(("teacher/", "cache/")):
+            result[name] = sum(value for _, value in values)
+        elif name.endswith("_s") or name.startswith("device/") or not total:
+            result[name] = max(value for _, value in values)
+        else:
+            result[name] = sum(weight * value for weight, value in values) / total
+    return result
+
+
+def _take_device(place: Place) -> None:
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise StillhouseError(
+            Reason.INVALID_SPEC,
+            f"resources.num_processes asks for process {place.local_rank} (from 0) on this host, which shows it {count} "
+            "devices; each process needs one of its own. Lower it, or give the run more devices.",
+        )
+    torch.cuda.set_device(place.local_rank)
+
+
+def _lost(error: RuntimeError) -> StillhouseError:
+    return StillhouseError(
+        Reason.PROCESS_DIED,
+        f"Another process of this run has ended, or did not answer for {timeout_s():g} s ({first_line(error)}). Its log says why; "
+        "`run resume` goes on from the last checkpoint.",
+    )
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Neighbours of one type whose gradients have at most BUCKET_BYTES together, one parameter at least."""
+    for _, group in itertools.groupby(parameters, key=lambda each: (each.dtype, each.device)):
+        bucket: list[nn.Parameter] = []
+        filled = 0
+        for each in group:
+            size = each.numel() * each.element_size()
+            if bucket and filled + size > BUCKET_BYTES:
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append(each)
+            filled += size
+        if bucket:
+            yield bucket

@@ -1,0 +1,1 @@
+"""Heartbeat, reports, bounded waiting, failpoints."""

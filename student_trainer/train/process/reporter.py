@@ -1,0 +1,93 @@
+"""What a training process tells the world: metrics lines and TensorBoard files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import structlog
+
+from stillhouse.student_trainer.run_dir import Attempt
+
+
+class Reporter:
+    """Metrics of one attempt; a context manager."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._writer: Any = None
+        self._first_step = 0
+        self._waits = Waits()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def resume_at(self, step: int) -> None:
+        """Curves that an earlier attempt drew beyond `step` are cut."""
+        self._first_step = step
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of a step; what is no number is left out, because JSON has no word for it."""
+        if not self._attempt.writes:
+            return
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        self._attempt.report_metrics(step, finite)
+        self._waits.note(step, finite)
+        for name, value in finite.items():
+            self._tensorboard().add_scalar(name, value, step)
+
+    def _tensorboard(self) -> Any:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            path = str(self._attempt.run_dir.tensorboard_path)
+            self._writer = SummaryWriter(path, purge_step=self._first_step + 1 if self._first_step else None)
+        return self._writer
+
+
+log = structlog.get_logger()
+
+WINDOW_STEPS = 20
+SHARE = 0.5
+"""Of a window's time that may pass with waiting before it is said."""
+LEAST_S = 1.0
+"""Shorter windows are not worth a word."""
+
+
+class Waits:
+    """Counts what metrics say of each step."""
+
+    def __init__(self) -> None:
+        self._waited_s = self._time_s = 0.0
+        self._steps = 0
+
+    def note(self, step: int, metrics: Mapping[str, float]) -> float | None:
+        """The share of the window that ends with this step that was waiting, if it was said; else None."""
+        if "train/step_time_s" not in metrics:
+            return None
+        self._waited_s += metrics.get("train/teacher_wait_s", 0.0)
+        self._time_s += metrics["train/step_time_s"]
+        self._steps += 1
+        if self._steps < WINDOW_STEPS:
+            return None
+        share, waited_s = self._waited_s / max(self._time_s, 1e-9), self._waited_s
+        self._waited_s = self._time_s = 0.0
+        self._steps = 0
+        if share <= SHARE or waited_s < LEAST_S:
+            return None
+        log.warning(
+            "the student waits for its teacher",
+            step=step,
+            share=round(share, 2),
+            waited_s=round(waited_s, 1),
+            remedy="name more services in teachers.targets, keep answers in a cache, or raise teachers.prefetch_steps",
+        )
+        return share

@@ -1,0 +1,62 @@
+"""Writes the trained student to final/ in Hugging Face layout with its tokenizer: what people take away from a run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from stillhouse.student_trainer.run_dir import Attempt, fsync_directory
+from stillhouse.student_trainer.train.process import failpoints
+from stillhouse.student_trainer.train.student.loading import merged
+from stillhouse.student_trainer.train.student.student import Student
+
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter lies beside a merged model."""
+
+
+def export(student: Student, attempt: Attempt) -> Path:
+    """final/: the whole model, or the adapter alone (output "adapter"), or the merged model with the adapter under
+    adapter/ ("both").
+
+    Merging changes the student: it is not trained afterwards. Raises StillhouseError(RUN_STATE) if another attempt
+    owns the run.
+    """
+    target = attempt.run_dir.final_path
+    temporary = target.with_name(".final.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(student, temporary)
+        _fsync_tree(temporary)
+        failpoints.reach("export.before_rename")
+        attempt.check_fence()
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_directory(target.parent)
+    return target
+
+
+def _write(student: Student, directory: Path) -> None:
+    model: Any = student.model
+    config = student.config
+    if not config.trains_adapter or config.output == "adapter":
+        model.save_pretrained(directory)
+    else:
+        adapter = directory / ADAPTER_FOLDER
+        model.save_pretrained(adapter)
+        merged(model, config, student.data_dir, adapter).save_pretrained(directory)
+        if config.output == "merged":
+            shutil.rmtree(adapter)
+    student.tokenizer.save_pretrained(directory)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with (Path(folder) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        fsync_directory(Path(folder))

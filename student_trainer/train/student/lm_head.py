@@ -1,0 +1,91 @@
+"""The student's output layer, where it is a plain linear one: then losses are fused with it, and its logits never exist at once.
+
+What counts as plain is tried out and not read from a name: with the layer left out, a model must give what the layer
+turns into its logits. Models that cap or scale their logits, and adapters on the layer itself, are not plain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from stillhouse.student_trainer.train.batching.collate import MicroBatch
+from stillhouse.student_trainer.train.loss.fused import OutputLayer
+from stillhouse.student_trainer.train.student.student import Student
+
+CHUNK_LOGITS = 2**27
+"""Logits that are held at a time where no gradient is wanted."""
+
+
+class Head:
+    """Computes hidden states and logits of a student's targets; knows whether its output layer is plain."""
+
+    def __init__(self, student: Student) -> None:
+        self._student = student
+        self._linear = _plain_layer(student.model)
+
+    @property
+    def layer(self) -> OutputLayer | None:
+        """The layer, if it is plain."""
+        if self._linear is None:
+            return None
+        return OutputLayer(weight=self._linear.weight, bias=self._linear.bias)
+
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """[N, H]: what the plain layer reads for each target of `batch`."""
+        assert self._linear is not None, "only a plain layer can be left out"
+        with _left_out(self._linear):
+            return self._student.logits(batch)[0]
+
+    def logit_chunks(self, batch: MicroBatch) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the targets of `batch`, and their logits [1, n, V], a bounded number at a time."""
+        if self._linear is None:
+            yield slice(0, batch.num_targets), self._student.logits(batch)
+            return
+        hidden = self.hidden(batch)
+        size = max(1, CHUNK_LOGITS // self._linear.weight.shape[0])
+        for first in range(0, batch.num_targets, size):
+            rows = slice(first, min(first + size, batch.num_targets))
+            yield rows, functional.linear(hidden[rows], self._linear.weight, self._linear.bias).unsqueeze(0)
+
+
+def _plain_layer(model: Any) -> nn.Linear | None:
+    """The output layer of a causal language model, if its output is its product and nothing else."""
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layer = plain.get_output_embeddings()
+    # Subclasses are quantised or adapted layers, whose product is another.
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return None
+    token_ids = torch.tensor([[1, 0, 1]], device=layer.weight.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = model(input_ids=token_ids, use_cache=False).logits
+            with _left_out(layer):
+                hidden = model(input_ids=token_ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    if hidden.shape[-1] != layer.in_features:
+        return None
+    found = layer(hidden.to(layer.weight.dtype))
+    return layer if torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3) else None
+
+
+@contextmanager
+def _left_out(layer: nn.Linear) -> Iterator[None]:
+    """Within it, the layer hands on what it is given."""
+    vars(layer)["forward"] = _identity
+    try:
+        yield
+    finally:
+        del vars(layer)["forward"]
+
+
+def _identity(hidden: Tensor) -> Tensor:
+    return hidden

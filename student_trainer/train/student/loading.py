@@ -1,0 +1,217 @@
+"""The student's model as its settings ask for it: whole or quantised, all layers or some, with an adapter of its own or one to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.student_trainer.config.checks import invalid_field
+from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
+from stillhouse.student_trainer.train.data.readers import resolve
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The base with the layers that are kept and the adapter that learns, if one does, on `device`.
+
+    Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC, CAPABILITY.
+    """
+    if config.quantization == "none":
+        model = keep_layers(load_base(config, data_dir, dtype), config)
+    else:
+        model = keep_layers(_load_quantized(config, data_dir, dtype, device), config)
+        model = _prepare_quantized(model, config)
+    if config.adapter:
+        model = _go_on_from(model, config, data_dir)
+    elif config.lora:
+        model = add_adapter(model, config.lora)
+    return model if config.quantization != "none" else model.to(device)
+
+
+def load_base(
+    config: StudentConfig, data_dir: Path, dtype: torch.dtype, quantization: Any = None, **where: Any
+) -> Any:
+    """The base with all its layers. Raises StillhouseError(MODEL_NOT_FOUND)."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = model_source(config, data_dir)
+    common: dict[str, Any] = {"revision": config.revision or None, "trust_remote_code": False}
+    try:
+        if config.from_config:
+            settings = AutoConfig.from_pretrained(source, **common)
+            return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+        if quantization is not None:
+            common["quantization_config"] = quantization
+        return AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, **common, **where
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # loaders raise whatever their file formats raise
+        problem = f"cannot be loaded as a causal language model from safetensors ({first_line(error)})"
+        raise model_not_found(config, source, problem) from error
+
+
+def keep_layers(model: Any, config: StudentConfig) -> Any:
+    """The model with the layers `config.keep_layers` alone, in place; all if it names none."""
+    if not config.keep_layers:
+        return model
+    total = model.config.num_hidden_layers
+    if config.keep_layers[-1] >= total:
+        raise invalid_field(
+            "student.keep_layers",
+            f"{config.keep_layers[-1]} is no layer of {config.model}, whose {total} layers count from 0.",
+        )
+    holders = [
+        (module, name)
+        for module in model.modules()
+        for name, child in module.named_children()
+        if isinstance(child, nn.ModuleList) and len(child) == total
+    ]
+    if len(holders) != 1:
+        raise invalid_field(
+            "student.keep_layers",
+            f"{config.model} does not hold its {total} layers in one list, so that some can be taken out; leave it out.",
+        )
+    holder, name = holders[0]
+    kept = nn.ModuleList([getattr(holder, name)[each] for each in config.keep_layers])
+    for number, layer in enumerate(kept):
+        module: Any
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = number  # its place in the cache of keys and values
+    setattr(holder, name, kept)
+    model.config.num_hidden_layers = len(kept)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = [model.config.layer_types[each] for each in config.keep_layers]
+    return model
+
+
+def add_adapter(model: Any, config: LoraConfig) -> Any:
+    """The model with a fresh adapter. Raises StillhouseError(INVALID_SPEC) if it fits nowhere."""
+    import peft
+
+    output = model.get_output_embeddings()
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, each in model.named_modules()
+            if isinstance(each, nn.Linear) and each is not output
+        }
+    )
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules) or linear,
+        layers_to_transform=list(config.layers) or None,
+        bias=config.bias,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        names = ", ".join(config.target_modules) or "all linear layers"
+        layers = f" of layers {list(config.layers)}" if config.layers else ""
+        raise invalid_field(
+            "student.lora.target_modules",
+            f"{names}{layers}: nothing in this model fits. Its linear layers are {', '.join(linear)}.",
+        ) from error
+
+
+def merged(model: Any, config: StudentConfig, data_dir: Path, adapter: Path) -> Any:
+    """One model of base and adapter, in full precision; `adapter` is the saved adapter.
+
+    A quantised base gives the numbers that the adapter was trained beside, and not those of its checkpoint.
+    """
+    if config.quantization == "none":
+        return model.merge_and_unload(safe_merge=True)
+    import peft
+
+    quantized = _load_quantized(config, data_dir, torch.float32, torch.device("cpu"))
+    base = keep_layers(quantized, config).dequantize()
+    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
+
+
+def _go_on_from(model: Any, config: StudentConfig, data_dir: Path) -> Any:
+    import peft
+
+    path = resolve(config.adapter, data_dir)
+    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+    if missing:
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"student.adapter {path} has no {' and no '.join(missing)}. Name the directory of a LoRA adapter, such as "
+            "runs/…/final/adapter.",
+            resource=config.adapter,
+        )
+    try:
+        return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise invalid_field(
+            "student.adapter", f"{path} does not fit {config.model} ({first_line(error)})."
+        ) from error
+
+
+def _load_quantized(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if config.from_config:
+        raise invalid_field(
+            "student.quantization",
+            "freezes the base, and random weights (from_config) are nothing to freeze.",
+        )
+    settings = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if config.quantization == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    )
+    model = load_base(config, data_dir, dtype, settings, device_map={"": device})
+    for module in model.modules():
+        # On some CPUs bitsandbytes lays 4-bit weights out anew in the first evaluation, in a form that has no gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
+def _prepare_quantized(model: Any, config: StudentConfig) -> Any:
+    """With norms in float32 and, for gradient checkpointing, gradients at the input."""
+    import peft
+
+    return peft.prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=config.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+    )
+
+
+def model_source(config: StudentConfig, data_dir: Path) -> str:
+    """A directory, or the hub id. Raises StillhouseError(MODEL_NOT_FOUND) for a path where nothing is."""
+    path = resolve(config.model, data_dir)
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return str(path)
+        raise model_not_found(config, str(path), "has no config.json")
+    if (
+        path.is_absolute()
+        or config.model.startswith(("./", "../", "~", "runs/"))
+        or config.model.count("/") > 1
+    ):
+        raise model_not_found(config, str(path), "is no directory on the trainer's host")
+    return config.model
+
+
+def model_not_found(config: StudentConfig, source: str, problem: str) -> StillhouseError:
+    """The error that says what is wrong with the student's model, and what to do."""
+    where = f"{config.model} ({source})" if source != config.model else source
+    return StillhouseError(
+        Reason.MODEL_NOT_FOUND,
+        f"student.model {where} {problem}. Give a directory in Hugging Face layout with safetensors on the trainer's host, "
+        "or the id of a model that this host can download.",
+        resource=config.model,
+    )

@@ -1,0 +1,1 @@
+"""Queries to teachers: connect, dispatch, cache, results."""

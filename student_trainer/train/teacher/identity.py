@@ -1,0 +1,79 @@
+"""Who a run's teachers are, as the run directory keeps it: written once, and compared whenever a teacher answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.run_dir import RunDir, write_whole
+
+_NAMES = ("model_fingerprint", "adapter", "adapter_fingerprint", "tokenizer_fingerprint")
+"""A run that began with an earlier version lacks the last one."""
+_COMPARED = ("model_fingerprint", "adapter_fingerprint", "tokenizer_fingerprint")
+
+
+def changed(known: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """The first part by which two teachers differ; empty if they are the same. A part that one lacks says nothing."""
+    for part in _COMPARED:
+        ours, theirs = known.get(part), found.get(part)
+        if ours != theirs and ours is not None and theirs is not None:
+            return part
+    return ""
+
+
+def check_stored_identity(
+    run_dir: RunDir, name: str, identity: Mapping[str, str], *, model: str, place: str
+) -> None:
+    """Return if the teacher whose answers `place` holds is the one that the run began with, which is kept.
+
+    Raises:
+        StillhouseError: TEACHER_CHANGED.
+    """
+    known = read_identity(run_dir, name)
+    if known is None:
+        write_identity(run_dir, name, {**identity, "model": model})
+        return
+    part = changed(known, identity)
+    if part:
+        raise StillhouseError(
+            Reason.TEACHER_CHANGED,
+            f"{place} holds answers of another teacher than the one that this run began with: its {part} is "
+            f"{identity[part]}, and was {known[part]}. Name the cache of the former teacher, or create a new run.",
+            metadata={"expected": known[part], "found": identity[part]},
+        )
+
+
+def write_identity(run_dir: RunDir, name: str, identity: Mapping[str, str]) -> None:
+    """Keeps who the teacher is; teachers with names stand beside each other."""
+    content: dict[str, Any] = dict(identity)
+    if name:
+        with suppress(FileNotFoundError):
+            content = json.loads(run_dir.teacher_path.read_bytes())
+        content = (
+            {**content, name: dict(identity)}
+            if "model_fingerprint" not in content
+            else {name: dict(identity)}
+        )
+    write_whole(run_dir.teacher_path, json.dumps(content).encode())
+
+
+def read_identity(run_dir: RunDir, name: str) -> dict[str, str] | None:
+    """Who the teacher `name` was when the run began; None if nobody was reached yet. Raises CHECKPOINT_CORRUPT."""
+    try:
+        value = json.loads(run_dir.teacher_path.read_bytes())
+        if name:
+            value = value.get(name)
+            if value is None:
+                return None
+        wanted = [part for part in _NAMES if part != "tokenizer_fingerprint" or part in value]
+        return {part: str(value[part]) for part in wanted}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StillhouseError(
+            Reason.CHECKPOINT_CORRUPT,
+            f"{run_dir.teacher_path} cannot be read ({error}). Delete it to accept the teacher that answers now.",
+        ) from error

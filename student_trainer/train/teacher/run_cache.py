@@ -1,0 +1,89 @@
+"""The run's cache of teachers' answers: opened once, and wrapped around every stream that asks a teacher about fixed text.
+
+Modes: "write_through" asks for what is missing and keeps it, "read" asks and keeps nothing, "only" asks nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import structlog
+
+from stillhouse.protos.cache.format import CODECS, CacheMeta, Codec
+from stillhouse.protos.cache.reader import CacheReader
+from stillhouse.protos.cache.writer import CacheWriter
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
+from stillhouse.student_trainer.config.schema import CacheConfig
+from stillhouse.student_trainer.train.teacher.answer_stream import AnswerStream
+from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream
+from stillhouse.student_trainer.train.teacher.teacher import Teacher, adapter_fingerprint
+
+log = structlog.get_logger()
+
+_CODECS: Mapping[str, Codec] = {codec: codec for codec in CODECS}
+
+
+@dataclass(frozen=True, slots=True)
+class RunCache:
+    """An open cache and how the run uses it."""
+
+    config: CacheConfig
+    path: Path
+    reader: CacheReader
+    writer: CacheWriter | None
+
+    @classmethod
+    def open(cls, config: CacheConfig | None, data_dir: Path, stack: ExitStack) -> RunCache | None:
+        """The cache that a run names, closed with `stack`; None if it names none.
+
+        Raises:
+            StillhouseError: CACHE_NOT_FOUND, CACHE_LOCKED; CACHE_INVALID for a damaged shard where no teacher is asked.
+        """
+        if config is None:
+            return None
+        path = data_dir / config.path
+        if config.mode == "write_through":
+            writer = stack.enter_context(CacheWriter(path, codec=_CODECS[config.codec]))
+            reader = writer.reader
+        else:
+            writer = None
+            reader = CacheReader(path, ignore_broken=config.mode == "read")
+            stack.callback(reader.close)
+        for broken in reader.broken:
+            log.warning("a shard of the cache is left out", why=broken.error.message)
+        log.info("cache opened", path=str(path), mode=config.mode, answers=len(reader))
+        return cls(config, path, reader, writer)
+
+    def around(
+        self, live: AnswerStream, teacher: Teacher, request: DistributionConfig, *, held_out: bool = False
+    ) -> CachedStream:
+        """A stream that asks `live` for what the cache lacks; `teacher` has been reached, `held_out` is said of the text."""
+        meta = self.meta(teacher, request, held_out=held_out)
+        return CachedStream(meta, self.reader, live=live, writer=self.writer)
+
+    def alone(self, meta: CacheMeta) -> CachedStream:
+        """A stream that asks nobody."""
+        return CachedStream(meta, self.reader, live=None, writer=None)
+
+    @staticmethod
+    def meta(teacher: Teacher, request: DistributionConfig, *, held_out: bool = False) -> CacheMeta:
+        """What a teacher that has been reached answers to `request`."""
+        info, config = teacher.info, teacher.config
+        meta = CacheMeta.of(
+            info,
+            request,
+            adapter=config.adapter,
+            adapter_fingerprint=adapter_fingerprint(info, config.adapter, config.targets[0]),
+        )
+        student = teacher.text_tokenizer
+        other = student != info.tokenizer_fingerprint
+        return replace(
+            meta,
+            held_out=held_out,
+            name=config.name,
+            student_tokenizer_fingerprint=student if other else "",
+            shared_size=teacher.shared_size if other else 0,
+        )

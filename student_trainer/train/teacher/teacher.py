@@ -1,0 +1,315 @@
+"""The run's teacher: reached and checked before anything is trained, and again after every break, so that answers never mix.
+
+Everything that can be wrong between student and teacher is refused here, in second 1 and not in step 1000.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import structlog
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_LOG_PARTITIONS,
+    CAPABILITY_QUERY_LOGPROBS,
+    CAPABILITY_SAMPLED_TOKENS,
+    GetTeacherInfoResponse,
+)
+from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+from stillhouse.student_trainer.config.check_contexts import losses, query_field
+from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.schema import RunConfig, TeacherConfig
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.train.data.corpus import Corpus
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, Endpoints, backoff_s, is_passing
+from stillhouse.student_trainer.train.teacher.identity import changed, read_identity, write_identity
+from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare_with, fetch_tokenizer
+
+log = structlog.get_logger()
+
+FIRST_CONTACT_S = 15.0
+"""A teacher that nobody has ever reached in this run is waited for so long; later ones for retry.teacher_wait_s."""
+_LIMITS = ("max_sequence_tokens", "max_top_k", "max_query_tokens", "max_prompts", "max_inflight_sequences")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Demands:
+    """What the run asks of its teacher."""
+
+    tokenizer_fingerprint: str
+    """Of the student's tokenizer."""
+    tokenizer_json: str
+    """The student's tokenizer, which is compared with the teacher's where the fingerprints differ."""
+    bridged: bool
+    """Whether teachers are asked about the text in their own tokens, so that any tokenizer will do."""
+    top_k: int
+    """Largest that training and evaluation ask for."""
+    top_k_field: str
+    """Where it stands in the run file."""
+    temperature: float | None
+    """Temperature whose log-partition is needed; None if none is."""
+    query_field: str
+    """Place in the run file of a loss that needs query_logprobs; empty if none does."""
+    draws_field: str
+    """Place in the run file of a loss whose targets the teacher draws; empty if none has such."""
+    longest: Example
+    """The longest example."""
+    largest: Example
+    """The example with the largest token id."""
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, tokenizer_fingerprint: str, tokenizer_json: str, corpus: Corpus
+    ) -> Demands:
+        """The demands of `config`."""
+        bridged = is_bridged(config)
+        asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
+        tempered: list[float | None] = [None]
+        drawn = [""]
+        for path, loss in losses(config):
+            if loss.asks_teacher:
+                if loss.sparse_target in DRAWN_TARGETS:
+                    drawn.append(f"{path}.sparse_target")
+                asked[f"{path}.top_k"] = 0 if bridged else loss.top_k
+                if loss.temperature != 1 and loss.temperature_mode == "exact":
+                    tempered.append(loss.temperature)
+        field = max(asked, key=lambda name: (asked[name], name != "evaluation.top_k"))
+        return cls(
+            tokenizer_fingerprint=tokenizer_fingerprint,
+            tokenizer_json=tokenizer_json,
+            bridged=bridged,
+            top_k=asked[field],
+            top_k_field=field,
+            temperature=tempered[-1],
+            query_field=query_field(config),
+            draws_field=drawn[-1],
+            longest=corpus.longest,
+            largest=corpus.largest,
+        )
+
+
+class Teacher:
+    """One frozen model and the services that serve it: all of them have the same fingerprints, tokenizer and adapter."""
+
+    def __init__(self, config: TeacherConfig, demands: Demands, run_dir: RunDir) -> None:
+        self.config = config
+        self.endpoints = Endpoints(config, self._check)
+        """Its services."""
+        self._demands = demands
+        self._run_dir = run_dir
+        self._identity = read_identity(run_dir, config.name)
+        self._lock = threading.Lock()
+        self._verdicts: dict[str, Verdict] = {}
+        self._seen: dict[str, GetTeacherInfoResponse] = {}
+        self._tokenizers: dict[str, bytes] = {}
+        self.shared_size = 0
+        """Ids below it mean the same to the student and to the teacher."""
+        self.info = GetTeacherInfoResponse()
+        """What all services that were reached have in common: the least of each limit, and what each can do."""
+
+    def connect(self, patience: Patience) -> None:
+        """Reach and check the teacher for the first time in this process: one service at least, and each that answers.
+
+        Raises:
+            Stopped: the run shall stop.
+            StillhouseError: TEACHER_UNREACHABLE; TOKENIZER_MISMATCH, TEACHER_CHANGED, TOP_K_TOO_LARGE, SEQUENCE_TOO_LONG,
+                CAPABILITY, ADAPTER_NOT_FOUND, or what a service says, unless another service will do.
+        """
+        known_before, since, attempt = self._identity is not None, time.monotonic(), 0
+        while True:
+            errors = self._reach_all()
+            refusals = [
+                error
+                for error in errors
+                if not is_passing(error) or (error.reason is Reason.UNAUTHENTICATED and not known_before)
+            ]
+            if refusals and (not known_before or len(refusals) == len(self.endpoints.all)):
+                # In a run that begins nobody can say which of two services is the right one.
+                raise refusals[0]
+            if len(errors) < len(self.endpoints.all):
+                for error in errors:
+                    log.warning("a teacher's service is not used yet", why=error.message)
+                patience.clear()
+                return
+            error = errors[-1]
+            silent = error.reason is Reason.TEACHER_UNREACHABLE
+            if silent and not known_before and time.monotonic() - since > FIRST_CONTACT_S:
+                raise error
+            patience.sleep(backoff_s(attempt, error), since, error.message)
+            attempt += 1
+
+    @property
+    def text_tokenizer(self) -> str:
+        """Fingerprint of the tokenizer whose ids it is asked about: the student's, or its own where that is foreign."""
+        demands = self._demands
+        return self.info.tokenizer_fingerprint if demands.bridged else demands.tokenizer_fingerprint
+
+    @property
+    def tokenizer_json(self) -> bytes:
+        """Its tokenizer, which a teacher that is asked about text in its own tokens has sent."""
+        return self._tokenizers[self.info.tokenizer_fingerprint]
+
+    def close(self) -> None:
+        """Closes the channels."""
+        self.endpoints.close()
+
+    def _reach_all(self) -> list[StillhouseError]:
+        """Asks each service; what was wrong with those that cannot be used."""
+        first, *others = self.endpoints.all
+        # Before the others, so that it is always the same one that says who the teacher is.
+        errors = [_why_not(first)]
+        if others:
+            with ThreadPoolExecutor(len(others)) as pool:
+                errors += pool.map(_why_not, others)
+        return [error for error in errors if error is not None]
+
+    def _check(self, endpoint: Endpoint, stub: TeacherServiceStub, info: GetTeacherInfoResponse) -> None:
+        """Return if a service is the run's teacher; what was learnt of it is kept. Raises grpc.RpcError, StillhouseError."""
+        target = endpoint.target
+        shared_size = self._shared_size(stub, info, target)
+        check_demands(self._demands, info, target)
+        identity = {
+            "model_fingerprint": info.model_fingerprint,
+            "adapter": self.config.adapter,
+            "adapter_fingerprint": adapter_fingerprint(info, self.config.adapter, target),
+            "tokenizer_fingerprint": info.tokenizer_fingerprint,
+        }
+        with self._lock:
+            if self._identity is None:
+                write_identity(self._run_dir, self.config.name, {**identity, "model": info.model})
+                self._identity = identity
+            part = changed(self._identity, identity)
+            if part:
+                raise StillhouseError(
+                    Reason.TEACHER_CHANGED,
+                    f"The teacher at {target} is not the one that this run began with: its {part} is {identity[part]}, "
+                    f"and was {self._identity[part]}. Start the former teacher there again, or create a new run for this one.",
+                    metadata={"expected": self._identity[part], "found": identity[part], "target": target},
+                )
+            if target not in self._seen:
+                log.info("teacher reached", target=target, model=info.model, engine=info.engine)
+            self._seen[target] = info
+            self.info, self.shared_size = common(list(self._seen.values())), shared_size
+
+    def _shared_size(self, stub: TeacherServiceStub, info: GetTeacherInfoResponse, target: str) -> int:
+        """Ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""
+        key = info.tokenizer_fingerprint
+        if self._demands.bridged:
+            if key not in self._tokenizers:
+                self._tokenizers[key] = fetch_tokenizer(stub)
+            return info.tokenizer_size
+        if key == self._demands.tokenizer_fingerprint:
+            return info.tokenizer_size
+        known = key in self._verdicts
+        verdict = compare_with(stub, self._demands.tokenizer_json, self._verdicts, key)
+        if verdict.kind == "foreign":
+            raise foreign_tokenizer(self._demands.tokenizer_fingerprint, key, verdict.why, target)
+        if not known:
+            log.info("tokenizers differ at their ends alone", shared_size=verdict.shared_size, target=target)
+        return min(verdict.shared_size, info.tokenizer_size)
+
+
+def _why_not(endpoint: Endpoint) -> StillhouseError | None:
+    try:
+        endpoint.reach()
+    except StillhouseError as error:
+        return error
+    return None
+
+
+def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
+    """What services of one model have in common: the least of each limit, and the capabilities of all."""
+    merged = GetTeacherInfoResponse()
+    merged.CopyFrom(infos[0])
+    for name in _LIMITS:
+        setattr(merged, name, min(getattr(info, name) for info in infos))
+    every = set(merged.capabilities).intersection(*(info.capabilities for info in infos))
+    merged.ClearField("capabilities")
+    merged.capabilities.extend(sorted(every))
+    return merged
+
+
+def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
+    """Return if a teacher can do what the run asks; raises what `Teacher.reach` lists, with limit and remedy."""
+    largest_id = int(demands.largest.token_ids.max())
+    if largest_id >= info.tokenizer_size and not demands.bridged:
+        raise StillhouseError(
+            Reason.TOKENIZER_MISMATCH,
+            f"{demands.largest.place} has token id {largest_id}, which the student's tokenizer added; the teacher at "
+            f"{target} has ids below {info.tokenizer_size}. Leave such tokens out of the data, or use a teacher that knows them.",
+            metadata={"value": str(largest_id), "limit": str(info.tokenizer_size)},
+        )
+    if demands.query_field and CAPABILITY_QUERY_LOGPROBS not in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"{demands.query_field} compares on the student's likeliest tokens, which needs query_logprobs; the engine of the "
+            f"teacher at {target} ({info.engine}) does not give them. Set its divergence to reverse_kl and its estimator "
+            "to policy_gradient, which every engine serves, or start the teacher with --engine hf.",
+            metadata={"capability": "CAPABILITY_QUERY_LOGPROBS"},
+        )
+    if demands.draws_field and CAPABILITY_SAMPLED_TOKENS not in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"{demands.draws_field} has targets that the teacher draws, which the engine of the teacher at {target} "
+            f"({info.engine}) does not do. Set it to tail_bucket, or start the teacher with --engine hf.",
+            metadata={"capability": "CAPABILITY_SAMPLED_TOKENS"},
+        )
+    if demands.top_k > info.max_top_k:
+        raise StillhouseError(
+            Reason.TOP_K_TOO_LARGE,
+            f"{demands.top_k_field} is {demands.top_k}; the teacher at {target} gives at most {info.max_top_k}. "
+            f"Lower it, or start the teacher with --max-top-k {demands.top_k}.",
+            metadata={"value": str(demands.top_k), "limit": str(info.max_top_k)},
+        )
+    if demands.temperature is not None and CAPABILITY_LOG_PARTITIONS not in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"loss.temperature {demands.temperature:g} in mode exact needs log_partitions, which the engine of the teacher "
+            f"at {target} ({info.engine}) does not give. Set loss.temperature_mode: conditional, or start the teacher "
+            "with --engine hf.",
+            metadata={"capability": "CAPABILITY_LOG_PARTITIONS"},
+        )
+    longest = len(demands.longest.token_ids)
+    if longest > info.max_sequence_tokens and not demands.bridged:
+        raise StillhouseError(
+            Reason.SEQUENCE_TOO_LONG,
+            f"{demands.longest.place} has {longest} tokens; the teacher at {target} takes at most "
+            f"{info.max_sequence_tokens}. Set data.max_sequence_tokens: {info.max_sequence_tokens}, or start the teacher "
+            "with a larger --max-sequence-tokens.",
+            metadata={"value": str(longest), "limit": str(info.max_sequence_tokens)},
+        )
+
+
+def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str) -> str:
+    """Fingerprint of a loaded adapter; empty for the base model. Raises StillhouseError(ADAPTER_NOT_FOUND)."""
+    if not adapter:
+        return ""
+    for each in info.adapters:
+        if each.name == adapter:
+            return each.fingerprint
+    loaded = ", ".join(each.name for each in info.adapters) or "none"
+    raise StillhouseError(
+        Reason.ADAPTER_NOT_FOUND,
+        f'The teacher at {target} has no adapter "{adapter}"; loaded: {loaded}. Load it, or correct the adapter of this teacher in the run file.',
+        resource=adapter,
+    )
+
+
+def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> StillhouseError:
+    """The error that says so, and what to do."""
+    return StillhouseError(
+        Reason.TOKENIZER_MISMATCH,
+        f"The student's tokenizer ({student}) is foreign to the one of the teacher at {target} ({teacher}), so their token "
+        f"ids stand for different text: {why}. Use a student and a teacher of one model family, or copy the teacher's "
+        "tokenizer to a student that is trained from_config; or set loss.foreign_tokenizer: alm, which compares both by "
+        "chunks of text (approximate likelihood matching).",
+        metadata={"student": student, "teacher": teacher},
+    )

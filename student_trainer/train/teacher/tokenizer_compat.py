@@ -1,0 +1,104 @@
+"""Whether a student's token ids mean the same to a teacher: identical, prefix-compatible or foreign tokenizers, told from their files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTokenizerRequest
+from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+
+MAX_TOKENIZER_BYTES = 256 << 20
+TOKENIZER_TIMEOUT_S = 60.0
+_CUTTING = ("normalizer", "pre_tokenizer")
+"""Parts that must be equal, because they decide into which pieces a text is cut."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """How two tokenizers relate."""
+
+    kind: Literal["identical", "compatible", "foreign"]
+    shared_size: int
+    """Ids below it stand for the same text on both sides; 0 for foreign ones."""
+    why: str = ""
+    """What makes them foreign."""
+
+
+def compare(student_json: str | bytes, teacher_json: str | bytes) -> Verdict:
+    """The verdict on two tokenizer.json: compatible if the ids that both have are the same tokens, cut the same way.
+
+    One may have more tokens at its end. Raises StillhouseError(TOKENIZER_INVALID) for what is no tokenizer.
+    """
+    try:
+        student, teacher = json.loads(student_json), json.loads(teacher_json)
+        ours, theirs = _tokens(student), _tokens(teacher)
+        size = min(max(ours), max(theirs)) + 1
+        for number in range(size):
+            if ours.get(number) != theirs.get(number):
+                return _foreign(
+                    f"token id {number} is {ours.get(number)!r} for the student and {theirs.get(number)!r} for the teacher"
+                )
+        if student["model"].get("type") != teacher["model"].get("type"):
+            return _foreign("they cut words by different methods")
+        if _merges(student) != _merges(teacher):
+            return _foreign("their merges differ")
+        for part in _CUTTING:
+            if student.get(part) != teacher.get(part):
+                return _foreign(f"their {part} differs")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise StillhouseError(
+            Reason.TOKENIZER_INVALID,
+            f"The teacher's tokenizer cannot be read ({type(error).__name__}: {error}). Start it with a model that has a "
+            "tokenizer.json of the tokenizers library.",
+        ) from error
+    kind: Literal["identical", "compatible"] = "identical" if ours == theirs else "compatible"
+    return Verdict(kind=kind, shared_size=size)
+
+
+def fetch_tokenizer(stub: TeacherServiceStub) -> bytes:
+    """The teacher's tokenizer.json. Raises grpc.RpcError, or StillhouseError(TOKENIZER_INVALID)."""
+    content, name = bytearray(), ""
+    for piece in stub.GetTokenizer(GetTokenizerRequest(), timeout=TOKENIZER_TIMEOUT_S):
+        name = piece.file_name or name
+        if name == "tokenizer.json":
+            content.extend(piece.data)
+        if len(content) > MAX_TOKENIZER_BYTES:
+            break
+    if not content or len(content) > MAX_TOKENIZER_BYTES:
+        raise StillhouseError(
+            Reason.TOKENIZER_INVALID,
+            f"The teacher sent {len(content)} bytes of tokenizer.json; between 1 and {MAX_TOKENIZER_BYTES} make one.",
+        )
+    return bytes(content)
+
+
+def compare_with(
+    stub: TeacherServiceStub, student_json: str, cached: dict[str, Verdict], key: str
+) -> Verdict:
+    """The verdict on the teacher behind `stub`, asked for once for each fingerprint `key`. Raises as its parts do."""
+    if key not in cached:
+        cached[key] = compare(student_json, fetch_tokenizer(stub))
+    return cached[key]
+
+
+def _tokens(tokenizer: Mapping[str, Any]) -> dict[int, str]:
+    vocab = tokenizer["model"]["vocab"]
+    if isinstance(vocab, Mapping):
+        tokens = {int(number): str(token) for token, number in vocab.items()}
+    else:  # Unigram: a list of [token, score], by id
+        tokens = {number: str(entry[0]) for number, entry in enumerate(vocab)}
+    tokens |= {int(token["id"]): str(token["content"]) for token in tokenizer.get("added_tokens") or ()}
+    return tokens
+
+
+def _merges(tokenizer: Mapping[str, Any]) -> list[list[str]]:
+    merges = tokenizer["model"].get("merges") or ()
+    return [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in merges]
+
+
+def _foreign(why: str) -> Verdict:
+    return Verdict(kind="foreign", shared_size=0, why=why)

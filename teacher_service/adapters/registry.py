@@ -1,0 +1,187 @@
+"""Adapters by name: a name never changes its weights, and none is taken away from a request that uses it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.teacher_service.engine import Engine, LoadedAdapter
+from stillhouse.teacher_service.models.adapter_files import FILES, check_ranks
+from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
+
+Result = TypeVar("Result")
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+MAX_NAME_CHARS = 128
+MAX_NAMES = 1 << 16
+"""Names that a process remembers; about 20 MB."""
+
+
+class AdapterRegistry:
+    """The names that an engine's adapters have had since the process started."""
+
+    def __init__(self, engine: Engine, roots: tuple[Path, ...]) -> None:
+        self._engine = engine
+        self._roots = tuple(root.resolve() for root in roots)
+        self._loaded: dict[str, LoadedAdapter] = {}
+        self._fingerprints: dict[str, str] = {}
+        self._leaving: dict[str, asyncio.Event] = {}
+        self._users: Counter[str] = Counter()
+        self._one_at_a_time = asyncio.Lock()
+        self._changing: set[asyncio.Task[Any]] = set()
+
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """The adapters that requests can name."""
+        return tuple(adapter for name, adapter in self._loaded.items() if name not in self._leaving)
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[LoadedAdapter | None]:
+        """Holds an adapter while a request uses it; None for the base model, whose name is empty.
+
+        Raises `StillhouseError` with ADAPTER_NOT_FOUND.
+        """
+        if not name:
+            yield None
+            return
+        adapter = self._loaded.get(name)
+        if adapter is None or name in self._leaving:
+            raise self._not_found(name)
+        self._users[name] += 1
+        try:
+            yield adapter
+        finally:
+            self._users[name] -= 1
+            if self._users[name] == 0 and name in self._leaving:
+                self._leaving[name].set()
+
+    async def load(self, name: str, path: str, *, trusted: bool = False) -> LoadedAdapter:
+        """Loads a directory under a name; the same content again is no error.
+
+        `trusted` paths come from the operator and may lie anywhere. Raises `StillhouseError`: INVALID_REQUEST for the
+        name, PATH_NOT_ALLOWED, ADAPTER_INVALID, ADAPTER_CONFLICT, ADAPTER_SLOTS.
+        """
+        _check_name(name)
+        directory = await asyncio.to_thread(self._directory, name, path, trusted)
+        digest = await asyncio.to_thread(adapter_fingerprint, directory)
+        async with self._one_at_a_time:
+            known = self._fingerprints.get(name)
+            if known is not None and known != digest:
+                raise StillhouseError(
+                    Reason.ADAPTER_CONFLICT,
+                    f"Adapter {name!r} has been loaded with other weights ({known[:12]}, not {digest[:12]}), and a name "
+                    "never changes its weights. Load these under another name, such as one with the training step in it.",
+                    metadata={"loaded": known, "asked": digest},
+                    resource=name,
+                )
+            if name in self._loaded:
+                return self._loaded[name]
+            if known is None and len(self._fingerprints) >= MAX_NAMES:
+                raise StillhouseError(
+                    Reason.ADAPTER_SLOTS,
+                    f"This process has seen {MAX_NAMES} adapter names. Restart the teacher.",
+                )
+            return await self._whole(self._take_in(name, directory, digest))
+
+    async def unload(self, name: str) -> None:
+        """Frees an adapter once the requests that use it have ended; no other request gets it meanwhile.
+
+        Raises `StillhouseError` with ADAPTER_NOT_FOUND.
+        """
+        async with self._one_at_a_time:
+            if name not in self._loaded:
+                raise self._not_found(name)
+            unused = self._leaving[name] = asyncio.Event()
+            try:
+                if self._users[name]:
+                    await unused.wait()
+                await self._whole(self._let_go(name))
+            finally:
+                del self._leaving[name]
+
+    async def _take_in(self, name: str, directory: Path, digest: str) -> LoadedAdapter:
+        await asyncio.to_thread(check_ranks, name, directory)
+        adapter = await self._engine.load_adapter(name, directory)
+        if adapter.fingerprint != digest:
+            await self._engine.unload_adapter(name)
+            raise StillhouseError(
+                Reason.ADAPTER_CONFLICT,
+                f"The files of adapter {name!r} changed while they were loaded. Write an adapter whole, then load it.",
+                resource=name,
+            )
+        self._loaded[name] = adapter
+        self._fingerprints[name] = digest
+        return adapter
+
+    async def _let_go(self, name: str) -> None:
+        await self._engine.unload_adapter(name)
+        del self._loaded[name]
+        del self._users[name]
+
+    async def _whole(self, change: Coroutine[Any, Any, Result]) -> Result:
+        """Carries a change of the engine through, also if the caller hangs up in the middle of it."""
+        task = asyncio.create_task(change)
+        self._changing.add(task)
+        task.add_done_callback(self._changing.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+
+    def _directory(self, name: str, path: str, trusted: bool) -> Path:
+        """The real directory behind a path. The root is checked after links are followed."""
+        try:
+            directory = Path(path).expanduser().resolve() if trusted else Path(path).resolve()
+            allowed = trusted or any(directory.is_relative_to(root) for root in self._roots)
+            if (
+                allowed
+                and directory.is_dir()
+                and all(self._is_inside(directory / file, trusted) for file in FILES)
+            ):
+                return directory
+        except (OSError, ValueError, RuntimeError) as error:
+            raise StillhouseError(
+                Reason.ADAPTER_INVALID,
+                f"The path of adapter {name!r} cannot be read: {error}.",
+                resource=name,
+            ) from error
+        if not allowed:
+            roots = ", ".join(map(str, self._roots)) or "none"
+            raise StillhouseError(
+                Reason.PATH_NOT_ALLOWED,
+                f"{path} lies outside the directories that this teacher may read ({roots}). "
+                "Start the teacher with --allow-root for it.",
+            )
+        raise StillhouseError(
+            Reason.ADAPTER_INVALID,
+            f"{path} is no adapter: a LoRA adapter is a directory with {' and '.join(FILES)}.",
+            resource=name,
+        )
+
+    def _is_inside(self, file: Path, trusted: bool) -> bool:
+        real = file.resolve()
+        return real.is_file() and (trusted or any(real.is_relative_to(root) for root in self._roots))
+
+    def _not_found(self, name: str) -> StillhouseError:
+        loaded = ", ".join(adapter.name for adapter in self.adapters()) or "none"
+        return StillhouseError(
+            Reason.ADAPTER_NOT_FOUND,
+            f"There is no adapter {name[:MAX_NAME_CHARS]!r}; loaded are: {loaded}. Load it with LoadAdapter, or start the "
+            "teacher with --adapter NAME=PATH.",
+            resource=name[:MAX_NAME_CHARS],
+        )
+
+
+def _check_name(name: str) -> None:
+    if len(name) > MAX_NAME_CHARS or not NAME.fullmatch(name):
+        raise StillhouseError(
+            Reason.INVALID_REQUEST,
+            f"{name[:MAX_NAME_CHARS]!r} is no name for an adapter. Use at most {MAX_NAME_CHARS} letters, digits, dots, "
+            "dashes and underscores, in parts joined by slashes, such as run-7/120.",
+        )

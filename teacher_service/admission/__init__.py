@@ -1,0 +1,1 @@
+"""Fair sharing of the engine, and the bound on unread responses."""

@@ -1,0 +1,1 @@
+"""Logits to top-k, tail mass and samples."""

@@ -1,0 +1,274 @@
+"""The reference engine: transformers in this process; an answer does not depend on what else is asked, bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.teacher_service.config import BATCH_TOKENS, TeacherConfig
+from stillhouse.teacher_service.distributions.from_logits import Target, distributions, require_finite
+from stillhouse.teacher_service.distributions.sampling import draw
+from stillhouse.teacher_service.engine import (
+    EngineInfo,
+    Finish,
+    GeneratedPiece,
+    GenerateItem,
+    LoadedAdapter,
+    ScoreItem,
+)
+from stillhouse.teacher_service.engines.hf import quantization as hf_quantization
+from stillhouse.teacher_service.engines.hf import worker
+from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
+from stillhouse.teacher_service.engines.hf.model import HfModel
+from stillhouse.teacher_service.engines.hf.worker import SampleJob, ScoreJob, Worker
+from stillhouse.teacher_service.models import fingerprint
+from stillhouse.teacher_service.models.files import locate_model
+from stillhouse.teacher_service.models.tokenizer import TextCodec
+
+_CPU_BATCH_TOKENS = 512
+"""A sequence at a time is computed there, and a few that wait keep it busy."""
+
+
+@dataclass(kw_only=True, slots=True)
+class _Writing:
+    """What is kept of a sample between its tokens."""
+
+    cache: Any
+    generator: torch.Generator
+    written: list[int]
+
+
+class HfEngine:
+    """Engine on transformers. One thread owns the model; sequences of one length and adapter share a pass on a GPU.
+
+    On a CPU every sequence gets a pass of its own: there the kernels sum in an order that depends on the batch.
+    Samples are written one token at a time in turn, each with its own cache, on every device.
+    """
+
+    def __init__(
+        self, config: TeacherConfig, model: HfModel, codec: TextCodec, directory: Path, revision: str
+    ) -> None:
+        self._model = model
+        self._config = config
+        self._slots = LoraSlots(model.model, max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
+        self._adapters: dict[str, LoadedAdapter] = {}
+        self._seeds = np.random.default_rng(config.seed)
+        self._shares_passes = model.device.type != "cpu"
+        self._info = _describe(config, model, codec, directory, revision)
+        self._worker = Worker(
+            score=self._score_batch,
+            step=self._write_token,
+            take=self._take_batch,
+            num_threads=config.num_threads,
+        )
+
+    @classmethod
+    async def load(cls, config: TeacherConfig) -> HfEngine:
+        """The engine with its model in memory. Raises `StillhouseError` with MODEL_NOT_FOUND or INVALID_CONFIG."""
+        return await asyncio.to_thread(cls._load, config)
+
+    @classmethod
+    def _load(cls, config: TeacherConfig) -> HfEngine:
+        torch.set_num_threads(config.num_threads)
+        files = locate_model(config.model, config.revision)
+        codec = TextCodec.load(config.model, config.revision)
+        return cls(config, HfModel.load(config, files.directory), codec, files.directory, files.revision)
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is loaded."""
+        return self._info
+
+    async def score(self, item: ScoreItem) -> Distributions:
+        """Distributions of one sequence."""
+        return await self._worker.score(item)
+
+    async def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
+        """Pieces of one sample, one token each."""
+        job = self._worker.start_sample(item)
+        try:
+            while True:
+                piece = await self._worker.next_piece(job)
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            self._worker.drop_sample(job)
+
+    async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
+        """Loads an adapter between two passes of the model."""
+        digest = await asyncio.to_thread(fingerprint.adapter_fingerprint, path)
+        rank = await self._worker.call(partial(self._slots.load, name, path))
+        self._adapters[name] = LoadedAdapter(name=name, fingerprint=digest, rank=rank, path=path)
+        return self._adapters[name]
+
+    async def unload_adapter(self, name: str) -> None:
+        """Frees an adapter between two passes of the model."""
+        await self._worker.call(partial(self._slots.unload, name))
+        del self._adapters[name]
+
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """The loaded adapters, in the order of loading."""
+        return tuple(self._adapters.values())
+
+    async def check(self) -> None:
+        """Raises `StillhouseError` if the thread that owns the model has ended."""
+        if self._worker.death is not None:
+            raise worker.engine_dead(self._worker.death)
+
+    async def close(self) -> None:
+        """Ends the thread after the pass that it is in."""
+        await asyncio.to_thread(self._worker.close)
+
+    def _take_batch(self, waiting: deque[ScoreJob]) -> list[ScoreJob]:
+        """Takes the oldest sequence and, on a GPU, those that can share its pass."""
+        first = waiting.popleft()
+        batch = [first]
+        if not self._shares_passes:
+            return batch
+        length, adapter = len(first.item.token_ids), first.item.adapter
+        for job in list(waiting):
+            if (len(batch) + 1) * length > (self._config.max_batch_tokens or BATCH_TOKENS):
+                break
+            if len(job.item.token_ids) == length and job.item.adapter == adapter:
+                waiting.remove(job)
+                batch.append(job)
+        return batch
+
+    def _score_batch(self, batch: list[ScoreJob]) -> None:
+        try:
+            with torch.inference_mode():
+                self._slots.speak(batch[0].item.adapter)
+                # The last token is read by nobody: nothing is asked of what follows it.
+                sequences = [job.item.token_ids[:-1] for job in batch]
+                keep = max(_num_rows(job.item) for job in batch)
+                rows_BTH = self._model.last_rows(sequences, keep)
+                for job, rows_TH in zip(batch, rows_BTH, strict=True):
+                    self._answer(job, rows_TH[keep - _num_rows(job.item) :])
+        except Exception as error:
+            worker.raise_if_fatal(error)
+            if len(batch) > 1:
+                for job in batch:
+                    self._score_batch([job])
+            else:
+                batch[0].answer.fail(worker.as_answer(error))
+
+    def _answer(self, job: ScoreJob, rows_TH: torch.Tensor) -> None:
+        item = job.item
+        target = Target(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
+        try:
+            answer = distributions(
+                rows_TH, self._model.head, target, item.options, vocab_size=self._model.vocab_size
+            )
+        except StillhouseError as error:
+            job.answer.fail(error)
+        else:
+            job.answer.give(answer)
+
+    def _write_token(self, job: SampleJob) -> GeneratedPiece:
+        item = job.item
+        if job.state is None:
+            job.state = self._begin(item)
+        writing: _Writing = job.state
+        unread = np.array(writing.written[-1:], np.int32) if writing.written else item.token_ids
+        with torch.inference_mode():
+            self._slots.speak(item.adapter)
+            row_1H = self._model.last_rows([unread], 1, writing.cache)[0]
+            logits_1V = self._model.head(row_1H).float()
+            position = len(item.token_ids) + len(writing.written)
+            require_finite(torch.isfinite(logits_1V).all(dim=-1), position)
+            token, logprob = draw(
+                logits_1V[0],
+                temperature=item.temperature,
+                top_p=item.top_p,
+                top_k=item.top_k,
+                num_valid=self._info.tokenizer_size,
+                generator=writing.generator,
+            )
+            writing.written.append(token)
+            rows = None
+            if item.options is not None:
+                sequence = np.concatenate([item.token_ids, np.array(writing.written, np.int32)])
+                rows = distributions(
+                    row_1H,
+                    lambda _: logits_1V,
+                    Target(start=position, sequence=sequence),
+                    item.options,
+                    vocab_size=self._model.vocab_size,
+                )
+        return GeneratedPiece(
+            token_ids=np.array([token], np.int32),
+            sampling_logprobs=np.array([logprob], np.float32),
+            distributions=rows,
+            finish=self._finish(item, writing),
+        )
+
+    def _begin(self, item: GenerateItem) -> _Writing:
+        generator = torch.Generator()
+        generator.manual_seed(int(self._seeds.integers(2**63)) if item.seed is None else item.seed)
+        return _Writing(cache=self._model.new_cache(), generator=generator, written=[])
+
+    def _finish(self, item: GenerateItem, writing: _Writing) -> Finish:
+        if writing.written[-1] in self._info.eos_token_ids:
+            return "stop"
+        return "length" if len(writing.written) >= item.max_new_tokens else ""
+
+
+def _num_rows(item: ScoreItem) -> int:
+    return len(item.token_ids) - item.start
+
+
+def _describe(
+    config: TeacherConfig, model: HfModel, codec: TextCodec, directory: Path, revision: str
+) -> EngineInfo:
+    limit = config.max_sequence_tokens or model.max_sequence_tokens
+    if limit > model.max_sequence_tokens:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--max-sequence-tokens is {limit}; {config.model} knows {model.max_sequence_tokens} positions. Lower it.",
+        )
+    capabilities = {
+        teacher_pb2.CAPABILITY_LOG_PARTITIONS,
+        teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
+        teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
+        teacher_pb2.CAPABILITY_ENTROPY,
+    }
+    if config.max_adapters:
+        capabilities.add(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+    if model.splits:
+        capabilities.add(teacher_pb2.CAPABILITY_HIDDEN_STATES)
+    quantization = hf_quantization.method_of(model.model, config.quantization)
+    return EngineInfo(
+        model=config.model,
+        revision=revision,
+        model_fingerprint=fingerprint.model_fingerprint(
+            directory, dtype=model.dtype, quantization=quantization
+        ),
+        tokenizer_size=min(codec.tokenizer_size, model.vocab_size),
+        vocab_size=model.vocab_size,
+        max_sequence_tokens=limit,
+        max_top_k=config.max_top_k,
+        max_query_tokens=config.max_query_tokens,
+        capabilities=frozenset(capabilities),
+        engine=f"hf transformers {transformers.__version__}",
+        dtype=model.dtype,
+        quantization=quantization,
+        eos_token_ids=codec.eos_token_ids,
+        max_adapters=config.max_adapters,
+        batch_tokens=config.max_batch_tokens or BATCH_TOKENS
+        if model.device.type != "cpu"
+        else _CPU_BATCH_TOKENS,
+        max_running_samples=worker.MAX_ACTIVE_SAMPLES,
+    )

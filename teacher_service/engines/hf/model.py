@@ -1,0 +1,113 @@
+"""A causal language model of transformers as two functions: tokens to hidden states, and hidden states to logits."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engine import Int32Array
+from stillhouse.teacher_service.engines.hf import quantization
+from stillhouse.teacher_service.models.files import is_quantised
+
+FALLBACK_SEQUENCE_TOKENS = 32768
+"""Limit of a model whose configuration names none."""
+
+
+class HfModel:
+    """The loaded model. Every pass reads whole sequences of one length: nothing is ever padded."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        probe = torch.arange(4, device=device).unsqueeze(0) % model.config.get_text_config().vocab_size
+        with torch.inference_mode():
+            logits = model(probe).logits
+            self.vocab_size = int(logits.shape[-1])
+            self.splits = self._head_explains(probe, logits)
+            """Whether logits are the output layer over the last hidden states; not so with scaled or capped logits."""
+
+    @classmethod
+    def load(cls, config: TeacherConfig, path: Path) -> HfModel:
+        """Reads the safetensors of a directory; code that comes with a model is never run.
+
+        Raises `StillhouseError` with MODEL_NOT_FOUND if transformers cannot load it, and INVALID_CONFIG if it cannot
+        quantise it.
+        """
+        import transformers
+
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype: Any = config.dtype
+        if dtype == "auto" and device.type == "cpu":
+            dtype = "float32"
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        quantised = bool(config.quantization) or is_quantised(path)
+        if config.quantization:
+            options["quantization_config"] = quantization.configuration(config.quantization, dtype)
+        if quantised:
+            options["device_map"] = {"": device}
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+            if config.quantization:
+                raise quantization.refused(config.quantization, error) from error
+            raise StillhouseError(
+                Reason.MODEL_NOT_FOUND,
+                f"transformers cannot load a language model from {config.model}: {first_line(error)}",
+            ) from error
+        if quantised:
+            quantization.keep_layout(model)
+        else:
+            model = model.to(device)
+        return cls(model.eval().requires_grad_(False), device)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the weights, such as "float32"."""
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Positions that the model knows."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return int(limit or FALLBACK_SEQUENCE_TOKENS)
+
+    def last_rows(self, sequences: list[Int32Array], keep: int, cache: Any = None) -> Tensor:
+        """[B, keep, H]: what the model has made of the last `keep` tokens of sequences of one length.
+
+        With a cache the tokens follow those that it has read. Where `splits` is false H is the vocabulary.
+        """
+        ids_BT = torch.from_numpy(np.stack(sequences).astype(np.int64)).to(self.device)
+        options = {"past_key_values": cache, "use_cache": cache is not None}
+        if not self.splits:
+            logits_BTV: Tensor = self.model(ids_BT, logits_to_keep=keep, **options).logits
+            return logits_BTV[:, -keep:]
+        hidden_BTH: Tensor = self.model.base_model(ids_BT, **options).last_hidden_state
+        return hidden_BTH[:, -keep:]
+
+    def head(self, rows_TH: Tensor) -> Tensor:
+        """[T, V]: the logits of rows that `last_rows` gave."""
+        return self.model.get_output_embeddings()(rows_TH) if self.splits else rows_TH
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values for one sequence."""
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def _head_explains(self, probe: Tensor, logits: Tensor) -> bool:
+        output = self.model.get_output_embeddings()
+        if output is None or self.model.base_model is self.model:
+            return False
+        hidden = getattr(self.model.base_model(probe, use_cache=False), "last_hidden_state", None)
+        if hidden is None or hidden.shape[-1] != output.weight.shape[-1]:
+            return False
+        return torch.allclose(output(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)

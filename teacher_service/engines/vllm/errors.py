@@ -1,0 +1,70 @@
+"""vLLM's errors as Stillhouse's: nothing of vLLM's own leaves the engine's files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from stillhouse.protos.errors import Reason, StillhouseError
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raises a refused request as INVALID_REQUEST, and a dead engine as TEACHER_UNREACHABLE."""
+    from vllm.exceptions import VLLMClientError
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        raise engine_dead() from error
+    except VLLMClientError as error:
+        raise StillhouseError(
+            Reason.INVALID_REQUEST, f"vLLM refuses the request: {first_line(error)}"
+        ) from error
+
+
+def engine_dead() -> StillhouseError:
+    """What is said of an engine that does not recover."""
+    return StillhouseError(
+        Reason.TEACHER_UNREACHABLE,
+        "vLLM has stopped: one of this teacher's processes ended. Its log says why; start the teacher again.",
+    )
+
+
+def not_started(model: str, error: BaseException) -> StillhouseError:
+    """Why vLLM does not come up with a model or with these settings."""
+    return StillhouseError(
+        Reason.INVALID_CONFIG,
+        f"vLLM does not start with {model}: {first_line(error).rstrip('.')}. The log above has the whole story. "
+        "--max-adapters 0 helps with models that take no adapters, and --engine hf with those that vLLM does not know.",
+    )
+
+
+def never_answered(model: str, quantization: str) -> StillhouseError:
+    """What is said of an engine that came up and ended with its first request."""
+    remedy = (
+        f"It is quantised by {quantization}, for which this build may have no kernel on this processor: take another method, "
+        "or the model without quantisation."
+        if quantization
+        else "--engine hf serves it without vLLM."
+    )
+    return StillhouseError(
+        Reason.INVALID_CONFIG,
+        f"vLLM loads {model} and ends at its first request. The log above says why. {remedy}",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says something; pydantic's errors stand between a headline and what was put in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if "validation error" not in lines[0] or len(lines) == 1:
+        return lines[0]
+    return (
+        " ".join(lines[1:])
+        .split(" [type=")[0]
+        .removeprefix("Value error, ")
+        .removeprefix("Assertion failed, ")
+    )

@@ -1,0 +1,293 @@
+"""Three ways to get rows out of vLLM, from its public options to an extension of its worker: requests out, arrays back."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.teacher_service.config import TierName
+from stillhouse.teacher_service.engine import (
+    DistributionOptions,
+    EngineInfo,
+    GeneratedPiece,
+    GenerateItem,
+    ScoreItem,
+)
+from stillhouse.teacher_service.engines.vllm import flat_logprobs
+from stillhouse.teacher_service.engines.vllm.sampling_params import Requests
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import DrawPlan, ScorePlan, unpack
+
+TIERS: Sequence[TierName] = ("worker", "raw", "public")
+"""From the best to the one that every vLLM has."""
+
+
+class RowsMissingError(Exception):
+    """Rows that were asked for came from the prefix cache, which has no logits."""
+
+
+class PublicTier:
+    """Through vLLM's public options: the likeliest tokens, the target and a tail by difference."""
+
+    name: TierName = "public"
+    capabilities: frozenset[int] = frozenset()
+    max_query_tokens = 0
+
+    def __init__(self, info: EngineInfo) -> None:
+        """`info` is of the loaded model."""
+        self._info = info
+        self._requests = Requests(info)
+
+    def scoring(self, item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:  # noqa: ARG002
+        """(prompt, `SamplingParams`) of a sequence; with `reuse` its beginning may come from the prefix cache, which
+        vLLM cannot do with its own rows: this tier and the next compute all of it.
+
+        Raises `StillhouseError` (CAPABILITY).
+        """
+        self._require(item.options, queries=item.query_token_ids is not None)
+        ids, forced = self._prompt(item)
+        return ids, self._requests.scoring(self._columns(item.options), forced)
+
+    def scored(self, item: ScoreItem, output: Any) -> Distributions:
+        """The answer in vLLM's output. Raises `StillhouseError` (NON_FINITE) and RowsMissingError."""
+        ids, forced = self._prompt(item)
+        parts = []
+        if item.start < len(ids):
+            rows = output.prompt_logprobs
+            parts.append(self._prompt_rows(rows, item.start, len(ids) - item.start, item.options))
+        if forced is not None:
+            rows = output.outputs[0].logprobs
+            parts.append(self._written_rows(rows, len(ids), 1, item.options))
+        return Distributions.concat(parts)
+
+    def writing(self, item: GenerateItem) -> Any:
+        """`SamplingParams` of a sample. Raises `StillhouseError` (CAPABILITY, INVALID_REQUEST)."""
+        if item.options is not None:
+            self._require(item.options, queries=False)
+        return self._requests.sampling(item)
+
+    def written(self, item: GenerateItem, completion: Any, position: int) -> GeneratedPiece:
+        """The next piece of a sample, of which the first token stands at `position`.
+
+        Raises `StillhouseError` (NON_FINITE, TOKEN_OUT_OF_RANGE).
+        """
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        self._requests.require_known(token_ids)
+        options = item.options or DistributionOptions(top_k=0)
+        rows = (
+            self._written_rows(completion.logprobs, position, len(token_ids), options)
+            if len(token_ids)
+            else None
+        )
+        return GeneratedPiece(
+            token_ids=token_ids,
+            sampling_logprobs=self._requests.sampling_logprobs(item, len(token_ids), rows),
+            distributions=None if item.options is None else rows,
+            finish=completion.finish_reason or "",
+        )
+
+    def _prompt(self, item: ScoreItem) -> tuple[list[int], int | None]:
+        """(what vLLM reads, what it is forced to write).
+
+        vLLM must have room to write a token, so of a sequence of full length the last one is written.
+        """
+        ids = item.token_ids.tolist()
+        forced = ids.pop() if len(ids) == self._info.max_sequence_tokens else None
+        return ids, forced
+
+    def _prompt_rows(
+        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
+    ) -> Distributions:
+        # vLLM's first entry is of the first token, which nothing predicts.
+        return self._flat(rows, start, start, num_rows, options)
+
+    def _written_rows(
+        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
+    ) -> Distributions:
+        return self._flat(rows, 0, start, num_rows, options)
+
+    def _flat(
+        self, rows: Any, first_row: int, start: int, num_rows: int, options: DistributionOptions
+    ) -> Distributions:
+        return flat_logprobs.to_distributions(
+            rows,
+            first_row=first_row,
+            num_rows=num_rows,
+            top_k=self._columns(options),
+            start=start,
+            vocab_size=self._info.vocab_size,
+        )
+
+    def _columns(self, options: DistributionOptions) -> int:
+        return self._requests.columns(options)
+
+    def _require(self, options: DistributionOptions, *, queries: bool) -> None:
+        more = (
+            options.temperatures,
+            options.num_sampled_tokens,
+            options.entropy,
+            options.hidden_states,
+            queries,
+        )
+        if any(more):
+            raise StillhouseError(
+                Reason.CAPABILITY,
+                f"The vllm engine at tier {self.name} reports top-k, target and tail. Log-partitions, queries, draws, "
+                "entropy and hidden states come from its tier worker, and from a teacher started with --engine hf.",
+            )
+
+
+class RawTier(PublicTier):
+    """The same requests, whose rows stay arrays in vLLM's front end.
+
+    vLLM's second model runner, which GPUs get, reports queried ids by itself. That was written from its code, and has
+    not been run.
+    """
+
+    name: TierName = "raw"
+
+    def __init__(self, info: EngineInfo, *, max_native_queries: int = 0) -> None:
+        """`max_native_queries` are the ids at a position that vLLM's own parameter takes; 0 where it has none."""
+        super().__init__(info)
+        self.max_query_tokens = max_native_queries
+        if max_native_queries:
+            self.capabilities = frozenset({teacher_pb2.CAPABILITY_QUERY_LOGPROBS})
+
+    def scoring(self, item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:
+        """As the public tier's, with a mark for the front end, and with queries where vLLM takes them.
+
+        Raises `StillhouseError` (CAPABILITY, and SEQUENCE_TOO_LONG for queries after the longest prompt).
+        """
+        query = item.query_token_ids if self.max_query_tokens else None
+        ids, params = super().scoring(
+            item if query is None else replace(item, query_token_ids=None), reuse=reuse
+        )
+        if query is not None:
+            if len(ids) < len(item.token_ids):
+                raise StillhouseError(
+                    Reason.SEQUENCE_TOO_LONG,
+                    f"The sequence has {len(item.token_ids)} tokens; with query_token_ids this teacher takes "
+                    f"{len(ids)}. Shorten it, or leave the queries out.",
+                )
+            params.prompt_logprob_token_ids = query
+            params.prompt_logprob_start = item.start - 1
+        return ids, self._requests.marked(params)
+
+    def scored(self, item: ScoreItem, output: Any) -> Distributions:
+        """As the public tier's, with vLLM's own answers to queries."""
+        answer = super().scored(item, output)
+        if item.query_token_ids is None:
+            return answer
+        query = np.asarray(output.prompt_token_id_logprobs, dtype=np.float32)
+        if query.shape != item.query_token_ids.shape:
+            raise RuntimeError(f"vLLM answers {query.shape} to queries of {item.query_token_ids.shape}")
+        return replace(answer, query_logprobs=query)
+
+    def writing(self, item: GenerateItem) -> Any:
+        """As the public tier's, with a mark for the front end."""
+        return self._requests.marked(super().writing(item))
+
+    def _prompt_rows(
+        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
+    ) -> Distributions:
+        ids, values = rows
+        return self._arrays(ids[start - 1 :], values[start - 1 :], start, num_rows, options)
+
+    def _written_rows(
+        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
+    ) -> Distributions:
+        ids, values = rows.joined()
+        return self._arrays(ids, values, start, num_rows, options)
+
+    def _arrays(
+        self, ids: Any, values: Any, start: int, num_rows: int, options: DistributionOptions
+    ) -> Distributions:
+        top_k = self._columns(options)
+        return flat_logprobs.from_arrays(
+            ids[:, : top_k + 1],
+            values[:, : top_k + 1],
+            num_rows=num_rows,
+            top_k=top_k,
+            start=start,
+            vocab_size=self._info.vocab_size,
+        )
+
+
+class WorkerTier(PublicTier):
+    """Rows made in vLLM's worker: exact, everything that the hf engine reports, and only what is asked for."""
+
+    name: TierName = "worker"
+    capabilities = frozenset(
+        {
+            teacher_pb2.CAPABILITY_LOG_PARTITIONS,
+            teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
+            teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
+            teacher_pb2.CAPABILITY_ENTROPY,
+            teacher_pb2.CAPABILITY_HIDDEN_STATES,
+        }
+    )
+
+    def __init__(self, info: EngineInfo, *, hidden_size: int, max_query_tokens: int, reuse: bool) -> None:
+        """With `reuse` sequences take the beginning of a prompt from the prefix cache."""
+        super().__init__(info)
+        self._hidden_size = hidden_size
+        self.max_query_tokens = max_query_tokens
+        self.reuse = reuse
+
+    def scoring(self, item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:
+        """The sequence without its last token, whose row is that of the token before it."""
+        argument = ScorePlan.of(item).argument()
+        return item.token_ids[:-1].tolist(), self._requests.planned_scoring(
+            argument, reuse=reuse and self.reuse
+        )
+
+    def scored(self, item: ScoreItem, output: Any) -> Distributions:
+        """The answer in the worker's rows."""
+        ids, values = output.prompt_logprobs
+        num_queries = 0 if item.query_token_ids is None else item.query_token_ids.shape[1]
+        unpacked = unpack(
+            ids,
+            values,
+            start=item.start,
+            options=item.options,
+            vocab_size=self._info.vocab_size,
+            num_queries=num_queries,
+            hidden_size=self._hidden_size,
+        )
+        if unpacked.missing or len(ids) != len(item.token_ids) - item.start:
+            raise RowsMissingError(f"{len(ids)} rows of {len(item.token_ids) - item.start}, or empty ones")
+        return unpacked.rows
+
+    def writing(self, item: GenerateItem) -> Any:
+        """A request whose tokens the extension draws."""
+        seed = secrets.randbits(64) if item.seed is None else item.seed & (2**64 - 1)
+        plan = DrawPlan.of(item, seed=seed, num_valid=self._info.tokenizer_size)
+        return self._requests.planned_writing(item, plan.argument())
+
+    def written(self, item: GenerateItem, completion: Any, position: int) -> GeneratedPiece:
+        """The next piece, with the probabilities that its tokens were drawn with."""
+        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
+        sampling, rows = np.zeros(0, np.float32), None
+        if len(token_ids):
+            unpacked = unpack(
+                *completion.logprobs.joined(),
+                start=position,
+                options=item.options,
+                vocab_size=self._info.vocab_size,
+                hidden_size=self._hidden_size,
+            )
+            sampling, rows = unpacked.sampling_logprobs, unpacked.rows
+            if len(sampling) != len(token_ids):
+                raise RuntimeError(f"vLLM gave {len(token_ids)} tokens with {len(sampling)} rows")
+        return GeneratedPiece(
+            token_ids=token_ids,
+            sampling_logprobs=sampling,
+            distributions=None if item.options is None else rows,
+            finish=completion.finish_reason or "",
+        )

@@ -1,0 +1,147 @@
+"""Draws tokens from a batch of logits, each row in its own way, and says how likely each was under the distribution drawn from.
+
+A draw is the inverse of the cumulative distribution at a number that a seed and a position fix, so that neither the batch
+nor the device matters. The distributions are those of `sampling.draw`: temperature, then top-k, then top-p.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stillhouse.teacher_service.distributions.from_logits import likeliest, scratch
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import DrawPlan
+
+# Axes: B rows, V vocabulary, C candidates, N blocks of the vocabulary, W ids of a block.
+
+BLOCK = 128
+"""Ids whose probabilities are summed before one of them is looked for."""
+FIRST_CANDIDATES = 1024
+"""Likeliest tokens among which a nucleus is looked for, before it is among all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Drawn:
+    """One token a row."""
+
+    token_ids: Tensor
+    """INT64 [B]."""
+    logprobs: Tensor
+    """FLOAT32 [B], under the distribution that was drawn from; 0 for the likeliest at temperature 0."""
+
+
+def draw_rows(logits_BV: Tensor, plans: list[DrawPlan], positions: list[int]) -> Drawn:
+    """Draws for rows of FLOAT32 logits whose plans have the same `num_valid`. `positions` count the tokens written before.
+
+    A row with logits that are no numbers gets some token.
+    """
+    num_valid = plans[0].num_valid
+    valid_BV = logits_BV[:, :num_valid]
+    token_ids = torch.zeros(len(plans), dtype=torch.int64, device=logits_BV.device)
+    logprobs = torch.zeros(len(plans), dtype=torch.float32, device=logits_BV.device)
+    kinds: dict[str, list[int]] = {}
+    for row, plan in enumerate(plans):
+        kinds.setdefault(_kind(plan), []).append(row)
+    for kind, rows in kinds.items():
+        some_BV = valid_BV if len(rows) == len(plans) else valid_BV[rows]
+        if kind == "greedy":
+            token_ids[rows] = some_BV.argmax(dim=-1)
+            continue
+        numbers = [_uniform(plans[row].seed, positions[row]) for row in rows]
+        numbers_B1 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device).unsqueeze(-1)
+        chosen = [plans[row] for row in rows]
+        drawn = (_from_all if kind == "all" else _from_likeliest)(some_BV, chosen, numbers_B1)
+        if len(rows) == len(plans):
+            return drawn
+        token_ids[rows], logprobs[rows] = drawn.token_ids, drawn.logprobs
+    return Drawn(token_ids=token_ids, logprobs=logprobs)
+
+
+def _kind(plan: DrawPlan) -> str:
+    if plan.temperature == 0:
+        return "greedy"
+    return "all" if plan.top_p >= 1 and plan.top_k == 0 else "cut"
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) from the 53 highest bits of a hash."""
+    data = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
+    digest = hashlib.blake2b(data, digest_size=8, person=b"stillhouse draw").digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _from_all(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor) -> Drawn:
+    """From the whole distribution: first a block of the vocabulary is drawn, then one of its ids."""
+    num_rows, num_valid = logits_BV.shape
+    highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
+    exps_BNW = exps_BV.view(num_rows, -1, BLOCK)
+    blocks_BN = exps_BNW.sum(dim=-1).double()
+    total_B1 = blocks_BN.sum(dim=-1, keepdim=True)
+    cumulative_BN = blocks_BN.cumsum(dim=-1)
+    block_B1 = _inverse(cumulative_BN, numbers_B1)
+    before_B1 = cumulative_BN.gather(1, block_B1) - blocks_BN.gather(1, block_B1)
+    within_BW = (
+        exps_BNW.gather(1, block_B1.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
+    )
+    share_B1 = (numbers_B1 * cumulative_BN[:, -1:] - before_B1).clamp_min(0) / within_BW[:, -1:]
+    token_B1 = (block_B1 * BLOCK + _inverse(within_BW, share_B1)).clamp_max(num_valid - 1)
+    logprob_B1 = (logits_BV.gather(1, token_B1) - highest_B1).double() / temperature_B1 - total_B1.log()
+    return Drawn(token_ids=token_B1.squeeze(1), logprobs=logprob_B1.squeeze(1).float())
+
+
+def _exponentials(logits_BV: Tensor, plans: list[DrawPlan]) -> tuple[Tensor, Tensor, Tensor]:
+    """(highest [B, 1], temperatures FLOAT64 [B, 1], exp((logit - highest) / temperature) in `scratch`, padded to whole blocks)."""
+    num_rows, num_valid = logits_BV.shape
+    width = -(-num_valid // BLOCK) * BLOCK
+    exps_BV = scratch("draws", (num_rows, width), logits_BV.device)
+    highest_B1 = logits_BV.amax(dim=-1, keepdim=True)
+    temperature_B1 = torch.tensor(
+        [plan.temperature for plan in plans], dtype=torch.float64, device=logits_BV.device
+    ).unsqueeze(-1)
+    exps_BV[:, num_valid:] = 0
+    valid_BV = exps_BV[:, :num_valid]
+    torch.sub(logits_BV, highest_B1, out=valid_BV)
+    if any(plan.temperature != 1 for plan in plans):
+        valid_BV /= temperature_B1.float()
+    valid_BV.exp_()
+    return highest_B1, temperature_B1, exps_BV
+
+
+def _from_likeliest(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor) -> Drawn:
+    """From the likeliest tokens, as many as top-k and top-p leave."""
+    num_valid = logits_BV.shape[1]
+    highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
+    all_B1 = exps_BV.sum(dim=-1, keepdim=True).double()
+    counts = torch.tensor([plan.top_k or num_valid for plan in plans], device=logits_BV.device).unsqueeze(-1)
+    top_p_B1 = torch.tensor(
+        [plan.top_p for plan in plans], dtype=torch.float64, device=logits_BV.device
+    ).unsqueeze(-1)
+    candidates = min(num_valid, max(FIRST_CANDIDATES, *(plan.top_k for plan in plans)))
+    for num_candidates in (candidates, num_valid):
+        values_BC, ids_BC = likeliest(logits_BV.contiguous(), num_candidates)
+        weights_BC = ((values_BC - highest_B1).double() / temperature_B1).exp()
+        weights_BC.masked_fill_(torch.arange(num_candidates, device=logits_BV.device) >= counts, 0)
+        sums_BC = weights_BC.cumsum(dim=-1)
+        norm_B1 = torch.where(counts < num_valid, sums_BC[:, -1:], all_B1)
+        complete_B1 = (counts < num_valid) | (sums_BC[:, -1:] >= top_p_B1 * norm_B1)
+        if bool(complete_B1.all()):
+            break
+    outside_BC = sums_BC - weights_BC >= top_p_B1 * norm_B1
+    outside_BC[:, 0] = False
+    kept_BC = weights_BC.masked_fill(outside_BC & (top_p_B1 < 1), 0)
+    cumulative_BC = kept_BC.cumsum(dim=-1)
+    column_B1 = _inverse(cumulative_BC, numbers_B1)
+    logprob_B1 = kept_BC.gather(1, column_B1).log() - cumulative_BC[:, -1:].log()
+    return Drawn(token_ids=ids_BC.gather(1, column_B1).squeeze(1), logprobs=logprob_B1.squeeze(1).float())
+
+
+def _inverse(cumulative_BC: Tensor, shares_B1: Tensor) -> Tensor:
+    """[B, 1]: the first column whose cumulative weight exceeds the share of the total; its own weight is not 0."""
+    total_B1 = cumulative_BC[:, -1:]
+    # Rounding may lift a number to the total itself, beyond which there is nothing.
+    numbers_B1 = torch.minimum(shares_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    found_B1 = torch.searchsorted(cumulative_BC, numbers_B1, right=True)
+    return found_B1.clamp_max(cumulative_BC.shape[1] - 1)

@@ -1,0 +1,137 @@
+"""vLLM's plug-in of Stillhouse: a scored prompt takes from the prefix cache only what comes before its first row, and nobody's
+NaN; and who writes does not stand still while others read.
+
+vLLM loads it in each of its processes (entry point `vllm.general_plugins`). It does nothing unless the variable below is
+set, and then nothing to requests that do not carry Stillhouse's argument.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from stillhouse.teacher_service.engines.vllm.worker import lm_head_lora
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import start_of
+
+VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
+"""Set to "1" while a teacher starts its vLLM."""
+BESIDE_WRITERS = 512
+"""Tokens that a CPU reads in a step that writes: it takes two or three times as long as one that only writes some dozens."""
+_log = logging.getLogger("vllm.stillhouse")
+
+
+@contextmanager
+def switched_on() -> Iterator[None]:
+    """Processes of vLLM that are started inside load the plug-in."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
+
+
+def register() -> None:
+    """Called by vLLM, maybe several times."""
+    if os.environ.get(VARIABLE) != "1":
+        return
+    for change, consequence in (
+        # The teacher notices that rows are missing.
+        (_cap_cache_hits, "the prefix cache is not used for scoring"),
+        (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
+        (_read_less_beside_writers, "long prompts hold up those who write"),
+        (lm_head_lora.install, "models whose output layer takes adapters cannot be scored beside any"),
+    ):
+        try:
+            change()
+        except (ImportError, AttributeError, TypeError) as error:
+            _log.warning("stillhouse: vLLM's code has moved, so %s: %s", consequence, error)
+
+
+def _cap_cache_hits() -> None:
+    """Wraps `KVCacheManager.get_computed_blocks`.
+
+    vLLM computes at least the last token of a prompt, for its logits. A request that scores from `start` needs them
+    from the token before `start` on; it is shown to the manager as a prompt that ends there. Otherwise a prompt whose
+    length is a multiple of the cache's block would come from the cache with the row that is asked for.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    original = KVCacheManager.get_computed_blocks
+    if getattr(original, "stillhouse", False):
+        return
+    if list(inspect.signature(original).parameters) != ["self", "request"]:
+        raise TypeError(f"KVCacheManager.get_computed_blocks{inspect.signature(original)}")
+
+    def get_computed_blocks(self: Any, request: Any) -> Any:
+        params = request.sampling_params
+        start = None if params is None else start_of(params.extra_args)
+        return original(self, request if start is None else _Until(request, start))
+
+    get_computed_blocks.stillhouse = True  # type: ignore[attr-defined]
+    KVCacheManager.get_computed_blocks = get_computed_blocks
+
+
+def _clear_new_blocks() -> None:
+    """Has the CPU's worker clear blocks of the cache before they are filled, as it does for models that need it.
+
+    Its attention multiplies what a block holds behind the end of a sequence by 0. What another sequence left there may
+    be NaN, and stays it.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    if not current_platform.is_cpu():
+        return
+    if not isinstance(inspect.getattr_static(KVCacheConfig, "needs_kv_cache_zeroing"), property):
+        raise TypeError("KVCacheConfig.needs_kv_cache_zeroing")
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)  # noqa: ARG005
+
+
+def _read_less_beside_writers() -> None:
+    """Wraps `Scheduler.schedule` of a CPU's engine: a step in which samples are written reads BESIDE_WRITERS tokens at most.
+
+    A step writes one token of each sample, however many tokens it reads, and takes as long as they take. Steps in which
+    nobody writes are as large as vLLM was told.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    if not current_platform.is_cpu():
+        return
+    original = Scheduler.schedule
+    if getattr(original, "stillhouse", False):
+        return
+    if list(inspect.signature(original).parameters)[:1] != ["self"]:
+        raise TypeError(f"Scheduler.schedule{inspect.signature(original)}")
+
+    def schedule(self: Any, *arguments: Any, **named: Any) -> Any:
+        whole = self.max_num_scheduled_tokens
+        writing = sum(1 for request in self.running if request.num_output_tokens)
+        if writing:
+            self.max_num_scheduled_tokens = min(whole, writing + BESIDE_WRITERS)
+        try:
+            return original(self, *arguments, **named)
+        finally:
+            self.max_num_scheduled_tokens = whole
+
+    schedule.stillhouse = True  # type: ignore[attr-defined]
+    Scheduler.schedule = schedule
+
+
+class _Until:
+    """A request as if it ended before position `end`."""
+
+    def __init__(self, request: Any, end: int) -> None:
+        self._request = request
+        self.num_tokens = min(end, request.num_tokens)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)

@@ -1,0 +1,65 @@
+"""Rows of written tokens on their way out of vLLM's worker: in blocks, at the tokens at which the front end gives them out.
+
+Each array costs the engine's process and the front end more than its numbers, and vLLM makes three for every token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
+
+Array = npt.NDArray[Any]
+_NO_RANKS = np.empty(0, np.int32)
+
+
+@dataclass(slots=True)
+class Held:
+    """Rows of one sample that have not left: for each its step's arrays, and its place in them."""
+
+    rows: list[tuple[Array, Array, int]] = field(default_factory=list)
+
+    def take(self) -> tuple[Array, Array, Array]:
+        """(ids [n, C], values [n, D], no ranks) of all."""
+        rows, self.rows = self.rows, []
+        ids, values = np.stack([ids[at] for ids, _, at in rows]), np.stack([each[at] for _, each, at in rows])
+        return ids, values, _NO_RANKS
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """In the place of vLLM's `LogprobsTensors` and of the `LogprobsLists` that it makes of them: what leaves in one step."""
+
+    blocks: dict[int, tuple[Array, Array, Array]]
+    """(ids, values, ranks) by place in the batch."""
+
+    def tolists(self) -> Leaving:
+        """Called by the runner; these are arrays already."""
+        return self
+
+    def slice_request(self, place: int, num_tokens: int) -> Any:  # noqa: ARG002
+        """Called by the scheduler, for a request that has a new token: vLLM's rows, None while they are held."""
+        from vllm.v1.outputs import LogprobsLists
+
+        block = self.blocks.get(place)
+        return None if block is None else LogprobsLists(*block)
+
+
+def is_due(request: Any, token: int, max_tokens: int) -> bool:
+    """Whether the front end gives a sample's rows out with this token, its next.
+
+    `max_tokens` is vLLM's limit for prompt and sample. It does so at the first, at every STREAM_INTERVAL_TOKENS after it,
+    and at the last; rows that leave sooner than that wait there.
+    """
+    params, written = request.sampling_params, len(request.output_token_ids)
+    return (
+        written % STREAM_INTERVAL_TOKENS == 0
+        or written + 1 >= params.max_tokens
+        or token in (params.stop_token_ids or ())
+        or token == params.eos_token_id
+        or request.num_prompt_tokens + written + 1 >= max_tokens
+    )

@@ -1,0 +1,184 @@
+"""Stillhouse's tokens inside vLLM's worker process: drawn and reported from the logits of one decode pass.
+
+It replaces `_sample` of vLLM's first model runner for requests with a plan, as `vllm_worker` replaces its other method;
+like that it has been run on the CPU build alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stillhouse.teacher_service.distributions import from_logits
+from stillhouse.teacher_service.distributions.from_logits import Target
+from stillhouse.teacher_service.engine import DistributionOptions
+from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import draw_rows
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import Helpers
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import DrawPlan
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import Held, Leaving, is_due
+
+_SHARED_ELEMENTS = 1 << 16
+"""Logits that are worth handing to another thread."""
+
+
+def sampler(
+    runner: Any, original: Callable[..., Any], plan_of: Callable[[Any], Any], helpers: Helpers
+) -> Callable[..., Any]:
+    """What replaces `runner._sample`. The token that a scored prompt has to end in is of no account, and is not drawn."""
+    from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+
+    on_cpu, longest = runner.device.type == "cpu", runner.max_model_len
+
+    def sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        requests = [runner.requests[name] for name in runner.input_batch.req_ids]
+        plans = [plan_of(request) for request in requests]
+        if logits is None or spec_decode_metadata is not None or not any(plans):
+            return original(logits, spec_decode_metadata)
+        step = _Step(tokens=torch.zeros((len(plans), 1), dtype=torch.int32, device=logits.device))
+        if foreign := [row for row, plan in enumerate(plans) if plan is None]:
+            # vLLM's sampler overwrites the logits that it is given.
+            step.copy(foreign, original(logits.clone(), spec_decode_metadata))
+        unfinished = runner.discard_request_mask.np
+        with helpers.sharing() as share:
+            for rows in _alike(plans, unfinished, logits, helpers.count + 1):
+                chosen = _Rows(plans=[plans[row] for row in rows], requests=[requests[row] for row in rows])
+                share(partial(_write, step, rows, chosen, logits))
+        leaving = _leaving(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
+        return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=leaving)
+
+    return sample
+
+
+def _leaving(step: _Step, requests: list[Any], longest: int) -> Leaving:
+    """The rows that leave with this step, together with those that each of their samples held; vLLM's own do so at once."""
+    tokens, blocks = step.tokens[:, 0].tolist(), {}
+    for rows, *tensors in step.parts:
+        ids, values = (each.numpy() for each in tensors)
+        for at, row in enumerate(rows):
+            request = requests[row]
+            if request.stillhouse_plan is None:
+                assert step.ranks is not None
+                blocks[row] = ids[at : at + 1], values[at : at + 1], step.ranks[row : row + 1].numpy()
+                continue
+            held = request.stillhouse_held = getattr(request, "stillhouse_held", None) or Held()
+            held.rows.append((ids, values, at))
+            if is_due(request, tokens[row], longest):
+                blocks[row] = held.take()
+    return Leaving(blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rows:
+    """Rows of a batch with the same options."""
+
+    plans: list[DrawPlan]
+    requests: list[Any]
+
+    @property
+    def options(self) -> DistributionOptions | None:
+        return self.plans[0].options
+
+
+@dataclass(kw_only=True, slots=True)
+class _Step:
+    """What one decode pass gives: a token for each row of the batch, and columns for those that have any."""
+
+    tokens: Tensor
+    parts: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
+    ranks: Tensor | None = None
+
+    def add(self, rows: list[int], ids: Tensor, values: Tensor) -> None:
+        self.tokens[rows, 0] = ids[:, 0].int()
+        self.parts.append((rows, ids, values))
+
+    def copy(self, rows: list[int], output: Any) -> None:
+        """Takes what vLLM's sampler says of these rows."""
+        self.tokens[rows] = output.sampled_token_ids[rows].to(self.tokens.dtype)
+        if (theirs := output.logprobs_tensors) is not None:
+            self.parts.append((rows, theirs.logprob_token_ids[rows], theirs.logprobs[rows]))
+            self.ranks = theirs.selected_token_ranks
+
+    def tensors(self, kind: Callable[..., Any]) -> Any:
+        """All columns as vLLM's `LogprobsTensors`, as wide as the widest."""
+        num_rows, device = len(self.tokens), self.tokens.device
+        if len(self.parts) == 1 and len(self.parts[0][0]) == num_rows:
+            _, ids, values = self.parts[0]
+        else:
+            columns = [(ids, values) for _, ids, values in self.parts]
+            num_ids, num_values = (max((part[at].shape[1] for part in columns), default=1) for at in (0, 1))
+            ids = torch.zeros((num_rows, num_ids), dtype=torch.int32, device=device)
+            values = torch.zeros((num_rows, num_values), dtype=torch.float32, device=device)
+            for rows, some_ids, some_values in self.parts:
+                ids[rows, : some_ids.shape[1]] = some_ids.int()
+                values[rows, : some_values.shape[1]] = some_values
+        ranks = torch.zeros(num_rows, dtype=torch.int32, device=device) if self.ranks is None else self.ranks
+        return kind(ids, values, ranks)
+
+
+def _write(step: _Step, rows: list[int], chosen: _Rows, logits: Tensor) -> None:
+    step.add(rows, *_drawn(chosen, _take(logits, rows)))
+
+
+def _alike(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
+    """Rows to draw, those with the same options together, on a CPU no more than stay in its cache, and shared by threads."""
+    groups: dict[Any, list[int]] = {}
+    for row, plan in enumerate(plans):
+        # A prompt that is read in parts has a row here, too, which nobody reads.
+        if isinstance(plan, DrawPlan) and not unfinished[row]:
+            groups.setdefault((plan.options, plan.num_valid), []).append(row)
+    whole = (
+        max(1, from_logits.GROUP_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(plans)
+    )
+    for rows in groups.values():
+        least = max(1, _SHARED_ELEMENTS // logits.shape[1])
+        size = whole if num_threads == 1 else min(whole, max(least, -(-len(rows) // num_threads)))
+        for begin in range(0, len(rows), size):
+            yield rows[begin : begin + size]
+
+
+def _take(logits: Tensor, rows: list[int]) -> Tensor:
+    adjacent = rows[-1] - rows[0] + 1 == len(rows)
+    return from_logits.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
+
+
+def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """(ids, values) in the columns of `vllm_plan.pack`; a row whose logits are no numbers has NaN first."""
+    options = rows.options
+    drawn = draw_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
+    token_B1, sampling_B1 = drawn.token_ids.unsqueeze(-1), drawn.logprobs.unsqueeze(-1)
+    if options is None:
+        finite_B = torch.isfinite(logits_BV.sum(dim=-1))
+        nothing_B1 = torch.zeros_like(sampling_B1)
+        return token_B1.int(), torch.cat([_marked(nothing_B1, finite_B), nothing_B1, sampling_B1], dim=1)
+    top = from_logits.normalised(logits_BV, options.top_k)
+    lse_B1 = top.lse.float()
+    target_B1 = (logits_BV.gather(-1, token_B1) - top.lse).float()
+    ids = [token_B1, top.token_ids]
+    values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
+    if options.num_sampled_tokens:
+        ids.append(from_logits.drawn(logits_BV, _numbers(rows, options)))
+    if (partitions_BN := from_logits.log_partitions(logits_BV, lse_B1, options.temperatures)) is not None:
+        values.append(partitions_BN)
+    if options.entropy:
+        values.append(from_logits.entropies(logits_BV, lse_B1).unsqueeze(-1))
+    return torch.cat([each.int() for each in ids], dim=1), torch.cat(values, dim=1)
+
+
+def _marked(target_B1: Tensor, finite_B: Tensor) -> Tensor:
+    return target_B1.masked_fill(~finite_B.unsqueeze(-1), torch.nan)
+
+
+def _numbers(rows: _Rows, options: DistributionOptions) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[B, R]: the numbers that scoring the sample afterwards would draw by."""
+    numbers = []
+    for request in rows.requests:
+        read = [*request.prompt_token_ids, *request.output_token_ids, 0]
+        target = Target(start=len(read) - 1, sequence=np.array(read, np.int32))
+        numbers.append(from_logits.uniforms(target, options))
+    return np.concatenate([each for each in numbers if each is not None])

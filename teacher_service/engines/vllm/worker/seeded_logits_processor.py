@@ -1,0 +1,70 @@
+"""Seeds on vLLM's CPU build: a token is drawn here, from the seed and its position alone, and vLLM takes the likeliest.
+
+vLLM's own seeds cannot be used there. A prompt that is read in several steps makes its worker wind back the seeded
+generator, which generators on a CPU cannot do, and the engine dies of it. This runs in vLLM's worker process.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
+
+from stillhouse.teacher_service.distributions.sampling import draw
+from stillhouse.teacher_service.engine import GenerateItem
+
+NAME = f"{__name__}:SeededDraws"
+"""How vLLM's `logits_processors` finds the class below."""
+_KEY = "stillhouse_draw"
+
+
+def draw_argument(item: GenerateItem, *, num_valid: int) -> dict[str, Any]:
+    """`SamplingParams.extra_args` of a greedy request whose tokens are drawn as `item` says."""
+    assert item.seed is not None
+    return {
+        _KEY: {
+            "seed": item.seed & (2**64 - 1),
+            "temperature": item.temperature,
+            "top_p": item.top_p,
+            "top_k": item.top_k,
+            "num_valid": num_valid,
+        }
+    }
+
+
+class SeededDraws(AdapterLogitsProcessor):  # type: ignore[misc]
+    """Leaves one token in the rows of requests that carry a draw; vLLM reports their logprobs from before this."""
+
+    def is_argmax_invariant(self) -> bool:
+        """It decides what the likeliest token is."""
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
+        """The draws of one request, if it asks for them."""
+        argument = (params.extra_args or {}).get(_KEY)
+        return None if argument is None else _Draws(**argument)
+
+
+class _Draws:
+    def __init__(self, *, seed: int, temperature: float, top_p: float, top_k: int, num_valid: int) -> None:
+        self._seed = seed
+        self._how: dict[str, Any] = {
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "num_valid": num_valid,
+        }
+
+    def __call__(self, output_ids: list[int], logits_V: Tensor) -> Tensor:
+        if not bool(torch.isfinite(logits_V.max())):
+            return logits_V  # the engine finds this in the logprobs, and says so
+        position = np.random.SeedSequence((self._seed, len(output_ids)))
+        generator = torch.Generator().manual_seed(int(position.generate_state(1, np.uint64)[0] >> 1))
+        token, _ = draw(logits_V, **self._how, generator=generator)
+        chosen_V = torch.full_like(logits_V, -torch.inf)
+        chosen_V[token] = 0.0
+        return chosen_V

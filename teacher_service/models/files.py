@@ -1,0 +1,52 @@
+"""Where a model's files lie on this host: a directory as it is, or a hub model fetched without any code."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
+
+# Configuration, tokenizer and weights; neither Python files nor duplicates in other frameworks' formats.
+_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelFiles:
+    """A model on this host."""
+
+    directory: Path
+    """Directory in Hugging Face layout."""
+    revision: str
+    """Commit on the hub; empty for a directory of the operator's."""
+
+
+def locate_model(model: str, revision: str = "") -> ModelFiles:
+    """The files of a directory or of a hub id, downloaded if they are not in the cache.
+
+    Raises `StillhouseError` (MODEL_NOT_FOUND) when neither has it.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return ModelFiles(directory=path.resolve(), revision="")
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = Path(snapshot_download(model, revision=revision or None, allow_patterns=list(_PATTERNS)))
+    except (OSError, ValueError) as error:
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"There is no directory {model}, and the hub does not give {model}"
+            f"{f' at {revision}' if revision else ''}: {first_line(error)} "
+            "Give --model the directory of a model, or a hub id that this host can reach or has in its cache.",
+        ) from error
+    return ModelFiles(directory=snapshot, revision=snapshot.name)
+
+
+def is_quantised(directory: Path) -> bool:
+    """Whether a checkpoint says that its weights are quantised."""
+    with suppress(OSError, ValueError, AttributeError):
+        return bool(json.loads((directory / "config.json").read_bytes()).get("quantization_config"))
+    return False

@@ -1,0 +1,251 @@
+"""Between text and token ids: the only place of the service that tokenises, renders conversations and decodes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.teacher_service.models.files import locate_model
+
+# What a trainer may fetch; nothing else of the model's directory leaves the host.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character has at most four bytes: no more ids than these end in the middle of it.
+_MAX_SPLIT_IDS = 3
+_CONTEXT_IDS = 8
+
+
+class TextCodec:
+    """A model's tokenizer and chat template."""
+
+    def __init__(self, tokenizer: Any, directory: Path, extra_eos_token_ids: Sequence[int] = ()) -> None:
+        """`tokenizer` is a fast tokenizer of transformers, loaded from `directory`."""
+        self._tokenizer = tokenizer
+        self._directory = directory
+        self.tokenizer_size: int = max(tokenizer.get_vocab().values()) + 1
+        own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *extra_eos_token_ids)))
+        self.tokenizer_fingerprint: str = tokenizer_fingerprint(
+            tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
+        )
+        template = tokenizer.chat_template
+        self.chat_template_fingerprint: str = (
+            hashlib.sha256(str(template).encode()).hexdigest() if template else ""
+        )
+
+    @classmethod
+    def load(cls, model: str, revision: str = "") -> TextCodec:
+        """The codec of a directory or hub id; no code of the model is run.
+
+        Raises `StillhouseError` (MODEL_NOT_FOUND) where there is no tokenizer that can be loaded so.
+        """
+        from transformers import AutoTokenizer
+
+        directory = locate_model(model, revision).directory
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
+            raise StillhouseError(
+                Reason.MODEL_NOT_FOUND,
+                f"The tokenizer of {model} cannot be loaded: {_first_line(error)} "
+                "Put the files of a tokenizer that needs no code of its own beside the model.",
+            ) from error
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise StillhouseError(
+                Reason.MODEL_NOT_FOUND,
+                f"{model} has no tokenizer.json and {type(tokenizer).__name__} cannot make one. "
+                "Convert the tokenizer with transformers and save it beside the model.",
+            )
+        return cls(tokenizer, directory, eos_token_ids(directory))
+
+    def encode(self, text: str) -> npt.NDArray[np.int32]:
+        """INT32 [T]: the ids of `text`, with the special tokens that the model's tokenizer puts around it."""
+        return np.asarray(self._tokenizer.encode(text), dtype=np.int32)
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> npt.NDArray[np.int32]:
+        """INT32 [T]: a conversation of {"role", "content"} in the model's own format, ready for the next answer.
+
+        Raises `StillhouseError` (INVALID_REQUEST) if the model has no chat template or its template refuses.
+        """
+        import jinja2
+
+        if not self._tokenizer.chat_template:
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"The model in {self._directory.name} has no chat template, so it takes no conversation. "
+                "Send text or token ids, or serve a model with a template.",
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"The model's chat template refuses this conversation of {len(messages)} messages: {_first_line(error)} "
+                "Change the roles or their order.",
+            ) from error
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+
+    def files(self) -> Iterator[tuple[str, bytes]]:
+        """Name and content of every tokenizer file; tokenizer.json is among them for every tokenizer.
+
+        It is the tokenizer as loaded, which is the one that answers: transformers may give it other parts than its file
+        says, by the type of the model beside it.
+        """
+        for name in TOKENIZER_FILES:
+            path = self._directory / name
+            if name == "tokenizer.json":
+                yield name, self._tokenizer.backend_tokenizer.to_str().encode()
+            elif path.is_file():
+                yield name, path.read_bytes()
+
+    def stream_decoder(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> StreamDecoder:
+        """A decoder of one sample; `context` is the end of its prompt, which decides on the first space."""
+        return StreamDecoder(self._tokenizer, stop, context)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoded:
+    """What became certain with the ids of one push."""
+
+    text: str
+    """The new text; it never reaches into a stop string, nor into what may still become one."""
+    matched_stop: bool
+    """A stop string was found. The sample ends before it, and later pushes are an error."""
+    num_ids_kept: int
+    """Ids, counted from the first that was ever pushed, that belong to the sample for certain: those whose text
+    begins before the stop string. It never falls, and without stop strings it is the number of ids pushed."""
+
+
+class StreamDecoder:
+    """Turns the ids of one sample into text as they come; special tokens have no text."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], context: Sequence[int] = ()) -> None:
+        """`stop` holds no empty string."""
+        assert all(stop), "an empty stop string ends every text"
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._read = [int(token) for token in context[-_CONTEXT_IDS:]]  # their text decides on the next
+        self._unread: list[int] = []  # they end in the middle of a character
+        # A prompt may end so too; its character then belongs to the sample.
+        self._read_text = self._decode(self._read).rstrip(_REPLACEMENT)
+        self._pending = ""  # text that is not given out: it may be the beginning of a stop string
+        self._num_given = 0  # characters given out
+        self._spans: list[tuple[int, int]] = []  # of every id that was read: where its text begins and ends
+        self._num_kept = 0
+        self._done = False
+
+    def push(self, token_ids: npt.NDArray[np.int32] | Sequence[int], final: bool = False) -> Decoded:
+        """What `token_ids` add; `final` says that no more will come, and gives out everything held back."""
+        assert not self._done, "the sample has ended"
+        self._done = final
+        ids = [int(token) for token in token_ids]
+        # Where the text of an id decides whether it is kept, ids are read one by one.
+        parts = [[token] for token in ids] if self._stop else [ids]
+        for index, part in enumerate(parts or [[]]):
+            self._take(part, final=final and index >= len(parts) - 1)
+            if (start := self._find_stop()) is not None:
+                return self._end_at(start)
+        text = self._give(len(self._pending) - (0 if final else self._num_held()))
+        if not self._stop:
+            self._num_kept += len(ids)
+        while self._num_kept < len(self._spans) and self._spans[self._num_kept][1] <= self._num_given:
+            self._num_kept += 1
+        return Decoded(text=text, matched_stop=False, num_ids_kept=self._num_kept)
+
+    def _take(self, ids: Sequence[int], *, final: bool) -> None:
+        """Adds the text of `ids` to the pending text, but for ids that end in the middle of a character."""
+        self._unread.extend(ids)
+        whole = self._decode(self._read + self._unread)
+        num_read = len(self._unread)
+        if whole.endswith(_REPLACEMENT) and not final:
+            for num_read in range(len(self._unread) - 1, len(self._unread) - 1 - _MAX_SPLIT_IDS, -1):
+                if num_read <= 0:
+                    return
+                whole = self._decode(self._read + self._unread[:num_read])
+                if not whole.endswith(_REPLACEMENT):
+                    break
+            else:  # bytes that are no character, and never will be
+                num_read = len(self._unread)
+                whole = self._decode(self._read + self._unread)
+        begin = self._num_given + len(self._pending)
+        self._pending += whole[len(self._read_text) :]
+        if self._stop:
+            end = self._num_given + len(self._pending)
+            self._spans.extend([(begin, end)] * num_read)
+        self._read = [*self._read, *self._unread[:num_read]][-_CONTEXT_IDS:]
+        self._unread = self._unread[num_read:]
+        self._read_text = self._decode(self._read)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def _find_stop(self) -> int | None:
+        found = [start for stop in self._stop if (start := self._pending.find(stop)) >= 0]
+        return min(found, default=None)
+
+    def _num_held(self) -> int:
+        """Characters at the end of the pending text that a stop string begins with."""
+        longest = min(max(map(len, self._stop), default=1) - 1, len(self._pending))
+        for length in range(longest, 0, -1):
+            if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+    def _end_at(self, start: int) -> Decoded:
+        self._done = True
+        end = self._num_given + start
+        num_before = sum(1 for begin, _ in self._spans if begin < end)
+        return Decoded(
+            text=self._give(start), matched_stop=True, num_ids_kept=max(self._num_kept, num_before)
+        )
+
+    def _give(self, length: int) -> str:
+        text, self._pending = self._pending[:length], self._pending[length:]
+        self._num_given += length
+        return text
+
+
+def eos_token_ids(directory: Path) -> tuple[int, ...]:
+    """The end tokens that generation_config.json and config.json name, in that order."""
+    from transformers import AutoConfig, GenerationConfig
+
+    found: dict[int, None] = {}
+    for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+        try:
+            value = getattr(load(directory, local_files_only=True), "eos_token_id", None)
+        except (OSError, ValueError, KeyError):
+            continue  # a model need not have either; the tokenizer names its own
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(token, int) and token >= 0:
+                found[token] = None
+    return tuple(found)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__ + "."

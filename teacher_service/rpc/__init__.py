@@ -1,0 +1,1 @@
+"""A request from the wire to the engine and back."""

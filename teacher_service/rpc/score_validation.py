@@ -1,0 +1,188 @@
+"""Every check that a request gets before an engine sees it, and what it means in the engine's own types."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
+from stillhouse.protos.tensors.distributions import Distributions, decode, encode_distributions, packed_bits
+from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreItem
+
+MAX_TEMPERATURES = 16
+MAX_SAMPLED_TOKENS = 256
+_OPTIONAL = {
+    teacher_pb2.CAPABILITY_LOG_PARTITIONS: "log_partitions",
+    teacher_pb2.CAPABILITY_QUERY_LOGPROBS: "query_logprobs",
+    teacher_pb2.CAPABILITY_SAMPLED_TOKENS: "sampled_token_ids",
+    teacher_pb2.CAPABILITY_HOT_ADAPTERS: "loading of adapters while serving",
+    teacher_pb2.CAPABILITY_ENTROPY: "entropy",
+    teacher_pb2.CAPABILITY_HIDDEN_STATES: "hidden_states",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wire:
+    """How distributions travel in one call."""
+
+    logprob_dtype: Tensor.DataType.ValueType
+    pack_bits: int | None
+
+    def encode(self, rows: Distributions) -> TokenDistributions:
+        """The message of these rows."""
+        return encode_distributions(rows, logprob_dtype=self.logprob_dtype, pack_bits=self.pack_bits)
+
+
+def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> None:
+    """Raises `StillhouseError` with CAPABILITY where the engine lacks it."""
+    if capability in info.capabilities:
+        return
+    name = _OPTIONAL[capability]
+    if capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            "This teacher serves the base model only. Start it with --max-adapters above 0.",
+            metadata={"capability": teacher_pb2.Capability.Name(capability)},
+        )
+    raise StillhouseError(
+        Reason.CAPABILITY,
+        f"This teacher's engine ({info.engine}) has no {name}. The hf engine has: start the teacher with --engine hf, "
+        "or do not ask for it.",
+        metadata={"capability": teacher_pb2.Capability.Name(capability), "engine": "hf"},
+    )
+
+
+def check_distributions(
+    config: teacher_pb2.DistributionConfig, info: EngineInfo
+) -> tuple[DistributionOptions, Wire]:
+    """What the engine reports, and how it travels.
+
+    Raises `StillhouseError`: TOP_K_TOO_LARGE, INVALID_REQUEST, CAPABILITY.
+    """
+    if config.top_k < 0:
+        raise _invalid(f"top_k is {config.top_k}. Give a number in [0, {info.max_top_k}].")
+    if config.top_k > info.max_top_k:
+        raise StillhouseError(
+            Reason.TOP_K_TOO_LARGE,
+            f"top_k is {config.top_k}; this teacher gives at most {info.max_top_k}. Lower it"
+            + (f", or start the teacher with --max-top-k {config.top_k}." if config.top_k <= 256 else "."),
+            metadata={"top_k": str(config.top_k), "max_top_k": str(info.max_top_k)},
+        )
+    dtype = config.logprob_dtype or Tensor.DATA_TYPE_FLOAT16
+    if dtype not in (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32):
+        raise _invalid(f"logprob_dtype is {dtype}. Log-probabilities travel as FLOAT16 or FLOAT32.")
+    if len(config.temperatures) > MAX_TEMPERATURES:
+        raise _invalid(
+            f"{len(config.temperatures)} temperatures are asked for; at most {MAX_TEMPERATURES} are given."
+        )
+    for temperature in config.temperatures:
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise _invalid(f"A temperature is {temperature}. Each must be a finite number above 0.")
+    if not 0 <= config.num_sampled_tokens <= MAX_SAMPLED_TOKENS:
+        raise _invalid(
+            f"num_sampled_tokens is {config.num_sampled_tokens}. Give a number in [0, {MAX_SAMPLED_TOKENS}]."
+        )
+    for asked, capability in (
+        (bool(config.temperatures), teacher_pb2.CAPABILITY_LOG_PARTITIONS),
+        (config.num_sampled_tokens > 0, teacher_pb2.CAPABILITY_SAMPLED_TOKENS),
+        (config.entropy, teacher_pb2.CAPABILITY_ENTROPY),
+        (config.hidden_states, teacher_pb2.CAPABILITY_HIDDEN_STATES),
+    ):
+        if asked:
+            require(info, capability)
+    options = DistributionOptions(
+        top_k=config.top_k,
+        temperatures=tuple(config.temperatures),
+        num_sampled_tokens=config.num_sampled_tokens,
+        seed=config.seed,
+        entropy=config.entropy,
+        hidden_states=config.hidden_states,
+    )
+    bits = packed_bits(info.vocab_size) if config.pack_token_ids else None
+    return options, Wire(logprob_dtype=dtype, pack_bits=bits)
+
+
+def check_tokens(tensor: Tensor, info: EngineInfo, *, longest: int) -> Int32Array:
+    """The ids of a sequence of 1 to `longest` tokens that the tokenizer knows.
+
+    Raises `StillhouseError`: EMPTY_SEQUENCE, SEQUENCE_TOO_LONG, TOKEN_OUT_OF_RANGE, TENSOR_INVALID.
+    """
+    # Length first: a sequence that is too long is told so, whatever else is wrong with it.
+    length = tensor.shape[0] if len(tensor.shape) == 1 else 0
+    check_length(length, longest) if len(tensor.shape) == 1 else None
+    ids: Int32Array = decode(tensor, field="token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,))
+    outside = np.flatnonzero((ids < 0) | (ids >= info.tokenizer_size))
+    if outside.size:
+        index = int(outside[0])
+        raise StillhouseError(
+            Reason.TOKEN_OUT_OF_RANGE,
+            f"token_ids[{index}] is {ids[index]}; this teacher's tokenizer has ids in [0, {info.tokenizer_size}). "
+            "Tokenise with the teacher's own tokenizer (GetTokenizer).",
+            metadata={"index": str(index), "token_id": str(ids[index]), "limit": str(info.tokenizer_size)},
+        )
+    return ids
+
+
+def check_length(length: int, longest: int) -> None:
+    """Raises `StillhouseError` with EMPTY_SEQUENCE or SEQUENCE_TOO_LONG."""
+    if length == 0:
+        raise StillhouseError(Reason.EMPTY_SEQUENCE, "The sequence has no tokens. Send at least one.")
+    if length > longest:
+        raise StillhouseError(
+            Reason.SEQUENCE_TOO_LONG,
+            f"The sequence has {length} tokens; this teacher takes at most {longest}. Shorten it, or start the teacher "
+            "with a larger --max-sequence-tokens where the model allows.",
+            metadata={"length": str(length), "limit": str(longest)},
+        )
+
+
+def check_sequence(
+    sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, info: EngineInfo
+) -> ScoreItem:
+    """One sequence to score. Raises `StillhouseError` as `check_tokens`, and INVALID_REQUEST, CAPABILITY."""
+    ids = check_tokens(sequence.token_ids, info, longest=info.max_sequence_tokens)
+    if len(ids) < 2:
+        raise StillhouseError(
+            Reason.EMPTY_SEQUENCE,
+            "The sequence has 1 token, and the first token of a sequence is predicted by nothing. Send at least 2.",
+        )
+    start = sequence.start or 1
+    if not 1 <= start < len(ids):
+        raise _invalid(
+            f"start is {start}; a sequence of {len(ids)} tokens can be scored from 1 to {len(ids) - 1}."
+        )
+    query = None
+    if sequence.HasField("query_token_ids"):
+        query = _check_query(sequence.query_token_ids, len(ids) - start, info)
+    return ScoreItem(
+        token_ids=ids, start=start, adapter=sequence.adapter, query_token_ids=query, options=options
+    )
+
+
+def _check_query(tensor: Tensor, num_rows: int, info: EngineInfo) -> Int32Array:
+    require(info, teacher_pb2.CAPABILITY_QUERY_LOGPROBS)
+    width = tensor.shape[1] if len(tensor.shape) == 2 else 0
+    if width > info.max_query_tokens:
+        raise _invalid(
+            f"query_token_ids has {width} ids per position; this teacher takes {info.max_query_tokens}."
+        )
+    ids: Int32Array = decode(
+        tensor, field="query_token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(num_rows, None)
+    )
+    if ids.size and not (ids.min() >= -1 and ids.max() < info.vocab_size):
+        row, column = np.argwhere((ids < -1) | (ids >= info.vocab_size))[0]
+        raise StillhouseError(
+            Reason.TOKEN_OUT_OF_RANGE,
+            f"query_token_ids[{row}, {column}] is {ids[row, column]}; this model has ids in [0, {info.vocab_size}), and -1 "
+            "stands for none.",
+            metadata={"index": f"{row},{column}", "limit": str(info.vocab_size)},
+        )
+    return ids
+
+
+def _invalid(sentence: str) -> StillhouseError:
+    return StillhouseError(Reason.INVALID_REQUEST, sentence)

@@ -1,0 +1,205 @@
+"""TeacherService over gRPC: each rpc finds the loaded teacher, hands over to its session, and raises what goes wrong."""
+
+# ruff: noqa: ARG002 - the generated base class fixes the arguments of every rpc
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import structlog
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.channel import FLUSH_BYTES
+from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
+from stillhouse.teacher_service.adapters.registry import AdapterRegistry
+from stillhouse.teacher_service.adapters.upload_store import AdapterSpool
+from stillhouse.teacher_service.admission.fair_queue import Capacity, may_hold
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engine import Engine, LoadedAdapter
+from stillhouse.teacher_service.models.tokenizer import TextCodec
+from stillhouse.teacher_service.rpc.client_identity import client_of
+from stillhouse.teacher_service.rpc.generate import GenerateSession
+from stillhouse.teacher_service.rpc.score import ScoreSession
+from stillhouse.teacher_service.rpc.score_validation import require
+from stillhouse.teacher_service.rpc.service_state import Counters, Serving
+
+LOADING_RETRY_S = 5.0
+BUSY_RETRY_S = 1.0
+BATCHES_INSIDE = 8
+"""Batches of the engine that it is given at once: one client's three quarters keep it busy, and so does what others get."""
+
+log = structlog.get_logger(__name__)
+
+
+class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
+    """The rpcs of one teacher. Until `serve` is called every rpc is answered with TEACHER_LOADING."""
+
+    def __init__(self, config: TeacherConfig) -> None:
+        self._config = config
+        self._serving: Serving | None = None
+        self._calls: Counter[str] = Counter()
+        self.counters = Counters()
+        """Totals since the start, for logs and tests."""
+
+    def serve(self, engine: Engine, codec: TextCodec, adapters: AdapterRegistry) -> None:
+        """Answers calls with this engine."""
+        self._serving = Serving(
+            config=self._config,
+            engine=engine,
+            info=engine.info,
+            codec=codec,
+            adapters=adapters,
+            spool=AdapterSpool(self._config.spool, max_bytes=self._config.max_upload_bytes),
+            counters=self.counters,
+            capacity=Capacity(
+                max_tokens=self._config.max_inflight_tokens or BATCHES_INSIDE * engine.info.batch_tokens,
+                max_samples=engine.info.max_running_samples,
+            ),
+        )
+
+    @property
+    def serving(self) -> Serving | None:
+        """What answers; None while the model loads."""
+        return self._serving
+
+    async def drain(self) -> None:
+        """Lets no call read more; each ends when what it has read is answered."""
+        if self._serving is not None:
+            self._serving.draining.set()
+
+    async def GetTeacherInfo(
+        self, request: teacher_pb2.GetTeacherInfoRequest, context: Any
+    ) -> teacher_pb2.GetTeacherInfoResponse:
+        """The loaded model, its limits and its adapters."""
+        serving = self._ready()
+        info, codec, config = serving.info, serving.codec, serving.config
+        return teacher_pb2.GetTeacherInfoResponse(
+            model=info.model,
+            revision=info.revision,
+            model_fingerprint=info.model_fingerprint,
+            tokenizer_fingerprint=codec.tokenizer_fingerprint,
+            chat_template_fingerprint=codec.chat_template_fingerprint,
+            tokenizer_size=info.tokenizer_size,
+            vocab_size=info.vocab_size,
+            max_sequence_tokens=info.max_sequence_tokens,
+            max_top_k=info.max_top_k,
+            max_query_tokens=info.max_query_tokens,
+            max_inflight_sequences=config.max_inflight_sequences,
+            max_prompts=config.max_prompts,
+            adapters=[_adapter(each) for each in serving.adapters.adapters()],
+            capabilities=[teacher_pb2.Capability.ValueType(each) for each in sorted(info.capabilities)],
+            engine=info.engine,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            eos_token_ids=info.eos_token_ids,
+            service_version=_own_version(),
+            max_adapters=info.max_adapters,
+        )
+
+    async def GetTokenizer(
+        self, request: teacher_pb2.GetTokenizerRequest, context: Any
+    ) -> AsyncIterator[teacher_pb2.GetTokenizerResponse]:
+        """The tokenizer's files, in pieces."""
+        files = await asyncio.to_thread(lambda: list(self._ready().codec.files()))
+        for name, data in files:
+            for begin in range(0, max(1, len(data)), FLUSH_BYTES):
+                yield teacher_pb2.GetTokenizerResponse(
+                    file_name=name if begin == 0 else "", data=data[begin : begin + FLUSH_BYTES]
+                )
+
+    async def Score(
+        self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Any
+    ) -> AsyncGenerator[teacher_pb2.ScoreResponse, None]:
+        """Distributions of sequences that the teacher did not write."""
+        client = client_of(context)
+        with self._call(client):
+            session = ScoreSession(self._ready(), aiter(request_iterator), client=client)
+            async with aclosing(session.responses()) as responses:
+                async for response in responses:
+                    yield response
+
+    async def Generate(
+        self, request: teacher_pb2.GenerateRequest, context: Any
+    ) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
+        """Samples, as they grow."""
+        client = client_of(context)
+        with self._call(client):
+            session = GenerateSession(self._ready(), request, client=client)
+            async with aclosing(session.responses()) as responses:
+                async for response in responses:
+                    yield response
+
+    async def UploadAdapter(
+        self, request_iterator: AsyncIterator[teacher_pb2.UploadAdapterRequest], context: Any
+    ) -> teacher_pb2.UploadAdapterResponse:
+        """Keeps an adapter on this host, under a path that LoadAdapter may read."""
+        serving = self._ready()
+        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        in_use = {each.path for each in serving.adapters.adapters()}
+        path, fingerprint = await serving.spool.receive(aiter(request_iterator), in_use=in_use)
+        log.info("adapter uploaded", fingerprint=fingerprint, path=str(path))
+        return teacher_pb2.UploadAdapterResponse(path=str(path), fingerprint=fingerprint)
+
+    async def LoadAdapter(
+        self, request: teacher_pb2.LoadAdapterRequest, context: Any
+    ) -> teacher_pb2.LoadAdapterResponse:
+        """Makes an adapter usable by name."""
+        serving = self._ready()
+        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        adapter = await serving.adapters.load(request.adapter, request.path)
+        log.info("adapter loaded", adapter=adapter.name, fingerprint=adapter.fingerprint, rank=adapter.rank)
+        return teacher_pb2.LoadAdapterResponse(adapter=_adapter(adapter))
+
+    async def UnloadAdapter(
+        self, request: teacher_pb2.UnloadAdapterRequest, context: Any
+    ) -> teacher_pb2.UnloadAdapterResponse:
+        """Frees an adapter once nobody uses it."""
+        serving = self._ready()
+        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        await serving.adapters.unload(request.adapter)
+        log.info("adapter unloaded", adapter=request.adapter)
+        return teacher_pb2.UnloadAdapterResponse()
+
+    def _ready(self) -> Serving:
+        if self._serving is None:
+            raise StillhouseError(
+                Reason.TEACHER_LOADING,
+                f"The teacher is loading {self._config.model}. Ask again in a few seconds.",
+                retry_after_s=LOADING_RETRY_S,
+            )
+        return self._serving
+
+    @contextmanager
+    def _call(self, client: str) -> Iterator[None]:
+        own, running = self._calls[client], self._calls.total()
+        if not may_hold(own, self._config.max_calls - running, 1):
+            raise StillhouseError(
+                Reason.TOO_MANY_CALLS,
+                f"{running} Score and Generate calls are running, {own} of them yours; this teacher takes "
+                f"{self._config.max_calls} and keeps room for other clients. Send more in one call, or start the teacher "
+                "with a larger --max-calls.",
+                retry_after_s=BUSY_RETRY_S,
+            )
+        self._calls[client] += 1
+        try:
+            yield
+        finally:
+            self._calls[client] -= 1
+            if not self._calls[client]:
+                del self._calls[client]
+
+
+def _adapter(loaded: LoadedAdapter) -> teacher_pb2.Adapter:
+    return teacher_pb2.Adapter(name=loaded.name, fingerprint=loaded.fingerprint, rank=loaded.rank)
+
+
+def _own_version() -> str:
+    try:
+        return version("stillhouse")
+    except PackageNotFoundError:  # run from a checkout
+        return "0.0.0"

@@ -1,0 +1,111 @@
+"""`stillhouse doctor` on services that are well, unwell, elsewhere and closed; a certificate near its end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from stillhouse.client.cli import cli
+from stillhouse.client.doctor.checks import certificate
+from stillhouse.protos.rpc import tokens
+from stillhouse.protos.rpc.tokens import Scope
+from tests.conftest import Models
+from tests.support.certificates import make_certificates
+from tests.support.programs import Program
+
+
+def doctor(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
+    result = CliRunner().invoke(cli, ["doctor", "--json", *arguments])
+    document = json.loads(result.stdout)
+    assert document["well"] == (result.exit_code == 0)
+    return result.exit_code, {each["check"]: each for each in document["findings"]}
+
+
+def test_services_that_are_well_and_a_student_of_the_same_tokenizer(
+    hf_teacher: Program, trainer_service: Callable[..., Program], models: Models
+) -> None:
+    trainer = trainer_service()
+    services = ("--teacher", hf_teacher.target, "--trainer", trainer.target)
+    code, found = doctor(*services, "--student", str(models.student))
+    assert code == 0, found
+    assert str(models.teacher) in found["teacher"]["found"]
+    assert found["tokenizers"]["state"] == "ok"
+    assert "0 runs work, 0 wait" in found["trainer"]["found"]
+    assert {"client", "memory", "disk", "GPU", "teacher's version"} <= set(found)
+    code, found = doctor(*services, "--student", str(models.foreign), "--only", "teacher")
+    assert (code, found["tokenizers"]["state"]) == (1, "failed")
+    assert "stillhouse teacher tokenizer" in found["tokenizers"]["remedy"]
+    _, found = doctor(*services, "--student", "/nowhere", "--only", "teacher")
+    assert found["tokenizers"]["found"] == "/nowhere has no tokenizer.json"
+    text = CliRunner().invoke(cli, ["doctor", *services]).stdout
+    assert "ok    teacher " in text
+
+
+def test_nobody_there_is_said_with_a_remedy() -> None:
+    code, found = doctor("--teacher", "127.0.0.1:1", "--trainer", "127.0.0.1:1")
+    assert code == 1
+    assert "Start one with `stillhouse-teacher`" in found["teacher"]["found"]
+    assert found["trainer"]["state"] == "failed"
+
+
+def test_a_closed_service_wants_a_token_and_secrets_want_a_mode(
+    trainer_service: Callable[..., Program], tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "trainer-data"
+    data_dir.mkdir()
+    token, _ = tokens.create(data_dir / "tokens.json", name="a", scopes=[Scope.SUBMIT], lifetime_s=None)
+    (tmp_path / "token").write_text(token)
+    (data_dir / "credentials.toml").touch(mode=0o600)
+    service = trainer_service()
+    code, found = doctor("--trainer", service.target, "--only", "trainer")
+    assert (code, found["trainer"]["remedy"]) == (1, "Give a token with --token-file.")
+    given = ("--trainer", service.target, "--token-file", str(tmp_path / "token"))
+    assert doctor(*given, "--only", "trainer")[0] == 0
+    (data_dir / "credentials.toml").chmod(0o644)
+    code, found = doctor("--only", "here", "--data-dir", str(data_dir))
+    assert (code, found["tokens.json"]["state"]) == (1, "ok")
+    assert found["credentials.toml"]["remedy"] == f"chmod 600 {data_dir / 'credentials.toml'}"
+
+
+@pytest.mark.parametrize(
+    ("days", "state", "text"),
+    [(0, "warning", "valid for 2 days"), (5, "failed", "expired 3 days ago"), (-3, "failed", "not valid yet"), (-40, "failed", "not valid yet")],
+)  # fmt: skip
+def test_a_certificate_says_how_long_it_lasts(tmp_path: Path, days: int, state: str, text: str) -> None:
+    made = make_certificates(tmp_path)  # valid from today, for two days
+    finding = certificate("own certificate", made.client.cert, time.time() + days * 86400)
+    assert (finding.state, text in finding.found) == (state, True), finding
+    assert finding.remedy
+    assert certificate("own certificate", made.client.key).state == "failed"
+
+
+def test_the_certificate_that_a_service_shows_is_looked_at(
+    trainer_service: Callable[..., Program], tmp_path: Path
+) -> None:
+    made = make_certificates(tmp_path)
+    tls = ("--tls-cert", str(made.server.cert), "--tls-key", str(made.server.key))
+    target = trainer_service(*tls, "--tls-client-ca", str(made.authority.cert)).target
+    own = ("--tls-cert", str(made.client.cert), "--tls-key", str(made.client.key))
+    code, found = doctor("--trainer", target, "--only", "trainer", "--tls-ca", str(made.authority.cert), *own)
+    assert (code, found["trainer"]["state"]) == (0, "ok")
+    assert found["trainer's certificate"]["state"] == "warning"
+    assert "valid for 2 days" in found["trainer's certificate"]["found"]
+    code, found = doctor("--trainer", target, "--only", "trainer", "--tls-ca", str(made.stranger.cert), *own)
+    assert (code, found["trainer's certificate"]["state"]) == (1, "failed")
+    assert "--tls-ca" in found["trainer's certificate"]["remedy"]
+
+
+def test_a_target_elsewhere_without_tls_is_marked() -> None:
+    _, found = doctor("--teacher", "192.0.2.1:7401", "--trainer", "127.0.0.1:1", "--only", "trainer")
+    assert found["trainer"]["state"] == "failed"
+    from stillhouse.client.core.settings import Settings
+    from stillhouse.client.doctor import checks
+
+    (finding,) = checks._exposure("teacher", "192.0.2.1:7401", Settings(teacher="192.0.2.1:7401"))
+    assert finding.state == "warning"
+    assert "--tls-cert" in finding.remedy

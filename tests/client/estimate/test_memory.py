@@ -1,0 +1,158 @@
+"""Predicted memory against what training really takes, weights against those of real models, and impossible runs refused."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from stillhouse.client.cli import cli
+from stillhouse.client.estimate import memory
+from stillhouse.client.estimate.memory import Plan, student_bytes
+from stillhouse.client.estimate.model_shape import ModelShape
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.student_trainer.config import proto, schema
+from tests.conftest import Models
+from tests.student_trainer.config.specs import SMALLEST, spec_of
+from tests.student_trainer.train.runs import make_run, start
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+QWEN_05B = {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
+MIXTRAL = LLAMA_8B | {
+    "model_type": "mixtral",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+}
+
+
+def shape_of(directory: Path, values: dict[str, Any]) -> ModelShape:
+    (directory / "config.json").write_text(json.dumps(values))
+    return ModelShape.read(directory)
+
+
+@pytest.mark.parametrize(
+    ("values", "published"),
+    [(LLAMA_8B, 8.03e9), (QWEN_05B, 494e6), (GPT2, 124e6), (MIXTRAL, 46.7e9)],
+    ids=["llama-8b", "qwen-0.5b", "gpt2", "mixtral"],
+)
+def test_weights_are_counted_to_a_hundredth(tmp_path: Path, values: dict[str, Any], published: float) -> None:
+    assert shape_of(tmp_path, values).parameters == pytest.approx(published, rel=0.01)
+
+
+def test_an_adapter_is_counted_as_peft_makes_it(models: Models) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(models.teacher)
+    shape = ModelShape.read(models.teacher)
+    assert shape.parameters == pytest.approx(model.num_parameters(), rel=0.01)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert shape.lora(4) == adapted.get_nb_trainable_parameters()[0]
+
+
+def test_the_defaults_are_those_of_the_trainer() -> None:
+    run = proto.from_proto(spec_of(SMALLEST))
+    assert run.optimizer.micro_batch_size == memory.MICRO_BATCH_SIZE
+    assert run.data.max_sequence_tokens == memory.MAX_SEQUENCE_TOKENS
+    assert schema.LoraConfig().rank == memory.LORA_RANK
+    plan = Plan.of(spec_of(SMALLEST), "cpu")
+    assert (plan.optimizer, plan.quantization, plan.lora_rank) == (
+        run.optimizer.name,
+        run.student.quantization,
+        None,
+    )
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_real_run_takes_what_was_predicted(tmp_path: Path, models: Models, *, checkpointing: bool) -> None:
+    from tests.support.small_models import make_model
+
+    student = make_model(
+        tmp_path / "student", tokenizer_dir=models.teacher, hidden_size=512, num_layers=6, num_heads=8, seed=1
+    )
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text * 8}) + "\n" for text in models.texts[:16]))
+    spec = {
+        "student": {"model": str(student), "gradient_checkpointing": checkpointing},
+        "data": {"train": [{"path": str(data)}], "eval_fraction": 0, "max_sequence_tokens": 256},
+        "loss": {"terms": [{"weight": 0}], "hard_weight": 1},
+        "optimizer": {"micro_batch_size": 8, "max_steps": 2},
+    }
+    process = start(make_run(tmp_path, "run", spec))
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (tmp_path / "runs/run/attempts/1/log").read_text()
+    parts = student_bytes(ModelShape.read(student), Plan.of(spec_of(spec), "cpu"))
+    assert checkpointing or parts["activations"] > sum(parts.values()) / 4
+    assert usage.ru_maxrss * 1024 == pytest.approx(sum(parts.values()), rel=0.25), parts
+
+
+def estimate(directory: Path, spec: dict[str, Any], *flags: str) -> Result:
+    file = directory / "run.yaml"
+    file.write_text(yaml.safe_dump(spec))
+    return CliRunner().invoke(cli, ["estimate", str(file), *flags])
+
+
+def test_an_impossible_run_is_refused_with_what_would_help(tmp_path: Path) -> None:
+    shape_of(tmp_path, LLAMA_8B)
+    spec = {"student": {"model": str(tmp_path)}, "optimizer": {"micro_batch_size": 1}}
+    result = estimate(tmp_path, spec, "--device", "gpu", "--memory-gib", "80")
+    assert result.exit_code == 1
+    assert "It cannot fit" in result.stdout
+    assert "student.lora: {} would take" in result.stdout
+    assert ", which fits" in result.stdout
+    flags = ("--device", "gpu", "--memory-gib", "80", "--json")
+    document = json.loads(estimate(tmp_path, spec, *flags).stdout)
+    # 16 bytes a weight for weights, gradients and two moments, and 2 for what autocast computes with.
+    assert document["student"]["total_bytes"] > 18 * document["parameters"]
+    adapted = spec | {"student": {"model": str(tmp_path), "lora": {}}}
+    fits = estimate(tmp_path, adapted, *flags, "--set", "student.gradient_checkpointing=true")
+    assert (fits.exit_code, json.loads(fits.stdout)["student"]["fits"]) == (0, True)
+
+
+def test_the_teacher_is_judged_too(tmp_path: Path) -> None:
+    shape_of(tmp_path, QWEN_05B)
+    big = tmp_path / "big"
+    big.mkdir()
+    shape_of(big, LLAMA_8B)
+    spec = {"student": {"model": str(tmp_path)}, "optimizer": {"micro_batch_size": 1}}
+    flags = ["--device", "gpu", "--memory-gib", "24", "--teacher-model", str(big), "--json"]
+    whole = json.loads(estimate(tmp_path, spec, *flags).stdout)["teacher"]
+    assert whole["parts_bytes"]["weights"] == pytest.approx(16.06e9, rel=0.01)
+    assert whole["fits"]
+    assert not json.loads(estimate(tmp_path, spec, *flags, "--teacher-dtype", "float32").stdout)["teacher"][
+        "fits"
+    ]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"hidden_size": -1}', '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "vocab_size": 3}'])  # fmt: skip
+def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(StillhouseError, match="does not tell the model's sizes"):
+        ModelShape.read(tmp_path)

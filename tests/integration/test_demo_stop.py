@@ -1,0 +1,42 @@
+"""Ctrl-C while the demo trains: it ends at once, and so does everything that it started."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+from tests.support.processes import MARK, marked_processes, no_process_left
+from tests.support.programs import start_program
+from tests.support.runs import wait_until
+
+
+def test_an_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
+    with (
+        no_process_left(patience_s=0.5) as mark,
+        start_program(
+            "demo",
+            [
+                "examples.demo",
+                "--engine=hf",
+                f"--work-dir={tmp_path}",
+                "--teacher-steps=3",
+                "--student-steps=5000",
+            ],
+            directory=tmp_path / "log",
+            environment=mark,
+            listens=False,
+        ) as demo,
+    ):
+
+        def two_runs_train() -> bool:
+            assert demo.process.poll() is None, demo.log()
+            return len(list((tmp_path / "trainer" / "runs").glob("*/process.json"))) == 2
+
+        wait_until(two_runs_train, "two training processes")
+        assert len(marked_processes(mark[MARK])) >= 5, "demo, teacher, trainer and two runs"
+        interrupted = time.monotonic()
+        demo.process.send_signal(signal.SIGINT)
+        assert demo.process.wait(60) == 130, demo.log()
+        assert time.monotonic() - interrupted < 45
+        assert "interrupted" in demo.log()

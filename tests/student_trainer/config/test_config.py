@@ -1,0 +1,308 @@
+"""A run's configuration: the same fields as the contract, every default in one place, every problem at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config import checks, schema
+from stillhouse.student_trainer.config.proto import from_proto, kinds, to_proto
+from stillhouse.student_trainer.config.schema import RunConfig
+from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
+
+ALM = {"foreign_tokenizer": "alm"}
+PYTHON_TYPES = {
+    FieldDescriptor.CPPTYPE_INT32: "int",
+    FieldDescriptor.CPPTYPE_INT64: "int",
+    FieldDescriptor.CPPTYPE_DOUBLE: "float",
+    FieldDescriptor.CPPTYPE_BOOL: "bool",
+    FieldDescriptor.CPPTYPE_STRING: "str",
+}
+
+
+def compare(cls: type[Any], message: Descriptor) -> list[type[Any]]:
+    """Assert that `cls` has the fields of `message`, in order and in kind; the classes that were compared."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    assert list(fields) == [field.name for field in message.fields], cls.__name__
+    compared = [cls]
+    for name, kind in kinds(cls).items():
+        descriptor = message.fields_by_name[name]
+        if kind.mapping:
+            assert descriptor.message_type.GetOptions().map_entry
+        elif kind.nested is not None:
+            compared += compare(kind.nested, descriptor.message_type)
+        else:
+            assert PYTHON_TYPES[descriptor.cpp_type] in str(fields[name].type), f"{cls.__name__}.{name}"
+    return compared
+
+
+def violations(spec: RunSpec) -> dict[str, str]:
+    with pytest.raises(StillhouseError) as caught:
+        from_proto(spec)
+    assert caught.value.reason is Reason.INVALID_SPEC
+    assert all(each.field in str(caught.value) for each in caught.value.violations)
+    return {each.field: each.description for each in caught.value.violations}
+
+
+def test_config_has_the_fields_of_the_contract() -> None:
+    compared = compare(RunConfig, RunSpec.DESCRIPTOR)
+    declared = {
+        each
+        for each in vars(schema).values()
+        if dataclasses.is_dataclass(each) and each.__module__ == schema.__name__
+    }
+    assert set(compared) == declared
+
+
+def test_every_rule_names_a_field_that_exists() -> None:
+    classes = {each.__name__: each for each in compare(RunConfig, RunSpec.DESCRIPTOR)}
+    for key in (*checks.CHOICES, *checks.RANGES, *checks.SUPPORTED):
+        name, _, field = key.partition(".")
+        assert field in {each.name for each in dataclasses.fields(classes[name])}, key
+
+
+def test_every_number_has_a_range() -> None:
+    for cls in compare(RunConfig, RunSpec.DESCRIPTOR):
+        for field in dataclasses.fields(cls):
+            if re.search(r"\b(int|float)\b", str(field.type)):
+                assert f"{cls.__name__}.{field.name}" in checks.RANGES
+
+
+def test_defaults_are_those_of_the_documentation() -> None:
+    run = from_proto(spec_of(SMALLEST))
+    assert run.loss == schema.LossConfig()
+    assert (run.loss.terms[0].divergence, run.loss.top_k, run.loss.temperature_mode) == (
+        "forward_kl",
+        64,
+        "exact",
+    )
+    assert (run.optimizer.name, run.optimizer.learning_rate, run.optimizer.seed) == ("adamw", 1e-5, 0)
+    assert (run.data.max_sequence_tokens, run.data.eval_fraction, run.data.completion_only) == (
+        2048,
+        0.02,
+        True,
+    )
+    assert (run.checkpoint.every_steps, run.checkpoint.keep) == (500, 2)
+    assert (run.retry.max_attempts, run.retry.teacher_wait_s) == (1, 3600)
+    assert run.evaluation.metrics == ("kl", "perplexity", "agreement")
+    assert run.student.output == "merged"
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field", "expected"),
+    [
+        ("student.lora", {}, "optimizer.learning_rate", 1e-4),
+        ("student.lora", {}, "student.output", "both"),
+        ("optimizer.seed", 7, "data.seed", 7),
+        ("loss.top_k", 32, "evaluation.top_k", 32),
+        ("checkpoint.every_seconds", 60, "checkpoint.every_steps", None),
+        ("optimizer.max_grad_norm", 0, "optimizer.max_grad_norm", 0),
+        ("data.eval_fraction", 0, "data.eval_fraction", 0),
+    ],
+)
+def test_defaults_follow_other_fields_and_zero_is_no_default(
+    path: str, value: Any, field: str, expected: Any
+) -> None:
+    here: Any = from_proto(changed(path, value))
+    for name in field.split("."):
+        here = getattr(here, name)
+    assert here == expected
+
+
+def test_an_effective_spec_reads_as_itself() -> None:
+    spec = changed("student.lora", {"target_modules": ["q_proj"], "dropout": 0.1})
+    spec.labels["team"] = "a"
+    spec.contexts.add().dataset.SetInParent()
+    run = from_proto(spec)
+    effective = to_proto(run)
+    assert from_proto(effective) == run
+    assert to_proto(from_proto(effective)) == effective
+    assert effective.optimizer.HasField("weight_decay")
+    assert effective.contexts[0].WhichOneof("source") == "dataset"
+
+
+def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
+    spec = spec_of(
+        {
+            "loss": {"top_k": 512, "terms": [{"divergence": "forward-kl"}, {"weight": -1}]},
+            "optimizer": {"learning_rate": 0, "lr_scheduler": "cosin"},
+            "teachers": [{"targets": ["localhost"]}],
+        }
+    )
+    found = violations(spec)
+    assert set(found) == {
+        *("loss.top_k", "loss.terms[0].divergence", "loss.terms[1].weight", "optimizer.learning_rate"),
+        *("optimizer.lr_scheduler", "teachers[0].targets[0]", "student.model", "data.train"),
+    }
+    assert found["loss.top_k"] == "512 is out of range; it must be in [1, 256]."
+    assert 'did you mean "forward_kl"?' in found["loss.terms[0].divergence"]
+    assert 'did you mean "cosine"?' in found["optimizer.lr_scheduler"]
+    far = violations(changed("optimizer.name", "zzz"))
+    assert far["optimizer.name"].startswith('"zzz" is not known. Possible: "adamw"')
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "field"),
+    [
+        ("task", "evaluate", "task"),
+        ("cache", {"mode": "read"}, "cache.path"),
+        ("cache", {"path": "caches/x", "mode": "none"}, "cache.mode"),
+        ("task", "cache", "cache"),
+        ("student.lora.layers", [-1], "student.lora.layers[0]"),
+        ("student.keep_layers", [2, 0], "student.keep_layers"),
+        ("student", {"model": "m", "adapter": "a", "lora": {}}, "student.lora"),
+        ("student.output", "adapter", "student.output"),
+        ("student.quantization", "nf4", "student.quantization"),
+        ("data.train", [{"path": "a", "weight": 2}, {"path": "b"}], "data.train[1].weight"),
+        ("data.eval", [{"path": "a", "weight": 2}], "data.eval[0].weight"),
+        ("data.teacher_field", "category", "teachers[0].name"),
+        ("data.eval_fraction", 1.0, "data.eval_fraction"),
+        ("data.eval_fraction", "NaN", "data.eval_fraction"),
+        ("optimizer.epochs", "Infinity", "optimizer.epochs"),
+        ("optimizer.name", "adamw_4bit", "optimizer.name"),
+        ("loss.terms", [{"alpha": 0.5}], "loss.terms[0].alpha"),
+        ("loss.terms", [{"divergence": "jsd", "beta": 1.5}], "loss.terms[0].beta"),
+        ("loss.terms", [{"divergence": "skew_kl", "alpha": 1}], "loss.terms[0].alpha"),
+        (
+            "loss.terms",
+            [{}, {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.7}],
+            "loss.terms[1].beta",
+        ),
+        ("loss.terms", [{"weight": 0}], "loss.hard_weight"),
+        ("loss", {"sparse_target": "sampled", "terms": [{"divergence": "tvd"}]}, "loss.terms[0].divergence"),
+        (
+            "loss",
+            {"sparse_target": "renormalise", "terms": [{"divergence": "reverse_kl"}]},
+            "loss.terms[0].divergence",
+        ),
+        ("loss", {"sparse_target": "top_k_and_sampled", "temperature": 2}, "loss.temperature"),
+        (
+            "loss",
+            {"temperature": 2, "temperature_mode": "conditional", "terms": [{"divergence": "mse"}]},
+            "loss.terms[0].divergence",
+        ),
+        ("loss.foreign_tokenizer", "ALM", "loss.foreign_tokenizer"),
+        ("loss", {**ALM, "chunk_temperature": 0}, "loss.chunk_temperature"),
+        ("loss", {**ALM, "temperature": 2}, "loss.temperature"),
+        ("loss", {**ALM, "sparse_target": "sampled"}, "loss.sparse_target"),
+        ("loss", {**ALM, "terms": [{"divergence": "mse"}]}, "loss.terms[0].divergence"),
+        (
+            "loss",
+            {**ALM, "terms": [{"token_weighting": "teacher_entropy"}]},
+            "loss.terms[0].token_weighting",
+        ),
+        ("contexts", [{"dataset": {}, "loss": ALM}, {"dataset": {}}], "loss.foreign_tokenizer"),
+        ("contexts", [{"student": {}, "loss": ALM}], "contexts[0]"),
+        ("contexts", [{"teacher": {}, "loss": ALM}], "contexts[0]"),
+        (
+            "contexts",
+            [{"dataset": {}, "loss": ALM}, {"dataset": {}, "loss": {**ALM, "chunks": "words"}}],
+            "contexts",
+        ),
+        ("evaluation.metrics", ["alm"], "evaluation.metrics"),
+        ("loss.temperature", 0, "loss.temperature"),
+        ("contexts", [{"weight": 1}], "contexts[0]"),
+        ("contexts", [{"dataset": {}, "loss": {"top_k": 999}}], "contexts[0].loss.top_k"),
+        ("contexts", [{"dataset": {}}, {"teacher": {}, "loss": {"reduction": "sequence_mean"}}], "contexts"),
+        ("contexts", [{"student": {"rollout_target": "a:1"}}], "contexts[0].student.rollout_target"),
+        ("contexts", [{"student": {"rollout_targets": ["a"]}}], "contexts[0].student.rollout_targets[0]"),
+        ("student", {"model": "m", "quantization": "nf4"}, "student.quantization"),
+        ("contexts", [{"student": {}, "loss": {"hard_weight": 1}}], "contexts[0].loss.hard_weight"),
+        ("contexts", [{"student": {"min_teacher_logprob": 1}}], "contexts[0].student.min_teacher_logprob"),
+        (
+            "loss.terms",
+            [{"divergence": "reverse_kl", "estimator": "policy_gradient"}],
+            "loss.terms[0].estimator",
+        ),
+        (
+            "contexts",
+            [{"student": {}, "loss": {"terms": [{"estimator": "policy_gradient"}]}}],
+            "contexts[0].loss.terms[0].divergence",
+        ),
+        ("evaluation.metrics", ["kl", "bleu"], "evaluation.metrics[1]"),
+        ("evaluation.best_metric", "kl", "evaluation.best_metric"),
+        ("evaluation.generation", {}, "evaluation.generation"),
+        ("resources.num_processes", 65, "resources.num_processes"),
+        ("resources", {"gpus": [0, 1], "num_processes": 3}, "resources.num_processes"),
+        ("resources", {"gpu_count": 65}, "resources.gpu_count"),
+        ("resources.gpus", [0, 0], "resources.gpus"),
+        ("teachers.0.targets", [], "teachers[0].targets"),
+        ("teachers.0.targets", ["host:99999"], "teachers[0].targets[0]"),
+        ("teachers.0.prefetch_steps", 65, "teachers[0].prefetch_steps"),
+        ("teachers", [], "teachers"),
+        ("teachers", [{"targets": ["a:1"]}, {"targets": ["b:1"]}], "teachers[1].name"),
+        (
+            "teachers",
+            [{"targets": ["a:1"], "name": "x"}, {"targets": ["b:1"], "name": "x"}],
+            "teachers[1].name",
+        ),
+        ("display_name", "a\u001b[2Jb", "display_name"),
+        ("display_name", "x" * 201, "display_name"),
+        ("student.model", "a\0b", "student.model"),
+    ],
+)
+def test_a_spec_that_cannot_run_is_refused_by_name(path: str, value: Any, field: str) -> None:
+    assert field in violations(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("further", "field"),
+    [
+        ({"evaluation": {"metrics": ["kl"]}}, "evaluation.metrics"),
+        ({"cache": {"path": "caches/a", "mode": "only"}}, "cache.mode"),
+        ({"cache": {"path": "caches/a"}, "task": "cache"}, "task"),
+        ({"teachers": [{"targets": ["a:1"], "name": "a"}, {"targets": ["b:1"], "name": "b"}]}, "teachers"),
+    ],
+)
+def test_a_bridged_run_refuses_what_needs_one_vocabulary(further: dict[str, Any], field: str) -> None:
+    assert set(violations(spec_of({**SMALLEST, "loss": ALM, **further}))) == {field}
+
+
+def test_a_bridged_run_goes_with_hard_labels_and_has_its_own_metric() -> None:
+    hard = {"dataset": {}, "loss": {"terms": [{"weight": 0}], "hard_weight": 1}}
+    run = from_proto(spec_of({**SMALLEST, "loss": ALM, "contexts": [{"dataset": {}}, hard]}))
+    assert run.evaluation.metrics == ("alm", "perplexity")
+    assert run.loss.chunk_temperature == 100
+
+
+def test_a_mixture_of_teachers_refuses_what_it_has_not() -> None:
+    teachers = [{"targets": ["a:1"], "name": "a"}, {"targets": ["b:1"], "name": "b"}]
+    values = {**SMALLEST, "teachers": teachers, "loss": {"temperature": 2}, "contexts": [{"teacher": {}}]}
+    assert set(violations(spec_of(values))) == {"loss.temperature_mode", "contexts[0]"}
+    routed = {**values, "data": {**SMALLEST["data"], "teacher_field": "category"}}
+    assert from_proto(spec_of(routed)).teachers[1].name == "b"
+
+
+def test_generated_contexts_need_a_teacher() -> None:
+    loss = {"terms": [{"weight": 0}], "hard_weight": 1}
+    values = {**SMALLEST, "teachers": [], "loss": loss, "contexts": [{"teacher": {}}]}
+    assert "contexts[0]" in violations(spec_of(values))
+
+
+def test_cross_entropy_alone_needs_no_teacher() -> None:
+    values = {**SMALLEST, "teachers": [], "loss": {"terms": [{"weight": 0}], "hard_weight": 1}}
+    run = from_proto(spec_of(values))
+    assert not run.loss.asks_teacher
+    assert run.evaluation.metrics == ("perplexity",)
+    found = violations(spec_of({**values, "evaluation": {"metrics": ["kl"]}}))
+    assert '"kl"' in found["teachers"]
+
+
+@pytest.mark.parametrize("target", ["host:1", "10.0.0.1:7401", "[::1]:7401", "unix:/run/teacher.sock"])
+def test_targets_that_are_addresses(target: str) -> None:
+    assert from_proto(changed("teachers.0.targets", [target])).teachers[0].targets == (target,)
+
+
+def test_parameters_of_divergences_have_defaults_in_the_effective_spec() -> None:
+    terms = [{"divergence": "skew_kl"}, {"divergence": "alpha_beta", "alpha": 0.2, "beta": 0.8}]
+    run = from_proto(changed("loss.terms", terms))
+    written = to_proto(run).loss.terms
+    assert [(each.alpha, each.beta) for each in written] == [(0.1, 0), (0.2, 0.8)]
+    assert not written[0].HasField("beta")
+    assert from_proto(to_proto(run)) == run

@@ -1,0 +1,283 @@
+"""What every store must do; a test module gives the fixture `store` and inherits these tests."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from stillhouse.protos.errors import Reason, StillhouseError, to_status
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.student_trainer.runs.store import run_state
+from stillhouse.student_trainer.runs.store.journal_ingest import Batch, Outcome
+from stillhouse.student_trainer.runs.store.queries import now_us
+from stillhouse.student_trainer.runs.store.store import Store
+from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
+
+SPEC = spec_of(SMALLEST)
+
+
+def new_run(store: Store, run_id: str = "aaaaaaaaaaaa", *, request_id: str = "") -> Run:
+    return store.create(run_id, SPEC, SPEC, request_id=request_id, version="1")[0]
+
+
+def point(step: int, value: float, attempt: int = 1) -> tuple[int, MetricPoint]:
+    return attempt, MetricPoint(step=step, values={"train/loss": value}, attempt=attempt)
+
+
+def batch(offset: int, *points: tuple[int, MetricPoint]) -> Batch:
+    return Batch(offsets={"events_offset": 0, "metrics_offset": offset}, metrics=list(points))
+
+
+class StoreContract:
+    def test_a_created_run_is_pending_behind_the_others(self, store: Store) -> None:
+        first, second = new_run(store), new_run(store, "bbbbbbbbbbbb")
+        assert first.name == "runs/aaaaaaaaaaaa"
+        assert first.spec == SPEC
+        assert (first.state, first.queue_position, second.queue_position) == (Run.STATE_PENDING, 0, 1)
+        assert [run.name for run in store.queue()] == [first.name, second.name]
+        assert store.get("aaaaaaaaaaaa") == first
+
+    def test_an_unknown_run_is_named(self, store: Store) -> None:
+        with pytest.raises(StillhouseError, match="no run zzzzzzzzzzzz") as caught:
+            store.get("zzzzzzzzzzzz")
+        assert (caught.value.reason, caught.value.resource) == (Reason.RUN_NOT_FOUND, "runs/zzzzzzzzzzzz")
+
+    def test_a_request_id_makes_one_run(self, store: Store) -> None:
+        run, created = store.create("aaaaaaaaaaaa", SPEC, SPEC, request_id="r", version="1")
+        again, created_again = store.create("bbbbbbbbbbbb", SPEC, SPEC, request_id="r", version="1")
+        assert (created, created_again) == (True, False)
+        assert again == run == store.find_request("r", SPEC)
+        with pytest.raises(StillhouseError) as caught:
+            store.create("cccccccccccc", changed("loss.top_k", 3), SPEC, request_id="r", version="1")
+        assert caught.value.reason is Reason.REQUEST_CONFLICT
+        assert store.ids() == {"aaaaaaaaaaaa"}
+
+    def test_an_owner_may_queue_so_many_runs_and_is_known(self, store: Store) -> None:
+        def create(run_id: str, owner: str, request_id: str = "") -> Run:
+            return store.create(
+                run_id, SPEC, SPEC, request_id=request_id, version="1", owner=owner, max_queued=2
+            )[0]
+
+        create("aaaaaaaaaaaa", "ada", "r"), create("bbbbbbbbbbbb", "ada")
+        create("cccccccccccc", "ben")
+        assert store.owner("aaaaaaaaaaaa") == "ada"
+        with pytest.raises(StillhouseError, match="2 runs of ada are queued") as caught:
+            create("dddddddddddd", "ada")
+        assert caught.value.reason is Reason.QUOTA
+        assert create("eeeeeeeeeeee", "ada", "r").name == "runs/aaaaaaaaaaaa", (
+            "a repeated request is no further run"
+        )
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        create("dddddddddddd", "ada")
+        store.stop("bbbbbbbbbbbb")
+        create("ffffffffffff", "ada")
+        ended = frozenset({run_state.STOPPED})
+        with pytest.raises(StillhouseError, match="are queued"):
+            store.change("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=2)
+        store.change("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=3)
+
+    def test_a_run_is_halved_once_and_for_good(self, store: Store) -> None:
+        new_run(store)
+        end = {"exit_code": 137, "signal": 9, "error": None}
+        assert store.begin_attempt("aaaaaaaaaaaa", ()) == 1
+        assert not store.halved("aaaaaaaaaaaa")
+        store.end_attempt("aaaaaaaaaaaa", 1, run_state.PENDING, **end, halve=True)  # type: ignore[arg-type]
+        assert store.begin_attempt("aaaaaaaaaaaa", ()) == 2
+        store.end_attempt("aaaaaaaaaaaa", 2, run_state.FAILED, **end)  # type: ignore[arg-type]
+        assert store.halved("aaaaaaaaaaaa")
+
+    def test_what_ended_long_ago_is_found_and_sums_are_right(self, store: Store) -> None:
+        for letter in "abcd":
+            new_run(store, letter * 12)
+        store.stop("a" * 12)
+        middle_us = now_us()
+        store.stop("b" * 12)
+        store.begin_attempt("c" * 12, ())
+        assert store.ended_before(middle_us, limit=5) == ["a" * 12]
+        assert store.ended_before(now_us() + 1, limit=5) == ["a" * 12, "b" * 12]
+        assert store.ended_before(now_us() + 1, limit=1) == ["a" * 12]
+        sums = store.totals()
+        assert sums.states == dict.fromkeys(run_state.ARROWS, 0) | {
+            run_state.STOPPED: 2,
+            run_state.STARTING: 1,
+            run_state.PENDING: 1,
+        }
+        assert (sums.attempts, sums.retries, sums.waiting_for_teacher, sums.trained_tokens) == (1, 0, 0, 0)
+        assert 0 < sums.oldest_queued_s < 3600
+
+    def test_pages_hold_every_run_once_newest_first(self, store: Store) -> None:
+        ids = [f"aaaaaaaaaaa{letter}" for letter in "abcdefg"]
+        for run_id in ids:
+            new_run(store, run_id)
+        store.stop(ids[3])
+        seen, before = [], None
+        while True:
+            page, before = store.page([], before=before, limit=3)
+            seen += [run.name for run in page]
+            if before is None:
+                break
+        assert seen == [f"runs/{run_id}" for run_id in reversed(ids)]
+        stopped, following = store.page([Run.STATE_STOPPED], before=None, limit=1)
+        assert [run.name for run in stopped] == [f"runs/{ids[3]}"]
+        assert following is None
+
+    def test_a_run_goes_its_way_and_every_change_is_an_event(self, store: Store) -> None:
+        run_id = "aaaaaaaaaaaa"
+        new_run(store)
+        assert store.begin_attempt(run_id, (0, 1)) == 1
+        assert store.devices(run_id, 1) == (0, 1)
+        started = Batch(offsets={"events_offset": 9}, started=True, changes={"total_steps": 5})
+        store.record(run_id, started)
+        store.record(run_id, batch(10, point(1, 0.5), point(2, 0.25)))
+        done = Batch(offsets={"events_offset": 20}, outcomes=[(1, Outcome(kind="completed", error=None))])
+        store.record(run_id, done)
+        assert store.outcome(run_id, 1) == ("completed", None)
+        run = store.end_attempt(run_id, 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
+        assert run.state == Run.STATE_COMPLETED
+        assert run.HasField("end_time")
+        assert (run.attempts[0].first_step, run.attempts[0].last_step) == (1, 2)
+        assert store.offsets(run_id) == (20, 10)
+        events = store.events(run_id, after=0, limit=100)
+        assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+        states = [event.run.state for event in events if event.HasField("run")]
+        assert states == [
+            Run.STATE_PENDING,
+            Run.STATE_STARTING,
+            Run.STATE_RUNNING,
+            Run.STATE_COMPLETED,
+        ]
+        assert [event.metrics.step for event in events if event.HasField("metrics")] == [1, 2]
+        assert store.watch_start(run_id)[1] == events[-1].sequence
+        assert store.events(run_id, after=2, limit=1)[0].sequence == 3
+
+    def test_a_change_that_changes_nothing_is_no_event(self, store: Store) -> None:
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        changes = {"total_steps": 5}
+        store.record("aaaaaaaaaaaa", Batch(offsets={}, started=True, changes=changes))
+        before = store.watch_start("aaaaaaaaaaaa")[1]
+        store.record("aaaaaaaaaaaa", Batch(offsets={"events_offset": 7}, started=True, changes=changes))
+        assert store.watch_start("aaaaaaaaaaaa")[1] == before
+
+    def test_only_an_allowed_state_is_changed(self, store: Store) -> None:
+        new_run(store)
+        with pytest.raises(StillhouseError) as caught:
+            store.change("aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED}))
+        assert caught.value.reason is Reason.RUN_STATE
+        with pytest.raises(StillhouseError, match="delete needs one of"):
+            store.delete("aaaaaaaaaaaa")
+
+    def test_stopping_twice_is_no_error_and_a_completed_run_does_not_stop(self, store: Store) -> None:
+        run_id = "aaaaaaaaaaaa"
+        new_run(store)
+        assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPED
+        store.change(run_id, "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED}))
+        store.begin_attempt(run_id, ())
+        assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPING
+        store.end_attempt(run_id, 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
+        with pytest.raises(StillhouseError, match="is COMPLETED; stop needs one of"):
+            store.stop(run_id)
+
+    def test_a_stopped_run_that_waits_is_not_launched(self, store: Store) -> None:
+        new_run(store)
+        store.stop("aaaaaaaaaaaa")
+        with pytest.raises(StillhouseError, match="launch"):
+            store.begin_attempt("aaaaaaaaaaaa", ())
+
+    def test_a_retry_goes_first_and_a_resumed_run_last(self, store: Store) -> None:
+        new_run(store)
+        new_run(store, "bbbbbbbbbbbb")
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        error = to_status(StillhouseError(Reason.PROCESS_DIED, "It died."))
+        run = store.end_attempt("aaaaaaaaaaaa", 1, run_state.PENDING, exit_code=137, signal=9, error=error)
+        assert (run.condition, run.queue_position) == (Run.CONDITION_RETRYING, 0)
+        assert (run.attempts[0].signal, run.attempts[0].error.message) == (9, "It died.")
+        assert not run.HasField("error")
+        assert store.attempts_since_asked("aaaaaaaaaaaa") == 1
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        run = store.end_attempt("aaaaaaaaaaaa", 2, run_state.FAILED, exit_code=1, signal=0, error=error)
+        assert run.error.message == "It died."
+        allowed = frozenset({run_state.FAILED})
+        run = store.change("aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=allowed)
+        assert (run.queue_position, run.HasField("error"), run.HasField("end_time")) == (1, False, False)
+        assert store.attempts_since_asked("aaaaaaaaaaaa") == 0
+
+    def test_an_attempt_ends_once_however_often_it_is_told(self, store: Store) -> None:
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        first = store.end_attempt("aaaaaaaaaaaa", 1, run_state.FAILED, exit_code=1, signal=0, error=None)
+        again = store.end_attempt("aaaaaaaaaaaa", 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
+        assert again == first
+        assert first.state == Run.STATE_FAILED
+
+    def test_an_attempt_without_a_process_is_withdrawn(self, store: Store) -> None:
+        first, second = new_run(store), new_run(store, "bbbbbbbbbbbb")
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        store.withdraw_attempt("aaaaaaaaaaaa", 1)
+        run = store.get("aaaaaaaaaaaa")
+        assert (run.state, run.queue_position, len(run.attempts)) == (Run.STATE_PENDING, 0, 0)
+        assert not run.HasField("start_time")
+        assert [each.name for each in store.queue()] == [first.name, second.name]
+        assert store.begin_attempt("aaaaaaaaaaaa", ()) == 1
+        store.stop("aaaaaaaaaaaa")
+        store.withdraw_attempt("aaaaaaaaaaaa", 1)
+        assert store.get("aaaaaaaaaaaa").state == Run.STATE_STOPPED
+
+    def test_many_runs_are_read_as_each_of_them_is(self, store: Store) -> None:
+        for letter in "abcd":
+            new_run(store, letter * 12)
+        store.begin_attempt("b" * 12, (1,))
+        store.end_attempt("b" * 12, 1, run_state.PENDING, exit_code=1, signal=0, error=None)
+        store.begin_attempt("b" * 12, (1,))
+        store.stop("c" * 12)
+        listed, _ = store.page([], before=None, limit=10)
+        assert listed == [store.get(letter * 12) for letter in "dcba"]
+        assert store.live() == [store.get("b" * 12)]
+        assert [run.queue_position for run in store.queue()] == [0, 1]
+
+    def test_a_condition_is_set_only_in_place_of_another(self, store: Store) -> None:
+        new_run(store)
+        waiting, adopting = Run.CONDITION_WAITING_FOR_TEACHER, Run.CONDITION_ADOPTING
+        store.set_condition("aaaaaaaaaaaa", waiting, instead_of=adopting)
+        assert store.get("aaaaaaaaaaaa").condition == Run.CONDITION_UNSPECIFIED
+        store.set_condition("aaaaaaaaaaaa", waiting, instead_of=Run.CONDITION_UNSPECIFIED)
+        assert store.get("aaaaaaaaaaaa").condition == waiting
+
+    def test_metrics_are_found_by_step(self, store: Store) -> None:
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        store.record("aaaaaaaaaaaa", batch(10, *(point(step, step / 10) for step in range(10))))
+        found = store.metric_points("aaaaaaaaaaaa", start=2, end=5)
+        assert [each.step for each in found] == [2, 3, 4]
+        assert len(store.metric_points("aaaaaaaaaaaa", start=0, end=None)) == 10
+
+    def test_a_deleted_run_leaves_nothing(self, store: Store) -> None:
+        run_id = "aaaaaaaaaaaa"
+        new_run(store, request_id="r")
+        store.begin_attempt(run_id, ())
+        store.record(run_id, batch(10, point(1, 1.0)))
+        store.end_attempt(run_id, 1, run_state.FAILED, exit_code=1, signal=0, error=None)
+        store.delete(run_id)
+        assert store.ids() == set()
+        assert store.events(run_id, after=0, limit=10) == []
+        assert store.find_request("r", SPEC) is None
+        assert new_run(store, run_id).attempts == []
+
+    def test_a_dataset_takes_the_suffix_of_its_newest_upload(self, store: Store) -> None:
+        assert store.dataset_suffix("0" * 64) is None
+        store.add_dataset("0" * 64, ".json", "a.json", 3)
+        store.add_dataset("0" * 64, ".jsonl", "a.jsonl", 3)
+        assert store.dataset_suffix("0" * 64) == ".jsonl"
+
+    def test_one_of_many_equal_requests_makes_the_run(self, store: Store) -> None:
+        lock = threading.Lock()  # the service's one thread
+
+        def create(i: int) -> Run:
+            with lock:
+                return store.create(f"aaaaaaaaaa{i:02}", SPEC, SPEC, request_id="r", version="1")[0]
+
+        with ThreadPoolExecutor(8) as pool:
+            names = {run.name for run in pool.map(create, range(50))}
+        assert len(names) == len(store.ids()) == 1

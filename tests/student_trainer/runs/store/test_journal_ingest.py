@@ -1,0 +1,185 @@
+"""Journals into the store: each line once, whatever a process wrote, and metric series that a plot can show."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.api.metric_series import thin, to_series
+from stillhouse.student_trainer.runs.store import run_state
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.journal_tail import Bell, Tail
+from tests.student_trainer.runs.store.store_contract import SPEC, new_run
+
+RUN = "aaaaaaaaaaaa"
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    opened = Store.open(tmp_path / "stillhouse.db")
+    new_run(opened)
+    opened.begin_attempt(RUN, ())
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> RunDir:
+    return RunDir.create(tmp_path / RUN, SPEC, SPEC)
+
+
+def test_what_a_process_reports_is_in_the_store(store: Store, run_dir: RunDir) -> None:
+    tail = Tail(store, RUN, run_dir, 1)
+    assert not tail.ingest()
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("started", total_steps=9, step=0)
+        attempt.report_metrics(0, {"eval/kl": 2.0})
+        attempt.report_metrics(
+            1, {"train/loss": 1.5, "train/trained_tokens": 40, "train/tokens_per_second": 8.5}
+        )
+        attempt.report("checkpoint", step=1)
+        attempt.report("condition", condition="WAITING_FOR_TEACHER")
+        assert tail.ingest()
+        run = store.get(RUN)
+        assert run.state == Run.STATE_RUNNING
+        assert run.condition == Run.CONDITION_WAITING_FOR_TEACHER
+        assert (run.progress.step, run.progress.total_steps, run.progress.trained_tokens) == (1, 9, 40)
+        assert run.progress.tokens_per_second == 8.5
+        assert run.latest_checkpoint == f"runs/{RUN}/checkpoints/1"
+        attempt.report("condition", condition="")
+        error = to_status(StillhouseError(Reason.DATASET_INVALID, "Row 3 has no text."))
+        attempt.report("failed", error=to_json(error))
+    assert tail.ingest()
+    assert store.get(RUN).condition == Run.CONDITION_UNSPECIFIED
+    assert store.outcome(RUN, 1) == ("failed", error)
+    assert not tail.ingest()
+
+
+def test_between_attempts_a_run_is_as_far_as_its_checkpoint(store: Store, run_dir: RunDir) -> None:
+    """The next attempt goes on from there: what the last one took beyond it is taken again."""
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("checkpoint", step=2)
+        attempt.report_metrics(5, {"train/loss": 1.0})
+    Tail(store, RUN, run_dir, 1).ingest()
+    assert store.get(RUN).progress.step == 5
+    retried = store.end_attempt(RUN, 1, run_state.PENDING, exit_code=1, signal=0, error=None)
+    assert retried.progress.step == 2
+    store.begin_attempt(RUN, ())
+    with run_dir.open_attempt(2) as attempt:
+        attempt.report_metrics(4, {"train/loss": 1.0})
+    Tail(store, RUN, run_dir, 2).ingest()
+    assert store.end_attempt(RUN, 2, run_state.FAILED, exit_code=1, signal=0, error=None).progress.step == 4
+    resumed = store.change(RUN, "resume", run_state.PENDING, allowed=frozenset({run_state.FAILED}))
+    assert resumed.progress.step == 2
+
+
+def test_a_reader_that_starts_again_reads_nothing_twice(store: Store, run_dir: RunDir) -> None:
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("started", total_steps=9)
+        for step in range(1, 6):
+            attempt.report_metrics(step, {"train/loss": 1.0})
+            Tail(store, RUN, run_dir, 1).ingest()
+    steps = [point.step for point in store.metric_points(RUN, start=0, end=None)]
+    assert steps == [1, 2, 3, 4, 5]
+
+
+def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: RunDir) -> None:
+    """Its process had passed the check for a successor, slept, and wrote what it was about to write."""
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("checkpoint", step=2)
+        attempt.report_metrics(3, {"train/loss": 3.0})
+    Tail(store, RUN, run_dir, 1).ingest()
+    store.end_attempt(RUN, 1, run_state.PENDING, exit_code=1, signal=0, error=None)
+    store.begin_attempt(RUN, ())
+    tail = Tail(store, RUN, run_dir, 2)
+    with run_dir.open_attempt(2) as attempt:
+        attempt.report("started", total_steps=9, step=2)
+        attempt.report("checkpoint", step=4)
+        attempt.report_metrics(4, {"train/loss": 4.0})
+    tail.ingest()
+    before = store.get(RUN)
+    for path, late in (
+        (run_dir.events_path, {"kind": "checkpoint", "step": 3}),
+        (run_dir.events_path, {"kind": "condition", "condition": "WAITING_FOR_TEACHER"}),
+        (run_dir.metrics_path, {"step": 3, "values": {"train/loss": 9.0}}),
+    ):
+        with path.open("a") as file:
+            file.write(
+                json.dumps({"sequence": 9, "attempt": 1, "time": "2026-01-01T00:00:00Z"} | late) + "\n"
+            )
+    assert tail.ingest()
+    after = store.get(RUN)
+    assert (after.latest_checkpoint, after.condition) == (before.latest_checkpoint, before.condition)
+    assert after.progress == before.progress
+    assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3, 4]
+
+
+def test_a_line_that_makes_no_sense_is_left_out(store: Store, run_dir: RunDir) -> None:
+    lines = [
+        *(
+            '{"sequence":1}',
+            '{"sequence":2,"kind":"started"}',
+            '{"sequence":3,"kind":"checkpoint","step":"x"}',
+        ),
+        *('{"sequence":4,"kind":"condition","condition":"BORED"}', '{"sequence":5,"kind":"unheard of"}'),
+        '{"sequence":6,"attempt":1,"kind":"started","total_steps":3}',
+    ]
+    run_dir.events_path.write_text("\n".join(lines) + "\n")
+    run_dir.metrics_path.write_text(
+        '{"sequence":1,"attempt":1,"step":1,"time":"yesterday","values":{"a":1}}\n'
+        '{"sequence":2,"attempt":1,"step":2,"time":"2026-01-01T00:00:00Z","values":[]}\n'
+        '{"sequence":3,"attempt":1,"step":3,"time":"2026-01-01T00:00:00Z","values":{"train/loss":NaN,"train/tokens_per_second":NaN}}\n'
+        '{"sequence":4,"attempt":1,"step":1e30,"time":"2026-01-01T00:00:00Z","values":{}}\n'
+    )
+    assert Tail(store, RUN, run_dir, 1).ingest()
+    assert store.get(RUN).progress.total_steps == 3
+    assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3]
+
+
+def points(*values: tuple[int, int, float]) -> list[MetricPoint]:
+    return [MetricPoint(attempt=attempt, step=step, values={"a": value}) for attempt, step, value in values]
+
+
+def test_the_last_attempt_counts_after_a_rollback() -> None:
+    measured = points((1, 1, 1.0), (1, 2, 2.0), (1, 3, 3.0), (1, 4, 4.0), (2, 3, 30.0))
+    (series,) = to_series(measured, keys=(), max_points=100)
+    assert (list(series.steps), list(series.values)) == ([1, 2, 3], [1.0, 2.0, 30.0])
+
+
+def test_a_rollback_of_one_metric_leaves_the_others() -> None:
+    measured = [*points((1, 1, 1.0), (1, 2, 2.0)), MetricPoint(step=2, attempt=2, values={"b": 5.0})]
+    series = {each.key: list(each.steps) for each in to_series(measured, keys=(), max_points=100)}
+    assert series == {"a": [1, 2], "b": [2]}
+    assert [each.key for each in to_series(measured, keys={"b"}, max_points=100)] == ["b"]
+
+
+@pytest.mark.parametrize("max_points", [1, 2, 3, 4, 5, 50, 999, 1000, 1001])
+def test_thinning_keeps_order_ends_and_spikes(max_points: int) -> None:
+    generator = random.Random(0)
+    column = [(step, generator.random()) for step in range(1000)]
+    column[437] = (437, 9.0)
+    kept = thin(column, max_points)
+    assert len(kept) <= max_points
+    assert kept == sorted(kept)
+    assert set(kept) <= set(column)
+    assert kept[-1] == column[-1]
+    if max_points >= 4:
+        assert kept[0] == column[0]
+        assert (437, 9.0) in kept
+
+
+async def test_a_bell_wakes_those_who_listen_to_a_run() -> None:
+    bell = Bell()
+    with bell.listen("a") as one, bell.listen("b") as other:
+        bell.ring("a")
+        assert (one.is_set(), other.is_set()) == (True, False)
+        bell.close()
+        assert other.is_set()
+    bell.ring("a")

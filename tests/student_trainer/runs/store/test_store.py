@@ -1,0 +1,109 @@
+"""The store on SQLite and on PostgreSQL: one contract for both, their migrations, and what each has of its own."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.student_trainer.runs.data_dir import DataDir
+from stillhouse.student_trainer.runs.store.database import DatabaseThread, open_database
+from stillhouse.student_trainer.runs.store.schema import metadata
+from stillhouse.student_trainer.runs.store.store import Store
+from tests.student_trainer.runs.store.store_contract import StoreContract, new_run
+from tests.support.postgres import Postgres
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> Path | str:
+    """An empty database: a file, or the URL of one on a real server."""
+    if request.param == "sqlite":
+        return tmp_path / "stillhouse.db"
+    server: Postgres = request.getfixturevalue("postgres")
+    return server.empty()
+
+
+@pytest.fixture
+def store(place: Path | str) -> Iterator[Store]:
+    opened = Store.open(place)
+    yield opened
+    opened.close()
+
+
+class TestStore(StoreContract):
+    pass
+
+
+def test_migrations_make_the_schema_that_the_code_uses(place: Path | str) -> None:
+    engine = open_database(place)
+    with engine.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+
+
+def test_sqlite_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+    engine = open_database(tmp_path / "stillhouse.db")
+    with engine.begin() as connection:
+        assert connection.exec_driver_sql("PRAGMA journal_mode").scalar_one() == "wal"
+        assert connection.exec_driver_sql("PRAGMA synchronous").scalar_one() == 2
+        assert connection.exec_driver_sql("PRAGMA foreign_keys").scalar_one() == 1
+    engine.dispose()
+
+
+def test_a_store_is_what_it_was_after_opening_it_again(place: Path | str) -> None:
+    store = Store.open(place)
+    run = new_run(store)
+    store.close()
+    store = Store.open(place)
+    assert store.get("aaaaaaaaaaaa") == run
+    store.close()
+
+
+def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stillhouse.db"
+    Store.open(path).close()
+    connection = sqlite3.connect(path)
+    with connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    connection.close()
+    with pytest.raises(StillhouseError, match="later version"):
+        Store.open(path)
+
+
+def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stillhouse.db"
+    path.write_bytes(b"not a database at all, but long enough to have a header of one" * 20)
+    with pytest.raises(StillhouseError, match="cannot be opened"):
+        Store.open(path)
+
+
+def test_a_data_directory_has_one_service_and_one_layout(tmp_path: Path) -> None:
+    opened = DataDir.open(tmp_path / "data")
+    with pytest.raises(StillhouseError, match="Another run service"):
+        DataDir.open(tmp_path / "data")
+    opened.close()
+    (tmp_path / "data" / "VERSION").write_text("99\n")
+    with pytest.raises(StillhouseError, match="layout '99'"):
+        DataDir.open(tmp_path / "data")
+
+
+def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:
+    secrets = tmp_path / "credentials.toml"
+    secrets.touch(mode=0o640)
+    with pytest.raises(StillhouseError, match="chmod 600"):
+        DataDir.open(tmp_path)
+    secrets.chmod(0o600)
+    DataDir.open(tmp_path).close()
+
+
+async def test_the_database_thread_finishes_what_it_began() -> None:
+    thread = DatabaseThread()
+    done: list[int] = []
+    assert await thread(done.append, 1) is None
+    thread.close()
+    assert done == [1]

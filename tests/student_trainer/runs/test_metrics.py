@@ -1,0 +1,54 @@
+"""What the run service shows of live runs and of the memory of devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint
+from stillhouse.protos.telemetry.gpu_memory import GpuMemory, parse
+from stillhouse.student_trainer.runs import metrics as figures
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.device_slots import Slots
+from tests.student_trainer.runs.store.store_contract import batch, new_run
+
+LIVE, QUEUED = "a" * 12, "b" * 12
+
+
+def test_live_runs_show_their_latest_metrics(tmp_path: Path) -> None:
+    store, db = Store.open(tmp_path / "stillhouse.db"), DatabaseThread()
+    for run_id in (LIVE, QUEUED):
+        new_run(store, run_id)
+    store.begin_attempt(LIVE, ())
+    steps = [
+        {"teacher/breaks": 1.0, "cache/found": 3.0},
+        {"teacher/breaks": 2.0, "device/memory_bytes": 5e9, "train/loss": 1.0},
+        {"eval/kl": 0.5},
+    ]
+    points = [(1, MetricPoint(step=step, values=values, attempt=1)) for step, values in enumerate(steps)]
+    store.record(LIVE, batch(10, *points))
+    show = figures.Figures(store, db, Slots(gpus=(), cpu_slots=1))
+    shown = {each.name: (each.value, each.labels) for each in show() if "run" in each.labels}
+    db.close()
+    store.close()
+    assert shown == {
+        "run_teacher_breaks": (2.0, {"run": LIVE}),
+        "run_cache_hits": (3.0, {"run": LIVE}),
+        "run_device_memory_bytes": (5e9, {"run": LIVE}),
+    }
+
+
+def test_memory_of_devices_as_the_driver_tells_it(tmp_path: Path) -> None:
+    found = parse("0, 1024, 81559\n1, [N/A], 81559\n\nno devices\n")
+    assert {index: (each.used_bytes, each.total_bytes) for index, each in found.items()} == {
+        0: (2**30, 81559 * 2**20)
+    }
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho '0, 10, 100'\necho '3, 20, 100'\n")
+    program.chmod(0o755)
+    memory = GpuMemory(only=(3,))
+    memory._program = str(program)
+    assert [(each.name, each.value, each.labels) for each in memory()] == [
+        ("gpu_memory_used_bytes", 20 * 2**20, {"gpu": "3"}),
+        ("gpu_memory_total_bytes", 100 * 2**20, {"gpu": "3"}),
+    ]

@@ -1,0 +1,114 @@
+"""Forms of sparse targets: what is drawn has the teacher as its expectation, and every form is a distribution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_SAMPLED_TOKENS, GetTeacherInfoResponse
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
+from stillhouse.student_trainer.train.batching.target_forms import (
+    TargetForm,
+    entropy,
+    target_rows,
+    token_factor,
+)
+from stillhouse.student_trainer.train.data.corpus import Corpus
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.loss.functional import forward_kl
+from stillhouse.student_trainer.train.loss.sparse import SparseTargets
+from stillhouse.student_trainer.train.teacher.teacher import Demands, check_demands
+
+V, K, R, ROWS = 9, 3, 6, 20_000
+
+
+def _answer(*, draws: bool = True, top_k: int = K) -> tuple[Distributions, np.ndarray]:
+    """ROWS answers of one distribution, each with draws of its own, and the distribution."""
+    generator = np.random.default_rng(0)
+    probs = generator.dirichlet(np.full(V, 0.7))
+    ids = np.argsort(-probs)[:top_k]
+    answer = Distributions(
+        start=1,
+        token_ids=np.tile(ids, (ROWS, 1)).astype(np.int32),
+        logprobs=np.tile(np.log(probs[ids]), (ROWS, 1)).astype(np.float32),
+        target_logprobs=np.zeros(ROWS, np.float32),
+        log_tail=np.full(ROWS, np.log(1 - probs[ids].sum()), np.float32),
+        sampled_token_ids=generator.choice(V, (ROWS, R), p=probs).astype(np.int32) if draws else None,
+    )
+    return answer, probs
+
+
+def _targets(answer: Distributions, form: TargetForm) -> SparseTargets:
+    found = target_rows(answer, np.arange(answer.num_rows), form)
+    return SparseTargets(
+        token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
+        logprobs=torch.from_numpy(found.logprobs).unsqueeze(0),
+        log_tail=torch.from_numpy(found.log_tail).unsqueeze(0),
+    )
+
+
+@pytest.mark.parametrize("form", ["tail_bucket", "sampled", "top_k_and_sampled"])
+@pytest.mark.parametrize("top_k", [0, K])
+def test_rows_are_distributions_over_distinct_ids(form: TargetForm, top_k: int) -> None:
+    found = target_rows(_answer(top_k=top_k)[0], np.arange(ROWS), form)
+    total = np.exp(found.logprobs).sum(1) + np.exp(found.log_tail)
+    np.testing.assert_allclose(total, 1, atol=1e-6)
+    ordered = np.sort(found.token_ids, axis=1)
+    assert not ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()
+
+
+def test_the_gradient_of_forward_kl_on_draws_is_unbiased() -> None:
+    answer, probs = _answer()
+    logits = torch.randn(1, 1, V, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows = logits.expand(1, ROWS, V).clone().requires_grad_()
+    forward_kl(rows, _targets(answer, "sampled"), torch.ones(1, ROWS)).loss_sum.backward()  # type: ignore[no-untyped-call]
+    assert rows.grad is not None
+    mean, error = rows.grad[0].mean(0), rows.grad[0].std(0) / ROWS**0.5
+    expected = logits[0, 0].softmax(-1) - torch.from_numpy(probs)
+    assert (mean - expected).abs().max() < 5 * error.max()
+
+
+def test_top_k_stay_exact_and_draws_share_the_tail() -> None:
+    answer, probs = _answer()
+    found = target_rows(answer, np.arange(ROWS), "top_k_and_sampled")
+    np.testing.assert_array_equal(found.token_ids[:, :K], answer.token_ids)
+    np.testing.assert_allclose(found.logprobs[:, :K], answer.logprobs, atol=1e-6)
+    drawn = np.isneginf(found.log_tail)
+    tail = np.setdiff1d(np.arange(V), answer.token_ids[0])
+    share = np.array([np.exp(found.logprobs)[drawn][found.token_ids[drawn] == i].sum() for i in tail])
+    np.testing.assert_allclose(share / drawn.sum(), probs[tail], atol=5 * (1 / ROWS) ** 0.5)
+    assert (1 - drawn.mean()) == pytest.approx(probs[answer.token_ids[0]].sum() ** R, abs=0.02)
+
+
+def test_without_draws_the_drawn_forms_are_refused() -> None:
+    with pytest.raises(StillhouseError, match="CAPABILITY_SAMPLED_TOKENS") as error:
+        target_rows(_answer(draws=False)[0], np.arange(3), "sampled")
+    assert error.value.reason is Reason.CAPABILITY
+
+
+def test_a_teacher_that_cannot_draw_is_refused_before_training() -> None:
+    example = Example(token_ids=np.arange(3, dtype=np.int32), mask=np.arange(3) > 0, place="row 1")
+    config = replace(RunConfig(), loss=LossConfig(sparse_target="sampled"))
+    demands = Demands.of(config, "f", "{}", Corpus(train=[example], eval=[], parts=[1]))
+    info = GetTeacherInfoResponse(
+        tokenizer_fingerprint="f", tokenizer_size=9, vocab_size=9, max_top_k=64, max_sequence_tokens=9
+    )
+    with pytest.raises(StillhouseError, match="targets that the teacher draws"):
+        check_demands(demands, info, "here:1")
+    info.capabilities.append(CAPABILITY_SAMPLED_TOKENS)
+    check_demands(demands, info, "here:1")
+
+
+def test_entropy_without_the_teachers_is_that_of_the_buckets() -> None:
+    answer, probs = _answer()
+    full = float(-(probs * np.log(probs)).sum())
+    tail_mass = float(np.exp(answer.log_tail[0]))
+    found = entropy(answer, np.arange(1))[0]
+    assert found <= full <= found + tail_mass * np.log(V - K) + 1e-6
+    confidence = token_factor(np.array([0.0, np.log(V)]), "teacher_confidence", V)
+    np.testing.assert_allclose(confidence, [1, 0], atol=1e-12)

@@ -1,0 +1,216 @@
+"""Rows, masks, split and order: what is learnt from is exactly what a completion wrote, and always the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.config.schema import (
+    DataConfig,
+    DatasetConfig,
+    EvaluationConfig,
+    OptimizerConfig,
+)
+from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
+from stillhouse.student_trainer.train.data.encoding import Encoder
+from stillhouse.student_trainer.train.data.readers import Row
+from stillhouse.student_trainer.train.data.schedule import Cursor, Schedule
+from tests.conftest import Models
+
+
+@pytest.fixture(scope="module")
+def tokenizer(models: Models) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(models.student)
+
+
+def _row(**values: Any) -> Row:
+    return Row(path=Path("rows.jsonl"), number=3, values=values)
+
+
+def _learnt(tokenizer: Any, row: Row, *, completion_only: bool = True) -> tuple[str, str]:
+    """The whole text of a row, and the part of it that is learnt."""
+    token_ids, mask = Encoder(tokenizer, completion_only=completion_only).encode(row)
+    assert len(token_ids) == len(mask)
+    assert not mask[0]
+    learnt = [token for token, kept in zip(token_ids, mask, strict=True) if kept]
+    return tokenizer.decode(token_ids), tokenizer.decode(learnt)
+
+
+def test_prompt_and_completion_learns_the_completion_and_its_end(tokenizer: Any) -> None:
+    text, learnt = _learnt(tokenizer, _row(prompt="Ada has ", completion="3 apples."))
+    assert text == "Ada has 3 apples.<|endoftext|>"
+    assert learnt == "3 apples.<|endoftext|>"
+
+
+def test_prompt_is_encoded_as_at_inference(tokenizer: Any) -> None:
+    token_ids, mask = Encoder(tokenizer, completion_only=True).encode(_row(prompt="Ada h", completion="as"))
+    assert token_ids[: mask.index(True)] == tokenizer("Ada h")["input_ids"]
+
+
+def test_text_learns_all_tokens_but_the_first(tokenizer: Any) -> None:
+    token_ids, mask = Encoder(tokenizer, completion_only=True).encode(_row(text="Ada has 3 apples."))
+    assert mask == [False] + [True] * (len(token_ids) - 1)
+
+
+CONVERSATION = [
+    {"role": "user", "content": "Wie viele Äpfel? 🍎\n"},
+    {"role": "assistant", "content": " \nDrei Äpfel 🍏."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes.\n"},
+]
+
+
+def test_messages_learn_the_assistants_turns_with_their_end_marks(tokenizer: Any) -> None:
+    text, learnt = _learnt(tokenizer, _row(messages=CONVERSATION))
+    assert text.count("<|im_start|>") == 4
+    assert learnt == " \nDrei Äpfel 🍏.<|im_end|>Yes.\n<|im_end|>"
+
+
+def test_a_template_that_marks_generation_decides_itself(models: Models) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.student)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}A:{% generation %}{{ message['content'] }}"
+        "{{ eos_token }}{% endgeneration %}{% else %}U:{{ message['content'] }}\n{% endif %}{% endfor %}"
+    )
+    _, learnt = _learnt(tokenizer, _row(messages=CONVERSATION))
+    assert learnt == " \nDrei Äpfel 🍏.<|endoftext|>Yes.\n<|endoftext|>"
+
+
+def test_without_completion_only_prompts_are_learnt_too(tokenizer: Any) -> None:
+    row = _row(prompt="Ada has ", completion="3 apples.")
+    _, mask = Encoder(tokenizer, completion_only=False).encode(row)
+    assert mask == [False] + [True] * (len(mask) - 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"question": "?"},
+            "field text: is missing: a row needs messages, or prompt and completion, or text",
+        ),
+        ({"completion": "b"}, "field prompt: is missing"),
+        ({"prompt": "a", "completion": 3}, "field completion: is a int; it must be a string"),
+        ({"text": ""}, "field text: is empty"),
+        ({"messages": []}, "field messages: must be a list of at least one message"),
+        ({"messages": [{"role": "user"}]}, "field messages[0].content: is missing or no string"),
+        ({"messages": CONVERSATION[:1]}, 'no turn with role "assistant"'),
+    ],
+)
+def test_bad_rows_are_named(tokenizer: Any, values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(StillhouseError) as error:
+        Encoder(tokenizer, completion_only=True).encode(_row(**values))
+    assert error.value.reason is Reason.DATASET_INVALID
+    assert error.value.message.startswith("rows.jsonl, row 3, field ")
+    assert sentence in error.value.message
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(models: Models) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.student)
+    tokenizer.chat_template = (
+        "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    )
+    with pytest.raises(StillhouseError, match="Give one assistant turn per row"):
+        Encoder(tokenizer, completion_only=True).encode(_row(messages=CONVERSATION))
+
+
+def _write(path: Path, count: int) -> Path:
+    with path.open("w") as file:
+        for number in range(count):
+            file.write(json.dumps({"prompt": f"{number} and ", "completion": "one " * (number + 1)}) + "\n")
+    return path
+
+
+def _load(path: Path, tokenizer: Any, **settings: Any) -> Corpus:
+    data = DataConfig(train=(DatasetConfig(path=str(path)),), **settings)
+    return load_corpus(data, EvaluationConfig(), tokenizer, path.parent)
+
+
+def test_the_split_depends_on_the_seed_alone(tokenizer: Any, tmp_path: Path) -> None:
+    path = _write(tmp_path / "rows.jsonl", 50)
+    first, again = _load(path, tokenizer, eval_fraction=0.2), _load(path, tokenizer, eval_fraction=0.2)
+    other = _load(path, tokenizer, eval_fraction=0.2, seed=1)
+    places = {example.place for example in first.eval}
+    assert places == {example.place for example in again.eval}
+    assert places != {example.place for example in other.eval}
+    assert len(places) == 10
+    assert not places & {example.place for example in first.train}
+
+
+@pytest.mark.parametrize(("overflow", "kept"), [("truncate", 20), ("drop", 8)])
+def test_long_rows_are_cut_or_left_out(tokenizer: Any, tmp_path: Path, overflow: str, kept: int) -> None:
+    path = _write(tmp_path / "rows.jsonl", 20)
+    whole = _load(path, tokenizer, eval_fraction=0.0)
+    limit = sorted(len(example.token_ids) for example in whole.train)[7]
+    corpus = _load(path, tokenizer, eval_fraction=0.0, overflow=overflow, max_sequence_tokens=limit)
+    assert len(corpus.train) == kept
+    assert max(len(example.token_ids) for example in corpus.train) == limit
+
+
+def test_parquet_and_saved_datasets_give_the_same_rows(tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+
+    path = _write(tmp_path / "rows.jsonl", 5)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    table = datasets.Dataset.from_list(rows)
+    table.save_to_disk(str(tmp_path / "saved"))
+    table.to_parquet(str(tmp_path / "rows.parquet"))
+    expected = [example.token_ids.tolist() for example in _load(path, tokenizer, eval_fraction=0.0).train]
+    for name in ("saved", "rows.parquet"):
+        corpus = _load(tmp_path / name, tokenizer, eval_fraction=0.0)
+        assert [example.token_ids.tolist() for example in corpus.train] == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ('{"text": "a b c"}\n{"text": \n', "row 2, field (the line): is no JSON"),
+        ('["text"]\n', "row 1, field (the line): is a list"),
+        ("", "no row that can be learnt from"),
+    ],
+)
+def test_files_that_are_no_json_lines_are_refused(
+    tokenizer: Any, tmp_path: Path, content: str, sentence: str
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(StillhouseError) as error:
+        _load(path, tokenizer)
+    assert sentence in error.value.message
+
+
+def test_names_of_the_service_lie_in_its_data_directory(tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "datasets").mkdir()
+    _write(tmp_path / "datasets" / "abc", 3)
+    data = DataConfig(train=(DatasetConfig(path="datasets/abc", limit=2),), eval_fraction=0.0)
+    assert len(load_corpus(data, EvaluationConfig(), tokenizer, tmp_path).train) == 2
+
+
+def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
+    schedule = Schedule.of(10, OptimizerConfig(micro_batch_size=2, grad_accum_steps=2, epochs=2.0), seed=3)
+    assert schedule.total_steps == 5
+    taken = [row for step in range(5) for row in schedule.rows(step)]
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
+    assert taken[:10] != taken[10:]
+    assert schedule.cursor(3) == Cursor(epoch=1, index=2)
+
+
+def test_the_last_step_of_whole_epochs_may_be_short() -> None:
+    schedule = Schedule.of(10, OptimizerConfig(micro_batch_size=4, epochs=1.0), seed=0)
+    assert [len(schedule.rows(step)) for step in range(schedule.total_steps)] == [4, 4, 2]
+
+
+def test_max_steps_overrides_epochs() -> None:
+    schedule = Schedule.of(3, OptimizerConfig(micro_batch_size=4, max_steps=7), seed=0)
+    assert schedule.total_steps == 7
+    assert all(len(schedule.rows(step)) == 4 for step in range(7))

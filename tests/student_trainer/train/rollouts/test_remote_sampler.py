@@ -1,0 +1,116 @@
+"""Texts from a service on the student's base: written by the version that their name says, and as likely as the student finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoRequest
+from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+from stillhouse.student_trainer.run_dir import EXIT_FAILED
+from tests.conftest import Models
+from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of
+from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_teacher
+from tests.support.tcp_proxy import TcpProxy
+
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def writer(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A service on the student's base."""
+    with (
+        no_process_left() as mark,
+        start_teacher(
+            models.student,
+            engine="hf",
+            directory=tmp_path_factory.mktemp("writer"),
+            options=["--dtype", "float32", "--threads", "1", "--max-adapters", "2"],
+            environment=mark,
+        ) as program,
+    ):
+        yield program
+
+
+def _spec(models: Models, data: Path, teacher: str, target: str, **context: Any) -> dict[str, Any]:
+    term = {"divergence": "reverse_kl", "estimator": "policy_gradient"}
+    source = {
+        "generation": {"max_new_tokens": 6, "samples_per_prompt": 2},
+        "min_teacher_logprob": -1000,
+        "rollout_target": target,
+        **context,
+    }
+    return spec_of(
+        models.student,
+        data,
+        teacher,
+        student={"model": str(models.student), "lora": {"rank": 4}, "output": "adapter"},
+        optimizer={"max_steps": STEPS, "grad_accum_steps": 1, "micro_batch_size": 4, "learning_rate": 1e-2},
+        contexts=[{"student": source, "loss": {"terms": [term], "top_k": 8}}],
+    )
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_every_version_writes_by_itself_and_leaves_nothing_behind(
+    *,
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    writer: Program,
+    tmp_path: Path,
+    staleness: int,
+) -> None:
+    spec = _spec(models, dataset_file, hf_teacher.target, writer.target, max_staleness=staleness)
+    run_dir = make_run(tmp_path, f"remote-{staleness}", spec)
+    assert finish_here(run_dir) == 0, events(run_dir)
+    weights = metric(run_dir, "train/importance_weight")
+    ages = metric(run_dir, "train/rollout_staleness")
+    assert [ages[step] for step in range(1, STEPS + 1)] == [0, *[staleness] * (STEPS - 1)]
+    for step, weight in weights.items():
+        # A fresh text is exactly as likely as the student finds it: it was written by these very weights.
+        assert (weight == pytest.approx(1, abs=1e-4)) == (ages[step] == 0)
+    with grpc.insecure_channel(writer.target) as channel:
+        info = TeacherServiceStub(channel).GetTeacherInfo(GetTeacherInfoRequest())
+    assert not info.adapters
+
+
+def test_a_service_on_another_base_is_refused(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    run_dir = make_run(
+        tmp_path, "another-base", _spec(models, dataset_file, hf_teacher.target, hf_teacher.target)
+    )
+    assert finish_here(run_dir) == EXIT_FAILED
+    assert "cannot be loaded: size mismatch" in failure(run_dir)
+
+
+def test_services_share_the_writing_and_one_that_is_lost_leaves_its_part(
+    models: Models, dataset_file: Path, hf_teacher: Program, writer: Program, tmp_path: Path
+) -> None:
+    alone = make_run(tmp_path, "alone", _spec(models, dataset_file, hf_teacher.target, writer.target))
+    assert finish_here(alone) == 0, events(alone)
+    with TcpProxy(writer.target) as network:
+        targets = {"rollout_targets": [writer.target]}
+        spec = _spec(models, dataset_file, hf_teacher.target, network.target, **targets)
+        run_dir = make_run(tmp_path, "shared", spec)
+        carried: list[int] = []
+
+        def cut_after_a_step() -> bool:
+            if not carried and metric(run_dir, "train/loss"):
+                carried.append(network.num_bytes)
+                network.become("cut")
+            return False
+
+        assert finish_here(run_dir, stopped=cut_after_a_step) == 0, events(run_dir)
+    assert carried[0] > 10_000, "it had its part"
+    assert metric(run_dir, "train/loss") == metric(alone, "train/loss")
+    expected, found = (load_file(each.final_path / "adapter_model.safetensors") for each in (alone, run_dir))
+    for name, weight in expected.items():
+        np.testing.assert_array_equal(weight, found[name], err_msg=name)

@@ -1,0 +1,142 @@
+"""Turns: fair by tokens however many calls a client has, room for whoever comes, and no trace of who leaves."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+
+from stillhouse.teacher_service.admission.fair_queue import WHOLE, Admission, Capacity, Cost, may_hold
+from stillhouse.teacher_service.admission.response_budget import LEAST_BYTES, AnswerMemory, UnreadAnswers
+
+CAPACITY = Capacity(max_tokens=8192, max_samples=16)
+
+
+class Engine:
+    """Works through what it is given, in order, one after the other."""
+
+    def __init__(self) -> None:
+        self.admission = Admission()
+        self.tokens: Counter[str] = Counter()
+        self._inside: asyncio.Queue[tuple[str, int, asyncio.Event]] = asyncio.Queue()
+
+    async def score(self, client: str, num_tokens: int) -> None:
+        async with self.admission.turn(client, CAPACITY.scoring(num_tokens)):
+            done = asyncio.Event()
+            self._inside.put_nowait((client, num_tokens, done))
+            await done.wait()
+
+    async def work(self, num_items: int) -> None:
+        for _ in range(num_items):
+            client, num_tokens, done = await self._inside.get()
+            self.tokens[client] += num_tokens
+            done.set()
+            for _ in range(3):  # who waited for it leaves, and others come in
+                await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("lengths", [(100, 100), (2000, 100), (100, 3000)])
+async def test_clients_that_wait_are_served_alike_by_tokens(lengths: tuple[int, int]) -> None:
+    engine = Engine()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(engine.score("flood", lengths[0])) for _ in range(3000)]
+        tasks += [group.create_task(engine.score("small", lengths[1])) for _ in range(900)]
+        await engine.work(100)  # what was there before the others came is served first
+        begin = engine.tokens.copy()
+        while engine.admission.num_waiting("flood") and engine.admission.num_waiting("small"):
+            await engine.work(1)
+        served = {client: engine.tokens[client] - begin[client] for client in begin}
+        for task in tasks:
+            task.cancel()
+    assert min(served.values()) > 6 * CAPACITY.max_tokens
+    # Short items fill what is left between long ones, whence the width.
+    assert 0.6 < served["flood"] / served["small"] < 1.6
+    assert engine.admission.free == WHOLE
+
+
+async def test_one_client_alone_leaves_room_that_another_gets_at_once() -> None:
+    engine = Engine()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(engine.score("flood", 100)) for _ in range(1000)]
+        await asyncio.sleep(0)
+        assert 0.2 < engine.admission.free / WHOLE < 0.3
+        tasks.append(group.create_task(engine.score("other", 100)))
+        await asyncio.sleep(0)
+        assert engine.admission.num_waiting("other") == 0
+        for task in tasks:
+            task.cancel()
+
+
+async def test_a_sequence_that_fills_the_engine_is_not_overtaken_for_ever() -> None:
+    engine = Engine()
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(engine.score("flood", 100)) for _ in range(1000)]
+        await asyncio.sleep(0)
+        long = group.create_task(engine.score("long", 10 * CAPACITY.max_tokens))
+        working = group.create_task(engine.work(1001))
+        async with asyncio.timeout(10):
+            await long
+        assert engine.admission.num_waiting("flood") > 500
+        for task in (*tasks, working):
+            task.cancel()
+
+
+async def test_who_leaves_while_waiting_or_served_leaves_nothing() -> None:
+    admission = Admission()
+    cost = CAPACITY.writing(10, 100)
+
+    async def hold(client: str) -> None:
+        async with admission.turn(client, cost):
+            await asyncio.Event().wait()
+
+    tasks = [asyncio.create_task(hold(client)) for client in "ab" for _ in range(30)]
+    await asyncio.sleep(0)
+    assert admission.num_waiting("a") > 0
+    # Cancelled in the moment of its turn, too.
+    tasks[0].cancel()
+    tasks[12].cancel()
+    await asyncio.sleep(0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert admission.free == WHOLE
+    assert admission.num_waiting("a") == admission.num_waiting("b") == 0
+
+
+def test_costs_are_tokens_for_fairness_and_parts_for_room() -> None:
+    assert CAPACITY.scoring(819) == Cost(tokens=819, part=819 * WHOLE // 8192)
+    assert CAPACITY.scoring(1 << 20).part == WHOLE
+    assert CAPACITY.writing(10, 500) == Cost(tokens=510, part=WHOLE // 16)
+    assert CAPACITY.writing(4096, 1).part == WHOLE // 2
+
+
+def test_one_who_holds_nothing_gets_what_is_free_and_others_a_multiple_of_what_they_leave() -> None:
+    assert may_hold(0, 1, 1)
+    assert not may_hold(0, 1, 2)
+    held = next(each for each in range(100) if not may_hold(each, 100 - each, 1))
+    assert held == 75
+
+
+async def test_a_call_that_is_not_read_stops_at_its_limit_and_goes_on_when_read() -> None:
+    memory = AnswerMemory(max_bytes=64 << 20)
+    slow, other = UnreadAnswers(memory), UnreadAnswers(memory)
+    holding = asyncio.create_task(hold_all(slow, 100))
+    await asyncio.sleep(0)
+    assert 6 << 20 <= memory.num_bytes <= 8 << 20
+    await asyncio.wait_for(other.hold(1 << 20), 1)
+    before = memory.num_bytes
+    slow.free(3 << 20)
+    await asyncio.sleep(0)
+    assert abs(memory.num_bytes - before) <= 1 << 20
+    holding.cancel()
+    slow.clear()
+    other.clear()
+    assert memory.num_bytes == 0
+    await asyncio.wait_for(other.hold(1 << 30), 1)  # one alone always finds room
+    assert memory.limit_of_a_call == LEAST_BYTES
+
+
+async def hold_all(unread: UnreadAnswers, count: int) -> None:
+    for _ in range(count):
+        await unread.hold(1 << 20)

@@ -1,0 +1,223 @@
+"""Logits to distributions against float64 numpy: exact tails, chunks that change nothing, draws that depend on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.teacher_service.distributions import from_logits
+from stillhouse.teacher_service.distributions.from_logits import Target, distributions, drawn, uniforms
+from stillhouse.teacher_service.engine import DistributionOptions
+
+V, T = 50, 7
+EVERYTHING = DistributionOptions(
+    top_k=5, temperatures=(0.5, 1.0, 2.0), num_sampled_tokens=4, seed=9, entropy=True, hidden_states=True
+)
+
+
+def logits(seed: int = 0, scale: float = 3.0) -> Tensor:
+    return torch.randn(T, V, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def target(start: int = 2, query: np.ndarray[tuple[int, int], np.dtype[np.int32]] | None = None) -> Target:
+    ids = np.random.default_rng(1).integers(0, V, start + T).astype(np.int32)
+    return Target(start=start, sequence=ids, query_token_ids=query)
+
+
+def identity(rows: Tensor) -> Tensor:
+    return rows
+
+
+def run(
+    rows: Tensor, options: DistributionOptions, head: Callable[[Tensor], Tensor] = identity
+) -> Distributions:
+    return distributions(rows, head, target(), options, vocab_size=V)
+
+
+def test_every_part_is_what_float64_says() -> None:
+    query = np.random.default_rng(2).integers(-1, V, (T, 3)).astype(np.int32)
+    rows, asked = logits(), target(query=query)
+    got = distributions(rows, identity, asked, EVERYTHING, vocab_size=V)
+    logprobs = rows.double().log_softmax(-1).numpy()
+    order = np.argsort(-logprobs, axis=1)[:, :5]
+    assert np.array_equal(got.token_ids, order)
+    assert np.abs(got.logprobs - np.take_along_axis(logprobs, order, 1)).max() < 1e-5
+    assert np.abs(got.target_logprobs - logprobs[np.arange(T), asked.sequence[2:]]).max() < 1e-5
+    rest = logprobs.copy()
+    np.put_along_axis(rest, order, -np.inf, 1)
+    assert np.abs(got.log_tail - np.log(np.exp(rest).sum(1))).max() < 1e-5
+    assert got.log_partitions is not None
+    partitions = np.stack([np.log(np.exp(logprobs / each).sum(1)) for each in (0.5, 1.0, 2.0)], 1)
+    assert np.abs(got.log_partitions - partitions).max() < 1e-5
+    assert got.entropy is not None
+    assert np.abs(got.entropy + (np.exp(logprobs) * logprobs).sum(1)).max() < 1e-5
+    assert got.query_logprobs is not None
+    wanted = np.where(query < 0, -np.inf, np.take_along_axis(logprobs, query.clip(0), 1))
+    assert np.allclose(got.query_logprobs, wanted, atol=1e-5)
+    assert got.start == 2
+
+
+def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(logits(), EVERYTHING)
+    monkeypatch.setattr(from_logits, "CHUNK_ELEMENTS", 3 * V)
+    calls = []
+
+    def head(rows: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return rows
+
+    parts = run(logits(), EVERYTHING, head)
+    assert calls == [3, 3, 1]
+    for name in ("token_ids", "logprobs", "log_tail", "log_partitions", "sampled_token_ids", "hidden_states"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name))
+
+
+def test_a_tail_far_below_the_precision_of_a_sum_is_exact() -> None:
+    rows = torch.full((1, V), -100.0)
+    rows[0, 3] = 0.0
+    got = distributions(
+        rows,
+        identity,
+        Target(start=1, sequence=np.array([1, 3], np.int32)),
+        DistributionOptions(top_k=1),
+        vocab_size=V,
+    )
+    assert got.log_tail[0] == pytest.approx(-100 + np.log(V - 1), rel=1e-6)
+
+
+def test_all_tokens_leave_no_tail_and_none_leaves_everything() -> None:
+    full = run(logits(), DistributionOptions(top_k=256))
+    assert full.token_ids.shape == (T, V)
+    assert np.isneginf(full.log_tail).all()
+    none = run(logits(), DistributionOptions(top_k=0))
+    assert none.token_ids.shape == (T, 0)
+    assert np.abs(none.log_tail).max() < 1e-6
+
+
+def test_half_precision_logits_are_normalised_in_float32() -> None:
+    rows = logits().bfloat16()
+    got = run(rows, DistributionOptions(top_k=V))
+    assert np.abs(np.exp(got.logprobs.astype(np.float64)).sum(1) - 1).max() < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_logits_that_are_no_numbers_are_refused_with_their_position(value: float) -> None:
+    rows = logits()
+    rows[4, 7] = value
+    with pytest.raises(StillhouseError, match="position 6 ") as caught:
+        run(rows, DistributionOptions(top_k=5))
+    assert caught.value.reason == Reason.NON_FINITE
+
+
+def test_a_draw_depends_on_seed_prefix_position_and_index_alone() -> None:
+    base = uniforms(target(), EVERYTHING)
+    assert base is not None
+    assert base.shape == (T, 4)
+    assert ((base >= 0) & (base < 1)).all()
+    more = uniforms(target(), replace(EVERYTHING, num_sampled_tokens=9, top_k=1))
+    assert more is not None
+    assert np.array_equal(more[:, :4], base)
+    later = Target(start=5, sequence=target().sequence)
+    tail = uniforms(later, EVERYTHING)
+    assert tail is not None
+    assert np.array_equal(tail, base[3:])
+    changed = target().sequence.copy()
+    changed[-1] += 1  # predicted by the last row, and read by none
+    unread = uniforms(Target(start=2, sequence=changed), EVERYTHING)
+    other = uniforms(target(), replace(EVERYTHING, seed=-10))
+    assert unread is not None
+    assert other is not None
+    assert np.array_equal(unread, base)
+    assert not np.isin(other, base).any()
+
+
+def test_draws_follow_the_distribution() -> None:
+    rows = logits(scale=1.0)[:1]
+    got = distributions(
+        rows,
+        identity,
+        Target(start=1, sequence=np.array([1, 3], np.int32)),
+        DistributionOptions(top_k=1, num_sampled_tokens=20_000),
+        vocab_size=V,
+    )
+    assert got.sampled_token_ids is not None
+    shares = np.bincount(got.sampled_token_ids[0], minlength=V) / 20_000
+    probs = rows[0].double().softmax(-1).numpy()
+    # Five standard errors of every share.
+    assert (np.abs(shares - probs) < 5 * np.sqrt(probs * (1 - probs) / 20_000) + 1e-9).all()
+
+
+@pytest.mark.parametrize(("size", "top_k"), [(4099, 64), (1 << 16, 256), (70_001, 100), (4096, 1)])
+def test_the_likeliest_of_a_folded_vocabulary_are_those_of_the_whole(size: int, top_k: int) -> None:
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
+    rows[1, -top_k // 2 :] += 20  # also what does not fill a layer
+    values, ids = from_logits.likeliest(rows, top_k)
+    assert torch.equal(values, rows.topk(top_k).values)
+    assert torch.equal(values, rows.gather(1, ids))
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+
+
+@pytest.mark.parametrize("vocab_size", [7, 128, 1000])
+def test_draws_invert_the_cumulative_distribution_and_pass_over_what_cannot_be(vocab_size: int) -> None:
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = 5 * torch.randn(3, vocab_size, generator=generator)
+    logits[:, torch.rand(vocab_size, generator=generator) < 0.3] = -torch.inf
+    logits[:, 0] = 0
+    logits[:, -2:] = -torch.inf
+    numbers = np.concatenate([np.random.default_rng(0).random((3, 400)), np.zeros((3, 1))], axis=1)
+    numbers = np.concatenate([numbers, np.full((3, 1), 1 - 2.0**-53)], axis=1)
+    ids = drawn(logits, numbers).long()
+    probs = logits.double().softmax(-1)
+    upper = probs.cumsum(-1).gather(1, ids).numpy()
+    mass = probs.gather(1, ids).numpy()
+    assert (mass > 0).all()
+    assert (numbers < upper + 1e-6).all()
+    assert (numbers > upper - mass - 1e-6).all()
+
+
+@pytest.mark.parametrize(("size", "top_k"), [(2048, 1), (4099, 64), (4096, 128), (70_001, 100)])
+@pytest.mark.parametrize("shape", ["random", "equal", "stairs", "steep", "clustered"])
+def test_compiled_heads_and_tails_are_what_float64_says(size: int, top_k: int, shape: str) -> None:
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size)) * 3
+    if shape == "equal":
+        rows = torch.full_like(rows, -1.25)
+    elif shape == "stairs":
+        rows = (rows * 2).round()  # ties on both sides of the cut
+    elif shape == "steep":
+        rows[:, 5 : 5 + top_k] += 60
+    elif shape == "clustered":
+        rows[:, : 2 * top_k] += 10  # the likeliest stand in few blocks
+    assert from_logits.is_compiled(rows, top_k)
+    got = from_logits.normalised(rows, top_k)
+    wanted = rows.double().log_softmax(-1)
+    ids = got.token_ids.long()
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+    assert torch.equal(rows.gather(1, ids), rows.topk(top_k).values)
+    assert (got.logprobs - wanted.gather(1, ids)).abs().max() < 2e-6
+    tail = wanted.scatter(1, ids, -torch.inf).logsumexp(-1)
+    assert ((got.log_tail - tail).abs() < 1e-6 + 1e-7 * tail.abs()).all()
+    alone = from_logits.normalised(rows[1:2], top_k)
+    assert torch.equal(alone.logprobs, got.logprobs[1:2])
+    assert torch.equal(alone.log_tail, got.log_tail[1:2])
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 1999, 2047])
+def test_compiled_rows_with_what_is_no_number_are_told_apart(value: float, place: int) -> None:
+    rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
+    rows[1, place] = value
+    assert from_logits.is_compiled(rows, 8)
+    assert from_logits.normalised(rows, 8).finite.tolist() == [True, False, True]
+
+
+def test_equal_logits_come_in_the_order_of_their_ids() -> None:
+    rows = torch.zeros(1, 4096)
+    rows[0, 70] = 1.0
+    assert from_logits.normalised(rows, 4).token_ids.tolist() == [[70, 0, 1, 2]]

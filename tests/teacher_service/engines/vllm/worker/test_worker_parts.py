@@ -1,0 +1,88 @@
+"""How rows leave vLLM's worker and reach the front end, and who computes them: the parts that need no model."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vllm is not installed")
+
+from stillhouse.teacher_service.engines.vllm.logprobs_processor import RawRows
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import Helpers
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import Held, Leaving, is_due
+
+
+def block(first: int, count: int, width: int = 3) -> tuple[Any, Any]:
+    ids = np.arange(first, first + count, dtype=np.int32)[:, None].repeat(width, axis=1)
+    return ids, ids.astype(np.float32)
+
+
+def test_rows_are_given_out_once_and_in_order() -> None:
+    rows = RawRows([block(0, 1), block(1, 4), block(5, 2, width=2)])
+    assert len(rows) == 7
+    assert len(rows[:0]) == 0
+    assert len(rows) == 7
+    last = rows[-3:]
+    assert [len(ids) for ids, _ in last.blocks] == [1, 2]
+    assert last.joined()[0].tolist() == [[4, 4], [5, 5], [6, 6]]
+    assert len(rows) == 4
+    rows.extend(RawRows([block(7, 1)]))
+    ids, values = rows[-5:].joined()
+    assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 1, 2, 3, 7]
+    assert len(rows) == 0
+
+
+def test_held_rows_leave_in_the_order_of_their_steps() -> None:
+    held = Held([(*block(10 * step, 3), step % 3) for step in range(5)])
+    ids, values, _ = held.take()
+    assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 11, 22, 30, 41]
+    assert held.rows == []
+
+
+def test_what_leaves_travels_between_processes_and_holds_nothing_for_the_others() -> None:
+    leaving = pickle.loads(pickle.dumps(Leaving({2: (*block(5, 2), np.empty(0, np.int32))}).tolists()))
+    assert leaving.slice_request(0, 1) is None
+    assert leaving.slice_request(2, 1).logprob_token_ids[:, 0].tolist() == [5, 6]
+
+
+def test_rows_leave_when_the_front_end_gives_them_out() -> None:
+    def due(written: int, token: int = 9) -> bool:
+        params = SimpleNamespace(max_tokens=60, stop_token_ids=[5], eos_token_id=None)
+        request = SimpleNamespace(
+            sampling_params=params, output_token_ids=[0] * written, num_prompt_tokens=50
+        )
+        return is_due(request, token, max_tokens=100)
+
+    assert [each for each in range(49) if due(each)] == [0, *range(16, 49, STREAM_INTERVAL_TOKENS)]
+    assert due(7, token=5)
+    assert due(59)  # max_tokens
+    assert due(49)  # prompt and sample fill the model
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_helpers_do_all_of_the_work_and_say_what_went_wrong(count: int) -> None:
+    helpers, done, threads = Helpers(count), set(), set()
+
+    def work(number: int) -> None:
+        assert torch.is_inference_mode_enabled()
+        threads.add(threading.get_ident())
+        done.add(number)
+        if number == 40:
+            raise ValueError("forty")
+
+    with torch.inference_mode():
+        with helpers.sharing() as share:
+            for number in range(40):
+                share(partial(work, number))
+        assert done == set(range(40))
+        assert len(threads) <= count + 1
+        with pytest.raises(ValueError, match="forty"), helpers.sharing() as share:
+            share(partial(work, 40))

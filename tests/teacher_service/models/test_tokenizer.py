@@ -1,0 +1,174 @@
+"""Text and ids: what comes out piece by piece is what comes out at once, and nothing is taken back."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.teacher_service.models.tokenizer import TOKENIZER_FILES, TextCodec
+from tests.support.small_models import END, TURN_END, make_tokenizer
+from tests.support.texts import sentences
+
+TEXT = "Ada has 12 apples — naïve café, 日本語 and 🙂👩‍🚀 too."
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tokenizer(sentences(200, seed=3), tmp_path_factory.mktemp("tokenizer"), 400)
+
+
+@pytest.fixture(scope="module")
+def codec(directory: Path) -> TextCodec:
+    return TextCodec.load(str(directory))
+
+
+def test_text_in_random_pieces_equals_the_whole(codec: TextCodec) -> None:
+    ids = codec.encode(TEXT).tolist()
+    generator = random.Random(0)
+    for stop in ((), ("never to be seen",), ("too.!", " and nothing")):
+        for _ in range(50):
+            decoder = codec.stream_decoder(stop)
+            text, rest = "", ids
+            while rest:
+                size = generator.randint(1, 4)
+                piece, rest = rest[:size], rest[size:]
+                decoded = decoder.push(piece, final=not rest)
+                assert not decoded.matched_stop
+                text += decoded.text
+                assert TEXT.startswith(text), "a broken character was given out"
+            assert text == TEXT
+            assert decoded.num_ids_kept == len(ids)
+
+
+def test_a_stop_string_ends_the_text_and_the_ids_wherever_the_pieces_break(codec: TextCodec) -> None:
+    ids = codec.encode(TEXT).tolist()
+    generator = random.Random(1)
+    for stop in (
+        ("apples",),
+        ("é, 日",),
+        ("🙂",),
+        ("tooo", "12 apples — naïve c", "café"),
+        ("日本語 and 🙂👩", "語"),
+    ):
+        expected = min((TEXT[: TEXT.find(each)] for each in stop if each in TEXT), key=len)
+        if stop == ("日本語 and 🙂👩", "語"):
+            expected = TEXT[: TEXT.find("語")]  # it is complete first
+        kept = set()
+        for _ in range(30):
+            decoder = codec.stream_decoder(stop)
+            text, rest, num_ids = "", ids, 0
+            while rest:
+                size = generator.randint(1, 5)
+                piece, rest = rest[:size], rest[size:]
+                decoded = decoder.push(piece, final=not rest)
+                text += decoded.text
+                assert expected.startswith(text), "text beyond a stop string was given out"
+                assert decoded.num_ids_kept >= num_ids
+                num_ids = decoded.num_ids_kept
+                if decoded.matched_stop:
+                    break
+            assert decoded.matched_stop
+            assert text == expected
+            kept.add(num_ids)
+        assert len(kept) == 1, "how many ids are kept depends on where the pieces break"
+        before = codec.stream_decoder().push(ids[: kept.pop()], final=True).text
+        assert before.startswith(expected)
+        assert len(before) <= len(expected) + max(map(len, stop))
+
+
+def test_ids_of_a_possible_stop_string_are_kept_back_until_it_is_none(codec: TextCodec) -> None:
+    ids = codec.encode("one two three").tolist()
+    pieces = [codec.stream_decoder().push([token], final=True).text for token in ids]
+    decoder = codec.stream_decoder(("two thirteen",))
+    begin = next(n for n in range(len(ids)) if "".join(pieces[: n + 1]).endswith("t"))
+    decoded = decoder.push(ids[: begin + 1])
+    assert decoded.text == "one "
+    assert decoded.num_ids_kept <= begin
+    decoded = decoder.push(ids[begin + 1 :])
+    assert decoded.text == "two three"
+    assert decoded.num_ids_kept == len(ids)
+
+
+def test_an_unfinished_character_at_the_end_is_given_out_as_such(codec: TextCodec) -> None:
+    ids = codec.encode("a🙂").tolist()
+    assert len(ids) > 2
+    decoder = codec.stream_decoder()
+    assert decoder.push(ids[:-1]).text == "a"
+    assert decoder.push([], final=True).text == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_bytes_that_never_become_a_character_do_not_hold_the_text_for_ever(codec: TextCodec) -> None:
+    broken = codec.encode("🙂").tolist()[-1]
+    decoder = codec.stream_decoder()
+    texts = [decoder.push([broken]).text for _ in range(40)]
+    assert sum(map(len, texts)) > 20
+
+
+def test_special_tokens_have_no_text(codec: TextCodec) -> None:
+    end = codec.eos_token_ids[0]
+    decoded = codec.stream_decoder(("x",)).push([*codec.encode("hello").tolist(), end], final=True)
+    assert decoded.text == "hello"
+    assert decoded.num_ids_kept == len(codec.encode("hello")) + 1
+
+
+def test_a_character_that_the_prompt_began_is_finished_by_the_sample(codec: TextCodec) -> None:
+    ids = codec.encode("well 🙂!").tolist()
+    split = len(codec.encode("well ")) + 1
+    decoder = codec.stream_decoder((), context=ids[:split])
+    assert "".join(decoder.push([token]).text for token in ids[split:]) == "🙂!"
+
+
+def test_conversations_are_rendered_by_the_template(codec: TextCodec) -> None:
+    ids = codec.render([{"role": "user", "content": "hi"}])
+    end = codec.encode(TURN_END).tolist()
+    assert len(end) == 1
+    assert end[0] in ids.tolist()
+    assert codec.stream_decoder().push(ids, final=True).text == "user\nhi\nassistant\n"
+    assert codec.chat_template_fingerprint
+
+
+def test_a_model_without_a_template_takes_no_conversation(directory: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    codec = TextCodec.load(str(tmp_path))
+    assert codec.chat_template_fingerprint == ""
+    with pytest.raises(StillhouseError, match="no chat template") as caught:
+        codec.render([{"role": "user", "content": "hi"}])
+    assert caught.value.reason is Reason.INVALID_REQUEST
+
+
+def test_a_template_that_refuses_is_a_bad_request(directory: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('Roles must alternate') }}")
+    with pytest.raises(StillhouseError, match="Roles must alternate"):
+        TextCodec.load(str(tmp_path)).render([{"role": "user", "content": "hi"}])
+
+
+def test_only_tokenizer_files_leave_the_host(directory: Path, codec: TextCodec) -> None:
+    (directory / "secret.json").write_text("{}")
+    (directory / "modeling.py").write_text("raise SystemExit")
+    files = dict(codec.files())
+    assert set(files) <= set(TOKENIZER_FILES)
+    assert json.loads(files["tokenizer.json"])["model"]["type"] == "BPE"
+
+
+def test_sizes_and_ends(codec: TextCodec) -> None:
+    assert codec.tokenizer_size == 400
+    assert codec.eos_token_ids == tuple(codec.encode(END).tolist())
+
+
+def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(StillhouseError) as caught:
+        TextCodec.load(str(tmp_path))
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND
+    with pytest.raises(StillhouseError) as caught:
+        TextCodec.load("nobody/no-such-model")
+    assert caught.value.reason is Reason.MODEL_NOT_FOUND

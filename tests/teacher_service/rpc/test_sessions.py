@@ -1,0 +1,156 @@
+"""What a stream holds: never more than it may, nothing after a cancel; over gRPC, with a model that can be paused."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from tests.conftest import Models
+from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
+from tests.teacher_service.local import MAX_INFLIGHT, Local, serving
+
+
+async def scores(count: int, adapter: str = "") -> AsyncIterator[teacher_pb2.ScoreRequest]:
+    yield teacher_pb2.ScoreRequest(config=distribution_config())
+    for number in range(count):
+        one = sequence(random_ids(9, seed=number), adapter=adapter)
+        one.sequence_id = number
+        yield teacher_pb2.ScoreRequest(sequence=one)
+
+
+async def settled(local: Local) -> int:
+    """Sequences read, once some were and no more are being read."""
+    async with asyncio.timeout(60):
+        while local.servicer.counters.sequences_received == 0:  # noqa: ASYNC110 - a counter wakes nobody
+            await asyncio.sleep(0.01)
+    last = -1
+    while (now := local.servicer.counters.sequences_received) != last:
+        last = now
+        await asyncio.sleep(0.3)
+    return now
+
+
+async def test_a_stream_is_read_only_as_far_as_sequences_may_be_unanswered(
+    models: Models, tmp_path: Path
+) -> None:
+    async with serving(models, tmp_path) as local:
+        paused = await local.pause()
+        call = local.stub.Score(scores(40))
+        assert await settled(local) == MAX_INFLIGHT
+        local.go_on.set()
+        await paused
+        answered = [result.sequence_id async for response in call for result in response.results]
+        assert sorted(answered) == list(range(40))
+        assert local.servicer.counters.tokens_scored == 40 * 8
+
+
+async def test_a_caller_who_does_not_read_stops_the_reading_of_its_sequences(
+    models: Models, tmp_path: Path
+) -> None:
+    async def large(count: int) -> AsyncIterator[teacher_pb2.ScoreRequest]:
+        yield teacher_pb2.ScoreRequest(config=distribution_config(256))
+        for number in range(count):
+            one = sequence(random_ids(500, seed=number))
+            one.sequence_id = number
+            yield teacher_pb2.ScoreRequest(sequence=one)
+
+    async with serving(models, tmp_path) as local:
+        call = local.stub.Score(large(100))
+        responses = aiter(call)
+        first = await anext(responses)
+        assert first.results
+        # About 1 MB an answer: what lies in buffers of the transport and in the stream's own bounds stays small.
+        assert await settled(local) < 40
+        answered = {result.sequence_id async for response in responses for result in response.results}
+        assert answered | {result.sequence_id for result in first.results} == set(range(100))
+
+
+async def test_a_cancelled_stream_leaves_nothing_to_do(models: Models, tmp_path: Path) -> None:
+    async with serving(models, tmp_path) as local:
+        paused = await local.pause()
+        scoring = local.stub.Score(scores(40))
+        request = teacher_pb2.GenerateRequest(
+            prompts=[prompt(random_ids(4))] * 9, sampling=teacher_pb2.SamplingParams(max_new_tokens=500)
+        )
+        writing = local.stub.Generate(request)
+        reader = asyncio.create_task(writing.read())
+        assert await settled(local) == MAX_INFLIGHT
+        scoring.cancel()
+        writing.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await asyncio.sleep(0.2)
+        worker = local.engine._worker
+        assert all(job.answer.cancelled for job in worker._sequences)
+        assert worker._writable() == []
+        local.go_on.set()
+        await paused
+        assert local.servicer.counters.tokens_scored == 0
+        assert local.servicer._calls.total() == 0
+
+
+async def test_an_adapter_in_use_leaves_only_when_its_users_have_ended(
+    models: Models, tmp_path: Path
+) -> None:
+    async with serving(models, tmp_path) as local:
+        load = teacher_pb2.LoadAdapterRequest(adapter="a/1", path=str(models.adapter_a))
+        await local.stub.LoadAdapter(load)
+        paused = await local.pause()
+        using = local.stub.Score(scores(2, adapter="a/1"))
+        await settled(local)
+        unloading = asyncio.ensure_future(
+            local.stub.UnloadAdapter(teacher_pb2.UnloadAdapterRequest(adapter="a/1"))
+        )
+        await asyncio.sleep(0.2)
+        assert not unloading.done()
+        late = [
+            result.error.code
+            async for response in local.stub.Score(scores(1, adapter="a/1"))
+            for result in response.results
+        ]
+        assert late == [grpc.StatusCode.NOT_FOUND.value[0]]
+        local.go_on.set()
+        await paused
+        results = [result async for response in using for result in response.results]
+        assert [result.HasField("error") for result in results] == [False, False]
+        await unloading
+        assert local.adapters.adapters() == ()
+
+
+@pytest.mark.faults(row=14)
+async def test_adapters_are_read_only_below_the_allowed_roots(models: Models, tmp_path: Path) -> None:
+    async with serving(models, tmp_path) as local:
+        outside = tmp_path / "outside"
+        outside.symlink_to(models.adapter_a)
+        inside = models.adapter_a.parent / "link-out"
+        inside.symlink_to(tmp_path)
+        for path in ("/etc", str(models.adapter_a.parent / ".." / ".."), str(inside), "relative"):
+            with pytest.raises(StillhouseError) as caught:
+                await local.adapters.load("x", path)
+            assert caught.value.reason == Reason.PATH_NOT_ALLOWED
+        inside.unlink()
+        loaded = await local.adapters.load("x", str(outside))  # a link is as good as what it leads to
+        assert loaded.rank == 4
+
+
+async def test_more_calls_than_a_teacher_takes_are_told_when_to_come_back(
+    models: Models, tmp_path: Path
+) -> None:
+    async with serving(models, tmp_path, max_calls=1) as local:
+        paused = await local.pause()
+        first = local.stub.Score(scores(1))
+        await settled(local)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            # Nothing is written: a write that meets the end of its call makes grpc.aio say INTERNAL.
+            await local.stub.Score().read()
+        error = from_rpc_error(caught.value, target="", service="teacher")
+        assert error.reason == Reason.TOO_MANY_CALLS
+        assert error.retry_after_s is not None
+        local.go_on.set()
+        await paused
+        assert [result.last async for response in first for result in response.results] == [True]

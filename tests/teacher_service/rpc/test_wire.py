@@ -1,0 +1,104 @@
+"""What answers weigh on the wire: ids packed where that is asked for, and many samples in few messages; for Score and Generate."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors.distributions import decode_distributions, packed_bits
+from stillhouse.teacher_service.rpc.response_batcher import LINGER_S
+from tests.support.programs import Program
+from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
+
+pytestmark = pytest.mark.model
+ROWS, TOP_K = 100, 64
+
+
+@pytest.fixture
+def teacher(hf_teacher: Program) -> Iterator[Teacher]:
+    client = Teacher(hf_teacher.target)
+    yield client
+    client.close()
+
+
+def scored(teacher: Teacher, **config: Any) -> Any:
+    one = sequence(random_ids(ROWS + 1))
+    requests = [
+        teacher_pb2.ScoreRequest(config=distribution_config(TOP_K, **config)),
+        teacher_pb2.ScoreRequest(sequence=one),
+    ]
+    (result,) = [result for response in teacher.stub.Score(iter(requests)) for result in response.results]
+    return result.distributions
+
+
+def written(teacher: Teacher, **config: Any) -> list[Any]:
+    request = teacher_pb2.GenerateRequest(
+        prompts=[prompt(random_ids(5))],
+        sampling=teacher_pb2.SamplingParams(max_new_tokens=20, seed=1),
+        distributions=distribution_config(TOP_K, **config),
+    )
+    chunks = [chunk for response in teacher.stub.Generate(request) for chunk in response.chunks]
+    return [chunk.distributions for chunk in chunks if len(chunk.distributions.target_logprobs.shape)]
+
+
+def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_where_that_is_asked_for(teacher: Teacher) -> None:
+    bits = packed_bits(teacher.info.vocab_size)
+    assert bits == 9
+    for answers in (
+        lambda **config: [scored(teacher, **config)],
+        lambda **config: written(teacher, **config),
+    ):
+        plain, packed = answers(), answers(pack_token_ids=True)
+        assert all(each.token_ids.dtype == Tensor.DATA_TYPE_INT32 for each in plain)
+        for each in packed:
+            count = int(np.prod(each.token_ids.shape))
+            assert each.token_ids.bits == bits
+            assert len(each.token_ids.data) == -(-count * bits // 8)
+        decoded = [
+            np.concatenate(
+                [
+                    decode_distributions(
+                        each, vocab_size=teacher.info.vocab_size, max_rows=512, max_top_k=TOP_K
+                    ).token_ids
+                    for each in several
+                ]
+            )
+            for several in (plain, packed)
+        ]
+        assert np.array_equal(*decoded)
+
+
+def test_a_scored_token_weighs_what_its_arrays_weigh(teacher: Teacher) -> None:
+    answer = scored(teacher, pack_token_ids=True, logprob_dtype=Tensor.DATA_TYPE_UNSPECIFIED)
+    of_arrays = TOP_K * 2 + TOP_K * 9 / 8 + 2 * 4
+    assert answer.ByteSize() / ROWS < of_arrays + 2
+
+
+def test_samples_written_at_once_travel_together(teacher: Teacher) -> None:
+    num_samples, new_tokens = 32, 40
+    request = teacher_pb2.GenerateRequest(
+        prompts=[prompt(random_ids(5))],
+        num_samples=num_samples,
+        sampling=teacher_pb2.SamplingParams(max_new_tokens=new_tokens, seed=3),
+        distributions=distribution_config(TOP_K),
+    )
+    begin = time.monotonic()
+    responses = list(teacher.stub.Generate(request))
+    elapsed_s = time.monotonic() - begin
+    tokens = sum(
+        chunk.token_ids.shape[0] if chunk.token_ids.shape else 0
+        for response in responses
+        for chunk in response.chunks
+    )
+    # One token of one sample is one piece of the engine; a message that is not full waits for others.
+    assert tokens > 500
+    assert len(responses) <= elapsed_s / LINGER_S + 1
+    for response in responses:
+        keys = [(chunk.prompt_index, chunk.sample_index) for chunk in response.chunks]
+        assert len(keys) == len(set(keys))
