@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())) or {"e2e", "faults"} & set(
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())) or {"integration", "faults"} & set(
             item.path.parts
         ):
             item.add_marker(pytest.mark.model)

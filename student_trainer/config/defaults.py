@@ -1,4 +1,4 @@
-"""The defaults of a run that depend on its other fields; plain ones stand beside their fields in config.py."""
+"""The defaults of a run that depend on its other fields; plain ones stand beside their fields in schema.py."""
 
 from __future__ import annotations
 

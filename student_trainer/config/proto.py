@@ -1,4 +1,4 @@
-"""Copies protobuf messages to the dataclasses of config.py and back, driven by field names alone."""
+"""Copies protobuf messages to the dataclasses of schema.py and back, driven by field names alone."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read(cls: type[T], message: Message) -> T:
 
 
 def write(config: Any, message: Message) -> None:
-    """Set every field of `message` that `config`, a dataclass of config.py, has a value for."""
+    """Set every field of `message` that `config`, a dataclass of schema.py, has a value for."""
     for name, kind in kinds(type(config)).items():
         value = getattr(config, name)
         if value is None:

@@ -56,7 +56,7 @@ def far_teacher(
     with start_program(
         "teacher",
         [
-            "teacher_service",
+            "stillhouse.teacher_service",
             "--model",
             str(models.teacher),
             "--engine",

@@ -157,7 +157,16 @@ def start_teacher(
     """A `stillhouse-teacher` on a free port of this machine."""
     return start_program(
         name,
-        ["teacher_service", "--model", str(model), "--engine", engine, "--listen", "127.0.0.1:0", *options],
+        [
+            "stillhouse.teacher_service",
+            "--model",
+            str(model),
+            "--engine",
+            engine,
+            "--listen",
+            "127.0.0.1:0",
+            *options,
+        ],
         directory=directory,
         wait_s=240.0,
         environment=environment,

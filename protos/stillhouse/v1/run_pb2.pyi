@@ -51,7 +51,7 @@ class Run(_message.Message):
         """Ended by an error; see `error`; can be resumed if it has a checkpoint."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """State is where the run is. The arrows between states are in student_trainer/runs/state.py."""
+        """State is where the run is. The arrows between states are in student_trainer/runs/store/run_state.py."""
 
     STATE_UNSPECIFIED: Run.State.ValueType  # 0
     """Never sent."""
@@ -245,7 +245,7 @@ Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 class RunSpec(_message.Message):
     """RunSpec is a run's configuration. A YAML or JSON file with these field names, in
     snake_case or lowerCamelCase, is a valid submission. An unset scalar takes the default in
-    student_trainer/config.py. Paths are resolved on the trainer's host, under the roots that it
+    student_trainer/config/schema.py. Paths are resolved on the trainer's host, under the roots that it
     allows; `datasets/…`, `caches/…` and `runs/…` name what the service holds.
     """
 

@@ -83,7 +83,7 @@ def fused_objective(
 
     At most `chunk_logits` logits exist at a time, those of one position at least. The product is computed in the type
     of autocast where that is on, else in the weight's, and in float32 on a processor that is no faster in that type
-    (product_type.py); what follows in float32 at least. Positions of weight 0 add nothing, also where `hidden` is not
+    (matmul_dtype.py); what follows in float32 at least. Positions of weight 0 add nothing, also where `hidden` is not
     finite there. Whoever calls again and again hands over the same `workspace`.
     """
     if chunk_logits is None:
