@@ -26,7 +26,7 @@ from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreItem
 from stillhouse.teacher_service.metrics import Figures
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-from stillhouse.teacher_service.rpc.servicer import TeacherServicer
+from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 CHECK_INTERVAL_S = 1.0
@@ -115,8 +115,8 @@ class _Teacher:
             insecure=config.insecure,
             reflection=config.reflection,
             services=[SERVICE],
-            # The servicer itself refuses with a reason; this bound holds for everything else.
-            max_concurrent_rpcs=4 * config.max_calls,
+            max_calls=config.max_calls,
+            limited=LIMITED,
             tokens=TokenFile(config.tokens) if config.tokens is not None else None,
             observers=[
                 self._metrics,

@@ -3,9 +3,8 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -19,6 +18,7 @@ from stillhouse.protos.rpc.interceptor_base import (
     Behaviour,
     RpcInterceptor,
     checked,
+    respond,
     tolerant,
     with_behaviour,
 )
@@ -26,7 +26,6 @@ from stillhouse.protos.telemetry.call_record import OK, CallRecord, Observer, wh
 from stillhouse.protos.telemetry.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
-BUSY_RETRY_S = 1.0
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 log = structlog.get_logger(__name__)
@@ -39,17 +38,13 @@ class ErrorInterceptor(RpcInterceptor):
     at once, so that a `finally` in it runs. A cancellation stays one: it is never INTERNAL.
     """
 
-    def __init__(
-        self, observers: Sequence[Observer] = (), *, max_calls_per_client: int | None = None
-    ) -> None:
+    def __init__(self, observers: Sequence[Observer] = ()) -> None:
         """`observers` are told of every call that has ended, except those of health and reflection."""
         self.draining = False
         """While true, calls are refused with DRAINING."""
         self._observers = tuple(observers)
         self._calls: set[object] = set()
         self._running: Counter[str] = Counter()
-        self._of_client: Counter[str] = Counter()
-        self._max_calls_per_client = max_calls_per_client
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -85,8 +80,6 @@ class ErrorInterceptor(RpcInterceptor):
         self._running[method] += 1
         self._idle.clear()
         seen = _Seen(what=what_of(request))
-        client = _client_of(context)
-        self._of_client[client] += 1
         try:
             with (
                 structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()),
@@ -99,9 +92,6 @@ class ErrorInterceptor(RpcInterceptor):
         finally:
             self._calls.discard(call)
             self._running[method] -= 1
-            self._of_client[client] -= 1
-            if not self._of_client[client]:
-                del self._of_client[client]
             if not self._calls:
                 self._idle.set()
             self._tell(method, context, seen, time.monotonic() - began_s)
@@ -123,9 +113,8 @@ class ErrorInterceptor(RpcInterceptor):
 
     async def _answer(self, behaviour: Behaviour, request: Any, context: Any, seen: "_Seen") -> Any:
         try:
-            self._admit(_client_of(context))
-            answer = behaviour(checked(request), context)
-            answer = await (_send(answer, context) if hasattr(answer, "__aiter__") else answer)
+            self._admit()
+            answer = await respond(behaviour, checked(request), context)
             seen.outcome, seen.what = OK, what_of(answer, request)
         except (grpc.aio.AbortError, grpc.aio.InternalError):
             raise  # a status is on its way, or the connection is gone
@@ -143,28 +132,13 @@ class ErrorInterceptor(RpcInterceptor):
         else:
             return answer
 
-    def _admit(self, client: str) -> None:
-        most = self._max_calls_per_client
-        if most is not None and self._of_client[client] > most:
-            raise StillhouseError(
-                Reason.TOO_MANY_CALLS,
-                f"{most} calls of this client are running, and this service keeps room for others. End some, or start the "
-                "service with a larger --max-calls.",
-                retry_after_s=BUSY_RETRY_S,
-            )
+    def _admit(self) -> None:
         if self.draining:
             raise StillhouseError(
                 Reason.DRAINING,
-                "This service is stopping and takes no further calls; ask again when it is back.",
+                "This service is stopping and takes no further calls; retry when it is back.",
                 retry_after_s=DRAIN_RETRY_S,
             )
-
-
-def _client_of(context: Any) -> str:
-    """The name that a caller has proved, else the host that it calls from."""
-    peer: str = context.peer()
-    host = peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
-    return current_caller().name or host
 
 
 class _Seen:
@@ -175,12 +149,6 @@ class _Seen:
     def __init__(self, what: str) -> None:
         self.what = what
         self.outcome = Reason.CANCELLED.value
-
-
-async def _send(responses: AsyncIterator[Any], context: Any) -> None:
-    async with aclosing(cast(Any, responses)) as open_responses:
-        async for response in open_responses:
-            await context.write(response)
 
 
 async def _abort(context: Any, status: status_pb2.Status) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -47,6 +48,17 @@ def with_behaviour(handler: Any, change: Callable[[Behaviour], Behaviour]) -> An
         request_deserializer=handler.request_deserializer,
         response_serializer=handler.response_serializer,
     )
+
+
+async def respond(behaviour: Behaviour, request: Any, context: Any) -> Any:
+    """The behaviour's response, or None once its stream of responses is written; closed if the client hangs up."""
+    response = behaviour(request, context)
+    if not hasattr(response, "__aiter__"):
+        return await response
+    async with aclosing(response) as responses:
+        async for each in responses:
+            await context.write(each)
+    return None
 
 
 def tolerant(handler: Any) -> Any:

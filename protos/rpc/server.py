@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.auth import AuthInterceptor, TokenFile
+from stillhouse.protos.rpc.call_limit import CallLimit
 from stillhouse.protos.rpc.channel import (
     KEEPALIVE_S,
     KEEPALIVE_TIMEOUT_S,
@@ -29,6 +30,8 @@ from stillhouse.protos.telemetry.call_record import Observer
 
 _LAST_WORDS_S = 1.0
 """Time for the trailers of the last calls to leave, once every call has ended."""
+_ALL_CALLS = 4
+"""Bound of gRPC itself, as a multiple of `max_calls`: it also covers health, reflection and calls that are refused."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _OPTIONS: tuple[tuple[str, Any], ...] = (
     ("grpc.max_receive_message_length", RECEIVE_LIMIT_BYTES),
@@ -62,16 +65,15 @@ class Server:
         insecure: bool,
         reflection: bool | None,
         services: Sequence[str],
-        max_concurrent_rpcs: int | None,
-        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        max_calls: int,
+        limited: Collection[str] | None = None,
         tokens: TokenFile | None = None,
         observers: Sequence[Observer] = (),
-        max_calls_per_client: int | None = None,
     ) -> None:
         """`listen` is HOST:PORT, where port 0 means any, or unix:PATH. `services` are full names, for health.
 
-        `reflection` is on for loopback if None. `tokens` are those that calls need; `observers` are told of every call
-        that has ended. Raises StillhouseError(INVALID_CONFIG) for an address that another machine can reach without
+        `reflection` is on for loopback if None. At most `max_calls` of the `limited` rpcs run at once (None: of all).
+        `tokens` are those that calls need; `observers` receive a record of every call that has ended. Raises StillhouseError(INVALID_CONFIG) for an address that another machine can reach without
         TLS, or without tokens or certificates of callers, unless `insecure`.
         """
         if tls is None and not insecure and not is_loopback(listen):
@@ -92,12 +94,13 @@ class Server:
             )
         self._listen, self._tls = listen, tls
         self._names = (*services, "")
-        self._errors = ErrorInterceptor(observers, max_calls_per_client=max_calls_per_client)
+        self._errors = ErrorInterceptor(observers)
+        self.limit = CallLimit(max_calls, methods=limited)
         self._tasks: set[asyncio.Task[None]] = set()
         self.aio: grpc.aio.Server = grpc.aio.server(
-            interceptors=[self._errors, AuthInterceptor(tokens), *interceptors],
+            interceptors=[self._errors, AuthInterceptor(tokens), self.limit],
             options=list(_OPTIONS),
-            maximum_concurrent_rpcs=max_concurrent_rpcs,
+            maximum_concurrent_rpcs=_ALL_CALLS * max_calls,
         )
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.aio)

@@ -95,8 +95,7 @@ async def serve(options: ServiceOptions) -> None:
             insecure=options.insecure,
             reflection=options.reflection,
             services=[SERVICE_NAME],
-            max_concurrent_rpcs=options.max_calls,
-            max_calls_per_client=max(1, options.max_calls * 3 // 4),
+            max_calls=options.max_calls,
             tokens=TokenFile(tokens, optional=options.tokens is None),
             observers=[metrics, AuditLog(options.audit_log or data_dir.audit_path)],
         )

@@ -13,19 +13,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from stillhouse.protos.rpc.call_limit import MULTIPLE
+
 WHOLE = 1 << 30
 """The engine, in the units of `Cost.part`."""
 QUANTUM_TOKENS = 1024
 """What a waiting client is given each time it is passed by."""
-MULTIPLE = 3
-"""A client may hold this many times what it leaves free: alone three quarters, one of two three sevenths."""
 _LEAST_TOKENS = 32
 """What the shortest sequence counts for in the engine: it has work besides its tokens."""
-
-
-def may_hold(held: int, free: int, more: int) -> bool:
-    """Whether a client that holds `held` may take `more` of what is free: then it holds too little, or nothing."""
-    return more <= free and held < MULTIPLE * free
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

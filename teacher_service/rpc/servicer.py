@@ -5,9 +5,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,21 +14,22 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.channel import FLUSH_BYTES
+from stillhouse.protos.rpc.client_identity import client_of
 from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.teacher_service.adapters.registry import AdapterRegistry
 from stillhouse.teacher_service.adapters.upload_store import AdapterSpool
-from stillhouse.teacher_service.admission.fair_queue import Capacity, may_hold
+from stillhouse.teacher_service.admission.fair_queue import Capacity
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Engine, LoadedAdapter
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-from stillhouse.teacher_service.rpc.client_identity import client_of
 from stillhouse.teacher_service.rpc.generate import GenerateSession
 from stillhouse.teacher_service.rpc.score import ScoreSession
 from stillhouse.teacher_service.rpc.score_validation import require
 from stillhouse.teacher_service.rpc.service_state import Counters, Serving
 
 LOADING_RETRY_S = 5.0
-BUSY_RETRY_S = 1.0
+LIMITED = frozenset({"/stillhouse.v1.TeacherService/Score", "/stillhouse.v1.TeacherService/Generate"})
+"""Rpcs that --max-calls limits; the others answer at once."""
 BATCHES_INSIDE = 8
 """Batches of the engine that it is given at once: one client's three quarters keep it busy, and so does what others get."""
 
@@ -42,7 +42,6 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
         self._serving: Serving | None = None
-        self._calls: Counter[str] = Counter()
         self.counters = Counters()
         """Totals since the start, for logs and tests."""
 
@@ -116,23 +115,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Any
     ) -> AsyncGenerator[teacher_pb2.ScoreResponse, None]:
         """Distributions of sequences that the teacher did not write."""
-        client = client_of(context)
-        with self._call(client):
-            session = ScoreSession(self._ready(), aiter(request_iterator), client=client)
-            async with aclosing(session.responses()) as responses:
-                async for response in responses:
-                    yield response
+        session = ScoreSession(self._ready(), aiter(request_iterator), client=client_of(context))
+        async with aclosing(session.responses()) as responses:
+            async for response in responses:
+                yield response
 
     async def Generate(
         self, request: teacher_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
         """Samples, as they grow."""
-        client = client_of(context)
-        with self._call(client):
-            session = GenerateSession(self._ready(), request, client=client)
-            async with aclosing(session.responses()) as responses:
-                async for response in responses:
-                    yield response
+        session = GenerateSession(self._ready(), request, client=client_of(context))
+        async with aclosing(session.responses()) as responses:
+            async for response in responses:
+                yield response
 
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[teacher_pb2.UploadAdapterRequest], context: Any
@@ -173,25 +168,6 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
                 retry_after_s=LOADING_RETRY_S,
             )
         return self._serving
-
-    @contextmanager
-    def _call(self, client: str) -> Iterator[None]:
-        own, running = self._calls[client], self._calls.total()
-        if not may_hold(own, self._config.max_calls - running, 1):
-            raise StillhouseError(
-                Reason.TOO_MANY_CALLS,
-                f"{running} Score and Generate calls are running, {own} of them yours; this teacher takes "
-                f"{self._config.max_calls} and keeps room for other clients. Send more in one call, or start the teacher "
-                "with a larger --max-calls.",
-                retry_after_s=BUSY_RETRY_S,
-            )
-        self._calls[client] += 1
-        try:
-            yield
-        finally:
-            self._calls[client] -= 1
-            if not self._calls[client]:
-                del self._calls[client]
 
 
 def _adapter(loaded: LoadedAdapter) -> teacher_pb2.Adapter:

@@ -18,7 +18,7 @@ from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
 from stillhouse.teacher_service.lifecycle import SERVICE
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-from stillhouse.teacher_service.rpc.servicer import TeacherServicer
+from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 from tests.conftest import Models
 
 MAX_INFLIGHT = 5
@@ -31,6 +31,7 @@ class Local:
     stub: Any
     engine: HfEngine
     servicer: TeacherServicer
+    server: Server
     adapters: AdapterRegistry
     go_on: threading.Event
     target: str
@@ -63,7 +64,13 @@ async def serving(models: Models, directory: Path, **fields: Any) -> AsyncIterat
     servicer = TeacherServicer(config)
     servicer.serve(engine, TextCodec.load(config.model), adapters)
     server = Server(
-        listen=socket, tls=None, insecure=False, reflection=None, services=[SERVICE], max_concurrent_rpcs=None
+        listen=socket,
+        tls=None,
+        insecure=False,
+        reflection=None,
+        services=[SERVICE],
+        max_calls=config.max_calls,
+        limited=LIMITED,
     )
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.aio)
     await server.start()
@@ -72,7 +79,13 @@ async def serving(models: Models, directory: Path, **fields: Any) -> AsyncIterat
         async with connect_async(socket) as channel:
             stub = teacher_pb2_grpc.TeacherServiceStub(channel)
             yield Local(
-                stub=stub, engine=engine, servicer=servicer, adapters=adapters, go_on=go_on, target=socket
+                stub=stub,
+                engine=engine,
+                servicer=servicer,
+                server=server,
+                adapters=adapters,
+                go_on=go_on,
+                target=socket,
             )
     finally:
         go_on.set()

@@ -81,7 +81,7 @@ def make_server(servicer: Told, *, listen: str = "127.0.0.1:0", **options: Any) 
         "tls": None,
         "insecure": False,
         "reflection": None,
-        "max_concurrent_rpcs": None,
+        "max_calls": 256,
     }
     server = Server(listen=listen, services=[SERVICE], **(settings | options))
     teacher_pb2_grpc.add_TeacherServiceServicer_to_server(servicer, server.aio)

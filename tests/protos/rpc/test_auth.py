@@ -91,7 +91,7 @@ async def guarded(
     *,
     tls: ServerTls | None = None,
     rpcs: dict[str, MethodDescriptor] = RPCS,
-    max_calls_per_client: int | None = None,
+    max_calls: int = 256,
 ) -> AsyncIterator[Guarded]:
     path = directory / "tokens.json"
     tokens = {"wrong": "sth_aaaaaaaa_" + "x" * 43, "garbled": "\u00e4", "none": ""}
@@ -114,9 +114,8 @@ async def guarded(
         insecure=False,
         reflection=None,
         services=[service.full_name for service in SERVICES],
-        max_concurrent_rpcs=None,
+        max_calls=max_calls,
         tokens=TokenFile(path),
-        max_calls_per_client=max_calls_per_client,
         observers=[records.append, AuditLog(directory / "audit.jsonl")],
     )
     server.aio.add_generic_rpc_handlers(handlers(reached, rpcs, go))
@@ -279,18 +278,18 @@ async def test_a_changed_file_counts_at_once_and_a_broken_one_lets_nobody_in(tmp
 
 async def test_one_client_leaves_room_for_others(tmp_path: Path) -> None:
     method = "/stillhouse.v1.RunService/WatchRun"
-    async with guarded(tmp_path, max_calls_per_client=2) as server, connect_async(server.address) as channel:
+    async with guarded(tmp_path, max_calls=4) as server, connect_async(server.address) as channel:
         ada, admin = f"Bearer {server.tokens['submit']}", f"Bearer {server.tokens['admin']}"
         server.go.clear()
         async with asyncio.TaskGroup() as running:
-            for _ in range(2):
+            for _ in range(3):
                 running.create_task(call(channel, method, ada))
-            while len(server.reached) < 2:  # noqa: ASYNC110 - the server is asked, and has no event
+            while len(server.reached) < 3:  # noqa: ASYNC110 - the server is asked, and has no event
                 await asyncio.sleep(0.01)
             assert (await refusal(channel, method, ada)).reason == Reason.TOO_MANY_CALLS
-            assert len(server.reached) == 2
+            assert len(server.reached) == 3
             running.create_task(call(channel, method, admin))
-            while len(server.reached) < 3:  # noqa: ASYNC110 - the server is asked, and has no event
+            while len(server.reached) < 4:  # noqa: ASYNC110 - the server is asked, and has no event
                 await asyncio.sleep(0.01)
             server.go.set()
         await call(channel, method, ada)
@@ -302,9 +301,7 @@ async def test_without_tokens_a_certificate_names_the_caller(tmp_path: Path) -> 
         cert=certificates.server.cert, key=certificates.server.key, client_ca=certificates.authority.cert
     )
     reached: list[tuple[str, Caller]] = []
-    server = Server(
-        listen="127.0.0.1:0", tls=tls, insecure=False, reflection=None, services=[], max_concurrent_rpcs=None
-    )
+    server = Server(listen="127.0.0.1:0", tls=tls, insecure=False, reflection=None, services=[], max_calls=9)
     server.aio.add_generic_rpc_handlers(handlers(reached, RPCS))
     address = await server.start()
     async with connect_async(channel_options(address, certificates)) as channel:

@@ -143,7 +143,7 @@ async def test_reflection_is_on_for_loopback_and_off_when_told() -> None:
 
 async def test_calls_beyond_the_limit_are_refused() -> None:
     servicer = Told(asyncio.Event().wait)  # type: ignore[arg-type]
-    server = make_server(servicer, max_concurrent_rpcs=1)
+    server = make_server(servicer, max_calls=1)
     address = await server.start()
     async with connect_async(address) as channel:
         first = stub_of(channel).GetTokenizer(teacher_pb2.GetTokenizerRequest())

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from stillhouse.teacher_service.admission.fair_queue import WHOLE, Admission, Capacity, Cost, may_hold
+from stillhouse.teacher_service.admission.fair_queue import WHOLE, Admission, Capacity, Cost
 from stillhouse.teacher_service.admission.response_budget import LEAST_BYTES, AnswerMemory, UnreadAnswers
 
 CAPACITY = Capacity(max_tokens=8192, max_samples=16)
@@ -109,13 +109,6 @@ def test_costs_are_tokens_for_fairness_and_parts_for_room() -> None:
     assert CAPACITY.scoring(1 << 20).part == WHOLE
     assert CAPACITY.writing(10, 500) == Cost(tokens=510, part=WHOLE // 16)
     assert CAPACITY.writing(4096, 1).part == WHOLE // 2
-
-
-def test_one_who_holds_nothing_gets_what_is_free_and_others_a_multiple_of_what_they_leave() -> None:
-    assert may_hold(0, 1, 1)
-    assert not may_hold(0, 1, 2)
-    held = next(each for each in range(100) if not may_hold(each, 100 - each, 1))
-    assert held == 75
 
 
 async def test_a_call_that_is_not_read_stops_at_its_limit_and_goes_on_when_read() -> None:

@@ -209,14 +209,14 @@ async def test_calls_of_one_client_leave_room_for_anothers(models: Models, tmp_p
     async with serving(models, tmp_path, max_calls=8) as local:
         paused = await local.pause()
         floods = [local.stub.Score(sequences(1, 9), metadata=FLOOD) for _ in range(6)]
-        await until(lambda: local.servicer._calls["name:flood"] == 6)
+        await until(lambda: local.server.limit.calls["name:flood"] == 6)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await local.stub.Score(metadata=FLOOD).read()
         error = from_rpc_error(caught.value, target="", service="teacher")
         assert error.reason == Reason.TOO_MANY_CALLS
         assert "6 of them yours" in error.message
         small = local.stub.Score(sequences(1, 9), metadata=SMALL)
-        await until(lambda: local.servicer._calls["name:small"] == 1)
+        await until(lambda: local.server.limit.calls["name:small"] == 1)
         local.go_on.set()
         await paused
         for call in (*floods, small):

@@ -91,7 +91,7 @@ async def test_a_cancelled_stream_leaves_nothing_to_do(models: Models, tmp_path:
         local.go_on.set()
         await paused
         assert local.servicer.counters.tokens_scored == 0
-        assert local.servicer._calls.total() == 0
+        assert local.server.limit.calls.total() == 0
 
 
 async def test_an_adapter_in_use_leaves_only_when_its_users_have_ended(

@@ -1,4 +1,4 @@
-"""Who a call counts for: what was proved before what is claimed, and a host before its connections."""
+"""Identity of a client: proved names before claimed ones, hosts instead of connections."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from stillhouse.protos.rpc import auth
 from stillhouse.protos.rpc.channel import process_name
-from stillhouse.teacher_service.rpc.client_identity import MAX_NAME_CHARS, client_of
+from stillhouse.protos.rpc.client_identity import MAX_NAME_CHARS, client_of
 
 
 @dataclass
 class Context:
-    """What a call tells of its caller."""
+    """Address and metadata of a call."""
 
     address: str = "ipv4:10.0.0.7:4242"
     metadata: tuple[tuple[str, str | bytes], ...] = ()

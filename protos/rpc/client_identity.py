@@ -1,4 +1,4 @@
-"""Who calls, for fair shares: token, else certificate, else the name that the caller gives, else where it calls from."""
+"""Identity of a client for limits and fair shares: token, else certificate, else the name it sends, else its host."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_NAME_CHARS = 128
 
 
 def client_of(context: Any) -> str:
-    """The client that a call counts for. Names that were proved never meet those that callers give themselves."""
+    """The client that a call counts for; the prefix keeps proved names apart from those that clients choose."""
     proved = current_caller().name
     if proved:
         return f"proved:{proved}"
@@ -23,5 +23,5 @@ def client_of(context: Any) -> str:
 
 
 def _host(peer: str) -> str:
-    """A peer without its port: more connections do not make more clients."""
+    """A peer without its port, so that more connections do not make more clients."""
     return peer.rpartition(":")[0] if peer.startswith(("ipv4:", "ipv6:")) else peer
