@@ -28,7 +28,7 @@ from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.factory import Parts, make_feed
-from stillhouse.student_trainer.train.contexts.source import Source, StepData
+from stillhouse.student_trainer.train.contexts.source import StepData, StepSource
 from stillhouse.student_trainer.train.data.context_mix import Mix
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.schedule import Schedule
@@ -259,7 +259,7 @@ class _Parts:
             len(self._corpus.train), config.optimizer, config.data.seed, self._corpus.parts
         )
         mix = Mix(weights=[1.0], schedule=schedule, seed=config.data.seed)
-        return Source([make_feed(config.contexts[0], 0, parts)], mix).steps(after=0)
+        return StepSource([make_feed(config.contexts[0], 0, parts)], mix).steps(after=0)
 
     def close_cache(self) -> None:
         """Writes what was answered, so that it can be read."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import LossConfig
 from stillhouse.student_trainer.run_dir import RunDir, write_whole
-from stillhouse.student_trainer.train.batching.collate import Scored, collate
+from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.loss.alm import chunk_objective
 from stillhouse.student_trainer.train.loss.functional import cross_entropy, forward_kl
@@ -47,7 +47,7 @@ class Autocast(Protocol):
 
 def evaluate(
     student: Student,
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredExample],
     *,
     batch_size: int,
     device: torch.device,
@@ -107,9 +107,9 @@ def _chunk(logits: Tensor, here: Positions, vocab_size: int) -> dict[str, Any]:
     return found
 
 
-def ask(examples: Sequence[Example], stream: Answers, patience: Patience) -> list[Scored]:
+def ask(examples: Sequence[Example], stream: Answers, patience: Patience) -> list[ScoredExample]:
     """The examples with the teacher's answers. Raises what `Answers.take` raises."""
-    scored: list[Scored] = []
+    scored: list[ScoredExample] = []
     asked = 0
     for sequence_id, example in enumerate(examples):
         while asked < min(sequence_id + WINDOW_SEQUENCES, len(examples)):
@@ -117,11 +117,11 @@ def ask(examples: Sequence[Example], stream: Answers, patience: Patience) -> lis
             token_ids, start = ahead.asked
             stream.submit(asked, token_ids, start, ahead.place, teacher=ahead.teacher)
             asked += 1
-        scored.append(Scored(example=example, answer=stream.take(sequence_id, patience)))
+        scored.append(ScoredExample(example=example, answer=stream.take(sequence_id, patience)))
     return scored
 
 
-def load_answers(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> list[Scored] | None:
+def load_answers(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> list[ScoredExample] | None:
     """The answers that this run's teacher gave before; None if there are none, or not for these examples."""
     path = run_dir.eval_targets_path / "answers.npz"
     try:
@@ -136,7 +136,7 @@ def load_answers(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> li
         log.warning("stored answers for held-out rows cannot be read and are asked for again", why=str(error))
         return None
     return [
-        Scored(
+        ScoredExample(
             example=example,
             answer=Distributions(
                 start=example.asked[1], **{name: array[begin:end] for name, array in arrays.items()}
@@ -146,7 +146,7 @@ def load_answers(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> li
     ]
 
 
-def store_answers(run_dir: RunDir, scored: Sequence[Scored], top_k: int) -> None:
+def store_answers(run_dir: RunDir, scored: Sequence[ScoredExample], top_k: int) -> None:
     """Keeps the answers for later evaluations and attempts of the run."""
     answers = [each.answer for each in scored if each.answer is not None]
     arrays = {name: np.concatenate([getattr(answer, name) for answer in answers]) for name in _ARRAYS}

@@ -20,12 +20,12 @@ from stillhouse.student_trainer.config.checks import TEACHER_METRICS
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train import evaluate
-from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.checkpointing import checkpoint
-from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, Trained
-from stillhouse.student_trainer.train.checkpointing.triggers import Due
+from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
+from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.contexts.factory import Parts, make_feed
-from stillhouse.student_trainer.train.contexts.source import Source, StepData
+from stillhouse.student_trainer.train.contexts.source import StepData, StepSource
 from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import bridge
 from stillhouse.student_trainer.train.data.context_mix import Mix
 from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
@@ -115,13 +115,13 @@ class _Run:
         self.progress = progress
         self.student: Student
         self.stepper: Stepper
-        self.source: Source
-        self.due: Due
+        self.source: StepSource
+        self.due: Triggers
         self._accelerator: Any
         self._reporter: Reporter
-        self._trained: Trained
+        self._trained: TrainingState
         self._schedule: Schedule
-        self._held_out: list[Scored]
+        self._held_out: list[ScoredExample]
         self._vitals: Callable[[], Mapping[str, float]]
         self._num_held_out: int
         self._vocab_size: int
@@ -201,7 +201,7 @@ class _Run:
             vocab_size=run._vocab_size,
             ranks=ranks,
         )
-        run._trained = Trained(
+        run._trained = TrainingState(
             model=run.student.model,
             optimizer=optimizer,
             scaler=run._accelerator.scaler,
@@ -213,14 +213,14 @@ class _Run:
             "teacher_fingerprint": teachers.fingerprint if teachers else "",
         }
         run._restore()
-        run.due = Due(config.checkpoint, config.evaluation, run._schedule)
+        run.due = Triggers(config.checkpoint, config.evaluation, run._schedule)
         run._reporter.resume_at(progress.step)
         attempt.report("started", total_steps=run._schedule.total_steps, step=progress.step)
         log.info("training", step=progress.step, total_steps=run._schedule.total_steps, precision=precision)
 
         if ask_now and teachers:
             answers = ranks.after_first(lambda: run._answers(corpus, teachers, patience))
-        plain = [Scored(example=example, answer=None) for example in corpus.eval]
+        plain = [ScoredExample(example=example, answer=None) for example in corpus.eval]
         held_out = answers if answers is not None and wants_answers else plain
         run._num_held_out = len(held_out)
         run._held_out = [each for number, each in enumerate(held_out) if ranks.is_mine(number)]
@@ -247,7 +247,7 @@ class _Run:
         )
         feeds = [make_feed(context, number, parts) for number, context in enumerate(config.contexts)]
         ranks.exchange(None, patient=True)  # what an earlier attempt has left elsewhere is gone for all
-        run.source = Source(feeds, mix, ranks.is_mine)
+        run.source = StepSource(feeds, mix, ranks.is_mine)
         return run
 
     def _restore(self) -> None:
@@ -262,7 +262,7 @@ class _Run:
 
     def _answers(
         self, corpus: Corpus, teachers: Teachers | StoredTeachers, patience: Patience
-    ) -> list[Scored] | None:
+    ) -> list[ScoredExample] | None:
         """The teacher's answers for the held-out rows: the first process asks for them, the others read what it stored."""
         run_dir, top_k = self.attempt.run_dir, evaluation_top_k(self.config)
         if not self.ranks.is_first:

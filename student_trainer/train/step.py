@@ -20,7 +20,7 @@ from stillhouse.student_trainer.train.batching.baselines import Baseline, batch_
 from stillhouse.student_trainer.train.batching.collate import (
     Factor,
     MicroBatch,
-    Scored,
+    ScoredExample,
     chunk_sums,
     collate,
     total_weight,
@@ -144,7 +144,7 @@ class Stepper:
             )
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _whole(self, scored: Sequence[Scored]) -> dict[str, float]:
+    def _whole(self, scored: Sequence[ScoredExample]) -> dict[str, float]:
         """Of the step in all processes: "tokens", "weight", which is its denominator, and the sums of weightings and baselines."""
         examples = [each.example for each in scored]
         own = {
@@ -161,7 +161,11 @@ class Stepper:
         return self._ranks.sums(own)
 
     def _accumulate(
-        self, scored: Sequence[Scored], denominator: float, factors: Sequence[Factor], chunk_scale: float
+        self,
+        scored: Sequence[ScoredExample],
+        denominator: float,
+        factors: Sequence[Factor],
+        chunk_scale: float,
     ) -> dict[str, float]:
         """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
         sums: Counter[str] = Counter()
@@ -290,7 +294,7 @@ class Stepper:
         )
 
 
-def _groups(scored: Sequence[Scored], size: int) -> Iterator[Sequence[Scored]]:
+def _groups(scored: Sequence[ScoredExample], size: int) -> Iterator[Sequence[ScoredExample]]:
     """At most `size` sequences at a time, each time of one context."""
     for _, of_context in itertools.groupby(
         sorted(scored, key=lambda each: each.context), key=lambda each: each.context

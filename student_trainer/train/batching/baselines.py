@@ -16,13 +16,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.loss.policy_gradient import MIN_TEACHER_LOGPROB
 
 Baseline = Literal["batch", "group", "position"]
 
 
-def advantages(scored: Scored) -> NDArray[np.float64]:
+def advantages(scored: ScoredExample) -> NDArray[np.float64]:
     """[n]: A of each token of a text that the student wrote, with the weights that wrote it."""
     assert scored.answer is not None, "what the student writes is scored"
     assert scored.behaviour_logprobs is not None
@@ -32,17 +32,17 @@ def advantages(scored: Scored) -> NDArray[np.float64]:
     return found
 
 
-def batch_sums(scored: Sequence[Scored], context: int) -> tuple[float, float]:
+def batch_sums(scored: Sequence[ScoredExample], context: int) -> tuple[float, float]:
     """Sum of the advantages of a context's texts, and their tokens."""
     found = [advantages(each) for each in scored if each.context == context]
     return sum(float(each.sum()) for each in found), float(sum(map(len, found)))
 
 
 def with_baselines(
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredExample],
     kinds: Mapping[int, Baseline],
     batches: Mapping[int, tuple[float, float]],
-) -> list[Scored]:
+) -> list[ScoredExample]:
     """`scored` with the baselines of the contexts that have one; `batches` are the `batch_sums` of the whole step."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     found: dict[int, NDArray[np.float64]] = {}

@@ -32,7 +32,7 @@ from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Scored:
+class ScoredExample:
     """An example, with what the teacher says of its positions [start, T) if it was asked."""
 
     example: Example
@@ -92,7 +92,7 @@ class MicroBatch:
 
 
 def collate(
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredExample],
     *,
     reduction: Reduction,
     device: torch.device,
@@ -148,13 +148,13 @@ class Factor:
 
     @classmethod
     def over(
-        cls, scored: Sequence[Scored], weighting: TokenWeighting, vocab_size: int, reduction: Reduction
+        cls, scored: Sequence[ScoredExample], weighting: TokenWeighting, vocab_size: int, reduction: Reduction
     ) -> Factor:
         """The weighting whose factors have mean 1 over the targets of `scored` that have an answer."""
         plain = cls(weighting=weighting, vocab_size=vocab_size)
         return plain.scaled(*plain.sums(scored, reduction))
 
-    def sums(self, scored: Sequence[Scored], reduction: Reduction) -> tuple[float, float]:
+    def sums(self, scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[float, float]:
         """Of the factors and of the weights, over the targets of `scored` that have an answer."""
         total = denominator = 0.0
         for each in scored:
@@ -168,7 +168,7 @@ class Factor:
         """The same with mean 1, where `sums` over the whole step are these."""
         return replace(self, scale=denominator / total if total > 0 else 1.0)
 
-    def of(self, scored: Scored, at: np.ndarray) -> np.ndarray:
+    def of(self, scored: ScoredExample, at: np.ndarray) -> np.ndarray:
         """float32 [n]: the factors of the targets `at` of a sequence with an answer."""
         assert scored.answer is not None
         entropies = entropy(scored.answer, at - scored.answer.start)
@@ -181,7 +181,7 @@ def total_weight(examples: Sequence[Example], reduction: Reduction) -> float:
     return float(sum(example.num_targets * _weight(example.num_targets, reduction) for example in examples))
 
 
-def chunk_sums(scored: Sequence[Scored], reduction: Reduction) -> tuple[float, float]:
+def chunk_sums(scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[float, float]:
     """Of the sequences that are compared by chunks: what the weights of their targets sum to, and those of their chunks.
 
     Chunks whose weights are multiplied with the first over the second, of a whole step, give a mean over chunks.
@@ -211,7 +211,7 @@ class _Inputs:
     picks: np.ndarray
 
 
-def _padded(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Inputs:
+def _padded(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) -> _Inputs:
     longest = max(len(each.example.token_ids) for each in scored)
     input_ids = np.zeros((len(scored), longest), np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -231,7 +231,7 @@ def _padded(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Input
     )
 
 
-def _packed(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Inputs:
+def _packed(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) -> _Inputs:
     lengths = [len(each.example.token_ids) for each in scored]
     begins = np.cumsum([0, *lengths[:-1]])
     columns = [begin + at - 1 for begin, at in zip(begins, positions, strict=True)]
@@ -244,7 +244,7 @@ def _packed(scored: Sequence[Scored], positions: Sequence[np.ndarray]) -> _Input
 
 
 def _targets(
-    scored: Sequence[Scored], positions: Sequence[np.ndarray], device: torch.device, form: TargetForm
+    scored: Sequence[ScoredExample], positions: Sequence[np.ndarray], device: torch.device, form: TargetForm
 ) -> SparseTargets:
     token_ids: list[np.ndarray] = []
     logprobs: list[np.ndarray] = []
@@ -280,7 +280,7 @@ def _targets(
 
 
 def _chunks(
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredExample],
     positions: Sequence[np.ndarray],
     device: torch.device,
     reduction: Reduction,
@@ -315,7 +315,7 @@ def _widened(array: np.ndarray, num_columns: int, filling: float) -> np.ndarray:
 
 
 def _sampled(
-    scored: Sequence[Scored],
+    scored: Sequence[ScoredExample],
     positions: Sequence[np.ndarray],
     device: torch.device,
     max_importance_weight: float,

@@ -33,7 +33,6 @@ from stillhouse.student_trainer.train.process.outcome import Outcome
 from stillhouse.student_trainer.train.process.reporter import Reporter
 from stillhouse.student_trainer.train.process.waiting import Patience, Stopped
 from stillhouse.student_trainer.train.student.student import load_tokenizer
-from stillhouse.student_trainer.train.teacher.answer_stream import Asked
 from stillhouse.student_trainer.train.teacher.answers import offered, training_request
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.queries import (
@@ -41,9 +40,10 @@ from stillhouse.student_trainer.train.teacher.queries import (
     evaluation_questions,
     training_questions,
 )
+from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
-from stillhouse.student_trainer.train.teacher.teacher import Demands, Teacher
+from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 from stillhouse.student_trainer.train.teacher.teachers import Teachers
 
 log = structlog.get_logger()
@@ -77,7 +77,7 @@ def build(config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool
 class _Job:
     """One kind of questions to one teacher."""
 
-    teacher: Teacher
+    teacher: TeacherClient
     request: DistributionConfig
     meta: CacheMeta
     examples: Sequence[Example]
@@ -192,7 +192,7 @@ class _Build:
     def _total_steps(self) -> int:
         return -(-self._num_all // self._rows_per_step)
 
-    def _plan(self, question: Question, name: str, teacher: Teacher) -> None:
+    def _plan(self, question: Question, name: str, teacher: TeacherClient) -> None:
         request = offered(question.request(teacher.config), teacher.info)
         meta = RunCache.meta(teacher, request, held_out=question.held_out)
         examples = {meta.key(each.token_ids, each.start): each for each in question.of(name)}
@@ -207,7 +207,7 @@ class _Build:
             )
         )
 
-    def _plan_texts(self, number: int, name: str, teacher: Teacher, corpus: Corpus) -> None:
+    def _plan_texts(self, number: int, name: str, teacher: TeacherClient, corpus: Corpus) -> None:
         context = self._config.contexts[number]
         assert context.teacher is not None
         asked = training_request(self._config.loss_of(context), self._config.data.seed)(teacher.config)
@@ -248,7 +248,7 @@ class _Build:
         for number, example in enumerate(job.examples):
             while asked < min(number + WINDOW_SEQUENCES, len(job.examples)):
                 ahead = job.examples[asked]
-                question = Asked(token_ids=ahead.token_ids, start=ahead.start, place=ahead.place)
+                question = TeacherQuery(token_ids=ahead.token_ids, start=ahead.start, place=ahead.place)
                 stream.submit(asked, question)
                 asked += 1
             self._patience.check(None)

@@ -19,7 +19,7 @@ from stillhouse.student_trainer.train.data.context_mix import text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
-from stillhouse.student_trainer.train.teacher.teacher import Teacher
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 WINDOW_PROMPTS = 64
 """Prompts in flight to a teacher."""
@@ -32,7 +32,7 @@ class TextJob:
     """The prompts of one context that one teacher continues."""
 
     context: int
-    teacher: Teacher
+    teacher: TeacherClient
     request: DistributionConfig
     meta: CacheMeta
     generation: RolloutConfig

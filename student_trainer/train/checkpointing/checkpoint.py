@@ -50,7 +50,7 @@ class Progress:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trained:
+class TrainingState:
     """What a checkpoint saves and restores in place, beside the random generators."""
 
     model: nn.Module
@@ -62,7 +62,7 @@ class Trained:
     """Texts of the student that no step has taken yet."""
 
 
-def save(attempt: Attempt, trained: Trained, facts: Mapping[str, str], *, keep: int) -> Path:
+def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, keep: int) -> Path:
     """Writes the checkpoint of the current step and removes all but the newest `keep`.
 
     `facts` are recorded in the manifest for people. Raises StillhouseError(RUN_STATE) if another attempt owns the run;
@@ -91,7 +91,7 @@ def save(attempt: Attempt, trained: Trained, facts: Mapping[str, str], *, keep: 
     return target
 
 
-def restore(attempt: Attempt, trained: Trained) -> int | None:
+def restore(attempt: Attempt, trained: TrainingState) -> int | None:
     """Restores the newest checkpoint that is whole, in place; its step, or None if there never was one.
 
     A damaged one is set aside under another name. Raises StillhouseError(CHECKPOINT_CORRUPT) if all are damaged.
@@ -120,7 +120,7 @@ def restore(attempt: Attempt, trained: Trained) -> int | None:
     return None
 
 
-def restore_step(run_dir: RunDir, step: int, trained: Trained) -> None:
+def restore_step(run_dir: RunDir, step: int, trained: TrainingState) -> None:
     """Restores the checkpoint of `step`, which another process of this attempt has found whole, in place."""
     _read_files(run_dir.checkpoint_path(step), trained)
 
@@ -143,7 +143,7 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def _write_files(directory: Path, trained: Trained) -> None:
+def _write_files(directory: Path, trained: TrainingState) -> None:
     weights = {name: each.detach().contiguous() for name, each in _saved_tensors(trained.model).items()}
     save_file(weights, directory / WEIGHTS)
     _fsync(directory / WEIGHTS)
@@ -176,7 +176,7 @@ def _write_manifest(directory: Path, step: int, facts: Mapping[str, str]) -> Non
     fsync_directory(directory)
 
 
-def _read_files(directory: Path, trained: Trained) -> None:
+def _read_files(directory: Path, trained: TrainingState) -> None:
     weights = load_file(directory / WEIGHTS)
     tensors = _saved_tensors(trained.model)
     if weights.keys() != tensors.keys():

@@ -9,7 +9,7 @@ from stillhouse.student_trainer.config.schema import CheckpointConfig, Evaluatio
 from stillhouse.student_trainer.train.data.schedule import Schedule
 
 
-class Due:
+class Triggers:
     """The rhythm of one run."""
 
     def __init__(

@@ -10,7 +10,7 @@ from typing import Protocol
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.context_mix import Mix, Slot
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
@@ -29,7 +29,7 @@ class StepData:
 
     step: int
     """Counts from 0."""
-    scored: Sequence[Scored]
+    scored: Sequence[ScoredExample]
     """By context, in order; shorter than planned where a sequence was left out, which is counted."""
     teacher_wait_s: float
     """How long the student waited for it."""
@@ -52,7 +52,7 @@ class Feed(Protocol):
         """Begin with the rows of a step; called once for each step, in order."""
         ...
 
-    def take(self, step: int) -> Iterator[Scored]:
+    def take(self, step: int) -> Iterator[ScoredExample]:
         """What the step learns from. Raises StillhouseError(NON_FINITE) through the skips that it counts."""
         ...
 
@@ -61,7 +61,7 @@ class Feed(Protocol):
         ...
 
 
-class Source:
+class StepSource:
     """The contexts of a run, mixed."""
 
     def __init__(
@@ -154,7 +154,7 @@ class DatasetFeed:
             token_ids, start = example.asked
             self._answers.submit(slot.place, token_ids, start, example.place, teacher=example.teacher)
 
-    def take(self, step: int) -> Iterator[Scored]:
+    def take(self, step: int) -> Iterator[ScoredExample]:
         """The rows with their answers."""
         for slot in self._slots.pop(step):
             answer = None
@@ -164,7 +164,7 @@ class DatasetFeed:
                 except StillhouseError as error:
                     self._skips.count(error, self.num_asked)
                     continue
-            yield Scored(example=self._examples[slot.row], answer=answer, context=self._context)
+            yield ScoredExample(example=self._examples[slot.row], answer=answer, context=self._context)
 
     def metrics(self) -> Mapping[str, float]:
         """Nothing of its own."""

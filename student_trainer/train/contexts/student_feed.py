@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentContextConfig
-from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.batching.supports import with_query
 from stillhouse.student_trainer.train.contexts.source import Skips
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
@@ -109,7 +109,7 @@ class StudentFeed:
                 query_token_ids=rollout.likeliest if self._asks_query else None,
             )
 
-    def take(self, step: int) -> Iterator[Scored]:
+    def take(self, step: int) -> Iterator[ScoredExample]:
         """The texts with their answers; those that are too old are left out and counted."""
         version = self._version()
         # They stay until the step is taken: a run that stops before that goes on with them.
@@ -202,7 +202,7 @@ class _Sums:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
-def _scored(rollout: Rollout, answer: Distributions, context: int) -> Scored:
+def _scored(rollout: Rollout, answer: Distributions, context: int) -> ScoredExample:
     length = len(rollout.token_ids)
     example = Example(
         token_ids=rollout.token_ids,
@@ -211,7 +211,7 @@ def _scored(rollout: Rollout, answer: Distributions, context: int) -> Scored:
         num_prompt=rollout.start,
         teacher=rollout.teacher,
     )
-    return Scored(
+    return ScoredExample(
         example=example,
         answer=answer,
         context=context,

@@ -9,7 +9,7 @@ import structlog
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
-from stillhouse.student_trainer.train.batching.collate import Scored
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.contexts.source import Skips
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -68,7 +68,7 @@ class TeacherFeed:
                 place=example.place,
             )
 
-    def take(self, step: int) -> Iterator[Scored]:
+    def take(self, step: int) -> Iterator[ScoredExample]:
         """The texts with their distributions."""
         lengths, num_finished, num_foreign = [], 0, 0
         for slot in self._slots.pop(step):
@@ -107,10 +107,10 @@ class TeacherFeed:
         return self._streams[example.teacher]
 
 
-def _scored(example: Example, text: Written, context: int) -> Scored:
+def _scored(example: Example, text: Written, context: int) -> ScoredExample:
     prompt = example.prompt
     token_ids = np.concatenate([prompt, text.token_ids])
-    return Scored(
+    return ScoredExample(
         example=Example(
             token_ids=token_ids,
             mask=np.arange(len(token_ids)) >= len(prompt),

@@ -15,12 +15,14 @@ from stillhouse.student_trainer.config.schema import DataConfig, RunConfig
 from stillhouse.student_trainer.train.cross_tokenizer.bridge import Bridge
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.teacher.teacher import Teacher
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 log = structlog.get_logger()
 
 
-def bridge(config: RunConfig, corpus: Corpus, teachers: Mapping[str, Teacher], tokenizer: Any) -> Corpus:
+def bridge(
+    config: RunConfig, corpus: Corpus, teachers: Mapping[str, TeacherClient], tokenizer: Any
+) -> Corpus:
     """The corpus for `teachers` that have been reached, by name; `tokenizer` is the student's. Raises StillhouseError."""
     student_json, roles = tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
     own = tokenizer_fingerprint(student_json, roles)

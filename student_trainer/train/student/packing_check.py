@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from stillhouse.student_trainer.config.checks import invalid_field
-from stillhouse.student_trainer.train.batching.collate import Scored, collate
+from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.student.student import Student
 
@@ -25,7 +25,7 @@ def check_packing(student: Student, device: torch.device) -> None:
     size = student.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers' models
     generator = np.random.default_rng(0)
     scored = [
-        Scored(
+        ScoredExample(
             example=Example(
                 token_ids=generator.integers(0, size, length).astype(np.int32),
                 mask=np.arange(length) > 0,

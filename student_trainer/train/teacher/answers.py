@@ -18,7 +18,7 @@ from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import LossConfig, TeacherConfig
 from stillhouse.student_trainer.train.batching.supports import mix
 from stillhouse.student_trainer.train.process.waiting import Patience
-from stillhouse.student_trainer.train.teacher.answer_stream import AnswerStream, Asked
+from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 
 class Answers:
@@ -26,7 +26,7 @@ class Answers:
 
     def __init__(
         self,
-        streams: Mapping[str, AnswerStream],
+        streams: Mapping[str, TargetStream],
         *,
         weights: Mapping[str, float] | None = None,
         vocab_size: int = 0,
@@ -53,7 +53,7 @@ class Answers:
         query_token_ids: NDArray[np.int32] | None = None,
     ) -> None:
         """Ask for the distributions at positions [start, T); `teacher` is the row's, "" where rows name none."""
-        asked = Asked(token_ids=token_ids, start=start, place=place, query_token_ids=query_token_ids)
+        asked = TeacherQuery(token_ids=token_ids, start=start, place=place, query_token_ids=query_token_ids)
         every = self._weights is not None or len(self._streams) == 1
         names = tuple(self._streams) if every else (teacher,)
         self._asked[sequence_id] = names

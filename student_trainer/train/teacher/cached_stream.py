@@ -14,7 +14,7 @@ from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.process.waiting import Patience
-from stillhouse.student_trainer.train.teacher.answer_stream import AnswerStream, Asked
+from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 log = structlog.get_logger()
 
@@ -22,7 +22,7 @@ log = structlog.get_logger()
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Item:
     key: str
-    asked: Asked
+    asked: TeacherQuery
     reading: Future[Distributions | None] | None
     """The answer on its way from the cache, if it is there."""
     at_teacher: bool
@@ -33,7 +33,7 @@ class CachedStream:
     """One kind of answers of one teacher; a thread reads ahead of the student."""
 
     def __init__(
-        self, meta: CacheMeta, reader: CacheReader, *, live: AnswerStream | None, writer: CacheWriter | None
+        self, meta: CacheMeta, reader: CacheReader, *, live: TargetStream | None, writer: CacheWriter | None
     ) -> None:
         """`live` answers what the cache lacks, None if nobody does; `writer` keeps its answers."""
         self._meta = meta
@@ -52,7 +52,7 @@ class CachedStream:
         """Sequences that a teacher was asked for."""
         return self._live.num_asked if self._live else 0
 
-    def submit(self, sequence_id: int, asked: Asked) -> None:
+    def submit(self, sequence_id: int, asked: TeacherQuery) -> None:
         """Look for the answer, and ask for it if it is missing and nobody has asked yet."""
         key = self._meta.key(asked.token_ids, asked.start, asked.query_token_ids)
         reading = self._thread.submit(self._read, key) if self._has(key) else None

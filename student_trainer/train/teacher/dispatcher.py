@@ -22,7 +22,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoRequest
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.student_trainer.train.process.waiting import POLL_S, Patience
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, backoff_s, is_passing, is_suspicious
-from stillhouse.student_trainer.train.teacher.teacher import Teacher
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 log = structlog.get_logger()
 
@@ -90,7 +90,7 @@ class Lane:
 class Lanes(abc.ABC, Generic[P, A]):
     """The base of a stream: who gets which piece, what became of it, and whether anybody answers."""
 
-    def __init__(self, teacher: Teacher, *, name: str, threads: int = 1) -> None:
+    def __init__(self, teacher: TeacherClient, *, name: str, threads: int = 1) -> None:
         """`teacher` has been reached once; `threads` for each of its services. The subclass calls `_start`."""
         self._teacher = teacher
         self._lock = threading.Lock()

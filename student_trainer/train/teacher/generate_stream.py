@@ -25,7 +25,7 @@ from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.teacher.dispatcher import Lane, Lanes
-from stillhouse.student_trainer.train.teacher.teacher import Teacher
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 NUM_CALLS = 2
 """Generate calls to a service side by side: while one writes its last samples, the next has begun."""
@@ -58,7 +58,7 @@ class TextStream(Lanes[_Item, list[Written]]):
     """A teacher's texts to prompts, by the ids that the caller gives them: a few calls at once to each of its services."""
 
     def __init__(
-        self, teacher: Teacher, generation: RolloutConfig, distributions: DistributionConfig | None
+        self, teacher: TeacherClient, generation: RolloutConfig, distributions: DistributionConfig | None
     ) -> None:
         """Starts the threads; `teacher` has been reached once."""
         super().__init__(teacher, name="text-stream", threads=NUM_CALLS)

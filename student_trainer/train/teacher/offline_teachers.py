@@ -19,7 +19,7 @@ from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream,
 from stillhouse.student_trainer.train.teacher.identity import check_stored_identity
 from stillhouse.student_trainer.train.teacher.queries import Question
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
-from stillhouse.student_trainer.train.teacher.teacher import Teacher
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 
 class StoredTeachers:
@@ -37,7 +37,7 @@ class StoredTeachers:
         self._configs = configs
         self._tokenizer = tokenizer_fingerprint
         self._mixed = mixed
-        self.members: Mapping[str, Teacher] = {}
+        self.members: Mapping[str, TeacherClient] = {}
         """Nobody."""
         self._found: dict[tuple[str, bytes], CacheMeta] = {}
         self._streams: list[CachedStream] = []

@@ -17,9 +17,9 @@ from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.student_trainer.config.schema import CacheConfig
-from stillhouse.student_trainer.train.teacher.answer_stream import AnswerStream
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream
-from stillhouse.student_trainer.train.teacher.teacher import Teacher, adapter_fingerprint
+from stillhouse.student_trainer.train.teacher.query import TargetStream
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient, adapter_fingerprint
 
 log = structlog.get_logger()
 
@@ -58,7 +58,12 @@ class RunCache:
         return cls(config, path, reader, writer)
 
     def around(
-        self, live: AnswerStream, teacher: Teacher, request: DistributionConfig, *, held_out: bool = False
+        self,
+        live: TargetStream,
+        teacher: TeacherClient,
+        request: DistributionConfig,
+        *,
+        held_out: bool = False,
     ) -> CachedStream:
         """A stream that asks `live` for what the cache lacks; `teacher` has been reached, `held_out` is said of the text."""
         meta = self.meta(teacher, request, held_out=held_out)
@@ -69,7 +74,7 @@ class RunCache:
         return CachedStream(meta, self.reader, live=None, writer=None)
 
     @staticmethod
-    def meta(teacher: Teacher, request: DistributionConfig, *, held_out: bool = False) -> CacheMeta:
+    def meta(teacher: TeacherClient, request: DistributionConfig, *, held_out: bool = False) -> CacheMeta:
         """What a teacher that has been reached answers to `request`."""
         info, config = teacher.info, teacher.config
         meta = CacheMeta.of(

@@ -17,21 +17,21 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode
-from stillhouse.student_trainer.train.teacher.answer_stream import Asked
 from stillhouse.student_trainer.train.teacher.dispatcher import Lane, Lanes
-from stillhouse.student_trainer.train.teacher.teacher import Teacher
+from stillhouse.student_trainer.train.teacher.query import TeacherQuery
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 
-class ScoreStream(Lanes[Asked, Distributions]):
+class ScoreStream(Lanes[TeacherQuery, Distributions]):
     """A teacher's answers to sequences, by the ids that the caller gives them: one stream to each of its services."""
 
-    def __init__(self, teacher: Teacher, config: DistributionConfig) -> None:
+    def __init__(self, teacher: TeacherClient, config: DistributionConfig) -> None:
         """Starts the threads; `teacher` has been reached once."""
         super().__init__(teacher, name="score-stream")
         self._config = config
         self._start()
 
-    def submit(self, sequence_id: int, asked: Asked) -> None:
+    def submit(self, sequence_id: int, asked: TeacherQuery) -> None:
         """Ask for the distributions of a sequence."""
         self._submit(sequence_id, asked)
 
@@ -117,7 +117,7 @@ class _Requests:
     ended = False
 
 
-def _whole(answer: Distributions, asked: Asked) -> Distributions:
+def _whole(answer: Distributions, asked: TeacherQuery) -> Distributions:
     """The answer, if it speaks of every position that was asked for."""
     if answer.start != asked.start or answer.num_rows != asked.num_rows:
         raise StillhouseError(

@@ -96,7 +96,7 @@ class Demands:
         )
 
 
-class Teacher:
+class TeacherClient:
     """One frozen model and the services that serve it: all of them have the same fingerprints, tokenizer and adapter."""
 
     def __init__(self, config: TeacherConfig, demands: Demands, run_dir: RunDir) -> None:
@@ -238,7 +238,7 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
 
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
-    """Return if a teacher can do what the run asks; raises what `Teacher.reach` lists, with limit and remedy."""
+    """Return if a teacher can do what the run asks; raises what `TeacherClient.reach` lists, with limit and remedy."""
     largest_id = int(demands.largest.token_ids.max())
     if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(

@@ -10,18 +10,18 @@ from stillhouse.student_trainer.config.check_contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.process.waiting import Patience
-from stillhouse.student_trainer.train.teacher.answer_stream import AnswerStream
 from stillhouse.student_trainer.train.teacher.answers import Answers, RequestOf, offered
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
+from stillhouse.student_trainer.train.teacher.query import TargetStream
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
-from stillhouse.student_trainer.train.teacher.teacher import Demands, Teacher
+from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 
 
 class Teachers:
     """The teachers of one run, connected."""
 
-    def __init__(self, members: Mapping[str, Teacher], *, mixed: bool, cache: RunCache | None) -> None:
+    def __init__(self, members: Mapping[str, TeacherClient], *, mixed: bool, cache: RunCache | None) -> None:
         self.members = members
         """By name."""
         self._mixed = mixed
@@ -39,10 +39,10 @@ class Teachers:
         stack: ExitStack,
         cache: RunCache | None = None,
     ) -> Teachers:
-        """Reaches every teacher; they are closed with `stack`. Raises what `Teacher.connect` raises."""
+        """Reaches every teacher; they are closed with `stack`. Raises what `TeacherClient.connect` raises."""
         members = {}
         for each in config.teachers:
-            teacher = Teacher(each, demands, run_dir)
+            teacher = TeacherClient(each, demands, run_dir)
             stack.callback(teacher.close)
             teacher.connect(patience)
             members[each.name] = teacher
@@ -100,7 +100,7 @@ class Teachers:
 
         `held_out` text is marked in a cache, so that nobody learns from it.
         """
-        streams: dict[str, AnswerStream] = {
+        streams: dict[str, TargetStream] = {
             name: self._stream(
                 teacher,
                 offered(request(teacher.config), teacher.info),
@@ -114,8 +114,8 @@ class Teachers:
         return Answers(streams, weights=weights if self._mixed else None, vocab_size=vocab_size)
 
     def _stream(
-        self, teacher: Teacher, request: DistributionConfig, *, fixed_text: bool, held_out: bool
-    ) -> AnswerStream:
+        self, teacher: TeacherClient, request: DistributionConfig, *, fixed_text: bool, held_out: bool
+    ) -> TargetStream:
         live = ScoreStream(teacher, request)
         if self._cache is None or not fixed_text:
             return live

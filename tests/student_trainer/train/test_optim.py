@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from stillhouse.student_trainer.config.schema import CheckpointConfig, EvaluationConfig, OptimizerConfig
-from stillhouse.student_trainer.train.checkpointing.triggers import Due
+from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, make_optimizer
 
@@ -50,7 +50,7 @@ def test_checkpoints_fall_due_by_steps_epochs_and_time() -> None:
     schedule = Schedule(num_rows=10, rows_per_step=4, num_taken=40, seed=0)
 
     def due(checkpoint: CheckpointConfig) -> list[int]:
-        rhythm = Due(checkpoint, EvaluationConfig(), schedule)
+        rhythm = Triggers(checkpoint, EvaluationConfig(), schedule)
         return [step for step in range(1, schedule.total_steps + 1) if rhythm.checkpoint(step)]
 
     assert due(CheckpointConfig(every_steps=4)) == [4, 8]

@@ -16,7 +16,7 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train import step
-from stillhouse.student_trainer.train.batching.collate import Factor, MicroBatch, Scored
+from stillhouse.student_trainer.train.batching.collate import Factor, MicroBatch, ScoredExample
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -30,7 +30,7 @@ from tests.conftest import Models
 TOP_K = 8
 
 
-def _scored(vocab_size: int) -> list[Scored]:
+def _scored(vocab_size: int) -> list[ScoredExample]:
     """Four ragged sequences with the answers of a teacher of random logits."""
     random = np.random.default_rng(0)
     scored = []
@@ -47,7 +47,9 @@ def _scored(vocab_size: int) -> list[Scored]:
         )
         mask = np.arange(length) > 0
         scored.append(
-            Scored(example=Example(token_ids=token_ids, mask=mask, place=f"row {length}"), answer=answer)
+            ScoredExample(
+                example=Example(token_ids=token_ids, mask=mask, place=f"row {length}"), answer=answer
+            )
         )
     return scored
 

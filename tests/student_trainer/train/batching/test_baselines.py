@@ -10,7 +10,7 @@ import torch
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.batching.baselines import advantages, batch_sums, with_baselines
-from stillhouse.student_trainer.train.batching.collate import Scored, collate
+from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens, policy_gradient
 from stillhouse.student_trainer.train.loss.reduction import reduce
@@ -18,7 +18,7 @@ from stillhouse.student_trainer.train.loss.reduction import reduce
 PROMPT = 3
 
 
-def written(teacher: list[float], student: list[float], *, group: int = 0) -> Scored:
+def written(teacher: list[float], student: list[float], *, group: int = 0) -> ScoredExample:
     """A text of the student behind a prompt, with the log-probabilities that both give to its tokens."""
     length = PROMPT + len(teacher)
     target_logprobs = np.asarray(teacher, np.float32)
@@ -32,7 +32,7 @@ def written(teacher: list[float], student: list[float], *, group: int = 0) -> Sc
     example = Example(
         token_ids=np.arange(length, dtype=np.int32), mask=np.arange(length) >= PROMPT, place="a test"
     )
-    return Scored(
+    return ScoredExample(
         example=example, answer=answer, behaviour_logprobs=np.asarray(student, np.float32), group=group
     )
 

@@ -11,7 +11,7 @@ import torch
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import StudentConfig
-from stillhouse.student_trainer.train.batching.collate import Scored, collate, total_weight
+from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate, total_weight
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.loss.functional import forward_kl
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
@@ -72,7 +72,7 @@ def _answer(student: Student, example: Example, top_k: int) -> Distributions:
 def test_logits_are_those_before_each_target(student: Student) -> None:
     examples = _examples()
     batch = collate(
-        [Scored(example=each, answer=None) for each in examples], reduction="token_mean", device=CPU
+        [ScoredExample(example=each, answer=None) for each in examples], reduction="token_mean", device=CPU
     )
     with torch.no_grad():
         logprobs = student.logits(batch)[0].log_softmax(-1)
@@ -84,7 +84,7 @@ def test_logits_are_those_before_each_target(student: Student) -> None:
 
 def test_a_model_without_logits_to_keep_gives_the_same(student: Student) -> None:
     batch = collate(
-        [Scored(example=each, answer=None) for each in _examples()], reduction="token_mean", device=CPU
+        [ScoredExample(example=each, answer=None) for each in _examples()], reduction="token_mean", device=CPU
     )
     with torch.no_grad():
         expected = student.logits(batch)
@@ -97,7 +97,7 @@ def test_a_model_without_logits_to_keep_gives_the_same(student: Student) -> None
 
 
 def test_every_position_meets_its_own_answer(student: Student) -> None:
-    scored = [Scored(example=each, answer=_answer(student, each, 16)) for each in _examples()]
+    scored = [ScoredExample(example=each, answer=_answer(student, each, 16)) for each in _examples()]
     batch = collate(scored, reduction="token_mean", device=CPU)
     assert batch.targets is not None
     with torch.no_grad():
@@ -111,6 +111,8 @@ def test_every_position_meets_its_own_answer(student: Student) -> None:
 @pytest.mark.parametrize(("reduction", "expected"), [("token_mean", 9), ("sequence_mean", 4)])
 def test_weights_sum_to_the_denominator(reduction: Any, expected: int) -> None:
     examples = _examples()
-    batch = collate([Scored(example=each, answer=None) for each in examples], reduction=reduction, device=CPU)
+    batch = collate(
+        [ScoredExample(example=each, answer=None) for each in examples], reduction=reduction, device=CPU
+    )
     assert batch.weights.sum().item() == pytest.approx(expected)
     assert total_weight(examples, reduction) == pytest.approx(expected)

@@ -27,12 +27,12 @@ from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 from stillhouse.student_trainer.train.teacher import credentials, dispatcher
-from stillhouse.student_trainer.train.teacher.answer_stream import Asked
 from stillhouse.student_trainer.train.teacher.answers import training_request
 from stillhouse.student_trainer.train.teacher.endpoints import Counts
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
+from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
-from stillhouse.student_trainer.train.teacher.teacher import Demands, Teacher
+from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 from stillhouse.student_trainer.train.teacher.teachers import Teachers
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
@@ -51,7 +51,9 @@ from tests.support.tcp_proxy import TcpProxy
 
 DEADLINE_S = 60.0
 QUESTIONS = [
-    Asked(token_ids=np.arange(5 + number, 30 + 2 * number, dtype=np.int32), start=4, place=f"row {number}")
+    TeacherQuery(
+        token_ids=np.arange(5 + number, 30 + 2 * number, dtype=np.int32), start=4, place=f"row {number}"
+    )
     for number in range(16)
 ]
 
@@ -87,7 +89,7 @@ class World:
         self._models, self._data, self._root, self._stack = models, data, root, stack
         self._number = 0
 
-    def connect(self, targets: Sequence[str], **teacher: Any) -> tuple[Teacher, Patience, RunDir]:
+    def connect(self, targets: Sequence[str], **teacher: Any) -> tuple[TeacherClient, Patience, RunDir]:
         """The teacher, reached through `targets`."""
         spec = spec_of(self._models.student, self._data, targets[0])
         spec["teachers"][0] |= {"targets": list(targets), **teacher}
@@ -105,13 +107,13 @@ class World:
         self.request = training_request(config.loss, 0)(teacher_.config)
         return teacher_, patience, run_dir
 
-    def scores(self, teacher: Teacher) -> ScoreStream:
+    def scores(self, teacher: TeacherClient) -> ScoreStream:
         """A stream of scores, closed at the end of the test."""
         stream = ScoreStream(teacher, self.request)
         self._stack.callback(stream.close)
         return stream
 
-    def texts(self, teacher: Teacher) -> TextStream:
+    def texts(self, teacher: TeacherClient) -> TextStream:
         """A stream of texts, closed at the end of the test."""
         generation = RolloutConfig(max_new_tokens=6, samples_per_prompt=2)
         stream = TextStream(teacher, generation, self.request)
@@ -147,7 +149,7 @@ def ask_texts(
     return [stream.take(number, patience) for number in range(len(QUESTIONS))]
 
 
-def counts(teacher: Teacher) -> list[Counts]:
+def counts(teacher: TeacherClient) -> list[Counts]:
     return list(teacher.endpoints.counts().values())
 
 

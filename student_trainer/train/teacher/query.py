@@ -13,7 +13,7 @@ from stillhouse.student_trainer.train.process.waiting import Patience
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Asked:
+class TeacherQuery:
     """A sequence, and the positions that are asked about."""
 
     token_ids: NDArray[np.int32]
@@ -36,7 +36,7 @@ class Asked:
         return len(self.token_ids)
 
 
-class AnswerStream(Protocol):
+class TargetStream(Protocol):
     """Answers to sequences, by the ids that the caller gives them; the caller bounds how much is in flight."""
 
     @property
@@ -44,7 +44,7 @@ class AnswerStream(Protocol):
         """Sequences that a teacher was asked for."""
         ...
 
-    def submit(self, sequence_id: int, asked: Asked) -> None:
+    def submit(self, sequence_id: int, asked: TeacherQuery) -> None:
         """Ask."""
         ...
 
