@@ -224,8 +224,6 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
         yield from _check_build(config)
     if config.cache is None:
         return
-    if not config.cache.path:
-        yield FieldViolation("cache.path", 'is required, such as "caches/my-set".')
     if config.cache.mode == "only":
         for i, context in enumerate(config.contexts):
             if context.dataset is None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
-from stillhouse.student_trainer.config.checks import MAX_TOP_K
-from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
-
-LORA_LEARNING_RATE = 1e-4
-CHECKPOINT_EVERY_STEPS = 500
+from stillhouse.student_trainer.config.schema import (
+    CHECKPOINT_EVERY_STEPS,
+    LORA_LEARNING_RATE,
+    MAX_TOP_K,
+    LossConfig,
+    RunConfig,
+)
 
 
 def fill(config: RunConfig, spec: RunSpec) -> RunConfig:

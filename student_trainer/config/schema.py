@@ -1,9 +1,25 @@
-"""A run's configuration as frozen dataclasses, field by field as RunSpec has it, with every default that is a plain value."""
+"""A run's configuration as frozen dataclasses, field by field as RunSpec has it: types, defaults, ranges and choices.
+
+The meaning of a field is its comment in run.proto; docs/reference/run-file.md shows both together.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
+
+from stillhouse.student_trainer.config.fields import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Choices,
+    DefaultText,
+    MaxLength,
+    Range,
+    Required,
+    Supported,
+)
 
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "jsd": {"beta": 0.5},
@@ -14,54 +30,52 @@ DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "adaptive_kl": {"mu": 0.5},
 }
 """The parameters of each divergence that has any, with their defaults."""
+LORA_LEARNING_RATE = 1e-4
+FULL_LEARNING_RATE = 1e-5
+CHECKPOINT_EVERY_STEPS = 500
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
+MAX_TOP_K = 256
+MAX_PROCESSES = 64
+NAME = MaxLength(200)
+
+
+def _parameter_default(name: str) -> DefaultText:
+    having = ((each[name], divergence) for divergence, each in DIVERGENCE_PARAMETERS.items() if name in each)
+    return DefaultText(", ".join(f"{value:g} for {divergence}" for value, divergence in having))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraConfig:
     """A low-rank adapter."""
 
-    rank: int = 16
-    """Of the update, in [1, 1024]."""
-    alpha: float = 32.0
-    """The update is scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training, in [0, 1)."""
+    rank: Annotated[int, Range(1, 1024)] = 16
+    alpha: Annotated[float, POSITIVE] = 32.0
+    dropout: Annotated[float, Range(0, 1, open_high=True)] = 0.0
     target_modules: tuple[str, ...] = ()
-    """Module names such as "q_proj"; empty means all linear layers."""
-    layers: tuple[int, ...] = ()
-    """Layers to adapt; empty means all."""
-    bias: str = "none"
-    """ "none", "all" or "lora_only"."""
+    layers: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    bias: Annotated[str, Choices("none", "all", "lora_only")] = "none"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentConfig:
-    """The model that learns."""
+    """The model that is trained."""
 
-    model: str = ""
-    """Required: Hugging Face id, or a path on the trainer's host."""
+    model: Annotated[str, Required("is required: a Hugging Face id or a path on the trainer's host.")] = ""
     lora: LoraConfig | None = None
-    """None trains every weight."""
-    quantization: str = "none"
-    """How the frozen base is held: "none", "int8" or "nf4"."""
+    quantization: Annotated[str, Choices("none", "int8", "nf4")] = "none"
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass."""
     from_config: bool = False
-    """Random weights from the model's configuration."""
     revision: str = ""
-    """Hub revision; empty means the hub's default."""
     adapter: str = ""
-    """Adapter to go on from."""
-    keep_layers: tuple[int, ...] = ()
-    """Layers to keep of a deeper model; empty means all."""
-    output: str = "merged"
-    """What is saved at the end: "adapter", "merged" or "both"; without lora all weights, which is "merged"."""
+    keep_layers: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    output: Annotated[
+        str, Choices("adapter", "merged", "both"), DefaultText("both with an adapter, else merged")
+    ] = "merged"
 
     @property
     def trains_adapter(self) -> bool:
-        """Whether the base stays as it is, and an adapter learns."""
+        """True if the base is frozen and an adapter is trained."""
         return self.lora is not None or bool(self.adapter)
 
 
@@ -69,36 +83,27 @@ class StudentConfig:
 class TeacherConfig:
     """One teacher service, or one adapter of it."""
 
-    name: str = ""
-    """By which rows and metrics speak of it."""
-    targets: tuple[str, ...] = ()
-    """Required: `host:port` or `unix:PATH` of services that serve the same model."""
+    name: Annotated[str, NAME] = ""
+    targets: Annotated[
+        tuple[str, ...],
+        Required('is required, such as ["127.0.0.1:7401"].', unless_offline=True),
+    ] = ()
     adapter: str = ""
-    """Adapter to ask for; empty means the base model."""
-    weight: float = 1.0
-    """Share in a mixture of teachers."""
+    weight: Annotated[float, POSITIVE] = 1.0
     credential: str = ""
-    """Section of the trainer's credentials file."""
     tls_server_name: str = ""
-    """Name to expect in the teacher's certificate."""
-    logprob_dtype: str = "float16"
-    """Of the logprobs on the wire: "float16" or "float32"."""
-    prefetch_steps: int = 2
-    """Optimizer steps whose sequences are in flight ahead of the student, in [1, 64]."""
+    logprob_dtype: Annotated[str, Choices("float16", "float32")] = "float16"
+    prefetch_steps: Annotated[int, Range(1, 64)] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
-    """How text is sampled."""
+    """Sampling of text."""
 
-    temperature: float = 1.0
-    """Of the softmax, > 0."""
-    top_p: float = 1.0
-    """Mass of the nucleus, in (0, 1]."""
-    max_new_tokens: int = 512
-    """Longest completion, in tokens."""
-    samples_per_prompt: int = 4
-    """Completions for each prompt."""
+    temperature: Annotated[float, POSITIVE] = 1.0
+    top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
+    max_new_tokens: Annotated[int, COUNT] = 512
+    samples_per_prompt: Annotated[int, COUNT] = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,51 +113,45 @@ class DatasetContextConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherContextConfig:
-    """Text that a teacher writes during the run."""
+    """Completions that a teacher generates during the run."""
 
     generation: RolloutConfig = field(default_factory=RolloutConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentContextConfig:
-    """Text that the student writes during the run."""
+    """Completions that the student generates during the run."""
 
     generation: RolloutConfig = field(default_factory=RolloutConfig)
     rollout_target: str = ""
-    """Service to sample from; empty: the training process samples itself."""
-    max_staleness: int = 1
-    """Updates that a rollout may be old."""
-    max_importance_weight: float = 2.0
-    """Cap on the importance weight of a token."""
-    min_teacher_logprob: float | None = None
-    """Mean log-probability per token that the teacher must give the student's first texts; None: that of a blind guess."""
+    max_staleness: Annotated[int, NOT_NEGATIVE] = 1
+    max_importance_weight: Annotated[float, POSITIVE] = 2.0
+    min_teacher_logprob: Annotated[
+        float | None, Range(-1e6, 0), DefaultText("that of a blind guess, -log(vocabulary)")
+    ] = None
     rollout_credential: str = ""
-    """Section of the trainer's credentials file, for rollout_target."""
     rollout_tls_server_name: str = ""
-    """Name to expect in its certificate."""
     rollout_targets: tuple[str, ...] = ()
-    """Further services like rollout_target, which share the work."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossTermConfig:
     """One divergence between teacher and student."""
 
-    divergence: str = "forward_kl"
-    weight: float = 1.0
-    """In the sum, >= 0; with 0 everywhere no teacher is asked while training."""
-    alpha: float | None = None
-    """Of skewed and alpha-beta divergences; None where the divergence has none."""
-    beta: float | None = None
-    """Of alpha-beta and jsd; None where the divergence has none."""
-    mu: float | None = None
-    """Of adaptive KL; None where the divergence has none."""
-    estimator: str = "full"
-    """ "full" (over the support) or "policy_gradient"."""
-    token_weighting: str = "uniform"  # noqa: S105 (tokens of text)
-    """ "uniform", "teacher_entropy" or "teacher_confidence"."""
-    baseline: str = "none"
-    """Of a policy gradient: "none", "batch", "group" or "position"."""
+    divergence: Annotated[
+        str,
+        Choices(
+            *("forward_kl", "reverse_kl", "jsd", "jsd_normalised", "tvd", "skew_kl", "skew_reverse_kl"),
+            *("alpha_beta", "adaptive_kl", "mse"),
+        ),
+    ] = "forward_kl"
+    weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    alpha: Annotated[float | None, NOT_NEGATIVE, _parameter_default("alpha")] = None
+    beta: Annotated[float | None, NOT_NEGATIVE, _parameter_default("beta")] = None
+    mu: Annotated[float | None, NOT_NEGATIVE, _parameter_default("mu")] = None
+    estimator: Annotated[str, Choices("full", "policy_gradient")] = "full"
+    token_weighting: Annotated[str, Choices("uniform", "teacher_entropy", "teacher_confidence")] = "uniform"  # noqa: S105
+    baseline: Annotated[str, Choices("none", "batch", "group", "position")] = "none"
 
     @property
     def parameters(self) -> Mapping[str, float]:
@@ -166,33 +165,25 @@ class LossTermConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What is minimised: the sum of the terms plus hard_weight x cross-entropy."""
+    """The objective: the sum of the terms plus hard_weight x cross-entropy."""
 
     terms: tuple[LossTermConfig, ...] = (LossTermConfig(),)
-    hard_weight: float = 0.0
-    """Of the cross-entropy against the text, which is never tempered; >= 0."""
-    temperature: float = 1.0
-    """Of the terms' softmax, > 0; their gradients are scaled by its square."""
-    temperature_mode: str = "exact"
-    """ "exact" (needs the teacher's log partitions) or "conditional"."""
-    reduction: str = "token_mean"
-    """ "token_mean" or "sequence_mean"."""
-    top_k: int = 64
-    """Likeliest teacher tokens to ask for, in [1, 256]."""
-    sparse_target: str = "tail_bucket"
-    """What stands for the tokens beyond them; for forward KL better "top_k_and_sampled", top_k 16, num_samples 90."""
-    num_samples: int = 50
-    """Draws per position for sampled targets."""
-    foreign_tokenizer: str = "refuse"
-    """How a foreign tokenizer is bridged: "refuse" or "alm"."""
-    chunk_temperature: float = 100.0
-    """Of the probabilities of chunks of text with "alm", > 0."""
-    chunks: str = "shortest"
-    """Where chunks end: "shortest" or "words"."""
+    hard_weight: Annotated[float, NOT_NEGATIVE] = 0.0
+    temperature: Annotated[float, POSITIVE] = 1.0
+    temperature_mode: Annotated[str, Choices("exact", "conditional")] = "exact"
+    reduction: Annotated[str, Choices("token_mean", "sequence_mean")] = "token_mean"
+    top_k: Annotated[int, Range(1, MAX_TOP_K)] = 64
+    sparse_target: Annotated[str, Choices("tail_bucket", "sampled", "top_k_and_sampled", "renormalise")] = (
+        "tail_bucket"
+    )
+    num_samples: Annotated[int, COUNT] = 50
+    foreign_tokenizer: Annotated[str, Choices("refuse", "alm")] = "refuse"
+    chunk_temperature: Annotated[float, POSITIVE] = 100.0
+    chunks: Annotated[str, Choices("shortest", "words")] = "shortest"
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether training needs a teacher's answers."""
+        """True if the loss needs a teacher's outputs."""
         return any(term.weight > 0 for term in self.terms)
 
 
@@ -200,130 +191,116 @@ class LossConfig:
 class ContextConfig:
     """One origin of completions; exactly one of the three sources is set."""
 
-    weight: float = 1.0
-    """Share of rows."""
+    weight: Annotated[float, POSITIVE] = 1.0
     dataset: DatasetContextConfig | None = None
     teacher: TeacherContextConfig | None = None
     student: StudentContextConfig | None = None
     loss: LossConfig | None = None
-    """Overrides the run's loss for these rows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheConfig:
-    """Where teachers' answers are kept."""
+    """The store of teachers' outputs."""
 
-    path: str = ""
-    """Required, such as "caches/my-set"."""
-    mode: str = "write_through"
-    """ "read", "write_through" or "only"."""
-    codec: str = "lossless"
-    """How answers are kept: "lossless" or "compact"."""
+    path: Annotated[str, Required('is required, such as "caches/my-set".')] = ""
+    mode: Annotated[str, Choices("read", "write_through", "only")] = "write_through"
+    codec: Annotated[str, Choices("lossless", "compact")] = "lossless"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetConfig:
     """One source of rows."""
 
-    path: str = ""
-    """Required: JSONL or Parquet file, or a directory saved by Hugging Face datasets."""
-    weight: float | None = None
-    """Share among the rows; None: every row of every source once an epoch."""
-    limit: int | None = None
-    """Rows to use at most, from the first; None means all."""
+    path: Annotated[str, Required("is required: a file on the trainer's host.")] = ""
+    weight: Annotated[float | None, POSITIVE] = None
+    limit: Annotated[int | None, COUNT] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """The text to train and evaluate on."""
 
-    train: tuple[DatasetConfig, ...] = ()
+    train: Annotated[
+        tuple[DatasetConfig, ...],
+        Required('is required: a list of datasets, such as [{path: "datasets/..."}].'),
+    ] = ()
     eval: tuple[DatasetConfig, ...] = ()
-    """Empty means a split of `train`."""
-    eval_fraction: float = 0.02
-    """Share of `train` held out if `eval` is empty, in [0, 1); at most MAX_SPLIT_ROWS rows."""
-    max_sequence_tokens: int = 2048
-    overflow: str = "truncate"
-    """What happens to longer rows: "truncate" or "drop"."""
+    eval_fraction: Annotated[float, Range(0, 1, open_high=True)] = 0.02
+    max_sequence_tokens: Annotated[int, Range(2)] = 2048
+    overflow: Annotated[str, Choices("truncate", "drop")] = "truncate"
     teacher_field: str = ""
-    """Field whose value names the teacher of a row."""
     completion_only: bool = True
-    """Learn from completions only, not from prompts."""
     packing: bool = False
-    """Pack rows without padding."""
-    seed: int = 0
-    """Of the split and of the order of rows; unset means optimizer.seed."""
+    seed: Annotated[int, NOT_NEGATIVE, DefaultText("optimizer.seed")] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
-    """How the loss is minimised."""
+    """Minimisation of the loss."""
 
-    name: str = "adamw"
-    learning_rate: float = 1e-5
-    """Peak, > 0; unset means LORA_LEARNING_RATE with lora."""
-    weight_decay: float = 0.01
-    """Decoupled for adamw, L2 for adam and sgd; >= 0."""
-    lr_scheduler: str = "cosine"
-    """ "cosine", "linear" or "constant"."""
-    warmup_fraction: float = 0.03
-    """Share of the steps over which the learning rate rises from 0, in [0, 1]."""
-    micro_batch_size: int = 8
-    """Sequences in one forward pass of one process."""
-    grad_accum_steps: int = 1
-    """Forward passes in one update, of all processes together: several share the same update."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0 means no clipping."""
-    epochs: float = 1.0
-    """Passes over the training rows, > 0."""
-    max_steps: int | None = None
-    """Overrides epochs."""
-    precision: str | None = None
-    """ "bf16", "fp16" or "fp32"; None: bf16 on a GPU and fp32 on a CPU, which the run service settles."""
-    seed: int = 0
-    """Of initial weights, dropout and order."""
+    name: Annotated[str, Choices("adamw", "adam", "sgd", "adamw_8bit", "paged_adamw_8bit")] = "adamw"
+    learning_rate: Annotated[
+        float,
+        POSITIVE,
+        DefaultText(f"{LORA_LEARNING_RATE:g} with an adapter, else {FULL_LEARNING_RATE:g}"),
+    ] = FULL_LEARNING_RATE
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
+    lr_scheduler: Annotated[str, Choices("cosine", "linear", "constant")] = "cosine"
+    warmup_fraction: Annotated[float, Range(0, 1)] = 0.03
+    micro_batch_size: Annotated[int, COUNT] = 8
+    grad_accum_steps: Annotated[int, COUNT] = 1
+    max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
+    epochs: Annotated[float, POSITIVE] = 1.0
+    max_steps: Annotated[int | None, COUNT] = None
+    precision: Annotated[
+        str | None, Choices("bf16", "fp16", "fp32"), DefaultText("bf16 on a GPU, fp32 on a CPU")
+    ] = None
+    seed: Annotated[int, NOT_NEGATIVE] = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    """When a checkpoint is written, besides the end; several may be set, and each counts by itself."""
+    """Intervals between checkpoints, besides the one at the end; each that is set counts separately."""
 
-    every_steps: int | None = None
-    """Unset means CHECKPOINT_EVERY_STEPS if the two below are unset too."""
-    every_epochs: float | None = None
-    every_seconds: float | None = None
-    keep: int = 2
-    """Newest checkpoints kept, >= 1."""
+    every_steps: Annotated[
+        int | None,
+        COUNT,
+        DefaultText(f"{CHECKPOINT_EVERY_STEPS}, if every_epochs and every_seconds are unset too"),
+    ] = None
+    every_epochs: Annotated[float | None, POSITIVE] = None
+    every_seconds: Annotated[float | None, POSITIVE] = None
+    keep: Annotated[int, COUNT] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
-    """When and how the student is evaluated, besides the start and the end."""
+    """Evaluation of the student, besides the start and the end."""
 
-    every_steps: int | None = None
-    every_epochs: float | None = None
-    metrics: tuple[str, ...] = ()
-    """Unset means "kl", "perplexity" and "agreement", or "perplexity" alone if there is no teacher."""
-    limit: int | None = None
-    """Rows to use at most; None means all."""
-    generation: RolloutConfig | None = None
-    """How the student writes, for metrics of text."""
-    best_metric: str = ""
-    """Metric by which the best checkpoint is kept."""
-    top_k: int = 64
-    """Likeliest teacher tokens to ask for on held-out rows; unset means loss.top_k."""
+    every_steps: Annotated[int | None, COUNT] = None
+    every_epochs: Annotated[float | None, POSITIVE] = None
+    metrics: Annotated[
+        tuple[str, ...],
+        Choices("kl", "perplexity", "agreement", "cross_entropy", "alm", "bleu", "rouge", "accuracy"),
+        Supported("kl", "perplexity", "agreement", "cross_entropy", "alm"),
+        DefaultText(
+            "kl, perplexity and agreement; alm and perplexity across tokenizers; perplexity without a teacher"
+        ),
+    ] = ()
+    limit: Annotated[int | None, COUNT] = None
+    generation: Annotated[RolloutConfig | None, Supported()] = None
+    best_metric: Annotated[str, Supported("")] = ""
+    top_k: Annotated[int, Range(1, MAX_TOP_K), DefaultText("loss.top_k")] = 64
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ResourceConfig:
-    """What the run may use."""
+    """Devices and processes of the run."""
 
-    gpus: tuple[int, ...] = ()
-    """Device indices; empty: as many free ones as gpu_count says."""
-    gpu_count: int | None = None
-    """None: one where the service has any, else the CPU."""
-    num_processes: int = 0
-    """0 means one for each GPU, at least one."""
+    gpus: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    gpu_count: Annotated[
+        int | None, NOT_NEGATIVE, DefaultText("1 where the service has any, else the CPU is used")
+    ] = None
+    num_processes: Annotated[int, Range(0, MAX_PROCESSES)] = 0
 
     @property
     def processes(self) -> int:
@@ -333,22 +310,19 @@ class ResourceConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryConfig:
-    """What happens when something breaks."""
+    """Recovery from failures."""
 
-    max_attempts: int = 1
-    """Processes that may be started for the run without being asked."""
-    teacher_wait_s: float = 3600.0
-    """Time that the run waits for a teacher that does not answer."""
+    max_attempts: Annotated[int, COUNT] = 1
+    teacher_wait_s: Annotated[float, NOT_NEGATIVE] = 3600.0
     halve_micro_batch: bool = False
-    """After running out of memory, try once with half the micro-batch and twice the accumulation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
-    """Everything that a run is asked to do."""
+    """The whole configuration of a run."""
 
-    display_name: str = ""
-    task: str = "distil"
+    display_name: Annotated[str, NAME] = ""
+    task: Annotated[str, Choices("distil", "cache", "evaluate"), Supported("distil", "cache")] = "distil"
     student: StudentConfig = field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
@@ -364,19 +338,19 @@ class RunConfig:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher's answers can be had: from itself, or from a cache."""
+        """True if a teacher's outputs can be had: from a service, or from a cache."""
         return bool(self.teachers) or self.is_offline
 
     @property
     def is_offline(self) -> bool:
-        """Whether all answers come out of a cache, and no teacher is asked."""
+        """True if all teacher outputs come from a cache, and no service is queried."""
         return self.cache is not None and self.cache.mode == "only"
 
     def loss_of(self, context: ContextConfig) -> LossConfig:
-        """What is minimised on the rows of `context`."""
+        """The objective on the rows of `context`."""
         return context.loss or self.loss
 
     @property
     def asks_teacher(self) -> bool:
-        """Whether training needs a teacher, to score or to write."""
+        """True if training needs a teacher, to score or to generate."""
         return any(context.dataset is None or self.loss_of(context).asks_teacher for context in self.contexts)

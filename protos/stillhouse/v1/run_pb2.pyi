@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Run(_message.Message):
-    """Run is one training run: what was asked for, and how it goes."""
+    """Run is one training run: its configuration, state and progress."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -42,7 +42,7 @@ class Run(_message.Message):
         STATE_RUNNING: Run._State.ValueType  # 3
         """It takes optimizer steps."""
         STATE_STOPPING: Run._State.ValueType  # 4
-        """It was asked to stop and writes a checkpoint."""
+        """It writes a checkpoint, to stop."""
         STATE_STOPPED: Run._State.ValueType  # 5
         """Ended by request; can be resumed."""
         STATE_COMPLETED: Run._State.ValueType  # 6
@@ -51,7 +51,7 @@ class Run(_message.Message):
         """Ended by an error; see `error`; can be resumed if it has a checkpoint."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """State is where the run is. The arrows between states are in student_trainer/runs/store/run_state.py."""
+        """State of a run. The transitions are in student_trainer/runs/store/run_state.py."""
 
     STATE_UNSPECIFIED: Run.State.ValueType  # 0
     """Never sent."""
@@ -62,7 +62,7 @@ class Run(_message.Message):
     STATE_RUNNING: Run.State.ValueType  # 3
     """It takes optimizer steps."""
     STATE_STOPPING: Run.State.ValueType  # 4
-    """It was asked to stop and writes a checkpoint."""
+    """It writes a checkpoint, to stop."""
     STATE_STOPPED: Run.State.ValueType  # 5
     """Ended by request; can be resumed."""
     STATE_COMPLETED: Run.State.ValueType  # 6
@@ -77,7 +77,7 @@ class Run(_message.Message):
     class _ConditionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Run._Condition.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         CONDITION_UNSPECIFIED: Run._Condition.ValueType  # 0
-        """It does."""
+        """It makes progress."""
         CONDITION_WAITING_FOR_TEACHER: Run._Condition.ValueType  # 1
         """No teacher answers; it waits up to retry.teacher_wait_s."""
         CONDITION_RETRYING: Run._Condition.ValueType  # 2
@@ -85,13 +85,13 @@ class Run(_message.Message):
         CONDITION_ADOPTING: Run._Condition.ValueType  # 3
         """The service restarted and takes it over."""
         CONDITION_NOT_RESPONDING: Run._Condition.ValueType  # 4
-        """Its process gives no sign of life; the service ends it after --max-silence-s."""
+        """Its process sends no heartbeat; the service ends it after --max-silence-s."""
 
     class Condition(_Condition, metaclass=_ConditionEnumTypeWrapper):
-        """Condition is why a live run makes no progress."""
+        """Condition is the reason that a live run makes no progress."""
 
     CONDITION_UNSPECIFIED: Run.Condition.ValueType  # 0
-    """It does."""
+    """It makes progress."""
     CONDITION_WAITING_FOR_TEACHER: Run.Condition.ValueType  # 1
     """No teacher answers; it waits up to retry.teacher_wait_s."""
     CONDITION_RETRYING: Run.Condition.ValueType  # 2
@@ -99,7 +99,7 @@ class Run(_message.Message):
     CONDITION_ADOPTING: Run.Condition.ValueType  # 3
     """The service restarted and takes it over."""
     CONDITION_NOT_RESPONDING: Run.Condition.ValueType  # 4
-    """Its process gives no sign of life; the service ends it after --max-silence-s."""
+    """Its process sends no heartbeat; the service ends it after --max-silence-s."""
 
     NAME_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
@@ -118,9 +118,9 @@ class Run(_message.Message):
     name: _builtins.str
     """Resource name, `runs/{run}`. Assigned on create."""
     state: Global___Run.State.ValueType
-    """Where it is."""
+    """State."""
     condition: Global___Run.Condition.ValueType
-    """Why it makes no progress, if it makes none."""
+    """Reason that it makes no progress, if it makes none."""
     queue_position: _builtins.int
     """Runs ahead of it, while PENDING."""
     latest_checkpoint: _builtins.str
@@ -129,7 +129,7 @@ class Run(_message.Message):
     """Version of Stillhouse that created it."""
     @_builtins.property
     def spec(self) -> Global___RunSpec:
-        """What was asked for. Immutable."""
+        """The configuration as submitted. Immutable."""
 
     @_builtins.property
     def effective_spec(self) -> Global___RunSpec:
@@ -137,11 +137,11 @@ class Run(_message.Message):
 
     @_builtins.property
     def progress(self) -> Global___Progress:
-        """How far it is."""
+        """Steps and tokens so far."""
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why it FAILED."""
+        """Cause, if it FAILED."""
 
     @_builtins.property
     def attempts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Attempt]:
@@ -149,15 +149,15 @@ class Run(_message.Message):
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it was created."""
+        """Time of creation."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When its first attempt started."""
+        """Start of its first attempt."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """When it ended."""
+        """End of the run."""
 
     def __init__(
         self,
@@ -206,20 +206,20 @@ class Attempt(_message.Message):
     last_step: _builtins.int
     """Last step that it took. 0 if it took none."""
     exit_code: _builtins.int
-    """How its process ended."""
+    """Exit code of its process."""
     signal: _builtins.int
     """Signal that ended it. 0 if none."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """When its process was started."""
+        """Start of its process."""
 
     @_builtins.property
     def end_time(self) -> _timestamp_pb2.Timestamp:
-        """When its process ended. Unset while it lives."""
+        """End of its process. Unset while it lives."""
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why, and what to do."""
+        """Cause and remedy, if it failed."""
 
     def __init__(
         self,
@@ -243,10 +243,10 @@ Global___Attempt: _TypeAlias = Attempt  # noqa: Y015
 
 @_typing.final
 class RunSpec(_message.Message):
-    """RunSpec is a run's configuration. A YAML or JSON file with these field names, in
-    snake_case or lowerCamelCase, is a valid submission. An unset scalar takes the default in
-    student_trainer/config/schema.py. Paths are resolved on the trainer's host, under the roots that it
-    allows; `datasets/…`, `caches/…` and `runs/…` name what the service holds.
+    """RunSpec is a run's configuration. A YAML or JSON file with these field names, in snake_case or lowerCamelCase, is a
+    valid submission. Ranges, choices and defaults are metadata in student_trainer/config/schema.py, which
+    docs/reference/run-file.md shows beside these comments. Paths are resolved on the trainer's host, under the roots that
+    it allows; `datasets/…`, `caches/…` and `runs/…` name what the service holds.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -288,14 +288,14 @@ class RunSpec(_message.Message):
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
-    """"distil", "cache" (ask the teacher and store) or "evaluate". Unset means distil."""
+    """"distil": train the student. "cache": query the teacher and store its outputs. "evaluate": measure only."""
     @_builtins.property
     def student(self) -> Global___StudentSpec:
-        """The model that learns, or is evaluated."""
+        """The model to train or evaluate."""
 
     @_builtins.property
     def teachers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TeacherSpec]:
-        """Who is learnt from. None for training from a cache alone."""
+        """Teachers to distil from. Empty for training from a cache alone."""
 
     @_builtins.property
     def data(self) -> Global___DataSpec:
@@ -303,35 +303,35 @@ class RunSpec(_message.Message):
 
     @_builtins.property
     def contexts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ContextSpec]:
-        """Where completions come from, mixed by weight. Empty means the dataset alone."""
+        """Sources of completions, mixed by weight. Empty means the dataset alone."""
 
     @_builtins.property
     def cache(self) -> Global___CacheSpec:
-        """Where teachers' answers are kept and looked up. Unset means nowhere."""
+        """Store of teachers' outputs. Unset means none."""
 
     @_builtins.property
     def loss(self) -> Global___LossSpec:
-        """What is minimised."""
+        """The objective."""
 
     @_builtins.property
     def optimizer(self) -> Global___OptimizerSpec:
-        """How it is minimised."""
+        """Its minimisation."""
 
     @_builtins.property
     def checkpoint(self) -> Global___CheckpointSpec:
-        """When a checkpoint is written."""
+        """Intervals between checkpoints."""
 
     @_builtins.property
     def evaluation(self) -> Global___EvaluationSpec:
-        """When and how the student is evaluated."""
+        """Evaluation of the student."""
 
     @_builtins.property
     def resources(self) -> Global___ResourceSpec:
-        """What the run may use."""
+        """Devices and processes."""
 
     @_builtins.property
     def retry(self) -> Global___RetrySpec:
-        """What happens when something breaks."""
+        """Recovery from failures."""
 
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -367,7 +367,7 @@ Global___RunSpec: _TypeAlias = RunSpec  # noqa: Y015
 
 @_typing.final
 class StudentSpec(_message.Message):
-    """StudentSpec is the model that learns."""
+    """StudentSpec is the model to train."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -383,17 +383,17 @@ class StudentSpec(_message.Message):
     model: _builtins.str
     """Required. Hugging Face id, or a path under a root that the service allows."""
     quantization: _builtins.str
-    """How the frozen base is held: "none", "int8" or "nf4"; the last two need lora."""
+    """Quantization of the frozen base; other than "none" it needs lora."""
     gradient_checkpointing: _builtins.bool
-    """Recompute activations in the backward pass, to save memory. Unset means false."""
+    """Recompute activations in the backward pass, to save memory."""
     from_config: _builtins.bool
     """Random weights from the model's configuration instead of its checkpoint."""
     revision: _builtins.str
-    """Hub revision."""
+    """Hub revision: branch, tag or commit. Empty means the hub's default."""
     adapter: _builtins.str
-    """Directory of an adapter to go on from, with its own rank and modules; lora must be unset then."""
+    """Directory of an adapter to resume from, with its own rank and modules; lora must be unset then."""
     output: _builtins.str
-    """What is saved at the end: "adapter", "merged" or "both"."""
+    """Weights saved at the end: the adapter, the merged model or both. Without lora all weights, which is "merged"."""
     @_builtins.property
     def lora(self) -> Global___LoraSpec:
         """Train an adapter instead of every weight."""
@@ -455,13 +455,13 @@ class LoraSpec(_message.Message):
     LAYERS_FIELD_NUMBER: _builtins.int
     BIAS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
-    """Rank of the update, in [1, 1024]. Unset means 16."""
+    """Rank of the update."""
     alpha: _builtins.float
-    """Scale of the update is alpha / rank. Unset means 32."""
+    """Scale of the update is alpha / rank."""
     dropout: _builtins.float
-    """Share of the adapter's inputs dropped in training, in [0, 1). Unset means 0."""
+    """Share of the adapter's inputs dropped in training."""
     bias: _builtins.str
-    """"none", "all" or "lora_only"."""
+    """Biases to train: none, those of all layers, or those of adapted layers."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Module names such as "q_proj". Empty means all linear layers."""
@@ -518,19 +518,19 @@ class TeacherSpec(_message.Message):
     LOGPROB_DTYPE_FIELD_NUMBER: _builtins.int
     PREFETCH_STEPS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Name by which data rows and metrics speak of it. May be empty if there is one teacher."""
+    """Name of the teacher in data rows and metrics. May be empty if there is one teacher."""
     adapter: _builtins.str
-    """Adapter to ask for. Empty means the base model."""
+    """Adapter to apply. Empty means the base model."""
     weight: _builtins.float
-    """Share in a mixture. Unset means 1."""
+    """Share in a mixture of teachers."""
     credential: _builtins.str
     """Section of the trainer's credentials file with token, CA, certificate and key. Never the secret itself."""
     tls_server_name: _builtins.str
     """Name to expect in the teacher's certificate, if not the target's."""
     logprob_dtype: _builtins.str
-    """Type of the logprobs on the wire: "float16" or "float32". Unset means float16."""
+    """Type of the logprobs on the wire."""
     prefetch_steps: _builtins.int
-    """Optimizer steps whose sequences are in flight ahead of the student, in [1, 64]. Unset means 2."""
+    """Optimizer steps whose sequences are in flight ahead of the student."""
     @_builtins.property
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. One or more `host:port` that serve the same model; the trainer balances and fails over."""
@@ -578,18 +578,18 @@ class ContextSpec(_message.Message):
     STUDENT_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
-    """Share of rows; a row of a generated context gives samples_per_prompt sequences. Unset means 1."""
+    """Share of rows; a row of a generated context gives samples_per_prompt sequences."""
     @_builtins.property
     def dataset(self) -> Global___DatasetContext:
         """The dataset's own completions (off-policy)."""
 
     @_builtins.property
     def teacher(self) -> Global___TeacherContext:
-        """The teacher writes, with its distributions from the same pass (sequence- and word-level)."""
+        """The teacher generates, with its distributions from the same pass (sequence- and word-level)."""
 
     @_builtins.property
     def student(self) -> Global___StudentContext:
-        """The student writes, the teacher scores (on-policy; its share is lambda in GKD)."""
+        """The student generates, the teacher scores (on-policy; its share is lambda in GKD)."""
 
     @_builtins.property
     def loss(self) -> Global___LossSpec:
@@ -638,14 +638,14 @@ Global___DatasetContext: _TypeAlias = DatasetContext  # noqa: Y015
 
 @_typing.final
 class TeacherContext(_message.Message):
-    """TeacherContext is text that a teacher writes during the run."""
+    """TeacherContext is text that a teacher generates during the run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     GENERATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
-        """How it writes."""
+        """Sampling of the text."""
 
     def __init__(
         self,
@@ -662,7 +662,7 @@ Global___TeacherContext: _TypeAlias = TeacherContext  # noqa: Y015
 
 @_typing.final
 class StudentContext(_message.Message):
-    """StudentContext is text that the student writes during the run."""
+    """StudentContext is text that the student generates during the run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -681,9 +681,7 @@ class StudentContext(_message.Message):
     max_importance_weight: _builtins.float
     """Cap on the importance weight of a token."""
     min_teacher_logprob: _builtins.float
-    """Warm-start gate: mean log-probability, in nats per token, that the teacher must give the first texts that the
-    student writes, in [-1e6, 0]. Unset means that of a blind guess, -log(vocabulary).
-    """
+    """Warm-start gate: mean log-probability, in nats per token, that the teacher must give the student's first texts."""
     rollout_credential: _builtins.str
     """Section of the trainer's credentials file with token, CA, certificate and key for rollout_target, whose token needs
     the scope admin: the run loads adapters there. Never the secret itself.
@@ -692,7 +690,7 @@ class StudentContext(_message.Message):
     """Name to expect in the certificate of rollout_target, if not the target's."""
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
-        """How it writes."""
+        """Sampling of the text."""
 
     @_builtins.property
     def rollout_targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
@@ -733,7 +731,7 @@ Global___StudentContext: _TypeAlias = StudentContext  # noqa: Y015
 
 @_typing.final
 class CacheSpec(_message.Message):
-    """CacheSpec is where teachers' answers are kept."""
+    """CacheSpec is the store of teachers' outputs."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -741,12 +739,12 @@ class CacheSpec(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     CODEC_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Required. Such as "caches/my-set"."""
+    """Required. Such as caches/my-set."""
     mode: _builtins.str
-    """"read" (ask for what is missing, keep nothing), "write_through" (ask and keep) or "only" (no teacher)."""
+    """"read": query the teacher for what is missing, keep nothing. "write_through": query and keep. "only": no teacher."""
     codec: _builtins.str
-    """How answers are kept: "lossless" (every bit of the wire) or "compact" (coarser log-probabilities, about
-    two thirds of the bytes). Unset means lossless; answers that are there stay as they are.
+    """"lossless": every bit of the wire. "compact": coarser log-probabilities, about two thirds of the bytes. Existing
+    entries stay as they are.
     """
     def __init__(
         self,
@@ -786,28 +784,28 @@ class DataSpec(_message.Message):
     PACKING_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     eval_fraction: _builtins.float
-    """Share of `train` held out for evaluation if `eval` is empty, in [0, 1)."""
+    """Share of `train` held out for evaluation if `eval` is empty."""
     max_sequence_tokens: _builtins.int
-    """Longer rows are cut or dropped, as `overflow` says."""
+    """Longest row, in tokens; longer ones are treated as `overflow` says."""
     overflow: _builtins.str
-    """"truncate" or "drop"."""
+    """Treatment of longer rows."""
     teacher_field: _builtins.str
     """Field whose value names the teacher of a row."""
     completion_only: _builtins.bool
-    """Learn from completions only, not from prompts."""
+    """Train on completions only, not on prompts."""
     packing: _builtins.bool
-    """Put the rows of a micro-batch one behind the other, without padding; the loss stays the same. Saves time with
-    attention kernels that skip what is masked, as on GPUs. A model that would mix the rows is refused.
+    """Concatenate the rows of a micro-batch without padding; the loss stays the same. Saves time with attention kernels
+    that skip masked positions, as on GPUs. A model that would mix the rows is refused.
     """
     seed: _builtins.int
-    """Seed of the split and of the order of rows. Unset means optimizer.seed."""
+    """Seed of the split and of the order of rows."""
     @_builtins.property
     def train(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetSpec]:
-        """Required. What is trained on, mixed in proportion to the weights."""
+        """Required. Training rows, mixed in proportion to the weights."""
 
     @_builtins.property
     def eval(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetSpec]:
-        """What is evaluated on. Empty means a split of `train`."""
+        """Evaluation rows. Empty means a split of `train`."""
 
     def __init__(
         self,
@@ -896,7 +894,7 @@ Global___DatasetSpec: _TypeAlias = DatasetSpec  # noqa: Y015
 
 @_typing.final
 class RolloutSpec(_message.Message):
-    """RolloutSpec is how text is sampled."""
+    """RolloutSpec is the sampling of text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -905,13 +903,13 @@ class RolloutSpec(_message.Message):
     MAX_NEW_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLES_PER_PROMPT_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
-    """Softmax temperature, > 0. Unset means 1."""
+    """Softmax temperature."""
     top_p: _builtins.float
-    """Mass of the nucleus, in (0, 1]. Unset means 1."""
+    """Mass of the nucleus."""
     max_new_tokens: _builtins.int
-    """Longest completion, in tokens. Unset means 512."""
+    """Longest completion, in tokens."""
     samples_per_prompt: _builtins.int
-    """Completions for each prompt. Unset means 4."""
+    """Completions for each prompt."""
     def __init__(
         self,
         *,
@@ -945,7 +943,7 @@ Global___RolloutSpec: _TypeAlias = RolloutSpec  # noqa: Y015
 
 @_typing.final
 class LossSpec(_message.Message):
-    """LossSpec is what is minimised: the sum of the terms plus hard_weight x cross-entropy, over all tokens of a step."""
+    """LossSpec is the objective: the sum of the terms plus hard_weight x cross-entropy, over all tokens of a step."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -963,47 +961,46 @@ class LossSpec(_message.Message):
     hard_weight: _builtins.float
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
-    """Softmax temperature of the terms, on both sides, whose gradients are scaled by its square; > 0. Unset means 1. "mse"
-    does not change with it. Other than 1 it needs sparse_target "tail_bucket" or "renormalise".
+    """Softmax temperature of the terms, on both sides, whose gradients are scaled by its square. The divergence mse does not
+    change with it. Other than 1 it needs sparse_target tail_bucket or renormalise.
     """
     temperature_mode: _builtins.str
     """"exact": the teacher sends its log-partition, with which the kept tokens and the tail are exact at any temperature.
     "conditional": for teachers that cannot; whether a kept token comes is compared at temperature 1, and which of them
-    at `temperature`. Defined for all divergences but "adaptive_kl" and "mse". Unset means exact.
+    at `temperature`. Defined for all divergences but adaptive_kl and mse.
     """
     reduction: _builtins.str
     """"token_mean": every token of a step counts the same. "sequence_mean": every sequence does. What other programs call
-    batchmean divides by the number of sequences what they summed over tokens, which is neither. Unset means token_mean.
+    batchmean divides by the number of sequences what they summed over tokens, which is neither.
     """
     top_k: _builtins.int
-    """Likeliest teacher tokens to ask for, in [1, 256]. Unset means 64."""
+    """Top-k of the teacher's tokens to query."""
     sparse_target: _builtins.str
-    """What stands for the tokens beyond them. "tail_bucket": one bucket with all their mass; a lower bound of the
+    """Target for the tokens beyond top_k. "tail_bucket": one bucket with all their mass; a lower bound of the
     divergence over the vocabulary, least for a student that equals its teacher, but nothing shapes the student within
     the bucket. "sampled": random-sampling distillation, num_samples draws of the teacher in place of its top_k, which
     then may be 1; unbiased. "top_k_and_sampled": the top_k exactly, and the draws that fell outside share the tail's
     mass; recommended for forward_kl with top_k 16, num_samples 90 and evaluation.top_k 64, which take the bytes of
     top_k 64 with one bucket and keep far more of what the whole vocabulary teaches (`make bench-sparse`).
     "renormalise": the top_k as if they were all, as many programs do; it makes students over-confident. All but the
-    first are for forward_kl alone, and draws need a teacher with CAPABILITY_SAMPLED_TOKENS. Unset means tail_bucket,
-    which every teacher and every divergence can.
+    first are for forward_kl alone, and draws need a teacher with CAPABILITY_SAMPLED_TOKENS.
     """
     num_samples: _builtins.int
-    """Draws per position for "sampled" and "top_k_and_sampled". Unset means 50."""
+    """Draws per position for sparse_target sampled and top_k_and_sampled."""
     foreign_tokenizer: _builtins.str
-    """How a foreign tokenizer is bridged. "alm": approximate likelihood matching. The text is tokenised for the teacher too, and
-    cut into chunks where tokens of both sides end; each term compares P = exp(log p / chunk_temperature), with log p what
-    a side gives to a chunk, as the distribution (P, 1 - P). It needs the log-probabilities of the text's own tokens and
-    nothing else: top_k does not count. Means are over chunks. Unset means refuse.
+    """Distillation across tokenizers. "refuse": the teacher's tokenizer must be the student's. "alm": approximate likelihood
+    matching. The text is tokenised for the teacher too, and cut into chunks where tokens of both sides end; each term
+    compares P = exp(log p / chunk_temperature), with log p a side's log-probability of a chunk, as the distribution
+    (P, 1 - P). It needs the log-probabilities of the text's own tokens and nothing else: top_k does not count. Means are
+    over chunks.
     """
     chunk_temperature: _builtins.float
-    """Of "alm", > 0. High ones let the likelihood of a chunk count even where it is tiny; gradients shrink with it. Unset
-    means 100.
+    """Temperature of chunks with alm. High ones let the likelihood of a chunk count even where it is tiny; gradients shrink
+    with it.
     """
     chunks: _builtins.str
-    """Of "alm", where chunks end. "shortest": wherever tokens of both sides do. "words": only there where white space
-    follows, or a completion ends, so that no side is judged amid a word that it would have cut otherwise. Unset means
-    shortest.
+    """Ends of chunks with alm. "shortest": wherever tokens of both sides end. "words": only where white space follows, or a
+    completion ends, so that no side is judged amid a word that it would have cut otherwise.
     """
     @_builtins.property
     def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossTerm]:
@@ -1091,30 +1088,29 @@ class LossTerm(_message.Message):
     the formula goes to 0 there. "jsd_normalised": the same / (beta (1 - beta)), which goes to both by itself.
     "tvd": total variation. "skew_kl": KL(p || alpha p + (1 - alpha) q). "skew_reverse_kl": KL(q || (1 - alpha) p +
     alpha q). "alpha_beta": with alpha + beta = 1, from reverse_kl (0, 1) to forward_kl (1, 0). "adaptive_kl": both KLs,
-    weighted by where the student is off. "mse": of centred logits, over the top_k. Unset means forward_kl.
+    weighted by where the student is off. "mse": squared error of centred logits, over the top_k.
     """
     weight: _builtins.float
-    """Weight in the sum, >= 0. Unset means 1; with 0 everywhere no teacher is asked while training."""
+    """Weight in the sum; with 0 everywhere no teacher is queried while training."""
     alpha: _builtins.float
-    """Of skewed divergences, in [0, 1), unset means 0.1; of alpha_beta, unset means 0.5."""
+    """Parameter of skewed divergences, below 1, and of alpha_beta."""
     beta: _builtins.float
-    """Of jsd, in [0, 1], where it weighs the teacher; of alpha_beta. Unset means 0.5. Take care with values from elsewhere:
+    """Parameter of jsd, at most 1, where it weighs the teacher; and of alpha_beta. Take care with values from elsewhere:
     DistiLLM's and ABKD's `lam` and f-distill's `beta` weigh the student, so that 0.9 there is 0.1 here.
     """
     mu: _builtins.float
-    """Of adaptive_kl: mass of the teacher's head, in [0, 1]. Unset means 0.5."""
+    """Parameter of adaptive_kl: mass of the teacher's head, at most 1."""
     estimator: _builtins.str
-    """"full" (over the support) or "policy_gradient" (the token that was sampled). Unset means full."""
+    """"full": over the support. "policy_gradient": over the token that was sampled."""
     token_weighting: _builtins.str
     """Weight of a token in this term, with mean 1 over a step: "uniform"; "teacher_entropy", H(p); "teacher_confidence",
-    1 - H(p) / log V. The teacher is asked for H; from one that does not tell, it is that of the top_k and the tail as
-    one, a lower bound. Unset means uniform.
+    1 - H(p) / log V. The teacher is queried for H; without CAPABILITY_ENTROPY it is that of the top_k and the tail as
+    one token, a lower bound.
     """
     baseline: _builtins.str
-    """Of a policy gradient: what a token's advantage log p - log q is compared with, always from texts other than its own,
-    so that the gradient's expectation stays and its noise falls. "none"; "batch": mean over the tokens of all other texts
-    of the step; "group": of the other texts of the same prompt; "position": of these at the same position. Unset means
-    none.
+    """Baseline of a policy gradient's advantage log p - log q, always from texts other than the token's own, so that the
+    gradient stays unbiased and its variance falls. "none": 0. "batch": mean over the tokens of all other texts of the
+    step. "group": of the other texts of the same prompt. "position": of these at the same position.
     """
     def __init__(
         self,
@@ -1169,7 +1165,7 @@ Global___LossTerm: _TypeAlias = LossTerm  # noqa: Y015
 
 @_typing.final
 class OptimizerSpec(_message.Message):
-    """OptimizerSpec is how the loss is minimised."""
+    """OptimizerSpec is the minimisation of the loss."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1186,29 +1182,29 @@ class OptimizerSpec(_message.Message):
     PRECISION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"adamw", "adam", "sgd", "adamw_8bit", "paged_adamw_8bit"."""
+    """Optimizer."""
     learning_rate: _builtins.float
-    """Peak learning rate, > 0. Unset means 1e-4 with lora and 1e-5 without."""
+    """Peak learning rate."""
     weight_decay: _builtins.float
-    """Decoupled for adamw, L2 for adam and sgd; >= 0. Unset means 0.01."""
+    """Decoupled for adamw, L2 for adam and sgd."""
     lr_scheduler: _builtins.str
-    """"cosine", "linear" or "constant"."""
+    """Decay of the learning rate after the warm-up."""
     warmup_fraction: _builtins.float
-    """Share of the steps over which the learning rate rises from 0, in [0, 1]. Unset means 0.03."""
+    """Share of the steps over which the learning rate rises from 0."""
     micro_batch_size: _builtins.int
     """Sequences in one forward pass of one process."""
     grad_accum_steps: _builtins.int
     """Forward passes in one update, of all processes together."""
     max_grad_norm: _builtins.float
-    """Gradients are scaled down to this norm. 0 means no clipping; unset means 1."""
+    """Gradients are scaled down to this norm. 0 means no clipping."""
     epochs: _builtins.float
-    """Passes over the training rows, > 0. Unset means 1."""
+    """Passes over the training rows."""
     max_steps: _builtins.int
-    """Overrides epochs."""
+    """Optimizer steps to take, instead of epochs. Unset means by epochs."""
     precision: _builtins.str
-    """"bf16", "fp16" or "fp32". Unset means bf16 on a GPU and fp32 on a CPU."""
+    """Type of forward and backward pass."""
     seed: _builtins.int
-    """Seed of initial weights, dropout and order. Unset means 0."""
+    """Seed of initial weights, dropout and order."""
     def __init__(
         self,
         *,
@@ -1282,7 +1278,7 @@ Global___OptimizerSpec: _TypeAlias = OptimizerSpec  # noqa: Y015
 
 @_typing.final
 class CheckpointSpec(_message.Message):
-    """CheckpointSpec is when a checkpoint is written and how many are kept."""
+    """CheckpointSpec is the intervals between checkpoints, besides the one at the end; each that is set counts separately."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1291,13 +1287,13 @@ class CheckpointSpec(_message.Message):
     EVERY_SECONDS_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
-    """Steps between two checkpoints. Unset means 500, if none of these three is set."""
+    """Steps between two checkpoints."""
     every_epochs: _builtins.float
     """Epochs between two checkpoints."""
     every_seconds: _builtins.float
     """Seconds between two checkpoints."""
     keep: _builtins.int
-    """Newest checkpoints kept, >= 1. Unset means 2."""
+    """Newest checkpoints kept."""
     def __init__(
         self,
         *,
@@ -1331,7 +1327,7 @@ Global___CheckpointSpec: _TypeAlias = CheckpointSpec  # noqa: Y015
 
 @_typing.final
 class EvaluationSpec(_message.Message):
-    """EvaluationSpec is when and how the student is evaluated."""
+    """EvaluationSpec is the evaluation of the student, besides the start and the end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1347,18 +1343,18 @@ class EvaluationSpec(_message.Message):
     every_epochs: _builtins.float
     """Epochs between two evaluations."""
     limit: _builtins.int
-    """Rows to use at most."""
+    """Rows to use at most, from the first. Unset means all."""
     best_metric: _builtins.str
     """Metric by which the best checkpoint is kept."""
     top_k: _builtins.int
-    """Likeliest teacher tokens to ask for on held-out rows. Unset means loss.top_k."""
+    """Top-k of the teacher's tokens to query on held-out rows."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Names such as "kl", "perplexity", "agreement", "bleu", "rouge", "accuracy"; "alm" with loss.foreign_tokenizer: alm."""
+        """Metrics to compute; alm with loss.foreign_tokenizer: alm alone."""
 
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
-        """How the student writes, for metrics of text."""
+        """Sampling of the student's text, for metrics of text."""
 
     def __init__(
         self,
@@ -1400,7 +1396,7 @@ Global___EvaluationSpec: _TypeAlias = EvaluationSpec  # noqa: Y015
 
 @_typing.final
 class ResourceSpec(_message.Message):
-    """ResourceSpec is what the run may use."""
+    """ResourceSpec is the devices and processes of the run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1408,14 +1404,14 @@ class ResourceSpec(_message.Message):
     GPU_COUNT_FIELD_NUMBER: _builtins.int
     NUM_PROCESSES_FIELD_NUMBER: _builtins.int
     gpu_count: _builtins.int
-    """Free devices to take. Unset means one where the service has any, else the CPU."""
+    """Free devices to take."""
     num_processes: _builtins.int
     """Training processes. 0 means one for each GPU, at least one. They share the rows of every step, so their number
     changes the time of a step and not what it learns.
     """
     @_builtins.property
     def gpus(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Device indices. Empty: as many free ones as gpu_count says."""
+        """Device indices. Empty means as many free ones as gpu_count says."""
 
     def __init__(
         self,
@@ -1441,7 +1437,7 @@ Global___ResourceSpec: _TypeAlias = ResourceSpec  # noqa: Y015
 
 @_typing.final
 class RetrySpec(_message.Message):
-    """RetrySpec is what happens when something breaks."""
+    """RetrySpec is the recovery from failures."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1449,9 +1445,9 @@ class RetrySpec(_message.Message):
     TEACHER_WAIT_S_FIELD_NUMBER: _builtins.int
     HALVE_MICRO_BATCH_FIELD_NUMBER: _builtins.int
     max_attempts: _builtins.int
-    """Processes that may be started for this run without being asked."""
+    """Training processes that may be started for this run without `run resume`."""
     teacher_wait_s: _builtins.float
-    """Time that the run waits for a teacher that does not answer."""
+    """Seconds that the run waits for a teacher that does not answer."""
     halve_micro_batch: _builtins.bool
     """After running out of memory, try once with half the micro-batch and twice the accumulation."""
     def __init__(
@@ -1482,7 +1478,7 @@ Global___RetrySpec: _TypeAlias = RetrySpec  # noqa: Y015
 
 @_typing.final
 class Progress(_message.Message):
-    """Progress is how far a run is."""
+    """Progress is the steps and tokens of a run so far."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1495,9 +1491,9 @@ class Progress(_message.Message):
     total_steps: _builtins.int
     """Optimizer steps that the run takes. 0 until its data is read."""
     trained_tokens: _builtins.int
-    """Completion tokens learnt from."""
+    """Completion tokens trained on."""
     tokens_per_second: _builtins.float
-    """Completion tokens learnt from in a second, lately."""
+    """Completion tokens trained on in a second, lately."""
     def __init__(
         self,
         *,
@@ -1529,7 +1525,7 @@ class CreateRunRequest(_message.Message):
     """Check the spec, and change nothing."""
     @_builtins.property
     def spec(self) -> Global___RunSpec:
-        """Required. What to do."""
+        """Required. Configuration of the run."""
 
     def __init__(
         self,
@@ -1630,7 +1626,7 @@ Global___ListRunsResponse: _TypeAlias = ListRunsResponse  # noqa: Y015
 
 @_typing.final
 class WatchRunRequest(_message.Message):
-    """WatchRunRequest names a run and where to go on."""
+    """WatchRunRequest names a run and the event to resume after."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1664,7 +1660,7 @@ class WatchRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Place of this event in the run's history; pass it as after_sequence to go on from here."""
+    """Number of this event in the run's history; pass it as after_sequence to resume from here."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run, after a change."""
@@ -1726,11 +1722,11 @@ class MetricPoint(_message.Message):
     """Attempt that took the step: after a rollback the last one counts."""
     @_builtins.property
     def values(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """Metric name to value; names are listed in ARCHITECTURE.md."""
+        """Metric name to value; docs/reference/metrics.md lists the names."""
 
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp:
-        """When it was measured."""
+        """Time of the measurement."""
 
     def __init__(
         self,
@@ -1931,7 +1927,7 @@ Global___MetricSeries: _TypeAlias = MetricSeries  # noqa: Y015
 
 @_typing.final
 class StreamLogsRequest(_message.Message):
-    """StreamLogsRequest names a log and where to start."""
+    """StreamLogsRequest names a log and its first byte."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1965,16 +1961,16 @@ Global___StreamLogsRequest: _TypeAlias = StreamLogsRequest  # noqa: Y015
 
 @_typing.final
 class StreamLogsResponse(_message.Message):
-    """StreamLogsResponse is a piece of a log."""
+    """StreamLogsResponse is a chunk of a log."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     DATA_FIELD_NUMBER: _builtins.int
     NEXT_OFFSET_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
-    """The next bytes, UTF-8; a character may be cut by the end of a piece."""
+    """The next bytes, UTF-8; a character may be cut by the end of a chunk."""
     next_offset: _builtins.int
-    """Where to start again after a lost stream."""
+    """Byte to start at after a lost stream."""
     def __init__(
         self,
         *,
@@ -1991,14 +1987,14 @@ Global___StreamLogsResponse: _TypeAlias = StreamLogsResponse  # noqa: Y015
 
 @_typing.final
 class UploadDatasetRequest(_message.Message):
-    """UploadDatasetRequest is a piece of a file, in order."""
+    """UploadDatasetRequest is a chunk of a file, in order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_NAME_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     file_name: _builtins.str
-    """Such as "train.jsonl". Set on the first piece."""
+    """Such as "train.jsonl". Set on the first chunk."""
     data: _builtins.bytes
     """The next bytes."""
     def __init__(
@@ -2089,7 +2085,7 @@ Global___ListArtifactsResponse: _TypeAlias = ListArtifactsResponse  # noqa: Y015
 
 @_typing.final
 class Artifact(_message.Message):
-    """Artifact is a file that a run left."""
+    """Artifact is a file of a run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2119,7 +2115,7 @@ Global___Artifact: _TypeAlias = Artifact  # noqa: Y015
 
 @_typing.final
 class DownloadArtifactRequest(_message.Message):
-    """DownloadArtifactRequest names a file and where to start."""
+    """DownloadArtifactRequest names a file and its first byte."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2149,7 +2145,7 @@ Global___DownloadArtifactRequest: _TypeAlias = DownloadArtifactRequest  # noqa: 
 
 @_typing.final
 class DownloadArtifactResponse(_message.Message):
-    """DownloadArtifactResponse is a piece of a file, in order."""
+    """DownloadArtifactResponse is a chunk of a file, in order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2158,7 +2154,7 @@ class DownloadArtifactResponse(_message.Message):
     data: _builtins.bytes
     """The next bytes."""
     sha256: _builtins.str
-    """Of the whole file; set on the last piece."""
+    """SHA-256 of the whole file, hexadecimal; set on the last chunk."""
     def __init__(
         self,
         *,

@@ -28,7 +28,7 @@ if _version_not_supported:
 class RunServiceStub(object):
     """RunService queues distillation runs, trains each in its own process, and reports.
 
-    Verbs that change a run return the run as it is now.
+    Rpcs that change a run return the run as it is now.
     """
 
     def __init__(self, channel):
@@ -102,7 +102,7 @@ class RunServiceStub(object):
 class RunServiceServicer(object):
     """RunService queues distillation runs, trains each in its own process, and reports.
 
-    Verbs that change a run return the run as it is now.
+    Rpcs that change a run return the run as it is now.
     """
 
     def CreateRun(self, request, context):
@@ -164,14 +164,14 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UploadDataset(self, request_iterator, context):
-        """UploadDataset stores a file on the trainer's host, by content: the answer names it `datasets/{sha256}`.
+        """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListArtifacts(self, request, context):
-        """ListArtifacts lists what a run left: checkpoints, final model, exports, evaluation outputs.
+        """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -265,7 +265,7 @@ def add_RunServiceServicer_to_server(servicer, server):
 class RunService(object):
     """RunService queues distillation runs, trains each in its own process, and reports.
 
-    Verbs that change a run return the run as it is now.
+    Rpcs that change a run return the run as it is now.
     """
 
     @staticmethod

@@ -29,7 +29,7 @@ GRPC_VERSION: str
 class RunServiceStub:
     """RunService queues distillation runs, trains each in its own process, and reports.
 
-    Verbs that change a run return the run as it is now.
+    Rpcs that change a run return the run as it is now.
     """
 
     @_typing.overload
@@ -57,9 +57,9 @@ class RunServiceStub:
     QueryMetrics: _grpc.UnaryUnaryMultiCallable[_run_pb2.QueryMetricsRequest, _run_pb2.QueryMetricsResponse]
     """QueryMetrics returns metric history, thinned to what a plot can show."""
     UploadDataset: _grpc.StreamUnaryMultiCallable[_run_pb2.UploadDatasetRequest, _run_pb2.UploadDatasetResponse]
-    """UploadDataset stores a file on the trainer's host, by content: the answer names it `datasets/{sha256}`."""
+    """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]
-    """ListArtifacts lists what a run left: checkpoints, final model, exports, evaluation outputs."""
+    """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]
     """DownloadArtifact sends a file from a byte offset, with its SHA-256."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_run_pb2.StreamLogsRequest, _run_pb2.StreamLogsResponse]
@@ -69,7 +69,7 @@ class RunServiceStub:
 class RunServiceAsyncStub(RunServiceStub):
     """RunService queues distillation runs, trains each in its own process, and reports.
 
-    Verbs that change a run return the run as it is now.
+    Rpcs that change a run return the run as it is now.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -94,9 +94,9 @@ class RunServiceAsyncStub(RunServiceStub):
     QueryMetrics: _aio.UnaryUnaryMultiCallable[_run_pb2.QueryMetricsRequest, _run_pb2.QueryMetricsResponse]  # type: ignore[assignment]
     """QueryMetrics returns metric history, thinned to what a plot can show."""
     UploadDataset: _aio.StreamUnaryMultiCallable[_run_pb2.UploadDatasetRequest, _run_pb2.UploadDatasetResponse]  # type: ignore[assignment]
-    """UploadDataset stores a file on the trainer's host, by content: the answer names it `datasets/{sha256}`."""
+    """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]  # type: ignore[assignment]
-    """ListArtifacts lists what a run left: checkpoints, final model, exports, evaluation outputs."""
+    """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """DownloadArtifact sends a file from a byte offset, with its SHA-256."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_run_pb2.StreamLogsRequest, _run_pb2.StreamLogsResponse]  # type: ignore[assignment]
@@ -105,7 +105,7 @@ class RunServiceAsyncStub(RunServiceStub):
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
     """RunService queues distillation runs, trains each in its own process, and reports.
 
-    Verbs that change a run return the run as it is now.
+    Rpcs that change a run return the run as it is now.
     """
 
     @_abc_1.abstractmethod
@@ -182,7 +182,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_run_pb2.UploadDatasetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.UploadDatasetResponse, _abc.Awaitable[_run_pb2.UploadDatasetResponse]]:
-        """UploadDataset stores a file on the trainer's host, by content: the answer names it `datasets/{sha256}`."""
+        """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
 
     @_abc_1.abstractmethod
     def ListArtifacts(
@@ -190,7 +190,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.ListArtifactsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.ListArtifactsResponse, _abc.Awaitable[_run_pb2.ListArtifactsResponse]]:
-        """ListArtifacts lists what a run left: checkpoints, final model, exports, evaluation outputs."""
+        """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
 
     @_abc_1.abstractmethod
     def DownloadArtifact(

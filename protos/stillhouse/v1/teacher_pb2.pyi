@@ -43,7 +43,7 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """hidden_states."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
-    """Capability is something that not every engine can do."""
+    """Capability is an ability that not every engine has."""
 
 CAPABILITY_UNSPECIFIED: Capability.ValueType  # 0
 """Never sent."""
@@ -149,7 +149,7 @@ class GetTeacherInfoResponse(_message.Message):
 
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[Global___Capability.ValueType]:
-        """What this engine can do beyond top-k."""
+        """Abilities of this engine beyond top-k."""
 
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -237,14 +237,14 @@ Global___GetTokenizerRequest: _TypeAlias = GetTokenizerRequest  # noqa: Y015
 
 @_typing.final
 class GetTokenizerResponse(_message.Message):
-    """GetTokenizerResponse is a piece of one of the tokenizer's files, in order."""
+    """GetTokenizerResponse is a chunk of one of the tokenizer's files, in order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     FILE_NAME_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     file_name: _builtins.str
-    """Such as "tokenizer.json". Set on the first piece of each file."""
+    """Such as "tokenizer.json". Set on the first chunk of each file."""
     data: _builtins.bytes
     """The next bytes of it."""
     def __init__(
@@ -263,7 +263,7 @@ Global___GetTokenizerResponse: _TypeAlias = GetTokenizerResponse  # noqa: Y015
 
 @_typing.final
 class DistributionConfig(_message.Message):
-    """DistributionConfig says what to report at each position."""
+    """DistributionConfig selects the values to report at each position."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -276,7 +276,7 @@ class DistributionConfig(_message.Message):
     ENTROPY_FIELD_NUMBER: _builtins.int
     HIDDEN_STATES_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
-    """Likeliest tokens to report, in [0, max_top_k]."""
+    """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
     """Type of the logprobs. Unspecified means FLOAT16."""
     pack_token_ids: _builtins.bool
@@ -328,20 +328,20 @@ class GenerateRequest(_message.Message):
     num_samples: _builtins.int
     """Samples per prompt. 0 means 1."""
     whole_samples: _builtins.bool
-    """Send nothing of a sample before it is finished. Cheaper, where nobody reads along."""
+    """Send a sample in one piece, once it is finished: fewer messages than a stream."""
     prompt_token_ids: _builtins.bool
-    """Report the prompts as the teacher reads them."""
+    """Report the token ids of each prompt."""
     @_builtins.property
     def prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Prompt]:
         """Required. At most 1024."""
 
     @_builtins.property
     def sampling(self) -> Global___SamplingParams:
-        """How tokens are drawn."""
+        """Sampling of tokens."""
 
     @_builtins.property
     def distributions(self) -> Global___DistributionConfig:
-        """What to report for every generated token. Unset reports nothing."""
+        """Values to report for every generated token. Unset reports nothing."""
 
     def __init__(
         self,
@@ -363,7 +363,7 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class Prompt(_message.Message):
-    """Prompt is what a completion continues."""
+    """Prompt is the text that a completion continues."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -379,7 +379,7 @@ class Prompt(_message.Message):
     """Adapter to apply. Empty means the base model."""
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
-        """INT32 [T]. The normal case: what the trainer masks is what the teacher read."""
+        """INT32 [T]. The normal case: trainer and teacher read the same ids."""
 
     @_builtins.property
     def conversation(self) -> Global___Conversation:
@@ -391,8 +391,8 @@ class Prompt(_message.Message):
 
     @_builtins.property
     def sample_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Samples to write, by index and without repetition, instead of [0, num_samples): those that
-        an earlier call left unanswered. Each is below 4096. Empty means all num_samples.
+        """Samples to generate, by index and without repetition, instead of [0, num_samples): those that
+        an earlier call left unfinished. Each is below 4096. Empty means all num_samples.
         """
 
     def __init__(
@@ -450,7 +450,7 @@ class Message(_message.Message):
     role: _builtins.str
     """"system", "user", "assistant" or "tool"."""
     content: _builtins.str
-    """What was said."""
+    """Text of the turn."""
     def __init__(
         self,
         *,
@@ -467,7 +467,7 @@ Global___Message: _TypeAlias = Message  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """SamplingParams says how tokens are drawn. The model's generation_config is not consulted."""
+    """SamplingParams is the sampling of tokens. The model's generation_config is not consulted."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -530,14 +530,14 @@ Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
-    """GenerateResponse carries pieces of several samples, gathered until 512 KiB or a few milliseconds."""
+    """GenerateResponse carries chunks of several samples, batched until 512 KiB or a few milliseconds."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunks(self) -> _containers.RepeatedCompositeFieldContainer[Global___SampleChunk]:
-        """The pieces."""
+        """The chunks."""
 
     def __init__(
         self,
@@ -554,7 +554,7 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class SampleChunk(_message.Message):
-    """SampleChunk is the next piece of one sample."""
+    """SampleChunk is the next tokens of one sample."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -565,19 +565,19 @@ class SampleChunk(_message.Message):
     class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[SampleChunk._FinishReason.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         FINISH_REASON_UNSPECIFIED: SampleChunk._FinishReason.ValueType  # 0
-        """The sample goes on."""
+        """The sample continues."""
         FINISH_REASON_STOP: SampleChunk._FinishReason.ValueType  # 1
-        """It wrote an end token or a stop string."""
+        """It reached an end token or a stop string."""
         FINISH_REASON_LENGTH: SampleChunk._FinishReason.ValueType  # 2
         """It reached max_new_tokens or the model's length."""
 
     class FinishReason(_FinishReason, metaclass=_FinishReasonEnumTypeWrapper):
-        """FinishReason says why a sample ended. Values may be added."""
+        """FinishReason is the reason that a sample ended. Values may be added."""
 
     FINISH_REASON_UNSPECIFIED: SampleChunk.FinishReason.ValueType  # 0
-    """The sample goes on."""
+    """The sample continues."""
     FINISH_REASON_STOP: SampleChunk.FinishReason.ValueType  # 1
-    """It wrote an end token or a stop string."""
+    """It reached an end token or a stop string."""
     FINISH_REASON_LENGTH: SampleChunk.FinishReason.ValueType  # 2
     """It reached max_new_tokens or the model's length."""
 
@@ -593,9 +593,9 @@ class SampleChunk(_message.Message):
     ADAPTER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
-    """The prompt that this chunk answers, by its index in the request."""
+    """Index of its prompt in the request."""
     sample_index: _builtins.int
-    """The sample that it extends, in [0, num_samples)."""
+    """Index of its sample, in [0, num_samples)."""
     text: _builtins.str
     """The new text."""
     finish_reason: Global___SampleChunk.FinishReason.ValueType
@@ -603,7 +603,7 @@ class SampleChunk(_message.Message):
     prompt_tokens: _builtins.int
     """Tokens in the prompt as the teacher read it; set on the first chunk of a sample."""
     adapter_fingerprint: _builtins.str
-    """Fingerprint of the adapter that wrote it. Empty for the base model."""
+    """Fingerprint of the adapter that generated it. Empty for the base model."""
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
         """The new tokens, INT32 [T]."""
@@ -614,11 +614,11 @@ class SampleChunk(_message.Message):
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why this sample, and only this one, failed."""
+        """Error of this sample alone."""
 
     @_builtins.property
     def sampling_logprobs(self) -> _tensor_pb2.Tensor:
-        """FLOAT32 [T]: log-probability of each new token under the distribution that it was really
+        """FLOAT32 [T]: log-probability of each new token under the distribution that it was
         drawn from, after temperature, top-p and top-k.
         """
 
@@ -702,8 +702,8 @@ class ScoreSequence(_message.Message):
     adapter: _builtins.str
     """Adapter to apply. Empty means the base model."""
     timeout_ms: _builtins.int
-    """Time after which this sequence is answered with DEADLINE_EXCEEDED: from receipt, or from when the caller has read
-    enough of its earlier answers to make room for this one. 0 means 300,000.
+    """Milliseconds after which this sequence fails with DEADLINE_EXCEEDED: from receipt, or from the moment that the caller
+    has read enough of its earlier results to make room for this one. 0 means 300,000.
     """
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
@@ -733,7 +733,7 @@ Global___ScoreSequence: _TypeAlias = ScoreSequence  # noqa: Y015
 
 @_typing.final
 class ScoreResponse(_message.Message):
-    """ScoreResponse carries answers to several sequences, gathered until 512 KiB or a few
+    """ScoreResponse carries results of several sequences, batched until 512 KiB or a few
     milliseconds; no message exceeds 1 MiB.
     """
 
@@ -742,7 +742,7 @@ class ScoreResponse(_message.Message):
     RESULTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ScoreResult]:
-        """The answers."""
+        """The results."""
 
     def __init__(
         self,
@@ -759,7 +759,7 @@ Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
 
 @_typing.final
 class ScoreResult(_message.Message):
-    """ScoreResult is an answer, or a part of one."""
+    """ScoreResult is the result of one sequence, or a part of it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -769,20 +769,20 @@ class ScoreResult(_message.Message):
     CLASSES_FIELD_NUMBER: _builtins.int
     LAST_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
-    """The sequence that this answers."""
+    """The sequence."""
     last: _builtins.bool
     """True on the last part for this sequence."""
     @_builtins.property
     def distributions(self) -> _tensor_pb2.TokenDistributions:
-        """Rows of the answer; parts of one sequence arrive in order of `start`."""
+        """Rows; parts of one sequence arrive in order of `start`."""
 
     @_builtins.property
     def error(self) -> _status_pb2.Status:
-        """Why this sequence, and only this one, was not scored."""
+        """Error of this sequence alone."""
 
     @_builtins.property
     def classes(self) -> Global___ClassDistribution:
-        """An encoder teacher's answer."""
+        """Classes of an encoder teacher."""
 
     def __init__(
         self,
@@ -805,7 +805,7 @@ Global___ScoreResult: _TypeAlias = ScoreResult  # noqa: Y015
 
 @_typing.final
 class ClassDistribution(_message.Message):
-    """ClassDistribution is what an encoder teacher says of one sequence."""
+    """ClassDistribution is an encoder teacher's distribution for one sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -829,7 +829,7 @@ Global___ClassDistribution: _TypeAlias = ClassDistribution  # noqa: Y015
 
 @_typing.final
 class UploadAdapterRequest(_message.Message):
-    """UploadAdapterRequest is a piece of an adapter's file, in order."""
+    """UploadAdapterRequest is a chunk of an adapter's file, in order."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -837,11 +837,11 @@ class UploadAdapterRequest(_message.Message):
     DATA_FIELD_NUMBER: _builtins.int
     SHA256_FIELD_NUMBER: _builtins.int
     file_name: _builtins.str
-    """Such as "adapter_model.safetensors". Set on the first piece of each file."""
+    """Such as "adapter_model.safetensors". Set on the first chunk of each file."""
     data: _builtins.bytes
     """The next bytes of it."""
     sha256: _builtins.str
-    """Hex SHA-256 of the whole file, on its first piece. The file is refused unless it has it; empty
+    """Hex SHA-256 of the whole file, on its first chunk. The file is refused unless it has it; empty
     leaves it unchecked.
     """
     def __init__(
@@ -887,7 +887,7 @@ Global___UploadAdapterResponse: _TypeAlias = UploadAdapterResponse  # noqa: Y015
 
 @_typing.final
 class LoadAdapterRequest(_message.Message):
-    """LoadAdapterRequest names an adapter and where it lies."""
+    """LoadAdapterRequest names an adapter and its directory."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

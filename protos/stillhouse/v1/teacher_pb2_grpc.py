@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class TeacherServiceStub(object):
-    """TeacherService serves one frozen model: text that it writes, and the distribution that it
-    gives to text that someone else wrote.
+    """TeacherService serves one frozen model: text that it generates, and its distributions over text
+    from elsewhere.
     """
 
     def __init__(self, channel):
@@ -74,8 +74,8 @@ class TeacherServiceStub(object):
 
 
 class TeacherServiceServicer(object):
-    """TeacherService serves one frozen model: text that it writes, and the distribution that it
-    gives to text that someone else wrote.
+    """TeacherService serves one frozen model: text that it generates, and its distributions over text
+    from elsewhere.
     """
 
     def GetTeacherInfo(self, request, context):
@@ -105,11 +105,11 @@ class TeacherServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request_iterator, context):
-        """Score returns distributions at the positions of sequences that the teacher did not write.
+        """Score returns distributions at the positions of sequences that the teacher did not generate.
 
         The first request carries `config`, every later one a `sequence`. Each sequence gets
-        its answer in one or more responses, the last of which says so, in any order among
-        sequences; one that cannot be scored gets its own `error` and the stream goes on. The
+        its result in one or more responses, of which the last has `last` set, in any order among
+        sequences; one that cannot be scored gets its own `error` and the stream continues. The
         server stops reading while max_inflight_sequences are unanswered, so a slow teacher
         slows its callers instead of growing a queue.
         """
@@ -188,8 +188,8 @@ def add_TeacherServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TeacherService(object):
-    """TeacherService serves one frozen model: text that it writes, and the distribution that it
-    gives to text that someone else wrote.
+    """TeacherService serves one frozen model: text that it generates, and its distributions over text
+    from elsewhere.
     """
 
     @staticmethod

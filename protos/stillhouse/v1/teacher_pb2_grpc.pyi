@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TeacherServiceStub:
-    """TeacherService serves one frozen model: text that it writes, and the distribution that it
-    gives to text that someone else wrote.
+    """TeacherService serves one frozen model: text that it generates, and its distributions over text
+    from elsewhere.
     """
 
     @_typing.overload
@@ -50,11 +50,11 @@ class TeacherServiceStub:
     sample's last chunk has a finish_reason or an error. Cancelling the call aborts the rest.
     """
     Score: _grpc.StreamStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]
-    """Score returns distributions at the positions of sequences that the teacher did not write.
+    """Score returns distributions at the positions of sequences that the teacher did not generate.
 
     The first request carries `config`, every later one a `sequence`. Each sequence gets
-    its answer in one or more responses, the last of which says so, in any order among
-    sequences; one that cannot be scored gets its own `error` and the stream goes on. The
+    its result in one or more responses, of which the last has `last` set, in any order among
+    sequences; one that cannot be scored gets its own `error` and the stream continues. The
     server stops reading while max_inflight_sequences are unanswered, so a slow teacher
     slows its callers instead of growing a queue.
     """
@@ -72,8 +72,8 @@ class TeacherServiceStub:
 
 @_typing.type_check_only
 class TeacherServiceAsyncStub(TeacherServiceStub):
-    """TeacherService serves one frozen model: text that it writes, and the distribution that it
-    gives to text that someone else wrote.
+    """TeacherService serves one frozen model: text that it generates, and its distributions over text
+    from elsewhere.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -92,11 +92,11 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     sample's last chunk has a finish_reason or an error. Cancelling the call aborts the rest.
     """
     Score: _aio.StreamStreamMultiCallable[_teacher_pb2.ScoreRequest, _teacher_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Score returns distributions at the positions of sequences that the teacher did not write.
+    """Score returns distributions at the positions of sequences that the teacher did not generate.
 
     The first request carries `config`, every later one a `sequence`. Each sequence gets
-    its answer in one or more responses, the last of which says so, in any order among
-    sequences; one that cannot be scored gets its own `error` and the stream goes on. The
+    its result in one or more responses, of which the last has `last` set, in any order among
+    sequences; one that cannot be scored gets its own `error` and the stream continues. The
     server stops reading while max_inflight_sequences are unanswered, so a slow teacher
     slows its callers instead of growing a queue.
     """
@@ -113,8 +113,8 @@ class TeacherServiceAsyncStub(TeacherServiceStub):
     """UnloadAdapter frees an adapter. Calls that are using it finish first."""
 
 class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
-    """TeacherService serves one frozen model: text that it writes, and the distribution that it
-    gives to text that someone else wrote.
+    """TeacherService serves one frozen model: text that it generates, and its distributions over text
+    from elsewhere.
     """
 
     @_abc_1.abstractmethod
@@ -155,11 +155,11 @@ class TeacherServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_teacher_pb2.ScoreRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_teacher_pb2.ScoreResponse], _abc.AsyncIterator[_teacher_pb2.ScoreResponse]]:
-        """Score returns distributions at the positions of sequences that the teacher did not write.
+        """Score returns distributions at the positions of sequences that the teacher did not generate.
 
         The first request carries `config`, every later one a `sequence`. Each sequence gets
-        its answer in one or more responses, the last of which says so, in any order among
-        sequences; one that cannot be scored gets its own `error` and the stream goes on. The
+        its result in one or more responses, of which the last has `last` set, in any order among
+        sequences; one that cannot be scored gets its own `error` and the stream continues. The
         server stops reading while max_inflight_sequences are unanswered, so a slow teacher
         slows its callers instead of growing a queue.
         """

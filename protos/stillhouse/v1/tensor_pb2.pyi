@@ -100,7 +100,7 @@ Global___Tensor: _TypeAlias = Tensor  # noqa: Y015
 
 @_typing.final
 class TokenDistributions(_message.Message):
-    """TokenDistributions is what a model says at T consecutive positions of one sequence.
+    """TokenDistributions is a model's distributions at T consecutive positions of one sequence.
 
     Row t predicts sequence[start + t]: it is the model's output after reading
     sequence[: start + t]. Position 0 is predicted by nothing, so start >= 1.
@@ -127,13 +127,13 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> Global___Tensor:
-        """FLOAT16 or FLOAT32 [T, K]. What is missing from 1 is the tail; at FLOAT16 the sum may exceed 1
+        """FLOAT16 or FLOAT32 [T, K]. The mass missing from 1 is the tail; at FLOAT16 the sum may exceed 1
         by 1e-3 through rounding, so a loss uses log_tail and never 1 - sum. Receivers refuse sums above 1.01.
         """
 
     @_builtins.property
     def target_logprobs(self) -> Global___Tensor:
-        """FLOAT32 [T]: of the token that is really there, whether or not it is among the K."""
+        """FLOAT32 [T]: log-probability of the token in the sequence, also if it is not among the K."""
 
     @_builtins.property
     def log_tail(self) -> Global___Tensor:
@@ -145,12 +145,12 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def query_logprobs(self) -> Global___Tensor:
-        """FLOAT32 [T, Q]: of the ids that the caller named for each position; -inf where it padded with -1."""
+        """FLOAT32 [T, Q]: log-probabilities of the ids that the caller named for each position; -inf where it padded with -1."""
 
     @_builtins.property
     def sampled_token_ids(self) -> Global___Tensor:
         """INT32 or PACKED_UINT [T, R]: ids drawn from the distribution, with replacement. A draw depends only on the seed,
-        the tokens of the sequence, the position and its own index: asking again anywhere gives the same.
+        the tokens of the sequence, the position and its own index: the same query gives the same anywhere.
         """
 
     @_builtins.property

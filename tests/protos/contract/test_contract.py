@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor, MethodDescriptor
 
+from scripts.contract_text import declarations
 from stillhouse.protos.rpc.channel import SERVICE_CONFIG
-from tests.protos.contract.descriptors import FILES, declarations, enums, messages
+from tests.protos.contract.descriptors import FILES, enums, messages
 
 RPCS = [rpc for file in FILES for service in file.services_by_name.values() for rpc in service.methods]
 
@@ -17,7 +18,7 @@ def spec_messages() -> set[str]:
 
 
 def test_every_declaration_has_a_comment_that_is_a_sentence() -> None:
-    bare = [each.place for each in declarations() if not re.search(r"\w.*[.:]$", each.comment)]
+    bare = [each.line for each in declarations() if not re.search(r"\w.*[.:]$", each.comment)]
     assert bare == []
 
 

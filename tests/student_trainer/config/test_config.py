@@ -9,36 +9,37 @@ from typing import Any
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
+from scripts.contract_text import declarations
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.student_trainer.config import checks, schema
-from stillhouse.student_trainer.config.proto import from_proto, kinds, to_proto
+from stillhouse.student_trainer.config import schema
+from stillhouse.student_trainer.config.fields import Choices, DefaultText, Range, fields_of
+from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
 from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
 
 ALM = {"foreign_tokenizer": "alm"}
 PYTHON_TYPES = {
-    FieldDescriptor.CPPTYPE_INT32: "int",
-    FieldDescriptor.CPPTYPE_INT64: "int",
-    FieldDescriptor.CPPTYPE_DOUBLE: "float",
-    FieldDescriptor.CPPTYPE_BOOL: "bool",
-    FieldDescriptor.CPPTYPE_STRING: "str",
+    FieldDescriptor.CPPTYPE_INT32: int,
+    FieldDescriptor.CPPTYPE_INT64: int,
+    FieldDescriptor.CPPTYPE_DOUBLE: float,
+    FieldDescriptor.CPPTYPE_BOOL: bool,
+    FieldDescriptor.CPPTYPE_STRING: str,
 }
 
 
-def compare(cls: type[Any], message: Descriptor) -> list[type[Any]]:
-    """Assert that `cls` has the fields of `message`, in order and in kind; the classes that were compared."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    assert list(fields) == [field.name for field in message.fields], cls.__name__
-    compared = [cls]
-    for name, kind in kinds(cls).items():
+def compare(cls: type[Any], message: Descriptor) -> dict[type[Any], str]:
+    """Assert that `cls` has the fields of `message`, in order and in kind; name of the message by class."""
+    assert list(fields_of(cls)) == [field.name for field in message.fields], cls.__name__
+    compared = {cls: message.name}
+    for name, info in fields_of(cls).items():
         descriptor = message.fields_by_name[name]
-        if kind.mapping:
+        if info.mapping:
             assert descriptor.message_type.GetOptions().map_entry
-        elif kind.nested is not None:
-            compared += compare(kind.nested, descriptor.message_type)
+        elif info.nested is not None:
+            compared |= compare(info.nested, descriptor.message_type)
         else:
-            assert PYTHON_TYPES[descriptor.cpp_type] in str(fields[name].type), f"{cls.__name__}.{name}"
+            assert PYTHON_TYPES[descriptor.cpp_type] is info.python_type, f"{cls.__name__}.{name}"
     return compared
 
 
@@ -60,18 +61,41 @@ def test_config_has_the_fields_of_the_contract() -> None:
     assert set(compared) == declared
 
 
-def test_every_rule_names_a_field_that_exists() -> None:
-    classes = {each.__name__: each for each in compare(RunConfig, RunSpec.DESCRIPTOR)}
-    for key in (*checks.CHOICES, *checks.RANGES, *checks.SUPPORTED):
-        name, _, field = key.partition(".")
-        assert field in {each.name for each in dataclasses.fields(classes[name])}, key
-
-
 def test_every_number_has_a_range() -> None:
+    numbers = [
+        (f"{cls.__name__}.{info.name}", info.rule(Range))
+        for cls in compare(RunConfig, RunSpec.DESCRIPTOR)
+        for info in fields_of(cls).values()
+        if info.python_type in (int, float)
+    ]
+    assert [name for name, rule in numbers if rule is None] == []
+
+
+def test_every_default_keeps_the_rules_of_its_field() -> None:
     for cls in compare(RunConfig, RunSpec.DESCRIPTOR):
-        for field in dataclasses.fields(cls):
-            if re.search(r"\b(int|float)\b", str(field.type)):
-                assert f"{cls.__name__}.{field.name}" in checks.RANGES
+        for info in fields_of(cls).values():
+            words, span = info.rule(Choices), info.rule(Range)
+            if isinstance(info.default, str) and words:
+                assert info.default in words, info
+            if isinstance(info.default, int | float) and span:
+                assert span.holds(info.default), info
+
+
+def test_ranges_choices_and_defaults_are_written_in_the_schema_alone() -> None:
+    """The contract's comments tell meanings; a choice with a meaning of its own is quoted there, and then every one is."""
+    comments = {each.path: each.comment for each in declarations()}
+    for cls, message in compare(RunConfig, RunSpec.DESCRIPTOR).items():
+        for name, info in fields_of(cls).items():
+            path = f"{message}.{name}"
+            comment = comments[path]
+            assert not re.search(r"in [\[(]-?[\d.]|[<>]=? ?\d|at least \d|above \d", comment), path
+            is_plain = info.default not in (None, "", (), dataclasses.MISSING)
+            if is_plain or info.rule(DefaultText):
+                assert "nset means" not in comment, path
+            words = info.rule(Choices) or ()
+            quoted = re.findall(r'"([a-z_0-9]+)":', comment)
+            assert quoted in ([], list(words)), path
+            assert not re.search(r'"\w+"(,| or) "\w+"', comment) or not words, path
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.student_trainer.config.checks import CHOICES
+from stillhouse.student_trainer.config.fields import choices
+from stillhouse.student_trainer.config.schema import LossTermConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.loss.dense_reference import dense_bucket_kl
@@ -181,7 +182,7 @@ def test_losses_of_a_run_file(
 def test_every_divergence_is_a_term_of_a_packed_run(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
-    names = CHOICES["LossTermConfig.divergence"]
+    names = choices(LossTermConfig, "divergence")
     weights = {name: 0.1 * (number + 1) for number, name in enumerate(names)}
     terms = [{"divergence": name, "weight": weight} for name, weight in weights.items()]
     terms[0]["token_weighting"] = "teacher_entropy"
