@@ -144,19 +144,17 @@ class RunDir:
     def checkpoint_path(self, step: int) -> Path:
         return self.checkpoints_path / str(step)
 
+    def spec(self) -> RunSpec:
+        """The spec as the user wrote it. Raises StillhouseError as `effective_spec` does."""
+        return _read_spec(self.spec_path)
+
     def effective_spec(self) -> RunSpec:
         """The spec that training uses.
 
         Raises:
             StillhouseError: INVALID_SPEC if the file is missing or is no RunSpec.
         """
-        try:
-            return json_format.Parse(self.effective_spec_path.read_bytes(), RunSpec())
-        except (OSError, ValueError, json_format.ParseError) as error:
-            raise StillhouseError(
-                Reason.INVALID_SPEC,
-                f"{self.effective_spec_path} is no run specification: {error}. Create the run again.",
-            ) from error
+        return _read_spec(self.effective_spec_path)
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, ascending: those with a manifest, which is written last."""
@@ -361,6 +359,15 @@ def fsync_directory(path: Path) -> None:
 def _spec_json(spec: RunSpec) -> bytes:
     text = json_format.MessageToJson(spec, preserving_proto_field_name=True)
     return text.encode() + b"\n"
+
+
+def _read_spec(path: Path) -> RunSpec:
+    try:
+        return json_format.Parse(path.read_bytes(), RunSpec())
+    except (OSError, ValueError, json_format.ParseError) as error:
+        raise StillhouseError(
+            Reason.INVALID_SPEC, f"{path} is no run specification: {error}. Create the run again."
+        ) from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

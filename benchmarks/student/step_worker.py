@@ -69,6 +69,17 @@ def _dtype(sizes: Sizes) -> torch.dtype:
     return found
 
 
+def _matmul_dtype(sizes: Sizes) -> torch.dtype:
+    """The type in which a run's loss multiplies on this device."""
+    from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
+
+    if sizes.device != "cpu":
+        return _dtype(sizes)
+    found = getattr(torch, matmul_dtype(sizes.dtype, Processor.read()))
+    assert isinstance(found, torch.dtype)
+    return found
+
+
 def _drawn(sizes: Sizes, shape: tuple[int, ...], *, seed: int) -> Tensor:
     """Token ids, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
@@ -145,6 +156,7 @@ def _ours(chunk: int, sizes: Sizes) -> Loss:
             LossConfig(),
             chunk_logits=chunk * sizes.vocabulary,
             workspace=workspace,
+            matmul_dtype=_matmul_dtype(sizes),
         )
         return total.loss_sum / sizes.positions
 
@@ -174,9 +186,7 @@ class _Products(torch.autograd.Function):
 
 def _products(chunk: int, sizes: Sizes) -> Loss:
     """No loss at all: what the step of an exact one takes at least."""
-    from stillhouse.student_trainer.train.loss.matmul_dtype import product_type
-
-    dtype = product_type(_dtype(sizes), torch.device(sizes.device).type)
+    dtype = _matmul_dtype(sizes)
     logits = torch.empty(chunk, sizes.vocabulary, dtype=dtype)
     by_weight = torch.empty(sizes.vocabulary, sizes.hidden, dtype=dtype)
 

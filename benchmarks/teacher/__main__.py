@@ -203,13 +203,12 @@ def _vllm() -> str:
 
 
 def native_dtype() -> str:
-    """bfloat16 on a GPU, and on a processor that computes faster in it than in float32: everybody gets the same."""
+    """bfloat16 on a GPU, and on a processor that is known to compute faster in it than in float32: everybody gets the same."""
     import torch
 
-    from stillhouse.student_trainer.train.loss.matmul_dtype import product_type
+    from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
 
-    fast = torch.cuda.is_available() or product_type(torch.bfloat16, "cpu") == torch.bfloat16
-    return "bfloat16" if fast else "float32"
+    return "bfloat16" if torch.cuda.is_available() else matmul_dtype("bfloat16", Processor.read())
 
 
 def _names(value: str, known: tuple[str, ...], option: str) -> tuple[str, ...]:

@@ -256,6 +256,11 @@ class OptimizerConfig:
         str | None, Choices("bf16", "fp16", "fp32"), DefaultText("bf16 on a GPU, fp32 on a CPU")
     ] = None
     seed: Annotated[int, NOT_NEGATIVE] = 0
+    matmul_dtype: Annotated[
+        str | None,
+        Choices("bfloat16", "float32"),
+        DefaultText("with fp32 float32, with bf16 the faster one on the run's processor"),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import DESCRIPTOR
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
 from stillhouse.protos.telemetry.gpu_memory import GpuMemory
 from stillhouse.protos.telemetry.metrics import LOOPBACK, Metrics
+from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.servicer import RunServicer, ServiceParts, remove_deleted
 from stillhouse.student_trainer.runs.api.spec_resolution import Host
@@ -139,6 +140,7 @@ async def _serve(
         roots=_roots(options),
         slots=slots,
         dataset_suffix=store.dataset_suffix,
+        processor=Processor.read(),
     )
     servicer = RunServicer(
         ServiceParts(

@@ -23,6 +23,7 @@ from stillhouse.student_trainer.train import evaluate
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
+from stillhouse.student_trainer.train.checkpointing.matmul_dtype import kept_matmul_dtype
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.contexts.factory import Parts, make_feed
 from stillhouse.student_trainer.train.contexts.source import StepData, StepSource
@@ -251,9 +252,12 @@ class _Run:
         return run
 
     def _restore(self) -> None:
-        """Takes over the last checkpoint, which the first process has found whole; all begin with the same weights."""
+        """Takes over the last checkpoint, which the first process has found whole; all begin with the same weights and type."""
         found = checkpoint.restore(self.attempt, self._trained) if self.ranks.is_first else None
-        found = self.ranks.exchange(found, patient=True)[0]
+        dtype = kept_matmul_dtype(self.config, self.attempt, found, self._accelerator)
+        found, dtype = self.ranks.exchange((found, dtype), patient=True)[0]
+        self.stepper.multiply_in(dtype)
+        self._facts["matmul_dtype"] = dtype or ""
         if found is not None and not self.ranks.is_first:
             checkpoint.restore_step(self.attempt.run_dir, found, self._trained)
         self._trained.in_flight.keep(self.ranks.is_mine)
@@ -296,10 +300,8 @@ class _Run:
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Writes the metrics of the step just taken."""
-        further = {
-            "train/epoch": self._schedule.epochs(self.progress.step),
-        }
-        self._reporter.metrics(self.progress.step, {**metrics, **further})
+        epoch = self._schedule.epochs(self.progress.step)
+        self._reporter.metrics(self.progress.step, {**metrics, "train/epoch": epoch})
 
     def refuse_nonsense(self) -> None:
         """Return unless the last steps were no numbers, one after the other. Raises StillhouseError(NON_FINITE)."""

@@ -94,10 +94,16 @@ class Stepper:
         self._parameters = list(student.trained().values())
         self._head = Head(student)
         self._workspace = Workspace()
+        self._matmul_dtype: torch.dtype | None = None
         if self._head.layer is None:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
         if config.data.packing:
             check_packing(student, accelerator.device)
+
+    def multiply_in(self, matmul_dtype: str | None) -> None:
+        """Sets the matmul dtype of the fused loss; None is that of autocast or weights."""
+        self._matmul_dtype = getattr(torch, matmul_dtype) if matmul_dtype else None
+        log.info("matmuls of the loss", dtype=matmul_dtype or "by precision")
 
     def take(self, data: StepData, progress: Progress) -> dict[str, float]:
         """The metrics of a step over all processes, after it was taken and `progress` was moved on.
@@ -244,6 +250,7 @@ class Stepper:
                     loss,
                     vocab_size=self._vocab_size,
                     workspace=self._workspace,
+                    matmul_dtype=self._matmul_dtype,
                 )
             logits = self._student.logits(batch)
         return self._chunked(logits, batch.positions, loss)

@@ -1181,6 +1181,7 @@ class OptimizerSpec(_message.Message):
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    MATMUL_DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Optimizer."""
     learning_rate: _builtins.float
@@ -1205,6 +1206,10 @@ class OptimizerSpec(_message.Message):
     """Type of forward and backward pass."""
     seed: _builtins.int
     """Seed of initial weights, dropout and order."""
+    matmul_dtype: _builtins.str
+    """Type in which the loss multiplies by the output layer on a CPU. Chosen once, by a table of processors, when the run is
+    created, and kept in its checkpoints. Ignored on a GPU, and left out of the effective spec there.
+    """
     def __init__(
         self,
         *,
@@ -1220,10 +1225,11 @@ class OptimizerSpec(_message.Message):
         max_steps: _builtins.int | None = ...,
         precision: _builtins.str | None = ...,
         seed: _builtins.int | None = ...,
+        matmul_dtype: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_matmul_dtype", b"_matmul_dtype", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "matmul_dtype", b"matmul_dtype", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_matmul_dtype", b"_matmul_dtype", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "matmul_dtype", b"matmul_dtype", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
@@ -1233,6 +1239,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__lr_scheduler: _TypeAlias = _typing.Literal["lr_scheduler"]  # noqa: Y015
     _WhichOneofArgType__lr_scheduler: _TypeAlias = _typing.Literal["_lr_scheduler", b"_lr_scheduler"]  # noqa: Y015
+    _WhichOneofReturnType__matmul_dtype: _TypeAlias = _typing.Literal["matmul_dtype"]  # noqa: Y015
+    _WhichOneofArgType__matmul_dtype: _TypeAlias = _typing.Literal["_matmul_dtype", b"_matmul_dtype"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
     _WhichOneofReturnType__max_steps: _TypeAlias = _typing.Literal["max_steps"]  # noqa: Y015
@@ -1257,6 +1265,8 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__lr_scheduler) -> _WhichOneofReturnType__lr_scheduler | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__matmul_dtype) -> _WhichOneofReturnType__matmul_dtype | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from stillhouse.protos.errors import FieldViolation
 from stillhouse.student_trainer.config.checks import invalid_spec, violation
+from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
 
@@ -29,10 +30,11 @@ class Host:
     slots: Slots
     dataset_suffix: Callable[[str], str | None]
     """Of an uploaded dataset by its SHA-256; None if there is no such dataset."""
+    processor: Processor
 
 
 def resolve(config: RunConfig, host: Host) -> RunConfig:
-    """`config` with absolute paths, its device count and its precision. Blocks: it looks at files.
+    """`config` with absolute paths, its device count and its numeric types. Blocks: it looks at files.
 
     Raises:
         StillhouseError: INVALID_SPEC with every violation at once.
@@ -103,7 +105,7 @@ class _Resolver:
         return replace(cache, path=str(path))
 
     def devices(self, config: RunConfig) -> RunConfig:
-        """`config` with its device count and precision settled."""
+        """`config` with its device count, precision and matmul dtype settled."""
         resources, slots = config.resources, self.host.slots
         if resources.gpu_count is None and not resources.gpus:
             resources = replace(resources, gpu_count=max(1, resources.num_processes) if slots.gpus else 0)
@@ -118,6 +120,8 @@ class _Resolver:
             self._refuse(
                 "optimizer.precision", '"fp16" needs a GPU, and this run uses the CPU; use bf16 or fp32.'
             )
+        matmul_dtype = settle(optimizer, self.host.processor) if need.on_cpu else None
+        optimizer = replace(optimizer, matmul_dtype=matmul_dtype)
         return replace(config, resources=resources, optimizer=optimizer)
 
     def _dataset(self, where: str, name: str) -> str:

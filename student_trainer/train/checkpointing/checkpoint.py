@@ -65,7 +65,7 @@ class TrainingState:
 def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, keep: int) -> Path:
     """Writes the checkpoint of the current step and removes all but the newest `keep`.
 
-    `facts` are recorded in the manifest for people. Raises StillhouseError(RUN_STATE) if another attempt owns the run;
+    `facts` are recorded in the manifest (`facts_of`). Raises StillhouseError(RUN_STATE) if another attempt owns the run;
     OSError, as of a full disk, after removing what it began.
     """
     run_dir, step = attempt.run_dir, trained.progress.step
@@ -123,6 +123,12 @@ def restore(attempt: Attempt, trained: TrainingState) -> int | None:
 def restore_step(run_dir: RunDir, step: int, trained: TrainingState) -> None:
     """Restores the checkpoint of `step`, which another process of this attempt has found whole, in place."""
     _read_files(run_dir.checkpoint_path(step), trained)
+
+
+def facts_of(run_dir: RunDir, step: int) -> dict[str, str]:
+    """The facts that were saved with the checkpoint of `step`, which is whole."""
+    manifest = json.loads((run_dir.checkpoint_path(step) / MANIFEST).read_bytes())
+    return {name: value for name, value in manifest.items() if isinstance(value, str)}
 
 
 def find_damage(path: Path) -> str | None:

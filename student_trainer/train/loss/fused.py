@@ -20,7 +20,6 @@ from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig
 from stillhouse.student_trainer.train.loss.logit_chunk import LogitChunk
-from stillhouse.student_trainer.train.loss.matmul_dtype import product_type
 from stillhouse.student_trainer.train.loss.objective import (
     ObjectiveSum,
     TokenFactors,
@@ -78,12 +77,13 @@ def fused_objective(
     vocab_size: int | None = None,
     chunk_logits: int | None = None,
     workspace: Workspace | None = None,
+    matmul_dtype: torch.dtype | None = None,
 ) -> ObjectiveSum:
     """`objective` of the logits of `layer`, with gradients for `hidden`, the weight and the bias.
 
-    At most `chunk_logits` logits exist at a time, those of one position at least. The product is computed in the type
-    of autocast where that is on, else in the weight's, and in float32 on a processor that is no faster in that type
-    (matmul_dtype.py); what follows in float32 at least. Positions of weight 0 add nothing, also where `hidden` is not
+    At most `chunk_logits` logits exist at a time, those of one position at least. The product is computed in
+    `matmul_dtype`, by default the type of autocast where that is on, else the weight's; what follows in float32 at
+    least. Positions of weight 0 add nothing, also where `hidden` is not
     finite there. Whoever calls again and again hands over the same `workspace`.
     """
     if chunk_logits is None:
@@ -95,6 +95,7 @@ def fused_objective(
         chunk_rows=max(1, min(chunk_logits // layer.weight.shape[0], hidden.shape[0])),
         with_gradients=torch.is_grad_enabled(),
         workspace=workspace or Workspace(),
+        matmul_dtype=matmul_dtype,
     )
     keep = positions.weights[0] > 0
     if not bool(keep.all()):
@@ -114,6 +115,7 @@ class _Work:
     chunk_rows: int
     with_gradients: bool
     workspace: Workspace
+    matmul_dtype: torch.dtype | None
     parts: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -123,8 +125,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        dtype = product_type(dtype, device)
+        native = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        dtype = work.matmul_dtype or native
         wants = [work.with_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
         with torch.autocast(device, enabled=False):
             totals, gradients = _run(hidden.to(dtype), weight, bias, work, wants)

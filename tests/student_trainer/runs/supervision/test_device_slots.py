@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
 from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots, visible_gpus
@@ -95,6 +96,7 @@ def test_devices_that_are_not_named_follow_the_processes(
         roots=(tmp_path,),
         slots=Slots(gpus=(0, 1, 2), cpu_slots=1),
         dataset_suffix=lambda _: None,
+        processor=Processor(),
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")
     (tmp_path / "student").mkdir()

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-import time
-import timeit
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -16,7 +11,6 @@ from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
-from stillhouse.student_trainer.train.loss.matmul_dtype import _is_faster, one_thread, product_type
 from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, objective
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
@@ -258,45 +252,14 @@ def test_a_workspace_keeps_memory_by_name_and_type_and_grows() -> None:
     assert workspace.empty("logits", (2, 0), torch.bfloat16, cpu).dtype == torch.bfloat16
 
 
-def test_a_cpu_computes_in_half_precision_only_where_that_is_faster() -> None:
-    for dtype in (torch.float32, torch.float64):
-        assert product_type(dtype, "cpu") == dtype
-    for dtype in (torch.bfloat16, torch.float16):
-        assert product_type(dtype, "cuda") == dtype
-    taken = product_type(torch.bfloat16, "cpu")
-    (other,) = {torch.bfloat16, torch.float32} - {taken}
-    # Wider than the margin of the choice: on every processor known one of them takes half as long again or more.
-    with one_thread():
-        seconds = [(_product_seconds(taken), _product_seconds(other)) for _ in range(5)]
-    assert min(one for one, _ in seconds) < 1.4 * min(another for _, another in seconds)
-
-
-def _product_seconds(dtype: torch.dtype) -> float:
-    """Processor time of a product of 1 GFLOP, which other processes change little."""
-    left, right = torch.ones(504, 504, dtype=dtype), torch.ones(504, 2040, dtype=dtype)
-    return timeit.timeit(lambda: left @ right, timer=time.thread_time, number=1)
-
-
-BUSY = """
-import numpy as np
-factor = np.ones((1024, 1024), np.float32)
-print(flush=True)
-while True:
-    factor @ factor
-"""
-
-
-def test_what_else_the_machine_does_changes_no_choice_of_type() -> None:
-    """A resumed run must choose as before, however busy its processor is."""
-    taken = product_type(torch.bfloat16, "cpu")
-    with ExitStack() as stack:
-        for _ in range(3):
-            busy = stack.enter_context(subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE))
-            stack.callback(busy.kill)
-            assert busy.stdout is not None
-            busy.stdout.readline()
-        chosen = []
-        for _ in range(20):
-            _is_faster.cache_clear()
-            chosen.append(product_type(torch.bfloat16, "cpu"))
-    assert chosen == [taken] * 20
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_given_matmul_dtype_is_used_whatever_autocast_and_weights_have(dtype: torch.dtype) -> None:
+    positions, wide = _positions(_teacher(), torch.float32), _layer(torch.float32)
+    hidden = random_logits(N, H, seed=4, dtype=torch.float32)
+    rounded = OutputLayer(weight=wide.weight.to(dtype), bias=wide.bias)
+    expected = fused_objective(hidden.to(dtype), rounded, positions, LOSSES["mixed"])
+    plain = fused_objective(hidden, wide, positions, LOSSES["mixed"], matmul_dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        automatic = fused_objective(hidden, wide, positions, LOSSES["mixed"], matmul_dtype=dtype)
+    assert torch.equal(plain.loss_sum, expected.loss_sum)
+    assert torch.equal(automatic.loss_sum, expected.loss_sum)
