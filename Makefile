@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache clean
+.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -49,11 +49,15 @@ types: setup ## mypy --strict
 imports: setup ## import-linter: imports run one way
 	$(VENV)/bin/lint-imports
 
-drift: $(PROTOC)/.done ## the committed stubs are those of the .proto files
+drift: setup $(PROTOC)/.done ## the committed stubs and references are those of the contract and the code
 	$(PROTOC)/bin/python scripts/protos.py drift
+	$(PY) -m scripts.reference check
 
 protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
 	$(PROTOC)/bin/python scripts/protos.py generate
+
+reference: setup ## regenerate docs/reference and the JSON Schema of run files from the code
+	$(PY) -m scripts.reference generate
 
 fmt: setup ## format, and fix what can be fixed
 	$(VENV)/bin/ruff format $(CODE)

@@ -8,7 +8,7 @@ from stillhouse.protos.telemetry.metrics import Reading
 from stillhouse.teacher_service.admission.fair_queue import WHOLE
 from stillhouse.teacher_service.rpc.service_state import Counters, Serving
 
-_COUNTERS = {
+COUNTERS = {
     "sequences_received": "Sequences that Score calls have read.",
     "sequences_refused": "Of these, those that were answered with an error.",
     "tokens_scored": "Rows of Score's answers.",
@@ -28,7 +28,7 @@ class Figures:
 
     def __call__(self) -> Iterator[Reading]:
         """The readings as they are at present."""
-        for name, text in _COUNTERS.items():
+        for name, text in COUNTERS.items():
             yield Reading(name=name, help=text, value=getattr(self._counters, name), kind="counter")
         serving = self._serving()
         yield Reading(
