@@ -131,7 +131,7 @@ class _Teacher:
         config = self._config
         engine = await _load(config)
         self._engine = engine
-        adapters = AdapterRegistry(engine, (*config.allow_roots, config.spool))
+        adapters = AdapterRegistry(engine, (*config.allow_roots, config.upload_directory))
         for name, path in config.adapters:
             await adapters.load(name, str(path), trusted=True)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)

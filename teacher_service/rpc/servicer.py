@@ -53,7 +53,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             info=engine.info,
             codec=codec,
             adapters=adapters,
-            spool=AdapterSpool(self._config.spool, max_bytes=self._config.max_upload_bytes),
+            spool=AdapterSpool(self._config.upload_directory, max_bytes=self._config.max_upload_bytes),
             counters=self.counters,
             capacity=Capacity(
                 max_tokens=self._config.max_inflight_tokens or BATCHES_INSIDE * engine.info.batch_tokens,
