@@ -1,4 +1,4 @@
-"""What a teacher shows Prometheus: sequences, tokens and samples since the start, and how full the engine is."""
+"""Prometheus metrics of a teacher: totals of sequences, tokens and samples, and the load of the engine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COUNTERS = {
 
 
 class Figures:
-    """Takes the readings; called from the thread that serves the page."""
+    """Collects the readings; called from the thread that serves the metrics page."""
 
     def __init__(self, counters: Counters, serving: Callable[[], Serving | None]) -> None:
         """`serving` is None while the model loads."""
@@ -27,7 +27,7 @@ class Figures:
         self._serving = serving
 
     def __call__(self) -> Iterator[Reading]:
-        """The readings as they are at present."""
+        """Yields the current readings."""
         for name, text in COUNTERS.items():
             yield Reading(name=name, help=text, value=getattr(self._counters, name), kind="counter")
         serving = self._serving()

@@ -1,8 +1,10 @@
-"""Who may use the engine next: a bounded part of it is in use, and clients that wait take turns by tokens.
+"""Fair queue of the engine: a client's share is bounded, and waiting clients take turns by deficit round-robin.
 
-Two rules together. How much a client may hold is a multiple of what is free (dynamic thresholds: Choudhury and Hahne,
-1998), so that one alone gets most of the engine and there is always room for another. Whose turn it is goes by deficit
-round-robin over the tokens that wait (Shreedhar and Varghese, 1996), however many calls they come in.
+Share: a client may hold a multiple of what is free (dynamic thresholds, Choudhury and Hahne, 1998), so that a single
+client gets most of the engine and a newcomer always finds room. Order: deficit round-robin (DRR, Shreedhar and
+Varghese, 1996) over the waiting tokens of each client, however many calls carry them. On its turn a client whose
+deficit does not cover its first item gains one quantum, QUANTUM_TOKENS, and is passed by; an admitted item is
+deducted from the deficit, which an idle client loses.
 """
 
 from __future__ import annotations
@@ -16,38 +18,38 @@ from dataclasses import dataclass, field
 from stillhouse.protos.rpc.call_limit import MULTIPLE
 
 WHOLE = 1 << 30
-"""The engine, in the units of `Cost.part`."""
+"""Capacity of the complete engine, in the units of `Cost.engine_units`."""
 QUANTUM_TOKENS = 1024
-"""What a waiting client is given each time it is passed by."""
+"""DRR quantum: tokens that a client's deficit gains each time it is passed by."""
 _LEAST_TOKENS = 32
-"""What the shortest sequence counts for in the engine: it has work besides its tokens."""
+"""Smallest engine cost of a sequence, which has overhead besides its tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """What an item costs."""
+    """Cost of one item."""
 
     tokens: int
-    """Prompt tokens and new tokens: what counts between clients."""
+    """Prompt tokens and new tokens: the unit of fairness between clients."""
     part: int
-    """Part of the engine that it holds, in [1, WHOLE]."""
+    """Share of the engine that it occupies, in [1, ENGINE_UNITS]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capacity:
-    """How much of the engine an item takes up."""
+    """Size of the engine, from which costs follow."""
 
     max_tokens: int
-    """Tokens to read that the engine is given at once."""
+    """Tokens in flight that fill the engine."""
     max_samples: int
-    """Samples that it writes at once."""
+    """Concurrent samples that fill the engine."""
 
     def scoring(self, num_tokens: int) -> Cost:
-        """The cost of a sequence to score."""
+        """Cost of a sequence to score."""
         return Cost(tokens=num_tokens, part=self._reading(num_tokens))
 
     def writing(self, num_prompt: int, num_new: int) -> Cost:
-        """The cost of a sample: it holds a place in every step until it ends, whatever its length."""
+        """Cost of a sample: it occupies a slot of every step until it ends, whatever its length."""
         part = max(self._reading(num_prompt), WHOLE // self.max_samples)
         return Cost(tokens=num_prompt + num_new, part=part)
 
@@ -65,38 +67,38 @@ class _Item:
 class _Client:
     name: str
     waiting: dict[_Item, None] = field(default_factory=dict)
-    """In the order of arrival; a dictionary, so that one can leave from the middle."""
+    """In order of arrival; a dictionary, for removal from the middle."""
     deficit_tokens: int = 0
     held: int = 0
 
 
 class Admission:
-    """Gives items their turn. It belongs to one event loop."""
+    """Admits items by deficit round-robin. Bound to one event loop."""
 
     def __init__(self) -> None:
         self._clients: dict[str, _Client] = {}
         self._round: deque[_Client] = deque()
         self._free = WHOLE
         self.num_running = 0
-        """Items that hold a part of the engine."""
+        """Items that occupy the engine."""
 
     @property
     def free(self) -> int:
-        """Part of the engine that nobody holds."""
+        """Unoccupied share of the engine, in [0, ENGINE_UNITS]."""
         return self._free
 
     @property
     def total_waiting(self) -> int:
-        """Items of all clients that wait for their turn."""
+        """Waiting items of all clients."""
         return sum(len(each.waiting) for each in list(self._round))
 
     def num_waiting(self, client: str) -> int:
-        """Items of a client that wait for their turn."""
+        """Waiting items of one client."""
         return len(self._clients[client].waiting) if client in self._clients else 0
 
     @asynccontextmanager
     async def turn(self, client: str, cost: Cost) -> AsyncIterator[None]:
-        """Waits for the item's turn and holds its part of the engine; one who is cancelled meanwhile leaves no trace."""
+        """Waits for the item's turn and holds its share of the engine; a cancelled item leaves no trace."""
         own = self._clients.setdefault(client, _Client(name=client))
         item = _Item(cost=cost, turn=asyncio.get_running_loop().create_future())
         if not own.waiting:
@@ -129,14 +131,14 @@ class Admission:
             client = self._round[0]
             item = next(iter(client.waiting))
             if client.held and client.held >= MULTIPLE * self._free:
-                num_passed += 1  # it has its part for the present
+                num_passed += 1  # the client has its share for now
                 self._round.rotate(-1)
             elif client.deficit_tokens < item.cost.tokens:
                 num_passed = 0
                 client.deficit_tokens += QUANTUM_TOKENS
                 self._round.rotate(-1)
             elif item.cost.part > self._free:
-                return  # the others wait too, or a long item would never find room
+                return  # all wait, or a long item would never find room
             else:
                 num_passed = 0
                 self._begin(client, item)

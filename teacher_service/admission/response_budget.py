@@ -1,4 +1,4 @@
-"""Memory for answers that their callers have not read: bounded for the whole service, and for each call by what is left."""
+"""Memory budget of unread responses: bounded for the service, and for each call by a fraction of what is left."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ import asyncio
 from stillhouse.teacher_service.engine import DistributionOptions
 
 MAX_UNREAD_BYTES = 1 << 30
-"""Of all calls together."""
+"""Limit of the service, over all calls."""
 LEAST_BYTES = 1 << 20
-"""What a call may have unread however many others there are."""
+"""Smallest limit of a call, however many others there are."""
 _FRACTION = 8
 
 
 def answer_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
-    """About what an answer takes, before it is computed; hidden states, whose width the request does not say, apart."""
+    """Estimates the bytes of a response before it is computed, without hidden states, whose width the request does
+    not tell."""
     columns = 2 * options.top_k + 3 + len(options.temperatures) + options.num_sampled_tokens + num_queries
     return 4 * num_rows * columns
 
 
 class AnswerMemory:
-    """What all calls hold."""
+    """Bytes of unread responses over all calls."""
 
     def __init__(self, max_bytes: int = MAX_UNREAD_BYTES) -> None:
         self._max_bytes = max_bytes
         self.num_bytes = 0
-        """Held at present."""
+        """Bytes in use."""
 
     @property
     def limit_of_a_call(self) -> int:
-        """An eighth of what is left, so that callers who do not read share it and others find room."""
+        """An eighth of what is left, so that slow readers share it and other calls find room."""
         return max(LEAST_BYTES, (self._max_bytes - self.num_bytes) // _FRACTION)
 
 
 class UnreadAnswers:
-    """What one call holds: answers to Score from when they are asked of the engine, samples as they grow, until they have
-    left for their caller."""
+    """Bytes of one call's unread responses: of Score from the request to the engine on, of Generate as samples grow,
+    until sent."""
 
     def __init__(self, memory: AnswerMemory) -> None:
         self._memory = memory
@@ -43,7 +44,7 @@ class UnreadAnswers:
         self._freed = asyncio.Event()
 
     async def hold(self, num_bytes: int) -> None:
-        """Takes memory for an answer, once the call has room for it; one answer alone always has."""
+        """Reserves memory for a response, once the call has room; a single response always has."""
         while self._num_bytes and self._num_bytes + num_bytes > self._memory.limit_of_a_call:
             self._freed.clear()
             await self._freed.wait()
@@ -51,25 +52,25 @@ class UnreadAnswers:
 
     @property
     def has_room(self) -> bool:
-        """Whether the call holds no more than its limit."""
+        """True while the call is within its limit."""
         return self._num_bytes <= self._memory.limit_of_a_call
 
     async def room(self) -> None:
-        """Returns once the call holds no more than its limit, for answers whose size nobody knows beforehand."""
+        """Waits until the call is within its limit, for responses of unknown size."""
         while not self.has_room:
             self._freed.clear()
             await self._freed.wait()
 
     def free(self, num_bytes: int) -> None:
-        """Gives the memory of an answer back."""
+        """Releases the memory of a response."""
         self.add(-num_bytes)
         self._freed.set()
 
     def clear(self) -> None:
-        """Gives everything back: the call has ended."""
+        """Releases everything at the end of the call."""
         self.free(self._num_bytes)
 
     def add(self, num_bytes: int) -> None:
-        """Takes memory for an answer that is there already."""
+        """Charges a response that already exists."""
         self._num_bytes += num_bytes
         self._memory.num_bytes += num_bytes
