@@ -36,7 +36,7 @@ class EngineInfo:
     max_top_k: int
     """Largest `DistributionOptions.top_k`."""
     max_query_tokens: int
-    """Most ids per position in `ScoreItem.query_token_ids`; 0 without that capability."""
+    """Most ids per position in `ScoreInput.query_token_ids`; 0 without that capability."""
     capabilities: frozenset[int]
     """Values of the contract's `Capability`."""
     engine: str
@@ -74,7 +74,7 @@ class DistributionOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreItem:
+class ScoreInput:
     """One sequence to score."""
 
     token_ids: Int32Array
@@ -89,7 +89,7 @@ class ScoreItem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateItem:
+class GenerateInput:
     """One sample to generate."""
 
     token_ids: Int32Array
@@ -113,7 +113,7 @@ class GenerateItem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedPiece:
+class GeneratedChunk:
     """The next tokens of one sample; only its last chunk has a finish."""
 
     token_ids: Int32Array
@@ -147,14 +147,14 @@ class Engine(Protocol):
         """The loaded model and its limits."""
         ...
 
-    async def score(self, item: ScoreItem) -> Distributions:
+    async def score(self, item: ScoreInput) -> Distributions:
         """Computes the distributions of the T - start positions of `item`; cancelling the task aborts the work.
 
         Raises `StillhouseError`: NON_FINITE for NaN or infinite logits, ADAPTER_NOT_FOUND, OUT_OF_MEMORY.
         """
         ...
 
-    def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
+    def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """Streams the chunks of one sample; closing the iterator aborts the work."""
         ...
 

@@ -23,8 +23,8 @@ from stillhouse.protos.telemetry.gpu_memory import GpuMemory
 from stillhouse.protos.telemetry.metrics import Metrics
 from stillhouse.teacher_service.adapters.registry import AdapterRegistry
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreItem
-from stillhouse.teacher_service.metrics import Figures
+from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreInput
+from stillhouse.teacher_service.metrics import TeacherMetrics
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 
@@ -47,10 +47,10 @@ log = structlog.get_logger(__name__)
 def serve(config: TeacherConfig) -> int:
     """Serves until drained; returns exit code 0. Raises `StillhouseError` for settings that cannot work, or
     PROCESS_DIED."""
-    return asyncio.run(_Teacher(config).live())
+    return asyncio.run(_TeacherProcess(config).live())
 
 
-class _Teacher:
+class _TeacherProcess:
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
         self._servicer = TeacherServicer(config)
@@ -73,7 +73,7 @@ class _Teacher:
     def _show_metrics(self, server: Server, address: str) -> None:
         config = self._config
         self._metrics.watch_calls(lambda: server.running)
-        self._metrics.add(Figures(self._servicer.counters, lambda: self._servicer.serving))
+        self._metrics.add(TeacherMetrics(self._servicer.counters, lambda: self._servicer.serving))
         self._metrics.add(GpuMemory())
         any_port = config.metrics_port is None and config.listen.endswith(":0")
         port = 0 if any_port else config.metrics_port
@@ -186,7 +186,7 @@ async def _load(config: TeacherConfig) -> Engine:
 async def _warm_up(engine: Engine) -> None:
     """Scores one token: a model that cannot is not served."""
     token = engine.info.eos_token_ids[0] if engine.info.eos_token_ids else 0
-    item = ScoreItem(
+    item = ScoreInput(
         token_ids=np.array([token, token], np.int32), start=1, options=DistributionOptions(top_k=1)
     )
     await engine.score(item)

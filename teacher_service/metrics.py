@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from stillhouse.protos.telemetry.metrics import Reading
-from stillhouse.teacher_service.admission.fair_queue import WHOLE
-from stillhouse.teacher_service.rpc.service_state import Counters, Serving
+from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
+from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
 COUNTERS = {
     "sequences_received": "Sequences that Score calls have read.",
@@ -18,10 +18,10 @@ COUNTERS = {
 }
 
 
-class Figures:
+class TeacherMetrics:
     """Collects the readings; called from the thread that serves the metrics page."""
 
-    def __init__(self, counters: Counters, serving: Callable[[], Serving | None]) -> None:
+    def __init__(self, counters: Counters, serving: Callable[[], ServiceState | None]) -> None:
         """`serving` is None while the model loads."""
         self._counters = counters
         self._serving = serving
@@ -41,7 +41,7 @@ class Figures:
         yield Reading(
             name="engine_used",
             help="Share of the engine's capacity that is in use, in [0, 1]: how full its batches are.",
-            value=1 - serving.admission.free / WHOLE,
+            value=1 - serving.admission.free / ENGINE_UNITS,
         )
         yield Reading(
             name="items_waiting",
@@ -56,7 +56,7 @@ class Figures:
         yield Reading(
             name="unread_answer_bytes",
             help="Answers that their callers have not read.",
-            value=serving.memory.num_bytes,
+            value=serving.budget.num_bytes,
         )
         yield Reading(
             name="adapters_loaded", help="Adapters that can be used.", value=len(serving.adapters.adapters())

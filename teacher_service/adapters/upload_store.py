@@ -27,7 +27,7 @@ _PARTIAL_MAX_AGE_S = 24 * 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class AdapterSpool:
+class UploadStore:
     """Directory of uploaded adapters by fingerprint; several teachers may share it."""
 
     def __init__(self, directory: Path, *, max_bytes: int) -> None:
@@ -37,7 +37,7 @@ class AdapterSpool:
         self._room = asyncio.Semaphore(KEPT_UPLOADS)
 
     async def receive(
-        self, pieces: AsyncIterator[UploadAdapterRequest], *, in_use: Collection[Path]
+        self, chunks: AsyncIterator[UploadAdapterRequest], *, in_use: Collection[Path]
     ) -> tuple[Path, str]:
         """Stores an uploaded adapter; returns its directory and fingerprint. The same content is stored once.
 
@@ -51,15 +51,15 @@ class AdapterSpool:
                 metadata={"capability": "UploadAdapter"},
             )
         async with self._room:
-            return await self._receive(pieces, in_use)
+            return await self._receive(chunks, in_use)
 
     async def _receive(
-        self, pieces: AsyncIterator[UploadAdapterRequest], in_use: Collection[Path]
+        self, chunks: AsyncIterator[UploadAdapterRequest], in_use: Collection[Path]
     ) -> tuple[Path, str]:
         partial = self.directory / f"{_PARTIAL}{secrets.token_hex(8)}"
         try:
             await asyncio.to_thread(partial.mkdir, parents=True)
-            await _Files(partial, self._max_bytes).write(pieces)
+            await _UploadWriter(partial, self._max_bytes).write(chunks)
             return await asyncio.to_thread(self._keep, partial, in_use)
         except OSError as error:
             if error.errno in _FULL:
@@ -111,7 +111,7 @@ class AdapterSpool:
             )
 
 
-class _Files:
+class _UploadWriter:
     """Writes the two files of an upload, one after the other."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
@@ -123,21 +123,21 @@ class _Files:
         self._digest = hashlib.sha256()
         self._expected = ""
 
-    async def write(self, pieces: AsyncIterator[UploadAdapterRequest]) -> None:
+    async def write(self, chunks: AsyncIterator[UploadAdapterRequest]) -> None:
         try:
-            async for piece in pieces:
-                if piece.file_name and piece.file_name not in self._written[-1:]:
-                    await asyncio.to_thread(self._begin, piece.file_name, piece.sha256.lower())
+            async for chunk in chunks:
+                if chunk.file_name and chunk.file_name not in self._written[-1:]:
+                    await asyncio.to_thread(self._begin, chunk.file_name, chunk.sha256.lower())
                 if self._file is None:
-                    raise _invalid(f"its first piece must name one of {' and '.join(FILES)}")
-                self._num_bytes += len(piece.data)
+                    raise _invalid(f"its first chunk must name one of {' and '.join(FILES)}")
+                self._num_bytes += len(chunk.data)
                 if self._num_bytes > self._max_bytes:
                     raise StillhouseError(
                         Reason.QUOTA,
                         f"The adapter has more than the {self._max_bytes} bytes that this teacher takes. Use a lower rank or "
                         "fewer modules, or start the teacher with a larger --max-upload-bytes.",
                     )
-                await asyncio.to_thread(self._append, piece.data)
+                await asyncio.to_thread(self._append, chunk.data)
             await asyncio.to_thread(self._end)
         finally:
             if self._file is not None:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from stillhouse.protos.rpc.call_limit import MULTIPLE
 
-WHOLE = 1 << 30
+ENGINE_UNITS = 1 << 30
 """Capacity of the complete engine, in the units of `Cost.engine_units`."""
 QUANTUM_TOKENS = 1024
 """DRR quantum: tokens that a client's deficit gains each time it is passed by."""
@@ -31,7 +31,7 @@ class Cost:
 
     tokens: int
     """Prompt tokens and new tokens: the unit of fairness between clients."""
-    part: int
+    engine_units: int
     """Share of the engine that it occupies, in [1, ENGINE_UNITS]."""
 
 
@@ -44,21 +44,21 @@ class Capacity:
     max_samples: int
     """Concurrent samples that fill the engine."""
 
-    def scoring(self, num_tokens: int) -> Cost:
+    def score_cost(self, num_tokens: int) -> Cost:
         """Cost of a sequence to score."""
-        return Cost(tokens=num_tokens, part=self._reading(num_tokens))
+        return Cost(tokens=num_tokens, engine_units=self._token_units(num_tokens))
 
-    def writing(self, num_prompt: int, num_new: int) -> Cost:
+    def generate_cost(self, num_prompt: int, num_new: int) -> Cost:
         """Cost of a sample: it occupies a slot of every step until it ends, whatever its length."""
-        part = max(self._reading(num_prompt), WHOLE // self.max_samples)
-        return Cost(tokens=num_prompt + num_new, part=part)
+        engine_units = max(self._token_units(num_prompt), ENGINE_UNITS // self.max_samples)
+        return Cost(tokens=num_prompt + num_new, engine_units=engine_units)
 
-    def _reading(self, num_tokens: int) -> int:
-        return max(1, min(WHOLE, max(num_tokens, _LEAST_TOKENS) * WHOLE // self.max_tokens))
+    def _token_units(self, num_tokens: int) -> int:
+        return max(1, min(ENGINE_UNITS, max(num_tokens, _LEAST_TOKENS) * ENGINE_UNITS // self.max_tokens))
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class _Item:
+class _Waiter:
     cost: Cost
     turn: asyncio.Future[None]
 
@@ -66,19 +66,19 @@ class _Item:
 @dataclass(eq=False, kw_only=True, slots=True)
 class _Client:
     name: str
-    waiting: dict[_Item, None] = field(default_factory=dict)
+    waiting: dict[_Waiter, None] = field(default_factory=dict)
     """In order of arrival; a dictionary, for removal from the middle."""
     deficit_tokens: int = 0
     held: int = 0
 
 
-class Admission:
+class FairQueue:
     """Admits items by deficit round-robin. Bound to one event loop."""
 
     def __init__(self) -> None:
         self._clients: dict[str, _Client] = {}
         self._round: deque[_Client] = deque()
-        self._free = WHOLE
+        self._free = ENGINE_UNITS
         self.num_running = 0
         """Items that occupy the engine."""
 
@@ -100,27 +100,27 @@ class Admission:
     async def turn(self, client: str, cost: Cost) -> AsyncIterator[None]:
         """Waits for the item's turn and holds its share of the engine; a cancelled item leaves no trace."""
         own = self._clients.setdefault(client, _Client(name=client))
-        item = _Item(cost=cost, turn=asyncio.get_running_loop().create_future())
+        waiter = _Waiter(cost=cost, turn=asyncio.get_running_loop().create_future())
         if not own.waiting:
             self._round.append(own)
-        own.waiting[item] = None
+        own.waiting[waiter] = None
         self._admit()
         try:
-            await item.turn
+            await waiter.turn
             yield
         finally:
-            self._leave(own, item)
+            self._leave(own, waiter)
             self._admit()
 
-    def _leave(self, client: _Client, item: _Item) -> None:
-        if item in client.waiting:
-            del client.waiting[item]
+    def _leave(self, client: _Client, waiter: _Waiter) -> None:
+        if waiter in client.waiting:
+            del client.waiting[waiter]
             if not client.waiting:
                 self._round.remove(client)
                 client.deficit_tokens = 0
         else:
-            client.held -= item.cost.part
-            self._free += item.cost.part
+            client.held -= waiter.cost.engine_units
+            self._free += waiter.cost.engine_units
             self.num_running -= 1
         if not client.waiting and client.held == 0:
             self._clients.pop(client.name, None)
@@ -129,28 +129,28 @@ class Admission:
         num_passed = 0
         while num_passed < len(self._round):
             client = self._round[0]
-            item = next(iter(client.waiting))
+            waiter = next(iter(client.waiting))
             if client.held and client.held >= MULTIPLE * self._free:
                 num_passed += 1  # the client has its share for now
                 self._round.rotate(-1)
-            elif client.deficit_tokens < item.cost.tokens:
+            elif client.deficit_tokens < waiter.cost.tokens:
                 num_passed = 0
                 client.deficit_tokens += QUANTUM_TOKENS
                 self._round.rotate(-1)
-            elif item.cost.part > self._free:
+            elif waiter.cost.engine_units > self._free:
                 return  # all wait, or a long item would never find room
             else:
                 num_passed = 0
-                self._begin(client, item)
+                self._begin(client, waiter)
 
-    def _begin(self, client: _Client, item: _Item) -> None:
-        del client.waiting[item]
-        client.deficit_tokens -= item.cost.tokens
-        client.held += item.cost.part
-        self._free -= item.cost.part
+    def _begin(self, client: _Client, waiter: _Waiter) -> None:
+        del client.waiting[waiter]
+        client.deficit_tokens -= waiter.cost.tokens
+        client.held += waiter.cost.engine_units
+        self._free -= waiter.cost.engine_units
         self.num_running += 1
         if not client.waiting:
             self._round.popleft()
             client.deficit_tokens = 0
-        if not item.turn.done():
-            item.turn.set_result(None)
+        if not waiter.turn.done():
+            waiter.turn.set_result(None)

@@ -13,14 +13,14 @@ LEAST_BYTES = 1 << 20
 _FRACTION = 8
 
 
-def answer_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
+def response_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
     """Estimates the bytes of a response before it is computed, without hidden states, whose width the request does
     not tell."""
     columns = 2 * options.top_k + 3 + len(options.temperatures) + options.num_sampled_tokens + num_queries
     return 4 * num_rows * columns
 
 
-class AnswerMemory:
+class ResponseBudget:
     """Bytes of unread responses over all calls."""
 
     def __init__(self, max_bytes: int = MAX_UNREAD_BYTES) -> None:
@@ -29,48 +29,48 @@ class AnswerMemory:
         """Bytes in use."""
 
     @property
-    def limit_of_a_call(self) -> int:
+    def call_limit_bytes(self) -> int:
         """An eighth of what is left, so that slow readers share it and other calls find room."""
         return max(LEAST_BYTES, (self._max_bytes - self.num_bytes) // _FRACTION)
 
 
-class UnreadAnswers:
+class CallBudget:
     """Bytes of one call's unread responses: of Score from the request to the engine on, of Generate as samples grow,
     until sent."""
 
-    def __init__(self, memory: AnswerMemory) -> None:
+    def __init__(self, memory: ResponseBudget) -> None:
         self._memory = memory
         self._num_bytes = 0
         self._freed = asyncio.Event()
 
-    async def hold(self, num_bytes: int) -> None:
+    async def reserve(self, num_bytes: int) -> None:
         """Reserves memory for a response, once the call has room; a single response always has."""
-        while self._num_bytes and self._num_bytes + num_bytes > self._memory.limit_of_a_call:
+        while self._num_bytes and self._num_bytes + num_bytes > self._memory.call_limit_bytes:
             self._freed.clear()
             await self._freed.wait()
-        self.add(num_bytes)
+        self.charge(num_bytes)
 
     @property
     def has_room(self) -> bool:
         """True while the call is within its limit."""
-        return self._num_bytes <= self._memory.limit_of_a_call
+        return self._num_bytes <= self._memory.call_limit_bytes
 
-    async def room(self) -> None:
+    async def wait_for_room(self) -> None:
         """Waits until the call is within its limit, for responses of unknown size."""
         while not self.has_room:
             self._freed.clear()
             await self._freed.wait()
 
-    def free(self, num_bytes: int) -> None:
+    def release(self, num_bytes: int) -> None:
         """Releases the memory of a response."""
-        self.add(-num_bytes)
+        self.charge(-num_bytes)
         self._freed.set()
 
-    def clear(self) -> None:
+    def release_all(self) -> None:
         """Releases everything at the end of the call."""
-        self.free(self._num_bytes)
+        self.release(self._num_bytes)
 
-    def add(self, num_bytes: int) -> None:
+    def charge(self, num_bytes: int) -> None:
         """Charges a response that already exists."""
         self._num_bytes += num_bytes
         self._memory.num_bytes += num_bytes

@@ -32,13 +32,13 @@ COMPILED_VOCAB = 2048
 """Smallest vocabulary that repays the seconds of compilation."""
 IDS_PER_TOKEN = 16
 """Smallest ratio of vocabulary to top-k at which compiled code is faster."""
-DRAW_BLOCK = 128
+SAMPLE_BLOCK = 128
 """Ids whose probabilities are summed together when sampling."""
 _SCRATCH = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
+class RowSpec:
     """Sequence and positions of the rows to report."""
 
     start: int
@@ -52,7 +52,7 @@ class Target:
 def distributions(
     hidden_TH: Tensor,
     head: Callable[[Tensor], Tensor],
-    target: Target,
+    target: RowSpec,
     options: DistributionOptions,
     *,
     vocab_size: int,
@@ -76,7 +76,7 @@ def rows(
     hidden_TH: Tensor,
     *,
     begin: int,
-    target: Target,
+    target: RowSpec,
     options: DistributionOptions,
     draws_TR: Float64Array | None,
 ) -> Distributions:
@@ -104,7 +104,7 @@ def _group(
     hidden_TH: Tensor,
     *,
     begin: int,
-    target: Target,
+    target: RowSpec,
     options: DistributionOptions,
     draws_TR: Float64Array | None,
 ) -> Distributions:
@@ -126,7 +126,7 @@ def _group(
         query_logprobs=None if query_TQ is None else _query_logprobs(logits_TV, lse_T1, query_TQ),
         sampled_token_ids=None
         if draws_TR is None
-        else _numpy(drawn(logits_TV, draws_TR[begin : begin + num_rows])),
+        else _numpy(sampled_ids(logits_TV, draws_TR[begin : begin + num_rows])),
         entropy=_numpy(entropies(logits_TV, lse_T1)) if options.entropy else None,
         hidden_states=_numpy(hidden_TH.float()) if options.hidden_states else None,
     )
@@ -185,7 +185,7 @@ def is_compiled(logits_TV: Tensor, top_k: int) -> bool:
 def _head_and_tail(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes (ids [T, K], logits [T, K], log-sum-exp FLOAT64 [T, 1] of these and of all others) in PyTorch operations."""
     vocab_size = logits_TV.shape[1]
-    values_TC, ids_TC = likeliest(logits_TV, min(top_k + 1, vocab_size))
+    values_TC, ids_TC = largest(logits_TV, min(top_k + 1, vocab_size))
     values_TK, ids_TK = values_TC[:, :top_k], ids_TC[:, :top_k]
     first_T1 = values_TC[:, :1].double()
     head_T1 = (values_TK - first_T1).exp_().sum(dim=-1, keepdim=True).log_() + first_T1
@@ -218,7 +218,7 @@ def as_float32(logits_TV: Tensor) -> Tensor:
     )
 
 
-def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def largest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Returns values and ids of the `top_k` largest, in order.
 
     On a CPU the vocabulary is folded into stacked layers. Each of the K largest lies in one of the K columns with the
@@ -284,27 +284,29 @@ def entropies(logits_TV: Tensor, lse_T1: Tensor) -> Tensor:
     return -(logprobs_TV.exp() * logprobs_TV).sum(dim=-1)
 
 
-def drawn(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
+def sampled_ids(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
     """Samples [T, R] ids: the inverse of the cumulative distribution, in vocabulary order, at the given uniforms.
 
     A block of the vocabulary is located first, so that only block sums and the selected blocks are added up in double
     precision.
     """
     num_rows, vocab_size = logits_TV.shape
-    width = -(-vocab_size // DRAW_BLOCK) * DRAW_BLOCK
+    width = -(-vocab_size // SAMPLE_BLOCK) * SAMPLE_BLOCK
     exps_TV = scratch("drawn", (num_rows, width), logits_TV.device)
     exps_TV[:, vocab_size:] = 0
     torch.sub(logits_TV, logits_TV.amax(dim=-1, keepdim=True), out=exps_TV[:, :vocab_size]).exp_()
-    blocks_TNW = exps_TV.view(num_rows, -1, DRAW_BLOCK)
+    blocks_TNW = exps_TV.view(num_rows, -1, SAMPLE_BLOCK)
     sums_TN = blocks_TNW.sum(dim=-1).double()
     cumulative_TN = sums_TN.cumsum(dim=-1)
     numbers_TR = _below(torch.from_numpy(draws_TR).to(logits_TV.device), cumulative_TN[:, -1:])
     block_TR = torch.searchsorted(cumulative_TN, numbers_TR, right=True)
     sum_TR = sums_TN.gather(1, block_TR)
     share_TR = (numbers_TR - cumulative_TN.gather(1, block_TR) + sum_TR).clamp_min(0) / sum_TR
-    hit_TRW = blocks_TNW.gather(1, block_TR.unsqueeze(-1).expand(-1, -1, DRAW_BLOCK)).double().cumsum(dim=-1)
+    hit_TRW = (
+        blocks_TNW.gather(1, block_TR.unsqueeze(-1).expand(-1, -1, SAMPLE_BLOCK)).double().cumsum(dim=-1)
+    )
     within_TR1 = torch.searchsorted(hit_TRW, _below(share_TR.unsqueeze(-1), hit_TRW[..., -1:]), right=True)
-    return (block_TR * DRAW_BLOCK + within_TR1.squeeze(-1)).int()
+    return (block_TR * SAMPLE_BLOCK + within_TR1.squeeze(-1)).int()
 
 
 def _below(shares: Tensor, totals: Tensor) -> Tensor:
@@ -312,7 +314,7 @@ def _below(shares: Tensor, totals: Tensor) -> Tensor:
     return torch.minimum(shares * totals, torch.nextafter(totals, torch.zeros_like(totals)))
 
 
-def uniforms(target: Target, options: DistributionOptions) -> Float64Array | None:
+def uniforms(target: RowSpec, options: DistributionOptions) -> Float64Array | None:
     """[T, R] uniforms in [0, 1), None if no samples are requested.
 
     Number r of a position is read from SHAKE-128 over the seed and the prefix, so it is independent of other
@@ -326,7 +328,7 @@ def uniforms(target: Target, options: DistributionOptions) -> Float64Array | Non
     return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _prefix_digests(target: Target, seed: int, num_bytes: int) -> Iterator[bytes]:
+def _prefix_digests(target: RowSpec, seed: int, num_bytes: int) -> Iterator[bytes]:
     """Yields one digest per row, over the seed and the row's prefix."""
     tokens = np.ascontiguousarray(target.sequence, "<i4")
     state = hashlib.shake_128(b"stillhouse draws" + seed.to_bytes(8, "little", signed=True))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def draw(
+def sample_token(
     logits_V: Tensor,
     *,
     temperature: float,
@@ -26,7 +26,7 @@ def draw(
     # Differences from the maximum, and a divisor that float32 does not round to 0, keep the maximum finite.
     logits_V = (logits_V - logits_V.max()) / max(temperature, torch.finfo(logits_V.dtype).tiny)
     if 0 < top_k < len(logits_V):
-        logits_V = logits_V.masked_fill(~_likeliest(logits_V, top_k), -torch.inf)
+        logits_V = logits_V.masked_fill(~_top_k_mask(logits_V, top_k), -torch.inf)
     if top_p < 1:
         logits_V = _nucleus(logits_V, top_p)
     logprobs_V = logits_V.log_softmax(dim=-1)
@@ -34,7 +34,7 @@ def draw(
     return token, float(logprobs_V[token])
 
 
-def _likeliest(logits_V: Tensor, count: int) -> Tensor:
+def _top_k_mask(logits_V: Tensor, count: int) -> Tensor:
     """Mask of exactly `count` tokens, also among ties."""
     mask_V = torch.zeros_like(logits_V, dtype=torch.bool)
     return mask_V.scatter(0, logits_V.topk(count).indices, True)
