@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 
 from stillhouse.protos.telemetry.metrics import Reading
 from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
-COUNTERS = {
-    "sequences_received": "Sequences that Score calls have read.",
-    "sequences_refused": "Of these, those that were answered with an error.",
-    "tokens_scored": "Rows of Score's answers.",
-    "scoring_seconds": "Time from reading a sequence of Score to its answer, added up over sequences.",
-    "samples_started": "Samples that Generate calls have begun.",
-    "tokens_generated": "Tokens of Generate's answers.",
-}
+COUNTERS: dict[str, str] = {each.name: each.metadata["help"] for each in fields(Counters)}
 
 
 class TeacherMetrics:
@@ -33,31 +27,29 @@ class TeacherMetrics:
         serving = self._serving()
         yield Reading(
             name="model_loaded",
-            help="Whether the model answers: 1, or 0 while it loads.",
+            help="1 once the model answers, 0 while it loads.",
             value=serving is not None,
         )
         if serving is None:
             return
         yield Reading(
             name="engine_used",
-            help="Share of the engine's capacity that is in use, in [0, 1]: how full its batches are.",
+            help="Share of the engine's capacity in use, in [0, 1].",
             value=1 - serving.admission.free / ENGINE_UNITS,
         )
         yield Reading(
             name="items_waiting",
-            help="Sequences and samples that wait for their turn.",
+            help="Sequences and samples that wait for the engine.",
             value=serving.admission.total_waiting,
         )
         yield Reading(
             name="items_running",
-            help="Sequences and samples that the engine has.",
+            help="Sequences and samples in the engine.",
             value=serving.admission.num_running,
         )
         yield Reading(
             name="unread_answer_bytes",
-            help="Answers that their callers have not read.",
+            help="Bytes of responses not yet read by their callers.",
             value=serving.budget.num_bytes,
         )
-        yield Reading(
-            name="adapters_loaded", help="Adapters that can be used.", value=len(serving.adapters.adapters())
-        )
+        yield Reading(name="adapters_loaded", help="Loaded adapters.", value=len(serving.adapters.adapters()))

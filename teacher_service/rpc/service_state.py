@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 from stillhouse.teacher_service.adapters.registry import AdapterRegistry
 from stillhouse.teacher_service.adapters.upload_store import UploadStore
@@ -14,22 +15,20 @@ from stillhouse.teacher_service.engine import Engine, EngineInfo
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 
 
+def _counter(text: str) -> Any:
+    return field(default=0, metadata={"help": text})
+
+
 @dataclass(kw_only=True, slots=True)
 class Counters:
-    """Totals since the start."""
+    """Totals since the start, with the help text of their metrics."""
 
-    sequences_received: int = 0
-    """Sequences that Score calls have read."""
-    sequences_refused: int = 0
-    """Sequences answered with an error."""
-    tokens_scored: int = 0
-    """Rows of Score's answers."""
-    scoring_seconds: float = 0.0
-    """Time from reading a sequence to its response, summed over sequences."""
-    samples_started: int = 0
-    """Samples that Generate calls have begun."""
-    tokens_generated: int = 0
-    """Tokens of Generate's answers."""
+    sequences_received: int = _counter("Sequences read by Score calls.")
+    sequences_refused: int = _counter("Sequences answered with an error.")
+    tokens_scored: int = _counter("Rows of Score's responses.")
+    scoring_seconds: float = _counter("Time from reading a sequence to its response, summed over sequences.")
+    samples_started: int = _counter("Samples started by Generate calls.")
+    tokens_generated: int = _counter("Tokens of Generate's responses.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
