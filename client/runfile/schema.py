@@ -7,6 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import Message
+
 
 def schema_text() -> str:
     """The schema, draft 2020-12, as JSON with a line for each field."""
@@ -19,15 +21,8 @@ def _messages() -> dict[str, Any]:
     return messages
 
 
-def default(message: str, field: str) -> Any:
-    """Default of a field of a message, such as "DataSpec", "seed"; KeyError if it depends on others."""
-    return _property(message, field)["default"]
-
-
-def words(message: str, field: str) -> list[str]:
-    """Values that a field with choices may have."""
-    return [word for word in _property(message, field)["enum"] if word is not None]
-
-
-def _property(message: str, field: str) -> Any:
-    return _messages()[message]["properties"][field]
+def setting(message: Message, field: str) -> Any:
+    """Value of a field of a run's settings, or its default; KeyError if the default depends on other fields."""
+    if message.HasField(field):
+        return getattr(message, field)
+    return _messages()[message.DESCRIPTOR.name]["properties"][field]["default"]

@@ -39,9 +39,9 @@ def page() -> str:
 
 def type_name(field: FieldDescriptor) -> str:
     """Type of a field as the .proto file writes it."""
-    nested = field.message_type or field.enum_type
-    if nested is not None and field.message_type is not None and nested.GetOptions().map_entry:
-        return f"map<{', '.join(type_name(each) for each in nested.fields)}>"
+    nested, message = field.message_type or field.enum_type, field.message_type
+    if message is not None and message.GetOptions().map_entry:
+        return f"map<{', '.join(type_name(each) for each in message.fields)}>"
     name = nested.full_name.removeprefix(PACKAGE) if nested is not None else _SCALARS[field.type]
     return f"repeated {name}" if field.is_repeated else name
 

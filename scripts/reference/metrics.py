@@ -100,8 +100,8 @@ def _readings(path: Path) -> Iterator[tuple[str, str, str]]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             continue
         if node.func.id in ("Counter", "Histogram"):
-            name, text = (each.value for each in node.args[:2] if isinstance(each, ast.Constant))
-            yield str(name).removeprefix("stillhouse_"), node.func.id.lower(), str(text)
+            full, about = (ast.literal_eval(each) for each in node.args[:2])
+            yield full.removeprefix("stillhouse_"), node.func.id.lower(), about
         elif node.func.id == "Reading":
             plain = {each.arg: each.value for each in node.keywords}
             name, text, kind = (plain.get(key) for key in ("name", "help", "kind"))
@@ -112,7 +112,7 @@ def _readings(path: Path) -> Iterator[tuple[str, str, str]]:
                 yield (
                     str(name.value),
                     str(kind.value) if isinstance(kind, ast.Constant) else "gauge",
-                    f"{text.value} Label: {of}." if of else str(text.value),
+                    " ".join([str(text.value), *([f"Label: {of}."] if of else [])]),
                 )
 
 

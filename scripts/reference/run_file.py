@@ -92,8 +92,9 @@ def sorted_messages() -> dict[type[Any], Descriptor]:
             return
         found[cls] = message
         for name, info in fields_of(cls).items():
-            if info.nested is not None:
-                visit(info.nested, message.fields_by_name[name].message_type)
+            below = message.fields_by_name[name].message_type
+            if info.nested is not None and below is not None:
+                visit(info.nested, below)
 
     visit(RunConfig, RunSpec.DESCRIPTOR)
     return found
