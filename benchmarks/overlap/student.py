@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import structlog
@@ -22,28 +22,19 @@ import torch
 
 from benchmarks.teacher.models import make_tokenizer
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
-from stillhouse.student_trainer.train.contexts.factory import Parts, make_feed
-from stillhouse.student_trainer.train.contexts.source import StepData, StepSource
-from stillhouse.student_trainer.train.data.context_mix import Mix
-from stillhouse.student_trainer.train.data.corpus import load_corpus
-from stillhouse.student_trainer.train.data.schedule import Schedule
-from stillhouse.student_trainer.train.optim import make_optimizer
-from stillhouse.student_trainer.train.process.waiting import Patience
-from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
+from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
+from stillhouse.student_trainer.train.contexts.source import StepData
+from stillhouse.student_trainer.train.setup.feeds import FeedFactory
+from stillhouse.student_trainer.train.setup.held_out import HeldOutRows
+from stillhouse.student_trainer.train.setup.inputs import Inputs
+from stillhouse.student_trainer.train.setup.scope import RunScope, open_scope
+from stillhouse.student_trainer.train.setup.student_side import StudentSide
+from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.step import Stepper
-from stillhouse.student_trainer.train.student.device import make_accelerator, precision_of
-from stillhouse.student_trainer.train.student.student import Student as Trained
-from stillhouse.student_trainer.train.student.student import load_tokenizer
-from stillhouse.student_trainer.train.teacher.offline_teachers import StoredTeachers
-from stillhouse.student_trainer.train.teacher.queries import training_questions
-from stillhouse.student_trainer.train.teacher.run_cache import RunCache
-from stillhouse.student_trainer.train.teacher.teacher import Demands
-from stillhouse.student_trainer.train.teacher.teachers import Teachers
+from stillhouse.student_trainer.train.teacher.target_source import NoTeachers
 from tests.support.small_models import make_model
 
 VOCABULARY = 4096
@@ -116,18 +107,18 @@ class Student:
         torch.set_num_threads(1)
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
         with ExitStack() as stack:
-            parts = _Parts(directory, model, data, target, stack)
+            stages = _Stages(directory, model, data, target, stack)
             epoch = ROWS // BATCH
-            filling = parts.steps("write_through", parts.config("write_through"))
+            filling = stages.steps("write_through", stages.config("write_through"))
             in_memory = list(itertools.islice(filling, epoch))
-            parts.close_cache()
+            stages.close_cache()
             sources: dict[str, Iterator[StepData]] = {
                 "alone": itertools.cycle(in_memory),
-                "online": parts.steps("online", parts.config(None)),
-                "cached": parts.steps("cached", parts.config("only")),
+                "online": stages.steps("online", stages.config(None)),
+                "cached": stages.steps("cached", stages.config("only")),
             }
             kept = stack.pop_all()
-        return cls(parts.stepper, sources, kept)
+        return cls(stages.stepper, sources, kept)
 
     def rates(self) -> tuple[float, float]:
         """Tokens per second of the teacher alone, and of the student alone."""
@@ -144,7 +135,7 @@ class Student:
     def begin(self, kind: str, steps: int) -> None:
         """Steps that are not timed."""
         for _ in range(steps):
-            self._stepper.take(next(self._sources[kind]), self._progress)
+            self._stepper.take_step(next(self._sources[kind]), self._progress)
 
     def block(self, kind: str, lead_in: int, steps: int) -> float:
         """Seconds of one of `steps` steps, after `lead_in` steps that are not timed."""
@@ -170,43 +161,30 @@ class Student:
         began = time.perf_counter()
         data = next(self._sources[kind])
         self.waited_s += data.teacher_wait_s if kind == "online" else 0.0
-        self._stepper.take(data, self._progress)
+        self._stepper.take_step(data, self._progress)
         return time.perf_counter() - began
 
 
-class _Parts:
-    """What a run is made of, put together as the training process does."""
+class _Stages:
+    """The stages of a run's set-up, as the training process makes them; the student serves several runs."""
 
     def __init__(self, directory: Path, model: Path, data: Path, target: str, stack: ExitStack) -> None:
         self._directory, self._model, self._data, self._target = directory, model, data, target
         self._stack = stack
         self._cache_stack = ExitStack()
         stack.callback(self._cache_stack.close)
-        config = self.config(None)
-        self._tokenizer: Any = load_tokenizer(config.student, directory)
-        self._tokenizer_json = self._tokenizer.backend_tokenizer.to_str()
-        self._fingerprint = tokenizer_fingerprint(self._tokenizer_json, self._tokenizer.special_tokens_map)
-        self._corpus = load_corpus(config.data, config.evaluation, self._tokenizer, directory, [""])
-        self._accelerator = make_accelerator(config.optimizer)
-        self._student = Trained.load(
-            config.student,
-            self._tokenizer,
-            data_dir=directory,
-            device=self._accelerator.device,
-            precision=precision_of(self._accelerator),
-            seed=0,
+        scope = self._open("student", self.config(None))
+        self._inputs = Inputs.load(scope)
+        no_teachers = TeacherSide(
+            teachers=NoTeachers(),
+            corpus=self._inputs.corpus,
+            held_out=HeldOutRows.lookup(scope, self._inputs.corpus),
         )
-        self.stepper = Stepper(
-            self._student,
-            make_optimizer(self._student.trained(), config.optimizer),
-            self._accelerator,
-            config,
-            total_steps=STEPS,
-            vocab_size=len(self._tokenizer),
-        )
+        self._student = StudentSide.load(scope, self._inputs, no_teachers)
+        self.stepper = self._student.stepper
 
     def config(self, cache: str | None) -> RunConfig:
-        """Of a run with a cache in this mode, or without one."""
+        """Configuration of a run with a cache in this mode, or without one."""
         spec = RunSpec()
         spec.student.model = str(self._model)
         spec.teachers.add(targets=[self._target], logprob_dtype="float16")
@@ -223,44 +201,30 @@ class _Parts:
 
     def steps(self, name: str, config: RunConfig) -> Iterator[StepData]:
         """The data of a run's steps, as its loop gets them."""
+        scope = self._open(name, config)
+        state = TrainingState(
+            model=self._student.student.model,
+            optimizer=self._student.optimizer,
+            scaler=None,
+            progress=Progress(),
+        )
+        feeds = FeedFactory(
+            scope=scope,
+            inputs=self._inputs,
+            teacher_side=TeacherSide.connect(scope, self._inputs),
+            student_side=self._student,
+            state=state,
+        )
+        return feeds.open_source().steps(after=0)
+
+    def close_cache(self) -> None:
+        """Writes the cache, so that it can be read."""
+        self._cache_stack.close()
+
+    def _open(self, name: str, config: RunConfig) -> RunScope:
         stack = self._cache_stack if name == "write_through" else self._stack
         spec = to_proto(config)
         run_dir = RunDir.create(self._directory / "runs" / name, spec, spec)
         run_dir.write_control(1, stop=False)
         attempt = stack.enter_context(run_dir.open_attempt(1))
-        patience = Patience(attempt, lambda: False, config.retry.teacher_wait_s)
-        teachers: Teachers | StoredTeachers
-        if config.is_offline:
-            questions = training_questions(config, self._corpus)
-            teachers = StoredTeachers.find(
-                config, questions, self._fingerprint, run_dir=run_dir, data_dir=self._directory, stack=stack
-            )
-        else:
-            demands = Demands.of(config, self._fingerprint, self._tokenizer_json, self._corpus)
-            cache = RunCache.open(config.cache, self._directory, stack)
-            teachers = Teachers.connect(config, demands, run_dir, patience=patience, stack=stack, cache=cache)
-        parts = Parts(
-            config=config,
-            corpus=self._corpus,
-            teachers=teachers,
-            student=self._student,
-            vocab_size=len(self._tokenizer),
-            run_name=name,
-            tokenizer_fingerprint=self._fingerprint,
-            in_flight=InFlight(),
-            version=lambda: 0,
-            is_resumed=False,
-            device=self._accelerator.device,
-            autocast=self._accelerator.autocast,
-            patience=patience,
-            stack=stack,
-        )
-        schedule = Schedule.of(
-            len(self._corpus.train), config.optimizer, config.data.seed, self._corpus.parts
-        )
-        mix = Mix(weights=[1.0], schedule=schedule, seed=config.data.seed)
-        return StepSource([make_feed(config.contexts[0], 0, parts)], mix).steps(after=0)
-
-    def close_cache(self) -> None:
-        """Writes what was answered, so that it can be read."""
-        self._cache_stack.close()
+        return stack.enter_context(open_scope(config, attempt, lambda: False))

@@ -105,7 +105,12 @@ class Stepper:
         self._matmul_dtype = getattr(torch, matmul_dtype) if matmul_dtype else None
         log.info("matmuls of the loss", dtype=matmul_dtype or "by precision")
 
-    def take(self, data: StepData, progress: Progress) -> dict[str, float]:
+    @property
+    def head(self) -> Head:
+        """The student's output layer."""
+        return self._head
+
+    def take_step(self, data: StepData, progress: Progress) -> dict[str, float]:
         """The metrics of a step over all processes, after it was taken and `progress` was moved on.
 
         A loss or a gradient that is no number changes no weight and is counted in `progress`.

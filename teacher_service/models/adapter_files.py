@@ -1,4 +1,4 @@
-"""Consistency of an adapter's two files: weights of a rank that the configuration does not name would be scaled wrongly."""
+"""Whether an adapter's two files belong together: ranks in the weights that its configuration does not name scale it wrongly."""
 
 from __future__ import annotations
 

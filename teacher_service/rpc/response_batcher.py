@@ -1,4 +1,4 @@
-"""Batches response parts into messages: flushes at FLUSH_BYTES or after LINGER_S."""
+"""What a streaming call has to say, gathered into messages: full enough to be cheap, soon enough to be fresh."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from stillhouse.protos.rpc.channel import FLUSH_BYTES, MAX_MESSAGE_BYTES
 Part = TypeVar("Part")
 
 LINGER_S = 0.004
-"""Longest wait of a first part for others."""
+"""How long a first part waits for company."""
 PART_BYTES = MAX_MESSAGE_BYTES - FLUSH_BYTES - 4096
-"""Largest part: with one more of it, a full message stays within MAX_MESSAGE_BYTES."""
+"""Largest part: one more than a full message never exceeds MAX_MESSAGE_BYTES."""
 
 
-class ResponseBatcher(Generic[Part]):
-    """Queue between the tasks of a call and the single generators of its responses.
+class Outbox(Generic[Part]):
+    """A queue between the tasks of a call and the one writer of its responses.
 
-    Bounded by `response_budget`, not here: a task that waited for a slow reader would hold its slot of the engine.
+    What bounds it is `answer_memory`: a task that waited here for a slow reader would keep its place in the engine.
     """
 
     def __init__(self) -> None:
         self._parts: deque[tuple[Part, int]] = deque()
         self._num_bytes = 0
-        self._has_part = asyncio.Event()
-        """Set when there is a part, or at the end."""
-        self._is_full = asyncio.Event()
-        """Set when a message is full, or at the end."""
+        self._some = asyncio.Event()
+        """Something is there, or the end."""
+        self._enough = asyncio.Event()
+        """A message is full, or nothing follows."""
         self._ended = False
         self._error: BaseException | None = None
 
@@ -37,30 +37,30 @@ class ResponseBatcher(Generic[Part]):
         """Adds a part of at most PART_BYTES."""
         self._parts.append((part, num_bytes))
         self._num_bytes += num_bytes
-        self._update_events()
+        self._tell()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Ends the queue; with an error, the call fails after the parts put before."""
+        """Says that nothing follows; with an error, that the call fails after what was put before."""
         self._ended, self._error = True, error
-        self._update_events()
+        self._tell()
 
-    async def batches(self) -> AsyncGenerator[list[Part], None]:
-        """Yields lists of parts, one per message."""
+    async def gathered(self) -> AsyncGenerator[list[Part], None]:
+        """Lists of parts, each for one message: sent at FLUSH_BYTES, or LINGER_S after the first of them."""
         while True:
-            await self._has_part.wait()
+            await self._some.wait()
             if not self._parts:
                 break
-            if not self._is_full.is_set():
+            if not self._enough.is_set():
                 try:
                     async with asyncio.timeout(LINGER_S):
-                        await self._is_full.wait()
+                        await self._enough.wait()
                 except TimeoutError:
                     pass
-            yield self._next_batch()
+            yield self._take()
         if self._error is not None:
             raise self._error
 
-    def _next_batch(self) -> list[Part]:
+    def _take(self) -> list[Part]:
         taken: list[Part] = []
         num_bytes = 0
         while self._parts and num_bytes < FLUSH_BYTES:
@@ -68,16 +68,16 @@ class ResponseBatcher(Generic[Part]):
             taken.append(part)
             num_bytes += size
         self._num_bytes -= num_bytes
-        self._has_part.clear()
-        self._is_full.clear()
-        self._update_events()
+        self._some.clear()
+        self._enough.clear()
+        self._tell()
         return taken
 
-    def _update_events(self) -> None:
+    def _tell(self) -> None:
         if self._parts or self._ended:
-            self._has_part.set()
+            self._some.set()
         if self._num_bytes >= FLUSH_BYTES or self._ended:
-            self._is_full.set()
+            self._enough.set()
 
 
 async def cancel_all(tasks: set[asyncio.Task[None]]) -> None:

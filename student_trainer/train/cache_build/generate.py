@@ -1,4 +1,4 @@
-"""The part of a build that lets teachers write: their texts with the distributions of the same pass, each prompt once."""
+"""The part of a cache build in which teachers generate: completions with targets from the same pass, each prompt once."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 WINDOW_PROMPTS = 64
 """Prompts in flight to a teacher."""
-WRITTEN = "texts_written.json"
-"""In the run directory: the prompts whose texts are in whole shards."""
+FINISHED = "texts_written.json"
+"""File in the run directory: prompts whose completions are in whole shards."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TextJob:
+class GenerateJob:
     """The prompts of one context that one teacher continues."""
 
     context: int
@@ -38,52 +38,52 @@ class TextJob:
     generation: RolloutConfig
     seed: int
     room: int
-    """Tokens that prompt and text may have together."""
+    """Tokens that prompt and completion may have together."""
     prompts: Sequence[tuple[int, Example]]
-    """Those not written yet, by their number among the training rows."""
+    """Those without completions, with their number among the training rows."""
     num_stored: int
 
 
 @dataclass(slots=True)
-class Written:
-    """Which prompts are done, across the attempts of a run: texts have no address before they are written."""
+class FinishedPrompts:
+    """Prompts that are done, across the attempts of a run: completions have no address before they are generated."""
 
     run_dir: RunDir
     numbers: dict[int, set[int]] = field(default_factory=dict)
     """Context to the numbers of its prompts."""
 
     @classmethod
-    def load(cls, run_dir: RunDir) -> Written:
-        """What earlier attempts wrote down; a file that cannot be read counts as none, and prompts are written again."""
+    def load(cls, run_dir: RunDir) -> FinishedPrompts:
+        """Reads what earlier attempts stored; a damaged file counts as none, and prompts are continued again."""
         numbers: dict[int, set[int]] = {}
         with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-            told = json.loads((run_dir.path / WRITTEN).read_bytes())
+            told = json.loads((run_dir.path / FINISHED).read_bytes())
             numbers = {int(context): {int(each) for each in done} for context, done in told.items()}
         return cls(run_dir, numbers)
 
-    def of(self, context: int) -> set[int]:
-        """The prompts of a context that are done."""
+    def of_context(self, context: int) -> set[int]:
+        """Numbers of the prompts of a context that are done, which the caller adds to."""
         return self.numbers.setdefault(context, set())
 
     def save(self) -> None:
-        """Writes it down; call it once the texts are in whole shards."""
+        """Writes the file; call it once the completions are in whole shards."""
         told: Mapping[str, list[int]] = {str(each): sorted(done) for each, done in self.numbers.items()}
         if any(told.values()):
-            write_whole(self.run_dir.path / WRITTEN, json.dumps(told).encode())
+            write_whole(self.run_dir.path / FINISHED, json.dumps(told).encode())
 
 
-def texts(
-    job: TextJob, stream: TextStream, patience: Patience
+def generate(
+    job: GenerateJob, stream: TextStream, patience: Patience
 ) -> Iterator[tuple[int, list[tuple[NDArray[np.int32], Distributions]]]]:
-    """Prompt after prompt its number, and its texts with prompt and distributions; empty texts are left out.
+    """Yields each prompt's number, and its sequences with their targets; empty completions are left out.
 
     Raises what TextStream.take raises.
     """
-    asked = 0
-    for place, (number, example) in enumerate(job.prompts):
-        while asked < min(place + WINDOW_PROMPTS, len(job.prompts)):
-            _submit(job, stream, *job.prompts[asked])
-            asked += 1
+    num_submitted = 0
+    for index, (number, example) in enumerate(job.prompts):
+        while num_submitted < min(index + WINDOW_PROMPTS, len(job.prompts)):
+            _submit(job, stream, *job.prompts[num_submitted])
+            num_submitted += 1
         patience.check(None)
         prompt = example.prompt
         yield (
@@ -96,7 +96,7 @@ def texts(
         )
 
 
-def _submit(job: TextJob, stream: TextStream, number: int, example: Example) -> None:
+def _submit(job: GenerateJob, stream: TextStream, number: int, example: Example) -> None:
     stream.submit(
         number,
         example.prompt,

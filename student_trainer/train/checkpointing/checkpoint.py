@@ -46,7 +46,11 @@ class Progress:
     skipped_steps: int = 0
     """Steps whose loss or gradient was no number, and that changed nothing."""
     skipped_in_a_row: int = 0
-    """Of these, the last ones without any other between."""
+    """Consecutive skipped steps so far."""
+
+    def version(self) -> int:
+        """Number of updates that the weights have had."""
+        return self.step - self.skipped_steps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""When a checkpoint or an evaluation is due; all but the clock is a function of the step."""
+"""Triggers of checkpoints and evaluations; all but the clock is a function of the step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from stillhouse.student_trainer.train.data.schedule import Schedule
 
 
 class Triggers:
-    """The rhythm of one run."""
+    """Intervals of one run."""
 
     def __init__(
         self, checkpoint: CheckpointConfig, evaluation: EvaluationConfig, schedule: Schedule
@@ -20,23 +20,23 @@ class Triggers:
         self._schedule = schedule
         self._saved_at = time.monotonic()
 
-    def checkpoint(self, step: int) -> bool:
-        """Whether one is due after `step` steps."""
+    def should_save(self, step: int) -> bool:
+        """True if a checkpoint is due after `step` steps."""
         wanted = self._checkpoint
-        waited_s = time.monotonic() - self._saved_at
-        too_old = wanted.every_seconds is not None and waited_s >= wanted.every_seconds
-        return too_old or self._completes(step, wanted.every_steps, wanted.every_epochs)
+        age_s = time.monotonic() - self._saved_at
+        too_old = wanted.every_seconds is not None and age_s >= wanted.every_seconds
+        return too_old or self._ends_interval(step, wanted.every_steps, wanted.every_epochs)
 
-    def evaluation(self, step: int) -> bool:
-        """Whether one is due after `step` steps."""
-        return self._completes(step, self._evaluation.every_steps, self._evaluation.every_epochs)
+    def should_evaluate(self, step: int) -> bool:
+        """True if an evaluation is due after `step` steps."""
+        return self._ends_interval(step, self._evaluation.every_steps, self._evaluation.every_epochs)
 
-    def saved(self) -> None:
-        """A checkpoint was written just now."""
+    def mark_saved(self) -> None:
+        """Restarts the clock of checkpoints."""
         self._saved_at = time.monotonic()
 
-    def _completes(self, step: int, every_steps: int | None, every_epochs: float | None) -> bool:
-        """Whether step number `step` is the last one of an interval."""
+    def _ends_interval(self, step: int, every_steps: int | None, every_epochs: float | None) -> bool:
+        """True if step number `step` is the last one of an interval."""
         if every_steps is not None and step % every_steps == 0:
             return True
         if every_epochs is None:

@@ -1,13 +1,14 @@
-"""The student's own texts, scored by the teacher: written with weights whose age is bounded, counted and recorded.
+"""Rollouts of the student, scored by the teacher: sampled with weights whose age is bounded, counted and recorded.
 
-A rollout that is in flight when a checkpoint is written is part of it, because its weights are gone by then; what was
-not begun is written after the restart with the weights and the seed that it would have had.
+A rollout that is in flight when a checkpoint is written is part of it, because its weights are gone by then; the others
+are sampled after the restart with the weights and the seed that they would have had.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -19,20 +20,19 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.batching.supports import with_query
-from stillhouse.student_trainer.train.contexts.source import Skips
+from stillhouse.student_trainer.train.contexts.source import FeedSettings, Skips
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.rollouts.local_sampler import Text
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight, Rollout
-from stillhouse.student_trainer.train.teacher.answers import Answers
+from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 log = structlog.get_logger()
 
 
 class TextWriter(Protocol):
-    """Writes texts with the student's weights as they are: rollouts.Sampler here, remote_rollouts.RemoteSampler elsewhere."""
+    """Samples with the student's present weights: `Sampler` in this process, `RemoteSampler` and `SharedSampler` elsewhere."""
 
     def write(
         self,
@@ -42,8 +42,19 @@ class TextWriter(Protocol):
         max_sequence_tokens: int,
         seeds: Sequence[int],
     ) -> list[list[Text]]:
-        """Texts for each prompt, drawn by its seed, of at most `max_sequence_tokens` with it."""
+        """Completions of each prompt by its seed; prompt and completion have at most `max_sequence_tokens`."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutState:
+    """State of a run that rollouts depend on."""
+
+    in_flight: InFlight
+    """Rollouts that no step has consumed yet."""
+    version: Callable[[], int]
+    """Number of updates that the student's weights have had."""
+    gate: WarmStart
 
 
 class StudentFeed:
@@ -51,73 +62,60 @@ class StudentFeed:
 
     def __init__(
         self,
-        examples: Sequence[Example],
-        answers: Answers,
+        settings: FeedSettings,
+        targets: TargetStream,
         sampler: TextWriter,
         config: StudentContextConfig,
-        in_flight: InFlight,
+        state: RolloutState,
         *,
-        context: int,
-        seed: int,
-        asks_query: bool,
-        ahead: int,
-        max_sequence_tokens: int,
-        gate: WarmStart,
-        version: Callable[[], int],
-        patience: Patience,
+        queries_top_k: bool,
     ) -> None:
-        """`ahead`: steps whose rollouts are written before their turn, at most `max_staleness`.
+        """With `queries_top_k` the teacher is queried about the student's top-k too.
 
-        `asks_query`: the teacher is asked for the student's likeliest tokens too. `version` gives the updates that
-        the weights have had.
+        At most `max_staleness` of the steps ahead are sampled before their turn.
         """
-        self.ahead = min(ahead, config.max_staleness)
-        self._examples = examples
-        self._answers = answers
+        self.ahead = min(settings.ahead, config.max_staleness)
+        self._settings = settings
+        self._targets = targets
         self._sampler = sampler
         self._config = config
-        self._in_flight = in_flight
-        self._context = context
-        self._seed = seed
-        self._asks_query = asks_query
-        self._max_sequence_tokens = max_sequence_tokens
-        self._gate = gate
-        self._version = version
-        self._patience = patience
+        self._state = state
+        self._queries_top_k = queries_top_k
         self._skips = Skips()
         self._num_dropped = 0
-        self._writing_s = 0.0
+        self._sampling_s = 0.0
         self._metrics: dict[str, float] = {}
 
     @property
     def num_asked(self) -> int:
-        """Texts that teachers were asked for."""
-        return self._answers.num_asked
+        """Rollouts that teachers were queried about."""
+        return self._targets.num_asked
 
-    def ask(self, step: int, slots: Sequence[Slot]) -> None:
-        """Writes the texts, unless they came out of a checkpoint, and asks for their answers."""
-        key = (self._context, step)
-        if key not in self._in_flight.rollouts:
-            self._in_flight.rollouts[key] = self._write(slots) if slots else []
-        for number, rollout in enumerate(self._in_flight.rollouts[key]):
-            self._answers.submit(
-                self._id(step, number),
-                rollout.token_ids,
-                rollout.start,
-                rollout.place,
+    def request(self, step: int, slots: Sequence[Slot]) -> None:
+        """Samples the rollouts, unless a checkpoint had them, and queries their targets."""
+        rollouts = self._state.in_flight.rollouts
+        key = (self._settings.context, step)
+        if key not in rollouts:
+            rollouts[key] = self._sample(slots) if slots else []
+        for number, rollout in enumerate(rollouts[key]):
+            query = TeacherQuery(
+                token_ids=rollout.token_ids,
+                start=rollout.start,
+                place=rollout.place,
                 teacher=rollout.teacher,
-                query_token_ids=rollout.likeliest if self._asks_query else None,
+                query_token_ids=rollout.likeliest if self._queries_top_k else None,
             )
+            self._targets.submit(self._id(step, number), query)
 
-    def take(self, step: int) -> Iterator[ScoredExample]:
-        """The texts with their answers; those that are too old are left out and counted."""
-        version = self._version()
-        # They stay until the step is taken: a run that stops before that goes on with them.
-        rollouts = self._in_flight.rollouts[self._context, step]
+    def collect(self, step: int) -> Iterator[ScoredExample]:
+        """The rollouts with their targets; those that are too old are dropped and counted."""
+        version = self._state.version()
+        # They stay until the step is taken: a run that stops before that resumes with them.
+        rollouts = self._state.in_flight.rollouts[self._settings.context, step]
         log_sums, seen = _Sums(), 0
         for number, rollout in enumerate(rollouts):
             try:
-                answer = self._answers.take(self._id(step, number), self._patience)
+                answer = self._targets.take(self._id(step, number), self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 self._num_dropped += 1
@@ -130,37 +128,38 @@ class StudentFeed:
             seen += 1
             log_sums.add("rollout_tokens", len(rollout.token_ids) - rollout.start)
             log_sums.add("rollout_finished", float(rollout.finished))
-            if self._asks_query:
+            if self._queries_top_k:
                 log_sums.add_all(_overlap(answer, rollout))
                 answer, clamped = with_query(answer, rollout.likeliest, rollout.token_ids)
                 log_sums.add("rollout_tail_clamped", clamped)
-            self._gate.see(answer.target_logprobs)
-            yield _scored(rollout, answer, self._context)
-        self._gate.check(step)
+            self._state.gate.see(answer.target_logprobs)
+            yield _scored(rollout, answer, self._settings.context)
+        self._state.gate.check(step)
         self._metrics = {f"train/{name}": value for name, value in log_sums.means().items()}
         self._metrics["train/rollouts_dropped"] = float(self._num_dropped)
-        self._metrics["train/rollout_time_s"] = self._writing_s
+        self._metrics["train/rollout_time_s"] = self._sampling_s
         if len(rollouts) > seen:
             log.warning("rollouts left out", step=step + 1, left_out=len(rollouts) - seen, of=len(rollouts))
 
     def metrics(self) -> Mapping[str, float]:
-        """Means over the texts of the last step; of all steps of this process, how many texts were too old, without an answer,
-        or held tokens that the teacher does not know.
+        """Means over the rollouts of the last step.
+
+        "rollouts_dropped" counts over all steps of this process: too old, without targets, or with tokens unknown to the teacher.
         """
         return self._metrics
 
-    def _write(self, slots: Sequence[Slot]) -> list[Rollout]:
+    def _sample(self, slots: Sequence[Slot]) -> list[Rollout]:
         began = time.monotonic()
-        examples = [self._examples[slot.row] for slot in slots]
+        examples = [self._settings.examples[slot.row] for slot in slots]
         # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
-        version = self._version()
+        version = self._state.version()
         texts = self._sampler.write(
             [example.prompt for example in examples],
             self._config.generation,
-            max_sequence_tokens=self._max_sequence_tokens,
-            seeds=[text_seed(self._seed, self._context, slot.place) for slot in slots],
+            max_sequence_tokens=self._settings.max_sequence_tokens,
+            seeds=[text_seed(self._settings.seed, self._settings.context, slot.place) for slot in slots],
         )
-        self._writing_s = time.monotonic() - began
+        self._sampling_s = time.monotonic() - began
         wanted = len(slots) * self._config.generation.samples_per_prompt
         self._num_dropped += wanted - sum(map(len, texts))
         return [
@@ -221,7 +220,7 @@ def _scored(rollout: Rollout, answer: Distributions, context: int) -> ScoredExam
 
 
 def _overlap(answer: Distributions, rollout: Rollout) -> dict[str, float]:
-    """How near the two are at the text's positions: shared share of their likeliest, the teacher's mass on the student's."""
+    """Overlap of the two top-k sets, and the teacher's mass on the student's, as means over positions."""
     width = min(answer.token_ids.shape[1], rollout.likeliest.shape[1])
     ours, theirs = rollout.likeliest[:, :width], answer.token_ids[:, :width]
     shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).mean()

@@ -1,4 +1,4 @@
-"""Texts that teachers write during the run: word-level targets from the pass that wrote them, or the text alone."""
+"""Completions that teachers generate during the run: with targets from the same pass, or the text alone."""
 
 from __future__ import annotations
 
@@ -10,82 +10,72 @@ import structlog
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
-from stillhouse.student_trainer.train.contexts.source import Skips
+from stillhouse.student_trainer.train.contexts.source import FeedSettings, Skips
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
 
 log = structlog.get_logger()
 
 
 class TeacherFeed:
-    """The teachers' texts of one context; each prompt is continued by its row's teacher."""
+    """The teachers' completions of one context; each prompt is continued by its row's teacher."""
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        settings: FeedSettings,
         streams: Mapping[str, TextStream],
         generation: RolloutConfig,
         *,
-        context: int,
-        seed: int,
         vocab_size: int,
-        max_sequence_tokens: int,
-        prefetch_steps: int,
-        patience: Patience,
     ) -> None:
         """`streams` by the teachers' names. `vocab_size`: only ids below it are known to the student."""
-        self.ahead = prefetch_steps
-        self._examples = examples
+        self.ahead = settings.ahead
+        self._settings = settings
         self._streams = streams
         self._generation = generation
-        self._context = context
-        self._seed = seed
         self._vocab_size = vocab_size
-        self._max_sequence_tokens = max_sequence_tokens
-        self._patience = patience
         self._skips = Skips()
         self._slots: dict[int, Sequence[Slot]] = {}
         self._metrics: dict[str, float] = {}
 
     @property
     def num_asked(self) -> int:
-        """Texts that teachers were asked for."""
+        """Completions requested from teachers."""
         return sum(stream.num_asked for stream in self._streams.values())
 
-    def ask(self, step: int, slots: Sequence[Slot]) -> None:
-        """Asks for the texts."""
+    def request(self, step: int, slots: Sequence[Slot]) -> None:
+        """Requests the completions."""
         self._slots[step] = slots
         for slot in slots:
-            example = self._examples[slot.row]
-            room = self._max_sequence_tokens - len(example.prompt)
+            example = self._settings.examples[slot.row]
+            room = self._settings.max_sequence_tokens - len(example.prompt)
             self._stream(example).submit(
                 slot.place,
                 example.prompt,
-                seed=text_seed(self._seed, self._context, slot.place),
+                seed=text_seed(self._settings.seed, self._settings.context, slot.place),
                 max_new_tokens=min(self._generation.max_new_tokens, room),
                 place=example.place,
             )
 
-    def take(self, step: int) -> Iterator[ScoredExample]:
-        """The texts with their distributions."""
+    def collect(self, step: int) -> Iterator[ScoredExample]:
+        """The completions with their targets."""
         lengths, num_finished, num_foreign = [], 0, 0
         for slot in self._slots.pop(step):
-            example = self._examples[slot.row]
+            example = self._settings.examples[slot.row]
             try:
-                texts = self._stream(example).take(slot.place, self._patience)
+                texts = self._stream(example).take(slot.place, self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 continue
             for text in texts:
-                # A tokenizer that the teacher's one extends has no name for the rest.
+                # The student's tokenizer lacks the ids by which the teacher's one extends it.
                 if not text.token_ids.size or int(text.token_ids.max()) >= self._vocab_size:
                     num_foreign += 1
                     continue
                 lengths.append(len(text.token_ids))
                 num_finished += text.finished
-                yield _scored(example, text, self._context)
+                yield _scored(example, text, self._settings.context)
         if num_foreign:
             log.warning("teacher's texts left out", step=step + 1, left_out=num_foreign)
         if not lengths:
@@ -98,7 +88,7 @@ class TeacherFeed:
         }
 
     def metrics(self) -> Mapping[str, float]:
-        """Means over the texts of the last step."""
+        """Means over the completions of the last step."""
         return self._metrics
 
     def _stream(self, example: Example) -> TextStream:

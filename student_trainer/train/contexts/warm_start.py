@@ -1,4 +1,4 @@
-"""The gate before a student learns from its own texts: the teacher must find the first ones likelier than blind guesses."""
+"""The gate before a student trains on its own rollouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = structlog.get_logger()
 
 
 class WarmStart:
-    """The gate before learning from own texts: the teacher must find the first ones likelier than blind guesses."""
+    """Requires that the teacher finds a student's first rollouts more likely than uniform guesses."""
 
     def __init__(
         self, min_logprob: float | None, *, vocab_size: int, alone: bool, field_path: str, is_open: bool
@@ -28,13 +28,13 @@ class WarmStart:
         self._count = 0
 
     def see(self, target_logprobs: NDArray[np.float32]) -> None:
-        """Takes in what the teacher gives to the tokens of a text."""
+        """Adds the teacher's log-probabilities of the tokens of a rollout."""
         if not self._open:
             self._sum += float(np.maximum(target_logprobs, -1e6).sum())
             self._count += len(target_logprobs)
 
     def check(self, step: int) -> None:
-        """Return if the student may go on. Raises StillhouseError(INVALID_SPEC) before anything is learnt from `step`."""
+        """Returns if the gate is passed. Raises StillhouseError(INVALID_SPEC) before anything is trained on from `step`."""
         if self._open or not self._count:
             return
         self._open = True

@@ -1,4 +1,4 @@
-"""Teachers that are not there: their answers come out of a cache, all of which are found before anything is trained."""
+"""Offline teachers: all targets come from a cache, checked complete before training."""
 
 from __future__ import annotations
 
@@ -11,86 +11,59 @@ from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.student_trainer.config.check_contexts import is_ensemble
-from stillhouse.student_trainer.config.schema import RunConfig, TeacherConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig, TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.teacher.answers import Answers, RequestOf
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
+from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
+from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.identity import check_stored_identity
-from stillhouse.student_trainer.train.teacher.queries import Question
+from stillhouse.student_trainer.train.teacher.query import TargetStream
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
-from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
+from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
 
 
-class StoredTeachers:
-    """The teachers of one run, as far as a cache remembers them; with the interface of Teachers."""
+class OfflineTeachers:
+    """The teachers of one run as a cache stored them; a TargetSource."""
 
-    def __init__(
-        self,
-        cache: RunCache,
-        configs: Mapping[str, TeacherConfig],
-        tokenizer_fingerprint: str,
-        *,
-        mixed: bool,
-    ) -> None:
+    def __init__(self, config: RunConfig, cache: RunCache, tokenizer_fingerprint: str) -> None:
         self._cache = cache
-        self._configs = configs
+        self._configs = {each.name: each for each in config.teachers} or {"": TeacherConfig()}
+        self._is_known = bool(config.teachers)
         self._tokenizer = tokenizer_fingerprint
-        self._mixed = mixed
-        self.members: Mapping[str, TeacherClient] = {}
-        """Nobody."""
+        self._mixed = is_ensemble(config)
         self._found: dict[tuple[str, bytes], CacheMeta] = {}
         self._streams: list[CachedStream] = []
 
     @classmethod
-    def find(
+    def open(
         cls,
         config: RunConfig,
-        questions: Sequence[Question],
+        requests: Sequence[TargetRequest],
+        corpus: Corpus,
         tokenizer_fingerprint: str,
         *,
         run_dir: RunDir,
         data_dir: Path,
         stack: ExitStack,
-    ) -> StoredTeachers:
-        """Opens the run's cache, closed with `stack`; it has an answer to each of `questions`.
+    ) -> OfflineTeachers:
+        """Opens the run's cache, closed with `stack`; it holds the targets of all `requests` for `corpus`.
 
         Raises:
-            StillhouseError: CACHE_NOT_FOUND, CACHE_INVALID; CACHE_MISS, which counts what is missing or says what is
+            StillhouseError: CACHE_NOT_FOUND, CACHE_INVALID; CACHE_MISS, which counts what is missing or names what is
                 stored instead; TOKENIZER_MISMATCH; TEACHER_CHANGED.
         """
         cache = RunCache.open(config.cache, data_dir, stack)
         assert cache is not None, "the configuration names a cache"
-        configs = {each.name: each for each in config.teachers} or {"": TeacherConfig()}
-        stored = cls(cache, configs, tokenizer_fingerprint, mixed=is_ensemble(config))
-        known = bool(config.teachers)
-        for question in questions:
-            for name, teacher in configs.items():
-                request = question.request(teacher)
-                meta = stored._find(request, question, teacher if known else None)
-                check_stored_identity(
-                    run_dir,
-                    name,
-                    {
-                        "model_fingerprint": meta.teacher_fingerprint,
-                        "adapter": meta.adapter,
-                        "adapter_fingerprint": meta.adapter_fingerprint,
-                        "tokenizer_fingerprint": meta.tokenizer_fingerprint,
-                    },
-                    model=meta.model,
-                    place=f"The cache {cache.config.path}",
-                )
-                stored._found[name, request.SerializeToString(deterministic=True)] = meta
-        return stored
-
-    @property
-    def tokenizer_size(self) -> int:
-        """Ids below it mean the same to the student and to every teacher."""
-        return min(meta.shared_with(self._tokenizer) for meta in self._found.values())
+        teachers = cls(config, cache, tokenizer_fingerprint)
+        for request in requests:
+            teachers._require(request, corpus, run_dir)
+        return teachers
 
     @property
     def fingerprint(self) -> str:
-        """Of their models, in the order of the run file."""
+        """Fingerprints of their models, in the order of the run file."""
         return " ".join(dict.fromkeys(meta.teacher_fingerprint for meta in self._found.values()))
 
     @property
@@ -100,40 +73,67 @@ class StoredTeachers:
 
     @property
     def max_sequence_tokens(self) -> int | None:
-        """Nothing is written, so nothing bounds it."""
+        """No limit: no text is generated."""
         return None
 
-    def metrics(self) -> dict[str, float]:
-        """What came out of the cache."""
-        return cache_metrics(self._streams)
-
+    @property
     def max_query_tokens(self) -> int:
-        """Nobody can be asked."""
+        """Zero: a cache answers no further queries."""
         return 0
 
-    def answers(self, request: RequestOf, *, fixed_text: bool, held_out: bool = False) -> Answers:  # noqa: ARG002 - as Teachers
-        """Answers to one of the questions; the caller closes them."""
-        assert fixed_text, "checked with the configuration"
+    def shared_vocab_size(self, student_size: int) -> int:
+        """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
+        return min(student_size, *(meta.shared_with(self._tokenizer) for meta in self._found.values()))
+
+    def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
+        """Opens a stream of targets, which the caller closes; `request` is one of those checked in `open`."""
+        assert cacheable, "checked with the configuration"
         metas = {
-            name: self._found[name, request(teacher).SerializeToString(deterministic=True)]
+            name: self._found[name, _key(request.to_config(teacher))]
             for name, teacher in self._configs.items()
         }
         weights = {name: teacher.weight for name, teacher in self._configs.items()}
-        streams = {name: self._cache.alone(meta) for name, meta in metas.items()}
+        streams = {name: self._cache.open_offline(meta) for name, meta in metas.items()}
         self._streams += streams.values()
-        return Answers(
-            streams,
-            weights=weights if self._mixed else None,
-            vocab_size=max(meta.vocab_size for meta in metas.values()),
-        )
+        vocab_size = max(meta.vocab_size for meta in metas.values())
+        return combine_streams(streams, weights if self._mixed else None, vocab_size=vocab_size)
 
-    def _find(
-        self, request: DistributionConfig, question: Question, teacher: TeacherConfig | None
+    def open_generators(
+        self,
+        generation: RolloutConfig,  # noqa: ARG002
+        request: TargetRequest | None,  # noqa: ARG002
+    ) -> Mapping[str, TextStream]:
+        """A cache generates no text."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """Cache hits and misses."""
+        return cache_metrics(self._streams)
+
+    def _require(self, request: TargetRequest, corpus: Corpus, run_dir: RunDir) -> None:
+        """Looks up the targets of one request, of every teacher. Raises as `open` does."""
+        for name, teacher in self._configs.items():
+            meta = self._lookup(request, teacher, request.select(corpus, name))
+            check_stored_identity(
+                run_dir,
+                name,
+                {
+                    "model_fingerprint": meta.teacher_fingerprint,
+                    "adapter": meta.adapter,
+                    "adapter_fingerprint": meta.adapter_fingerprint,
+                    "tokenizer_fingerprint": meta.tokenizer_fingerprint,
+                },
+                model=meta.model,
+                place=f"The cache {self._cache.config.path}",
+            )
+            self._found[name, _key(request.to_config(teacher))] = meta
+
+    def _lookup(
+        self, request: TargetRequest, teacher: TeacherConfig, examples: Sequence[Example]
     ) -> CacheMeta:
-        """The kind of stored answers that fits the question, all of one teacher, with an answer to each example."""
-        examples = question.of(teacher.name if teacher else "")
-        fitting = self._fitting(request, question.field, teacher)
-        missing = {meta.logprob_dtype: self._missing(meta, examples) for meta in fitting}
+        """The stored results that fit the request, all of one teacher, with the targets of each example."""
+        fitting = self._select_fitting(request, teacher)
+        missing = {meta.logprob_dtype: self._find_missing(meta, examples) for meta in fitting}
         best = min(fitting, key=lambda meta: len(missing[meta.logprob_dtype]))
         lacking = missing[best.logprob_dtype]
         if lacking:
@@ -146,19 +146,18 @@ class StoredTeachers:
             )
         return best
 
-    def _missing(self, meta: CacheMeta, examples: Sequence[Example]) -> list[Example]:
+    def _find_missing(self, meta: CacheMeta, examples: Sequence[Example]) -> list[Example]:
         reader = self._cache.reader
         return [each for each in examples if not reader.has(meta.key(each.token_ids, each.start), meta)]
 
-    def _fitting(
-        self, request: DistributionConfig, field: str, teacher: TeacherConfig | None
-    ) -> list[CacheMeta]:
+    def _select_fitting(self, request: TargetRequest, teacher: TeacherConfig) -> list[CacheMeta]:
+        config, field = request.to_config(teacher), request.field
         kinds = self._cache.reader.metas
         if not kinds:
             raise self._miss("holds no answer yet", "Build it with `stillhouse cache build`.")
-        kinds = self._readable(kinds)
-        if teacher is not None:
-            kinds = self._of(teacher, kinds)
+        kinds = self._select_readable(kinds)
+        if self._is_known:
+            kinds = self._select_teacher(teacher, kinds)
         if any(not meta.same_teacher(kinds[0]) for meta in kinds):
             have = ", ".join(sorted({f"{meta.model} {meta.adapter}".strip() for meta in kinds}))
             raise self._miss(
@@ -172,8 +171,8 @@ class StoredTeachers:
                 f"was built with top_k {have}, and {field} is {request.top_k}", f"Set {field}: {have}."
             )
         # Without the entropy its lower bound weighs the tokens.
-        told = request.entropy and any(meta.entropy for meta in wide)
-        pairs = [(meta, replace(meta.asked(request), entropy=told)) for meta in wide]
+        has_entropy = config.entropy and any(meta.entropy for meta in wide)
+        pairs = [(meta, replace(meta.asked(config), entropy=has_entropy)) for meta in wide]
         fitting = [asked for meta, asked in pairs if meta.sampling == asked.sampling and meta.serves(asked)]
         if not fitting:
             raise self._miss(
@@ -182,7 +181,7 @@ class StoredTeachers:
             )
         return fitting
 
-    def _readable(self, kinds: Sequence[CacheMeta]) -> list[CacheMeta]:
+    def _select_readable(self, kinds: Sequence[CacheMeta]) -> list[CacheMeta]:
         readable = [meta for meta in kinds if meta.shared_with(self._tokenizer)]
         if not readable:
             found = ", ".join(sorted({meta.tokenizer_fingerprint for meta in kinds}))
@@ -195,7 +194,7 @@ class StoredTeachers:
             )
         return readable
 
-    def _of(self, teacher: TeacherConfig, kinds: Sequence[CacheMeta]) -> list[CacheMeta]:
+    def _select_teacher(self, teacher: TeacherConfig, kinds: Sequence[CacheMeta]) -> list[CacheMeta]:
         named = [meta for meta in kinds if teacher.name and meta.name == teacher.name] or kinds
         with_adapter = [meta for meta in named if meta.adapter == teacher.adapter]
         if not with_adapter:
@@ -208,3 +207,7 @@ class StoredTeachers:
 
     def _miss(self, what: str, remedy: str) -> StillhouseError:
         return StillhouseError(Reason.CACHE_MISS, f"The cache {self._cache.config.path} {what}. {remedy}")
+
+
+def _key(config: DistributionConfig) -> bytes:
+    return config.SerializeToString(deterministic=True)

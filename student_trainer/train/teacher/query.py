@@ -1,4 +1,4 @@
-"""What is asked about one sequence, and the interface of whatever answers it: a teacher, a cache, or both."""
+"""A query about one sequence, and the interface of whatever answers it: a teacher, a cache, or several of them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherQuery:
-    """A sequence, and the positions that are asked about."""
+    """A sequence, the positions whose distributions are wanted, and the teacher that its row names."""
 
     token_ids: NDArray[np.int32]
     """[T]."""
     start: int
     """The distributions at positions [start, T) are wanted."""
     place: str
-    """File and row, which errors name."""
+    """File and row, for errors."""
+    teacher: str = ""
+    """Name of the row's teacher; empty where rows name none."""
     query_token_ids: NDArray[np.int32] | None = None
-    """[T - start, Q]: ids whose log-probabilities are wanted too."""
+    """[T - start, Q]: further ids whose log-probabilities are wanted."""
+
+    @classmethod
+    def from_example(cls, example: Example) -> TeacherQuery:
+        """Queries all targets of `example`, in its teacher's tokens."""
+        token_ids, start = example.asked
+        return cls(token_ids=token_ids, start=start, place=example.place, teacher=example.teacher)
 
     @property
     def num_rows(self) -> int:
-        """Positions that are asked about."""
+        """Number of positions whose distributions are wanted."""
         return len(self.token_ids) - self.start
 
     @property
@@ -37,21 +46,21 @@ class TeacherQuery:
 
 
 class TargetStream(Protocol):
-    """Answers to sequences, by the ids that the caller gives them; the caller bounds how much is in flight."""
+    """Distributions for queries, by ids that the caller chooses; the caller bounds how much is in flight."""
 
     @property
     def num_asked(self) -> int:
-        """Sequences that a teacher was asked for."""
+        """Sequences sent to teachers."""
         ...
 
-    def submit(self, sequence_id: int, asked: TeacherQuery) -> None:
-        """Ask."""
+    def submit(self, sequence_id: int, query: TeacherQuery) -> None:
+        """Sends a query."""
         ...
 
     def take(self, sequence_id: int, patience: Patience) -> Distributions:
-        """The answer to a submitted sequence, waiting for it; each can be taken once."""
+        """Waits for the result of a submitted query; each can be taken once."""
         ...
 
     def close(self) -> None:
-        """End it; what is unanswered is dropped."""
+        """Ends the stream and drops queries without a result."""
         ...

@@ -1,6 +1,6 @@
-"""The run's cache of teachers' answers: opened once, and wrapped around every stream that asks a teacher about fixed text.
+"""The run's cache of targets: opened once, and wrapped around every stream of queries about fixed text.
 
-Modes: "write_through" asks for what is missing and keeps it, "read" asks and keeps nothing, "only" asks nobody.
+Modes: "write_through" queries teachers on a miss and stores the result, "read" does not store it, "only" queries no teacher.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _CODECS: Mapping[str, Codec] = {codec: codec for codec in CODECS}
 
 @dataclass(frozen=True, slots=True)
 class RunCache:
-    """An open cache and how the run uses it."""
+    """An open cache and the mode in which the run uses it."""
 
     config: CacheConfig
     path: Path
@@ -37,10 +37,10 @@ class RunCache:
 
     @classmethod
     def open(cls, config: CacheConfig | None, data_dir: Path, stack: ExitStack) -> RunCache | None:
-        """The cache that a run names, closed with `stack`; None if it names none.
+        """Opens the cache that a run names, closed with `stack`; None if it names none.
 
         Raises:
-            StillhouseError: CACHE_NOT_FOUND, CACHE_LOCKED; CACHE_INVALID for a damaged shard where no teacher is asked.
+            StillhouseError: CACHE_NOT_FOUND, CACHE_LOCKED; CACHE_INVALID for a damaged shard in mode "only".
         """
         if config is None:
             return None
@@ -57,7 +57,7 @@ class RunCache:
         log.info("cache opened", path=str(path), mode=config.mode, answers=len(reader))
         return cls(config, path, reader, writer)
 
-    def around(
+    def wrap(
         self,
         live: TargetStream,
         teacher: TeacherClient,
@@ -65,17 +65,19 @@ class RunCache:
         *,
         held_out: bool = False,
     ) -> CachedStream:
-        """A stream that asks `live` for what the cache lacks; `teacher` has been reached, `held_out` is said of the text."""
-        meta = self.meta(teacher, request, held_out=held_out)
+        """A stream that queries `live` on a miss; `teacher` has been reached, `held_out` marks the text."""
+        meta = self.make_meta(teacher, request, held_out=held_out)
         return CachedStream(meta, self.reader, live=live, writer=self.writer)
 
-    def alone(self, meta: CacheMeta) -> CachedStream:
-        """A stream that asks nobody."""
+    def open_offline(self, meta: CacheMeta) -> CachedStream:
+        """A stream that queries no teacher."""
         return CachedStream(meta, self.reader, live=None, writer=None)
 
     @staticmethod
-    def meta(teacher: TeacherClient, request: DistributionConfig, *, held_out: bool = False) -> CacheMeta:
-        """What a teacher that has been reached answers to `request`."""
+    def make_meta(
+        teacher: TeacherClient, request: DistributionConfig, *, held_out: bool = False
+    ) -> CacheMeta:
+        """Describes the results of `request` from a teacher that has been reached."""
         info, config = teacher.info, teacher.config
         meta = CacheMeta.of(
             info,

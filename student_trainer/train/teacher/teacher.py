@@ -66,7 +66,7 @@ class Demands:
     """The example with the largest token id."""
 
     @classmethod
-    def of(
+    def from_config(
         cls, config: RunConfig, tokenizer_fingerprint: str, tokenizer_json: str, corpus: Corpus
     ) -> Demands:
         """The demands of `config`."""

@@ -1,31 +1,34 @@
-"""A run's teachers: all reached and checked before anything is trained, and one place that opens streams to them."""
+"""Online teachers: all reached and checked before anything is trained, and the only place that opens streams to them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS, DistributionConfig
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS
 from stillhouse.student_trainer.config.check_contexts import is_ensemble
-from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.process.waiting import Patience
-from stillhouse.student_trainer.train.teacher.answers import Answers, RequestOf, offered
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
+from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
+from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
+from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
 from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 
 
-class Teachers:
-    """The teachers of one run, connected."""
+class OnlineTeachers:
+    """The teachers of one run as services; a TargetSource."""
 
     def __init__(self, members: Mapping[str, TeacherClient], *, mixed: bool, cache: RunCache | None) -> None:
         self.members = members
-        """By name."""
+        """Teachers by name."""
+        self.cache = cache
+        """The run's cache; None if it has none."""
         self._mixed = mixed
-        self._cache = cache
         self._cached: list[CachedStream] = []
 
     @classmethod
@@ -38,8 +41,8 @@ class Teachers:
         patience: Patience,
         stack: ExitStack,
         cache: RunCache | None = None,
-    ) -> Teachers:
-        """Reaches every teacher; they are closed with `stack`. Raises what `TeacherClient.connect` raises."""
+    ) -> OnlineTeachers:
+        """Reaches every teacher, closed with `stack`. Raises what `TeacherClient.connect` raises."""
         members = {}
         for each in config.teachers:
             teacher = TeacherClient(each, demands, run_dir)
@@ -48,10 +51,9 @@ class Teachers:
             members[each.name] = teacher
         return cls(members, mixed=is_ensemble(config), cache=cache)
 
-    @property
-    def tokenizer_size(self) -> int:
-        """Ids below it mean the same to the student and to every teacher."""
-        return min(teacher.shared_size for teacher in self.members.values())
+    def shared_vocab_size(self, student_size: int) -> int:
+        """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
+        return min(student_size, *(teacher.shared_size for teacher in self.members.values()))
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -60,16 +62,16 @@ class Teachers:
 
     @property
     def fingerprint(self) -> str:
-        """Of their models, in the order of the run file."""
+        """Fingerprints of their models, in the order of the run file."""
         return " ".join(teacher.info.model_fingerprint for teacher in self.members.values())
 
     @property
     def prefetch_steps(self) -> int:
-        """Steps that are asked ahead: as many as the one that is farthest away needs."""
+        """Steps that are requested ahead: as many as the most distant teacher needs."""
         return max(teacher.config.prefetch_steps for teacher in self.members.values())
 
     def metrics(self) -> dict[str, float]:
-        """What the services of all teachers owe and left undone; of each by itself where there are several."""
+        """Outstanding, repeated and broken requests over all services, and of each service where there are several."""
         counts = {
             f"{name or 'service'}{number}": each
             for name, teacher in self.members.items()
@@ -85,39 +87,41 @@ class Teachers:
             found[f"teacher/{name}/answered"] = float(each.answered)
             found[f"teacher/{name}/outstanding_tokens"] = float(each.outstanding_tokens)
             found[f"teacher/{name}/asked_again"] = float(each.returned)
-        if self._cache is not None:
+        if self.cache is not None:
             found |= cache_metrics(self._cached)
         return found
 
+    @property
     def max_query_tokens(self) -> int:
-        """Ids per position that all of them take; 0 if one takes none."""
+        """Query ids per position that all of them take; 0 if one takes none."""
         if any(CAPABILITY_QUERY_LOGPROBS not in each.info.capabilities for each in self.members.values()):
             return 0
         return min(teacher.info.max_query_tokens for teacher in self.members.values())
 
-    def answers(self, request: RequestOf, *, fixed_text: bool, held_out: bool = False) -> Answers:
-        """Answers to `request`, about text that stays the same from run to run or not; the caller closes them.
-
-        `held_out` text is marked in a cache, so that nobody learns from it.
-        """
-        streams: dict[str, TargetStream] = {
-            name: self._stream(
-                teacher,
-                offered(request(teacher.config), teacher.info),
-                fixed_text=fixed_text,
-                held_out=held_out,
-            )
-            for name, teacher in self.members.items()
+    def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
+        """Opens a stream of targets, which the caller closes; rollouts differ from run to run and are not `cacheable`."""
+        streams = {
+            name: self._open(teacher, request, cacheable=cacheable) for name, teacher in self.members.items()
         }
         weights = {name: teacher.config.weight for name, teacher in self.members.items()}
         vocab_size = max(teacher.info.vocab_size for teacher in self.members.values())
-        return Answers(streams, weights=weights if self._mixed else None, vocab_size=vocab_size)
+        return combine_streams(streams, weights if self._mixed else None, vocab_size=vocab_size)
 
-    def _stream(
-        self, teacher: TeacherClient, request: DistributionConfig, *, fixed_text: bool, held_out: bool
-    ) -> TargetStream:
-        live = ScoreStream(teacher, request)
-        if self._cache is None or not fixed_text:
+    def open_generators(
+        self, generation: RolloutConfig, request: TargetRequest | None
+    ) -> Mapping[str, TextStream]:
+        """Opens a stream of completions, with the targets of `request`, for each teacher by name; the caller closes them."""
+        return {
+            name: TextStream(
+                teacher, generation, request.to_config(teacher.config, teacher.info) if request else None
+            )
+            for name, teacher in self.members.items()
+        }
+
+    def _open(self, teacher: TeacherClient, request: TargetRequest, *, cacheable: bool) -> TargetStream:
+        config = request.to_config(teacher.config, teacher.info)
+        live = ScoreStream(teacher, config)
+        if self.cache is None or not cacheable:
             return live
-        self._cached.append(self._cache.around(live, teacher, request, held_out=held_out))
+        self._cached.append(self.cache.wrap(live, teacher, config, held_out=request.held_out))
         return self._cached[-1]

@@ -51,7 +51,7 @@ def test_checkpoints_fall_due_by_steps_epochs_and_time() -> None:
 
     def due(checkpoint: CheckpointConfig) -> list[int]:
         rhythm = Triggers(checkpoint, EvaluationConfig(), schedule)
-        return [step for step in range(1, schedule.total_steps + 1) if rhythm.checkpoint(step)]
+        return [step for step in range(1, schedule.total_steps + 1) if rhythm.should_save(step)]
 
     assert due(CheckpointConfig(every_steps=4)) == [4, 8]
     assert due(CheckpointConfig(every_epochs=1.0)) == [3, 5, 8, 10]

@@ -68,7 +68,7 @@ def _take(config: RunConfig, data_dir: Path) -> tuple[dict[str, float], dict[str
         vocab_size=len(tokenizer),
     )
     data = StepData(step=0, scored=_scored(len(tokenizer)), teacher_wait_s=0.0)
-    metrics = stepper.take(data, Progress())
+    metrics = stepper.take_step(data, Progress())
     return metrics, {name: weight.detach().clone() for name, weight in student.trained().items()}
 
 

@@ -18,7 +18,8 @@ from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.supports import TAIL_FLOOR, mix, with_query
-from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
+from stillhouse.student_trainer.train.contexts.source import FeedSettings
+from stillhouse.student_trainer.train.contexts.student_feed import RolloutState, StudentFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -26,9 +27,9 @@ from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight, Rollout
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
-from stillhouse.student_trainer.train.teacher.answers import training_request
+from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands
-from stillhouse.student_trainer.train.teacher.teachers import Teachers
+from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import compare
 from tests.conftest import Models
 from tests.student_trainer.train.runs import make_run, spec_of
@@ -193,29 +194,34 @@ def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
         patience = Patience(attempt, lambda: False, 30)
         text = tokenizer.backend_tokenizer.to_str()
         fingerprint = tokenizer_fingerprint(text, tokenizer.special_tokens_map)
-        teachers = Teachers.connect(
-            config, Demands.of(config, fingerprint, text, corpus), run_dir, patience=patience, stack=stack
+        teachers = OnlineTeachers.connect(
+            config,
+            Demands.from_config(config, fingerprint, text, corpus),
+            run_dir,
+            patience=patience,
+            stack=stack,
         )
-        answers = teachers.answers(training_request(config.loss, 0), fixed_text=False)
-        stack.callback(answers.close)
+        targets = teachers.open_stream(training_request(config.loss, 0), cacheable=False)
+        stack.callback(targets.close)
+        gate = WarmStart(None, vocab_size=40, alone=True, field_path="", is_open=True)
         feed = StudentFeed(
-            corpus.train,
-            answers,
+            FeedSettings(
+                context=0,
+                examples=corpus.train,
+                seed=0,
+                ahead=2,
+                max_sequence_tokens=64,
+                patience=patience,
+            ),
+            targets,
             sampler,
             StudentContextConfig(max_staleness=1),
-            restored,
-            context=0,
-            seed=0,
-            asks_query=False,
-            ahead=2,
-            max_sequence_tokens=64,
-            gate=WarmStart(None, vocab_size=40, alone=True, field_path="", is_open=True),
-            version=lambda: 6,
-            patience=patience,
+            RolloutState(in_flight=restored, version=lambda: 6, gate=gate),
+            queries_top_k=False,
         )
         assert feed.ahead == 1
-        feed.ask(6, [])
-        taken = list(feed.take(6))
+        feed.request(6, [])
+        taken = list(feed.collect(6))
     assert [each.example.place for each in taken] == ["rollout 0"]
     # Only what was written counts: the prompt's tokens are no targets.
     assert [each.example.num_targets for each in taken] == [2]

@@ -27,13 +27,13 @@ from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 from stillhouse.student_trainer.train.teacher import credentials, dispatcher
-from stillhouse.student_trainer.train.teacher.answers import training_request
 from stillhouse.student_trainer.train.teacher.endpoints import Counts
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
+from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
-from stillhouse.student_trainer.train.teacher.teachers import Teachers
+from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
     events,
@@ -100,11 +100,11 @@ class World:
         text = tokenizer.backend_tokenizer.to_str()
         fingerprint = tokenizer_fingerprint(text, tokenizer.special_tokens_map)
         corpus = load_corpus(config.data, config.evaluation, tokenizer, self._root)
-        demands = Demands.of(config, fingerprint, text, corpus)
+        demands = Demands.from_config(config, fingerprint, text, corpus)
         patience = Patience(self._stack.enter_context(run_dir.open_attempt(1)), lambda: False, DEADLINE_S)
-        teachers = Teachers.connect(config, demands, run_dir, patience=patience, stack=self._stack)
+        teachers = OnlineTeachers.connect(config, demands, run_dir, patience=patience, stack=self._stack)
         (teacher_,) = teachers.members.values()
-        self.request = training_request(config.loss, 0)(teacher_.config)
+        self.request = training_request(config.loss, 0).to_config(teacher_.config)
         return teacher_, patience, run_dir
 
     def scores(self, teacher: TeacherClient) -> ScoreStream:

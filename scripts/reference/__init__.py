@@ -1,1 +1,0 @@
-"""Generates docs/reference and the JSON Schema of run files from the code."""

@@ -1,0 +1,36 @@
+"""First stage of set-up: the student's tokenizer and the run's text in its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
+from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.student.student import load_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """Tokenizer and corpus of a run."""
+
+    tokenizer: Any
+    """The student's tokenizer."""
+    tokenizer_json: str
+    tokenizer_fingerprint: str
+    corpus: Corpus
+
+    @classmethod
+    def load(cls, scope: RunScope) -> Inputs:
+        """Reads tokenizer and data. Raises StillhouseError, as `load_tokenizer` and `load_corpus` do."""
+        config = scope.config
+        tokenizer = load_tokenizer(config.student, scope.data_dir)
+        tokenizer_json = tokenizer.backend_tokenizer.to_str()
+        names = [teacher.name for teacher in config.teachers]
+        return cls(
+            tokenizer=tokenizer,
+            tokenizer_json=tokenizer_json,
+            tokenizer_fingerprint=tokenizer_fingerprint(tokenizer_json, tokenizer.special_tokens_map),
+            corpus=load_corpus(config.data, config.evaluation, tokenizer, scope.data_dir, names),
+        )

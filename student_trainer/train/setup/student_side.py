@@ -1,0 +1,82 @@
+"""Third stage of set-up: the student on its device, its optimizer, and the steps that it will take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.train.data.corpus import Corpus
+from stillhouse.student_trainer.train.data.schedule import Schedule
+from stillhouse.student_trainer.train.optim import make_optimizer
+from stillhouse.student_trainer.train.setup.inputs import Inputs
+from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
+from stillhouse.student_trainer.train.step import Stepper
+from stillhouse.student_trainer.train.student import device
+from stillhouse.student_trainer.train.student.student import Student
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSide:
+    """The student and all that trains it."""
+
+    student: Student
+    accelerator: Any
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    vocab_size: int
+    """Effective vocabulary: the ids that student and teacher both know."""
+    stepper: Stepper
+
+    @classmethod
+    def load(cls, scope: RunScope, inputs: Inputs, teacher_side: TeacherSide) -> StudentSide:
+        """Loads the student with its first weights. Raises StillhouseError."""
+        config, corpus = scope.config, teacher_side.corpus
+        accelerator = device.make_accelerator(config.optimizer)
+        student = Student.load(
+            config.student,
+            inputs.tokenizer,
+            data_dir=scope.data_dir,
+            device=accelerator.device,
+            precision=device.precision_of(accelerator),
+            seed=config.optimizer.seed,
+        )
+        _check_length(corpus, student)
+        vocab_size = len(inputs.tokenizer)
+        if not is_bridged(config):
+            vocab_size = teacher_side.teachers.shared_vocab_size(vocab_size)
+        weights = [each.weight for each in config.data.train if each.weight is not None]
+        schedule = Schedule.of(len(corpus.train), config.optimizer, config.data.seed, corpus.parts, weights)
+        optimizer = make_optimizer(student.trained(), config.optimizer)
+        stepper = Stepper(
+            student,
+            optimizer,
+            accelerator,
+            config,
+            total_steps=schedule.total_steps,
+            vocab_size=vocab_size,
+            ranks=scope.ranks,
+        )
+        return cls(
+            student=student,
+            accelerator=accelerator,
+            optimizer=optimizer,
+            schedule=schedule,
+            vocab_size=vocab_size,
+            stepper=stepper,
+        )
+
+
+def _check_length(corpus: Corpus, student: Student) -> None:
+    longest, limit = corpus.longest, student.max_positions
+    if limit is not None and len(longest.token_ids) > limit:
+        raise StillhouseError(
+            Reason.SEQUENCE_TOO_LONG,
+            f"{longest.place} has {len(longest.token_ids)} tokens; the student was made for at most {limit}. "
+            f"Set data.max_sequence_tokens: {limit}.",
+            metadata={"value": str(len(longest.token_ids)), "limit": str(limit)},
+        )

@@ -1,0 +1,70 @@
+"""Second stage of set-up: the run's teachers, reached and checked, and the corpus in the tokens that they read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import bridge
+from stillhouse.student_trainer.train.data.corpus import Corpus
+from stillhouse.student_trainer.train.setup.held_out import HeldOutRows
+from stillhouse.student_trainer.train.setup.inputs import Inputs
+from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.teacher.offline_teachers import OfflineTeachers
+from stillhouse.student_trainer.train.teacher.run_cache import RunCache
+from stillhouse.student_trainer.train.teacher.target_requests import evaluation_requests, training_requests
+from stillhouse.student_trainer.train.teacher.target_source import NoTeachers, TargetSource
+from stillhouse.student_trainer.train.teacher.teacher import Demands
+from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherSide:
+    """The source of targets, and the rows that it gives them for."""
+
+    teachers: TargetSource
+    corpus: Corpus
+    """With the text in a foreign teacher's tokens too, where the run is bridged."""
+    held_out: HeldOutRows
+
+    @classmethod
+    def connect(cls, scope: RunScope, inputs: Inputs) -> TeacherSide:
+        """Reaches the teachers that the run needs: none, services, or a cache. Raises Stopped, StillhouseError."""
+        config, ranks = scope.config, scope.ranks
+        if is_bridged(config):  # the queries depend on the teacher's tokenizer
+            online = ranks.after_first(lambda: connect_teachers(scope, inputs))
+            corpus = bridge(config, inputs.corpus, online.members, inputs.tokenizer)
+            return cls(teachers=online, corpus=corpus, held_out=HeldOutRows.lookup(scope, corpus))
+        held_out = HeldOutRows.lookup(scope, inputs.corpus)
+        teachers: TargetSource = NoTeachers()
+        if config.is_offline and (config.asks_teacher or held_out.must_query):
+            teachers = ranks.after_first(lambda: _open_offline(scope, inputs, held_out))
+        elif config.asks_teacher or held_out.must_query:
+            teachers = ranks.after_first(lambda: connect_teachers(scope, inputs))
+        return cls(teachers=teachers, corpus=inputs.corpus, held_out=held_out)
+
+
+def connect_teachers(scope: RunScope, inputs: Inputs) -> OnlineTeachers:
+    """Opens the run's cache, if it has one, and reaches its teachers. Raises Stopped, StillhouseError."""
+    demands = Demands.from_config(
+        scope.config, inputs.tokenizer_fingerprint, inputs.tokenizer_json, inputs.corpus
+    )
+    cache = RunCache.open(scope.config.cache, scope.data_dir, scope.stack)
+    return OnlineTeachers.connect(
+        scope.config, demands, scope.run_dir, patience=scope.patience, stack=scope.stack, cache=cache
+    )
+
+
+def _open_offline(scope: RunScope, inputs: Inputs, held_out: HeldOutRows) -> OfflineTeachers:
+    requests = training_requests(scope.config)
+    if held_out.must_query:
+        requests += evaluation_requests(scope.config, inputs.corpus)
+    return OfflineTeachers.open(
+        scope.config,
+        requests,
+        inputs.corpus,
+        inputs.tokenizer_fingerprint,
+        run_dir=scope.run_dir,
+        data_dir=scope.data_dir,
+        stack=scope.stack,
+    )

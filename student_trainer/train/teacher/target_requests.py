@@ -1,0 +1,93 @@
+"""The distributions that a run requests for its dataset: the same from a teacher, from a cache, and for a cache that is built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_ENTROPY,
+    DistributionConfig,
+    GetTeacherInfoResponse,
+)
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
+from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.checks import TEACHER_METRICS
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
+from stillhouse.student_trainer.train.data.corpus import Corpus
+from stillhouse.student_trainer.train.data.encoding import Example
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetRequest:
+    """One kind of distributions that a run needs of its teachers."""
+
+    top_k: int
+    temperature: float | None = None
+    """Temperature whose log-partition is needed; None if none is."""
+    num_samples: int = 0
+    """Tokens that the teacher samples at each position."""
+    seed: int = 0
+    """Seed of these samples."""
+    entropy: bool = False
+    field: str = "loss.top_k"
+    """Place of `top_k` in the run file."""
+    held_out: bool = False
+    """Text that is only evaluated on; a cache marks it, so that no run trains on it."""
+
+    def to_config(
+        self, teacher: TeacherConfig, info: GetTeacherInfoResponse | None = None
+    ) -> DistributionConfig:
+        """The request as `teacher` gets it.
+
+        Without the entropy if the service that sent `info` lacks it: then its lower bound weighs the tokens.
+        """
+        half = teacher.logprob_dtype == "float16"
+        return DistributionConfig(
+            top_k=self.top_k,
+            logprob_dtype=TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32,
+            pack_token_ids=True,
+            temperatures=[] if self.temperature is None else [self.temperature],
+            num_sampled_tokens=self.num_samples,
+            seed=self.seed,
+            entropy=self.entropy and (info is None or CAPABILITY_ENTROPY in info.capabilities),
+        )
+
+    def select(self, corpus: Corpus, teacher: str) -> list[Example]:
+        """The examples of the dataset whose distributions `teacher` gives."""
+        examples = corpus.eval if self.held_out else corpus.train
+        return [each for each in examples if each.teacher in ("", teacher)]
+
+
+def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") -> TargetRequest:
+    """The distributions that `loss` needs; `seed` is for samples, where it needs any."""
+    tempered = loss.temperature != 1 and loss.temperature_mode == "exact"
+    samples = loss.sparse_target in DRAWN_TARGETS
+    return TargetRequest(
+        top_k=0 if loss.foreign_tokenizer == "alm" else loss.top_k,
+        temperature=loss.temperature if tempered else None,
+        num_samples=loss.num_samples if samples else 0,
+        seed=seed if samples else 0,
+        entropy=any(term.weight > 0 and term.token_weighting != "uniform" for term in loss.terms),  # noqa: S105 (of text)
+        field=field,
+    )
+
+
+def evaluation_request(top_k: int) -> TargetRequest:
+    """The distributions of held-out rows: top-k and tail, at temperature 1."""
+    return TargetRequest(top_k=top_k, field="evaluation.top_k", held_out=True)
+
+
+def training_requests(config: RunConfig) -> list[TargetRequest]:
+    """Requests for the dataset's own completions, one for each loss that trains on them."""
+    fields = {
+        config.loss_of(context): f"contexts[{number}].loss.top_k" if context.loss else "loss.top_k"
+        for number, context in enumerate(config.contexts)
+        if context.dataset is not None and config.loss_of(context).asks_teacher
+    }
+    return [training_request(loss, config.data.seed, field=field) for loss, field in fields.items()]
+
+
+def evaluation_requests(config: RunConfig, corpus: Corpus) -> list[TargetRequest]:
+    """The request for held-out rows, if they are compared with a teacher."""
+    compares = corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
+    return [evaluation_request(config.evaluation.top_k)] if compares else []

@@ -1,0 +1,82 @@
+"""The interface of a run's teachers, whether they are services, a cache, or not needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from stillhouse.student_trainer.config.schema import RolloutConfig
+from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
+from stillhouse.student_trainer.train.teacher.query import TargetStream
+from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
+
+
+class TargetSource(Protocol):
+    """The teachers of one run, reached and checked before anything is trained."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Fingerprints of their models, in the order of the run file."""
+        ...
+
+    @property
+    def prefetch_steps(self) -> int:
+        """Steps that are requested ahead of the student."""
+        ...
+
+    @property
+    def max_sequence_tokens(self) -> int | None:
+        """Longest sequence that all of them take; None if there is no limit."""
+        ...
+
+    @property
+    def max_query_tokens(self) -> int:
+        """Query ids per position that all of them take; 0 if one takes none."""
+        ...
+
+    def shared_vocab_size(self, student_size: int) -> int:
+        """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
+        ...
+
+    def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
+        """Opens a stream of targets, which the caller closes; rollouts differ from run to run and are not `cacheable`."""
+        ...
+
+    def open_generators(
+        self, generation: RolloutConfig, request: TargetRequest | None
+    ) -> Mapping[str, TextStream]:
+        """Opens a stream of completions, with the targets of `request`, for each teacher by name; the caller closes them."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of requests and cache hits at present."""
+        ...
+
+
+class NoTeachers:
+    """The teachers of a run that trains and evaluates on text alone."""
+
+    fingerprint = ""
+    prefetch_steps = 0
+    max_sequence_tokens = None
+    max_query_tokens = 0
+
+    def shared_vocab_size(self, student_size: int) -> int:
+        """All ids of the student."""
+        return student_size
+
+    def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:  # noqa: ARG002
+        """Never called: the configuration's checks refuse a loss that needs a teacher."""
+        raise AssertionError("checked with the configuration")
+
+    def open_generators(
+        self,
+        generation: RolloutConfig,  # noqa: ARG002
+        request: TargetRequest | None,  # noqa: ARG002
+    ) -> Mapping[str, TextStream]:
+        """No teacher generates."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """No metrics."""
+        return {}
