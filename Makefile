@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports drift protos fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache clean
+.PHONY: help setup demo test test-faults test-fuzz check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache lock hooks release clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -34,7 +34,7 @@ check: check-static ## the static checks, and the tests that start no model
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model and not slow" $(ARGS)
 
 .PHONY: check-static
-check-static: lint lint-protos types imports drift
+check-static: lint lint-protos types imports drift locked
 
 lint: setup ## ruff: style, and the formatter's opinion
 	$(VENV)/bin/ruff check $(CODE)
@@ -49,11 +49,18 @@ types: setup ## mypy --strict
 imports: setup ## import-linter: imports run one way
 	$(VENV)/bin/lint-imports
 
-drift: $(PROTOC)/.done ## the committed stubs are those of the .proto files
+locked: setup ## the lock names every package of the environment, at its version
+	$(PY) scripts/lock.py check
+
+drift: setup $(PROTOC)/.done ## the committed stubs and references are those of the contract and the code
 	$(PROTOC)/bin/python scripts/protos.py drift
+	$(PY) -m scripts.reference check
 
 protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
 	$(PROTOC)/bin/python scripts/protos.py generate
+
+reference: setup ## regenerate docs/reference and the JSON Schema of run files from the code
+	$(PY) -m scripts.reference generate
 
 fmt: setup ## format, and fix what can be fixed
 	$(VENV)/bin/ruff format $(CODE)
@@ -91,6 +98,15 @@ bench-foreign: setup ## what a student gains from a teacher with a foreign token
 
 bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
 	$(PY) -m benchmarks.cache $(if $(JSON),--json $(JSON)) $(ARGS)
+
+lock: setup ## write requirements/dev-cpu.lock from this environment, which the tests have passed in
+	$(PY) scripts/lock.py write
+
+hooks: setup ## run the quick checks before each commit from now on
+	$(VENV)/bin/pre-commit install
+
+release: setup ## check changelog, version and tag, and build dist/; TAG=1 makes the tag here; nothing is pushed
+	$(PY) scripts/release.py $(if $(TAG),--tag)
 
 clean: ## remove what the commands made
 	rm -rf $(VENV) .tools .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

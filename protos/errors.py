@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
+Code = grpc.StatusCode
 DOMAIN = "stillhouse"
 MAX_SENTENCE_CHARS = 2000
 """Longer messages are cut: they travel in HTTP/2 headers."""
@@ -24,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 class Reason(StrEnum):
-    """What went wrong, for programs. A new one needs a line here and one in _CATALOG."""
+    """Cause of an error, for programs. A new one needs a line here and one in CATALOG."""
 
     INVALID_SPEC = "INVALID_SPEC"
     INVALID_CONFIG = "INVALID_CONFIG"
@@ -77,82 +78,88 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
 
 
-# The first reason of a row is also what a status without a reason of ours means: such a status comes from
-# gRPC itself, from a proxy or from a later version.
-_CATALOG: Mapping[grpc.StatusCode, tuple[Reason, ...]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: (
-        Reason.INVALID_REQUEST,
-        Reason.INVALID_SPEC,
-        Reason.INVALID_CONFIG,
-        Reason.SEQUENCE_TOO_LONG,
-        Reason.TOKEN_OUT_OF_RANGE,
-        Reason.EMPTY_SEQUENCE,
-        Reason.TOP_K_TOO_LARGE,
-        Reason.TENSOR_INVALID,
-        Reason.DATASET_INVALID,
-        Reason.ADAPTER_INVALID,
-        Reason.TOKENIZER_INVALID,
-    ),
-    grpc.StatusCode.NOT_FOUND: (
-        Reason.NOT_FOUND,
-        Reason.RUN_NOT_FOUND,
-        Reason.ADAPTER_NOT_FOUND,
-        Reason.DATASET_NOT_FOUND,
-        Reason.ARTIFACT_NOT_FOUND,
-        Reason.MODEL_NOT_FOUND,
-        Reason.CACHE_NOT_FOUND,
-    ),
-    grpc.StatusCode.FAILED_PRECONDITION: (
-        Reason.RUN_STATE,
-        Reason.TOKENIZER_MISMATCH,
-        Reason.TEACHER_CHANGED,
-        Reason.CACHE_LOCKED,
-        Reason.CACHE_MISS,
-    ),
-    grpc.StatusCode.ALREADY_EXISTS: (Reason.REQUEST_CONFLICT, Reason.ADAPTER_CONFLICT),
-    grpc.StatusCode.UNAUTHENTICATED: (Reason.UNAUTHENTICATED,),
-    grpc.StatusCode.PERMISSION_DENIED: (Reason.PERMISSION_DENIED, Reason.PATH_NOT_ALLOWED),
-    grpc.StatusCode.UNAVAILABLE: (
-        Reason.SERVICE_UNREACHABLE,
-        Reason.TEACHER_UNREACHABLE,
-        Reason.TEACHER_LOADING,
-        Reason.DRAINING,
-        Reason.DATABASE_UNREACHABLE,
-    ),
-    grpc.StatusCode.RESOURCE_EXHAUSTED: (
-        Reason.TOO_MANY_CALLS,
-        Reason.QUOTA,
-        Reason.ADAPTER_SLOTS,
-        Reason.DISK_FULL,
-        Reason.OUT_OF_MEMORY,
-        Reason.MESSAGE_TOO_LARGE,
-    ),
-    grpc.StatusCode.UNIMPLEMENTED: (Reason.CAPABILITY,),
-    grpc.StatusCode.DEADLINE_EXCEEDED: (Reason.CALL_TIMEOUT, Reason.ITEM_TIMEOUT),
-    grpc.StatusCode.OUT_OF_RANGE: (Reason.CURSOR_EXPIRED,),
-    grpc.StatusCode.DATA_LOSS: (Reason.NON_FINITE, Reason.CHECKPOINT_CORRUPT, Reason.CACHE_INVALID),
-    grpc.StatusCode.ABORTED: (Reason.PROCESS_DIED,),
-    grpc.StatusCode.CANCELLED: (Reason.CANCELLED,),
-    grpc.StatusCode.INTERNAL: (Reason.INTERNAL,),
+# The first reason of a code also stands for a status without a reason of ours: from gRPC, a proxy or a later version.
+# Meaning and remedy are for docs/reference/errors.md; an error's own message names value, limit and remedy.
+CATALOG: Mapping[Code, Mapping[Reason, str]] = {
+    Code.INVALID_ARGUMENT: {
+        Reason.INVALID_REQUEST: "A request has a value that the service cannot take. Correct the value that the message names.",
+        Reason.INVALID_SPEC: "A run's configuration is wrong. Correct the fields that the violations name.",
+        Reason.INVALID_CONFIG: "A program cannot work with its settings. Correct the flag or the file that the message names.",
+        Reason.SEQUENCE_TOO_LONG: "A sequence is longer than the teacher takes. Shorten it, or raise --max-sequence-tokens.",
+        Reason.TOKEN_OUT_OF_RANGE: "A token id is not in the teacher's vocabulary. Tokenize with the teacher's own tokenizer.",
+        Reason.EMPTY_SEQUENCE: "A sequence or conversation has too few tokens. Send more.",
+        Reason.TOP_K_TOO_LARGE: "The top_k is above the teacher's. Lower it, or raise --max-top-k.",
+        Reason.TENSOR_INVALID: "A tensor's bytes, shape or values are wrong. Correct the program that sent it.",
+        Reason.DATASET_INVALID: "A dataset, or a row of it, cannot be read. Correct the row that the message names.",
+        Reason.ADAPTER_INVALID: "An adapter's files are wrong or do not fit the model. Save it in PEFT's layout for this base.",
+        Reason.TOKENIZER_INVALID: "A tokenizer's files cannot be read. Check the model's directory on the teacher's host.",
+    },
+    Code.NOT_FOUND: {
+        Reason.NOT_FOUND: "A named thing does not exist. Correct the name.",
+        Reason.RUN_NOT_FOUND: "There is no such run. See `stillhouse run list`.",
+        Reason.ADAPTER_NOT_FOUND: "No such adapter is loaded. Load it with `stillhouse teacher load-adapter`.",
+        Reason.DATASET_NOT_FOUND: "A dataset is not on the trainer's host. Upload it with `stillhouse data push`.",
+        Reason.ARTIFACT_NOT_FOUND: "The run has no such file. See `stillhouse run artifacts`.",
+        Reason.MODEL_NOT_FOUND: "A model's directory or hub id does not exist. Correct it, or download the model.",
+        Reason.CACHE_NOT_FOUND: "There is no such cache. Build it with `stillhouse cache build`.",
+    },
+    Code.FAILED_PRECONDITION: {
+        Reason.RUN_STATE: "The run's state forbids it. See `stillhouse run show`.",
+        Reason.TOKENIZER_MISMATCH: "Teacher and student have different tokenizers. Set loss.foreign_tokenizer: alm, or choose others.",
+        Reason.TEACHER_CHANGED: "Another model answers than before. Start the first one again, or begin anew.",
+        Reason.CACHE_LOCKED: "Another process writes to the cache. Wait for it, or name another path.",
+        Reason.CACHE_MISS: "The cache lacks an entry, and no teacher is queried. Build it with the same data and settings.",
+    },
+    Code.ALREADY_EXISTS: {
+        Reason.REQUEST_CONFLICT: "The request_id or output belongs to other input. Choose another.",
+        Reason.ADAPTER_CONFLICT: "The adapter's name stands for other weights. Load these under another name.",
+    },
+    Code.UNAUTHENTICATED: {Reason.UNAUTHENTICATED: "No valid token or certificate. Give --token-file."},
+    Code.PERMISSION_DENIED: {
+        Reason.PERMISSION_DENIED: "The token lacks the scope. Use one that has it.",
+        Reason.PATH_NOT_ALLOWED: "A path lies outside the allowed directories. Start the service with --allow-root for it.",
+    },
+    Code.UNAVAILABLE: {
+        Reason.SERVICE_UNREACHABLE: "No service answers at the address. Start it, or correct the address.",
+        Reason.TEACHER_UNREACHABLE: "No teacher answers at the address. Start it, or correct the address.",
+        Reason.TEACHER_LOADING: "The teacher still loads its model. Wait.",
+        Reason.DRAINING: "The service is stopping. Send the call again once it is back.",
+        Reason.DATABASE_UNREACHABLE: "The run service cannot use its database. Check that the database runs; runs continue meanwhile.",
+    },
+    Code.RESOURCE_EXHAUSTED: {
+        Reason.TOO_MANY_CALLS: "Too many calls run at once. Send more in one call, or raise --max-calls.",
+        Reason.QUOTA: "A client or an upload takes more than the service allows. Take less, or raise the limit.",
+        Reason.ADAPTER_SLOTS: "All adapter slots are taken. Unload one, or raise --max-adapters.",
+        Reason.DISK_FULL: "The disk is full. Free some space, then resume.",
+        Reason.OUT_OF_MEMORY: "Memory ran out. Lower optimizer.micro_batch_size, or follow `stillhouse estimate`.",
+        Reason.MESSAGE_TOO_LARGE: "A message exceeds gRPC's limit. Send fewer items at once.",
+    },
+    Code.UNIMPLEMENTED: {Reason.CAPABILITY: "This engine lacks the ability. See `stillhouse teacher info`."},
+    Code.DEADLINE_EXCEEDED: {
+        Reason.CALL_TIMEOUT: "A call took longer than its deadline. Raise the deadline, or look into the service's log.",
+        Reason.ITEM_TIMEOUT: "A sequence took longer than its timeout_ms. Send fewer at once, or raise it.",
+    },
+    Code.OUT_OF_RANGE: {Reason.CURSOR_EXPIRED: "A position is beyond the end. Start from the beginning."},
+    Code.DATA_LOSS: {
+        Reason.NON_FINITE: "A loss, gradient or logit is NaN or infinite. Lower optimizer.learning_rate, or use a wider type.",
+        Reason.CHECKPOINT_CORRUPT: "A file's digest or content is wrong. Copy it again, or resume from an earlier checkpoint.",
+        Reason.CACHE_INVALID: "A cache's file is damaged. Find it with `stillhouse cache verify`, and build it again.",
+    },
+    Code.ABORTED: {Reason.PROCESS_DIED: "A process ended unexpectedly. See its log, then resume or restart."},
+    Code.CANCELLED: {Reason.CANCELLED: "The caller cancelled the call. Nothing is left to do."},
+    Code.INTERNAL: {Reason.INTERNAL: "A bug. Find log_id in the service's log, and report it."},
 }
-_CODE_OF: Mapping[Reason, grpc.StatusCode] = {
-    reason: code for code, row in _CATALOG.items() for reason in row
-}
-# The same call may succeed later, without anyone changing anything.
-_RETRYABLE = frozenset(
-    {
-        *_CATALOG[grpc.StatusCode.UNAVAILABLE],
-        *_CATALOG[grpc.StatusCode.DEADLINE_EXCEEDED],
-        Reason.TOO_MANY_CALLS,
-        Reason.PROCESS_DIED,
-    }
+_CODE_OF = {reason: code for code, row in CATALOG.items() for reason in row}
+# The same call may succeed later without a change.
+_RETRYABLE = {Reason.TOO_MANY_CALLS, Reason.PROCESS_DIED}.union(
+    CATALOG[Code.UNAVAILABLE], CATALOG[Code.DEADLINE_EXCEEDED]
 )
 _CODES: Mapping[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
 
 @dataclass(frozen=True, slots=True)
 class FieldViolation:
-    """What is wrong with one field of a request."""
+    """A problem of one field of a request."""
 
     field: str
     """Path as in the file, such as `loss.terms[0].divergence`."""
@@ -188,7 +195,7 @@ class StillhouseError(Exception):
 
     @property
     def retryable(self) -> bool:
-        """Whether the same call may succeed later, without anyone changing anything."""
+        """True if the same call may succeed later without a change."""
         return self.reason in _RETRYABLE
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -307,7 +314,7 @@ def from_status(status: status_pb2.Status) -> StillhouseError:
         except DecodeError:
             continue
     if reason is None:
-        reason = _CATALOG.get(code, (Reason.INTERNAL,))[0]
+        reason = next(iter(CATALOG.get(code, (Reason.INTERNAL,))))
     message = status.message or f"The service answered {code.name}."
     return StillhouseError(
         reason,
@@ -387,6 +394,6 @@ def from_json(plain: Mapping[str, Any]) -> status_pb2.Status:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else's says first; its type's name where it says nothing."""
+    """First line of a foreign error's text; its type's name if it has none."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,31 +1,39 @@
-"""Starts a teacher: settings, engine, server; SERVING once the model has answered, and an end in good order."""
+"""Command line of the teacher: serves a model, or merges an adapter into its base."""
 
 from __future__ import annotations
 
 import sys
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
 
 import click
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing
-from stillhouse.teacher_service.config import DTYPES, TeacherConfig, default_engine, default_roots
+from stillhouse.teacher_service.config import (
+    DEFAULT_MAX_ADAPTERS,
+    TeacherConfig,
+    default_engine,
+    flag_of,
+    setting_of,
+)
 
 EXIT_SETTINGS = 2
-"""What cannot work with these settings: a model that is not there, an address that is taken."""
+"""Exit code for settings that cannot work, such as a missing model or a taken address."""
 EXIT_DIED = 1
-"""The engine died while serving."""
+"""Exit code for an engine that died while serving."""
 MERGE = "merge-adapter"
-"""The other command; without it a teacher is served."""
+"""First argument that selects the other command."""
 
 _PATH = click.Path(path_type=Path)
-_DEFAULTS: Any = TeacherConfig.__dataclass_fields__
-
-
-def _default(name: str) -> Any:
-    return _DEFAULTS[name].default
+_CHOSEN_LATER: dict[str, str] = {
+    "engine": "vllm if installed, else hf",
+    "max_adapters": f"{DEFAULT_MAX_ADAPTERS}, or as many as --adapter names",
+}
+"""Fields whose default depends on the host or on other options."""
 
 
 def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -38,136 +46,40 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     return tuple(pairs)
 
 
-@click.command(context_settings={"auto_envvar_prefix": "STILLHOUSE_TEACHER", "show_default": True})
-@click.option("--model", required=True, help="Directory in Hugging Face layout, or hub id.")
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), help="[default: vllm if installed, else hf]")
-@click.option(
-    "--tier",
-    type=click.Choice(["auto", "worker", "raw", "public"]),
-    default=_default("tier"),
-    help="How distributions leave vLLM; auto takes the best that passes its check.",
-)
-@click.option(
-    "--adapter",
-    "adapters",
-    multiple=True,
-    callback=_adapters,
-    metavar="NAME=PATH",
-    help="LoRA adapter to load.",
-)
-@click.option(
-    "--max-adapters", type=int, help="Adapters at once.  [default: 4, or as many as --adapter names]"
-)
-@click.option(
-    "--max-lora-rank", type=int, default=_default("max_lora_rank"), help="Largest rank of an adapter."
-)
-@click.option("--revision", default="", help="Branch, tag or commit on the hub.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", help="Type of the computation.")
-@click.option(
-    "--quantization",
-    default="",
-    help="Quantisation method, as the engine names it, such as fp8 (vLLM) or bitsandbytes_4bit (hf).",
-)
-@click.option("--max-sequence-tokens", type=int, help="Longest sequence.  [default: the model's]")
-@click.option("--max-top-k", type=int, default=_default("max_top_k"), help="Largest top_k, at most 256.")
-@click.option(
-    "--max-query-tokens", type=int, default=_default("max_query_tokens"), help="Most query ids per position."
-)
-@click.option(
-    "--max-inflight-sequences",
-    type=int,
-    default=_default("max_inflight_sequences"),
-    help="Unanswered sequences of one call.",
-)
-@click.option(
-    "--max-prompts", type=int, default=_default("max_prompts"), help="Prompts of one Generate call."
-)
-@click.option("--max-calls", type=int, default=_default("max_calls"), help="Calls at once.")
-@click.option(
-    "--max-inflight-tokens",
-    type=int,
-    help="Tokens inside the engine; more wait, and clients take turns.  [default: 8 batches]",
-)
-@click.option(
-    "--max-batch-tokens",
-    type=int,
-    help="Tokens computed at once.  [default: 8192, with vLLM on a CPU 2048]",
-)
-@click.option(
-    "--gpu-memory-utilization",
-    type=float,
-    default=_default("gpu_memory_utilization"),
-    help="Share of GPU memory, for vLLM.",
-)
-@click.option(
-    "--tensor-parallel-size",
-    type=int,
-    default=_default("tensor_parallel_size"),
-    help="GPUs, or groups of cores, to split every layer over, for vLLM.",
-)
-@click.option(
-    "--pipeline-parallel-size",
-    type=int,
-    default=_default("pipeline_parallel_size"),
-    help="Stages to split the layers into, for vLLM.",
-)
-@click.option(
-    "--data-parallel-size",
-    type=int,
-    default=_default("data_parallel_size"),
-    help="Copies of the model, for vLLM.",
-)
-@click.option(
-    "--kv-cache-gib", type=float, default=_default("kv_cache_gib"), help="KV cache on a CPU in GiB, for vLLM."
-)
-@click.option("--threads", type=int, help="Threads on a CPU.  [default: all cores]")
-@click.option("--seed", type=int, default=_default("seed"), help="Seed of samples that ask for none.")
-@click.option(
-    "--allow-root",
-    "allow_roots",
-    multiple=True,
-    type=_PATH,
-    help="Where LoadAdapter may read.  [default: anywhere on loopback, else nowhere]",
-)
-@click.option(
-    "--upload-dir",
-    type=_PATH,
-    help="Where uploaded adapters are kept.  [default: ~/.cache/stillhouse/adapters]",
-)
-@click.option(
-    "--max-upload-bytes",
-    type=int,
-    default=_default("max_upload_bytes"),
-    help="Largest adapter to upload; 0 takes none.",
-)
-@click.option("--listen", default=_default("listen"), help="HOST:PORT or unix:PATH; port 0 is any free one.")
-@click.option("--address-file", type=_PATH, help="Written with the bound address once the model answers.")
-@click.option("--tokens", type=_PATH, help="Tokens that calls need; `stillhouse token create` makes it.")
-@click.option("--audit-log", type=_PATH, help="File for who did what, as JSON lines.")
-@click.option("--metrics-host", default=_default("metrics_host"), help="Where Prometheus finds metrics.")
-@click.option("--metrics-port", type=int, help="Its port; 0 for none.  [default: 100 above that of --listen]")
-@click.option(
-    "--insecure",
-    is_flag=True,
-    help="Allow another address than loopback without TLS, or without tokens or certificates of callers.",
-)
-@click.option("--tls-cert", type=_PATH, help="Certificate chain, PEM.")
-@click.option("--tls-key", type=_PATH, help="Private key, PEM.")
-@click.option("--tls-client-ca", type=_PATH, help="Authority of client certificates, PEM.")
-@click.option("--reflection/--no-reflection", default=None, help="Server reflection.  [default: on loopback]")
-@click.option(
-    "--shutdown-grace-s",
-    type=float,
-    default=_default("shutdown_grace_s"),
-    help="Seconds for running calls after SIGTERM.",
-)
-@click.option(
-    "--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default=_default("log_level")
-)
-def serve(**options: Any) -> None:
-    """Serve one frozen model: text that it writes, and the distributions that it gives to text of others.
+def _option(each: Field[Any], hint: Any) -> Any:
+    """Derives the click option of a field of `TeacherConfig` from its type and metadata."""
+    setting = setting_of(each)
+    multiple = get_origin(hint) is tuple
+    kind = next(iter({*(get_args(hint) or (hint,))} - {NoneType, Ellipsis}), str)
+    how: dict[str, Any] = {"help": setting.help, "multiple": multiple}
+    if each.name == "adapters":
+        how |= {"callback": _adapters, "metavar": "NAME=PATH"}
+    elif kind is not bool:
+        how["type"] = click.Choice(setting.choices) if setting.choices else _PATH if kind is Path else kind
+    elif each.default is False:
+        how["is_flag"] = True
+    if each.name in _CHOSEN_LATER:
+        how["help"] += f"  [default: {_CHOSEN_LATER[each.name]}]"
+    elif each.default is MISSING:
+        how["required"] = True
+    elif not multiple:
+        how["default"] = each.default
+    return click.option(flag_of(each), each.name, **how)
 
-    `stillhouse-teacher merge-adapter` makes a model of its own from a base and a LoRA adapter.
+
+def _options(command: Any) -> Any:
+    hints = get_type_hints(TeacherConfig)
+    for each in reversed(fields(TeacherConfig)):
+        command = _option(each, hints[each.name])(command)
+    return command
+
+
+@click.command(context_settings={"auto_envvar_prefix": "STILLHOUSE_TEACHER", "show_default": True})
+@_options
+def serve(**options: Any) -> None:
+    """Serve one frozen model: completions, and token distributions for given sequences.
+
+    `stillhouse-teacher merge-adapter` merges a LoRA adapter into its base model instead.
     """
     sys.exit(run(options))
 
@@ -178,7 +90,7 @@ def serve(**options: Any) -> None:
 @click.option("--out", required=True, type=_PATH, help="Directory to write; it must not exist.")
 @click.option("--revision", default="", help="Branch, tag or commit of the base on the hub.")
 def merge_adapter(model: str, adapter: Path, out: Path, revision: str) -> None:
-    """Merge a LoRA adapter into its base, on the CPU: weights in OUT, and every other file as the base has it."""
+    """Merge a LoRA adapter into its base, on the CPU: new weights in OUT, every other file copied from the base."""
     configure_logging("error")
     try:
         from stillhouse.teacher_service.engines.hf.merge_adapter import merge_adapter as merge
@@ -197,7 +109,7 @@ def merge_adapter(model: str, adapter: Path, out: Path, revision: str) -> None:
 
 
 def main() -> None:
-    """Serves, unless the first argument names another command."""
+    """Dispatches to `merge-adapter` if the first argument names it, else to `serve`."""
     if sys.argv[1:2] == [MERGE]:
         merge_adapter(sys.argv[2:], prog_name=f"stillhouse-teacher {MERGE}")
     else:
@@ -205,7 +117,7 @@ def main() -> None:
 
 
 def run(options: dict[str, Any]) -> int:
-    """Exit code of a teacher with these options."""
+    """Serves with these options; returns the exit code."""
     configure_logging(options["log_level"])
     configure_tracing("stillhouse-teacher")
     try:
@@ -219,11 +131,14 @@ def run(options: dict[str, Any]) -> int:
 
 
 def _config(options: dict[str, Any]) -> TeacherConfig:
+    from stillhouse.protos.rpc.channel import is_loopback
+
     options = {**options}
     options["engine"] = options["engine"] or default_engine()
     if options["max_adapters"] is None:
-        options["max_adapters"] = max(_default("max_adapters"), len(options["adapters"]))
-    roots = options["allow_roots"] or default_roots(options["listen"])
+        options["max_adapters"] = max(DEFAULT_MAX_ADAPTERS, len(options["adapters"]))
+    # Any root on a service that only this host reaches, else none.
+    roots = options["allow_roots"] or ((Path("/"),) if is_loopback(options["listen"]) else ())
     options["allow_roots"] = tuple(root.resolve() for root in roots)
     return TeacherConfig(**options)
 

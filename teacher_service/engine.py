@@ -1,4 +1,4 @@
-"""What the service asks of an engine: arrays in, arrays out; requests are checked before they come here."""
+"""The engine protocol between service and model: arrays in, arrays out, of requests already validated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class EngineInfo:
     revision: str
     """Commit of the weights where they came from a hub, else empty."""
     model_fingerprint: str
-    """Hex SHA-256; equal fingerprints mean the same numbers."""
+    """Hex SHA-256; equal fingerprints mean the same logits."""
     tokenizer_size: int
     """Tokens that the tokenizer knows; request ids are below it."""
     vocab_size: int
@@ -36,7 +36,7 @@ class EngineInfo:
     max_top_k: int
     """Largest `DistributionOptions.top_k`."""
     max_query_tokens: int
-    """Most ids per position in `ScoreItem.query_token_ids`; 0 where there is no such capability."""
+    """Most ids per position in `ScoreInput.query_token_ids`; 0 without that capability."""
     capabilities: frozenset[int]
     """Values of the contract's `Capability`."""
     engine: str
@@ -46,27 +46,27 @@ class EngineInfo:
     quantization: str
     """Quantisation method; empty if none."""
     eos_token_ids: tuple[int, ...]
-    """Ids that end a text."""
+    """End-of-sequence ids."""
     max_adapters: int
     """Adapters that can be loaded at once."""
     batch_tokens: int = 8192
-    """Tokens that it computes at once; a few times as many keep it busy."""
+    """Tokens per engine batch; a few batches in flight keep it busy."""
     max_running_samples: int = 256
-    """Samples that it writes side by side."""
+    """Samples that it generates concurrently."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DistributionOptions:
-    """What to report at each position."""
+    """Quantities to report at each position."""
 
     top_k: int
-    """Likeliest tokens to report, in [0, max_top_k]; the engine reports min(top_k, vocab_size)."""
+    """Number of most likely tokens to report, in [0, max_top_k]; the engine reports min(top_k, vocab_size)."""
     temperatures: tuple[float, ...] = ()
     """Temperatures to report log-partitions for, each > 0."""
     num_sampled_tokens: int = 0
-    """Independent draws to report at each position."""
+    """Independent samples to report at each position."""
     seed: int = 0
-    """Seed of these draws; with the sequence, the position and the draw it fixes the drawn id."""
+    """Seed of these samples; seed, prefix and sample index together fix the sampled id."""
     entropy: bool = False
     """Report the entropy, in nats."""
     hidden_states: bool = False
@@ -74,13 +74,13 @@ class DistributionOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreItem:
+class ScoreInput:
     """One sequence to score."""
 
     token_ids: Int32Array
     """[T], T >= 2, each in [0, tokenizer_size)."""
     start: int
-    """First position to score, in [1, T - 1]; row t speaks of token start + t."""
+    """First position to score, in [1, T - 1]; row t is the distribution of token start + t."""
     adapter: str = ""
     """Name of a loaded adapter; empty for the base model."""
     query_token_ids: Int32Array | None = None
@@ -89,8 +89,8 @@ class ScoreItem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GenerateItem:
-    """One sample to write."""
+class GenerateInput:
+    """One sample to generate."""
 
     token_ids: Int32Array
     """[P], P >= 1: the prompt."""
@@ -99,32 +99,32 @@ class GenerateItem:
     temperature: float = 1.0
     """0 is greedy."""
     top_p: float = 1.0
-    """Share of the probability to draw from, in (0, 1]."""
+    """Nucleus: share of the probability to sample from, in (0, 1]."""
     top_k: int = 0
-    """Likeliest tokens to draw from; 0 is all."""
+    """Number of most likely tokens to sample from; 0 is all."""
     max_new_tokens: int = 256
     """At most max_sequence_tokens - P."""
     seed: int | None = None
-    """Fixes the text, however items are batched; None draws a fresh one."""
+    """Fixes the completion, however items are batched; None uses a fresh one."""
     options: DistributionOptions | None = None
-    """What to report for every new token; None reports nothing."""
+    """Quantities to report for every new token; None reports nothing."""
     whole: bool = False
-    """Nobody reads along: the engine may give the sample as one piece."""
+    """The caller does not stream: the engine may return the sample as one chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GeneratedPiece:
-    """The next tokens of one sample; the last piece, and only it, has a finish."""
+class GeneratedChunk:
+    """The next tokens of one sample; only its last chunk has a finish."""
 
     token_ids: Int32Array
-    """[n]; may be empty in the last piece. An end token that was written is part of it."""
+    """[n]; may be empty in the last chunk. Includes a generated end token."""
     sampling_logprobs: Float32Array
-    """[n]: log-probability of each token under the distribution that it was drawn from; 0 when greedy. [0] where the engine
-    cannot tell, for a whole sample or not at all."""
+    """[n]: log-probability of each token under the distribution it was sampled from; 0 when greedy. [0] where the
+    engine does not know it, for the complete sample or not at all."""
     distributions: Distributions | None = None
     """[n] rows at temperature 1, start counted from the first token of the prompt."""
     finish: Finish = ""
-    """"stop" after an end token, "length" at a limit, "" while it goes on."""
+    """"stop" after an end token, "length" at a limit, "" before the last chunk."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,28 +140,28 @@ class LoadedAdapter:
 
 
 class Engine(Protocol):
-    """A model that scores and writes; the servicer has checked lengths, ids, top_k and capabilities."""
+    """A model that scores and generates. The servicer has validated lengths, ids, top_k and capabilities."""
 
     @property
     def info(self) -> EngineInfo:
-        """What is loaded."""
+        """The loaded model and its limits."""
         ...
 
-    async def score(self, item: ScoreItem) -> Distributions:
-        """Distributions of the T - start positions of `item`; cancelling the task aborts the work.
+    async def score(self, item: ScoreInput) -> Distributions:
+        """Computes the distributions of the T - start positions of `item`; cancelling the task aborts the work.
 
-        Raises `StillhouseError`: NON_FINITE for logits that are not numbers, ADAPTER_NOT_FOUND, OUT_OF_MEMORY.
+        Raises `StillhouseError`: NON_FINITE for NaN or infinite logits, ADAPTER_NOT_FOUND, OUT_OF_MEMORY.
         """
         ...
 
-    def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
-        """Pieces of one sample as they are written; closing the iterator aborts the work."""
+    def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
+        """Streams the chunks of one sample; closing the iterator aborts the work."""
         ...
 
     async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
-        """Loads an adapter under a name that is not loaded.
+        """Loads an adapter under an unused name.
 
-        Raises `StillhouseError`: ADAPTER_INVALID for files that are none, ADAPTER_SLOTS when all slots are taken.
+        Raises `StillhouseError`: ADAPTER_INVALID for malformed files, ADAPTER_SLOTS when all slots are taken.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The life of a teacher process: listen, load, warm up, serve, and either drain or die, never serve half dead."""
+"""Life of a teacher process: listen, load, warm up, serve, then drain or exit; a dead engine ends the process."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from stillhouse.protos.telemetry.gpu_memory import GpuMemory
 from stillhouse.protos.telemetry.metrics import Metrics
 from stillhouse.teacher_service.adapters.registry import AdapterRegistry
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreItem
-from stillhouse.teacher_service.metrics import Figures
+from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreInput
+from stillhouse.teacher_service.metrics import TeacherMetrics
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 
 SERVICE = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"].full_name
 CHECK_INTERVAL_S = 1.0
-"""How often the engine is asked whether it lives."""
+"""Interval of the engine's health check."""
 CLOSE_TIMEOUT_S = 40.0
-"""How long an engine may take to free the model."""
+"""Longest wait for the engine to free the model."""
 CHILD_TIMEOUT_S = 5.0
-"""How long a process of a half-loaded engine may take to end by itself."""
+"""Longest wait for a child process of a half-loaded engine to exit before it is killed."""
 
 _ENGINES = {
     "vllm": ("stillhouse.teacher_service.engines.vllm.engine", "VllmEngine"),
@@ -45,11 +45,12 @@ log = structlog.get_logger(__name__)
 
 
 def serve(config: TeacherConfig) -> int:
-    """Exit code 0 after a drain. Raises `StillhouseError`: what the settings rule out, or PROCESS_DIED."""
-    return asyncio.run(_Teacher(config).live())
+    """Serves until drained; returns exit code 0. Raises `StillhouseError` for settings that cannot work, or
+    PROCESS_DIED."""
+    return asyncio.run(_TeacherProcess(config).live())
 
 
-class _Teacher:
+class _TeacherProcess:
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
         self._servicer = TeacherServicer(config)
@@ -72,7 +73,7 @@ class _Teacher:
     def _show_metrics(self, server: Server, address: str) -> None:
         config = self._config
         self._metrics.watch_calls(lambda: server.running)
-        self._metrics.add(Figures(self._servicer.counters, lambda: self._servicer.serving))
+        self._metrics.add(TeacherMetrics(self._servicer.counters, lambda: self._servicer.serving))
         self._metrics.add(GpuMemory())
         any_port = config.metrics_port is None and config.listen.endswith(":0")
         port = 0 if any_port else config.metrics_port
@@ -84,7 +85,7 @@ class _Teacher:
         ending = asyncio.create_task(
             server.run_until_signal(self._servicer.drain, self._config.shutdown_grace_s)
         )
-        await asyncio.sleep(0)  # from here on a signal is heard
+        await asyncio.sleep(0)  # signals are handled from here on
         log.info("listening", address=address, model=self._config.model, engine=self._config.engine)
         serving = asyncio.create_task(self._serve(server, address))
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -93,7 +94,7 @@ class _Teacher:
             await server.stop(0)
         await ending
         if not serving.done() and self._engine is None:
-            # A library that loads weights in a thread cannot be stopped, and there is nothing to lose.
+            # A library that loads weights in a thread cannot be stopped, and there is no state to lose.
             log.info("stopped while loading")
             _leave(0)
         serving.cancel()
@@ -127,16 +128,16 @@ class _Teacher:
         return server
 
     async def _serve(self, server: Server, address: str) -> None:
-        """Loads and answers until the engine dies."""
+        """Loads the engine and serves until it dies."""
         config = self._config
         engine = await _load(config)
         self._engine = engine
-        adapters = AdapterRegistry(engine, (*config.allow_roots, config.spool))
+        adapters = AdapterRegistry(engine, (*config.allow_roots, config.upload_directory))
         for name, path in config.adapters:
             await adapters.load(name, str(path), trusted=True)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
         await _warm_up(engine)
-        # The collector would go through the libraries' millions of objects whenever answers have made enough of their own.
+        # Otherwise each full collection would traverse the libraries' millions of objects.
         gc.collect()
         gc.freeze()
         self._servicer.serve(engine, codec, adapters)
@@ -169,7 +170,7 @@ class _Teacher:
 async def _load(config: TeacherConfig) -> Engine:
     module, name = _ENGINES[config.engine]
     try:
-        # In a thread: importing torch takes seconds, in which the loop has calls to refuse and a signal to hear.
+        # In a thread: importing torch takes seconds, in which the loop refuses calls and handles signals.
         engine = getattr(await asyncio.to_thread(import_module, module), name)
         loaded: Engine = await engine.load(config)
     except ImportError as error:
@@ -183,16 +184,16 @@ async def _load(config: TeacherConfig) -> Engine:
 
 
 async def _warm_up(engine: Engine) -> None:
-    """One scored token: a model that cannot do that is not served."""
+    """Scores one token: a model that cannot is not served."""
     token = engine.info.eos_token_ids[0] if engine.info.eos_token_ids else 0
-    item = ScoreItem(
+    item = ScoreInput(
         token_ids=np.array([token, token], np.int32), start=1, options=DistributionOptions(top_k=1)
     )
     await engine.score(item)
 
 
 def _leave(code: int) -> None:
-    """Ends this process at once, and before it those that a half-loaded engine has started."""
+    """Exits at once, after ending the child processes of a half-loaded engine."""
     children = multiprocessing.active_children()
     for child in children:
         child.terminate()

@@ -21,7 +21,7 @@ from stillhouse.teacher_service.engines.vllm.engine_args import (
     set_cpu_environment,
     set_environment,
 )
-from stillhouse.teacher_service.engines.vllm.orphan_guard import Guard
+from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard
 
 
 async def serve(config: TeacherConfig, answers: Any) -> None:
@@ -36,7 +36,7 @@ async def serve(config: TeacherConfig, answers: Any) -> None:
     if on_cpu:
         set_cpu_environment(config)
     arguments = engine_arguments(config, Path(config.model), on_cpu=on_cpu, vocab_size=vocab_size)
-    guard = Guard()
+    guard = OrphanGuard()
     llm = await asyncio.to_thread(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)))
     numbers = iter(range(1 << 30))
 

@@ -13,7 +13,7 @@ import time
 from typing import Any
 
 from benchmarks.teacher.json_worker import keep_stdout, serve_lines
-from stillhouse.teacher_service.engines.vllm.orphan_guard import Guard
+from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard
 
 
 def main() -> None:
@@ -24,7 +24,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm import LLM, SamplingParams
 
-    guard = Guard()
+    guard = OrphanGuard()
     llm = LLM(model=model, **json.loads(arguments))
 
     async def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`stillhouse estimate`: whether a run fits into memory, before it is submitted."""
+"""`stillhouse estimate`: predicts a run's memory before it is submitted."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ def estimate(
     from stillhouse.client.core.errors import usage_error
     from stillhouse.client.doctor.machine import gpus, memory_bytes
     from stillhouse.client.estimate.memory import (
-        MAX_SEQUENCE_TOKENS,
-        Plan,
+        MemoryPlan,
         remedies,
         student_bytes,
         teacher_bytes,
@@ -66,12 +65,13 @@ def estimate(
     source = student_model or Path(run.spec.student.model)
     if student_model is None and not source.is_absolute():
         source = source if source.exists() else run.directory / source
-    shape, plan = ModelShape.read(source), Plan.of(run.spec, device)
+    shape, plan = ModelShape.read(source), MemoryPlan.from_spec(run.spec, device)
     parts: dict[str, dict[str, int]] = {"student": student_bytes(shape, plan)}
     if teacher_model is not None:
-        tokens = run.spec.data.max_sequence_tokens or MAX_SEQUENCE_TOKENS
         parts["teacher"] = teacher_bytes(
-            ModelShape.read(teacher_model), dtype_bytes=_DTYPE_BYTES[teacher_dtype], sequence_tokens=tokens
+            ModelShape.read(teacher_model),
+            dtype_bytes=_DTYPE_BYTES[teacher_dtype],
+            sequence_tokens=plan.sequence_tokens,
         )
     totals = {name: sum(each.values()) for name, each in parts.items()}
     fits = {name: total <= limit for name, total in totals.items()}

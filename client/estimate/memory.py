@@ -1,6 +1,6 @@
-"""How much memory training a student and serving a teacher will take, predicted from shapes; an estimate, not a promise.
+"""Predicts the memory that training a student and serving a teacher take, from shapes; an estimate, not a promise.
 
-Counted are weights, gradients, optimizer states, what the backward pass keeps, and the logits of one chunk. The constants
+Counted are weights, gradients, optimizer states, activations, and the logits of one chunk. The constants
 follow the training process: trained weights and their gradients are float32, a frozen base is bfloat16 on a GPU.
 """
 
@@ -11,25 +11,22 @@ from dataclasses import dataclass, replace
 
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.estimate.model_shape import ModelShape
-from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.client.runfile.schema import setting
+from stillhouse.protos.stillhouse.v1.run_pb2 import LoraSpec, RunSpec
 
-MICRO_BATCH_SIZE = 8
-MAX_SEQUENCE_TOKENS = 2048
-LORA_RANK = 16
-"""Defaults of a run; a test compares them with the trainer's."""
 FLOAT_BYTES, HALF_BYTES = 4, 2
 CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**25, 2**28
 PROCESS_BYTES: Mapping[str, int] = {"cpu": 600 * 2**20, "gpu": 900 * 2**20}
-"""What a training process takes for libraries, or on a GPU for its context, before it has a model."""
+"""Bytes of a training process without a model: libraries, and on a GPU its context."""
 SLACK = 0.1
 """Share on top for what an allocator cannot use."""
-_OPTIMIZER_BYTES = {"adamw": 8, "adam": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
+OPTIMIZER_BYTES = {"adamw": 8, "adam": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
 _LINEAR_BYTES = {"int8": 1.0, "nf4": 0.56}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
-    """What a run asks of memory."""
+class MemoryPlan:
+    """The settings of a run that decide its memory."""
 
     device: str
     """ "cpu" or "gpu"."""
@@ -41,47 +38,38 @@ class Plan:
     checkpointing: bool
     optimizer: str
     half: bool
-    """Whether it computes in 16 bits."""
+    """True if it computes in 16 bits."""
 
     @classmethod
-    def of(cls, spec: RunSpec, device: str) -> Plan:
-        """The plan of a run file, with defaults where it says nothing."""
+    def from_spec(cls, spec: RunSpec, device: str) -> MemoryPlan:
+        """The plan of a run file, with the defaults of a run."""
         student, optimizer = spec.student, spec.optimizer
         adapter = student.HasField("lora") or bool(student.adapter)
-        rank = student.lora.rank if student.lora.HasField("rank") else LORA_RANK
-        name = optimizer.name or "adamw"
-        if name not in _OPTIMIZER_BYTES:
-            raise usage_error(f"optimizer.name is {name!r}; known are {', '.join(sorted(_OPTIMIZER_BYTES))}.")
-        micro_batch = (
-            optimizer.micro_batch_size if optimizer.HasField("micro_batch_size") else MICRO_BATCH_SIZE
-        )
-        tokens = (
-            spec.data.max_sequence_tokens
-            if spec.data.HasField("max_sequence_tokens")
-            else MAX_SEQUENCE_TOKENS
-        )
+        name = setting(optimizer, "name")
+        if name not in OPTIMIZER_BYTES:
+            raise usage_error(f"optimizer.name is {name!r}; known are {', '.join(sorted(OPTIMIZER_BYTES))}.")
         precision = optimizer.precision or ("bf16" if device == "gpu" else "fp32")
         return cls(
             device=device,
-            micro_batch_size=micro_batch,
-            sequence_tokens=tokens,
-            lora_rank=rank if adapter else None,
-            quantization=student.quantization or "none",
+            micro_batch_size=setting(optimizer, "micro_batch_size"),
+            sequence_tokens=setting(spec.data, "max_sequence_tokens"),
+            lora_rank=setting(student.lora, "rank") if adapter else None,
+            quantization=setting(student, "quantization"),
             checkpointing=student.gradient_checkpointing,
             optimizer=name,
             half=precision != "fp32",
         )
 
 
-def student_bytes(shape: ModelShape, plan: Plan) -> dict[str, int]:
-    """Bytes by what they are for, at the fullest moment of a step."""
+def student_bytes(shape: ModelShape, plan: MemoryPlan) -> dict[str, int]:
+    """Bytes by purpose, at the peak of a step."""
     element = HALF_BYTES if plan.half else FLOAT_BYTES
     trained = shape.parameters if plan.lora_rank is None else shape.lora(plan.lora_rank)
     frozen = 0 if plan.lora_rank is None else _frozen(shape, plan)
     parts = {
         "weights": frozen + FLOAT_BYTES * trained,
         "gradients": FLOAT_BYTES * trained,
-        "optimizer": _OPTIMIZER_BYTES[plan.optimizer] * trained,
+        "optimizer": OPTIMIZER_BYTES[plan.optimizer] * trained,
         "activations": _activations(shape, plan, element),
         "logits": _logits(shape, plan, element),
         "process": PROCESS_BYTES[plan.device],
@@ -91,17 +79,17 @@ def student_bytes(shape: ModelShape, plan: Plan) -> dict[str, int]:
     return parts | {"slack": round(SLACK * (sum(parts.values()) - parts["process"]))}
 
 
-def _frozen(shape: ModelShape, plan: Plan) -> int:
+def _frozen(shape: ModelShape, plan: MemoryPlan) -> int:
     element = HALF_BYTES if plan.half else FLOAT_BYTES
     linear = _LINEAR_BYTES.get(plan.quantization, element)
     return round(linear * shape.linear + element * (shape.parameters - shape.linear))
 
 
-def _activations(shape: ModelShape, plan: Plan, element: int) -> int:
-    """What layers keep for the backward pass; attention itself is computed without its matrix of weights.
+def _activations(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
+    """Activations that layers keep for the backward pass; attention itself is computed without its matrix of weights.
 
-    A layer keeps, of each token: its input, both norms' inputs and outputs (6 hidden), queries, keys, values and what
-    attention gave, and of the feed-forward part its inner vectors: gate, up, activation and product where gated.
+    A layer keeps for each token: its input, both norms' inputs and outputs (6 hidden), queries, keys, values and the
+    output of attention, and of the feed-forward part its inner vectors: gate, up, activation and product where gated.
     """
     tokens = plan.micro_batch_size * plan.sequence_tokens
     heads = 2 * shape.head_dim * (shape.heads + shape.kv_heads)
@@ -112,7 +100,7 @@ def _activations(shape: ModelShape, plan: Plan, element: int) -> int:
     return layer * shape.layers
 
 
-def _logits(shape: ModelShape, plan: Plan, element: int) -> int:
+def _logits(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
     """One chunk's logits, which their gradient overwrites; on a GPU also their float32 exponentials."""
     chunk = CPU_CHUNK_LOGITS if plan.device == "cpu" else GPU_CHUNK_LOGITS
     number = min(plan.micro_batch_size * plan.sequence_tokens * shape.vocab, chunk)
@@ -132,20 +120,19 @@ def teacher_bytes(shape: ModelShape, *, dtype_bytes: float, sequence_tokens: int
     return parts | {"slack": round(SLACK * (sum(parts.values()) - parts["process"]))}
 
 
-def remedies(shape: ModelShape, plan: Plan) -> Iterator[tuple[str, int]]:
-    """What would lower the student's memory, and the bytes that it would then take; each alone."""
+def remedies(shape: ModelShape, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
+    """Changes that lower the student's memory, and the bytes that it then takes; each alone."""
     now = sum(student_bytes(shape, plan).values())
     half = replace(plan, micro_batch_size=max(1, plan.micro_batch_size // 2))
+    lora = replace(plan, lora_rank=plan.lora_rank or setting(LoraSpec(), "rank"))
     tried = {
         f"optimizer.micro_batch_size: {half.micro_batch_size}, with twice optimizer.grad_accum_steps": half,
         "student.gradient_checkpointing: true": replace(plan, checkpointing=True),
         f"data.max_sequence_tokens: {plan.sequence_tokens // 2}": replace(
             plan, sequence_tokens=plan.sequence_tokens // 2
         ),
-        "student.lora: {}": replace(plan, lora_rank=plan.lora_rank or LORA_RANK),
-        "student.lora: {} and student.quantization: nf4": replace(
-            plan, lora_rank=plan.lora_rank or LORA_RANK, quantization="nf4"
-        ),
+        "student.lora: {}": lora,
+        "student.lora: {} and student.quantization: nf4": replace(lora, quantization="nf4"),
     }
     for sentence, other in tried.items():
         bytes_then = sum(student_bytes(shape, other).values())

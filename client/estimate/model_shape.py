@@ -33,18 +33,18 @@ class ModelShape:
     inner: int
     """Width of the feed-forward layer; with experts, of one of them."""
     matrices: int
-    """Of a feed-forward layer: 3 where it is gated, else 2."""
+    """Matrices of a feed-forward layer: 3 if it is gated, else 2."""
     experts: int
     """1 where there are none."""
     active_experts: int
     """Experts that one token passes."""
     vocab: int
     tied: bool
-    """Whether input and output embeddings are one."""
+    """True if input and output embeddings share their weights."""
 
     @classmethod
     def read(cls, model: Path) -> ModelShape:
-        """Of the model directory, or config.json, at `model`.
+        """Reads the model directory, or config.json, at `model`.
 
         Raises:
             StillhouseError: INVALID_REQUEST if it cannot be read or lacks a size.
@@ -58,12 +58,12 @@ class ModelShape:
         try:
             values = json.loads(content)
             values = values.get("text_config", values)
-            return cls._of(values)
+            return cls._from_config(values)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise usage_error(f"{path} does not tell the model's sizes: {error}.") from error
 
     @classmethod
-    def _of(cls, values: Mapping[str, Any]) -> ModelShape:
+    def _from_config(cls, values: Mapping[str, Any]) -> ModelShape:
         sizes = {name: _size(values, *spellings) for name, spellings in _NAMES.items()}
         hidden, heads = sizes["hidden"], sizes["heads"]
         kind = str(values.get("model_type", ""))
@@ -101,7 +101,7 @@ class ModelShape:
 
     @property
     def linear(self) -> int:
-        """Weights of all layers' matrices: what quantisation shrinks."""
+        """Weights of all layers' matrices, which quantization shrinks."""
         return self.layers * (self.attention + self.feed_forward)
 
     @property

@@ -12,7 +12,7 @@ from stillhouse.student_trainer.runs.supervision.device_slots import Slots
 
 TIMEOUT_S = 5.0
 """How long the page waits for the store."""
-_OF_A_RUN: Mapping[str, tuple[str, str]] = {
+RUN_READINGS: Mapping[str, tuple[str, str]] = {
     "train/step_time_s": ("run_step_seconds", "Time of the last step, with the wait for its data."),
     "train/teacher_wait_s": ("run_teacher_wait_seconds", "Of that, what the student waited for a teacher."),
     "teacher/outstanding": (
@@ -83,7 +83,7 @@ class Figures:
             kind="counter",
         )
         for run_id, values in totals.live.items():
-            for metric, (name, text) in _OF_A_RUN.items():
+            for metric, (name, text) in RUN_READINGS.items():
                 if metric in values:
                     yield Reading(name=name, help=text, value=values[metric], labels={"run": run_id})
         for kind, total, free in (

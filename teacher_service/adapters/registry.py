@@ -1,4 +1,4 @@
-"""Adapters by name: a name never changes its weights, and none is taken away from a request that uses it."""
+"""Adapters by name: a name never changes its weights, and an adapter in use is not unloaded."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Result = TypeVar("Result")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
 MAX_NAME_CHARS = 128
 MAX_NAMES = 1 << 16
-"""Names that a process remembers; about 20 MB."""
+"""Names that a process remembers, about 20 MB."""
 
 
 class AdapterRegistry:
-    """The names that an engine's adapters have had since the process started."""
+    """Every adapter name since the start of the process, and the adapters loaded now."""
 
     def __init__(self, engine: Engine, roots: tuple[Path, ...]) -> None:
         self._engine = engine
@@ -42,7 +42,7 @@ class AdapterRegistry:
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[LoadedAdapter | None]:
-        """Holds an adapter while a request uses it; None for the base model, whose name is empty.
+        """Pins an adapter while a request uses it; None for the base model, whose name is empty.
 
         Raises `StillhouseError` with ADAPTER_NOT_FOUND.
         """
@@ -61,7 +61,7 @@ class AdapterRegistry:
                 self._leaving[name].set()
 
     async def load(self, name: str, path: str, *, trusted: bool = False) -> LoadedAdapter:
-        """Loads a directory under a name; the same content again is no error.
+        """Loads a directory under a name; loading the same content again succeeds.
 
         `trusted` paths come from the operator and may lie anywhere. Raises `StillhouseError`: INVALID_REQUEST for the
         name, PATH_NOT_ALLOWED, ADAPTER_INVALID, ADAPTER_CONFLICT, ADAPTER_SLOTS.
@@ -89,7 +89,7 @@ class AdapterRegistry:
             return await self._whole(self._take_in(name, directory, digest))
 
     async def unload(self, name: str) -> None:
-        """Frees an adapter once the requests that use it have ended; no other request gets it meanwhile.
+        """Unloads an adapter once its requests have ended; new requests do not find it.
 
         Raises `StillhouseError` with ADAPTER_NOT_FOUND.
         """
@@ -124,7 +124,7 @@ class AdapterRegistry:
         del self._users[name]
 
     async def _whole(self, change: Coroutine[Any, Any, Result]) -> Result:
-        """Carries a change of the engine through, also if the caller hangs up in the middle of it."""
+        """Completes a change of the engine, even if the caller is cancelled."""
         task = asyncio.create_task(change)
         self._changing.add(task)
         task.add_done_callback(self._changing.discard)
@@ -135,7 +135,7 @@ class AdapterRegistry:
             raise
 
     def _directory(self, name: str, path: str, trusted: bool) -> Path:
-        """The real directory behind a path. The root is checked after links are followed."""
+        """Resolves a path. The root is checked after links are followed."""
         try:
             directory = Path(path).expanduser().resolve() if trusted else Path(path).resolve()
             allowed = trusted or any(directory.is_relative_to(root) for root in self._roots)

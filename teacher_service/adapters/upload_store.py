@@ -1,4 +1,5 @@
-"""Uploaded adapters on this host: whole and checked or not there at all, by content, within a bounded part of the disk."""
+"""Store of uploaded adapters, by fingerprint: an upload is kept complete and checked or not at all, in bounded disk
+space."""
 
 from __future__ import annotations
 
@@ -20,27 +21,27 @@ from stillhouse.teacher_service.models.adapter_files import FILES, check_ranks
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 
 KEPT_UPLOADS = 4
-"""The spool holds this many times the largest upload; older ones that are not loaded make room."""
+"""Limit of the store as a multiple of the largest upload; the oldest unloaded adapters make room."""
 _PARTIAL = ".upload-"
 _PARTIAL_MAX_AGE_S = 24 * 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class AdapterSpool:
-    """Directory of adapters by fingerprint; several teachers may share it."""
+class UploadStore:
+    """Directory of uploaded adapters by fingerprint; several teachers may share it."""
 
     def __init__(self, directory: Path, *, max_bytes: int) -> None:
-        """`max_bytes` bounds one upload; 0 takes none."""
+        """`max_bytes` bounds one upload; 0 refuses uploads."""
         self.directory = directory
         self._max_bytes = max_bytes
         self._room = asyncio.Semaphore(KEPT_UPLOADS)
 
     async def receive(
-        self, pieces: AsyncIterator[UploadAdapterRequest], *, in_use: Collection[Path]
+        self, chunks: AsyncIterator[UploadAdapterRequest], *, in_use: Collection[Path]
     ) -> tuple[Path, str]:
-        """Directory and fingerprint of the adapter that `pieces` make up; the same content again is stored once.
+        """Stores an uploaded adapter; returns its directory and fingerprint. The same content is stored once.
 
-        Raises `StillhouseError`, and nothing is kept then: INVALID_REQUEST, ADAPTER_INVALID, QUOTA, DISK_FULL.
+        Raises `StillhouseError` and keeps nothing: INVALID_REQUEST, ADAPTER_INVALID, QUOTA, DISK_FULL.
         """
         if self._max_bytes == 0:
             raise StillhouseError(
@@ -50,15 +51,15 @@ class AdapterSpool:
                 metadata={"capability": "UploadAdapter"},
             )
         async with self._room:
-            return await self._receive(pieces, in_use)
+            return await self._receive(chunks, in_use)
 
     async def _receive(
-        self, pieces: AsyncIterator[UploadAdapterRequest], in_use: Collection[Path]
+        self, chunks: AsyncIterator[UploadAdapterRequest], in_use: Collection[Path]
     ) -> tuple[Path, str]:
         partial = self.directory / f"{_PARTIAL}{secrets.token_hex(8)}"
         try:
             await asyncio.to_thread(partial.mkdir, parents=True)
-            await _Files(partial, self._max_bytes).write(pieces)
+            await _UploadWriter(partial, self._max_bytes).write(chunks)
             return await asyncio.to_thread(self._keep, partial, in_use)
         except OSError as error:
             if error.errno in _FULL:
@@ -81,14 +82,14 @@ class AdapterSpool:
         if not final.is_dir():
             self._make_room(_size(partial), in_use)
             _sync(partial)
-            with suppress(FileExistsError):  # another upload of the same content was faster
+            with suppress(FileExistsError):  # a concurrent upload of the same content was faster
                 partial.rename(final)
             _sync(self.directory)
         os.utime(final)
         return final, fingerprint
 
     def _make_room(self, num_bytes: int, in_use: Collection[Path]) -> None:
-        """Removes what was uploaded longest ago and is not loaded, and the halves that killed teachers left."""
+        """Removes the oldest adapters that are not loaded, and partial uploads of killed teachers."""
         for path in self.directory.glob(f"{_PARTIAL}*"):
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > _PARTIAL_MAX_AGE_S:
@@ -110,8 +111,8 @@ class AdapterSpool:
             )
 
 
-class _Files:
-    """The two files of an upload, one after the other."""
+class _UploadWriter:
+    """Writes the two files of an upload, one after the other."""
 
     def __init__(self, directory: Path, max_bytes: int) -> None:
         self._directory = directory
@@ -122,21 +123,21 @@ class _Files:
         self._digest = hashlib.sha256()
         self._expected = ""
 
-    async def write(self, pieces: AsyncIterator[UploadAdapterRequest]) -> None:
+    async def write(self, chunks: AsyncIterator[UploadAdapterRequest]) -> None:
         try:
-            async for piece in pieces:
-                if piece.file_name and piece.file_name not in self._written[-1:]:
-                    await asyncio.to_thread(self._begin, piece.file_name, piece.sha256.lower())
+            async for chunk in chunks:
+                if chunk.file_name and chunk.file_name not in self._written[-1:]:
+                    await asyncio.to_thread(self._begin, chunk.file_name, chunk.sha256.lower())
                 if self._file is None:
-                    raise _invalid(f"its first piece must name one of {' and '.join(FILES)}")
-                self._num_bytes += len(piece.data)
+                    raise _invalid(f"its first chunk must name one of {' and '.join(FILES)}")
+                self._num_bytes += len(chunk.data)
                 if self._num_bytes > self._max_bytes:
                     raise StillhouseError(
                         Reason.QUOTA,
                         f"The adapter has more than the {self._max_bytes} bytes that this teacher takes. Use a lower rank or "
                         "fewer modules, or start the teacher with a larger --max-upload-bytes.",
                     )
-                await asyncio.to_thread(self._append, piece.data)
+                await asyncio.to_thread(self._append, chunk.data)
             await asyncio.to_thread(self._end)
         finally:
             if self._file is not None:

@@ -1,1 +1,1 @@
-"""Fair sharing of the engine, and the bound on unread responses."""
+"""Fair sharing of the engine, and the memory budget of unread responses."""

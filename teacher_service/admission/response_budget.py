@@ -1,4 +1,4 @@
-"""Memory for answers that their callers have not read: bounded for the whole service, and for each call by what is left."""
+"""Memory budget of unread responses: bounded for the service, and for each call by a fraction of what is left."""
 
 from __future__ import annotations
 
@@ -7,69 +7,70 @@ import asyncio
 from stillhouse.teacher_service.engine import DistributionOptions
 
 MAX_UNREAD_BYTES = 1 << 30
-"""Of all calls together."""
+"""Limit of the service, over all calls."""
 LEAST_BYTES = 1 << 20
-"""What a call may have unread however many others there are."""
+"""Smallest limit of a call, however many others there are."""
 _FRACTION = 8
 
 
-def answer_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
-    """About what an answer takes, before it is computed; hidden states, whose width the request does not say, apart."""
+def response_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
+    """Estimates the bytes of a response before it is computed, without hidden states, whose width the request does
+    not tell."""
     columns = 2 * options.top_k + 3 + len(options.temperatures) + options.num_sampled_tokens + num_queries
     return 4 * num_rows * columns
 
 
-class AnswerMemory:
-    """What all calls hold."""
+class ResponseBudget:
+    """Bytes of unread responses over all calls."""
 
     def __init__(self, max_bytes: int = MAX_UNREAD_BYTES) -> None:
         self._max_bytes = max_bytes
         self.num_bytes = 0
-        """Held at present."""
+        """Bytes in use."""
 
     @property
-    def limit_of_a_call(self) -> int:
-        """An eighth of what is left, so that callers who do not read share it and others find room."""
+    def call_limit_bytes(self) -> int:
+        """An eighth of what is left, so that slow readers share it and other calls find room."""
         return max(LEAST_BYTES, (self._max_bytes - self.num_bytes) // _FRACTION)
 
 
-class UnreadAnswers:
-    """What one call holds: answers to Score from when they are asked of the engine, samples as they grow, until they have
-    left for their caller."""
+class CallBudget:
+    """Bytes of one call's unread responses: of Score from the request to the engine on, of Generate as samples grow,
+    until sent."""
 
-    def __init__(self, memory: AnswerMemory) -> None:
+    def __init__(self, memory: ResponseBudget) -> None:
         self._memory = memory
         self._num_bytes = 0
         self._freed = asyncio.Event()
 
-    async def hold(self, num_bytes: int) -> None:
-        """Takes memory for an answer, once the call has room for it; one answer alone always has."""
-        while self._num_bytes and self._num_bytes + num_bytes > self._memory.limit_of_a_call:
+    async def reserve(self, num_bytes: int) -> None:
+        """Reserves memory for a response, once the call has room; a single response always has."""
+        while self._num_bytes and self._num_bytes + num_bytes > self._memory.call_limit_bytes:
             self._freed.clear()
             await self._freed.wait()
-        self.add(num_bytes)
+        self.charge(num_bytes)
 
     @property
     def has_room(self) -> bool:
-        """Whether the call holds no more than its limit."""
-        return self._num_bytes <= self._memory.limit_of_a_call
+        """True while the call is within its limit."""
+        return self._num_bytes <= self._memory.call_limit_bytes
 
-    async def room(self) -> None:
-        """Returns once the call holds no more than its limit, for answers whose size nobody knows beforehand."""
+    async def wait_for_room(self) -> None:
+        """Waits until the call is within its limit, for responses of unknown size."""
         while not self.has_room:
             self._freed.clear()
             await self._freed.wait()
 
-    def free(self, num_bytes: int) -> None:
-        """Gives the memory of an answer back."""
-        self.add(-num_bytes)
+    def release(self, num_bytes: int) -> None:
+        """Releases the memory of a response."""
+        self.charge(-num_bytes)
         self._freed.set()
 
-    def clear(self) -> None:
-        """Gives everything back: the call has ended."""
-        self.free(self._num_bytes)
+    def release_all(self) -> None:
+        """Releases everything at the end of the call."""
+        self.release(self._num_bytes)
 
-    def add(self, num_bytes: int) -> None:
-        """Takes memory for an answer that is there already."""
+    def charge(self, num_bytes: int) -> None:
+        """Charges a response that already exists."""
         self._num_bytes += num_bytes
         self._memory.num_bytes += num_bytes

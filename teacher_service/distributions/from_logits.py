@@ -1,4 +1,4 @@
-"""Logits to distributions: exact, in float32 whatever the model computes in, a few rows of the vocabulary at a time."""
+"""Logits to exact distributions in float32, whatever type the model computes in, a few rows of [T, V] at a time."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.engine import DistributionOptions, Float32Array, Int32Array
 
-# Axes: T positions, K kept tokens, V vocabulary, N temperatures, Q queries, R draws, H hidden size.
+# Axes: T positions, K kept tokens, V vocabulary, N temperatures, Q queries, R samples, H hidden size.
 
 Float64Array = npt.NDArray[np.float64]
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements of a [chunk, V] block of logits; 64 MiB in float32."""
 GROUP_ELEMENTS = 1 << 20
-"""Elements of the rows that a CPU normalises at once: what stays in its cache is read several times."""
+"""Elements of the rows that a CPU normalises together, so that they stay in its cache over several passes."""
 FOLDS = 8, 16
-"""Into how many layers a CPU folds a vocabulary of below and above 2^16 ids to find its likeliest: see `likeliest`."""
+"""Layers into which a CPU folds a vocabulary below and above 2^16 ids: see `largest`."""
 COMPILED_VOCAB = 2048
-"""Vocabularies from here on are worth the seconds that a process needs for compiled code."""
+"""Smallest vocabulary that repays the seconds of compilation."""
 IDS_PER_TOKEN = 16
-"""Ids of a vocabulary for each likeliest that is wanted, from which on the compiled way is the faster one."""
-DRAW_BLOCK = 128
-"""Ids of the vocabulary whose probabilities are added up before draws look at them."""
+"""Smallest ratio of vocabulary to top-k at which compiled code is faster."""
+SAMPLE_BLOCK = 128
+"""Ids whose probabilities are summed together when sampling."""
 _SCRATCH = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """The rows that a distribution is asked for."""
+class RowSpec:
+    """Sequence and positions of the rows to report."""
 
     start: int
     """Position of the token that row 0 predicts."""
     sequence: Int32Array
-    """[start + T]: everything that is read and, last, the token that the last row predicts."""
+    """[start + T]: the tokens read and, last, the token that the last row predicts."""
     query_token_ids: Int32Array | None = None
     """[T, Q]: ids to report, -1 where a row has fewer."""
 
@@ -52,15 +52,15 @@ class Target:
 def distributions(
     hidden_TH: Tensor,
     head: Callable[[Tensor], Tensor],
-    target: Target,
+    target: RowSpec,
     options: DistributionOptions,
     *,
     vocab_size: int,
 ) -> Distributions:
-    """What `head(hidden_TH)`, the logits of T rows, says about `target`.
+    """Computes the distributions of T rows from their hidden states and `head`, which maps hidden states to logits.
 
     `head` is called on a few rows at a time, so that [T, V] never exists. Raises `StillhouseError` with NON_FINITE
-    if a logit is not a finite number. Log-probabilities are natural and normalised over all `vocab_size` rows.
+    for NaN or infinite logits. Log-probabilities are natural and normalised over all `vocab_size` rows.
     """
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)
     draws_TR = uniforms(target, options)
@@ -76,13 +76,13 @@ def rows(
     hidden_TH: Tensor,
     *,
     begin: int,
-    target: Target,
+    target: RowSpec,
     options: DistributionOptions,
     draws_TR: Float64Array | None,
 ) -> Distributions:
-    """What rows [begin, begin + T) of `target` hold, by their logits, of any float type, which stay as they are.
+    """Computes rows [begin, begin + T) of `spec` from logits of any float type, which are not modified.
 
-    `draws_TR` are the `uniforms` of the whole target. Raises `StillhouseError` with NON_FINITE.
+    `uniforms_TR` are the `uniforms` of the complete spec. Raises `StillhouseError` with NON_FINITE.
     """
     size = max(1, GROUP_ELEMENTS // logits_TV.shape[1]) if logits_TV.device.type == "cpu" else len(logits_TV)
     parts = [
@@ -104,7 +104,7 @@ def _group(
     hidden_TH: Tensor,
     *,
     begin: int,
-    target: Target,
+    target: RowSpec,
     options: DistributionOptions,
     draws_TR: Float64Array | None,
 ) -> Distributions:
@@ -126,7 +126,7 @@ def _group(
         query_logprobs=None if query_TQ is None else _query_logprobs(logits_TV, lse_T1, query_TQ),
         sampled_token_ids=None
         if draws_TR is None
-        else _numpy(drawn(logits_TV, draws_TR[begin : begin + num_rows])),
+        else _numpy(sampled_ids(logits_TV, draws_TR[begin : begin + num_rows])),
         entropy=_numpy(entropies(logits_TV, lse_T1)) if options.entropy else None,
         hidden_states=_numpy(hidden_TH.float()) if options.hidden_states else None,
     )
@@ -134,25 +134,25 @@ def _group(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normalised:
-    """The head of T distributions, and what is left of them."""
+    """Top-k and tail mass of T distributions."""
 
     token_ids: Tensor
-    """INT32 or INT64 [T, K], likeliest first."""
+    """INT32 or INT64 [T, K], most likely first."""
     logprobs: Tensor
     """FLOAT32 [T, K]."""
     log_tail: Tensor
-    """FLOAT32 [T], log of the probability outside the K."""
+    """FLOAT32 [T], log-probability outside the top K."""
     lse: Tensor
-    """FLOAT64 [T, 1]: what turns a logit into a logprob."""
+    """FLOAT64 [T, 1], log-sum-exp: logprob = logit - lse."""
     finite: Tensor
-    """BOOL [T]: whether every logit of the row is a number; the row's other values mean nothing where not."""
+    """BOOL [T]: all logits of the row are finite; otherwise the row's other values are undefined."""
 
 
 def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
-    """The `top_k` likeliest of FLOAT32 logits, at most V, with exact tails.
+    """Computes the top k of FLOAT32 logits, k at most V, with exact tails.
 
-    The tail is a sum of its own, relative to the largest in it: taken as 1 - sum, it would lose everything below
-    6e-8. Log-sum-exp is made of head and tail.
+    The tail is summed separately, relative to its largest term: 1 - sum would lose everything below 6e-8. Log-sum-exp
+    combines head and tail.
     """
     top_k = min(top_k, logits_TV.shape[1])
     if is_compiled(logits_TV, top_k):
@@ -175,7 +175,7 @@ def normalised(logits_TV: Tensor, top_k: int) -> Normalised:
 
 
 def is_compiled(logits_TV: Tensor, top_k: int) -> bool:
-    """Whether `topk_cpu` serves these logits: on a CPU, rows that lie as it reads them, of a vocabulary large enough."""
+    """True where `topk_numba` applies: contiguous rows on a CPU, with a large enough vocabulary."""
     if logits_TV.device.type != "cpu" or not logits_TV.is_contiguous():
         return False
     vocab_size = logits_TV.shape[1]
@@ -183,9 +183,9 @@ def is_compiled(logits_TV: Tensor, top_k: int) -> bool:
 
 
 def _head_and_tail(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(ids [T, K], logits [T, K], log-sum-exp FLOAT64 [T, 1] of these, of all others), in PyTorch's operations."""
+    """Computes (ids [T, K], logits [T, K], log-sum-exp FLOAT64 [T, 1] of these and of all others) in PyTorch operations."""
     vocab_size = logits_TV.shape[1]
-    values_TC, ids_TC = likeliest(logits_TV, min(top_k + 1, vocab_size))
+    values_TC, ids_TC = largest(logits_TV, min(top_k + 1, vocab_size))
     values_TK, ids_TK = values_TC[:, :top_k], ids_TC[:, :top_k]
     first_T1 = values_TC[:, :1].double()
     head_T1 = (values_TK - first_T1).exp_().sum(dim=-1, keepdim=True).log_() + first_T1
@@ -198,9 +198,9 @@ def _head_and_tail(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tenso
 
 
 def scratch(name: str, shape: torch.Size | tuple[int, int], device: torch.device) -> Tensor:
-    """FLOAT32 of this shape and of undefined values, which this thread's next call with this name overwrites.
+    """Returns an uninitialised FLOAT32 buffer, which this thread's next call with the same name overwrites.
 
-    Memory that is asked for anew is slower to get than to compute in.
+    Fresh memory is slower to get than to compute in.
     """
     buffers: dict[str, Tensor] = _SCRATCH.__dict__
     key, size = f"{name} {device}", math.prod(shape)
@@ -210,7 +210,7 @@ def scratch(name: str, shape: torch.Size | tuple[int, int], device: torch.device
 
 
 def as_float32(logits_TV: Tensor) -> Tensor:
-    """The logits themselves, or a copy in `scratch`."""
+    """Returns the logits, or a float32 copy in `scratch`."""
     return (
         logits_TV
         if logits_TV.dtype == torch.float32
@@ -218,11 +218,11 @@ def as_float32(logits_TV: Tensor) -> Tensor:
     )
 
 
-def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Values and ids of the `top_k` largest, in order.
+def largest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Returns values and ids of the `top_k` largest, in order.
 
-    On a CPU the vocabulary is folded into layers that lie on each other. One of the K largest stands in one of the K
-    columns whose own largest are largest: only these are compared.
+    On a CPU the vocabulary is folded into stacked layers. Each of the K largest lies in one of the K columns with the
+    largest maxima, so only these are compared.
     """
     num_rows, vocab_size = logits_TV.shape
     if top_k == vocab_size:
@@ -242,19 +242,19 @@ def likeliest(logits_TV: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     layers_TK = top.indices.div(top_k, rounding_mode="floor")
     ids_TK = columns_TK.gather(1, top.indices - layers_TK * top_k) + layers_TK * width
     if num_layers * width < vocab_size:
-        beyond_TK = top.indices - num_layers * top_k  # of the rest, which fills no layer
+        beyond_TK = top.indices - num_layers * top_k  # in the remainder, which fills no layer
         ids_TK = torch.where(beyond_TK < 0, ids_TK, beyond_TK + num_layers * width)
     return top.values, ids_TK
 
 
 def require_finite(finite_T: Tensor, first: int) -> None:
-    """Raises `StillhouseError` with NON_FINITE for the first row that is not, counted from position `first`."""
+    """Raises `StillhouseError` with NON_FINITE for the first row that is not finite; row 0 is position `first`."""
     if not bool(finite_T.all()):
         raise non_finite(first + int((~finite_T).nonzero()[0]))
 
 
 def non_finite(position: int) -> StillhouseError:
-    """What is said of a sequence whose logits for `position` are not all numbers."""
+    """Builds the error for NaN or infinite logits at `position`."""
     return StillhouseError(
         Reason.NON_FINITE,
         f"The model's logits for position {position} are not finite numbers. "
@@ -272,7 +272,7 @@ def log_partitions(logits_TV: Tensor, lse_T1: Tensor, temperatures: tuple[float,
 
 
 def _query_logprobs(logits_TV: Tensor, lse_T1: Tensor, query_TQ: Int32Array) -> Float32Array:
-    """[T, Q]; -inf where the caller padded with -1."""
+    """[T, Q]; -inf for padding (-1)."""
     ids_TQ = _to(query_TQ, logits_TV)
     logprobs_TQ = logits_TV.gather(-1, ids_TQ.clamp_min(0)) - lse_T1
     return _numpy(logprobs_TQ.masked_fill(ids_TQ < 0, -torch.inf))
@@ -284,50 +284,52 @@ def entropies(logits_TV: Tensor, lse_T1: Tensor) -> Tensor:
     return -(logprobs_TV.exp() * logprobs_TV).sum(dim=-1)
 
 
-def drawn(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
-    """[T, R]: the inverse of the cumulative distribution, in the order of the vocabulary, at the given numbers.
+def sampled_ids(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
+    """Samples [T, R] ids: the inverse of the cumulative distribution, in vocabulary order, at the given uniforms.
 
-    A number finds its block of the vocabulary first, so that only the sums of blocks and the blocks that are hit are
-    added up in double precision.
+    A block of the vocabulary is located first, so that only block sums and the selected blocks are added up in double
+    precision.
     """
     num_rows, vocab_size = logits_TV.shape
-    width = -(-vocab_size // DRAW_BLOCK) * DRAW_BLOCK
+    width = -(-vocab_size // SAMPLE_BLOCK) * SAMPLE_BLOCK
     exps_TV = scratch("drawn", (num_rows, width), logits_TV.device)
     exps_TV[:, vocab_size:] = 0
     torch.sub(logits_TV, logits_TV.amax(dim=-1, keepdim=True), out=exps_TV[:, :vocab_size]).exp_()
-    blocks_TNW = exps_TV.view(num_rows, -1, DRAW_BLOCK)
+    blocks_TNW = exps_TV.view(num_rows, -1, SAMPLE_BLOCK)
     sums_TN = blocks_TNW.sum(dim=-1).double()
     cumulative_TN = sums_TN.cumsum(dim=-1)
     numbers_TR = _below(torch.from_numpy(draws_TR).to(logits_TV.device), cumulative_TN[:, -1:])
     block_TR = torch.searchsorted(cumulative_TN, numbers_TR, right=True)
     sum_TR = sums_TN.gather(1, block_TR)
     share_TR = (numbers_TR - cumulative_TN.gather(1, block_TR) + sum_TR).clamp_min(0) / sum_TR
-    hit_TRW = blocks_TNW.gather(1, block_TR.unsqueeze(-1).expand(-1, -1, DRAW_BLOCK)).double().cumsum(dim=-1)
+    hit_TRW = (
+        blocks_TNW.gather(1, block_TR.unsqueeze(-1).expand(-1, -1, SAMPLE_BLOCK)).double().cumsum(dim=-1)
+    )
     within_TR1 = torch.searchsorted(hit_TRW, _below(share_TR.unsqueeze(-1), hit_TRW[..., -1:]), right=True)
-    return (block_TR * DRAW_BLOCK + within_TR1.squeeze(-1)).int()
+    return (block_TR * SAMPLE_BLOCK + within_TR1.squeeze(-1)).int()
 
 
 def _below(shares: Tensor, totals: Tensor) -> Tensor:
-    """Shares in [0, 1] of the totals; rounding may lift one to the total itself, beyond which there is no token."""
+    """Scales shares in [0, 1] to the totals, strictly below them: rounding may reach a total, where no token lies."""
     return torch.minimum(shares * totals, torch.nextafter(totals, torch.zeros_like(totals)))
 
 
-def uniforms(target: Target, options: DistributionOptions) -> Float64Array | None:
-    """[T, R] numbers in [0, 1), or None if no draws are asked for.
+def uniforms(target: RowSpec, options: DistributionOptions) -> Float64Array | None:
+    """[T, R] uniforms in [0, 1), None if no samples are requested.
 
-    Number r of a position is read from SHAKE-128 over the seed and the tokens before the position, so it does not
-    depend on what else is asked, on the batch, or on the machine.
+    Number r of a position is read from SHAKE-128 over the seed and the prefix, so it is independent of other
+    requests, of the batch and of the machine.
     """
     if options.num_sampled_tokens == 0:
         return None
     num_bytes = 8 * options.num_sampled_tokens
     rows = [np.frombuffer(digest, "<u8") for digest in _prefix_digests(target, options.seed, num_bytes)]
-    # The 53 highest bits are exactly the numbers that a double in [0, 1) can hold evenly.
+    # The 53 highest bits: the numbers in [0, 1) that doubles represent evenly.
     return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _prefix_digests(target: Target, seed: int, num_bytes: int) -> Iterator[bytes]:
-    """One digest for each row, over the seed and the tokens that the row has read."""
+def _prefix_digests(target: RowSpec, seed: int, num_bytes: int) -> Iterator[bytes]:
+    """Yields one digest per row, over the seed and the row's prefix."""
     tokens = np.ascontiguousarray(target.sequence, "<i4")
     state = hashlib.shake_128(b"stillhouse draws" + seed.to_bytes(8, "little", signed=True))
     state.update(tokens[: target.start].tobytes())

@@ -1,6 +1,6 @@
-"""Logits to the head and tail of a distribution on a CPU, compiled: a row is read a few times and nothing but its answer is written.
+"""Top-k and tail of logits on a CPU, compiled with numba: few passes over a row and no temporaries.
 
-A row's answer depends on that row alone, not on the rows beside it and not on the number of threads.
+A row's result is independent of the batch and of the number of threads.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ Float64Array = npt.NDArray[np.float64]
 # Axes: T positions, K kept tokens, V vocabulary.
 
 _MIN_BLOCK, _MAX_BLOCK = 16, 128
-"""Ids of the vocabulary of which only the largest logit is compared at first."""
+"""Ids per block; blocks are first compared by their maxima alone."""
 _BLOCKS_PER_TOKEN = 2
-"""Blocks for each token that is wanted, as far as the vocabulary has them."""
+"""Blocks per requested token, as far as the vocabulary has them."""
 _LOW_BITS = 0x7FFFFFFF
 _LEAST_KEY = ~0x7F7FFFFF
-"""Of the lowest finite number: see `_key`."""
-# e^r = 1 + r + r^2 P(r) for |r| <= ln 2 / 2, to a unit in the last place: as expf of the Cephes library.
+"""`_key` of the lowest finite number."""
+# e^r = 1 + r + r^2 P(r) for |r| <= ln 2 / 2, to one unit in the last place: expf of the Cephes library.
 _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
@@ -35,11 +35,11 @@ _HALF, _ONE, _ZERO, _NOTHING = np.float32(0.5), np.float32(1.0), np.float32(0.0)
 def heads_and_tails(
     logits_TV: Float32Array, top_k: int
 ) -> tuple[Int32Array, Float32Array, Float64Array, Float64Array]:
-    """(ids [T, K], their logits [T, K], log-sum-exp [T] of these, log-sum-exp [T] of all others).
+    """Computes (ids [T, K], their logits [T, K], log-sum-exp [T] of these, log-sum-exp [T] of all others).
 
-    The likeliest come first, of equal ones that with the lower id. Rows are contiguous; 0 < K and 16 (K + 2) <= V. The
-    second sum is one of its own and not a difference. Where a logit of a row is not finite the first one is not either,
-    and the row's other values mean nothing.
+    Ids are in falling order of logits, ties by id. Rows are contiguous; 0 < K and 16 (K + 2) <= V. The second sum is
+    computed by itself, not as a difference. If a logit of a row is not finite, neither is the first sum, and the
+    row's other values are undefined.
     """
     num_rows, vocab_size = logits_TV.shape
     ids, values = np.empty((num_rows, top_k), np.int32), np.empty((num_rows, top_k), np.float32)
@@ -51,7 +51,7 @@ def heads_and_tails(
 
 
 def _compiled(function: Callable[..., Any]) -> Any:
-    """Machine code of a function, kept beside its source or in the user's cache where either can be written."""
+    """Compiles a function, cached beside its source or in the user's cache directory where writable."""
     settings: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
     try:
         return numba.njit(cache=True, **settings)(function)
@@ -61,7 +61,7 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 @_compiled
 def _key(logit: Any) -> Any:
-    """An integer that is ordered as the number is; NaN with a sign is lowest of all, without one highest."""
+    """Maps a float to an integer of the same order; NaN is lowest with a sign bit, highest without."""
     bits = np.float32(logit).view(np.int32)
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(_LOW_BITS)))
 
@@ -93,7 +93,7 @@ def _fill(logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: An
 
 @_compiled
 def _highest_of_blocks(logits_V: Any, block: int, highest: Any) -> Any:
-    """Fills in the highest key of each block; returns the lowest of all."""
+    """Fills in the highest key of each block; returns the lowest key of all."""
     lowest = np.int32(_LOW_BITS)
     for index in range(len(highest)):
         top = np.int32(~_LOW_BITS)
@@ -106,7 +106,7 @@ def _highest_of_blocks(logits_V: Any, block: int, highest: Any) -> Any:
 
 @_compiled
 def _kth_largest(keys: Any, k: int) -> Any:
-    """The key before which k others stand in falling order; `keys` are put in another order."""
+    """Returns the key of rank k (from 0) in falling order; reorders `keys`."""
     low, high = 0, len(keys) - 1
     while low < high:
         pivot = keys[(low + high) // 2]
@@ -131,20 +131,20 @@ def _kth_largest(keys: Any, k: int) -> Any:
 
 @_compiled
 def _at_least(logits_V: Any, block: int, highest: Any, floor: Any, found: Any) -> int:
-    """Fills in key and id, in one number, of the logits whose key is not below `floor`; returns how many there are."""
+    """Fills in key and id, packed in one integer, of the logits with keys from `floor` on; returns their number."""
     count = 0
     for index in range(len(highest)):
         if highest[index] >= floor:
             for token in range(index * block, min(len(logits_V), (index + 1) * block)):
                 key = _key(logits_V[token])
-                found[count] = (np.int64(key) << 32) | (_LOW_BITS - token)  # stays if it is counted
+                found[count] = (np.int64(key) << 32) | (_LOW_BITS - token)  # kept only if counted
                 count += key >= floor
     return count
 
 
 @_compiled
 def _sort_falling(numbers: Any, count: int) -> None:
-    """Shell's sort of the first `count`: they are few."""
+    """Shellsort of the first `count`, which are few."""
     gap = 1
     while gap < count // 3:
         gap = 3 * gap + 1
@@ -160,7 +160,7 @@ def _sort_falling(numbers: Any, count: int) -> None:
 
 @_compiled
 def _sum_up_to(logits_V: Any, highest: Any) -> float:
-    """Sum of e^(logit - highest) of the logits up to `highest`: in float32 over a few, in double precision over these."""
+    """Sums e^(logit - highest) over the logits up to `highest`: in float32 within a block, in double over blocks."""
     total = 0.0
     for begin in range(0, len(logits_V), _MAX_BLOCK):
         part = _ZERO

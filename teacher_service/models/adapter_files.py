@@ -1,4 +1,4 @@
-"""Whether an adapter's two files belong together: ranks in the weights that its configuration does not name scale it wrongly."""
+"""Consistency of an adapter's two files: weights of a rank that the configuration does not name would be scaled wrongly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a model's files lie on this host: a directory as it is, or a hub model fetched without any code."""
+"""Model files on this host: a directory as given, or a hub model fetched without its code."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ModelFiles:
     directory: Path
     """Directory in Hugging Face layout."""
     revision: str
-    """Commit on the hub; empty for a directory of the operator's."""
+    """Commit on the hub; empty for a local directory."""
 
 
 def locate_model(model: str, revision: str = "") -> ModelFiles:
-    """The files of a directory or of a hub id, downloaded if they are not in the cache.
+    """Locates a directory or hub id, downloading what the cache lacks.
 
     Raises `StillhouseError` (MODEL_NOT_FOUND) when neither has it.
     """
@@ -46,7 +46,7 @@ def locate_model(model: str, revision: str = "") -> ModelFiles:
 
 
 def is_quantised(directory: Path) -> bool:
-    """Whether a checkpoint says that its weights are quantised."""
+    """True if a checkpoint declares quantised weights."""
     with suppress(OSError, ValueError, AttributeError):
         return bool(json.loads((directory / "config.json").read_bytes()).get("quantization_config"))
     return False

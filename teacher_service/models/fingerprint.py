@@ -1,4 +1,4 @@
-"""What identifies a model or an adapter: SHA-256 over its numbers, and over nothing that differs between hosts."""
+"""Fingerprints of models and adapters: SHA-256 over everything that determines the logits, independent of the host."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
 
-# Keys of configurations that say where a file came from or who wrote it, not what it computes.
+# Keys of configurations that tell a file's origin or author, not its computation.
 _ORIGIN_KEYS = frozenset(
     {
         "_name_or_path",
@@ -26,7 +26,7 @@ _ORIGIN_KEYS = frozenset(
         "transformers_version",
     }
 )
-# A file that changed this recently can change again without a change of its time stamp.
+# A file changed this recently can change again without a new time stamp.
 _SETTLED_AFTER_S = 2.0
 _HASHING_THREADS = 4
 _MAX_CONFIG_BYTES = 16 << 20
@@ -48,7 +48,7 @@ def model_fingerprint(directory: Path, *, dtype: str, quantization: str) -> str:
 
 
 def adapter_fingerprint(directory: Path) -> str:
-    """Hex SHA-256 over an adapter's configuration and weights, wherever its directory lies.
+    """Hex SHA-256 over an adapter's configuration and weights, independent of its directory.
 
     Raises `StillhouseError` (ADAPTER_INVALID) where one of the two files is missing or unreadable.
     """
@@ -68,7 +68,7 @@ def adapter_fingerprint(directory: Path) -> str:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The model's weight files, sorted by name: safetensors, or PyTorch's own format where there are none.
+    """Lists the model's weight files by name: safetensors, or PyTorch's own format where there are none.
 
     Raises `StillhouseError` (MODEL_NOT_FOUND) where there are neither.
     """
@@ -83,7 +83,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file, remembered by path, size and time of change under the user's cache directory."""
+    """Hex SHA-256 of a file, cached by path, size and modification time under the user's cache directory."""
     status = path.stat()
     key = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ino}"
     cached = cache_directory() / hashlib.sha256(key.encode()).hexdigest()
@@ -94,13 +94,13 @@ def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         value = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - status.st_mtime > _SETTLED_AFTER_S:
-        with suppress(OSError):  # a home that cannot be written costs time, nothing else
+        with suppress(OSError):  # an unwritable home costs time, nothing else
             _write_whole(cached, value)
     return value
 
 
 def cache_directory() -> Path:
-    """Where digests of weight files are remembered."""
+    """Directory of cached digests of weight files."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "stillhouse" / "sha256"
 

@@ -1,4 +1,4 @@
-"""Between text and token ids: the only place of the service that tokenises, renders conversations and decodes."""
+"""Tokenizer of the service: encodes text, renders conversations, and detokenizes streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.teacher_service.models.files import locate_model
 
-# What a trainer may fetch; nothing else of the model's directory leaves the host.
+# Files that a trainer may fetch; nothing else of the model's directory leaves the host.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character has at most four bytes: no more ids than these end in the middle of it.
+# A character has at most four bytes: at most this many ids end in the middle of it.
 _MAX_SPLIT_IDS = 3
 _CONTEXT_IDS = 8
 
@@ -56,9 +56,9 @@ class TextCodec:
 
     @classmethod
     def load(cls, model: str, revision: str = "") -> TextCodec:
-        """The codec of a directory or hub id; no code of the model is run.
+        """Loads the tokenizer of a directory or hub id; no code of the model is run.
 
-        Raises `StillhouseError` (MODEL_NOT_FOUND) where there is no tokenizer that can be loaded so.
+        Raises `StillhouseError` (MODEL_NOT_FOUND) where no tokenizer can be loaded so.
         """
         from transformers import AutoTokenizer
 
@@ -82,11 +82,12 @@ class TextCodec:
         return cls(tokenizer, directory, eos_token_ids(directory))
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """INT32 [T]: the ids of `text`, with the special tokens that the model's tokenizer puts around it."""
+        """Encodes `text` to INT32 [T], with the special tokens that the tokenizer adds."""
         return np.asarray(self._tokenizer.encode(text), dtype=np.int32)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> npt.NDArray[np.int32]:
-        """INT32 [T]: a conversation of {"role", "content"} in the model's own format, ready for the next answer.
+        """Renders a conversation of {"role", "content"} to INT32 [T] with the model's chat template and generation
+        prompt.
 
         Raises `StillhouseError` (INVALID_REQUEST) if the model has no chat template or its template refuses.
         """
@@ -111,10 +112,10 @@ class TextCodec:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Name and content of every tokenizer file; tokenizer.json is among them for every tokenizer.
+        """Yields name and content of every tokenizer file; always includes tokenizer.json.
 
-        It is the tokenizer as loaded, which is the one that answers: transformers may give it other parts than its file
-        says, by the type of the model beside it.
+        tokenizer.json is serialised from the loaded tokenizer, which serves: transformers may change parts of the
+        file, by the type of the model beside it.
         """
         for name in TOKENIZER_FILES:
             path = self._directory / name
@@ -124,47 +125,47 @@ class TextCodec:
                 yield name, path.read_bytes()
 
     def stream_decoder(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> StreamDecoder:
-        """A decoder of one sample; `context` is the end of its prompt, which decides on the first space."""
+        """Creates the decoder of one sample; `context` is the end of its prompt, which decides on a leading space."""
         return StreamDecoder(self._tokenizer, stop, context)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoded:
-    """What became certain with the ids of one push."""
+    """Result of one push: text and ids that can no longer change."""
 
     text: str
-    """The new text; it never reaches into a stop string, nor into what may still become one."""
+    """The new text; excludes a stop string and any beginning of one."""
     matched_stop: bool
     """A stop string was found. The sample ends before it, and later pushes are an error."""
     num_ids_kept: int
-    """Ids, counted from the first that was ever pushed, that belong to the sample for certain: those whose text
-    begins before the stop string. It never falls, and without stop strings it is the number of ids pushed."""
+    """Number of ids since the first push that belong to the sample for certain: those whose text begins before the
+    stop string. Never falls; without stop strings it is the number of ids pushed."""
 
 
 class StreamDecoder:
-    """Turns the ids of one sample into text as they come; special tokens have no text."""
+    """Detokenizes one sample incrementally; special tokens have no text."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str], context: Sequence[int] = ()) -> None:
         """`stop` holds no empty string."""
         assert all(stop), "an empty stop string ends every text"
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
-        self._read = [int(token) for token in context[-_CONTEXT_IDS:]]  # their text decides on the next
-        self._unread: list[int] = []  # they end in the middle of a character
+        self._read = [int(token) for token in context[-_CONTEXT_IDS:]]  # context for decoding the next
+        self._unread: list[int] = []  # incomplete: they end in the middle of a character
         # A prompt may end so too; its character then belongs to the sample.
         self._read_text = self._decode(self._read).rstrip(_REPLACEMENT)
-        self._pending = ""  # text that is not given out: it may be the beginning of a stop string
-        self._num_given = 0  # characters given out
-        self._spans: list[tuple[int, int]] = []  # of every id that was read: where its text begins and ends
+        self._pending = ""  # withheld text: it may be the beginning of a stop string
+        self._num_given = 0  # characters emitted
+        self._spans: list[tuple[int, int]] = []  # begin and end of the text of every id read
         self._num_kept = 0
         self._done = False
 
     def push(self, token_ids: npt.NDArray[np.int32] | Sequence[int], final: bool = False) -> Decoded:
-        """What `token_ids` add; `final` says that no more will come, and gives out everything held back."""
+        """Decodes the next ids; `final` marks the last call, which emits all withheld text."""
         assert not self._done, "the sample has ended"
         self._done = final
         ids = [int(token) for token in token_ids]
-        # Where the text of an id decides whether it is kept, ids are read one by one.
+        # With stop strings ids are read one by one, since the text of each decides whether it is kept.
         parts = [[token] for token in ids] if self._stop else [ids]
         for index, part in enumerate(parts or [[]]):
             self._take(part, final=final and index >= len(parts) - 1)
@@ -178,7 +179,7 @@ class StreamDecoder:
         return Decoded(text=text, matched_stop=False, num_ids_kept=self._num_kept)
 
     def _take(self, ids: Sequence[int], *, final: bool) -> None:
-        """Adds the text of `ids` to the pending text, but for ids that end in the middle of a character."""
+        """Appends the text of `ids` to the pending text, except for ids that end in the middle of a character."""
         self._unread.extend(ids)
         whole = self._decode(self._read + self._unread)
         num_read = len(self._unread)
@@ -189,7 +190,7 @@ class StreamDecoder:
                 whole = self._decode(self._read + self._unread[:num_read])
                 if not whole.endswith(_REPLACEMENT):
                     break
-            else:  # bytes that are no character, and never will be
+            else:  # bytes that will never be a character
                 num_read = len(self._unread)
                 whole = self._decode(self._read + self._unread)
         begin = self._num_given + len(self._pending)
@@ -209,7 +210,7 @@ class StreamDecoder:
         return min(found, default=None)
 
     def _num_held(self) -> int:
-        """Characters at the end of the pending text that a stop string begins with."""
+        """Length of the longest end of the pending text that begins a stop string."""
         longest = min(max(map(len, self._stop), default=1) - 1, len(self._pending))
         for length in range(longest, 0, -1):
             if any(stop.startswith(self._pending[-length:]) for stop in self._stop):
@@ -231,7 +232,7 @@ class StreamDecoder:
 
 
 def eos_token_ids(directory: Path) -> tuple[int, ...]:
-    """The end tokens that generation_config.json and config.json name, in that order."""
+    """Lists the end-of-sequence ids of generation_config.json and config.json, in that order."""
     from transformers import AutoConfig, GenerationConfig
 
     found: dict[int, None] = {}
@@ -239,7 +240,7 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
         try:
             value = getattr(load(directory, local_files_only=True), "eos_token_id", None)
         except (OSError, ValueError, KeyError):
-            continue  # a model need not have either; the tokenizer names its own
+            continue  # both are optional; the tokenizer names its own
         for token in value if isinstance(value, list | tuple) else [value]:
             if isinstance(token, int) and token >= 0:
                 found[token] = None

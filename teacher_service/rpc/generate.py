@@ -1,4 +1,4 @@
-"""One Generate call: samples are written side by side, and their tokens, text and distributions stream out as they come."""
+"""One Generate call: samples are generated concurrently; tokens, text and distributions stream as they come."""
 
 from __future__ import annotations
 
@@ -10,127 +10,129 @@ from dataclasses import dataclass, replace
 from stillhouse.protos.errors import StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import encode
-from stillhouse.teacher_service.admission.response_budget import UnreadAnswers
+from stillhouse.teacher_service.admission.response_budget import CallBudget
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
-    GeneratedPiece,
-    GenerateItem,
+    GeneratedChunk,
+    GenerateInput,
     Int32Array,
     LoadedAdapter,
 )
 from stillhouse.teacher_service.rpc import sample_chunks
 from stillhouse.teacher_service.rpc.generate_validation import (
-    Sampling,
+    ValidatedSampling,
     check_call,
     check_prompt,
     check_samples,
     check_sampling,
     seed_of,
 )
-from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, Outbox, cancel_all
-from stillhouse.teacher_service.rpc.score_validation import Wire, check_distributions
-from stillhouse.teacher_service.rpc.service_state import Serving
+from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
+from stillhouse.teacher_service.rpc.score_validation import WireFormat, check_distributions
+from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 _FINISH = {
     "": teacher_pb2.SampleChunk.FINISH_REASON_UNSPECIFIED,
     "stop": teacher_pb2.SampleChunk.FINISH_REASON_STOP,
     "length": teacher_pb2.SampleChunk.FINISH_REASON_LENGTH,
 }
-_CHUNK_BYTES = 256
-"""Room for what a chunk has besides its arrays and its text."""
+_OVERHEAD_BYTES = 256
+"""Bytes of a chunk besides its arrays and text."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Prompt:
     token_ids: Int32Array
-    sampling: Sampling
+    sampling: ValidatedSampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _News:
-    """What a sample adds."""
+class _SampleUpdate:
+    """New tokens and text of a sample, or its error."""
 
     key: tuple[int, int]
-    piece: GeneratedPiece | None = None
+    chunk: GeneratedChunk | None = None
     text: str = ""
     prompt_tokens: int = 0
     prompt_ids: Int32Array | None = None
     adapter_fingerprint: str = ""
     error: Exception | None = None
     num_bytes: int = 0
-    """What it takes until it has left."""
+    """Bytes charged until sent."""
 
 
 class GenerateSession:
-    """The state of one call; nothing of it outlives the call."""
+    """State of one call; nothing outlives it."""
 
-    def __init__(self, serving: Serving, request: teacher_pb2.GenerateRequest, *, client: str) -> None:
-        """Raises `StillhouseError` for a call that makes no sense as a whole."""
+    def __init__(self, serving: ServiceState, request: teacher_pb2.GenerateRequest, *, client: str) -> None:
+        """Raises `StillhouseError` for an invalid call."""
         check_call(request, serving)
         self._serving = serving
         self._request = request
         self._client = client
         self._options: DistributionOptions | None = None
-        self._wire: Wire | None = None
+        self._wire: WireFormat | None = None
         if request.HasField("distributions"):
             self._options, self._wire = check_distributions(request.distributions, serving.info)
-        self._outbox: Outbox[_News] = Outbox()
-        self._unread = UnreadAnswers(serving.memory)
+        self._batcher: ResponseBatcher[_SampleUpdate] = ResponseBatcher()
+        self._unread = CallBudget(serving.budget)
         self._prompts: dict[int, _Prompt | StillhouseError] = {}
 
     async def responses(self) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
-        """The messages of the call. Closing it aborts what is being written."""
-        running = asyncio.create_task(self._write_all())
+        """Yields the messages of the call. Closing it aborts all generation."""
+        running = asyncio.create_task(self._generate_all())
         try:
-            async with aclosing(self._outbox.gathered()) as gathered:
-                async for news in gathered:
-                    yield teacher_pb2.GenerateResponse(chunks=[self._chunk(each) for each in _merged(news)])
-                    # Here the message has been handed to the transport, which waits for a slow caller.
-                    self._unread.free(sum(each.num_bytes for each in news))
+            async with aclosing(self._batcher.batches()) as batches:
+                async for update in batches:
+                    yield teacher_pb2.GenerateResponse(
+                        chunks=[self._to_message(each) for each in _merged(update)]
+                    )
+                    # Here the transport has taken the message; it waits for a slow caller.
+                    self._unread.release(sum(each.num_bytes for each in update))
         finally:
             await cancel_all({running})
-            self._unread.clear()
+            self._unread.release_all()
 
-    async def _write_all(self) -> None:
+    async def _generate_all(self) -> None:
         error: Exception | None = None
         keys = self._keys()
-        num_writers = min(self._serving.config.max_inflight_sequences, sum(1 for _ in self._keys()))
+        num_generators = min(self._serving.config.max_inflight_sequences, sum(1 for _ in self._keys()))
         try:
-            async with asyncio.TaskGroup() as writers:
-                for _ in range(num_writers):
-                    writers.create_task(self._write_samples(keys))
+            async with asyncio.TaskGroup() as generators:
+                for _ in range(num_generators):
+                    generators.create_task(self._generate_samples(keys))
         except ExceptionGroup as group:
             error = group
-        self._outbox.end(error)
+        self._batcher.end(error)
 
     def _keys(self) -> Iterator[tuple[int, int]]:
         for prompt_index, prompt in enumerate(self._request.prompts):
             for sample_index in check_samples(prompt, self._request.num_samples):
                 yield prompt_index, sample_index
 
-    async def _write_samples(self, keys: Iterator[tuple[int, int]]) -> None:
-        """Writes one sample after the other, as long as there are any."""
+    async def _generate_samples(self, keys: Iterator[tuple[int, int]]) -> None:
+        """Generates samples one after the other, until none is left."""
         for key in keys:
             try:
-                await self._write(key)
+                await self._generate(key)
             except Exception as error:
-                self._say(_News(key=key, error=error, num_bytes=_CHUNK_BYTES))
+                self._enqueue(_SampleUpdate(key=key, error=error, num_bytes=_OVERHEAD_BYTES))
 
-    async def _write(self, key: tuple[int, int]) -> None:
+    async def _generate(self, key: tuple[int, int]) -> None:
         prompt = await self._prompt(key[0])
         self._serving.counters.samples_started += 1
-        cost = self._serving.capacity.writing(len(prompt.token_ids), self._num_new(prompt))
+        cost = self._serving.capacity.generate_cost(len(prompt.token_ids), self._num_new(prompt))
         async with self._serving.adapters.use(self._request.prompts[key[0]].adapter) as adapter:
             while True:
-                await self._unread.room()
+                await self._unread.wait_for_room()
                 async with self._serving.admission.turn(self._client, cost):
                     if self._unread.has_room:
-                        # Now it is written to its end, read or not: its place in the engine is not its caller's to keep.
+                        # From here on it is generated to its end, read or not: a slow caller must not hold a slot of the engine.
                         await self._stream(key, prompt, adapter)
                         return
 
     async def _prompt(self, index: int) -> _Prompt:
-        """The checked prompt; raises what is wrong with it, for each of its samples."""
+        """Returns the validated prompt, or raises its error for each of its samples."""
         if index not in self._prompts:
             self._prompts[index] = await asyncio.to_thread(self._check_prompt, index)
         prompt = self._prompts[index]
@@ -151,7 +153,7 @@ class GenerateSession:
 
     async def _stream(self, key: tuple[int, int], prompt: _Prompt, adapter: LoadedAdapter | None) -> None:
         sampling, num_prompt = prompt.sampling, len(prompt.token_ids)
-        item = GenerateItem(
+        item = GenerateInput(
             token_ids=prompt.token_ids,
             adapter=adapter.name if adapter else "",
             temperature=sampling.temperature,
@@ -163,19 +165,19 @@ class GenerateSession:
             whole=self._request.whole_samples and not sampling.stop,
         )
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())
-        held = sample_chunks.Held()
-        withheld: list[_News] = []
+        pending = sample_chunks.PendingChunks()
+        withheld: list[_SampleUpdate] = []
         first = True
         async with aclosing(self._serving.engine.generate(item)) as written:  # type: ignore[type-var]
-            async for piece in written:
-                decoded = decoder.push(piece.token_ids, final=bool(piece.finish))
-                held.add(piece)
-                finish = "stop" if decoded.matched_stop else piece.finish
-                kept = held.give(decoded.num_ids_kept, finish)
+            async for chunk in written:
+                decoded = decoder.push(chunk.token_ids, final=bool(chunk.finish))
+                pending.add(chunk)
+                finish = "stop" if decoded.matched_stop else chunk.finish
+                kept = pending.release(decoded.num_ids_kept, finish)
                 if len(kept.token_ids) or decoded.text or finish:
-                    one = _News(
+                    one = _SampleUpdate(
                         key=key,
-                        piece=kept,
+                        chunk=kept,
                         text=decoded.text,
                         prompt_tokens=num_prompt if first else 0,
                         prompt_ids=prompt.token_ids if first and self._request.prompt_token_ids else None,
@@ -184,7 +186,7 @@ class GenerateSession:
                     first = False
                     withheld.append(one)
                     if finish or not self._request.whole_samples:
-                        self._put(next(_merged(withheld)))
+                        self._enqueue_cut(next(_merged(withheld)))
                         withheld.clear()
                 if finish:
                     return
@@ -193,59 +195,65 @@ class GenerateSession:
         room = self._serving.info.max_sequence_tokens - len(prompt.token_ids)
         return min(prompt.sampling.max_new_tokens, room)
 
-    def _put(self, news: _News) -> None:
-        """Cuts what is too long for one message; text and prompt go with the first part, the end with the last."""
-        assert news.piece is not None
-        self._serving.counters.tokens_generated += len(news.piece.token_ids)
-        beside_bytes = len(news.text.encode()) + (0 if news.prompt_ids is None else news.prompt_ids.nbytes)
-        for index, part in enumerate(sample_chunks.cut(news.piece, PART_BYTES - beside_bytes - _CHUNK_BYTES)):
-            one = _News(
-                key=news.key,
-                piece=part,
-                text=news.text if index == 0 else "",
-                prompt_tokens=news.prompt_tokens if index == 0 else 0,
-                prompt_ids=news.prompt_ids if index == 0 else None,
-                adapter_fingerprint=news.adapter_fingerprint,
-                num_bytes=_CHUNK_BYTES + (beside_bytes if index == 0 else 0) + sample_chunks.num_bytes(part),
-            )
-            self._say(one)
-
-    def _say(self, news: _News) -> None:
-        self._unread.add(news.num_bytes)
-        self._outbox.put(news, news.num_bytes)
-
-    def _chunk(self, news: _News) -> teacher_pb2.SampleChunk:
-        chunk = teacher_pb2.SampleChunk(
-            prompt_index=news.key[0],
-            sample_index=news.key[1],
-            text=news.text,
-            prompt_tokens=news.prompt_tokens,
-            adapter_fingerprint=news.adapter_fingerprint,
+    def _enqueue_cut(self, update: _SampleUpdate) -> None:
+        """Cuts an update that exceeds one message; text and prompt go with the first part, the finish with the last."""
+        assert update.chunk is not None
+        self._serving.counters.tokens_generated += len(update.chunk.token_ids)
+        beside_bytes = len(update.text.encode()) + (
+            0 if update.prompt_ids is None else update.prompt_ids.nbytes
         )
-        if news.prompt_ids is not None:
-            chunk.prompt_token_ids.CopyFrom(encode(news.prompt_ids))
-        if news.error is not None:
-            chunk.error.CopyFrom(to_status(news.error))
-        if news.piece is not None:
-            chunk.token_ids.CopyFrom(encode(news.piece.token_ids))
-            if len(news.piece.sampling_logprobs) == len(news.piece.token_ids):
-                chunk.sampling_logprobs.CopyFrom(encode(news.piece.sampling_logprobs))
-            chunk.finish_reason = _FINISH[news.piece.finish]
-            if self._wire is not None and news.piece.distributions is not None:
-                chunk.distributions.CopyFrom(self._wire.encode(news.piece.distributions))
-        return chunk
+        for index, part in enumerate(
+            sample_chunks.cut(update.chunk, PART_BYTES - beside_bytes - _OVERHEAD_BYTES)
+        ):
+            one = _SampleUpdate(
+                key=update.key,
+                chunk=part,
+                text=update.text if index == 0 else "",
+                prompt_tokens=update.prompt_tokens if index == 0 else 0,
+                prompt_ids=update.prompt_ids if index == 0 else None,
+                adapter_fingerprint=update.adapter_fingerprint,
+                num_bytes=_OVERHEAD_BYTES
+                + (beside_bytes if index == 0 else 0)
+                + sample_chunks.num_bytes(part),
+            )
+            self._enqueue(one)
+
+    def _enqueue(self, update: _SampleUpdate) -> None:
+        self._unread.charge(update.num_bytes)
+        self._batcher.put(update, update.num_bytes)
+
+    def _to_message(self, update: _SampleUpdate) -> teacher_pb2.SampleChunk:
+        message = teacher_pb2.SampleChunk(
+            prompt_index=update.key[0],
+            sample_index=update.key[1],
+            text=update.text,
+            prompt_tokens=update.prompt_tokens,
+            adapter_fingerprint=update.adapter_fingerprint,
+        )
+        if update.prompt_ids is not None:
+            message.prompt_token_ids.CopyFrom(encode(update.prompt_ids))
+        if update.error is not None:
+            message.error.CopyFrom(to_status(update.error))
+        if update.chunk is not None:
+            message.token_ids.CopyFrom(encode(update.chunk.token_ids))
+            if len(update.chunk.sampling_logprobs) == len(update.chunk.token_ids):
+                message.sampling_logprobs.CopyFrom(encode(update.chunk.sampling_logprobs))
+            message.finish_reason = _FINISH[update.chunk.finish]
+            if self._wire is not None and update.chunk.distributions is not None:
+                message.distributions.CopyFrom(self._wire.encode(update.chunk.distributions))
+        return message
 
 
-def _merged(news: list[_News]) -> Iterator[_News]:
-    """What is for one message, with everything that one sample adds in one place; a sample's order stays."""
-    by_key: dict[tuple[int, int], list[_News]] = {}
-    for each in news:
+def _merged(update: list[_SampleUpdate]) -> Iterator[_SampleUpdate]:
+    """Merges the updates of each sample, in order."""
+    by_key: dict[tuple[int, int], list[_SampleUpdate]] = {}
+    for each in update:
         by_key.setdefault(each.key, []).append(each)
     for several in by_key.values():
-        written = [each.piece for each in several if each.piece is not None]
+        written = [each.chunk for each in several if each.chunk is not None]
         yield replace(
             several[0],
-            piece=sample_chunks.join(written) if written else None,
+            chunk=sample_chunks.join(written) if written else None,
             text="".join(each.text for each in several),
             error=several[-1].error,
         )

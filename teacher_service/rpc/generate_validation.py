@@ -1,4 +1,4 @@
-"""Checks of a Generate request: its prompts, its ways of sampling, and the seed of every sample."""
+"""Validation of a Generate request: prompts, sampling parameters, and the seed of every sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.engine import EngineInfo, Int32Array
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.score_validation import check_length, check_tokens
-from stillhouse.teacher_service.rpc.service_state import Serving
+from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 MAX_SAMPLES_PER_PROMPT = 4096
 MAX_STOP_STRINGS = 64
@@ -21,8 +21,8 @@ DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Sampling:
-    """A checked way of drawing tokens."""
+class ValidatedSampling:
+    """Validated sampling parameters."""
 
     temperature: float
     top_p: float
@@ -32,8 +32,8 @@ class Sampling:
     stop: tuple[str, ...]
 
 
-def check_call(request: teacher_pb2.GenerateRequest, serving: Serving) -> None:
-    """Raises `StillhouseError` with INVALID_REQUEST where the whole call makes no sense."""
+def check_call(request: teacher_pb2.GenerateRequest, serving: ServiceState) -> None:
+    """Raises `StillhouseError` with INVALID_REQUEST for an invalid call."""
     if not request.prompts:
         raise _invalid("The request has no prompts. Send at least one.")
     if len(request.prompts) > serving.config.max_prompts:
@@ -51,7 +51,7 @@ def check_call(request: teacher_pb2.GenerateRequest, serving: Serving) -> None:
 
 
 def check_samples(prompt: teacher_pb2.Prompt, num_samples: int) -> tuple[int, ...]:
-    """The samples of a prompt that are asked for, by index. Raises `StillhouseError` with INVALID_REQUEST."""
+    """Indices of the requested samples of a prompt. Raises `StillhouseError` with INVALID_REQUEST."""
     if not prompt.sample_indices:
         return tuple(range(max(1, num_samples)))
     indices = tuple(prompt.sample_indices)
@@ -65,15 +65,17 @@ def check_samples(prompt: teacher_pb2.Prompt, num_samples: int) -> tuple[int, ..
     return indices
 
 
-def check_sampling(common: teacher_pb2.SamplingParams, own: teacher_pb2.SamplingParams | None) -> Sampling:
-    """The sampling of a prompt: every field that `own` sets overrides the one in `common`."""
+def check_sampling(
+    common: teacher_pb2.SamplingParams, own: teacher_pb2.SamplingParams | None
+) -> ValidatedSampling:
+    """Merges and validates sampling parameters: fields set in `own` override those in `common`."""
     params = teacher_pb2.SamplingParams()
     params.CopyFrom(common)
     if own is not None:
         if own.stop:
             del params.stop[:]
         params.MergeFrom(own)
-    sampling = Sampling(
+    sampling = ValidatedSampling(
         temperature=params.temperature if params.HasField("temperature") else 1.0,
         top_p=params.top_p if params.HasField("top_p") else 1.0,
         top_k=params.top_k,
@@ -100,7 +102,7 @@ def check_sampling(common: teacher_pb2.SamplingParams, own: teacher_pb2.Sampling
 
 
 def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo) -> Int32Array:
-    """The ids of a prompt, with room for at least one token after it. Runs the tokenizer: call it in a thread."""
+    """Validated ids of a prompt, with room for at least one new token. Runs the tokenizer: call it in a thread."""
     longest = info.max_sequence_tokens - 1
     match prompt.WhichOneof("input"):
         case "token_ids":
@@ -120,10 +122,10 @@ def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo)
     return ids
 
 
-def seed_of(sampling: Sampling, prompt_ids: Int32Array, sample_index: int) -> int | None:
-    """The seed of one sample, in [0, 2^63): a hash of the call's seed, the prompt and the sample's index.
+def seed_of(sampling: ValidatedSampling, prompt_ids: Int32Array, sample_index: int) -> int | None:
+    """Derives the seed of one sample, in [0, 2^63), from the call's seed, the prompt and the sample's index.
 
-    The place of a prompt in its call is not in it, so that the same prompt gets the same text in any batch.
+    The prompt's position in the call is excluded, so that a prompt has the same completions in any batch.
     """
     if sampling.seed is None:
         return None

@@ -1,4 +1,4 @@
-"""What a streaming call has to say, gathered into messages: full enough to be cheap, soon enough to be fresh."""
+"""Batches response parts into messages: flushes at FLUSH_BYTES or after LINGER_S."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from stillhouse.protos.rpc.channel import FLUSH_BYTES, MAX_MESSAGE_BYTES
 Part = TypeVar("Part")
 
 LINGER_S = 0.004
-"""How long a first part waits for company."""
+"""Longest wait of a first part for others."""
 PART_BYTES = MAX_MESSAGE_BYTES - FLUSH_BYTES - 4096
-"""Largest part: one more than a full message never exceeds MAX_MESSAGE_BYTES."""
+"""Largest part: with one more of it, a full message stays within MAX_MESSAGE_BYTES."""
 
 
-class Outbox(Generic[Part]):
-    """A queue between the tasks of a call and the one writer of its responses.
+class ResponseBatcher(Generic[Part]):
+    """Queue between the tasks of a call and the single generators of its responses.
 
-    What bounds it is `answer_memory`: a task that waited here for a slow reader would keep its place in the engine.
+    Bounded by `response_budget`, not here: a task that waited for a slow reader would hold its slot of the engine.
     """
 
     def __init__(self) -> None:
         self._parts: deque[tuple[Part, int]] = deque()
         self._num_bytes = 0
-        self._some = asyncio.Event()
-        """Something is there, or the end."""
-        self._enough = asyncio.Event()
-        """A message is full, or nothing follows."""
+        self._has_part = asyncio.Event()
+        """Set when there is a part, or at the end."""
+        self._is_full = asyncio.Event()
+        """Set when a message is full, or at the end."""
         self._ended = False
         self._error: BaseException | None = None
 
@@ -37,30 +37,30 @@ class Outbox(Generic[Part]):
         """Adds a part of at most PART_BYTES."""
         self._parts.append((part, num_bytes))
         self._num_bytes += num_bytes
-        self._tell()
+        self._update_events()
 
     def end(self, error: BaseException | None = None) -> None:
-        """Says that nothing follows; with an error, that the call fails after what was put before."""
+        """Ends the queue; with an error, the call fails after the parts put before."""
         self._ended, self._error = True, error
-        self._tell()
+        self._update_events()
 
-    async def gathered(self) -> AsyncGenerator[list[Part], None]:
-        """Lists of parts, each for one message: sent at FLUSH_BYTES, or LINGER_S after the first of them."""
+    async def batches(self) -> AsyncGenerator[list[Part], None]:
+        """Yields lists of parts, one per message."""
         while True:
-            await self._some.wait()
+            await self._has_part.wait()
             if not self._parts:
                 break
-            if not self._enough.is_set():
+            if not self._is_full.is_set():
                 try:
                     async with asyncio.timeout(LINGER_S):
-                        await self._enough.wait()
+                        await self._is_full.wait()
                 except TimeoutError:
                     pass
-            yield self._take()
+            yield self._next_batch()
         if self._error is not None:
             raise self._error
 
-    def _take(self) -> list[Part]:
+    def _next_batch(self) -> list[Part]:
         taken: list[Part] = []
         num_bytes = 0
         while self._parts and num_bytes < FLUSH_BYTES:
@@ -68,16 +68,16 @@ class Outbox(Generic[Part]):
             taken.append(part)
             num_bytes += size
         self._num_bytes -= num_bytes
-        self._some.clear()
-        self._enough.clear()
-        self._tell()
+        self._has_part.clear()
+        self._is_full.clear()
+        self._update_events()
         return taken
 
-    def _tell(self) -> None:
+    def _update_events(self) -> None:
         if self._parts or self._ended:
-            self._some.set()
+            self._has_part.set()
         if self._num_bytes >= FLUSH_BYTES or self._ended:
-            self._enough.set()
+            self._is_full.set()
 
 
 async def cancel_all(tasks: set[asyncio.Task[None]]) -> None:

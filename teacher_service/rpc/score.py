@@ -1,4 +1,4 @@
-"""One Score call: sequences come in, each gets its own answer or error, and a bounded number is ever unanswered."""
+"""One Score call: each sequence gets its own response or error, and the number of unanswered ones is bounded."""
 
 from __future__ import annotations
 
@@ -11,60 +11,60 @@ from dataclasses import dataclass
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.admission.response_budget import UnreadAnswers, answer_bytes
+from stillhouse.teacher_service.admission.response_budget import CallBudget, response_bytes
 from stillhouse.teacher_service.engine import DistributionOptions
-from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, Outbox, cancel_all
-from stillhouse.teacher_service.rpc.score_validation import Wire, check_distributions, check_sequence
-from stillhouse.teacher_service.rpc.service_state import Serving
+from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
+from stillhouse.teacher_service.rpc.score_validation import WireFormat, check_distributions, check_sequence
+from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 DEFAULT_TIMEOUT_MS = 300_000
 DRAIN_RETRY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """A result on its way; the last one of a sequence makes room for another."""
+class _ResultPart:
+    """Part of a sequence's result; the last part makes room for another sequence."""
 
     result: teacher_pb2.ScoreResult
     owns_id: bool
     num_bytes: int = 0
-    """What it frees of the memory of the call's answers."""
+    """Bytes released from the call's budget once sent."""
 
 
 class ScoreSession:
-    """The state of one call; nothing of it outlives the call."""
+    """State of one call; nothing outlives it."""
 
     def __init__(
-        self, serving: Serving, requests: AsyncIterator[teacher_pb2.ScoreRequest], *, client: str
+        self, serving: ServiceState, requests: AsyncIterator[teacher_pb2.ScoreRequest], *, client: str
     ) -> None:
         self._serving = serving
         self._requests = requests
         self._client = client
-        self._unread = UnreadAnswers(serving.memory)
-        self._outbox: Outbox[_Part] = Outbox()
+        self._unread = CallBudget(serving.budget)
+        self._batcher: ResponseBatcher[_ResultPart] = ResponseBatcher()
         self._room = asyncio.Semaphore(serving.config.max_inflight_sequences)
         self._unanswered: set[int] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def responses(self) -> AsyncGenerator[teacher_pb2.ScoreResponse, None]:
-        """The messages of the call. Closing it cancels what the engine has of it."""
+        """Yields the messages of the call. Closing it cancels its work in the engine."""
         reader = asyncio.create_task(self._read_all())
         try:
-            async with aclosing(self._outbox.gathered()) as gathered:
-                async for parts in gathered:
+            async with aclosing(self._batcher.batches()) as batches:
+                async for parts in batches:
                     for part in parts:
-                        # Before the message leaves: its reader may use the id again at once.
+                        # Before the message leaves: its reader may reuse the id at once.
                         if part.result.last and part.owns_id:
                             self._unanswered.discard(part.result.sequence_id)
                     yield teacher_pb2.ScoreResponse(results=[part.result for part in parts])
-                    # Here the message has been handed to the transport, which waits for a slow caller.
+                    # Here the transport has taken the message; it waits for a slow caller.
                     for part in parts:
-                        self._unread.free(part.num_bytes)
+                        self._unread.release(part.num_bytes)
                         if part.result.last:
                             self._room.release()
         finally:
             await cancel_all({reader, *self._tasks})
-            self._unread.clear()
+            self._unread.release_all()
 
     async def _read_all(self) -> None:
         error: Exception | None = None
@@ -73,12 +73,12 @@ class ScoreSession:
             await self._read_sequences(options, wire)
         except Exception as refused:
             error = refused
-        # What was read is answered also when the call then fails.
+        # Sequences already read are answered even if the call then fails.
         outcomes = await asyncio.gather(*self._tasks, return_exceptions=True)
         bugs = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
-        self._outbox.end(error or (bugs[0] if bugs else None))
+        self._batcher.end(error or (bugs[0] if bugs else None))
 
-    async def _read_config(self) -> tuple[DistributionOptions, Wire]:
+    async def _read_config(self) -> tuple[DistributionOptions, WireFormat]:
         first = await anext(self._requests, None)
         if first is None or first.WhichOneof("request") != "config":
             raise StillhouseError(
@@ -87,7 +87,7 @@ class ScoreSession:
             )
         return check_distributions(first.config, self._serving.info)
 
-    async def _read_sequences(self, options: DistributionOptions, wire: Wire) -> None:
+    async def _read_sequences(self, options: DistributionOptions, wire: WireFormat) -> None:
         while True:
             await self._room.acquire()
             request = await self._next_request()
@@ -100,12 +100,12 @@ class ScoreSession:
                     "config.",
                 )
             self._serving.counters.sequences_received += 1
-            task = asyncio.create_task(self._answer(request.sequence, options, wire))
+            task = asyncio.create_task(self._handle(request.sequence, options, wire))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _next_request(self) -> teacher_pb2.ScoreRequest | None:
-        """The next message, or None at the caller's end. Raises DRAINING when the service stops instead."""
+        """Reads the next message; None at the caller's end. Raises DRAINING when the service stops instead."""
         if self._serving.draining.is_set():
             raise _draining()
         reading = asyncio.ensure_future(anext(self._requests, None))
@@ -119,27 +119,27 @@ class ScoreSession:
             draining.cancel()
         raise _draining()
 
-    async def _answer(
-        self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, wire: Wire
+    async def _handle(
+        self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, wire: WireFormat
     ) -> None:
         began = time.monotonic()
         sequence_id = sequence.sequence_id
         owns_id = sequence_id not in self._unanswered
         self._unanswered.add(sequence_id)
         num_bytes = self._num_bytes(sequence, options)
-        # Before the time of the sequence begins: it does not run while its own caller does not read.
-        await self._unread.hold(num_bytes)
+        # Outside the sequence's timeout: it does not run while the caller does not read.
+        await self._unread.reserve(num_bytes)
         try:
             rows = await (self._score(sequence, options) if owns_id else _refuse_id(sequence_id))
         except Exception as error:
             self._serving.counters.sequences_refused += 1
             result = teacher_pb2.ScoreResult(sequence_id=sequence_id, error=to_status(error), last=True)
-            self._outbox.put(_Part(result, owns_id, num_bytes), result.ByteSize())
+            self._batcher.put(_ResultPart(result, owns_id, num_bytes), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
         self._serving.counters.scoring_seconds += time.monotonic() - began
         more = max(0, rows.num_rows * rows.row_bytes - num_bytes)  # hidden states
-        self._unread.add(more)
+        self._unread.charge(more)
         num_bytes += more
         rows_per_part = max(1, PART_BYTES // (rows.row_bytes + 1))
         for begin in range(0, rows.num_rows, rows_per_part):
@@ -149,16 +149,16 @@ class ScoreSession:
                 distributions=wire.encode(rows.rows(begin, end)),
                 last=end == rows.num_rows,
             )
-            part = _Part(result, owns_id, num_bytes if result.last else 0)
-            self._outbox.put(part, result.ByteSize())
+            part = _ResultPart(result, owns_id, num_bytes if result.last else 0)
+            self._batcher.put(part, result.ByteSize())
 
     def _num_bytes(self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions) -> int:
-        """What its answer will take, as far as an unchecked request tells."""
+        """Estimates the bytes of a response from an unvalidated request."""
         shape, query_shape = sequence.token_ids.shape, sequence.query_token_ids.shape
         info = self._serving.info
         num_rows = min(shape[0] - sequence.start, info.max_sequence_tokens) if len(shape) == 1 else 0
         num_queries = min(query_shape[1], info.max_query_tokens) if len(query_shape) == 2 else 0
-        return answer_bytes(max(0, num_rows), options, num_queries=max(0, num_queries))
+        return response_bytes(max(0, num_rows), options, num_queries=max(0, num_queries))
 
     async def _score(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions
@@ -172,7 +172,7 @@ class ScoreSession:
         try:
             async with asyncio.timeout(timeout_ms / 1000):
                 item = check_sequence(sequence, options, self._serving.info)
-                cost = self._serving.capacity.scoring(len(item.token_ids))
+                cost = self._serving.capacity.score_cost(len(item.token_ids))
                 async with (
                     self._serving.adapters.use(item.adapter),
                     self._serving.admission.turn(self._client, cost),

@@ -1,4 +1,4 @@
-"""Every check that a request gets before an engine sees it, and what it means in the engine's own types."""
+"""Validation of Score requests, and their conversion to the engine's types."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
 from stillhouse.protos.tensors.distributions import Distributions, decode, encode_distributions, packed_bits
-from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreInput
 
 MAX_TEMPERATURES = 16
 MAX_SAMPLED_TOKENS = 256
@@ -26,14 +26,14 @@ _OPTIONAL = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wire:
-    """How distributions travel in one call."""
+class WireFormat:
+    """Encoding of distributions in one call."""
 
     logprob_dtype: Tensor.DataType.ValueType
     pack_bits: int | None
 
     def encode(self, rows: Distributions) -> TokenDistributions:
-        """The message of these rows."""
+        """Encodes rows as a message."""
         return encode_distributions(rows, logprob_dtype=self.logprob_dtype, pack_bits=self.pack_bits)
 
 
@@ -58,8 +58,8 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
 
 def check_distributions(
     config: teacher_pb2.DistributionConfig, info: EngineInfo
-) -> tuple[DistributionOptions, Wire]:
-    """What the engine reports, and how it travels.
+) -> tuple[DistributionOptions, WireFormat]:
+    """Validates the config of a call; returns the quantities to report and their encoding.
 
     Raises `StillhouseError`: TOP_K_TOO_LARGE, INVALID_REQUEST, CAPABILITY.
     """
@@ -103,15 +103,15 @@ def check_distributions(
         hidden_states=config.hidden_states,
     )
     bits = packed_bits(info.vocab_size) if config.pack_token_ids else None
-    return options, Wire(logprob_dtype=dtype, pack_bits=bits)
+    return options, WireFormat(logprob_dtype=dtype, pack_bits=bits)
 
 
 def check_tokens(tensor: Tensor, info: EngineInfo, *, longest: int) -> Int32Array:
-    """The ids of a sequence of 1 to `longest` tokens that the tokenizer knows.
+    """Validates a sequence of 1 to `longest` tokens; returns its ids.
 
     Raises `StillhouseError`: EMPTY_SEQUENCE, SEQUENCE_TOO_LONG, TOKEN_OUT_OF_RANGE, TENSOR_INVALID.
     """
-    # Length first: a sequence that is too long is told so, whatever else is wrong with it.
+    # Length first: a sequence that is too long is reported as such, whatever else is wrong with it.
     length = tensor.shape[0] if len(tensor.shape) == 1 else 0
     check_length(length, longest) if len(tensor.shape) == 1 else None
     ids: Int32Array = decode(tensor, field="token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,))
@@ -142,8 +142,8 @@ def check_length(length: int, longest: int) -> None:
 
 def check_sequence(
     sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, info: EngineInfo
-) -> ScoreItem:
-    """One sequence to score. Raises `StillhouseError` as `check_tokens`, and INVALID_REQUEST, CAPABILITY."""
+) -> ScoreInput:
+    """Validates one sequence to score. Raises `StillhouseError` as `check_tokens`, and INVALID_REQUEST, CAPABILITY."""
     ids = check_tokens(sequence.token_ids, info, longest=info.max_sequence_tokens)
     if len(ids) < 2:
         raise StillhouseError(
@@ -158,7 +158,7 @@ def check_sequence(
     query = None
     if sequence.HasField("query_token_ids"):
         query = _check_query(sequence.query_token_ids, len(ids) - start, info)
-    return ScoreItem(
+    return ScoreInput(
         token_ids=ids, start=start, adapter=sequence.adapter, query_token_ids=query, options=options
     )
 

@@ -1,4 +1,4 @@
-"""TeacherService over gRPC: each rpc finds the loaded teacher, hands over to its session, and raises what goes wrong."""
+"""TeacherService over gRPC: each rpc delegates to a session on the loaded teacher."""
 
 # ruff: noqa: ARG002 - the generated base class fixes the arguments of every rpc
 
@@ -17,7 +17,7 @@ from stillhouse.protos.rpc.channel import FLUSH_BYTES
 from stillhouse.protos.rpc.client_identity import client_of
 from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.teacher_service.adapters.registry import AdapterRegistry
-from stillhouse.teacher_service.adapters.upload_store import AdapterSpool
+from stillhouse.teacher_service.adapters.upload_store import UploadStore
 from stillhouse.teacher_service.admission.fair_queue import Capacity
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Engine, LoadedAdapter
@@ -25,13 +25,13 @@ from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.generate import GenerateSession
 from stillhouse.teacher_service.rpc.score import ScoreSession
 from stillhouse.teacher_service.rpc.score_validation import require
-from stillhouse.teacher_service.rpc.service_state import Counters, Serving
+from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
 LOADING_RETRY_S = 5.0
 LIMITED = frozenset({"/stillhouse.v1.TeacherService/Score", "/stillhouse.v1.TeacherService/Generate"})
-"""Rpcs that --max-calls limits; the others answer at once."""
+"""Rpcs under --max-calls; the others answer at once."""
 BATCHES_INSIDE = 8
-"""Batches of the engine that it is given at once: one client's three quarters keep it busy, and so does what others get."""
+"""Engine batches in flight: three quarters of them, the share of a single client, still keep the engine busy."""
 
 log = structlog.get_logger(__name__)
 
@@ -41,19 +41,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
-        self._serving: Serving | None = None
+        self._serving: ServiceState | None = None
         self.counters = Counters()
         """Totals since the start, for logs and tests."""
 
     def serve(self, engine: Engine, codec: TextCodec, adapters: AdapterRegistry) -> None:
-        """Answers calls with this engine."""
-        self._serving = Serving(
+        """Starts to serve calls with this engine."""
+        self._serving = ServiceState(
             config=self._config,
             engine=engine,
             info=engine.info,
             codec=codec,
             adapters=adapters,
-            spool=AdapterSpool(self._config.spool, max_bytes=self._config.max_upload_bytes),
+            uploads=UploadStore(self._config.upload_directory, max_bytes=self._config.max_upload_bytes),
             counters=self.counters,
             capacity=Capacity(
                 max_tokens=self._config.max_inflight_tokens or BATCHES_INSIDE * engine.info.batch_tokens,
@@ -62,19 +62,19 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         )
 
     @property
-    def serving(self) -> Serving | None:
-        """What answers; None while the model loads."""
+    def serving(self) -> ServiceState | None:
+        """State of the loaded teacher; None while the model loads."""
         return self._serving
 
     async def drain(self) -> None:
-        """Lets no call read more; each ends when what it has read is answered."""
+        """Stops reading requests; each call ends once all it has read is answered."""
         if self._serving is not None:
             self._serving.draining.set()
 
     async def GetTeacherInfo(
         self, request: teacher_pb2.GetTeacherInfoRequest, context: Any
     ) -> teacher_pb2.GetTeacherInfoResponse:
-        """The loaded model, its limits and its adapters."""
+        """Describes the loaded model, its limits and its adapters."""
         serving = self._ready()
         info, codec, config = serving.info, serving.codec, serving.config
         return teacher_pb2.GetTeacherInfoResponse(
@@ -103,7 +103,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def GetTokenizer(
         self, request: teacher_pb2.GetTokenizerRequest, context: Any
     ) -> AsyncIterator[teacher_pb2.GetTokenizerResponse]:
-        """The tokenizer's files, in pieces."""
+        """Streams the tokenizer's files, in chunks."""
         files = await asyncio.to_thread(lambda: list(self._ready().codec.files()))
         for name, data in files:
             for begin in range(0, max(1, len(data)), FLUSH_BYTES):
@@ -114,7 +114,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def Score(
         self, request_iterator: AsyncIterator[teacher_pb2.ScoreRequest], context: Any
     ) -> AsyncGenerator[teacher_pb2.ScoreResponse, None]:
-        """Distributions of sequences that the teacher did not write."""
+        """Computes distributions of given sequences."""
         session = ScoreSession(self._ready(), aiter(request_iterator), client=client_of(context))
         async with aclosing(session.responses()) as responses:
             async for response in responses:
@@ -123,7 +123,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def Generate(
         self, request: teacher_pb2.GenerateRequest, context: Any
     ) -> AsyncGenerator[teacher_pb2.GenerateResponse, None]:
-        """Samples, as they grow."""
+        """Streams samples as they are generated."""
         session = GenerateSession(self._ready(), request, client=client_of(context))
         async with aclosing(session.responses()) as responses:
             async for response in responses:
@@ -132,11 +132,11 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def UploadAdapter(
         self, request_iterator: AsyncIterator[teacher_pb2.UploadAdapterRequest], context: Any
     ) -> teacher_pb2.UploadAdapterResponse:
-        """Keeps an adapter on this host, under a path that LoadAdapter may read."""
+        """Stores an adapter on this host, under a path that LoadAdapter may read."""
         serving = self._ready()
         require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
         in_use = {each.path for each in serving.adapters.adapters()}
-        path, fingerprint = await serving.spool.receive(aiter(request_iterator), in_use=in_use)
+        path, fingerprint = await serving.uploads.receive(aiter(request_iterator), in_use=in_use)
         log.info("adapter uploaded", fingerprint=fingerprint, path=str(path))
         return teacher_pb2.UploadAdapterResponse(path=str(path), fingerprint=fingerprint)
 
@@ -153,14 +153,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     async def UnloadAdapter(
         self, request: teacher_pb2.UnloadAdapterRequest, context: Any
     ) -> teacher_pb2.UnloadAdapterResponse:
-        """Frees an adapter once nobody uses it."""
+        """Unloads an adapter once no request uses it."""
         serving = self._ready()
         require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
         await serving.adapters.unload(request.adapter)
         log.info("adapter unloaded", adapter=request.adapter)
         return teacher_pb2.UnloadAdapterResponse()
 
-    def _ready(self) -> Serving:
+    def _ready(self) -> ServiceState:
         if self._serving is None:
             raise StillhouseError(
                 Reason.TEACHER_LOADING,

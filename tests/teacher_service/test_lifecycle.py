@@ -19,7 +19,7 @@ from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.rpc.channel import connect_async
 from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.lifecycle import SERVICE, _Teacher
+from stillhouse.teacher_service.lifecycle import SERVICE, _TeacherProcess
 from tests.conftest import Models
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
@@ -177,7 +177,7 @@ async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serv
     config = TeacherConfig(
         model=str(models.teacher), threads=1, listen=socket, address_file=address_file, shutdown_grace_s=5
     )
-    teacher = _Teacher(config)
+    teacher = _TeacherProcess(config)
     living = asyncio.create_task(teacher.live())
     # A channel that finds nobody waits a second before it tries again, and by then this small model is loaded.
     while not (tmp_path / "socket").exists():  # noqa: ASYNC110 - a file has no event

@@ -1,4 +1,4 @@
-"""`stillhouse run create`: a run file becomes a run, or every problem of it is shown at once."""
+"""`stillhouse run create | schema`: submits a run file, or shows every problem of it; prints the schema of run files."""
 
 from __future__ import annotations
 
@@ -76,4 +76,15 @@ def _validate(session: Session, file: RunFile) -> int:
     return 0
 
 
-COMMANDS = (create,)
+@command(name="schema")
+def schema(_session: Session) -> None:
+    """Print the JSON Schema of a run file.
+
+    Editors complete and check run files by it: write it to a file, and name that in a run file's first line, "# yaml-language-server: $schema=FILE".
+    """
+    from stillhouse.client.runfile.schema import schema_text
+
+    click.echo(schema_text(), nl=False)
+
+
+COMMANDS = (create, schema)

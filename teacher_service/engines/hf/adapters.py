@@ -1,4 +1,4 @@
-"""LoRA adapters inside a transformers model: several are injected, one at a time or none speaks."""
+"""LoRA adapters inside a transformers model: several are injected, at most one is active."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from stillhouse.protos.errors import Reason, StillhouseError
 
 
 class LoraSlots:
-    """The adapters of one model. Not thread-safe: the thread that owns the model calls it."""
+    """Adapters of one model. Not thread-safe: called by the thread that owns the model."""
 
     def __init__(self, model: Any, *, max_adapters: int, max_rank: int) -> None:
         self._model = model
         self._max_adapters = max_adapters
         self._max_rank = max_rank
-        # torch forbids dots in the names of modules, so an adapter's own name stays out of the model.
+        # torch forbids dots in module names, so slots have names of their own.
         self._slots: dict[str, str] = {}
         self._count = 0
-        self._speaking: str | None = None
+        self._active_name: str | None = None
 
     def load(self, name: str, path: Path) -> int:
-        """Injects the adapter and gives its rank.
+        """Injects an adapter; returns its rank.
 
-        Raises `StillhouseError` with ADAPTER_SLOTS or ADAPTER_INVALID; the model is then as before.
+        Raises `StillhouseError` with ADAPTER_SLOTS or ADAPTER_INVALID; the model is then unchanged.
         """
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
         from safetensors.torch import load_file
@@ -46,7 +46,7 @@ class LoraSlots:
             lora.inference_mode = True
             weights = _strip_prefix(load_file(path / "adapter_model.safetensors"))
             _require_finite(name, weights)
-            with warnings.catch_warnings():  # several adapters in one model are what is wanted here
+            with warnings.catch_warnings():  # several adapters in one model are intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
                 inject_adapter_in_model(lora, self._model, adapter_name=slot)
             outcome = set_peft_model_state_dict(self._model, weights, adapter_name=slot)
@@ -56,21 +56,21 @@ class LoraSlots:
         except StillhouseError:
             self._remove(slot)
             raise
-        # Libraries raise what they like on files that are not theirs.
+        # Libraries raise any type on malformed files.
         except Exception as error:
             self._remove(slot)
             raise _invalid(name, _why(error)) from error
         self._model.eval()
         self._slots[name] = slot
-        self._speaking = None
+        self._active_name = None
         return rank
 
     def unload(self, name: str) -> None:
-        """Takes the adapter out of the model."""
+        """Removes the adapter from the model."""
         self._remove(self._slots.pop(name))
 
     def merge(self, name: str) -> None:
-        """Adds the adapter to the weights that it changes, and leaves a model without slots."""
+        """Merges the adapter into the weights that it changes, and removes all slots."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         slot = self._slots[name]
@@ -80,11 +80,11 @@ class LoraSlots:
                     child.merge(safe_merge=True, adapter_names=[slot])
                     setattr(module, child_name, child.get_base_layer())
         self._slots.clear()
-        self._speaking = None
+        self._active_name = None
 
-    def speak(self, name: str) -> None:
-        """Makes the next forward passes those of the adapter; of the base model for an empty name."""
-        if name == self._speaking:
+    def activate(self, name: str) -> None:
+        """Activates an adapter for the next forward passes; an empty name selects the base model."""
+        if name == self._active_name:
             return
         if name and name not in self._slots:
             raise StillhouseError(
@@ -97,7 +97,7 @@ class LoraSlots:
                 layer.set_adapter(self._slots[name], inference_mode=True)
             # The layer's own method would make frozen weights trainable again.
             layer._disable_adapters = not name
-        self._speaking = name
+        self._active_name = name
 
     def _checked_rank(self, name: str, path: Path) -> int:
         rank = int(_read_config(name, path)["r"])
@@ -112,7 +112,7 @@ class LoraSlots:
             layer.delete_adapter(slot)
         configs = getattr(self._model, "peft_config", {})
         configs.pop(slot, None)
-        self._speaking = None
+        self._active_name = None
 
     def _layers(self) -> list[Any]:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -121,7 +121,7 @@ class LoraSlots:
 
 
 def _why(error: Exception) -> str:
-    """What an exception says, in one line; torch's of weights that do not fit begins with a headline."""
+    """First informative line of an exception; torch's for mismatched weights begins with a headline."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), type(error).__name__)
 
@@ -145,7 +145,7 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
 
 
 def _strip_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The keys as seen from the model itself: peft saves them as seen from its wrapper."""
+    """Renames keys from peft's wrapper to the model itself."""
     return {key.removeprefix("base_model.model."): value for key, value in weights.items()}
 
 

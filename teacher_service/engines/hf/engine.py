@@ -1,4 +1,4 @@
-"""The reference engine: transformers in this process; an answer does not depend on what else is asked, bit for bit on a CPU."""
+"""Reference engine: transformers in this process. On a CPU a result is bitwise independent of concurrent requests."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.config import BATCH_TOKENS, TeacherConfig
-from stillhouse.teacher_service.distributions.from_logits import Target, distributions, require_finite
-from stillhouse.teacher_service.distributions.sampling import draw
+from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions, require_finite
+from stillhouse.teacher_service.distributions.sampling import sample_token
 from stillhouse.teacher_service.engine import (
     EngineInfo,
     Finish,
-    GeneratedPiece,
-    GenerateItem,
+    GeneratedChunk,
+    GenerateInput,
     LoadedAdapter,
-    ScoreItem,
+    ScoreInput,
 )
 from stillhouse.teacher_service.engines.hf import quantization as hf_quantization
 from stillhouse.teacher_service.engines.hf import worker
@@ -38,23 +38,23 @@ from stillhouse.teacher_service.models.files import locate_model
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 
 _CPU_BATCH_TOKENS = 512
-"""A sequence at a time is computed there, and a few that wait keep it busy."""
+"""Fewer on a CPU, which computes one sequence at a time: a few waiting ones keep it busy."""
 
 
 @dataclass(kw_only=True, slots=True)
-class _Writing:
-    """What is kept of a sample between its tokens."""
+class _SampleState:
+    """Generation state of a sample between its tokens."""
 
     cache: Any
     generator: torch.Generator
-    written: list[int]
+    generated: list[int]
 
 
 class HfEngine:
-    """Engine on transformers. One thread owns the model; sequences of one length and adapter share a pass on a GPU.
+    """Engine on transformers. One thread owns the model; on a GPU, sequences of one length and adapter share a pass.
 
-    On a CPU every sequence gets a pass of its own: there the kernels sum in an order that depends on the batch.
-    Samples are written one token at a time in turn, each with its own cache, on every device.
+    On a CPU each sequence has its own pass, since kernels sum in an order that depends on the batch. Active samples
+    take turns by one token, each with its own KV cache, on every device.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class HfEngine:
         self._info = _describe(config, model, codec, directory, revision)
         self._worker = Worker(
             score=self._score_batch,
-            step=self._write_token,
-            take=self._take_batch,
+            step=self._generate_token,
+            select_batch=self._select_batch,
             num_threads=config.num_threads,
         )
 
     @classmethod
     async def load(cls, config: TeacherConfig) -> HfEngine:
-        """The engine with its model in memory. Raises `StillhouseError` with MODEL_NOT_FOUND or INVALID_CONFIG."""
+        """Loads the model. Raises `StillhouseError` with MODEL_NOT_FOUND or INVALID_CONFIG."""
         return await asyncio.to_thread(cls._load, config)
 
     @classmethod
@@ -88,21 +88,21 @@ class HfEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What is loaded."""
+        """The loaded model and its limits."""
         return self._info
 
-    async def score(self, item: ScoreItem) -> Distributions:
-        """Distributions of one sequence."""
+    async def score(self, item: ScoreInput) -> Distributions:
+        """Computes the distributions of one sequence."""
         return await self._worker.score(item)
 
-    async def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
-        """Pieces of one sample, one token each."""
+    async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
+        """Streams one sample, one token per chunk."""
         job = self._worker.start_sample(item)
         try:
             while True:
-                piece = await self._worker.next_piece(job)
-                yield piece
-                if piece.finish:
+                chunk = await self._worker.next_chunk(job)
+                yield chunk
+                if chunk.finish:
                     return
         finally:
             self._worker.drop_sample(job)
@@ -129,11 +129,11 @@ class HfEngine:
             raise worker.engine_dead(self._worker.death)
 
     async def close(self) -> None:
-        """Ends the thread after the pass that it is in."""
+        """Ends the thread after its current pass."""
         await asyncio.to_thread(self._worker.close)
 
-    def _take_batch(self, waiting: deque[ScoreJob]) -> list[ScoreJob]:
-        """Takes the oldest sequence and, on a GPU, those that can share its pass."""
+    def _select_batch(self, waiting: deque[ScoreJob]) -> list[ScoreJob]:
+        """Takes the oldest sequence and, on a GPU, others that can share its pass."""
         first = waiting.popleft()
         batch = [first]
         if not self._shares_passes:
@@ -150,83 +150,83 @@ class HfEngine:
     def _score_batch(self, batch: list[ScoreJob]) -> None:
         try:
             with torch.inference_mode():
-                self._slots.speak(batch[0].item.adapter)
-                # The last token is read by nobody: nothing is asked of what follows it.
+                self._slots.activate(batch[0].item.adapter)
+                # The last token is a target only: its successor is not requested.
                 sequences = [job.item.token_ids[:-1] for job in batch]
                 keep = max(_num_rows(job.item) for job in batch)
                 rows_BTH = self._model.last_rows(sequences, keep)
                 for job, rows_TH in zip(batch, rows_BTH, strict=True):
-                    self._answer(job, rows_TH[keep - _num_rows(job.item) :])
+                    self._score_one(job, rows_TH[keep - _num_rows(job.item) :])
         except Exception as error:
             worker.raise_if_fatal(error)
             if len(batch) > 1:
                 for job in batch:
                     self._score_batch([job])
             else:
-                batch[0].answer.fail(worker.as_answer(error))
+                batch[0].future.set_exception(worker.as_input_error(error))
 
-    def _answer(self, job: ScoreJob, rows_TH: torch.Tensor) -> None:
+    def _score_one(self, job: ScoreJob, rows_TH: torch.Tensor) -> None:
         item = job.item
-        target = Target(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
+        target = RowSpec(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
         try:
-            answer = distributions(
+            result = distributions(
                 rows_TH, self._model.head, target, item.options, vocab_size=self._model.vocab_size
             )
         except StillhouseError as error:
-            job.answer.fail(error)
+            job.future.set_exception(error)
         else:
-            job.answer.give(answer)
+            job.future.set_result(result)
 
-    def _write_token(self, job: SampleJob) -> GeneratedPiece:
+    def _generate_token(self, job: SampleJob) -> GeneratedChunk:
         item = job.item
         if job.state is None:
             job.state = self._begin(item)
-        writing: _Writing = job.state
-        unread = np.array(writing.written[-1:], np.int32) if writing.written else item.token_ids
+        state: _SampleState = job.state
+        unread = np.array(state.generated[-1:], np.int32) if state.generated else item.token_ids
         with torch.inference_mode():
-            self._slots.speak(item.adapter)
-            row_1H = self._model.last_rows([unread], 1, writing.cache)[0]
+            self._slots.activate(item.adapter)
+            row_1H = self._model.last_rows([unread], 1, state.cache)[0]
             logits_1V = self._model.head(row_1H).float()
-            position = len(item.token_ids) + len(writing.written)
+            position = len(item.token_ids) + len(state.generated)
             require_finite(torch.isfinite(logits_1V).all(dim=-1), position)
-            token, logprob = draw(
+            token, logprob = sample_token(
                 logits_1V[0],
                 temperature=item.temperature,
                 top_p=item.top_p,
                 top_k=item.top_k,
                 num_valid=self._info.tokenizer_size,
-                generator=writing.generator,
+                generator=state.generator,
             )
-            writing.written.append(token)
+            state.generated.append(token)
             rows = None
             if item.options is not None:
-                sequence = np.concatenate([item.token_ids, np.array(writing.written, np.int32)])
+                sequence = np.concatenate([item.token_ids, np.array(state.generated, np.int32)])
                 rows = distributions(
                     row_1H,
                     lambda _: logits_1V,
-                    Target(start=position, sequence=sequence),
+                    RowSpec(start=position, sequence=sequence),
                     item.options,
                     vocab_size=self._model.vocab_size,
                 )
-        return GeneratedPiece(
+        return GeneratedChunk(
             token_ids=np.array([token], np.int32),
             sampling_logprobs=np.array([logprob], np.float32),
             distributions=rows,
-            finish=self._finish(item, writing),
+            finish=self._finish(item, state),
         )
 
-    def _begin(self, item: GenerateItem) -> _Writing:
+    def _begin(self, item: GenerateInput) -> _SampleState:
         generator = torch.Generator()
         generator.manual_seed(int(self._seeds.integers(2**63)) if item.seed is None else item.seed)
-        return _Writing(cache=self._model.new_cache(), generator=generator, written=[])
+        return _SampleState(cache=self._model.new_cache(), generator=generator, generated=[])
 
-    def _finish(self, item: GenerateItem, writing: _Writing) -> Finish:
-        if writing.written[-1] in self._info.eos_token_ids:
+    def _finish(self, item: GenerateInput, state: _SampleState) -> Finish:
+        if state.generated[-1] in self._info.eos_token_ids:
             return "stop"
-        return "length" if len(writing.written) >= item.max_new_tokens else ""
+        return "length" if len(state.generated) >= item.max_new_tokens else ""
 
 
-def _num_rows(item: ScoreItem) -> int:
+def _num_rows(item: ScoreInput) -> int:
     return len(item.token_ids) - item.start
 
 

@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter into its base: a model of its own that says what base and adapter say, or a sentence why not."""
+"""Merges a LoRA adapter into its base model, verified to give the same logits."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from stillhouse.teacher_service.models.files import locate_model
 from stillhouse.teacher_service.models.fingerprint import weight_files
 
 TOLERANCE = 1e-3
-"""How far logits of the merged model may lie from those of base and adapter, both in float32, as a share of the largest."""
+"""Largest difference between logits of the merged model and of base plus adapter, in float32, relative to the largest
+logit."""
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
 _PROBE_TOKENS = 16
 _NAME = "the adapter"
 
 
 def merge_adapter(model: str, adapter: Path, out: Path, *, revision: str = "") -> None:
-    """Writes `model` with `adapter` merged into its weights to the directory `out`, which must not exist.
+    """Merges `adapter` into the weights of `model` and writes the result to the new directory `out`.
 
-    The sums are made in float32 and stored in the base's own types. Every other file of the base is copied as it is.
-    Raises `StillhouseError`: MODEL_NOT_FOUND, ADAPTER_INVALID, INVALID_CONFIG; nothing is left at `out` then.
+    Sums are computed in float32 and stored in the base's own types. All other files are copied from the base. Raises
+    `StillhouseError`: MODEL_NOT_FOUND, ADAPTER_INVALID, INVALID_CONFIG; nothing is left at `out` then.
     """
     base = locate_model(model, revision).directory
     _check(base, adapter, out)
@@ -86,7 +87,7 @@ def _merged(base: Path, adapter: Path) -> Any:
     model = model.float().requires_grad_(False)
     slots = LoraSlots(model, max_adapters=1, max_rank=1 << 20)
     slots.load(_NAME, adapter)
-    slots.speak(_NAME)
+    slots.activate(_NAME)
     wanted = _probe(model)
     slots.merge(_NAME)
     largest = float(wanted.abs().max())
@@ -102,7 +103,7 @@ def _merged(base: Path, adapter: Path) -> Any:
 
 
 def _probe(model: Any) -> torch.Tensor:
-    """Logits of some tokens."""
+    """Computes logits of a few random tokens."""
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
@@ -112,7 +113,7 @@ def _probe(model: Any) -> torch.Tensor:
 
 
 def _copy_others(base: Path, out: Path) -> None:
-    """Configuration, tokenizer and whatever else lies beside the weights."""
+    """Copies configuration, tokenizer and all other files except weights."""
     for path in sorted(base.iterdir()):
         if path.is_file() and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, out / path.name)

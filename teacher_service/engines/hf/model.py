@@ -1,4 +1,4 @@
-"""A causal language model of transformers as two functions: tokens to hidden states, and hidden states to logits."""
+"""Causal language model of transformers as two functions: tokens to hidden states, hidden states to logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FALLBACK_SEQUENCE_TOKENS = 32768
 
 
 class HfModel:
-    """The loaded model. Every pass reads whole sequences of one length: nothing is ever padded."""
+    """The loaded model. Each pass takes sequences of one length: nothing is padded."""
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.model = model
@@ -31,7 +31,7 @@ class HfModel:
             logits = model(probe).logits
             self.vocab_size = int(logits.shape[-1])
             self.splits = self._head_explains(probe, logits)
-            """Whether logits are the output layer over the last hidden states; not so with scaled or capped logits."""
+            """True if logits are the output layer over the last hidden states; false for scaled or capped logits."""
 
     @classmethod
     def load(cls, config: TeacherConfig, path: Path) -> HfModel:
@@ -76,14 +76,14 @@ class HfModel:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Positions that the model knows."""
+        """Positions that the model supports."""
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit or FALLBACK_SEQUENCE_TOKENS)
 
     def last_rows(self, sequences: list[Int32Array], keep: int, cache: Any = None) -> Tensor:
-        """[B, keep, H]: what the model has made of the last `keep` tokens of sequences of one length.
+        """[B, keep, H]: hidden states of the last `keep` tokens of sequences of one length.
 
-        With a cache the tokens follow those that it has read. Where `splits` is false H is the vocabulary.
+        With a cache, the tokens continue those already in it. Where `splits` is false, H is the vocabulary.
         """
         ids_BT = torch.from_numpy(np.stack(sequences).astype(np.int64)).to(self.device)
         options = {"past_key_values": cache, "use_cache": cache is not None}
@@ -94,11 +94,11 @@ class HfModel:
         return hidden_BTH[:, -keep:]
 
     def head(self, rows_TH: Tensor) -> Tensor:
-        """[T, V]: the logits of rows that `last_rows` gave."""
+        """[T, V]: logits of rows from `last_rows`."""
         return self.model.get_output_embeddings()(rows_TH) if self.splits else rows_TH
 
     def new_cache(self) -> Any:
-        """An empty cache of keys and values for one sequence."""
+        """An empty KV cache for one sequence."""
         from transformers import DynamicCache
 
         return DynamicCache(config=self.model.config)

@@ -1,4 +1,5 @@
-"""Quantisation in the reference engine: a method's name becomes transformers' own configuration, and transformers says whether it works here."""
+"""Quantisation in the reference engine: maps a method's name to transformers' configuration, and reports what does
+not work here."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _EIGHT_BIT = "bitsandbytes_8bit"
 
 
 def method_of(model: Any, asked: str) -> str:
-    """What the model is quantised by: what was asked for, else what its checkpoint says; empty if by nothing."""
+    """Quantisation method of the model: as requested, else as its checkpoint declares; empty if none."""
     if asked:
         name = _normal(asked)
         return _FOUR_BIT[1] if name in _FOUR_BIT else name
@@ -21,7 +22,7 @@ def method_of(model: Any, asked: str) -> str:
 
 
 def configuration(asked: str, dtype: Any) -> Any:
-    """transformers' configuration of a method, with its own defaults. Raises `StillhouseError` (INVALID_CONFIG)."""
+    """Builds transformers' configuration of a method, with its defaults. Raises `StillhouseError` (INVALID_CONFIG)."""
     import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as METHODS
 
@@ -32,7 +33,7 @@ def configuration(asked: str, dtype: Any) -> Any:
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
             )
         if name == _EIGHT_BIT:
-            # It would say at every product that it computes in float16.
+            # It would warn at every matmul that it computes in float16.
             logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
             return transformers.BitsAndBytesConfig(load_in_8bit=True)
         if name in METHODS:
@@ -46,10 +47,10 @@ def configuration(asked: str, dtype: Any) -> Any:
 
 
 def keep_layout(model: Any) -> None:
-    """Keeps the weights of 4 bit layers as they were loaded.
+    """Keeps the weights of 4-bit layers as loaded.
 
-    On some CPUs bitsandbytes repacks them at their first use. Taking them apart again, as every reading of the model's
-    state does and with it peft's loading of an adapter, does not give back what was there.
+    On some CPUs bitsandbytes repacks them at first use. Unpacking, which every read of the state dict does, and with
+    it peft's loading of an adapter, does not restore the original.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -57,7 +58,7 @@ def keep_layout(model: Any) -> None:
 
 
 def refused(asked: str, error: Exception) -> StillhouseError:
-    """Why transformers does not load a model with this method on this machine."""
+    """Builds the error for a method that transformers cannot load on this machine."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     why = lines[0] if lines else type(error).__name__
     return StillhouseError(

@@ -1,4 +1,4 @@
-"""The one thread that owns the reference engine's model: it takes calls, sequences to score and samples to write."""
+"""Worker thread that owns the reference engine's model: it runs calls, scores sequences and generates samples."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.engine import GeneratedPiece, GenerateItem, ScoreItem
+from stillhouse.teacher_service.engine import GeneratedChunk, GenerateInput, ScoreInput
 
 Result = TypeVar("Result")
 
 MAX_ACTIVE_SAMPLES = 16
-"""Samples that are written in turn, each with its cache; the others wait."""
-MAX_UNREAD_PIECES = 64
-"""Pieces of a sample that may wait for their reader before its writing pauses."""
+"""Samples that take turns, each with its cache; the others wait."""
+MAX_UNREAD_CHUNKS = 64
+"""Unread chunks of a sample at which its generation pauses."""
 
 
-class Answer(Generic[Result]):
-    """A result that the worker's thread hands to a task on the event loop."""
+class LoopFuture(Generic[Result]):
+    """Result handed from the worker's thread to a task on the event loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[Result] = self._loop.create_future()
+        self._future: asyncio.Future[Result] = self._loop.create_future()
         self.cancelled = False
-        """Set by the task; the worker then leaves out the work."""
+        """Set by the task; the worker then skips the work."""
 
-    def give(self, result: Result) -> None:
+    def set_result(self, result: Result) -> None:
         """Called on the worker's thread."""
         self._call(self._set, result, None)
 
-    def fail(self, error: BaseException) -> None:
+    def set_exception(self, error: BaseException) -> None:
         """Called on the worker's thread."""
         self._call(self._set, None, error)
 
@@ -45,17 +45,17 @@ class Answer(Generic[Result]):
             self._loop.call_soon_threadsafe(*outcome)
 
     def _set(self, result: Any, error: BaseException | None) -> None:
-        if self.future.done():
+        if self._future.done():
             return
         if error is not None:
-            self.future.set_exception(error)
+            self._future.set_exception(error)
         else:
-            self.future.set_result(result)
+            self._future.set_result(result)
 
-    async def wait(self) -> Result:
-        """The result; cancelling drops the work."""
+    async def get_result(self) -> Result:
+        """Waits for the result; cancelling drops the work."""
         try:
-            return await self.future
+            return await self._future
         finally:
             self.cancelled = True
 
@@ -64,95 +64,95 @@ class Answer(Generic[Result]):
 class ScoreJob:
     """A sequence to score."""
 
-    item: ScoreItem
-    answer: Answer[Distributions]
+    item: ScoreInput
+    future: LoopFuture[Distributions]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class CallJob:
-    """Something to do to the model, such as loading an adapter."""
+    """An action on the model, such as loading an adapter."""
 
     action: Callable[[], Any]
-    answer: Answer[Any]
+    future: LoopFuture[Any]
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
 class SampleJob:
-    """A sample to write; `pieces` ends with a finish or an exception."""
+    """A sample to generate; `chunks` ends with a finish or an exception."""
 
-    item: GenerateItem
+    item: GenerateInput
     loop: asyncio.AbstractEventLoop
-    pieces: asyncio.Queue[GeneratedPiece | BaseException] = field(default_factory=asyncio.Queue)
+    chunks: asyncio.Queue[GeneratedChunk | BaseException] = field(default_factory=asyncio.Queue)
     unread: int = 0
     cancelled: bool = False
     state: Any = None
-    """What the writer keeps between tokens: its cache and its source of chance."""
+    """Generation state between tokens: KV cache and random generator."""
 
 
 class Worker:
-    """Runs calls first, then in turn a batch of sequences and one token of each active sample."""
+    """Alternates between calls, a batch of sequences, and one token of each active sample."""
 
     def __init__(
         self,
         *,
         score: Callable[[list[ScoreJob]], None],
-        step: Callable[[SampleJob], GeneratedPiece],
-        take: Callable[[deque[ScoreJob]], list[ScoreJob]],
+        step: Callable[[SampleJob], GeneratedChunk],
+        select_batch: Callable[[deque[ScoreJob]], list[ScoreJob]],
         num_threads: int,
     ) -> None:
         self._score = score
         self._step = step
-        self._take = take
+        self._select_batch = select_batch
         self._num_threads = num_threads
         self._changed = threading.Condition()
         self._calls: deque[CallJob] = deque()
         self._sequences: deque[ScoreJob] = deque()
         self._samples: deque[SampleJob] = deque()
         self._active: list[SampleJob] = []
-        self._in_hand: list[Answer[Any]] = []
+        self._in_progress: list[LoopFuture[Any]] = []
         self._closing = False
         self.death: BaseException | None = None
-        """Why the thread can work no more."""
+        """Exception that ended the thread."""
         self._thread = threading.Thread(target=self._run, name="hf-engine", daemon=True)
         self._thread.start()
 
     async def call(self, action: Callable[[], Result]) -> Result:
-        """What `action` gives when the worker's thread runs it."""
-        job = CallJob(action=action, answer=Answer())
+        """Runs `action` on the worker's thread; returns its result."""
+        job = CallJob(action=action, future=LoopFuture())
         self._submit(self._calls, job)
-        result: Result = await job.answer.wait()
+        result: Result = await job.future.get_result()
         return result
 
-    async def score(self, item: ScoreItem) -> Distributions:
-        """The answer to one sequence."""
-        job = ScoreJob(item=item, answer=Answer())
+    async def score(self, item: ScoreInput) -> Distributions:
+        """Computes the distributions of one sequence."""
+        job = ScoreJob(item=item, future=LoopFuture())
         self._submit(self._sequences, job)
-        return await job.answer.wait()
+        return await job.future.get_result()
 
-    def start_sample(self, item: GenerateItem) -> SampleJob:
-        """A sample that the worker will write."""
+    def start_sample(self, item: GenerateInput) -> SampleJob:
+        """Queues a sample for generation."""
         job = SampleJob(item=item, loop=asyncio.get_running_loop())
         self._submit(self._samples, job)
         return job
 
-    async def next_piece(self, job: SampleJob) -> GeneratedPiece:
-        """The next piece of a sample, in order."""
-        piece = await job.pieces.get()
+    async def next_chunk(self, job: SampleJob) -> GeneratedChunk:
+        """Waits for the next chunk of a sample, in order."""
+        chunk = await job.chunks.get()
         with self._changed:
             job.unread -= 1
             self._changed.notify_all()
-        if isinstance(piece, BaseException):
-            raise piece
-        return piece
+        if isinstance(chunk, BaseException):
+            raise chunk
+        return chunk
 
     def drop_sample(self, job: SampleJob) -> None:
-        """Stops the writing of a sample."""
+        """Stops the generation of a sample."""
         with self._changed:
             job.cancelled = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Ends the thread after the step that it is in; what waits fails."""
+        """Ends the thread after its current step; waiting work fails."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -166,11 +166,11 @@ class Worker:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        # The number of threads belongs to the thread that sets it, and the bits of a result to the number.
+        # The setting is per thread, and results depend on it bitwise.
         torch.set_num_threads(self._num_threads)
         try:
             while self._wait():
-                self._turn()
+                self._run_once()
         except BaseException as error:
             self.death = error
         self._fail_waiting(engine_dead(self.death))
@@ -179,71 +179,71 @@ class Worker:
         """Sleeps until there is work; False when closing."""
         with self._changed:
             self._changed.wait_for(
-                lambda: self._closing or self._calls or self._sequences or self._writable()
+                lambda: self._closing or self._calls or self._sequences or self._runnable_samples()
             )
             return not self._closing
 
-    def _writable(self) -> list[SampleJob]:
+    def _runnable_samples(self) -> list[SampleJob]:
         self._active = [job for job in self._active if not job.cancelled]
         while self._samples and len(self._active) < MAX_ACTIVE_SAMPLES:
             job = self._samples.popleft()
             if not job.cancelled:
                 self._active.append(job)
-        return [job for job in self._active if job.unread < MAX_UNREAD_PIECES]
+        return [job for job in self._active if job.unread < MAX_UNREAD_CHUNKS]
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         with self._changed:
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
-            # In place: `_submit` holds on to the queue before it holds the lock.
-            live = [job for job in self._sequences if not job.answer.cancelled]
+            # In place: `_submit` refers to the queue before it holds the lock.
+            live = [job for job in self._sequences if not job.future.cancelled]
             self._sequences.clear()
             self._sequences.extend(live)
-            batch = self._take(self._sequences) if self._sequences else []
-            samples = self._writable()
-        self._in_hand = [*(call.answer for call in calls), *(job.answer for job in batch)]
+            batch = self._select_batch(self._sequences) if self._sequences else []
+            samples = self._runnable_samples()
+        self._in_progress = [*(call.future for call in calls), *(job.future for job in batch)]
         for call in calls:
-            self._do(call)
+            self._run_call(call)
         if batch:
             self._score(batch)
         for job in samples:
-            self._write(job)
+            self._generate_token(job)
 
-    def _do(self, call: CallJob) -> None:
+    def _run_call(self, call: CallJob) -> None:
         try:
-            call.answer.give(call.action())
+            call.future.set_result(call.action())
         except Exception as error:
-            call.answer.fail(error)
+            call.future.set_exception(error)
 
-    def _write(self, job: SampleJob) -> None:
-        piece: GeneratedPiece | BaseException
+    def _generate_token(self, job: SampleJob) -> None:
+        chunk: GeneratedChunk | BaseException
         try:
-            piece = self._step(job)
+            chunk = self._step(job)
         except Exception as error:
             raise_if_fatal(error)
-            piece = as_answer(error)
+            chunk = as_input_error(error)
         with self._changed:
             job.unread += 1
-            if isinstance(piece, BaseException) or piece.finish:
+            if isinstance(chunk, BaseException) or chunk.finish:
                 self._active.remove(job)
                 job.state = None
         if not job.loop.is_closed():
-            job.loop.call_soon_threadsafe(job.pieces.put_nowait, piece)
+            job.loop.call_soon_threadsafe(job.chunks.put_nowait, chunk)
 
     def _fail_waiting(self, error: StillhouseError) -> None:
         with self._changed:
             self._closing = True
-            answers = [*self._in_hand, *(job.answer for job in self._calls)]
-            answers += [job.answer for job in self._sequences]
+            futures = [*self._in_progress, *(job.future for job in self._calls)]
+            futures += [job.future for job in self._sequences]
             samples = (*self._active, *self._samples)
-        for answer in answers:
-            answer.fail(error)
+        for future in futures:
+            future.set_exception(error)
         for job in samples:
             if not job.loop.is_closed():
-                job.loop.call_soon_threadsafe(job.pieces.put_nowait, error)
+                job.loop.call_soon_threadsafe(job.chunks.put_nowait, error)
 
 
-def as_answer(error: Exception) -> Exception:
-    """What a caller gets for an exception of one item."""
+def as_input_error(error: Exception) -> Exception:
+    """Maps out-of-memory errors of one input to a StillhouseError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return StillhouseError(
             Reason.OUT_OF_MEMORY, "The teacher has too little memory for this sequence. Send a shorter one."
@@ -252,13 +252,13 @@ def as_answer(error: Exception) -> Exception:
 
 
 def raise_if_fatal(error: Exception) -> None:
-    """Raises again what leaves a device unusable, such as a failed assertion in a kernel."""
+    """Re-raises errors that leave a device unusable, such as a failed assertion in a kernel."""
     if isinstance(error, torch.AcceleratorError) and not isinstance(error, torch.OutOfMemoryError):
         raise error
 
 
 def engine_dead(why: BaseException | None) -> StillhouseError:
-    """What every request gets from an engine that works no more."""
+    """Builds the error of all requests to a dead or closed engine."""
     return StillhouseError(
         Reason.PROCESS_DIED,
         f"The engine has died ({type(why).__name__})." if why is not None else "The engine is closed.",

@@ -20,10 +20,10 @@ from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
     EngineInfo,
-    GeneratedPiece,
-    GenerateItem,
+    GeneratedChunk,
+    GenerateInput,
     LoadedAdapter,
-    ScoreItem,
+    ScoreInput,
 )
 from stillhouse.teacher_service.engines.vllm.adapter_validation import AdapterRules, matrix_shapes
 from stillhouse.teacher_service.engines.vllm.adapters import VllmAdapters
@@ -40,7 +40,7 @@ from stillhouse.teacher_service.engines.vllm.errors import (
     not_started,
     translated,
 )
-from stillhouse.teacher_service.engines.vllm.orphan_guard import Guard, kill_all
+from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard, kill_all
 from stillhouse.teacher_service.engines.vllm.sampling_params import require_whole
 from stillhouse.teacher_service.engines.vllm.tier_selection import choose
 from stillhouse.teacher_service.engines.vllm.tiers import PublicTier, RowsMissingError
@@ -70,7 +70,7 @@ class VllmEngine:
         *,
         tier: PublicTier | None = None,
         processes: Sequence[psutil.Process] = (),
-        guard: Guard | None = None,
+        guard: OrphanGuard | None = None,
     ) -> None:
         """`processes` are those of `llm`, which go with it; `guard` sees to that where this process cannot."""
         self._llm = llm
@@ -93,7 +93,7 @@ class VllmEngine:
         set_environment(config)
         files = await asyncio.to_thread(locate_model, config.model, config.revision)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
-        guard = await asyncio.to_thread(Guard)
+        guard = await asyncio.to_thread(OrphanGuard)
         others = set(psutil.Process().children(recursive=True))
         try:
             llm = await asyncio.to_thread(_start, config, files.directory)
@@ -132,27 +132,27 @@ class VllmEngine:
         """What is loaded."""
         return self._info
 
-    async def score(self, item: ScoreItem) -> Distributions:
+    async def score(self, item: ScoreInput) -> Distributions:
         """Distributions of one sequence; cancelling aborts it inside vLLM."""
         try:
             return await self.score_once(item, reuse=True)
         except RowsMissingError:
             return await self.score_once(item, reuse=False)
 
-    async def score_once(self, item: ScoreItem, *, reuse: bool) -> Distributions:
+    async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
         """As `score`, from the prefix cache only with `reuse`. Raises RowsMissingError where rows came from there."""
-        ids, params = self._tier.scoring(item, reuse=reuse)
-        return self._tier.scored(item, await self._last_output(ids, params, item.adapter))
+        ids, params = self._tier.score_params(item, reuse=reuse)
+        return self._tier.read_scores(item, await self._last_output(ids, params, item.adapter))
 
-    async def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
-        """Pieces of one sample; closing the iterator aborts it inside vLLM."""
+    async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
+        """Chunks of one sample; closing the iterator aborts it inside vLLM."""
         position = len(item.token_ids)
-        params = self._tier.writing(item)
+        params = self._tier.generate_params(item)
         async with aclosing(self._outputs(item.token_ids.tolist(), params, item.adapter)) as outputs:
             async for output in outputs:
-                piece = self._tier.written(item, output.outputs[0], position)
-                position += len(piece.token_ids)
-                yield piece
+                chunk = self._tier.read_chunk(item, output.outputs[0], position)
+                position += len(chunk.token_ids)
+                yield chunk
 
     async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
         """Loads an adapter while others are served."""
@@ -186,8 +186,8 @@ class VllmEngine:
     async def _warm_up(self) -> None:
         """Scores and writes once, so that no request pays for what is made on first use."""
         options = DistributionOptions(top_k=1)
-        await self.score(ScoreItem(token_ids=np.zeros(2, np.int32), start=1, options=options))
-        item = GenerateItem(token_ids=np.zeros(1, np.int32), max_new_tokens=1, options=options)
+        await self.score(ScoreInput(token_ids=np.zeros(2, np.int32), start=1, options=options))
+        item = GenerateInput(token_ids=np.zeros(1, np.int32), max_new_tokens=1, options=options)
         async for _ in self.generate(item):
             pass
 
@@ -245,7 +245,7 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
         raise not_started(config.model, error) from error
 
 
-def _stop(llm: Any, processes: Sequence[psutil.Process], guard: Guard | None) -> None:
+def _stop(llm: Any, processes: Sequence[psutil.Process], guard: OrphanGuard | None) -> None:
     """Ends vLLM, and its workers too where their parent was killed and they live on without it."""
     llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
     # Its destructor does so again, when the modules that it needs may be gone.

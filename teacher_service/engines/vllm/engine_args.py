@@ -16,7 +16,7 @@ from stillhouse.teacher_service.engines.vllm.parallelism import (
     parallel_arguments,
     set_cpu_binding,
 )
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPERS
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPER_THREADS_VARIABLE
 from stillhouse.teacher_service.models.files import is_quantised
 
 VERSIONS = ((0, 32), (0, 33))
@@ -94,13 +94,13 @@ def set_cpu_environment(config: TeacherConfig) -> None:
     computes in the scheduler's process, as on a GPU.
     """
     set_first_runner()
-    os.environ[HELPERS] = "0"
+    os.environ[HELPER_THREADS_VARIABLE] = "0"
     if is_one_process(config):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() - 1))))
         # With many threads the one core that is left makes no difference.
         helps = config.threads is None and threads == 1 and num_cores() > 1
-        os.environ[HELPERS] = str(int(helps))
+        os.environ[HELPER_THREADS_VARIABLE] = str(int(helps))
         if helps:  # a thread that waits for the other leaves its core to whoever else is on the host
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 

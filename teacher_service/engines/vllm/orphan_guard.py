@@ -19,7 +19,7 @@ LOOK_INTERVAL_S = 0.5
 _RELEASE = b"release"
 
 
-class Guard:
+class OrphanGuard:
     """The teacher's end of a guard."""
 
     def __init__(self) -> None:

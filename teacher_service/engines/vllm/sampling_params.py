@@ -12,11 +12,11 @@ from stillhouse.teacher_service.engine import (
     DistributionOptions,
     EngineInfo,
     Float32Array,
-    GenerateItem,
+    GenerateInput,
     Int32Array,
 )
 from stillhouse.teacher_service.engines.vllm.errors import engine_dead
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import RAW, STREAM_INTERVAL_TOKENS
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import KEEP_ARRAYS, STREAM_INTERVAL_TOKENS
 
 TEMPERATURES = (0.01, 2.0)
 """Lowest and highest temperature, besides 0, that vLLM samples at."""
@@ -25,7 +25,7 @@ _MAX_BIASED_IDS = 1024
 _BIAS = -1e9
 
 
-class Requests:
+class SamplingParamsBuilder:
     """Makes requests for one model."""
 
     def __init__(self, info: EngineInfo) -> None:
@@ -37,7 +37,7 @@ class Requests:
         """Candidates of a row: no more than there are tokens."""
         return min(options.top_k, self._info.vocab_size)
 
-    def scoring(self, top_k: int, forced: int | None) -> Any:
+    def prompt_params(self, top_k: int, forced: int | None) -> Any:
         """Parameters that report every position of a prompt, and write one token.
 
         `forced` is the token to write, whose row is then reported too; with None it is of no account.
@@ -59,7 +59,7 @@ class Requests:
             skip_clone=True,
         )
 
-    def sampling(self, item: GenerateItem) -> Any:
+    def sample_params(self, item: GenerateInput) -> Any:
         """Parameters that write one sample. Raises `StillhouseError` (INVALID_REQUEST) for a temperature beyond vLLM's."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -72,7 +72,7 @@ class Requests:
                 f"{high:g}. Choose one of these, or use a teacher started with --engine hf.",
             )
         return SamplingParams(
-            **self._drawing(item),
+            **self._sampling_fields(item),
             max_tokens=min(item.max_new_tokens, self._info.max_sequence_tokens - len(item.token_ids)),
             # The token alone is always asked for: it shows whether the model's numbers are numbers.
             logprobs=0 if item.options is None else self.columns(item.options),
@@ -85,13 +85,13 @@ class Requests:
             stream_interval=STREAM_INTERVAL_TOKENS,
         )
 
-    def marked(self, params: Any) -> Any:
+    def keep_arrays(self, params: Any) -> Any:
         """The same parameters for a request whose rows the front end leaves alone."""
-        params.extra_args = {**(params.extra_args or {}), **RAW}
+        params.extra_args = {**(params.extra_args or {}), **KEEP_ARRAYS}
         return params
 
-    def planned_scoring(self, argument: dict[str, Any], *, reuse: bool) -> Any:
-        """Parameters of a prompt whose rows the worker's extension makes, from `ScorePlan.argument`."""
+    def planned_prompt_params(self, argument: dict[str, Any], *, reuse: bool) -> Any:
+        """Parameters of a prompt whose rows the worker's extension makes, from `ScorePlan.to_extra_args`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -107,8 +107,8 @@ class Requests:
             skip_clone=True,
         )
 
-    def planned_writing(self, item: GenerateItem, argument: dict[str, Any]) -> Any:
-        """Parameters of a sample whose tokens the worker's extension draws, from `DrawPlan.argument`."""
+    def planned_sample_params(self, item: GenerateInput, argument: dict[str, Any]) -> Any:
+        """Parameters of a sample whose tokens the worker's extension draws, from `SamplingPlan.to_extra_args`."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -125,34 +125,36 @@ class Requests:
             skip_clone=True,
         )
 
-    def _drawing(self, item: GenerateItem) -> dict[str, Any]:
+    def _sampling_fields(self, item: GenerateInput) -> dict[str, Any]:
         """How tokens are drawn, by vLLM or, with a seed on a CPU, by `vllm_seeds`."""
         from vllm.platforms import current_platform
 
         if item.temperature == 0:
             return {"temperature": 0.0}
         if item.seed is not None and current_platform.is_cpu():
-            from stillhouse.teacher_service.engines.vllm.worker.seeded_logits_processor import draw_argument
+            from stillhouse.teacher_service.engines.vllm.worker.seeded_logits_processor import (
+                sampling_argument,
+            )
 
             return {
                 "temperature": 0.0,
-                "extra_args": draw_argument(item, num_valid=self._info.tokenizer_size),
+                "extra_args": sampling_argument(item, num_valid=self._info.tokenizer_size),
             }
         return {
             "temperature": item.temperature,
             "top_p": item.top_p,
-            "top_k": item.top_k if self._cuts(item.top_k) else 0,
+            "top_k": item.top_k if self._truncates(item.top_k) else 0,
             # vLLM takes -1 for "no seed"; without the sign every seed is one.
             "seed": None if item.seed is None else item.seed & (2**63 - 1),
         }
 
     def sampling_logprobs(
-        self, item: GenerateItem, num_tokens: int, rows: Distributions | None
+        self, item: GenerateInput, num_tokens: int, rows: Distributions | None
     ) -> Float32Array:
         """[n], or empty where vLLM does not tell: see `VllmEngine`."""
         if item.temperature == 0:
             return np.zeros(num_tokens, dtype=np.float32)
-        if rows is None or not self._draws_from_raw(item):
+        if rows is None or not self._samples_raw(item):
             return np.zeros(0, dtype=np.float32)
         return rows.target_logprobs
 
@@ -165,10 +167,15 @@ class Requests:
                 "Ask again with another seed.",
             )
 
-    def _draws_from_raw(self, item: GenerateItem) -> bool:
-        return item.temperature == 1 and item.top_p == 1 and not self._cuts(item.top_k) and self._bias is None
+    def _samples_raw(self, item: GenerateInput) -> bool:
+        return (
+            item.temperature == 1
+            and item.top_p == 1
+            and not self._truncates(item.top_k)
+            and self._bias is None
+        )
 
-    def _cuts(self, top_k: int) -> bool:
+    def _truncates(self, top_k: int) -> bool:
         return 0 < top_k < self._info.vocab_size
 
 

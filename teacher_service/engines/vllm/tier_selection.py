@@ -15,9 +15,9 @@ from stillhouse.teacher_service.config import TeacherConfig, TierName
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
     EngineInfo,
-    GeneratedPiece,
-    GenerateItem,
-    ScoreItem,
+    GeneratedChunk,
+    GenerateInput,
+    ScoreInput,
 )
 from stillhouse.teacher_service.engines.vllm import logprobs_processor
 from stillhouse.teacher_service.engines.vllm.tiers import (
@@ -38,14 +38,14 @@ _ROUGH = 0.15
 _log = structlog.get_logger(__name__)
 
 
-class Probed(Protocol):
+class ProbedEngine(Protocol):
     """An engine that uses one tier."""
 
-    async def score_once(self, item: ScoreItem, *, reuse: bool) -> Distributions:
+    async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
         """As `Engine.score`, without asking again for rows that are missing."""
         ...
 
-    def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
+    def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """As `Engine.generate`."""
         ...
 
@@ -55,7 +55,7 @@ class StepDownError(Exception):
 
 
 async def choose(
-    config: TeacherConfig, llm: Any, info: EngineInfo, engine: Callable[[PublicTier], Probed]
+    config: TeacherConfig, llm: Any, info: EngineInfo, engine: Callable[[PublicTier], ProbedEngine]
 ) -> PublicTier:
     """The tier to use, at most `config.tier`; `engine` makes an engine that uses a tier. Logs why a better one is not."""
     public = PublicTier(info)
@@ -93,7 +93,7 @@ async def _prepared(name: TierName, config: TeacherConfig, llm: Any, info: Engin
     )
 
 
-async def agree(public: Probed, other: Probed, info: EngineInfo) -> None:
+async def agree(public: ProbedEngine, other: ProbedEngine, info: EngineInfo) -> None:
     """Raises StepDownError unless both say the same of a short prompt, and of greedy tokens after it."""
     length = min(PROMPT_TOKENS, info.max_sequence_tokens - NUM_WRITTEN)
     if length < 2:
@@ -102,10 +102,10 @@ async def agree(public: Probed, other: Probed, info: EngineInfo) -> None:
     options = DistributionOptions(top_k=min(TOP_K, info.max_top_k))
     tolerance = TOLERANCES.get(info.dtype, _ROUGH)
     for start in {1, length // 2, length - 1}:
-        item = ScoreItem(token_ids=ids, start=start, options=options)
+        item = ScoreInput(token_ids=ids, start=start, options=options)
         answers = [await _guarded(engine.score_once(item, reuse=False)) for engine in (public, other)]
         _compare(*answers, tolerance=tolerance)
-    sample = GenerateItem(token_ids=ids, temperature=0, max_new_tokens=NUM_WRITTEN, options=options)
+    sample = GenerateInput(token_ids=ids, temperature=0, max_new_tokens=NUM_WRITTEN, options=options)
     texts = [await _guarded(_written(engine, sample)) for engine in (public, other)]
     if tolerance < _ROUGH and texts[0][0] != texts[1][0]:
         raise StepDownError(f"it writes {texts[1][0]} where the public tier writes {texts[0][0]}")
@@ -130,12 +130,12 @@ async def _guarded(answer: Any) -> Any:
         raise StepDownError(f"its answer cannot be read: {type(error).__name__}: {error}") from error
 
 
-async def _written(engine: Probed, item: GenerateItem) -> tuple[list[int], Distributions]:
+async def _written(engine: ProbedEngine, item: GenerateInput) -> tuple[list[int], Distributions]:
     async with aclosing(engine.generate(item)) as stream:  # type: ignore[type-var]
-        pieces = [piece async for piece in stream]
-    ids = [int(token) for piece in pieces for token in piece.token_ids]
+        chunks = [chunk async for chunk in stream]
+    ids = [int(token) for chunk in chunks for token in chunk.token_ids]
     return ids, Distributions.concat(
-        [piece.distributions for piece in pieces if piece.distributions is not None]
+        [chunk.distributions for chunk in chunks if chunk.distributions is not None]
     )
 
 
@@ -161,7 +161,7 @@ def _compare(one: Distributions, other: Distributions, *, tolerance: float) -> N
             )
 
 
-async def _check_reuse(tier: WorkerTier, engine: Probed, llm: Any, info: EngineInfo) -> None:
+async def _check_reuse(tier: WorkerTier, engine: ProbedEngine, llm: Any, info: EngineInfo) -> None:
     """Scores a sequence twice from inside its first cached block, and does without the cache where rows are missing."""
     block = int(llm.vllm_config.cache_config.block_size)
     length = 2 * block + 1
@@ -171,7 +171,7 @@ async def _check_reuse(tier: WorkerTier, engine: Probed, llm: Any, info: EngineI
     options = DistributionOptions(top_k=1)
     try:
         for start in (1, block):
-            await engine.score_once(ScoreItem(token_ids=ids, start=start, options=options), reuse=True)
+            await engine.score_once(ScoreInput(token_ids=ids, start=start, options=options), reuse=True)
     except RowsMissingError:
         tier.reuse = False
         _log.warning(

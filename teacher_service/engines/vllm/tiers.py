@@ -16,13 +16,13 @@ from stillhouse.teacher_service.config import TierName
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
     EngineInfo,
-    GeneratedPiece,
-    GenerateItem,
-    ScoreItem,
+    GeneratedChunk,
+    GenerateInput,
+    ScoreInput,
 )
 from stillhouse.teacher_service.engines.vllm import flat_logprobs
-from stillhouse.teacher_service.engines.vllm.sampling_params import Requests
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import DrawPlan, ScorePlan, unpack
+from stillhouse.teacher_service.engines.vllm.sampling_params import SamplingParamsBuilder
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan, ScorePlan, unpack
 
 TIERS: Sequence[TierName] = ("worker", "raw", "public")
 """From the best to the one that every vLLM has."""
@@ -42,9 +42,9 @@ class PublicTier:
     def __init__(self, info: EngineInfo) -> None:
         """`info` is of the loaded model."""
         self._info = info
-        self._requests = Requests(info)
+        self._params = SamplingParamsBuilder(info)
 
-    def scoring(self, item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:  # noqa: ARG002
+    def score_params(self, item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:  # noqa: ARG002
         """(prompt, `SamplingParams`) of a sequence; with `reuse` its beginning may come from the prefix cache, which
         vLLM cannot do with its own rows: this tier and the next compute all of it.
 
@@ -52,9 +52,9 @@ class PublicTier:
         """
         self._require(item.options, queries=item.query_token_ids is not None)
         ids, forced = self._prompt(item)
-        return ids, self._requests.scoring(self._columns(item.options), forced)
+        return ids, self._params.prompt_params(self._columns(item.options), forced)
 
-    def scored(self, item: ScoreItem, output: Any) -> Distributions:
+    def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
         """The answer in vLLM's output. Raises `StillhouseError` (NON_FINITE) and RowsMissingError."""
         ids, forced = self._prompt(item)
         parts = []
@@ -66,33 +66,33 @@ class PublicTier:
             parts.append(self._written_rows(rows, len(ids), 1, item.options))
         return Distributions.concat(parts)
 
-    def writing(self, item: GenerateItem) -> Any:
+    def generate_params(self, item: GenerateInput) -> Any:
         """`SamplingParams` of a sample. Raises `StillhouseError` (CAPABILITY, INVALID_REQUEST)."""
         if item.options is not None:
             self._require(item.options, queries=False)
-        return self._requests.sampling(item)
+        return self._params.sample_params(item)
 
-    def written(self, item: GenerateItem, completion: Any, position: int) -> GeneratedPiece:
-        """The next piece of a sample, of which the first token stands at `position`.
+    def read_chunk(self, item: GenerateInput, completion: Any, position: int) -> GeneratedChunk:
+        """The next chunk of a sample, of which the first token stands at `position`.
 
         Raises `StillhouseError` (NON_FINITE, TOKEN_OUT_OF_RANGE).
         """
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-        self._requests.require_known(token_ids)
+        self._params.require_known(token_ids)
         options = item.options or DistributionOptions(top_k=0)
         rows = (
             self._written_rows(completion.logprobs, position, len(token_ids), options)
             if len(token_ids)
             else None
         )
-        return GeneratedPiece(
+        return GeneratedChunk(
             token_ids=token_ids,
-            sampling_logprobs=self._requests.sampling_logprobs(item, len(token_ids), rows),
+            sampling_logprobs=self._params.sampling_logprobs(item, len(token_ids), rows),
             distributions=None if item.options is None else rows,
             finish=completion.finish_reason or "",
         )
 
-    def _prompt(self, item: ScoreItem) -> tuple[list[int], int | None]:
+    def _prompt(self, item: ScoreInput) -> tuple[list[int], int | None]:
         """(what vLLM reads, what it is forced to write).
 
         vLLM must have room to write a token, so of a sequence of full length the last one is written.
@@ -125,7 +125,7 @@ class PublicTier:
         )
 
     def _columns(self, options: DistributionOptions) -> int:
-        return self._requests.columns(options)
+        return self._params.columns(options)
 
     def _require(self, options: DistributionOptions, *, queries: bool) -> None:
         more = (
@@ -159,13 +159,13 @@ class RawTier(PublicTier):
         if max_native_queries:
             self.capabilities = frozenset({teacher_pb2.CAPABILITY_QUERY_LOGPROBS})
 
-    def scoring(self, item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:
+    def score_params(self, item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
         """As the public tier's, with a mark for the front end, and with queries where vLLM takes them.
 
         Raises `StillhouseError` (CAPABILITY, and SEQUENCE_TOO_LONG for queries after the longest prompt).
         """
         query = item.query_token_ids if self.max_query_tokens else None
-        ids, params = super().scoring(
+        ids, params = super().score_params(
             item if query is None else replace(item, query_token_ids=None), reuse=reuse
         )
         if query is not None:
@@ -177,11 +177,11 @@ class RawTier(PublicTier):
                 )
             params.prompt_logprob_token_ids = query
             params.prompt_logprob_start = item.start - 1
-        return ids, self._requests.marked(params)
+        return ids, self._params.keep_arrays(params)
 
-    def scored(self, item: ScoreItem, output: Any) -> Distributions:
+    def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
         """As the public tier's, with vLLM's own answers to queries."""
-        answer = super().scored(item, output)
+        answer = super().read_scores(item, output)
         if item.query_token_ids is None:
             return answer
         query = np.asarray(output.prompt_token_id_logprobs, dtype=np.float32)
@@ -189,9 +189,9 @@ class RawTier(PublicTier):
             raise RuntimeError(f"vLLM answers {query.shape} to queries of {item.query_token_ids.shape}")
         return replace(answer, query_logprobs=query)
 
-    def writing(self, item: GenerateItem) -> Any:
+    def generate_params(self, item: GenerateInput) -> Any:
         """As the public tier's, with a mark for the front end."""
-        return self._requests.marked(super().writing(item))
+        return self._params.keep_arrays(super().generate_params(item))
 
     def _prompt_rows(
         self, rows: Any, start: int, num_rows: int, options: DistributionOptions
@@ -240,14 +240,14 @@ class WorkerTier(PublicTier):
         self.max_query_tokens = max_query_tokens
         self.reuse = reuse
 
-    def scoring(self, item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:
+    def score_params(self, item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
         """The sequence without its last token, whose row is that of the token before it."""
-        argument = ScorePlan.of(item).argument()
-        return item.token_ids[:-1].tolist(), self._requests.planned_scoring(
+        argument = ScorePlan.from_input(item).to_extra_args()
+        return item.token_ids[:-1].tolist(), self._params.planned_prompt_params(
             argument, reuse=reuse and self.reuse
         )
 
-    def scored(self, item: ScoreItem, output: Any) -> Distributions:
+    def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
         """The answer in the worker's rows."""
         ids, values = output.prompt_logprobs
         num_queries = 0 if item.query_token_ids is None else item.query_token_ids.shape[1]
@@ -264,14 +264,14 @@ class WorkerTier(PublicTier):
             raise RowsMissingError(f"{len(ids)} rows of {len(item.token_ids) - item.start}, or empty ones")
         return unpacked.rows
 
-    def writing(self, item: GenerateItem) -> Any:
+    def generate_params(self, item: GenerateInput) -> Any:
         """A request whose tokens the extension draws."""
         seed = secrets.randbits(64) if item.seed is None else item.seed & (2**64 - 1)
-        plan = DrawPlan.of(item, seed=seed, num_valid=self._info.tokenizer_size)
-        return self._requests.planned_writing(item, plan.argument())
+        plan = SamplingPlan.from_input(item, seed=seed, num_valid=self._info.tokenizer_size)
+        return self._params.planned_sample_params(item, plan.to_extra_args())
 
-    def written(self, item: GenerateItem, completion: Any, position: int) -> GeneratedPiece:
-        """The next piece, with the probabilities that its tokens were drawn with."""
+    def read_chunk(self, item: GenerateInput, completion: Any, position: int) -> GeneratedChunk:
+        """The next chunk, with the probabilities that its tokens were drawn with."""
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
         sampling, rows = np.zeros(0, np.float32), None
         if len(token_ids):
@@ -285,7 +285,7 @@ class WorkerTier(PublicTier):
             sampling, rows = unpacked.sampling_logprobs, unpacked.rows
             if len(sampling) != len(token_ids):
                 raise RuntimeError(f"vLLM gave {len(token_ids)} tokens with {len(sampling)} rows")
-        return GeneratedPiece(
+        return GeneratedChunk(
             token_ids=token_ids,
             sampling_logprobs=sampling,
             distributions=None if item.options is None else rows,

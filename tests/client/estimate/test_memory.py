@@ -13,10 +13,12 @@ from click.testing import CliRunner, Result
 
 from stillhouse.client.cli import cli
 from stillhouse.client.estimate import memory
-from stillhouse.client.estimate.memory import Plan, student_bytes
+from stillhouse.client.estimate.memory import MemoryPlan, student_bytes
 from stillhouse.client.estimate.model_shape import ModelShape
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.student_trainer.config import proto, schema
+from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.config.fields import choices
+from stillhouse.student_trainer.config.schema import OptimizerConfig
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 from tests.student_trainer.train.runs import make_run, start
@@ -76,16 +78,23 @@ def test_an_adapter_is_counted_as_peft_makes_it(models: Models) -> None:
 
 
 def test_the_defaults_are_those_of_the_trainer() -> None:
-    run = proto.from_proto(spec_of(SMALLEST))
-    assert run.optimizer.micro_batch_size == memory.MICRO_BATCH_SIZE
-    assert run.data.max_sequence_tokens == memory.MAX_SEQUENCE_TOKENS
-    assert schema.LoraConfig().rank == memory.LORA_RANK
-    plan = Plan.of(spec_of(SMALLEST), "cpu")
-    assert (plan.optimizer, plan.quantization, plan.lora_rank) == (
-        run.optimizer.name,
-        run.student.quantization,
-        None,
+    spec = spec_of({**SMALLEST, "student": {"model": "m", "lora": {}}})
+    run, plan = proto.from_proto(spec), MemoryPlan.from_spec(spec, "cpu")
+    assert run.student.lora is not None
+    assert plan == MemoryPlan(
+        device="cpu",
+        micro_batch_size=run.optimizer.micro_batch_size,
+        sequence_tokens=run.data.max_sequence_tokens,
+        lora_rank=run.student.lora.rank,
+        quantization=run.student.quantization,
+        checkpointing=run.student.gradient_checkpointing,
+        optimizer=run.optimizer.name,
+        half=False,
     )
+
+
+def test_every_optimizer_of_a_run_can_be_estimated() -> None:
+    assert set(memory.OPTIMIZER_BYTES) == set(choices(OptimizerConfig, "name"))
 
 
 @pytest.mark.model
@@ -108,7 +117,7 @@ def test_a_real_run_takes_what_was_predicted(tmp_path: Path, models: Models, *, 
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (tmp_path / "runs/run/attempts/1/log").read_text()
-    parts = student_bytes(ModelShape.read(student), Plan.of(spec_of(spec), "cpu"))
+    parts = student_bytes(ModelShape.read(student), MemoryPlan.from_spec(spec_of(spec), "cpu"))
     assert checkpointing or parts["activations"] > sum(parts.values()) / 4
     assert usage.ru_maxrss * 1024 == pytest.approx(sum(parts.values()), rel=0.25), parts
 

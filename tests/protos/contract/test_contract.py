@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor, MethodDescriptor
 
-from scripts.contract_text import declarations
+from scripts.reference.contract_text import declarations
 from stillhouse.protos.rpc.channel import SERVICE_CONFIG
 from tests.protos.contract.descriptors import FILES, enums, messages
 

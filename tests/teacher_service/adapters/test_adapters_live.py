@@ -38,8 +38,8 @@ def teacher(request: pytest.FixtureRequest) -> Iterator[Teacher]:
 
 
 def upload(teacher: Teacher, directory: Path) -> teacher_pb2.UploadAdapterResponse:
-    with adapter_pieces(directory, None) as pieces:
-        answer: teacher_pb2.UploadAdapterResponse = teacher.stub.UploadAdapter(pieces)
+    with adapter_pieces(directory, None) as chunks:
+        answer: teacher_pb2.UploadAdapterResponse = teacher.stub.UploadAdapter(chunks)
     return answer
 
 

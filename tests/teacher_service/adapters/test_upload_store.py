@@ -11,7 +11,7 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import UploadAdapterRequest
-from stillhouse.teacher_service.adapters.upload_store import KEPT_UPLOADS, AdapterSpool
+from stillhouse.teacher_service.adapters.upload_store import KEPT_UPLOADS, UploadStore
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 from tests.conftest import Models
 from tests.support.small_models import make_adapter
@@ -19,7 +19,7 @@ from tests.support.small_models import make_adapter
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def pieces(directory: Path, size: int = 1000) -> list[UploadAdapterRequest]:
+def chunks(directory: Path, size: int = 1000) -> list[UploadAdapterRequest]:
     requests = []
     for name in (CONFIG, WEIGHTS):
         data = (directory / name).read_bytes()
@@ -35,25 +35,25 @@ async def stream(requests: Iterable[UploadAdapterRequest]) -> AsyncIterator[Uplo
         yield request
 
 
-async def receive(spool: AdapterSpool, requests: Iterable[UploadAdapterRequest], *in_use: Path) -> Path:
+async def receive(spool: UploadStore, requests: Iterable[UploadAdapterRequest], *in_use: Path) -> Path:
     path, _ = await spool.receive(stream(requests), in_use=in_use)
     return path
 
 
 async def test_an_upload_is_kept_by_content(models: Models, tmp_path: Path) -> None:
-    spool = AdapterSpool(tmp_path / "spool", max_bytes=1 << 20)
-    path, fingerprint = await spool.receive(stream(pieces(models.adapter_a)), in_use=())
+    spool = UploadStore(tmp_path / "spool", max_bytes=1 << 20)
+    path, fingerprint = await spool.receive(stream(chunks(models.adapter_a)), in_use=())
     assert fingerprint == adapter_fingerprint(models.adapter_a)
     for name in (CONFIG, WEIGHTS):
         assert (path / name).read_bytes() == (models.adapter_a / name).read_bytes()
-    assert await receive(spool, pieces(models.adapter_a, size=77_777)) == path
-    assert await receive(spool, pieces(models.adapter_b)) != path
+    assert await receive(spool, chunks(models.adapter_a, size=77_777)) == path
+    assert await receive(spool, chunks(models.adapter_b)) != path
     assert len(list(spool.directory.iterdir())) == 2
 
 
 async def test_what_is_no_whole_adapter_leaves_nothing(models: Models, tmp_path: Path) -> None:
-    spool = AdapterSpool(tmp_path / "spool", max_bytes=1 << 20)
-    good = pieces(models.adapter_a)
+    spool = UploadStore(tmp_path / "spool", max_bytes=1 << 20)
+    good = chunks(models.adapter_a)
     damaged = [*good[:-1], UploadAdapterRequest(data=bytes(len(good[-1].data)))]
     outside = [UploadAdapterRequest(file_name="../x", data=b"1")]
     twice = [*good, *good]
@@ -70,10 +70,10 @@ async def test_what_is_no_whole_adapter_leaves_nothing(models: Models, tmp_path:
 
 
 async def test_a_caller_who_goes_away_leaves_nothing(models: Models, tmp_path: Path) -> None:
-    spool = AdapterSpool(tmp_path / "spool", max_bytes=1 << 20)
+    spool = UploadStore(tmp_path / "spool", max_bytes=1 << 20)
 
     async def broken() -> AsyncIterator[UploadAdapterRequest]:
-        for request in pieces(models.adapter_a)[:5]:
+        for request in chunks(models.adapter_a)[:5]:
             yield request
         raise ConnectionResetError
 
@@ -86,22 +86,22 @@ async def test_a_caller_who_goes_away_leaves_nothing(models: Models, tmp_path: P
 async def test_an_upload_has_a_limit_and_so_has_what_is_kept(models: Models, tmp_path: Path) -> None:
     size = sum((models.adapter_b / name).stat().st_size for name in (CONFIG, WEIGHTS))
     with pytest.raises(StillhouseError, match="max-upload-bytes") as caught:
-        await receive(AdapterSpool(tmp_path / "spool", max_bytes=size - 1), pieces(models.adapter_b))
+        await receive(UploadStore(tmp_path / "spool", max_bytes=size - 1), chunks(models.adapter_b))
     assert caught.value.reason == Reason.QUOTA
     with pytest.raises(StillhouseError, match="takes no uploads") as caught:
-        await receive(AdapterSpool(tmp_path / "spool", max_bytes=0), pieces(models.adapter_b))
+        await receive(UploadStore(tmp_path / "spool", max_bytes=0), chunks(models.adapter_b))
     assert caught.value.reason == Reason.CAPABILITY
 
-    spool = AdapterSpool(tmp_path / "spool", max_bytes=size)
+    spool = UploadStore(tmp_path / "spool", max_bytes=size)
     kept = []
     for seed in range(KEPT_UPLOADS):
         made = make_adapter(tmp_path / f"adapter-{seed}", models.teacher, rank=8, seed=seed)
-        kept.append(await receive(spool, pieces(made)))
+        kept.append(await receive(spool, chunks(made)))
         os.utime(kept[-1], (seed, seed))
     # The oldest is loaded, the second oldest makes room.
-    last = await receive(spool, pieces(models.adapter_b), kept[0])
+    last = await receive(spool, chunks(models.adapter_b), kept[0])
     assert set(spool.directory.iterdir()) == {kept[0], *kept[2:], last}
     more = make_adapter(tmp_path / "more", models.teacher, rank=8, seed=99)
     with pytest.raises(StillhouseError, match="Unload one") as caught:
-        await receive(spool, pieces(more), kept[0], *kept[2:], last)
+        await receive(spool, chunks(more), kept[0], *kept[2:], last)
     assert caught.value.reason == Reason.QUOTA

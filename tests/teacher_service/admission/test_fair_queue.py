@@ -7,8 +7,13 @@ from collections import Counter
 
 import pytest
 
-from stillhouse.teacher_service.admission.fair_queue import WHOLE, Admission, Capacity, Cost
-from stillhouse.teacher_service.admission.response_budget import LEAST_BYTES, AnswerMemory, UnreadAnswers
+from stillhouse.teacher_service.admission.fair_queue import (
+    ENGINE_UNITS,
+    Capacity,
+    Cost,
+    FairQueue,
+)
+from stillhouse.teacher_service.admission.response_budget import LEAST_BYTES, CallBudget, ResponseBudget
 
 CAPACITY = Capacity(max_tokens=8192, max_samples=16)
 
@@ -17,12 +22,12 @@ class Engine:
     """Works through what it is given, in order, one after the other."""
 
     def __init__(self) -> None:
-        self.admission = Admission()
+        self.admission = FairQueue()
         self.tokens: Counter[str] = Counter()
         self._inside: asyncio.Queue[tuple[str, int, asyncio.Event]] = asyncio.Queue()
 
     async def score(self, client: str, num_tokens: int) -> None:
-        async with self.admission.turn(client, CAPACITY.scoring(num_tokens)):
+        async with self.admission.turn(client, CAPACITY.score_cost(num_tokens)):
             done = asyncio.Event()
             self._inside.put_nowait((client, num_tokens, done))
             await done.wait()
@@ -52,7 +57,7 @@ async def test_clients_that_wait_are_served_alike_by_tokens(lengths: tuple[int, 
     assert min(served.values()) > 6 * CAPACITY.max_tokens
     # Short items fill what is left between long ones, whence the width.
     assert 0.6 < served["flood"] / served["small"] < 1.6
-    assert engine.admission.free == WHOLE
+    assert engine.admission.free == ENGINE_UNITS
 
 
 async def test_one_client_alone_leaves_room_that_another_gets_at_once() -> None:
@@ -60,7 +65,7 @@ async def test_one_client_alone_leaves_room_that_another_gets_at_once() -> None:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(engine.score("flood", 100)) for _ in range(1000)]
         await asyncio.sleep(0)
-        assert 0.2 < engine.admission.free / WHOLE < 0.3
+        assert 0.2 < engine.admission.free / ENGINE_UNITS < 0.3
         tasks.append(group.create_task(engine.score("other", 100)))
         await asyncio.sleep(0)
         assert engine.admission.num_waiting("other") == 0
@@ -83,8 +88,8 @@ async def test_a_sequence_that_fills_the_engine_is_not_overtaken_for_ever() -> N
 
 
 async def test_who_leaves_while_waiting_or_served_leaves_nothing() -> None:
-    admission = Admission()
-    cost = CAPACITY.writing(10, 100)
+    admission = FairQueue()
+    cost = CAPACITY.generate_cost(10, 100)
 
     async def hold(client: str) -> None:
         async with admission.turn(client, cost):
@@ -100,36 +105,36 @@ async def test_who_leaves_while_waiting_or_served_leaves_nothing() -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-    assert admission.free == WHOLE
+    assert admission.free == ENGINE_UNITS
     assert admission.num_waiting("a") == admission.num_waiting("b") == 0
 
 
 def test_costs_are_tokens_for_fairness_and_parts_for_room() -> None:
-    assert CAPACITY.scoring(819) == Cost(tokens=819, part=819 * WHOLE // 8192)
-    assert CAPACITY.scoring(1 << 20).part == WHOLE
-    assert CAPACITY.writing(10, 500) == Cost(tokens=510, part=WHOLE // 16)
-    assert CAPACITY.writing(4096, 1).part == WHOLE // 2
+    assert CAPACITY.score_cost(819) == Cost(tokens=819, engine_units=819 * ENGINE_UNITS // 8192)
+    assert CAPACITY.score_cost(1 << 20).engine_units == ENGINE_UNITS
+    assert CAPACITY.generate_cost(10, 500) == Cost(tokens=510, engine_units=ENGINE_UNITS // 16)
+    assert CAPACITY.generate_cost(4096, 1).engine_units == ENGINE_UNITS // 2
 
 
 async def test_a_call_that_is_not_read_stops_at_its_limit_and_goes_on_when_read() -> None:
-    memory = AnswerMemory(max_bytes=64 << 20)
-    slow, other = UnreadAnswers(memory), UnreadAnswers(memory)
+    memory = ResponseBudget(max_bytes=64 << 20)
+    slow, other = CallBudget(memory), CallBudget(memory)
     holding = asyncio.create_task(hold_all(slow, 100))
     await asyncio.sleep(0)
     assert 6 << 20 <= memory.num_bytes <= 8 << 20
-    await asyncio.wait_for(other.hold(1 << 20), 1)
+    await asyncio.wait_for(other.reserve(1 << 20), 1)
     before = memory.num_bytes
-    slow.free(3 << 20)
+    slow.release(3 << 20)
     await asyncio.sleep(0)
     assert abs(memory.num_bytes - before) <= 1 << 20
     holding.cancel()
-    slow.clear()
-    other.clear()
+    slow.release_all()
+    other.release_all()
     assert memory.num_bytes == 0
-    await asyncio.wait_for(other.hold(1 << 30), 1)  # one alone always finds room
-    assert memory.limit_of_a_call == LEAST_BYTES
+    await asyncio.wait_for(other.reserve(1 << 30), 1)  # one alone always finds room
+    assert memory.call_limit_bytes == LEAST_BYTES
 
 
-async def hold_all(unread: UnreadAnswers, count: int) -> None:
+async def hold_all(unread: CallBudget, count: int) -> None:
     for _ in range(count):
-        await unread.hold(1 << 20)
+        await unread.reserve(1 << 20)

@@ -15,7 +15,7 @@ from stillhouse.protos.errors import Reason, from_rpc_error
 from stillhouse.protos.rpc.channel import ChannelOptions, connect_async
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from stillhouse.teacher_service.admission.fair_queue import WHOLE
+from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from tests.conftest import Models
 from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
 from tests.teacher_service.local import Local, serving
@@ -74,7 +74,7 @@ async def test_two_clients_are_served_alike_however_many_calls_one_makes(
         for call in floods:
             call.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
-        await until(lambda: admission(local).free == WHOLE)
+        await until(lambda: admission(local).free == ENGINE_UNITS)
     assert 0.5 < shares < 2
 
 
@@ -101,7 +101,7 @@ async def test_a_flood_of_samples_does_not_starve_who_scores(models: Models, tmp
         for call in writing:
             call.cancel()
         await asyncio.gather(*reading, return_exceptions=True)
-        await until(lambda: admission(local).free == WHOLE)
+        await until(lambda: admission(local).free == ENGINE_UNITS)
 
 
 @pytest.mark.faults(row=20)
@@ -124,7 +124,7 @@ async def test_the_cancel_of_one_leaves_the_others_answers(models: Models, tmp_p
         assert await small == 30
         # What the cancelled call had inside the engine was left out, what waited never came in.
         assert local.servicer.counters.tokens_scored == 30 * 59
-        await until(lambda: admission(local).free == WHOLE)
+        await until(lambda: admission(local).free == ENGINE_UNITS)
 
 
 async def test_what_runs_out_of_time_while_it_waits_never_reaches_the_engine(
@@ -166,7 +166,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_others_go_on(models: Mo
             yield to_score(number, 500)
 
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
-        memory = local.servicer._serving.memory  # type: ignore[union-attr]
+        memory = local.servicer._serving.budget  # type: ignore[union-attr]
         memory._max_bytes = 8 << 20
         slow = local.stub.Score(wide(200), metadata=FLOOD)
         responses = aiter(slow)
@@ -186,7 +186,7 @@ async def test_samples_that_nobody_reads_are_bounded_and_free_their_places(
     models: Models, tmp_path: Path
 ) -> None:
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
-        memory = local.servicer._serving.memory  # type: ignore[union-attr]
+        memory = local.servicer._serving.budget  # type: ignore[union-attr]
         memory._max_bytes = 8 << 20
         request = teacher_pb2.GenerateRequest(
             prompts=[prompt(random_ids(8, seed=number)) for number in range(300)],
@@ -197,7 +197,7 @@ async def test_samples_that_nobody_reads_are_bounded_and_free_their_places(
         responses = aiter(slow)
         chunks = list((await anext(responses)).chunks)
         # About 40 kB a sample, of which a call may hold 1 MB; the engine is free once what has begun is written.
-        await until(lambda: memory.num_bytes > 1 << 20 and admission(local).free == WHOLE)
+        await until(lambda: memory.num_bytes > 1 << 20 and admission(local).free == ENGINE_UNITS)
         assert memory.num_bytes < 2 << 20
         assert local.servicer.counters.tokens_generated < 200 * 20
         chunks += [chunk async for response in responses for chunk in response.chunks]

@@ -13,7 +13,7 @@ from torch import Tensor
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.distributions import from_logits
-from stillhouse.teacher_service.distributions.from_logits import Target, distributions, drawn, uniforms
+from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions, sampled_ids, uniforms
 from stillhouse.teacher_service.engine import DistributionOptions
 
 V, T = 50, 7
@@ -26,9 +26,9 @@ def logits(seed: int = 0, scale: float = 3.0) -> Tensor:
     return torch.randn(T, V, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def target(start: int = 2, query: np.ndarray[tuple[int, int], np.dtype[np.int32]] | None = None) -> Target:
+def target(start: int = 2, query: np.ndarray[tuple[int, int], np.dtype[np.int32]] | None = None) -> RowSpec:
     ids = np.random.default_rng(1).integers(0, V, start + T).astype(np.int32)
-    return Target(start=start, sequence=ids, query_token_ids=query)
+    return RowSpec(start=start, sequence=ids, query_token_ids=query)
 
 
 def identity(rows: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def test_a_tail_far_below_the_precision_of_a_sum_is_exact() -> None:
     got = distributions(
         rows,
         identity,
-        Target(start=1, sequence=np.array([1, 3], np.int32)),
+        RowSpec(start=1, sequence=np.array([1, 3], np.int32)),
         DistributionOptions(top_k=1),
         vocab_size=V,
     )
@@ -124,13 +124,13 @@ def test_a_draw_depends_on_seed_prefix_position_and_index_alone() -> None:
     more = uniforms(target(), replace(EVERYTHING, num_sampled_tokens=9, top_k=1))
     assert more is not None
     assert np.array_equal(more[:, :4], base)
-    later = Target(start=5, sequence=target().sequence)
+    later = RowSpec(start=5, sequence=target().sequence)
     tail = uniforms(later, EVERYTHING)
     assert tail is not None
     assert np.array_equal(tail, base[3:])
     changed = target().sequence.copy()
     changed[-1] += 1  # predicted by the last row, and read by none
-    unread = uniforms(Target(start=2, sequence=changed), EVERYTHING)
+    unread = uniforms(RowSpec(start=2, sequence=changed), EVERYTHING)
     other = uniforms(target(), replace(EVERYTHING, seed=-10))
     assert unread is not None
     assert other is not None
@@ -143,7 +143,7 @@ def test_draws_follow_the_distribution() -> None:
     got = distributions(
         rows,
         identity,
-        Target(start=1, sequence=np.array([1, 3], np.int32)),
+        RowSpec(start=1, sequence=np.array([1, 3], np.int32)),
         DistributionOptions(top_k=1, num_sampled_tokens=20_000),
         vocab_size=V,
     )
@@ -158,7 +158,7 @@ def test_draws_follow_the_distribution() -> None:
 def test_the_likeliest_of_a_folded_vocabulary_are_those_of_the_whole(size: int, top_k: int) -> None:
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
     rows[1, -top_k // 2 :] += 20  # also what does not fill a layer
-    values, ids = from_logits.likeliest(rows, top_k)
+    values, ids = from_logits.largest(rows, top_k)
     assert torch.equal(values, rows.topk(top_k).values)
     assert torch.equal(values, rows.gather(1, ids))
     assert all(len(set(row)) == top_k for row in ids.tolist())
@@ -173,7 +173,7 @@ def test_draws_invert_the_cumulative_distribution_and_pass_over_what_cannot_be(v
     logits[:, -2:] = -torch.inf
     numbers = np.concatenate([np.random.default_rng(0).random((3, 400)), np.zeros((3, 1))], axis=1)
     numbers = np.concatenate([numbers, np.full((3, 1), 1 - 2.0**-53)], axis=1)
-    ids = drawn(logits, numbers).long()
+    ids = sampled_ids(logits, numbers).long()
     probs = logits.double().softmax(-1)
     upper = probs.cumsum(-1).gather(1, ids).numpy()
     mass = probs.gather(1, ids).numpy()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from stillhouse.teacher_service.distributions.sampling import draw
+from stillhouse.teacher_service.distributions.sampling import sample_token
 
 LOGITS = torch.tensor([2.0, 1.0, 1.0, 0.0, -1.0, 9.0])
 VALID = 5  # the last logit pads the output layer
@@ -19,7 +19,7 @@ def drawn(count: int = 4000, **fields: Any) -> dict[int, tuple[float, float]]:
     generator = torch.Generator().manual_seed(0)
     seen: dict[int, tuple[float, float]] = {}
     for _ in range(count):
-        token, logprob = draw(LOGITS, **settings, generator=generator)
+        token, logprob = sample_token(LOGITS, **settings, generator=generator)
         share, _ = seen.get(token, (0.0, 0.0))
         seen[token] = (share + 1 / count, logprob)
     return seen

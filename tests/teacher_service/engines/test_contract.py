@@ -291,8 +291,8 @@ def test_the_tokenizer_that_is_sent_is_the_one_that_is_described(teacher: Teache
 
     files: dict[str, bytes] = {}
     name = ""
-    for piece in teacher.stub.GetTokenizer(teacher_pb2.GetTokenizerRequest()):
-        name = piece.file_name or name
-        files[name] = files.get(name, b"") + piece.data
+    for chunk in teacher.stub.GetTokenizer(teacher_pb2.GetTokenizerRequest()):
+        name = chunk.file_name or name
+        files[name] = files.get(name, b"") + chunk.data
     special = AutoTokenizer.from_pretrained(models.teacher).special_tokens_map
     assert tokenizer_fingerprint(files["tokenizer.json"], special) == teacher.info.tokenizer_fingerprint

@@ -1,4 +1,4 @@
-"""Text and ids: what comes out piece by piece is what comes out at once, and nothing is taken back."""
+"""Text and ids: what comes out chunk by chunk is what comes out at once, and nothing is taken back."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_text_in_random_pieces_equals_the_whole(codec: TextCodec) -> None:
             text, rest = "", ids
             while rest:
                 size = generator.randint(1, 4)
-                piece, rest = rest[:size], rest[size:]
-                decoded = decoder.push(piece, final=not rest)
+                chunk, rest = rest[:size], rest[size:]
+                decoded = decoder.push(chunk, final=not rest)
                 assert not decoded.matched_stop
                 text += decoded.text
                 assert TEXT.startswith(text), "a broken character was given out"
@@ -63,8 +63,8 @@ def test_a_stop_string_ends_the_text_and_the_ids_wherever_the_pieces_break(codec
             text, rest, num_ids = "", ids, 0
             while rest:
                 size = generator.randint(1, 5)
-                piece, rest = rest[:size], rest[size:]
-                decoded = decoder.push(piece, final=not rest)
+                chunk, rest = rest[:size], rest[size:]
+                decoded = decoder.push(chunk, final=not rest)
                 text += decoded.text
                 assert expected.startswith(text), "text beyond a stop string was given out"
                 assert decoded.num_ids_kept >= num_ids
@@ -74,7 +74,7 @@ def test_a_stop_string_ends_the_text_and_the_ids_wherever_the_pieces_break(codec
             assert decoded.matched_stop
             assert text == expected
             kept.add(num_ids)
-        assert len(kept) == 1, "how many ids are kept depends on where the pieces break"
+        assert len(kept) == 1, "how many ids are kept depends on where the chunks break"
         before = codec.stream_decoder().push(ids[: kept.pop()], final=True).text
         assert before.startswith(expected)
         assert len(before) <= len(expected) + max(map(len, stop))
@@ -82,9 +82,9 @@ def test_a_stop_string_ends_the_text_and_the_ids_wherever_the_pieces_break(codec
 
 def test_ids_of_a_possible_stop_string_are_kept_back_until_it_is_none(codec: TextCodec) -> None:
     ids = codec.encode("one two three").tolist()
-    pieces = [codec.stream_decoder().push([token], final=True).text for token in ids]
+    chunks = [codec.stream_decoder().push([token], final=True).text for token in ids]
     decoder = codec.stream_decoder(("two thirteen",))
-    begin = next(n for n in range(len(ids)) if "".join(pieces[: n + 1]).endswith("t"))
+    begin = next(n for n in range(len(ids)) if "".join(chunks[: n + 1]).endswith("t"))
     decoded = decoder.push(ids[: begin + 1])
     assert decoded.text == "one "
     assert decoded.num_ids_kept <= begin

@@ -10,23 +10,23 @@ import pytest
 
 from stillhouse.protos.rpc.channel import FLUSH_BYTES, MAX_MESSAGE_BYTES
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.engine import GeneratedPiece
+from stillhouse.teacher_service.engine import GeneratedChunk
 from stillhouse.teacher_service.rpc import sample_chunks
-from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, Outbox
+from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher
 
 
 async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> None:
-    outbox: Outbox[int] = Outbox()
+    batcher: ResponseBatcher[int] = ResponseBatcher()
     sizes = [10, 20, 30, PART_BYTES, PART_BYTES, 5, PART_BYTES]
 
     async def fill() -> None:
         for size in sizes:
-            outbox.put(size, size)
+            batcher.put(size, size)
             await asyncio.sleep(0)
-        outbox.end()
+        batcher.end()
 
     filling = asyncio.create_task(fill())
-    messages = [parts async for parts in outbox.gathered()]
+    messages = [parts async for parts in batcher.batches()]
     await filling
     assert [size for parts in messages for size in parts] == sizes
     assert max(sum(parts) for parts in messages) < MAX_MESSAGE_BYTES
@@ -34,9 +34,9 @@ async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> N
 
 
 async def test_a_lonely_part_does_not_wait_long() -> None:
-    outbox: Outbox[int] = Outbox()
-    gathered = outbox.gathered()
-    outbox.put(1, 1)
+    batcher: ResponseBatcher[int] = ResponseBatcher()
+    gathered = batcher.batches()
+    batcher.put(1, 1)
     begin = time.monotonic()
     assert await anext(gathered) == [1]
     assert time.monotonic() - begin < 0.5
@@ -44,28 +44,28 @@ async def test_a_lonely_part_does_not_wait_long() -> None:
 
 
 async def test_an_error_comes_after_what_was_put_before() -> None:
-    outbox: Outbox[int] = Outbox()
-    outbox.put(1, 1)
-    outbox.end(ValueError("broken"))
-    gathered = outbox.gathered()
+    batcher: ResponseBatcher[int] = ResponseBatcher()
+    batcher.put(1, 1)
+    batcher.end(ValueError("broken"))
+    gathered = batcher.batches()
     assert await anext(gathered) == [1]
     with pytest.raises(ValueError, match="broken"):
         await anext(gathered)
 
 
 async def test_what_was_put_before_the_writer_came_goes_in_messages_of_their_size() -> None:
-    outbox: Outbox[int] = Outbox()
+    batcher: ResponseBatcher[int] = ResponseBatcher()
     for number in range(100):
-        outbox.put(number, FLUSH_BYTES // 10)
-    outbox.end()
-    messages = [parts async for parts in outbox.gathered()]
+        batcher.put(number, FLUSH_BYTES // 10)
+    batcher.end()
+    messages = [parts async for parts in batcher.batches()]
     assert [part for parts in messages for part in parts] == list(range(100))
     assert {len(parts) for parts in messages} == {11, 1}
 
 
-def piece(length: int, start: int, finish: str = "") -> GeneratedPiece:
+def chunk(length: int, start: int, finish: str = "") -> GeneratedChunk:
     numbers = np.arange(start, start + length)
-    return GeneratedPiece(
+    return GeneratedChunk(
         token_ids=numbers.astype(np.int32),
         sampling_logprobs=-numbers.astype(np.float32),
         distributions=Distributions(
@@ -80,8 +80,8 @@ def piece(length: int, start: int, finish: str = "") -> GeneratedPiece:
 
 
 def test_a_piece_cut_and_joined_is_itself() -> None:
-    whole = piece(10, start=4, finish="stop")
-    parts = list(sample_chunks.cut(whole, 3 * sample_chunks.num_bytes(piece(1, start=4))))
+    whole = chunk(10, start=4, finish="stop")
+    parts = list(sample_chunks.cut(whole, 3 * sample_chunks.num_bytes(chunk(1, start=4))))
     assert [len(part.token_ids) for part in parts] == [3, 3, 3, 1]
     assert [part.finish for part in parts] == ["", "", "", "stop"]
     joined = sample_chunks.join(parts)
@@ -93,14 +93,14 @@ def test_a_piece_cut_and_joined_is_itself() -> None:
 
 
 def test_held_tokens_come_out_once_they_are_certain_and_never_after_a_stop() -> None:
-    held = sample_chunks.Held()
-    held.add(piece(3, start=1))
-    assert held.give(1, "").token_ids.tolist() == [1]
-    held.add(piece(4, start=4))
-    middle = held.give(5, "")
+    held = sample_chunks.PendingChunks()
+    held.add(chunk(3, start=1))
+    assert held.release(1, "").token_ids.tolist() == [1]
+    held.add(chunk(4, start=4))
+    middle = held.release(5, "")
     assert middle.token_ids.tolist() == [2, 3, 4, 5]
     assert middle.distributions is not None
     assert middle.distributions.start == 2
-    last = held.give(6, "stop")
+    last = held.release(6, "stop")
     assert last.token_ids.tolist() == [6]
     assert last.finish == "stop"

@@ -86,8 +86,8 @@ async def test_a_cancelled_stream_leaves_nothing_to_do(models: Models, tmp_path:
         await asyncio.gather(reader, return_exceptions=True)
         await asyncio.sleep(0.2)
         worker = local.engine._worker
-        assert all(job.answer.cancelled for job in worker._sequences)
-        assert worker._writable() == []
+        assert all(job.future.cancelled for job in worker._sequences)
+        assert worker._runnable_samples() == []
         local.go_on.set()
         await paused
         assert local.servicer.counters.tokens_scored == 0

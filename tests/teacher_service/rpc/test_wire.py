@@ -96,7 +96,7 @@ def test_samples_written_at_once_travel_together(teacher: Teacher) -> None:
         for response in responses
         for chunk in response.chunks
     )
-    # One token of one sample is one piece of the engine; a message that is not full waits for others.
+    # One token of one sample is one chunk of the engine; a message that is not full waits for others.
     assert tokens > 500
     assert len(responses) <= elapsed_s / LINGER_S + 1
     for response in responses:

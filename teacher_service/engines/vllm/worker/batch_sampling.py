@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.teacher_service.distributions.from_logits import likeliest, scratch
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import DrawPlan
+from stillhouse.teacher_service.distributions.from_logits import largest, scratch
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
 
 # Axes: B rows, V vocabulary, C candidates, N blocks of the vocabulary, W ids of a block.
 
@@ -24,7 +24,7 @@ FIRST_CANDIDATES = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Drawn:
+class SampledRows:
     """One token a row."""
 
     token_ids: Tensor
@@ -33,7 +33,7 @@ class Drawn:
     """FLOAT32 [B], under the distribution that was drawn from; 0 for the likeliest at temperature 0."""
 
 
-def draw_rows(logits_BV: Tensor, plans: list[DrawPlan], positions: list[int]) -> Drawn:
+def sample_rows(logits_BV: Tensor, plans: list[SamplingPlan], positions: list[int]) -> SampledRows:
     """Draws for rows of FLOAT32 logits whose plans have the same `num_valid`. `positions` count the tokens written before.
 
     A row with logits that are no numbers gets some token.
@@ -57,10 +57,10 @@ def draw_rows(logits_BV: Tensor, plans: list[DrawPlan], positions: list[int]) ->
         if len(rows) == len(plans):
             return drawn
         token_ids[rows], logprobs[rows] = drawn.token_ids, drawn.logprobs
-    return Drawn(token_ids=token_ids, logprobs=logprobs)
+    return SampledRows(token_ids=token_ids, logprobs=logprobs)
 
 
-def _kind(plan: DrawPlan) -> str:
+def _kind(plan: SamplingPlan) -> str:
     if plan.temperature == 0:
         return "greedy"
     return "all" if plan.top_p >= 1 and plan.top_k == 0 else "cut"
@@ -73,7 +73,7 @@ def _uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _from_all(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor) -> Drawn:
+def _from_all(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) -> SampledRows:
     """From the whole distribution: first a block of the vocabulary is drawn, then one of its ids."""
     num_rows, num_valid = logits_BV.shape
     highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
@@ -89,10 +89,10 @@ def _from_all(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor) -> D
     share_B1 = (numbers_B1 * cumulative_BN[:, -1:] - before_B1).clamp_min(0) / within_BW[:, -1:]
     token_B1 = (block_B1 * BLOCK + _inverse(within_BW, share_B1)).clamp_max(num_valid - 1)
     logprob_B1 = (logits_BV.gather(1, token_B1) - highest_B1).double() / temperature_B1 - total_B1.log()
-    return Drawn(token_ids=token_B1.squeeze(1), logprobs=logprob_B1.squeeze(1).float())
+    return SampledRows(token_ids=token_B1.squeeze(1), logprobs=logprob_B1.squeeze(1).float())
 
 
-def _exponentials(logits_BV: Tensor, plans: list[DrawPlan]) -> tuple[Tensor, Tensor, Tensor]:
+def _exponentials(logits_BV: Tensor, plans: list[SamplingPlan]) -> tuple[Tensor, Tensor, Tensor]:
     """(highest [B, 1], temperatures FLOAT64 [B, 1], exp((logit - highest) / temperature) in `scratch`, padded to whole blocks)."""
     num_rows, num_valid = logits_BV.shape
     width = -(-num_valid // BLOCK) * BLOCK
@@ -110,7 +110,7 @@ def _exponentials(logits_BV: Tensor, plans: list[DrawPlan]) -> tuple[Tensor, Ten
     return highest_B1, temperature_B1, exps_BV
 
 
-def _from_likeliest(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor) -> Drawn:
+def _from_likeliest(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) -> SampledRows:
     """From the likeliest tokens, as many as top-k and top-p leave."""
     num_valid = logits_BV.shape[1]
     highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
@@ -121,7 +121,7 @@ def _from_likeliest(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor
     ).unsqueeze(-1)
     candidates = min(num_valid, max(FIRST_CANDIDATES, *(plan.top_k for plan in plans)))
     for num_candidates in (candidates, num_valid):
-        values_BC, ids_BC = likeliest(logits_BV.contiguous(), num_candidates)
+        values_BC, ids_BC = largest(logits_BV.contiguous(), num_candidates)
         weights_BC = ((values_BC - highest_B1).double() / temperature_B1).exp()
         weights_BC.masked_fill_(torch.arange(num_candidates, device=logits_BV.device) >= counts, 0)
         sums_BC = weights_BC.cumsum(dim=-1)
@@ -135,7 +135,9 @@ def _from_likeliest(logits_BV: Tensor, plans: list[DrawPlan], numbers_B1: Tensor
     cumulative_BC = kept_BC.cumsum(dim=-1)
     column_B1 = _inverse(cumulative_BC, numbers_B1)
     logprob_B1 = kept_BC.gather(1, column_B1).log() - cumulative_BC[:, -1:].log()
-    return Drawn(token_ids=ids_BC.gather(1, column_B1).squeeze(1), logprobs=logprob_B1.squeeze(1).float())
+    return SampledRows(
+        token_ids=ids_BC.gather(1, column_B1).squeeze(1), logprobs=logprob_B1.squeeze(1).float()
+    )
 
 
 def _inverse(cumulative_BC: Tensor, shares_B1: Tensor) -> Tensor:

@@ -14,24 +14,24 @@ from typing import Any
 
 import torch
 
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPERS, start_of
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPER_THREADS_VARIABLE, score_start
 
 SHARED_ROWS = 512
 """Rows of logits at a time, so that there is soon something to share."""
 _LEAST_ROWS = 32
-_PIECES = 4
+_CHUNKS = 4
 """Of a step's work for each thread, where it has so many rows, so that all end at about the same time."""
 _CACHED_WEIGHTS = 1 << 24
-"""A layer with more comes from memory for each piece anew, which costs as much as computing some fifty rows."""
+"""A layer with more comes from memory for each chunk anew, which costs as much as computing some fifty rows."""
 _LARGE_ROWS = 256
-"""Of a piece of such a layer, at most: its logits are held."""
+"""Of a chunk of such a layer, at most: its logits are held."""
 _AHEAD = 4
-"""Pieces of work for each thread that wait, before who gives them takes some: each holds its logits."""
+"""Chunks of work for each thread that wait, before who gives them takes some: each holds its logits."""
 
 Work = Callable[[], None]
 
 
-class Helpers:
+class HelperThreads:
     """None or a few threads."""
 
     def __init__(self, count: int) -> None:
@@ -39,9 +39,9 @@ class Helpers:
         self._pool = ThreadPoolExecutor(count, "stillhouse-rows") if count else None
 
     @classmethod
-    def of_environment(cls) -> Helpers:
+    def from_environment(cls) -> HelperThreads:
         """As many as the service's process has asked for."""
-        return cls(int(os.environ.get(HELPERS) or 0))
+        return cls(int(os.environ.get(HELPER_THREADS_VARIABLE) or 0))
 
     @contextmanager
     def sharing(self) -> Iterator[Callable[[Work], None]]:
@@ -71,11 +71,11 @@ class Helpers:
             given.rotate(1)  # the threads begin with the oldest, this one with the latest
             finish_one()
 
-    def piece_rows(self, num_rows: int, num_weights: int) -> int:
-        """Into pieces of how many rows so many are cut, each of which reads a layer of so many weights."""
+    def chunk_rows(self, num_rows: int, num_weights: int) -> int:
+        """Into chunks of how many rows so many are cut, each of which reads a layer of so many weights."""
         threads = self.count + 1
-        pieces = _PIECES if num_weights <= _CACHED_WEIGHTS else -(-num_rows // (threads * _LARGE_ROWS))
-        return min(SHARED_ROWS, max(_LEAST_ROWS, -(-num_rows // (pieces * threads))))
+        chunks = _CHUNKS if num_weights <= _CACHED_WEIGHTS else -(-num_rows // (threads * _LARGE_ROWS))
+        return min(SHARED_ROWS, max(_LEAST_ROWS, -(-num_rows // (chunks * threads))))
 
 
 def _without_gradients(work: Work) -> None:
@@ -93,7 +93,9 @@ def only_scores(runner: Any, scheduler_output: Any) -> bool:
     new = {each.req_id: each.sampling_params for each in scheduler_output.scheduled_new_reqs}
     names = scheduler_output.num_scheduled_tokens
     params = (new[name] if name in new else runner.requests[name].sampling_params for name in names)
-    return bool(names) and all(each is not None and start_of(each.extra_args) is not None for each in params)
+    return bool(names) and all(
+        each is not None and score_start(each.extra_args) is not None for each in params
+    )
 
 
 def with_free_cores(runner: Any, step: Step, helpers: int) -> Step:

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.teacher_service.distributions import from_logits
-from stillhouse.teacher_service.distributions.from_logits import Target
+from stillhouse.teacher_service.distributions.from_logits import RowSpec
 from stillhouse.teacher_service.engine import Float32Array, Int32Array
-from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import SHARED_ROWS, Helpers, with_free_cores
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import (
+    SHARED_ROWS,
+    HelperThreads,
+    with_free_cores,
+)
 from stillhouse.teacher_service.engines.vllm.worker.lm_head import (
     Head,
     SharedHead,
@@ -33,9 +37,9 @@ from stillhouse.teacher_service.engines.vllm.worker.malloc_trim import trim_regu
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import (
     MISSING,
     ScorePlan,
+    column_counts,
     pack,
     read_plan,
-    widths,
 )
 
 _METHODS = {
@@ -76,9 +80,9 @@ def install(runner: Any) -> None:
             raise TypeError(f"{type(runner).__name__}.{name} takes {found}")
     for name in _STATE:
         getattr(runner, name)
-    helpers = Helpers.of_environment()
+    helpers = HelperThreads.from_environment()
     runner._get_prompt_logprobs_dict = _scorer(runner, runner._get_prompt_logprobs_dict, helpers)
-    runner._sample = sampler(runner, runner._sample, plan_of, helpers)
+    runner._sample = sampler(runner, runner._sample, get_plan, helpers)
     if helpers.count:
         runner.execute_model = with_free_cores(runner, runner.execute_model, helpers.count)
     if runner.device.type == "cpu":
@@ -86,7 +90,7 @@ def install(runner: Any) -> None:
     runner.stillhouse_installed = True
 
 
-def plan_of(request: Any) -> Any:
+def get_plan(request: Any) -> Any:
     """The plan of a request that the runner knows, read once."""
     try:
         return request.stillhouse_plan
@@ -101,7 +105,7 @@ class _Scoring:
     """A prompt whose rows are being computed, in as many steps as it takes."""
 
     plan: ScorePlan
-    target: Target
+    target: RowSpec
     draws: np.ndarray[Any, np.dtype[np.float64]] | None
     ids: Int32Array
     values: Float32Array
@@ -119,7 +123,7 @@ class _Segment:
     count: int
 
 
-def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Callable[..., Any]:
+def _scorer(runner: Any, original: Callable[..., Any], helpers: HelperThreads) -> Callable[..., Any]:
     head, bound = output_layer(runner)
     elements = from_logits.CHUNK_ELEMENTS if runner.device.type == "cpu" else _GPU_CHUNK_ELEMENTS
     max_rows = max(1, min(bound or elements, elements // runner.input_batch.vocab_size))
@@ -130,7 +134,7 @@ def _scorer(runner: Any, original: Callable[..., Any], helpers: Helpers) -> Call
     def get_prompt_logprobs_dict(hidden_states: Tensor, num_scheduled_tokens: dict[str, int]) -> Any:
         ours = {
             name: count for name, count in runner.num_prompt_logprobs.items()
-            if isinstance(plan_of(runner.requests[name]), ScorePlan)
+            if isinstance(get_plan(runner.requests[name]), ScorePlan)
         }  # fmt: skip
         if not ours:
             return original(hidden_states, num_scheduled_tokens)
@@ -185,10 +189,10 @@ def _segment(runner: Any, request: Any, name: str, num_tokens: int, hidden_size:
 def _scoring(runner: Any, request: Any, hidden_size: int) -> _Scoring:
     """What is known of a prompt: the request keeps it, and it goes with the request."""
     if request.in_progress_prompt_logprobs_cpu is None:
-        plan = plan_of(request)
+        plan = get_plan(request)
         sequence = np.array([*request.prompt_token_ids, plan.last], dtype=np.int32)
-        target = Target(start=plan.start, sequence=sequence, query_token_ids=plan.query_token_ids)
-        num_ids, num_values = widths(
+        target = RowSpec(start=plan.start, sequence=sequence, query_token_ids=plan.query_token_ids)
+        num_ids, num_values = column_counts(
             plan.options,
             vocab_size=runner.input_batch.vocab_size,
             num_queries=0 if plan.query_token_ids is None else plan.query_token_ids.shape[1],
@@ -207,12 +211,12 @@ def _scoring(runner: Any, request: Any, hidden_size: int) -> _Scoring:
 
 
 def _compute_shared(
-    head: SharedHead, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers
+    head: SharedHead, hidden_states: Tensor, segments: list[_Segment], helpers: HelperThreads
 ) -> None:
-    """Fills in the rows of this step, each piece from hidden states to rows by one thread."""
+    """Fills in the rows of this step, each chunk from hidden states to rows by one thread."""
     num_rows = sum(each.count for each in segments)
     hidden_TH = _joined(hidden_states, segments)
-    size = helpers.piece_rows(num_rows, head.weight.numel())
+    size = helpers.chunk_rows(num_rows, head.weight.numel())
     with helpers.sharing() as share:
         for begin in range(0, num_rows, size):
             end = min(begin + size, num_rows)
@@ -235,7 +239,7 @@ def _joined(hidden_states: Tensor, segments: list[_Segment]) -> Tensor:
 
 
 def _compute(
-    head: Head, max_rows: int, hidden_states: Tensor, segments: list[_Segment], helpers: Helpers
+    head: Head, max_rows: int, hidden_states: Tensor, segments: list[_Segment], helpers: HelperThreads
 ) -> None:
     """Fills in the rows of this step, a few rows of logits at a time, whichever prompts they belong to.
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stillhouse.teacher_service.engines.vllm.worker import lm_head_lora
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import start_of
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import score_start
 
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
 """Set to "1" while a teacher starts its vLLM."""
@@ -72,7 +72,7 @@ def _cap_cache_hits() -> None:
 
     def get_computed_blocks(self: Any, request: Any) -> Any:
         params = request.sampling_params
-        start = None if params is None else start_of(params.extra_args)
+        start = None if params is None else score_start(params.extra_args)
         return original(self, request if start is None else _Until(request, start))
 
     get_computed_blocks.stillhouse = True  # type: ignore[attr-defined]

@@ -16,19 +16,19 @@ from stillhouse.teacher_service.distributions.from_logits import non_finite
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
     Float32Array,
-    GenerateItem,
+    GenerateInput,
     Int32Array,
-    ScoreItem,
+    ScoreInput,
 )
 
 KEY = "stillhouse"
 """Name in `SamplingParams.extra_args`; a request without it is vLLM's own business."""
-RAW: dict[str, Any] = {KEY: {}}
+KEEP_ARRAYS: dict[str, Any] = {KEY: {}}
 """`extra_args` of a request whose rows shall stay arrays in the front end, and no more."""
-HELPERS = "STILLHOUSE_VLLM_HELPERS"
+HELPER_THREADS_VARIABLE = "STILLHOUSE_VLLM_HELPERS"
 """Variable that tells the worker's process how many threads beside its own select rows (cpu_threads.py)."""
 STREAM_INTERVAL_TOKENS = 16
-"""Tokens of a sample that come as one piece, but for its first and its last."""
+"""Tokens of a sample that come as one chunk, but for its first and its last."""
 MISSING = -1
 """First id of a row that was not computed."""
 
@@ -45,7 +45,7 @@ class ScorePlan:
     query_token_ids: Int32Array | None = None
 
     @classmethod
-    def of(cls, item: ScoreItem) -> ScorePlan:
+    def from_input(cls, item: ScoreInput) -> ScorePlan:
         """The plan for one sequence."""
         return cls(
             start=item.start,
@@ -54,7 +54,7 @@ class ScorePlan:
             query_token_ids=item.query_token_ids,
         )
 
-    def argument(self) -> dict[str, Any]:
+    def to_extra_args(self) -> dict[str, Any]:
         """`SamplingParams.extra_args`: plain values, since they go through two serialisers."""
         query = self.query_token_ids
         return {
@@ -69,7 +69,7 @@ class ScorePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DrawPlan:
+class SamplingPlan:
     """How the tokens of one sample are drawn, and what is reported of each."""
 
     temperature: float
@@ -83,7 +83,7 @@ class DrawPlan:
     options: DistributionOptions | None
 
     @classmethod
-    def of(cls, item: GenerateItem, *, seed: int, num_valid: int) -> DrawPlan:
+    def from_input(cls, item: GenerateInput, *, seed: int, num_valid: int) -> SamplingPlan:
         """The plan for one sample; `seed` in [0, 2^64)."""
         return cls(
             temperature=item.temperature,
@@ -94,13 +94,13 @@ class DrawPlan:
             options=item.options,
         )
 
-    def argument(self) -> dict[str, Any]:
+    def to_extra_args(self) -> dict[str, Any]:
         """`SamplingParams.extra_args`."""
         draw = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed", "num_valid")}
         return {KEY: {"draw": draw, "options": None if self.options is None else _plain(self.options)}}
 
 
-def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | DrawPlan | None:
+def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | SamplingPlan | None:
     """The plan of a request, None where it has none."""
     argument = (extra_args or {}).get(KEY) or {}
     options = argument.get("options")
@@ -110,7 +110,7 @@ def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | DrawPlan | None:
         else DistributionOptions(**{**options, "temperatures": tuple(options["temperatures"])})
     )
     if "draw" in argument:
-        return DrawPlan(**argument["draw"], options=options)
+        return SamplingPlan(**argument["draw"], options=options)
     if "score" not in argument:
         return None
     query = argument["query"]
@@ -119,7 +119,7 @@ def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | DrawPlan | None:
     return ScorePlan(**argument["score"], options=options, query_token_ids=ids)
 
 
-def start_of(extra_args: dict[str, Any] | None) -> int | None:
+def score_start(extra_args: dict[str, Any] | None) -> int | None:
     """First position that a request scores, None where it scores nothing: read often, so read alone."""
     score = ((extra_args or {}).get(KEY) or {}).get("score")
     return None if score is None else int(score["start"])
@@ -150,7 +150,7 @@ def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32A
     return _joined(ids, np.int32), _joined(values, np.float32)
 
 
-def widths(
+def column_counts(
     options: DistributionOptions | None, *, vocab_size: int, num_queries: int, hidden_size: int
 ) -> tuple[int, int]:
     """Columns of ids and of values."""
@@ -186,7 +186,7 @@ def unpack(
 
     `start` is the position that the first row predicts. Raises `StillhouseError` (NON_FINITE).
     """
-    num_ids, num_values = widths(
+    num_ids, num_values = column_counts(
         options, vocab_size=vocab_size, num_queries=num_queries, hidden_size=hidden_size
     )
     if ids.shape[1] < num_ids or values.shape[1] < num_values:

@@ -18,12 +18,12 @@ _NO_RANKS = np.empty(0, np.int32)
 
 
 @dataclass(slots=True)
-class Held:
+class RowBuffer:
     """Rows of one sample that have not left: for each its step's arrays, and its place in them."""
 
     rows: list[tuple[Array, Array, int]] = field(default_factory=list)
 
-    def take(self) -> tuple[Array, Array, Array]:
+    def drain(self) -> tuple[Array, Array, Array]:
         """(ids [n, C], values [n, D], no ranks) of all."""
         rows, self.rows = self.rows, []
         ids, values = np.stack([ids[at] for ids, _, at in rows]), np.stack([each[at] for _, each, at in rows])
@@ -31,13 +31,13 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Leaving:
+class OutgoingRows:
     """In the place of vLLM's `LogprobsTensors` and of the `LogprobsLists` that it makes of them: what leaves in one step."""
 
     blocks: dict[int, tuple[Array, Array, Array]]
     """(ids, values, ranks) by place in the batch."""
 
-    def tolists(self) -> Leaving:
+    def tolists(self) -> OutgoingRows:
         """Called by the runner; these are arrays already."""
         return self
 

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 from stillhouse.teacher_service.distributions import from_logits
-from stillhouse.teacher_service.distributions.from_logits import Target
+from stillhouse.teacher_service.distributions.from_logits import RowSpec
 from stillhouse.teacher_service.engine import DistributionOptions
-from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import draw_rows
-from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import Helpers
-from stillhouse.teacher_service.engines.vllm.worker.request_plan import DrawPlan
-from stillhouse.teacher_service.engines.vllm.worker.row_buffer import Held, Leaving, is_due
+from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
 
 _SHARED_ELEMENTS = 1 << 16
 """Logits that are worth handing to another thread."""
 
 
 def sampler(
-    runner: Any, original: Callable[..., Any], plan_of: Callable[[Any], Any], helpers: Helpers
+    runner: Any, original: Callable[..., Any], get_plan: Callable[[Any], Any], helpers: HelperThreads
 ) -> Callable[..., Any]:
     """What replaces `runner._sample`. The token that a scored prompt has to end in is of no account, and is not drawn."""
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
@@ -37,7 +37,7 @@ def sampler(
 
     def sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         requests = [runner.requests[name] for name in runner.input_batch.req_ids]
-        plans = [plan_of(request) for request in requests]
+        plans = [get_plan(request) for request in requests]
         if logits is None or spec_decode_metadata is not None or not any(plans):
             return original(logits, spec_decode_metadata)
         step = _Step(tokens=torch.zeros((len(plans), 1), dtype=torch.int32, device=logits.device))
@@ -55,7 +55,7 @@ def sampler(
     return sample
 
 
-def _leaving(step: _Step, requests: list[Any], longest: int) -> Leaving:
+def _leaving(step: _Step, requests: list[Any], longest: int) -> OutgoingRows:
     """The rows that leave with this step, together with those that each of their samples held; vLLM's own do so at once."""
     tokens, blocks = step.tokens[:, 0].tolist(), {}
     for rows, *tensors in step.parts:
@@ -66,18 +66,18 @@ def _leaving(step: _Step, requests: list[Any], longest: int) -> Leaving:
                 assert step.ranks is not None
                 blocks[row] = ids[at : at + 1], values[at : at + 1], step.ranks[row : row + 1].numpy()
                 continue
-            held = request.stillhouse_held = getattr(request, "stillhouse_held", None) or Held()
+            held = request.stillhouse_held = getattr(request, "stillhouse_held", None) or RowBuffer()
             held.rows.append((ids, values, at))
             if is_due(request, tokens[row], longest):
-                blocks[row] = held.take()
-    return Leaving(blocks)
+                blocks[row] = held.drain()
+    return OutgoingRows(blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Rows:
     """Rows of a batch with the same options."""
 
-    plans: list[DrawPlan]
+    plans: list[SamplingPlan]
     requests: list[Any]
 
     @property
@@ -130,7 +130,7 @@ def _alike(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) 
     groups: dict[Any, list[int]] = {}
     for row, plan in enumerate(plans):
         # A prompt that is read in parts has a row here, too, which nobody reads.
-        if isinstance(plan, DrawPlan) and not unfinished[row]:
+        if isinstance(plan, SamplingPlan) and not unfinished[row]:
             groups.setdefault((plan.options, plan.num_valid), []).append(row)
     whole = (
         max(1, from_logits.GROUP_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(plans)
@@ -150,7 +150,7 @@ def _take(logits: Tensor, rows: list[int]) -> Tensor:
 def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """(ids, values) in the columns of `vllm_plan.pack`; a row whose logits are no numbers has NaN first."""
     options = rows.options
-    drawn = draw_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
+    drawn = sample_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
     token_B1, sampling_B1 = drawn.token_ids.unsqueeze(-1), drawn.logprobs.unsqueeze(-1)
     if options is None:
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
@@ -162,7 +162,7 @@ def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     ids = [token_B1, top.token_ids]
     values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
     if options.num_sampled_tokens:
-        ids.append(from_logits.drawn(logits_BV, _numbers(rows, options)))
+        ids.append(from_logits.sampled_ids(logits_BV, _numbers(rows, options)))
     if (partitions_BN := from_logits.log_partitions(logits_BV, lse_B1, options.temperatures)) is not None:
         values.append(partitions_BN)
     if options.entropy:
@@ -179,6 +179,6 @@ def _numbers(rows: _Rows, options: DistributionOptions) -> np.ndarray[Any, np.dt
     numbers = []
     for request in rows.requests:
         read = [*request.prompt_token_ids, *request.output_token_ids, 0]
-        target = Target(start=len(read) - 1, sequence=np.array(read, np.int32))
+        target = RowSpec(start=len(read) - 1, sequence=np.array(read, np.int32))
         numbers.append(from_logits.uniforms(target, options))
     return np.concatenate([each for each in numbers if each is not None])

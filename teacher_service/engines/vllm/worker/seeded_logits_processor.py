@@ -14,15 +14,15 @@ from torch import Tensor
 from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
 
-from stillhouse.teacher_service.distributions.sampling import draw
-from stillhouse.teacher_service.engine import GenerateItem
+from stillhouse.teacher_service.distributions.sampling import sample_token
+from stillhouse.teacher_service.engine import GenerateInput
 
-NAME = f"{__name__}:SeededDraws"
+NAME = f"{__name__}:SeededSampling"
 """How vLLM's `logits_processors` finds the class below."""
 _KEY = "stillhouse_draw"
 
 
-def draw_argument(item: GenerateItem, *, num_valid: int) -> dict[str, Any]:
+def sampling_argument(item: GenerateInput, *, num_valid: int) -> dict[str, Any]:
     """`SamplingParams.extra_args` of a greedy request whose tokens are drawn as `item` says."""
     assert item.seed is not None
     return {
@@ -36,7 +36,7 @@ def draw_argument(item: GenerateItem, *, num_valid: int) -> dict[str, Any]:
     }
 
 
-class SeededDraws(AdapterLogitsProcessor):  # type: ignore[misc]
+class SeededSampling(AdapterLogitsProcessor):  # type: ignore[misc]
     """Leaves one token in the rows of requests that carry a draw; vLLM reports their logprobs from before this."""
 
     def is_argmax_invariant(self) -> bool:
@@ -46,10 +46,10 @@ class SeededDraws(AdapterLogitsProcessor):  # type: ignore[misc]
     def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
         """The draws of one request, if it asks for them."""
         argument = (params.extra_args or {}).get(_KEY)
-        return None if argument is None else _Draws(**argument)
+        return None if argument is None else _RequestSampler(**argument)
 
 
-class _Draws:
+class _RequestSampler:
     def __init__(self, *, seed: int, temperature: float, top_p: float, top_k: int, num_valid: int) -> None:
         self._seed = seed
         self._how: dict[str, Any] = {
@@ -64,7 +64,7 @@ class _Draws:
             return logits_V  # the engine finds this in the logprobs, and says so
         position = np.random.SeedSequence((self._seed, len(output_ids)))
         generator = torch.Generator().manual_seed(int(position.generate_state(1, np.uint64)[0] >> 1))
-        token, _ = draw(logits_V, **self._how, generator=generator)
+        token, _ = sample_token(logits_V, **self._how, generator=generator)
         chosen_V = torch.full_like(logits_V, -torch.inf)
         chosen_V[token] = 0.0
         return chosen_V

@@ -18,9 +18,9 @@ import torch
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
-from stillhouse.teacher_service.engines.hf.worker import MAX_ACTIVE_SAMPLES, MAX_UNREAD_PIECES, ScoreJob
+from stillhouse.teacher_service.engines.hf.worker import MAX_ACTIVE_SAMPLES, MAX_UNREAD_CHUNKS, ScoreJob
 from tests.conftest import Models
 from tests.support.small_models import save_model
 from tests.teacher_service.calls import assert_agrees, random_ids, reference_logprobs
@@ -49,9 +49,9 @@ async def loaded(model: Path, **fields: Any) -> AsyncIterator[HfEngine]:
         await engine.close()
 
 
-def item(ids: Any, start: int = 1, **fields: Any) -> ScoreItem:
+def item(ids: Any, start: int = 1, **fields: Any) -> ScoreInput:
     fields.setdefault("options", OPTIONS)
-    return ScoreItem(token_ids=np.asarray(ids, np.int32), start=start, **fields)
+    return ScoreInput(token_ids=np.asarray(ids, np.int32), start=start, **fields)
 
 
 async def test_a_sequence_alone_and_in_a_crowd_is_equal_bit_for_bit(models: Models) -> None:
@@ -59,11 +59,11 @@ async def test_a_sequence_alone_and_in_a_crowd_is_equal_bit_for_bit(models: Mode
         sequences = [random_ids(length, seed) for length in (2, 3, 17, 64, 129) for seed in range(6)]
         alone = [await engine.score(item(ids)) for ids in sequences]
         crowd = await asyncio.gather(*(engine.score(item(ids)) for ids in sequences))
-        prompt = GenerateItem(token_ids=random_ids(9), seed=4, max_new_tokens=12, options=OPTIONS)
+        prompt = GenerateInput(token_ids=random_ids(9), seed=4, max_new_tokens=12, options=OPTIONS)
         text_alone = await text_of(engine, prompt)
         busy = [engine.score(item(ids)) for ids in sequences]
         others = [
-            text_of(engine, GenerateItem(token_ids=random_ids(5, seed), max_new_tokens=12))
+            text_of(engine, GenerateInput(token_ids=random_ids(5, seed), max_new_tokens=12))
             for seed in range(5)
         ]
         text_in_crowd, *_ = await asyncio.gather(text_of(engine, prompt), *busy, *others)
@@ -73,8 +73,8 @@ async def test_a_sequence_alone_and_in_a_crowd_is_equal_bit_for_bit(models: Mode
     assert text_alone == text_in_crowd
 
 
-async def text_of(engine: HfEngine, prompt: GenerateItem) -> list[int]:
-    return [int(piece.token_ids[0]) async for piece in engine.generate(prompt)]
+async def text_of(engine: HfEngine, prompt: GenerateInput) -> list[int]:
+    return [int(chunk.token_ids[0]) async for chunk in engine.generate(prompt)]
 
 
 async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Models) -> None:
@@ -89,7 +89,7 @@ async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Mode
         ]
         alone = [await engine.score(each) for each in asked]
         sizes = []
-        take = engine._worker._take
+        take = engine._worker._select_batch
 
         def counted(waiting: deque[ScoreJob]) -> list[ScoreJob]:
             batch = take(waiting)
@@ -97,7 +97,7 @@ async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Mode
             return batch
 
         engine._shares_passes = True
-        engine._worker._take = counted
+        engine._worker._select_batch = counted
         async with paused(engine):
             scoring = asyncio.gather(*(engine.score(each) for each in asked))
             await asyncio.sleep(0.05)
@@ -137,19 +137,19 @@ async def test_every_row_predicts_the_token_that_the_contract_says(models: Model
                 assert math.exp(answer.log_tail[row]) == pytest.approx(
                     1 - np.exp(known[answer.token_ids[row]]).sum(), abs=1e-4
                 )
-        pieces = [
-            piece
-            async for piece in engine.generate(
-                GenerateItem(token_ids=ids[:4], seed=1, max_new_tokens=6, options=OPTIONS)
+        chunks = [
+            chunk
+            async for chunk in engine.generate(
+                GenerateInput(token_ids=ids[:4], seed=1, max_new_tokens=6, options=OPTIONS)
             )
         ]
     previous = ids[3]
-    for position, piece in enumerate(pieces, start=4):
-        assert piece.distributions is not None
-        assert piece.distributions.start == position
+    for position, chunk in enumerate(chunks, start=4):
+        assert chunk.distributions is not None
+        assert chunk.distributions.start == position
         known = logprobs[previous]
-        previous = piece.token_ids[0]
-        assert piece.distributions.target_logprobs[0] == pytest.approx(known[previous], abs=1e-4)
+        previous = chunk.token_ids[0]
+        assert chunk.distributions.target_logprobs[0] == pytest.approx(known[previous], abs=1e-4)
 
 
 def bigram_model(tokenizer_dir: Path, directory: Path) -> Any:
@@ -207,7 +207,7 @@ async def test_capped_logits_are_the_models_own(models: Models, tmp_path: Path) 
         assert teacher_pb2.CAPABILITY_HIDDEN_STATES not in engine.info.capabilities
         answer = await engine.score(item(ids, start=5, options=DistributionOptions(top_k=20)))
         assert_agrees(answer, ids, reference_logprobs(tmp_path, ids), top_k=20)
-        written = await text_of(engine, GenerateItem(token_ids=ids[:5], temperature=0, max_new_tokens=4))
+        written = await text_of(engine, GenerateInput(token_ids=ids[:5], temperature=0, max_new_tokens=4))
     greedy = reference_logprobs(tmp_path, np.concatenate([ids[:5], np.array(written, np.int32)]))
     assert greedy[4:8].argmax(axis=1).tolist() == written
 
@@ -237,7 +237,7 @@ async def test_damaged_weights_spoil_only_the_sequences_that_meet_them(
         assert isinstance(answers[1], StillhouseError)
         assert answers[1].reason == Reason.NON_FINITE
         with pytest.raises(StillhouseError) as caught:
-            await text_of(engine, GenerateItem(token_ids=bad, max_new_tokens=3))
+            await text_of(engine, GenerateInput(token_ids=bad, max_new_tokens=3))
         assert caught.value.reason == Reason.NON_FINITE
 
 
@@ -257,36 +257,36 @@ async def test_slots_run_out_and_come_back(models: Models) -> None:
 
 async def test_a_reader_who_stops_pauses_only_its_own_sample(models: Models) -> None:
     async with loaded(models.teacher) as engine:
-        slow = GenerateItem(token_ids=random_ids(4), max_new_tokens=400, temperature=0)
+        slow = GenerateInput(token_ids=random_ids(4), max_new_tokens=400, temperature=0)
         async with aclosing(engine.generate(slow)) as unread:  # type: ignore[type-var]
             await anext(unread)
             for seed in range(8):
-                await text_of(engine, GenerateItem(token_ids=random_ids(5, seed), max_new_tokens=30))
+                await text_of(engine, GenerateInput(token_ids=random_ids(5, seed), max_new_tokens=30))
             job = engine._worker._active[0]
             assert job.item is slow
-            assert job.unread <= MAX_UNREAD_PIECES
+            assert job.unread <= MAX_UNREAD_CHUNKS
 
 
 async def test_cancelled_work_is_never_done(models: Models) -> None:
     async with loaded(models.teacher) as engine, paused(engine):
         scoring = [asyncio.create_task(engine.score(item(random_ids(500, seed)))) for seed in range(20)]
         writing = [
-            asyncio.create_task(text_of(engine, GenerateItem(token_ids=random_ids(4), max_new_tokens=400)))
+            asyncio.create_task(text_of(engine, GenerateInput(token_ids=random_ids(4), max_new_tokens=400)))
             for _ in range(2 * MAX_ACTIVE_SAMPLES)
         ]
         await asyncio.sleep(0.05)
         for task in (*scoring, *writing):
             task.cancel()
         await asyncio.gather(*scoring, *writing, return_exceptions=True)
-        assert all(job.answer.cancelled for job in engine._worker._sequences)
-        assert engine._worker._writable() == []
+        assert all(job.future.cancelled for job in engine._worker._sequences)
+        assert engine._worker._runnable_samples() == []
 
 
 async def test_a_dead_engine_says_so_to_all_who_wait(models: Models) -> None:
     async with loaded(models.teacher) as engine:
         async with paused(engine):
             waiting = asyncio.create_task(engine.score(item(random_ids(9))))
-            writing = asyncio.create_task(text_of(engine, GenerateItem(token_ids=random_ids(4))))
+            writing = asyncio.create_task(text_of(engine, GenerateInput(token_ids=random_ids(4))))
             dying = asyncio.create_task(engine._worker.call(die))
             await asyncio.sleep(0.05)
         async with asyncio.timeout(10):

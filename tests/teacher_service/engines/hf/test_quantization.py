@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import DistributionOptions, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, ScoreInput
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
 from tests.conftest import Models
 from tests.teacher_service.calls import random_ids
@@ -49,7 +49,7 @@ async def test_a_checkpoint_that_is_quantised_is_served_as_it_is(models: Models,
     engine = await HfEngine.load(TeacherConfig(model=str(tmp_path / "model"), threads=1))
     try:
         assert engine.info.quantization == "bitsandbytes"
-        item = ScoreItem(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
+        item = ScoreInput(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
         answer = (await engine.score(item)).target_logprobs
         assert np.abs(answer - direct(models, load_in_8bit=True)).mean() < 0.01
     finally:
@@ -73,14 +73,14 @@ async def test_a_quantised_teacher_says_what_transformers_says(
     try:
         assert engine.info.quantization == reported
         assert engine.info.model_fingerprint != plain_print
-        item = ScoreItem(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
+        item = ScoreInput(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
         answer = (await engine.score(item)).target_logprobs
         compute = {"bnb_4bit_compute_dtype": torch.float32} if "4bit" in asked else {}
         # On some CPUs bitsandbytes itself computes 4 bit products in bfloat16, and the engine keeps it from that.
         assert np.abs(answer - direct(models, **options, **compute)).mean() < 0.06
         assert np.abs(answer - direct(models)).max() > 0.1
         await engine.load_adapter("a", models.adapter_a)
-        adapted = ScoreItem(token_ids=IDS, start=1, adapter="a", options=DistributionOptions(top_k=4))
+        adapted = ScoreInput(token_ids=IDS, start=1, adapter="a", options=DistributionOptions(top_k=4))
         assert np.abs((await engine.score(adapted)).target_logprobs - answer).max() > 0.5
         assert np.array_equal((await engine.score(item)).target_logprobs, answer)
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.teacher_service.engine import DistributionOptions, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, ScoreInput
 from stillhouse.teacher_service.engines.hf.worker import ScoreJob, Worker
 
 
@@ -30,7 +30,7 @@ async def test_every_sequence_is_answered_while_others_come() -> None:
 
     def score(batch: list[ScoreJob]) -> None:
         for job in batch:
-            job.answer.give(answer)
+            job.future.set_result(answer)
 
     def step(_: Any) -> Any:
         raise AssertionError("nothing is to be written")
@@ -38,8 +38,8 @@ async def test_every_sequence_is_answered_while_others_come() -> None:
     def take(waiting: deque[ScoreJob]) -> list[ScoreJob]:
         return [waiting.popleft()]
 
-    item = ScoreItem(token_ids=np.arange(2, dtype=np.int32), start=1, options=DistributionOptions(top_k=1))
-    worker = Worker(score=score, step=step, take=take, num_threads=1)
+    item = ScoreInput(token_ids=np.arange(2, dtype=np.int32), start=1, options=DistributionOptions(top_k=1))
+    worker = Worker(score=score, step=step, select_batch=take, num_threads=1)
     try:
         for _ in range(6000):
             tasks = [asyncio.create_task(worker.score(item)) for _ in range(20)]

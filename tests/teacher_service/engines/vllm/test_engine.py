@@ -15,7 +15,7 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.engine import DistributionOptions, GeneratedPiece, GenerateItem, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, GeneratedChunk, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
 from tests.conftest import Models
 from tests.support.small_models import make_adapter, make_model
@@ -66,7 +66,7 @@ def assert_equal_to(model: Any, token_ids: np.ndarray[Any, Any], got: Distributi
     np.testing.assert_allclose(np.exp(got.log_tail), tail, rtol=TOLERANCE, atol=1e-6)
 
 
-def drawn_from(model: Any, whole: np.ndarray[Any, Any], item: GenerateItem) -> np.ndarray[Any, Any]:
+def drawn_from(model: Any, whole: np.ndarray[Any, Any], item: GenerateInput) -> np.ndarray[Any, Any]:
     """Log-probability of each written token under temperature, top-k and top-p, without the ids of padding."""
     with torch.no_grad():
         logits_TV = model(torch.from_numpy(whole.astype(np.int64))[None]).logits[0, :, :384].double()
@@ -81,12 +81,12 @@ def drawn_from(model: Any, whole: np.ndarray[Any, Any], item: GenerateItem) -> n
     return np.array(said)
 
 
-async def written(engine: VllmEngine, item: GenerateItem) -> list[GeneratedPiece]:
-    return [piece async for piece in engine.generate(item)]
+async def written(engine: VllmEngine, item: GenerateInput) -> list[GeneratedChunk]:
+    return [chunk async for chunk in engine.generate(item)]
 
 
-def joined(pieces: list[GeneratedPiece]) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return np.concatenate([piece.token_ids for piece in pieces])
+def joined(chunks: list[GeneratedChunk]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return np.concatenate([chunk.token_ids for chunk in chunks])
 
 
 async def test_scores_equal_transformers_at_every_length_and_in_any_batch(
@@ -94,7 +94,7 @@ async def test_scores_equal_transformers_at_every_length_and_in_any_batch(
 ) -> None:
     base = reference(models.teacher)
     items = [
-        ScoreItem(
+        ScoreInput(
             token_ids=random_ids(engine, length, seed=length),
             start=start,
             options=DistributionOptions(top_k=top_k),
@@ -119,8 +119,8 @@ async def test_a_sequence_again_has_the_same_rows_also_after_its_prefix_was_cach
     engine: VllmEngine, models: Models
 ) -> None:
     prompt = random_ids(engine, 256, seed=9)
-    await written(engine, GenerateItem(token_ids=prompt, max_new_tokens=2))
-    item = ScoreItem(token_ids=prompt, start=1, options=DistributionOptions(top_k=64))
+    await written(engine, GenerateInput(token_ids=prompt, max_new_tokens=2))
+    item = ScoreInput(token_ids=prompt, start=1, options=DistributionOptions(top_k=64))
     assert_equal_to(reference(models.teacher), prompt, await engine.score(item), 64)
 
 
@@ -132,27 +132,27 @@ async def test_what_is_said_of_written_tokens_is_what_scoring_them_says(
     # Together longer than a batch: with a seed of its own, a prompt that is read in parts kills vLLM on a CPU.
     prompts = [random_ids(engine, length, seed=100 + length) for length in (1, 5, 127, 128, 400)]
     items = [
-        GenerateItem(token_ids=prompt, max_new_tokens=30, seed=3, options=options, **draw)
+        GenerateInput(token_ids=prompt, max_new_tokens=30, seed=3, options=options, **draw)
         for prompt in prompts
     ]
     base = reference(models.teacher)
-    for item, pieces in zip(
+    for item, chunks in zip(
         items, await asyncio.gather(*(written(engine, item) for item in items)), strict=True
     ):
-        ids = joined(pieces)
+        ids = joined(chunks)
         assert ids.max() < engine.info.tokenizer_size
-        assert [piece.finish for piece in pieces[:-1]] == [""] * (len(pieces) - 1)
-        assert pieces[-1].finish == ("stop" if ids[-1] in engine.info.eos_token_ids else "length")
-        assert len(ids) == 30 or pieces[-1].finish == "stop"
-        said = Distributions.concat([piece.distributions for piece in pieces if piece.distributions])
+        assert [chunk.finish for chunk in chunks[:-1]] == [""] * (len(chunks) - 1)
+        assert chunks[-1].finish == ("stop" if ids[-1] in engine.info.eos_token_ids else "length")
+        assert len(ids) == 30 or chunks[-1].finish == "stop"
+        said = Distributions.concat([chunk.distributions for chunk in chunks if chunk.distributions])
         assert said.start == len(item.token_ids)
         whole = np.concatenate([item.token_ids, ids])
         assert_equal_to(base, whole, said, 20)
-        scored = await engine.score(ScoreItem(token_ids=whole, start=said.start, options=options))
+        scored = await engine.score(ScoreInput(token_ids=whole, start=said.start, options=options))
         np.testing.assert_allclose(said.target_logprobs, scored.target_logprobs, atol=TOLERANCE)
         np.testing.assert_allclose(said.logprobs, scored.logprobs, atol=TOLERANCE)
         np.testing.assert_allclose(np.exp(said.log_tail), np.exp(scored.log_tail), rtol=TOLERANCE, atol=1e-6)
-        drawn = np.concatenate([piece.sampling_logprobs for piece in pieces])
+        drawn = np.concatenate([chunk.sampling_logprobs for chunk in chunks])
         if draw.get("temperature") == 0:
             assert drawn.tolist() == [0.0] * len(ids)
         elif engine._tier.name == "worker":
@@ -167,34 +167,34 @@ async def test_sampling_logprobs_are_those_of_the_raw_distribution_where_it_is_d
 ) -> None:
     unpadded = view(engine, tokenizer_size=engine.info.vocab_size)
     prompt = random_ids(engine, 20, seed=5)
-    pieces = await written(unpadded, GenerateItem(token_ids=prompt, max_new_tokens=20, seed=1))
-    assert all(piece.distributions is None for piece in pieces)
-    whole = np.concatenate([prompt, joined(pieces)])
-    scored = await engine.score(ScoreItem(token_ids=whole, start=20, options=DistributionOptions(top_k=1)))
-    drawn = np.concatenate([piece.sampling_logprobs for piece in pieces])
+    chunks = await written(unpadded, GenerateInput(token_ids=prompt, max_new_tokens=20, seed=1))
+    assert all(chunk.distributions is None for chunk in chunks)
+    whole = np.concatenate([prompt, joined(chunks)])
+    scored = await engine.score(ScoreInput(token_ids=whole, start=20, options=DistributionOptions(top_k=1)))
+    drawn = np.concatenate([chunk.sampling_logprobs for chunk in chunks])
     np.testing.assert_allclose(drawn, scored.target_logprobs, atol=TOLERANCE)
     for draw in ({"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 3}):
-        pieces = await written(unpadded, GenerateItem(token_ids=prompt, max_new_tokens=4, seed=1, **draw))
-        told = [len(piece.sampling_logprobs) for piece in pieces]
+        chunks = await written(unpadded, GenerateInput(token_ids=prompt, max_new_tokens=4, seed=1, **draw))
+        told = [len(chunk.sampling_logprobs) for chunk in chunks]
         assert told == (
-            [len(piece.token_ids) for piece in pieces] if engine._tier.name == "worker" else [0] * len(told)
+            [len(chunk.token_ids) for chunk in chunks] if engine._tier.name == "worker" else [0] * len(told)
         )
 
 
 async def test_an_end_token_ends_a_sample_and_is_part_of_it(engine: VllmEngine) -> None:
     prompt = random_ids(engine, 12, seed=6)
-    greedy = joined(await written(engine, GenerateItem(token_ids=prompt, temperature=0, max_new_tokens=12)))
+    greedy = joined(await written(engine, GenerateInput(token_ids=prompt, temperature=0, max_new_tokens=12)))
     end = int(greedy[5])
     ending = view(engine, eos_token_ids=(end,))
-    pieces = await written(ending, GenerateItem(token_ids=prompt, temperature=0, max_new_tokens=12))
+    chunks = await written(ending, GenerateInput(token_ids=prompt, temperature=0, max_new_tokens=12))
     first = greedy.tolist().index(end)
-    assert joined(pieces).tolist() == greedy[: first + 1].tolist()
-    assert pieces[-1].finish == "stop"
+    assert joined(chunks).tolist() == greedy[: first + 1].tolist()
+    assert chunks[-1].finish == "stop"
 
 
 async def test_a_seed_fixes_a_sample_whatever_else_is_written(engine: VllmEngine) -> None:
     prompt = random_ids(engine, 10, seed=7)
-    item = GenerateItem(token_ids=prompt, max_new_tokens=40, seed=-1)
+    item = GenerateInput(token_ids=prompt, max_new_tokens=40, seed=-1)
     alone = joined(await written(engine, item))
     others = [replace(item, seed=seed, token_ids=random_ids(engine, 30 + seed, seed)) for seed in range(8)]
     crowd = await asyncio.gather(*(written(engine, each) for each in (*others, item)))
@@ -203,12 +203,12 @@ async def test_a_seed_fixes_a_sample_whatever_else_is_written(engine: VllmEngine
 
 
 async def test_cancelling_and_closing_abort_the_work(engine: VllmEngine) -> None:
-    item = GenerateItem(token_ids=random_ids(engine, 4, seed=8), max_new_tokens=500, seed=1)
+    item = GenerateInput(token_ids=random_ids(engine, 4, seed=8), max_new_tokens=500, seed=1)
     writer = view(engine, eos_token_ids=())
-    async with aclosing(writer.generate(item)) as pieces:  # type: ignore[type-var]
-        async for _ in pieces:
+    async with aclosing(writer.generate(item)) as chunks:  # type: ignore[type-var]
+        async for _ in chunks:
             break
-    long = ScoreItem(
+    long = ScoreInput(
         token_ids=random_ids(engine, 512, seed=8), start=1, options=DistributionOptions(top_k=64)
     )
     tasks = [asyncio.create_task(engine.score(long)) for _ in range(16)]
@@ -240,7 +240,7 @@ async def test_adapters_in_mixed_batches_equal_peft_and_leave_the_base_alone(
     options = DistributionOptions(top_k=64)
     for order in (["", "a/1", "b/1", ""], ["b/1", "", "a/1"], ["", ""], ["a/1", "a/1", "", "b/1", ""]):
         items = [
-            ScoreItem(
+            ScoreInput(
                 token_ids=random_ids(engine, 20 + 3 * n, seed=n), start=1, adapter=name, options=options
             )
             for n, name in enumerate(order)
@@ -256,20 +256,20 @@ async def test_adapters_in_mixed_batches_equal_peft_and_leave_the_base_alone(
 
     # Another adapter under a freed name: nothing of the old one may answer, not even its cached prefixes.
     prompt = random_ids(engine, 256, seed=77)
-    await written(engine, GenerateItem(token_ids=prompt, adapter="a/1", max_new_tokens=2))
+    await written(engine, GenerateInput(token_ids=prompt, adapter="a/1", max_new_tokens=2))
     await engine.unload_adapter("a/1")
     with pytest.raises(StillhouseError) as caught:
-        await engine.score(ScoreItem(token_ids=prompt, start=1, adapter="a/1", options=options))
+        await engine.score(ScoreInput(token_ids=prompt, start=1, adapter="a/1", options=options))
     assert caught.value.reason is Reason.ADAPTER_NOT_FOUND
     other = make_adapter(tmp_path / "other", models.teacher, rank=2, seed=99)
     await engine.load_adapter("a/1", other)
-    pieces = await written(
-        engine, GenerateItem(token_ids=prompt, adapter="a/1", max_new_tokens=8, options=options)
+    chunks = await written(
+        engine, GenerateInput(token_ids=prompt, adapter="a/1", max_new_tokens=8, options=options)
     )
-    said = Distributions.concat([piece.distributions for piece in pieces if piece.distributions])
-    whole = np.concatenate([prompt, joined(pieces)])
+    said = Distributions.concat([chunk.distributions for chunk in chunks if chunk.distributions])
+    whole = np.concatenate([prompt, joined(chunks)])
     assert_equal_to(reference(models.teacher, other), whole, said, 64)
-    base = ScoreItem(token_ids=prompt, start=1, options=options)
+    base = ScoreInput(token_ids=prompt, start=1, options=options)
     assert_equal_to(models_by_name[""], prompt, await engine.score(base), 64)
     for name in ("a/1", "b/1"):
         await engine.unload_adapter(name)

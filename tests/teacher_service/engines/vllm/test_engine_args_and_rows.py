@@ -13,7 +13,7 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import GenerateItem
+from stillhouse.teacher_service.engine import GenerateInput
 from stillhouse.teacher_service.engines.vllm import engine_args
 from stillhouse.teacher_service.engines.vllm.engine_args import (
     engine_arguments,
@@ -57,23 +57,23 @@ def test_the_token_that_is_there_comes_first_and_may_come_again() -> None:
 
 
 def test_outputs_that_vllm_joined_read_as_they_were_before() -> None:
-    pieces = []
+    chunks = []
     for there, its_rank in ((1, 3), (9, 17)):
         ids, logprobs, ranks = [there, 4, 2, 1], [-2.0 * its_rank, -0.5, -1.5, -6.0], [its_rank, 1, 2, 3]
         flat = FlatLogprobs()
         flat.append_fast(ids, logprobs, iter(ranks), [None] * 4)  # type: ignore[arg-type]
-        pieces.append(flat)
+        chunks.append(flat)
     alone = [
         to_distributions(flat, first_row=0, num_rows=1, top_k=3, start=5 + index, vocab_size=32)
-        for index, flat in enumerate(pieces)
+        for index, flat in enumerate(chunks)
     ]
-    pieces[0].extend(pieces[1])  # what RequestOutput.add does
-    pieces[1].extend(pieces[0])
-    joined = to_distributions(pieces[0], first_row=0, num_rows=2, top_k=3, start=5, vocab_size=32)
+    chunks[0].extend(chunks[1])  # what RequestOutput.add does
+    chunks[1].extend(chunks[0])
+    joined = to_distributions(chunks[0], first_row=0, num_rows=2, top_k=3, start=5, vocab_size=32)
     assert (
-        len(pieces[1].token_ids) == 11
+        len(chunks[1].token_ids) == 11
     )  # the token at rank 3 has lost a place, which the numbers above must not show
-    twice = to_distributions(pieces[1], first_row=1, num_rows=2, top_k=3, start=5, vocab_size=32)
+    twice = to_distributions(chunks[1], first_row=1, num_rows=2, top_k=3, start=5, vocab_size=32)
     for got in (joined, twice):
         for row, want in enumerate(alone):
             assert got.token_ids[row].tolist() == want.token_ids[0].tolist() == [4, 2, 1]
@@ -172,13 +172,13 @@ def test_the_operators_environment_stays(config: TeacherConfig, monkeypatch: pyt
 def draws(seed: int, num_valid: int = 6, **how: float) -> Any:
     """What vLLM's worker makes of a request with a seed."""
     from stillhouse.teacher_service.engines.vllm.worker.seeded_logits_processor import (
-        SeededDraws,
-        draw_argument,
+        SeededSampling,
+        sampling_argument,
     )
 
-    item = GenerateItem(token_ids=np.zeros(1, np.int32), seed=seed, **how)  # type: ignore[arg-type]
-    params = SamplingParams(extra_args=draw_argument(item, num_valid=num_valid))
-    return SeededDraws.new_req_logits_processor(None, params)  # type: ignore[arg-type]
+    item = GenerateInput(token_ids=np.zeros(1, np.int32), seed=seed, **how)  # type: ignore[arg-type]
+    params = SamplingParams(extra_args=sampling_argument(item, num_valid=num_valid))
+    return SeededSampling.new_req_logits_processor(None, params)  # type: ignore[arg-type]
 
 
 def test_seeded_draws_follow_the_distribution_and_leave_padding_alone() -> None:

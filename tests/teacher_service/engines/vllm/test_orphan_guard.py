@@ -15,8 +15,8 @@ from tests.support.processes import no_process_left
 
 TEACHER = """
     import subprocess, sys, time
-    from stillhouse.teacher_service.engines.vllm.orphan_guard import LOOK_INTERVAL_S, Guard
-    guard = Guard()
+    from stillhouse.teacher_service.engines.vllm.orphan_guard import LOOK_INTERVAL_S, OrphanGuard
+    guard = OrphanGuard()
     child = [sys.executable, "-c", "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); time.sleep(600)"]
     process = subprocess.Popen(child)
     time.sleep(4 * LOOK_INTERVAL_S)

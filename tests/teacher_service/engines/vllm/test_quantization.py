@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import DistributionOptions, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, ScoreInput
 from tests.conftest import Models
 from tests.support.processes import no_process_left
 from tests.support.quantised_models import GROUP, ZERO, Layout, quantised_copy
@@ -102,7 +102,7 @@ def test_a_checkpoint_of_four_bits_scores_as_what_its_bits_mean(
         model=str(packed), engine="vllm", dtype="bfloat16", max_adapters=0, kv_cache_gib=0.25
     )
     ids = random_ids(60)
-    item = ScoreItem(token_ids=ids, start=1, options=DistributionOptions(top_k=4))
+    item = ScoreInput(token_ids=ids, start=1, options=DistributionOptions(top_k=4))
 
     async def answer() -> tuple[str, Distributions]:
         async with loaded(config) as engine:

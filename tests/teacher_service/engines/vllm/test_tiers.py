@@ -20,7 +20,7 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.distributions import from_logits
-from stillhouse.teacher_service.engine import DistributionOptions, GeneratedPiece, GenerateItem, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, GeneratedChunk, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.vllm import tier_selection
 from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
 from stillhouse.teacher_service.engines.vllm.engine_args import CPU_BLOCK_TOKENS
@@ -50,7 +50,7 @@ def by_transformers(
     """What the reference engine's own arithmetic makes of a float32 forward."""
     with torch.no_grad():
         output = model.model(torch.from_numpy(ids[:-1].astype(np.int64))[None]).last_hidden_state[0]
-        target = from_logits.Target(start=start, sequence=ids, query_token_ids=query)
+        target = from_logits.RowSpec(start=start, sequence=ids, query_token_ids=query)
         return from_logits.distributions(output[start - 1 :], model.lm_head, target, options, vocab_size=392)
 
 
@@ -96,7 +96,7 @@ async def test_everything_is_exact_at_block_boundaries_and_at_the_shortest_and_l
         for start in sorted({1, length // 2, length - 1} - {0}):
             ids = random_ids(worker_engine, length, seed=length)
             query = np.random.default_rng(start).integers(-1, 392, (length - start, 3)).astype(np.int32)
-            items.append(ScoreItem(token_ids=ids, start=start, query_token_ids=query, options=EVERYTHING))
+            items.append(ScoreInput(token_ids=ids, start=start, query_token_ids=query, options=EVERYTHING))
     answers = await asyncio.gather(*(worker_engine.score(item) for item in items))
     for item, got in zip(items, answers, strict=True):
         wanted = by_transformers(model, item.token_ids, item.start, item.options, item.query_token_ids)
@@ -112,7 +112,7 @@ async def test_completions_of_one_prompt_share_its_prefix_and_keep_their_first_r
     prompt = random_ids(worker_engine, prompt_length, seed=prompt_length)
     options = DistributionOptions(top_k=8)
     items = [
-        ScoreItem(
+        ScoreInput(
             token_ids=np.concatenate([prompt, random_ids(worker_engine, 5 + number, seed=number)]),
             start=prompt_length,
             options=options,
@@ -137,8 +137,8 @@ async def test_what_comes_from_the_prefix_cache_is_counted(worker_engine: VllmEn
     ids = random_ids(worker_engine, 3 * BLOCK + 7, seed=4321)
     cached = []
     for start in (3 * BLOCK, 3 * BLOCK, 2 * BLOCK + 1, 1):
-        item = ScoreItem(token_ids=ids, start=start, options=DistributionOptions(top_k=1))
-        prompt, params = worker_engine._tier.scoring(item, reuse=True)
+        item = ScoreInput(token_ids=ids, start=start, options=DistributionOptions(top_k=1))
+        prompt, params = worker_engine._tier.score_params(item, reuse=True)
         cached.append((await worker_engine._last_output(prompt, params, "")).num_cached_tokens)
     # Row 0 needs the token before it: of a prompt of whole blocks, the last one is computed again.
     assert cached == [0, 2 * BLOCK, 2 * BLOCK, 0]
@@ -147,7 +147,7 @@ async def test_what_comes_from_the_prefix_cache_is_counted(worker_engine: VllmEn
 async def test_rows_that_are_missing_are_asked_for_again_without_the_cache(
     worker_engine: VllmEngine, model: Any
 ) -> None:
-    item = ScoreItem(
+    item = ScoreInput(
         token_ids=random_ids(worker_engine, 2 * BLOCK + 3, seed=99),
         start=5,
         options=DistributionOptions(top_k=3),
@@ -156,7 +156,7 @@ async def test_rows_that_are_missing_are_asked_for_again_without_the_cache(
     tier = view(worker_engine)._tier
     asked = []
 
-    def scoring(item: ScoreItem, *, reuse: bool) -> tuple[list[int], Any]:
+    def scoring(item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
         """Leaves out rows, as long as the cache may be used."""
         asked.append(reuse)
         prompt, params = type(tier).scoring(tier, item, reuse=reuse)
@@ -176,7 +176,7 @@ async def test_written_tokens_carry_everything_that_scoring_them_says(
     worker_engine: VllmEngine, model: Any, draw: dict[str, Any]
 ) -> None:
     items = [
-        GenerateItem(
+        GenerateInput(
             token_ids=random_ids(worker_engine, length, seed=length),
             max_new_tokens=20,
             seed=length,
@@ -187,15 +187,15 @@ async def test_written_tokens_carry_everything_that_scoring_them_says(
         for length, top_k in ((1, 0), (7, 4), (BLOCK, 16), (300, 16))
     ]
     engine = view(worker_engine, eos_token_ids=())
-    for item, pieces in zip(
+    for item, chunks in zip(
         items, await asyncio.gather(*(written(engine, item) for item in items)), strict=True
     ):
-        whole = np.concatenate([item.token_ids, joined(pieces)])
+        whole = np.concatenate([item.token_ids, joined(chunks)])
         assert len(whole) == len(item.token_ids) + 20
-        said = Distributions.concat([piece.distributions for piece in pieces if piece.distributions])
+        said = Distributions.concat([chunk.distributions for chunk in chunks if chunk.distributions])
         assert item.options is not None
         scored = await engine.score(
-            ScoreItem(token_ids=whole, start=len(item.token_ids), options=item.options)
+            ScoreInput(token_ids=whole, start=len(item.token_ids), options=item.options)
         )
         assert_same(said, scored)
         assert_same(said, by_transformers(model, whole, said.start, item.options))
@@ -215,7 +215,7 @@ async def test_logits_that_are_no_numbers_fail_their_sequence_alone(
     try:
         ids = random_ids(worker_engine, 40, seed=1)
         options = DistributionOptions(top_k=4)
-        good = ScoreItem(token_ids=ids, start=3, options=options)
+        good = ScoreInput(token_ids=ids, start=3, options=options)
         bad = replace(good, adapter="broken/1")
         answers = await asyncio.gather(*map(worker_engine.score, (good, bad, good)), return_exceptions=True)
         failure = answers.pop(1)
@@ -225,7 +225,7 @@ async def test_logits_that_are_no_numbers_fail_their_sequence_alone(
             assert isinstance(answer, Distributions)
             assert_same(answer, by_transformers(model, ids, 3, options))
         samples = [
-            GenerateItem(token_ids=ids, max_new_tokens=4, seed=1, adapter=name, options=each)
+            GenerateInput(token_ids=ids, max_new_tokens=4, seed=1, adapter=name, options=each)
             for name, each in (("", options), ("broken/1", options), ("broken/1", None))
         ]
         texts = await asyncio.gather(
@@ -250,7 +250,7 @@ async def test_adapters_never_share_the_prefix_cache(worker_engine: VllmEngine, 
             ("", None),
             ("own/1", models.adapter_a),
         ):
-            item = ScoreItem(token_ids=ids, start=2 * BLOCK + 1, adapter=adapter, options=options)
+            item = ScoreInput(token_ids=ids, start=2 * BLOCK + 1, adapter=adapter, options=options)
             got = await worker_engine.score_once(item, reuse=True)
             with torch.no_grad():
                 logits = reference(models.teacher, path)(torch.from_numpy(ids.astype(np.int64))[None]).logits[
@@ -286,7 +286,7 @@ class _Wrong:
         self._engine = engine
         self._change = change
 
-    async def score_once(self, item: ScoreItem, *, reuse: bool) -> Distributions:
+    async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
         answer = await self._engine.score_once(item, reuse=reuse)
         if self._change == "unreadable":
             raise RuntimeError("rows of 3 ids")
@@ -294,7 +294,7 @@ class _Wrong:
         array[-1] = (array[-1] + 7) % 300 if self._change == "token_ids" else array[-1] + 0.01
         return replace(answer, **{self._change: array})
 
-    def generate(self, item: GenerateItem) -> AsyncIterator[GeneratedPiece]:
+    def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         return self._engine.generate(item)
 
 
@@ -358,16 +358,16 @@ async def test_what_a_lower_tier_cannot_do_is_refused(worker_engine: VllmEngine,
         DistributionOptions(top_k=4, entropy=True),
     ):
         with pytest.raises(StillhouseError) as caught:
-            await engine.score(ScoreItem(token_ids=ids, start=1, options=options))
+            await engine.score(ScoreInput(token_ids=ids, start=1, options=options))
         assert caught.value.reason is Reason.CAPABILITY
     with pytest.raises(StillhouseError, match="temperature is 3") as caught:
-        await written(engine, GenerateItem(token_ids=ids, temperature=3.0))
+        await written(engine, GenerateInput(token_ids=ids, temperature=3.0))
     assert caught.value.reason is Reason.INVALID_REQUEST
 
 
 async def test_the_last_test_kills_vllm_and_the_engine_says_so(worker_engine: VllmEngine) -> None:
     writer = view(worker_engine, eos_token_ids=())
-    stream = writer.generate(GenerateItem(token_ids=random_ids(writer, 4, seed=1), max_new_tokens=500))
+    stream = writer.generate(GenerateInput(token_ids=random_ids(writer, 4, seed=1), max_new_tokens=500))
     await anext(stream)
     for process in psutil.Process().children():
         if "EngineCore" in " ".join((process.name(), *process.cmdline())):

@@ -11,27 +11,27 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.vllm.worker import batch_sampling
-from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import draw_rows
+from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import (
     KEY,
     MISSING,
-    DrawPlan,
+    SamplingPlan,
     ScorePlan,
+    column_counts,
     pack,
     read_plan,
-    start_of,
+    score_start,
     unpack,
-    widths,
 )
 
 V, VALID = 3000, 2990
 
 
-def plan(seed: int = 0, **how: Any) -> DrawPlan:
-    item = GenerateItem(token_ids=np.zeros(1, np.int32), **how)
-    return DrawPlan.of(item, seed=seed, num_valid=VALID)
+def plan(seed: int = 0, **how: Any) -> SamplingPlan:
+    item = GenerateInput(token_ids=np.zeros(1, np.int32), **how)
+    return SamplingPlan.from_input(item, seed=seed, num_valid=VALID)
 
 
 def row(seed: int, scale: float = 2.0) -> torch.Tensor:
@@ -40,7 +40,7 @@ def row(seed: int, scale: float = 2.0) -> torch.Tensor:
     return logits
 
 
-def reference(logits_V: torch.Tensor, how: DrawPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
+def reference(logits_V: torch.Tensor, how: SamplingPlan) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Probabilities of all ids, by sorting."""
     probs = (logits_V[:VALID].double() / how.temperature).softmax(-1).numpy()
     order = np.argsort(-probs, kind="stable")
@@ -67,7 +67,7 @@ HOW = [
 @pytest.mark.parametrize("how", HOW)
 def test_draws_follow_the_distribution_and_say_how_likely_they_were(how: dict[str, Any]) -> None:
     logits_V, count = row(1), 4000
-    drawn = draw_rows(logits_V.expand(count, V), [plan(seed, **how) for seed in range(count)], [3] * count)
+    drawn = sample_rows(logits_V.expand(count, V), [plan(seed, **how) for seed in range(count)], [3] * count)
     wanted = reference(logits_V, plan(**how))
     ids = drawn.token_ids.numpy()
     assert wanted[ids].min() > 0
@@ -80,8 +80,8 @@ def test_draws_follow_the_distribution_and_say_how_likely_they_were(how: dict[st
 def test_a_row_of_a_batch_is_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [plan(seed, **how) for seed, how in enumerate([*HOW, {"temperature": 0.0}, *HOW])]
     logits_BV = torch.stack([row(number) for number in range(len(plans))])
-    whole = draw_rows(logits_BV, plans, list(range(len(plans))))
-    alone = [draw_rows(logits_BV[n : n + 1], [plans[n]], [n]) for n in range(len(plans))]
+    whole = sample_rows(logits_BV, plans, list(range(len(plans))))
+    alone = [sample_rows(logits_BV[n : n + 1], [plans[n]], [n]) for n in range(len(plans))]
     assert whole.token_ids.tolist() == [int(each.token_ids) for each in alone]
     np.testing.assert_allclose(whole.logprobs, [float(each.logprobs) for each in alone], atol=1e-5)
     greedy = len(HOW)
@@ -89,36 +89,36 @@ def test_a_row_of_a_batch_is_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> N
     assert float(whole.logprobs[greedy]) == 0
     # A nucleus that is larger than the tokens that are looked at first.
     monkeypatch.setattr(batch_sampling, "FIRST_CANDIDATES", 4)
-    again = draw_rows(logits_BV, plans, list(range(len(plans))))
+    again = sample_rows(logits_BV, plans, list(range(len(plans))))
     assert again.token_ids.tolist() == whole.token_ids.tolist()
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
     logits_BV = torch.zeros(8, V)
-    first = draw_rows(logits_BV, [plan(7)] * 8, list(range(8))).token_ids.tolist()
+    first = sample_rows(logits_BV, [plan(7)] * 8, list(range(8))).token_ids.tolist()
     assert len(set(first)) == 8
-    assert draw_rows(logits_BV[:1], [plan(7)], [5]).token_ids.tolist() == first[5:6]
+    assert sample_rows(logits_BV[:1], [plan(7)], [5]).token_ids.tolist() == first[5:6]
     for seed in (8, 2**64 - 1, 2**32 + 7):
-        assert draw_rows(logits_BV, [plan(seed)] * 8, list(range(8))).token_ids.tolist() != first
+        assert sample_rows(logits_BV, [plan(seed)] * 8, list(range(8))).token_ids.tolist() != first
 
 
 def test_plans_survive_the_way_to_the_worker() -> None:
     options = DistributionOptions(top_k=3, temperatures=(0.5, 2.0), num_sampled_tokens=2, seed=-(2**63))
     query = np.array([[1, -1], [2, 3], [4, 5]], np.int32)
-    item = ScoreItem(token_ids=np.arange(5, dtype=np.int32), start=2, options=options, query_token_ids=query)
-    argument = ScorePlan.of(item).argument()
+    item = ScoreInput(token_ids=np.arange(5, dtype=np.int32), start=2, options=options, query_token_ids=query)
+    argument = ScorePlan.from_input(item).to_extra_args()
     read = read_plan(argument)
     assert isinstance(read, ScorePlan)
     assert (read.start, read.last, read.options) == (2, 4, options)
     assert read.query_token_ids is not None
     assert np.array_equal(read.query_token_ids, query)
-    assert start_of(argument) == 2
+    assert score_start(argument) == 2
     drawing = plan(2**64 - 1, temperature=0.5, options=options)
-    assert read_plan(drawing.argument()) == drawing
+    assert read_plan(drawing.to_extra_args()) == drawing
     for none in (None, {}, {"other": 1}, {KEY: {}}):
         assert read_plan(none) is None
-        assert start_of(none) is None
-    assert start_of(drawing.argument()) is None
+        assert score_start(none) is None
+    assert score_start(drawing.to_extra_args()) is None
 
 
 def test_rows_survive_the_way_back() -> None:
@@ -144,7 +144,7 @@ def test_rows_survive_the_way_back() -> None:
     )
     ids, columns = pack(rows, np.array([7, 8, 9], np.int32))
     sizes: dict[str, Any] = {"vocab_size": 50, "num_queries": 3, "hidden_size": 6}
-    assert (ids.shape[1], columns.shape[1]) == widths(options, **sizes)
+    assert (ids.shape[1], columns.shape[1]) == column_counts(options, **sizes)
     got = unpack(ids, columns, start=5, options=options, **sizes)
     assert not got.missing
     assert got.sampling_logprobs.tolist() == [0, 0, 0]

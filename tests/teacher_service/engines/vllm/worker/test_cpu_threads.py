@@ -21,7 +21,7 @@ import torch
 
 from benchmarks.teacher.models import make_tokenizer
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engine import DistributionOptions, GenerateItem, ScoreItem
+from stillhouse.teacher_service.engine import DistributionOptions, GenerateInput, ScoreInput
 from tests.support.small_models import make_adapter
 from tests.teacher_service.conftest import loaded, view
 from tests.teacher_service.engines.vllm.test_engine import assert_equal_to, joined, reference, written
@@ -197,9 +197,9 @@ async def engine(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Vllm
         yield made
 
 
-def scored(length: int, start: int, seed: int) -> ScoreItem:
+def scored(length: int, start: int, seed: int) -> ScoreInput:
     ids = np.random.default_rng(seed).integers(0, VOCAB_SIZE, length, dtype=np.int32)
-    return ScoreItem(token_ids=ids, start=start, options=DistributionOptions(top_k=TOP_K))
+    return ScoreInput(token_ids=ids, start=start, options=DistributionOptions(top_k=TOP_K))
 
 
 @pytest.mark.model
@@ -247,7 +247,7 @@ async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_pef
                 assert_equal_to(bases[item.adapter], item.token_ids, got, TOP_K)
         for name in ("both", "", "body"):
             prompt = np.arange(5, 40, dtype=np.int32)
-            item = GenerateItem(
+            item = GenerateInput(
                 token_ids=prompt,
                 adapter=name,
                 temperature=0.0,
@@ -268,7 +268,7 @@ async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_pef
 @pytest.mark.asyncio(loop_scope="session")
 async def test_who_leaves_and_who_writes_meanwhile_changes_nothing(engine: VllmEngine) -> None:
     async def write() -> list[int]:
-        item = GenerateItem(
+        item = GenerateInput(
             token_ids=np.arange(5, dtype=np.int32),
             max_new_tokens=24,
             seed=3,

@@ -10,7 +10,7 @@ import pytest
 
 from stillhouse.teacher_service.engines.vllm.worker.malloc_trim import trim_regularly
 
-PIECE_BYTES, PIECES = 64 << 10, 2048  # too small for a mapping of their own
+CHUNK_BYTES, CHUNKS = 64 << 10, 2048  # too small for a mapping of their own
 
 
 def test_free_memory_between_used_pieces_goes_back_to_the_host() -> None:
@@ -19,20 +19,20 @@ def test_free_memory_between_used_pieces_goes_back_to_the_host() -> None:
         pytest.skip("this C library has no malloc_trim")
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
-    pieces = [library.malloc(PIECE_BYTES) for _ in range(PIECES)]
-    for piece in pieces:
-        ctypes.memset(piece, 1, PIECE_BYTES)
-    kept, free = pieces[::8], [piece for number, piece in enumerate(pieces) if number % 8]
-    for piece in free:
-        library.free(piece)
+    chunks = [library.malloc(CHUNK_BYTES) for _ in range(CHUNKS)]
+    for chunk in chunks:
+        ctypes.memset(chunk, 1, CHUNK_BYTES)
+    kept, free = chunks[::8], [chunk for number, chunk in enumerate(chunks) if number % 8]
+    for chunk in free:
+        library.free(chunk)
     process = psutil.Process()
     before = process.memory_info().rss
     ended = trim_regularly(0.05)
     assert ended is not None
     deadline = time.monotonic() + 10
-    while process.memory_info().rss > before - len(free) * PIECE_BYTES // 2:
+    while process.memory_info().rss > before - len(free) * CHUNK_BYTES // 2:
         assert time.monotonic() < deadline, "the heap was not trimmed"
         time.sleep(0.05)
-    for piece in kept:
-        library.free(piece)
+    for chunk in kept:
+        library.free(chunk)
     ended.set()

@@ -15,9 +15,9 @@ import torch
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 from stillhouse.teacher_service.engines.vllm.logprobs_processor import RawRows
-from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import Helpers
+from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
-from stillhouse.teacher_service.engines.vllm.worker.row_buffer import Held, Leaving, is_due
+from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
 
 
 def block(first: int, count: int, width: int = 3) -> tuple[Any, Any]:
@@ -41,14 +41,14 @@ def test_rows_are_given_out_once_and_in_order() -> None:
 
 
 def test_held_rows_leave_in_the_order_of_their_steps() -> None:
-    held = Held([(*block(10 * step, 3), step % 3) for step in range(5)])
-    ids, values, _ = held.take()
+    held = RowBuffer([(*block(10 * step, 3), step % 3) for step in range(5)])
+    ids, values, _ = held.drain()
     assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 11, 22, 30, 41]
     assert held.rows == []
 
 
 def test_what_leaves_travels_between_processes_and_holds_nothing_for_the_others() -> None:
-    leaving = pickle.loads(pickle.dumps(Leaving({2: (*block(5, 2), np.empty(0, np.int32))}).tolists()))
+    leaving = pickle.loads(pickle.dumps(OutgoingRows({2: (*block(5, 2), np.empty(0, np.int32))}).tolists()))
     assert leaving.slice_request(0, 1) is None
     assert leaving.slice_request(2, 1).logprob_token_ids[:, 0].tolist() == [5, 6]
 
@@ -69,7 +69,7 @@ def test_rows_leave_when_the_front_end_gives_them_out() -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_helpers_do_all_of_the_work_and_say_what_went_wrong(count: int) -> None:
-    helpers, done, threads = Helpers(count), set(), set()
+    helpers, done, threads = HelperThreads(count), set(), set()
 
     def work(number: int) -> None:
         assert torch.is_inference_mode_enabled()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-DIRECTORY = Path(__file__).resolve().parents[1] / "protos" / "stillhouse" / "v1"
+DIRECTORY = Path(__file__).resolve().parents[2] / "protos" / "stillhouse" / "v1"
 
 _BLOCK = re.compile(r"(?P<kind>message|enum|service|oneof) (?P<name>\w+)")
 _LEAVES = (
@@ -53,3 +53,8 @@ def declarations() -> Iterator[Declaration]:
             elif text == "}":
                 scopes.pop()
             comment = []
+
+
+def comments() -> dict[str, str]:
+    """Comment of every declaration, by its path."""
+    return {each.path: each.comment for each in declarations()}
