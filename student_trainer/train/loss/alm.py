@@ -1,4 +1,4 @@
-"""Approximate likelihood matching: what teacher and student of different tokenizers give to the same stretches of text.
+"""Approximate likelihood matching: compares the likelihoods of text chunks under teacher and student of different tokenizers.
 
 A chunk is a stretch of bytes at whose two ends tokens of both end. The teacher gives it probability exp(p), p the sum of
 its tokens' log-probabilities, and the student exp(q). At a temperature t, P = exp(p / t - EPSILON) and Q likewise; the
@@ -22,21 +22,21 @@ from stillhouse.student_trainer.train.loss.objective import ObjectiveSum
 from stillhouse.student_trainer.train.loss.reduction import reduce
 
 EPSILON = 1e-6
-"""Keeps P and Q below 1, so that a chunk that is certain has a finite loss and gradient."""
+"""Keeps P and Q below 1, so that a certain chunk has a finite loss and gradient."""
 LEAST_LOGPROB = -1e4
-"""A chunk that is less likely counts as just so unlikely."""
+"""Floor of a chunk's log-probability, in nats."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChunkTargets:
-    """What a teacher says of the chunks of N targets."""
+    """Chunks of N targets and the teacher's log-probabilities of them."""
 
     chunk_of: Int64[Tensor, "1 N"]
-    """Which chunk a target belongs to, -1 for none."""
+    """Index of each target's chunk, -1 for none."""
     teacher_logprobs: Float[Tensor, " C"]
-    """Float64: log-probability of the chunk's text given all text before it, natural, at temperature 1."""
+    """Float64: natural log-probability of the chunk's text given all text before it, at temperature 1."""
     weights: Float[Tensor, " C"]
-    """Float64: of each chunk in the sum."""
+    """Float64: weight of each chunk in the sum."""
 
 
 def chunk_objective(
@@ -45,14 +45,14 @@ def chunk_objective(
     chunks: ChunkTargets,
     config: LossConfig,
 ) -> ObjectiveSum:
-    """sum_c w_c sum_i weight_i D_i(P_c, Q_c) + hard_weight x CE(text), before it is divided.
+    """Computes sum_c w_c sum_i weight_i D_i(P_c, Q_c) + hard_weight x CE(text), before it is divided.
 
-    `text_logprobs` are the student's, of each target; `weights` are those of targets and count for cross-entropy.
+    `text_logprobs` are the student's, per target; `weights` are per target and apply to cross-entropy.
     Parts: "alm_" and the divergence, by chunk; "cross_entropy" and "aligned", the share of targets in a chunk, by target;
     "chunk_gap", |p - q| by chunk in nats.
     """
     hard = reduce(-text_logprobs, weights).loss_sum
-    # Not even as 0 x inf a token that the student rules out spoils a loss without cross-entropy.
+    # A token that the student excludes must not spoil a loss without cross-entropy, even as 0 x inf.
     total = (
         config.hard_weight * hard.double() if config.hard_weight else torch.zeros_like(hard.detach()).double()
     )
@@ -82,7 +82,7 @@ def chunk_objective(
 
 
 def chunk_logprobs(text_logprobs: Float[Tensor, "1 N"], chunks: ChunkTargets) -> Float[Tensor, " C"]:
-    """Float64: the student's log-probability of each chunk. Targets of no chunk may hold anything and get no gradient."""
+    """Returns the student's log-probability of each chunk, float64. Targets outside chunks are ignored and get no gradient."""
     chunk_of = chunks.chunk_of[0]
     inside = chunk_of >= 0
     summed = torch.zeros(
@@ -99,22 +99,22 @@ def chunk_divergence(
     temperature: float,
     parameters: Mapping[str, float] | None = None,
 ) -> Float[Tensor, " C"]:
-    """The f-divergence `name` of each chunk's (P, 1 - P) from (Q, 1 - Q), in nats, >= 0; 0 iff P = Q."""
+    """Computes the f-divergence `name` of each chunk's (P, 1 - P) from (Q, 1 - Q), in nats, >= 0; 0 iff P = Q."""
     divergence = DIVERGENCES[name].bind(parameters or {})
     teacher = binary(teacher_logprobs.clamp(min=LEAST_LOGPROB), temperature)
     return divergence(teacher.unsqueeze(0), binary(student_logprobs, temperature).unsqueeze(0))[0]
 
 
 def binary(logprobs: Float[Tensor, " C"], temperature: float) -> Float[Tensor, "C 2"]:
-    """log P and log (1 - P) with P = exp(logprobs / temperature - EPSILON); a sum above 0 through rounding counts as 0."""
+    """Returns log P and log (1 - P) with P = exp(logprobs / temperature - EPSILON); sums above 0 (rounding) count as 0."""
     log_p = logprobs.clamp(max=0.0) / temperature - EPSILON
     return torch.stack([log_p, log1mexp(log_p)], dim=-1)
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, without loss of digits near 0 and far from it (Maechler 2012), also in the gradient."""
+    """Computes log(1 - exp(x)) for x < 0 to full precision (Maechler 2012), also in the gradient."""
     near = x > -math.log(2)
-    # Each branch sees only what is its own, so that no NaN of the other reaches the gradient.
+    # Each branch sees only its own values, so that no NaN of the other reaches the gradient.
     close = torch.where(near, x, torch.full_like(x, -1.0))
     far = torch.where(near, torch.full_like(x, -1.0), x)
     return torch.where(near, (-torch.expm1(close)).log(), torch.log1p(-far.exp()))

@@ -1,11 +1,11 @@
-"""Divergences between two bucketed distributions, per position: pure functions of log-probabilities, without masks or reduction.
+"""Divergences per position between two bucketed distributions: pure functions of log-probabilities, without masks or reduction.
 
 To add one, write a function of this signature and name it in DIVERGENCES. Axes: B sequences, T positions, S buckets,
 the last of which is the tail. p is the teacher, q the student. A bucket that is empty is -inf on both sides, or only
 in the teacher; no term may become 0 x inf.
 
-Conventions differ between publications; here `beta` and `alpha` weigh the teacher as the formula of each function says.
-TRL, Liger and the GKD paper agree with `jsd`; DistiLLM's and ABKD's `lam` and f-distill's `beta` weigh the student.
+Conventions differ between publications; here `beta` and `alpha` weight the teacher as the formula of each function says.
+TRL, Liger and the GKD paper agree with `jsd`; DistiLLM's and ABKD's `lam` and f-distill's `beta` weight the student.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 """(teacher_logprobs_BTS, student_logprobs_BTS) -> loss_BT, in nats except `tvd` (a probability) and `mse`."""
 
 NO_MASS_LOGPROB = -1e4
-"""Stands for the log-probability of a bucket in which the teacher has nothing: exp of it is 0, and it is finite."""
+"""Finite stand-in for the log-probability of a bucket without mass; its exp is 0."""
 TAIL_FLOOR_LOGPROB = math.log(1e-6)
-"""Least log-probability of the teacher's tail that reverse KL charges the student's tail with; it would grow without end."""
+"""Floor of the teacher's tail log-probability in reverse KL, which would otherwise grow without bound."""
 
 
 def forward_kl_divergence(
@@ -50,7 +50,7 @@ def jsd_divergence(
 ) -> Float[Tensor, "B T"]:
     """Generalised Jensen-Shannon divergence beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
 
-    As TRL and Agarwal et al. (2306.13649) have it: 0 and 1 are special cases, forward and reverse KL, although the
+    Follows TRL and Agarwal et al. (2306.13649): beta 0 and 1 are special cases, forward and reverse KL, although the
     formula goes to 0 there. The family is therefore not continuous at its ends; `jsd_normalised` is.
     """
     if beta == 0:
@@ -59,9 +59,9 @@ def jsd_divergence(
         return reverse_kl_divergence(teacher_logprobs, student_logprobs)
     both = _finite(teacher_logprobs, student_logprobs)
     log_m = torch.logaddexp(both.log_p + math.log(beta), both.log_q + math.log1p(-beta))
-    of_teacher = both.log_p.exp() * (both.log_p - log_m)
-    of_student = both.log_q.exp() * (both.log_q - log_m)
-    return both.sum(beta * of_teacher + (1 - beta) * of_student)
+    teacher_terms = both.log_p.exp() * (both.log_p - log_m)
+    student_terms = both.log_q.exp() * (both.log_q - log_m)
+    return both.sum(beta * teacher_terms + (1 - beta) * student_terms)
 
 
 def jsd_normalised_divergence(
@@ -123,11 +123,11 @@ def alpha_beta_divergence(
         )
     both = _finite(teacher_logprobs, student_logprobs)
     if beta == 0:
-        of_p, of_q = alpha * both.log_p, alpha * both.log_q
-        return both.sum(of_p.exp() * (of_p - of_q) - of_p.exp() + of_q.exp()) / alpha**2
+        scaled_p, scaled_q = alpha * both.log_p, alpha * both.log_q
+        return both.sum(scaled_p.exp() * (scaled_p - scaled_q) - scaled_p.exp() + scaled_q.exp()) / alpha**2
     if alpha == 0:
-        of_p, of_q = beta * floor_tail(both.log_p), beta * both.log_q
-        return both.sum(of_q.exp() * (of_q - of_p) - of_q.exp() + of_p.exp()) / beta**2
+        scaled_p, scaled_q = beta * floor_tail(both.log_p), beta * both.log_q
+        return both.sum(scaled_q.exp() * (scaled_q - scaled_p) - scaled_q.exp() + scaled_p.exp()) / beta**2
     total = alpha + beta
     product = (alpha * both.log_p + beta * both.log_q).exp()
     powers = alpha / total * (total * both.log_p).exp() + beta / total * (total * both.log_q).exp()
@@ -137,17 +137,17 @@ def alpha_beta_divergence(
 def adaptive_kl_divergence(
     teacher_logprobs: Float[Tensor, "B T S"], student_logprobs: Float[Tensor, "B T S"], *, mu: float
 ) -> Float[Tensor, "B T"]:
-    """Forward and reverse KL, weighted by where the student is off: in the teacher's head, or in the rest.
+    """Forward and reverse KL, weighted by the share of |p - q| in the teacher's head and in the rest.
 
-    The head is the longest run of the teacher's likeliest tokens whose mass is at most `mu`, at least one token; the
-    tail bucket never is in it. g = sum |p - q| over each part, without gradient; the loss is
+    The head is the longest prefix of the teacher's tokens by falling probability with mass at most `mu`, at least one
+    token; it never contains the tail bucket. g = sum |p - q| over each part, without gradient; the loss is
     (g_head KL(p || q) + g_rest KL(q || p)) / (g_head + g_rest). Wu et al. (2404.02657).
     """
     both = _finite(teacher_logprobs.detach(), student_logprobs.detach())
     p = both.log_p.exp()
     gaps = (p - both.log_q.exp()).abs().masked_fill(both.empty, 0.0)
-    likeliest, order = p[..., :-1].sort(dim=-1, descending=True, stable=True)
-    in_head = likeliest.cumsum(-1) <= mu
+    sorted_p, order = p[..., :-1].sort(dim=-1, descending=True, stable=True)
+    in_head = sorted_p.cumsum(-1) <= mu
     in_head[..., :1] = True
     head = gaps[..., :-1].gather(-1, order).masked_fill(~in_head, 0.0).sum(-1)
     total = gaps.sum(-1)
@@ -162,7 +162,7 @@ def centred_mse(
     """Mean over the kept tokens of ((log q_i - mean log q) - (log p_i - mean log p))^2.
 
     Log-probabilities fix logits up to a constant, which centring removes, so this is the error of the logits. The
-    tail bucket has no logit and is left out. With temperature and its square as factor it does not change.
+    tail bucket has no logit and is left out. The temperature cancels against its square as factor.
     """
     both = _finite(teacher_logprobs, student_logprobs)
     known = ~(both.empty | torch.isneginf(teacher_logprobs))[..., :-1]
@@ -173,26 +173,27 @@ def centred_mse(
 
 
 def floor_tail(teacher_logprobs: Float[Tensor, "B T S"]) -> Float[Tensor, "B T S"]:
-    """The teacher with at least the floor in its tail, where reverse KL is charged for it."""
+    """Raises the teacher's tail to at least TAIL_FLOOR_LOGPROB."""
     kept, tail = teacher_logprobs[..., :-1], teacher_logprobs[..., -1:]
     return torch.cat([kept, tail.clamp(min=TAIL_FLOOR_LOGPROB)], dim=-1)
 
 
-class _Pair(NamedTuple):
-    """Two distributions without infinities, and where neither has anything."""
+class _FinitePair(NamedTuple):
+    """Two bucketed distributions without infinities."""
 
-    log_p: Tensor
-    log_q: Tensor
+    log_p: Float[Tensor, "B T S"]
+    log_q: Float[Tensor, "B T S"]
     empty: Bool[Tensor, "B T S"]
+    """True for buckets that neither side has."""
 
     def sum(self, terms: Tensor) -> Tensor:
-        """Over the buckets that exist."""
+        """Sums over the buckets that exist."""
         return terms.masked_fill(self.empty, 0.0).sum(-1)
 
 
-def _finite(teacher_logprobs: Tensor, student_logprobs: Tensor) -> _Pair:
+def _finite(teacher_logprobs: Tensor, student_logprobs: Tensor) -> _FinitePair:
     empty = torch.isneginf(student_logprobs)
-    return _Pair(
+    return _FinitePair(
         log_p=teacher_logprobs.masked_fill(torch.isneginf(teacher_logprobs), NO_MASS_LOGPROB),
         log_q=student_logprobs.masked_fill(empty, NO_MASS_LOGPROB),
         empty=empty,
@@ -200,31 +201,31 @@ def _finite(teacher_logprobs: Tensor, student_logprobs: Tensor) -> _Pair:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Kind:
-    """What a divergence is, beyond its formula."""
+class DivergenceSpec:
+    """A divergence's formula and its mathematical properties."""
 
     function: Callable[..., Tensor]
     """(teacher_logprobs, student_logprobs, **parameters) -> loss per position."""
     is_f_divergence: bool = True
-    """Never grows when buckets are merged: on the tail bucket it bounds the one over the vocabulary from below."""
+    """Never grows when buckets are merged, so the tail bucket gives a lower bound of the divergence over the vocabulary."""
     linear_in_teacher: bool = False
-    """Linear in the teacher's probabilities up to a constant: drawn targets give an unbiased gradient."""
+    """Linear in the teacher's probabilities up to a constant: sampled targets give an unbiased gradient."""
 
     def bind(self, parameters: Mapping[str, float]) -> Divergence:
-        """The divergence with its parameters."""
+        """Returns the divergence with its parameters bound."""
         return partial(self.function, **parameters) if parameters else self.function
 
 
-DIVERGENCES: Mapping[str, Kind] = {
-    "forward_kl": Kind(function=forward_kl_divergence, linear_in_teacher=True),
-    "reverse_kl": Kind(function=reverse_kl_divergence),
-    "jsd": Kind(function=jsd_divergence),
-    "jsd_normalised": Kind(function=jsd_normalised_divergence),
-    "tvd": Kind(function=total_variation),
-    "skew_kl": Kind(function=skew_kl_divergence),
-    "skew_reverse_kl": Kind(function=skew_reverse_kl_divergence),
-    "alpha_beta": Kind(function=alpha_beta_divergence),
-    "adaptive_kl": Kind(function=adaptive_kl_divergence, is_f_divergence=False),
-    "mse": Kind(function=centred_mse, is_f_divergence=False),
+DIVERGENCES: Mapping[str, DivergenceSpec] = {
+    "forward_kl": DivergenceSpec(function=forward_kl_divergence, linear_in_teacher=True),
+    "reverse_kl": DivergenceSpec(function=reverse_kl_divergence),
+    "jsd": DivergenceSpec(function=jsd_divergence),
+    "jsd_normalised": DivergenceSpec(function=jsd_normalised_divergence),
+    "tvd": DivergenceSpec(function=total_variation),
+    "skew_kl": DivergenceSpec(function=skew_kl_divergence),
+    "skew_reverse_kl": DivergenceSpec(function=skew_reverse_kl_divergence),
+    "alpha_beta": DivergenceSpec(function=alpha_beta_divergence),
+    "adaptive_kl": DivergenceSpec(function=adaptive_kl_divergence, is_f_divergence=False),
+    "mse": DivergenceSpec(function=centred_mse, is_f_divergence=False),
 }
-"""By their names in a run file; their parameters and defaults are in student_trainer/config/schema.py."""
+"""Divergences by their names in a run file; parameters and defaults are in student_trainer/config/schema.py."""

@@ -1,8 +1,8 @@
 """Single losses as pure functions (student_logits, targets, weights) -> (loss_sum, denominator), all with one reduction.
 
-Axes: B sequences, T positions, V vocabulary. Row t of the logits predicts the token that row t of the targets speaks
-of; the alignment is written in protos/stillhouse/v1/tensor.proto. Weights come from reduction.token_weights; a
-boolean mask as floats is the weight of "token_mean". A run's whole objective is in objective.py.
+Axes: B sequences, T positions, V vocabulary. Row t of the logits predicts the token of row t of the targets; the
+alignment is written in protos/stillhouse/v1/tensor.proto. Weights come from reduction.token_weights; a boolean mask
+as floats is the weight of "token_mean". A run's complete objective is in objective.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def forward_kl(
     mode: TemperatureMode = "exact",
     vocab_size: int | None = None,
 ) -> LossSum:
-    """Sum of weight x KL(teacher || student) on the kept tokens and the tail, in nats, and of the weights.
+    """Sums weight x KL(teacher || student) on the kept tokens and the tail, in nats, and the weights.
 
     It never exceeds the KL over the whole vocabulary, and equals it if K = V (data processing inequality).
     Its gradient with respect to a logit is q_j - p_j on the kept tokens and q_j - P_tail q_j / Q_tail elsewhere.
@@ -59,7 +59,7 @@ def distillation_loss(
     mode: TemperatureMode = "exact",
     vocab_size: int | None = None,
 ) -> LossSum:
-    """Sum of weight x the divergence `name` between teacher and student, and of the weights."""
+    """Sums weight x the divergence `name` between teacher and student, and the weights."""
     at = bucket_temperature(temperature, mode)
     num_logits = student_logits.shape[-1]
     teacher = teacher_buckets(targets, num_logits=num_logits, vocab_size=vocab_size, temperature=at)
@@ -74,8 +74,8 @@ def distillation_loss(
 def cross_entropy(
     student_logits: Float[Tensor, "B T V"], target_ids: Int64[Tensor, "B T"], weights: Float[Tensor, "B T"]
 ) -> LossSum:
-    """Sum of weight x -log q(target), in nats at temperature 1, and of the weights.
+    """Sums weight x -log q(target), in nats at temperature 1, and the weights.
 
-    `target_ids` are in [0, V); where the weight is 0 they do not matter.
+    `target_ids` are in [0, V); they are ignored where the weight is 0.
     """
     return reduce(-read_out(student_logits, target_ids, weights, None).targets, weights)

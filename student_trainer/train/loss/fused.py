@@ -1,9 +1,9 @@
-"""The objective fused with the output layer: chunks of positions, gradients in the forward pass, and never the logits of all.
+"""The objective fused with the output layer: computed in chunks of positions, with gradients in the forward pass.
 
 Every loss is a function of a readout (readout.py): log-probabilities b_s of a few buckets, and t of the text's token.
 With h = dL/db, H = sum_s h_s and c = dL/dt, its gradient by a logit z_j at temperature 1 is, by the chain rule,
-h_j - q_j (H + c) on a kept token and q_j (h_tail / Q_tail - H - c) on any other, and c more on the text's token. So a
-chunk needs its exponentials once, autograd on [C, S] alone, and nothing is computed again in the backward pass.
+h_j - q_j (H + c) on a kept token and q_j (h_tail / Q_tail - H - c) on any other, plus c on the text's token. So a
+chunk needs its exponentials once, autograd on [C, S] only, and no recomputation in the backward pass.
 
 Axes: N positions, C of a chunk, R of a block, V vocabulary, H hidden units, K kept tokens, S = K + 1 buckets.
 """
@@ -33,14 +33,14 @@ from stillhouse.student_trainer.train.loss.sparse import Targets, TeacherBuckets
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 CPU_CHUNK_LOGITS = 2**25
-"""Logits that are held at a time on a CPU."""
+"""Logits held at a time on a CPU."""
 GPU_CHUNK_LOGITS = 2**28
-"""On a GPU a chunk must be large enough to keep it busy."""
+"""Logits held at a time on a GPU, which small chunks would leave idle."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OutputLayer:
-    """A plain linear output layer: logits = hidden @ weight.T + bias."""
+    """A linear output layer: logits = hidden @ weight.T + bias."""
 
     weight: Float[Tensor, "V H"]
     bias: Float[Tensor, " V"] | None = None
@@ -48,17 +48,17 @@ class OutputLayer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positions:
-    """What is known of N positions beside the student: everything has one row of [1, N, ...]."""
+    """Targets and weights of N positions, without the student; every tensor has one row, [1, N, ...]."""
 
     target_ids: Int64[Tensor, "1 N"]
     weights: Float[Tensor, "1 N"]
-    """0 where a position does not count."""
+    """0 for positions that do not count."""
     targets: Targets | None
     sampled: SampledTokens | None = None
     token_factors: TokenFactors = field(default_factory=dict)
 
     def rows(self, rows: slice) -> Positions:
-        """The same at some positions."""
+        """Selects positions."""
         return Positions(
             target_ids=self.target_ids[:, rows],
             weights=self.weights[:, rows],
@@ -79,16 +79,15 @@ def fused_objective(
     workspace: Workspace | None = None,
     matmul_dtype: torch.dtype | None = None,
 ) -> ObjectiveSum:
-    """`objective` of the logits of `layer`, with gradients for `hidden`, the weight and the bias.
+    """Computes `objective` from hidden states, with gradients for `hidden`, the weight and the bias.
 
-    At most `chunk_logits` logits exist at a time, those of one position at least. The product is computed in
-    `matmul_dtype`, by default the type of autocast where that is on, else the weight's; what follows in float32 at
-    least. Positions of weight 0 add nothing, also where `hidden` is not
-    finite there. Whoever calls again and again hands over the same `workspace`.
+    At most max(`chunk_logits`, V) logits exist at a time. The matmul runs in `matmul_dtype`, by default autocast's
+    dtype if it is on, else the weight's; everything after it in float32 or wider. Positions of weight 0 add nothing,
+    even if `hidden` is non-finite there. Repeated calls should pass the same `workspace`.
     """
     if chunk_logits is None:
         chunk_logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
-    work = _Work(
+    call = _FusedCall(
         positions=positions,
         config=config,
         vocab_size=vocab_size,
@@ -99,15 +98,15 @@ def fused_objective(
     )
     keep = positions.weights[0] > 0
     if not bool(keep.all()):
-        # Zeros, and no gradient: what is not finite must not reach a product.
+        # Zeroed, without gradient: non-finite values must not reach a matmul.
         hidden = torch.where(keep.unsqueeze(-1), hidden, torch.zeros_like(hidden))
-    loss_sum: Tensor = _Fused.apply(hidden, layer.weight, layer.bias, work)  # type: ignore[no-untyped-call]
-    return ObjectiveSum(loss_sum=loss_sum, parts=work.parts)
+    loss_sum: Tensor = _Fused.apply(hidden, layer.weight, layer.bias, call)  # type: ignore[no-untyped-call]
+    return ObjectiveSum(loss_sum=loss_sum, parts=call.parts)
 
 
 @dataclass(kw_only=True, slots=True)
-class _Work:
-    """What a fused call is asked, and the metrics that it finds."""
+class _FusedCall:
+    """Arguments of a fused call, and the metrics that it returns."""
 
     positions: Positions
     config: LossConfig
@@ -120,20 +119,20 @@ class _Work:
 
 
 class _Fused(torch.autograd.Function):
-    """(hidden, weight, bias) -> loss sum; the gradients are ready when the value is."""
+    """(hidden, weight, bias) -> loss sum; gradients are computed in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: _FusedCall) -> Tensor:
         device = hidden.device.type
         native = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        dtype = work.matmul_dtype or native
-        wants = [work.with_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
+        dtype = call.matmul_dtype or native
+        wants = [call.with_gradients and wanted for wanted in ctx.needs_input_grad[:3]]
         with torch.autocast(device, enabled=False):
-            totals, gradients = _run(hidden.to(dtype), weight, bias, work, wants)
+            totals, gradients = _sum_chunks(hidden.to(dtype), weight, bias, call, wants)
         if gradients.hidden is not None:
             gradients.hidden = gradients.hidden.to(hidden.dtype)
         ctx.gradients = gradients
-        work.parts = totals.parts
+        call.parts = totals.parts
         return totals.loss_sum
 
     @staticmethod
@@ -149,74 +148,78 @@ class _Fused(torch.autograd.Function):
 
 @dataclass(kw_only=True, slots=True)
 class _Gradients:
-    """Of the loss sum; None where nobody wants one."""
+    """Gradients of the loss sum; None for inputs that need none."""
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
+    hidden: Float[Tensor, "N H"] | None
+    weight: Float[Tensor, "V H"] | None
+    bias: Float[Tensor, " V"] | None
 
 
-def _run(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work, wants: list[bool]
+def _sum_chunks(
+    hidden: Float[Tensor, "N H"],
+    weight: Float[Tensor, "V H"],
+    bias: Float[Tensor, " V"] | None,
+    call: _FusedCall,
+    wants: list[bool],
 ) -> tuple[ObjectiveSum, _Gradients]:
-    """The sums over all chunks; products are computed in the type of `hidden`."""
-    dtype, workspace = hidden.dtype, work.workspace
+    """Sums the objective and its gradients over all chunks; matmuls run in the dtype of `hidden`."""
+    dtype, workspace = hidden.dtype, call.workspace
     gradients = _Gradients(
         hidden=torch.empty_like(hidden) if wants[0] else None,
         weight=None,
         bias=torch.zeros_like(bias) if wants[2] and bias is not None else None,
     )
-    # Not kept: it would be held beside what the backward pass needs.
-    product_weight = weight.to(dtype)
+    # Not kept in the context: it would be held in addition to what the backward pass needs.
+    matmul_weight = weight.to(dtype)
     weight_sum = _WeightSum(weight, dtype, workspace) if wants[1] else None
-    chunk = LogitChunk.allocate(work.chunk_rows, weight.shape[0], dtype, weight.device, workspace)
+    chunk = LogitChunk.allocate(call.chunk_rows, weight.shape[0], dtype, weight.device, workspace)
     parts = []
-    for first in range(0, hidden.shape[0], work.chunk_rows):
-        rows = slice(first, first + work.chunk_rows)
+    for first in range(0, hidden.shape[0], call.chunk_rows):
+        rows = slice(first, first + call.chunk_rows)
         hidden_CH = hidden[rows]
-        chunk.fill(hidden_CH, product_weight, bias)
-        summed, factors = _chunk(chunk, work, rows, differentiate=any(wants))
+        chunk.compute_logits(hidden_CH, matmul_weight, bias)
+        summed, row_factors = _chunk_objective(chunk, call, rows, differentiate=any(wants))
         parts.append(summed)
         gradient_CV = chunk.logits
-        if factors is not None and gradients.bias is not None:
-            gradient_CV.mul_(factors)
-            factors = None
+        if row_factors is not None and gradients.bias is not None:
+            gradient_CV.mul_(row_factors)
+            row_factors = None
         if gradients.hidden is not None:
-            torch.mm(gradient_CV, product_weight, out=gradients.hidden[rows])
-        if factors is not None:
-            # A factor of a row is cheaper on [C, H] than on [C, V].
+            torch.mm(gradient_CV, matmul_weight, out=gradients.hidden[rows])
+        if row_factors is not None:
+            # Row factors are cheaper to apply on [C, H] than on [C, V].
             if gradients.hidden is not None:
-                gradients.hidden[rows].mul_(factors)
-            hidden_CH = (hidden_CH * factors).to(dtype)
+                gradients.hidden[rows].mul_(row_factors)
+            hidden_CH = (hidden_CH * row_factors).to(dtype)
         if weight_sum is not None:
             weight_sum.add(gradient_CV, hidden_CH)
         if gradients.bias is not None:
             gradients.bias.add_(gradient_CV.sum(0, dtype=gradients.bias.dtype))
     if weight_sum is not None:
-        del chunk, product_weight
+        del chunk, matmul_weight
         gradients.weight = weight_sum.total()
     return ObjectiveSum.total(parts), gradients
 
 
 class _WeightSum:
-    """The gradient of a weight [V, H], summed over chunks in the wider of the weight's type and the product's."""
+    """Gradient of a weight [V, H], summed over chunks in the wider of the weight's and the matmul's dtype."""
 
-    def __init__(self, weight: Tensor, product_dtype: torch.dtype, workspace: Workspace) -> None:
+    def __init__(self, weight: Float[Tensor, "V H"], matmul_dtype: torch.dtype, workspace: Workspace) -> None:
         self._dtype = weight.dtype
-        dtype = torch.promote_types(weight.dtype, product_dtype)
+        dtype = torch.promote_types(weight.dtype, matmul_dtype)
         self._share: Tensor | None = None
         if dtype == weight.dtype:
-            # This is handed out.
+            # Handed out by `total`, so it is not workspace memory.
             self._sum = torch.empty_like(weight)
         else:
             self._sum = workspace.empty("weight sum", weight.shape, dtype, weight.device)
-        if dtype != product_dtype:
-            # A chunk's share needs a place of its own before it is widened.
-            self._share = workspace.empty("weight share", weight.shape, product_dtype, weight.device)
+        if dtype != matmul_dtype:
+            # A chunk's share is computed in its own buffer before it is widened.
+            self._share = workspace.empty("weight share", weight.shape, matmul_dtype, weight.device)
         self._is_empty = True
 
-    def add(self, gradient_CV: Tensor, hidden_CH: Tensor) -> None:
-        """Adds the share of a chunk, given the gradient by its logits. The first overwrites what was there."""
+    def add(self, gradient_CV: Float[Tensor, "C V"], hidden_CH: Float[Tensor, "C H"]) -> None:
+        """Adds a chunk's share, given the gradient with respect to its logits; the first chunk overwrites the memory."""
         if self._share is None:
             self._sum.addmm_(gradient_CV.T, hidden_CH, beta=0.0 if self._is_empty else 1.0)
         else:
@@ -227,44 +230,49 @@ class _WeightSum:
                 self._sum.add_(self._share)
         self._is_empty = False
 
-    def total(self) -> Tensor:
-        """[V, H] in the weight's type."""
+    def total(self) -> Float[Tensor, "V H"]:
+        """Returns the sum in the weight's dtype."""
         return (self._sum.zero_() if self._is_empty else self._sum).to(self._dtype)
 
 
-def _chunk(
-    chunk: LogitChunk, work: _Work, rows: slice, *, differentiate: bool
-) -> tuple[ObjectiveSum, Tensor | None]:
-    """The objective of a chunk, whose logits are replaced by their gradient if that is wanted, and the factors [C, 1] of its rows if it has any."""
-    here, config = work.positions.rows(rows), work.config
+def _chunk_objective(
+    chunk: LogitChunk, call: _FusedCall, rows: slice, *, differentiate: bool
+) -> tuple[ObjectiveSum, Float[Tensor, "C 1"] | None]:
+    """Computes a chunk's objective, replaces its logits by their gradient if wanted, and returns its row factors if any."""
+    positions, config = call.positions.rows(rows), call.config
     teacher = teacher_side(
-        here.targets, config, num_logits=chunk.logits.shape[-1], vocab_size=work.vocab_size
+        positions.targets, config, num_logits=chunk.logits.shape[-1], vocab_size=call.vocab_size
     )
     temperature = readout_temperature(config)
     if teacher is not None and teacher.token_ids is None:
-        return _dense_chunk(chunk, here, teacher, config, differentiate=differentiate), None
-    values = chunk.read(here.target_ids, teacher, temperature, differentiate=differentiate)
+        return _dense_chunk_objective(chunk, positions, teacher, config, differentiate=differentiate), None
+    values = chunk.read_out(positions.target_ids, teacher, temperature, differentiate=differentiate)
     leaves = [each.detach().requires_grad_(differentiate) for each in values if each is not None]
     with torch.set_grad_enabled(differentiate):
         readout = Readout(buckets=leaves[0] if teacher is not None else None, targets=leaves[-1])
-        summed = _objective(readout, teacher, here, config)
-    factors = None
+        summed = _objective(readout, teacher, positions, config)
+    row_factors = None
     if differentiate:
-        found = torch.autograd.grad(summed.loss_sum, leaves, allow_unused=True, materialize_grads=True)
-        factors = chunk.differentiate(found[0] if teacher is not None else None, found[-1])
-    return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts), factors
+        grads = torch.autograd.grad(summed.loss_sum, leaves, allow_unused=True, materialize_grads=True)
+        row_factors = chunk.differentiate(grads[0] if teacher is not None else None, grads[-1])
+    return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts), row_factors
 
 
-def _dense_chunk(
-    chunk: LogitChunk, here: Positions, teacher: TeacherBuckets, config: LossConfig, *, differentiate: bool
+def _dense_chunk_objective(
+    chunk: LogitChunk,
+    positions: Positions,
+    teacher: TeacherBuckets,
+    config: LossConfig,
+    *,
+    differentiate: bool,
 ) -> ObjectiveSum:
-    """The same where every token is a bucket: the readout is as large as the logits, and autograd does all."""
+    """Computes a chunk's objective over dense targets: the readout is as large as the logits, and autograd differentiates it."""
     logits = chunk.logits.detach().unsqueeze(0).requires_grad_(differentiate)
     with torch.set_grad_enabled(differentiate):
         readout = read_out(
-            logits, here.target_ids, here.weights, teacher, temperature=readout_temperature(config)
+            logits, positions.target_ids, positions.weights, teacher, temperature=readout_temperature(config)
         )
-        summed = _objective(readout, teacher, here, config)
+        summed = _objective(readout, teacher, positions, config)
     if differentiate:
         (gradient,) = torch.autograd.grad(summed.loss_sum, logits)
         chunk.logits.copy_(gradient[0])
@@ -272,14 +280,14 @@ def _dense_chunk(
 
 
 def _objective(
-    readout: Readout, teacher: TeacherBuckets | None, here: Positions, config: LossConfig
+    readout: Readout, teacher: TeacherBuckets | None, positions: Positions, config: LossConfig
 ) -> ObjectiveSum:
     return objective_of(
         readout,
         teacher,
-        here.targets,
-        here.weights,
+        positions.targets,
+        positions.weights,
         config,
-        sampled=here.sampled,
-        token_factors=here.token_factors,
+        sampled=positions.sampled,
+        token_factors=positions.token_factors,
     )

@@ -1,8 +1,8 @@
-"""The logits of one chunk of positions in memory that is used again for every chunk: read out, then overwritten by their gradient.
+"""One chunk of logits in reused memory: read out, then overwritten in place by their gradient.
 
-Exponentials are taken in float32 at least, a block of rows at a time that fits a processor's cache. At temperature 1
-they are taken once: what the readout computes stays in the place of the logits, and a gradient is that times a factor
-of its row, which whoever multiplies by it can put elsewhere.
+Exponentials are taken in float32 at least, in blocks of rows that fit a processor's cache. At temperature 1 they are
+taken once: they replace the logits, and the gradient is these times one factor per row, which the caller may instead
+apply to a smaller operand of its matmul.
 Axes: C positions of the chunk, R of a block, V vocabulary, H hidden units, K kept tokens, S = K + 1 buckets.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from stillhouse.student_trainer.train.loss.readout import Readout
@@ -23,23 +24,22 @@ BLOCK_LOGITS = 2**19
 
 
 @dataclass(kw_only=True, slots=True)
-class _Read:
-    """What the readout of a chunk leaves for its gradient."""
+class _ForwardState:
+    """Values that `read_out` keeps for `differentiate`."""
 
-    kept: _Kept | None
-    kept_logits: Tensor
-    """[C, K] at the terms' temperature, -inf where not kept."""
-    log_total: Tensor
-    """[C, 1] at the terms' temperature."""
-    log_rest: Tensor
-    """[C, 1]: logsumexp of all but the kept tokens; -inf where there is none."""
-    log_total_plain: Tensor
-    """[C, 1] at temperature 1."""
-    target_ids: Tensor
-    """[C, 1]."""
+    kept: _KeptTokens | None
+    kept_logits: Float[Tensor, "C K"]
+    """At the terms' temperature; -inf where not kept."""
+    log_total: Float[Tensor, "C 1"]
+    """Logsumexp of all logits at the terms' temperature."""
+    log_rest: Float[Tensor, "C 1"]
+    """Logsumexp of all but the kept tokens; -inf if there are none."""
+    log_total_plain: Float[Tensor, "C 1"]
+    """Logsumexp of all logits at temperature 1."""
+    target_ids: Int64[Tensor, "C 1"]
     temperature: float
-    rest_sum: Tensor | None
-    """[C, 1]: sum of the exponentials that have replaced the logits of all but the kept tokens; None if logits are there."""
+    rest_sum: Float[Tensor, "C 1"] | None
+    """Sum of the exponentials that replaced the logits of all but the kept tokens; None if the logits are unchanged."""
 
 
 class LogitChunk:
@@ -48,9 +48,9 @@ class LogitChunk:
     def __init__(self, memory: Tensor, block: Tensor) -> None:
         self._memory = memory
         self._block = block
-        self._read: _Read | None = None
-        self.logits = memory
-        """[C, V]: of the rows that were filled in last; after `differentiate` their gradient, but for a factor."""
+        self._state: _ForwardState | None = None
+        self.logits: Float[Tensor, "C V"] = memory
+        """Rows filled last; after `differentiate` their gradient, up to the row factors that it returns."""
 
     @classmethod
     def allocate(
@@ -61,7 +61,7 @@ class LogitChunk:
         device: torch.device,
         workspace: Workspace,
     ) -> LogitChunk:
-        """Memory for at most `num_rows` rows."""
+        """Allocates memory for at most `num_rows` rows."""
         wide = dtype if dtype == torch.float64 else torch.float32
         on_cpu = device.type == "cpu"
         # Threads share a block by rows.
@@ -73,25 +73,30 @@ class LogitChunk:
             torch.empty(block_rows, num_logits, dtype=wide, device=device),
         )
 
-    def fill(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-        """Computes the logits of `hidden` [C, H]."""
+    def compute_logits(
+        self, hidden: Float[Tensor, "C H"], weight: Float[Tensor, "V H"], bias: Float[Tensor, " V"] | None
+    ) -> None:
+        """Overwrites the memory with hidden @ weight.T + bias."""
         self.logits = self._memory[: hidden.shape[0]]
         torch.mm(hidden, weight.T, out=self.logits)
         if bias is not None:
             self.logits.add_(bias.to(self.logits.dtype))
 
-    def read(
+    def read_out(
         self,
-        target_ids: Tensor,
+        target_ids: Int64[Tensor, "1 C"],
         teacher: TeacherBuckets | None,
         temperature: float,
         *,
         differentiate: bool = True,
     ) -> Readout:
-        """The readout, as [1, C, S] and [1, C], without gradient. The logits are overwritten; `differentiate` may follow if it is said here."""
+        """Returns the readout, as [1, C, S] and [1, C], without gradient, and overwrites the logits.
+
+        `differentiate` announces that the method of this name follows.
+        """
         ids = target_ids[0].unsqueeze(-1)
         target_logits = self.logits.gather(-1, ids).to(self._block.dtype)
-        kept = None if teacher is None else _Kept.of(teacher, self.logits.shape[-1])
+        kept = None if teacher is None else _KeptTokens.from_buckets(teacher, self.logits.shape[-1])
         plain_total, rest_sum = None, None
         if kept is None:
             kept_logits = target_logits[:, :0]
@@ -100,11 +105,11 @@ class LogitChunk:
         else:
             if temperature != 1.0:
                 plain_total = self._logsumexp(1.0)[0]
-            kept_logits = kept.take(self.logits).to(self._block.dtype) / temperature
-            kept.put(self.logits, kept_logits.new_full((), -torch.inf).expand_as(kept_logits))
+            kept_logits = kept.gather(self.logits).to(self._block.dtype) / temperature
+            kept.scatter(self.logits, kept_logits.new_full((), -torch.inf).expand_as(kept_logits))
             log_rest, rest_sum = self._logsumexp(temperature, keep=differentiate and temperature == 1.0)
             log_total = torch.cat([kept_logits, log_rest], dim=-1).logsumexp(-1, keepdim=True)
-        self._read = _Read(
+        self._state = _ForwardState(
             kept=kept,
             kept_logits=kept_logits,
             log_total=log_total,
@@ -114,98 +119,127 @@ class LogitChunk:
             temperature=temperature,
             rest_sum=rest_sum,
         )
-        targets = (target_logits - self._read.log_total_plain).squeeze(-1).unsqueeze(0)
+        targets = (target_logits - self._state.log_total_plain).squeeze(-1).unsqueeze(0)
         if kept is None:
             return Readout(buckets=None, targets=targets)
-        return Readout(buckets=self._buckets(self._read, kept).unsqueeze(0), targets=targets)
+        return Readout(buckets=self._buckets(self._state, kept).unsqueeze(0), targets=targets)
 
-    def differentiate(self, by_buckets: Tensor | None, by_targets: Tensor) -> Tensor | None:
-        """Overwrites the logits by the gradient of a loss, given that by the readout: [1, C, S] and [1, C].
+    def differentiate(
+        self, grad_buckets: Float[Tensor, "1 C S"] | None, grad_targets: Float[Tensor, "1 C"]
+    ) -> Float[Tensor, "C 1"] | None:
+        """Overwrites the logits by the gradient of a loss, given the loss's gradient with respect to the readout.
 
-        What stands there is to be multiplied by the factors [C, 1] that are returned, if there are any.
+        With h_s = dL/db_s of the buckets, c = dL/dt of the text's token, H = sum_s h_s (+ c at temperature T = 1), and
+        q the student at temperature T:
+            dL/dz_k = (h_k - q_k H) / T                              on a kept token k,
+            dL/dz_j = q_j / Q_tail (h_tail - Q_tail H) / T           on any other token j,
+            dL/dz_y += c on the text's token y; for T != 1 also dL/dz_v -= c q_v(T = 1) on every token v.
+        Returns factors by which the rows still have to be multiplied, or None if there are none.
         """
-        read = self._read
-        assert read is not None, "read first"
-        by_target = by_targets[0].unsqueeze(-1)
-        by_kept, by_tail = torch.zeros_like(read.kept_logits), torch.zeros_like(by_target)
-        if by_buckets is not None:
+        state = self._state
+        assert state is not None, "read_out first"
+        grad_target = grad_targets[0].unsqueeze(-1)
+        grad_kept, grad_tail = torch.zeros_like(state.kept_logits), torch.zeros_like(grad_target)
+        if grad_buckets is not None:
             # A forbidden token or tail is charged a constant.
-            by_kept = by_buckets[0, :, :-1].masked_fill(torch.isneginf(read.kept_logits), 0.0)
-            by_tail = by_buckets[0, :, -1:].masked_fill(torch.isneginf(read.log_rest), 0.0)
-        probs_kept = (read.kept_logits - read.log_total).exp()
-        prob_rest = (read.log_rest - read.log_total).exp()
-        by_all = by_kept.sum(-1, keepdim=True) + by_tail
-        plain = read.temperature == 1.0
+            grad_kept = grad_buckets[0, :, :-1].masked_fill(torch.isneginf(state.kept_logits), 0.0)
+            grad_tail = grad_buckets[0, :, -1:].masked_fill(torch.isneginf(state.log_rest), 0.0)
+        probs_kept_CK = (state.kept_logits - state.log_total).exp()
+        prob_tail = (state.log_rest - state.log_total).exp()
+        grad_sum = grad_kept.sum(-1, keepdim=True) + grad_tail
+        plain = state.temperature == 1.0
         if plain:
-            by_all = by_all + by_target
-        of_rest = (by_tail - prob_rest * by_all) / read.temperature
-        of_kept = (by_kept - probs_kept * by_all) / read.temperature
+            grad_sum = grad_sum + grad_target
+        grad_rest_logits = (grad_tail - prob_tail * grad_sum) / state.temperature
+        grad_kept_logits_CK = (grad_kept - probs_kept_CK * grad_sum) / state.temperature
         if not plain:
-            of_kept = of_kept - by_target * (read.kept_logits * read.temperature - read.log_total_plain).exp()
-        factors = None
-        if read.rest_sum is None:
-            self._replace(of_rest, read, extra=None if plain else by_target)
+            plain_logits_CK = state.kept_logits * state.temperature
+            grad_kept_logits_CK = (
+                grad_kept_logits_CK - grad_target * (plain_logits_CK - state.log_total_plain).exp()
+            )
+        row_factors = None
+        if state.rest_sum is None:
+            self._write_rest_gradient(grad_rest_logits, state, plain_share=None if plain else grad_target)
         else:
-            highest = torch.cat([of_kept, by_target], dim=-1).abs().amax(-1, keepdim=True)
-            factors = self._factors(of_rest, read.rest_sum, highest)
-            divisors = factors.masked_fill(factors == 0, 1.0)
-            of_kept, by_target = of_kept / divisors, by_target / divisors
-        if read.kept is not None:
-            read.kept.put(self.logits, of_kept)
-        at_target = self.logits.gather(-1, read.target_ids) + by_target.to(self.logits.dtype)
-        _scatter(self.logits, read.target_ids, at_target)
-        self._read = None
-        return factors
+            max_gradient = torch.cat([grad_kept_logits_CK, grad_target], dim=-1).abs().amax(-1, keepdim=True)
+            row_factors = self._row_factors(grad_rest_logits, state.rest_sum, max_gradient)
+            divisors = row_factors.masked_fill(row_factors == 0, 1.0)
+            grad_kept_logits_CK, grad_target = grad_kept_logits_CK / divisors, grad_target / divisors
+        if state.kept is not None:
+            state.kept.scatter(self.logits, grad_kept_logits_CK)
+        at_target = self.logits.gather(-1, state.target_ids) + grad_target.to(self.logits.dtype)
+        _scatter(self.logits, state.target_ids, at_target)
+        self._state = None
+        return row_factors
 
-    def _factors(self, of_rest: Tensor, rest_sum: Tensor, highest: Tensor) -> Tensor:
-        """[C, 1]: what each row's exponentials are to be multiplied by; `highest` is the most that is to be divided by it.
+    def _row_factors(
+        self,
+        grad_rest_logits: Float[Tensor, "C 1"],
+        rest_sum: Float[Tensor, "C 1"],
+        max_gradient: Float[Tensor, "C 1"],
+    ) -> Float[Tensor, "C 1"]:
+        """Factors that turn each row's exponentials into gradients; other entries of a row are divided by its factor.
 
-        Where that would leave the type's range, the row is multiplied here, and its factor is 1.
+        Where `max_gradient` / factor would leave the dtype's range, the row is multiplied here and its factor is 1.
         """
-        factors = of_rest / rest_sum.masked_fill(rest_sum == 0, 1.0)
-        most = 1e3 if self.logits.dtype == torch.float16 else 1e30
-        far = (factors.abs() * most < highest).squeeze(-1)
-        for row in far.nonzero().flatten().tolist():
+        factors = grad_rest_logits / rest_sum.masked_fill(rest_sum == 0, 1.0)
+        max_quotient = 1e3 if self.logits.dtype == torch.float16 else 1e30
+        overflows = (factors.abs() * max_quotient < max_gradient).squeeze(-1)
+        for row in overflows.nonzero().flatten().tolist():
             self.logits[row].mul_(factors[row].to(self.logits.dtype))
-        return factors.masked_fill(far.unsqueeze(-1), 1.0)
+        return factors.masked_fill(overflows.unsqueeze(-1), 1.0)
 
-    def _buckets(self, read: _Read, kept: _Kept) -> Tensor:
-        """[C, S]."""
-        logprobs = charge_forbidden(read.kept_logits - read.log_total).masked_fill(~kept.mask, -torch.inf)
-        tail = (read.log_rest - read.log_total).masked_fill(torch.isneginf(read.log_rest), FORBIDDEN_LOGPROB)
+    def _buckets(self, state: _ForwardState, kept: _KeptTokens) -> Float[Tensor, "C S"]:
+        logprobs = charge_forbidden(state.kept_logits - state.log_total).masked_fill(~kept.mask, -torch.inf)
+        tail = (state.log_rest - state.log_total).masked_fill(
+            torch.isneginf(state.log_rest), FORBIDDEN_LOGPROB
+        )
         has_none = kept.mask.sum(-1, keepdim=True) == self.logits.shape[-1]
         return torch.cat([logprobs, tail.masked_fill(has_none, -torch.inf)], dim=-1)
 
-    def _logsumexp(self, temperature: float, *, keep: bool = False) -> tuple[Tensor, Tensor | None]:
-        """[C, 1] of the logits / temperature; -inf for a row of -inf.
+    def _logsumexp(
+        self, temperature: float, *, keep: bool = False
+    ) -> tuple[Float[Tensor, "C 1"], Float[Tensor, "C 1"] | None]:
+        """Logsumexp of the logits / temperature; -inf for a row of -inf.
 
-        With `keep` the logits become exponentials, 1 at the highest of a row, whose sums [C, 1] are returned as well.
+        With `keep` the logits become exponentials, 1 at a row's maximum, and their sums are returned as well.
         """
-        found = self._block.new_empty(self.logits.shape[0], 1)
-        sums = torch.empty_like(found)
+        logsumexps = self._block.new_empty(self.logits.shape[0], 1)
+        sums = torch.empty_like(logsumexps)
         for rows, block in self._blocks(temperature, overwrite=keep):
             highest = block.amax(-1, keepdim=True)
             highest.masked_fill_(torch.isneginf(highest), 0.0)
             block.sub_(highest).exp_()
             total = block.sum(-1, keepdim=True)
             sums[rows] = total
-            found[rows] = total.log().add_(highest)
+            logsumexps[rows] = total.log().add_(highest)
             if keep and block.dtype != self.logits.dtype:
                 self.logits[rows] = block
-        return found, sums if keep else None
+        return logsumexps, sums if keep else None
 
-    def _replace(self, of_rest: Tensor, read: _Read, *, extra: Tensor | None) -> None:
-        """Each logit by of_rest x its share of the rest; with `extra`, minus extra x its probability at temperature 1."""
-        log_rest = read.log_rest.masked_fill(torch.isneginf(read.log_rest), 0.0)
-        for rows, block in self._blocks(read.temperature):
-            block.sub_(log_rest[rows]).exp_().mul_(of_rest[rows])
-            if extra is not None:
-                logprobs = self.logits[rows].to(block.dtype) - read.log_total_plain[rows]
-                block.sub_(logprobs.exp_().mul_(extra[rows]))
+    def _write_rest_gradient(
+        self,
+        grad_rest_logits: Float[Tensor, "C 1"],
+        state: _ForwardState,
+        *,
+        plain_share: Float[Tensor, "C 1"] | None,
+    ) -> None:
+        """Replaces each logit by grad_rest_logits x its share of the rest, minus plain_share x q at temperature 1."""
+        log_rest = state.log_rest.masked_fill(torch.isneginf(state.log_rest), 0.0)
+        for rows, block in self._blocks(state.temperature):
+            block.sub_(log_rest[rows]).exp_().mul_(grad_rest_logits[rows])
+            if plain_share is not None:
+                logprobs = self.logits[rows].to(block.dtype) - state.log_total_plain[rows]
+                block.sub_(logprobs.exp_().mul_(plain_share[rows]))
             self.logits[rows] = block
 
-    def _blocks(self, temperature: float, *, overwrite: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Rows, and a wide copy of their logits / temperature that may be written to; with `overwrite` no copy of logits that are as wide."""
+    def _blocks(
+        self, temperature: float, *, overwrite: bool = False
+    ) -> Iterator[tuple[slice, Float[Tensor, "R V"]]]:
+        """Yields rows and a wide, writable copy of their logits / temperature.
+
+        With `overwrite` logits that are wide already are yielded themselves.
+        """
         size = self._block.shape[0]
         for first in range(0, self.logits.shape[0], size):
             rows = slice(first, min(first + size, self.logits.shape[0]))
@@ -215,18 +249,20 @@ class LogitChunk:
             yield rows, block if temperature == 1.0 else block.div_(temperature)
 
 
-class _Kept:
-    """The kept tokens of each row, in a form that can be scattered: a column that is none repeats another's place."""
+class _KeptTokens:
+    """The kept tokens of each row as scatter indices: an unused column repeats the index of a used one."""
 
-    def __init__(self, mask: Tensor, places: Tensor, columns: Tensor | None) -> None:
+    def __init__(
+        self, mask: Bool[Tensor, "C K"], token_ids: Int64[Tensor, "C K"], columns: Int64[Tensor, "C K"] | None
+    ) -> None:
         self.mask = mask
-        """[C, K]: which columns are kept tokens."""
-        self._places = places
+        """True in columns that hold a kept token."""
+        self._token_ids = token_ids
         self._columns = columns
 
     @classmethod
-    def of(cls, teacher: TeacherBuckets, num_logits: int) -> _Kept:
-        """Of a teacher with [1, C, K] tokens."""
+    def from_buckets(cls, teacher: TeacherBuckets, num_logits: int) -> _KeptTokens:
+        """Indexes the kept tokens of a teacher with `token_ids` [1, C, K]."""
         assert teacher.token_ids is not None
         assert teacher.kept is not None
         mask, token_ids = teacher.kept[0], teacher.token_ids[0]
@@ -236,24 +272,24 @@ class _Kept:
         columns = torch.where(mask, own, mask.int().argmax(-1, keepdim=True))
         return cls(mask, token_ids.gather(-1, columns).clamp(0, num_logits - 1), columns)
 
-    def take(self, logits: Tensor) -> Tensor:
-        """[C, K]: the kept tokens' logits, -inf elsewhere."""
-        return logits.gather(-1, self._places).masked_fill(~self.mask, -torch.inf)
+    def gather(self, logits: Float[Tensor, "C V"]) -> Float[Tensor, "C K"]:
+        """Returns the kept tokens' logits, -inf in unused columns."""
+        return logits.gather(-1, self._token_ids).masked_fill(~self.mask, -torch.inf)
 
-    def put(self, logits: Tensor, values: Tensor) -> None:
-        """Overwrites the kept tokens' logits with `values` [C, K]; a row without any stays as it is."""
+    def scatter(self, logits: Float[Tensor, "C V"], values: Float[Tensor, "C K"]) -> None:
+        """Overwrites the kept tokens' logits with `values`; a row without any is unchanged."""
         values = values.to(logits.dtype)
         if self._columns is None:
-            _scatter(logits, self._places, values)
+            _scatter(logits, self._token_ids, values)
             return
         some = self.mask.any(-1, keepdim=True)
-        values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._places))
-        _scatter(logits, self._places, values)
+        values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._token_ids))
+        _scatter(logits, self._token_ids, values)
 
 
-def _scatter(logits: Tensor, places: Tensor, values: Tensor) -> None:
-    """logits[c, places[c, k]] = values[c, k], both of one type."""
+def _scatter(logits: Tensor, token_ids: Tensor, values: Tensor) -> None:
+    """Sets logits[c, token_ids[c, k]] = values[c, k]; both have one dtype."""
     if logits.element_size() == 2:
         # On a CPU torch takes the whole matrix to float32 and back to scatter into half precision; bits are bits.
         logits, values = logits.view(torch.int16), values.view(torch.int16)
-    logits.scatter_(-1, places, values)
+    logits.scatter_(-1, token_ids, values)

@@ -1,4 +1,4 @@
-"""What a run minimises: its divergences and its cross-entropy by weight, as a sum that the loop divides by the step's denominator."""
+"""A run's objective: weighted divergences and cross-entropy, as a sum that the loop divides by the step's denominator."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from stillhouse.student_trainer.train.loss.temperature import (
 )
 
 TokenFactors: TypeAlias = Mapping[str, Tensor]
-"""By the name of a token weighting: what each position's divergence is multiplied with, [B, T], with mean 1 over a step."""
+"""Token weighting to factors of each position's divergence, [B, T], with mean 1 over a step."""
 
 CHARGE_TAIL = frozenset({"reverse_kl", "adaptive_kl"})
-"""Divergences that charge the student's tail for the teacher's, down to a floor."""
+"""Divergences that charge the student's tail for the teacher's, with TAIL_FLOOR_LOGPROB as floor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveSum:
-    """An objective before it is divided by the sum of weights."""
+    """A weighted sum of losses and metrics, not yet divided by the sum of weights."""
 
     loss_sum: Tensor
     """Scalar, with the gradient."""
@@ -46,7 +46,7 @@ class ObjectiveSum:
 
     @staticmethod
     def total(parts: list[ObjectiveSum]) -> ObjectiveSum:
-        """The sum over chunks of positions."""
+        """Sums chunks of positions."""
         names = parts[0].parts.keys()
         return ObjectiveSum(
             loss_sum=torch.stack([each.loss_sum for each in parts]).sum(),
@@ -65,10 +65,10 @@ def objective(
     sampled: SampledTokens | None = None,
     token_factors: TokenFactors | None = None,
 ) -> ObjectiveSum:
-    """sum_i w_i D_i(teacher, student) + hard_weight x CE(text), each summed over tokens by `weights`.
+    """Computes sum_i w_i D_i(teacher, student) + hard_weight x CE(text), each summed over tokens by `weights`.
 
-    Cross-entropy is a metric even where its weight is 0. `targets` may be None only if every term's weight is 0, or its
-    estimator "policy_gradient"; that one needs `sampled`, the tokens as an earlier student drew them.
+    Cross-entropy is a metric even if its weight is 0. `targets` may be None only if every term's weight is 0 or its
+    estimator is "policy_gradient", which needs `sampled`, the tokens sampled from an earlier student.
     """
     teacher = teacher_side(targets, config, num_logits=student_logits.shape[-1], vocab_size=vocab_size)
     readout = read_out(student_logits, target_ids, weights, teacher, temperature=readout_temperature(config))
@@ -87,7 +87,7 @@ def objective_of(
     sampled: SampledTokens | None,
     token_factors: TokenFactors,
 ) -> ObjectiveSum:
-    """The objective as a function of what was read out of the logits."""
+    """Computes the objective from a readout of the logits."""
     parts: dict[str, Tensor] = {}
     hard = reduce(-readout.targets, weights).loss_sum
     parts["cross_entropy"] = hard.detach()
@@ -106,7 +106,7 @@ def objective_of(
             assert sampled is not None, "checked with the run's contexts"
             name, loss = "policy_gradient", policy_gradient(readout.targets, sampled)
         else:
-            assert pair is not None, "a term has weight, but no teacher was asked"
+            assert pair is not None, "a term has weight, but the teacher was not queried"
             name, loss = term.divergence, _term(term, pair, config)
         if term.token_weighting != "uniform":  # noqa: S105 (tokens of text)
             loss = loss * token_factors[term.token_weighting].to(loss.dtype)
@@ -123,7 +123,7 @@ def objective_of(
 def teacher_side(
     targets: Targets | None, config: LossConfig, *, num_logits: int, vocab_size: int | None
 ) -> TeacherBuckets | None:
-    """The teacher's buckets at the temperature that the terms begin with."""
+    """Returns the teacher's buckets at `readout_temperature`; None without targets."""
     if targets is None:
         return None
     return teacher_buckets(
@@ -132,19 +132,19 @@ def teacher_side(
 
 
 def readout_temperature(config: LossConfig) -> float:
-    """The temperature of `Readout.buckets`."""
+    """Returns the temperature of `Readout.buckets`."""
     return bucket_temperature(config.temperature, cast("TemperatureMode", config.temperature_mode))
 
 
-def _term(term: LossTermConfig, pair: BucketPair, config: LossConfig) -> Tensor:
-    """[B, T]: one divergence, in the run's temperature."""
+def _term(term: LossTermConfig, pair: BucketPair, config: LossConfig) -> Float[Tensor, "B T"]:
+    """Computes one divergence at the run's temperature."""
     mode = cast("TemperatureMode", config.temperature_mode)
     return tempered_divergence(
         DIVERGENCES[term.divergence].bind(term.parameters), pair, temperature=config.temperature, mode=mode
     )
 
 
-def _clamped(pair: BucketPair) -> Tensor:
-    """[B, T]: 1 where the teacher's tail is below the floor and the student has a tail."""
+def _clamped(pair: BucketPair) -> Float[Tensor, "B T"]:
+    """Returns 1 where the teacher's tail is below the floor and the student has a tail, else 0."""
     below = pair.teacher_logprobs[..., -1] < TAIL_FLOOR_LOGPROB
     return (below & ~torch.isneginf(pair.student_logprobs[..., -1])).to(pair.student_logprobs.dtype)

@@ -1,4 +1,4 @@
-"""What losses need of a student's logits: the log-probabilities of a few buckets and of the text's own tokens, and nothing of size V.
+"""Log-probabilities that losses need from a student's logits: a few buckets and the text's own tokens, nothing of size V.
 
 Every loss is a function of a readout. Its gradient with respect to the logits follows from that with respect to the
 readout in closed form, which fused.py uses. Axes as in sparse.py.
@@ -16,12 +16,12 @@ from stillhouse.student_trainer.train.loss.sparse import TeacherBuckets, student
 
 
 class Readout(NamedTuple):
-    """A student at some positions, in float32 at least; numbers of no meaning where the weight is 0."""
+    """Log-probabilities of a student, float32 or wider; arbitrary where the weight is 0."""
 
-    buckets: Tensor | None
-    """[B, T, S]: log-probabilities of the teacher's buckets at the temperature of the terms; None without a teacher."""
-    targets: Tensor
-    """[B, T]: log q of the text's own token, at temperature 1."""
+    buckets: Float[Tensor, "B T S"] | None
+    """Log-probabilities of the teacher's buckets at the terms' temperature; None without a teacher."""
+    targets: Float[Tensor, "B T"]
+    """log q of the text's own token, at temperature 1."""
 
 
 def read_out(
@@ -32,7 +32,7 @@ def read_out(
     *,
     temperature: float = 1.0,
 ) -> Readout:
-    """The readout of logits, with gradients by autograd. `target_ids` do not matter where the weight is 0."""
+    """Reads logits out, with gradients by autograd. `target_ids` are ignored where the weight is 0."""
     logits = widened(blank_masked(student_logits, weights))
     ids = target_ids.masked_fill(weights <= 0, 0).unsqueeze(-1)
     targets = logits.gather(-1, ids).squeeze(-1) - logits.logsumexp(-1)

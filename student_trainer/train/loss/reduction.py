@@ -1,6 +1,6 @@
-"""From losses per token to one number: a weighted sum and its denominator, which the caller adds up over a whole optimizer step.
+"""Reduces losses per token to a weighted sum and its denominator, which the caller adds up over an optimizer step.
 
-L = sum of weighted losses / sum of weights, both over every micro-batch of the step, so that cutting a step into
+L = sum of weighted losses / sum of weights, both over every micro-batch of the step, so that splitting a step into
 micro-batches changes nothing. Axes: B sequences, T positions.
 """
 
@@ -16,7 +16,7 @@ Reduction = Literal["token_mean", "sequence_mean"]
 
 
 class LossSum(NamedTuple):
-    """A loss before it is divided."""
+    """A weighted loss sum and its denominator."""
 
     loss_sum: Tensor
     """Scalar, with the gradient: sum of weight x loss, in nats."""
@@ -25,7 +25,7 @@ class LossSum(NamedTuple):
 
 
 def token_weights(mask: Bool[Tensor, "B T"], reduction: Reduction) -> Float[Tensor, "B T"]:
-    """Weight of each position, 0 where it is masked out.
+    """Returns the weight of each position, 0 where it is masked out.
 
     "token_mean" gives every token 1; the weights of all sequences sum to the number of tokens. "sequence_mean" gives
     a token 1 / tokens of its sequence; they sum to the number of sequences that have any.
@@ -37,12 +37,12 @@ def token_weights(mask: Bool[Tensor, "B T"], reduction: Reduction) -> Float[Tens
 
 
 def reduce(loss_BT: Float[Tensor, "B T"], weights_BT: Float[Tensor, "B T"]) -> LossSum:
-    """Sum of weight x loss, and of the weights; what has weight 0 adds nothing, also where it is not finite."""
+    """Sums weight x loss, and the weights; a position of weight 0 adds nothing even if its loss is non-finite."""
     kept = torch.where(weights_BT > 0, loss_BT, torch.zeros_like(loss_BT))
     return LossSum((kept * weights_BT).sum(), weights_BT.sum())
 
 
 def blank_masked(logits: Float[Tensor, "B T V"], weights_BT: Float[Tensor, "B T"]) -> Float[Tensor, "B T V"]:
-    """Logits with zeros at positions of weight 0, so that nothing there can reach a gradient (0 x NaN is NaN)."""
+    """Zeroes logits at positions of weight 0, so that nothing there reaches a gradient (0 x NaN is NaN)."""
     keep = weights_BT > 0
     return logits if bool(keep.all()) else torch.where(keep.unsqueeze(-1), logits, torch.zeros_like(logits))

@@ -1,4 +1,4 @@
-"""Coarse-graining onto the teacher's kept tokens and one tail bucket: the only place that forms the pair which every divergence compares.
+"""Coarse-graining onto the teacher's kept tokens and one tail bucket: the only place that forms the compared pair.
 
 Axes: B sequences, T positions, K kept tokens, V vocabulary, S = K + 1 buckets, the last of which is the tail.
 An id at or above `vocab_size` belongs to the tail on both sides, so a partition of the vocabulary is compared and
@@ -19,24 +19,24 @@ from stillhouse.protos.errors import Reason, StillhouseError
 PAD_ID = -1
 """Stands in `token_ids` where a row has fewer than K tokens."""
 FORBIDDEN_LOGPROB = -1e4
-"""Log-probability that a student is charged with where its logit is -inf: finite, and without a gradient."""
+"""Finite log-probability charged to a student whose logit is -inf; it carries no gradient."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SparseTargets:
-    """What a teacher says at each position: its likeliest tokens, and the mass of all others."""
+    """Sparse teacher outputs: the kept (top-k or sampled) tokens of each position and the mass of all others."""
 
     token_ids: Int64[Tensor, "B T K"]
-    """Distinct ids of a row; PAD_ID where a row has fewer."""
+    """Distinct ids of a row; PAD_ID in unused columns."""
     logprobs: Float[Tensor, "B T K"]
     """Natural log-probabilities at temperature 1 over the teacher's whole vocabulary; ignored at PAD_ID."""
     log_tail: Float[Tensor, "B T"]
-    """Log of the mass outside the K; -inf where nothing is."""
+    """Log of the mass outside the K tokens; -inf if there is none."""
     log_partition: Float[Tensor, "B T"] | None = None
-    """log sum_v p_v^(1/temperature) of the run's temperature; None where the teacher did not send it."""
+    """log sum_v p_v^(1/temperature) at the run's temperature; None if the teacher did not send it."""
 
     def __post_init__(self) -> None:
-        """Raise StillhouseError(NON_FINITE) for numbers that are no log-probabilities."""
+        """Raises StillhouseError(NON_FINITE) if a field holds NaN or +inf."""
         for name in ("logprobs", "log_tail", "log_partition"):
             values: Tensor | None = getattr(self, name)
             if values is not None and bool((values.isnan() | values.isposinf()).any()):
@@ -47,7 +47,7 @@ class SparseTargets:
                 )
 
     def rows(self, rows: slice | Tensor) -> SparseTargets:
-        """The same at some positions: a slice of T, or indices into it."""
+        """Selects positions: a slice of T, or indices into it."""
         partition = self.log_partition
         return SparseTargets(
             token_ids=self.token_ids[:, rows],
@@ -59,13 +59,13 @@ class SparseTargets:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DenseTargets:
-    """What a teacher in the same process says at each position: everything."""
+    """Complete teacher distributions, from a teacher in the same process."""
 
     logprobs: Float[Tensor, "B T W"]
-    """Natural log-probabilities at temperature 1 over the teacher's vocabulary, which may have another size."""
+    """Natural log-probabilities at temperature 1 over the teacher's vocabulary; W may differ from V."""
 
     def rows(self, rows: slice | Tensor) -> DenseTargets:
-        """The same at some positions: a slice of T, or indices into it."""
+        """Selects positions: a slice of T, or indices into it."""
         return DenseTargets(logprobs=self.logprobs[:, rows])
 
 
@@ -74,14 +74,14 @@ Targets: TypeAlias = SparseTargets | DenseTargets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TeacherBuckets:
-    """The teacher's side of a comparison, and which ids are its buckets."""
+    """Teacher distributions over buckets, and the token ids of these."""
 
     token_ids: Int64[Tensor, "B T K"] | None
-    """As the teacher sent them; None if its buckets are the first S - 1 ids, in order, and all others together."""
+    """Ids as the teacher sent them; None if the buckets are the first S - 1 ids in order and the tail."""
     kept: Bool[Tensor, "B T K"] | None
-    """Which of them are buckets of their own; the others are pads, or belong to the tail."""
+    """True for ids with a bucket of their own; others are pads or belong to the tail."""
     logprobs: Float[Tensor, "B T S"]
-    """Float64; each row sums to 1, -inf marks an empty bucket; a row without any mass is -inf throughout."""
+    """Float64; rows sum to 1; -inf marks an empty bucket; a row without mass is -inf throughout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,15 +89,15 @@ class BucketPair:
     """Teacher and student over the same S buckets; each row sums to 1, -inf marks an empty bucket."""
 
     teacher_logprobs: Float[Tensor, "B T S"]
-    """Without gradient, in the student's type."""
+    """Without gradient, in the student's dtype."""
     student_logprobs: Float[Tensor, "B T S"]
-    """Float32 at least, with gradient."""
+    """Float32 or wider, with gradient."""
 
 
 def teacher_buckets(
     targets: Targets, *, num_logits: int, vocab_size: int | None = None, temperature: float = 1.0
 ) -> TeacherBuckets:
-    """The teacher on its kept tokens and the tail, at `temperature`, for a student with `num_logits` logits.
+    """Puts the teacher's outputs into kept-token and tail buckets at `temperature`, for a student with `num_logits` logits.
 
     `vocab_size` is the effective vocabulary, `num_logits` if None: a teacher's id at or above it moves to the tail.
     Where the student has no token outside the kept ones there is no tail, and the teacher is normalised over the rest.
@@ -112,8 +112,8 @@ def teacher_buckets(
     if temperature != 1.0:
         logprobs, log_tail = _tempered(targets, logprobs, temperature)
     kept = (targets.token_ids >= 0) & (targets.token_ids < limit)
-    foreign = targets.token_ids >= limit
-    beyond = logprobs.masked_fill(~foreign, -torch.inf)
+    out_of_range = targets.token_ids >= limit
+    beyond = logprobs.masked_fill(~out_of_range, -torch.inf)
     log_tail = torch.cat([log_tail.unsqueeze(-1), beyond], dim=-1).logsumexp(-1)
     has_tail = kept.sum(-1) < num_logits
     log_tail = log_tail.masked_fill(~has_tail, -torch.inf)
@@ -126,10 +126,10 @@ def teacher_buckets(
 
 
 def student_buckets(logits: Float[Tensor, "B T V"], teacher: TeacherBuckets) -> Float[Tensor, "B T S"]:
-    """The student's log-probabilities of the teacher's kept tokens and, last, of all others together.
+    """Returns the student's log-probabilities of the teacher's kept tokens and, last, of the tail.
 
-    In float32 at least, which is set before the softmax. The tail is a logsumexp over the tokens that it consists
-    of, and not 1 - sum, so that it is exact at 1e-30 and has a gradient everywhere. -inf where a bucket is empty.
+    Computed in float32 or wider. The tail is a logsumexp over its tokens, not 1 - sum, so that it is exact at 1e-30
+    and has a gradient everywhere. -inf marks an empty bucket.
     """
     wide = widened(logits)
     token_ids, kept = teacher.token_ids, teacher.kept
@@ -142,13 +142,13 @@ def student_buckets(logits: Float[Tensor, "B T V"], teacher: TeacherBuckets) -> 
     gathered = wide.gather(-1, token_ids.masked_fill(~kept, 0)) - log_total.unsqueeze(-1)
     kept_logprobs = charge_forbidden(gathered).masked_fill(~kept, -torch.inf)
 
-    # A column behind the vocabulary takes the ids that are not kept.
+    # Ids that are not kept go to an extra column behind the vocabulary.
     batch, positions, num_logits = logits.shape
     support = torch.zeros(batch, positions, num_logits + 1, dtype=torch.bool, device=logits.device)
     support.scatter_(-1, token_ids.masked_fill(~kept, num_logits), value=True)
     support = support[..., :num_logits]
     empty = support.all(-1)
-    # logsumexp has no gradient where all of its arguments are -inf: such rows are replaced before it.
+    # logsumexp has no gradient if all of its arguments are -inf: such rows are replaced before it.
     others = wide.masked_fill(support & ~empty.unsqueeze(-1), -torch.inf)
     forbidden = torch.isneginf(others).all(-1)
     others = others.masked_fill(forbidden.unsqueeze(-1), 0.0)
@@ -157,26 +157,28 @@ def student_buckets(logits: Float[Tensor, "B T V"], teacher: TeacherBuckets) -> 
 
 
 def normalise(logprobs: Float[Tensor, "B T S"]) -> Float[Tensor, "B T S"]:
-    """Log-probabilities whose rows sum to 1; a row that is -inf throughout stays so.
+    """Scales rows of log-probabilities to sum to 1; a row that is -inf throughout is unchanged.
 
-    Rounding on the wire leaves sums that are off by up to 1e-3; a divergence of such measures can be negative.
+    Rounding on the wire leaves sums off by up to 1e-3, and a divergence of such measures can be negative.
     """
     log_total = logprobs.logsumexp(-1, keepdim=True)
     return logprobs - log_total.masked_fill(torch.isneginf(log_total), 0.0)
 
 
 def widened(logits: Tensor) -> Tensor:
-    """In float32 at least: exponentials of half precision are no probabilities."""
+    """Casts half precision to float32: its exponentials are too coarse for probabilities."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
 def charge_forbidden(logprobs: Tensor) -> Tensor:
-    """With FORBIDDEN_LOGPROB for -inf."""
+    """Replaces -inf by FORBIDDEN_LOGPROB."""
     return torch.where(torch.isneginf(logprobs), torch.full_like(logprobs, FORBIDDEN_LOGPROB), logprobs)
 
 
-def _first_ids_and_rest(logprobs: Tensor, num_ids: int, *, has_rest: bool) -> Tensor:
-    """[B, T, num_ids + 1]: the first ids, and the mass of the others, -inf if there shall be none."""
+def _first_ids_and_rest(
+    logprobs: Float[Tensor, "B T V"], num_ids: int, *, has_rest: bool
+) -> Float[Tensor, "B T S"]:
+    """Returns the first `num_ids` columns and the mass of the others, -inf unless `has_rest`."""
     rest = logprobs[..., num_ids:]
     if has_rest and rest.shape[-1]:
         log_rest = rest.logsumexp(-1, keepdim=True)
@@ -185,8 +187,10 @@ def _first_ids_and_rest(logprobs: Tensor, num_ids: int, *, has_rest: bool) -> Te
     return torch.cat([logprobs[..., :num_ids], log_rest], dim=-1)
 
 
-def _tempered(targets: SparseTargets, logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Kept tokens and tail at `temperature`: the tail is 1 - sum in float64, and nothing where it was nothing."""
+def _tempered(
+    targets: SparseTargets, logprobs: Float[Tensor, "B T K"], temperature: float
+) -> tuple[Float[Tensor, "B T K"], Float[Tensor, "B T"]]:
+    """Returns kept tokens and tail at `temperature`: the tail is 1 - sum in float64, and stays empty if it was."""
     if targets.log_partition is None:
         raise ValueError(f"temperature {temperature:g} in mode exact needs the teacher's log_partition")
     tempered = logprobs / temperature - targets.log_partition.double().unsqueeze(-1)

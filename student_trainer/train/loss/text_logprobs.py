@@ -1,7 +1,7 @@
-"""The student's log-probability of each token of the text, fused with a plain output layer: never the logits of all positions.
+"""Log-probability of each text token under the student, fused with a linear output layer and computed in chunks.
 
-A loss that sums tokens before it is computed, as over chunks of text, needs the values of all positions first; so their
-logits are computed a second time in the backward pass. Axes: N targets, H hidden size, V vocabulary.
+A loss that sums tokens before it is computed, as over chunks of text, needs the values of all positions first; so
+their logits are recomputed in the backward pass. Axes: N targets, H hidden units, V vocabulary.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def text_logprobs(
     *,
     chunk_logits: int | None = None,
 ) -> Float[Tensor, "1 N"]:
-    """log q of each target, natural, at temperature 1, in float32 at least; at most `chunk_logits` logits exist at a time."""
+    """Returns log q of each target, natural, at temperature 1, float32 or wider; at most max(`chunk_logits`, V) logits exist at a time."""
     if chunk_logits is None:
         chunk_logits = CPU_CHUNK_LOGITS if hidden.device.type == "cpu" else GPU_CHUNK_LOGITS
 
@@ -39,7 +39,7 @@ def text_logprobs(
 def text_logprobs_of(
     logits: Float[Tensor, "1 N V"], target_ids: Int64[Tensor, "1 N"], *, chunk_logits: int | None = None
 ) -> Float[Tensor, "1 N"]:
-    """The same of logits that a model has given as a whole; float32 log-probabilities of a chunk exist at a time."""
+    """Returns log q of each target from complete logits; float32 log-probabilities of one chunk exist at a time."""
     size = logits.shape[1] if chunk_logits is None else max(1, chunk_logits // logits.shape[-1])
     return _in_chunks(lambda rows: logits[0, rows], target_ids, size)
 

@@ -185,7 +185,7 @@ def test_masking_a_chunk_equals_deleting_it() -> None:
 
 
 def test_chunks_of_one_token_are_the_binary_form_of_each_token() -> None:
-    """As with one tokenizer on both sides."""
+    """Equals ALM with one tokenizer on both sides."""
     text = _text(12)
     teacher = _text(13)[0]
     chunks = ChunkTargets(
@@ -236,7 +236,7 @@ def test_log1mexp_keeps_its_digits() -> None:
     x = torch.tensor(
         [-1e-12, -1e-6, -0.5, -math.log(2), -1.0, -40.0], dtype=torch.float64, requires_grad=True
     )
-    # Each form where it has its digits.
+    # Each form in the range where it is precise.
     expected = [
         math.log(-math.expm1(each)) if each > -1 else math.log1p(-math.exp(each)) for each in x.tolist()
     ]

@@ -1,4 +1,4 @@
-"""Every divergence as mathematics: against its own definition over the whole vocabulary, its bound, its limits, and published formulas."""
+"""Every divergence as mathematics: its definition over the whole vocabulary, its bound, its limits, and published formulas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _adaptive(p: Tensor, q: Tensor, mu: float) -> Tensor:
-    """Wu et al. 2404.02657, as ABKD's get_ratio computes the shares."""
+    """Follows Wu et al. 2404.02657, with the shares of ABKD's get_ratio."""
     order = p.sort(-1, descending=True)
     gaps = (p - q).abs().gather(-1, order.indices)
     in_rest = order.values.cumsum(-1) > mu
@@ -84,7 +84,7 @@ def _pair(seed: int, *, scale: float = 2.0, size: int = V) -> tuple[Tensor, Tens
 
 
 def _targets(teacher: Tensor, top_k: int, temperature: float | None = None) -> SparseTargets:
-    """As `targets_of`, in float64."""
+    """`targets_of` in float64."""
     logprobs = teacher.log_softmax(-1)
     kept, ids = logprobs.topk(top_k, -1)
     tail = logprobs.scatter(-1, ids, -torch.inf).logsumexp(-1)
@@ -149,7 +149,7 @@ def test_buckets_bound_every_f_divergence_from_below(seed: int, top_k: int, scal
 
 
 def test_other_sums_of_alpha_and_beta_break_the_bound() -> None:
-    """Why a run must have alpha + beta = 1: merging tokens can raise the others, which no f-divergence does."""
+    """A run therefore needs alpha + beta = 1: merging tokens can raise the others, which no f-divergence does."""
     raised = 0
     for seed in range(200):
         generator = torch.Generator().manual_seed(seed)
@@ -187,7 +187,7 @@ def test_gradcheck(case: str, temperature: float, mode: TemperatureMode) -> None
 
 
 def test_the_head_of_adaptive_kl_is_made_of_kept_tokens() -> None:
-    """Kept 0.4, 0.15 and 0.05, tail 0.4, mu 0.56: the head is the first two tokens, and the tail is none."""
+    """Kept 0.4, 0.15 and 0.05, tail 0.4, mu 0.56: the head is the first two tokens, never the tail."""
     p = torch.tensor([[[0.4, 0.15, 0.05, 0.4]]], dtype=torch.float64)
     q = torch.tensor([[[0.2, 0.25, 0.15, 0.4]]], dtype=torch.float64)
     head, rest = 0.2 + 0.1, 0.1
@@ -277,7 +277,7 @@ def test_mse_is_what_a_hot_kl_goes_to() -> None:
     torch.testing.assert_close(hot, _loss("mse", student, dense) / 2, rtol=1e-2, atol=0)
 
 
-# Formulas as published code has them, written anew; each is compared on the same tensors, over the whole vocabulary.
+# Published formulas, written anew; each is compared on the same tensors, over the whole vocabulary.
 
 
 def _trl_generalized_jsd(student: Tensor, teacher: Tensor, beta: float, temperature: float) -> Tensor:

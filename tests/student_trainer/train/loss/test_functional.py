@@ -210,7 +210,7 @@ def test_pads_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_teachers_that_send_no_numbers_are_refused(bad: float) -> None:
+def test_non_finite_teacher_outputs_are_refused(bad: float) -> None:
     with pytest.raises(StillhouseError, match="logprobs hold NaN") as error:
         SparseTargets(
             token_ids=torch.zeros(1, 1, 1, dtype=torch.int64),

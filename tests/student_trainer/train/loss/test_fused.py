@@ -1,4 +1,4 @@
-"""The fused objective is the plain one: same value, same gradients, whatever the loss, the chunks and the edges."""
+"""The fused objective equals the plain one in value and gradients, for every loss, chunk size and edge case."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_fused_equals_plain_over_dense_targets(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixed", "mixed, exact", "reverse_kl"])
 @pytest.mark.parametrize("chunk_rows", [1, N, 100])
-def test_pads_foreign_ids_and_chunks_change_nothing(name: str, chunk_rows: int) -> None:
+def test_pads_out_of_range_ids_and_chunk_sizes_change_nothing(name: str, chunk_rows: int) -> None:
     targets = _teacher(temperature=LOSSES[name].temperature, pads=2)
     targets.token_ids[0, 2] = -1
     targets.token_ids[0, 3, 0] = V + 5
@@ -140,7 +140,7 @@ def test_whole_vocabulary_as_kept_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "mixed, exact", "mixed, conditional"])
 def test_extreme_students_have_finite_gradients(name: str) -> None:
-    """One-hot students, students that forbid tokens, masked NaN: nothing but numbers, and those of the plain loss."""
+    """One-hot students, students that forbid tokens, masked NaN: all finite, and equal to the plain loss."""
     config = LOSSES[name]
     layer = OutputLayer(weight=torch.eye(V).requires_grad_())
     hidden = random_logits(1, N, V, seed=6)[0]
@@ -151,7 +151,7 @@ def test_extreme_students_have_finite_gradients(name: str) -> None:
     teacher = _teacher(temperature=config.temperature)
     positions = _positions(teacher, torch.float32)
     positions.weights[0, 4] = 0.0
-    # 0 x -inf inside a product would be NaN, so the logits are laid down as they are.
+    # 0 x -inf inside a matmul would be NaN, so the logits are written directly.
     leaf = hidden.clone().requires_grad_()
     plain = objective(
         leaf.unsqueeze(0), positions.target_ids, teacher, positions.weights, config, vocab_size=V
@@ -180,7 +180,7 @@ def test_a_frozen_layer_gets_no_gradient_and_none_is_computed_without() -> None:
     torch.testing.assert_close(value, fused.loss_sum.detach())
 
 
-def test_autocast_sets_the_type_of_the_product_alone() -> None:
+def test_autocast_sets_the_dtype_of_the_matmul_alone() -> None:
     positions = _positions(_teacher(), torch.float32)
     layer = _layer(torch.float32)
     hidden = random_logits(N, H, seed=4).requires_grad_()
@@ -200,7 +200,7 @@ def test_autocast_sets_the_type_of_the_product_alone() -> None:
 def test_weights_of_half_precision_get_gradients_of_their_type(chunk_rows: int) -> None:
     positions = _positions(_teacher(), torch.float32)
     layer = _layer(torch.bfloat16)
-    # Small logits: a processor with products of half precision rounds them.
+    # Small logits: a processor with half-precision matmuls rounds them.
     hidden = random_logits(N, H, seed=4, scale=0.3, dtype=torch.bfloat16).requires_grad_()
     leaves = (hidden, layer.weight, layer.bias)
     fused = fused_objective(hidden, layer, positions, LOSSES["mixed"], chunk_logits=chunk_rows * V)

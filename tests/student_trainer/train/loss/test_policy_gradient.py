@@ -1,4 +1,4 @@
-"""The policy gradient against the analytic gradient of reverse KL, and what is done with tokens of an earlier student."""
+"""The policy gradient against the analytic gradient of reverse KL, and its treatment of off-policy tokens."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_its_expectation_is_the_gradient_of_reverse_kl(*, stale: bool) -> None:
     logits, teacher, earlier = _distributions(0)
     logprobs = logits.log_softmax(-1)
     behaviour = earlier if stale else logprobs.detach()
-    # Every token once, weighted by how often it is drawn: the expectation without any noise.
+    # Every token once, weighted by its sampling probability: the expectation without any noise.
     loss = (
         policy_gradient(logprobs.unsqueeze(0), _sampled(teacher, behaviour)).squeeze(0) * behaviour.exp()
     ).sum()
