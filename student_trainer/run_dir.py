@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import time
@@ -22,6 +21,8 @@ import psutil
 from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import sync_file, write_atomic
+from stillhouse.protos.files.locks import is_locked, try_lock
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 Journal = Literal["events.jsonl", "metrics.jsonl"]
@@ -75,8 +76,8 @@ class RunDir:
         run_dir = cls(path)
         for folder in (run_dir.attempts_path, run_dir.checkpoints_path):
             folder.mkdir(parents=True, exist_ok=True)
-        write_whole(run_dir.spec_path, _spec_json(spec))
-        write_whole(run_dir.effective_spec_path, _spec_json(effective))
+        write_atomic(run_dir.spec_path, _spec_json(spec))
+        write_atomic(run_dir.effective_spec_path, _spec_json(effective))
         return run_dir
 
     @property
@@ -170,7 +171,7 @@ class RunDir:
 
     def write_control(self, attempt: int, *, stop: bool) -> None:
         """Allow `attempt` alone to write, and ask it to stop if `stop`."""
-        write_whole(self.control_path, json.dumps({"attempt": attempt, "stop": stop}).encode())
+        write_atomic(self.control_path, json.dumps({"attempt": attempt, "stop": stop}).encode())
 
     def request_stop(self) -> None:
         """Ask the attempt that may write to make a checkpoint and end."""
@@ -190,7 +191,7 @@ class RunDir:
     def locked_by_live_process(self) -> ProcessRecord | None:
         """The process that works on the run; None unless the lock is held and its record matches a live process."""
         record = self.process()
-        return record if record and record.alive and self._locked() else None
+        return record if record and record.alive and is_locked(self.lock_path) else None
 
     def read_lines(self, name: Journal, offset: int) -> tuple[list[dict[str, Any]], int]:
         """The whole lines of a journal from byte `offset`, and the offset behind them.
@@ -215,30 +216,19 @@ class RunDir:
         Raises:
             StillhouseError: RUN_STATE if another process holds the run, or the service has given it to another attempt.
         """
-        with self.lock_path.open("ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StillhouseError(
-                    Reason.RUN_STATE,
-                    f"{self.path} is locked by another process; stop it before attempt {attempt}.",
-                ) from error
+        lock = try_lock(self.lock_path)
+        if lock is None:
+            raise StillhouseError(
+                Reason.RUN_STATE,
+                f"{self.path} is locked by another process; stop it before attempt {attempt}.",
+            )
+        with lock:
             record = {"attempt": attempt, "pid": os.getpid(), "start_time": start_time_of(os.getpid())}
             opened = Attempt(self, attempt)
             opened.check_fence()
-            write_whole(self.process_path, json.dumps(record).encode())
+            write_atomic(self.process_path, json.dumps(record).encode())
             opened.cut_torn_lines()
             yield opened
-
-    def _locked(self) -> bool:
-        try:
-            with self.lock_path.open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
 
 
 class Attempt:
@@ -293,7 +283,7 @@ class Attempt:
                 end = data.rfind(b"\n") + 1
                 if end < len(data):
                     file.truncate(end)
-                    os.fsync(file.fileno())
+                    sync_file(file)
             lines = [value for value in map(_parse_line, data[:end].splitlines()) if value is not None]
             self._sequences[name] = max((int(line["sequence"]) for line in lines), default=0)
 
@@ -330,30 +320,6 @@ def start_time_of(pid: int) -> str:
 def now_text() -> str:
     """The time in UTC as RFC 3339, with milliseconds."""
     return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`; a reader, or a machine that restarts, sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_directory(path.parent)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in `path` survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _spec_json(spec: RunSpec) -> bytes:

@@ -14,9 +14,10 @@ import numpy as np
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.rpc.audit import AuditLog
 from stillhouse.protos.rpc.auth import TokenFile
-from stillhouse.protos.rpc.server import Server, write_address_file
+from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.protos.telemetry.gpu_memory import GpuMemory
@@ -143,7 +144,7 @@ class _TeacherProcess:
         self._servicer.serve(engine, codec, adapters)
         server.set_serving(True)
         if config.address_file is not None:
-            write_address_file(config.address_file, address)
+            write_atomic(config.address_file, address.encode(), private=True)
         log.info("serving", address=address, engine=engine.info.engine, dtype=engine.info.dtype)
         while True:
             await asyncio.sleep(CHECK_INTERVAL_S)

@@ -33,6 +33,7 @@ from examples.demo.comparison import (
     run_spec,
 )
 from stillhouse.client.api import StillhouseError, Trainer
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from tests.support.programs import ProgramError, start_program, start_teacher, start_trainer
 from tests.support.train_teacher import read_documents
@@ -83,9 +84,7 @@ class Results:
         """Keeps the result of one run."""
         self._results[job.key] = measured
         runs = {key: dataclasses.asdict(value) for key, value in self._results.items()}
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"settings": self._settings, "runs": runs}, indent=2))
-        temporary.rename(self._path)
+        write_atomic(self._path, json.dumps({"settings": self._settings, "runs": runs}, indent=2).encode())
 
 
 def _read(value: dict[str, Any]) -> Measured:

@@ -15,6 +15,7 @@ import click
 import numpy as np
 
 from benchmarks.distillation.teacher_proxy import TeacherProxy
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse, ScoreResult
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode_distributions
 
@@ -92,9 +93,7 @@ def main(*, target: str, top_k: int, seed: int, listen: str, address_file: Path 
     """Forward calls to a teacher and shuffle the rows of its answers."""
     with TeacherProxy(target, lambda: Shuffler(top_k, seed), listen=listen) as proxy:
         if address_file is not None:
-            temporary = address_file.with_suffix(".tmp")
-            temporary.write_text(proxy.target)
-            temporary.rename(address_file)
+            write_atomic(address_file, proxy.target.encode())
         proxy.wait()
 
 

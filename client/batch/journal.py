@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 from stillhouse.client.core.errors import file_error
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import atomic_writer
 
 VERSION = 1
 COMPACT_BYTES = 64 << 20
@@ -128,18 +129,12 @@ class Journal:
     def create(cls, path: Path, header: Header, state: State | None = None) -> Journal:
         """A journal that says what `state` says, in place of any other. Raises StillhouseError if it cannot be written."""
         state = state or State()
-        temporary = path.with_name(f".{path.name}.tmp")
         try:
-            file = temporary.open("w+b")
-            try:
+            with atomic_writer(path) as written:
                 for record in _records(header, state):
-                    file.write(_line(record))
-                file.flush()
-                os.fsync(file.fileno())
-                temporary.replace(path)
-            except BaseException:
-                file.close()
-                raise
+                    written.write(_line(record))
+            file = path.open("r+b")
+            file.seek(0, os.SEEK_END)
         except OSError as error:
             raise file_error("write", path, error) from error
         return cls(path, header, state, file)

@@ -6,7 +6,6 @@ nothing that was answered.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from stillhouse.client.batch.input_rows import Line
 from stillhouse.client.batch.journal import CHAIN_START, Done, Header, Journal, Position, chained
 from stillhouse.client.core.errors import file_error
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.locks import try_lock
 
 RETRY = "retry of"
 """Among the settings of a retry: the state of the output whose failed rows it asks for again."""
@@ -219,17 +219,15 @@ def commit_retry(paths: Paths) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Keeps other processes from writing the output at `path`. Raises StillhouseError (REQUEST_CONFLICT) if one does."""
     try:
-        file = path.open("ab")
+        lock = try_lock(path)
     except OSError as error:
         raise file_error("write", path, error) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise StillhouseError(
-                Reason.REQUEST_CONFLICT,
-                f"Another process writes {path}. Wait for it, or choose another --out.",
-            ) from error
+    if lock is None:
+        raise StillhouseError(
+            Reason.REQUEST_CONFLICT,
+            f"Another process writes {path}. Wait for it, or choose another --out.",
+        )
+    with lock:
         yield
 
 

@@ -9,9 +9,9 @@ from io import BufferedReader
 from pathlib import Path
 
 from stillhouse.client.core.errors import file_error
+from stillhouse.protos.files.adapter import FILES
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import UploadAdapterRequest
 
-FILES = ("adapter_config.json", "adapter_model.safetensors")
 PIECE_BYTES = 512 * 1024
 
 

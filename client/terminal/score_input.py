@@ -8,6 +8,7 @@ import numpy as np
 
 from stillhouse.client.core.errors import file_error, usage_error
 from stillhouse.client.teacher.score import ScoreAnswer
+from stillhouse.protos.files.atomic import atomic_writer
 from stillhouse.protos.tensors.distributions import Distributions
 
 _OPTIONAL = ("entropy", "log_partitions", "sampled_token_ids")
@@ -50,11 +51,8 @@ class ScoreFile:
             parts = [part for each in self._told if (part := getattr(each, name)) is not None]
             if parts:
                 arrays[name] = np.concatenate(parts)
-        temporary = self._path.with_name(f".{self._path.name}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with atomic_writer(self._path) as file:
                 np.savez(file, allow_pickle=False, **arrays)
-            temporary.replace(self._path)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise file_error("write", self._path, error) from error

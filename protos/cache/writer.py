@@ -7,17 +7,14 @@ file as they fill; `flush` closes it, syncs it and gives it its name.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
-import os
 import secrets
 import threading
 import time
 from dataclasses import dataclass, field
-from io import BufferedWriter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +23,8 @@ from stillhouse.protos.cache.format import CODECS, META, SHARD, CacheMeta, Codec
 from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.cache.rows import Row, optional_columns, schema, table
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import sync_directory, sync_file
+from stillhouse.protos.files.locks import try_lock
 from stillhouse.protos.tensors.distributions import Distributions
 
 GROUP_BYTES = 128 * 1024
@@ -166,7 +165,7 @@ class CacheWriter:
 class _Sink:
     """A file that hashes what is written to it, as Arrow wants files to be."""
 
-    file: BufferedWriter
+    file: BinaryIO
     digest: Any = field(default_factory=hashlib.sha256)
     closed: bool = False
 
@@ -243,16 +242,11 @@ class _OpenShard:
         """The whole shard: on disk, under its name."""
         self._write_group()
         self._writer.close()
-        self._sink.file.flush()
-        os.fsync(self._sink.file.fileno())
+        sync_file(self._sink.file)
         self._sink.file.close()
         path = self._path.with_name(f"{number:06d}-{self._sink.digest.hexdigest()}.parquet")
         self._path.rename(path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        sync_directory(path.parent)
         return path
 
     def discard(self) -> None:
@@ -268,16 +262,13 @@ class _OpenShard:
             self._writer.write_table(made, row_group_size=made.num_rows)
 
 
-def _lock(path: Path) -> BufferedWriter:
+def _lock(path: Path) -> BinaryIO:
     """The lock on a cache, held until it is closed. Raises StillhouseError(CACHE_LOCKED)."""
-    file = (path / ".lock").open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
+    lock = try_lock(path / ".lock")
+    if lock is None:
         raise StillhouseError(
             Reason.CACHE_LOCKED,
             f"Another run or command writes to the cache {path}. Wait for it or stop it, or give another path.",
             resource=str(path),
-        ) from error
-    return file
+        )
+    return lock

@@ -1,11 +1,8 @@
 """The server that both services run: limits, TLS, health, reflection, and an end in good order."""
 
 import asyncio
-import os
 import signal
-import tempfile
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -209,11 +206,3 @@ async def _ended(server: grpc.aio.Server) -> None:
 def _reflect(server: grpc.aio.Server, services: Sequence[str]) -> None:
     names = (*services, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME)
     reflection.enable_server_reflection(names, server)
-
-
-def write_address_file(path: Path, address: str) -> None:
-    """Writes the bound address for whoever started this service; a reader finds all of it or no file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(address)
-    Path(temporary).replace(path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import json
@@ -11,7 +10,6 @@ import os
 import re
 import secrets
 import stat
-import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import atomic_writer
+from stillhouse.protos.files.locks import directory_lock
 
 VERSION = 1
 PREFIX = "sth"
@@ -209,35 +209,21 @@ def _write(path: Path, tokens: Mapping[str, Token]) -> None:
         for each in tokens.values()
     ]
     text = json.dumps({"version": VERSION, "tokens": entries}, indent=2) + "\n"
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mode 0600
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            if path.exists():  # an administrator who revokes for a service keeps the file that service's
-                with contextlib.suppress(PermissionError):
-                    os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_writer(path, private=True) as file:
+        if path.exists():  # an administrator who revokes for a service keeps the file that service's
+            with contextlib.suppress(PermissionError):
+                os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
+        file.write(text.encode())
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Two commands at once change the file one after the other."""
     try:
-        descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        with directory_lock(path.parent):
+            yield
     except OSError as error:
         raise _unusable(path, error.strerror or str(error)) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    except OSError as error:
-        raise _unusable(path, error.strerror or str(error)) from error
-    finally:
-        os.close(descriptor)
 
 
 def _bad(message: str) -> StillhouseError:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import stat
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
+from typing import BinaryIO
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.student_trainer.run_dir import write_whole
+from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.protos.files.locks import try_lock
 
 LAYOUT = 1
 """Version of the folders and files; an older one is migrated at the start, a later one refused."""
@@ -22,7 +22,7 @@ class DataDir:
     """An open data directory; the lock is held as long as this object is."""
 
     path: Path
-    lock: BufferedRandom
+    lock: BinaryIO
 
     @classmethod
     def open(cls, path: Path) -> DataDir:
@@ -35,22 +35,20 @@ class DataDir:
             path = path.resolve()
             for folder in ("", *FOLDERS):
                 (path / folder).mkdir(parents=True, exist_ok=True)
-            lock = (path / "lock").open("a+b")
+            lock = try_lock(path / "lock")
         except OSError as error:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
                 f"--data-dir {path} cannot be used: {error}. Give a folder that can be written.",
             ) from error
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _check_version(path)
-            _check_credentials(path / CREDENTIALS)
-        except BlockingIOError as error:
-            lock.close()
+        if lock is None:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
                 f"Another run service uses --data-dir {path}; stop it, or give this one its own folder.",
-            ) from error
+            )
+        try:
+            _check_version(path)
+            _check_credentials(path / CREDENTIALS)
         except StillhouseError:
             lock.close()
             raise
@@ -104,7 +102,7 @@ def _check_version(path: Path) -> None:
     """Write the layout's version if the directory is fresh; refuse one that this code does not know."""
     version_path = path / "VERSION"
     if not version_path.exists():
-        write_whole(version_path, f"{LAYOUT}\n".encode())
+        write_atomic(version_path, f"{LAYOUT}\n".encode())
         return
     text = version_path.read_text(errors="replace").strip()
     if text != str(LAYOUT):

@@ -10,10 +10,11 @@ from pathlib import Path
 import structlog
 
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.rpc.audit import AuditLog
 from stillhouse.protos.rpc.auth import TokenFile
 from stillhouse.protos.rpc.channel import is_loopback
-from stillhouse.protos.rpc.server import Server, write_address_file
+from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.stillhouse.v1.run_pb2 import DESCRIPTOR
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
@@ -169,7 +170,7 @@ async def _serve(
         sweeper = asyncio.create_task(sweeping, name="retention")
     server.set_serving(True)
     if options.address_file is not None:
-        write_address_file(options.address_file, address)
+        write_atomic(options.address_file, address.encode(), private=True)
     log.info(
         "run service ready", address=address, data_dir=str(data_dir.path), gpus=list(slots.gpus), metrics=page
     )

@@ -26,20 +26,14 @@ import yaml
 from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
+from stillhouse.protos.files.disk_errors import is_broken, is_full, is_too_long
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing, process_span
 from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, smaller_micro_batch
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.disk_errors import (
-    broken_sentence,
-    full_sentence,
-    is_broken,
-    is_full,
-    is_too_long,
-    too_long_sentence,
-)
+from stillhouse.student_trainer.disk_errors import broken_sentence, full_sentence, too_long_sentence
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from stillhouse.student_trainer.train.distributed.follower import Follower
 from stillhouse.student_trainer.train.distributed.launcher import Processes, end_with_first, say_why

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.adapter import FILES
 from stillhouse.teacher_service.engine import Engine, LoadedAdapter
-from stillhouse.teacher_service.models.adapter_files import FILES, check_ranks
+from stillhouse.teacher_service.models.adapter_files import check_ranks
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 
 Result = TypeVar("Result")

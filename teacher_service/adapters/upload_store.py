@@ -4,7 +4,6 @@ space."""
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import os
 import secrets
@@ -16,15 +15,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.files.atomic import sync_directory, sync_file
+from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import UploadAdapterRequest
-from stillhouse.teacher_service.models.adapter_files import FILES, check_ranks
+from stillhouse.teacher_service.models.adapter_files import check_ranks
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 
 KEPT_UPLOADS = 4
 """Limit of the store as a multiple of the largest upload; the oldest unloaded adapters make room."""
 _PARTIAL = ".upload-"
 _PARTIAL_MAX_AGE_S = 24 * 3600.0
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class UploadStore:
@@ -62,7 +63,7 @@ class UploadStore:
             await _UploadWriter(partial, self._max_bytes).write(chunks)
             return await asyncio.to_thread(self._keep, partial, in_use)
         except OSError as error:
-            if error.errno in _FULL:
+            if is_full(error):
                 raise StillhouseError(
                     Reason.DISK_FULL,
                     f"The disk of this teacher's uploads ({self.directory}) is full. Free some space, or start the teacher "
@@ -81,10 +82,10 @@ class UploadStore:
         final = self.directory / fingerprint
         if not final.is_dir():
             self._make_room(_size(partial), in_use)
-            _sync(partial)
+            sync_directory(partial)
             with suppress(FileExistsError):  # a concurrent upload of the same content was faster
                 partial.rename(final)
-            _sync(self.directory)
+            sync_directory(self.directory)
         os.utime(final)
         return final, fingerprint
 
@@ -162,8 +163,7 @@ class _UploadWriter:
     def _end(self) -> None:
         if self._file is None:
             return
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_file(self._file)
         self._file.close()
         self._file = None
         found = self._digest.hexdigest()
@@ -184,14 +184,6 @@ def _time(path: Path) -> float:
     with suppress(FileNotFoundError):
         return path.stat().st_mtime
     return 0.0
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _invalid(why: str) -> StillhouseError:

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
-
-FILES = ("adapter_config.json", "adapter_model.safetensors")
+from stillhouse.protos.files.adapter import FILES
 
 
 def check_ranks(name: str, directory: Path) -> None:

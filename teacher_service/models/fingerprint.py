@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import write_atomic
 
 # Keys of configurations that tell a file's origin or author, not its computation.
 _ORIGIN_KEYS = frozenset(
@@ -95,7 +96,8 @@ def file_sha256(path: Path) -> str:
         value = hashlib.file_digest(file, "sha256").hexdigest()
     if time.time() - status.st_mtime > _SETTLED_AFTER_S:
         with suppress(OSError):  # an unwritable home costs time, nothing else
-            _write_whole(cached, value)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(cached, value.encode())
     return value
 
 
@@ -132,10 +134,3 @@ def _configuration(path: Path, reason: Reason) -> dict[str, Any]:
 def _digest(content: dict[str, Any]) -> str:
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

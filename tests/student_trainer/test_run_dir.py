@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.student_trainer.config import proto
-from stillhouse.student_trainer.run_dir import MANIFEST, RunDir, write_whole
+from stillhouse.student_trainer.run_dir import MANIFEST, RunDir
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 
 HOLDER = """
@@ -155,7 +156,7 @@ def test_one_process_at_a_time_holds_a_run(run_dir: RunDir) -> None:
 def test_a_record_of_another_process_with_the_same_pid_is_not_taken_for_it(run_dir: RunDir) -> None:
     with run_dir.open_attempt(1):
         record = json.loads(run_dir.process_path.read_text())
-        write_whole(run_dir.process_path, json.dumps(record | {"start_time": 1.0}).encode())
+        write_atomic(run_dir.process_path, json.dumps(record | {"start_time": 1.0}).encode())
         assert run_dir.locked_by_live_process() is None
 
 
@@ -187,12 +188,3 @@ def test_only_complete_checkpoints_count(run_dir: RunDir) -> None:
         if complete:
             (run_dir.checkpoints_path / name / MANIFEST).touch()
     assert run_dir.checkpoints() == [9, 10]
-
-
-def test_write_whole_leaves_the_old_file_if_it_fails(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_whole(path, b"old")
-    with pytest.raises(TypeError):
-        write_whole(path, "text")  # type: ignore[arg-type]
-    assert path.read_bytes() == b"old"
-    assert [each.name for each in tmp_path.iterdir()] == ["file"]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
-import os
 import secrets
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -13,8 +11,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import sync_directory, sync_file
+from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import UploadDatasetRequest
-from stillhouse.student_trainer.run_dir import fsync_directory
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 """What the training process can read; the file keeps its suffix."""
@@ -42,12 +41,12 @@ async def receive(folder: Path, pieces: AsyncIterator[UploadDatasetRequest], *, 
     try:
         with temporary.open("xb") as file:
             file_name, digest, size = await _write(file, pieces, max_bytes)
-            await asyncio.to_thread(_sync, file)
+            await asyncio.to_thread(sync_file, file)
         suffix = Path(file_name).suffix
         temporary.rename(folder / f"{digest}{suffix}")
-        await asyncio.to_thread(fsync_directory, folder)
+        await asyncio.to_thread(sync_directory, folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full(error):
             raise
         raise StillhouseError(
             Reason.DISK_FULL,
@@ -99,11 +98,6 @@ def _checked(name: str) -> str:
             f"{name!r} does not end in one of {', '.join(SUFFIXES)}, by which its format is known; rename or convert it.",
         )
     return name
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
+from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.store import run_state
@@ -21,7 +21,6 @@ from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
 from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
 from stillhouse.student_trainer.runs.supervision.training_process import Adopted
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RETRY_S = 5.0
 """Time after which the queue or a run is looked at again, if something went wrong."""
 
@@ -222,9 +221,8 @@ class Supervisor:
         )
 
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
-        full = isinstance(cause, OSError) and cause.errno in FULL
         error = StillhouseError(
-            Reason.DISK_FULL if full else Reason.PROCESS_DIED,
+            Reason.DISK_FULL if is_full(cause) else Reason.PROCESS_DIED,
             f"The training process of run {run_id} could not be started: {cause}. Mend that, then resume the run.",
         )
         await self._db(

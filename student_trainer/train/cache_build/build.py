@@ -19,8 +19,9 @@ from stillhouse.protos.cache.reader import shard_paths
 from stillhouse.protos.cache.summary import summary
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.run_dir import Attempt, write_whole
+from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.cache_build.generate import FinishedPrompts, GenerateJob, generate
 from stillhouse.student_trainer.train.cache_build.plan import BuildPlan, ScoreJob
 from stillhouse.student_trainer.train.contexts.source import Skips
@@ -126,7 +127,7 @@ class _Build:
         shutil.rmtree(shards, ignore_errors=True)
         shards.mkdir(parents=True)
         told = summary(self._writer.reader)
-        write_whole(folder / SUMMARY, json.dumps(told, indent=2).encode() + b"\n")
+        write_atomic(folder / SUMMARY, json.dumps(told, indent=2).encode() + b"\n")
         for path in shard_paths(self._writer.path):
             _link(path, shards / path.name)
         if told["bytes_per_token"] is not None:

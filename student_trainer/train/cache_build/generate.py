@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.cache.format import CacheMeta
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import RolloutConfig
-from stillhouse.student_trainer.run_dir import RunDir, write_whole
+from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.context_mix import text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
@@ -69,7 +70,7 @@ class FinishedPrompts:
         """Writes the file; call it once the completions are in whole shards."""
         told: Mapping[str, list[int]] = {str(each): sorted(done) for each, done in self.numbers.items()}
         if any(told.values()):
-            write_whole(self.run_dir.path / FINISHED, json.dumps(told).encode())
+            write_atomic(self.run_dir.path / FINISHED, json.dumps(told).encode())
 
 
 def generate(

@@ -1,7 +1,7 @@
 """Checkpoints that hold everything a run needs to go on bit for bit; a reader never sees half of one.
 
-Order of writing: files into a temporary directory, fsync of each, MANIFEST.json with their SHA-256, fsync of the
-directory, rename, fsync of the parent; old ones go last. A kill or a power cut at any point leaves the
+Order of writing: files into a temporary directory, MANIFEST.json with their SHA-256, fsync of all, rename, fsync of
+the parent; old ones go last. A kill or a power cut at any point leaves the
 checkpoints before it whole.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.student_trainer.run_dir import MANIFEST, Attempt, RunDir, fsync_directory
+from stillhouse.protos.files.atomic import sync_directory, sync_tree
+from stillhouse.student_trainer.run_dir import MANIFEST, Attempt, RunDir
 from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
 
@@ -80,6 +80,7 @@ def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, 
         temporary.mkdir(parents=True)
         _write_files(temporary, trained)
         _write_manifest(temporary, step, facts)
+        sync_tree(temporary)
         failpoints.reach("checkpoint.before_rename")
         attempt.check_fence()
         _discard(target)
@@ -88,7 +89,7 @@ def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, 
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     failpoints.reach("checkpoint.after_rename")
-    fsync_directory(target.parent)
+    sync_directory(target.parent)
     for old in run_dir.checkpoints()[:-keep]:
         _discard(run_dir.checkpoint_path(old))
         failpoints.reach("checkpoint.after_prune")
@@ -156,7 +157,6 @@ def find_damage(path: Path) -> str | None:
 def _write_files(directory: Path, trained: TrainingState) -> None:
     weights = {name: each.detach().contiguous() for name, each in _saved_tensors(trained.model).items()}
     save_file(weights, directory / WEIGHTS)
-    _fsync(directory / WEIGHTS)
     failpoints.reach("checkpoint.after_weights")
     state = {
         "optimizer": trained.optimizer.state_dict(),
@@ -183,7 +183,6 @@ def _write_manifest(directory: Path, step: int, facts: Mapping[str, str]) -> Non
     }
     manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": files}
     _write(directory / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
-    fsync_directory(directory)
 
 
 def _read_files(directory: Path, trained: TrainingState) -> None:
@@ -234,13 +233,6 @@ def _discard(path: Path) -> None:
 def _write(path: Path, write: Callable[[Any], Any]) -> None:
     with path.open("wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _sha256(path: Path) -> str:

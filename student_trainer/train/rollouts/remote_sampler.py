@@ -21,6 +21,7 @@ import structlog
 from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error, from_status
+from stillhouse.protos.files.adapter import CONFIG, FILES
 from stillhouse.protos.rpc.channel import connect
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_HOT_ADAPTERS,
@@ -41,7 +42,6 @@ from stillhouse.student_trainer.config.schema import RolloutConfig, TeacherConfi
 from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.rollouts.local_sampler import Text
-from stillhouse.student_trainer.train.student.loading import ADAPTER_FILES
 from stillhouse.student_trainer.train.student.student import Student
 from stillhouse.student_trainer.train.teacher.credentials import signature
 from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, backoff_s
@@ -193,7 +193,7 @@ class RemoteSampler:
         with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
             with _SAVING:
                 model.save_pretrained(folder)
-            _in_order(Path(folder) / ADAPTER_FILES[0])
+            _in_order(Path(folder) / CONFIG)
             stored = self._ask(
                 lambda: self._stub.UploadAdapter(_pieces(Path(folder)), timeout=LOAD_TIMEOUT_S)
             )
@@ -301,7 +301,7 @@ def _in_order(settings: Path) -> None:
 
 
 def _pieces(directory: Path) -> Iterator[UploadAdapterRequest]:
-    for name in ADAPTER_FILES:
+    for name in FILES:
         data = (directory / name).read_bytes()
         yield UploadAdapterRequest(file_name=name, sha256=hashlib.sha256(data).hexdigest())
         for first in range(0, len(data), PIECE_BYTES):

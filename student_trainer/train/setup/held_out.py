@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import structlog
 
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.check_cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.config.checks import TEACHER_METRICS
-from stillhouse.student_trainer.run_dir import RunDir, write_whole
+from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -123,7 +124,7 @@ def store_targets(run_dir: RunDir, scored: Sequence[ScoredExample], top_k: int) 
     key = np.array(_key([each.example for each in scored], top_k))
     np.savez(buffer, allow_pickle=False, key=key, bounds=bounds, **arrays)
     run_dir.eval_targets_path.mkdir(exist_ok=True)
-    write_whole(run_dir.eval_targets_path / "answers.npz", buffer.getvalue())
+    write_atomic(run_dir.eval_targets_path / "answers.npz", buffer.getvalue())
 
 
 def _key(examples: Sequence[Example], top_k: int) -> str:

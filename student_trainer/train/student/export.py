@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from stillhouse.student_trainer.run_dir import Attempt, fsync_directory
+from stillhouse.protos.files.atomic import sync_directory, sync_tree
+from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.student.loading import merged
 from stillhouse.student_trainer.train.student.student import Student
@@ -28,7 +28,7 @@ def export(student: Student, attempt: Attempt) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(student, temporary)
-        _fsync_tree(temporary)
+        sync_tree(temporary)
         failpoints.reach("export.before_rename")
         attempt.check_fence()
         shutil.rmtree(target, ignore_errors=True)
@@ -36,7 +36,7 @@ def export(student: Student, attempt: Attempt) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    fsync_directory(target.parent)
+    sync_directory(target.parent)
     return target
 
 
@@ -52,11 +52,3 @@ def _write(student: Student, directory: Path) -> None:
         if config.output == "merged":
             shutil.rmtree(adapter)
     student.tokenizer.save_pretrained(directory)
-
-
-def _fsync_tree(directory: Path) -> None:
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            with (Path(folder) / name).open("rb") as file:
-                os.fsync(file.fileno())
-        fsync_directory(Path(folder))

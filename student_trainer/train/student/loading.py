@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.files.adapter import FILES
 from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
 from stillhouse.student_trainer.train.data.readers import resolve
-
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -142,7 +141,7 @@ def _go_on_from(model: Any, config: StudentConfig, data_dir: Path) -> Any:
     import peft
 
     path = resolve(config.adapter, data_dir)
-    missing = [name for name in ADAPTER_FILES if not (path / name).is_file()]
+    missing = [name for name in FILES if not (path / name).is_file()]
     if missing:
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,

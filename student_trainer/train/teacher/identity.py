@@ -8,7 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.student_trainer.run_dir import RunDir, write_whole
+from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.student_trainer.run_dir import RunDir
 
 _NAMES = ("model_fingerprint", "adapter", "adapter_fingerprint", "tokenizer_fingerprint")
 """A run that began with an earlier version lacks the last one."""
@@ -57,7 +58,7 @@ def write_identity(run_dir: RunDir, name: str, identity: Mapping[str, str]) -> N
             if "model_fingerprint" not in content
             else {name: dict(identity)}
         )
-    write_whole(run_dir.teacher_path, json.dumps(content).encode())
+    write_atomic(run_dir.teacher_path, json.dumps(content).encode())
 
 
 def read_identity(run_dir: RunDir, name: str) -> dict[str, str] | None:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.files.adapter import FILES
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
-from stillhouse.teacher_service.models.adapter_files import FILES, check_ranks
+from stillhouse.teacher_service.models.adapter_files import check_ranks
 from stillhouse.teacher_service.models.files import locate_model
 from stillhouse.teacher_service.models.fingerprint import weight_files
 

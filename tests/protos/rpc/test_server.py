@@ -15,7 +15,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.rpc.channel import connect_async, is_loopback
-from stillhouse.protos.rpc.server import Server, write_address_file
+from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.protos.rpc.serving import SERVICE, Told, make_server, nothing, serving, stub_of
 
@@ -101,12 +101,6 @@ async def test_a_unix_socket_serves(tmp_path: Path) -> None:
     async with connect_async(address) as channel:
         await stub_of(channel).UnloadAdapter(UNLOAD, timeout=5)
     await server.stop(0)
-
-
-def test_an_address_file_is_written_whole_and_alone(tmp_path: Path) -> None:
-    write_address_file(tmp_path / "address", "127.0.0.1:7401")
-    assert (tmp_path / "address").read_text() == "127.0.0.1:7401"
-    assert [path.name for path in tmp_path.iterdir()] == ["address"]
 
 
 async def test_health_says_serving_only_when_told() -> None:

@@ -1,0 +1,1 @@
+"""Files on disk: atomic replacement, locks, and the errors of a full or broken disk."""

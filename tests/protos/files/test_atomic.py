@@ -1,0 +1,51 @@
+"""Atomic files: the old content or the new one, whenever the writer ends."""
+
+from __future__ import annotations
+
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stillhouse.protos.files.atomic import atomic_writer, write_atomic
+
+KILLED_BEFORE_RENAME = """
+import os, signal, sys
+from pathlib import Path
+from stillhouse.protos.files.atomic import atomic_writer, sync_file
+with atomic_writer(Path(sys.argv[1])) as file:
+    file.write(b"new")
+    sync_file(file)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_crash_between_write_and_rename_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    done = subprocess.run([sys.executable, "-c", KILLED_BEFORE_RENAME, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomic(path, b"old")
+    with pytest.raises(TypeError):
+        write_atomic(path, "text")  # type: ignore[arg-type]
+    with pytest.raises(TypeError), atomic_writer(path) as file:
+        file.writelines([b"half", "text"])  # type: ignore[list-item]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_private_file_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.touch(0o644)
+    write_atomic(path, b"secret", private=True)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
