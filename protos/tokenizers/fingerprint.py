@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer_errors
 
 # Options of a segmentation model that mean the same whether they are false, empty or missing.
 _MODEL_TABLES = ("vocab", "merges")
@@ -22,51 +22,35 @@ def tokenizer_fingerprint(tokenizer_json: str | bytes, special_tokens: Mapping[s
 
     Raises StillhouseError(TOKENIZER_INVALID) for anything that is no tokenizer of the `tokenizers` library.
     """
-    try:
-        tokenizer = json.loads(tokenizer_json)
+    with tokenizer_errors(
+        "The tokenizer's description cannot be read",
+        "Use a model with a tokenizer.json of the tokenizers library.",
+    ):
+        tokenizer = TokenizerJson(tokenizer_json)
         canonical = {
             "tokens": _tokens(tokenizer),
-            "model": _model(tokenizer["model"]),
-            "normalizer": tokenizer.get("normalizer"),
-            "pre_tokenizer": tokenizer.get("pre_tokenizer"),
+            "model": _model(tokenizer),
+            "normalizer": tokenizer.document.get("normalizer"),
+            "pre_tokenizer": tokenizer.document.get("pre_tokenizer"),
             "special_tokens": _special_tokens(special_tokens),
         }
         text = json.dumps(
             canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
         )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise StillhouseError(
-            Reason.TOKENIZER_INVALID,
-            f"The tokenizer's description cannot be read ({type(error).__name__}: {error}). Use a model with a "
-            "tokenizer.json of the tokenizers library.",
-        ) from error
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _tokens(tokenizer: Mapping[str, Any]) -> list[list[Any]]:
-    """Every (id, token, how an added token matches), ordered."""
-    added = {
-        (int(token["id"]), str(token["content"])): [
-            bool(token.get(flag)) for flag in ("special", "single_word", "lstrip", "rstrip", "normalized")
-        ]
-        for token in tokenizer.get("added_tokens") or ()
-    }
-    vocab = tokenizer["model"]["vocab"]
-    if isinstance(vocab, Mapping):
-        pairs = {(int(number), str(token)) for token, number in vocab.items()}
-    else:  # Unigram: a list of [token, score], by id
-        pairs = {(number, str(entry[0])) for number, entry in enumerate(vocab)}
-    return [[number, token, added.get((number, token))] for number, token in sorted(pairs | added.keys())]
+def _tokens(tokenizer: TokenizerJson) -> list[list[Any]]:
+    """Every (id, token, matching flags of an added token), ordered."""
+    added = {(each.id, each.content): list(each.flags) for each in tokenizer.added}
+    return [[index, token, added.get((index, token))] for index, token in sorted({*tokenizer.vocab, *added})]
 
 
-def _model(model: Mapping[str, Any]) -> dict[str, Any]:
-    """How the segmentation model cuts text: merges or scores, and the options that are set."""
-    options = {key: value for key, value in model.items() if key not in _MODEL_TABLES and value}
-    merges = [
-        merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or ()
-    ]
-    scores = None if isinstance(model["vocab"], Mapping) else [float(entry[1]) for entry in model["vocab"]]
-    return {"options": options, "merges": merges, "scores": scores}
+def _model(tokenizer: TokenizerJson) -> dict[str, Any]:
+    """The segmentation model: merges or scores, and the options that are set."""
+    options = {key: value for key, value in tokenizer.model.items() if key not in _MODEL_TABLES and value}
+    scores = [float(entry[1]) for entry in tokenizer.model["vocab"]] if tokenizer.is_unigram else None
+    return {"options": options, "merges": tokenizer.merges, "scores": scores}
 
 
 def _special_tokens(special_tokens: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTokenizerRequest
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer_errors
 
 MAX_TOKENIZER_BYTES = 256 << 20
 TOKENIZER_TIMEOUT_S = 60.0
@@ -33,28 +32,25 @@ def compare(student_json: str | bytes, teacher_json: str | bytes) -> Verdict:
 
     One may have more tokens at its end. Raises StillhouseError(TOKENIZER_INVALID) for what is no tokenizer.
     """
-    try:
-        student, teacher = json.loads(student_json), json.loads(teacher_json)
-        ours, theirs = _tokens(student), _tokens(teacher)
+    with tokenizer_errors(
+        "The teacher's tokenizer cannot be read",
+        "Start it with a model that has a tokenizer.json of the tokenizers library.",
+    ):
+        student, teacher = TokenizerJson(student_json), TokenizerJson(teacher_json)
+        ours, theirs = student.tokens, teacher.tokens
         size = min(max(ours), max(theirs)) + 1
         for number in range(size):
             if ours.get(number) != theirs.get(number):
                 return _foreign(
                     f"token id {number} is {ours.get(number)!r} for the student and {theirs.get(number)!r} for the teacher"
                 )
-        if student["model"].get("type") != teacher["model"].get("type"):
+        if student.model.get("type") != teacher.model.get("type"):
             return _foreign("they cut words by different methods")
-        if _merges(student) != _merges(teacher):
+        if student.merges != teacher.merges:
             return _foreign("their merges differ")
         for part in _CUTTING:
-            if student.get(part) != teacher.get(part):
+            if student.document.get(part) != teacher.document.get(part):
                 return _foreign(f"their {part} differs")
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise StillhouseError(
-            Reason.TOKENIZER_INVALID,
-            f"The teacher's tokenizer cannot be read ({type(error).__name__}: {error}). Start it with a model that has a "
-            "tokenizer.json of the tokenizers library.",
-        ) from error
     kind: Literal["identical", "compatible"] = "identical" if ours == theirs else "compatible"
     return Verdict(kind=kind, shared_size=size)
 
@@ -83,21 +79,6 @@ def compare_with(
     if key not in cached:
         cached[key] = compare(student_json, fetch_tokenizer(stub))
     return cached[key]
-
-
-def _tokens(tokenizer: Mapping[str, Any]) -> dict[int, str]:
-    vocab = tokenizer["model"]["vocab"]
-    if isinstance(vocab, Mapping):
-        tokens = {int(number): str(token) for token, number in vocab.items()}
-    else:  # Unigram: a list of [token, score], by id
-        tokens = {number: str(entry[0]) for number, entry in enumerate(vocab)}
-    tokens |= {int(token["id"]): str(token["content"]) for token in tokenizer.get("added_tokens") or ()}
-    return tokens
-
-
-def _merges(tokenizer: Mapping[str, Any]) -> list[list[str]]:
-    merges = tokenizer["model"].get("merges") or ()
-    return [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in merges]
 
 
 def _foreign(why: str) -> Verdict:
