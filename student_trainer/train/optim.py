@@ -18,7 +18,7 @@ SGD_MOMENTUM = 0.9
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The optimizer of `config` over `parameters`.
 
-    Weight decay leaves out biases and the weights of norms (whatever has one axis): shrinking them limits no
+    Weight decay leaves out biases and the weights of norms (all that have one axis): shrinking them limits no
     capacity and moves the scale of activations. adamw decays weights directly, adam and sgd by an L2 gradient.
     """
     decayed = [each for each in parameters.values() if each.ndim > 1]

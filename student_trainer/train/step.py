@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward of its micro-batches, then an update, unless a number is none."""
+"""One optimizer step: forward and backward of its micro-batches, then an update, unless a value is non-finite."""
 
 from __future__ import annotations
 
@@ -43,16 +43,15 @@ from stillhouse.student_trainer.train.student.student import Student
 log = structlog.get_logger()
 
 CHUNK_LOGITS = 2**27
-"""Where loss and output layer are not fused: logits whose float32 log-probabilities are held at a time; those of other
-chunks are computed again in the backward pass."""
+"""Logits whose float32 log-probabilities exist at a time where the loss is not fused; the backward pass recomputes them."""
 
 
 _DROPOUT_STREAM = 6
-"""Distinguishes these draws from those of orders, contexts and texts."""
+"""Separates these random numbers from those of orders, contexts and texts."""
 
 
 class Stepper:
-    """Takes optimizer steps; holds no state of the run but the optimizer."""
+    """Takes optimizer steps; the optimizer is its only state of the run."""
 
     def __init__(
         self,
@@ -111,13 +110,13 @@ class Stepper:
         return self._head
 
     def take_step(self, data: StepData, progress: Progress) -> dict[str, float]:
-        """The metrics of a step over all processes, after it was taken and `progress` was moved on.
+        """Takes a step and moves `progress` on; the metrics over all processes.
 
-        A loss or a gradient that is no number changes no weight and is counted in `progress`.
+        A non-finite loss or gradient changes no weight and is counted in `progress`.
         """
         began = time.monotonic()
         self._seed_dropout(data.step)
-        whole = self._whole(data.scored)
+        whole = self._sum_step(data.scored)
         sums = {number: (whole[f"{number}/total"], whole[f"{number}/count"]) for number in self._baselines}
         scored = with_baselines(data.scored, self._baselines, sums)
         num_tokens = int(whole["tokens"])
@@ -148,15 +147,15 @@ class Stepper:
         }
 
     def _seed_dropout(self, step: int) -> None:
-        """With several processes their random numbers are a function of seed, step and rank, and part of no checkpoint."""
+        """Makes the random numbers of several processes a function of seed, step and rank, which no checkpoint holds."""
         if self._ranks.size > 1:
             seeds = np.random.SeedSequence(
                 [self._config.optimizer.seed, _DROPOUT_STREAM, step, self._ranks.rank]
             )
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _whole(self, scored: Sequence[ScoredExample]) -> dict[str, float]:
-        """Of the step in all processes: "tokens", "weight", which is its denominator, and the sums of weightings and baselines."""
+    def _sum_step(self, scored: Sequence[ScoredExample]) -> dict[str, float]:
+        """Sums over the step in all processes: "tokens", "weight" (its denominator), and those of weightings and baselines."""
         examples = [each.example for each in scored]
         own = {
             "tokens": float(sum(each.num_targets for each in examples)),
@@ -178,7 +177,7 @@ class Stepper:
         factors: Sequence[Factor],
         chunk_scale: float,
     ) -> dict[str, float]:
-        """Adds up the gradients of a step; means of the objective and its parts. Stops where the loss is no number."""
+        """Adds up the gradients of a step; means of the objective and its parts. Ends at a non-finite loss."""
         sums: Counter[str] = Counter()
         shares: Counter[str] = Counter()
         for group in _groups(scored, self._config.optimizer.micro_batch_size):
@@ -205,7 +204,7 @@ class Stepper:
         return self._means(sums, shares)
 
     def _means(self, sums: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
-        """Of all processes' sums. Each part is a mean over the tokens of the contexts that have it."""
+        """Means over all processes; each part over the tokens of the contexts that have it."""
         if self._ranks.size > 1:
             # The sum of all processes' shares of a loss is 1.
             both = self._ranks.exchange([dict(sums), {**shares, "loss": 0.0}])
@@ -227,14 +226,14 @@ class Stepper:
             self._ranks.sum_gradients(self._parameters)
             self._accelerator.unscale_gradients()
             norm = clip_gradients(self._parameters, self._config.optimizer.max_grad_norm)
-            # With fp16 an infinite gradient is part of finding the scale: the scaler leaves the step out by itself.
+            # With fp16 an infinite gradient is part of finding the scale: the scaler skips the step.
             if math.isfinite(norm) or self._accelerator.scaler is not None:
                 self._prepared.step()
         self._prepared.zero_grad()
         return norm
 
     def _factors(self, whole: Mapping[str, float]) -> list[Factor]:
-        """How the terms of all losses weigh tokens, with mean 1 over the whole step."""
+        """Token weightings of all losses, with mean 1 over the whole step."""
         return [
             plain.scaled(whole[f"{plain.weighting}/total"], whole[f"{plain.weighting}/denominator"])
             for plain in self._weightings
@@ -261,7 +260,7 @@ class Stepper:
         return self._chunked(logits, batch.positions, loss)
 
     def _text_logprobs(self, batch: MicroBatch) -> Tensor:
-        """[1, N]: of the targets, with gradients."""
+        """[1, N]: log-probabilities of the targets, with gradients."""
         layer = self._head.layer
         with self._accelerator.autocast():
             if layer is not None:
@@ -270,7 +269,7 @@ class Stepper:
         return text_logprobs_of(logits, batch.target_ids, chunk_logits=CHUNK_LOGITS)
 
     def _chunked(self, logits: Tensor, positions: Positions, loss: LossConfig) -> ObjectiveSum:
-        """The objective of logits that a model has given as a whole, a chunk of targets at a time."""
+        """The objective of a model's whole logits, a chunk of targets at a time."""
         num_targets = logits.shape[1]
         chunk_targets = max(1, CHUNK_LOGITS // logits.shape[-1])
         if num_targets <= chunk_targets:
@@ -307,7 +306,7 @@ class Stepper:
 
 
 def _groups(scored: Sequence[ScoredExample], size: int) -> Iterator[Sequence[ScoredExample]]:
-    """At most `size` sequences at a time, each time of one context."""
+    """Groups of at most `size` sequences of one context."""
     for _, of_context in itertools.groupby(
         sorted(scored, key=lambda each: each.context), key=lambda each: each.context
     ):

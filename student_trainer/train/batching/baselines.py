@@ -1,4 +1,4 @@
-"""What the advantage of a token that the student drew is compared with: always out of other texts, so that the expectation of the gradient stays.
+"""Leave-one-out baselines for the policy gradient, from other rollouts, so that the gradient stays unbiased.
 
 With A_t = log p(y_t) - log mu(y_t) the baseline b of a text is a mean of A over texts that were drawn independently of it.
 E[b grad log q(y_t)] is then b times 0: baselines change the noise of the policy gradient and nothing else, as long as
@@ -23,8 +23,8 @@ Baseline = Literal["batch", "group", "position"]
 
 
 def advantages(scored: ScoredExample) -> NDArray[np.float64]:
-    """[n]: A of each token of a text that the student wrote, with the weights that wrote it."""
-    assert scored.answer is not None, "what the student writes is scored"
+    """[n]: A of each token of a rollout, with the weights that sampled it."""
+    assert scored.answer is not None, "rollouts are scored"
     assert scored.behaviour_logprobs is not None
     first = scored.example.start - scored.answer.start
     teacher = scored.answer.target_logprobs[first:].astype(np.float64)
@@ -33,7 +33,7 @@ def advantages(scored: ScoredExample) -> NDArray[np.float64]:
 
 
 def batch_sums(scored: Sequence[ScoredExample], context: int) -> tuple[float, float]:
-    """Sum of the advantages of a context's texts, and their tokens."""
+    """Sum of the advantages of a context's rollouts, and number of their tokens."""
     found = [advantages(each) for each in scored if each.context == context]
     return sum(float(each.sum()) for each in found), float(sum(map(len, found)))
 
@@ -43,7 +43,7 @@ def with_baselines(
     kinds: Mapping[int, Baseline],
     batches: Mapping[int, tuple[float, float]],
 ) -> list[ScoredExample]:
-    """`scored` with the baselines of the contexts that have one; `batches` are the `batch_sums` of the whole step."""
+    """Adds the baselines of the contexts that have one; `batches` are the `batch_sums` of the whole step."""
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     found: dict[int, NDArray[np.float64]] = {}
     for number, each in enumerate(scored):
@@ -59,12 +59,12 @@ def with_baselines(
             baseline = np.full(len(own), _mean(total - float(own.sum()), count - len(own)))
         else:
             others = [found[other] for other in groups[each.context, each.group] if other != number]
-            baseline = _of_group(others, len(own), by_position=kind == "position")
+            baseline = _group_baseline(others, len(own), by_position=kind == "position")
         result[number] = replace(each, baseline=baseline.astype(np.float32))
     return result
 
 
-def _of_group(
+def _group_baseline(
     others: Sequence[NDArray[np.float64]], length: int, *, by_position: bool
 ) -> NDArray[np.float64]:
     """[length]: the mean of `others`, everywhere or position by position."""
@@ -80,5 +80,5 @@ def _of_group(
 
 
 def _mean(total: float, count: float) -> float:
-    """0 where there is nothing to compare with."""
+    """The mean; 0 of nothing."""
     return total / count if count > 0 else 0.0

@@ -1,4 +1,4 @@
-"""From examples and teachers' answers to the tensors of one forward pass; the only place where a row of logits meets a row of an answer.
+"""Collates examples and teachers' targets into the tensors of one forward pass; aligns rows of logits and targets, here alone.
 
 Axes: B sequences, L tokens after padding, N targets of the whole micro-batch, K kept tokens. Only the logits of
 targets are ever needed: target t of a sequence is predicted by the model's output at t - 1, and row t - start of the
@@ -33,18 +33,18 @@ from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredExample:
-    """An example, with what the teacher says of its positions [start, T) if it was asked."""
+    """An example, with the teacher's distributions at positions [start, T), if it has any."""
 
     example: Example
     answer: Distributions | None
     context: int = 0
-    """Which of the run's contexts it comes from, by its place in the run file."""
+    """Its context, by the place in the run file."""
     behaviour_logprobs: np.ndarray | None = None
-    """float32 [T - start]: of each token under the distribution that it was drawn from, if the student wrote it."""
+    """float32 [T - start]: log-probability of each token under its sampling distribution; None unless it is a rollout."""
     group: int = 0
-    """Of a text that the student wrote: which prompt it belongs to."""
+    """Number of a rollout's prompt."""
     baseline: np.ndarray | None = None
-    """float32 [T - start]: what the advantage of each of its tokens is compared with; None means 0."""
+    """float32 [T - start]: baseline of each token's advantage; None means 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class MicroBatch:
     """The tensors of one forward pass. Losses see the N targets as one sequence: [1, N]."""
 
     input_ids: Tensor
-    """int64 [B, L], padded on the right; [1, L] if packed, one sequence behind the other."""
+    """int64 [B, L], padded on the right; [1, L] if packed, one sequence after the other."""
     attention_mask: Tensor | None
     """int64 [B, L], 0 at padding; None if packed."""
     position_ids: Tensor | None
@@ -66,17 +66,17 @@ class MicroBatch:
     weights: Tensor
     """float32 [1, N]: each target's weight in the objective."""
     targets: SparseTargets | None
-    """The teacher's answer, [1, N, K]; None if it was not asked."""
+    """The teacher's distributions, [1, N, K]; None without a teacher."""
     sampled: SampledTokens | None = None
-    """[1, N]: the targets as the student drew them; None if it did not write them."""
+    """[1, N]: the targets as the student sampled them; None unless they are rollouts."""
     token_factors: Mapping[str, Tensor] = field(default_factory=dict)
-    """By token weighting, float32 [1, N]: what a position's divergence is multiplied with."""
+    """Factor of each position's divergence by token weighting, float32 [1, N]."""
     chunks: ChunkTargets | None = None
-    """The teacher's answer if its tokenizer is another; `targets` is None then."""
+    """The teacher's log-probabilities of chunks if its tokenizer is foreign; `targets` is None then."""
 
     @property
     def positions(self) -> Positions:
-        """What losses know of the targets beside the student."""
+        """All that losses need of the targets but the student."""
         return Positions(
             target_ids=self.target_ids,
             weights=self.weights,
@@ -87,7 +87,7 @@ class MicroBatch:
 
     @property
     def num_targets(self) -> int:
-        """N."""
+        """Number of targets, N."""
         return int(self.picks.shape[0])
 
 
@@ -102,9 +102,9 @@ def collate(
     packing: bool = False,
     chunk_scale: float = 1.0,
 ) -> MicroBatch:
-    """The micro-batch of `scored`, of which either all or none have an answer, and of all or none the student is the writer.
+    """The micro-batch of `scored`, of which all or none have distributions, and all or none are rollouts.
 
-    `form` is what stands for the tokens beyond the teacher's likeliest. With `packing` the sequences lie in one row
+    `form` represents the tokens beyond the teacher's top-k. With `packing` the sequences lie in one row
     without padding. `chunk_scale` multiplies the weights of chunks.
     """
     positions = [np.flatnonzero(each.example.mask) for each in scored]
@@ -129,7 +129,7 @@ def collate(
         sampled=_sampled(scored, positions, device, max_importance_weight),
         token_factors={
             each.weighting: tensor(
-                np.concatenate([each.of(*pair) for pair in zip(scored, positions, strict=True)])
+                np.concatenate([each.compute(*pair) for pair in zip(scored, positions, strict=True)])
             ).unsqueeze(0)
             for each in factors
             if answered and not foreign
@@ -140,7 +140,7 @@ def collate(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Factor:
-    """How positions are weighed by what the teacher says of them, with mean 1 over the step."""
+    """Weights of positions by the teacher's certainty, with mean 1 over the step."""
 
     weighting: TokenWeighting
     vocab_size: int
@@ -150,26 +150,26 @@ class Factor:
     def over(
         cls, scored: Sequence[ScoredExample], weighting: TokenWeighting, vocab_size: int, reduction: Reduction
     ) -> Factor:
-        """The weighting whose factors have mean 1 over the targets of `scored` that have an answer."""
+        """The weighting whose factors have mean 1 over the targets of `scored` that have distributions."""
         plain = cls(weighting=weighting, vocab_size=vocab_size)
         return plain.scaled(*plain.sums(scored, reduction))
 
     def sums(self, scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[float, float]:
-        """Of the factors and of the weights, over the targets of `scored` that have an answer."""
+        """Sums of factors and of weights, over the targets of `scored` that have distributions."""
         total = denominator = 0.0
         for each in scored:
             if each.answer is not None:
                 at = np.flatnonzero(each.example.mask)
-                total += float(self.of(each, at).sum()) * _weight(len(at), reduction)
+                total += float(self.compute(each, at).sum()) * _weight(len(at), reduction)
                 denominator += len(at) * _weight(len(at), reduction)
         return total, denominator
 
     def scaled(self, total: float, denominator: float) -> Factor:
-        """The same with mean 1, where `sums` over the whole step are these."""
+        """The same with mean 1, given the `sums` over the whole step."""
         return replace(self, scale=denominator / total if total > 0 else 1.0)
 
-    def of(self, scored: ScoredExample, at: np.ndarray) -> np.ndarray:
-        """float32 [n]: the factors of the targets `at` of a sequence with an answer."""
+    def compute(self, scored: ScoredExample, at: np.ndarray) -> np.ndarray:
+        """float32 [n]: the factors of the targets `at` of a sequence with distributions."""
         assert scored.answer is not None
         entropies = entropy(scored.answer, at - scored.answer.start)
         factors = self.scale * token_factor(entropies, self.weighting, self.vocab_size)
@@ -177,12 +177,12 @@ class Factor:
 
 
 def total_weight(examples: Sequence[Example], reduction: Reduction) -> float:
-    """The denominator of a step: what the weights of its targets sum to."""
+    """The denominator of a step: the sum of its targets' weights."""
     return float(sum(example.num_targets * _weight(example.num_targets, reduction) for example in examples))
 
 
 def chunk_sums(scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[float, float]:
-    """Of the sequences that are compared by chunks: what the weights of their targets sum to, and those of their chunks.
+    """Sums of the weights of targets and of chunks, over the sequences that are compared by chunks.
 
     Chunks whose weights are multiplied with the first over the second, of a whole step, give a mean over chunks.
     """
@@ -196,13 +196,13 @@ def chunk_sums(scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[f
 
 
 def _weight(num_targets: int, reduction: Reduction) -> float:
-    """Of each target of a sequence; the same as reduction.token_weights."""
+    """Weight of each target of a sequence; the same as reduction.token_weights."""
     return 1.0 if reduction == "token_mean" else 1.0 / num_targets
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Inputs:
-    """What the model reads, and where the outputs are that predict targets; as in MicroBatch."""
+class _ModelInputs:
+    """Inputs of the model, and the outputs that predict targets; as in MicroBatch."""
 
     input_ids: np.ndarray
     attention_mask: np.ndarray | None = None
@@ -211,7 +211,7 @@ class _Inputs:
     picks: np.ndarray
 
 
-def _padded(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) -> _Inputs:
+def _padded(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) -> _ModelInputs:
     longest = max(len(each.example.token_ids) for each in scored)
     input_ids = np.zeros((len(scored), longest), np.int64)
     attention_mask = np.zeros_like(input_ids)
@@ -223,7 +223,7 @@ def _padded(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) ->
     picks = [
         row * len(columns) + np.searchsorted(columns, targets - 1) for row, targets in enumerate(positions)
     ]
-    return _Inputs(
+    return _ModelInputs(
         input_ids=input_ids,
         attention_mask=attention_mask,
         columns=columns,
@@ -231,11 +231,11 @@ def _padded(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) ->
     )
 
 
-def _packed(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) -> _Inputs:
+def _packed(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) -> _ModelInputs:
     lengths = [len(each.example.token_ids) for each in scored]
     begins = np.cumsum([0, *lengths[:-1]])
     columns = [begin + at - 1 for begin, at in zip(begins, positions, strict=True)]
-    return _Inputs(
+    return _ModelInputs(
         input_ids=np.concatenate([each.example.token_ids for each in scored]).astype(np.int64)[None],
         position_ids=np.concatenate([np.arange(length) for length in lengths])[None],
         columns=np.concatenate(columns),
@@ -309,7 +309,7 @@ def _optional(array: np.ndarray | None, device: torch.device) -> Tensor | None:
 
 
 def _widened(array: np.ndarray, num_columns: int, filling: float) -> np.ndarray:
-    """[T, K] with columns of `filling` up to `num_columns`: sequences may have supports of different sizes."""
+    """Pads [T, K] with columns of `filling` up to `num_columns`: sequences may have supports of different sizes."""
     missing = num_columns - array.shape[1]
     return np.pad(array, ((0, 0), (0, missing)), constant_values=filling) if missing else array
 

@@ -1,4 +1,4 @@
-"""Supports of answers: a teacher's likeliest tokens joined with the student's, and several teachers mixed into one.
+"""Supports of distributions: joins a teacher's top-k with the student's, and mixes several teachers.
 
 Every row keeps what it is: log-probabilities of distinct ids and the log of all other mass. Ids that a row has not are
 PAD_ID with log-probability -inf. Axes: T positions, K kept tokens, Q queried tokens.
@@ -16,26 +16,26 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
 TAIL_FLOOR = 1e-6
-"""Mass that a tail has at least once it is a difference: float32 log-probabilities leave no more of it than noise."""
+"""Least mass of a tail that is a difference: below it float32 log-probabilities leave only noise."""
 
 
 def with_query(
     answer: Distributions, query_token_ids: NDArray[np.int32], sequence: NDArray[np.int32]
 ) -> tuple[Distributions, int]:
-    """The answer on the teacher's likeliest, the queried and the actual tokens, and how many tails were lifted to TAIL_FLOOR.
+    """Joins the teacher's top-k, the queried and the actual tokens; also the number of tails lifted to TAIL_FLOOR.
 
-    The tail of the union is the teacher's tail less the queried mass outside its likeliest, in float64. It is a
+    The tail of the union is the teacher's tail less the queried mass outside its top-k, in float64. It is a
     difference: below TAIL_FLOOR it is taken to be TAIL_FLOOR, which bounds a reverse KL whose student has mass there.
     """
-    assert answer.query_logprobs is not None, "the teacher was asked with query ids"
+    assert answer.query_logprobs is not None, "the query had query ids"
     actual_T1 = sequence[answer.start :, None]
     extra_ids = np.concatenate([query_token_ids, actual_T1], axis=1)
     extra_logprobs = np.concatenate([answer.query_logprobs, answer.target_logprobs[:, None]], axis=1)
-    known = (extra_ids < 0) | _in_rows(extra_ids, answer.token_ids)
+    known = (extra_ids < 0) | in_rows(extra_ids, answer.token_ids)
     known[:, -1] |= (query_token_ids == actual_T1).any(axis=1)
     added = np.where(known, -np.inf, extra_logprobs.astype(np.float64))
     tail = np.exp(answer.log_tail.astype(np.float64)) - np.exp(added).sum(axis=1)
-    # What the teacher's own likeliest leave is exact, however little it is.
+    # The tail of the teacher's own top-k is exact, however small it is.
     changed = np.isfinite(added).any(axis=1)
     clamped = changed & (tail < TAIL_FLOOR)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -53,7 +53,7 @@ def with_query(
 
 
 def mix(answers: Sequence[Distributions], weights: Sequence[float], *, vocab_size: int) -> Distributions:
-    """sum_i w_i p_i on the union of the supports, likeliest first, with w normalised; always sum of all K wide.
+    """sum_i w_i p_i on the union of the supports, most likely first, with w normalised; its width is the sum of all K.
 
     Where a teacher has not reported a token that another one has, its probability is unknown: its tail spread evenly
     over the tokens outside its support, or its least likely reported token if that is less. With K = V, and where
@@ -65,7 +65,7 @@ def mix(answers: Sequence[Distributions], weights: Sequence[float], *, vocab_siz
     probs = np.zeros(candidates.shape, np.float64)
     tail = np.zeros(len(candidates), np.float64)
     for share, answer in zip(shares, answers, strict=True):
-        own, rest = _on(candidates, distinct, answer, vocab_size)
+        own, rest = _project(candidates, distinct, answer, vocab_size)
         probs += share * own
         tail += share * rest
     probs = np.where(distinct, probs, -1.0)
@@ -83,10 +83,10 @@ def mix(answers: Sequence[Distributions], weights: Sequence[float], *, vocab_siz
         )
 
 
-def _on(
+def _project(
     candidates: NDArray[np.int32], distinct: NDArray[np.bool_], answer: Distributions, vocab_size: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """A teacher's probability of each candidate [T, C], and what is left for all others [T]."""
+    """A teacher's probability of each candidate [T, C], and its remaining mass [T]."""
     own_ids, own = answer.token_ids, np.exp(answer.logprobs.astype(np.float64))
     own = np.where(own_ids >= 0, own, 0.0)
     tail = np.exp(answer.log_tail.astype(np.float64))
@@ -106,7 +106,7 @@ def _on(
 def _mixed_queries(
     answers: Sequence[Distributions], shares: NDArray[np.float64]
 ) -> NDArray[np.float32] | None:
-    """Queried log-probabilities of the mixture, which are exact; -inf stays where the caller padded."""
+    """Queried log-probabilities of the mixture, which are exact; -inf stays at padding."""
     queries = [answer.query_logprobs for answer in answers]
     if any(query is None for query in queries):
         return None
@@ -116,8 +116,8 @@ def _mixed_queries(
     return mixed
 
 
-def _in_rows(values: NDArray[np.int32], rows: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which of values [T, C] stand in the same row of rows [T, K]."""
+def in_rows(values: NDArray[np.int32], rows: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """[T, C]: membership of each of `values` in the same row of `rows` [T, K]."""
     if rows.shape[1] == 0:
         return np.zeros(values.shape, np.bool_)
     ordered = np.sort(rows, axis=1)
@@ -126,7 +126,7 @@ def _in_rows(values: NDArray[np.int32], rows: NDArray[np.int32]) -> NDArray[np.b
 
 
 def _search_rows(ordered: NDArray[np.int32], values: NDArray[np.int32]) -> NDArray[np.int64]:
-    """For each of values [T, C], where in its ascending row of ordered [T, K] it stands, if it does."""
+    """[T, C]: index of each of `values` in its ascending row of `ordered` [T, K], if it is there."""
     # One ascending line of all rows: a row's offset lifts it above the ones before it.
     span = np.int64(max(int(ordered.max(initial=0)), int(values.max(initial=0))) + 2)
     offsets = np.arange(len(ordered), dtype=np.int64)[:, None] * span
@@ -138,7 +138,7 @@ def _search_rows(ordered: NDArray[np.int32], values: NDArray[np.int32]) -> NDArr
 
 
 def _first_occurrences(ids: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which entries of each row are ids that did not stand before in the row."""
+    """Marks the first occurrence of every id of each row."""
     order = np.argsort(ids, axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, 1)
     first = np.ones_like(ordered, np.bool_)

@@ -1,4 +1,4 @@
-"""What stands in a loss for the tokens beyond the teacher's likeliest: one bucket, nothing, or tokens that the teacher drew.
+"""Target forms: the tokens beyond the teacher's top-k as one bucket, as nothing, or as tokens that the teacher sampled.
 
 Every form is a row of distinct ids with log-probabilities and the log of all other mass; losses know no other.
 Axes: T positions, K kept tokens, R draws.
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.train.batching.supports import in_rows
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
 TargetForm = Literal["tail_bucket", "sampled", "top_k_and_sampled", "renormalise"]
@@ -32,12 +33,12 @@ class TargetRows(NamedTuple):
 
 
 def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm) -> TargetRows:
-    """Rows `rows` of an answer in the form that a loss wants.
+    """Rows `rows` of a teacher's distributions in the form that a loss wants.
 
-    tail_bucket: the likeliest tokens, and one bucket of all others. renormalise: the likeliest as if they were all,
+    tail_bucket: the top-k, and one bucket of all others. renormalise: the top-k as if there were no others,
     which biases the student towards them. sampled: draw i counts 1 / R for its token (random-sampling distillation,
     2503.16870), whose expectation is the teacher, so that the gradient of a loss that is linear in it is unbiased.
-    top_k_and_sampled: the likeliest exactly, and the tail's mass shared by the draws that fell into it; a row of which
+    top_k_and_sampled: the top-k exactly, and the tail's mass shared by the draws that fell into it; a row of which
     none did, a share of (1 - tail)^R of such rows, keeps the bucket. Raises StillhouseError(CAPABILITY) without draws.
     """
     ids, logprobs = answer.token_ids[rows], answer.logprobs[rows].astype(np.float64)
@@ -57,7 +58,7 @@ def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm
     if form == "sampled":
         drawn, share = _counted(draws)
         return TargetRows(drawn, share, np.full_like(log_tail, -np.inf))
-    drawn, share = _counted(np.where(_in_rows(draws, ids), PAD_ID, draws))
+    drawn, share = _counted(np.where(in_rows(draws, ids), PAD_ID, draws))
     some = (drawn >= 0).any(axis=1)
     return TargetRows(
         np.concatenate([ids, drawn], axis=1),
@@ -67,7 +68,7 @@ def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm
 
 
 def entropy(answer: Distributions, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """[T]: the teacher's entropy in nats, where it sent it; else that of its likeliest tokens and the tail as one.
+    """[T]: the teacher's entropy in nats, where it sent it; else that of its top-k and the tail as one bucket.
 
     The latter is a lower bound, by at most P_tail log(V - K).
     """
@@ -81,7 +82,7 @@ def entropy(answer: Distributions, rows: NDArray[np.int64]) -> NDArray[np.float6
 def token_factor(
     entropies: NDArray[np.float64], weighting: TokenWeighting, vocab_size: int
 ) -> NDArray[np.float64]:
-    """[T], in [0, ...): what a position's divergence is multiplied with, before it is scaled to mean 1 over a step."""
+    """[T], >= 0: factor of each position's divergence, before it is scaled to mean 1 over a step."""
     if weighting == "teacher_entropy":
         return entropies
     return np.maximum(1.0 - entropies / math.log(vocab_size), 0.0)
@@ -104,11 +105,3 @@ def _counted(draws: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.fl
         share = np.log(counts) - np.log(np.maximum(counts.sum(axis=1, keepdims=True), 1.0))
     widest = max(1, int(first.sum(axis=1).max(initial=1)))
     return ids[:, :widest], share[:, :widest]
-
-
-def _in_rows(values: NDArray[np.int32], rows: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """[T, R]: which of `values` stand in the same row of `rows` [T, K]."""
-    found = np.zeros(values.shape, np.bool_)
-    for column in range(rows.shape[1]):
-        found |= values == rows[:, column, None]
-    return found

@@ -1,4 +1,4 @@
-"""Checkpoints that hold everything a run needs to go on bit for bit; a reader never sees half of one.
+"""Checkpoints with everything that a run needs to resume bit for bit; a reader never sees half of one.
 
 Order of writing: files into a temporary directory, MANIFEST.json with their SHA-256, fsync of all, rename, fsync of
 the parent; old ones go last. A kill or a power cut at any point leaves the
@@ -37,14 +37,14 @@ WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
 
 @dataclass(kw_only=True, slots=True)
 class Progress:
-    """How far a run is; the position in the data follows from `step`."""
+    """Progress of a run; the position in the data follows from `step`."""
 
     step: int = 0
     """Optimizer steps taken, those without an update included."""
     trained_tokens: int = 0
-    """Completion tokens learnt from."""
+    """Completion tokens trained on."""
     skipped_steps: int = 0
-    """Steps whose loss or gradient was no number, and that changed nothing."""
+    """Steps with a non-finite loss or gradient, which changed no weight."""
     skipped_in_a_row: int = 0
     """Consecutive skipped steps so far."""
 
@@ -55,7 +55,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingState:
-    """What a checkpoint saves and restores in place, beside the random generators."""
+    """State that a checkpoint saves and restores in place, besides the random generators."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -63,7 +63,7 @@ class TrainingState:
     """torch's GradScaler with fp16, else None."""
     progress: Progress
     in_flight: InFlight = dataclasses.field(default_factory=InFlight)
-    """Texts of the student that no step has taken yet."""
+    """Rollouts that no step has consumed yet."""
 
 
 def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, keep: int) -> Path:
@@ -137,7 +137,7 @@ def facts_of(run_dir: RunDir, step: int) -> dict[str, str]:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, against its manifest; None if nothing is."""
+    """Checks a checkpoint's files against its manifest; the first damage, None if there is none."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         files = manifest["files"]
@@ -215,14 +215,14 @@ def _read_files(directory: Path, trained: TrainingState) -> None:
 
 
 def _saved_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What training changes: trained parameters, shared ones once, and buffers that belong to the weights."""
+    """Tensors that training changes: trained parameters, shared ones once, and buffers that belong to the weights."""
     tensors: dict[str, Tensor] = {name: each for name, each in model.named_parameters() if each.requires_grad}
     persistent = model.state_dict(keep_vars=True).keys()
     return tensors | {name: each for name, each in model.named_buffers() if name in persistent}
 
 
 def _discard(path: Path) -> None:
-    """Removes a checkpoint so that it is never seen half removed."""
+    """Removes a checkpoint; a reader never sees it half removed."""
     if path.exists():
         trash = path.with_name(f".{path.name}.trash.tmp")
         shutil.rmtree(trash, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Who a run's teachers are, as the run directory keeps it: written once, and compared whenever a teacher answers."""
+"""Identity of a run's teachers in its directory: written once, compared at every connection."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.student_trainer.run_dir import RunDir
 
 _NAMES = ("model_fingerprint", "adapter", "adapter_fingerprint", "tokenizer_fingerprint")
-"""A run that began with an earlier version lacks the last one."""
+"""Runs of earlier versions lack the last one."""
 _COMPARED = ("model_fingerprint", "adapter_fingerprint", "tokenizer_fingerprint")
 
 
 def changed(known: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """The first part by which two teachers differ; empty if they are the same. A part that one lacks says nothing."""
+    """The first part by which two teachers differ; empty if none. A part that one of them lacks is not compared."""
     for part in _COMPARED:
         ours, theirs = known.get(part), found.get(part)
         if ours != theirs and ours is not None and theirs is not None:
@@ -28,7 +28,7 @@ def changed(known: Mapping[str, str], found: Mapping[str, str]) -> str:
 def check_stored_identity(
     run_dir: RunDir, name: str, identity: Mapping[str, str], *, model: str, place: str
 ) -> None:
-    """Return if the teacher whose answers `place` holds is the one that the run began with, which is kept.
+    """Returns if `place` holds results of the teacher that the run began with; the first one is written down.
 
     Raises:
         StillhouseError: TEACHER_CHANGED.
@@ -48,7 +48,7 @@ def check_stored_identity(
 
 
 def write_identity(run_dir: RunDir, name: str, identity: Mapping[str, str]) -> None:
-    """Keeps who the teacher is; teachers with names stand beside each other."""
+    """Writes the identity of the teacher `name`, next to those of other names."""
     content: dict[str, Any] = dict(identity)
     if name:
         with suppress(FileNotFoundError):
@@ -62,7 +62,7 @@ def write_identity(run_dir: RunDir, name: str, identity: Mapping[str, str]) -> N
 
 
 def read_identity(run_dir: RunDir, name: str) -> dict[str, str] | None:
-    """Who the teacher `name` was when the run began; None if nobody was reached yet. Raises CHECKPOINT_CORRUPT."""
+    """Reads the identity of the teacher `name`; None if none was reached yet. Raises CHECKPOINT_CORRUPT."""
     try:
         value = json.loads(run_dir.teacher_path.read_bytes())
         if name:

@@ -1,6 +1,6 @@
-"""The run's teacher: reached and checked before anything is trained, and again after every break, so that answers never mix.
+"""Client of one teacher: checks its services before training and again after every break, so that models never mix.
 
-Everything that can be wrong between student and teacher is refused here, in second 1 and not in step 1000.
+Every mismatch of student and teacher is refused here, in second 1 and not in step 1000.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, c
 log = structlog.get_logger()
 
 FIRST_CONTACT_S = 15.0
-"""A teacher that nobody has ever reached in this run is waited for so long; later ones for retry.teacher_wait_s."""
+"""Seconds to wait for a teacher that was never reached in this run; later ones get retry.teacher_wait_s."""
 _LIMITS = ("max_sequence_tokens", "max_top_k", "max_query_tokens", "max_prompts", "max_inflight_sequences")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Demands:
-    """What the run asks of its teacher."""
+    """Requirements of a run on its teacher."""
 
     tokenizer_fingerprint: str
-    """Of the student's tokenizer."""
+    """Fingerprint of the student's tokenizer."""
     tokenizer_json: str
-    """The student's tokenizer, which is compared with the teacher's where the fingerprints differ."""
+    """The student's tokenizer, compared with the teacher's where the fingerprints differ."""
     bridged: bool
-    """Whether teachers are asked about the text in their own tokens, so that any tokenizer will do."""
+    """Teachers score text in their own tokens, so that any tokenizer will do."""
     top_k: int
-    """Largest that training and evaluation ask for."""
+    """Largest top-k of training and evaluation."""
     top_k_field: str
-    """Where it stands in the run file."""
+    """Its place in the run file."""
     temperature: float | None
     """Temperature whose log-partition is needed; None if none is."""
     query_field: str
     """Place in the run file of a loss that needs query_logprobs; empty if none does."""
     draws_field: str
-    """Place in the run file of a loss whose targets the teacher draws; empty if none has such."""
+    """Place in the run file of a loss whose targets the teacher samples; empty if none has such."""
     longest: Example
     """The longest example."""
     largest: Example
@@ -69,7 +69,7 @@ class Demands:
     def from_config(
         cls, config: RunConfig, tokenizer_fingerprint: str, tokenizer_json: str, corpus: Corpus
     ) -> Demands:
-        """The demands of `config`."""
+        """The requirements of `config`."""
         bridged = is_bridged(config)
         asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
@@ -113,15 +113,15 @@ class TeacherClient:
         self.shared_size = 0
         """Ids below it mean the same to the student and to the teacher."""
         self.info = GetTeacherInfoResponse()
-        """What all services that were reached have in common: the least of each limit, and what each can do."""
+        """Common information of all services reached: the least of each limit, and the capabilities of all."""
 
     def connect(self, patience: Patience) -> None:
-        """Reach and check the teacher for the first time in this process: one service at least, and each that answers.
+        """Reaches and checks the teacher for the first time in this process: one service at least, and each that answers.
 
         Raises:
-            Stopped: the run shall stop.
+            Stopped: the run was asked to stop.
             StillhouseError: TEACHER_UNREACHABLE; TOKENIZER_MISMATCH, TEACHER_CHANGED, TOP_K_TOO_LARGE, SEQUENCE_TOO_LONG,
-                CAPABILITY, ADAPTER_NOT_FOUND, or what a service says, unless another service will do.
+                CAPABILITY, ADAPTER_NOT_FOUND, or a service's own error, unless another service will do.
         """
         known_before, since, attempt = self._identity is not None, time.monotonic(), 0
         while True:
@@ -132,7 +132,7 @@ class TeacherClient:
                 if not is_passing(error) or (error.reason is Reason.UNAUTHENTICATED and not known_before)
             ]
             if refusals and (not known_before or len(refusals) == len(self.endpoints.all)):
-                # In a run that begins nobody can say which of two services is the right one.
+                # In a run that begins it is unknown which of two services is the right one.
                 raise refusals[0]
             if len(errors) < len(self.endpoints.all):
                 for error in errors:
@@ -148,13 +148,13 @@ class TeacherClient:
 
     @property
     def text_tokenizer(self) -> str:
-        """Fingerprint of the tokenizer whose ids it is asked about: the student's, or its own where that is foreign."""
+        """Fingerprint of the tokenizer of its queries: the student's, or its own where that is foreign."""
         demands = self._demands
         return self.info.tokenizer_fingerprint if demands.bridged else demands.tokenizer_fingerprint
 
     @property
     def tokenizer_json(self) -> bytes:
-        """Its tokenizer, which a teacher that is asked about text in its own tokens has sent."""
+        """Its tokenizer.json, which a foreign teacher has sent."""
         return self._tokenizers[self.info.tokenizer_fingerprint]
 
     def close(self) -> None:
@@ -162,9 +162,9 @@ class TeacherClient:
         self.endpoints.close()
 
     def _reach_all(self) -> list[StillhouseError]:
-        """Asks each service; what was wrong with those that cannot be used."""
+        """Reaches each service; the errors of those that cannot be used."""
         first, *others = self.endpoints.all
-        # Before the others, so that it is always the same one that says who the teacher is.
+        # Before the others, so that the same service always sets the run's identity.
         errors = [_why_not(first)]
         if others:
             with ThreadPoolExecutor(len(others)) as pool:
@@ -172,7 +172,7 @@ class TeacherClient:
         return [error for error in errors if error is not None]
 
     def _check(self, endpoint: Endpoint, stub: TeacherServiceStub, info: GetTeacherInfoResponse) -> None:
-        """Return if a service is the run's teacher; what was learnt of it is kept. Raises grpc.RpcError, StillhouseError."""
+        """Returns if a service is the run's teacher; its information is kept. Raises grpc.RpcError, StillhouseError."""
         target = endpoint.target
         shared_size = self._shared_size(stub, info, target)
         check_demands(self._demands, info, target)
@@ -200,7 +200,7 @@ class TeacherClient:
             self.info, self.shared_size = common(list(self._seen.values())), shared_size
 
     def _shared_size(self, stub: TeacherServiceStub, info: GetTeacherInfoResponse, target: str) -> int:
-        """Ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""
+        """Number of ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""
         key = info.tokenizer_fingerprint
         if self._demands.bridged:
             if key not in self._tokenizers:
@@ -226,7 +226,7 @@ def _why_not(endpoint: Endpoint) -> StillhouseError | None:
 
 
 def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
-    """What services of one model have in common: the least of each limit, and the capabilities of all."""
+    """Merges the information of a model's services: the least of each limit, and the capabilities of all."""
     merged = GetTeacherInfoResponse()
     merged.CopyFrom(infos[0])
     for name in _LIMITS:
@@ -238,7 +238,7 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
 
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
-    """Return if a teacher can do what the run asks; raises what `TeacherClient.reach` lists, with limit and remedy."""
+    """Returns if a teacher meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
     largest_id = int(demands.largest.token_ids.max())
     if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(
@@ -304,7 +304,7 @@ def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str)
 
 
 def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> StillhouseError:
-    """The error that says so, and what to do."""
+    """The error for a foreign tokenizer, with its remedies."""
     return StillhouseError(
         Reason.TOKENIZER_MISMATCH,
         f"The student's tokenizer ({student}) is foreign to the one of the teacher at {target} ({teacher}), so their token "

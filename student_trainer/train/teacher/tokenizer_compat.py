@@ -1,4 +1,4 @@
-"""Whether a student's token ids mean the same to a teacher: identical, prefix-compatible or foreign tokenizers, told from their files."""
+"""Compatibility of two tokenizers by their files: identical, prefix-compatible or foreign."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer
 MAX_TOKENIZER_BYTES = 256 << 20
 TOKENIZER_TIMEOUT_S = 60.0
 _CUTTING = ("normalizer", "pre_tokenizer")
-"""Parts that must be equal, because they decide into which pieces a text is cut."""
+"""Parts that must be equal, because they split text into tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """How two tokenizers relate."""
+    """The relation of two tokenizers."""
 
     kind: Literal["identical", "compatible", "foreign"]
     shared_size: int
     """Ids below it stand for the same text on both sides; 0 for foreign ones."""
     why: str = ""
-    """What makes them foreign."""
+    """The first difference of foreign ones."""
 
 
 def compare(student_json: str | bytes, teacher_json: str | bytes) -> Verdict:
-    """The verdict on two tokenizer.json: compatible if the ids that both have are the same tokens, cut the same way.
+    """Compares two tokenizer.json: compatible if the ids of both are the same tokens, with the same merges and splits.
 
-    One may have more tokens at its end. Raises StillhouseError(TOKENIZER_INVALID) for what is no tokenizer.
+    One may have more tokens at its end. Raises StillhouseError(TOKENIZER_INVALID) for an unreadable file.
     """
     with tokenizer_errors(
         "The teacher's tokenizer cannot be read",
@@ -56,7 +56,7 @@ def compare(student_json: str | bytes, teacher_json: str | bytes) -> Verdict:
 
 
 def fetch_tokenizer(stub: TeacherServiceStub) -> bytes:
-    """The teacher's tokenizer.json. Raises grpc.RpcError, or StillhouseError(TOKENIZER_INVALID)."""
+    """Downloads the teacher's tokenizer.json. Raises grpc.RpcError, or StillhouseError(TOKENIZER_INVALID)."""
     content, name = bytearray(), ""
     for piece in stub.GetTokenizer(GetTokenizerRequest(), timeout=TOKENIZER_TIMEOUT_S):
         name = piece.file_name or name
@@ -75,7 +75,7 @@ def fetch_tokenizer(stub: TeacherServiceStub) -> bytes:
 def compare_with(
     stub: TeacherServiceStub, student_json: str, cached: dict[str, Verdict], key: str
 ) -> Verdict:
-    """The verdict on the teacher behind `stub`, asked for once for each fingerprint `key`. Raises as its parts do."""
+    """The verdict on the teacher behind `stub`, downloaded once for each fingerprint `key`. Raises as its parts do."""
     if key not in cached:
         cached[key] = compare(student_json, fetch_tokenizer(stub))
     return cached[key]

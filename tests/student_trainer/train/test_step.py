@@ -134,7 +134,7 @@ def test_token_weightings_have_mean_one_over_the_step(models: Models, tmp_path: 
     tokenizer = load_tokenizer(config.student, tmp_path)
     scored = _scored(len(tokenizer))
     factor = Factor.over(scored, "teacher_entropy", len(tokenizer), "token_mean")
-    values = np.concatenate([factor.of(each, np.flatnonzero(each.example.mask)) for each in scored])
+    values = np.concatenate([factor.compute(each, np.flatnonzero(each.example.mask)) for each in scored])
     assert values.mean() == pytest.approx(1)
     assert values.std() > 0.01
     once, twice = _take(config, tmp_path), _take(_config(models, loss__terms=terms), tmp_path)
