@@ -34,7 +34,7 @@ check: check-static ## the static checks, and the tests that start no model
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model and not slow" $(ARGS)
 
 .PHONY: check-static
-check-static: lint lint-protos types imports drift locked
+check-static: lint lint-protos types imports drift locked docs
 
 lint: setup ## ruff: style, and the formatter's opinion
 	$(VENV)/bin/ruff check $(CODE)
@@ -58,6 +58,10 @@ drift: setup $(PROTOC)/.done ## the committed stubs and references are those of 
 
 protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
 	$(PROTOC)/bin/python scripts/protos.py generate
+
+.PHONY: docs
+docs: setup ## build the documentation's site into .site, without a network
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
 reference: setup ## regenerate docs/reference and the JSON Schema of run files from the code
 	$(PY) -m scripts.reference generate
@@ -109,7 +113,7 @@ release: setup ## check changelog, version and tag, and build dist/; TAG=1 makes
 	$(PY) scripts/release.py $(if $(TAG),--tag)
 
 clean: ## remove what the commands made
-	rm -rf $(VENV) .tools .demo .bench .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .tools .demo .bench .site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
 
 # Version 1.80 emits code for protobuf 6.31, which every newer runtime accepts; later ones need protobuf 7.
 $(PROTOC)/.done:
