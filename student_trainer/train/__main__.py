@@ -1,11 +1,11 @@
-"""The training process: `python -m stillhouse.student_trainer.train RUN_DIR --attempt N`; its last event says how it ended.
+"""The training process: `python -m stillhouse.student_trainer.train RUN_DIR --attempt N`; its last event is its outcome.
 
 Without a run service, also on several hosts that share the disk of RUN_DIR, one such command on each of them:
 `torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29400 -m stillhouse.student_trainer.train RUN_DIR
---attempt 1 --spec run.yaml`. After a stop or a failure the same with --attempt 2 goes on, with any number of processes.
+--attempt 1 --spec run.yaml`. After a stop or a failure the same with --attempt 2 resumes, with any number of processes.
 
-Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event says why. EXIT_DISK_FULL: there was no room for one.
-Anything else: it died, or another process owns the run.
+Exit code 0: completed or stopped. EXIT_FAILED: a `failed` event has the error. EXIT_DISK_FULL: no space for one.
+Any other: it died, or another process owns the run.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 DIRECTORY_WAIT_S = 60.0
-"""Time for a run directory that the first process has made to be seen on other hosts."""
+"""Time until other hosts see a run directory that the first process has made."""
 EXIT_NOT_OWNER = 4
-"""Exit code of a process that another one has replaced; it writes nothing."""
+"""Exit code of a process that another one has replaced; it writes nothing more."""
 
 
 @click.command()
@@ -70,7 +70,7 @@ def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> Non
         end_with_first()
     rank = {"rank": given.rank} if given else {}
     structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt, **rank)
-    _make(RunDir(run_dir), spec, given)
+    _ensure_run_dir(RunDir(run_dir), spec, given)
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -78,14 +78,14 @@ def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> Non
         configure_tracing("stillhouse-train")
         with (
             process_span("train", run=run_dir.name, attempt=attempt),
-            _opened(RunDir(run_dir), attempt, given) as opened,
+            _open_attempt(RunDir(run_dir), attempt, given) as opened,
             beating(opened),
         ):
             sys.exit(work(opened, stop.is_set, given))
     except StillhouseError as error:
         log.error("not the owner of the run", why=error.message)  # noqa: TRY400 - no bug, so no traceback
         sys.exit(EXIT_NOT_OWNER)
-    except OSError as error:  # not even why the run ends can be written
+    except OSError as error:  # the error cannot be written either
         if not is_full(error):
             raise
         sys.exit(EXIT_DISK_FULL)
@@ -94,7 +94,7 @@ def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> Non
 def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: Place | None = None) -> int:
     """Trains and reports; the exit code. Raises StillhouseError(RUN_STATE) if another attempt owns the run.
 
-    `given` is this process's place among several that somebody else has started.
+    `given` is this process's place among several of a launcher.
     """
 
     def stop_requested() -> bool:
@@ -106,8 +106,8 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: P
             config = smaller_micro_batch(config) or config
             log.info("micro-batch halved", micro_batch_size=config.optimizer.micro_batch_size)
         with Processes(config, attempt, stopped, given) as processes:
-            outcome = _do(config, attempt, stop_requested, processes)
-    except Exception as caught:  # whatever ends the run, the run directory says so
+            outcome = _run_task(config, attempt, stop_requested, processes)
+    except Exception as caught:  # every failure is reported in the run directory
         error = explain(caught, attempt.run_dir.path)
         if isinstance(error, StillhouseError) and error.reason is Reason.RUN_STATE:
             raise error from caught
@@ -121,8 +121,8 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: P
     return 0
 
 
-def _make(run_dir: RunDir, spec: Path | None, given: Place | None) -> None:
-    """Makes the run directory out of a run file, if there is none; the first process does, and the others wait for it."""
+def _ensure_run_dir(run_dir: RunDir, spec: Path | None, given: Place | None) -> None:
+    """Makes the run directory from a run file, if there is none; the other processes wait for the first one to do so."""
     deadline = time.monotonic() + DIRECTORY_WAIT_S
     first = given is None or given.rank == 0
     while not run_dir.effective_spec_path.exists():
@@ -142,17 +142,17 @@ def _make(run_dir: RunDir, spec: Path | None, given: Place | None) -> None:
             time.sleep(0.2)
 
 
-def _opened(run_dir: RunDir, attempt: int, given: Place | None) -> AbstractContextManager[Attempt]:
+def _open_attempt(run_dir: RunDir, attempt: int, given: Place | None) -> AbstractContextManager[Attempt]:
     """The run, held by the first process of the attempt and followed by the others."""
     if given is None or given.rank == 0:
         return run_dir.open_attempt(attempt)
     return nullcontext(Follower.of(run_dir, attempt))
 
 
-def _do(
+def _run_task(
     config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], processes: Processes
 ) -> Outcome:
-    """The run's task. Imports torch, which by now has its threads, and the other processes are on their way."""
+    """Runs the task. Imports torch only here: its threads are set, and the other processes have been started."""
     _quieten_libraries()
     if config.task == "cache":
         from stillhouse.student_trainer.train.cache_build.build import build
@@ -164,7 +164,7 @@ def _do(
 
 
 def explain(error: BaseException, run_path: Path) -> BaseException:
-    """The error in words of the catalog where it has a cause that a user can mend; else itself."""
+    """The error of the catalog for a cause that a user can remedy; else `error` itself."""
     import torch
 
     if is_too_long(error):
@@ -184,7 +184,7 @@ def explain(error: BaseException, run_path: Path) -> BaseException:
 
 
 def _quieten_libraries() -> None:
-    """Settings that libraries read when they are imported."""
+    """Sets what libraries read at import."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -25,13 +25,14 @@ from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.cache_build.generate import FinishedPrompts, GenerateJob, generate
 from stillhouse.student_trainer.train.cache_build.plan import BuildPlan, ScoreJob
 from stillhouse.student_trainer.train.contexts.source import Skips
+from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.outcome import Outcome
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope, open_scope
 from stillhouse.student_trainer.train.setup.teacher_side import connect_teachers
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
-from stillhouse.student_trainer.train.teacher.query import TeacherQuery
+from stillhouse.student_trainer.train.teacher.query import TeacherQuery, submit_ahead
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
 
 log = structlog.get_logger()
@@ -155,11 +156,10 @@ class _Build:
             self._count()
 
     def _score(self, job: ScoreJob, stream: ScoreStream) -> None:
-        num_submitted = 0
-        for number, example in enumerate(job.examples):
-            while num_submitted < min(number + WINDOW_SEQUENCES, len(job.examples)):
-                stream.submit(num_submitted, TeacherQuery.from_example(job.examples[num_submitted]))
-                num_submitted += 1
+        def submit(number: int, example: Example) -> None:
+            stream.submit(number, TeacherQuery.from_example(example))
+
+        for number, example in submit_ahead(job.examples, WINDOW_SEQUENCES, submit):
             self._scope.patience.check(None)
             try:
                 answer = stream.take(number, self._scope.patience)

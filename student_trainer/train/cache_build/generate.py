@@ -20,6 +20,7 @@ from stillhouse.student_trainer.train.data.context_mix import text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
+from stillhouse.student_trainer.train.teacher.query import submit_ahead
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 WINDOW_PROMPTS = 64
@@ -80,28 +81,24 @@ def generate(
 
     Raises what TextStream.take raises.
     """
-    num_submitted = 0
-    for index, (number, example) in enumerate(job.prompts):
-        while num_submitted < min(index + WINDOW_PROMPTS, len(job.prompts)):
-            _submit(job, stream, *job.prompts[num_submitted])
-            num_submitted += 1
+
+    def submit(_: int, numbered: tuple[int, Example]) -> None:
+        number, example = numbered
+        stream.submit(
+            number,
+            example.prompt,
+            seed=text_seed(job.seed, job.context, number),
+            max_new_tokens=min(job.generation.max_new_tokens, job.room - len(example.prompt)),
+            place=example.place,
+        )
+
+    for _, (number, example) in submit_ahead(job.prompts, WINDOW_PROMPTS, submit):
         patience.check(None)
-        prompt = example.prompt
         yield (
             number,
             [
-                (np.concatenate([prompt, text.token_ids]).astype(np.int32), text.distributions)
+                (np.concatenate([example.prompt, text.token_ids]).astype(np.int32), text.distributions)
                 for text in stream.take(number, patience)
                 if text.token_ids.size and text.distributions is not None
             ],
         )
-
-
-def _submit(job: GenerateJob, stream: TextStream, number: int, example: Example) -> None:
-    stream.submit(
-        number,
-        example.prompt,
-        seed=text_seed(job.seed, job.context, number),
-        max_new_tokens=min(job.generation.max_new_tokens, job.room - len(example.prompt)),
-        place=example.place,
-    )

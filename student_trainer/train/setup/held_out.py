@@ -21,7 +21,7 @@ from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.setup.scope import RunScope
-from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
+from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery, submit_ahead
 from stillhouse.student_trainer.train.teacher.target_requests import evaluation_request
 from stillhouse.student_trainer.train.teacher.target_source import TargetSource
 
@@ -80,14 +80,13 @@ class HeldOutRows:
 
 
 def _query(examples: Sequence[Example], stream: TargetStream, patience: Patience) -> list[ScoredExample]:
-    scored: list[ScoredExample] = []
-    num_submitted = 0
-    for sequence_id, example in enumerate(examples):
-        while num_submitted < min(sequence_id + WINDOW_SEQUENCES, len(examples)):
-            stream.submit(num_submitted, TeacherQuery.from_example(examples[num_submitted]))
-            num_submitted += 1
-        scored.append(ScoredExample(example=example, answer=stream.take(sequence_id, patience)))
-    return scored
+    def submit(number: int, example: Example) -> None:
+        stream.submit(number, TeacherQuery.from_example(example))
+
+    return [
+        ScoredExample(example=example, answer=stream.take(number, patience))
+        for number, example in submit_ahead(examples, WINDOW_SEQUENCES, submit)
+    ]
 
 
 def load_targets(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> list[ScoredExample] | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,3 +67,15 @@ class TargetStream(Protocol):
     def close(self) -> None:
         """Ends the stream and drops queries without a result."""
         ...
+
+
+def submit_ahead(
+    items: Sequence[Item], window: int, submit: Callable[[int, Item], None]
+) -> Iterator[tuple[int, Item]]:
+    """Yields the items with their indices, after submitting all of the `window` that begins with each."""
+    num_submitted = 0
+    for index, item in enumerate(items):
+        while num_submitted < min(index + window, len(items)):
+            submit(num_submitted, items[num_submitted])
+            num_submitted += 1
+        yield index, item
