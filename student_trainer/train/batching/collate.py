@@ -146,14 +146,6 @@ class Factor:
     vocab_size: int
     scale: float = 1.0
 
-    @classmethod
-    def over(
-        cls, scored: Sequence[ScoredExample], weighting: TokenWeighting, vocab_size: int, reduction: Reduction
-    ) -> Factor:
-        """The weighting whose factors have mean 1 over the targets of `scored` that have distributions."""
-        plain = cls(weighting=weighting, vocab_size=vocab_size)
-        return plain.scaled(*plain.sums(scored, reduction))
-
     def sums(self, scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[float, float]:
         """Sums of factors and of weights, over the targets of `scored` that have distributions."""
         total = denominator = 0.0

@@ -11,8 +11,30 @@ from stillhouse.student_trainer.train.data.context_mix import Slot
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 
+class TextFeed:
+    """A Feed of the dataset's completions without targets."""
+
+    ahead = 0
+    num_asked = 0
+
+    def __init__(self, settings: FeedSettings) -> None:
+        self._settings = settings
+        self._slots: dict[int, Sequence[Slot]] = {}
+
+    def request(self, step: int, slots: Sequence[Slot]) -> None:
+        self._slots[step] = slots
+
+    def collect(self, step: int) -> Iterator[ScoredExample]:
+        for slot in self._slots.pop(step):
+            example = self._settings.examples[slot.row]
+            yield ScoredExample(example=example, answer=None, context=self._settings.context)
+
+    def metrics(self) -> Mapping[str, float]:
+        return {}
+
+
 class DatasetFeed:
-    """The dataset's completions with targets."""
+    """A Feed of the dataset's completions with targets; rows whose targets are non-finite are skipped."""
 
     def __init__(self, settings: FeedSettings, targets: TargetStream) -> None:
         self.ahead = settings.ahead
@@ -23,53 +45,22 @@ class DatasetFeed:
 
     @property
     def num_asked(self) -> int:
-        """Sequences that teachers were queried about."""
         return self._targets.num_asked
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
-        """Queries the targets."""
         self._slots[step] = slots
         for slot in slots:
             self._targets.submit(slot.place, TeacherQuery.from_example(self._settings.examples[slot.row]))
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
-        """The rows with their targets; those whose targets are non-finite are skipped."""
         for slot in self._slots.pop(step):
             try:
                 answer = self._targets.take(slot.place, self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 continue
-            yield ScoredExample(
-                example=self._settings.examples[slot.row], answer=answer, context=self._settings.context
-            )
+            example = self._settings.examples[slot.row]
+            yield ScoredExample(example=example, answer=answer, context=self._settings.context)
 
     def metrics(self) -> Mapping[str, float]:
-        """No metrics of its own."""
-        return {}
-
-
-class TextFeed:
-    """The dataset's completions without targets."""
-
-    ahead = 0
-    num_asked = 0
-
-    def __init__(self, settings: FeedSettings) -> None:
-        self._settings = settings
-        self._slots: dict[int, Sequence[Slot]] = {}
-
-    def request(self, step: int, slots: Sequence[Slot]) -> None:
-        """Notes the rows."""
-        self._slots[step] = slots
-
-    def collect(self, step: int) -> Iterator[ScoredExample]:
-        """The rows."""
-        for slot in self._slots.pop(step):
-            yield ScoredExample(
-                example=self._settings.examples[slot.row], answer=None, context=self._settings.context
-            )
-
-    def metrics(self) -> Mapping[str, float]:
-        """No metrics of its own."""
         return {}

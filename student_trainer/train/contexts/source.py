@@ -59,24 +59,19 @@ class Feed(Protocol):
     @property
     def ahead(self) -> int:
         """Steps that are requested beyond the present one."""
-        ...
 
     @property
     def num_asked(self) -> int:
         """Sequences that this process requested from teachers."""
-        ...
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Begins with the rows of a step; called once for each step, in order."""
-        ...
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """Training sequences of the step. Raises StillhouseError(NON_FINITE) once too many are skipped."""
-        ...
 
     def metrics(self) -> Mapping[str, float]:
         """Metrics of the step that was collected last."""
-        ...
 
 
 class StepSource:

@@ -43,7 +43,6 @@ class TextWriter(Protocol):
         seeds: Sequence[int],
     ) -> list[list[Text]]:
         """Completions of each prompt by its seed; prompt and completion have at most `max_sequence_tokens`."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +87,6 @@ class StudentFeed:
 
     @property
     def num_asked(self) -> int:
-        """Rollouts that teachers were queried about."""
         return self._targets.num_asked
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:

@@ -41,11 +41,9 @@ class TeacherFeed:
 
     @property
     def num_asked(self) -> int:
-        """Completions requested from teachers."""
         return sum(stream.num_asked for stream in self._streams.values())
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
-        """Requests the completions."""
         self._slots[step] = slots
         for slot in slots:
             example = self._settings.examples[slot.row]
@@ -59,7 +57,6 @@ class TeacherFeed:
             )
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
-        """The completions with their targets."""
         lengths, num_finished, num_foreign = [], 0, 0
         for slot in self._slots.pop(step):
             example = self._settings.examples[slot.row]

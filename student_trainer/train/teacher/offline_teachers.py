@@ -63,7 +63,6 @@ class OfflineTeachers:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprints of their models, in the order of the run file."""
         return " ".join(dict.fromkeys(meta.teacher_fingerprint for meta in self._found.values()))
 
     @property
@@ -82,11 +81,9 @@ class OfflineTeachers:
         return 0
 
     def shared_vocab_size(self, student_size: int) -> int:
-        """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
         return min(student_size, *(meta.shared_with(self._tokenizer) for meta in self._found.values()))
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
-        """Opens a stream of targets, which the caller closes; `request` is one of those checked in `open`."""
         assert cacheable, "checked with the configuration"
         metas = {
             name: self._found[name, _key(request.to_config(teacher))]
@@ -103,7 +100,6 @@ class OfflineTeachers:
         generation: RolloutConfig,  # noqa: ARG002
         request: TargetRequest | None,  # noqa: ARG002
     ) -> Mapping[str, TextStream]:
-        """A cache generates no text."""
         return {}
 
     def metrics(self) -> dict[str, float]:

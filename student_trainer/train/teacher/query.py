@@ -54,19 +54,15 @@ class TargetStream(Protocol):
     @property
     def num_asked(self) -> int:
         """Sequences sent to teachers."""
-        ...
 
     def submit(self, sequence_id: int, query: TeacherQuery) -> None:
         """Sends a query."""
-        ...
 
     def take(self, sequence_id: int, patience: Patience) -> Distributions:
         """Waits for the result of a submitted query; each can be taken once."""
-        ...
 
     def close(self) -> None:
         """Ends the stream and drops queries without a result."""
-        ...
 
 
 def submit_ahead(

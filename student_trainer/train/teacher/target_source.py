@@ -17,40 +17,32 @@ class TargetSource(Protocol):
     @property
     def fingerprint(self) -> str:
         """Fingerprints of their models, in the order of the run file."""
-        ...
 
     @property
     def prefetch_steps(self) -> int:
         """Steps that are requested ahead of the student."""
-        ...
 
     @property
     def max_sequence_tokens(self) -> int | None:
         """Longest sequence that all of them take; None if there is no limit."""
-        ...
 
     @property
     def max_query_tokens(self) -> int:
         """Query ids per position that all of them take; 0 if one takes none."""
-        ...
 
     def shared_vocab_size(self, student_size: int) -> int:
         """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
-        ...
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
         """Opens a stream of targets, which the caller closes; rollouts differ from run to run and are not `cacheable`."""
-        ...
 
     def open_generators(
         self, generation: RolloutConfig, request: TargetRequest | None
     ) -> Mapping[str, TextStream]:
         """Opens a stream of completions, with the targets of `request`, for each teacher by name; the caller closes them."""
-        ...
 
     def metrics(self) -> dict[str, float]:
         """Metrics of requests and cache hits at present."""
-        ...
 
 
 class NoTeachers:

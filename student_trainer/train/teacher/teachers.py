@@ -52,17 +52,14 @@ class OnlineTeachers:
         return cls(members, mixed=is_ensemble(config), cache=cache)
 
     def shared_vocab_size(self, student_size: int) -> int:
-        """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
         return min(student_size, *(teacher.shared_size for teacher in self.members.values()))
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest sequence that all of them take."""
         return min(teacher.info.max_sequence_tokens for teacher in self.members.values())
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprints of their models, in the order of the run file."""
         return " ".join(teacher.info.model_fingerprint for teacher in self.members.values())
 
     @property
@@ -93,13 +90,11 @@ class OnlineTeachers:
 
     @property
     def max_query_tokens(self) -> int:
-        """Query ids per position that all of them take; 0 if one takes none."""
         if any(CAPABILITY_QUERY_LOGPROBS not in each.info.capabilities for each in self.members.values()):
             return 0
         return min(teacher.info.max_query_tokens for teacher in self.members.values())
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
-        """Opens a stream of targets, which the caller closes; rollouts differ from run to run and are not `cacheable`."""
         streams = {
             name: self._open(teacher, request, cacheable=cacheable) for name, teacher in self.members.items()
         }
@@ -110,7 +105,6 @@ class OnlineTeachers:
     def open_generators(
         self, generation: RolloutConfig, request: TargetRequest | None
     ) -> Mapping[str, TextStream]:
-        """Opens a stream of completions, with the targets of `request`, for each teacher by name; the caller closes them."""
         return {
             name: TextStream(
                 teacher, generation, request.to_config(teacher.config, teacher.info) if request else None

@@ -133,7 +133,8 @@ def test_token_weightings_have_mean_one_over_the_step(models: Models, tmp_path: 
     config = _config(models, loss__terms=terms, optimizer__micro_batch_size=2)
     tokenizer = load_tokenizer(config.student, tmp_path)
     scored = _scored(len(tokenizer))
-    factor = Factor.over(scored, "teacher_entropy", len(tokenizer), "token_mean")
+    plain = Factor(weighting="teacher_entropy", vocab_size=len(tokenizer))
+    factor = plain.scaled(*plain.sums(scored, "token_mean"))
     values = np.concatenate([factor.compute(each, np.flatnonzero(each.example.mask)) for each in scored])
     assert values.mean() == pytest.approx(1)
     assert values.std() > 0.01

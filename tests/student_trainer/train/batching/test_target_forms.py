@@ -20,9 +20,9 @@ from stillhouse.student_trainer.train.batching.target_forms import (
 )
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.loss.functional import forward_kl
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
 from stillhouse.student_trainer.train.teacher.teacher import Demands, check_demands
+from tests.student_trainer.train.loss.single_losses import forward_kl
 
 V, K, R, ROWS = 9, 3, 6, 20_000
 

@@ -13,9 +13,9 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate, total_weight
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.loss.functional import forward_kl
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
+from tests.student_trainer.train.loss.single_losses import forward_kl
 
 CPU = torch.device("cpu")
 # Prompt and response lengths; a prompt of one token, a response of one, and a gap between two turns.

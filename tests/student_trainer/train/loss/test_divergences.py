@@ -19,10 +19,10 @@ from stillhouse.student_trainer.train.loss.divergences import (
     adaptive_kl_divergence,
     alpha_beta_divergence,
 )
-from stillhouse.student_trainer.train.loss.functional import distillation_loss
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 from stillhouse.student_trainer.train.loss.temperature import TemperatureMode
 from tests.student_trainer.train.loss.dense_reference import random_logits, targets_of
+from tests.student_trainer.train.loss.single_losses import distillation_loss
 
 B, T, V, K = 2, 4, 13, 5
 ONES = torch.ones(B, T, dtype=torch.float64)

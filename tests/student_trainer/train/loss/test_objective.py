@@ -12,7 +12,6 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.train.loss.functional import cross_entropy, forward_kl
 from stillhouse.student_trainer.train.loss.objective import objective
 from stillhouse.student_trainer.train.loss.reduction import Reduction, token_weights
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
@@ -22,6 +21,7 @@ from tests.student_trainer.train.loss.dense_reference import (
     random_logits,
     targets_of,
 )
+from tests.student_trainer.train.loss.single_losses import cross_entropy, forward_kl
 
 B, T, V = 2, 5, 12
 ONES = torch.ones(B, T)
