@@ -43,7 +43,7 @@ lint: setup ## ruff: style, and the formatter's opinion
 lint-protos: $(PROTOC)/.done ## buf lint, where node is present
 	$(PROTOC)/bin/python scripts/protos.py lint
 
-types: setup ## mypy --strict
+types: setup ## mypy --strict, over tests as well
 	$(VENV)/bin/mypy
 
 imports: setup ## import-linter: imports run one way

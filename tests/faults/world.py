@@ -136,7 +136,7 @@ def insist(call: Callable[[RunServiceStub], T], target: str, *, patience_s: floa
             try:
                 return call(RunServiceStub(channel))
             except grpc.RpcError as error:
-                if error.code() not in LOST or time.monotonic() > deadline:  # type: ignore[attr-defined]
+                if error.code() not in LOST or time.monotonic() > deadline:
                     raise
         time.sleep(0.1)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,7 +119,7 @@ def _call(channel: grpc.Channel, case: Case, report: Report, look: Look) -> str:
 
 def _check(case: Case, answer: Any, report: Report, look: Look) -> None:
     """Looks for bugs within an answer that as a whole is none."""
-    items = ()
+    items: Sequence[Any] = ()
     if isinstance(answer, teacher_pb2.ScoreResponse):
         items = answer.results
     elif isinstance(answer, teacher_pb2.GenerateResponse):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf.internal import encoder
 from google.protobuf.message import Message
@@ -55,7 +55,7 @@ def lie(tensor: Tensor, rng: random.Random) -> None:
     """Makes type, shape, width and data of a tensor disagree, or agree in an unusual way."""
     match rng.randrange(7):
         case 0:
-            tensor.dtype = rng.choice([*Tensor.DataType.values(), 7, 99, -1])
+            tensor.dtype = cast("Any", rng.choice([*Tensor.DataType.values(), 7, 99, -1]))
         case 1:
             sizes = (0, 1, -1, 2, 5, 2**31, 2**62, 10**9, -(2**63), 2**63 - 1)
             tensor.shape[:] = [rng.choice(sizes) for _ in range(rng.randrange(5))]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from google.protobuf import message_factory
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 
@@ -87,7 +88,7 @@ def case(method: MethodDescriptor, seed: str, known: Known) -> Case:
 
 def kind_of_input(method: MethodDescriptor) -> type[Message]:
     """The class of an rpc's requests."""
-    return method.input_type._concrete_class  # type: ignore[no-any-return]
+    return message_factory.GetMessageClass(method.input_type)
 
 
 def _shuffled(requests: list[Any], rng: random.Random) -> list[Any]:
@@ -215,7 +216,9 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
     "CreateRun": _create,
     "GetRun": lambda rng, known: [run.GetRunRequest(name=_name(rng, known))],
     "ListRuns": lambda rng, _known: [
-        run.ListRunsRequest(page_size=rng.randrange(4), page_token=rng.choice(("", "3-")), states=[1])
+        run.ListRunsRequest(
+            page_size=rng.randrange(4), page_token=rng.choice(("", "3-")), states=[run.Run.STATE_PENDING]
+        )
     ],
     "WatchRun": lambda rng, known: [
         run.WatchRunRequest(name=_name(rng, known), after_sequence=rng.randrange(9))

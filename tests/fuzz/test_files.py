@@ -87,7 +87,8 @@ def scrambled(text: str, rng: random.Random) -> str:
 
 def test_a_run_file_is_read_or_all_that_is_wrong_is_said() -> None:
     texts = [path.read_text() for path in sorted(EXAMPLES.glob("*.yaml"))]
-    refused, count = Counter(), scaled(150, 3000)
+    refused: Counter[str] = Counter()
+    count = scaled(150, 3000)
     sentences: set[str] = set()
     for number in range(count):
         rng = random.Random(f"{SEED}/yaml/{number}")
@@ -112,7 +113,8 @@ def test_a_run_file_is_read_or_all_that_is_wrong_is_said() -> None:
 
 
 def test_every_spec_is_checked_to_its_end() -> None:
-    seen, refused, count = set(), Counter(), scaled(150, 3000)
+    seen, count = set(), scaled(150, 3000)
+    refused: Counter[str] = Counter()
     for number in range(count):
         rng = random.Random(f"{SEED}/spec/{number}")
         spec = spec_of(SMALLEST)
@@ -129,7 +131,8 @@ def test_every_spec_is_checked_to_its_end() -> None:
 @pytest.mark.faults(row=11)
 def test_a_shard_is_read_as_it_was_written_or_refused(tmp_path: Path) -> None:
     shards = [write(tmp_path / name, meta).read_bytes() for name, meta in (("a", PLAIN), ("b", EVERYTHING))]
-    path, refused, count = tmp_path / "hostile.parquet", Counter(), scaled(150, 4000)
+    path, count = tmp_path / "hostile.parquet", scaled(150, 4000)
+    refused: Counter[str] = Counter()
     sentences: set[str] = set()
     before = pa.total_allocated_bytes()
     for number in range(count):
@@ -198,7 +201,8 @@ def test_no_path_leaves_the_run(tmp_path: Path) -> None:
         "spec.json",
         "runs",
     )
-    opened, refused, count = 0, Counter(), scaled(3000, 12_000)
+    opened, count = 0, scaled(3000, 12_000)
+    refused: Counter[str] = Counter()
     for number in range(count):
         rng = random.Random(f"{SEED}/path/{number}")
         pieces = [rng.choice(parts) for _ in range(rng.randrange(1, 7))]

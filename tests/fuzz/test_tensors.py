@@ -18,7 +18,8 @@ MAX_SCRATCH_BYTES = 16 * 2**20
 
 
 def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
-    seen, refused, count = set(), Counter(), scaled(3000, 20_000)
+    seen, count = set(), scaled(3000, 20_000)
+    refused: Counter[str] = Counter()
     tracemalloc.start()
     for number in range(count):
         rng = random.Random(f"{SEED}/tensor/{number}")
@@ -47,7 +48,8 @@ def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
 
 def test_no_answer_of_a_teacher_is_taken_that_can_be_no_models() -> None:
     good = encode_distributions(answer(EVERYTHING), logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
-    seen, refused, count = set(), Counter(), scaled(2000, 10_000)
+    seen, count = set(), scaled(2000, 10_000)
+    refused: Counter[str] = Counter()
     for number in range(count):
         rng = random.Random(f"{SEED}/answer/{number}")
         message = TokenDistributions()

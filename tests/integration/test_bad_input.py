@@ -176,10 +176,10 @@ def test_what_a_run_cannot_use_ends_it_before_the_first_step(
         assert run.state == Run.STATE_FAILED, name
         assert run.progress.step == 0, name
         assert handle.metrics("train/loss").get("train/loss") is None, name
-        error = from_status(run.error)
-        check(name, cases[name], error)
+        failure = from_status(run.error)
+        check(name, cases[name], failure)
         shown = service.stillhouse("run", "show", handle.id).stdout
-        assert error.message in shown, name
+        assert failure.message in shown, name
         assert cases[name].reason in service.stillhouse("run", "show", handle.id, "--json").stdout, name
 
 

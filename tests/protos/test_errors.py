@@ -50,7 +50,8 @@ def test_every_reason_comes_back_whole(reason: Reason) -> None:
     assert parts(from_status(to_status(error))) == parts(error)
     assert parts(from_status(from_json(to_json(to_status(error))))) == parts(error)
     assert parts(pickle.loads(pickle.dumps(error))) == parts(error)
-    assert to_status(error).code == error.code.value[0] != 0
+    number: int = error.code.value[0]
+    assert to_status(error).code == number != 0
 
 
 def test_the_table_of_codes_is_the_one_that_was_agreed() -> None:

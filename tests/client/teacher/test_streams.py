@@ -160,7 +160,7 @@ class Files:
     def sha256(self, path: str) -> str:
         return self.stated or hashlib.sha256(self.content[path]).hexdigest()
 
-    def list(self, _: Any) -> Iterator[run_pb2.ListArtifactsResponse]:
+    def artifacts(self, _: Any) -> Iterator[run_pb2.ListArtifactsResponse]:
         yield run_pb2.ListArtifactsResponse(
             artifacts=[
                 run_pb2.Artifact(path=path, size_bytes=len(content), sha256=self.sha256(path))
@@ -178,7 +178,7 @@ class Files:
 
     def pull(self, directory: Path, what: str = "final") -> list[Path]:
         with (
-            odd_service(ListArtifacts=self.list, DownloadArtifact=self.download) as target,
+            odd_service(ListArtifacts=self.artifacts, DownloadArtifact=self.download) as target,
             Trainer(target) as trainer,
         ):
             return RunHandle(trainer, NAME).pull(what, directory)

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,8 +81,8 @@ def test_a_teacher_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
 
 
 def test_pieces_gather_into_the_same_text_as_one_sample_alone(teacher: Teacher) -> None:
-    options = {"seed": 3, "max_new_tokens": 8}
-    prompts = ["Ada has 3 apples: ", [5, 6, 7], [{"role": "user", "content": "Hello"}]]
+    options: dict[str, Any] = {"seed": 3, "max_new_tokens": 8}
+    prompts: list[Any] = ["Ada has 3 apples: ", [5, 6, 7], [{"role": "user", "content": "Hello"}]]
     whole: dict[tuple[int, int], Completion] = {
         (each.prompt_index, each.sample_index): each
         for each in teacher.complete(prompts, num_samples=2, top_k_logprobs=3, **options)

@@ -204,7 +204,7 @@ def create(here: World, spec: dict[str, Any], operations: Operations) -> str:
             try:
                 name = str(RunServiceStub(channel).CreateRun(message, timeout=ASK_S).name)
             except grpc.RpcError as error:
-                if error.code() not in LOST:  # type: ignore[attr-defined]
+                if error.code() not in LOST:
                     raise
                 operations.lost["create"] += 1
                 continue
@@ -223,7 +223,7 @@ def ask(here: World, operations: Operations, verb: str, name: str) -> None:
                 else:
                     stub.ResumeRun(pb.ResumeRunRequest(name=name), timeout=ASK_S)
             except grpc.RpcError as error:
-                code = error.code()  # type: ignore[attr-defined]
+                code = error.code()
                 if code in LOST:
                     operations.lost[verb] += 1
                     time.sleep(0.1)

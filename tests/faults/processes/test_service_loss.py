@@ -112,7 +112,7 @@ def test_one_run_however_often_it_is_submitted_and_whose_reply_is_lost(
         assert len(set(made)) == 1
         with pytest.raises(grpc.RpcError) as refused:
             stub.CreateRun(pb.CreateRunRequest(spec=second, request_id=request_id))
-        assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS  # type: ignore[attr-defined]
+        assert refused.value.code() is grpc.StatusCode.ALREADY_EXISTS
         again = pb.CreateRunRequest(spec=second, request_id=str(uuid.uuid4()))
         with TcpProxy(idle_service.target) as network:
             with stub_for(network.target) as far:
@@ -120,7 +120,7 @@ def test_one_run_however_often_it_is_submitted_and_whose_reply_is_lost(
                 network.become("mute")
                 with pytest.raises(grpc.RpcError) as lost:
                     far.CreateRun(again, timeout=2)
-            assert lost.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+            assert lost.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             network.become("fine")
             with stub_for(network.target) as far:
                 name = far.CreateRun(again, timeout=30).name
@@ -151,12 +151,12 @@ def test_noise_giants_and_dawdlers_take_no_service_down(
             for connection in slow:
                 connection.sendall(PREFACE[number : number + 1])
         with grpc.insecure_channel(program.target) as channel:
-            giant = channel.unary_unary("/stillhouse.v1.RunService/CreateRun")
+            giant: Callable[..., object] = channel.unary_unary("/stillhouse.v1.RunService/CreateRun")
             if which == "teacher":
                 giant = channel.unary_unary("/stillhouse.v1.TeacherService/GetTeacherInfo")
             with pytest.raises(grpc.RpcError) as refused:
                 giant(b"\x0a" + b"\x00" * (40 * 2**20), timeout=60)
-            assert refused.value.code() in (  # type: ignore[attr-defined]
+            assert refused.value.code() in (
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 grpc.StatusCode.INVALID_ARGUMENT,
             )

@@ -300,7 +300,7 @@ def _shorter(table: pa.Table) -> pa.Table:
     return table.set_column(1, table.schema.field(1), starts)
 
 
-SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a byte of a number": (_flipped, "SHA-256"),
     "a cut file": (_cut, "arquet"),
     "an empty file": (lambda shard: shard.write_bytes(b""), "0 bytes"),

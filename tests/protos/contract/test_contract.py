@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor, MethodDescriptor
@@ -93,9 +94,8 @@ def test_both_services_are_where_clients_look_for_them() -> None:
 
 
 def test_only_rpcs_of_the_contract_are_repeated_and_none_that_does_harm_twice() -> None:
-    repeated = {
-        (name["service"], name["method"]) for part in SERVICE_CONFIG["methodConfig"] for name in part["name"]
-    }  # type: ignore[attr-defined]
+    config: Any = SERVICE_CONFIG
+    repeated = {(name["service"], name["method"]) for part in config["methodConfig"] for name in part["name"]}
     assert repeated <= {(rpc.containing_service.full_name, rpc.name) for rpc in RPCS}
     assert {method for _, method in repeated}.isdisjoint({"DeleteRun", "ResumeRun", "UnloadAdapter"})
     streams = {rpc.name for rpc in RPCS if rpc.client_streaming or rpc.server_streaming}

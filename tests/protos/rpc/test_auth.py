@@ -17,13 +17,13 @@ from google.protobuf.message_factory import GetMessageClass
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.rpc import tokens as auth_tokens
 from stillhouse.protos.rpc.audit import READS, AuditLog
-from stillhouse.protos.rpc.auth import SCOPES, Caller, TokenFile, current_caller
+from stillhouse.protos.rpc.auth import SCOPES, TokenFile, current_caller
 from stillhouse.protos.rpc.channel import ChannelOptions, connect_async
 from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.stillhouse.v1 import run_pb2, teacher_pb2
-from stillhouse.protos.telemetry.call_record import CallRecord
+from stillhouse.protos.telemetry.call_record import Caller, CallRecord
 from tests.support.certificates import Certificates, make_certificates
 
 SERVICES = [
@@ -170,7 +170,9 @@ def expected(caller: str, method: str) -> Reason | None:
 async def test_the_matrix_of_rpcs_and_tokens(tmp_path: Path) -> None:
     outcomes: dict[tuple[str, str], Reason | None] = {}
     async with guarded(tmp_path) as server, connect_async(server.address) as channel:
-        headers = {name: (f"Bearer {token}",) for name, token in server.tokens.items()}
+        headers: dict[str, tuple[str, ...]] = {
+            name: (f"Bearer {token}",) for name, token in server.tokens.items()
+        }
         headers |= {
             "none": (),
             "garbled": ("Basic YWRtaW46YWRtaW4=",),
@@ -252,7 +254,7 @@ async def test_the_body_of_a_refused_call_is_not_read(tmp_path: Path) -> None:
     # 33 MiB exceed what the server receives: had it read them, it would have said so.
     async with guarded(tmp_path) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
-            send = channel.unary_unary("/stillhouse.v1.RunService/CreateRun")
+            send: Any = channel.unary_unary("/stillhouse.v1.RunService/CreateRun")
             with pytest.raises(grpc.RpcError) as caught:
                 await send(b"x" * (33 * 2**20), timeout=20)
         error = from_rpc_error(caught.value, target="here", service="trainer")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stillhouse.protos.rpc import auth
 from stillhouse.protos.rpc.channel import process_name
 from stillhouse.protos.rpc.client_identity import MAX_NAME_CHARS, client_of
+from stillhouse.protos.telemetry.call_record import Caller
 
 
 @dataclass
@@ -27,7 +28,7 @@ class Context:
 
 @contextmanager
 def caller(name: str) -> Iterator[None]:
-    token = auth._caller.set(auth.Caller(name=name, is_admin=False))
+    token = auth._caller.set(Caller(name=name, is_admin=False))
     try:
         yield
     finally:

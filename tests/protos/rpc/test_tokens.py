@@ -26,7 +26,7 @@ def test_a_token_is_found_and_only_its_hash_is_kept(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
     found = auth_tokens.find(auth_tokens.read(path), secret)
     assert found is not None
-    assert (found.name, found.scopes, found.expire_time_s) == ("ci", {Scope.SUBMIT}, None)
+    assert (found.name, found.scopes, found.expire_time_s) == ("ci", frozenset({Scope.SUBMIT}), None)
     assert [each.name for each in tmp_path.iterdir()] == ["tokens.json"]
 
 

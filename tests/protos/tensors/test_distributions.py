@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def sample(num_rows: int = 5, top_k: int = 4, *, everything: bool = True, seed: 
     kept = np.take_along_axis(logprobs, token_ids, axis=1)
     with np.errstate(divide="ignore"):
         log_tail = np.log(np.maximum(0, 1 - np.exp(kept).sum(axis=1)))
-    optional = {
+    optional: dict[str, Any] = {
         "log_partitions": rng.normal(size=(num_rows, 2)).astype(np.float32),
         "query_logprobs": np.full((num_rows, 3), -np.inf, dtype=np.float32),
         "sampled_token_ids": rng.integers(0, VOCAB_SIZE, (num_rows, 6)).astype(np.int32),

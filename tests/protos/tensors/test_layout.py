@@ -131,10 +131,12 @@ HUGE = [
 
 @pytest.mark.parametrize(("shape", "why"), HUGE)
 @pytest.mark.parametrize("dtype", ALL_TYPES)
-def test_a_huge_claim_is_refused_before_memory_is_taken(shape: list[int], why: str, dtype: int) -> None:
+def test_a_huge_claim_is_refused_before_memory_is_taken(
+    shape: list[int], why: str, dtype: Tensor.DataType.ValueType
+) -> None:
     tensor = Tensor(
         dtype=dtype, shape=shape, data=b"1234", bits=1 if dtype == Tensor.DATA_TYPE_PACKED_UINT else 0
-    )  # type: ignore[arg-type]
+    )
     tracemalloc.start()
     error = refusal(tensor, [None] * len(shape))
     peak_bytes = tracemalloc.get_traced_memory()[1]

@@ -33,7 +33,7 @@ def compare(cls: type[Any], message: Descriptor) -> dict[type[Any], str]:
     assert list(fields_of(cls)) == [field.name for field in message.fields], cls.__name__
     compared = {cls: message.name}
     for name, info in fields_of(cls).items():
-        descriptor = message.fields_by_name[name]
+        descriptor: Any = message.fields_by_name[name]
         if info.mapping:
             assert descriptor.message_type.GetOptions().map_entry
         elif info.nested is not None:
@@ -90,7 +90,7 @@ def test_ranges_choices_and_defaults_are_written_in_the_schema_alone() -> None:
             comment = comments[path]
             assert not re.search(r"in [\[(]-?[\d.]|[<>]=? ?\d|at least \d|above \d", comment), path
             is_plain = info.default not in (None, "", (), dataclasses.MISSING)
-            if is_plain or info.rule(DefaultText):
+            if is_plain or info.rule(DefaultText) is not None:
                 assert "nset means" not in comment, path
             words = info.rule(Choices) or ()
             quoted = re.findall(r'"([a-z_0-9]+)":', comment)

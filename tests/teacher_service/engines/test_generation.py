@@ -93,7 +93,12 @@ def test_samples_that_cannot_be_are_refused(teacher: Teacher, indices: list[int]
 def test_whole_samples_are_those_that_would_have_been_streamed(teacher: Teacher) -> None:
     stop = teacher_pb2.SamplingParams(stop=["e", "a"])
     prompts = [prompt(random_ids(9, seed=4)), prompt(random_ids(30, seed=5), sampling=stop)]
-    options = {"num_samples": 2, "seed": 11, "max_new_tokens": 40, "config": distribution_config(4)}
+    options: dict[str, Any] = {
+        "num_samples": 2,
+        "seed": 11,
+        "max_new_tokens": 40,
+        "config": distribution_config(4),
+    }
     streamed = teacher.generate(prompts, **options)
     whole = teacher.generate(prompts, **options, whole_samples=True, prompt_token_ids=True)
     for key, sample in whole.items():

@@ -71,7 +71,7 @@ def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_where_that_is_asked_f
             )
             for several in (plain, packed)
         ]
-        assert np.array_equal(*decoded)
+        assert np.array_equal(decoded[0], decoded[1])
 
 
 def test_a_scored_token_weighs_what_its_arrays_weigh(teacher: Teacher) -> None:

@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -93,13 +94,14 @@ def test_tokens_say_whose_runs_are_whose(trainer_service: Callable[..., Program]
         assert ben.GetRun(pb.GetRunRequest(name=run.name)).name == run.name, "everybody may read"
         ended = wait_ended(ada, run.name)
         assert ended.state == Run.STATE_FAILED
-        for verb, request in (
+        steered: list[tuple[Any, Any]] = [
             (ben.StopRun, pb.StopRunRequest(name=run.name)),
             (ben.ResumeRun, pb.ResumeRunRequest(name=run.name)),
             (ben.DeleteRun, pb.DeleteRunRequest(name=run.name)),
-        ):
+        ]
+        for verb, request in steered:
             with refused(Reason.PERMISSION_DENIED) as caught:
-                verb(request)  # type: ignore[operator]
+                verb(request)
             assert '"ben"' in caught[0].message
         with refused(Reason.PERMISSION_DENIED):
             ada.DeleteRun(pb.DeleteRunRequest(name=first.name))

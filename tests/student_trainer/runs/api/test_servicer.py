@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,10 +39,10 @@ class Service:
             }
         )
 
-    def create(self, spec: RunSpec | None = None, **fields: object) -> Run:
-        return self.stub.CreateRun(pb.CreateRunRequest(spec=spec or self.spec(), **fields))  # type: ignore[arg-type]
+    def create(self, spec: RunSpec | None = None, **fields: Any) -> Run:
+        return self.stub.CreateRun(pb.CreateRunRequest(spec=spec or self.spec(), **fields))
 
-    def create_waiting(self, **fields: object) -> Run:
+    def create_waiting(self, **fields: Any) -> Run:
         """A run that waits, because another one has the only slot."""
         live = [Run.STATE_STARTING, Run.STATE_RUNNING]
         while True:
@@ -265,7 +266,7 @@ def test_a_name_that_is_none_is_refused(service: Service, name: str) -> None:
 
 
 def test_logs_go_on_from_a_byte(service: Service, failed: Run) -> None:
-    def read(**fields: int) -> tuple[bytes, int]:
+    def read(**fields: Any) -> tuple[bytes, int]:
         pieces = list(service.stub.StreamLogs(pb.StreamLogsRequest(name=failed.name, **fields)))
         return b"".join(piece.data for piece in pieces), pieces[-1].next_offset if pieces else 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -86,11 +87,11 @@ def test_what_was_committed_when_the_connection_broke_is_taken_in_once(
             attempt.report_metrics(step, {"train/loss": 0.5})
     tail, record = Tail(store, "aaaaaaaaaaaa", run_dir, 1), store.record
 
-    def record_and_lose_the_answer(*arguments: object) -> None:
-        record(*arguments)  # type: ignore[arg-type]
+    def record_and_lose_the_answer(*arguments: Any) -> None:
+        record(*arguments)
         raise StillhouseError(Reason.DATABASE_UNREACHABLE, "The answer was lost.")
 
-    store.record = record_and_lose_the_answer  # type: ignore[method-assign]
+    store.record = record_and_lose_the_answer  # type: ignore[method-assign,assignment]
     with pytest.raises(StillhouseError):
         tail.ingest()
     store.record = record  # type: ignore[method-assign]

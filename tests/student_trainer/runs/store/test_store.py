@@ -104,6 +104,6 @@ def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:
 async def test_the_database_thread_finishes_what_it_began() -> None:
     thread = DatabaseThread()
     done: list[int] = []
-    assert await thread(done.append, 1) is None
+    await thread(done.append, 1)
     thread.close()
     assert done == [1]

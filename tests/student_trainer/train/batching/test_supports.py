@@ -41,7 +41,8 @@ T, V = 6, 40
 def _dense(seed: int) -> np.ndarray:
     """Log-probabilities [T, V]."""
     logits = np.random.default_rng(seed).normal(size=(T, V)) * 2
-    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    logprobs: np.ndarray = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return logprobs
 
 
 def _answer(dense: np.ndarray, sequence: np.ndarray, top_k: int) -> Distributions:

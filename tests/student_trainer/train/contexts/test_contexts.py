@@ -55,18 +55,12 @@ def spec(models: Models, dataset_file: Path, hf_teacher: Program) -> Callable[..
     """A run of STEPS steps of 4 rows with these contexts."""
 
     def make(*contexts: dict[str, Any], **further: Any) -> dict[str, Any]:
-        return spec_of(
-            models.student,
-            dataset_file,
-            hf_teacher.target,
-            contexts=list(contexts),
-            **{
-                "optimizer": {"max_steps": STEPS, "grad_accum_steps": 1, "learning_rate": 1e-3},
-                "data": {"eval_fraction": 0.05},
-                "checkpoint": {"every_steps": 1, "keep": 10},
-            }
-            | further,
-        )
+        sections: dict[str, Any] = {
+            "optimizer": {"max_steps": STEPS, "grad_accum_steps": 1, "learning_rate": 1e-3},
+            "data": {"eval_fraction": 0.05},
+            "checkpoint": {"every_steps": 1, "keep": 10},
+        } | further
+        return spec_of(models.student, dataset_file, hf_teacher.target, contexts=list(contexts), **sections)
 
     return make
 

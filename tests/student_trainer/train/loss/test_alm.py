@@ -116,7 +116,7 @@ def test_the_loss_is_that_of_tokenkit(ours: str, theirs: str, temperature: float
 def test_the_gradient_is_the_closed_form() -> None:
     """d loss / d q = (Q - P) / (1 - Q) / temperature, for each token of the chunk, and 0 for others."""
     text, chunks = _text(3).requires_grad_(), _chunks(4)
-    chunk_objective(text, ONES, chunks, _config(temperature=7.0)).loss_sum.backward()  # type: ignore[no-untyped-call]
+    chunk_objective(text, ONES, chunks, _config(temperature=7.0)).loss_sum.backward()
     assert text.grad is not None
     sums = _sums(text.detach())
     for place, chunk in enumerate(CHUNK_OF):
@@ -148,7 +148,7 @@ def test_a_student_that_agrees_has_loss_zero(divergence: str, temperature: float
         weights=torch.ones(4, dtype=torch.float64),
     )
     loss = chunk_objective(text, ONES, chunks, _config(divergence, temperature)).loss_sum
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert abs(loss.item()) < 1e-12
     assert text.grad is not None
     assert text.grad.abs().max() < 1e-8
@@ -178,7 +178,7 @@ def test_masking_a_chunk_equals_deleting_it() -> None:
     spoilt[0, [place for place, chunk in enumerate(without) if chunk < 0]] = math.nan
     spoilt.requires_grad_()
     loss = chunk_objective(spoilt, ONES, deleted, config).loss_sum
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert spoilt.grad is not None
     assert torch.isfinite(loss)
     assert torch.isfinite(spoilt.grad).all()
@@ -212,7 +212,7 @@ def test_edges_are_finite(divergence: str, pair: tuple[float, float]) -> None:
         weights=torch.ones(1, dtype=torch.float64),
     )
     loss = chunk_objective(text, torch.ones(1, 2), chunks, _config(divergence)).loss_sum
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert torch.isfinite(loss)
     assert loss >= -1e-12
     assert text.grad is not None
@@ -227,7 +227,7 @@ def test_no_chunk_gives_zero_with_a_graph() -> None:
         weights=torch.zeros(0, dtype=torch.float64),
     )
     found = chunk_objective(text, ONES, chunks, _config())
-    found.loss_sum.backward()  # type: ignore[no-untyped-call]
+    found.loss_sum.backward()
     assert found.loss_sum == 0
     assert found.parts["aligned"] == 0
 

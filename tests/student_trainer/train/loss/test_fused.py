@@ -172,7 +172,7 @@ def test_a_frozen_layer_gets_no_gradient_and_none_is_computed_without() -> None:
     layer = OutputLayer(weight=random_logits(V, H, seed=1, dtype=torch.float64))
     hidden = random_logits(N, H, seed=4, dtype=torch.float64).requires_grad_()
     fused = fused_objective(hidden, layer, positions, LOSSES["mixed"])
-    fused.loss_sum.backward()  # type: ignore[no-untyped-call]
+    fused.loss_sum.backward()
     assert hidden.grad is not None
     with torch.no_grad():
         value = fused_objective(hidden, layer, positions, LOSSES["mixed"]).loss_sum

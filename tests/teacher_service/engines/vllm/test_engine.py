@@ -49,7 +49,7 @@ def assert_equal_to(model: Any, token_ids: np.ndarray[Any, Any], got: Distributi
     logprobs_TV = logits_TV.log_softmax(-1)[got.start - 1 : -1].numpy()
     num_rows = len(token_ids) - got.start
     assert got.logprobs.shape == (num_rows, top_k)
-    assert (got.logprobs.dtype, got.token_ids.dtype) == (np.float32, np.int32)
+    assert (got.logprobs.dtype, got.token_ids.dtype) == (np.dtype(np.float32), np.dtype(np.int32))
     targets = token_ids[got.start :]
     np.testing.assert_allclose(got.target_logprobs, logprobs_TV[np.arange(num_rows), targets], atol=TOLERANCE)
     if top_k == 0:
@@ -205,7 +205,7 @@ async def test_a_seed_fixes_a_sample_whatever_else_is_written(engine: VllmEngine
 async def test_cancelling_and_closing_abort_the_work(engine: VllmEngine) -> None:
     item = GenerateInput(token_ids=random_ids(engine, 4, seed=8), max_new_tokens=500, seed=1)
     writer = view(engine, eos_token_ids=())
-    async with aclosing(writer.generate(item)) as chunks:  # type: ignore[type-var]
+    async with aclosing(writer.generate(item)) as chunks:
         async for _ in chunks:
             break
     long = ScoreInput(

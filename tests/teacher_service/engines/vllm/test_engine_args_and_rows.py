@@ -41,7 +41,7 @@ def flat_rows(rows: list[list[tuple[int, float]] | None]) -> FlatLogprobs:
             flat.append(None)
         else:
             ids, logprobs = zip(*row, strict=True)
-            flat.append_fast(list(ids), list(logprobs), iter(range(len(row))), [None] * len(row))  # type: ignore[arg-type]
+            flat.append_fast(list(ids), list(logprobs), iter(range(len(row))), [None] * len(row))
     return flat
 
 
@@ -61,7 +61,7 @@ def test_outputs_that_vllm_joined_read_as_they_were_before() -> None:
     for there, its_rank in ((1, 3), (9, 17)):
         ids, logprobs, ranks = [there, 4, 2, 1], [-2.0 * its_rank, -0.5, -1.5, -6.0], [its_rank, 1, 2, 3]
         flat = FlatLogprobs()
-        flat.append_fast(ids, logprobs, iter(ranks), [None] * 4)  # type: ignore[arg-type]
+        flat.append_fast(ids, logprobs, iter(ranks), [None] * 4)
         chunks.append(flat)
     alone = [
         to_distributions(flat, first_row=0, num_rows=1, top_k=3, start=5 + index, vocab_size=32)

@@ -164,7 +164,7 @@ async def test_rows_that_are_missing_are_asked_for_again_without_the_cache(
             params.extra_args["stillhouse"]["score"]["start"] = BLOCK + 1
         return prompt, params
 
-    tier.scoring = scoring  # type: ignore[method-assign]
+    tier.scoring = scoring
     engine = VllmEngine(worker_engine._llm, worker_engine.info, worker_engine._adapters, tier=tier)
     got = await engine.score(item)
     assert asked == [True, False]

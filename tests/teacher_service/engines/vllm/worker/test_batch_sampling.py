@@ -53,7 +53,7 @@ def reference(logits_V: torch.Tensor, how: SamplingPlan) -> np.ndarray[Any, np.d
     return wanted
 
 
-HOW = [
+HOW: list[dict[str, Any]] = [
     {},
     {"temperature": 0.3},
     {"temperature": 2.0, "top_p": 0.95},
@@ -115,7 +115,8 @@ def test_plans_survive_the_way_to_the_worker() -> None:
     assert score_start(argument) == 2
     drawing = plan(2**64 - 1, temperature=0.5, options=options)
     assert read_plan(drawing.to_extra_args()) == drawing
-    for none in (None, {}, {"other": 1}, {KEY: {}}):
+    nothing: list[dict[str, Any] | None] = [None, {}, {"other": 1}, {KEY: {}}]
+    for none in nothing:
         assert read_plan(none) is None
         assert score_start(none) is None
     assert score_start(drawing.to_extra_args()) is None

@@ -247,14 +247,14 @@ async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_pef
                 assert_equal_to(bases[item.adapter], item.token_ids, got, TOP_K)
         for name in ("both", "", "body"):
             prompt = np.arange(5, 40, dtype=np.int32)
-            item = GenerateInput(
+            written_on = GenerateInput(
                 token_ids=prompt,
                 adapter=name,
                 temperature=0.0,
                 max_new_tokens=8,
                 options=DistributionOptions(top_k=4),
             )
-            greedy = joined(await written(engine, item))
+            greedy = joined(await written(engine, written_on))
             whole = torch.from_numpy(np.concatenate([prompt, greedy])).long()
             with torch.no_grad():
                 likeliest = bases[name](whole[None]).logits[0, len(prompt) - 1 : -1].argmax(-1)
@@ -274,7 +274,8 @@ async def test_who_leaves_and_who_writes_meanwhile_changes_nothing(engine: VllmE
             seed=3,
             options=DistributionOptions(top_k=4),
         )
-        return joined(await written(engine, item)).tolist()
+        ids: list[int] = joined(await written(engine, item)).tolist()
+        return ids
 
     alone = await write()
     items = [scored(300 + number, 1, seed=100 + number) for number in range(16)]
