@@ -61,7 +61,7 @@ protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
 
 .PHONY: docs
 docs: setup ## build the documentation's site into .site, without a network
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 reference: setup ## regenerate docs/reference and the JSON Schema of run files from the code
 	$(PY) -m scripts.reference generate

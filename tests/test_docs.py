@@ -1,4 +1,4 @@
-"""The texts keep to the tree and to the programs: links, paths, commands, flags, run files and Python in them are true."""
+"""Truth of the texts: their links, paths, commands, flags, run files, settings and Python exist."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -18,6 +19,7 @@ import pytest
 import stillhouse
 from scripts.reference.cli import PROGRAMS
 from stillhouse.client.runfile.load import parse_run
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.proto import from_proto
 from tests.support.small_models import main as small_models
 
@@ -37,6 +39,15 @@ def tracked() -> tuple[str, ...]:
     command = ["git", "ls-files", "-co", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return tuple(name for name in listed.stdout.split() if (ROOT / name).exists())
+
+
+@cache
+def product_code() -> str:
+    """The product's code and contract, as one text."""
+    rooms = ("client/", "protos/", "student_trainer/", "teacher_service/")
+    return "".join(
+        read(each) for each in tracked() if each.startswith(rooms) and each.endswith((".py", ".proto"))
+    )
 
 
 def texts() -> list[str]:
@@ -99,6 +110,39 @@ def test_every_run_file_is_a_valid_run(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", texts())
+def test_every_field_of_a_run_exists(name: str) -> None:
+    paths = [
+        match[0]
+        for code in inline(name)
+        if (match := re.match(r"[a-z]+(\[\])?(\.[a-z_]+(\[\])?)+(?=$|:)", code))
+    ]
+    missing = []
+    for path in paths:
+        first, *others = re.sub(r"\[\]", "", path).split(".")
+        message: Any = RunSpec.DESCRIPTOR
+        if first not in message.fields_by_name:
+            continue  # the name of something else, such as a file
+        for each in (first, *others):
+            if message is None or each not in message.fields_by_name:
+                missing.append(path)
+                break
+            message = message.fields_by_name[each].message_type
+    assert not missing
+
+
+@pytest.mark.parametrize("name", texts())
+def test_every_name_in_capitals_occurs_in_the_code(name: str) -> None:
+    names = {code for code in inline(name) if re.fullmatch(r"[A-Z]{2,}(_[A-Z0-9]+)+", code)}
+    flags = {option for program in PROGRAMS.values() for option in options(program)}
+    of_flags = {
+        f"STILLHOUSE_{who}_{flag[2:].replace('-', '_').upper()}"
+        for flag in flags
+        for who in ("TEACHER", "TRAINER")
+    }
+    assert not [each for each in names - of_flags if each not in product_code()]
+
+
+@pytest.mark.parametrize("name", texts())
 def test_every_piece_of_python_names_what_the_package_has(name: str) -> None:
     for language, body in fences(name):
         if language != "python":
@@ -109,7 +153,7 @@ def test_every_piece_of_python_names_what_the_package_has(name: str) -> None:
 
 
 def test_the_site_is_built_and_its_pages_load_nothing_from_other_hosts(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     pages = list(tmp_path.rglob("*.html"))
