@@ -94,6 +94,11 @@ def test_every_command_exists(name: str) -> None:
     assert not bare - flags
 
 
+def test_every_command_in_the_code_exists() -> None:
+    named = re.findall(r"`(stillhouse(?:-teacher|-trainer)?(?: [^`\n\"]*)?)`", product_code())
+    assert not [problem for line in named if (problem := problem_of(line))]
+
+
 @pytest.mark.parametrize("name", texts())
 def test_every_target_of_make_exists(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))

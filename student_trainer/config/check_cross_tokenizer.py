@@ -51,7 +51,7 @@ def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
             yield FieldViolation(
                 f"contexts[{i}]",
                 "is text that is written during the run in one side's tokens; loss.foreign_tokenizer: alm learns from a dataset. "
-                "Use dataset: {}, such as of texts that `stillhouse batch` had the teacher write.",
+                "Use dataset: {}, such as of completions from `stillhouse generate --in FILE --as dataset`.",
             )
     if is_ensemble(config):
         yield FieldViolation(
