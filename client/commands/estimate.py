@@ -43,7 +43,7 @@ def estimate(
     Student and teacher are judged apart, as if each had the device to itself. No weights are opened.
     """
     from stillhouse.client.core.errors import usage_error
-    from stillhouse.client.doctor.machine import gpus, memory_bytes
+    from stillhouse.client.doctor.machine import memory_bytes
     from stillhouse.client.estimate.memory import (
         MemoryPlan,
         remedies,
@@ -53,9 +53,10 @@ def estimate(
     from stillhouse.client.estimate.model_shape import ModelShape
     from stillhouse.client.runfile.load import load_run_file
     from stillhouse.client.terminal.render import columns, size_text
+    from stillhouse.protos.telemetry.gpus import list_gpus
 
     run = load_run_file(file, overrides)
-    found = gpus()
+    found = list_gpus()
     device = device or ("gpu" if found else "cpu")
     limit = round(memory_gib * GIB) if memory_gib else None
     if limit is None:

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.client.core.settings import Settings
-from stillhouse.client.doctor.machine import gpus, memory_bytes
+from stillhouse.client.doctor.machine import memory_bytes
 from stillhouse.client.teacher.teacher import Teacher
 from stillhouse.client.trainer.trainer import Trainer
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.channel import is_loopback
+from stillhouse.protos.telemetry.gpus import list_gpus
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 
 LEAST_FREE_BYTES = 10 * 2**30
@@ -48,7 +49,7 @@ def machine(data_dir: Path | None) -> Iterator[Finding]:
     total = memory_bytes()
     if total is not None:
         yield Finding(check="memory", state="ok", found=f"{total / 2**30:.0f} GiB")
-    found = gpus()
+    found = list_gpus()
     if not found:
         told = "none; training and serving here would use the CPU"
         if shutil.which("nvidia-smi") is not None:
@@ -56,12 +57,12 @@ def machine(data_dir: Path | None) -> Iterator[Finding]:
             yield Finding(check="GPU", state="failed", found="nvidia-smi lists none", remedy=remedy)
         else:
             yield Finding(check="GPU", state="ok", found=told)
-    for number, each in enumerate(found):
+    for each in found:
         free, whole = each.free_bytes / 2**30, each.total_bytes / 2**30
         text = f"{each.name}, {free:.0f} of {whole:.0f} GiB free, driver {each.driver}"
         busy = each.free_bytes < each.total_bytes / 10
         yield Finding(
-            check=f"GPU {number}",
+            check=f"GPU {each.index}",
             state="warning" if busy else "ok",
             found=text,
             remedy="Something uses most of it; `nvidia-smi` shows what." if busy else "",

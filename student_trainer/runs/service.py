@@ -19,6 +19,7 @@ from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.stillhouse.v1.run_pb2 import DESCRIPTOR
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_to_server
 from stillhouse.protos.telemetry.gpu_memory import GpuMemory
+from stillhouse.protos.telemetry.gpus import visible_gpus
 from stillhouse.protos.telemetry.metrics import LOOPBACK, Metrics
 from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.runs.api import dataset_uploads
@@ -29,7 +30,7 @@ from stillhouse.student_trainer.runs.metrics import Figures
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import TERM_GRACE_S
-from stillhouse.student_trainer.runs.supervision.device_slots import Slots, visible_gpus
+from stillhouse.student_trainer.runs.supervision.device_slots import Slots
 from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
 from stillhouse.student_trainer.runs.supervision.retention import keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor, SupervisorOptions

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-
-QUERY_TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,20 +90,3 @@ class Slots:
         """CPU threads for a process: its fair share of the cores."""
         cores = len(os.sched_getaffinity(0))
         return max(1, cores // max(1, len(self.gpus) if devices else self.cpu_slots))
-
-
-def visible_gpus() -> tuple[int, ...]:
-    """Indices of the NVIDIA devices that this process may use; none if there is no driver."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return tuple(int(each) for each in visible.split(",") if each.strip().isdecimal())
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ()
-    query = [program, "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=QUERY_TIMEOUT_S, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    lines = answer.stdout.split() if answer.returncode == 0 else []
-    return tuple(int(line) for line in lines if line.isdecimal())

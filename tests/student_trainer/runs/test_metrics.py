@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint
-from stillhouse.protos.telemetry.gpu_memory import GpuMemory, parse
 from stillhouse.student_trainer.runs import metrics as figures
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
@@ -36,19 +35,3 @@ def test_live_runs_show_their_latest_metrics(tmp_path: Path) -> None:
         "run_cache_hits": (3.0, {"run": LIVE}),
         "run_device_memory_bytes": (5e9, {"run": LIVE}),
     }
-
-
-def test_memory_of_devices_as_the_driver_tells_it(tmp_path: Path) -> None:
-    found = parse("0, 1024, 81559\n1, [N/A], 81559\n\nno devices\n")
-    assert {index: (each.used_bytes, each.total_bytes) for index, each in found.items()} == {
-        0: (2**30, 81559 * 2**20)
-    }
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho '0, 10, 100'\necho '3, 20, 100'\n")
-    program.chmod(0o755)
-    memory = GpuMemory(only=(3,))
-    memory._program = str(program)
-    assert [(each.name, each.value, each.labels) for each in memory()] == [
-        ("gpu_memory_used_bytes", 20 * 2**20, {"gpu": "3"}),
-        ("gpu_memory_total_bytes", 100 * 2**20, {"gpu": "3"}),
-    ]

@@ -11,7 +11,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
-from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots, visible_gpus
+from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
 from stillhouse.student_trainer.runs.supervision.training_process import environment
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 
@@ -66,13 +66,6 @@ def test_an_effective_spec_says_what_it_needs() -> None:
     assert Need.of(spec) == Need(count=1)
     spec.resources.gpus.extend([0, 1])
     assert Need.of(spec) == Need(gpus=(0, 1))
-
-
-def test_visible_devices_are_those_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 3")
-    assert visible_gpus() == (2, 3)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert visible_gpus() == ()
 
 
 def test_a_run_has_a_process_for_each_of_its_devices(tmp_path: Path) -> None:
