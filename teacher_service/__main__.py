@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import click
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.settings import options_of
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing
 from stillhouse.teacher_service.config import (
     DEFAULT_MAX_ADAPTERS,
     TeacherConfig,
     default_engine,
-    flag_of,
-    setting_of,
 )
 
 EXIT_SETTINGS = 2
@@ -29,11 +26,6 @@ MERGE = "merge-adapter"
 """First argument that selects the other command."""
 
 _PATH = click.Path(path_type=Path)
-_CHOSEN_LATER: dict[str, str] = {
-    "engine": "vllm if installed, else hf",
-    "max_adapters": f"{DEFAULT_MAX_ADAPTERS}, or as many as --adapter names",
-}
-"""Fields whose default depends on the host or on other options."""
 
 
 def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[tuple[str, Path], ...]:
@@ -46,36 +38,17 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     return tuple(pairs)
 
 
-def _option(each: Field[Any], hint: Any) -> Any:
-    """Derives the click option of a field of `TeacherConfig` from its type and metadata."""
-    setting = setting_of(each)
-    multiple = get_origin(hint) is tuple
-    kind = next(iter({*(get_args(hint) or (hint,))} - {NoneType, Ellipsis}), str)
-    how: dict[str, Any] = {"help": setting.help, "multiple": multiple}
-    if each.name == "adapters":
-        how |= {"callback": _adapters, "metavar": "NAME=PATH"}
-    elif kind is not bool:
-        how["type"] = click.Choice(setting.choices) if setting.choices else _PATH if kind is Path else kind
-    elif each.default is False:
-        how["is_flag"] = True
-    if each.name in _CHOSEN_LATER:
-        how["help"] += f"  [default: {_CHOSEN_LATER[each.name]}]"
-    elif each.default is MISSING:
-        how["required"] = True
-    elif not multiple:
-        how["default"] = each.default
-    return click.option(flag_of(each), each.name, **how)
-
-
-def _options(command: Any) -> Any:
-    hints = get_type_hints(TeacherConfig)
-    for each in reversed(fields(TeacherConfig)):
-        command = _option(each, hints[each.name])(command)
-    return command
-
-
 @click.command(context_settings={"auto_envvar_prefix": "STILLHOUSE_TEACHER", "show_default": True})
-@_options
+@options_of(
+    TeacherConfig,
+    adapters={"callback": _adapters, "metavar": "NAME=PATH"},
+    engine={"default": None, "help": "Inference engine.  [default: vllm if installed, else hf]"},
+    max_adapters={
+        "default": None,
+        "help": "Adapters loaded at once; 0 serves the base model only.  "
+        f"[default: {DEFAULT_MAX_ADAPTERS}, or as many as --adapter names]",
+    },
+)
 def serve(**options: Any) -> None:
     """Serve one frozen model: completions, and token distributions for given sequences.
 

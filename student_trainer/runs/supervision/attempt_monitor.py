@@ -16,6 +16,7 @@ from stillhouse.student_trainer.config.micro_batch import smaller_micro_batch
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.disk_errors import full_sentence
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, RunDir
+from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.run_state import PENDING
 from stillhouse.student_trainer.runs.store.store import Store
@@ -50,13 +51,7 @@ class Keeping:
     store: Store
     db: DatabaseThread
     bell: Bell
-    stop_grace_s: float
-    max_log_bytes: int
-    """Of one attempt; a process that writes more is killed."""
-    max_metric_bytes: int
-    """Of a run's metrics and events; a process that writes more is killed."""
-    max_silence_s: float
-    """Time without a sign of life after which a process is killed; 0: never."""
+    settings: RunServiceSettings
 
 
 class Overseer:
@@ -136,11 +131,11 @@ class Overseer:
         if self._asked_at_s is None:
             return
         waited_s = time.monotonic() - self._asked_at_s
-        if waited_s > self._keeping.stop_grace_s and not self._terminated:
+        if waited_s > self._keeping.settings.stop_grace_s and not self._terminated:
             log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGTERM")
             self._terminated = True
             self._process.send(signal.SIGTERM)
-        if waited_s > self._keeping.stop_grace_s + TERM_GRACE_S and not self._killed:
+        if waited_s > self._keeping.settings.stop_grace_s + TERM_GRACE_S and not self._killed:
             log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGKILL")
             self._killed = True
             self._process.send(signal.SIGKILL)
@@ -150,9 +145,9 @@ class Overseer:
         if self._overflowed is not None:
             return
         journals = self._run_dir.metrics_path, self._run_dir.events_path
-        if _size(self._run_dir.log_path(self._attempt)) > self._keeping.max_log_bytes:
+        if _size(self._run_dir.log_path(self._attempt)) > self._keeping.settings.max_log_bytes:
             self._overflowed = "log"
-        elif sum(map(_size, journals)) > self._keeping.max_metric_bytes:
+        elif sum(map(_size, journals)) > self._keeping.settings.max_metric_bytes:
             self._overflowed = "metrics"
         else:
             return
@@ -161,7 +156,7 @@ class Overseer:
 
     async def _listen(self) -> None:
         """Say that the process gives no sign of life, or does again; kill one that is silent for too long."""
-        silent_s, limit_s = self._pulse.silent_s(), self._keeping.max_silence_s
+        silent_s, limit_s = self._pulse.silent_s(), self._keeping.settings.max_silence_s
         quiet = silent_s > (min(QUIET_S, limit_s / 2) if limit_s else QUIET_S)
         if quiet != self._quiet:
             idle, quiet_one = Run.CONDITION_UNSPECIFIED, Run.CONDITION_NOT_RESPONDING

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
-from pathlib import Path
 
 import structlog
 
@@ -12,6 +10,8 @@ from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.data_dir import DataDir
+from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
@@ -27,44 +27,25 @@ RETRY_S = 5.0
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SupervisorOptions:
-    """How runs are started and stopped."""
-
-    runs_path: Path
-    """Folder of the run directories."""
-    credentials: Path
-    """File with the secrets of teachers; it need not exist."""
-    stop_grace_s: float
-    """Time that a run has to write a checkpoint and end before it is signalled."""
-    max_log_bytes: int
-    """Of one attempt."""
-    max_metric_bytes: int
-    """Of a run's metrics and events."""
-    max_silence_s: float
-    """Time without a sign of life after which a run's process is killed; 0: never."""
-
-
 class Supervisor:
     """Owns every live run of the service."""
 
     def __init__(
-        self, store: Store, db: DatabaseThread, bell: Bell, slots: Slots, options: SupervisorOptions
+        self,
+        store: Store,
+        db: DatabaseThread,
+        bell: Bell,
+        slots: Slots,
+        *,
+        data_dir: DataDir,
+        settings: RunServiceSettings,
     ) -> None:
         self.slots = slots
         self._store = store
         self._db = db
         self._bell = bell
-        self._options = options
-        self._keeping = Keeping(
-            store=store,
-            db=db,
-            bell=bell,
-            stop_grace_s=options.stop_grace_s,
-            max_log_bytes=options.max_log_bytes,
-            max_metric_bytes=options.max_metric_bytes,
-            max_silence_s=options.max_silence_s,
-        )
+        self._data_dir = data_dir
+        self._keeping = Keeping(store=store, db=db, bell=bell, settings=settings)
         self._overseers: dict[str, Overseer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
@@ -74,7 +55,7 @@ class Supervisor:
 
     def run_dir(self, run_id: str) -> RunDir:
         """The directory of a run."""
-        return RunDir(self._options.runs_path / run_id)
+        return RunDir(self._data_dir.runs_path / run_id)
 
     async def start(self) -> None:
         """Take over live runs, then start queued ones until `close`."""
@@ -216,7 +197,7 @@ class Supervisor:
             attempt,
             devices=devices,
             threads=self.slots.threads(devices),
-            credentials=self._options.credentials,
+            credentials=self._data_dir.credentials_path,
             halve=halve,
         )
 

@@ -1,0 +1,110 @@
+"""Settings of `stillhouse-trainer`: default, range and help of each flag."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from stillhouse.protos.rpc.tls import ServerTls
+from stillhouse.protos.settings import bad_setting, check_settings, setting
+from stillhouse.protos.telemetry.metrics import LOOPBACK
+
+LEAST_SILENCE_S = 15.0
+"""Three heartbeat intervals."""
+_SIZE = (1, 2**63 - 1)
+_TIME = (0, math.inf)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunServiceSettings:
+    """Folders, limits and address of the run service."""
+
+    data_dir: Path = setting("Folder for runs, datasets and the database; made if missing.")
+    database: str | None = setting(
+        "URL of a PostgreSQL database for runs and their history, such as postgresql://user@host/name; best given as "
+        "STILLHOUSE_TRAINER_DATABASE or with its password in ~/.pgpass, since others see arguments.  [default: a file in "
+        "--data-dir]",
+        None,
+    )
+    listen: str = setting("HOST:PORT or unix:PATH; port 0 means any free one.", "127.0.0.1:7402")
+    address_file: Path | None = setting("Written with the bound address once the service is ready.", None)
+    gpus: tuple[int, ...] | None = setting(
+        'Devices for runs, such as "0,1"; "" for none.  [default: visible ones]', None
+    )
+    cpu_slots: int = setting("Runs at once on the CPU.", 1, between=(0, 1 << 16))
+    allow_roots: tuple[Path, ...] = setting(
+        "Folder below which specs may name models and datasets.  [default: / on loopback, else the data directory alone]",
+        (),
+        flag="--allow-root",
+    )
+    stop_grace_s: float = setting(
+        "Seconds that a run has to write a checkpoint after a stop, before it is signalled.",
+        300.0,
+        flag="--stop-grace-s --stop-grace",
+        between=_TIME,
+    )
+    stop_runs_on_exit: bool = setting(
+        "Stop live runs when the service ends. Without it they continue, and the next start takes them over.",
+        False,
+    )
+    shutdown_grace_s: float = setting(
+        "Seconds that calls in progress have when the service ends.", 30.0, between=_TIME
+    )
+    max_upload_bytes: int = setting("Largest uploaded dataset.", 64 * 2**30, between=_SIZE)
+    max_calls: int = setting(
+        "Calls at once, of which one client gets three quarters; more are refused.", 256, between=(1, 1 << 16)
+    )
+    max_log_bytes: int = setting(
+        "Log of one attempt of a run; one that writes more is ended.", 2**30, between=_SIZE
+    )
+    max_metric_bytes: int = setting(
+        "Metrics and events of a run; one that writes more is ended.", 2**30, between=_SIZE
+    )
+    max_silence_s: float = setting(
+        "End a run's process that sends no heartbeat for so many seconds; 0 for never. It sends one every 5 s.",
+        900.0,
+        between=_TIME,
+    )
+    max_queued_runs: int = setting("Runs that one client may have in the queue.", 1000, between=_SIZE)
+    keep_ended_days: float | None = setting(
+        "Remove runs and their files so many days after they ended.  [default: never]", None, between=_TIME
+    )
+    tokens: Path | None = setting(
+        "Tokens that calls need; `stillhouse token create` makes it.  [default: tokens.json in --data-dir, once there]",
+        None,
+    )
+    audit_log: Path | None = setting(
+        "Audit log of calls, as JSON lines.  [default: audit.jsonl in --data-dir]", None
+    )
+    metrics_host: str = setting("Address of the Prometheus metrics.", LOOPBACK)
+    metrics_port: int | None = setting(
+        "Port of the metrics; 0 for none.  [default: 100 above that of --listen]", None, between=(0, 65535)
+    )
+    insecure: bool = setting(
+        "Listen beyond this machine without TLS, or without tokens or certificates of callers.", False
+    )
+    tls_cert: Path | None = setting("PEM certificate of the service.", None)
+    tls_key: Path | None = setting("PEM key of the service.", None)
+    tls_client_ca: Path | None = setting("PEM authority that callers' certificates must be signed by.", None)
+    reflection: bool | None = setting(
+        "Server reflection.  [default: on loopback]", None, flag="--reflection/--no-reflection"
+    )
+    log_level: str = setting("Lowest level logged.", "info", choices=("debug", "info", "warning", "error"))
+
+    def __post_init__(self) -> None:
+        """Raises `StillhouseError` with INVALID_CONFIG, naming flag, value and remedy."""
+        check_settings(self)
+        if 0 < self.max_silence_s < LEAST_SILENCE_S:
+            raise bad_setting(
+                "--max-silence-s",
+                f"{self.max_silence_s:g}",
+                f"Live processes need {LEAST_SILENCE_S:g}; 0 is never.",
+            )
+
+    @property
+    def tls(self) -> ServerTls | None:
+        """Certificate and key of the service, if it has them."""
+        if self.tls_cert is None or self.tls_key is None:
+            return None
+        return ServerTls(cert=self.tls_cert, key=self.tls_key, client_ca=self.tls_client_ca)
