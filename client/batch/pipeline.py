@@ -18,12 +18,12 @@ from stillhouse.client.batch.openai_input import openai_row
 from stillhouse.client.batch.ordered_output import RETRY, Output, Paths, commit_retry, locked
 from stillhouse.client.batch.output_formats import Lines, OpenAi, dataset, for_dataset, plain
 from stillhouse.client.batch.retry import Earlier
-from stillhouse.client.batch.service_pool import agreeing
-from stillhouse.client.batch.teacher_identity import BatchTeacher, identity
-from stillhouse.client.core.connection import PATIENCE_S, OnLost, Patience
+from stillhouse.client.batch.teacher_identity import BatchTeacher, agreeing, identity
+from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.teacher.token_texts import TokenTexts
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 
 if TYPE_CHECKING:
     from stillhouse.client.teacher.teacher import Teacher
@@ -177,14 +177,14 @@ class _Batch:
 
     def _wait_until_loaded(self) -> None:
         """A teacher that nobody reaches is told of at once; one that loads its model is waited for."""
-        patience = Patience(self._settings.patience_s)
+        wait = BoundedWait(self._settings.patience_s, on_pause=self._tell.lost)
         while True:
             try:
                 self._teachers = agreeing(self._teachers)
             except StillhouseError as error:
                 if error.reason is not Reason.TEACHER_LOADING:
                     raise
-                patience.wait(error, self._tell.lost)
+                wait.pause(error)
             else:
                 return
 

@@ -108,7 +108,9 @@ class BatchTeacher:
 
     def _require_adapters(self) -> None:
         loaded = _fingerprints(self._info)
-        for name, fingerprint in self._journal.state.adapters.items():
+        for name, fingerprint in dict(
+            self._journal.state.adapters
+        ).items():  # also read by the pool's threads
             if fingerprint and loaded.get(name) != fingerprint:
                 how = "another one has its name" if name in loaded else "it is not loaded"
                 raise StillhouseError(
@@ -121,3 +123,36 @@ class BatchTeacher:
 
 def _fingerprints(info: teacher_pb2.GetTeacherInfoResponse) -> Mapping[str, Any]:
     return {each.name: each.fingerprint for each in info.adapters}
+
+
+def agreeing(teachers: Sequence[Teacher]) -> list[Teacher]:
+    """Returns the services that answer and are the same teacher, then those that do not answer.
+
+    Raises StillhouseError: why none answers; TEACHER_CHANGED if two would write other text.
+    """
+    answering: list[Teacher] = []
+    silent: list[Teacher] = []
+    errors: list[StillhouseError] = []
+    for each in teachers:
+        try:
+            each.refresh()
+        except StillhouseError as error:
+            if not error.retryable or len(teachers) == 1:
+                raise
+            errors.append(error)
+            silent.append(each)
+        else:
+            answering.append(each)
+    if not answering:
+        raise errors[0]
+    first = identity(answering[0].limits)
+    for each in answering[1:]:
+        found = identity(each.limits)
+        other = [name for name in first if name != "model" and first[name] != found[name]]
+        if other:
+            raise StillhouseError(
+                Reason.TEACHER_CHANGED,
+                f"{each.target} serves {found['model']} with another {other[0]} than {first['model']} at "
+                f"{answering[0].target}. A batch is written by one teacher: leave one of the two out.",
+            )
+    return answering + silent

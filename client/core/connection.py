@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +12,11 @@ import grpc
 
 from stillhouse.protos.errors import StillhouseError, from_rpc_error
 from stillhouse.protos.rpc.channel import ChannelOptions, connect, process_name
+from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 
 R = TypeVar("R")
 
 CALL_TIMEOUT_S = 60.0
-FIRST_PAUSE_S = 0.2
-LONGEST_PAUSE_S = 15.0
 PATIENCE_S = 600.0
 """Time without a service after which a lost stream is given up."""
 CONNECTED_S = 30.0
@@ -97,30 +95,6 @@ class Connection:
         return from_rpc_error(error, target=self.target, service=self.service)
 
 
-class Patience:
-    """Pauses between attempts: they double, with jitter, and end after PATIENCE_S without an answer."""
-
-    def __init__(self, patience_s: float = PATIENCE_S) -> None:
-        self._patience_s = patience_s
-        self.answered()
-
-    def answered(self) -> None:
-        """Starts again from the shortest pause."""
-        self._pause_s = FIRST_PAUSE_S
-        self._since = time.monotonic()
-
-    def wait(self, error: StillhouseError, on_lost: OnLost | None) -> None:
-        """Sleeps before the next attempt. Raises `error` if nobody answered for too long."""
-        if time.monotonic() - self._since > self._patience_s:
-            raise error
-        pause_s = max(self._pause_s, min(error.retry_after_s or 0.0, LONGEST_PAUSE_S))
-        pause_s *= random.uniform(0.5, 1.0)  # noqa: S311 (jitter)
-        if on_lost is not None:
-            on_lost(error, pause_s)
-        time.sleep(pause_s)
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-
-
 def resumed(
     open_stream: Callable[[], Iterator[R]],
     *,
@@ -132,20 +106,20 @@ def resumed(
     `open_stream` starts after the last item that was given out. A stream that never answered is not opened again.
     Raises what cannot be helped by waiting, and the last error if no service is there for `patience_s` seconds.
     """
-    patience = Patience(patience_s)
+    wait = BoundedWait(patience_s, on_pause=on_lost)
     has_answered = False
     while True:
         opened_s = time.monotonic()
         try:
             for item in open_stream():
                 has_answered = True
-                patience.answered()
+                wait.answered()
                 yield item
         except StillhouseError as error:
             if not (has_answered and error.retryable):
                 raise
             if time.monotonic() - opened_s > CONNECTED_S:
-                patience.answered()
-            patience.wait(error, on_lost)
+                wait.answered()
+            wait.pause(error)
         else:
             return

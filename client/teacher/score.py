@@ -1,4 +1,4 @@
-"""Scores sequences over one stream at a time: a bounded window of unanswered ones, sent again when a stream is lost."""
+"""Scores sequences over one stream at a time, with a bounded window; a lost stream is opened again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.client.core.connection import OnLost, Patience
+from stillhouse.client.core.connection import OnLost
 from stillhouse.client.teacher.generate import as_ids
+from stillhouse.client.teacher.replica import TeacherReplica, tell
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
+from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
+from stillhouse.protos.rpc.pool.replica import PoolOptions
+from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions
 from stillhouse.protos.tensors.layout import encode
@@ -63,69 +67,10 @@ def score(
     on_lost: OnLost | None,
     patience_s: float,
 ) -> Iterator[ScoreAnswer]:
-    """The answers to `sequences`; see Teacher.score."""
+    """Yields the answers to `sequences`; see Teacher.score."""
     limit = max(1, teacher.limits.max_inflight_sequences)
-    window = _Window(sequences, min(max_inflight, limit) if max_inflight > 0 else limit)
-    patience = Patience(patience_s)
-    try:
-        while True:
-            try:
-                for answer in _answers(teacher, window, config):
-                    patience.answered()
-                    yield answer
-            except StillhouseError as error:
-                if window.is_failed or not error.retryable or not window.has_answered:
-                    window.raise_failure()
-                    raise
-                patience.wait(error, on_lost)
-            else:
-                window.raise_failure()
-                if window.is_answered:
-                    return
-                closed = StillhouseError(
-                    Reason.TEACHER_UNREACHABLE,
-                    f"The teacher at {teacher.target} closed the stream before every sequence was answered.",
-                )
-                patience.wait(closed, on_lost)
-    finally:
-        window.close()
-
-
-def _answers(
-    teacher: Teacher, window: _Window, config: teacher_pb2.DistributionConfig
-) -> Iterator[ScoreAnswer]:
-    """Answers from one stream. A sequence of which only parts came stays in the window."""
-    parts: dict[int, list[Distributions]] = {}
-    with window.requests(config) as requests:
-        for response in teacher.stream(teacher.stub.Score, requests):
-            for result in response.results:
-                number = result.sequence_id
-                item = window.item(number)
-                if result.HasField("distributions"):
-                    rows = decode_distributions(
-                        result.distributions,
-                        vocab_size=teacher.limits.vocab_size,
-                        max_rows=len(item.token_ids) - sum(each.num_rows for each in parts.get(number, [])),
-                        max_top_k=config.top_k,
-                    )
-                    parts.setdefault(number, []).append(rows)
-                if result.last or result.HasField("error"):
-                    window.answered(number)
-                    yield _answer(item, parts.pop(number, []), result)
-
-
-def _answer(item: _Sent, parts: list[Distributions], result: teacher_pb2.ScoreResult) -> ScoreAnswer:
-    if result.HasField("error"):
-        return ScoreAnswer(id=item.id, distributions=None, error=from_status(result.error))
-    whole = Distributions.concat(parts)
-    expected = len(item.token_ids) - item.start
-    if whole.start != item.start or whole.num_rows != expected:
-        raise StillhouseError(
-            Reason.TENSOR_INVALID,
-            f"the teacher answered {whole.num_rows} rows from position {whole.start} for a sequence with {expected} rows "
-            f"from {item.start}.",
-        )
-    return ScoreAnswer(id=item.id, distributions=whole, error=None)
+    window = min(max_inflight, limit) if max_inflight > 0 else limit
+    yield from _Scorer(teacher, sequences, config, window, on_lost).answers(BoundedWait(patience_s))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -136,130 +81,116 @@ class _Sent:
     request: teacher_pb2.ScoreRequest
 
 
-class _Window:
-    """Unanswered sequences, at most `limit`, by the number that they have on the wire.
+class _Scorer:
+    """A pool of one service: at most `window` sequences are unanswered, and a thread reads the caller's iterable."""
 
-    One thread reads the caller's iterable, gRPC's threads take requests out, and the caller's thread takes answers off.
-    """
-
-    def __init__(self, sequences: Iterable[Sequenced], limit: int) -> None:
-        self._limit = limit
-        self._changed = threading.Condition()
-        self._unanswered: dict[int, _Sent] = {}
-        self._is_read = False
-        self._is_closed = False
+    def __init__(
+        self,
+        teacher: Teacher,
+        sequences: Iterable[Sequenced],
+        config: teacher_pb2.DistributionConfig,
+        window: int,
+        on_lost: OnLost | None,
+    ) -> None:
+        self._config = config
         self._failure: BaseException | None = None
-        self._stream: object = None
-        self.has_answered = False
-        reader = threading.Thread(target=self._read, args=(sequences,), name="score-reader", daemon=True)
-        reader.start()
+        self._has_answered = False
+        self._pool: ServicePool[_Sent, ScoreAnswer, TeacherReplica] = ServicePool(
+            [TeacherReplica(teacher)],
+            self._serve,
+            # A stream that never answered is not opened again.
+            PoolOptions(
+                name="score",
+                window=window,
+                is_passing=lambda error, _: error.retryable and self._has_answered,
+            ),
+            on_lost=tell(on_lost),
+        )
+        threading.Thread(target=self._read, args=(sequences,), name="score-reader", daemon=True).start()
+
+    def answers(self, wait: BoundedWait) -> Iterator[ScoreAnswer]:
+        """Yields the answers as they come, then raises what the caller's iterable raised."""
+        try:
+            while not self._pool.is_done:
+                result = self._pool.poll(wait)
+                if result is not None and isinstance(result[1], ScoreAnswer):
+                    yield result[1]
+        except StillhouseError:
+            if self._failure is None:
+                raise
+        finally:
+            self._pool.close()
+        if self._failure is not None:
+            raise self._failure
 
     def _read(self, sequences: Iterable[Sequenced]) -> None:
         try:
             for number, sequence in enumerate(sequences):
-                sent = _sent(number, sequence)
-                with self._changed:
-                    self._changed.wait_for(lambda: self._is_closed or len(self._unanswered) < self._limit)
-                    if self._is_closed:
-                        return
-                    self._unanswered[number] = sent
-                    self._changed.notify_all()
+                if not self._pool.put_when_room(number, _sent(number, sequence)):
+                    return
         except BaseException as error:
             self._failure = error
         finally:
-            with self._changed:
-                self._is_read = True
-                self._changed.notify_all()
+            self._pool.complete()
 
-    def requests(self, config: teacher_pb2.DistributionConfig) -> _Requests:
-        """What a stream sends: `config`, every unanswered sequence, then more as they come."""
-        return _Requests(self, config)
+    def _serve(self, replica: TeacherReplica, call: Call[_Sent, ScoreAnswer]) -> None:
+        """Keeps one stream open; a sequence of which only parts came is scored again."""
+        parts: dict[int, list[Distributions]] = {}
+        with replica.errors():
+            stream = replica.teacher.stub.Score(self._requests(call))
+            call.on_cancel(stream.cancel)
+            try:
+                for response in stream:
+                    for result in response.results:
+                        self._accept(call, result, parts, replica.teacher.limits.vocab_size)
+            finally:
+                stream.cancel()
 
-    def next_after(self, number: int, stream: object) -> tuple[int, _Sent] | None:
-        """The unanswered sequence after `number`, waiting for one; None if `stream` is to end."""
-        with self._changed:
-            while True:
-                if self._is_closed or self._stream is not stream:
-                    return None
-                found = next(((each, sent) for each, sent in self._unanswered.items() if each > number), None)
-                if found is not None or self._is_read:
-                    return found
-                self._changed.wait()
+    def _requests(self, call: Call[_Sent, ScoreAnswer]) -> Iterator[teacher_pb2.ScoreRequest]:
+        yield teacher_pb2.ScoreRequest(config=self._config)
+        while (found := call.next_item()) is not None:
+            yield found[1].request
 
-    def set_stream(self, stream: object) -> None:
-        """Makes `stream` the one that sends; the one before ends."""
-        with self._changed:
-            self._stream = stream
-            self._changed.notify_all()
-
-    def item(self, number: int) -> _Sent:
-        """The unanswered sequence `number`. Raises StillhouseError if there is none."""
-        with self._changed:
-            sent = self._unanswered.get(number)
+    def _accept(
+        self,
+        call: Call[_Sent, ScoreAnswer],
+        result: teacher_pb2.ScoreResult,
+        parts: dict[int, list[Distributions]],
+        vocab_size: int,
+    ) -> None:
+        number = result.sequence_id
+        sent = call.item(number)
         if sent is None:
             raise StillhouseError(
                 Reason.TENSOR_INVALID,
                 f"the teacher answered sequence {number}, which is not waiting for an answer.",
             )
-        return sent
-
-    def answered(self, number: int) -> None:
-        """Makes room for another sequence."""
-        with self._changed:
-            self.has_answered = True
-            del self._unanswered[number]
-            self._changed.notify_all()
-
-    @property
-    def is_answered(self) -> bool:
-        """Whether every sequence was read and answered."""
-        with self._changed:
-            return self._is_read and not self._unanswered
-
-    @property
-    def is_failed(self) -> bool:
-        """Whether the caller's iterable raised."""
-        return self._failure is not None
-
-    def raise_failure(self) -> None:
-        """Raises what the caller's iterable raised, if it did."""
-        if self._failure is not None:
-            raise self._failure
-
-    def close(self) -> None:
-        """Ends the reading thread and every stream's requests."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
+        before = parts.setdefault(number, [])
+        if result.HasField("distributions"):
+            rows = decode_distributions(
+                result.distributions,
+                vocab_size=vocab_size,
+                max_rows=len(sent.token_ids) - sum(each.num_rows for each in before),
+                max_top_k=self._config.top_k,
+            )
+            before.append(rows)
+        if result.last or result.HasField("error"):
+            self._has_answered = True
+            call.answer(number, _answer(sent, parts.pop(number), result))
 
 
-class _Requests:
-    """The requests of one stream; leaving the context ends them."""
-
-    def __init__(self, window: _Window, config: teacher_pb2.DistributionConfig) -> None:
-        self._window = window
-        self._config: teacher_pb2.DistributionConfig | None = config
-        self._last = -1
-
-    def __enter__(self) -> _Requests:
-        self._window.set_stream(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._window.set_stream(None)
-
-    def __iter__(self) -> _Requests:
-        return self
-
-    def __next__(self) -> teacher_pb2.ScoreRequest:
-        if self._config is not None:
-            config, self._config = self._config, None
-            return teacher_pb2.ScoreRequest(config=config)
-        found = self._window.next_after(self._last, self)
-        if found is None:
-            raise StopIteration
-        self._last, sent = found
-        return sent.request
+def _answer(sent: _Sent, parts: list[Distributions], result: teacher_pb2.ScoreResult) -> ScoreAnswer:
+    if result.HasField("error"):
+        return ScoreAnswer(id=sent.id, distributions=None, error=from_status(result.error))
+    whole = Distributions.concat(parts)
+    expected = len(sent.token_ids) - sent.start
+    if whole.start != sent.start or whole.num_rows != expected:
+        raise StillhouseError(
+            Reason.TENSOR_INVALID,
+            f"the teacher answered {whole.num_rows} rows from position {whole.start} for a sequence with {expected} rows "
+            f"from {sent.start}.",
+        )
+    return ScoreAnswer(id=sent.id, distributions=whole, error=None)
 
 
 def _sent(number: int, sequence: Sequenced) -> _Sent:

@@ -52,7 +52,7 @@ class Session:
     @functools.cached_property
     def teacher(self) -> Teacher:
         """The teacher service; of several the first that answers."""
-        from stillhouse.client.batch.service_pool import agreeing
+        from stillhouse.client.batch.teacher_identity import agreeing
 
         return self.teachers[0] if len(self.teachers) == 1 else agreeing(self.teachers)[0]
 

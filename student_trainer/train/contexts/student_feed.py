@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 class TextWriter(Protocol):
-    """Samples with the student's present weights: `Sampler` in this process, `RemoteSampler` and `SharedSampler` elsewhere."""
+    """Samples with the student's present weights: `Sampler` in this process, `SamplerPool` elsewhere."""
 
     def write(
         self,

@@ -1,6 +1,6 @@
-"""Texts of the student from a service that was started on its base: each version of its adapter travels there under a name of its own.
+"""Rollouts on a service that was started on the student's base: each adapter version is uploaded under a name of its own.
 
-A name never changes its weights, and every text comes back with the fingerprint of the adapter that wrote it, so a text
+A name never changes its weights, and every text comes back with the fingerprint of the adapter that sampled it, so a text
 cannot be taken for that of another version, however a crash falls between upload, load and sampling.
 """
 
@@ -9,25 +9,25 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error, from_status
+from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.files.adapter import CONFIG, FILES
-from stillhouse.protos.rpc.channel import connect
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_HOT_ADAPTERS,
     DistributionConfig,
     GenerateRequest,
-    GetTeacherInfoRequest,
+    GenerateResponse,
+    GetTeacherInfoResponse,
     LoadAdapterRequest,
     Prompt,
     SampleChunk,
@@ -40,27 +40,39 @@ from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig, TeacherConfig
 from stillhouse.student_trainer.train.process import failpoints
-from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.rollouts.local_sampler import Text
 from stillhouse.student_trainer.train.student.student import Student
-from stillhouse.student_trainer.train.teacher.credentials import signature
-from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, backoff_s
+from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, Endpoint
 
 log = structlog.get_logger()
-Result = TypeVar("Result")
 
 LOAD_TIMEOUT_S = 600.0
-PIECE_BYTES = 512 * 1024
-_SAVING = threading.Lock()
-"""peft changes its settings while it saves them, and several services may be given the same weights at once."""
+CHUNK_BYTES = 512 * 1024
 
 
-class RemoteSampler:
-    """Writes texts with the student's adapter as it is, on another host or GPU."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SavedAdapter:
+    """One version of the student's adapter, as files."""
+
+    folder: Path
+    version: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutPrompt:
+    """A prompt to sample from."""
+
+    token_ids: NDArray[np.int32]
+    """[P]."""
+    seed: int
+    max_new_tokens: int
+
+
+class RemoteSampler(Endpoint):
+    """Samples with the student's adapter on another host or GPU: one replica of a SamplerPool."""
 
     def __init__(
         self,
-        student: Student,
         service: TeacherConfig,
         *,
         field: str,
@@ -68,82 +80,68 @@ class RemoteSampler:
         tokenizer_fingerprint: str,
         vocab_size: int,
         num_likeliest: int,
-        version: Callable[[], int],
-        patience: Patience,
         clean: bool,
     ) -> None:
-        """Reaches the service at the only target of `service` and checks it; `field` is its context in the run file.
+        """The service is the only target of `service`; `field` is its context in the run file.
 
-        With `clean` it unloads what an attempt of this run that was killed has left there.
-
-        Raises StillhouseError: TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, TEACHER_UNREACHABLE.
+        With `clean` the first probe unloads what a killed attempt of this run has left there. A probe raises
+        TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, or why the service does not answer.
         """
-        self._student = student
-        self._service = service
-        self._target = service.targets[0]
-        self._field = f"{field}.rollout_credential"
+        super().__init__(service.targets[0], service, self._check_base, field=f"{field}.rollout_credential")
         self._run_name = run_name
+        self._tokenizer_fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
         self._num_likeliest = num_likeliest
-        self._version = version
-        self._patience = patience
-        self._signature = signature(service, self._target, field=self._field)
-        self._channel = connect(self._signature[0])
-        self._stub = TeacherServiceStub(self._channel)
+        self._clean = clean
         self._loaded = ""
-        self.info = self._ask(
-            lambda: self._stub.GetTeacherInfo(GetTeacherInfoRequest(), timeout=INFO_TIMEOUT_S)
-        )
-        self._check(tokenizer_fingerprint)
-        for each in self.info.adapters if clean else ():
-            if each.name.startswith(f"{run_name}/"):
-                self._unload(each.name)
+        self.info = GetTeacherInfoResponse()
+        """Info of the service at its last probe."""
 
     def close(self) -> None:
-        """Gives the last adapter's place back, if the service answers, and closes the connection."""
+        """Frees the last adapter's slot, if the service answers, and closes the connection."""
         if self._loaded:
-            self._unload(self._loaded)
-        self._channel.close()
+            self._unload(self.stub(), self._loaded)
+        super().close()
 
-    def write(
+    def sample(
         self,
-        prompts: Sequence[NDArray[np.int32]],
+        prompts: Sequence[RolloutPrompt],
         generation: RolloutConfig,
-        *,
-        max_sequence_tokens: int,
-        seeds: Sequence[int],
+        adapter: SavedAdapter,
+        on_cancel: Callable[[Callable[[], object]], None],
     ) -> list[list[Text]]:
-        """Up to `samples_per_prompt` texts for each prompt, waiting for the service as for a teacher.
+        """Returns up to `samples_per_prompt` texts for each prompt, without those that hold a token unknown to the teacher.
 
-        A text with a token that the run's teacher does not know is left out. Raises Stopped, or StillhouseError.
+        `on_cancel` gets the function that cancels the call. Raises StillhouseError.
         """
-        name, fingerprint = self._load_version()
-        request = GenerateRequest(
-            prompts=[
-                Prompt(
-                    token_ids=encode(prompt),
-                    adapter=name,
-                    sampling=SamplingParams(
-                        seed=seed,
-                        max_new_tokens=min(generation.max_new_tokens, max_sequence_tokens - len(prompt)),
-                    ),
-                )
-                for prompt, seed in zip(prompts, seeds, strict=True)
-            ],
-            sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
-            num_samples=generation.samples_per_prompt,
-            distributions=DistributionConfig(
-                top_k=self._num_likeliest, logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_token_ids=True
-            ),
-            whole_samples=True,
-        )
-        texts = self._ask(lambda: self._generate(request, fingerprint))
+        with self.errors():
+            stub = self.stub()
+            name, fingerprint = self._load(stub, adapter)
+            request = GenerateRequest(
+                prompts=[
+                    Prompt(
+                        token_ids=encode(prompt.token_ids),
+                        adapter=name,
+                        sampling=SamplingParams(seed=prompt.seed, max_new_tokens=prompt.max_new_tokens),
+                    )
+                    for prompt in prompts
+                ],
+                sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
+                num_samples=generation.samples_per_prompt,
+                distributions=DistributionConfig(
+                    top_k=self._num_likeliest, logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_token_ids=True
+                ),
+                whole_samples=True,
+            )
+            stream = stub.Generate(request)
+            on_cancel(stream.cancel)
+            texts = self._texts(stream, fingerprint)
         for number, prompt in enumerate(prompts):
             missing = [each for each in range(generation.samples_per_prompt) if (number, each) not in texts]
             if missing:
                 raise StillhouseError(
                     Reason.TENSOR_INVALID,
-                    f"The service at {self._target} left out samples {missing} of a prompt of {len(prompt)} tokens.",
+                    f"The service at {self.target} left out samples {missing} of a prompt of {len(prompt.token_ids)} tokens.",
                 )
         return [
             [
@@ -154,74 +152,60 @@ class RemoteSampler:
             for number in range(len(prompts))
         ]
 
-    def _renew(self) -> None:
-        """Connects anew if token or certificate were replaced; while a file is being replaced, the former one is used."""
-        try:
-            found = signature(self._service, self._target, field=self._field)
-        except StillhouseError as error:
-            log.warning("the former credential is used", why=error.message)
-            return
-        if found != self._signature:
-            self._channel.close()
-            self._signature = found
-            self._channel = connect(found[0])
-            self._stub = TeacherServiceStub(self._channel)
-
-    def _check(self, tokenizer_fingerprint: str) -> None:
-        if self.info.tokenizer_fingerprint != tokenizer_fingerprint:
+    def _check_base(self, _: Endpoint, stub: TeacherServiceStub, info: GetTeacherInfoResponse) -> None:
+        """Checks a service at each probe; unloads at the first one what a killed attempt of this run left there."""
+        if info.tokenizer_fingerprint != self._tokenizer_fingerprint:
             raise StillhouseError(
                 Reason.TOKENIZER_MISMATCH,
-                f"The rollout service at {self._target} has another tokenizer than the student. Start it on the student's "
+                f"The rollout service at {self.target} has another tokenizer than the student. Start it on the student's "
                 "base: stillhouse-teacher --model <student.model> --max-adapters 2.",
             )
-        if CAPABILITY_HOT_ADAPTERS not in self.info.capabilities:
+        if CAPABILITY_HOT_ADAPTERS not in info.capabilities:
             raise StillhouseError(
                 Reason.CAPABILITY,
-                f"The rollout service at {self._target} loads no adapters while it serves. Start it with --max-adapters 2.",
+                f"The rollout service at {self.target} loads no adapters while it serves. Start it with --max-adapters 2.",
                 metadata={"capability": "CAPABILITY_HOT_ADAPTERS"},
             )
-        if self._num_likeliest > self.info.max_top_k:
+        if self._num_likeliest > info.max_top_k:
             raise StillhouseError(
                 Reason.TOP_K_TOO_LARGE,
-                f"The rollout service at {self._target} gives at most {self.info.max_top_k} likeliest tokens; the loss "
+                f"The rollout service at {self.target} gives at most {info.max_top_k} likeliest tokens; the loss "
                 f"wants {self._num_likeliest}. Start it with --max-top-k {self._num_likeliest}.",
             )
+        self.info = info
+        if self._clean:
+            self._clean = False
+            for each in info.adapters:
+                if each.name.startswith(f"{self._run_name}/"):
+                    self._unload(stub, each.name)
 
-    def _load_version(self) -> tuple[str, str]:
-        """Name and fingerprint of the adapter as it is, loaded in the service; the one before is freed."""
-        model: Any = self._student.model
-        with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
-            with _SAVING:
-                model.save_pretrained(folder)
-            _in_order(Path(folder) / CONFIG)
-            stored = self._ask(
-                lambda: self._stub.UploadAdapter(_pieces(Path(folder)), timeout=LOAD_TIMEOUT_S)
-            )
-        name = f"{self._run_name}/{self._version()}-{stored.fingerprint[:12]}"
+    def _load(self, stub: TeacherServiceStub, adapter: SavedAdapter) -> tuple[str, str]:
+        """Loads an adapter in the service, and frees the one before; returns its name and fingerprint."""
+        stored = stub.UploadAdapter(_chunks(adapter.folder), timeout=LOAD_TIMEOUT_S)
+        name = f"{self._run_name}/{adapter.version}-{stored.fingerprint[:12]}"
         before, self._loaded = self._loaded, name
         if before and before != name:
-            self._unload(before)
-        load = LoadAdapterRequest(adapter=name, path=stored.path)
-        self._ask(lambda: self._stub.LoadAdapter(load, timeout=LOAD_TIMEOUT_S))
+            self._unload(stub, before)
+        stub.LoadAdapter(LoadAdapterRequest(adapter=name, path=stored.path), timeout=LOAD_TIMEOUT_S)
         failpoints.reach("rollouts.after_load")
         return name, stored.fingerprint
 
-    def _unload(self, name: str) -> None:
+    def _unload(self, stub: TeacherServiceStub, name: str) -> None:
         try:
-            self._stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=INFO_TIMEOUT_S)
+            stub.UnloadAdapter(UnloadAdapterRequest(adapter=name), timeout=INFO_TIMEOUT_S)
         except grpc.RpcError as error:  # a service that was restarted has forgotten it
             log.warning("an adapter was not unloaded", adapter=name, why=str(error.code()))
 
-    def _generate(self, request: GenerateRequest, fingerprint: str) -> dict[tuple[int, int], Text]:
+    def _texts(self, stream: Iterable[GenerateResponse], fingerprint: str) -> dict[tuple[int, int], Text]:
         parts: dict[tuple[int, int], list[SampleChunk]] = {}
-        for response in self._stub.Generate(request):
+        for response in stream:
             for chunk in response.chunks:
                 if chunk.HasField("error"):
                     raise from_status(chunk.error)
                 if chunk.adapter_fingerprint != fingerprint:
                     raise StillhouseError(
                         Reason.TEACHER_CHANGED,
-                        f"The service at {self._target} wrote with adapter {chunk.adapter_fingerprint[:12] or 'none'}; "
+                        f"The service at {self.target} wrote with adapter {chunk.adapter_fingerprint[:12] or 'none'}; "
                         f"{fingerprint[:12]} was asked for.",
                     )
                 parts.setdefault((chunk.prompt_index, chunk.sample_index), []).append(chunk)
@@ -235,8 +219,8 @@ class RemoteSampler:
         if not all(part.HasField("sampling_logprobs") for part in parts) or not token_ids.size:
             raise StillhouseError(
                 Reason.CAPABILITY,
-                f"The rollout service at {self._target} ({self.info.engine}) does not say how likely its tokens were when it drew "
-                "them. Use temperature 1 and top_p 1, or start it with --engine hf.",
+                f"The rollout service at {self.target} ({self.info.engine}) gives no log-probabilities of the "
+                "tokens that it sampled. Use temperature 1 and top_p 1, or start it with --engine hf.",
                 metadata={"capability": "sampling_logprobs"},
             )
         logprobs = np.concatenate(
@@ -258,7 +242,7 @@ class RemoteSampler:
         if not len(token_ids) == len(logprobs) == len(likeliest):
             raise StillhouseError(
                 Reason.TENSOR_INVALID,
-                f"The service at {self._target} sent a text whose parts differ in length.",
+                f"The service at {self.target} sent a text whose parts differ in length.",
             )
         return Text(
             token_ids=token_ids.astype(np.int32),
@@ -267,29 +251,19 @@ class RemoteSampler:
             finished=parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
         )
 
-    def _ask(self, call: Callable[[], Result]) -> Result:
-        """The answer to a call, repeated while nobody answers, as long as the run is patient."""
-        since, attempt = time.monotonic(), 0
-        while True:
-            try:
-                self._renew()
-                result = call()
-            except grpc.RpcError as caught:
-                error = from_rpc_error(caught, target=self._target, service="teacher")
-            except StillhouseError as caught:
-                error = caught
-            else:
-                self._patience.clear()
-                return result
-            # A token that is replaced while the run goes on is read again before the next try.
-            if not error.retryable and not (error.reason is Reason.UNAUTHENTICATED and self._loaded):
-                raise error
-            self._patience.sleep(backoff_s(attempt, error), since, error.message)
-            attempt += 1
+
+@contextmanager
+def saved_adapter(student: Student, version: int) -> Iterator[SavedAdapter]:
+    """Saves the student's adapter as it is; the files go with the block."""
+    model: Any = student.model
+    with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
+        model.save_pretrained(folder)
+        _sort_settings(Path(folder) / CONFIG)
+        yield SavedAdapter(folder=Path(folder), version=version)
 
 
-def _in_order(settings: Path) -> None:
-    """Writes an adapter's settings so that equal ones have equal bytes: peft holds sets, whose order is the process's own."""
+def _sort_settings(settings: Path) -> None:
+    """Rewrites an adapter's settings so that equal ones have equal bytes: peft holds sets, whose order differs by process."""
     values = json.loads(settings.read_bytes())
     ordered = {
         name: sorted(value)
@@ -300,9 +274,9 @@ def _in_order(settings: Path) -> None:
     settings.write_text(json.dumps(ordered, sort_keys=True))
 
 
-def _pieces(directory: Path) -> Iterator[UploadAdapterRequest]:
+def _chunks(directory: Path) -> Iterator[UploadAdapterRequest]:
     for name in FILES:
         data = (directory / name).read_bytes()
         yield UploadAdapterRequest(file_name=name, sha256=hashlib.sha256(data).hexdigest())
-        for first in range(0, len(data), PIECE_BYTES):
-            yield UploadAdapterRequest(data=data[first : first + PIECE_BYTES])
+        for first in range(0, len(data), CHUNK_BYTES):
+            yield UploadAdapterRequest(data=data[first : first + CHUNK_BYTES])

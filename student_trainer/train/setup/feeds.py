@@ -18,10 +18,9 @@ from stillhouse.student_trainer.train.contexts.student_feed import RolloutState,
 from stillhouse.student_trainer.train.contexts.teacher_feed import TeacherFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Mix
-from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
 from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
-from stillhouse.student_trainer.train.rollouts.sampler_pool import SharedSampler
+from stillhouse.student_trainer.train.rollouts.sampler_pool import SamplerPool
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
@@ -114,9 +113,8 @@ class FeedFactory:
                 num_likeliest=top_k,
             )
 
-        def connect(target: str, patience: Patience) -> RemoteSampler:
-            return RemoteSampler(
-                side.student,
+        samplers = [
+            RemoteSampler(
                 TeacherConfig(
                     targets=(target,),
                     credential=config.rollout_credential,
@@ -127,15 +125,12 @@ class FeedFactory:
                 tokenizer_fingerprint=self.inputs.tokenizer_fingerprint,
                 vocab_size=side.vocab_size,
                 num_likeliest=top_k,
-                version=self.state.progress.version,
-                patience=patience,
                 clean=scope.ranks.is_first,
             )
-
-        sampler = (
-            SharedSampler(targets, connect, scope.patience)
-            if len(targets) > 1
-            else connect(targets[0], scope.patience)
+            for target in targets
+        ]
+        sampler = SamplerPool(
+            side.student, samplers, version=self.state.progress.version, patience=scope.patience
         )
         scope.stack.callback(sampler.close)
         return sampler

@@ -1,4 +1,4 @@
-"""How a training process speaks to its teachers: the run names a section of the operator's file, and files in it may change meanwhile."""
+"""Credentials of a training process: sections of the operator's file, whose token and certificate files may be replaced."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 Signature = tuple[ChannelOptions, tuple[object, ...]]
 
 
-def signature(config: TeacherConfig, target: str, *, field: str = "teachers[0].credential") -> Signature:
-    """How to reach `target` at present, and what tells whether a file that this names was replaced.
+def signature(config: TeacherConfig, target: str, *, field: str) -> Signature:
+    """Returns the channel options for `target` at present, and the stamps of the files that they name.
 
-    `field` is where the credential stands in the run file.
+    `field` is the credential's place in the run file.
 
     Raises:
         StillhouseError: INVALID_SPEC if the credential cannot be read.

@@ -1,11 +1,12 @@
-"""Asks a teacher to write, ahead of the student: prompts go out and whole samples with their distributions come in, on threads of their own.
+"""Lets a teacher generate ahead of the student: prompts go out and finished samples with their distributions come in.
 
-Every prompt submitted is answered once, however often a call breaks. A sample's text depends on its seed, its prompt and
-its index alone, so that asking again gives the same with an engine that computes alike. The caller bounds what is in flight.
+A sample depends on its seed, its prompt and its index alone, so that asking again gives the same with an engine that
+computes alike. The caller bounds what is in flight.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
+from stillhouse.protos.rpc.pool.service_pool import Call
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     DistributionConfig,
     GenerateRequest,
@@ -20,12 +22,12 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     SampleChunk,
     SamplingParams,
 )
-from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig
-from stillhouse.student_trainer.train.teacher.dispatcher import Lane, Lanes
+from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
+from stillhouse.student_trainer.train.teacher.teacher_stream import TeacherStream
 
 NUM_CALLS = 2
 """Generate calls to a service side by side: while one writes its last samples, the next has begun."""
@@ -33,104 +35,82 @@ NUM_CALLS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """One sample, whole."""
+    """One finished sample."""
 
     token_ids: NDArray[np.int32]
-    """[n]: the tokens behind the prompt, the end token included if it was written."""
+    """[n]: the completion's tokens, the end token included if it was generated."""
     distributions: Distributions | None
-    """Of its tokens, counted from the first token of the prompt; None if none were asked for."""
+    """Distributions of its tokens, counted from the first token of the prompt; None if none were asked for."""
     finished: bool
-    """Whether it ended by itself, and not at its limit."""
+    """Whether it ended with a stop token, not at its limit."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
-class _Item:
+class _Prompt:
     token_ids: NDArray[np.int32]
     seed: int
     max_new_tokens: int
     place: str
     cost: int
     samples: dict[int, Written] = field(default_factory=dict)
-    """Those that are whole, by index."""
+    """Finished samples by index; they outlast a break."""
 
 
-class TextStream(Lanes[_Item, list[Written]]):
-    """A teacher's texts to prompts, by the ids that the caller gives them: a few calls at once to each of its services."""
+class TextStream(TeacherStream[_Prompt, list[Written]]):
+    """A teacher's samples for prompts, by the ids that the caller gives them: a few calls at once to each service."""
 
     def __init__(
         self, teacher: TeacherClient, generation: RolloutConfig, distributions: DistributionConfig | None
     ) -> None:
         """Starts the threads; `teacher` has been reached once."""
-        super().__init__(teacher, name="text-stream", threads=NUM_CALLS)
         self._generation = generation
         self._distributions = distributions
-        self._start()
+        super().__init__(teacher, name="text-stream", max_calls=NUM_CALLS)
 
     def submit(
         self, prompt_id: int, token_ids: NDArray[np.int32], *, seed: int, max_new_tokens: int, place: str
     ) -> None:
-        """Ask for `samples_per_prompt` texts behind a prompt; `place` is named in errors."""
+        """Asks for `samples_per_prompt` completions of a prompt; `place` is named in errors."""
         cost = len(token_ids) + max_new_tokens * self._generation.samples_per_prompt
-        self._submit(
-            prompt_id,
-            _Item(token_ids=token_ids, seed=seed, max_new_tokens=max_new_tokens, place=place, cost=cost),
+        prompt = _Prompt(
+            token_ids=token_ids, seed=seed, max_new_tokens=max_new_tokens, place=place, cost=cost
         )
+        self._pool.put({prompt_id: prompt})
 
     @property
     def num_asked(self) -> int:
-        """Texts asked for, repetitions included."""
+        """Samples asked for, repetitions included."""
         return super().num_asked * self._generation.samples_per_prompt
 
-    def _ready(self, lane: Lane) -> bool:
-        with self._lock:
-            # A lane that is broken looks whether its service is back, with or without work.
-            lane.work.wait_for(lambda: lane.queue or not lane.is_open or self._closed)
-            return not self._closed
-
-    def _serve(self, lane: Lane, stub: TeacherServiceStub) -> None:
-        """One call for all that waits, up to what one takes; returns when all of it is answered."""
-        with self._lock:
-            batch: list[int] = []
-            while lane.queue and len(batch) < (self._teacher.info.max_prompts or len(self._pieces)):
-                prompt_id = lane.queue.popleft()
-                if self._owner.get(prompt_id) is lane:
-                    batch.append(prompt_id)
-            items = [self._pieces[prompt_id] for prompt_id in batch]
-            lane.num_sent += len(batch)
-        if not batch:
+    def _serve(self, endpoint: Endpoint, call: Call[_Prompt, list[Written]]) -> None:
+        """Makes one call for all prompts that wait, up to the service's limit."""
+        places = iter(range(self._teacher.info.max_prompts or sys.maxsize))
+        prompts = call.take(lambda _: next(places, None) is not None)
+        if not prompts:
             return
-        call = stub.Generate(self._request(items))
-        with self._lock:
-            lane.calls.add(call)
-            over = self._closed or not lane.is_open
+        ids = list(prompts)
         parts: dict[tuple[int, int], list[SampleChunk]] = {}
-        try:
-            if over:
-                return
-            for response in call:
-                for chunk in response.chunks:
-                    self._accept(lane, batch, chunk, parts)
-        finally:
-            call.cancel()
-            with self._lock:
-                lane.calls.discard(call)
-        if any(self._owner.get(prompt_id) is lane for prompt_id in batch) and not self._closed:
-            raise StillhouseError(
-                Reason.TEACHER_UNREACHABLE,
-                f"The teacher at {lane.endpoint.target} ended a call early; it may be restarting.",
-            )
+        with endpoint.errors():
+            stream = endpoint.stub().Generate(self._request(list(prompts.values())))
+            call.on_cancel(stream.cancel)
+            try:
+                for response in stream:
+                    for chunk in response.chunks:
+                        self._accept(call, ids, chunk, parts)
+            finally:
+                stream.cancel()
 
-    def _request(self, items: Sequence[_Item]) -> GenerateRequest:
+    def _request(self, prompts: Sequence[_Prompt]) -> GenerateRequest:
         size = self._generation.samples_per_prompt
         return GenerateRequest(
             prompts=[
                 Prompt(
-                    token_ids=encode(item.token_ids),
+                    token_ids=encode(prompt.token_ids),
                     adapter=self._teacher.config.adapter,
-                    sampling=SamplingParams(max_new_tokens=item.max_new_tokens, seed=item.seed),
-                    sample_indices=[each for each in range(size) if each not in item.samples],
+                    sampling=SamplingParams(max_new_tokens=prompt.max_new_tokens, seed=prompt.seed),
+                    sample_indices=[each for each in range(size) if each not in prompt.samples],
                 )
-                for item in items
+                for prompt in prompts
             ],
             sampling=SamplingParams(temperature=self._generation.temperature, top_p=self._generation.top_p),
             num_samples=size,
@@ -140,33 +120,33 @@ class TextStream(Lanes[_Item, list[Written]]):
 
     def _accept(
         self,
-        lane: Lane,
-        batch: list[int],
+        call: Call[_Prompt, list[Written]],
+        ids: Sequence[int],
         chunk: SampleChunk,
         parts: dict[tuple[int, int], list[SampleChunk]],
     ) -> None:
-        """Takes in a part of a sample; `parts` are the others of this call. Raises StillhouseError for an answer that asks to come again later."""
-        if not 0 <= chunk.prompt_index < len(batch):
+        """Takes in one part of a sample; `parts` holds the earlier ones of this call."""
+        if not 0 <= chunk.prompt_index < len(ids):
             raise StillhouseError(
                 Reason.TENSOR_INVALID,
-                f"The teacher answered prompt {chunk.prompt_index} of {len(batch)}. Bring both sides to one version.",
+                f"The teacher answered prompt {chunk.prompt_index} of {len(ids)}. Bring both sides to one version.",
             )
-        prompt_id = batch[chunk.prompt_index]
-        item = self._pieces.get(prompt_id)
-        if item is None or self._owner.get(prompt_id) is not lane:
+        prompt_id = ids[chunk.prompt_index]
+        prompt = call.item(prompt_id)
+        if prompt is None:
             return
         if chunk.HasField("error"):
-            self._finish(prompt_id, self._refusal(prompt_id, item, from_status(chunk.error)))
+            self._refuse(call, prompt_id, prompt.place, from_status(chunk.error))
             return
         key = chunk.prompt_index, chunk.sample_index
         parts.setdefault(key, []).append(chunk)
         if chunk.finish_reason == SampleChunk.FINISH_REASON_UNSPECIFIED:
             return
-        item.samples[chunk.sample_index] = self._whole(item, parts.pop(key))
-        if len(item.samples) == self._generation.samples_per_prompt:
-            self._finish(prompt_id, [item.samples[index] for index in sorted(item.samples)])
+        prompt.samples[chunk.sample_index] = self._whole(prompt, parts.pop(key))
+        if len(prompt.samples) == self._generation.samples_per_prompt:
+            call.answer(prompt_id, [prompt.samples[index] for index in sorted(prompt.samples)])
 
-    def _whole(self, item: _Item, parts: list[SampleChunk]) -> Written:
+    def _whole(self, prompt: _Prompt, parts: list[SampleChunk]) -> Written:
         ids = [
             decode(part.token_ids, field="token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,))
             for part in parts
@@ -176,8 +156,8 @@ class TextStream(Lanes[_Item, list[Written]]):
         outside = token_ids.size and not (
             token_ids.min() >= 0 and token_ids.max() < self._teacher.info.vocab_size
         )
-        if outside or len(token_ids) > item.max_new_tokens:
-            raise _invalid(item, f"{len(token_ids)} tokens, at most {item.max_new_tokens} were asked for")
+        if outside or len(token_ids) > prompt.max_new_tokens:
+            raise _invalid(prompt, f"{len(token_ids)} tokens, at most {prompt.max_new_tokens} were asked for")
         rows = None
         if self._distributions is not None and token_ids.size:
             rows = Distributions.concat(
@@ -185,21 +165,21 @@ class TextStream(Lanes[_Item, list[Written]]):
                     decode_distributions(
                         part.distributions,
                         vocab_size=self._teacher.info.vocab_size,
-                        max_rows=item.max_new_tokens,
+                        max_rows=prompt.max_new_tokens,
                         max_top_k=self._distributions.top_k,
                     )
                     for part in parts
                     if part.HasField("distributions")
                 ]
             )
-            if (rows.start, rows.num_rows) != (len(item.token_ids), len(token_ids)):
-                raise _invalid(item, f"{rows.num_rows} distributions of {len(token_ids)} tokens")
+            if (rows.start, rows.num_rows) != (len(prompt.token_ids), len(token_ids)):
+                raise _invalid(prompt, f"{rows.num_rows} distributions of {len(token_ids)} tokens")
         finished = parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP
         return Written(token_ids=token_ids, distributions=rows, finished=finished)
 
 
-def _invalid(item: _Item, what: str) -> StillhouseError:
+def _invalid(prompt: _Prompt, what: str) -> StillhouseError:
     return StillhouseError(
         Reason.TENSOR_INVALID,
-        f"The teacher sent {what} behind the prompt of {item.place}. Bring both sides to the same version of Stillhouse.",
+        f"The teacher sent {what} behind the prompt of {prompt.place}. Bring both sides to the same version of Stillhouse.",
     )

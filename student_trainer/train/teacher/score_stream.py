@@ -1,83 +1,54 @@
-"""Asks a teacher ahead of the student: sequences go out and answers come in on threads of their own.
-
-Every sequence submitted is answered once, however often a stream breaks: after a break only what is unanswered is sent
-again, to whichever service of the teacher has room, and half an answer is thrown away. The caller bounds what is in flight.
-"""
+"""Queries a teacher for distributions ahead of the student, over one Score stream to each of its services."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
+from stillhouse.protos.rpc.pool.service_pool import Call
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     DistributionConfig,
     ScoreRequest,
     ScoreResult,
     ScoreSequence,
 )
-from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode
-from stillhouse.student_trainer.train.teacher.dispatcher import Lane, Lanes
+from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
+from stillhouse.student_trainer.train.teacher.teacher_stream import TeacherStream
 
 
-class ScoreStream(Lanes[TeacherQuery, Distributions]):
-    """A teacher's answers to sequences, by the ids that the caller gives them: one stream to each of its services."""
+class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
+    """A teacher's distributions for sequences, by the ids that the caller gives them."""
 
     def __init__(self, teacher: TeacherClient, config: DistributionConfig) -> None:
         """Starts the threads; `teacher` has been reached once."""
-        super().__init__(teacher, name="score-stream")
         self._config = config
-        self._start()
+        super().__init__(teacher, name="score-stream")
 
     def submit(self, sequence_id: int, asked: TeacherQuery) -> None:
-        """Ask for the distributions of a sequence."""
-        self._submit(sequence_id, asked)
+        """Asks for the distributions of a sequence."""
+        self._pool.put({sequence_id: asked})
 
-    def _ready(self, lane: Lane) -> bool:  # noqa: ARG002 - a stream is opened before there is anything to send
-        return not self._closed
-
-    def _serve(self, lane: Lane, stub: TeacherServiceStub) -> None:
-        """One stream, until it breaks; always raises unless closed."""
-        requests = _Requests()
-        call = stub.Score(self._requests(lane, requests))
-        with self._lock:
-            lane.calls.add(call)
-            closed = self._closed
+    def _serve(self, endpoint: Endpoint, call: Call[TeacherQuery, Distributions]) -> None:
+        """Keeps one stream open until it breaks or ends; half an answer is dropped with it."""
         parts: dict[int, list[Distributions]] = {}
-        try:
-            if closed:
-                return
-            for response in call:
-                for result in response.results:
-                    self._accept(lane, result, parts)
-        finally:
-            call.cancel()
-            with self._lock:
-                lane.calls.discard(call)
-                requests.ended = True
-                lane.work.notify_all()
-        if not self._closed:
-            raise StillhouseError(
-                Reason.TEACHER_UNREACHABLE,
-                f"The teacher at {lane.endpoint.target} ended the stream; it may be restarting.",
-            )
+        with endpoint.errors():
+            stream = endpoint.stub().Score(self._requests(call))
+            call.on_cancel(stream.cancel)
+            try:
+                for response in stream:
+                    for result in response.results:
+                        self._accept(call, result, parts)
+            finally:
+                stream.cancel()
 
-    def _requests(self, lane: Lane, requests: _Requests) -> Iterator[ScoreRequest]:
-        """The configuration, then sequences as they are given to the lane; gRPC reads it on a thread of its own."""
+    def _requests(self, call: Call[TeacherQuery, Distributions]) -> Iterator[ScoreRequest]:
+        """Yields the configuration, then sequences as the service is given them; read by a thread of gRPC."""
         yield ScoreRequest(config=self._config)
-        while True:
-            with self._lock:
-                while not (lane.queue or requests.ended):
-                    lane.work.wait()
-                if requests.ended:
-                    return
-                sequence_id = lane.queue.popleft()
-                asked = self._pieces.get(sequence_id)
-                if asked is None or self._owner.get(sequence_id) is not lane:
-                    continue
-                lane.num_sent += 1
+        while (found := call.next_item()) is not None:
+            sequence_id, asked = found
             queried = asked.query_token_ids
             yield ScoreRequest(
                 sequence=ScoreSequence(
@@ -89,14 +60,19 @@ class ScoreStream(Lanes[TeacherQuery, Distributions]):
                 )
             )
 
-    def _accept(self, lane: Lane, result: ScoreResult, parts: dict[int, list[Distributions]]) -> None:
-        """Takes in one part of an answer; `parts` are the others of this stream. Raises StillhouseError for an answer that asks to come again later."""
+    def _accept(
+        self,
+        call: Call[TeacherQuery, Distributions],
+        result: ScoreResult,
+        parts: dict[int, list[Distributions]],
+    ) -> None:
+        """Takes in one part of an answer; `parts` holds the earlier ones of this stream."""
         sequence_id = result.sequence_id
-        asked = self._pieces.get(sequence_id)
-        if asked is None or self._owner.get(sequence_id) is not lane:
+        asked = call.item(sequence_id)
+        if asked is None:
             return
         if result.HasField("error"):
-            self._finish(sequence_id, self._refusal(sequence_id, asked, from_status(result.error)))
+            self._refuse(call, sequence_id, asked.place, from_status(result.error))
             return
         part = decode_distributions(
             result.distributions,
@@ -107,18 +83,12 @@ class ScoreStream(Lanes[TeacherQuery, Distributions]):
         if not result.last:
             parts.setdefault(sequence_id, []).append(part)
             return
-        before = parts.pop(sequence_id, [])
-        self._finish(sequence_id, _whole(Distributions.concat([*before, part]), asked))
+        whole = Distributions.concat([*parts.pop(sequence_id, []), part])
+        call.answer(sequence_id, _checked(whole, asked))
 
 
-class _Requests:
-    """Whether the requests of one stream are over."""
-
-    ended = False
-
-
-def _whole(answer: Distributions, asked: TeacherQuery) -> Distributions:
-    """The answer, if it speaks of every position that was asked for."""
+def _checked(answer: Distributions, asked: TeacherQuery) -> Distributions:
+    """Returns the answer if it covers every position that was asked for."""
     if answer.start != asked.start or answer.num_rows != asked.num_rows:
         raise StillhouseError(
             Reason.TENSOR_INVALID,

@@ -29,7 +29,7 @@ from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
-from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, Endpoints, backoff_s, is_passing
+from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing
 from stillhouse.student_trainer.train.teacher.identity import changed, read_identity, write_identity
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare_with, fetch_tokenizer
 
@@ -101,8 +101,10 @@ class TeacherClient:
 
     def __init__(self, config: TeacherConfig, demands: Demands, run_dir: RunDir) -> None:
         self.config = config
-        self.endpoints = Endpoints(config, self._check)
-        """Its services."""
+        self.endpoints = tuple(
+            Endpoint(target, config, self._check) for target in dict.fromkeys(config.targets)
+        )
+        """Its services, in the order of the run file."""
         self._demands = demands
         self._run_dir = run_dir
         self._identity = read_identity(run_dir, config.name)
@@ -123,7 +125,7 @@ class TeacherClient:
             StillhouseError: TEACHER_UNREACHABLE; TOKENIZER_MISMATCH, TEACHER_CHANGED, TOP_K_TOO_LARGE, SEQUENCE_TOO_LONG,
                 CAPABILITY, ADAPTER_NOT_FOUND, or a service's own error, unless another service will do.
         """
-        known_before, since, attempt = self._identity is not None, time.monotonic(), 0
+        known_before, since = self._identity is not None, time.monotonic()
         while True:
             errors = self._reach_all()
             refusals = [
@@ -131,20 +133,19 @@ class TeacherClient:
                 for error in errors
                 if not is_passing(error) or (error.reason is Reason.UNAUTHENTICATED and not known_before)
             ]
-            if refusals and (not known_before or len(refusals) == len(self.endpoints.all)):
+            if refusals and (not known_before or len(refusals) == len(self.endpoints)):
                 # In a run that begins it is unknown which of two services is the right one.
                 raise refusals[0]
-            if len(errors) < len(self.endpoints.all):
+            if len(errors) < len(self.endpoints):
                 for error in errors:
                     log.warning("a teacher's service is not used yet", why=error.message)
-                patience.clear()
+                patience.answered()
                 return
             error = errors[-1]
             silent = error.reason is Reason.TEACHER_UNREACHABLE
             if silent and not known_before and time.monotonic() - since > FIRST_CONTACT_S:
                 raise error
-            patience.sleep(backoff_s(attempt, error), since, error.message)
-            attempt += 1
+            patience.pause(error)
 
     @property
     def text_tokenizer(self) -> str:
@@ -159,11 +160,12 @@ class TeacherClient:
 
     def close(self) -> None:
         """Closes the channels."""
-        self.endpoints.close()
+        for each in self.endpoints:
+            each.close()
 
     def _reach_all(self) -> list[StillhouseError]:
         """Reaches each service; the errors of those that cannot be used."""
-        first, *others = self.endpoints.all
+        first, *others = self.endpoints
         # Before the others, so that the same service always sets the run's identity.
         errors = [_why_not(first)]
         if others:
@@ -219,7 +221,7 @@ class TeacherClient:
 
 def _why_not(endpoint: Endpoint) -> StillhouseError | None:
     try:
-        endpoint.reach()
+        endpoint.probe()
     except StillhouseError as error:
         return error
     return None

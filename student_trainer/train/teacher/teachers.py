@@ -69,21 +69,21 @@ class OnlineTeachers:
 
     def metrics(self) -> dict[str, float]:
         """Outstanding, repeated and broken requests over all services, and of each service where there are several."""
-        counts = {
-            f"{name or 'service'}{number}": each
+        loads = {
+            f"{name or 'service'}{number}": each.load
             for name, teacher in self.members.items()
-            for number, each in enumerate(teacher.endpoints.counts().values())
+            for number, each in enumerate(teacher.endpoints)
         }
         found = {
-            "teacher/outstanding": float(sum(each.outstanding for each in counts.values())),
-            "teacher/outstanding_tokens": float(sum(each.outstanding_tokens for each in counts.values())),
-            "teacher/asked_again": float(sum(each.returned for each in counts.values())),
-            "teacher/breaks": float(sum(each.breaks for each in counts.values())),
+            "teacher/outstanding": float(sum(each.num_outstanding for each in loads.values())),
+            "teacher/outstanding_tokens": float(sum(each.outstanding_cost for each in loads.values())),
+            "teacher/asked_again": float(sum(each.num_returned for each in loads.values())),
+            "teacher/breaks": float(sum(each.num_breaks for each in loads.values())),
         }
-        for name, each in counts.items() if len(counts) > 1 else ():
-            found[f"teacher/{name}/answered"] = float(each.answered)
-            found[f"teacher/{name}/outstanding_tokens"] = float(each.outstanding_tokens)
-            found[f"teacher/{name}/asked_again"] = float(each.returned)
+        for name, each in loads.items() if len(loads) > 1 else ():
+            found[f"teacher/{name}/answered"] = float(each.num_answered)
+            found[f"teacher/{name}/outstanding_tokens"] = float(each.outstanding_cost)
+            found[f"teacher/{name}/asked_again"] = float(each.num_returned)
         if self.cache is not None:
             found |= cache_metrics(self._cached)
         return found

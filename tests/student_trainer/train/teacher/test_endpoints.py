@@ -16,7 +16,8 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc import tokens as auth_tokens
-from stillhouse.protos.rpc.load_balancing import Load, lightest
+from stillhouse.protos.rpc.pool import service_pool
+from stillhouse.protos.rpc.pool.load_balancing import Load
 from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
@@ -26,8 +27,7 @@ from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.process.waiting import Patience
 from stillhouse.student_trainer.train.student.student import load_tokenizer
-from stillhouse.student_trainer.train.teacher import credentials, dispatcher
-from stillhouse.student_trainer.train.teacher.endpoints import Counts
+from stillhouse.student_trainer.train.teacher import credentials, endpoints
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
@@ -56,30 +56,6 @@ QUESTIONS = [
     )
     for number in range(16)
 ]
-
-
-def test_who_is_fast_gets_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr("stillhouse.protos.rpc.load_balancing.time.monotonic", lambda: now)
-    loads, speeds = [Load(), Load()], (30, 10)
-    given = [0, 0]
-    for _ in range(200):
-        now += 1.0
-        for load, speed in zip(loads, speeds, strict=True):
-            for _ in range(min(speed, load.num_outstanding)):
-                load.answer(1)
-        while loads[0].outstanding + loads[1].outstanding < 80:
-            index = lightest(loads, 1)
-            loads[index].give(1)
-            given[index] += 1
-    assert given[0] == pytest.approx(3 * given[1], rel=0.2)
-    now += 1000.0  # what was so long ago says nothing, so both are tried alike
-    for load in loads:
-        while load.num_outstanding:
-            load.take_back(1)
-    first = [lightest(loads, 1)]
-    loads[first[0]].give(1)
-    assert {*first, lightest(loads, 1)} == {0, 1}
 
 
 class World:
@@ -149,8 +125,8 @@ def ask_texts(
     return [stream.take(number, patience) for number in range(len(QUESTIONS))]
 
 
-def counts(teacher: TeacherClient) -> list[Counts]:
-    return list(teacher.endpoints.counts().values())
+def loads(teacher: TeacherClient) -> list[Load]:
+    return [each.load for each in teacher.endpoints]
 
 
 def assert_same(found: Distributions | None, expected: Distributions | None) -> None:
@@ -165,8 +141,9 @@ def assert_same(found: Distributions | None, expected: Distributions | None) -> 
 def test_what_a_lost_service_owes_is_answered_by_the_other(
     world: World, hf_teacher: Program, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    for name in ("PROBE_AFTER_S", "PROBE_TIMEOUT_S", "PROBE_EVERY_S"):
-        monkeypatch.setattr(dispatcher, name, 0.5)
+    for name in ("PING_AFTER_S", "PING_EVERY_S"):
+        monkeypatch.setattr(service_pool, name, 0.5)
+    monkeypatch.setattr(endpoints, "PING_TIMEOUT_S", 0.5)
     network = world.proxy(hf_teacher.target)
     teacher, patience, run_dir = world.connect([network.target, hf_teacher.target])
     calm = ask_scores(world.scores(teacher), patience)
@@ -174,22 +151,22 @@ def test_what_a_lost_service_owes_is_answered_by_the_other(
     network.become("silent")
 
     def lose() -> None:
-        assert counts(teacher)[0].outstanding > 0
+        assert loads(teacher)[0].num_outstanding > 0
         if how == "cut":
             network.become("cut")
 
     for found, expected in zip(ask_scores(stream, patience, lose), calm, strict=True):
         assert_same(found, expected)
-    lost, kept = counts(teacher)
-    assert lost.returned > 0
-    assert lost.outstanding == kept.outstanding == kept.outstanding_tokens == kept.returned == 0
-    assert lost.answered + kept.answered == 2 * len(QUESTIONS)
+    lost, kept = loads(teacher)
+    assert lost.num_returned > 0
+    assert lost.num_outstanding == kept.num_outstanding == kept.outstanding_cost == kept.num_returned == 0
+    assert lost.num_answered + kept.num_answered == 2 * len(QUESTIONS)
     assert not events(run_dir, "condition")
 
     network.become("fine")
-    before = counts(teacher)[0].answered
+    before = loads(teacher)[0].num_answered
     deadline = time.monotonic() + DEADLINE_S
-    while counts(teacher)[0].answered == before:  # it is given work again
+    while loads(teacher)[0].num_answered == before:  # it is given work again
         assert time.monotonic() < deadline
         ask_scores(stream, patience)
 
@@ -201,7 +178,7 @@ def test_texts_of_a_lost_service_are_written_by_the_other(world: World, hf_teach
     stream = world.texts(teacher)
     network.become("silent")
     texts = ask_texts(stream, patience, lambda: network.become("cut"))
-    assert counts(teacher)[0].returned > 0
+    assert loads(teacher)[0].num_returned > 0
     for several, expected in zip(texts, calm, strict=True):
         assert [each.token_ids.tolist() for each in several] == [each.token_ids.tolist() for each in expected]
         for text, other in zip(several, expected, strict=True):
@@ -236,9 +213,9 @@ def test_a_slow_service_gets_less(world: World, hf_teacher: Program) -> None:
     stream = world.scores(teacher)
     for _ in range(6):
         ask_scores(stream, patience)
-    first, second = counts(teacher)
-    assert second.answered > 2 * first.answered
-    assert first.answered > 0
+    first, second = loads(teacher)
+    assert second.num_answered > 2 * first.num_answered
+    assert first.num_answered > 0
 
 
 def test_a_token_that_is_replaced_is_read_again(
@@ -264,7 +241,7 @@ def test_a_token_that_is_replaced_is_read_again(
         second, _ = auth_tokens.create(tokens, name="second", scopes=[Scope.INFER], lifetime_s=3600)
 
         def replace() -> None:
-            wait_for(lambda: "revoked" in stream._why_broken)
+            wait_for(lambda: (error := stream._pool.last_error) is not None and "revoked" in error.message)
             secret.write_text(second)
 
         network.become("cut")

@@ -1,0 +1,83 @@
+"""The interface of a pooled service, the settings of a pool, and its record of a loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rpc.pool.load_balancing import Load
+
+Item = TypeVar("Item")
+
+
+class Replica(Protocol):
+    """One of several equal services; called on a pool's threads."""
+
+    @property
+    def target(self) -> str:
+        """Address, named in errors."""
+        ...
+
+    @property
+    def load(self) -> Load:
+        """Counters, shared by all pools that use the replica."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the last probe succeeded; else a new pool gives it work after its first probe."""
+        ...
+
+    def probe(self) -> None:
+        """Checks before each call that this is the right service, with credentials read anew; raises StillhouseError."""
+        ...
+
+    def ping(self) -> None:
+        """Returns if a silent service is alive, and raises if it seems to hang."""
+        ...
+
+
+R = TypeVar("R", bound=Replica)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolOptions(Generic[Item]):
+    """Settings of a pool."""
+
+    name: str
+    """Prefix of its threads' names."""
+    cost_of: Callable[[Item], int] = lambda _: 1
+    """Cost of an item, such as tokens."""
+    max_calls: int = 1
+    """Calls at once to each replica."""
+    window: float = math.inf
+    """Most cost outstanding at a replica; `has_room` keeps what is put and not yet got to as much for each replica."""
+    chunk: int = 1
+    """Cost of consecutive items that one replica is given together."""
+    max_attempts: int | None = None
+    """Losses after which the result of an item is the error; None where only patience bounds them."""
+    counts: Callable[[StillhouseError], bool] = lambda _: True
+    """Whether an error counts as an attempt of the items that it left unanswered."""
+    is_passing: Callable[[StillhouseError, int], bool] = lambda error, _: error.retryable
+    """Whether a replica may recover by itself after an error, seen so many times in a row without an answer."""
+    silence_s: float = math.inf
+    """Time without any answer that counts like the loss of all replicas."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loss:
+    """A replica that broke, or that a probe found unusable."""
+
+    target: str
+    error: StillhouseError
+    pause_s: float
+    """Time after which it is probed."""
+    was_open: bool
+    """Whether it was in use."""
+    is_passing: bool
+    """Whether it may recover by itself."""
+    num_requeued: int
+    """Items that it left unanswered."""
