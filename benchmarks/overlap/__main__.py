@@ -36,7 +36,7 @@ RESAMPLES = 20_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What was measured."""
+    """Measured times."""
 
     times: Mapping[str, Sequence[float]]
     """By kind, seconds of a step in each block."""

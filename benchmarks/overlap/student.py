@@ -39,16 +39,16 @@ from tests.support.small_models import make_model
 
 VOCABULARY = 4096
 HIDDEN, LAYERS, HEADS = 384, 4, 6
-"""Of the student; the teacher is as wide."""
+"""Shape of the student; the teacher is as wide."""
 BATCH, LENGTH, TOP_K = 4, 128, 64
 ROWS = 16 * BATCH
 STEPS = 1_000_000
-"""More than are taken."""
+"""An upper bound."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Models:
-    """Where they lie."""
+    """Folders of the two models."""
 
     teacher: Path
     student: Path
@@ -157,7 +157,7 @@ class Student:
         return {kind: seconds / steps for kind, seconds in taken.items()}
 
     def _seconds(self, kind: str) -> float:
-        """Of one step, from wanting its data to having taken it."""
+        """Seconds of one step, with the wait for its data."""
         began = time.perf_counter()
         data = next(self._sources[kind])
         self.waited_s += data.teacher_wait_s if kind == "online" else 0.0

@@ -1,4 +1,4 @@
-"""What advantages are compared with: other texts alone, so that the expectation stays and the noise falls; and texts of any length count alike."""
+"""Baselines of the policy gradient: from other rollouts alone, with the same expectation and less noise, for rollouts of any length."""
 
 from __future__ import annotations
 

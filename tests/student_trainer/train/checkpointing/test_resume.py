@@ -158,7 +158,7 @@ def test_a_replaced_attempt_writes_nothing_more(spec: dict[str, Any], tmp_path: 
 
 @pytest.fixture
 def own_teacher(models: Models, tmp_path: Path) -> Iterator[dict[str, Any]]:
-    """How to start a teacher of this test alone, always at one address."""
+    """Arguments that start a teacher of this test alone, always at one address."""
     with no_process_left() as mark:
         yield {
             "engine": "hf",
