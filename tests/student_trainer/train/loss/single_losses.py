@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def distillation_loss(
     vocab_size: int | None = None,
 ) -> LossSum:
     """Sum of weight x the divergence `name` between teacher and student, and of the weights."""
-    term = LossTermConfig(divergence=name, **(parameters or {}))
+    term = replace(LossTermConfig(divergence=name), **(parameters or {}))
     loss = LossConfig(terms=(term,), temperature=temperature, temperature_mode=mode)
     # A text that the student does not rule out: its cross-entropy has weight 0, and 0 x inf is no number.
     ids = student_logits.detach().argmax(-1)
