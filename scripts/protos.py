@@ -96,7 +96,7 @@ def lint() -> int:
 
 
 def find_buf() -> list[str] | None:
-    """How to start buf, if there is a way."""
+    """Command that starts buf, if there is one."""
     patience = {**os.environ, "npm_config_fetch_retries": "0", "npm_config_update_notifier": "false"}
     for command in (["buf"], ["npx", "--yes", BUF]):
         if shutil.which(command[0]) is None:

@@ -1,4 +1,4 @@
-"""What fields a run file may have, read from the contract; both spellings, and the nearest name for a wrong one."""
+"""Fields of a run file, from the contract's descriptors: both spellings, and the nearest name for a wrong one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stillhouse.client.core.json_output import is_map
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 MAX_NAME_CHARS = 100
-"""Of a wrong name that is compared with the right ones."""
+"""Compared characters of a wrong name."""
 
 
 def find_field(message: Message, name: str) -> FieldDescriptor | None:
@@ -32,7 +32,7 @@ def spelled_like(name: str, sample: str) -> str:
 
 
 def unknown_field_sentence(message: Message, name: str, prefix: str) -> str:
-    """Says that `name` is no field of `message`, which lies at `prefix`, and which field may be meant."""
+    """Sentence for a `name` that is no field of `message`, which lies at `prefix`, and which field may be meant."""
     names = [field.name for field in message.DESCRIPTOR.fields]
     near = difflib.get_close_matches(_snake(name[:MAX_NAME_CHARS]), names, n=1, cutoff=0.6)
     if near:

@@ -12,8 +12,8 @@ import yaml
 
 from stillhouse.client.core.errors import file_error
 from stillhouse.client.runfile.overrides import apply_override
-from stillhouse.client.runfile.source_map import Place, Places, Problem, invalid
-from stillhouse.client.runfile.yaml_reader import Reader
+from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap, invalid
+from stillhouse.client.runfile.yaml_reader import RunFileReader
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 MAX_RUN_FILE_BYTES = 1 << 20
@@ -21,14 +21,14 @@ MAX_RUN_FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunFile:
-    """A run as a user wrote it."""
+    """A run file as it was written."""
 
     spec: RunSpec
-    """What it says, with overrides applied."""
-    places: Places
-    """Where it says so."""
+    """Its values, with overrides applied."""
+    source_map: SourceMap
+    """Source location of each field."""
     directory: Path
-    """Where the file lies."""
+    """The file's directory; relative datasets are looked up there."""
 
 
 def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
@@ -51,17 +51,17 @@ def parse_run(
     content: bytes, source: str, overrides: Sequence[str] = (), *, directory: Path | None = None
 ) -> RunFile:
     """The run in `content`, which errors call `source`; without one they name fields alone."""
-    reader = Reader(source)
+    reader = RunFileReader(source)
     spec = RunSpec()
     root = reader.compose(_decoded(content, source))
     if root is not None:
-        reader.places.root = reader.place(root)
+        reader.source_map.root = reader.location(root)
         reader.read_message(root, spec, "", "")
     for override in overrides:
         apply_override(override, spec, reader)
     if reader.problems:
         raise invalid(reader.problems)
-    return RunFile(spec=spec, places=reader.places, directory=directory or Path.cwd())
+    return RunFile(spec=spec, source_map=reader.source_map, directory=directory or Path.cwd())
 
 
 def parse_fields(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:
@@ -71,16 +71,16 @@ def parse_fields(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> Ru
 
 
 def _decoded(content: bytes, source: str) -> str:
-    top = Place(source=source, line=1, column=1)
+    top = SourceLocation(source=source, line=1, column=1)
     if len(content) > MAX_RUN_FILE_BYTES:
         sentence = f"the file is larger than {MAX_RUN_FILE_BYTES} bytes; a run file is a page of text."
-        raise invalid([Problem(place=top, path="", sentence=sentence)])
+        raise invalid([Problem(location=top, path="", sentence=sentence)])
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         before = content[: error.start].split(b"\n")
-        place = Place(source=source, line=len(before), column=len(before[-1]) + 1)
+        location = SourceLocation(source=source, line=len(before), column=len(before[-1]) + 1)
         sentence = "this byte is not UTF-8; save the file as UTF-8."
-        raise invalid([Problem(place=place, path="", sentence=sentence)]) from error
+        raise invalid([Problem(location=location, path="", sentence=sentence)]) from error
     # JSON indents with tabs and has none inside its strings; YAML does not take them.
     return text.replace("\t", " ") if source.endswith(".json") else text

@@ -12,8 +12,8 @@ from google.protobuf.message import Message
 
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
-from stillhouse.client.runfile.source_map import Place, Problem, join
-from stillhouse.client.runfile.yaml_reader import Reader
+from stillhouse.client.runfile.source_map import Problem, SourceLocation, join
+from stillhouse.client.runfile.yaml_reader import RunFileReader
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 _PATH = re.compile(r"[^.\[\]=]+(\.[^.\[\]=]+|\[\d+\])*")
@@ -24,24 +24,24 @@ class _Refused(Exception):  # noqa: N818 (it never leaves this file)
     """The override does not fit; its text is a sentence."""
 
 
-def apply_override(override: str, spec: RunSpec, reader: Reader) -> None:
+def apply_override(override: str, spec: RunSpec, reader: RunFileReader) -> None:
     """Sets the field that `override`, such as "loss.terms.0.weight=2" or "loss.terms[0].weight=2", names.
 
     Text is taken as it stands; a list or a set of fields is written as YAML, "student.lora={rank: 8}". An index
     equal to the length of a list adds to it. Problems go to `reader`.
     """
     path, equals, text = override.partition("=")
-    place = Place(source=f"--set {override}")
-    setting = _Setting(reader=reader, place=place, text=text)
-    reader.override = place
+    location = SourceLocation(source=f"--set {override}")
+    setting = _Setting(reader=reader, location=location, text=text)
+    reader.override = location
     try:
         if path.startswith(_LABELS) and equals:
             spec.labels[path.removeprefix(_LABELS)] = text
-            reader.places.note(path, place, path)
+            reader.source_map.note(path, location, path)
         else:
             setting.apply(spec, _segments(path if equals else ""))
     except _Refused as refused:
-        problem = Problem(place=place, path=join(setting.spelled), sentence=str(refused))
+        problem = Problem(location=location, path=join(setting.spelled), sentence=str(refused))
         reader.problems.append(problem)
     finally:
         reader.override = None
@@ -57,8 +57,8 @@ def _segments(path: str) -> list[str]:
 class _Setting:
     """One override on its way down the fields."""
 
-    reader: Reader
-    place: Place
+    reader: RunFileReader
+    location: SourceLocation
     text: str
     path: list[str] = field(default_factory=list)
     spelled: list[str] = field(default_factory=list)
@@ -106,7 +106,7 @@ class _Setting:
 
     def _set_field(self, found: FieldDescriptor, message: Message) -> None:
         path, spelled = join(self.path), join(self.spelled)
-        self.reader.places.forget_below(path)
+        self.reader.source_map.forget_below(path)
         if found.message_type is None and not found.is_repeated:
             value = self._scalar(found)
             if value is not None:
@@ -129,7 +129,7 @@ class _Setting:
         path, spelled = join(self.path), join(self.spelled)
         node = self._composed()
         element.Clear()
-        self.reader.places.forget_below(path)
+        self.reader.source_map.forget_below(path)
         self._note()
         self.reader.read_message(node, element, path, spelled)
 
@@ -149,4 +149,4 @@ class _Setting:
         return node
 
     def _note(self) -> None:
-        self.reader.places.note(join(self.path), self.place, join(self.spelled))
+        self.reader.source_map.note(join(self.path), self.location, join(self.spelled))

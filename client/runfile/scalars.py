@@ -24,12 +24,12 @@ _LIMITS = {
 
 
 def is_null(node: yaml.Node) -> bool:
-    """Whether `node` is empty: nothing, `~` or `null`, outside quotes."""
+    """True if `node` is empty: nothing, `~` or `null`, outside quotes."""
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _NULLS
 
 
-def kind(node: yaml.Node) -> str:
-    """What `node` is, for an error sentence, such as '"abc" is text'."""
+def describe(node: yaml.Node) -> str:
+    """Describes `node` for an error sentence, such as '"abc" is text'."""
     if isinstance(node, yaml.MappingNode):
         return "this is a set of fields"
     if isinstance(node, yaml.SequenceNode):
@@ -59,7 +59,7 @@ def _text(_: FieldDescriptor, node: yaml.ScalarNode, verbatim: bool) -> str:
     if verbatim or node.style is not None:
         return _joined(node.value)
     if node.value in _BOOLEANS or _NUMBER.fullmatch(node.value):
-        raise ValueError(f'expects text; {kind(node)}: write "{node.value}" in quotes.')
+        raise ValueError(f'expects text; {describe(node)}: write "{node.value}" in quotes.')
     return _joined(node.value)
 
 
@@ -68,7 +68,7 @@ def _boolean(_: FieldDescriptor, node: yaml.ScalarNode, __: bool) -> bool:
         return _BOOLEANS[node.value]
     meant = _YES_NO.get(node.value.lower()) or _BOOLEANS.get(node.value)
     remedy = f": write {str(meant).lower()}" if meant is not None else ""
-    raise ValueError(f"expects true or false; {kind(node)}{remedy}.")
+    raise ValueError(f"expects true or false; {describe(node)}{remedy}.")
 
 
 def _whole_number(field: FieldDescriptor, node: yaml.ScalarNode, _: bool) -> int:
@@ -100,9 +100,9 @@ def _number_text(node: yaml.ScalarNode, expected: str, *, quoted_is_fine: bool) 
     if _NOT_FINITE.fullmatch(text):
         raise ValueError(f"expects a finite number; {text} is not one.")
     if not _NUMBER.fullmatch(text):
-        raise ValueError(f"expects {expected}; {kind(node)}.")
+        raise ValueError(f"expects {expected}; {describe(node)}.")
     if node.style is not None and not quoted_is_fine:
-        raise ValueError(f"expects {expected}; {kind(node)}: write {text} without quotes.")
+        raise ValueError(f"expects {expected}; {describe(node)}: write {text} without quotes.")
     if _LEADING_ZERO.fullmatch(text):
         raise ValueError(f"expects {expected}; {text} begins with 0, which some readers take for octal.")
     return text.replace("_", "")

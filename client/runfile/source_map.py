@@ -1,4 +1,4 @@
-"""Where each field of a run was written, so that an error, also one of the service, points at the user's own text."""
+"""Source locations of a run's fields, so that an error, also one of the service, points at the user's own text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SEGMENT = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class SourceLocation:
     """A position in a run file, or an override on the command line."""
 
     source: str
@@ -29,43 +29,43 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """One thing that is wrong with a run."""
+    """One problem of a run file."""
 
-    place: Place
+    location: SourceLocation
     path: str
     """The field, in the file's own spelling; empty for the file as a whole."""
     sentence: str
 
     def __str__(self) -> str:
-        return ": ".join(part for part in (str(self.place), self.path, self.sentence) if part)
+        return ": ".join(part for part in (str(self.location), self.path, self.sentence) if part)
 
 
 @dataclass(kw_only=True, slots=True)
-class Places:
-    """Field path, such as "loss.terms[0].alpha", to where it was written and how it was spelled there."""
+class SourceMap:
+    """Field path, such as "loss.terms[0].alpha", to its location and spelling in the file."""
 
-    root: Place
+    root: SourceLocation
     camel_case: bool = False
-    """Whether the file spells its fields in lowerCamelCase."""
-    _known: dict[str, tuple[Place, str]] = field(default_factory=dict)
+    """True if the file spells its fields in lowerCamelCase."""
+    _known: dict[str, tuple[SourceLocation, str]] = field(default_factory=dict)
 
-    def note(self, path: str, place: Place, spelled: str) -> None:
-        """Remembers where `path` was written."""
-        self._known[path] = place, spelled
+    def note(self, path: str, location: SourceLocation, spelled: str) -> None:
+        """Records the location of `path`."""
+        self._known[path] = location, spelled
 
     def forget_below(self, path: str) -> None:
         """Forgets everything under `path`, which an override replaces."""
         for known in [each for each in self._known if each.startswith((f"{path}.", f"{path}["))]:
             del self._known[known]
 
-    def find(self, path: str) -> tuple[Place, str]:
-        """Where `path` was written, or else the nearest field around it; and its spelling."""
+    def find(self, path: str) -> tuple[SourceLocation, str]:
+        """Location and spelling of `path`; if it is not in the file, those of the nearest field around it."""
         segments = [match.group() for match in _SEGMENT.finditer(path)]
         for length in range(len(segments), 0, -1):
             known = self._known.get(join(segments[:length]))
             if known is not None:
-                place, spelled = known
-                return place, join([spelled, *self._spelled(segments[length:])])
+                location, spelled = known
+                return location, join([spelled, *self._spelled(segments[length:])])
         return self.root, join(self._spelled(segments))
 
     def located(self, error: StillhouseError) -> StillhouseError:
@@ -74,8 +74,8 @@ class Places:
             return error
         problems = []
         for violation in error.violations:
-            place, spelled = self.find(violation.field.removeprefix("spec."))
-            problems.append(Problem(place=place, path=spelled, sentence=violation.description))
+            location, spelled = self.find(violation.field.removeprefix("spec."))
+            problems.append(Problem(location=location, path=spelled, sentence=violation.description))
         return invalid(problems)
 
     def _spelled(self, segments: Sequence[str]) -> list[str]:
@@ -92,7 +92,9 @@ def join(segments: Sequence[str]) -> str:
 
 def invalid(problems: Sequence[Problem]) -> StillhouseError:
     """One error with all `problems`: those of the file by position, then those of overrides."""
-    ordered = sorted(problems, key=lambda each: (not each.place.line, each.place.line, each.place.column))
+    ordered = sorted(
+        problems, key=lambda each: (not each.location.line, each.location.line, each.location.column)
+    )
     return StillhouseError(
         Reason.INVALID_SPEC,
         "\n".join(dict.fromkeys(str(each) for each in ordered)),

@@ -1,4 +1,4 @@
-"""Reads the YAML nodes of a run file into the fields of a message; a problem is noted where it lies, and the reading goes on."""
+"""Reads the YAML nodes of a run file into the fields of a message; a problem is recorded with its location, and reading continues."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from google.protobuf.message import Message
 
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
-from stillhouse.client.runfile.scalars import is_null, kind, read_value
-from stillhouse.client.runfile.source_map import Place, Places, Problem
+from stillhouse.client.runfile.scalars import describe, is_null, read_value
+from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 _STANDARD_TAG = "tag:yaml.org,2002:"
 _MERGE_TAG = _STANDARD_TAG + "merge"
 
 
-class Reader:
-    """Walks YAML nodes along the fields of a message and gathers values, places and problems."""
+class RunFileReader:
+    """Walks YAML nodes along the fields of a message and collects values, locations and problems."""
 
     def __init__(self, source: str) -> None:
         self.source = source
         self.problems: list[Problem] = []
-        self.places = Places(root=Place(source=source, line=1, column=1))
-        self.override: Place | None = None
-        """Set while an override is read: then everything lies there."""
+        self.source_map = SourceMap(root=SourceLocation(source=source, line=1, column=1))
+        self.override: SourceLocation | None = None
+        """Location of all nodes while an override is read."""
 
     def compose(self, text: str) -> yaml.Node | None:
         """The tree of `text`; None, with a problem, where it is empty or no YAML."""
@@ -35,36 +35,38 @@ class Reader:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            place = self._at(mark.line, mark.column) if mark else self.places.root
-            self._problem(place, "", f"this is no valid YAML: {error.problem or error.context}.")
+            location = self._at(mark.line, mark.column) if mark else self.source_map.root
+            self._problem(location, "", f"this is no valid YAML: {error.problem or error.context}.")
             return None
         except yaml.reader.ReaderError as error:
             before = text[: error.position].split("\n")
-            place = self._at(len(before) - 1, len(before[-1]))
-            self._problem(place, "", "this character must not stand in YAML.")
+            location = self._at(len(before) - 1, len(before[-1]))
+            self._problem(location, "", "this character must not stand in YAML.")
             return None
         except RecursionError:
-            self._problem(self.places.root, "", "the file is nested too deeply.")
+            self._problem(self.source_map.root, "", "the file is nested too deeply.")
             return None
         if root is None or is_null(root):
-            self._problem(self.places.root, "", "the file is empty; a run needs student, teachers and data.")
+            self._problem(
+                self.source_map.root, "", "the file is empty; a run needs student, teachers and data."
+            )
             return None
         return root
 
-    def place(self, node: yaml.Node) -> Place:
-        """Where `node` begins."""
+    def location(self, node: yaml.Node) -> SourceLocation:
+        """Location of the start of `node`."""
         if self.override is not None:
             return self.override
         return self._at(node.start_mark.line, node.start_mark.column)
 
     def problem(self, node: yaml.Node, spelled: str, sentence: str) -> None:
-        """Notes what is wrong at `node`."""
-        self._problem(self.place(node), spelled, sentence)
+        """Records a problem at `node`."""
+        self._problem(self.location(node), spelled, sentence)
 
     def read_message(self, node: yaml.Node, message: Message, path: str, spelled: str) -> None:
         """Reads the fields in the mapping `node` into `message`."""
         if not isinstance(node, yaml.MappingNode):
-            self.problem(node, spelled, f"expects fields, each as `name: value`; {kind(node)}.")
+            self.problem(node, spelled, f"expects fields, each as `name: value`; {describe(node)}.")
             return
         seen: dict[str, tuple[str, yaml.Node]] = {}
         prefix, spelled_prefix = (f"{path}.", f"{spelled}.") if path else ("", "")
@@ -78,7 +80,7 @@ class Reader:
             if self._is_conflict(field, key, seen, spelled_prefix):
                 continue
             seen[field.name] = name, key
-            self.places.camel_case |= name != field.name
+            self.source_map.camel_case |= name != field.name
             self.read_field(
                 field, key, value, message, path=prefix + field.name, spelled=spelled_prefix + name
             )
@@ -95,7 +97,7 @@ class Reader:
     ) -> None:
         """Reads `value` into `field` of `message`."""
         is_scalar = field.message_type is None and not field.is_repeated
-        self.places.note(path, self.place(value if is_scalar else key), spelled)
+        self.source_map.note(path, self.location(value if is_scalar else key), spelled)
         if not self._has_known_tag(value, spelled):
             return
         name = spelled.rpartition(".")[2]
@@ -118,7 +120,7 @@ class Reader:
     def read_scalar(self, field: FieldDescriptor, node: yaml.Node, spelled: str, *, verbatim: bool) -> Any:
         """The value of `node` in the type of `field`; None, with a problem, if it has none."""
         if not isinstance(node, yaml.ScalarNode):
-            self.problem(node, spelled, f"expects one value; {kind(node)}.")
+            self.problem(node, spelled, f"expects one value; {describe(node)}.")
             return None
         try:
             return read_value(field, node, verbatim=verbatim)
@@ -137,12 +139,12 @@ class Reader:
                 'put "- " before its first field' if isinstance(node, yaml.MappingNode) else "write [...]"
             )
             remedy = f"write `{name}: []` or remove it" if is_null(node) else remedy
-            self.problem(node, spelled, f"expects a list; {kind(node)}: {remedy}.")
+            self.problem(node, spelled, f"expects a list; {describe(node)}: {remedy}.")
             return
         items = getattr(message, field.name)
         for index, item in enumerate([node] if alone else node.value):
             item_path, item_spelled = f"{path}[{index}]", f"{spelled}[{index}]"
-            self.places.note(item_path, self.place(item), item_spelled)
+            self.source_map.note(item_path, self.location(item), item_spelled)
             if not self._has_known_tag(item, item_spelled):
                 continue
             if is_null(item):
@@ -156,13 +158,13 @@ class Reader:
 
     def _read_map(self, node: yaml.Node, target: Any, path: str, spelled: str) -> None:
         if not isinstance(node, yaml.MappingNode):
-            self.problem(node, spelled, f"expects `name: text` pairs; {kind(node)}.")
+            self.problem(node, spelled, f"expects `name: text` pairs; {describe(node)}.")
             return
         value_field = RunSpec.LabelsEntry.DESCRIPTOR.fields_by_name["value"]
         seen = set()
         for key, value in self._pairs(node, spelled):
             item_spelled = f"{spelled}.{key.value}"
-            self.places.note(f"{path}.{key.value}", self.place(value), item_spelled)
+            self.source_map.note(f"{path}.{key.value}", self.location(value), item_spelled)
             if key.value in seen:
                 self.problem(key, item_spelled, "is given twice; keep one.")
             seen.add(key.value)
@@ -221,8 +223,8 @@ class Reader:
         self.problem(node, spelled, f"has the tag {node.tag}, which a run file does not know; remove it.")
         return False
 
-    def _at(self, line: int, column: int) -> Place:
-        return Place(source=self.source, line=line + 1, column=column + 1)
+    def _at(self, line: int, column: int) -> SourceLocation:
+        return SourceLocation(source=self.source, line=line + 1, column=column + 1)
 
-    def _problem(self, place: Place, spelled: str, sentence: str) -> None:
-        self.problems.append(Problem(place=place, path=spelled, sentence=sentence))
+    def _problem(self, location: SourceLocation, spelled: str, sentence: str) -> None:
+        self.problems.append(Problem(location=location, path=spelled, sentence=sentence))

@@ -75,7 +75,7 @@ class Trainer(Connection):
         try:
             return self.call(self.stub.CreateRun, request)
         except StillhouseError as error:
-            raise file.places.located(error) from error
+            raise file.source_map.located(error) from error
 
     def run(self, name: str = "latest") -> RunHandle:
         """The run with this id, with an id that begins so, or the newest one."""

@@ -1,4 +1,4 @@
-"""What contexts, teachers and students of a run must satisfy together: combinations that no field shows by itself."""
+"""Checks combinations of contexts, teachers, student, data and cache that no single field shows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.student_trainer.config.schema import (
 )
 
 TEACHER_WEIGHTED = ("forward_kl", "skew_kl", "mse")
-"""Divergences that weigh tokens by the teacher's probabilities, so that its likeliest are support enough."""
+"""Divergences that weigh tokens by the teacher's probabilities, so that its top-k is support enough."""
 
 
 def check_contexts(config: RunConfig) -> Iterator[FieldViolation]:
@@ -193,7 +193,7 @@ def losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:
 
 
 def query_field(config: RunConfig) -> str:
-    """Where a loss stands that compares on the tokens that the student finds likely in its own text; empty if none does."""
+    """Path of a loss that compares on the student's top-k tokens in its own text; empty if there is none."""
     for i, context in enumerate(config.contexts):
         if context.student is not None and needs_query(config.loss_of(context)):
             return f"contexts[{i}].loss" if context.loss else "loss"
@@ -201,12 +201,12 @@ def query_field(config: RunConfig) -> str:
 
 
 def writers(student: StudentContextConfig) -> tuple[str, ...]:
-    """The services that the student's text is sampled from; none: the training process samples itself."""
+    """Services to sample the student's text from; none if the training process samples it."""
     return tuple(dict.fromkeys(each for each in (student.rollout_target, *student.rollout_targets) if each))
 
 
 def needs_query(loss: LossConfig) -> bool:
-    """Whether a loss weighs tokens by the student's probabilities, so that the student's likeliest must be in the support."""
+    """True if a loss weighs tokens by the student's probabilities, so that its top-k must be in the support."""
     return any(
         term.weight > 0 and term.estimator == "full" and term.divergence not in TEACHER_WEIGHTED
         for term in loss.terms
@@ -214,7 +214,7 @@ def needs_query(loss: LossConfig) -> bool:
 
 
 def is_ensemble(config: RunConfig) -> bool:
-    """Whether every row asks several teachers, whose answers are mixed."""
+    """True if every row queries several teachers, whose outputs are mixed."""
     return len(config.teachers) > 1 and not config.data.teacher_field
 
 

@@ -1,4 +1,4 @@
-"""What a run must satisfy whose teacher has a tokenizer of its own, which is bridged by comparing chunks of text."""
+"""Checks of a cross-tokenizer run, which compares chunks of text."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _OF_TOKENS = ("kl", "agreement")
 
 
 def is_bridged(config: RunConfig) -> bool:
-    """Whether teachers are compared with the student by chunks of text."""
+    """True if the run compares teacher and student by chunks of text."""
     return any(loss.asks_teacher and loss.foreign_tokenizer == "alm" for _, loss in losses(config))
 
 
 def chunk_loss(config: RunConfig) -> LossConfig:
-    """The loss by which held-out rows are compared in a bridged run: the first of those that compare chunks."""
+    """The loss by which held-out rows are compared in a cross-tokenizer run: the first of those that compare chunks."""
     return next(loss for _, loss in losses(config) if loss.asks_teacher and loss.foreign_tokenizer == "alm")
 
 
 def evaluation_top_k(config: RunConfig) -> int:
-    """Likeliest tokens to ask for on held-out rows: none where chunks are compared."""
+    """Top-k to query on held-out rows: 0 where chunks are compared."""
     return 0 if is_bridged(config) else config.evaluation.top_k
 
 
 def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
-    """Problems of a bridged run, and of metrics that need one."""
+    """Problems of a cross-tokenizer run, and of metrics that need one."""
     if not is_bridged(config):
         if "alm" in config.evaluation.metrics:
             yield FieldViolation(

@@ -1,4 +1,4 @@
-"""What a run's loss must satisfy: the ranges of its divergences' parameters, and what goes with what."""
+"""Checks a loss: ranges of its divergences' parameters, and combinations of its fields."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
 
 
 def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
-    """Everything that is wrong with the loss at `path` of the run file."""
+    """Problems of the loss at `path` of the run file."""
     if not loss.asks_teacher and loss.hard_weight == 0:
         yield FieldViolation(
             f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."

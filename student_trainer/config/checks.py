@@ -31,7 +31,7 @@ from stillhouse.student_trainer.config.fields import (
 from stillhouse.student_trainer.config.schema import MAX_PROCESSES, RunConfig
 
 MAX_COMPARED_CHARACTERS = 200
-"""Of an unknown word that is compared with the known ones."""
+"""Compared characters of an unknown word."""
 
 TEACHER_METRICS = frozenset({"kl", "agreement", "alm"})
 """Evaluation metrics that need a teacher's outputs."""
@@ -63,11 +63,6 @@ def invalid_field(field: str, description: str) -> StillhouseError:
     return invalid_spec([FieldViolation(field=field, description=description)])
 
 
-def violation(field: str, description: str) -> FieldViolation:
-    """What is wrong with `field`, a path as in the run file."""
-    return FieldViolation(field=field, description=description)
-
-
 def walk(config: Any, path: str = "") -> Iterator[tuple[str, FieldInfo, Any]]:
     """Path in the file, rules and value of every field below the dataclass `config`; items of lists follow their list."""
     for name, info in fields_of(type(config)).items():
@@ -88,10 +83,10 @@ def _check_fields(config: RunConfig) -> Iterator[FieldViolation]:
     for path, info, value in walk(config):
         required = info.rule(Required)
         if required is not None and not value and not (required.unless_offline and config.is_offline):
-            yield violation(path, required.sentence)
+            yield FieldViolation(path, required.sentence)
         problem = None if value is None or isinstance(value, tuple) else _problem(info, value)
         if problem:
-            yield violation(path, problem)
+            yield FieldViolation(path, problem)
 
 
 def _problem(info: FieldInfo, value: Any) -> str | None:
@@ -148,11 +143,11 @@ def _check_targets(path: str, targets: Sequence[str]) -> Iterator[FieldViolation
     for i, target in enumerate(targets):
         match = _TARGET.fullmatch(target)
         if not match or int(match[2] or 0) > 65535:
-            yield violation(f"{path}[{i}]", f'"{target}" is no host:port or unix:PATH.')
+            yield FieldViolation(f"{path}[{i}]", f'"{target}" is no host:port or unix:PATH.')
 
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
-    """What fits together."""
+    """Checks combinations of fields."""
     for check_part in (check_student, check_teachers, check_contexts, check_data, check_cache, check_foreign):
         yield from check_part(config)
     yield from _check_teachers(config)
@@ -160,9 +155,9 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         yield from check_loss(path, loss)
     resources = config.resources
     if resources.gpus and resources.gpu_count is not None:
-        yield violation("resources.gpu_count", "is set beside gpus; give one of the two.")
+        yield FieldViolation("resources.gpu_count", "is set beside gpus; give one of the two.")
     if len(set(resources.gpus)) != len(resources.gpus):
-        yield violation("resources.gpus", "names a device twice; name each once.")
+        yield FieldViolation("resources.gpus", "names a device twice; name each once.")
     yield from _check_processes(config)
 
 
@@ -172,22 +167,22 @@ def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
     num_gpus = len(resources.gpus) or resources.gpu_count or 0
     if num_gpus > MAX_PROCESSES:
         field = "gpus" if resources.gpus else "gpu_count"
-        yield violation(
+        yield FieldViolation(
             f"resources.{field}", f"asks for more than the {MAX_PROCESSES} devices that a run can use."
         )
     if resources.num_processes and num_gpus and resources.num_processes != num_gpus:
-        yield violation(
+        yield FieldViolation(
             "resources.num_processes",
             f"is {resources.num_processes} for {num_gpus} devices; every device has one process. Leave it out.",
         )
     if resources.processes == 1:
         return
     if config.task == "cache":
-        yield violation(
+        yield FieldViolation(
             "resources.num_processes", "is above 1, but one process builds a cache. Leave it out."
         )
     if config.cache is not None and config.cache.mode == "write_through":
-        yield violation(
+        yield FieldViolation(
             "cache.mode",
             f'"write_through" has one writer, and this run has {resources.processes} processes. Build the cache first, '
             'with `stillhouse cache build`, and use "read" or "only".',
@@ -199,12 +194,12 @@ def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
         return
     teacher_metrics = sorted(TEACHER_METRICS.intersection(config.evaluation.metrics))
     if config.asks_teacher:
-        yield violation(
+        yield FieldViolation(
             "teachers",
             "is empty, but the loss learns from a teacher; name one, or set every loss.terms weight to 0.",
         )
     elif teacher_metrics:
-        yield violation(
+        yield FieldViolation(
             "teachers",
             f"is empty, but evaluation.metrics has {_listed(teacher_metrics)}; name one, or leave these out.",
         )

@@ -7,7 +7,7 @@ from dataclasses import replace
 from stillhouse.student_trainer.config.schema import RunConfig
 
 HALVE_VARIABLE = "STILLHOUSE_HALVE_MICRO_BATCH"
-"""Set to 1 by the run service for a training process that shall halve its micro-batch."""
+"""Environment variable that the run service sets to 1 to halve the micro-batch of a training process."""
 
 
 def smaller_micro_batch(config: RunConfig) -> RunConfig | None:

@@ -1,4 +1,4 @@
-"""Turns a run's paths and devices into what is on this host: every problem at once, nothing outside the allowed roots."""
+"""Resolves a run's paths and devices on this host: every problem at once, nothing outside the allowed roots."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.student_trainer.config.checks import invalid_spec, violation
+from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
@@ -17,19 +17,19 @@ RUN_ID = re.compile(r"[a-z2-7]{12}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 OWN_FOLDERS = ("datasets", "runs", "caches", "adapters")
-"""What specs may name of the data directory; its database and credentials are out of reach."""
+"""Folders of the data directory that specs may name; its database and credentials are out of reach."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """What this service's host has to offer."""
+    """Folders, devices and datasets of this service's host."""
 
     data_dir: Path
     roots: Sequence[Path]
     """Folders below which specs may name files."""
     slots: Slots
     dataset_suffix: Callable[[str], str | None]
-    """Of an uploaded dataset by its SHA-256; None if there is no such dataset."""
+    """File suffix of an uploaded dataset by its SHA-256; None if there is no such dataset."""
     processor: Processor
 
 
@@ -175,9 +175,9 @@ class _Resolver:
         return path
 
     def _refuse(self, where: str, description: str) -> None:
-        self.violations.append(violation(where, description))
+        self.violations.append(FieldViolation(where, description))
 
 
 def _is_own(name: str) -> bool:
-    """Whether `name` speaks of the data directory."""
+    """True if `name` is a path of the data directory."""
     return name.partition("/")[0] in OWN_FOLDERS and "/" in name

@@ -175,7 +175,7 @@ def test_violations_of_the_service_point_into_the_file() -> None:
             FieldViolation(field="retry.max_attempts", description="is odd."),
         ],
     )
-    assert str(file.places.located(error)).splitlines() == [
+    assert str(file.source_map.located(error)).splitlines() == [
         "run.yaml:1:1: teachers: are missing.",
         "run.yaml:1:1: retry.maxAttempts: is odd.",
         "run.yaml:4:22: data.maxSequenceTokens: is small.",
@@ -186,7 +186,7 @@ def test_violations_of_the_service_point_into_the_file() -> None:
 
 def test_other_errors_are_left_alone() -> None:
     error = StillhouseError(Reason.QUOTA, "too many runs.")
-    assert read("student: {model: x}").places.located(error) is error
+    assert read("student: {model: x}").source_map.located(error) is error
 
 
 def test_fields_from_python_are_checked_without_lines() -> None:
