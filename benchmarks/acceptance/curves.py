@@ -75,7 +75,7 @@ def curve_here(
 ) -> Curve:
     """[steps]: the loss of a run on `rows`, INT64 [N, T], with full KL, computed without any service."""
     optimizer_config = OptimizerConfig(learning_rate=rate, max_steps=steps, micro_batch_size=batch, seed=seed)
-    schedule = Schedule.of(len(rows), optimizer_config, seed)
+    schedule = Schedule.from_config(len(rows), optimizer_config, seed)
     teacher, student = load(teacher_dir), load(student_dir).train()
     optimizer = make_optimizer(dict(student.named_parameters()), optimizer_config)
     losses = []

@@ -36,9 +36,13 @@ from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.disk_errors import broken_sentence, full_sentence, too_long_sentence
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from stillhouse.student_trainer.train.distributed.follower import Follower
-from stillhouse.student_trainer.train.distributed.launcher import Processes, end_with_first, say_why
-from stillhouse.student_trainer.train.distributed.rank_env import Place
-from stillhouse.student_trainer.train.process.heartbeat import beating
+from stillhouse.student_trainer.train.distributed.launcher import (
+    RankProcesses,
+    exit_with_first_process,
+    report_failure,
+)
+from stillhouse.student_trainer.train.distributed.rank_env import RankInfo
+from stillhouse.student_trainer.train.process.heartbeat import heartbeats
 
 if TYPE_CHECKING:
     from stillhouse.student_trainer.train.process.outcome import Outcome
@@ -65,9 +69,9 @@ EXIT_NOT_OWNER = 4
 def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> None:
     """Train the run in RUN_DIR, alone or as one of several processes that torchrun has started."""
     configure_logging("info")
-    given = Place.given()
+    given = RankInfo.from_environment()
     if worker:
-        end_with_first()
+        exit_with_first_process()
     rank = {"rank": given.rank} if given else {}
     structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt, **rank)
     _ensure_run_dir(RunDir(run_dir), spec, given)
@@ -79,7 +83,7 @@ def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> Non
         with (
             process_span("train", run=run_dir.name, attempt=attempt),
             _open_attempt(RunDir(run_dir), attempt, given) as opened,
-            beating(opened),
+            heartbeats(opened),
         ):
             sys.exit(work(opened, stop.is_set, given))
     except StillhouseError as error:
@@ -91,7 +95,7 @@ def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> Non
         sys.exit(EXIT_DISK_FULL)
 
 
-def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: Place | None = None) -> int:
+def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: RankInfo | None = None) -> int:
     """Trains and reports; the exit code. Raises StillhouseError(RUN_STATE) if another attempt owns the run.
 
     `given` is this process's place among several of a launcher.
@@ -105,7 +109,7 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: P
         if os.environ.get(HALVE_VARIABLE) == "1":
             config = smaller_micro_batch(config) or config
             log.info("micro-batch halved", micro_batch_size=config.optimizer.micro_batch_size)
-        with Processes(config, attempt, stopped, given) as processes:
+        with RankProcesses(config, attempt, stopped, given) as processes:
             outcome = _run_task(config, attempt, stop_requested, processes)
     except Exception as caught:  # every failure is reported in the run directory
         error = explain(caught, attempt.run_dir.path)
@@ -114,14 +118,14 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: P
         status = to_status(error)
         log.error("run failed", why=status.message)  # noqa: TRY400 - to_status logs the traceback of a bug
         attempt.report("failed", error=to_json(status))
-        say_why(status)
+        report_failure(status)
         return EXIT_FAILED
     attempt.report(outcome.kind, step=outcome.step)
     log.info(f"run {outcome.kind}", step=outcome.step)
     return 0
 
 
-def _ensure_run_dir(run_dir: RunDir, spec: Path | None, given: Place | None) -> None:
+def _ensure_run_dir(run_dir: RunDir, spec: Path | None, given: RankInfo | None) -> None:
     """Makes the run directory from a run file, if there is none; the other processes wait for the first one to do so."""
     deadline = time.monotonic() + DIRECTORY_WAIT_S
     first = given is None or given.rank == 0
@@ -142,15 +146,15 @@ def _ensure_run_dir(run_dir: RunDir, spec: Path | None, given: Place | None) -> 
             time.sleep(0.2)
 
 
-def _open_attempt(run_dir: RunDir, attempt: int, given: Place | None) -> AbstractContextManager[Attempt]:
+def _open_attempt(run_dir: RunDir, attempt: int, given: RankInfo | None) -> AbstractContextManager[Attempt]:
     """The run, held by the first process of the attempt and followed by the others."""
     if given is None or given.rank == 0:
         return run_dir.open_attempt(attempt)
-    return nullcontext(Follower.of(run_dir, attempt))
+    return nullcontext(Follower.open(run_dir, attempt))
 
 
 def _run_task(
-    config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], processes: Processes
+    config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], processes: RankProcesses
 ) -> Outcome:
     """Runs the task. Imports torch only here: its threads are set, and the other processes have been started."""
     _quieten_libraries()

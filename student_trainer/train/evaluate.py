@@ -18,7 +18,7 @@ from stillhouse.student_trainer.train.loss.fused import Positions
 from stillhouse.student_trainer.train.loss.objective import objective
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs_of
-from stillhouse.student_trainer.train.student.lm_head import Head
+from stillhouse.student_trainer.train.student.lm_head import LmHead
 from stillhouse.student_trainer.train.student.student import Student
 
 DIVERGENCE = LossConfig(terms=(LossTermConfig(divergence="forward_kl"),))
@@ -32,7 +32,7 @@ class Evaluator:
     """Evaluates a student at temperature 1; nothing is drawn at random."""
 
     student: Student
-    head: Head
+    head: LmHead
     rows: Sequence[ScoredExample]
     """The held-out rows of this process, which may be a part of all."""
     num_rows: int

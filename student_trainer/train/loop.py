@@ -13,7 +13,7 @@ from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
-from stillhouse.student_trainer.train.distributed.ranks import Ranks, merged
+from stillhouse.student_trainer.train.distributed.ranks import Ranks, merge_metrics
 from stillhouse.student_trainer.train.process.outcome import Outcome
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.run_context import RunContext, set_up
@@ -46,7 +46,7 @@ def train(
         try:
             if progress.step == 0:
                 evaluated_step = _evaluate(run)
-            for data in scope.ranks.together(run.source.steps(after=progress.step), stop_requested):
+            for data in scope.ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested):
                 metrics = run.stepper.take_step(data, progress)
                 agreed = _agree(run, data, stop=stop_requested())
                 epoch = run.schedule.epochs(progress.step)
@@ -90,7 +90,7 @@ def _agree(run: RunContext, data: StepData, *, stop: bool) -> _Agreement:
         "asked": run.source.num_asked,
     }
     told = run.scope.ranks.exchange(own)
-    metrics = merged([(each["weight"], each["metrics"]) for each in told])
+    metrics = merge_metrics([(each["weight"], each["metrics"]) for each in told])
     return _Agreement(
         stop=any(each["stop"] for each in told),
         save=any(each["save"] for each in told),

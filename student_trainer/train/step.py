@@ -36,7 +36,7 @@ from stillhouse.student_trainer.train.loss.reduction import Reduction
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
-from stillhouse.student_trainer.train.student.lm_head import Head
+from stillhouse.student_trainer.train.student.lm_head import LmHead
 from stillhouse.student_trainer.train.student.packing_check import check_packing
 from stillhouse.student_trainer.train.student.student import Student
 
@@ -90,8 +90,8 @@ class Stepper:
             for term in loss.terms
             if term.weight > 0 and term.baseline != "none"
         }
-        self._parameters = list(student.trained().values())
-        self._head = Head(student)
+        self._parameters = list(student.trainable_parameters().values())
+        self._head = LmHead(student)
         self._workspace = Workspace()
         self._matmul_dtype: torch.dtype | None = None
         if self._head.layer is None:
@@ -105,7 +105,7 @@ class Stepper:
         log.info("matmuls of the loss", dtype=matmul_dtype or "by precision")
 
     @property
-    def head(self) -> Head:
+    def head(self) -> LmHead:
         """The student's output layer."""
         return self._head
 
@@ -168,7 +168,7 @@ class Stepper:
         for number in self._baselines:
             total, count = batch_sums(scored, number)
             own |= {f"{number}/total": total, f"{number}/count": count}
-        return self._ranks.sums(own)
+        return self._ranks.sum(own)
 
     def _accumulate(
         self,

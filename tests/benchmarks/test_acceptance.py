@@ -107,7 +107,7 @@ def test_a_step_in_this_process_is_that_of_plain_torch_on_the_schedules_rows(tmp
     student, teacher = (write_student(tmp_path / str(seed), seed=seed, length=16) for seed in (0, 1))
     rows = Language.dense().sample(12, 16, seed=1)
     curve = curve_here(teacher, student, rows, steps=3, rate=3e-3, batch=4, seed=5)
-    schedule = Schedule.of(12, OptimizerConfig(max_steps=3, micro_batch_size=4), 5)
+    schedule = Schedule.from_config(12, OptimizerConfig(max_steps=3, micro_batch_size=4), 5)
     first = rows[schedule.rows(0)]
     with torch.no_grad():
         p, q = (

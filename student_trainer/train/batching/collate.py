@@ -111,7 +111,7 @@ def collate(
     target_ids = [each.example.token_ids[at] for each, at in zip(scored, positions, strict=True)]
     weights = [np.full(len(at), _weight(len(at), reduction), np.float32) for at in positions]
     answered = all(each.answer is not None for each in scored)
-    foreign = answered and all(each.example.foreign is not None for each in scored)
+    foreign = answered and all(each.example.aligned is not None for each in scored)
     model_inputs = _packed(scored, positions) if packing else _padded(scored, positions)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -179,9 +179,9 @@ def chunk_sums(scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[f
     Chunks whose weights are multiplied with the first over the second, of a whole step, give a mean over chunks.
     """
     foreign = [
-        (each.example, each.example.foreign.chunks.number)
+        (each.example, each.example.aligned.chunks.number)
         for each in scored
-        if each.answer is not None and each.example.foreign is not None
+        if each.answer is not None and each.example.aligned is not None
     ]
     of_chunks = float(sum(number * _weight(number, reduction) for _, number in foreign))
     return total_weight([example for example, _ in foreign], reduction), of_chunks
@@ -280,7 +280,7 @@ def _chunks(
 ) -> ChunkTargets:
     chunk_of, logprobs, weights, before = [], [], [], 0
     for each, at in zip(scored, positions, strict=True):
-        foreign, answer = each.example.foreign, each.answer
+        foreign, answer = each.example.aligned, each.answer
         assert foreign is not None
         assert answer is not None
         number = foreign.chunks.number

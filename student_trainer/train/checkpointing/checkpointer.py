@@ -44,7 +44,7 @@ class Checkpointer:
         if found is not None and not self._ranks.is_first:
             checkpoint.restore_step(self._attempt.run_dir, found, self._state)
         self._state.in_flight.keep(self._ranks.is_mine)
-        self._ranks.share(trained)
+        self._ranks.broadcast(trained)
         self._saved_step = found
         self._triggers.mark_saved()
         return found

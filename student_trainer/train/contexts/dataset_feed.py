@@ -50,12 +50,12 @@ class DatasetFeed:
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         self._slots[step] = slots
         for slot in slots:
-            self._targets.submit(slot.place, TeacherQuery.from_example(self._settings.examples[slot.row]))
+            self._targets.submit(slot.position, TeacherQuery.from_example(self._settings.examples[slot.row]))
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         for slot in self._slots.pop(step):
             try:
-                answer = self._targets.take(slot.place, self._settings.patience)
+                answer = self._targets.take(slot.position, self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 continue

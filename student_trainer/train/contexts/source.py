@@ -11,7 +11,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
-from stillhouse.student_trainer.train.data.context_mix import Mix, Slot
+from stillhouse.student_trainer.train.data.context_mix import ContextMix, Slot
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Patience
 
@@ -78,7 +78,7 @@ class StepSource:
     """The contexts of a run, mixed."""
 
     def __init__(
-        self, feeds: Sequence[Feed], mix: Mix, is_mine: Callable[[int], bool] = lambda _: True
+        self, feeds: Sequence[Feed], mix: ContextMix, is_mine: Callable[[int], bool] = lambda _: True
     ) -> None:
         """`is_mine` tells by its place in the run if a row belongs to this process, where several share every step."""
         self._feeds = feeds
@@ -103,7 +103,7 @@ class StepSource:
             for number, feed in enumerate(self._feeds):
                 while requested[number] < min(step + 1 + feed.ahead, total):
                     slots = self._mix.slots(requested[number])[number]
-                    feed.request(requested[number], [slot for slot in slots if self._is_mine(slot.place)])
+                    feed.request(requested[number], [slot for slot in slots if self._is_mine(slot.position)])
                     requested[number] += 1
             began = time.monotonic()
             scored = [each for feed in self._feeds for each in feed.collect(step)]

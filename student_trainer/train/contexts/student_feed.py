@@ -155,7 +155,7 @@ class StudentFeed:
             [example.prompt for example in examples],
             self._config.generation,
             max_sequence_tokens=self._settings.max_sequence_tokens,
-            seeds=[text_seed(self._settings.seed, self._settings.context, slot.place) for slot in slots],
+            seeds=[text_seed(self._settings.seed, self._settings.context, slot.position) for slot in slots],
         )
         self._sampling_s = time.monotonic() - began
         wanted = len(slots) * self._config.generation.samples_per_prompt
@@ -170,7 +170,7 @@ class StudentFeed:
                 version=version,
                 place=example.place,
                 teacher=example.teacher,
-                slot=slot.place,
+                slot=slot.position,
             )
             for slot, example, several in zip(slots, examples, texts, strict=True)
             for text in several

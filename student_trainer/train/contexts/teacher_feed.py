@@ -49,9 +49,9 @@ class TeacherFeed:
             example = self._settings.examples[slot.row]
             room = self._settings.max_sequence_tokens - len(example.prompt)
             self._stream(example).submit(
-                slot.place,
+                slot.position,
                 example.prompt,
-                seed=text_seed(self._settings.seed, self._settings.context, slot.place),
+                seed=text_seed(self._settings.seed, self._settings.context, slot.position),
                 max_new_tokens=min(self._generation.max_new_tokens, room),
                 place=example.place,
             )
@@ -61,7 +61,7 @@ class TeacherFeed:
         for slot in self._slots.pop(step):
             example = self._settings.examples[slot.row]
             try:
-                texts = self._stream(example).take(slot.place, self._settings.patience)
+                texts = self._stream(example).take(slot.position, self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 continue

@@ -1,4 +1,4 @@
-"""A run's rows in the tokens of teachers whose tokenizers are foreign to the student's: translated once, at the start, and counted."""
+"""Translates a run's rows for teachers with another tokenizer, once at the start, and reports the alignment."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 log = structlog.get_logger()
 
 
-def bridge(
+def translate_for_teachers(
     config: RunConfig, corpus: Corpus, teachers: Mapping[str, TeacherClient], tokenizer: Any
 ) -> Corpus:
-    """The corpus for `teachers` that have been reached, by name; `tokenizer` is the student's. Raises StillhouseError."""
+    """Translates the corpus for connected `teachers`, by name; `tokenizer` is the student's. Raises StillhouseError."""
     student_json, roles = tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
     own = tokenizer_fingerprint(student_json, roles)
     for name, teacher in teachers.items():
@@ -46,41 +46,41 @@ def bridge(
         if each.teacher_size != teachers[name].info.tokenizer_size:
             raise StillhouseError(
                 Reason.TOKENIZER_INVALID,
-                f"The teacher at {teachers[name].config.targets[0]} sent a tokenizer of {each.teacher_size} tokens, and says that "
-                f"it has {teachers[name].info.tokenizer_size}. Restart it, and bring both sides to the same version.",
+                f"The teacher at {teachers[name].config.targets[0]} sent a tokenizer of {each.teacher_size} tokens, but reports "
+                f"{teachers[name].info.tokenizer_size}. Restart it, and bring both sides to the same version.",
             )
     limit = min(teacher.info.max_sequence_tokens for teacher in teachers.values())
-    return bridged_corpus(corpus, bridges, config.data, max_sequence_tokens=limit)
+    return translate_corpus(corpus, bridges, config.data, max_sequence_tokens=limit)
 
 
-def bridged_corpus(
+def translate_corpus(
     corpus: Corpus, bridges: Mapping[str, Bridge], data: DataConfig, *, max_sequence_tokens: int
 ) -> Corpus:
-    """The examples with the text as their teacher reads it; `bridges` by the teachers' names.
+    """Translates each example for its teacher; `bridges` are by the teachers' names.
 
-    Rows without a chunk that can be compared are left out, and so are those beyond `max_sequence_tokens` of the teacher's
-    tokens with overflow "drop". Raises StillhouseError: SEQUENCE_TOO_LONG, or DATASET_INVALID if no row is left.
+    Rows without a complete chunk are left out, and with overflow "drop" also those beyond `max_sequence_tokens` of the
+    teacher's tokens. Raises StillhouseError: SEQUENCE_TOO_LONG, or DATASET_INVALID if no row is left.
     """
-    rows = _Rows(bridges, data, max_sequence_tokens)
-    train, parts, first = [], [], 0
-    for number in corpus.parts:
+    rows = _RowTranslator(bridges, data, max_sequence_tokens)
+    train, sizes, first = [], [], 0
+    for number in corpus.dataset_sizes:
         kept = rows.translated(corpus.train[first : first + number])
         train += kept
-        parts.append(len(kept))
+        sizes.append(len(kept))
         first += number
     held_out = rows.translated(corpus.eval)
     _report(bridges.values(), rows)
     if not train:
         raise StillhouseError(
             Reason.DATASET_INVALID,
-            "data.train has no row of which the student's tokens and the teacher's end at the same place twice within what is "
-            "learnt. Give rows with longer completions, or set loss.chunks: shortest.",
+            "data.train has no row with two common token boundaries of student and teacher within its targets. "
+            "Give rows with longer completions, or set loss.chunks: shortest.",
         )
-    return Corpus(train=train, eval=held_out, parts=parts)
+    return Corpus(train=train, eval=held_out, dataset_sizes=sizes)
 
 
-class _Rows:
-    """Translates rows, and counts what is left out."""
+class _RowTranslator:
+    """Translates rows and counts those left out."""
 
     def __init__(self, bridges: Mapping[str, Bridge], data: DataConfig, max_sequence_tokens: int) -> None:
         self._bridges = bridges
@@ -93,13 +93,13 @@ class _Rows:
         kept = []
         for each in examples:
             bridge = self._bridges[each.teacher if self._data.teacher_field else next(iter(self._bridges))]
-            foreign = bridge.translate(each)
-            if foreign is None:
+            aligned = bridge.translate(each)
+            if aligned is None:
                 self.nothing_aligned += 1
-            elif len(foreign.token_ids) > self._limit:
-                self._refuse_unless_dropped(each, len(foreign.token_ids))
+            elif len(aligned.token_ids) > self._limit:
+                self._refuse_unless_dropped(each, len(aligned.token_ids))
             else:
-                kept.append(replace(each, foreign=foreign))
+                kept.append(replace(each, aligned=aligned))
         return kept
 
     def _refuse_unless_dropped(self, example: Example, number: int) -> None:
@@ -115,17 +115,17 @@ class _Rows:
         )
 
 
-def _report(bridges: Iterable[Bridge], rows: _Rows) -> None:
-    accounts = [each.account for each in bridges]
-    targets = sum(each.num_targets for each in accounts)
+def _report(bridges: Iterable[Bridge], rows: _RowTranslator) -> None:
+    stats = [each.stats for each in bridges]
+    targets = sum(each.num_targets for each in stats)
     log.info(
-        "text aligned with a foreign tokenizer",
-        chunks=sum(each.num_chunks for each in accounts),
-        aligned_share=round(sum(each.num_aligned for each in accounts) / max(targets, 1), 4),
-        rows_by_offsets=sum(each.num_inexact for each in accounts),
+        "text aligned with the teacher's tokenizer",
+        chunks=sum(each.num_chunks for each in stats),
+        aligned_share=round(sum(each.num_aligned for each in stats) / max(targets, 1), 4),
+        rows_by_offsets=sum(each.num_inexact for each in stats),
     )
-    marks = {mark: number for each in accounts for mark, number in each.marks_left_out.items()}
-    if marks:
-        log.warning("special tokens that the teacher does not know are left out of its text", marks=marks)
+    dropped = {token: number for each in stats for token, number in each.dropped_special_tokens.items()}
+    if dropped:
+        log.warning("special tokens that the teacher lacks are dropped from its text", tokens=dropped)
     if rows.too_long or rows.nothing_aligned:
         log.warning("rows left out", too_long=rows.too_long, nothing_aligned=rows.nothing_aligned)

@@ -1,7 +1,7 @@
-"""Which bytes of text each id of a tokenizer stands for, read from its tokenizer.json; and which ids are marks, which stand for none.
+"""Maps the token ids of a tokenizer.json to the bytes of text that they stand for; special tokens stand for none.
 
-Known are byte-level tokenizers, whose tokens are pieces of UTF-8 that may end inside a character, and those of the
-SentencePiece kind, where a sign in a token is a space and a byte may be a token of its own.
+Supports byte-level tokenizers, whose tokens are UTF-8 fragments that may end inside a character, and SentencePiece
+tokenizers, where a sign stands for a space and a byte may be a token of its own.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer
 
 
 class TokenBytes:
-    """The bytes of the ids of one tokenizer."""
+    """Bytes of the token ids of one tokenizer."""
 
     def __init__(self, tokenizer_json: str | bytes, whose: str) -> None:
-        """`whose` tokenizer it is, for errors. Raises StillhouseError(TOKENIZER_INVALID) for one of another kind."""
+        """Reads the tokenizer of side `whose`, named in errors. Raises StillhouseError(TOKENIZER_INVALID) for an unsupported one."""
         with tokenizer_errors(
             f"The {whose}'s tokenizer cannot be read",
             "Use a model that has a tokenizer.json of the tokenizers library.",
@@ -31,23 +31,25 @@ class TokenBytes:
         if not by_bytes and not kinds & {"Metaspace", "ByteFallback"}:
             raise StillhouseError(
                 Reason.TOKENIZER_INVALID,
-                f"The {whose}'s tokenizer is neither byte-level nor of the SentencePiece kind, so its tokens cannot be "
-                "matched with text byte by byte, which loss.foreign_tokenizer: alm needs. Use another model.",
+                f"The {whose}'s tokenizer is neither byte-level nor SentencePiece, so its tokens cannot be matched with text "
+                "byte by byte, which loss.foreign_tokenizer: alm needs. Use another model.",
             )
         self.size = 1 + max(ids, default=-1)
-        """Ids are below it."""
-        self.marks: Mapping[int, str] = {each.id: each.content for each in tokenizer.added if each.special}
+        """Exclusive upper bound of the ids."""
+        self.special_tokens: Mapping[int, str] = {
+            each.id: each.content for each in tokenizer.added if each.special
+        }
         """Id to content of special tokens."""
         self.drops_first_space = not by_bytes and drops
-        """Whether the space with which the first token begins is none of the text."""
+        """True if the leading space of the first token is not part of the text."""
         if unknown is not None:
             self._table.pop(unknown, None)
         self._table |= {each.id: each.content.encode() for each in tokenizer.added if not each.special}
-        for number in self.marks:
+        for number in self.special_tokens:
             self._table.pop(number, None)
 
-    def of(self, token_id: int) -> bytes | None:
-        """The bytes of an id; None for a mark, for the unknown token and for an id that the tokenizer lacks."""
+    def lookup(self, token_id: int) -> bytes | None:
+        """Returns the bytes of an id; None for special tokens, the unknown token and ids that the tokenizer lacks."""
         return self._table.get(token_id)
 
 

@@ -1,4 +1,4 @@
-"""Rows out of a cache: the very tokens that a teacher answered, or wrote, so that a run without a teacher finds each answer again."""
+"""Training rows from a cache: exactly the token sequences it has targets for, so that offline runs find each of them again."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from stillhouse.student_trainer.train.data.encoding import Example
 
 
 def is_cache(path: Path) -> bool:
-    """Whether `path` is a cache of teachers' answers."""
+    """Returns True if `path` is a cache of teacher outputs."""
     return path.is_dir() and any(SHARD.fullmatch(each.name) for each in path.iterdir())
 
 
 def cached_examples(path: Path, tokenizer_fingerprint: str, *, routed: bool) -> Iterator[Example]:
-    """Each text of the cache once, but no held-out one; what was answered is what is learnt.
+    """Yields each training text of the cache once; the positions with targets are trained on.
 
-    With `routed` a row names its teacher.
+    With `routed` a row names its teacher. Held-out texts are left out.
 
     Raises:
-        StillhouseError: CACHE_INVALID; TOKENIZER_MISMATCH if no answer is for the student's tokenizer.
+        StillhouseError: CACHE_INVALID; TOKENIZER_MISMATCH if no text has the student's tokenizer.
     """
     reader = CacheReader(path)
     shards = [shard for shard in reader.shards if shard.meta.shared_with(tokenizer_fingerprint)]

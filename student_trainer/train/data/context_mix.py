@@ -1,4 +1,4 @@
-"""Which context each row of a step belongs to: a pure function of seed and step, so that a resumed run mixes as before."""
+"""Assigns each row of a step to a context: a pure function of seed and step, so that a resumed run mixes as before."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import numpy as np
 from stillhouse.student_trainer.train.data.schedule import Schedule
 
 _CONTEXT_STREAM = 3
-"""Distinguishes these draws from those of the split and of the orders, which have the same seed."""
+"""Separates these random numbers from those of the split and of the row order, which have the same seed."""
 _TEXT_STREAM = 4
-"""Distinguishes the seeds of generated texts."""
+"""Separates the seeds of generated texts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slot:
-    """A row's place in a step."""
+    """One row of a step."""
 
-    place: int
-    """Rows of the run before it: unique in the run."""
+    position: int
+    """Position in the run's sequence of rows, from 0; unique in the run."""
     row: int
     """Index of the training example."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mix:
-    """Contexts by weight.
+class ContextMix:
+    """Mixture of contexts by weight.
 
-    Every step takes of each context its share of rows, rounded up or down so that the mean over steps is exact. Which
-    of the step's rows they are is drawn.
+    Each step gives every context its share of rows, rounded up or down so that the mean over steps is exact, at random
+    positions in the step.
     """
 
     weights: Sequence[float]
@@ -38,10 +38,11 @@ class Mix:
     seed: int
 
     def slots(self, step: int) -> list[list[Slot]]:
-        """The rows of `step`, by context, each in the order of the schedule."""
+        """Returns the rows of `step` by context, each in the order of the schedule."""
         first = step * self.schedule.rows_per_step
         slots = [
-            Slot(place=place, row=row) for place, row in enumerate(self.schedule.rows(step), start=first)
+            Slot(position=position, row=row)
+            for position, row in enumerate(self.schedule.rows(step), start=first)
         ]
         contexts = self._contexts(step, len(slots))
         return [
@@ -62,6 +63,6 @@ class Mix:
 
 
 def text_seed(seed: int, context: int, number: int) -> int:
-    """A seed in [0, 2^63) for a text that is generated: `number` is its place in the run, or its step."""
+    """Returns a seed in [0, 2^63) for a generated text; `number` is its position in the run, or its step."""
     state = np.random.SeedSequence([seed, _TEXT_STREAM, context, number]).generate_state(1, np.uint64)
     return int(state[0] >> np.uint64(1))

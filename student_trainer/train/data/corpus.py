@@ -1,4 +1,4 @@
-"""The run's text as token ids: read once at the start, cut to length, and split the same way every time."""
+"""The run's text as token ids: read once at the start, truncated, and split deterministically."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from stillhouse.student_trainer.config.schema import (
     EvaluationConfig,
 )
 from stillhouse.student_trainer.train.data.cached_texts import cached_examples, is_cache
-from stillhouse.student_trainer.train.data.encoding import Encoder, Example, num_prompt_tokens
-from stillhouse.student_trainer.train.data.readers import Row, read_rows, resolve
+from stillhouse.student_trainer.train.data.encoding import Example, RowEncoder, num_prompt_tokens
+from stillhouse.student_trainer.train.data.readers import DatasetRow, read_rows, resolve
 
 log = structlog.get_logger()
 
 _SPLIT_STREAM = 1
-"""Distinguishes the draw of the split from those of the orders, which have the same seed."""
+"""Separates the random numbers of the split from those of the row order, which has the same seed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Corpus:
-    """Examples to learn from, and held-out ones."""
+    """Training and held-out examples."""
 
     train: Sequence[Example]
     eval: Sequence[Example]
     """May be empty."""
-    parts: Sequence[int]
-    """How many of `train`, in their order, come from each dataset."""
+    dataset_sizes: Sequence[int]
+    """Number of rows of `train` from each dataset, in order."""
 
     @property
     def longest(self) -> Example:
@@ -56,19 +56,19 @@ def load_corpus(
     data_dir: Path,
     teachers: Sequence[str] = (),
 ) -> Corpus:
-    """The examples of `data`, encoded with the student's tokenizer; `teachers` are the names that rows may give.
+    """Reads and encodes the examples of `data` with the student's tokenizer; `teachers` are the names that rows may give.
 
     Raises:
-        StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also where nothing is left to learn from.
+        StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also if no row is left to train on.
     """
-    encoder = Encoder(tokenizer, completion_only=data.completion_only)
+    encoder = RowEncoder(tokenizer, completion_only=data.completion_only)
     parts = [_read(dataset, data, encoder, data_dir, teachers) for dataset in data.train]
     train = [example for part in parts for example in part]
     held_out = [
         example for dataset in data.eval for example in _read(dataset, data, encoder, data_dir, teachers)
     ]
     if not data.eval:
-        chosen = _held_out(len(train), data)
+        chosen = _held_out_rows(len(train), data)
         held_out = [example for index, example in enumerate(train) if index in chosen]
         ends = np.cumsum([len(part) for part in parts])
         parts = [
@@ -79,32 +79,33 @@ def load_corpus(
     if not train:
         raise StillhouseError(
             Reason.DATASET_INVALID,
-            f"data.train has no row that can be learnt from within {data.max_sequence_tokens} tokens. "
+            f"data.train has no row with a target within {data.max_sequence_tokens} tokens. "
             "Raise data.max_sequence_tokens, or give rows with completions.",
         )
     log.info("data read", train_rows=len(train), eval_rows=len(held_out))
-    return Corpus(train=train, eval=held_out[: evaluation.limit], parts=[len(part) for part in parts])
+    sizes = [len(part) for part in parts]
+    return Corpus(train=train, eval=held_out[: evaluation.limit], dataset_sizes=sizes)
 
 
 def _read(
-    dataset: DatasetConfig, data: DataConfig, encoder: Encoder, data_dir: Path, teachers: Sequence[str]
+    dataset: DatasetConfig, data: DataConfig, encoder: RowEncoder, data_dir: Path, teachers: Sequence[str]
 ) -> list[Example]:
-    read = _Reader(data, encoder, teachers)
-    examples = list(read.examples(dataset, data_dir))
-    if read.too_long or read.nothing_to_learn:
+    encoder_of_dataset = _DatasetEncoder(data, encoder, teachers)
+    examples = list(encoder_of_dataset.examples(dataset, data_dir))
+    if encoder_of_dataset.too_long or encoder_of_dataset.nothing_to_learn:
         log.warning(
             "rows left out",
             path=dataset.path,
-            too_long=read.too_long,
-            nothing_to_learn=read.nothing_to_learn,
+            too_long=encoder_of_dataset.too_long,
+            nothing_to_learn=encoder_of_dataset.nothing_to_learn,
         )
     return examples
 
 
-class _Reader:
-    """Encodes one source and counts what it leaves out."""
+class _DatasetEncoder:
+    """Encodes one dataset and counts the rows that it leaves out."""
 
-    def __init__(self, data: DataConfig, encoder: Encoder, teachers: Sequence[str]) -> None:
+    def __init__(self, data: DataConfig, encoder: RowEncoder, teachers: Sequence[str]) -> None:
         self._data = data
         self._encoder = encoder
         self._teachers = teachers
@@ -118,8 +119,8 @@ class _Reader:
             return
         limit = self._data.max_sequence_tokens
         for row in read_rows(dataset, data_dir):
-            token_ids, written = self._encoder.mark(row)
-            mask = self._encoder.targets(written)
+            token_ids, completion_mask = self._encoder.encode_with_completion_mask(row)
+            mask = self._encoder.target_mask(completion_mask)
             if len(token_ids) > limit and self._data.overflow == "drop":
                 self.too_long += 1
             elif not any(mask[:limit]):
@@ -129,12 +130,12 @@ class _Reader:
                     token_ids=np.asarray(token_ids[:limit], np.int32),
                     mask=np.asarray(mask[:limit], np.bool_),
                     place=f"{row.path}, row {row.number}",
-                    num_prompt=num_prompt_tokens(written[:limit]),
+                    num_prompt=num_prompt_tokens(completion_mask[:limit]),
                     teacher=self._teacher(row),
                 )
 
     def _cached(self, path: Path, limit: int | None) -> Iterator[Example]:
-        """Texts of a cache, as they are: cut ones would have no answer in it."""
+        """Yields texts of a cache unchanged: truncated ones would have no targets in it."""
         found = cached_examples(path, self._encoder.fingerprint, routed=bool(self._data.teacher_field))
         for example in itertools.islice(found, limit):
             if len(example.token_ids) > self._data.max_sequence_tokens:
@@ -142,8 +143,8 @@ class _Reader:
             else:
                 yield example
 
-    def _teacher(self, row: Row) -> str:
-        """The name that the row gives in `data.teacher_field`. Raises StillhouseError(DATASET_INVALID)."""
+    def _teacher(self, row: DatasetRow) -> str:
+        """Returns the row's teacher, from `data.teacher_field`. Raises StillhouseError(DATASET_INVALID)."""
         field = self._data.teacher_field
         if not field:
             return ""
@@ -155,8 +156,8 @@ class _Reader:
         return name
 
 
-def _held_out(num_rows: int, data: DataConfig) -> set[int]:
-    """Which of the rows are held out; drawn by `data.seed` alone."""
+def _held_out_rows(num_rows: int, data: DataConfig) -> set[int]:
+    """Samples the indices of held-out rows, from `data.seed` alone."""
     if data.eval_fraction == 0 or num_rows < 2:
         return set()
     count = min(MAX_SPLIT_ROWS, max(1, round(data.eval_fraction * num_rows)), num_rows - 1)

@@ -1,7 +1,6 @@
-"""From a row of text to token ids and the mask of what is learnt; the student's tokenizer and chat template alone decide.
+"""Tokenizes a row (chat template or plain) with the student's tokenizer and builds its loss mask.
 
-A mask speaks of positions of the sequence: mask[t] says that token t is a target, predicted from the tokens before it.
-Position 0 is never one.
+mask[t] is True if token t is a target, predicted from the tokens before it; position 0 never is.
 """
 
 from __future__ import annotations
@@ -16,63 +15,65 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
-from stillhouse.student_trainer.train.data.alignment import ForeignText
-from stillhouse.student_trainer.train.data.readers import Row
+from stillhouse.student_trainer.train.data.alignment import AlignedText
+from stillhouse.student_trainer.train.data.readers import DatasetRow
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
-    """One sequence to learn from."""
+    """One training sequence."""
 
     token_ids: NDArray[np.int32]
     """[T]."""
     mask: NDArray[np.bool_]
-    """[T]: which tokens are targets; at least one, never the first."""
+    """[T]: True for targets; at least one, never the first."""
     place: str
-    """File and row that it comes from, for errors."""
+    """File and row, for errors."""
     num_prompt: int | None = None
-    """Tokens of the prompt that a generated completion continues; None: those before the first target."""
+    """Prompt tokens that a generated completion continues; None: all tokens before the first target."""
     teacher: str = ""
-    """Name of the row's teacher; empty where rows name none."""
-    foreign: ForeignText | None = None
-    """The text in the tokens of a teacher with a tokenizer of its own; None where ids mean the same to both."""
+    """Name of the row's teacher; empty if rows name none."""
+    aligned: AlignedText | None = None
+    """The text in the tokens of a teacher with another tokenizer; None if both tokenizers agree."""
 
     @property
-    def asked(self) -> tuple[NDArray[np.int32], int]:
-        """Token ids and first position that the teacher is asked about."""
-        if self.foreign is not None:
-            return self.foreign.token_ids, self.foreign.start
+    def teacher_tokens(self) -> tuple[NDArray[np.int32], int]:
+        """Token ids and first position of the teacher query."""
+        if self.aligned is not None:
+            return self.aligned.token_ids, self.aligned.start
         return self.token_ids, self.start
 
     @property
     def start(self) -> int:
-        """The first target, >= 1: where a teacher's answer begins."""
+        """Index of the first target, >= 1: the first queried position."""
         return int(np.argmax(self.mask))
 
     @property
     def prompt(self) -> NDArray[np.int32]:
-        """What a generated completion continues, at least one token."""
+        """Token ids that a generated completion continues, at least one."""
         return self.token_ids[: self.start if self.num_prompt is None else self.num_prompt]
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are learnt from."""
+        """Number of tokens trained on."""
         return int(self.mask.sum())
 
 
-def num_prompt_tokens(written: Sequence[bool]) -> int:
-    """Where the last completion of a row begins, >= 1, from the mask of what completions wrote."""
-    begins = [at for at, wrote in enumerate(written) if wrote and not (at and written[at - 1])]
+def num_prompt_tokens(completion_mask: Sequence[bool]) -> int:
+    """Returns the start of a row's last completion, >= 1."""
+    begins = [
+        at for at, inside in enumerate(completion_mask) if inside and not (at and completion_mask[at - 1])
+    ]
     return max(1, begins[-1]) if begins else 1
 
 
-class Encoder:
-    """Encodes rows with one tokenizer; checks that it can."""
+class RowEncoder:
+    """Encodes rows with one tokenizer."""
 
     def __init__(self, tokenizer: Any, *, completion_only: bool) -> None:
-        """`tokenizer` is a fast tokenizer of transformers. Raises StillhouseError(TOKENIZER_INVALID) for a slow one."""
+        """Raises StillhouseError(TOKENIZER_INVALID) unless `tokenizer` is a fast tokenizer of transformers."""
         if not tokenizer.is_fast:
             raise StillhouseError(
                 Reason.TOKENIZER_INVALID,
@@ -85,22 +86,22 @@ class Encoder:
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokenizer."""
+        """Fingerprint of the tokenizer."""
         tokenizer = self._tokenizer
         return tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
 
-    def encode(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Token ids and mask of a row, not cut. Raises StillhouseError(DATASET_INVALID) for a row that cannot be."""
-        token_ids, written = self.mark(row)
-        return token_ids, self.targets(written)
+    def encode(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
+        """Returns token ids and target mask of a row, not truncated. Raises StillhouseError(DATASET_INVALID)."""
+        token_ids, completion_mask = self.encode_with_completion_mask(row)
+        return token_ids, self.target_mask(completion_mask)
 
-    def targets(self, written: Sequence[bool]) -> list[bool]:
-        """The mask of what is learnt, from that of what completions wrote."""
-        learnt = written if self._completion_only else [True] * len(written)
-        return [False, *learnt[1:]]
+    def target_mask(self, completion_mask: Sequence[bool]) -> list[bool]:
+        """Turns a completion mask into the mask of targets."""
+        trained = completion_mask if self._completion_only else [True] * len(completion_mask)
+        return [False, *trained[1:]]
 
-    def mark(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Token ids of a row, and which of them a completion wrote. Raises as `encode`."""
+    def encode_with_completion_mask(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
+        """Returns token ids of a row and the mask of its completions. Raises as `encode`."""
         match row.kind:
             case "messages":
                 token_ids, mask = self._encode_messages(row)
@@ -111,24 +112,24 @@ class Encoder:
                 mask = [True] * len(token_ids)
         return token_ids, mask
 
-    def _encode_text(self, row: Row) -> list[int]:
+    def _encode_text(self, row: DatasetRow) -> list[int]:
         text = row.text("text")
         if not text:
             raise row.invalid("text", "is empty; remove the row or fill it.")
         return self._ids(text, special=True)
 
-    def _encode_completion(self, row: Row) -> tuple[list[int], list[bool]]:
-        """Prompt and completion, each encoded by itself as at inference, and the end token."""
+    def _encode_completion(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
+        """Encodes prompt and completion separately, as at inference, and appends the end token."""
         prompt = self._ids(row.text("prompt"), special=True)
         completion = self._ids(row.text("completion"), special=False)
         end = self._tokenizer.eos_token_id
         if end is not None:
-            # Some tokenizers end every text; what ends a prompt cannot be continued.
+            # Some tokenizers end every text; an ended prompt cannot be continued.
             prompt = prompt[:-1] if prompt and prompt[-1] == end else prompt
             completion = completion if completion and completion[-1] == end else [*completion, end]
         return prompt + completion, [False] * len(prompt) + [True] * len(completion)
 
-    def _encode_messages(self, row: Row) -> tuple[list[int], list[bool]]:
+    def _encode_messages(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
         messages = _check_messages(row)
         if not self._tokenizer.chat_template:
             raise row.invalid(
@@ -147,15 +148,15 @@ class Encoder:
             if message["role"] == "assistant"
         ]
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # Tokenizers may leave white space out of an offset's start, never out of its end, if it is all there is.
+        # Tokenizers may exclude white space from an offset's start, but never from its end, if it is all there is.
         ends = [end for _, end in encoded["offset_mapping"]]
         mask = [any(begin < end <= stop for begin, stop in spans) for end in ends]
         return list(encoded["input_ids"]), mask
 
     def _turn_span(
-        self, row: Row, messages: Sequence[Mapping[str, Any]], index: int, text: str
+        self, row: DatasetRow, messages: Sequence[Mapping[str, Any]], index: int, text: str
     ) -> tuple[int, int]:
-        """Characters [begin, stop) of the rendered conversation that an assistant's turn wrote, its end mark included."""
+        """Returns characters [begin, stop) of an assistant's turn in the rendered conversation, its end token included."""
         before = (
             self._render(row, messages[:index], tokenize=False, add_generation_prompt=True) if index else ""
         )
@@ -163,16 +164,16 @@ class Encoder:
         if not (text.startswith(until) and until.startswith(before)):
             raise row.invalid(
                 f"messages[{index}]",
-                "is rendered differently when turns follow, so that what the assistant wrote cannot be told from the "
-                "rest. Give one assistant turn per row, at the end, or a chat template with {% generation %} blocks.",
+                "is rendered differently when turns follow, so the assistant's part cannot be found. "
+                "Give one assistant turn per row, at the end, or a chat template with {% generation %} blocks.",
             )
-        # The line break that templates put behind the end mark opens the next turn; no model writes it.
+        # The line break that templates put after the end token opens the next turn; no model generates it.
         written = until.rstrip()
-        ends_with_mark = any(written.endswith(str(mark)) for mark in self._tokenizer.all_special_tokens)
-        return len(before), len(written) if ends_with_mark else len(until)
+        has_end_token = any(written.endswith(str(token)) for token in self._tokenizer.all_special_tokens)
+        return len(before), len(written) if has_end_token else len(until)
 
-    def _render(self, row: Row, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        # The template is Jinja code of the model's author and may raise what it likes about roles and their order.
+    def _render(self, row: DatasetRow, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+        # The template is Jinja code of the model's author and may raise anything about roles and their order.
         try:
             return self._tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:
@@ -182,7 +183,7 @@ class Encoder:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
 
-def _check_messages(row: Row) -> list[Mapping[str, Any]]:
+def _check_messages(row: DatasetRow) -> list[Mapping[str, Any]]:
     messages = row.values["messages"]
     if not isinstance(messages, list) or not messages:
         raise row.invalid("messages", "must be a list of at least one message.")
@@ -191,5 +192,5 @@ def _check_messages(row: Row) -> list[Mapping[str, Any]]:
             if not isinstance(message, dict) or not isinstance(message.get(name), str):
                 raise row.invalid(f"messages[{index}].{name}", "is missing or no string.")
     if not any(message["role"] == "assistant" for message in messages):
-        raise row.invalid("messages", 'has no turn with role "assistant", so there is nothing to learn.')
+        raise row.invalid("messages", 'has no turn with role "assistant", so there is nothing to train on.')
     return messages

@@ -1,6 +1,6 @@
-"""Reads rows of text from files, and says of a bad one in which file, row and field the fault lies.
+"""Reads rows of text from JSONL, Parquet or saved Hugging Face datasets; errors name file, row and field.
 
-JSONL is read as it stands; Parquet files and directories saved by Hugging Face datasets are memory-mapped. No network.
+JSONL is streamed; Parquet files and saved datasets are memory-mapped. No network.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import DatasetConfig
 
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
-"""What a row may consist of; the first that it has counts."""
+"""Field sets of a row, in order of precedence."""
 _HELD_BY_SERVICE = re.compile(r"(datasets|caches|runs)/.+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """One row as it stands in its file."""
+class DatasetRow:
+    """One row of a dataset file, not yet encoded."""
 
     path: Path
     number: int
@@ -31,7 +31,7 @@ class Row:
     values: Mapping[str, Any]
 
     def invalid(self, field: str, problem: str) -> StillhouseError:
-        """The error that says what is wrong with `field` of this row, and what to do."""
+        """Returns the DATASET_INVALID error for `field` of this row; `problem` also says the remedy."""
         return StillhouseError(
             Reason.DATASET_INVALID,
             f"{self.path}, row {self.number}, field {field}: {problem}",
@@ -39,7 +39,7 @@ class Row:
         )
 
     def text(self, field: str) -> str:
-        """A field that must be a string, of at least one character unless it is a completion or a prompt."""
+        """Returns a string field. Raises StillhouseError(DATASET_INVALID)."""
         value = self.values.get(field)
         if not isinstance(value, str):
             raise self.invalid(field, f"is {_kind_of(value)}; it must be a string.")
@@ -47,7 +47,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """ "messages", "completion" or "text". Raises StillhouseError(DATASET_INVALID) for a row that is none of them."""
+        """Either "messages", "completion" or "text". Raises StillhouseError(DATASET_INVALID) for any other row."""
         present = {name for name, value in self.values.items() if value is not None}
         for fields in KINDS:
             if present.issuperset(fields):
@@ -62,12 +62,12 @@ class Row:
 
 
 def resolve(path: str, data_dir: Path) -> Path:
-    """Where `path` of a spec lies: names such as "datasets/..." are under the service's data directory."""
+    """Resolves a path of a run spec: names such as "datasets/..." are under the service's data directory."""
     return data_dir / path if _HELD_BY_SERVICE.fullmatch(path) else Path(path).expanduser()
 
 
-def read_rows(dataset: DatasetConfig, data_dir: Path) -> Iterator[Row]:
-    """The rows of one source, in file order, at most `dataset.limit`.
+def read_rows(dataset: DatasetConfig, data_dir: Path) -> Iterator[DatasetRow]:
+    """Yields the rows of one dataset in file order, at most `dataset.limit`.
 
     Raises:
         StillhouseError: DATASET_NOT_FOUND, or DATASET_INVALID naming file and row.
@@ -88,24 +88,24 @@ def read_rows(dataset: DatasetConfig, data_dir: Path) -> Iterator[Row]:
     return islice(rows, dataset.limit)
 
 
-def _read_json_lines(path: Path) -> Iterator[Row]:
+def _read_json_lines(path: Path) -> Iterator[DatasetRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            empty = Row(path=path, number=number, values={})
+            empty = DatasetRow(path=path, number=number, values={})
             try:
                 values = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise empty.invalid(
-                    "(the line)", f"is no JSON ({error}); write one JSON object per line."
+                    "(the line)", f"is not JSON ({error}); write one JSON object per line."
                 ) from error
             if not isinstance(values, dict):
                 raise empty.invalid("(the line)", f"is {_kind_of(values)}; it must be a JSON object.")
-            yield Row(path=path, number=number, values=values)
+            yield DatasetRow(path=path, number=number, values=values)
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path) -> Iterator[DatasetRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -115,12 +115,12 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for values in batch.to_pylist():
                     number += 1
-                    yield Row(path=path, number=number, values=values)
+                    yield DatasetRow(path=path, number=number, values=values)
     except (pyarrow.ArrowException, OSError) as error:
         raise _unreadable(path, "Parquet", error) from error
 
 
-def _read_saved(path: Path) -> Iterator[Row]:
+def _read_saved(path: Path) -> Iterator[DatasetRow]:
     import datasets
 
     try:
@@ -133,7 +133,7 @@ def _read_saved(path: Path) -> Iterator[Row]:
             f"{path} holds several splits ({', '.join(loaded)}); name one of them, such as {path / next(iter(loaded), 'train')}.",
         )
     for number, values in enumerate(loaded, start=1):
-        yield Row(path=path, number=number, values=values)
+        yield DatasetRow(path=path, number=number, values=values)
 
 
 def _is_parquet(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A run as the further processes of an attempt see it: they read it, and the first process speaks for all."""
+"""The attempt as ranks other than 0 see it: read-only; rank 0 reports for all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from stillhouse.student_trainer.run_dir import Attempt, RunDir
 
 
 class Follower(Attempt):
-    """A further process of an attempt; it writes nothing."""
+    """An attempt in a process of another rank than 0; it writes nothing."""
 
     writes = False
 
     @classmethod
-    def of(cls, run_dir: RunDir, number: int) -> Follower:
-        """The attempt that the first process holds.
+    def open(cls, run_dir: RunDir, number: int) -> Follower:
+        """Opens the attempt of the first process.
 
         Raises:
             StillhouseError: RUN_STATE if the service has given the run to another attempt.
@@ -25,10 +25,10 @@ class Follower(Attempt):
         return follower
 
     def heartbeat(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def report(self, kind: str, **payload: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing."""
+        """Does nothing."""

@@ -1,8 +1,8 @@
-"""The further processes of a run on this host: started by the first one, watched by it, and never left behind.
+"""Launches the other ranks of a run on this host, monitors them, and ends them with the first process.
 
-The first process holds the run and writes its directory; it starts the others before torch is imported, so all load at
-once. One that dies ends the run with its cause; when the first ends, however it ends, the others see their standard
-input close and end too. Processes that torchrun started are left to it.
+The first process owns the run directory; it starts the others before torch is imported, so that all load at once. If
+one dies, the run ends with its cause; if the first ends in any way, the others see their standard input close and
+exit. Processes started by torchrun are left to it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from google.rpc.status_pb2 import Status
 import stillhouse
 from stillhouse.protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, Attempt
-from stillhouse.student_trainer.train.distributed.rank_env import Place, of_another, timeout_s
+from stillhouse.student_trainer.train.distributed.rank_env import RankInfo, attribute_to_rank, timeout_s
 
 if TYPE_CHECKING:
     from stillhouse.student_trainer.config.schema import RunConfig
@@ -38,28 +38,28 @@ log = structlog.get_logger()
 
 PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 ERROR_VARIABLE = "STILLHOUSE_RANK_ERROR"
-"""Path of the file in which a process that was started here says why it failed."""
+"""Path of the file to which a process started here writes its error."""
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 _LOOPBACK = "lo"
 POLL_S = 0.2
 FAILURE_GRACE_S = 10.0
-"""Time that the first process has to notice by itself that another one has died."""
+"""Time that the first process has to notice the death of another one in its own calls."""
 END_GRACE_S = 30.0
-"""Time that the others have to end once the first is done."""
+"""Time that the others have to end after the first."""
 
 
-class Processes:
-    """The processes of one run as this one sees them; a context manager around all its work."""
+class RankProcesses:
+    """The processes of one run; a context manager around all work of this one."""
 
     def __init__(
-        self, config: RunConfig, attempt: Attempt, stopped: Callable[[], bool], given: Place | None = None
+        self, config: RunConfig, attempt: Attempt, stopped: Callable[[], bool], given: RankInfo | None = None
     ) -> None:
-        """`given` if somebody else started them all."""
-        self.place = given or Place(size=config.resources.processes)
+        """`given` is this process's rank if torchrun or another process started it."""
+        self.rank_info = given or RankInfo(size=config.resources.processes)
         self._config = config
         self._attempt = attempt
         self._stopped = stopped
-        self._starts = given is None and self.place.size > 1
+        self._starts = given is None and self.rank_info.size > 1
         self._workers: dict[int, subprocess.Popen[bytes]] = {}
         self._listener: socket.socket | None = None
         self._errors: tempfile.TemporaryDirectory[str] | None = None
@@ -78,7 +78,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends what was started. Raises the cause in place of `error` if that only says that another process is gone."""
+        """Ends what was started. Raises the cause in place of `error` if that only reports a lost process."""
         lost = isinstance(error, StillhouseError) and error.reason is Reason.PROCESS_DIED
         if self._starts and lost:
             self._await_cause()
@@ -94,32 +94,32 @@ class Processes:
             raise self._cause from error
 
     def ranks(self) -> Ranks:
-        """All of them, met; imports torch. Raises StillhouseError: INVALID_SPEC, PROCESS_DIED."""
+        """Connects all ranks and returns them; imports torch. Raises StillhouseError: INVALID_SPEC, PROCESS_DIED."""
         from stillhouse.student_trainer.train.distributed import ranks
 
-        if self.place.size == 1:
+        if self.rank_info.size == 1:
             return ranks.Ranks()
         store = self._store()
         # accelerate would read these and form groups of its own.
         for name in _TORCHRUN_VARIABLES:
             os.environ.pop(name, None)
         wait_s = self._config.retry.teacher_wait_s
-        self._ranks = ranks.Ranks.join(self.place, store, wait_s=wait_s)
+        self._ranks = ranks.Ranks.join(self.rank_info, store, wait_s=wait_s)
         return self._ranks
 
     def _share_cores(self) -> None:
-        """Fewer threads for each process on a CPU; those of GPUs got their share from the run service."""
+        """Divides the CPU threads among the processes; with GPUs the run service has done so."""
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             return
         threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-            os.environ[name] = str(max(1, threads // self.place.size))
+            os.environ[name] = str(max(1, threads // self.rank_info.size))
 
     def _start(self) -> None:
-        """Starts all but the first. What they have to say to each other stays on the loopback device."""
+        """Starts all ranks but the first. Their traffic stays on the loopback device."""
         self._listener = socket.socket()
         self._listener.bind(("127.0.0.1", 0))
-        self._listener.listen(self.place.size)
+        self._listener.listen(self.rank_info.size)
         if Path("/sys/class/net", _LOOPBACK).exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         self._errors = tempfile.TemporaryDirectory(prefix="stillhouse-ranks-")
@@ -136,7 +136,7 @@ class Processes:
             str(self._attempt.number),
             "--worker",
         ]
-        for rank in range(1, self.place.size):
+        for rank in range(1, self.rank_info.size):
             self._workers[rank] = subprocess.Popen(
                 command, env=self._environment(rank), stdin=subprocess.PIPE
             )
@@ -150,14 +150,14 @@ class Processes:
             "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self.place.size),
+            "WORLD_SIZE": str(self.rank_info.size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(self._listener.getsockname()[1]),
             ERROR_VARIABLE: str(self._error_path(rank)),
         }
 
     def _store(self) -> Any:
-        """Where the processes meet."""
+        """Opens the store through which the processes connect."""
         from datetime import timedelta
 
         from torch.distributed import TCPStore, rendezvous  # type: ignore[attr-defined]
@@ -182,11 +182,11 @@ class Processes:
         except (RuntimeError, ValueError) as error:
             raise StillhouseError(
                 Reason.PROCESS_DIED,
-                f"The processes of this run did not meet within {timeout_s():g} s: {error}.",
+                f"The processes of this run did not connect within {timeout_s():g} s: {error}.",
             ) from error
 
     def _watch(self) -> None:
-        """Passes a stop on, and ends this process if another one has died and it does not notice."""
+        """Forwards a stop, and ends this process if another one has died and the main thread does not notice."""
         told = False
         while not self._closing.wait(POLL_S):
             if self._stopped() and not told:
@@ -198,7 +198,7 @@ class Processes:
                 break
         if self._cause is None or self._closing.wait(FAILURE_GRACE_S):
             return
-        # The main thread waits for a process that will not come; it writes nothing meanwhile.
+        # The main thread waits for a lost process; it writes nothing meanwhile.
         log.error("run failed", why=self._cause.message)
         self._attempt.report("failed", error=to_json(to_status(self._cause)))
         for each in self._workers.values():
@@ -206,13 +206,13 @@ class Processes:
         os._exit(EXIT_FAILED)
 
     def _await_cause(self) -> None:
-        """Another process seems to have died: its own end may be seen a moment later."""
+        """Waits for a process whose connection is lost to exit, which may take a moment longer."""
         deadline = time.monotonic() + FAILURE_GRACE_S / 2
         while self._cause is None and time.monotonic() < deadline:
             time.sleep(POLL_S / 4)
 
     def _find_cause(self) -> StillhouseError | None:
-        """Why a process has died: the one that was killed or has an error of its own before those that noticed."""
+        """Returns the error of a dead process; one that was killed or failed itself takes precedence over those that lost it."""
         codes = {rank: each.poll() for rank, each in self._workers.items()}
         dead = {rank: code for rank, code in codes.items() if code not in (None, 0)}
         causes = [self._cause_of(rank, code) for rank, code in dead.items() if code is not None]
@@ -226,12 +226,12 @@ class Processes:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             return StillhouseError(
                 Reason.PROCESS_DIED,
-                f"Process {rank} of {self.place.size} (from 0) {how} and did not say why; `run resume` goes on from the "
-                "last checkpoint.",
+                f"Process {rank} of {self.rank_info.size} (from 0) {how} without an error message; `run resume` continues from "
+                "the last checkpoint.",
                 metadata={"exit_code": str(code if code >= 0 else 128 - code), "signal": str(max(0, -code))},
             )
         noticed = told.reason is Reason.PROCESS_DIED
-        told = of_another(told, rank, self.place.size)
+        told = attribute_to_rank(told, rank, self.rank_info.size)
         told.metadata["noticed"] = str(int(noticed))
         return told
 
@@ -255,16 +255,16 @@ class Processes:
         return Path(self._errors.name, str(rank))
 
 
-def say_why(status: Status) -> None:
-    """Tells the first process why this one fails, if that started it."""
+def report_failure(status: Status) -> None:
+    """Writes this process's error for the first process, if that started it."""
     path = os.environ.get(ERROR_VARIABLE)
     if path:
         with contextlib.suppress(OSError):
             Path(path).write_text(json.dumps(to_json(status)))
 
 
-def end_with_first() -> None:
-    """From now on this process ends as soon as the first one has: at the end of standard input."""
+def exit_with_first_process() -> None:
+    """Exits this process as soon as the first one has ended: at the end of standard input."""
 
     def wait() -> None:
         sys.stdin.buffer.read()

@@ -1,4 +1,4 @@
-"""Which of the processes of a run one is, and how another one's error is told; imports no torch."""
+"""Rank, world size and local rank from the environment, and errors of other ranks. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ DEFAULT_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
-    """Which of the processes of a run one is."""
+class RankInfo:
+    """Rank of this process among those of its run."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among those of its host; the index of its device."""
+    """Rank among the processes of this host; the index of its device."""
 
     @classmethod
-    def given(cls) -> Place | None:
-        """The place that torchrun, or the first process, gave to this one by its environment; None for a first process."""
+    def from_environment(cls) -> RankInfo | None:
+        """Reads the rank that torchrun or the first process set; None for a process started without one."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if not all(os.environ.get(name, "").isdecimal() for name in names):
             return None
@@ -31,12 +31,12 @@ class Place:
 
 
 def timeout_s() -> float:
-    """How long a process waits for another one inside a step; between steps retry.teacher_wait_s is added."""
+    """Returns how long a process waits for others inside a step; between steps retry.teacher_wait_s is added."""
     return float(os.environ.get(TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S))
 
 
-def of_another(error: StillhouseError, rank: int, size: int) -> StillhouseError:
-    """The error of process `rank` as another one tells it."""
+def attribute_to_rank(error: StillhouseError, rank: int, size: int) -> StillhouseError:
+    """Prefixes the message of an error of process `rank` with its rank."""
     return StillhouseError(
         error.reason,
         f"Process {rank} of {size} (from 0): {error.message}",

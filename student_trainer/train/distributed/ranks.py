@@ -1,7 +1,7 @@
-"""The processes that train one run together, by rank: what they agree on and what they add up; one process alone is the simplest case.
+"""Collective operations of the processes that train one run: agreement, exchange and sums; a single process is the trivial case.
 
-Every process does the same calls in the same order, so all leave a step, and the run, together. Small things travel as
-JSON over gloo, also where gradients go over NCCL: gloo notices at once that another process has gone.
+Every process makes the same calls in the same order, so that all leave a step, and the run, together. Small values
+travel as JSON over gloo, even if gradients use NCCL: gloo notices at once that another process has ended.
 """
 
 from __future__ import annotations
@@ -25,75 +25,80 @@ from stillhouse.protos.errors import (
     to_json,
     to_status,
 )
-from stillhouse.student_trainer.train.distributed.rank_env import Place, of_another, timeout_s
+from stillhouse.student_trainer.train.distributed.rank_env import RankInfo, attribute_to_rank, timeout_s
 from stillhouse.student_trainer.train.process.waiting import Stopped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 BUCKET_BYTES = 64 * 2**20
-"""Of gradients that travel at once."""
+"""Largest amount of gradients reduced at once."""
 
 
 class Ranks:
-    """This process's view of all of them."""
+    """All processes of a run, as seen by this one."""
 
     def __init__(
-        self, place: Place | None = None, *, patient: Any = None, swift: Any = None, bulk: Any = None
+        self,
+        rank_info: RankInfo | None = None,
+        *,
+        patient: Any = None,
+        swift: Any = None,
+        bulk: Any = None,
     ) -> None:
-        """Process groups, None for a process alone: `patient` between steps, `swift` in them, `bulk` for gradients."""
-        self.place = place or Place()
+        """Takes process groups, None for a single process: `patient` between steps, `swift` inside, `bulk` for gradients."""
+        self.rank_info = rank_info or RankInfo()
         self._patient = patient
         self._swift = swift
         self._bulk = bulk
 
     @classmethod
-    def join(cls, place: Place, store: Any, *, wait_s: float) -> Ranks:
-        """Meets the others at `store`; `wait_s` is the time that one may wait for a teacher while others wait for it.
+    def join(cls, rank_info: RankInfo, store: Any, *, wait_s: float) -> Ranks:
+        """Connects to the others through `store`; `wait_s` is how long one may wait for a teacher while others wait for it.
 
-        Raises StillhouseError: PROCESS_DIED if they do not come, INVALID_SPEC if there is no device for this one.
+        Raises StillhouseError: PROCESS_DIED if they do not connect, INVALID_SPEC if this one has no device.
         """
         on_gpus = torch.cuda.is_available()
         if on_gpus:
-            _take_device(place)
+            _select_device(rank_info)
         swift_time = timedelta(seconds=timeout_s())
         try:
             dist.init_process_group(
                 "gloo",
                 store=store,
-                rank=place.rank,
-                world_size=place.size,
+                rank=rank_info.rank,
+                world_size=rank_info.size,
                 timeout=timedelta(seconds=wait_s + timeout_s()),
             )
             swift = dist.new_group(backend="gloo", timeout=swift_time)
             bulk = dist.new_group(backend="nccl", timeout=swift_time) if on_gpus else swift
         except RuntimeError as error:
             raise _lost(error) from error
-        return cls(place, patient=dist.group.WORLD, swift=swift, bulk=bulk)
+        return cls(rank_info, patient=dist.group.WORLD, swift=swift, bulk=bulk)
 
     @property
     def rank(self) -> int:
-        """Of this process, from 0."""
-        return self.place.rank
+        """Rank of this process, from 0."""
+        return self.rank_info.rank
 
     @property
     def size(self) -> int:
         """Number of processes."""
-        return self.place.size
+        return self.rank_info.size
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes the run directory."""
-        return self.place.rank == 0
+        """True in the process that writes the run directory."""
+        return self.rank_info.rank == 0
 
     def is_mine(self, number: int) -> bool:
-        """Whether item `number` of a global order is this process's."""
-        return number % self.place.size == self.place.rank
+        """Returns True if item `number` of a global order is this process's."""
+        return number % self.rank_info.size == self.rank_info.rank
 
     def gather(self, data: bytes, *, patient: bool = False) -> list[bytes]:
-        """What every process gave, by rank. `patient`: some may come late, because they wait for a teacher."""
+        """Returns every process's bytes, by rank. `patient`: some may come late, because they wait for a teacher."""
         if self.size == 1:
             return [data]
         group = self._patient if patient else self._swift
@@ -110,13 +115,13 @@ class Ranks:
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def exchange(self, value: Any, *, patient: bool = False) -> list[Any]:
-        """What every process said, by rank; anything that JSON can hold."""
+        """Returns every process's value, by rank; it must be JSON."""
         if self.size == 1:
             return [value]
         return [json.loads(each) for each in self.gather(json.dumps(value).encode(), patient=patient)]
 
-    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
-        """By name, the sum over all processes; bit for bit the same in each of them."""
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sums values by name over all processes, bit for bit the same in each of them."""
         if self.size == 1:
             return dict(values)
         total: dict[str, float] = {}
@@ -125,14 +130,14 @@ class Ranks:
                 total[name] = total.get(name, 0.0) + value
         return total
 
-    def agree(self, do: Callable[[], Item]) -> Item:
-        """What `do` returns, once it has returned in every process.
+    def agree(self, do: Callable[[], Value]) -> Value:
+        """Returns the result of `do` once it has returned in every process.
 
         Raises:
-            Stopped: one of the processes shall stop; then all do.
-            StillhouseError: why `do` fails in one of them; the others say so too.
+            Stopped: one of the processes stops; then all do.
+            StillhouseError: the error of `do` in one of them; the others report it too.
         """
-        item: list[Item] = []
+        item: list[Value] = []
         said: dict[str, Any] = {}
         own: StillhouseError | None = None
         try:
@@ -146,13 +151,13 @@ class Ranks:
             raise own
         for rank, answer in enumerate(answers):
             if "error" in answer:
-                raise of_another(from_status(from_json(answer["error"])), rank, self.size)
+                raise attribute_to_rank(from_status(from_json(answer["error"])), rank, self.size)
         if any("stop" in answer for answer in answers):
             raise Stopped
         return item[0]
 
-    def after_first(self, do: Callable[[], Item]) -> Item:
-        """What `do` returns; the first process does it before the others, and alone writes what it has to write.
+    def after_first(self, do: Callable[[], Value]) -> Value:
+        """Returns the result of `do`, which the first process runs before the others, e.g. to write a shared file.
 
         Raises what `agree` raises.
         """
@@ -163,11 +168,11 @@ class Ranks:
         self.agree(lambda: None)
         return self.agree(do)
 
-    def together(self, steps: Iterable[Item], stop_requested: Callable[[], bool]) -> Iterator[Item]:
-        """The items of `steps` once every process has its own; all have equally many. Raises what `agree` raises."""
+    def in_lockstep(self, steps: Iterable[Value], stop_requested: Callable[[], bool]) -> Iterator[Value]:
+        """Yields the items of `steps` once every process has its own; all have equally many. Raises what `agree` raises."""
         iterator = iter(steps)
 
-        def following() -> Item | None:
+        def following() -> Value | None:
             item = next(iterator, None)
             if item is not None and stop_requested():
                 raise Stopped
@@ -177,7 +182,7 @@ class Ranks:
             yield item
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replaces every gradient by its sum over all processes; one that no process has stays absent."""
+        """Replaces every gradient by its sum over all processes; a gradient that no process has stays absent."""
         if self.size == 1:
             return
         device = parameters[0].device
@@ -199,8 +204,8 @@ class Ranks:
         except RuntimeError as error:
             raise _lost(error) from error
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Gives the first process's values of `tensors` to all, in place."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Copies the first process's values of `tensors` to all, in place."""
         if self.size > 1:
             try:
                 with torch.no_grad():
@@ -210,23 +215,23 @@ class Ranks:
                 raise _lost(error) from error
 
     def leave(self) -> None:
-        """Gives the connections up, as all do at the end."""
+        """Closes the connections, as all processes do at the end."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
             # The groups' own threads end with the last reference, not while the interpreter goes down.
             self._patient = self._swift = self._bulk = None
 
     def abandon(self) -> None:
-        """Gives them up while others may be gone; those between GPUs end with the process."""
+        """Closes the connections while others may be gone; NCCL's end with the process."""
         if not torch.cuda.is_available():
             self.leave()
 
 
-def merged(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
-    """One value for each metric of several processes, given with their weights.
+def merge_metrics(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, float]:
+    """Merges the metrics of several processes, given with their weights.
 
-    Means are weighted, and counts of what was dropped, asked or found are added up. Of times the longest counts, for which
-    all wait, and of devices the fullest.
+    Means are weighted, and counts (dropped, queried, cached) are summed. The maximum is taken of times, for which all
+    wait, and of device memory.
     """
     names = sorted({name for _, metrics in parts for name in metrics})
     result = {}
@@ -242,27 +247,27 @@ def merged(parts: Sequence[tuple[float, Mapping[str, float]]]) -> dict[str, floa
     return result
 
 
-def _take_device(place: Place) -> None:
+def _select_device(rank_info: RankInfo) -> None:
     count = torch.cuda.device_count()
-    if place.local_rank >= count:
+    if rank_info.local_rank >= count:
         raise StillhouseError(
             Reason.INVALID_SPEC,
-            f"resources.num_processes asks for process {place.local_rank} (from 0) on this host, which shows it {count} "
-            "devices; each process needs one of its own. Lower it, or give the run more devices.",
+            f"resources.num_processes starts process {rank_info.local_rank} (from 0) on this host, which shows it {count} "
+            "devices; each process needs its own. Lower it, or give the run more devices.",
         )
-    torch.cuda.set_device(place.local_rank)
+    torch.cuda.set_device(rank_info.local_rank)
 
 
 def _lost(error: RuntimeError) -> StillhouseError:
     return StillhouseError(
         Reason.PROCESS_DIED,
-        f"Another process of this run has ended, or did not answer for {timeout_s():g} s ({first_line(error)}). Its log says why; "
-        "`run resume` goes on from the last checkpoint.",
+        f"Another process of this run has ended, or did not respond for {timeout_s():g} s ({first_line(error)}). See its log; "
+        "`run resume` continues from the last checkpoint.",
     )
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    """Neighbours of one type whose gradients have at most BUCKET_BYTES together, one parameter at least."""
+    """Yields groups of neighbouring parameters of one dtype with at most BUCKET_BYTES of gradients, or a single one."""
     for _, group in itertools.groupby(parameters, key=lambda each: (each.dtype, each.device)):
         bucket: list[nn.Parameter] = []
         filled = 0

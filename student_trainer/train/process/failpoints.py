@@ -1,4 +1,4 @@
-"""Places where a test can have this process killed, as a power cut would, or put to sleep; without the variable they do nothing."""
+"""Failpoints: named lines where a test can have this process killed, as by a power cut, or stopped; inactive by default."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import signal
 from collections import Counter
 
 VARIABLE = "STILLHOUSE_FAILPOINT"
-"""`name`, `name:n` for the n-th time that the place is reached, or `name:n:stop` to be stopped there and not killed."""
+"""`name`, `name:n` for the n-th time that it is reached, or `name:n:stop` to send SIGSTOP instead of SIGKILL."""
 
 _reached: Counter[str] = Counter()
 
 
 def reach(name: str) -> None:
-    """Kill or stop this process if the environment asks for it here."""
+    """Kills or stops this process if STILLHOUSE_FAILPOINT names this failpoint."""
     wanted = os.environ.get(VARIABLE)
     if not wanted:
         return
     _reached[name] += 1
-    place, _, rest = wanted.partition(":")
+    failpoint, _, rest = wanted.partition(":")
     count, _, how = rest.partition(":")
-    if place == name and _reached[name] == int(count or 1):
+    if failpoint == name and _reached[name] == int(count or 1):
         os.kill(os.getpid(), signal.SIGSTOP if how == "stop" else signal.SIGKILL)

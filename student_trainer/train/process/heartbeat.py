@@ -1,4 +1,4 @@
-"""Signs of life of a training process, from its start to its end, also while it imports, loads and waits."""
+"""Heartbeats of a training process from its start to its end, also while it imports, loads and waits."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stillhouse.student_trainer.run_dir import Attempt
 log = structlog.get_logger()
 
 HEARTBEAT_S = 5.0
-"""Between two signs of life."""
+"""Interval between two heartbeats."""
 
 
 @contextlib.contextmanager
-def beating(attempt: Attempt) -> Iterator[None]:
-    """Gives signs of life until the block ends, from a thread of its own: none come from a process that is stopped."""
+def heartbeats(attempt: Attempt) -> Iterator[None]:
+    """Sends heartbeats from a thread of its own until the block ends; a stopped process sends none."""
     ended = threading.Event()
 
     def beat() -> None:

@@ -1,4 +1,4 @@
-"""The end of a training process that nothing went wrong in."""
+"""Result of a training process that ended without an error."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How the process ends."""
+    """Result of a training process and its last step."""
 
     kind: Literal["completed", "stopped"]
     step: int

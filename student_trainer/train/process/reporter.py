@@ -1,4 +1,4 @@
-"""What a training process tells the world: metrics lines and TensorBoard files."""
+"""Reports metrics of a training process as journal lines and TensorBoard files, and warns of a slow teacher."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from stillhouse.student_trainer.run_dir import Attempt
 
 
 class Reporter:
-    """Metrics of one attempt; a context manager."""
+    """Writes metrics of one attempt; a context manager."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
         self._writer: Any = None
         self._first_step = 0
-        self._waits = Waits()
+        self._waits = TeacherWaitMonitor()
 
     def __enter__(self) -> Self:
         return self
@@ -31,16 +31,16 @@ class Reporter:
             self._writer.close()
 
     def resume_at(self, step: int) -> None:
-        """Curves that an earlier attempt drew beyond `step` are cut."""
+        """Cuts curves that an earlier attempt wrote beyond `step`."""
         self._first_step = step
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes the metrics of a step; what is no number is left out, because JSON has no word for it."""
+        """Writes the metrics of a step; non-finite values are left out, because JSON cannot hold them."""
         if not self._attempt.writes:
             return
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         self._attempt.report_metrics(step, finite)
-        self._waits.note(step, finite)
+        self._waits.record(step, finite)
         for name, value in finite.items():
             self._tensorboard().add_scalar(name, value, step)
 
@@ -56,21 +56,21 @@ class Reporter:
 log = structlog.get_logger()
 
 WINDOW_STEPS = 20
-SHARE = 0.5
-"""Of a window's time that may pass with waiting before it is said."""
-LEAST_S = 1.0
-"""Shorter windows are not worth a word."""
+MAX_WAIT_SHARE = 0.5
+"""Share of a window's step time spent waiting above which a warning is logged."""
+MIN_WAIT_S = 1.0
+"""Waiting time below which no warning is logged."""
 
 
-class Waits:
-    """Counts what metrics say of each step."""
+class TeacherWaitMonitor:
+    """Warns when more than half of a window's step time is spent waiting for the teacher."""
 
     def __init__(self) -> None:
         self._waited_s = self._time_s = 0.0
         self._steps = 0
 
-    def note(self, step: int, metrics: Mapping[str, float]) -> float | None:
-        """The share of the window that ends with this step that was waiting, if it was said; else None."""
+    def record(self, step: int, metrics: Mapping[str, float]) -> float | None:
+        """Adds a step; returns the window's waiting share if it was warned of, else None."""
         if "train/step_time_s" not in metrics:
             return None
         self._waited_s += metrics.get("train/teacher_wait_s", 0.0)
@@ -81,13 +81,13 @@ class Waits:
         share, waited_s = self._waited_s / max(self._time_s, 1e-9), self._waited_s
         self._waited_s = self._time_s = 0.0
         self._steps = 0
-        if share <= SHARE or waited_s < LEAST_S:
+        if share <= MAX_WAIT_SHARE or waited_s < MIN_WAIT_S:
             return None
         log.warning(
             "the student waits for its teacher",
             step=step,
             share=round(share, 2),
             waited_s=round(waited_s, 1),
-            remedy="name more services in teachers.targets, keep answers in a cache, or raise teachers.prefetch_steps",
+            remedy="name more services in teachers.targets, cache teacher outputs, or raise teachers.prefetch_steps",
         )
         return share

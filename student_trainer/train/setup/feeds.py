@@ -17,7 +17,7 @@ from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings,
 from stillhouse.student_trainer.train.contexts.student_feed import RolloutState, StudentFeed, TextWriter
 from stillhouse.student_trainer.train.contexts.teacher_feed import TeacherFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
-from stillhouse.student_trainer.train.data.context_mix import Mix
+from stillhouse.student_trainer.train.data.context_mix import ContextMix
 from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
 from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
 from stillhouse.student_trainer.train.rollouts.sampler_pool import SamplerPool
@@ -42,7 +42,7 @@ class FeedFactory:
     def open_source(self) -> StepSource:
         """The contexts of the run, mixed by weight. Raises Stopped, or StillhouseError of a rollout service."""
         config, ranks = self.scope.config, self.scope.ranks
-        mix = Mix(
+        mix = ContextMix(
             weights=[each.weight for each in config.contexts],
             schedule=self.student_side.schedule,
             seed=config.data.seed,

@@ -107,7 +107,7 @@ def load_targets(run_dir: RunDir, examples: Sequence[Example], top_k: int) -> li
         ScoredExample(
             example=example,
             answer=Distributions(
-                start=example.asked[1], **{name: array[begin:end] for name, array in arrays.items()}
+                start=example.teacher_tokens[1], **{name: array[begin:end] for name, array in arrays.items()}
             ),
         )
         for example, begin, end in zip(examples, bounds[:-1], bounds[1:], strict=True)
@@ -130,7 +130,7 @@ def _key(examples: Sequence[Example], top_k: int) -> str:
     """Digest of the rows and the top-k that stored targets belong to."""
     digest = hashlib.sha256(f"{top_k}".encode())
     for example in examples:
-        token_ids, start = example.asked
+        token_ids, start = example.teacher_tokens
         digest.update(f" {start} {len(token_ids)} ".encode())
         digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
     return digest.hexdigest()

@@ -69,7 +69,7 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     )
     triggers = Triggers(config.checkpoint, config.evaluation, student_side.schedule)
     checkpointer = Checkpointer(attempt, scope.ranks, state, triggers, keep=config.checkpoint.keep)
-    restored_step = checkpointer.restore(student_side.student.trained().values())
+    restored_step = checkpointer.restore(student_side.student.trainable_parameters().values())
     matmul_dtype = _agree_matmul_dtype(scope, student_side, restored_step)
     student_side.stepper.multiply_in(matmul_dtype)
     checkpointer.record(
@@ -125,5 +125,5 @@ def _make_evaluator(scope: RunScope, teacher_side: TeacherSide, student_side: St
         batch_size=scope.config.optimizer.micro_batch_size,
         vocab_size=student_side.vocab_size,
         chunk_loss=chunk_loss(scope.config) if is_bridged(scope.config) else None,
-        total=scope.ranks.sums,
+        total=scope.ranks.sum,
     )

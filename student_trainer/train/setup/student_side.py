@@ -50,8 +50,10 @@ class StudentSide:
         if not is_bridged(config):
             vocab_size = teacher_side.teachers.shared_vocab_size(vocab_size)
         weights = [each.weight for each in config.data.train if each.weight is not None]
-        schedule = Schedule.of(len(corpus.train), config.optimizer, config.data.seed, corpus.parts, weights)
-        optimizer = make_optimizer(student.trained(), config.optimizer)
+        schedule = Schedule.from_config(
+            len(corpus.train), config.optimizer, config.data.seed, corpus.dataset_sizes, weights
+        )
+        optimizer = make_optimizer(student.trainable_parameters(), config.optimizer)
         stepper = Stepper(
             student,
             optimizer,

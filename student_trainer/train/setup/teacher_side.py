@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
-from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import bridge
+from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import translate_for_teachers
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.setup.held_out import HeldOutRows
 from stillhouse.student_trainer.train.setup.inputs import Inputs
@@ -33,7 +33,7 @@ class TeacherSide:
         config, ranks = scope.config, scope.ranks
         if is_bridged(config):  # the queries depend on the teacher's tokenizer
             online = ranks.after_first(lambda: connect_teachers(scope, inputs))
-            corpus = bridge(config, inputs.corpus, online.members, inputs.tokenizer)
+            corpus = translate_for_teachers(config, inputs.corpus, online.members, inputs.tokenizer)
             return cls(teachers=online, corpus=corpus, held_out=HeldOutRows.lookup(scope, corpus))
         held_out = HeldOutRows.lookup(scope, inputs.corpus)
         teachers: TargetSource = NoTeachers()

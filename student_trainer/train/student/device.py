@@ -13,10 +13,10 @@ _MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
 
 def make_accelerator(config: OptimizerConfig) -> Any:
-    """The accelerator on the first visible GPU, else the CPU.
+    """Makes the accelerator on the first visible GPU, else the CPU.
 
-    On a CPU with a fixed number of threads everything is deterministic; on a GPU, what has a deterministic algorithm.
-    Raises StillhouseError(INVALID_SPEC) for a precision that the device lacks.
+    On a CPU with a fixed number of threads everything is deterministic; on a GPU, operations with a deterministic
+    algorithm are. Raises StillhouseError(INVALID_SPEC) for a precision that the device lacks.
     """
     from accelerate import Accelerator
 
@@ -32,5 +32,5 @@ def make_accelerator(config: OptimizerConfig) -> Any:
 
 
 def precision_of(accelerator: Any) -> str:
-    """ "bf16", "fp16" or "fp32"."""
+    """Returns "bf16", "fp16" or "fp32"."""
     return {mixed: name for name, mixed in _MIXED.items()}[str(accelerator.mixed_precision)]

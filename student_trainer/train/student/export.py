@@ -1,4 +1,4 @@
-"""Writes the trained student to final/ in Hugging Face layout with its tokenizer: what people take away from a run."""
+"""Exports the trained student to final/ in Hugging Face layout, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 from stillhouse.protos.files.atomic import sync_directory, sync_tree
 from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.process import failpoints
-from stillhouse.student_trainer.train.student.loading import merged
+from stillhouse.student_trainer.train.student.loading import merge_adapter
 from stillhouse.student_trainer.train.student.student import Student
 
 ADAPTER_FOLDER = "adapter"
-"""Where the adapter lies beside a merged model."""
+"""Folder of the adapter beside a merged model."""
 
 
 def export(student: Student, attempt: Attempt) -> Path:
-    """final/: the whole model, or the adapter alone (output "adapter"), or the merged model with the adapter under
-    adapter/ ("both").
+    """Writes final/: the complete model, or the adapter alone (output "adapter"), or the merged model with the adapter
+    under adapter/ ("both").
 
-    Merging changes the student: it is not trained afterwards. Raises StillhouseError(RUN_STATE) if another attempt
-    owns the run.
+    Merging changes the student in place: it cannot be trained afterwards. Raises StillhouseError(RUN_STATE) if another
+    attempt owns the run.
     """
     target = attempt.run_dir.final_path
     temporary = target.with_name(".final.tmp")
@@ -48,7 +48,7 @@ def _write(student: Student, directory: Path) -> None:
     else:
         adapter = directory / ADAPTER_FOLDER
         model.save_pretrained(adapter)
-        merged(model, config, student.data_dir, adapter).save_pretrained(directory)
+        merge_adapter(model, config, student.data_dir, adapter).save_pretrained(directory)
         if config.output == "merged":
             shutil.rmtree(adapter)
     student.tokenizer.save_pretrained(directory)

@@ -1,7 +1,7 @@
-"""The student's output layer, where it is a plain linear one: then losses are fused with it, and its logits never exist at once.
+"""The student's output layer (LM head): losses are fused with it if it is plain, so that its logits never exist at once.
 
-What counts as plain is tried out and not read from a name: with the layer left out, a model must give what the layer
-turns into its logits. Models that cap or scale their logits, and adapters on the layer itself, are not plain.
+A layer is plain if the model without it returns exactly the layer's input, which is tested and not read from a name.
+Models that cap or scale their logits, and adapters on the layer itself, are not plain.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from stillhouse.student_trainer.train.loss.fused import OutputLayer
 from stillhouse.student_trainer.train.student.student import Student
 
 CHUNK_LOGITS = 2**27
-"""Logits that are held at a time where no gradient is wanted."""
+"""Logits held at a time without gradients."""
 
 
-class Head:
-    """Computes hidden states and logits of a student's targets; knows whether its output layer is plain."""
+class LmHead:
+    """Computes hidden states and logits of a student's targets."""
 
     def __init__(self, student: Student) -> None:
         self._student = student
@@ -31,19 +31,19 @@ class Head:
 
     @property
     def layer(self) -> OutputLayer | None:
-        """The layer, if it is plain."""
+        """The output layer if it is plain, else None."""
         if self._linear is None:
             return None
         return OutputLayer(weight=self._linear.weight, bias=self._linear.bias)
 
     def hidden(self, batch: MicroBatch) -> Tensor:
-        """[N, H]: what the plain layer reads for each target of `batch`."""
-        assert self._linear is not None, "only a plain layer can be left out"
-        with _left_out(self._linear):
+        """Returns the input of the plain layer for each target of `batch`, [N, H]."""
+        assert self._linear is not None, "only a plain layer can be bypassed"
+        with _bypassed(self._linear):
             return self._student.logits(batch)[0]
 
     def logit_chunks(self, batch: MicroBatch) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the targets of `batch`, and their logits [1, n, V], a bounded number at a time."""
+        """Yields slices of the targets of `batch` and their logits [1, n, V], a bounded number at a time."""
         if self._linear is None:
             yield slice(0, batch.num_targets), self._student.logits(batch)
             return
@@ -55,10 +55,10 @@ class Head:
 
 
 def _plain_layer(model: Any) -> nn.Linear | None:
-    """The output layer of a causal language model, if its output is its product and nothing else."""
+    """Returns the output layer of a causal language model if the logits are its plain output, else None."""
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = plain.get_output_embeddings()
-    # Subclasses are quantised or adapted layers, whose product is another.
+    # Subclasses are quantised or adapted layers, with another matmul.
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     token_ids = torch.tensor([[1, 0, 1]], device=layer.weight.device)
@@ -67,7 +67,7 @@ def _plain_layer(model: Any) -> nn.Linear | None:
     try:
         with torch.no_grad():
             expected = model(input_ids=token_ids, use_cache=False).logits
-            with _left_out(layer):
+            with _bypassed(layer):
                 hidden = model(input_ids=token_ids, use_cache=False).logits
     finally:
         model.train(was_training)
@@ -78,8 +78,8 @@ def _plain_layer(model: Any) -> nn.Linear | None:
 
 
 @contextmanager
-def _left_out(layer: nn.Linear) -> Iterator[None]:
-    """Within it, the layer hands on what it is given."""
+def _bypassed(layer: nn.Linear) -> Iterator[None]:
+    """Makes the layer return its input inside the block."""
     vars(layer)["forward"] = _identity
     try:
         yield

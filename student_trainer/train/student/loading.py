@@ -1,4 +1,4 @@
-"""The student's model as its settings ask for it: whole or quantised, all layers or some, with an adapter of its own or one to go on from."""
+"""Loads the student's model: optionally quantised, with a subset of layers, and with a new or an existing LoRA adapter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.student_trainer.train.data.readers import resolve
 
 
 def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """The base with the layers that are kept and the adapter that learns, if one does, on `device`.
+    """Loads the base with the kept layers and, if one is trained, the adapter, on `device`.
 
     Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC, CAPABILITY.
     """
@@ -26,7 +26,7 @@ def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device
         model = keep_layers(_load_quantized(config, data_dir, dtype, device), config)
         model = _prepare_quantized(model, config)
     if config.adapter:
-        model = _go_on_from(model, config, data_dir)
+        model = _load_adapter(model, config, data_dir)
     elif config.lora:
         model = add_adapter(model, config.lora)
     return model if config.quantization != "none" else model.to(device)
@@ -35,7 +35,7 @@ def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device
 def load_base(
     config: StudentConfig, data_dir: Path, dtype: torch.dtype, quantization: Any = None, **where: Any
 ) -> Any:
-    """The base with all its layers. Raises StillhouseError(MODEL_NOT_FOUND)."""
+    """Loads the base with all its layers. Raises StillhouseError(MODEL_NOT_FOUND)."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     source = model_source(config, data_dir)
@@ -57,14 +57,14 @@ def load_base(
 
 
 def keep_layers(model: Any, config: StudentConfig) -> Any:
-    """The model with the layers `config.keep_layers` alone, in place; all if it names none."""
+    """Removes all layers but `config.keep_layers`, in place; keeps all if it is empty."""
     if not config.keep_layers:
         return model
     total = model.config.num_hidden_layers
     if config.keep_layers[-1] >= total:
         raise invalid_field(
             "student.keep_layers",
-            f"{config.keep_layers[-1]} is no layer of {config.model}, whose {total} layers count from 0.",
+            f"{config.keep_layers[-1]} is not a layer of {config.model}, whose {total} layers count from 0.",
         )
     holders = [
         (module, name)
@@ -75,7 +75,7 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
     if len(holders) != 1:
         raise invalid_field(
             "student.keep_layers",
-            f"{config.model} does not hold its {total} layers in one list, so that some can be taken out; leave it out.",
+            f"{config.model} does not hold its {total} layers in one list, so a subset cannot be selected; leave it out.",
         )
     holder, name = holders[0]
     kept = nn.ModuleList([getattr(holder, name)[each] for each in config.keep_layers])
@@ -83,7 +83,7 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
         module: Any
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = number  # its place in the cache of keys and values
+                module.layer_idx = number  # its index in the KV cache
     setattr(holder, name, kept)
     model.config.num_hidden_layers = len(kept)
     if getattr(model.config, "layer_types", None):
@@ -92,7 +92,7 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
 
 
 def add_adapter(model: Any, config: LoraConfig) -> Any:
-    """The model with a fresh adapter. Raises StillhouseError(INVALID_SPEC) if it fits nowhere."""
+    """Adds a new adapter. Raises StillhouseError(INVALID_SPEC) if no module matches."""
     import peft
 
     output = model.get_output_embeddings()
@@ -119,14 +119,14 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
         layers = f" of layers {list(config.layers)}" if config.layers else ""
         raise invalid_field(
             "student.lora.target_modules",
-            f"{names}{layers}: nothing in this model fits. Its linear layers are {', '.join(linear)}.",
+            f"{names}{layers}: no module of this model matches. Its linear layers are {', '.join(linear)}.",
         ) from error
 
 
-def merged(model: Any, config: StudentConfig, data_dir: Path, adapter: Path) -> Any:
-    """One model of base and adapter, in full precision; `adapter` is the saved adapter.
+def merge_adapter(model: Any, config: StudentConfig, data_dir: Path, adapter: Path) -> Any:
+    """Merges base and adapter in full precision; `adapter` is the saved adapter.
 
-    A quantised base gives the numbers that the adapter was trained beside, and not those of its checkpoint.
+    A quantised base is dequantised to the weights that the adapter was trained with, not those of its checkpoint.
     """
     if config.quantization == "none":
         return model.merge_and_unload(safe_merge=True)
@@ -137,7 +137,7 @@ def merged(model: Any, config: StudentConfig, data_dir: Path, adapter: Path) -> 
     return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
 
 
-def _go_on_from(model: Any, config: StudentConfig, data_dir: Path) -> Any:
+def _load_adapter(model: Any, config: StudentConfig, data_dir: Path) -> Any:
     import peft
 
     path = resolve(config.adapter, data_dir)
@@ -163,7 +163,7 @@ def _load_quantized(config: StudentConfig, data_dir: Path, dtype: torch.dtype, d
     if config.from_config:
         raise invalid_field(
             "student.quantization",
-            "freezes the base, and random weights (from_config) are nothing to freeze.",
+            "freezes the base, and random weights (from_config) need no freezing.",
         )
     settings = (
         BitsAndBytesConfig(load_in_8bit=True)
@@ -172,14 +172,14 @@ def _load_quantized(config: StudentConfig, data_dir: Path, dtype: torch.dtype, d
     )
     model = load_base(config, data_dir, dtype, settings, device_map={"": device})
     for module in model.modules():
-        # On some CPUs bitsandbytes lays 4-bit weights out anew in the first evaluation, in a form that has no gradient.
+        # On some CPUs bitsandbytes repacks 4-bit weights in the first evaluation, in a form without gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
 
 
 def _prepare_quantized(model: Any, config: StudentConfig) -> Any:
-    """With norms in float32 and, for gradient checkpointing, gradients at the input."""
+    """Casts norms to float32 and, for gradient checkpointing, enables gradients at the input."""
     import peft
 
     return peft.prepare_model_for_kbit_training(
@@ -190,7 +190,7 @@ def _prepare_quantized(model: Any, config: StudentConfig) -> Any:
 
 
 def model_source(config: StudentConfig, data_dir: Path) -> str:
-    """A directory, or the hub id. Raises StillhouseError(MODEL_NOT_FOUND) for a path where nothing is."""
+    """Returns a directory, or the hub id. Raises StillhouseError(MODEL_NOT_FOUND) for a path that does not exist."""
     path = resolve(config.model, data_dir)
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -201,12 +201,12 @@ def model_source(config: StudentConfig, data_dir: Path) -> str:
         or config.model.startswith(("./", "../", "~", "runs/"))
         or config.model.count("/") > 1
     ):
-        raise model_not_found(config, str(path), "is no directory on the trainer's host")
+        raise model_not_found(config, str(path), "is not a directory on the trainer's host")
     return config.model
 
 
 def model_not_found(config: StudentConfig, source: str, problem: str) -> StillhouseError:
-    """The error that says what is wrong with the student's model, and what to do."""
+    """Returns the MODEL_NOT_FOUND error for the student's model; `problem` completes the sentence."""
     where = f"{config.model} ({source})" if source != config.model else source
     return StillhouseError(
         Reason.MODEL_NOT_FOUND,

@@ -1,6 +1,6 @@
-"""Packed micro-batches: sequences one behind the other in a single row, which a model must not mix.
+"""Checks that a model keeps packed sequences apart: several in one row of a micro-batch.
 
-Positions start again with each sequence, and attention is cut there by the model. That it is, is tried out.
+Positions restart with each sequence, and the model must mask attention there; a trial batch tests it.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.student.student import Student
 
 MAX_DIFFERENCE = 0.02
-"""Between logits of a sequence alone and packed, as a share of their spread: what rounding explains in bfloat16."""
+"""Largest difference of logits, packed against alone, as a share of their spread; bfloat16 rounding stays below it."""
 
 
 def check_packing(student: Student, device: torch.device) -> None:
-    """Return if the student reads packed sequences as it reads them one by one.
+    """Returns if the student computes the same logits for packed sequences as for single ones.
 
-    Raises StillhouseError(INVALID_SPEC): its attention, or its state, runs from one sequence into the next.
+    Raises StillhouseError(INVALID_SPEC) if its attention or state leaks from one sequence into the next.
     """
     size = student.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers' models
     generator = np.random.default_rng(0)
@@ -49,7 +49,7 @@ def check_packing(student: Student, device: torch.device) -> None:
         student.model.train(was_training)
     if (packed - apart).abs().max() > MAX_DIFFERENCE * apart.std():
         description = (
-            f"{student.config.model} mixes sequences that lie in one row: its logits differ from those of the sequences "
-            "apart. Leave data.packing out."
+            f"{student.config.model} mixes sequences packed into one row: its logits differ from those of the sequences "
+            "alone. Leave data.packing out."
         )
         raise invalid_field("data.packing", description)

@@ -1,4 +1,4 @@
-"""The model that learns: loaded whole or with an adapter, asked only for the logits that a loss needs, and saved for others to use."""
+"""The student: a causal language model, its trainable parameters and its tokenizer; computes only the logits that a loss needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = structlog.get_logger()
 
 
 def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
-    """The student's tokenizer. Raises StillhouseError(MODEL_NOT_FOUND)."""
+    """Loads the student's tokenizer. Raises StillhouseError(MODEL_NOT_FOUND)."""
     from transformers import AutoTokenizer
 
     source = model_source(config, data_dir)
@@ -35,20 +35,20 @@ def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
 
 
 class Student:
-    """A causal language model, the part of it that is trained, and its tokenizer."""
+    """A causal language model, its trainable parameters and its tokenizer."""
 
     def __init__(self, model: Any, tokenizer: Any, config: StudentConfig, data_dir: Path = Path()) -> None:
         self.model: nn.Module = model
         self.data_dir = data_dir
-        """Where names such as "runs/..." lie."""
+        """Root of names such as "runs/..."."""
         self.tokenizer = tokenizer
         self.config = config
         plain = model.get_base_model() if config.trains_adapter else model
         self.plain: Any = plain
-        """The model without the adapter's wrapping."""
+        """The model without the adapter's wrapper."""
         self._keeps_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
         self.max_positions: int | None = getattr(plain.config, "max_position_embeddings", None)
-        """Longest sequence that the model was made for, in tokens; None if it does not say."""
+        """Longest supported sequence, in tokens; None if the model does not say."""
 
     @classmethod
     def load(
@@ -61,10 +61,10 @@ class Student:
         precision: str,
         seed: int,
     ) -> Student:
-        """The student on `device`. Random weights, where there are any, come from `seed`.
+        """Loads the student on `device`. Random weights, if any, come from `seed`.
 
-        Weights that are trained are float32, also with bf16 autocast: an update of 1e-5 vanishes in bfloat16. A frozen
-        base is bfloat16 with bf16. Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC, TOKENIZER_INVALID.
+        Trained weights are float32, also with bf16 autocast: an update of 1e-5 vanishes in bfloat16. A frozen base is
+        bfloat16 with bf16. Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC, TOKENIZER_INVALID.
         """
         torch.manual_seed(seed)
         frozen_in_half = config.trains_adapter and precision == "bf16"
@@ -74,32 +74,34 @@ class Student:
         if num_embeddings < len(tokenizer):
             raise StillhouseError(
                 Reason.TOKENIZER_INVALID,
-                f"student.model {config.model} has {num_embeddings} embeddings, but its tokenizer knows {len(tokenizer)} "
-                "tokens. Resize the embeddings, or give it the tokenizer that it was made with.",
+                f"student.model {config.model} has {num_embeddings} embeddings, but its tokenizer has {len(tokenizer)} "
+                "tokens. Resize the embeddings, or use the model's own tokenizer.",
             )
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         student = cls(model, tokenizer, config, data_dir)
-        log.info("student loaded", model=config.model, trained=student.num_trained, of=student.num_parameters)
+        log.info(
+            "student loaded", model=config.model, trained=student.num_trainable, of=student.num_parameters
+        )
         return student
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in the model."""
+        """Total number of parameters."""
         return sum(each.numel() for each in self.model.parameters())
 
     @property
-    def num_trained(self) -> int:
-        """Numbers in the model that are trained."""
-        return sum(each.numel() for each in self.trained().values())
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(each.numel() for each in self.trainable_parameters().values())
 
-    def trained(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that are trained, by name; shared ones once."""
+    def trainable_parameters(self) -> Mapping[str, nn.Parameter]:
+        """Returns the trainable parameters by name; shared ones once."""
         return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
     def logits(self, batch: MicroBatch) -> Tensor:
-        """[1, N, V]: what the model says of each target of `batch`, in its order."""
+        """Returns the logits of each target of `batch`, in order, [1, N, V]."""
         arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.attention_mask is not None:
             arguments["attention_mask"] = batch.attention_mask

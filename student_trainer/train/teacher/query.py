@@ -34,7 +34,7 @@ class TeacherQuery:
     @classmethod
     def from_example(cls, example: Example) -> TeacherQuery:
         """Queries all targets of `example`, in its teacher's tokens."""
-        token_ids, start = example.asked
+        token_ids, start = example.teacher_tokens
         return cls(token_ids=token_ids, start=start, place=example.place, teacher=example.teacher)
 
     @property

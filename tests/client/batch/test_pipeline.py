@@ -151,13 +151,13 @@ def test_rows_of_a_data_set_are_what_a_run_reads(teacher: Teacher, models: Model
     from transformers import AutoTokenizer
 
     from stillhouse.student_trainer.config.schema import DatasetConfig
-    from stillhouse.student_trainer.train.data.encoding import Encoder
+    from stillhouse.student_trainer.train.data.encoding import RowEncoder
     from stillhouse.student_trainer.train.data.readers import read_rows
 
     turn = {"role": "user", "content": "Hello"}
     source = write(tmp_path / "in.jsonl", {"prompt": "Ada has"}, {"messages": [turn]})
     generate_file(teacher, source, tmp_path / "out.jsonl", BatchSettings(sampling=FIXED, as_dataset=True))
-    encoder = Encoder(AutoTokenizer.from_pretrained(models.teacher), completion_only=True)
+    encoder = RowEncoder(AutoTokenizer.from_pretrained(models.teacher), completion_only=True)
     kinds = []
     for row in read_rows(DatasetConfig(path=str(tmp_path / "out.jsonl")), tmp_path):
         kinds.append(row.kind)

@@ -61,7 +61,7 @@ def _take(config: RunConfig, data_dir: Path) -> tuple[dict[str, float], dict[str
     )
     stepper = step.Stepper(
         student,
-        make_optimizer(student.trained(), config.optimizer),
+        make_optimizer(student.trainable_parameters(), config.optimizer),
         make_accelerator(config.optimizer),
         config,
         total_steps=1,
@@ -69,7 +69,7 @@ def _take(config: RunConfig, data_dir: Path) -> tuple[dict[str, float], dict[str
     )
     data = StepData(step=0, scored=_scored(len(tokenizer)), teacher_wait_s=0.0)
     metrics = stepper.take_step(data, Progress())
-    return metrics, {name: weight.detach().clone() for name, weight in student.trained().items()}
+    return metrics, {name: weight.detach().clone() for name, weight in student.trainable_parameters().items()}
 
 
 def _config(models: Models, **further: object) -> RunConfig:
@@ -142,17 +142,17 @@ def test_token_weightings_have_mean_one_over_the_step(models: Models, tmp_path: 
     assert once[0]["train/loss"] == pytest.approx(twice[0]["train/loss"], rel=1e-5)
 
 
-def test_only_a_layer_whose_product_is_the_logits_is_fused(models: Models, tmp_path: Path) -> None:
+def test_only_a_layer_whose_matmul_is_the_logits_is_fused(models: Models, tmp_path: Path) -> None:
     config = _config(models).student
     tokenizer = load_tokenizer(config, tmp_path)
     student = Student.load(
         config, tokenizer, data_dir=tmp_path, device=torch.device("cpu"), precision="fp32", seed=0
     )
-    assert lm_head.Head(student).layer is not None
+    assert lm_head.LmHead(student).layer is not None
     student.model.get_output_embeddings().register_forward_hook(  # type: ignore[operator]
         lambda module, inputs, output: output.tanh()
     )
-    assert lm_head.Head(student).layer is None
+    assert lm_head.LmHead(student).layer is None
 
 
 def test_a_model_that_mixes_packed_sequences_is_refused(

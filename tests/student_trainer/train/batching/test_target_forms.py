@@ -94,7 +94,7 @@ def test_without_draws_the_drawn_forms_are_refused() -> None:
 def test_a_teacher_that_cannot_draw_is_refused_before_training() -> None:
     example = Example(token_ids=np.arange(3, dtype=np.int32), mask=np.arange(3) > 0, place="row 1")
     config = replace(RunConfig(), loss=LossConfig(sparse_target="sampled"))
-    demands = Demands.from_config(config, "f", "{}", Corpus(train=[example], eval=[], parts=[1]))
+    demands = Demands.from_config(config, "f", "{}", Corpus(train=[example], eval=[], dataset_sizes=[1]))
     info = GetTeacherInfoResponse(
         tokenizer_fingerprint="f", tokenizer_size=9, vocab_size=9, max_top_k=64, max_sequence_tokens=9
     )

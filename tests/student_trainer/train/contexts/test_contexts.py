@@ -13,7 +13,7 @@ import pytest
 
 from stillhouse.student_trainer.config.schema import OptimizerConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
-from stillhouse.student_trainer.train.data.context_mix import Mix
+from stillhouse.student_trainer.train.data.context_mix import ContextMix
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
@@ -72,13 +72,13 @@ def student_context(loss: dict[str, Any] | None = None, **settings: Any) -> dict
 
 
 def test_each_context_takes_its_share_of_every_step() -> None:
-    schedule = Schedule.of(100, OptimizerConfig(micro_batch_size=7, max_steps=200), seed=0)
-    mix = Mix(weights=[2.0, 1.0, 1.0], schedule=schedule, seed=3)
+    schedule = Schedule.from_config(100, OptimizerConfig(micro_batch_size=7, max_steps=200), seed=0)
+    mix = ContextMix(weights=[2.0, 1.0, 1.0], schedule=schedule, seed=3)
     counts: Counter[int] = Counter()
     for step in range(200):
         slots = mix.slots(step)
         assert slots == mix.slots(step)
-        places = sorted(slot.place for each in slots for slot in each)
+        places = sorted(slot.position for each in slots for slot in each)
         assert places == list(range(7 * step, 7 * step + 7))
         for context, share in enumerate((3.5, 1.75, 1.75)):
             assert abs(len(slots[context]) - share) < 1
@@ -88,8 +88,8 @@ def test_each_context_takes_its_share_of_every_step() -> None:
 
 
 def test_datasets_are_mixed_by_weight_and_each_row_waits_its_turn() -> None:
-    schedule = Schedule.of(
-        30, OptimizerConfig(micro_batch_size=1, epochs=4), seed=1, parts=[20, 10], weights=[1.0, 3.0]
+    schedule = Schedule.from_config(
+        30, OptimizerConfig(micro_batch_size=1, epochs=4), seed=1, dataset_sizes=[20, 10], weights=[1.0, 3.0]
     )
     rows = [row for step in range(schedule.total_steps) for row in schedule.rows(step)]
     small = [row for row in rows if row >= 20]

@@ -1,4 +1,4 @@
-"""Text in the tokens of a foreign teacher: the same bytes on both sides of every chunk, and what is left out is counted."""
+"""Text in the tokens of a teacher with another tokenizer: both sides of every chunk are the same bytes; dropped tokens are counted."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.train.cross_tokenizer.bridge import Bridge
 from stillhouse.student_trainer.train.cross_tokenizer.token_bytes import TokenBytes
-from stillhouse.student_trainer.train.data.alignment import ForeignText, Tokens, align
+from stillhouse.student_trainer.train.data.alignment import AlignedText, Tokens, align
 from stillhouse.student_trainer.train.data.encoding import Example
 from tests.support.small_models import make_tokenizer
 from tests.support.texts import sentences
@@ -42,7 +42,7 @@ def _byte_level(vocab_size: int, specials: list[str]) -> Tokenizer:
 
 
 def _sentence_piece() -> Tokenizer:
-    """Of the kind that Llama 2 has: a sign for spaces, one in front of every text, and bytes for what it does not know."""
+    """Makes a Llama-2-like tokenizer: a sign for spaces, one in front of every text, and bytes for unknown characters."""
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -99,11 +99,13 @@ def _example(student: Tokenizer, prompt: str, completion: str, *, end: bool = Tr
 
 def _bytes(tokenizer: Tokenizer, ids: Iterable[int]) -> bytes:
     table = TokenBytes(tokenizer.to_str(), "teacher")
-    return b"".join(table.of(int(each)) or f"[{tokenizer.id_to_token(int(each))}]".encode() for each in ids)
+    return b"".join(
+        table.lookup(int(each)) or f"[{tokenizer.id_to_token(int(each))}]".encode() for each in ids
+    )
 
 
 def _chunk_bytes(
-    example: Example, found: ForeignText, student: Tokenizer, teacher: Tokenizer
+    example: Example, found: AlignedText, student: Tokenizer, teacher: Tokenizer
 ) -> list[tuple[bytes, bytes]]:
     return [
         (
@@ -137,10 +139,10 @@ def test_both_sides_of_a_chunk_are_the_same_bytes(
         )
         assert ours in (theirs, b"[<|endoftext|>]")
     if prompt:  # otherwise the first token of either side is predicted from nothing
-        assert bridge.account.num_aligned == example.num_targets
+        assert bridge.stats.num_aligned == example.num_targets
         assert b"".join(theirs for _, theirs in chunks) == completion.encode() + b"[<|end|>]"
     assert found.start >= 1
-    assert bridge.account.num_inexact == 0
+    assert bridge.stats.num_inexact == 0
 
 
 def test_one_tokenizer_on_both_sides_gives_a_chunk_for_each_token(student: Tokenizer) -> None:
@@ -183,8 +185,8 @@ def test_a_teacher_of_the_sentence_piece_kind_is_aligned_exactly(
     assert found is not None
     assert found.token_ids[0] == sentence_piece.token_to_id("<s>")
     assert found.token_ids[-1] == sentence_piece.token_to_id("</s>")
-    assert bridge.account.num_inexact == 0
-    assert bridge.account.num_aligned == example.num_targets
+    assert bridge.stats.num_inexact == 0
+    assert bridge.stats.num_aligned == example.num_targets
     chunks = _chunk_bytes(example, found, student, sentence_piece)[:-1]
     assert b"".join(theirs for _, theirs in chunks).decode() == " naïve answer 🎉"
     assert all(ours == theirs for ours, theirs in chunks)
@@ -204,7 +206,7 @@ def test_a_student_of_the_sentence_piece_kind_reads_the_same_text(
     found = bridge.translate(example)
     assert found is not None
     assert _bytes(teacher, found.token_ids) == "Hello there 🎉 done[<|end|>]".encode()
-    assert bridge.account.marks_left_out == {"<s>": 1}
+    assert bridge.stats.dropped_special_tokens == {"<s>": 1}
 
 
 def test_a_normaliser_of_the_teacher_leaves_character_offsets(student: Tokenizer) -> None:
@@ -214,15 +216,15 @@ def test_a_normaliser_of_the_teacher_leaves_character_offsets(student: Tokenizer
     example = _example(student, "Was: ", "Ein Café GRÜSST 東京")
     found = bridge.translate(example)
     assert found is not None
-    assert bridge.account.num_inexact == 1
-    assert bridge.account.num_aligned == example.num_targets
+    assert bridge.stats.num_inexact == 1
+    assert bridge.stats.num_aligned == example.num_targets
     assert found.chunks.number >= 4
 
 
-def test_marks_are_no_text_and_text_that_spells_a_mark_is_no_mark(
+def test_special_tokens_are_not_text_and_text_that_spells_one_stays_text(
     student: Tokenizer, teacher: Tokenizer
 ) -> None:
-    """<|im_start|> is known to both, <|im_end|> to the student alone, <|end|> to the teacher alone."""
+    """Teacher and student share <|im_start|>; <|im_end|> is only the student's, <|end|> only the teacher's."""
     bridge = _bridge(student, teacher)
     start, stop = student.token_to_id("<|im_start|>"), student.token_to_id("<|im_end|>")
     written = student.encode("say <|end|> now", add_special_tokens=False).ids
@@ -231,17 +233,17 @@ def test_marks_are_no_text_and_text_that_spells_a_mark_is_no_mark(
     example = Example(token_ids=np.array(ids, np.int32), mask=mask, place="row")
     found = bridge.translate(example)
     assert found is not None
-    assert bridge.account.marks_left_out == {"<|im_end|>": 2}
+    assert bridge.stats.dropped_special_tokens == {"<|im_end|>": 2}
     assert (found.token_ids == teacher.token_to_id("<|im_start|>")).sum() == 2
     assert teacher.token_to_id("<|end|>") not in found.token_ids
-    assert bridge.account.num_aligned == example.num_targets - 1
+    assert bridge.stats.num_aligned == example.num_targets - 1
     assert found.chunks.student[-1] == -1
 
 
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_ids_are_safe(student: Tokenizer, teacher: Tokenizer, data: Any) -> None:
-    """Bytes that are no text, ids that no tokenizer has, rows that were cut amid a character."""
+    """Bytes that are not text, ids beyond the vocabulary, rows truncated inside a character."""
     ids = data.draw(st.lists(st.integers(0, 400), min_size=2, max_size=40))
     mask = np.array(data.draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids))))
     mask[0] = False
@@ -258,7 +260,7 @@ def test_any_ids_are_safe(student: Tokenizer, teacher: Tokenizer, data: Any) -> 
         assert ours in (theirs, b"[<|endoftext|>]")
 
 
-def test_a_row_cut_amid_a_character_keeps_what_is_whole(student: Tokenizer, teacher: Tokenizer) -> None:
+def test_a_row_cut_inside_a_character_keeps_its_complete_ones(student: Tokenizer, teacher: Tokenizer) -> None:
     example = _example(student, "a: ", "well 🎉", end=False)
     cut = Example(token_ids=example.token_ids[:-1], mask=example.mask[:-1], place="row")
     found = _bridge(student, teacher).translate(cut)
@@ -267,7 +269,7 @@ def test_a_row_cut_amid_a_character_keeps_what_is_whole(student: Tokenizer, teac
     assert (found.chunks.student >= 0).sum() < cut.num_targets
 
 
-def test_what_is_neither_byte_level_nor_sentence_piece_is_refused(student: Tokenizer) -> None:
+def test_other_tokenizers_than_byte_level_and_sentence_piece_are_refused(student: Tokenizer) -> None:
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     for pair in ((student, words), (words, student)):
@@ -296,7 +298,7 @@ def test_the_sum_of_a_chunk_is_that_of_its_tokens() -> None:
     )
     np.testing.assert_array_equal(chunks.student, [-1, 0, 1, 1])
     np.testing.assert_array_equal(chunks.teacher, [-1, 0, 0, 1])
-    foreign = ForeignText(token_ids=np.zeros(4, np.int32), chunks=chunks)
+    foreign = AlignedText(token_ids=np.zeros(4, np.int32), chunks=chunks)
     assert foreign.start == 1
     np.testing.assert_allclose(foreign.logprobs(np.array([-1, -2, -4], np.float32)), [-3, -4])
 
@@ -305,4 +307,4 @@ def test_a_tokenizer_of_the_examples_is_known(tmp_path: Path) -> None:
     directory = make_tokenizer(TEXTS, tmp_path, 300)
     table = TokenBytes((directory / "tokenizer.json").read_bytes(), "student")
     ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(TEXTS[-2]).ids
-    assert b"".join(table.of(each) or b"" for each in ids).decode() == TEXTS[-2]
+    assert b"".join(table.lookup(each) or b"" for each in ids).decode() == TEXTS[-2]

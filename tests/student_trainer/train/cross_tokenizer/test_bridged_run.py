@@ -1,4 +1,4 @@
-"""A run whose teacher has a tokenizer of its own: through a real service, against the same computation in one process."""
+"""A run whose teacher has another tokenizer: through a real service, against the same computation in one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ALM = {"foreign_tokenizer": "alm"}
 
 
 def _spec(models: Models, data: Path, teacher: Program, /, **further: Any) -> dict[str, Any]:
-    """Of a student with a tokenizer that the teacher does not share."""
+    """Run spec of a student whose tokenizer the teacher does not share."""
     return spec_of(models.foreign, data, teacher.target, **{"loss": ALM, **further})
 
 
@@ -60,7 +60,7 @@ def test_a_student_learns_from_a_foreign_teacher(
 def test_the_served_loss_is_that_of_both_models_in_one_process(
     run: Callable[..., RunDir], models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:
-    """With an alignment by brute force over byte offsets, and no line of the trainer's."""
+    """Aligned by brute force over byte offsets, without the trainer's code."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,7 +71,7 @@ def test_the_served_loss_is_that_of_both_models_in_one_process(
     run_dir = run(_spec(models, data, hf_teacher, data={"eval_fraction": 0}, optimizer=optimizer))
 
     def read(directory: Path, row: dict[str, str]) -> tuple[list[int], list[int], list[float]]:
-        """Bytes at which each token ends, the end token's being one more; log-probabilities from the second on."""
+        """Returns the end offset of each token in bytes (one more for the end token) and log-probabilities from the second on."""
         tokenizer, model = (
             AutoTokenizer.from_pretrained(directory),
             AutoModelForCausalLM.from_pretrained(directory).double(),
@@ -106,7 +106,7 @@ def test_the_served_loss_is_that_of_both_models_in_one_process(
 def test_a_student_that_is_its_teacher_has_loss_zero(
     run: Callable[..., RunDir], models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
-    """Where both have one tokenizer, a chunk is a token."""
+    """With one tokenizer on both sides a chunk is a token."""
     spec = spec_of(
         models.teacher, dataset_file, hf_teacher.target, loss=ALM, optimizer={"learning_rate": 1e-12}
     )
@@ -135,7 +135,7 @@ def test_micro_batches_change_nothing(
     assert curves[0] == pytest.approx(curves[1], rel=1e-5)
 
 
-def test_a_resumed_run_goes_on_exactly(
+def test_a_resumed_run_continues_exactly(
     run: Callable[..., RunDir], models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:
     import numpy as np
@@ -154,7 +154,7 @@ def test_a_resumed_run_goes_on_exactly(
         np.testing.assert_array_equal(array, whole[name])
 
 
-def test_the_second_epoch_comes_out_of_a_cache(
+def test_the_second_epoch_is_read_from_a_cache(
     run: Callable[..., RunDir], models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
     spec = _spec(models, dataset_file, hf_teacher, optimizer={"epochs": 2})

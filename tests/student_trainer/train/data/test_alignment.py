@@ -1,4 +1,4 @@
-"""Alignment: each row of logits meets the row of the answer that speaks of the same token, whatever the padding and the mask."""
+"""Alignment: each row of logits meets the teacher's row for the same token, for any padding and mask."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _examples() -> list[Example]:
 
 
 def _full_logprobs(student: Student, example: Example) -> torch.Tensor:
-    """[T, V]: the model's output alone, without padding."""
+    """Returns the model's log-probabilities without padding, [T, V]."""
     with torch.no_grad():
         token_ids = torch.from_numpy(example.token_ids).long().unsqueeze(0)
         logits: Any = student.model(input_ids=token_ids).logits
@@ -55,7 +55,7 @@ def _full_logprobs(student: Student, example: Example) -> torch.Tensor:
 
 
 def _answer(student: Student, example: Example, top_k: int) -> Distributions:
-    """What a teacher with the student's weights says: row t speaks of token start + t, from the output before it."""
+    """Returns the outputs of a teacher with the student's weights: row t predicts token start + t from the tokens before it."""
     logprobs = _full_logprobs(student, example)[example.start - 1 : -1].double()
     kept, token_ids = logprobs.topk(top_k, dim=-1)
     tail = logprobs.scatter(-1, token_ids, -torch.inf).logsumexp(-1)

@@ -1,4 +1,4 @@
-"""Rows, masks, split and order: what is learnt from is exactly what a completion wrote, and always the same."""
+"""Rows, masks, split and order: exactly the completions are trained on, and deterministically."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from stillhouse.student_trainer.config.schema import (
     OptimizerConfig,
 )
 from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
-from stillhouse.student_trainer.train.data.encoding import Encoder
-from stillhouse.student_trainer.train.data.readers import Row
-from stillhouse.student_trainer.train.data.schedule import Cursor, Schedule
+from stillhouse.student_trainer.train.data.encoding import RowEncoder
+from stillhouse.student_trainer.train.data.readers import DatasetRow
+from stillhouse.student_trainer.train.data.schedule import Schedule
 from tests.conftest import Models
 
 
@@ -29,13 +29,13 @@ def tokenizer(models: Models) -> Any:
     return AutoTokenizer.from_pretrained(models.student)
 
 
-def _row(**values: Any) -> Row:
-    return Row(path=Path("rows.jsonl"), number=3, values=values)
+def _row(**values: Any) -> DatasetRow:
+    return DatasetRow(path=Path("rows.jsonl"), number=3, values=values)
 
 
-def _learnt(tokenizer: Any, row: Row, *, completion_only: bool = True) -> tuple[str, str]:
-    """The whole text of a row, and the part of it that is learnt."""
-    token_ids, mask = Encoder(tokenizer, completion_only=completion_only).encode(row)
+def _learnt(tokenizer: Any, row: DatasetRow, *, completion_only: bool = True) -> tuple[str, str]:
+    """Returns the complete text of a row, and the part of it that is trained on."""
+    token_ids, mask = RowEncoder(tokenizer, completion_only=completion_only).encode(row)
     assert len(token_ids) == len(mask)
     assert not mask[0]
     learnt = [token for token, kept in zip(token_ids, mask, strict=True) if kept]
@@ -49,12 +49,14 @@ def test_prompt_and_completion_learns_the_completion_and_its_end(tokenizer: Any)
 
 
 def test_prompt_is_encoded_as_at_inference(tokenizer: Any) -> None:
-    token_ids, mask = Encoder(tokenizer, completion_only=True).encode(_row(prompt="Ada h", completion="as"))
+    token_ids, mask = RowEncoder(tokenizer, completion_only=True).encode(
+        _row(prompt="Ada h", completion="as")
+    )
     assert token_ids[: mask.index(True)] == tokenizer("Ada h")["input_ids"]
 
 
 def test_text_learns_all_tokens_but_the_first(tokenizer: Any) -> None:
-    token_ids, mask = Encoder(tokenizer, completion_only=True).encode(_row(text="Ada has 3 apples."))
+    token_ids, mask = RowEncoder(tokenizer, completion_only=True).encode(_row(text="Ada has 3 apples."))
     assert mask == [False] + [True] * (len(token_ids) - 1)
 
 
@@ -86,7 +88,7 @@ def test_a_template_that_marks_generation_decides_itself(models: Models) -> None
 
 def test_without_completion_only_prompts_are_learnt_too(tokenizer: Any) -> None:
     row = _row(prompt="Ada has ", completion="3 apples.")
-    _, mask = Encoder(tokenizer, completion_only=False).encode(row)
+    _, mask = RowEncoder(tokenizer, completion_only=False).encode(row)
     assert mask == [False] + [True] * (len(mask) - 1)
 
 
@@ -107,7 +109,7 @@ def test_without_completion_only_prompts_are_learnt_too(tokenizer: Any) -> None:
 )
 def test_bad_rows_are_named(tokenizer: Any, values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(StillhouseError) as error:
-        Encoder(tokenizer, completion_only=True).encode(_row(**values))
+        RowEncoder(tokenizer, completion_only=True).encode(_row(**values))
     assert error.value.reason is Reason.DATASET_INVALID
     assert error.value.message.startswith("rows.jsonl, row 3, field ")
     assert sentence in error.value.message
@@ -121,7 +123,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(models: Models) -> No
         "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
     )
     with pytest.raises(StillhouseError, match="Give one assistant turn per row"):
-        Encoder(tokenizer, completion_only=True).encode(_row(messages=CONVERSATION))
+        RowEncoder(tokenizer, completion_only=True).encode(_row(messages=CONVERSATION))
 
 
 def _write(path: Path, count: int) -> Path:
@@ -174,9 +176,9 @@ def test_parquet_and_saved_datasets_give_the_same_rows(tokenizer: Any, tmp_path:
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        ('{"text": "a b c"}\n{"text": \n', "row 2, field (the line): is no JSON"),
+        ('{"text": "a b c"}\n{"text": \n', "row 2, field (the line): is not JSON"),
         ('["text"]\n', "row 1, field (the line): is a list"),
-        ("", "no row that can be learnt from"),
+        ("", "no row with a target within"),
     ],
 )
 def test_files_that_are_no_json_lines_are_refused(
@@ -197,20 +199,21 @@ def test_names_of_the_service_lie_in_its_data_directory(tokenizer: Any, tmp_path
 
 
 def test_every_epoch_takes_every_row_once_in_an_order_of_its_own() -> None:
-    schedule = Schedule.of(10, OptimizerConfig(micro_batch_size=2, grad_accum_steps=2, epochs=2.0), seed=3)
+    schedule = Schedule.from_config(
+        10, OptimizerConfig(micro_batch_size=2, grad_accum_steps=2, epochs=2.0), seed=3
+    )
     assert schedule.total_steps == 5
     taken = [row for step in range(5) for row in schedule.rows(step)]
     assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10))
     assert taken[:10] != taken[10:]
-    assert schedule.cursor(3) == Cursor(epoch=1, index=2)
 
 
 def test_the_last_step_of_whole_epochs_may_be_short() -> None:
-    schedule = Schedule.of(10, OptimizerConfig(micro_batch_size=4, epochs=1.0), seed=0)
+    schedule = Schedule.from_config(10, OptimizerConfig(micro_batch_size=4, epochs=1.0), seed=0)
     assert [len(schedule.rows(step)) for step in range(schedule.total_steps)] == [4, 4, 2]
 
 
 def test_max_steps_overrides_epochs() -> None:
-    schedule = Schedule.of(3, OptimizerConfig(micro_batch_size=4, max_steps=7), seed=0)
+    schedule = Schedule.from_config(3, OptimizerConfig(micro_batch_size=4, max_steps=7), seed=0)
     assert schedule.total_steps == 7
     assert all(len(schedule.rows(step)) == 4 for step in range(7))

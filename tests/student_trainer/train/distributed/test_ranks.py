@@ -1,4 +1,4 @@
-"""Several processes of one run: how many there are changes nothing but the order of sums, and one that dies ends the run with its cause."""
+"""Several processes of one run: their number changes only the order of sums, and one that dies ends the run with its cause."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.checkpointing.checkpoint import find_damage
-from stillhouse.student_trainer.train.distributed.ranks import merged
+from stillhouse.student_trainer.train.distributed.ranks import merge_metrics
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
     events,
@@ -43,7 +43,7 @@ ROLLOUTS = {"max_new_tokens": 6, "samples_per_prompt": 2}
 
 @pytest.fixture
 def spec(models: Models, dataset_file: Path, hf_teacher: Program) -> Callable[..., dict[str, Any]]:
-    """A run of STEPS steps of 6 ragged rows, of which no number of processes has equally many in every micro-batch."""
+    """Makes a run of STEPS steps of 6 ragged rows, which no number of processes splits evenly in every micro-batch."""
 
     def make(num_processes: int, **further: Any) -> dict[str, Any]:
         return spec_of(
@@ -79,7 +79,7 @@ def assert_same(found: RunDir, expected: RunDir) -> None:
 
 
 def run_with(tmp_path: Path, mark: Mapping[str, str], spec: dict[str, Any]) -> RunDir:
-    """A finished run; alone in this process, else in processes of their own."""
+    """Finishes a run, in this process if it is the only one, else in processes of its own."""
     count = spec["resources"]["num_processes"]
     run_dir = make_run(tmp_path, f"ranks-{count}-{len(list(tmp_path.glob('runs/*')))}", spec)
     code = finish_here(run_dir) if count == 1 else finish(run_dir, environment=mark)
@@ -149,13 +149,13 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> 
 
 
 def workers_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The further processes that the first one has started."""
+    """Returns the further processes that the first one has started."""
     return [each for each in psutil.Process(process.pid).children() if "--worker" in each.cmdline()]
 
 
 @pytest.mark.slow
 @pytest.mark.faults(row=7)
-def test_a_process_that_is_killed_ends_the_run_and_any_number_goes_on(spec: Any, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_the_run_and_any_number_resumes(spec: Any, tmp_path: Path) -> None:
     changes = {
         "optimizer": {"max_steps": 40, "micro_batch_size": 2, "grad_accum_steps": 3, "learning_rate": 1e-3},
         "checkpoint": {"every_steps": 3, "keep": 3},
@@ -178,7 +178,7 @@ def test_a_process_that_is_killed_ends_the_run_and_any_number_goes_on(spec: Any,
     assert events(run_dir, "started")[-1]["step"] == kept
     kept = run_dir.checkpoints()[-1]
     assert find_damage(run_dir.checkpoint_path(kept)) is None
-    # The place in the data is that of the run, not of a process: one process goes on with what two have begun.
+    # The position in the data belongs to the run, not to a process: one process resumes a run of two.
     effective = run_dir.effective_spec()
     effective.resources.num_processes = 1
     RunDir.create(run_dir.path, effective, effective)
@@ -216,10 +216,10 @@ def test_processes_that_torchrun_starts_are_one_run(spec: Any, tmp_path: Path) -
     assert events(run_dir)[-1]["kind"] == "completed"
 
 
-def test_metrics_of_several_processes_become_one() -> None:
+def test_metrics_of_several_processes_are_merged() -> None:
     first = {"train/rollout_tokens": 4.0, "train/rollouts_dropped": 1.0, "train/teacher_wait_s": 2.0}
     second = {"train/rollout_tokens": 10.0, "train/rollouts_dropped": 2.0, "train/teacher_wait_s": 1.0}
-    assert merged([(1, first), (2, second), (0, {})]) == {
+    assert merge_metrics([(1, first), (2, second), (0, {})]) == {
         "train/rollout_tokens": 8.0,
         "train/rollouts_dropped": 3.0,
         "train/teacher_wait_s": 2.0,

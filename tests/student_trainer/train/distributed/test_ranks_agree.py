@@ -1,4 +1,4 @@
-"""What processes agree on and add up, without any model: each says its part, and all leave together."""
+"""Collective operations of processes, without any model: all agree, exchange, add up and leave together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import torch
 from torch import nn
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.student_trainer.train.distributed.rank_env import TIMEOUT_VARIABLE, Place
+from stillhouse.student_trainer.train.distributed.rank_env import TIMEOUT_VARIABLE, RankInfo
 from stillhouse.student_trainer.train.distributed.ranks import BUCKET_BYTES, Ranks
 from stillhouse.student_trainer.train.process.waiting import Stopped
 
 PATIENCE_S = 60.0
 SILENCE_S = 12
-"""Also the time that the second process has to start."""
+"""Includes the time that the second process takes to start."""
 SIZE = 2
 
 
 def main(rank: int, listener: int | None, port: int, part: str) -> None:
-    """One of the processes; the first has the socket at which they meet."""
+    """Runs one of the processes; the first has the socket of the store."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener}
@@ -37,7 +37,7 @@ def main(rank: int, listener: int | None, port: int, part: str) -> None:
         wait_for_workers=False,
         **own,
     )
-    ranks = Ranks.join(Place(rank=rank, size=SIZE, local_rank=rank), store, wait_s=0)
+    ranks = Ranks.join(RankInfo(rank=rank, size=SIZE, local_rank=rank), store, wait_s=0)
     PARTS[part](ranks)
 
 
@@ -45,17 +45,17 @@ def check_all(ranks: Ranks) -> None:
     rank = ranks.rank
     assert ranks.exchange({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
     assert ranks.gather(b"\0x" * (3 * rank)) == [b"", b"\0x" * 3]
-    assert ranks.sums({"a": 0.1, "only": 1.0} if rank else {"a": 0.2}) == {"a": 0.2 + 0.1, "only": 1.0}
+    assert ranks.sum({"a": 0.1, "only": 1.0} if rank else {"a": 0.2}) == {"a": 0.2 + 0.1, "only": 1.0}
     assert [number for number in range(5) if ranks.is_mine(number)] == ([0, 2, 4] if rank == 0 else [1, 3])
-    assert list(ranks.together([1, 2], lambda: False)) == [1, 2]
+    assert list(ranks.in_lockstep([1, 2], lambda: False)) == [1, 2]
     taken: list[int] = []
     with pytest.raises(Stopped):
-        taken.extend(ranks.together([1, 2, 3], lambda: rank == 1 and len(taken) == 2))
+        taken.extend(ranks.in_lockstep([1, 2, 3], lambda: rank == 1 and len(taken) == 2))
     assert taken == [1, 2]
     check_errors(ranks)
     check_gradients(ranks)
     weight = torch.full((3,), float(rank))
-    ranks.share([weight])
+    ranks.broadcast([weight])
     assert weight.tolist() == [0, 0, 0]
     ranks.leave()
 
@@ -94,7 +94,7 @@ def check_gradients(ranks: Ranks) -> None:
 
 
 def wait_in_vain(ranks: Ranks) -> None:
-    """The second process never answers; the first gives up."""
+    """The second process never responds; the first gives up."""
     if ranks.rank == 1:
         ranks.exchange(None)
         multiprocessing.Event().wait(PATIENCE_S)

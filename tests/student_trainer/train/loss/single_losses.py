@@ -1,9 +1,10 @@
-"""Single losses, each as the objective of a run that minimises nothing else."""
+"""Single losses, each as the objective of a run with a single term."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def forward_kl(
     mode: str = "exact",
     vocab_size: int | None = None,
 ) -> LossSum:
-    """Sum of weight x KL(teacher || student) on the kept tokens and the tail, in nats, and of the weights."""
+    """Sums weight x KL(teacher || student) on the kept tokens and the tail, in nats, and the weights."""
     return distillation_loss(
         "forward_kl",
         student_logits,
@@ -45,16 +46,16 @@ def distillation_loss(
     mode: str = "exact",
     vocab_size: int | None = None,
 ) -> LossSum:
-    """Sum of weight x the divergence `name` between teacher and student, and of the weights."""
-    term = replace(LossTermConfig(divergence=name), **(parameters or {}))
+    """Sums weight x the divergence `name` between teacher and student, and the weights."""
+    term = replace(LossTermConfig(divergence=name), **dict[str, Any](parameters or {}))
     loss = LossConfig(terms=(term,), temperature=temperature, temperature_mode=mode)
-    # A text that the student does not rule out: its cross-entropy has weight 0, and 0 x inf is no number.
+    # A text that the student does not exclude: its cross-entropy has weight 0, and 0 x inf is NaN.
     ids = student_logits.detach().argmax(-1)
     summed = objective(student_logits, ids, targets, weights, loss, vocab_size=vocab_size)
     return LossSum(summed.loss_sum, weights.sum())
 
 
 def cross_entropy(student_logits: Tensor, target_ids: Tensor, weights: Tensor) -> LossSum:
-    """Sum of weight x -log q(target), in nats at temperature 1, and of the weights."""
+    """Sums weight x -log q(target), in nats at temperature 1, and the weights."""
     loss = LossConfig(terms=(), hard_weight=1.0)
     return LossSum(objective(student_logits, target_ids, None, weights, loss).loss_sum, weights.sum())

@@ -1,4 +1,4 @@
-"""What a student can be: quantised under an adapter, cut down from a deeper model, gone on from an adapter; and its 8-bit optimizer."""
+"""Kinds of students: quantised under an adapter, cut down from a deeper model, resumed from an adapter; and an 8-bit optimizer."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_quantised_base_learns_through_its_adapter(
     kl = metric(run_dir, "eval/kl")
     assert kl[4] < kl[0]
     assert (run_dir.final_path / "adapter" / "adapter_model.safetensors").is_file()
-    # The merged model is what was trained: evaluated by itself it is as near to the teacher.
+    # The merged model alone is as near to the teacher as the trained one.
     again = run({"model": str(run_dir.final_path)}, optimizer={"max_steps": 1})
     assert metric(again, "eval/kl")[0] == pytest.approx(kl[4], rel=0.05)
 
@@ -83,7 +83,7 @@ def test_a_quantised_run_resumes_bit_for_bit(run: Run, models: Models, tmp_path:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_run_goes_on_from_an_adapter(run: Run, models: Models) -> None:
+def test_a_run_continues_from_an_adapter(run: Run, models: Models) -> None:
     student = {"model": str(models.student), "lora": {"rank": 4}}
     first = run(student)
     second = run({"model": str(models.student), "adapter": str(first.final_path / "adapter")})
@@ -131,7 +131,7 @@ def test_a_student_can_begin_as_some_layers_of_its_teacher(run: Run, models: Mod
     saved = AutoModelForCausalLM.from_pretrained(run_dir.final_path)
     assert saved.config.num_hidden_layers == 1
     assert not any("layers.1." in name for name in final_weights(run_dir))
-    assert "is no layer of" in failure(
+    assert "is not a layer of" in failure(
         run({"model": str(models.teacher), "keep_layers": [0, 7]}, code=EXIT_FAILED)
     )
 
