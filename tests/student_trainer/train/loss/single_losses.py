@@ -41,7 +41,7 @@ def distillation_loss(
     targets: Targets,
     weights: Tensor,
     *,
-    parameters: Mapping[str, float] | None = None,
+    parameters: Mapping[str, Any] | None = None,
     temperature: float = 1.0,
     mode: str = "exact",
     vocab_size: int | None = None,
