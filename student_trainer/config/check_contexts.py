@@ -49,31 +49,31 @@ def _check_source(
     if context.teacher is not None and is_ensemble(config):
         yield FieldViolation(
             path,
-            "asks a teacher to write, but several are mixed. Keep one teacher, or set data.teacher_field so that each "
+            "lets a teacher generate, but several are mixed. Keep one teacher, or set data.teacher_field so that each "
             "row has its own.",
         )
     if context.student is not None:
-        if writers(context.student) and not config.student.trains_adapter:
+        if rollout_services(context.student) and not config.student.trains_adapter:
             named = "rollout_target" if context.student.rollout_target else "rollout_targets"
             yield FieldViolation(
                 f"{path}.student.{named}",
                 "needs an adapter that can travel there; add student.lora: {}, or leave it out so that the training "
-                "process writes by itself.",
+                "process samples by itself.",
             )
         for name in ("rollout_credential", "rollout_tls_server_name"):
-            if getattr(context.student, name) and not writers(context.student):
+            if getattr(context.student, name) and not rollout_services(context.student):
                 yield FieldViolation(
                     f"{path}.student.{name}", "is for the service at rollout_target, which is not set."
                 )
         if loss.hard_weight:
             yield FieldViolation(
                 f"{field}.hard_weight",
-                f"is {loss.hard_weight:g} for text that the student writes itself, from which cross-entropy learns "
+                f"is {loss.hard_weight:g} for text that the student generates, from which cross-entropy learns "
                 "nothing. Give the student's context a loss of its own with hard_weight: 0.",
             )
         if not loss.asks_teacher:
             yield FieldViolation(
-                f"{field}.terms", "have no weight, and the student's own text teaches nothing by itself."
+                f"{field}.terms", "have no weight, and the student's own text has no other target."
             )
 
 
@@ -98,7 +98,7 @@ def _check_policy_gradient(context: ContextConfig, loss: LossConfig, field: str)
         if context.student is None:
             yield FieldViolation(
                 f"{path}.estimator",
-                '"policy_gradient" needs tokens that the student drew; use it in a context with student: {}.',
+                '"policy_gradient" needs tokens that the student sampled; use it in a context with student: {}.',
             )
         if term.divergence != "reverse_kl":
             yield FieldViolation(
@@ -129,7 +129,7 @@ def check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
         yield FieldViolation("data.teacher_field", "names the teacher of a row, but teachers is empty.")
     if not is_ensemble(config):
         return
-    for path, loss in losses(config):
+    for path, loss in run_losses(config):
         if loss.temperature != 1 and loss.temperature_mode == "exact" and loss.asks_teacher:
             yield FieldViolation(
                 f"{path}.temperature_mode",
@@ -139,7 +139,7 @@ def check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
         if loss.sparse_target in DRAWN_TARGETS:
             yield FieldViolation(
                 f"{path}.sparse_target",
-                f'"{loss.sparse_target}" needs draws of one teacher; several are mixed. Use "tail_bucket".',
+                f'"{loss.sparse_target}" needs samples of one teacher; several are mixed. Use "tail_bucket".',
             )
 
 
@@ -181,7 +181,7 @@ def check_data(config: RunConfig) -> Iterator[FieldViolation]:
             )
 
 
-def losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:
+def run_losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:
     """Every loss that counts in the run, once, with its path in the file."""
     seen = False
     for i, context in enumerate(config.contexts):
@@ -192,7 +192,7 @@ def losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:
             yield "loss", config.loss
 
 
-def query_field(config: RunConfig) -> str:
+def query_loss_path(config: RunConfig) -> str:
     """Path of a loss that compares on the student's top-k tokens in its own text; empty if there is none."""
     for i, context in enumerate(config.contexts):
         if context.student is not None and needs_query(config.loss_of(context)):
@@ -200,7 +200,7 @@ def query_field(config: RunConfig) -> str:
     return ""
 
 
-def writers(student: StudentContextConfig) -> tuple[str, ...]:
+def rollout_services(student: StudentContextConfig) -> tuple[str, ...]:
     """Services to sample the student's text from; none if the training process samples it."""
     return tuple(dict.fromkeys(each for each in (student.rollout_target, *student.rollout_targets) if each))
 
@@ -229,8 +229,8 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
             if context.dataset is None:
                 yield FieldViolation(
                     f"contexts[{i}]",
-                    "is text that is written during the run, and cache.mode: only asks nobody. Build a cache of the teacher's "
-                    "texts with this context, then learn from data.train: [{path: caches/...}], which holds them.",
+                    "generates text during the run, and cache.mode: only queries no teacher. Build a cache of the teacher's "
+                    "texts with this context, then train on data.train: [{path: caches/...}], which holds them.",
                 )
 
 
@@ -242,10 +242,10 @@ def _check_build(config: RunConfig) -> Iterator[FieldViolation]:
     elif config.cache.mode != "write_through":
         yield FieldViolation("cache.mode", f'is "{config.cache.mode}", which keeps nothing; leave it out.')
     if not config.teachers:
-        yield FieldViolation("teachers", "is empty, and task: cache asks one; name it.")
+        yield FieldViolation("teachers", "is empty, and task: cache queries one; name it.")
     for i, context in enumerate(config.contexts):
         if context.student is not None:
             yield FieldViolation(
                 f"contexts[{i}]",
-                "is text of a student that changes as it learns, which task: cache cannot keep; leave it out.",
+                "is text of a student that changes as it trains, which task: cache cannot keep; leave it out.",
             )

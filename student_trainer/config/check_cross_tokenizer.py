@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.student_trainer.config.check_contexts import is_ensemble, losses
+from stillhouse.student_trainer.config.check_contexts import is_ensemble, run_losses
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 
 OF_CHUNKS = (
@@ -18,12 +18,14 @@ _OF_TOKENS = ("kl", "agreement")
 
 def is_bridged(config: RunConfig) -> bool:
     """True if the run compares teacher and student by chunks of text."""
-    return any(loss.asks_teacher and loss.foreign_tokenizer == "alm" for _, loss in losses(config))
+    return any(loss.asks_teacher and loss.foreign_tokenizer == "alm" for _, loss in run_losses(config))
 
 
 def chunk_loss(config: RunConfig) -> LossConfig:
     """The loss by which held-out rows are compared in a cross-tokenizer run: the first of those that compare chunks."""
-    return next(loss for _, loss in losses(config) if loss.asks_teacher and loss.foreign_tokenizer == "alm")
+    return next(
+        loss for _, loss in run_losses(config) if loss.asks_teacher and loss.foreign_tokenizer == "alm"
+    )
 
 
 def evaluation_top_k(config: RunConfig) -> int:
@@ -31,7 +33,7 @@ def evaluation_top_k(config: RunConfig) -> int:
     return 0 if is_bridged(config) else config.evaluation.top_k
 
 
-def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
+def check_cross_tokenizer(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of a cross-tokenizer run, and of metrics that need one."""
     if not is_bridged(config):
         if "alm" in config.evaluation.metrics:
@@ -40,9 +42,9 @@ def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
                 'has "alm", which compares chunks of text; use it with loss.foreign_tokenizer: alm.',
             )
         return
-    for path, loss in losses(config):
+    for path, loss in run_losses(config):
         yield from _check_loss(path, loss)
-    if len({loss.chunks for _, loss in losses(config) if loss.asks_teacher}) > 1:
+    if len({loss.chunks for _, loss in run_losses(config) if loss.asks_teacher}) > 1:
         yield FieldViolation(
             "contexts", "have losses with different chunks, and the text is cut once. Give all the same."
         )
@@ -50,7 +52,7 @@ def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
         if context.dataset is None:
             yield FieldViolation(
                 f"contexts[{i}]",
-                "is text that is written during the run in one side's tokens; loss.foreign_tokenizer: alm learns from a dataset. "
+                "is text that is generated during the run in one side's tokens; loss.foreign_tokenizer: alm trains on a dataset. "
                 "Use dataset: {}, such as of completions from `stillhouse generate --in FILE --as dataset`.",
             )
     if is_ensemble(config):
@@ -62,13 +64,13 @@ def check_foreign(config: RunConfig) -> Iterator[FieldViolation]:
     if config.task == "cache":
         yield FieldViolation(
             "task",
-            'is "cache", which keeps answers about the student\'s tokens; with loss.foreign_tokenizer: alm use '
+            'is "cache", which stores outputs for the student\'s tokens; with loss.foreign_tokenizer: alm use '
             "cache.mode: write_through in a run that trains.",
         )
     if config.is_offline:
         yield FieldViolation(
             "cache.mode",
-            'is "only", but loss.foreign_tokenizer: alm needs the tokenizer of a teacher that is there. Use "read".',
+            'is "only", but loss.foreign_tokenizer: alm needs the tokenizer of a running teacher. Use "read".',
         )
     for name in sorted(set(_OF_TOKENS) & set(config.evaluation.metrics)):
         yield FieldViolation(
@@ -95,7 +97,7 @@ def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
     if loss.sparse_target != "tail_bucket":
         yield FieldViolation(
             f"{path}.sparse_target",
-            f'is "{loss.sparse_target}", but with foreign_tokenizer: alm no tokens beside those of the text are asked for. '
+            f'is "{loss.sparse_target}", but with foreign_tokenizer: alm no tokens beside those of the text are queried. '
             "Leave it out.",
         )
     for i, term in enumerate(loss.terms):
@@ -110,6 +112,6 @@ def _check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
         if term.token_weighting != "uniform":  # noqa: S105 (tokens of text)
             yield FieldViolation(
                 f"{path}.terms[{i}].token_weighting",
-                f'"{term.token_weighting}" needs distributions over tokens, which foreign_tokenizer: alm does not ask for. '
+                f'"{term.token_weighting}" needs distributions over tokens, which foreign_tokenizer: alm does not query. '
                 "Leave it out.",
             )

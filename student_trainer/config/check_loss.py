@@ -16,7 +16,7 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
     """Problems of the loss at `path` of the run file."""
     if not loss.asks_teacher and loss.hard_weight == 0:
         yield FieldViolation(
-            f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be learnt."
+            f"{path}.hard_weight", "is 0, and so is every term's weight: nothing would be trained."
         )
     for i, term in enumerate(loss.terms):
         here = f"{path}.terms[{i}]"
@@ -27,8 +27,8 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
     if loss.sparse_target in DRAWN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
         yield FieldViolation(
             f"{path}.temperature",
-            f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are drawn at temperature 1 '
-            "and say nothing exact of another. Use temperature 1, or sparse_target tail_bucket.",
+            f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are sampled at temperature 1 '
+            "and are not exact at another. Use temperature 1, or sparse_target tail_bucket.",
         )
 
 
@@ -45,7 +45,7 @@ def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolatio
         elif value == 1 and term.divergence.startswith("skew"):
             yield FieldViolation(
                 f"{path}.{name}",
-                "is 1, which compares a distribution with itself: nothing would be learnt. It must be in [0, 1).",
+                "is 1, which compares a distribution with itself: nothing would be trained. It must be in [0, 1).",
             )
     if term.divergence == "alpha_beta":
         parameters = term.parameters
@@ -64,9 +64,9 @@ def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator
     if loss.sparse_target == "tail_bucket" or term.divergence == "forward_kl":
         return
     why = (
-        "whose ids are drawn: their expectation is right only for a loss that is linear in the teacher"
+        "whose ids are sampled: unbiased only for a loss that is linear in the teacher"
         if loss.sparse_target in DRAWN_TARGETS
-        else "which has no tail: whatever the student gives to other tokens would be free, or without limit"
+        else "which has no tail: the student's mass on other tokens would cost nothing, or without limit"
     )
     yield FieldViolation(
         f"{path}.divergence",

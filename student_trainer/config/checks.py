@@ -15,9 +15,9 @@ from stillhouse.student_trainer.config.check_contexts import (
     check_data,
     check_student,
     check_teachers,
-    losses,
+    run_losses,
 )
-from stillhouse.student_trainer.config.check_cross_tokenizer import check_foreign
+from stillhouse.student_trainer.config.check_cross_tokenizer import check_cross_tokenizer
 from stillhouse.student_trainer.config.check_loss import check_loss
 from stillhouse.student_trainer.config.fields import (
     Choices,
@@ -148,10 +148,17 @@ def _check_targets(path: str, targets: Sequence[str]) -> Iterator[FieldViolation
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
     """Checks combinations of fields."""
-    for check_part in (check_student, check_teachers, check_contexts, check_data, check_cache, check_foreign):
+    for check_part in (
+        check_student,
+        check_teachers,
+        check_contexts,
+        check_data,
+        check_cache,
+        check_cross_tokenizer,
+    ):
         yield from check_part(config)
     yield from _check_teachers(config)
-    for path, loss in losses(config):
+    for path, loss in run_losses(config):
         yield from check_loss(path, loss)
     resources = config.resources
     if resources.gpus and resources.gpu_count is not None:
@@ -168,7 +175,7 @@ def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
     if num_gpus > MAX_PROCESSES:
         field = "gpus" if resources.gpus else "gpu_count"
         yield FieldViolation(
-            f"resources.{field}", f"asks for more than the {MAX_PROCESSES} devices that a run can use."
+            f"resources.{field}", f"requests more than the {MAX_PROCESSES} devices that a run can use."
         )
     if resources.num_processes and num_gpus and resources.num_processes != num_gpus:
         yield FieldViolation(
@@ -196,7 +203,7 @@ def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
     if config.asks_teacher:
         yield FieldViolation(
             "teachers",
-            "is empty, but the loss learns from a teacher; name one, or set every loss.terms weight to 0.",
+            "is empty, but the loss needs a teacher; name one, or set every loss.terms weight to 0.",
         )
     elif teacher_metrics:
         yield FieldViolation(

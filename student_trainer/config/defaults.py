@@ -16,7 +16,7 @@ from stillhouse.student_trainer.config.schema import (
 )
 
 
-def fill(config: RunConfig, spec: RunSpec) -> RunConfig:
+def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
     """`config` with the defaults that depend on other fields."""
     optimizer, data = config.optimizer, config.data
     checkpoint, evaluation = config.checkpoint, config.evaluation

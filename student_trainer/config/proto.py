@@ -8,7 +8,7 @@ from google.protobuf.message import Message
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.checks import check
-from stillhouse.student_trainer.config.defaults import fill
+from stillhouse.student_trainer.config.defaults import fill_defaults
 from stillhouse.student_trainer.config.fields import fields_of
 from stillhouse.student_trainer.config.schema import RunConfig
 
@@ -60,7 +60,7 @@ def from_proto(spec: RunSpec) -> RunConfig:
     Raises:
         StillhouseError: INVALID_SPEC with every violation at once, each with the field's path.
     """
-    config = fill(read(RunConfig, spec), spec)
+    config = fill_defaults(read(RunConfig, spec), spec)
     check(config)
     return config
 

@@ -57,7 +57,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     yield "step", progress_text(run.progress)
     if run.progress.trained_tokens:
         speed = f", {number_text(run.progress.tokens_per_second)} a second lately"
-        yield "tokens", f"{run.progress.trained_tokens:,} learnt from" + speed
+        yield "tokens", f"{run.progress.trained_tokens:,} trained on" + speed
     if run.latest_checkpoint:
         yield "checkpoint", run.latest_checkpoint
     yield "created", f"{time_text(run.create_time)} by Stillhouse {run.created_by_version}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillhouse.student_trainer.config.check_contexts import needs_query, writers
+from stillhouse.student_trainer.config.check_contexts import needs_query, rollout_services
 from stillhouse.student_trainer.config.schema import (
     ContextConfig,
     StudentContextConfig,
@@ -103,7 +103,7 @@ class FeedFactory:
 
     def _make_sampler(self, config: StudentContextConfig, number: int, top_k: int) -> TextWriter:
         """The student's sampler: in this process, or on the rollout services of `config`."""
-        targets, scope, side = writers(config), self.scope, self.student_side
+        targets, scope, side = rollout_services(config), self.scope, self.student_side
         if not targets:
             return Sampler(
                 side.student,

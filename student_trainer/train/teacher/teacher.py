@@ -21,7 +21,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from stillhouse.student_trainer.config.check_contexts import losses, query_field
+from stillhouse.student_trainer.config.check_contexts import query_loss_path, run_losses
 from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import RunConfig, TeacherConfig
@@ -74,7 +74,7 @@ class Demands:
         asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
         drawn = [""]
-        for path, loss in losses(config):
+        for path, loss in run_losses(config):
             if loss.asks_teacher:
                 if loss.sparse_target in DRAWN_TARGETS:
                     drawn.append(f"{path}.sparse_target")
@@ -89,7 +89,7 @@ class Demands:
             top_k=asked[field],
             top_k_field=field,
             temperature=tempered[-1],
-            query_field=query_field(config),
+            query_field=query_loss_path(config),
             draws_field=drawn[-1],
             longest=corpus.longest,
             largest=corpus.largest,

@@ -1,4 +1,4 @@
-"""What a program of version 1 once sent still decodes, to the same content, and encodes to the same bytes."""
+"""Messages of version 1 still decode to the same content, and encode to the same bytes."""
 
 import pytest
 from google.protobuf import descriptor_pool, json_format
