@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stillhouse.client.batch.dispatcher import Answer
+from stillhouse.client.batch.dispatcher import RowResult
 from stillhouse.client.batch.teacher_identity import BatchTeacher
 from stillhouse.client.core.errors import file_error, usage_error
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
@@ -50,7 +50,7 @@ class Capture:
         """Whether flush() should be called."""
         return len(self._waiting) >= FLUSH_ROWS or time.monotonic() - self._since_s > FLUSH_S
 
-    def add(self, answer: Answer, kept: Any) -> None:
+    def add(self, answer: RowResult, kept: Any) -> None:
         """Keeps the distributions of a row; `kept` comes back from flush() once they are safe."""
         from stillhouse.protos.cache.format import CacheMeta
 

@@ -45,7 +45,7 @@ Key = tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Answer:
+class RowResult:
     """One row with all its samples."""
 
     row: Row
@@ -77,7 +77,7 @@ class _Sample:
     sample: int
 
 
-class Flow:
+class BatchDispatcher:
     """Answers to rows, in the order in which they are ready."""
 
     def __init__(
@@ -119,7 +119,7 @@ class Flow:
         self.tokens = 0
         """Tokens that were generated."""
 
-    def answers(self) -> Iterator[Answer]:
+    def answers(self) -> Iterator[RowResult]:
         """Yields the answers; closing the iterator aborts what is in flight.
 
         Raises StillhouseError for what concerns the batch as a whole: a teacher that refuses the calls, that does not
@@ -134,7 +134,7 @@ class Flow:
         finally:
             self._pool.close()
 
-    def _read(self) -> Iterator[Answer]:
+    def _read(self) -> Iterator[RowResult]:
         """Reads rows while a service has room for another call; rows without a prompt are answered at once."""
         while self._rows is not None and self._pool.has_room(self._share):
             samples: dict[int, _Sample] = {}
@@ -148,7 +148,7 @@ class Flow:
                 if row is None:
                     break
                 if row.num_answers == 0:
-                    yield Answer(row=row, completions={})
+                    yield RowResult(row=row, completions={})
                     continue
                 pending = _Pending(row=row)
                 for prompt, sample in itertools.product(range(len(row.prompts)), range(row.num_samples)):
@@ -217,7 +217,7 @@ class Flow:
         wanted = [each for each in (self._top_k, sample.pending.row.top_logprobs) if each is not None]
         return max(wanted, default=None)
 
-    def _finish(self, sample_id: int, result: Completion | StillhouseError) -> Iterator[Answer]:
+    def _finish(self, sample_id: int, result: Completion | StillhouseError) -> Iterator[RowResult]:
         sample = self._samples.pop(sample_id)
         if isinstance(result, StillhouseError):
             result = failed(sample.prompt, sample.sample, result)
@@ -225,7 +225,7 @@ class Flow:
         pending = sample.pending
         pending.completions[sample.prompt, sample.sample] = result
         if len(pending.completions) == pending.row.num_answers:
-            yield Answer(row=pending.row, completions=pending.completions)
+            yield RowResult(row=pending.row, completions=pending.completions)
 
 
 class _Selection:

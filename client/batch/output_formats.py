@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import grpc
 
-from stillhouse.client.batch.dispatcher import Answer
+from stillhouse.client.batch.dispatcher import RowResult
 from stillhouse.client.batch.input_rows import INPUTS, SETTINGS, Row, invalid
 from stillhouse.client.core.json_output import dumps, error_as_json
 from stillhouse.client.teacher.generate import Completion
@@ -42,7 +42,7 @@ class Lines:
     """Whether the row failed."""
 
 
-def plain(answer: Answer) -> Lines:
+def plain(answer: RowResult) -> Lines:
     """The row as it came, with `completions` and `usage`, and `error` if it failed."""
     row = answer.row
     document: dict[str, Any] = {
@@ -68,7 +68,7 @@ def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, An
     return document
 
 
-def dataset(answer: Answer) -> Lines:
+def dataset(answer: RowResult) -> Lines:
     """A row of training data for each sample: `prompt` and `completion`, or `messages` with the answer as last turn.
 
     A row of which a sample failed gives none.
@@ -129,7 +129,7 @@ class OpenAi:
         self._fingerprint = f"fp_{fingerprint[:10]}"
         self._token_texts = token_texts
 
-    def __call__(self, answer: Answer) -> Lines:
+    def __call__(self, answer: RowResult) -> Lines:
         """The line of one row."""
         row = answer.row
         digest = hashlib.blake2b(f"{row.line.number} {row.line.digest}".encode(), digest_size=12).hexdigest()
@@ -143,7 +143,7 @@ class OpenAi:
         }
         return Lines(out=_line(document), is_failed=error is not None)
 
-    def _body(self, answer: Answer, digest: str) -> dict[str, Any]:
+    def _body(self, answer: RowResult, digest: str) -> dict[str, Any]:
         row = answer.row
         is_chat = row.interface == "chat"
         choices = [
@@ -160,7 +160,7 @@ class OpenAi:
             "system_fingerprint": self._fingerprint,
         }
 
-    def _chat_choice(self, answer: Answer, index: int, completion: Completion) -> dict[str, Any]:
+    def _chat_choice(self, answer: RowResult, index: int, completion: Completion) -> dict[str, Any]:
         logprobs = None
         if answer.row.top_logprobs is not None:
             logprobs = {"content": self._chat_logprobs(completion, answer.row.top_logprobs), "refusal": None}
@@ -181,7 +181,7 @@ class OpenAi:
             for token, logprob, candidates in _positions(completion)
         ]
 
-    def _text_choice(self, answer: Answer, index: int, completion: Completion) -> dict[str, Any]:
+    def _text_choice(self, answer: RowResult, index: int, completion: Completion) -> dict[str, Any]:
         logprobs = None
         if answer.row.top_logprobs is not None:
             logprobs = self._text_logprobs(completion, answer.row.top_logprobs)
@@ -226,7 +226,7 @@ def _error(error: StillhouseError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": kind, "param": None, "code": str(error.reason)}}
 
 
-def _usage(answer: Answer) -> dict[str, int]:
+def _usage(answer: RowResult) -> dict[str, int]:
     prompts: dict[int, int] = {}
     for (prompt, _), completion in answer.completions.items():
         prompts[prompt] = max(prompts.get(prompt, 0), completion.prompt_tokens)

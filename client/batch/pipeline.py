@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stillhouse.client.batch.capture import Capture
-from stillhouse.client.batch.dispatcher import MAX_INFLIGHT, Answer, Flow
+from stillhouse.client.batch.dispatcher import MAX_INFLIGHT, BatchDispatcher, RowResult
 from stillhouse.client.batch.input_rows import Line, Row, Sampling, detect, plain_row, read_lines
 from stillhouse.client.batch.journal import Header, Position
 from stillhouse.client.batch.openai_input import openai_row
 from stillhouse.client.batch.ordered_output import RETRY, Output, Paths, commit_retry, locked
 from stillhouse.client.batch.output_formats import Lines, OpenAi, dataset, for_dataset, plain
-from stillhouse.client.batch.retry import Earlier
+from stillhouse.client.batch.retry import EarlierOutput
 from stillhouse.client.batch.teacher_identity import BatchTeacher, agreeing, identity
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
@@ -160,7 +160,7 @@ class _Batch:
             commit_retry(self._paths)
             position = self._pass(self._paths, overwrite=self._settings.overwrite, earlier=None)
             if self._settings.retry_failed and position.num_failed:
-                with Earlier(self._paths, position, is_dataset=self._settings.as_dataset) as earlier:
+                with EarlierOutput(self._paths, position, is_dataset=self._settings.as_dataset) as earlier:
                     position = self._pass(self._paths.retry, overwrite=False, earlier=earlier)
                 commit_retry(self._paths)
         has_failures = self._settings.as_dataset and position.num_failed
@@ -188,7 +188,7 @@ class _Batch:
             else:
                 return
 
-    def _pass(self, paths: Paths, *, overwrite: bool, earlier: Earlier | None) -> Position:
+    def _pass(self, paths: Paths, *, overwrite: bool, earlier: EarlierOutput | None) -> Position:
         """Answers all rows into `paths`; those that `earlier` holds are taken from there."""
         header = self._header(earlier)
         with ExitStack() as stack:
@@ -206,10 +206,10 @@ class _Batch:
             return output.position
 
     def _answer_all(
-        self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: Earlier | None
+        self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: EarlierOutput | None
     ) -> None:
         lines_of = self._lines_of(output.journal.header)
-        flow = Flow(
+        flow = BatchDispatcher(
             self._teachers,
             self._rows(output, teacher, capture, earlier),
             verify=teacher.verify,
@@ -250,7 +250,7 @@ class _Batch:
         )
 
     def _rows(
-        self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: Earlier | None
+        self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: EarlierOutput | None
     ) -> Iterator[Row | None]:
         """Rows to ask for; None while so much waits for an earlier row that nothing more should be."""
         num_lines = 0
@@ -283,7 +283,7 @@ class _Batch:
             teacher.use(prompt.adapter)
         return for_dataset(row) if self._settings.as_dataset else row
 
-    def _lines_of(self, header: Header) -> Callable[[Answer], Lines]:
+    def _lines_of(self, header: Header) -> Callable[[RowResult], Lines]:
         if self._settings.as_dataset:
             return dataset
         if self._format == "plain":
@@ -295,7 +295,7 @@ class _Batch:
             token_texts=cache(lambda: TokenTexts(self._teachers[0].tokenizer().get("tokenizer.json", b""))),
         )
 
-    def _header(self, earlier: Earlier | None) -> Header:
+    def _header(self, earlier: EarlierOutput | None) -> Header:
         settings: dict[str, Any] = {"input format": self._format}
         settings["output"] = "dataset" if self._settings.as_dataset else self._format
         settings |= asdict(self._settings.sampling)

@@ -14,7 +14,7 @@ from stillhouse.client.batch.output_formats import Lines, is_failed
 from stillhouse.client.core.errors import file_error, usage_error
 
 
-class Earlier:
+class EarlierOutput:
     """The rows of a finished output, in the order of the input; a context manager."""
 
     def __init__(self, paths: Paths, position: Position, *, is_dataset: bool) -> None:

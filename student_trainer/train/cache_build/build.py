@@ -162,7 +162,7 @@ class _Build:
         for number, example in submit_ahead(job.examples, WINDOW_SEQUENCES, submit):
             self._scope.patience.check(None)
             try:
-                answer = stream.take(number, self._scope.patience)
+                answer = stream.get_result(number, self._scope.patience)
             except StillhouseError as error:
                 self._skips.count(error, self._num_asked + stream.num_asked)
             else:

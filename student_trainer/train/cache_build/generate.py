@@ -18,7 +18,7 @@ from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.context_mix import text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import submit_ahead
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
@@ -75,11 +75,11 @@ class FinishedPrompts:
 
 
 def generate(
-    job: GenerateJob, stream: TextStream, patience: Patience
+    job: GenerateJob, stream: TextStream, patience: TeacherWait
 ) -> Iterator[tuple[int, list[tuple[NDArray[np.int32], Distributions]]]]:
     """Yields each prompt's number, and its sequences with their targets; empty completions are left out.
 
-    Raises what TextStream.take raises.
+    Raises what TextStream.get_result raises.
     """
 
     def submit(_: int, numbered: tuple[int, Example]) -> None:
@@ -98,7 +98,7 @@ def generate(
             number,
             [
                 (np.concatenate([example.prompt, text.token_ids]).astype(np.int32), text.distributions)
-                for text in stream.take(number, patience)
+                for text in stream.get_result(number, patience)
                 if text.token_ids.size and text.distributions is not None
             ],
         )

@@ -55,7 +55,7 @@ class DatasetFeed:
     def collect(self, step: int) -> Iterator[ScoredExample]:
         for slot in self._slots.pop(step):
             try:
-                answer = self._targets.take(slot.position, self._settings.patience)
+                answer = self._targets.get_result(slot.position, self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 continue

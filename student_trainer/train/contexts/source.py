@@ -13,7 +13,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.context_mix import ContextMix, Slot
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 
 log = structlog.get_logger()
 
@@ -50,7 +50,7 @@ class FeedSettings:
     """Steps that are requested beyond the present one."""
     max_sequence_tokens: int
     """Longest sequence that may be generated, with its prompt."""
-    patience: Patience
+    patience: TeacherWait
 
 
 class Feed(Protocol):

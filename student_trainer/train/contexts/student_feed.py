@@ -113,7 +113,7 @@ class StudentFeed:
         log_sums, seen = _Sums(), 0
         for number, rollout in enumerate(rollouts):
             try:
-                answer = self._targets.take(self._id(step, number), self._settings.patience)
+                answer = self._targets.get_result(self._id(step, number), self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 self._num_dropped += 1

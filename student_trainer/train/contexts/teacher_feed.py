@@ -13,7 +13,7 @@ from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.contexts.source import FeedSettings, Skips
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
+from stillhouse.student_trainer.train.teacher.generate_stream import TeacherSample, TextStream
 
 log = structlog.get_logger()
 
@@ -61,7 +61,7 @@ class TeacherFeed:
         for slot in self._slots.pop(step):
             example = self._settings.examples[slot.row]
             try:
-                texts = self._stream(example).take(slot.position, self._settings.patience)
+                texts = self._stream(example).get_result(slot.position, self._settings.patience)
             except StillhouseError as error:
                 self._skips.count(error, self.num_asked)
                 continue
@@ -94,7 +94,7 @@ class TeacherFeed:
         return self._streams[example.teacher]
 
 
-def _scored(example: Example, text: Written, context: int) -> ScoredExample:
+def _scored(example: Example, text: TeacherSample, context: int) -> ScoredExample:
     prompt = example.prompt
     token_ids = np.concatenate([prompt, text.token_ids])
     return ScoredExample(

@@ -19,7 +19,7 @@ class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to sto
     """The run was asked to stop while it waited."""
 
 
-class Patience(BoundedWait):
+class TeacherWait(BoundedWait):
     """The wait of one training process for its teachers; used from the main thread alone."""
 
     def __init__(self, attempt: Attempt, stop_requested: Callable[[], bool], wait_s: float) -> None:

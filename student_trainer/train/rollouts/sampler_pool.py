@@ -17,7 +17,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.pool.replica import Loss, PoolOptions
 from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from stillhouse.student_trainer.config.schema import RolloutConfig
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.rollouts.local_sampler import Text
 from stillhouse.student_trainer.train.rollouts.remote_sampler import (
     RemoteSampler,
@@ -52,7 +52,7 @@ class SamplerPool:
         samplers: Sequence[RemoteSampler],
         *,
         version: Callable[[], int],
-        patience: Patience,
+        patience: TeacherWait,
     ) -> None:
         """Reaches at least one of the services; `version` counts the student's updates.
 

@@ -19,7 +19,7 @@ from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery, submit_ahead
 from stillhouse.student_trainer.train.teacher.target_requests import evaluation_request
@@ -79,12 +79,12 @@ class HeldOutRows:
         return scored
 
 
-def _query(examples: Sequence[Example], stream: TargetStream, patience: Patience) -> list[ScoredExample]:
+def _query(examples: Sequence[Example], stream: TargetStream, patience: TeacherWait) -> list[ScoredExample]:
     def submit(number: int, example: Example) -> None:
         stream.submit(number, TeacherQuery.from_example(example))
 
     return [
-        ScoredExample(example=example, answer=stream.take(number, patience))
+        ScoredExample(example=example, answer=stream.get_result(number, patience))
         for number, example in submit_ahead(examples, WINDOW_SEQUENCES, submit)
     ]
 

@@ -11,7 +11,7 @@ from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import Attempt, RunDir
 from stillhouse.student_trainer.train.distributed.ranks import Ranks
 from stillhouse.student_trainer.train.process.reporter import Reporter
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,7 @@ class RunScope:
     attempt: Attempt
     ranks: Ranks
     reporter: Reporter
-    patience: Patience
+    patience: TeacherWait
     stack: ExitStack
     """Closes caches, connections and streams, the newest first."""
 
@@ -48,6 +48,6 @@ def open_scope(
             attempt=attempt,
             ranks=ranks or Ranks(),
             reporter=stack.enter_context(Reporter(attempt)),
-            patience=Patience(attempt, stop_requested, config.retry.teacher_wait_s),
+            patience=TeacherWait(attempt, stop_requested, config.retry.teacher_wait_s),
             stack=stack,
         )

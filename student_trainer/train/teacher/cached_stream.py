@@ -13,7 +13,7 @@ from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 log = structlog.get_logger()
@@ -63,7 +63,7 @@ class CachedStream:
                 self._in_flight.add(key)
         self._pending[sequence_id] = _Pending(key=key, query=query, reading=reading, at_teacher=at_teacher)
 
-    def take(self, sequence_id: int, patience: Patience) -> Distributions:
+    def get_result(self, sequence_id: int, patience: TeacherWait) -> Distributions:
         """Waits for the result.
 
         Raises:
@@ -92,10 +92,10 @@ class CachedStream:
         if self._live:
             self._live.close()
 
-    def _receive(self, sequence_id: int, pending: _Pending, patience: Patience) -> Distributions:
+    def _receive(self, sequence_id: int, pending: _Pending, patience: TeacherWait) -> Distributions:
         assert self._live is not None
         try:
-            answer = self._live.take(sequence_id, patience)
+            answer = self._live.get_result(sequence_id, patience)
         finally:
             self._in_flight.discard(pending.key)
         if self._writer is not None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.batching.supports import mix
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 
@@ -40,11 +40,11 @@ class CombinedStream:
         for name in self._weights or (query.teacher,):
             self._streams[name].submit(sequence_id, query)
 
-    def take(self, sequence_id: int, patience: Patience) -> Distributions:
+    def get_result(self, sequence_id: int, patience: TeacherWait) -> Distributions:
         route = self._routes.pop(sequence_id)
         if not self._weights:
-            return self._streams[route].take(sequence_id, patience)
-        parts = [self._streams[name].take(sequence_id, patience) for name in self._weights]
+            return self._streams[route].get_result(sequence_id, patience)
+        parts = [self._streams[name].get_result(sequence_id, patience) for name in self._weights]
         return mix(parts, list(self._weights.values()), vocab_size=self._vocab_size)
 
     def close(self) -> None:

@@ -34,7 +34,7 @@ NUM_CALLS = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Written:
+class TeacherSample:
     """One finished sample."""
 
     token_ids: NDArray[np.int32]
@@ -52,11 +52,11 @@ class _Prompt:
     max_new_tokens: int
     place: str
     cost: int
-    samples: dict[int, Written] = field(default_factory=dict)
+    samples: dict[int, TeacherSample] = field(default_factory=dict)
     """Finished samples by index; they outlast a break."""
 
 
-class TextStream(TeacherStream[_Prompt, list[Written]]):
+class TextStream(TeacherStream[_Prompt, list[TeacherSample]]):
     """A teacher's samples for prompts, by the ids that the caller gives them: a few calls at once to each service."""
 
     def __init__(
@@ -82,7 +82,7 @@ class TextStream(TeacherStream[_Prompt, list[Written]]):
         """Samples asked for, repetitions included."""
         return super().num_asked * self._generation.samples_per_prompt
 
-    def _serve(self, endpoint: Endpoint, call: Call[_Prompt, list[Written]]) -> None:
+    def _serve(self, endpoint: Endpoint, call: Call[_Prompt, list[TeacherSample]]) -> None:
         """Makes one call for all prompts that wait, up to the service's limit."""
         places = iter(range(self._teacher.info.max_prompts or sys.maxsize))
         prompts = call.take(lambda _: next(places, None) is not None)
@@ -120,7 +120,7 @@ class TextStream(TeacherStream[_Prompt, list[Written]]):
 
     def _accept(
         self,
-        call: Call[_Prompt, list[Written]],
+        call: Call[_Prompt, list[TeacherSample]],
         ids: Sequence[int],
         chunk: SampleChunk,
         parts: dict[tuple[int, int], list[SampleChunk]],
@@ -146,7 +146,7 @@ class TextStream(TeacherStream[_Prompt, list[Written]]):
         if len(prompt.samples) == self._generation.samples_per_prompt:
             call.answer(prompt_id, [prompt.samples[index] for index in sorted(prompt.samples)])
 
-    def _whole(self, prompt: _Prompt, parts: list[SampleChunk]) -> Written:
+    def _whole(self, prompt: _Prompt, parts: list[SampleChunk]) -> TeacherSample:
         ids = [
             decode(part.token_ids, field="token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,))
             for part in parts
@@ -175,7 +175,7 @@ class TextStream(TeacherStream[_Prompt, list[Written]]):
             if (rows.start, rows.num_rows) != (len(prompt.token_ids), len(token_ids)):
                 raise _invalid(prompt, f"{rows.num_rows} distributions of {len(token_ids)} tokens")
         finished = parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP
-        return Written(token_ids=token_ids, distributions=rows, finished=finished)
+        return TeacherSample(token_ids=token_ids, distributions=rows, finished=finished)
 
 
 def _invalid(prompt: _Prompt, what: str) -> StillhouseError:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 
 Item = TypeVar("Item")
 
@@ -58,7 +58,7 @@ class TargetStream(Protocol):
     def submit(self, sequence_id: int, query: TeacherQuery) -> None:
         """Sends a query."""
 
-    def take(self, sequence_id: int, patience: Patience) -> Distributions:
+    def get_result(self, sequence_id: int, patience: TeacherWait) -> Distributions:
         """Waits for the result of a submitted query; each can be taken once."""
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ from stillhouse.student_trainer.config.schema import RunConfig, TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing
 from stillhouse.student_trainer.train.teacher.identity import changed, read_identity, write_identity
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare_with, fetch_tokenizer
@@ -117,7 +117,7 @@ class TeacherClient:
         self.info = GetTeacherInfoResponse()
         """Common information of all services reached: the least of each limit, and the capabilities of all."""
 
-    def connect(self, patience: Patience) -> None:
+    def connect(self, patience: TeacherWait) -> None:
         """Reaches and checks the teacher for the first time in this process: one service at least, and each that answers.
 
         Raises:

@@ -10,7 +10,7 @@ import structlog
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.pool.replica import Loss, PoolOptions
 from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing, is_suspicious
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
@@ -66,7 +66,7 @@ class TeacherStream(abc.ABC, Generic[Q, A]):
         """Queries sent, repetitions included."""
         return self._pool.num_sent
 
-    def take(self, query_id: int, patience: Patience) -> A:
+    def get_result(self, query_id: int, patience: TeacherWait) -> A:
         """Waits for the answer to a query; each can be got once.
 
         Raises:

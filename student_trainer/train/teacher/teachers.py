@@ -9,7 +9,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROB
 from stillhouse.student_trainer.config.check_contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
 from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
@@ -38,7 +38,7 @@ class OnlineTeachers:
         demands: Demands,
         run_dir: RunDir,
         *,
-        patience: Patience,
+        patience: TeacherWait,
         stack: ExitStack,
         cache: RunCache | None = None,
     ) -> OnlineTeachers:

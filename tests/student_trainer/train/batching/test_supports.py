@@ -23,7 +23,7 @@ from stillhouse.student_trainer.train.contexts.student_feed import RolloutState,
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight, Rollout
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
@@ -192,7 +192,7 @@ def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
     restored = InFlight()
     restored.restore(in_flight.state())
     with run_dir.open_attempt(1) as attempt, ExitStack() as stack:
-        patience = Patience(attempt, lambda: False, 30)
+        patience = TeacherWait(attempt, lambda: False, 30)
         text = tokenizer.backend_tokenizer.to_str()
         fingerprint = tokenizer_fingerprint(text, tokenizer.special_tokens_map)
         teachers = OnlineTeachers.connect(

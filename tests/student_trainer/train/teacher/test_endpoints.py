@@ -25,10 +25,10 @@ from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.data.corpus import load_corpus
-from stillhouse.student_trainer.train.process.waiting import Patience
+from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 from stillhouse.student_trainer.train.teacher import credentials, endpoints
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream, Written
+from stillhouse.student_trainer.train.teacher.generate_stream import TeacherSample, TextStream
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
@@ -65,7 +65,7 @@ class World:
         self._models, self._data, self._root, self._stack = models, data, root, stack
         self._number = 0
 
-    def connect(self, targets: Sequence[str], **teacher: Any) -> tuple[TeacherClient, Patience, RunDir]:
+    def connect(self, targets: Sequence[str], **teacher: Any) -> tuple[TeacherClient, TeacherWait, RunDir]:
         """The teacher, reached through `targets`."""
         spec = spec_of(self._models.student, self._data, targets[0])
         spec["teachers"][0] |= {"targets": list(targets), **teacher}
@@ -77,7 +77,7 @@ class World:
         fingerprint = tokenizer_fingerprint(text, tokenizer.special_tokens_map)
         corpus = load_corpus(config.data, config.evaluation, tokenizer, self._root)
         demands = Demands.from_config(config, fingerprint, text, corpus)
-        patience = Patience(self._stack.enter_context(run_dir.open_attempt(1)), lambda: False, DEADLINE_S)
+        patience = TeacherWait(self._stack.enter_context(run_dir.open_attempt(1)), lambda: False, DEADLINE_S)
         teachers = OnlineTeachers.connect(config, demands, run_dir, patience=patience, stack=self._stack)
         (teacher_,) = teachers.members.values()
         self.request = training_request(config.loss, 0).to_config(teacher_.config)
@@ -108,21 +108,21 @@ def world(models: Models, dataset_file: Path, tmp_path: Path) -> Iterator[World]
 
 
 def ask_scores(
-    stream: ScoreStream, patience: Patience, meanwhile: Callable[[], None] = lambda: None
+    stream: ScoreStream, patience: TeacherWait, meanwhile: Callable[[], None] = lambda: None
 ) -> list[Distributions]:
     for number, asked in enumerate(QUESTIONS):
         stream.submit(number, asked)
     meanwhile()
-    return [stream.take(number, patience) for number in range(len(QUESTIONS))]
+    return [stream.get_result(number, patience) for number in range(len(QUESTIONS))]
 
 
 def ask_texts(
-    stream: TextStream, patience: Patience, meanwhile: Callable[[], None] = lambda: None
-) -> list[list[Written]]:
+    stream: TextStream, patience: TeacherWait, meanwhile: Callable[[], None] = lambda: None
+) -> list[list[TeacherSample]]:
     for number, asked in enumerate(QUESTIONS):
         stream.submit(number, asked.token_ids, seed=number, max_new_tokens=6, place=asked.place)
     meanwhile()
-    return [stream.take(number, patience) for number in range(len(QUESTIONS))]
+    return [stream.get_result(number, patience) for number in range(len(QUESTIONS))]
 
 
 def loads(teacher: TeacherClient) -> list[Load]:
