@@ -1,10 +1,11 @@
-"""The acceptance experiment: every way to learn, through the teacher, the run service and training processes, on languages whose truth is known.
+"""Acceptance experiment: every training objective, through teacher, run service and training processes, on languages
+of known truth.
 
-Four parts. Dense: an order-2 language with a teacher that knows it fairly. Sparse: one of few successors with a teacher
-of high entropy, where what is cut off a target shows. On-policy: students that begin as the first part's cross-entropy
-ones learn from their own text. Curves: one run in several ways, online, cached, killed, must tell the same losses. Seeds
-change text, weights and order; arms of a seed share them. What is measured is measured here, exactly, on the final
-model that a run left. Results are kept run by run: name the work folder to go on.
+Four parts. Dense: an order-2 language with a teacher that knows it fairly. Sparse: a language of few successors with
+a teacher of high entropy, where truncated targets differ. On-policy: students that start as the first part's
+cross-entropy students train on their own samples. Curves: one run in several ways, online, cached, killed, must have
+the same losses. Seeds change data, weights and order; arms of a seed share them. Metrics are computed here, exactly,
+on a run's final model. Results are stored run by run: name the work folder to resume.
 """
 
 from __future__ import annotations
@@ -46,31 +47,31 @@ from tests.support.programs import ProgramError, start_program, start_teacher, s
 LENGTH, TRAIN_ROWS, HELD_OUT_ROWS, STEPS = 48, 128, 256, 80
 HELD_OUT_SEED, TRAIN_SEED = 7, 100
 WRITTEN_LENGTH, WRITTEN_ROWS, UPDATES = 24, 512, 50
-"""Of the part on-policy."""
+"""Length, rows and updates of the on-policy part."""
 LEARNING_RATE = 3e-3
 LANGUAGES: dict[str, tuple[Callable[[], Language], int]] = {
     "dense": (Language.dense, 250),
     "sparse": (Language.sparse, 150),
 }
-"""Each with the steps of its teacher."""
+"""Languages, each with its teacher's training steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """The running services, and where everything lies."""
+    """The running services, and their directories."""
 
     client: Trainer
     targets: dict[tuple[str, bool], str]
-    """By language, and whether rows are shuffled."""
+    """Teacher addresses by language, and by whether rows are shuffled."""
     teachers: dict[str, Path]
     work_dir: Path
     data_dir: Path
-    """Of the run service."""
+    """Data directory of the run service."""
 
     def complete(self, group: Group, seeds: int) -> dict[str, list[float]]:
-        """What was measured, by arm and seed; runs that are not known are completed first.
+        """Completes missing runs; returns the metric of each, by arm and seed.
 
-        All are submitted seed by seed, so that every slot is busy and an interruption leaves whole pairs.
+        Submitted seed by seed, so that every slot is busy and an interruption leaves complete pairs.
         """
         wanted = [(group, arm, seed) for seed in range(seeds) for arm in ARMS[group]]
         missing = [each for each in wanted if not self._file(*each).exists()]
@@ -92,7 +93,7 @@ class Bench:
         }
 
     def curves(self, seed: int) -> dict[str, float]:
-        """By the way the run with the full vocabulary was taken, how far its losses are from those of the online one."""
+        """Largest loss difference of the run with the full vocabulary to the online run, by variant."""
         file = self.work_dir / "results" / f"curves-{seed}.json"
         if not file.exists():
             spec = self._spec("dense", arms.FULL, seed)
@@ -114,7 +115,7 @@ class Bench:
         return dict(json.loads(file.read_text()))
 
     def _spec(self, group: Group, arm: Arm, seed: int) -> dict[str, Any]:
-        """The run file of an arm; its text is written if it is not there."""
+        """Run file of an arm; writes its dataset if missing."""
         language = "dense" if group == "on-policy" else group
         rows, others = (self.work_dir / f"{name}-{language}-{seed}.jsonl" for name in ("rows", "others"))
         if not others.exists():
@@ -141,25 +142,25 @@ class Bench:
             "evaluation": {"top_k": NUM_LOGITS},
         }
         if group != "on-policy" and arm is not arms.CROSS_ENTROPY and not arm.shuffled:
-            # Rows come again in every epoch: the teacher is asked once, over the wire, and its answers are kept.
+            # Rows repeat in every epoch: the teacher scores them once, over the wire, into a cache.
             spec["cache"] = {"path": f"caches/{_plain(group, arm)}-{seed}", "mode": "write_through"}
         return spec
 
     def _student(self, group: Group, seed: int) -> Path:
-        """Where the student of a seed begins."""
+        """Initial checkpoint of a seed's student."""
         if group == "on-policy":
             return self._model("dense", arms.CROSS_ENTROPY, seed)
         return write_student(self.work_dir / f"student-{seed}", seed=seed, length=LENGTH)
 
     def _pull(self, handle: RunHandle, directory: Path) -> None:
-        """The model that a run left, copied through its service."""
+        """Downloads a run's model through the service."""
         run = handle.wait()
         if run.state != Run.STATE_COMPLETED:
             raise click.ClickException(f"{run.name} ({run.spec.display_name}) failed: {run.error.message}")
         handle.pull("final", directory)
 
     def _train(self, program: str, spec: dict[str, Any], directory: Path) -> None:
-        """The model that a training process of our own leaves, started as the run service starts its own."""
+        """Trains in a process of this program, started as the run service starts its own; returns the model's directory."""
         run_dir = self.work_dir / "by-hand" / "runs" / directory.name
         shutil.rmtree(run_dir, ignore_errors=True)
         run_dir.mkdir(parents=True)
@@ -203,14 +204,14 @@ def _plain(group: Group, arm: Arm) -> str:
 
 
 def _on_policy() -> dict[str, Any]:
-    """Texts behind the first token of a row."""
+    """Completions after the first token of a row."""
     generation = {"max_new_tokens": WRITTEN_LENGTH - 1, "samples_per_prompt": 2}
-    # Students of few texts write little that the teacher finds likely: the gate for that is wide here.
+    # Students of few steps sample little that the teacher finds likely: the gate for that is wide here.
     return {"student": {"generation": generation, "max_staleness": 0, "min_teacher_logprob": -8}}
 
 
 def report(found: Found) -> Iterator[str]:
-    """As Markdown."""
+    """Renders the report as Markdown."""
     for group in ("dense", "sparse"):
         yield f"| {group} | held-out KL(truth, student) | gain over cross-entropy | share of the full gain |"
         yield "|---|---|---|---|"
@@ -250,7 +251,7 @@ def main(
     work_dir: Path,
     json_file: Path | None,
 ) -> None:
-    """Run what is missing, and report."""
+    """Run missing runs, and report."""
     work_dir = work_dir.resolve()
     (work_dir / "results").mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -262,7 +263,7 @@ def main(
         with signals_as_exceptions(), ExitStack() as stack:
             bench = _bench(stack, teachers, work_dir, engine, slots)
             values: dict[Group, dict[str, list[float]]] = {"dense": bench.complete("dense", seeds)}
-            # These begin as students of the first part.
+            # These start from students of the first part.
             values["on-policy"] = bench.complete("on-policy", min(seeds, on_policy_seeds))
             curves = [bench.curves(seed) for seed in range(min(seeds, curve_seeds))]
             values["sparse"] = bench.complete("sparse", seeds)
@@ -307,7 +308,7 @@ def _bench(stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: 
     client = stack.enter_context(Trainer(service.target))
     for run in list(client.runs()):
         if run.state not in ENDED:
-            # What an interrupted experiment had submitted asks teachers that are gone, and would come first.
+            # Runs left by an interrupted experiment would query teachers that are gone, and come first.
             RunHandle(client, run.name).stop()
     return Bench(client=client, targets=targets, teachers=teachers, work_dir=work_dir, data_dir=data_dir)
 

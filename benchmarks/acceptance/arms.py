@@ -1,4 +1,4 @@
-"""The arms of the acceptance experiment: how each student learns, as the run file says it, and what must come of it."""
+"""Arms of the acceptance experiment: each student's loss as in a run file, and the claims about the results."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from benchmarks.distillation.report import Interval, paired_interval
 
 Group = Literal["dense", "sparse", "on-policy"]
 ALL_TOKENS = NUM_LOGITS
-"""top_k with which nothing is left for a tail."""
+"""top_k without a tail."""
 FEW_TOKENS = 8
 SHUFFLED_TOP_K = ALL_TOKENS - 1
-"""Streams that ask for it go through the shuffling proxy; evaluations ask for ALL_TOKENS."""
+"""Streams with this top_k go through the shuffling proxy; evaluations use ALL_TOKENS."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """One way to learn."""
+    """One training objective."""
 
     name: str
     loss: Mapping[str, Any]
-    """The loss of a run file."""
+    """Loss section of a run file."""
     shuffled: bool = False
-    """The teacher's rows come in a wrong order."""
+    """The teacher's rows come in a shuffled order."""
     program: str = ""
-    """Module that trains in the place of the run service's training process, for what no run file can ask for."""
+    """Module in place of the run service's training process, for what no run file expresses."""
 
 
 CROSS_ENTROPY = Arm(
@@ -68,33 +68,33 @@ ARMS: Mapping[Group, Sequence[Arm]] = {
 
 
 MAX_CURVE_DIFFERENCE = 1e-5
-"""Between the losses of runs that must be the same."""
+"""Largest difference between the losses of equivalent runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What was measured, by group, arm and seed."""
+    """Metrics by group, arm and seed."""
 
     values: Mapping[Group, Mapping[str, Sequence[float]]]
-    """Held-out KL(truth || student); on-policy the student's KL(student || teacher), after over before."""
+    """Held-out KL(truth || student); on-policy, the student's KL(student || teacher), after over before."""
     curves: Mapping[str, Sequence[float]]
-    """The largest difference of a step's loss to that of the same run online, by the way it was taken."""
+    """Largest difference of a step's loss to the same run online, by variant."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claim:
-    """Something that must hold of all that was found."""
+    """A claim about the metrics."""
 
     name: str
     low: float
-    """What was found lies between `low` and `high`: a 95 % interval, or the extremes of all seeds."""
+    """Lower end of the metric: a 95 % interval, or the extremes over seeds."""
     high: float
     above: float | None = None
     below: float | None = None
 
     @property
     def holds(self) -> bool:
-        """Whether all of it lies within the bounds."""
+        """True if the complete interval is within the bounds."""
         return (self.above is None or self.low > self.above) and (
             self.below is None or self.high < self.below
         )
@@ -106,23 +106,23 @@ class Claim:
 
 
 def gain(found: Found, group: Group, arm: Arm, over: Arm = CROSS_ENTROPY) -> Interval:
-    """By how much the arm is better, in nats; paired over seeds."""
+    """Improvement of an arm, in nats, paired over seeds."""
     values = found.values[group]
     return paired_interval(values[over.name], values[arm.name])
 
 
 def drop(found: Found, arm: Arm) -> Interval:
-    """Share of the reverse KL that is gone."""
+    """Removed share of the reverse KL."""
     ratios = found.values["on-policy"][arm.name]
     return paired_interval([1.0] * len(ratios), ratios)
 
 
 ORDER = (FULL, SAMPLED, TAIL, CROSS_ENTROPY, RENORMALISED)
-"""Of the sparse language, the best first."""
+"""Expected order on the sparse language, best first."""
 
 
 def claims(found: Found) -> list[Claim]:
-    """What must hold, each with its whole 95 % interval."""
+    """Claims, each on its complete 95 % interval."""
     return list(_claims(found))
 
 

@@ -1,7 +1,8 @@
-"""One run taken in five ways, whose losses must be the same at every step: online, written through to a cache, out of it, killed and resumed, and in this process.
+"""One run in five variants with the same losses at every step: online, caching, cached, killed and resumed, and in
+this process.
 
-The one in this process shares nothing with the services but the order of rows and the optimizer: both models lie side
-by side, and the loss is KL over whole logits.
+The variant in this process shares only the order of rows and the optimizer with the services: both models are in one
+process, and the loss is KL over full logits.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ Curve = NDArray[np.float64]
 def differences(
     client: Trainer, spec: Mapping[str, Any], *, cache: str, data_dir: Path, here: Curve
 ) -> dict[str, float]:
-    """The largest difference to the online run's loss over all steps, by the way a run was taken.
+    """Largest difference to the online run's loss over all steps, by variant.
 
-    `spec` is of a run without a cache; `cache` a path for one, `data_dir` where the service keeps its runs, `here` the
-    curve of `curve_here`.
+    `spec` describes a run without a cache; `cache` is a path for one, `data_dir` the service's data directory, `here`
+    the curve of `curve_here`.
     """
     first = _create(client, spec, "online")
     through = _create(client, {**spec, "cache": {"path": cache, "mode": "write_through"}}, WRITE_THROUGH)
@@ -61,7 +62,7 @@ def differences(
     _kill(killed, data_dir)
     killed.resume()
     online, curves = _curve(first), {WRITE_THROUGH: _curve(through)}
-    # A teacher that is not named cannot have been asked.
+    # An unnamed teacher cannot have been queried.
     without = {key: value for key, value in spec.items() if key != "teachers"}
     only = {**without, "cache": {"path": cache, "mode": "only"}}
     curves[OUT_OF_CACHE] = _curve(_create(client, only, OUT_OF_CACHE))
@@ -73,7 +74,7 @@ def differences(
 def curve_here(
     teacher_dir: Path, student_dir: Path, rows: Tensor, *, steps: int, rate: float, batch: int, seed: int
 ) -> Curve:
-    """[steps]: the loss of a run on `rows`, INT64 [N, T], with full KL, computed without any service."""
+    """[steps]: losses of a run on `rows`, INT64 [N, T], with full KL, computed without any service."""
     optimizer_config = OptimizerConfig(learning_rate=rate, max_steps=steps, micro_batch_size=batch, seed=seed)
     schedule = Schedule.from_config(len(rows), optimizer_config, seed)
     teacher, student = load(teacher_dir), load(student_dir).train()
@@ -99,7 +100,7 @@ def _create(client: Trainer, spec: Mapping[str, Any], name: str) -> RunHandle:
 
 
 def _kill(handle: RunHandle, data_dir: Path) -> None:
-    """SIGKILL to the training process once it has left a checkpoint in its middle; the run has failed by then."""
+    """Sends SIGKILL to the training process after a checkpoint in mid-run; returns once the run has failed."""
     run_dir = RunDir(data_dir / handle.name)
     deadline = time.monotonic() + KILL_WAIT_S
     while max(run_dir.checkpoints(), default=0) < KILL_AFTER_CHECKPOINT:
@@ -115,7 +116,7 @@ def _kill(handle: RunHandle, data_dir: Path) -> None:
 
 
 def _curve(handle: RunHandle) -> Curve:
-    """[steps]: the loss of every step."""
+    """[steps]: loss of every step."""
     run = handle.wait()
     if run.state != Run.STATE_COMPLETED:
         raise click.ClickException(f"{run.name} ({run.spec.display_name}) failed: {run.error.message}")

@@ -1,6 +1,6 @@
-"""Made-up languages whose truth is known, models of them, and exact distances between models and truth.
+"""Synthetic languages of known truth, models of them, and exact divergences between models and truth.
 
-A token depends on the two before it. Sequences are texts of one character a token. Axes: N sequences, T positions, V tokens.
+A token depends on the two before it. Texts have one character per token. Axes: N sequences, T positions, V tokens.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from tests.support.small_models import END, model_config, save_model
 VOCABULARY = 48
 CHARACTERS = [chr(ord("!") + token) for token in range(VOCABULARY)]
 NUM_LOGITS = VOCABULARY + 1
-"""Of a model: the last is the end token, which no text has."""
+"""Logits of a model: the last is the end token, which no text contains."""
 BATCH = 32
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Language:
-    """Log-probabilities [V, V, V] of a token, last, behind two others."""
+    """Log-probabilities [V, V, V]: the last axis is a token's, given the two before it."""
 
     logprobs: Tensor
 
     @classmethod
     def dense(cls, seed: int = 0) -> Language:
-        """Logits 1.8 A[b] + 1.2 B[a] behind a b, with standard normal tables A and B."""
+        """Logits 1.8 A[b] + 1.2 B[a] after a b, with standard normal tables A and B."""
         generator = torch.Generator().manual_seed(seed)
         last, before = (torch.randn(VOCABULARY, VOCABULARY, generator=generator) for _ in range(2))
         return cls(logprobs=(1.8 * last[None, :, :] + 1.2 * before[:, None, :]).log_softmax(-1))
 
     @classmethod
     def sparse(cls, seed: int = 0, *, successors: int = 10, floor: float = 0.03) -> Language:
-        """Few successors of every pair of tokens, with standard normal logits; all tokens share `floor` evenly."""
+        """Few successors of every pair of tokens, with standard normal logits; all tokens share `floor` uniformly."""
         generator = torch.Generator().manual_seed(seed)
         shape = (VOCABULARY, VOCABULARY, VOCABULARY)
         chosen = torch.rand(shape, generator=generator).argsort(-1)[..., :successors]
@@ -46,7 +46,7 @@ class Language:
         return cls(logprobs=((1 - floor) * kept.softmax(-1) + floor / VOCABULARY).log())
 
     def sample(self, count: int, length: int, seed: int) -> Tensor:
-        """INT64 [count, length]; the first two tokens are drawn evenly."""
+        """INT64 [count, length]; the first two tokens are uniform."""
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randint(VOCABULARY, (count, length), generator=generator)
         for at in range(2, length):
@@ -55,19 +55,19 @@ class Language:
         return rows
 
     def of(self, rows: Tensor) -> Tensor:
-        """[N, T - 2, V]: what comes at each position from the third on."""
+        """[N, T - 2, V]: distributions at each position from the third on."""
         return self.logprobs[rows[:, :-2], rows[:, 1:-1]]
 
 
 def write_rows(rows: Tensor, path: Path) -> Path:
-    """As JSONL with a field `text`."""
+    """Writes JSONL with a field `text`."""
     texts = ("".join(CHARACTERS[token] for token in row) for row in rows.tolist())
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
 def tokenizer() -> Any:
-    """One token for each character, and one that ends a text."""
+    """Builds a tokenizer with one token per character, and an end token."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def tokenizer() -> Any:
 
 
 def new_model(*, width: int, num_layers: int, num_heads: int, length: int, seed: int) -> Any:
-    """Random weights."""
+    """Builds a model with random weights."""
     from transformers import Qwen2ForCausalLM
 
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +100,7 @@ def new_model(*, width: int, num_layers: int, num_heads: int, length: int, seed:
 
 
 def write_teacher(language: Language, directory: Path, *, steps: int, length: int) -> Path:
-    """A directory with a model that saw `steps` batches of fresh text; one that is there stays."""
+    """Trains a model on `steps` batches of fresh text into a directory; an existing one is kept."""
     if (directory / "tokenizer.json").exists():
         return directory
     model = new_model(width=96, num_layers=2, num_heads=3, length=length, seed=0)
@@ -115,7 +115,7 @@ def write_teacher(language: Language, directory: Path, *, steps: int, length: in
 
 
 def write_student(directory: Path, *, seed: int, length: int) -> Path:
-    """A directory with random weights; one that is there stays."""
+    """Writes a randomly initialised model to a directory; an existing one is kept."""
     if not (directory / "tokenizer.json").exists():
         save_model(
             new_model(width=48, num_layers=1, num_heads=3, length=length, seed=seed), tokenizer(), directory
@@ -124,7 +124,7 @@ def write_student(directory: Path, *, seed: int, length: int) -> Path:
 
 
 def load(directory: Path) -> Any:
-    """The model in a directory, in float32."""
+    """Loads a model in float32."""
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -139,7 +139,7 @@ def kl_from_truth(language: Language, model: Any, rows: Tensor) -> float:
 
 @torch.no_grad()
 def on_policy_kl(student: Any, teacher: Any, *, count: int, length: int, seed: int) -> tuple[float, float]:
-    """Means of KL(student || teacher) and KL(teacher || student) over positions of text that the student writes, in nats."""
+    """Mean KL(student || teacher) and KL(teacher || student) over positions of the student's samples, in nats."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randint(VOCABULARY, (count, 1), generator=generator)
     for _ in range(length - 1):
@@ -151,5 +151,5 @@ def on_policy_kl(student: Any, teacher: Any, *, count: int, length: int, seed: i
 
 
 def _logprobs(model: Any, rows: Tensor) -> Tensor:
-    """[N, T - 1, V]: of the second token, and so on."""
+    """[N, T - 1, V]: distributions from the second token on."""
     return cast("Tensor", model(input_ids=rows, use_cache=False).logits[:, :-1].log_softmax(-1))

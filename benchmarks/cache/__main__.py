@@ -1,8 +1,10 @@
-"""What a cached token costs and what it is worth: bytes on disk against the divergence between what a teacher said and what comes back.
+"""Size and fidelity of a cached token: bytes on disk against the divergence between a teacher and its cached
+distributions.
 
-Two divergences, means over positions in nats. "kept": KL on the k tokens and the tail, what the codec alone loses. "whole":
-KL over the whole vocabulary with the tail spread evenly, what top-k and codec lose together. Ours are bytes of the
-Parquet files, with the text, keys, tails and checksums in them; DistillKit's are by its own arithmetic, without any.
+Two divergences, means over positions in nats. "kept": KL on the k tokens and the tail, the codec's loss alone.
+"whole": KL over the complete vocabulary with the tail spread uniformly, the loss of top-k and codec together. Our
+bytes are those of the Parquet files, with text, keys, tails and checksums; DistillKit's follow its own formula,
+without these.
 """
 
 from __future__ import annotations
@@ -30,17 +32,17 @@ TOP_KS = (50, 64, 128)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Said:
-    """What the teacher says of one text, in full."""
+    """Teacher distributions of one text, untruncated."""
 
     token_ids: NDArray[np.int32]
     """[L]."""
     logprobs: NDArray[np.float32]
-    """[L - 1, V]: of positions 1 to L - 1."""
+    """[L - 1, V]: at positions 1 to L - 1."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One line of the table."""
+    """One row of the table."""
 
     scheme: str
     top_k: int
@@ -48,7 +50,7 @@ class Line:
     kl_kept: float
     kl_whole: float
     read_us_per_token: float | None
-    """Time to read a sequence by its key, checks included; None for what is computed by formula."""
+    """Time to read a sequence by its key, checks included; None for a formula."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +68,7 @@ class Sums:
         restored: NDArray[np.float32],
         log_tail: NDArray[Any],
     ) -> None:
-        """One text: its full logprobs [T, V], and what comes back on `ids` [T, K] and for the tail [T]."""
+        """Adds one text: its full logprobs [T, V], and the restored ones of `ids` [T, K] and of the tail [T]."""
         p = np.exp(full.astype(np.float64))
         q, q_tail = np.exp(restored.astype(np.float64)), np.exp(log_tail.astype(np.float64))
         total = q.sum(axis=1) + q_tail
@@ -142,7 +144,7 @@ def _trained(documents: Sequence[str], directory: Path, minutes: float) -> Path:
 
 
 def _said(teacher: Path, documents: Sequence[str], positions: int) -> Iterator[Said]:
-    """What the teacher says of text that it did not learn from, if it says which; of the last documents otherwise."""
+    """Teacher distributions of held-out text, where the teacher names it, else of the last documents."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -166,7 +168,7 @@ def _said(teacher: Path, documents: Sequence[str], positions: int) -> Iterator[S
 
 
 def top(said: Said, top_k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The likeliest ids and their logprobs, [T, K] each, in falling order."""
+    """Top-k ids and logprobs, [T, K] each, in falling order."""
     ids = np.argsort(-said.logprobs, axis=1, kind="stable")[:, :top_k].astype(np.int32)
     return ids, np.take_along_axis(said.logprobs, ids, 1)
 
@@ -203,7 +205,7 @@ def _ours(said: Sequence[Said], folder: Path, codec: Codec, top_k: int) -> Line:
 
 
 def _answer(said: Said, top_k: int) -> Distributions:
-    """As it comes over the float16 wire."""
+    """Distributions as received over the float16 wire."""
     ids, kept = top(said, top_k)
     tail = np.exp(said.logprobs.astype(np.float64)).sum(1) - np.exp(kept.astype(np.float64)).sum(1)
     targets = np.take_along_axis(said.logprobs, said.token_ids[1:, None].astype(np.int64), 1)[:, 0]

@@ -1,10 +1,10 @@
-"""DistillKit's compression of top-k logprobs, from its description: what comes back, and how many bytes it takes.
+"""DistillKit's compression of top-k logprobs, from its description: restored values and bytes.
 
 Source: github.com/arcee-ai/DistillKit at a61c2e7 (14 March 2026), README.md "Logit Compression" and
 distillkit/compression/{config,monotonic_logprobs,bitpack}.py. Logprobs in falling order; the first `exact` ones in
 bfloat16; through the others a least-squares curve over t = 0, 1, 2, ... with the given terms, its coefficients in
 float32; ids packed to ceil(log2 V) bits. No residuals and no deltas, as in both configurations that its README names.
-What is outside the k is not stored: it is 1 less their sum, at least 1e-8 for each token (densify.py).
+The tail is not stored: it is 1 less their sum, at least 1e-8 per token (densify.py).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class Scheme:
     exact: int
     """Logprobs stored in bfloat16."""
     powers: tuple[int, ...]
-    """Of t; beside them the square root of t."""
+    """Powers of t, beside the square root of t."""
 
     def bytes_per_token(self, vocab_size: int) -> float:
-        """As its own arithmetic has it, without what its files add."""
+        """Bytes by its own formula, without the overhead of its files."""
         ids = (self.top_k * packed_bits(vocab_size) + 7) // 8
         return ids + 2 * self.exact + 4 * (len(self.powers) + 1)
 
     def restored(self, logprobs_TK: NDArray[np.float32]) -> NDArray[np.float32]:
-        """The logprobs [T, K], in falling order, as they come back."""
+        """Restored logprobs [T, K], in falling order."""
         t = np.arange(self.top_k - self.exact, dtype=np.float32)
         terms = np.stack([*(t**power for power in self.powers), np.sqrt(t)], axis=1)
         u, s, vh = np.linalg.svd(terms, full_matrices=False)
@@ -47,7 +47,7 @@ class Scheme:
         return np.concatenate([bfloat16(logprobs_TK[:, : self.exact]), coefficients @ terms.T], axis=1)
 
     def log_tail(self, restored_TK: NDArray[np.float32], vocab_size: int) -> NDArray[np.float64]:
-        """Log of what is left for all other tokens [T]."""
+        """Log-probability left for all other tokens [T]."""
         left = 1 - np.exp(restored_TK.astype(np.float64)).sum(axis=1)
         log_tail: NDArray[np.float64] = np.log(
             np.maximum(left, LEAST_PROBABILITY * (vocab_size - self.top_k))
@@ -61,7 +61,7 @@ SCHEMES: Mapping[str, Scheme] = {"DistillKit recommended": RECOMMENDED, "Distill
 
 
 def bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32 numbers rounded to bfloat16, to nearest, ties to even."""
+    """Rounds float32 to bfloat16, to nearest, ties to even."""
     words = np.ascontiguousarray(values, np.float32).view(np.uint32).astype(np.uint64)
     rounded = (words + 0x7FFF + ((words >> 16) & 1)) >> 16 << 16
     return rounded.astype(np.uint32).view(np.float32).reshape(values.shape)

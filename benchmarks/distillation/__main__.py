@@ -1,9 +1,10 @@
-"""Does distillation help? Students in pairs through all three programs, several seeds, and a control that must lose.
+"""Distillation against cross-entropy: paired students through all three programs, several seeds, and a control that
+must lose.
 
-Three kinds of students begin with the same weights and see the same rows in the same order for the same steps: one learns
-by cross-entropy, one from the teacher, one from the teacher's rows in a shuffled order. The first two have the learning
-rate of the same grid with the lowest held-out perplexity on one extra seed each; the control has that of the second.
-Results are kept run by run, so an interrupted experiment goes on where it was.
+Three kinds of students share weights, rows, order and steps: one trains with cross-entropy, one from the teacher, one
+from the teacher's rows in a shuffled order. The first two use the learning rate of one grid with the lowest held-out
+perplexity on an extra seed each; the control uses the second's. Results are stored run by run, so an interrupted
+experiment resumes.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Its name in the file of results."""
+        """Key in the results file."""
         return f"{self.kind}/seed-{self.seed}/lr-{self.learning_rate:g}"
 
 
 class Results:
-    """What is known so far, in a file that is written whole after every run."""
+    """Results so far, in a file rewritten atomically after every run."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
@@ -81,7 +82,7 @@ class Results:
         return self._results[job.key]
 
     def add(self, job: Job, measured: Measured) -> None:
-        """Keeps the result of one run."""
+        """Stores the result of one run."""
         self._results[job.key] = measured
         runs = {key: dataclasses.asdict(value) for key, value in self._results.items()}
         write_atomic(self._path, json.dumps({"settings": self._settings, "runs": runs}, indent=2).encode())
@@ -93,18 +94,18 @@ def _read(value: dict[str, Any]) -> Measured:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """The running programs and what the runs have in common."""
+    """The running programs and settings shared by all runs."""
 
     client: Trainer
     targets: dict[Kind, str]
-    """Where each kind of student finds its teacher."""
+    """Teacher address of each kind of student."""
     recipe: Recipe
     student_dir: Path
     work_dir: Path
     results: Results
 
     def run(self, jobs: Sequence[Job]) -> None:
-        """Completes those of `jobs` whose results are not known."""
+        """Completes the `jobs` without results."""
         missing = [job for job in jobs if job not in self.results]
         for index, measured in complete(self.client, [self._spec(job) for job in missing]):
             self.results.add(missing[index], measured)
@@ -129,7 +130,7 @@ class Bench:
 def experiment(
     bench: Bench, learning_rates: Sequence[float], num_seeds: int, num_control_seeds: int
 ) -> dict[str, Any]:
-    """Learning rates on the extra seed, then the pairs, then the control; the results by kind."""
+    """Runs the grid on the extra seed, then the pairs, then the control; returns results by kind."""
     grid = {
         kind: [Job(kind=kind, seed=GRID_SEED, learning_rate=rate) for rate in learning_rates]
         for kind in COMPARED
@@ -145,7 +146,7 @@ def experiment(
         kind: [Job(kind=kind, seed=seed, learning_rate=best[kind]) for seed in range(num_seeds_of[kind])]
         for kind in best
     }
-    # Seed by seed, so that an interrupted experiment has whole pairs.
+    # Seed by seed, so that an interrupted experiment has complete pairs.
     bench.run([job for together in zip(*(jobs[kind] for kind in COMPARED), strict=True) for job in together])
     bench.run(jobs["shuffled"])
     return {
@@ -155,7 +156,7 @@ def experiment(
 
 
 def student_of_seed(student_dir: Path, directory: Path, seed: int) -> Path:
-    """A directory with the student's configuration and tokenizer and random weights that `seed` fixes."""
+    """Writes the student's configuration and tokenizer with random weights of a seed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -173,7 +174,7 @@ def student_of_seed(student_dir: Path, directory: Path, seed: int) -> Path:
 def write_data(
     data: Path, held_out: Path, work_dir: Path, *, template: str, train_rows: int, held_out_rows: int
 ) -> tuple[Path, Path]:
-    """Files of training and held-out rows with one field `text`; no row is in both."""
+    """Writes disjoint training and held-out rows with one field `text`."""
     held_out_texts = list(read_documents(held_out, "{text}"))
     random.Random(ROWS_SEED).shuffle(held_out_texts)
     known = set(held_out_texts)
@@ -191,7 +192,7 @@ def _write_texts(path: Path, texts: Sequence[str]) -> Path:
 
 
 def report(outcome: dict[str, Any]) -> Iterator[str]:
-    """The experiment as Markdown."""
+    """Renders the experiment as Markdown."""
     runs = outcome["runs"]
     before = [result.before for result in runs["distilled"]]
     yield students_table(before, runs, outcome["learning_rates"])
@@ -202,7 +203,7 @@ def report(outcome: dict[str, Any]) -> Iterator[str]:
 
 
 def claims(runs: dict[str, list[Measured]]) -> dict[str, bool]:
-    """What must hold, each with its whole 95 % interval."""
+    """Claims, each on its complete 95 % interval."""
     return {
         "distilled beats cross-entropy in held-out KL": is_better(
             runs["distilled"], runs["cross-entropy"], "kl"
@@ -271,7 +272,7 @@ def main(
     json_file: Path | None,
     **sizes: int,
 ) -> None:
-    """Compare distilled students with those of plain cross-entropy, and with a control."""
+    """Compare distilled students with cross-entropy students, and with a control."""
     if sizes["top_k"] >= LARGEST_TOP_K:
         raise click.ClickException(
             f"--top-k is {sizes['top_k']}; evaluations ask for {LARGEST_TOP_K}, by which the control tells them apart: lower it."

@@ -1,7 +1,8 @@
-"""What a student gains from a teacher whose tokenizer is foreign to it: approximate likelihood matching against cross-entropy, through the services.
+"""Cross-tokenizer distillation: approximate likelihood matching against cross-entropy, through the services.
 
-The teacher has read many stories, the students few; tokenizers are learnt apart, of other sizes and other text. Arms of a
-seed share rows, weights and order. Measured is the held-out cross-entropy of the student's own tokens, on new stories.
+The teacher has trained on many stories, the students on few; tokenizers are trained separately, with other sizes and
+text. Arms of a seed share rows, weights and order. The metric is the held-out cross-entropy of the student's own
+tokens, on new stories.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
 def run_spec(
     student: Path, rows: Path, held_out: Path, target: str, loss: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A run of one arm."""
+    """Builds the run spec of one arm."""
     return {
         "student": {"model": str(student)},
         "teachers": [{"targets": [target]}],
@@ -65,7 +66,7 @@ def run_spec(
 
 
 def losses(client: Trainer, work_dir: Path, target: str, seed: int) -> dict[str, float]:
-    """The held-out cross-entropy of each arm's student, in nats per token."""
+    """Held-out cross-entropy of each arm's student, in nats per token."""
     world, seeded = make_world(WORLD_SEED), work_dir / f"seed-{seed}"
     rows = write_rows(seeded / "rows.jsonl", stories(world, TRAIN_ROWS, 1000 + seed))
     held_out = write_rows(work_dir / "held_out.jsonl", stories(world, HELD_OUT_ROWS, 999))
@@ -91,7 +92,7 @@ def losses(client: Trainer, work_dir: Path, target: str, seed: int) -> dict[str,
 
 
 def report(values: Mapping[str, Sequence[float]]) -> Iterator[str]:
-    """As Markdown."""
+    """Renders the report as Markdown."""
     yield "| student learns from | held-out cross-entropy | gain over cross-entropy alone |"
     yield "|---|---|---|"
     for arm, found in values.items():
@@ -105,7 +106,7 @@ def report(values: Mapping[str, Sequence[float]]) -> Iterator[str]:
 @click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="The teacher is kept here.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
 def main(*, seeds: int, engine: str, work_dir: Path, json_file: Path | None) -> None:
-    """Train a teacher and students, and report; exit code 1 unless chunks with cross-entropy gain for sure."""
+    """Train a teacher and students, and report; exit code 1 unless chunks with cross-entropy improve significantly."""
     work_dir = work_dir.resolve()
     work_dir.mkdir(parents=True, exist_ok=True)
     teacher = teacher_for(work_dir, DemoSize(teacher_stories=TEACHER_STORIES, teacher_steps=TEACHER_STEPS))

@@ -22,7 +22,7 @@ T_QUANTILES = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interval:
-    """The mean of paired differences with its 95 % interval."""
+    """Mean of paired differences with its 95 % interval."""
 
     mean: float
     low: float
@@ -50,7 +50,7 @@ def column(results: Sequence[Measured], metric: str) -> list[float]:
 
 
 def is_better(first: Sequence[Measured], second: Sequence[Measured], metric: str) -> bool:
-    """Whether the whole interval of first - second lies on the better side of 0."""
+    """True if the complete interval of first - second is on the better side of 0."""
     interval = paired_interval(column(first, metric), column(second, metric))
     return interval.high < 0 if LOWER_IS_BETTER[metric] else interval.low > 0
 

@@ -1,7 +1,7 @@
-"""A control for the experiment: hands a teacher's rows on in a wrong order, so that what is learnt from them must be worse.
+"""Control of the experiment: forwards a teacher's rows in a shuffled order, which must train worse students.
 
-Only streams that ask for the given top_k are shuffled. A run that asks for another top_k in its evaluation is therefore
-trained on shuffled rows and measured against the true ones.
+Only streams with the given top_k are shuffled. A run with another top_k in its evaluation is trained on shuffled rows
+and evaluated against the true ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCAB_LIMIT = 2**31 - 1
 
 
 class Shuffler:
-    """Gathers each sequence's answer and hands it on with its rows permuted, in parts of the same sizes."""
+    """Collects each sequence's response and forwards it with permuted rows, in parts of the same sizes."""
 
     def __init__(self, top_k: int, seed: int) -> None:
         self._top_k = top_k
@@ -33,12 +33,12 @@ class Shuffler:
         self._parts: defaultdict[int, list[ScoreResult]] = defaultdict(list)
 
     def request(self, request: ScoreRequest) -> None:
-        """Learns from the stream's configuration whether to shuffle it."""
+        """Reads from the stream's config whether to shuffle it."""
         if request.HasField("config"):
             self._active = request.config.top_k == self._top_k
 
     def response(self, response: ScoreResponse) -> ScoreResponse:
-        """The answers that are complete with this response, shuffled; the others wait."""
+        """Responses completed by this one, shuffled; the others wait."""
         if not self._active:
             return response
         results: list[ScoreResult] = []
@@ -55,7 +55,7 @@ class Shuffler:
 
 
 def shuffle(parts: list[ScoreResult], generator: np.random.Generator) -> list[ScoreResult]:
-    """The parts of one answer with the rows of all of them permuted together."""
+    """Permutes the rows of one response across its parts."""
     decoded = [
         decode_distributions(
             part.distributions, vocab_size=VOCAB_LIMIT, max_rows=MAX_ROWS, max_top_k=MAX_ROWS
@@ -90,7 +90,7 @@ def shuffle(parts: list[ScoreResult], generator: np.random.Generator) -> list[Sc
 @click.option("--listen", default="127.0.0.1:0", show_default=True)
 @click.option("--address-file", type=click.Path(path_type=Path), help="File to write the bound address to.")
 def main(*, target: str, top_k: int, seed: int, listen: str, address_file: Path | None) -> None:
-    """Forward calls to a teacher and shuffle the rows of its answers."""
+    """Forward calls to a teacher and shuffle the rows of its responses."""
     with TeacherProxy(target, lambda: Shuffler(top_k, seed), listen=listen) as proxy:
         if address_file is not None:
             write_atomic(address_file, proxy.target.encode())

@@ -1,9 +1,10 @@
-"""What sparse targets cost: the share of full-vocabulary distillation's gain over cross-entropy that each form keeps, at equal bytes.
+"""Cost of sparse targets: the share of full distillation's gain over cross-entropy that each form keeps, at equal
+bytes.
 
-Trains a small teacher on a text file in this process, then students of several seeds with each form; the same start,
-rows and order within a seed. Measured is KL(teacher || student) over the whole vocabulary on held-out text. The gain of
-a form is that of its student over cross-entropy's; shares are of the full form's gain. Bytes are those of ids with 18
-bits, as of a vocabulary of 151,936, and float16 log-probabilities.
+Trains a small teacher on a text file in this process, then students of several seeds with each form; start, rows and
+order are shared within a seed. The metric is KL(teacher || student) over the complete vocabulary on held-out text. A
+form's gain is its student's over cross-entropy's; shares are of the full form's gain. Bytes count ids of 18 bits, as
+for a vocabulary of 151,936, and float16 log-probabilities.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Kind = Literal["cross_entropy", "full", "tail_bucket", "sampled", "top_k_and_sam
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """What a student learns from."""
+    """Form of the training targets."""
 
     kind: Kind
     top_k: int = 0
@@ -45,7 +46,7 @@ class Form:
 
     @property
     def num_bytes(self) -> float:
-        """Of one token's target; its tail and the text's own token take 8 more."""
+        """Bytes of one token's target; its tail and the text's own token take 8 more."""
         return (self.top_k * (ID_BITS + LOGPROB_BITS) + self.num_samples * ID_BITS) / 8
 
     def __str__(self) -> str:
@@ -68,7 +69,7 @@ FORMS = (
 
 
 def _form(text: str) -> Form:
-    """A form as the option names it: kind:k:n."""
+    """Parses a form of the option: kind:k:n."""
     kind, top_k, num_samples = text.split(":")
     if kind not in get_args(Kind):
         raise click.BadParameter(f"{kind!r} is none of {', '.join(get_args(Kind))}.")
@@ -120,18 +121,18 @@ def main(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
-    """What students of all seeds and forms have in common."""
+    """Settings shared by students of all seeds and forms."""
 
     teacher: Any
     train: Tensor
     held_out: Tensor
     results: Path
-    """Folder with a file for each student."""
+    """Folder with one file per student."""
     sizes: Mapping[str, int]
 
 
 def _setting(text: Path, work_dir: Path, sizes: Mapping[str, int]) -> Setting:
-    """With a teacher that is trained here, once in a work folder."""
+    """Trains the teacher, once per work folder."""
     train, held_out = _blocks(text, sizes["vocabulary"])
     torch.manual_seed(0)
     teacher = _model(sizes["teacher_width"], 4, sizes["vocabulary"])
@@ -151,7 +152,7 @@ def _setting(text: Path, work_dir: Path, sizes: Mapping[str, int]) -> Setting:
 
 
 def _students(setting: Setting, forms: Sequence[Form], seed: int) -> dict[Form, float]:
-    """Held-out KL of one student for each form, trained side by side: the teacher scores a batch once."""
+    """Held-out KL of one student per form, trained together: the teacher scores a batch once."""
     sizes, train = setting.sizes, setting.train
     files = {
         form: setting.results / f"{form.kind}-{form.top_k}-{form.num_samples}-{seed}.json" for form in forms
@@ -204,7 +205,7 @@ def _model(width: int, num_layers: int, vocabulary: int) -> Any:
 
 
 def _optimizer(model: Any, steps: int) -> tuple[Any, Any]:
-    """AdamW with a cosine."""
+    """AdamW with a cosine schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
 
@@ -212,7 +213,7 @@ def _optimizer(model: Any, steps: int) -> tuple[Any, Any]:
 def _step(
     model: Any, batch: Tensor, targets: DenseTargets | SparseTargets | None, optimizer: Any, schedule: Any
 ) -> None:
-    """One step towards the targets, or towards the text where there are none."""
+    """Takes one step towards the targets, or the text without targets."""
     weight = 0.0 if targets is None else 1.0
     loss = LossConfig(terms=(LossTermConfig(weight=weight),), hard_weight=1.0 - weight)
     text = batch[:, 1:].reshape(1, -1)
@@ -227,7 +228,7 @@ def _step(
 
 
 def _targets(logprobs: Tensor, form: Form, generator: torch.Generator) -> DenseTargets | SparseTargets:
-    """What the teacher says of each next token, [N, V], as the form has it."""
+    """Teacher targets of each next token, [N, V], in the given form."""
     if form.kind == "full":
         return DenseTargets(logprobs=logprobs.unsqueeze(0))
     top = logprobs.topk(form.top_k, -1)
@@ -252,7 +253,7 @@ def _targets(logprobs: Tensor, form: Form, generator: torch.Generator) -> DenseT
 
 
 def _held_out_kl(teacher: Any, student: Any, rows: Tensor) -> float:
-    """Mean over tokens of KL(teacher || student) on the whole vocabulary, in nats."""
+    """Mean over tokens of KL(teacher || student) over the complete vocabulary, in nats."""
     total = 0.0
     with torch.no_grad():
         for batch in torch.split(rows, 8):
@@ -265,7 +266,7 @@ def _held_out_kl(teacher: Any, student: Any, rows: Tensor) -> float:
 
 
 def _shares(found: Mapping[Form, Sequence[float]], form: Form) -> tuple[float, float]:
-    """Mean over seeds of (CE - form) / (CE - full), and the half width of its 95 % interval (Student's t)."""
+    """Mean over seeds of (CE - form) / (CE - full), and half its 95 % interval (Student's t)."""
     every = zip(found[CROSS_ENTROPY], found[FULL], found[form], strict=True)
     shares = [(base - value) / (base - full) if base != full else math.nan for base, full, value in every]
     interval = paired_interval(shares, [0.0] * len(shares))

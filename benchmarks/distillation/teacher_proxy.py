@@ -1,6 +1,6 @@
-"""A gRPC forwarder between a trainer and its teacher that may look at, or change, the Score streams that pass.
+"""gRPC proxy between a trainer and its teacher that may inspect or change Score streams.
 
-Everything but Score is forwarded as bytes, so the health service and every later rpc pass untouched.
+All other rpcs are forwarded as bytes, including health and later ones.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ OPTIONS = [
 
 
 class ScoreHook(Protocol):
-    """What is done with one Score stream; one object lives as long as one stream."""
+    """Hook on one Score stream; one object per stream."""
 
     def request(self, request: ScoreRequest) -> None:
         """Sees a request before it is forwarded."""
         ...
 
     def response(self, response: ScoreResponse) -> ScoreResponse:
-        """The response to hand on instead of `response`."""
+        """Returns the response to forward instead of `response`."""
         ...
 
 
 class TeacherProxy(grpc.GenericRpcHandler):
-    """Listens on a free port of this machine and forwards every call to `target`.
+    """Listens on a free local port and forwards every call to `target`.
 
-    `make_hook` is called once for each Score stream. As a context manager it listens until the block ends.
+    `make_hook` is called once per Score stream. As a context manager it listens until the block ends.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class TeacherProxy(grpc.GenericRpcHandler):
         self._channel.close()
 
     def wait(self) -> None:
-        """Serves until the process is ended."""
+        """Serves until the process ends."""
         self._server.wait_for_termination()
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
-        """A handler for any method: on the wire, a unary call is a stream of one message."""
+        """Handles any method: on the wire, a unary call is a stream of one message."""
 
         def forward(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
             hook = self._make_hook() if details.method == SCORE_METHOD else None
@@ -84,7 +84,7 @@ class TeacherProxy(grpc.GenericRpcHandler):
 
 
 def _seen(requests: Iterator[bytes], hook: ScoreHook | None) -> Iterator[bytes]:
-    # When the caller goes away its request iterator raises; the upstream call ends by its own cancellation.
+    # When the caller disconnects its request iterator raises; the upstream call ends by its own cancellation.
     with contextlib.suppress(grpc.RpcError):
         for request in requests:
             if hook is not None:
@@ -97,7 +97,7 @@ def _changed(response: bytes, hook: ScoreHook) -> bytes:
 
 
 def _forwarded(metadata: Any) -> tuple[tuple[str, str | bytes], ...]:
-    """Metadata without the keys that gRPC itself sets."""
+    """Metadata without gRPC's own keys."""
     return tuple((key, value) for key, value in metadata or () if not key.startswith(("grpc-", "user-agent")))
 
 

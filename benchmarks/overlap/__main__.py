@@ -1,8 +1,9 @@
-"""Does a teacher cost a student time? Steps with answers from a teacher, and from a cache, against the same steps with answers in memory.
+"""Overlap of teacher and student: step time with online or cached targets, against the same steps with targets in
+memory.
 
-The teacher is a real service pinned to one core; the steps are those of the training process, pinned to another, with
-its own streams, cache, batches and optimizer. Steps from memory and from the cache take turns one by one, and blocks of
-them with blocks of online steps; a pair is what lies side by side.
+The teacher is a real service pinned to one core; steps are those of the training process, pinned to another, with its
+own streams, cache, batches and optimizer. Steps from memory and from the cache alternate, and so do blocks of them
+with blocks of online steps; adjacent ones form a pair.
 """
 
 from __future__ import annotations
@@ -25,28 +26,28 @@ from tests.support.programs import start_teacher
 
 KINDS = ("alone", "online", "cached")
 REQUIRED = {"online_step_over_student_alone": 1.1, "cached_step_over_student_alone": 1.02}
-"""The most that the upper end of each interval may be."""
+"""Largest upper end of each interval."""
 TEACHER_LAYERS = (6, 4, 2, 1)
-"""Tried in this order, until the teacher is faster than the student by MARGIN."""
+"""Teacher depths, tried in this order until the teacher is faster than the student by MARGIN."""
 MARGIN = 1.15
 LEAD_IN = 2
-"""Steps of a block that are not timed: as many as a run asks ahead, so that no block profits from a pause before it."""
+"""Untimed steps of a block: as many as a run prefetches, so that no block profits from a pause before it."""
 RESAMPLES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """Measured times."""
+    """Measured times and rates."""
 
     times: Mapping[str, Sequence[float]]
-    """By kind, seconds of a step in each block."""
+    """Seconds per step in each block, by kind."""
     teacher_rate: float
-    """Tokens per second that it answers when nobody else works."""
+    """Tokens per second of the idle teacher."""
     student_rate: float
-    """Tokens per second with answers in memory."""
+    """Tokens per second with targets in memory."""
     teacher_layers: int
     waited_s: float
-    """That timed steps waited for the teacher, in all."""
+    """Total wait of timed steps for the teacher."""
 
 
 @click.command()
@@ -60,7 +61,7 @@ class Found:
     "--cores", default="", help="Two cores, teacher's first; by default the first two that this process has."
 )
 def main(json_file: Path | None, pairs: int, steps: int, engine: str, cores: str) -> None:
-    """Measure what online and cached teachers cost a student's step."""
+    """Measure the cost of online and cached teachers for a student's step."""
     console = Console()
     every = os.sched_getaffinity(0)
     named = [int(core) for core in cores.split(",") if core] or sorted(every)[:2]
@@ -101,7 +102,7 @@ def main(json_file: Path | None, pairs: int, steps: int, engine: str, cores: str
 
 
 def interval(times: Sequence[float], alone: Sequence[float]) -> tuple[float, float, float]:
-    """Lower end, middle and upper end: the median of times / alone by pairs, and its 95 % bootstrap interval."""
+    """Median of times / alone over pairs, with its 95 % bootstrap interval: (lower, median, upper)."""
     ratios = np.array(times) / np.array(alone)
     chosen = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
     low, high = np.percentile(np.median(ratios[chosen], axis=1), [2.5, 97.5])
@@ -124,7 +125,7 @@ def _measured(
     for layers in TEACHER_LAYERS:
         models = make_models(directory / f"models-{layers}", layers)
         with ExitStack() as stack:
-            # Threads and processes begin on the cores of whoever starts them.
+            # Threads and processes start on their parent's cores.
             os.sched_setaffinity(0, {teacher_core})
             one_thread = {
                 "OMP_NUM_THREADS": "1",
@@ -147,7 +148,7 @@ def _measured(
                 continue
             times: dict[str, list[float]] = {kind: [] for kind in KINDS}
             for pair in range(pairs):
-                # What comes first changes, and who is first after a block that kept the teacher busy.
+                # The order alternates, and so does the kind that follows a block with a busy teacher.
                 memory = ("alone", "cached") if pair % 4 < 2 else ("cached", "alone")
                 if pair % 2:
                     times["online"].append(student.block("online", LEAD_IN, steps))

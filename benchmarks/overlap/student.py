@@ -1,6 +1,6 @@
-"""The training process's own parts, taking blocks of steps whose answers come from a teacher, from a cache, or lie in memory.
+"""Blocks of steps with the training process's own parts, and targets from a teacher, from a cache, or in memory.
 
-Only the answers' origin differs: the same student, optimizer, rows, batches and loss take every step.
+Only the targets' origin differs: student, optimizer, rows, batches and loss are shared.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Models:
 
 
 def make_models(directory: Path, teacher_layers: int) -> Models:
-    """A teacher and a student of random weights with one tokenizer."""
+    """Writes a randomly initialised teacher and student with one tokenizer."""
     tokenizer = make_tokenizer(directory / "tokenizer", VOCABULARY)
 
     def made(name: str, num_layers: int, seed: int) -> Path:
@@ -72,7 +72,7 @@ def make_models(directory: Path, teacher_layers: int) -> Models:
 
 
 def write_rows(path: Path, count: int, length: int) -> Path:
-    """Texts of more than `length` tokens each, which are cut there, so that every step costs the same."""
+    """Writes texts of more than `length` tokens each, truncated to it, so that all steps cost the same."""
     chooser = np.random.default_rng(0)
     syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
     with path.open("w") as file:
@@ -83,7 +83,7 @@ def write_rows(path: Path, count: int, length: int) -> Path:
 
 
 class Student:
-    """A student, and what its steps learn from by the kind of their answers."""
+    """A student, with its step data by the origin of the targets."""
 
     def __init__(self, stepper: Stepper, sources: dict[str, Iterator[StepData]], stack: ExitStack) -> None:
         self._stepper = stepper
@@ -91,7 +91,7 @@ class Student:
         self._stack = stack
         self._progress = Progress()
         self.waited_s = 0.0
-        """That timed steps waited for the teacher."""
+        """Wait of timed steps for the teacher."""
 
     def __enter__(self) -> Self:
         return self
@@ -103,7 +103,7 @@ class Student:
 
     @classmethod
     def open(cls, directory: Path, model: Path, data: Path, target: str) -> Student:
-        """Asks the teacher once about every row: the answers go to memory, and to a cache."""
+        """Queries the teacher once for every row, into memory and into a cache."""
         torch.set_num_threads(1)
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
         with ExitStack() as stack:
@@ -133,19 +133,19 @@ class Student:
         return tokens / teacher_s, tokens / self.block("alone", 3, 8)
 
     def begin(self, kind: str, steps: int) -> None:
-        """Steps that are not timed."""
+        """Takes untimed steps."""
         for _ in range(steps):
             self._stepper.take_step(next(self._sources[kind]), self._progress)
 
     def block(self, kind: str, lead_in: int, steps: int) -> float:
-        """Seconds of one of `steps` steps, after `lead_in` steps that are not timed."""
+        """Seconds per step over `steps` steps, after `lead_in` untimed ones."""
         self.begin(kind, lead_in)
         return sum(self._seconds(kind) for _ in range(steps)) / steps
 
     def both(self, kinds: Sequence[str], lead_in: int, steps: int) -> dict[str, float]:
-        """Seconds of a step of each of two kinds that take turns, after `lead_in` steps of the first and one of the second.
+        """Seconds per step of two alternating kinds, after `lead_in` steps of the first and one of the second.
 
-        What a step from the cache makes a thread read is read during that very step.
+        The prefetch of a step from the cache runs within that step.
         """
         first, second = kinds
         self.begin(first, lead_in)

@@ -1,7 +1,8 @@
-"""Does a shared teacher stay fair, flat and whole? Two trainers and a batch job on it for minutes, and what each got of it.
+"""Soak of a shared teacher: two trainers and a batch job for minutes, with each client's share and the teacher's
+memory.
 
-All are real programs: a run service with two runs, and `stillhouse generate --in`. The teacher is larger than the
-students, so that it is what all three wait for.
+All programs are real: a run service with two runs, and `stillhouse generate --in`. The teacher is larger than the
+students, so that all three wait for it.
 """
 
 from __future__ import annotations
@@ -51,31 +52,32 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 BATCH_ROWS = 200
 LEAST_PARITY = 0.75
-"""Of one trainer's tokens to the other's, the smaller to the larger."""
+"""Smallest ratio between the two trainers' tokens."""
 LEAST_BATCH_SHARE = 0.08
-"""Of all tokens. A written token costs the engine a few times what a read one does, and shares go by the engine's room."""
+"""Smallest share of all tokens. A generated token costs the engine several read ones, and shares are of the engine's
+capacity."""
 MOST_GROWTH = 0.02
-"""Of the teacher's memory, from the first third after the warm-up to the last."""
+"""Largest growth of the teacher's memory, from the first third after the warm-up to the last."""
 STEPS = 1_000_000
-"""More than there is time for: runs are stopped."""
+"""More steps than time allows: runs are stopped."""
 WARM_UP = 0.25
-"""Share of the time before shares and slope are taken."""
+"""Share of the time before shares and slope are measured."""
 START_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
-    """What was seen at one moment."""
+    """State at one moment."""
 
     seconds: float
     tokens: dict[str, float]
-    """That each client has got so far."""
+    """Tokens of each client so far."""
     resident_bytes: int
-    """Of the teacher and all its processes, what each has for itself."""
+    """Private memory of the teacher and all its processes."""
 
 
 class BatchJob:
-    """Answers one file of prompts after the other in a thread, as one client."""
+    """Client thread that completes one file of prompts after the other."""
 
     def __init__(self, target: str, directory: Path) -> None:
         self._teacher, self._directory = Teacher(target), directory
@@ -88,11 +90,11 @@ class BatchJob:
 
     @property
     def tokens(self) -> float:
-        """Prompt tokens and written ones of all answered rows."""
+        """Prompt and generated tokens of all completed rows."""
         return self._done + self._current
 
     def stop(self) -> None:
-        """Ends it in the middle of a file."""
+        """Stops in the middle of a file."""
         self._stopped.set()
         self._teacher.close()
         self._thread.join()
@@ -128,7 +130,7 @@ class BatchJob:
 
 
 def run_spec(student: Path, teacher: str, data: Path, seed: int) -> RunSpec:
-    """A run that asks the teacher for more than it can give."""
+    """Builds a run that queries the teacher faster than it can respond."""
     spec = RunSpec(display_name=f"soak {seed}")
     spec.student.model = str(student)
     spec.teachers.add(targets=[teacher])
@@ -143,7 +145,7 @@ def run_spec(student: Path, teacher: str, data: Path, seed: int) -> RunSpec:
 
 
 def write_rows(path: Path, seed: int) -> Path:
-    """Texts of about ROW_TOKENS tokens each."""
+    """Writes texts of about ROW_TOKENS tokens each."""
     chooser = np.random.default_rng(seed)
     syllables = [consonant + vowel for consonant in "bdfgklmnprst" for vowel in "aeiou"]
     with path.open("w") as file:
@@ -154,7 +156,7 @@ def write_rows(path: Path, seed: int) -> Path:
 
 
 def resident_bytes(pid: int) -> int:
-    """Memory that the process and its descendants have for themselves: shared pages count for nobody."""
+    """Private memory of a process and its descendants, without shared pages."""
     total = 0
     family = psutil.Process(pid)
     for process in (family, *family.children(recursive=True)):
@@ -166,13 +168,13 @@ def resident_bytes(pid: int) -> int:
 
 
 def trained_tokens(run: RunHandle) -> float:
-    """Tokens that a run has learned from."""
+    """Tokens that a run has trained on."""
     series = run.metrics("train/trained_tokens").get("train/trained_tokens")
     return float(series.values[-1]) if series is not None and len(series.values) else 0.0
 
 
 def slope(samples: Sequence[Sample]) -> float:
-    """Bytes per minute that the teacher grows by, of the straight line through the samples."""
+    """Growth of the teacher in bytes per minute, the slope of a line through the samples."""
     if len(samples) < 2:
         return 0.0
     minutes = np.array([sample.seconds / 60 for sample in samples])
@@ -180,14 +182,14 @@ def slope(samples: Sequence[Sample]) -> float:
 
 
 def shares(first: Sample, last: Sample) -> dict[str, float]:
-    """Part of all tokens between two samples that each client got."""
+    """Share of each client in all tokens between two samples."""
     got = {name: last.tokens[name] - first.tokens[name] for name in first.tokens}
     total = sum(got.values())
     return {name: tokens / total if total else 0.0 for name, tokens in got.items()}
 
 
 def settled(samples: Sequence[Sample]) -> list[Sample]:
-    """Those after the warm-up, at least the last two."""
+    """Samples after the warm-up, at least the last two."""
     begin = WARM_UP * samples[-1].seconds
     late = [sample for sample in samples if sample.seconds >= begin]
     return late if len(late) >= 2 else list(samples[-2:])
@@ -196,7 +198,7 @@ def settled(samples: Sequence[Sample]) -> list[Sample]:
 def soak(
     engine: str, minutes: float, interval_s: float, directory: Path, say: Callable[[str], None]
 ) -> tuple[list[Sample], list[str]]:
-    """Samples over the time, and what failed."""
+    """Runs the soak; returns samples and failures."""
     say("making a teacher and two students")
     model = make_teacher(TEACHER, directory / "teacher")
     students = [
@@ -279,7 +281,7 @@ def _line(before: Sample, after: Sample) -> str:
 
 
 def report(samples: Sequence[Sample], failures: Sequence[str]) -> Table:
-    """Shares and rates after the warm-up, memory, failures, and what follows from them."""
+    """Renders shares and rates after the warm-up, memory, failures and verdict."""
     late = settled(samples)
     first, last = late[0], late[-1]
     minutes = (last.seconds - first.seconds) / 60
@@ -302,7 +304,7 @@ def report(samples: Sequence[Sample], failures: Sequence[str]) -> Table:
 
 
 def objections(samples: Sequence[Sample], failures: Sequence[str]) -> list[str]:
-    """What is not as it should be: one trainer that gets less than the other, a batch job that starves, memory that grows."""
+    """Failed criteria: parity of the trainers, share of the batch job, memory growth."""
     late = settled(samples)
     part = shares(late[0], late[-1])
     least, most = sorted(part[name] for name in TRAINERS)
@@ -326,7 +328,7 @@ def objections(samples: Sequence[Sample], failures: Sequence[str]) -> list[str]:
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), help="[default: vllm if installed, else hf]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every sample to this file.")
 def main(*, minutes: float, interval_s: float, engine: str | None, json_file: Path | None) -> None:
-    """Share a teacher between two trainers and a batch job, and print what each got and what the teacher kept."""
+    """Share a teacher between two trainers and a batch job; print their shares and the teacher's memory."""
 
     def say(line: str) -> None:
         click.echo(line, err=True)

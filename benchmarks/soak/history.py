@@ -1,4 +1,4 @@
-"""What a run service says of its runs after a soak, and everything that is wrong with it: lost, repeated, illegal or unexplained."""
+"""History of a run service's runs after a soak, and all defects in it: lost, repeated, illegal or unexplained."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ WANTED = {
     "stopped in the queue": Run.STATE_STOPPED,
     "stopped while it trains": Run.STATE_STOPPED,
 }
-"""A run's fate, and the state that it ends in."""
+"""Expected final state of each fate."""
 AT_ONCE = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunHistory:
-    """One run as the store and its directory tell of it."""
+    """One run as recorded by the store and its directory."""
 
     run: Run
     events: tuple[WatchRunResponse, ...]
-    """All of its history."""
+    """Complete event history."""
     journal: tuple[tuple[int, int], ...]
     """(attempt, step) of each line of its metrics.jsonl."""
     outcomes: tuple[str, ...]
-    """What its processes said of their ends in events.jsonl."""
+    """Outcomes that its processes recorded in events.jsonl."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """Every run of a service by id."""
+    """All runs of a service by id."""
 
     runs: Mapping[str, RunHistory]
 
     @classmethod
     def read(cls, data_dir: Path, database: str | None) -> History:
-        """What is in the data directory, and in the database if the store is not a file there; no service may use it."""
+        """Reads the data directory, and the database if the store is elsewhere; no service may be running."""
         store = Store.open(database or data_dir / "stillhouse.db")
         try:
             found = {
@@ -61,14 +61,14 @@ class History:
 
     @property
     def most_at_once(self) -> int:
-        """Attempts that were under way at one moment, as the store has it."""
+        """Largest number of concurrent attempts in the store."""
         changes = []
         for each in self.runs.values():
             for attempt in each.run.attempts:
                 changes.append((attempt.start_time.ToMicroseconds(), 1))
                 changes.append((attempt.end_time.ToMicroseconds(), -1))
         running = most = 0
-        for _, change in sorted(changes):  # at one moment ends come first
+        for _, change in sorted(changes):  # at equal times ends come first
             running += change
             most = max(most, running)
         return most
@@ -77,7 +77,7 @@ class History:
 def check(
     history: History, fates: Mapping[str, str], submitted: Mapping[str, str], *, steps: int
 ) -> Iterator[str]:
-    """Everything that is wrong. `fates` and `submitted` are by request id; `steps` is what a run that completes takes."""
+    """Yields all defects. `fates` and `submitted` are by request id; `steps` is the length of a completed run."""
     if Counter(submitted.values()) != Counter(history.runs.keys()):
         yield f"{len(submitted)} requests made {len(history.runs)} runs"
     for request_id, run_id in submitted.items():
@@ -113,7 +113,7 @@ def _check_run(each: RunHistory, fate: str, steps: int) -> Iterator[str]:
 
 
 def _check_states(each: RunHistory) -> Iterator[str]:
-    """A run goes along the arrows, and ends once."""
+    """Checks that a run follows the state machine and ends once."""
     told = [event.run.state for event in each.events if event.HasField("run")]
     states = [state for index, state in enumerate(told) if index == 0 or state != told[index - 1]]
     if states[:1] != [PENDING]:

@@ -1,7 +1,8 @@
-"""Many short runs through one run service that is killed again and again: does every run end once, as it should, with nothing lost?
+"""Soak of the run service: many short runs while it is killed again and again; every run must end once, as expected,
+with nothing lost.
 
-Real services and real training processes of the smallest student. Some runs are stopped while they wait or train, and some
-cannot succeed; afterwards `soak_history` reads the store and the run directories and says what is wrong.
+Services and training processes are real, with the smallest student. Some runs are stopped while queued or training,
+and some cannot succeed; afterwards `history` checks the store and the run directories.
 """
 
 from __future__ import annotations
@@ -36,21 +37,21 @@ Fate = Literal["completes", "stopped in the queue", "stopped while it trains", "
 STEPS = 3
 ENDLESS = 1_000_000
 PATIENCE_S = 300.0
-"""How long a caller asks a service that is away again; one that starts on a busy machine takes its time."""
+"""Longest retry of a caller while the service is down; on a busy machine it starts slowly."""
 LOOK_S = 2.0
-"""Time between two looks at all runs, each of which costs the service more the more there are."""
+"""Interval between listings of all runs, whose cost for the service grows with their number."""
 STALL_S = 900.0
-"""After so long without a run that ends, a soak has failed."""
+"""Time without an ended run after which a soak fails."""
 TELL_RUNS = 10
 """Runs between two lines of progress."""
 MARK = "STILLHOUSE_SOAK"
-"""Environment variable by which every process of a soak is known."""
+"""Environment variable that marks all processes of a soak."""
 ENDED = frozenset({Run.STATE_STOPPED, Run.STATE_COMPLETED, Run.STATE_FAILED})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """One run that is asked for."""
+    """One run to submit."""
 
     fate: Fate
     request_id: str
@@ -59,17 +60,17 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What a soak found."""
+    """Result of a soak."""
 
     states: Mapping[str, int]
     """Fate to runs that had it."""
     kills: int
     seconds: float
     metrics: int
-    """Points, in journals and store alike."""
+    """Metric points, the same in journals and store."""
     most_at_once: int
     faults: Sequence[str]
-    """What is wrong; empty if all is well."""
+    """Defects; empty for success."""
 
 
 @click.command(context_settings={"show_default": True})
@@ -106,7 +107,7 @@ def main(*, runs: int, kills: int, slots: int, seed: int, database: str | None) 
 def soak(
     directory: Path, *, runs: int, kills: int, slots: int, seed: int, database: str | None = None
 ) -> Outcome:
-    """Submits `runs` runs while the service is killed `kills` times, waits for all to end, and checks what is left."""
+    """Submits `runs` runs while the service is killed `kills` times, waits for all to end, and checks the records."""
     plans = _plans(directory, runs, seed)
     service = _Service(directory, slots, database)
     began_s = time.monotonic()
@@ -151,7 +152,7 @@ def soak(
 
 
 class _Service:
-    """A run service at one address that can be killed and started again."""
+    """A run service at one address that can be killed and restarted."""
 
     def __init__(self, directory: Path, slots: int, database: str | None) -> None:
         with socket.socket() as free:
@@ -176,7 +177,7 @@ class _Service:
         self.program: Program
 
     def start(self) -> None:
-        """Returns once it answers."""
+        """Starts the service; returns once it responds."""
         self.program = start_trainer(
             self._directory / "data",
             directory=self._directory / "log",
@@ -185,12 +186,12 @@ class _Service:
         )
 
     def kill(self) -> None:
-        """Ends the service with SIGKILL; training processes go on."""
+        """Ends the service with SIGKILL; training processes continue."""
         self.program.process.kill()
         self.program.process.wait()
 
     def processes(self) -> set[int]:
-        """Every live process that this service, in whichever of its lives, has started; and itself."""
+        """Live processes that any incarnation of this service has started, and itself."""
         found = set()
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -200,7 +201,7 @@ class _Service:
         return found
 
     def end(self) -> None:
-        """Leaves nothing behind."""
+        """Ends all processes."""
         if hasattr(self, "program"):
             self.program.stop()
         for pid in self.processes():
@@ -209,7 +210,7 @@ class _Service:
 
 
 def _plans(directory: Path, runs: int, seed: int) -> list[Plan]:
-    """What is asked for: seven of ten complete, one fails, one is stopped while it waits and one while it trains."""
+    """Plans the runs: seven of ten complete, one fails, one is stopped while queued and one while training."""
     from tests.support.small_models import make_model, make_tokenizer
 
     sentences = [f"{name} has {number} boats." for name in ("Ada", "Ben", "Cleo") for number in range(9)]
@@ -247,7 +248,7 @@ def _plans(directory: Path, runs: int, seed: int) -> list[Plan]:
 
 
 class _Submitter(threading.Thread):
-    """Asks for every run; those that are to be stopped in the queue are stopped at once."""
+    """Submits every run; those to be stopped in the queue are stopped at once."""
 
     def __init__(self, trainer: Trainer, plans: Sequence[Plan]) -> None:
         super().__init__(daemon=True)
@@ -255,7 +256,7 @@ class _Submitter(threading.Thread):
         self.ids: dict[str, str] = {}
         """Request id to run id."""
         self.error: StillhouseError | None = None
-        """Why it gave up."""
+        """Error that ended the thread."""
         self._plans = plans
 
     def run(self) -> None:
@@ -275,7 +276,7 @@ class _Submitter(threading.Thread):
             each.join()
 
     def _stop_in_training(self, run: RunHandle) -> None:
-        """Asks the run to stop once it has taken a step; for as long as that takes, through every kill."""
+        """Stops the run after its first step, retrying through every kill."""
         try:
             _patiently(lambda: _wait_for_step(run))
             _patiently(run.stop)
@@ -284,26 +285,26 @@ class _Submitter(threading.Thread):
 
 
 def _ask(trainer: Trainer, plan: Plan) -> RunHandle:
-    """The run of a plan, new or not, however often the service has to be asked."""
+    """Submits a plan's run, retrying as long as needed; idempotent."""
     return _patiently(lambda: trainer.create_run(dict(plan.spec), request_id=plan.request_id))
 
 
 def _wait_for_step(run: RunHandle) -> None:
-    """Returns once the run has taken a step, or has ended; its watch is taken up again when the service is back."""
+    """Waits until the run has taken a step or has ended; reopens the watch when the service is back."""
     for event in run.watch():
         if event.run.progress.step or event.metrics.step:
             return
 
 
 def _patiently(ask: Callable[[], T]) -> T:
-    """What `ask` returns, asked again while no service answers. Raises what waiting does not help, and the last error."""
+    """Returns the result of `ask`, retried while no service responds. Raises permanent errors, and the last error."""
     deadline = time.monotonic() + PATIENCE_S
     while True:
         asked_s = time.monotonic()
         try:
             return ask()
         except StillhouseError as error:
-            if time.monotonic() - asked_s > CONNECTED_S:  # a watch that was broken
+            if time.monotonic() - asked_s > CONNECTED_S:  # a broken watch
                 deadline = time.monotonic() + PATIENCE_S
             if not error.retryable or time.monotonic() > deadline:
                 raise
@@ -313,7 +314,7 @@ def _patiently(ask: Callable[[], T]) -> T:
 def _kill_meanwhile(
     service: _Service, submitter: _Submitter, *, runs: int, kills: int, generator: random.Random
 ) -> int:
-    """Kills and starts the service at random moments of the runs' time, and returns how often once all runs have ended."""
+    """Kills and restarts the service at random times until all runs have ended; returns the number of kills."""
     moments = sorted(generator.uniform(0, runs) for _ in range(kills))
     killed, deadline, ended_before, told = 0, time.monotonic() + STALL_S, -1, 0
     while True:

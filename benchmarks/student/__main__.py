@@ -1,10 +1,10 @@
-"""The student's step at a large vocabulary: seconds and memory against full logits, TRL's chunked loss and Liger's fused JSD.
+"""Student step at a large vocabulary: time and memory against full logits, TRL's chunked loss and Liger's fused JSD.
 
-Prints two rows, each one setting of ours in one run: the smallest memory, and the fastest of the chunk sizes tried. Beside
-the speeds stands what they would be if a step were the student's body and the products of an exact loss, and nothing
-else. Every pass is a fresh process; the passes of a round follow one another, and a method's time is its fastest step of
-all rounds, since what disturbs a machine only ever adds. Peers are installed into a directory of their own; one that
-cannot be is shown as n/a.
+Prints two rows, each for one setting of ours in one run: the smallest memory, and the fastest of the chunk sizes
+tried. Beside the speeds stands their bound: a step of the student's body and the matmuls of an exact loss alone.
+Every pass is a fresh process; passes of a round follow one another, and a method's time is its fastest step of all
+rounds, since disturbances of a machine only add. Peers are installed into their own directory; one that cannot be is
+shown as n/a.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMEOUT_S = 900.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """A method at a chunk size, in positions; 0 where it has no chunks."""
+    """A method at a chunk size, in positions; 0 without chunks."""
 
     method: str
     chunk: int = 0
@@ -45,12 +45,12 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """What a pass took."""
+    """Time and memory of a pass."""
 
     seconds: float
-    """Of the fastest step."""
+    """Seconds of the fastest step."""
     memory_mib: float
-    """The most that memory grew."""
+    """Peak growth of memory."""
     loss: float
 
 
@@ -171,7 +171,7 @@ def main(  # noqa: PLR0917 (click passes them by name)
 
 
 def _of_matmuls() -> str:
-    """The speeds of both types on this processor beside the choice of the table."""
+    """Matmul speed of both types on this processor, beside the table's choice."""
     import torch
 
     from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
@@ -191,7 +191,7 @@ def _content(
     small: Pass,
     sizes: Sizes,
 ) -> dict[str, Any]:
-    """What is known so far, for the file."""
+    """Results so far, for the file."""
     best = {each: _best(all_found) for each, all_found in found.items() if all_found}
     ratios = _ratios(best, small)
     return {
@@ -207,14 +207,14 @@ def _content(
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
-    """Adds it to what other benchmarks have written there."""
+    """Merges the results into the file, beside those of other benchmarks."""
     before = json.loads(path.read_text()) if path.exists() else {}
     details = {**before.get("details", {}), **content["details"]}
     path.write_text(json.dumps({**before, **content, "details": details}, indent=2) + "\n")
 
 
 def _install_peers(console: Console) -> None:
-    """The peers without their dependencies, which this environment has; once."""
+    """Installs the peers, once, without dependencies, which this environment has."""
     stamp = PEERS_DIR / ".done"
     if stamp.exists() and stamp.read_text() == " ".join(PEERS):
         return
@@ -231,7 +231,7 @@ def _install_peers(console: Console) -> None:
 
 
 def measure(each: Pass, steps: int, sizes: Sizes) -> Found:
-    """One fresh process. Raises RuntimeError with the reason if it fails."""
+    """Runs one pass in a fresh process. Raises RuntimeError with the reason if it fails."""
     path = os.pathsep.join([str(PEERS_DIR.resolve()), *sys.path])
     arguments = [each.method, str(each.chunk), str(steps), json.dumps(asdict(sizes))]
     command = [sys.executable, "-m", "benchmarks.student.step_worker", *arguments]
@@ -253,7 +253,7 @@ def measure(each: Pass, steps: int, sizes: Sizes) -> Found:
 
 
 def _best(found: Sequence[Found]) -> Found:
-    """The fastest step of all rounds; the most memory of any."""
+    """Fastest step and largest memory over rounds."""
     return Found(
         seconds=min(each.seconds for each in found),
         memory_mib=max(each.memory_mib for each in found),
@@ -262,14 +262,14 @@ def _best(found: Sequence[Found]) -> Found:
 
 
 def _fastest(best: Mapping[Pass, Found]) -> Pass | None:
-    """Of ours; None if it was not measured."""
+    """Our fastest pass; None if none was measured."""
     return min(
         (each for each in best if each.method == "ours"), key=lambda each: best[each].seconds, default=None
     )
 
 
 def _ratios(best: Mapping[Pass, Found], small: Pass) -> dict[str, float]:
-    """What can be told of what was measured."""
+    """Ratios of the measured passes."""
     full, fast, trl = best.get(FULL), _fastest(best), best.get(TRL)
     ratios: dict[str, float] = {}
     if full and small in best:
@@ -284,7 +284,7 @@ def _ratios(best: Mapping[Pass, Found], small: Pass) -> dict[str, float]:
 
 
 def _limits(best: Mapping[Pass, Found]) -> dict[str, float]:
-    """The ratios of speed if a step were the student's body and the products, in the type and the chunks that are fastest here."""
+    """Speed ratios of the bound: the student's body and the matmuls, in the fastest type and chunks."""
     bare = min((each.seconds for name, each in best.items() if name.method == "products"), default=None)
     if bare is None:
         return {}

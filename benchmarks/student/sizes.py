@@ -1,26 +1,26 @@
-"""What a student's step is measured on: handed from the benchmark to the process of each pass as JSON."""
+"""Sizes of a student's step: passed as JSON from the benchmark to the process of each pass."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 T, K = 512, 64
-"""Positions of a sequence, and kept tokens of a position."""
+"""Positions per sequence, and kept tokens per position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sizes:
-    """A student, its batch, and where both are."""
+    """The student, its batch, and their device."""
 
     vocabulary: int = 151_936
     sequences: int = 4
-    """Of T tokens each."""
+    """Sequences of T tokens each."""
     hidden: int = 256
     layers: int = 4
     heads: int = 4
     device: str = "cpu"
     dtype: str = "bfloat16"
-    """Of the student and of the teacher's logits, by the name that torch has for it."""
+    """Type of the student and of the teacher's logits, by torch's name."""
 
     @property
     def positions(self) -> int:

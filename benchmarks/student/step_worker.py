@@ -1,9 +1,10 @@
-"""One way to compute a student's distillation step, measured in a process of its own: seconds of a step, and growth of memory.
+"""Measures one method for a student's distillation step in a process of its own: seconds per step, and growth of
+memory.
 
-Run by benchmarks/student as `python -m benchmarks.student.step_worker METHOD CHUNK STEPS SIZES`, where SIZES is JSON; prints one
-line of JSON. Every method gets the same student, rows and teacher, in the type of SIZES; memory counts from the moment
-before the first step, when what a method is given already lies in it: resident memory, or on a GPU what torch has allocated.
-B sequences, T positions, N = B T, V vocabulary, H hidden units, K kept tokens.
+Run by benchmarks/student as `python -m benchmarks.student.step_worker METHOD CHUNK STEPS SIZES`, where SIZES is JSON;
+prints one line of JSON. All methods get the same student, rows and teacher, in the type of SIZES; memory counts from
+before the first step, with the method's inputs in place: resident memory, or on a GPU torch's allocations. B
+sequences, T positions, N = B T, V vocabulary, H hidden units, K kept tokens.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from torch.nn import functional
 from benchmarks.student.sizes import K, Sizes, T
 
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(hidden [N, H], weight [V, H]) -> mean loss."""
+"""Maps (hidden [N, H], weight [V, H]) to the mean loss."""
 
 
 def main() -> None:
-    """Measures the method that the arguments name."""
+    """Measures the method named by the arguments."""
     method, chunk, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sizes = Sizes(**json.loads(sys.argv[4]))
     with torch.device(sizes.device):
@@ -47,7 +48,7 @@ def main() -> None:
 
 
 def _student(sizes: Sizes) -> Any:
-    """A Qwen2; its output layer is its embedding."""
+    """Builds a Qwen2 with tied embeddings."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
@@ -70,7 +71,7 @@ def _dtype(sizes: Sizes) -> torch.dtype:
 
 
 def _matmul_dtype(sizes: Sizes) -> torch.dtype:
-    """The type in which a run's loss multiplies on this device."""
+    """Matmul dtype of a run's loss on this device."""
     from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
 
     if sizes.device != "cpu":
@@ -81,13 +82,13 @@ def _matmul_dtype(sizes: Sizes) -> torch.dtype:
 
 
 def _drawn(sizes: Sizes, shape: tuple[int, ...], *, seed: int) -> Tensor:
-    """Token ids, the same on every device."""
+    """Random token ids, the same on every device."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randint(0, sizes.vocabulary, shape, generator=generator, device="cpu").to(sizes.device)
 
 
 def _teacher_hidden(sizes: Sizes) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states [N, H] and output layer [V, H]; its logits are their product."""
+    """Teacher's hidden states [N, H] and output layer [V, H]; its logits are their matmul."""
     generator = torch.Generator("cpu").manual_seed(2)
 
     def drawn(*shape: int) -> Tensor:
@@ -100,7 +101,7 @@ def _teacher_hidden(sizes: Sizes) -> tuple[Tensor, Tensor]:
 
 
 def _teacher_top_k(sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, log-probabilities [N, K] and log-tail [N] of the teacher, as a service would send them."""
+    """Ids, log-probabilities [N, K] and log-tail [N] of the teacher, as a service sends them."""
     hidden, weight = _teacher_hidden(sizes)
     ids, logprobs = [], []
     for rows in torch.split(hidden, 64):
@@ -116,7 +117,7 @@ def _text(sizes: Sizes) -> Tensor:
 
 
 def _full(_: int, sizes: Sizes) -> Loss:
-    """KL(teacher || student) on all logits of both."""
+    """KL(teacher || student) on full logits of both."""
     teacher_hidden, teacher_weight = _teacher_hidden(sizes)
     teacher_logits = teacher_hidden @ teacher_weight.T
 
@@ -129,7 +130,7 @@ def _full(_: int, sizes: Sizes) -> Loss:
 
 
 def _ours(chunk: int, sizes: Sizes) -> Loss:
-    """Forward KL on the top-k and the tail, fused with the output layer, as the training step calls it."""
+    """Forward KL on top-k and tail, fused with the output layer, as in the training step."""
     from stillhouse.student_trainer.config.schema import LossConfig
     from stillhouse.student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
     from stillhouse.student_trainer.train.loss.sparse import SparseTargets
@@ -164,7 +165,7 @@ def _ours(chunk: int, sizes: Sizes) -> Loss:
 
 
 class _Products(torch.autograd.Function):
-    """The three products of every exact loss, a chunk at a time; their values mean nothing."""
+    """The three matmuls of every exact loss, chunk by chunk; the values are meaningless."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, logits: Tensor, by_weight: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ class _Products(torch.autograd.Function):
 
 
 def _products(chunk: int, sizes: Sizes) -> Loss:
-    """No loss at all: what the step of an exact one takes at least."""
+    """No loss: the lower bound of an exact one."""
     dtype = _matmul_dtype(sizes)
     logits = torch.empty(chunk, sizes.vocabulary, dtype=dtype)
     by_weight = torch.empty(sizes.vocabulary, sizes.hidden, dtype=dtype)
@@ -243,7 +244,7 @@ def _liger(chunk: int, sizes: Sizes) -> Loss:
 
 
 class _Memory:
-    """Time, and memory that has grown since the beginning."""
+    """Timer, and memory growth since its start."""
 
     def __init__(self, device: str) -> None:
         gc.collect()
@@ -256,20 +257,20 @@ class _Memory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def time(self) -> float:
-        """Seconds, when everything that was begun is done."""
+        """Seconds, once all started work is done."""
         if self._on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def growth_mib(self) -> float:
-        """The most that it has grown."""
+        """Peak growth."""
         if self._on_gpu:
             return torch.cuda.max_memory_allocated() / 2**20 - self._before
         return _resident_mib("VmHWM") - self._before
 
 
 def _resident_mib(name: str) -> float:
-    """A line of /proc/self/status, such as VmHWM, the highest since it was last cleared."""
+    """A value of /proc/self/status, such as VmHWM, the peak since it was last reset."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 

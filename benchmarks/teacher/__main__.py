@@ -1,7 +1,7 @@
-"""How fast is the teacher? Its rates as ratios to its own engine, to vLLM's servers, to TRL's client and to transformers.
+"""Teacher throughput, as ratios to its own engine, to vLLM's servers, to TRL's client and to transformers.
 
-All that is compared serves the same random model on this machine and is up together; within a round each takes its
-turn, and the order of turns is reversed from round to round. Ratios are taken round by round.
+All sides serve the same random model on this machine and run at once; within a round they take turns, in an order
+that is reversed from round to round. Ratios are taken within rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.support.programs import ProgramError
 def outcomes_of(
     measured: Mapping[str, Measured], options: Options, peers: Peers
 ) -> dict[str, Outcome | None]:
-    """Every ratio that was asked for; None where a peer cannot run."""
+    """Every requested ratio; None where a peer cannot run."""
     found: dict[str, Outcome | None] = {}
     for ratio in options.asked():
         model = measured.get(ratio.model)
@@ -104,7 +104,7 @@ def main(
     threads: int,
     dtype: str | None,
 ) -> None:
-    """Print the teacher's rates as ratios to those of others on the same model and machine."""
+    """Print the teacher's throughput as ratios to others on the same model and machine."""
     import torch
 
     if importlib.util.find_spec("vllm") is None:
@@ -146,7 +146,7 @@ def main(
                 )
                 try:
                     result = measure(shape, options, peers, Path(directory), say, keep=partial(keep, name))
-                except ProgramError as error:  # what the other models give is worth its time
+                except ProgramError as error:  # results of the other models are worth keeping
                     problems.append(f"{name}: {error}")
                     continue
                 if result is not None:
@@ -166,7 +166,7 @@ def main(
 
 
 def _write(measured: Mapping[str, Measured], options: Options, peers: Peers, json_file: Path | None) -> None:
-    """The file so far; a ratio that was not measured, though its peer can run, is null."""
+    """Writes the results so far; a ratio not measured, though its peer can run, is null."""
     if json_file is not None:
         found = outcomes_of(measured, options, peers)
         content = as_json(found, _details(measured, peers, options))
@@ -203,7 +203,7 @@ def _vllm() -> str:
 
 
 def native_dtype() -> str:
-    """bfloat16 on a GPU, and on a processor that is known to compute faster in it than in float32: everybody gets the same."""
+    """bfloat16 on a GPU, and on a processor known to compute faster in it than in float32; the same for all sides."""
     import torch
 
     from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype

@@ -20,7 +20,7 @@ VOWELS = "aeiou"
 
 
 def texts(count: int, seed: int) -> list[str]:
-    """Prompts of made-up words."""
+    """Prompts of random words."""
     chooser = random.Random(seed)
 
     def word() -> str:
@@ -31,7 +31,7 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def ours(teacher: Teacher, directory: Path, count: int, seed: int) -> Pass:
-    """What `stillhouse generate --in --out` does, from the first row read to the last one safe on the disk."""
+    """Runs `stillhouse generate --in --out`, from the first row read to the last one synced to disk."""
     source, out = directory / f"prompts-{seed}.jsonl", directory / f"answers-{seed}.jsonl"
     rows = (json.dumps({"id": index, "prompt": text}) for index, text in enumerate(texts(count, seed)))
     source.write_text("".join(f"{row}\n" for row in rows))
@@ -47,6 +47,6 @@ def ours(teacher: Teacher, directory: Path, count: int, seed: int) -> Pass:
 
 
 def llm(process: Any, count: int, seed: int) -> Pass:
-    """One call for all prompts, which vLLM schedules as it likes."""
+    """One call for all prompts, scheduled by vLLM."""
     answer = process.ask(prompts=texts(count, seed), max_tokens=NEW_TOKENS)
     return Pass(tokens=answer["tokens"], seconds=answer["seconds"])

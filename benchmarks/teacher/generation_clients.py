@@ -1,4 +1,4 @@
-"""Clients of servers that write: ours and vLLM's over HTTP, streamed, each timed to the last array in hand."""
+"""Clients for generation: ours, and vLLM's over HTTP, streamed, each timed to the last array."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ READ_BUFFER_BYTES = 2**22
 
 
 def generate(teacher: CountingTeacher, prompts: Sequences, new_tokens: int, top_k: int) -> Pass:
-    """Our client, one call for all prompts, with the distributions of `top_k` tokens at each position, or none at 0."""
+    """Our client, one call for all prompts, with top-k distributions at each position, or none at 0."""
     before = teacher.num_bytes
     written = 0
     begin = time.perf_counter()
@@ -36,7 +36,7 @@ def generate(teacher: CountingTeacher, prompts: Sequences, new_tokens: int, top_
 
 
 def generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: int, *, concurrency: int) -> Pass:
-    """vLLM's own server, one streamed request a prompt; events with `top_k` logprobs are read into arrays."""
+    """vLLM's own server, one streamed request per prompt; events with `top_k` logprobs are read into arrays."""
     return asyncio.run(_generate_http(url, prompts, new_tokens, top_k, concurrency))
 
 
@@ -57,7 +57,7 @@ async def _generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: i
                 "max_tokens": new_tokens,
                 "temperature": 1.0,
                 "logprobs": top_k,
-                "return_tokens_as_token_ids": True,  # ids, which text does not give back
+                "return_tokens_as_token_ids": True,  # ids cannot be recovered from text
                 "stream": True,
             }
             async with session.post(f"{url}/v1/completions", json=body) as response:
@@ -83,7 +83,7 @@ async def _generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: i
 
 
 def _rows(positions: list[dict[str, float]], top_k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Ids and logprobs [T, K]; the drawn token, which may be an extra one, comes first."""
+    """Ids and logprobs [T, K]; the sampled token, which may be an extra one, comes first."""
     token_ids = np.empty((len(positions), top_k), dtype=np.int32)
     logprobs = np.empty((len(positions), top_k), dtype=np.float32)
     for row, position in enumerate(positions):

@@ -1,4 +1,4 @@
-"""vLLM's HTTP answers as typed objects: msgspec reads them several times faster than `json` makes dictionaries of them."""
+"""vLLM's HTTP responses as typed objects, which msgspec reads several times faster than `json` builds dictionaries."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import msgspec
 
 
 class Candidate(msgspec.Struct):
-    """One of the likeliest tokens at a position of a prompt."""
+    """One of the top-k tokens at a position of a prompt."""
 
     logprob: float
     rank: int
 
 
 class ScoredChoice(msgspec.Struct):
-    """What was said of a prompt: token id to candidate at each position, nothing at the first."""
+    """Scores of a prompt: token id to candidate at each position, nothing at the first."""
 
     prompt_logprobs: list[dict[int, Candidate] | None]
 
 
 class Scored(msgspec.Struct):
-    """The answer to a request with `prompt_logprobs`."""
+    """Response to a request with `prompt_logprobs`."""
 
     choices: list[ScoredChoice]
 
 
 class Logprobs(msgspec.Struct):
-    """Token name to log-probability at each written position."""
+    """Token name to log-probability at each generated position."""
 
     top_logprobs: list[dict[str, float]]
 
@@ -43,5 +43,5 @@ class Event(msgspec.Struct):
 
 
 scored = msgspec.json.Decoder(Scored, strict=False)
-"""Ids are keys, which JSON quotes: they are read as numbers all the same."""
+"""Ids are JSON keys, read as numbers."""
 event = msgspec.json.Decoder(Event)

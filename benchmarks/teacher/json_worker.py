@@ -1,4 +1,4 @@
-"""A child process that is asked in lines of JSON on its stdin and answers in lines of JSON on its stdout, one for one."""
+"""Child process with requests in JSON lines on stdin and one response each on stdout."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOG_BYTES = 4000
 
 
 class LineProcess:
-    """Started by the constructor; `wait_ready` returns what it says first, `ask` its answers, `stop` ends it."""
+    """Started by the constructor; `wait_ready` returns its first line, `ask` its responses, `stop` ends it."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class LineProcess:
             )
 
     def wait_ready(self) -> Any:
-        """The first line. Raises `ProgramError` with the end of its log if it ends instead."""
+        """Returns the first line. Raises `ProgramError` with the end of its log if it exits instead."""
         return self._answer()
 
     def ask(self, **request: Any) -> Any:
-        """The answer to a request. Raises `ProgramError` if it fails or the process ends."""
+        """Sends a request; returns its response. Raises `ProgramError` if it fails or the process exits."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
@@ -57,7 +57,7 @@ class LineProcess:
         return self._answer()
 
     def stop(self) -> None:
-        """Ends it and all its descendants at once."""
+        """Kills it and all its descendants."""
         with contextlib.suppress(psutil.NoSuchProcess):
             family = psutil.Process(self._process.pid)
             for process in (*family.children(recursive=True), family):
@@ -81,14 +81,14 @@ class LineProcess:
 
 
 def keep_stdout() -> Any:
-    """The stdout of this process for answers alone: what else is printed, also by children, goes to stderr."""
+    """Reserves this process's stdout for responses: all other output, also of children, goes to stderr."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return answers
 
 
 async def serve_lines(answers: Any, ready: Any, answer: Callable[[dict[str, Any]], Awaitable[Any]]) -> None:
-    """Says `ready`, then answers requests until stdin ends; an exception is an answer too."""
+    """Writes `ready`, then responds to requests until stdin ends; an exception is a response too."""
     print(json.dumps(ready), file=answers, flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):
         try:

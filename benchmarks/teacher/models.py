@@ -1,6 +1,6 @@
-"""The random teachers that are measured, and one synthetic tokenizer for all of them: token ids whose text is as long as real ones.
+"""Random teachers, and a synthetic tokenizer shared by all: token ids whose text is as long as real text.
 
-Weights are random, so nothing here says how good a model is: only its shape decides what it costs.
+With random weights only a model's shape matters, its cost, not its quality.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ VOWELS = "aeiou"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A Qwen2-shaped model, and how much of it is asked for in one pass."""
+    """A Qwen2-shaped model, and its workload per pass."""
 
     name: str
     vocab_size: int
@@ -27,17 +27,17 @@ class Shape:
     num_kv_heads: int
     intermediate_size: int
     num_sequences: int
-    """Sequences of one pass."""
+    """Sequences per pass."""
     length: int
-    """Tokens of each."""
+    """Tokens per sequence."""
     num_texts: int
-    """Prompts of one pass of batch inference."""
+    """Prompts per pass of batch inference."""
 
 
 SHAPES = {
     shape.name: shape
     for shape in (
-        # So small that Python between engine and network is what limits it, as beside a fast GPU.
+        # So small that Python between engine and network is the limit, as beside a fast GPU.
         Shape(
             name="small",
             vocab_size=4096,
@@ -82,7 +82,7 @@ MAX_SEQUENCE_TOKENS = 2048
 
 
 def make_teacher(shape: Shape, directory: Path) -> Path:
-    """Directory in Hugging Face layout with random bfloat16 weights and the tokenizer."""
+    """Writes a model in Hugging Face layout with random bfloat16 weights and the tokenizer."""
     import torch
     from transformers import AutoTokenizer, Qwen2ForCausalLM
 
@@ -96,7 +96,7 @@ def make_teacher(shape: Shape, directory: Path) -> Path:
         intermediate_size=shape.intermediate_size,
         max_position_embeddings=MAX_SEQUENCE_TOKENS,
         vocab_size=shape.vocab_size,
-        # Wide enough that the likeliest tokens differ from place to place.
+        # Wide enough that top-k tokens differ between positions.
         initializer_range=0.1 if shape.hidden_size < 512 else 0.02,
     )
     with torch.random.fork_rng(devices=[]):
@@ -107,10 +107,11 @@ def make_teacher(shape: Shape, directory: Path) -> Path:
 
 
 def make_tokenizer(directory: Path, vocab_size: int) -> Path:
-    """A byte-level BPE tokenizer of exactly `vocab_size` tokens: special tokens, bytes, then words of 2, 4 and 6 letters.
+    """Builds a byte-level BPE tokenizer of exactly `vocab_size` tokens: special tokens, bytes, then words of 2, 4 and
+    6 letters.
 
-    Words are made of syllables of a consonant and a vowel. Six letters are about the length of a token of Qwen2.5,
-    so a server that writes tokens out as text writes about as much.
+    Words are made of syllables of a consonant and a vowel. Six letters are about the length of a token of Qwen2.5, so
+    a server that detokenizes writes about as much text.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -127,7 +128,7 @@ def make_tokenizer(directory: Path, vocab_size: int) -> Path:
 
 
 def _merges() -> itertools.chain[tuple[str, str]]:
-    """The pairs that BPE joins, every part of a pair before the pair."""
+    """Merges of the BPE, the parts of a pair before the pair."""
     consonants = [letter for letter in string.ascii_lowercase if letter not in VOWELS]
     syllables = [consonant + vowel for consonant in consonants for vowel in VOWELS]
     return itertools.chain(

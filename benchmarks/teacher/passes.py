@@ -1,4 +1,4 @@
-"""The passes over one model by name: what each asks of whom, and at which concurrency a baseline is at its best."""
+"""Passes over one model by name: workload and client of each, and the best concurrency of each baseline."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CONCURRENCIES = {
     "vllm_grpc": (8, 16, 32),
     "gen_http": (16, 32, 64),
     "gen_vllm_grpc": (16, 32, 64),
-    # Sequences of one request and requests at once; 0 is TRL's default, all in one request.
+    # Sequences per request, and concurrent requests; 0 is TRL's default, all in one request.
     "trl": ((0, 1), (1, 16), (4, 8)),
 }
-"""What each baseline is tried with."""
+"""Concurrencies tried with each baseline."""
 GROUP_SIZE = 4
-"""Completions of one prompt, in the pass with shared prompts."""
+"""Completions per prompt, in the pass with shared prompts."""
 SHARED_PART = 0.75
-"""Share of a sequence that is its prompt there, on average."""
+"""Average share of the prompt in a sequence of that pass."""
 SHARED_SPREAD = 32
-"""Lengths that prompts have there: a block of vLLM's cache on a CPU."""
+"""Prompt lengths in that pass: a block of vLLM's cache on a CPU."""
 PROMPTS = 64
 PROMPT_TOKENS = 64
 NEW_TOKENS = 64
@@ -54,17 +54,17 @@ SERVERS = {
     "batch": ("teacher",),
     "batch_llm": ("llm",),
 }
-"""Which servers a kind of pass needs."""
+"""Servers that each kind of pass needs."""
 
 
 def kind_of(name: str) -> str:
-    """The kind of a pass: its name without k and packing."""
+    """Kind of a pass: its name without k and packing."""
     return name.rpartition("_k")[0].removesuffix("_packed") if top_k_of(name) else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Workload:
-    """How much one pass asks for."""
+    """Size of one pass."""
 
     shape: Shape
     settings: Settings
@@ -72,22 +72,22 @@ class Workload:
 
     @property
     def shared(self) -> int:
-        """Prompt tokens of sequences in groups, on average."""
+        """Average prompt tokens of grouped sequences."""
         return int(self.shape.length * SHARED_PART)
 
     def score(self, seed: int) -> Work:
-        """Sequences that nobody has seen."""
+        """Unseen sequences."""
         shape = self.shape
         return Work(count=shape.num_sequences, length=shape.length, vocab_size=shape.vocab_size, seed=seed)
 
     def grouped(self, seed: int) -> Work:
-        """As many in groups with one prompt each: twice as many, for a prefix cache spares half of them."""
+        """Twice as many in groups with one prompt each, since a prefix cache saves half of their tokens."""
         work = self.score(seed)
         count = max(GROUP_SIZE, 2 * work.count // GROUP_SIZE * GROUP_SIZE)
         return replace(work, count=count, group_size=GROUP_SIZE, shared=self.shared, spread=SHARED_SPREAD)
 
     def prompts(self, seed: int) -> Work:
-        """Prompts to continue."""
+        """Prompts to complete."""
         return Work(count=PROMPTS, length=PROMPT_TOKENS, vocab_size=self.shape.vocab_size, seed=seed)
 
 
@@ -99,17 +99,19 @@ class Runner:
         self._best: dict[str, Any] = {}
         self._seeds = itertools.count()
         self.failures: dict[str, str] = {}
-        """Why a pass could not be taken, by its name; the last reason."""
+        """Last error of each failed pass, by name."""
 
     def run(self, name: str, seed: int | None = None) -> Pass | None:
-        """One pass; None if it failed. Passes of one `seed` read the same tokens; with None nobody has read them."""
+        """Runs one pass; None if it failed. Passes with one `seed` read the same tokens; with None they are unseen."""
         base = kind_of(name).removesuffix("_shared")
         return self._tried(name, self._best.get(base), next(self._seeds) if seed is None else seed)
 
     def _tried(self, name: str, choice: Any, seed: int) -> Pass | None:
         try:
             return self._pass(name, kind_of(name), choice, seed)
-        except Exception as error:  # of our client, of a peer's, of another process: the other rows go on
+        except (
+            Exception
+        ) as error:  # any error of a client, a peer or another process: the other rows continue
             self.failures[name] = f"{type(error).__name__}: {error}"
             return None
 
@@ -118,7 +120,7 @@ class Runner:
         return next(self._seeds)
 
     def warm_up(self, names: Sequence[str], say: Callable[[str], None]) -> None:
-        """A pass of each, and of a baseline one at each concurrency: the fastest stays."""
+        """Runs a pass of each name, and of a baseline one per concurrency; the fastest is kept."""
         # A baseline over shared prompts runs at the concurrency of the plain one.
         for name in dict.fromkeys(each for asked in names for each in (asked.removesuffix("_shared"), asked)):
             kind = kind_of(name)
@@ -136,7 +138,7 @@ class Runner:
             say(f"{name} by concurrency: {shown or self.failures[name]}")
 
     def _first_use(self, name: str, choice: Any) -> None:
-        """A few sequences pay for what is made on first use, so that no concurrency does."""
+        """Runs a few sequences for lazy initialisation, so that no concurrency pays for it."""
         whole = self._workload
         self._workload = replace(whole, shape=replace(whole.shape, num_sequences=4))
         self._tried(name, choice, next(self._seeds))
@@ -144,11 +146,11 @@ class Runner:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The concurrency of each baseline."""
+        """Best concurrency of each baseline."""
         return dict(self._best)
 
     def costs(self, top_ks: Sequence[int]) -> dict[str, Any]:
-        """Seconds a token of the model's parts, and of the selection by k."""
+        """Seconds per token of the model's parts, and of the selection by k."""
         work = replace(self._workload.score(self.fresh_seed()), count=2)
         parts = {
             top_k: self._servers["torch"].ask(
@@ -243,5 +245,5 @@ def _scored(answer: dict[str, Any], work: Work) -> Pass:
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
+    """Cores available to this process."""
     return len(os.sched_getaffinity(0))

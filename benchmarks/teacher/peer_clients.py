@@ -1,6 +1,6 @@
-"""Clients of peers, in a process of the peers' environment: TRL's client of vLLM's HTTP server, and one of vLLM's gRPC server.
+"""Clients of peers, run in the peers' environment: TRL's client of vLLM's HTTP server, and one of vLLM's gRPC server.
 
-Run as `python -m benchmarks.teacher.peer_clients trl|vllm_grpc`; requests and answers are lines of JSON.
+Run as `python -m benchmarks.teacher.peers.clients trl|vllm_grpc`; requests and responses are lines of JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ GRPC_MESSAGES = "smg_grpc_proto"
 async def score_trl(request: dict[str, Any]) -> dict[str, Any]:
     """`VLLMClient.get_sequence_logprobs` of all sequences, read into arrays as TRL's trainers do.
 
-    `chunk_size` sequences go in one request, `concurrency` requests at once; at 0 all go in one, TRL's default.
+    `chunk_size` sequences per request, `concurrency` concurrent requests; at 0 all go in one, TRL's default.
     """
     client = import_module(TRL_CLIENT).VLLMClient(base_url=request["url"])
     sequences = [each.tolist() for each in Work(**request["work"]).sequences()]
@@ -44,7 +44,7 @@ async def score_trl(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class VllmGrpc:
-    """A client of `vllm serve --grpc`, one call a sequence."""
+    """Client of `vllm serve --grpc`, one call per sequence."""
 
     def __init__(self) -> None:
         self._channel: Any = None
@@ -128,7 +128,7 @@ class VllmGrpc:
         )
 
     def _top_rows(self, positions: Any, top_k: int, *, skip: int) -> int:
-        """Reads positions into arrays [T, K]; how many there were."""
+        """Reads positions into arrays [T, K]; returns their number."""
         num_rows = len(positions) - skip
         if num_rows <= 0:
             return 0

@@ -1,4 +1,4 @@
-"""The environment of the programs that the teacher is compared with: made by the benchmark, apart from the project's own.
+"""Environment of the peers that the teacher is compared with, built by the benchmark apart from the project's own.
 
 It sees the project's packages, so that both sides run the same vLLM and torch, and adds the peers; nothing is
 installed into the project's environment.
@@ -21,7 +21,7 @@ IMPORTS = {
     TRL: "trl.generation.vllm_client",
     VLLM_GRPC: "vllm.entrypoints.launchers.grpc_server",
 }
-"""What must be importable for a peer to run."""
+"""Modules that a peer needs."""
 DIRECTORY = Path(__file__).parents[2] / ".bench" / "peers"
 INSTALL_TIMEOUT_S = 600
 IMPORT_TIMEOUT_S = 180
@@ -29,17 +29,17 @@ IMPORT_TIMEOUT_S = 180
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peers:
-    """What can run here."""
+    """Peers that can run here."""
 
     python: Path
     missing: dict[str, str]
-    """Requirement to the reason why it cannot."""
+    """Requirement to the reason for its absence."""
 
 
 def prepare(
     say: Callable[[str], None], requirements: Collection[str] = IMPORTS, directory: Path = DIRECTORY
 ) -> Peers:
-    """The environment with `requirements`, made on the first call for this interpreter; a peer may be missing."""
+    """Builds the environment with `requirements` on the first call for this interpreter; a peer may be missing."""
     packages = sysconfig.get_path("purelib")
     wanted = "\n".join((sys.version, packages, *IMPORTS))
     home = directory / hashlib.sha256(wanted.encode()).hexdigest()[:12]
@@ -74,7 +74,7 @@ def prepare(
 
 
 def _run(command: Sequence[str | Path], timeout_s: float) -> str:
-    """The last line of what a command complains of; empty if it succeeds."""
+    """Runs a command; returns the last line of its errors, empty for success."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout_s, check=False

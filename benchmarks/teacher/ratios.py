@@ -1,6 +1,6 @@
-"""The ratios of the teacher's benchmark: what each compares, how it is taken from passes, and the table and file of them.
+"""Ratios of the teacher's benchmark: both sides, their computation from passes, and the table and file of results.
 
-A ratio is the median over rounds of the ratio within each round: what disturbs the machine disturbs both sides.
+A ratio is the median over rounds of the ratio within each round: disturbances of the machine affect both sides.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from rich.table import Table
 from benchmarks.teacher.timed_pass import Pass
 
 Round = Mapping[str, Pass]
-"""Name of a pass, without its model, to what it took."""
+"""Pass by name, without its model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """Ours over another's, or of bytes another's over ours: larger is better."""
+    """Our rate over another's, or another's bytes over ours: larger is better."""
 
     name: str
     model: str
@@ -29,14 +29,14 @@ class Ratio:
     other: str
     """Name of the other's."""
     required: float | None = None
-    """What is asked of it; None for a ratio that is shown for comparison only."""
+    """Required ratio; None for a comparison only."""
     stretch: float | None = None
     of: Literal["rate", "bytes"] = "rate"
     limit: Literal["", "score", "shared", "decode"] = ""
-    """How the parts of the model bound it."""
+    """Bound by the model's parts."""
 
     def value(self, passes: Round) -> float | None:
-        """Of one round; None where a side is missing."""
+        """Ratio of one round; None where a side is missing."""
         ours, other = passes.get(self.ours), passes.get(self.other)
         if ours is None or other is None:
             return None
@@ -145,7 +145,7 @@ RATIOS = (
         required=0.95,
         stretch=1.0,
     ),
-    # For comparison only.
+    # Comparisons only.
     Ratio(name="score_vs_engine_small_k20", model="small", ours="score_k20", other="engine", limit="score"),
     Ratio(name="score_vs_engine_small_k128", model="small", ours="score_k128", other="engine", limit="score"),
     Ratio(name="score_vs_engine_all_cores_small_k64", model="small", ours="score_k64", other="engine_all"),
@@ -170,25 +170,25 @@ RATIOS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Costs:
-    """Seconds a token of a model's parts in torch alone, with as many threads as the engine has."""
+    """Seconds per token of a model's parts in torch alone, with as many threads as the engine."""
 
     body: float
     head: float
     select: Mapping[int, float]
-    """Top-k and the log-sum-exp, by k."""
+    """Top-k and log-sum-exp, by k."""
     helpers: int = 0
-    """Threads beside the engine's that compute where a step only scores, and that select rows of written tokens."""
+    """Helper threads that compute in score-only steps, and that select rows of generated tokens."""
 
     def answer(self, top_k: int) -> float:
         """Seconds of one thread for the rows of one token: output layer and selection."""
         return self.head + self.select[top_k]
 
     def score_rate(self, top_k: int) -> float:
-        """The roofline: tokens per second of body, output layer and selection."""
+        """Roofline: tokens per second of body, output layer and selection."""
         return (1 + self.helpers) / (self.body + self.answer(top_k))
 
     def limit(self, kind: str, top_k: int, *, computed: float, answered: float) -> float | None:
-        """What the parts allow for a ratio; `computed` and `answered` are shares of shared sequences."""
+        """Bound of a ratio by the parts; `computed` and `answered` are shares of shared sequences."""
         answer, threads = self.answer(top_k), 1 + self.helpers
         if kind == "score":
             return self.body * threads / (self.body + answer)
@@ -209,7 +209,7 @@ class ModelResult:
     computed: float
     """Share of the tokens of shared sequences that a prefix cache leaves to compute."""
     answered: float
-    """Share of them that has an answer."""
+    """Share of them with a response."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -219,19 +219,19 @@ class Outcome:
     ratio: Ratio
     values: tuple[float, ...]
     ours: float
-    """Median tokens per second, or bytes a token."""
+    """Median tokens per second, or bytes per token."""
     other: float
     roofline: float | None
     limit: float | None
 
     @property
     def median(self) -> float:
-        """The ratio that counts."""
+        """Median ratio."""
         return statistics.median(self.values)
 
 
 def outcome(ratio: Ratio, result: ModelResult) -> Outcome | None:
-    """What the rounds say of it; None where a side could not run."""
+    """Result of a ratio over rounds; None where a side could not run."""
     values, ours, other = [], [], []
     for passes in result.rounds:
         value = ratio.value(passes)
@@ -259,19 +259,19 @@ def outcome(ratio: Ratio, result: ModelResult) -> Outcome | None:
 
 
 def top_k_of(name: str) -> int:
-    """The k in the name of a pass; 0 if there is none."""
+    """The k in the name of a pass; 0 without one."""
     tail = name.rpartition("_k")[2]
     return int(tail) if tail.isdigit() else 0
 
 
 def as_json(outcomes: Mapping[str, Outcome | None], details: Mapping[str, Any]) -> dict[str, Any]:
-    """Every ratio under its name, "n/a" where a peer cannot run; what was measured is under "details"."""
+    """Every ratio under its name, "n/a" where a peer cannot run; measurements under "details"."""
     ratios = {name: "n/a" if each is None else each.median for name, each in outcomes.items()}
     return {**ratios, "details": dict(details)}
 
 
 def table(outcomes: Mapping[str, Outcome | None], title: str) -> Table:
-    """A line for each ratio: median, least and greatest of the rounds, both sides, roofline of the same run."""
+    """One row per ratio: median, minimum and maximum over rounds, both sides, roofline of the same run."""
     shown = Table(title=title)
     shown.add_column("ratio")
     for column in ("value", "rounds", "required", "ours", "other's", "roofline", "limit"):

@@ -1,6 +1,6 @@
-"""What the model costs in torch alone: body, output layer, selection of the top k; and transformers' plain way to a top-k.
+"""Cost of the model in torch alone: body, output layer, selection of the top k; and transformers' plain top-k.
 
-Run as `python -m benchmarks.teacher.roofline MODEL DTYPE`; requests and answers are lines of JSON.
+Run as `python -m benchmarks.teacher.roofline MODEL DTYPE`; requests and responses are lines of JSON.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from benchmarks.teacher.json_worker import keep_stdout, serve_lines
 from benchmarks.teacher.timed_pass import Work
 
 SELECT_ROWS = 16
-"""Rows whose log-sum-exp is taken at once: their float32 copies stay in the cache."""
+"""Rows per log-sum-exp: their float32 copies stay in the cache."""
 HEAD_ROWS = 256
-"""Rows of logits at once."""
+"""Rows per matmul of the output layer."""
 
 
 class Model:
@@ -33,7 +33,7 @@ class Model:
 
     @torch.inference_mode()
     def costs(self, work: Work, top_k: int) -> dict[str, float]:
-        """Seconds a token of each part: the least that an answer with `top_k` tokens takes of this device."""
+        """Seconds per token of each part: the lower bound of a top-k response on this device."""
         ids_BT = self._ids(work)
         num_tokens = ids_BT.numel()
         body = head = select = 0.0

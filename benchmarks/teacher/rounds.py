@@ -1,6 +1,6 @@
-"""All rounds over one model: what has to run for the ratios asked for, started together, and passes taken in turns.
+"""All rounds over one model: starts the servers of the requested ratios, and takes passes in turns.
 
-Batch inference comes last: vLLM's offline engine takes the place of the other baselines, the teacher stays.
+Batch inference comes last: vLLM's offline engine replaces the other baselines, the teacher stays.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from stillhouse.protos.errors import StillhouseError
 from tests.support.programs import ProgramError
 
 SHARE_OF_TIME = {"small": 0.55, "wide": 0.12, "qwen": 0.33}
-"""Of the minutes, for each model."""
+"""Share of the total time per model."""
 LAST = ("batch", "batch_llm")
 LAST_SHARE = 0.12
-"""Of a model's time, for what is measured last."""
+"""Share of a model's time for the last passes."""
 QUICK = ("score", "engine", "gen", "gen_plain")
 QUICK_REPEATS = {"small": 3}
-"""How often a round has those passes of a model, which take a second each."""
+"""Repeats per round of the passes of a model that take a second each."""
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What is measured, and for how long."""
+    """Selection and duration of the benchmark."""
 
     models: tuple[str, ...]
     only: frozenset[str]
@@ -47,31 +47,31 @@ class Options:
     settings: Settings
 
     def asked(self) -> list[Ratio]:
-        """Those that are asked for."""
+        """Selected ratios."""
         named = [ratio for ratio in RATIOS if not self.only or ratio.name in self.only]
         return [ratio for ratio in named if ratio.model in self.models]
 
     def requirements(self) -> frozenset[str]:
-        """Peers that somebody asks for."""
+        """Peers of the selected ratios."""
         return frozenset(filter(None, (peer_of(ratio) for ratio in self.asked())))
 
     def ratios(self, model: str, peers: Peers) -> list[Ratio]:
-        """Those of a model that are asked for and can be measured here."""
+        """Selected ratios of a model that can be measured here."""
         return [ratio for ratio in self.asked() if ratio.model == model and not is_missing(ratio, peers)]
 
     def seconds(self, model: str) -> float:
-        """A model's part of the time."""
+        """Time of a model."""
         share = SHARE_OF_TIME[model] / sum(SHARE_OF_TIME[each] for each in self.models)
         return 60 * self.minutes * share
 
 
 def is_missing(ratio: Ratio, peers: Peers) -> bool:
-    """Whether a side of it cannot run here."""
+    """True if a side of it cannot run here."""
     return peer_of(ratio) in peers.missing
 
 
 def peer_of(ratio: Ratio) -> str | None:
-    """What has to be installed for its other side; None for what the project has."""
+    """Peer to install for its other side; None for what the project has."""
     kind = kind_of(ratio.other)
     if kind == "trl":
         return TRL
@@ -80,19 +80,19 @@ def peer_of(ratio: Ratio) -> str | None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """What one model's rounds gave."""
+    """Results of one model's rounds."""
 
     result: ModelResult
     engine: str
-    """What the teacher says of its engine and its tier."""
+    """The teacher's engine and tier."""
     commands: dict[str, str]
-    """How each server was started."""
+    """Command of each server."""
     concurrencies: dict[str, Any]
-    """At which each baseline was fastest."""
+    """Fastest concurrency of each baseline."""
     failures: dict[str, str]
-    """Passes that failed, and why."""
+    """Errors of failed passes."""
     log: str = ""
-    """The end of the teacher's, if any did."""
+    """End of the teacher's log, after a failure."""
 
 
 def measure(
@@ -104,7 +104,7 @@ def measure(
     *,
     keep: Callable[[Measured], None] = lambda measured: None,  # noqa: ARG005
 ) -> Measured | None:
-    """All rounds of one model; None if nothing of it was asked for. `keep` is given what there is after each round."""
+    """Runs all rounds of one model; None if nothing of it was selected. `keep` receives the results after each round."""
     ratios = options.ratios(shape.name, peers)
     if not ratios:
         return None
@@ -132,7 +132,7 @@ def measure(
 
 
 class _Rounds:
-    """Takes passes, and keeps what they gave."""
+    """Takes passes and stores their results."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class _Rounds:
         self._failures: dict[str, str] = {}
 
     def take(self, names: Sequence[str], top_ks: Sequence[int], until: float) -> None:
-        """Rounds of these passes, at least one, and none that would end after `until`; their servers end with them."""
+        """Runs rounds of these passes, at least one, and none that would end after `until`; then ends their servers."""
         started = self._start(names, with_torch=bool(top_ks))
         runner = Runner(self._workload, self._running)
         runner.warm_up(names, self._say)
@@ -170,7 +170,7 @@ class _Rounds:
         self._running = {name: server for name, server in self._running.items() if name == "teacher"}
 
     def measured(self) -> Measured:
-        """What all rounds gave."""
+        """Results of all rounds."""
         group = self._workload.grouped(0)
         own = group.length - group.shared
         tokens = group.group_size * group.length
@@ -204,7 +204,7 @@ class _Rounds:
         for name in names if is_even else reversed(names):
             kind = kind_of(name)
             repeats = QUICK_REPEATS.get(self._workload.shape.name, 1) if kind in QUICK else 1
-            # Passes over shared prompts read the same tokens; no other pass reads any twice.
+            # Passes over shared prompts read the same tokens; no other pass repeats any.
             same = seed if "shared" in kind or kind in LAST else None
             passes = [runner.run(name, same) for _ in range(repeats)]
             whole = [one for one in passes if one is not None]

@@ -1,4 +1,4 @@
-"""Clients of servers that score: ours and vLLM's over HTTP, each timed from the first request to the last array in hand."""
+"""Clients for scoring: ours, and vLLM's over HTTP, each timed from the first request to the last array."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HTTP_TIMEOUT_S = 600.0
 
 
 class CountingTeacher(Teacher):
-    """The client of the teacher service, which also counts the bytes of answers."""
+    """Client of the teacher service that counts the bytes of responses."""
 
     def __init__(self, target: str) -> None:
         super().__init__(target)
@@ -49,7 +49,8 @@ def score(
     starts: list[int] | None = None,
     packed: bool = False,
 ) -> Pass:
-    """Our client, one stream, logprobs as float16, rows from position 1 or `starts`; with `packed` ids travel in the fewest bits."""
+    """Our client, one stream, logprobs as float16, rows from position 1 or `starts`; with `packed` ids take the
+    fewest bits."""
     starts = [1] * len(sequences) if starts is None else starts
     before = teacher.num_bytes
     rows = 0
@@ -70,7 +71,7 @@ def score(
 
 
 def score_http(url: str, sequences: Sequences, top_k: int, *, concurrency: int) -> Pass:
-    """vLLM's own server, one request a sequence; its JSON is read into the same arrays."""
+    """vLLM's own server, one request per sequence; its JSON is read into the same arrays."""
     return asyncio.run(_score_http(url, sequences, top_k, concurrency))
 
 
@@ -100,7 +101,7 @@ async def _score_http(url: str, sequences: Sequences, top_k: int, concurrency: i
             token_ids, _ = _http_rows(scored.decode(text).choices[0].prompt_logprobs[1:], top_k)
             rows += len(token_ids)
 
-    # Its event loop stands still for seconds with many logprobs, and connections that are kept are then reset.
+    # Its event loop blocks for seconds with many logprobs, and kept connections are then reset.
     connector = aiohttp.TCPConnector(limit=concurrency, force_close=True)
     timeout = aiohttp.ClientTimeout(total=HTTP_TIMEOUT_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
@@ -112,7 +113,7 @@ async def _score_http(url: str, sequences: Sequences, top_k: int, concurrency: i
 
 
 def _http_rows(positions: list[Any], top_k: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Ids and logprobs [T, K] of the likeliest tokens."""
+    """Ids and logprobs [T, K] of the top-k tokens."""
     token_ids = np.empty((len(positions), top_k), dtype=np.int32)
     logprobs = np.empty((len(positions), top_k), dtype=np.float32)
     for row, position in enumerate(positions):
@@ -125,7 +126,7 @@ def _http_rows(positions: list[Any], top_k: int) -> tuple[np.ndarray[Any, Any], 
 
 
 def require_rows(rows: int, sequences: Sequences, starts: list[int]) -> None:
-    """Raises `RuntimeError` unless every position from its sequence's start on was answered."""
+    """Raises `RuntimeError` unless every position from its sequence's start on was scored."""
     expected = sum(len(sequence) - start for sequence, start in zip(sequences, starts, strict=True))
     if rows != expected:
         raise RuntimeError(f"{rows} rows came for {expected}")

@@ -1,6 +1,7 @@
-"""Scoring alone, on the small model: k = 20, 64 and 128 over gRPC, against the engine without logprobs and vLLM's HTTP server.
+"""Scoring alone, on the small model: k = 20, 64 and 128 over gRPC, against the engine without logprobs and vLLM's
+HTTP server.
 
-The part of `benchmarks.teacher` that needs no peers besides vLLM itself; its other options hold here too.
+The part of `benchmarks.teacher` without peers besides vLLM itself; takes the same options.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Starts what is measured, each with the settings that the teacher gives its engine, and says with which command."""
+"""Starts all sides of the benchmark, each with the engine settings of the teacher, and records the commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_BATCH_TOKENS = 8192
 CPU_LOGITS_ELEMENTS = 1 << 28
 KV_CACHE_GIB = 1
 GPU_SHARE = 0.15
-"""Of a GPU's memory for each of the engines that are up together."""
+"""Share of a GPU's memory for each concurrent engine."""
 START_TIMEOUT_S = 300.0
 LOG_BYTES = 4000
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
@@ -35,21 +35,21 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OF
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What all engines have in common."""
+    """Settings shared by all engines."""
 
     dtype: str
     on_cpu: bool
     threads: int
-    """Of an engine on a CPU; 0 leaves it to vLLM, which keeps one core free."""
+    """Threads of an engine on a CPU; 0 leaves it to vLLM, which keeps one core free."""
 
     @property
     def engine_threads(self) -> int:
-        """Threads that an engine computes with."""
+        """Computing threads of an engine."""
         return self.threads or max(1, num_cores() - 1)
 
     @property
     def helpers(self) -> int:
-        """Threads beside these that select the teacher's rows: see `vllm_helpers`."""
+        """Helper threads that select the teacher's rows: see `cpu_threads`."""
         return int(self.on_cpu and not self.threads and self.engine_threads == 1 and num_cores() > 1)
 
 
@@ -65,7 +65,7 @@ class Servers:
         self._ready: dict[str, Callable[[], Any]] = {}
         self._teacher_program: Program | None = None
         self.commands: dict[str, str] = {}
-        """How each was started, for people who want to repeat it."""
+        """Command of each program, for reproduction."""
 
     def start(self, names: Sequence[str]) -> dict[str, Any]:
         """Starts these together and waits for all.
@@ -80,7 +80,7 @@ class Servers:
         return {name: self._ready.pop(name)() for name in names}
 
     def stop(self, names: Sequence[str]) -> None:
-        """Ends these, where they run."""
+        """Ends the running ones of these."""
         for name in names:
             if name in self._stacks:
                 self._stacks.pop(name).close()
@@ -91,7 +91,7 @@ class Servers:
 
     @property
     def _batch_tokens(self) -> int:
-        """What peers compute at once: on a CPU, so much that float32 logits of all of it take 1 GiB."""
+        """Batch tokens of peers: on a CPU, as many as have 1 GiB of float32 logits."""
         if not self._settings.on_cpu:
             return MAX_BATCH_TOKENS
         return min(MAX_BATCH_TOKENS, CPU_LOGITS_ELEMENTS // self._shape.vocab_size)
@@ -115,7 +115,7 @@ class Servers:
         return wait
 
     def teacher_log(self) -> str:
-        """The end of what the teacher said."""
+        """End of the teacher's log."""
         return self._teacher_program.log(LOG_BYTES) if self._teacher_program else ""
 
     def _engine_options(self) -> dict[str, Any]:
@@ -221,7 +221,7 @@ class Servers:
     def _vllm_program(
         self, running: ExitStack, name: str, arguments: list[str], python: Path, *, plugins: str
     ) -> Program:
-        # Our own plug-in stays out of peers; the peer's event stream costs it time that nobody asked for.
+        # Our plug-in is disabled in peers; unrequested events of a peer's stream would cost it time.
         extra = {"VLLM_PLUGINS": plugins, "SMG_VLLM_SERVICER_KV_EVENTS": "0", **self._thread_environment()}
         shown = shlex.join([part if part != str(self.model) else self.model.name for part in arguments])
         self.commands[name] = f"python -m {shown}"
@@ -233,7 +233,7 @@ class Servers:
             environment={**QUIET, **extra},
             python=python,
         )
-        running.callback(program.kill)  # nothing of it needs an end in good order
+        running.callback(program.kill)  # it needs no orderly end
         return program
 
     def _thread_environment(self) -> dict[str, str]:

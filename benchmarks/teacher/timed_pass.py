@@ -1,4 +1,4 @@
-"""What one timed pass yields, and the token ids that passes are made of: a seed fixes them, so that two processes read the same."""
+"""Result of one timed pass, and its token ids, which a seed fixes so that two processes read the same."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 
 Sequences = Sequence[np.ndarray[Any, np.dtype[np.int32]]]
 NUM_SPECIAL = 4
-"""Ids below it end or frame a text, and no sequence has them."""
+"""Ids below it are special tokens, which no sequence contains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """One pass over some sequences, from the first request to the last array in hand."""
+    """One pass over some sequences, from the first request to the last array."""
 
     tokens: int
-    """Of the sequences for scoring, written ones for generation."""
+    """Tokens of the sequences for scoring, generated ones for generation."""
     seconds: float
     num_bytes: int = 0
-    """Of the answers on the wire, without the framing of HTTP; 0 where nothing is sent or nothing was counted."""
+    """Bytes of the responses on the wire, without HTTP's framing; 0 where nothing is sent or counted."""
 
     @property
     def tokens_per_s(self) -> float:
-        """The rate."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes of the answers for each token."""
+        """Response bytes per token."""
         return self.num_bytes / self.tokens
 
     def __add__(self, other: Pass) -> Pass:
-        """Two passes as one."""
+        """Sum of two passes."""
         return Pass(
             tokens=self.tokens + other.tokens,
             seconds=self.seconds + other.seconds,
@@ -44,7 +44,7 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The sequences of one pass. Groups of `group_size` begin with the same tokens, `shared` of them on average."""
+    """Sequences of one pass. Groups of `group_size` share a prefix, of `shared` tokens on average."""
 
     count: int
     length: int
@@ -53,17 +53,17 @@ class Work:
     group_size: int = 1
     shared: int = 0
     spread: int = 1
-    """Different numbers of shared tokens that groups have: a prefix cache keeps whole blocks, and no length is the rule."""
+    """Number of different prefix lengths: a prefix cache keeps full blocks, and lengths are irregular."""
 
     def shared_lengths(self) -> list[int]:
-        """Of each sequence: how many tokens it shares with its group."""
+        """Shared tokens of each sequence."""
         generator = np.random.default_rng([self.seed, self.spread])
         first = self.shared - self.spread // 2
         groups = generator.integers(first, first + self.spread, -(-self.count // self.group_size))
         return [int(each) for each in np.repeat(groups, self.group_size)[: self.count]]
 
     def sequences(self) -> list[np.ndarray[Any, np.dtype[np.int32]]]:
-        """int32 [length] each; a seed that was not used before gives prefixes that no cache has seen."""
+        """int32 [length] each; a fresh seed gives prefixes that no cache contains."""
         generator = np.random.default_rng(self.seed)
 
         def draw(size: int) -> np.ndarray[Any, np.dtype[np.int32]]:

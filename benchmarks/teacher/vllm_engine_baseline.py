@@ -1,6 +1,6 @@
-"""The teacher's own engine without logprobs, in a process that answers one line of JSON with the seconds of one pass.
+"""The teacher's own engine without logprobs, in a process that responds with the seconds of one pass per JSON line.
 
-Run as `python -m benchmarks.teacher.vllm_engine_baseline MODEL OPTIONS` with the teacher's options that concern the engine, as JSON.
+Run as `python -m benchmarks.teacher.peers.vllm_engine MODEL OPTIONS` with the teacher's engine options as JSON.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def _time(llm: Any, concurrency: int, work: Work, number: int) -> float:
 
 
 def main() -> None:
-    """Keeps stdout for answers: vLLM's processes write to stderr."""
+    """Keeps stdout for responses: vLLM's processes write to stderr."""
     answers = keep_stdout()
     model, options = sys.argv[1:]
     config = TeacherConfig(model=model, engine="vllm", **json.loads(options))
@@ -80,7 +80,7 @@ def main() -> None:
     asyncio.run(serve(config, answers))
     answers.close()
     sys.stderr.flush()
-    os._exit(0)  # vLLM's destructors complain about modules that are gone
+    os._exit(0)  # vLLM's destructors complain about unloaded modules
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""vLLM's own offline inference, `LLM.generate`, in a process that answers one line of JSON with the seconds of one pass.
+"""vLLM's own offline inference, `LLM.generate`, in a process that responds with the seconds of one pass per JSON
+line.
 
-Run as `python -m benchmarks.teacher.vllm_offline_baseline MODEL ARGUMENTS` with the arguments of `vllm.LLM` as JSON.
+Run as `python -m benchmarks.teacher.peers.vllm_offline MODEL ARGUMENTS` with the arguments of `vllm.LLM` as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard
 
 
 def main() -> None:
-    """Keeps stdout for answers: vLLM's processes write to stderr."""
+    """Keeps stdout for responses: vLLM's processes write to stderr."""
     answers = keep_stdout()
     model, arguments = sys.argv[1:]
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
@@ -39,7 +40,7 @@ def main() -> None:
     guard.release()
     answers.close()
     sys.stderr.flush()
-    os._exit(0)  # vLLM's destructors complain about modules that are gone
+    os._exit(0)  # vLLM's destructors complain about unloaded modules
 
 
 if __name__ == "__main__":
