@@ -1,0 +1,1 @@
+"""Every training objective on languages of known truth."""

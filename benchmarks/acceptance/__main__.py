@@ -25,7 +25,7 @@ import click
 import torch
 
 from benchmarks.acceptance import arms
-from benchmarks.acceptance.arms import ARMS, Arm, Found, Group
+from benchmarks.acceptance.arms import ARMS, Arm, ArmMetrics, Group
 from benchmarks.acceptance.curves import CURVES, curve_here, differences
 from benchmarks.acceptance.languages import (
     BATCH,
@@ -57,7 +57,7 @@ LANGUAGES: dict[str, tuple[Callable[[], Language], int]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Bench:
+class Experiment:
     """The running services, and their directories."""
 
     client: Trainer
@@ -210,7 +210,7 @@ def _on_policy() -> dict[str, Any]:
     return {"student": {"generation": generation, "max_staleness": 0, "min_teacher_logprob": -8}}
 
 
-def report(found: Found) -> Iterator[str]:
+def report(found: ArmMetrics) -> Iterator[str]:
     """Renders the report as Markdown."""
     for group in ("dense", "sparse"):
         yield f"| {group} | held-out KL(truth, student) | gain over cross-entropy | share of the full gain |"
@@ -235,11 +235,15 @@ def report(found: Found) -> Iterator[str]:
 
 @click.command()
 @click.option("--seeds", default=5, show_default=True)
-@click.option("--on-policy-seeds", default=5, show_default=True, help="Of these, for the part on-policy.")
-@click.option("--curve-seeds", default=1, show_default=True, help="Of these, for the curves.")
+@click.option(
+    "--on-policy-seeds", default=5, show_default=True, help="Seeds of the on-policy part, at most --seeds."
+)
+@click.option("--curve-seeds", default=1, show_default=True, help="Seeds of the curves, at most --seeds.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="hf", show_default=True)
-@click.option("--slots", default=1, show_default=True, help="Runs that train at once.")
-@click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="Name it again to go on.")
+@click.option("--slots", default=1, show_default=True, help="Concurrent runs.")
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), required=True, help="Work folder; name it again to resume."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
 def main(
     *,
@@ -269,7 +273,7 @@ def main(
             values["sparse"] = bench.complete("sparse", seeds)
     except (ProgramError, StillhouseError) as error:
         raise click.ClickException(str(error)) from error
-    found = Found(values=values, curves={way: [each[way] for each in curves] for way in CURVES})
+    found = ArmMetrics(values=values, curves={way: [each[way] for each in curves] for way in CURVES})
     click.echo("\n".join(report(found)))
     claims = arms.claims(found)
     if json_file is not None:
@@ -279,7 +283,9 @@ def main(
     sys.exit(0 if all(claim.holds for claim in claims) else 1)
 
 
-def _bench(stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: str, slots: int) -> Bench:
+def _bench(
+    stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: str, slots: int
+) -> Experiment:
     logs = work_dir / "logs"
     targets = {}
     for name, directory in teachers.items():
@@ -310,7 +316,7 @@ def _bench(stack: ExitStack, teachers: dict[str, Path], work_dir: Path, engine: 
         if run.state not in ENDED:
             # Runs left by an interrupted experiment would query teachers that are gone, and come first.
             RunHandle(client, run.name).stop()
-    return Bench(client=client, targets=targets, teachers=teachers, work_dir=work_dir, data_dir=data_dir)
+    return Experiment(client=client, targets=targets, teachers=teachers, work_dir=work_dir, data_dir=data_dir)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ MAX_CURVE_DIFFERENCE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class ArmMetrics:
     """Metrics by group, arm and seed."""
 
     values: Mapping[Group, Mapping[str, Sequence[float]]]
@@ -105,13 +105,13 @@ class Claim:
         return f"{'pass' if self.holds else 'FAIL'}: {self.name}: {found}, must be {bound}"
 
 
-def gain(found: Found, group: Group, arm: Arm, over: Arm = CROSS_ENTROPY) -> Interval:
+def gain(found: ArmMetrics, group: Group, arm: Arm, over: Arm = CROSS_ENTROPY) -> Interval:
     """Improvement of an arm, in nats, paired over seeds."""
     values = found.values[group]
     return paired_interval(values[over.name], values[arm.name])
 
 
-def drop(found: Found, arm: Arm) -> Interval:
+def drop(found: ArmMetrics, arm: Arm) -> Interval:
     """Removed share of the reverse KL."""
     ratios = found.values["on-policy"][arm.name]
     return paired_interval([1.0] * len(ratios), ratios)
@@ -121,12 +121,12 @@ ORDER = (FULL, SAMPLED, TAIL, CROSS_ENTROPY, RENORMALISED)
 """Expected order on the sparse language, best first."""
 
 
-def claims(found: Found) -> list[Claim]:
+def claims(found: ArmMetrics) -> list[Claim]:
     """Claims, each on its complete 95 % interval."""
     return list(_claims(found))
 
 
-def _claims(found: Found) -> Iterator[Claim]:
+def _claims(found: ArmMetrics) -> Iterator[Claim]:
     for arm in (FULL, TAIL, SAMPLED):
         yield _claim(f"dense, nats gained by {arm.name}", gain(found, "dense", arm), above=0.05)
     yield _claim(f"dense, nats gained by {SHUFFLED.name}", gain(found, "dense", SHUFFLED), below=0)

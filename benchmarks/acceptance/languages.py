@@ -54,7 +54,7 @@ class Language:
             rows[:, at] = torch.multinomial(probs, 1, generator=generator).squeeze(-1)
         return rows
 
-    def of(self, rows: Tensor) -> Tensor:
+    def distributions(self, rows: Tensor) -> Tensor:
         """[N, T - 2, V]: distributions at each position from the third on."""
         return self.logprobs[rows[:, :-2], rows[:, 1:-1]]
 
@@ -133,7 +133,7 @@ def load(directory: Path) -> Any:
 @torch.no_grad()
 def kl_from_truth(language: Language, model: Any, rows: Tensor) -> float:
     """Mean over positions of KL(truth || model), in nats."""
-    truth, student = language.of(rows), _logprobs(model, rows)[:, 1:, :VOCABULARY]
+    truth, student = language.distributions(rows), _logprobs(model, rows)[:, 1:, :VOCABULARY]
     return float((truth.exp() * (truth - student)).sum(-1).mean())
 
 

@@ -1,0 +1,1 @@
+"""Size and fidelity of cached targets."""

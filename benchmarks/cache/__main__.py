@@ -31,7 +31,7 @@ TOP_KS = (50, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Said:
+class TeacherText:
     """Teacher distributions of one text, untruncated."""
 
     token_ids: NDArray[np.int32]
@@ -41,7 +41,7 @@ class Said:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
+class TableRow:
     """One row of the table."""
 
     scheme: str
@@ -107,7 +107,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         documents = _documents(text, template)
         teacher = model or _trained(documents, Path(folder) / "teacher", minutes)
-        said = list(_said(teacher, documents, tokens))
+        said = list(_teacher_texts(teacher, documents, tokens))
         lines = [
             _ours(said, Path(folder) / f"{codec}-{top_k}", codec, top_k)
             for codec in CODECS
@@ -143,7 +143,7 @@ def _trained(documents: Sequence[str], directory: Path, minutes: float) -> Path:
     return directory
 
 
-def _said(teacher: Path, documents: Sequence[str], positions: int) -> Iterator[Said]:
+def _teacher_texts(teacher: Path, documents: Sequence[str], positions: int) -> Iterator[TeacherText]:
     """Teacher distributions of held-out text, where the teacher names it, else of the last documents."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -161,19 +161,19 @@ def _said(teacher: Path, documents: Sequence[str], positions: int) -> Iterator[S
             continue
         with torch.no_grad():
             logits = model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0, :-1]
-        yield Said(token_ids=token_ids, logprobs=logits.float().log_softmax(-1).numpy())
+        yield TeacherText(token_ids=token_ids, logprobs=logits.float().log_softmax(-1).numpy())
         left -= len(token_ids) - 1
         if left <= 0:
             return
 
 
-def top(said: Said, top_k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+def top(said: TeacherText, top_k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """Top-k ids and logprobs, [T, K] each, in falling order."""
     ids = np.argsort(-said.logprobs, axis=1, kind="stable")[:, :top_k].astype(np.int32)
     return ids, np.take_along_axis(said.logprobs, ids, 1)
 
 
-def _ours(said: Sequence[Said], folder: Path, codec: Codec, top_k: int) -> Line:
+def _ours(said: Sequence[TeacherText], folder: Path, codec: Codec, top_k: int) -> TableRow:
     vocab_size = said[0].logprobs.shape[1]
     meta = CacheMeta(
         model="measured",
@@ -194,7 +194,7 @@ def _ours(said: Sequence[Said], folder: Path, codec: Codec, top_k: int) -> Line:
         spent_s += time.perf_counter() - began
         assert found is not None
         sums.add(each.logprobs, found.token_ids, found.logprobs, found.log_tail)
-    return Line(
+    return TableRow(
         scheme=f"Stillhouse {codec}",
         top_k=top_k,
         bytes_per_token=sum(shard.num_bytes for shard in reader.shards) / sums.positions,
@@ -204,7 +204,7 @@ def _ours(said: Sequence[Said], folder: Path, codec: Codec, top_k: int) -> Line:
     )
 
 
-def _answer(said: Said, top_k: int) -> Distributions:
+def _answer(said: TeacherText, top_k: int) -> Distributions:
     """Distributions as received over the float16 wire."""
     ids, kept = top(said, top_k)
     tail = np.exp(said.logprobs.astype(np.float64)).sum(1) - np.exp(kept.astype(np.float64)).sum(1)
@@ -218,14 +218,14 @@ def _answer(said: Said, top_k: int) -> Distributions:
     )
 
 
-def _theirs(said: Sequence[Said], name: str, scheme: Scheme) -> Line:
+def _theirs(said: Sequence[TeacherText], name: str, scheme: Scheme) -> TableRow:
     sums = Sums()
     vocab_size = said[0].logprobs.shape[1]
     for each in said:
         ids, kept = top(each, scheme.top_k)
         restored = scheme.restored(kept)
         sums.add(each.logprobs, ids, restored, scheme.log_tail(restored, vocab_size))
-    return Line(
+    return TableRow(
         scheme=name,
         top_k=scheme.top_k,
         bytes_per_token=scheme.bytes_per_token(vocab_size),

@@ -1,0 +1,1 @@
+"""Distillation against cross-entropy, sparse targets, and cross-tokenizer distillation."""

@@ -226,14 +226,12 @@ def claims(runs: dict[str, list[Measured]]) -> dict[str, bool]:
     "--student",
     type=click.Path(path_type=Path, exists=True),
     required=True,
-    help="Its configuration is used; each seed draws its weights.",
+    help="Model whose configuration is used; weights are random per seed.",
 )
 @click.option(
     "--data", type=click.Path(path_type=Path, exists=True), required=True, help="Text to train students on."
 )
-@click.option(
-    "--template", default="{text}", show_default=True, help="How a JSONL row of --data becomes text."
-)
+@click.option("--template", default="{text}", show_default=True, help="Template of a JSONL row of --data.")
 @click.option(
     "--held-out",
     type=click.Path(path_type=Path),
@@ -249,10 +247,13 @@ def claims(runs: dict[str, list[Measured]]) -> dict[str, bool]:
 @click.option("--seeds", "num_seeds", default=5, show_default=True)
 @click.option("--control-seeds", "num_control_seeds", default=3, show_default=True, help="At most --seeds.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default=default_engine)
-@click.option("--slots", default=1, show_default=True, help="Runs that train at once on a CPU.")
-@click.option("--teacher-option", "teacher_options", multiple=True, help="Handed to stillhouse-teacher.")
+@click.option("--slots", default=1, show_default=True, help="Concurrent runs on a CPU.")
+@click.option("--teacher-option", "teacher_options", multiple=True, help="Option of stillhouse-teacher.")
 @click.option(
-    "--work-dir", type=click.Path(path_type=Path), required=True, help="Results; name it again to go on."
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Folder of results; name it again to resume.",
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
 def main(

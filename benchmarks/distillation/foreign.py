@@ -103,7 +103,9 @@ def report(values: Mapping[str, Sequence[float]]) -> Iterator[str]:
 @click.command()
 @click.option("--seeds", default=6, show_default=True)
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), default="hf", show_default=True)
-@click.option("--work-dir", type=click.Path(path_type=Path), required=True, help="The teacher is kept here.")
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), required=True, help="Work folder, which keeps the teacher."
+)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="File for everything as JSON.")
 def main(*, seeds: int, engine: str, work_dir: Path, json_file: Path | None) -> None:
     """Train a teacher and students, and report; exit code 1 unless chunks with cross-entropy improve significantly."""

@@ -85,7 +85,7 @@ def shuffle(parts: list[ScoreResult], generator: np.random.Generator) -> list[Sc
 
 @click.command()
 @click.option("--target", required=True, help="The teacher.")
-@click.option("--top-k", type=int, required=True, help="Shuffle streams that ask for this top_k.")
+@click.option("--top-k", type=int, required=True, help="Shuffle streams with this top_k.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--listen", default="127.0.0.1:0", show_default=True)
 @click.option("--address-file", type=click.Path(path_type=Path), help="File to write the bound address to.")

@@ -78,14 +78,16 @@ def _form(text: str) -> Form:
 
 @click.command()
 @click.option(
-    "--text", required=True, type=click.Path(path_type=Path, exists=True), help="UTF-8 text to learn."
+    "--text", required=True, type=click.Path(path_type=Path, exists=True), help="UTF-8 training text."
 )
-@click.option("--work-dir", required=True, type=click.Path(path_type=Path), help="Name it again to go on.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write what was found here.")
+@click.option(
+    "--work-dir", required=True, type=click.Path(path_type=Path), help="Work folder; name it again to resume."
+)
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="JSON file of results.")
 @click.option("--form", "forms", multiple=True, help="kind:k:n; default: five of at most 272 bytes.")
 @click.option("--vocabulary", default=4096, show_default=True)
 @click.option("--teacher-steps", default=600, show_default=True)
-@click.option("--steps", default=300, show_default=True, help="Of each student.")
+@click.option("--steps", default=300, show_default=True, help="Steps of each student.")
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--student-batch", default=4, show_default=True, help="Rows of 128 tokens in a step.")
 @click.option("--teacher-width", default=256, show_default=True)

@@ -1,0 +1,1 @@
+"""Step time with a teacher beside the student."""

@@ -36,7 +36,7 @@ RESAMPLES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class StepTimes:
     """Measured times and rates."""
 
     times: Mapping[str, Sequence[float]]
@@ -118,7 +118,7 @@ def _measured(
     pairs: int,
     steps: int,
     console: Console,
-) -> Found:
+) -> StepTimes:
     from benchmarks.overlap.student import LENGTH, ROWS, Student, make_models, write_rows
 
     data = write_rows(directory / "rows.jsonl", ROWS, LENGTH)
@@ -156,7 +156,7 @@ def _measured(
                     times[kind].append(seconds)
                 if not pair % 2:
                     times["online"].append(student.block("online", LEAD_IN, steps))
-            return Found(
+            return StepTimes(
                 times=times,
                 teacher_rate=teacher_rate,
                 student_rate=student_rate,

@@ -1,0 +1,1 @@
+"""Soaks of a shared teacher and of the run service."""

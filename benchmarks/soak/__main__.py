@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.teacher.models import Shape, make_teacher
-from benchmarks.teacher.timed_pass import Work
+from benchmarks.teacher.timed_pass import PassInput
 from examples.demo.__main__ import default_engine, signals_as_exceptions
 from stillhouse.client.api import RunHandle, StillhouseError, Teacher, Trainer
 from stillhouse.client.batch.input_rows import Sampling
@@ -111,7 +111,7 @@ class BatchJob:
 
     def _answer(self, number: int) -> None:
         source = self._directory / f"prompts-{number}.jsonl"
-        work = Work(count=BATCH_ROWS, length=PROMPT_TOKENS, vocab_size=TEACHER.vocab_size, seed=number)
+        work = PassInput(count=BATCH_ROWS, length=PROMPT_TOKENS, vocab_size=TEACHER.vocab_size, seed=number)
         rows = ({"id": index, "token_ids": ids.tolist()} for index, ids in enumerate(work.sequences()))
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -196,10 +196,10 @@ def settled(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def soak(
-    engine: str, minutes: float, interval_s: float, directory: Path, say: Callable[[str], None]
+    engine: str, minutes: float, interval_s: float, directory: Path, log: Callable[[str], None]
 ) -> tuple[list[Sample], list[str]]:
     """Runs the soak; returns samples and failures."""
-    say("making a teacher and two students")
+    log("making a teacher and two students")
     model = make_teacher(TEACHER, directory / "teacher")
     students = [
         make_student(
@@ -222,7 +222,7 @@ def soak(
             )
         )
         with Teacher(teacher.target) as client:
-            say(f"teacher: {client.info().engine}")
+            log(f"teacher: {client.info().engine}")
         trainer = running.enter_context(Trainer(service.target))
         runs = {
             name: trainer.create_run(
@@ -233,14 +233,14 @@ def soak(
         _wait_until_learning(runs)
         batch = BatchJob(teacher.target, directory)
         running.callback(batch.stop)
-        say("two trainers learn and a batch job writes")
+        log("two trainers train and a batch job generates")
         samples: list[Sample] = []
         begin = time.monotonic()
         while (passed := time.monotonic() - begin) < 60 * minutes or len(samples) < 2:
             tokens = {name: trained_tokens(run) for name, run in runs.items()} | {BATCH: batch.tokens}
             samples.append(Sample(seconds=passed, tokens=tokens, resident_bytes=resident_bytes(teacher.pid)))
             if len(samples) > 1:
-                say(_line(samples[-2], samples[-1]))
+                log(_line(samples[-2], samples[-1]))
             failures = _failures(runs, batch)
             if failures:
                 return samples, failures
@@ -299,11 +299,11 @@ def report(samples: Sequence[Sample], failures: Sequence[str]) -> Table:
         f"at most {max(sizes):,.0f}; {slope(late) / 2**20:+.2f} MiB a minute",
     )
     shown.add_row("failures", "; ".join(failures) or "none")
-    shown.add_row("verdict", "; ".join(objections(samples, failures)) or "fair, flat and whole")
+    shown.add_row("verdict", "; ".join(failed_criteria(samples, failures)) or "fair and flat")
     return shown
 
 
-def objections(samples: Sequence[Sample], failures: Sequence[str]) -> list[str]:
+def failed_criteria(samples: Sequence[Sample], failures: Sequence[str]) -> list[str]:
     """Failed criteria: parity of the trainers, share of the batch job, memory growth."""
     late = settled(samples)
     part = shares(late[0], late[-1])
@@ -324,13 +324,13 @@ def objections(samples: Sequence[Sample], failures: Sequence[str]) -> list[str]:
 
 @click.command()
 @click.option("--minutes", type=float, default=10.0, show_default=True)
-@click.option("--interval-s", type=float, default=15.0, show_default=True, help="Time between two looks.")
+@click.option("--interval-s", type=float, default=15.0, show_default=True, help="Interval between samples.")
 @click.option("--engine", type=click.Choice(["vllm", "hf"]), help="[default: vllm if installed, else hf]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write every sample to this file.")
 def main(*, minutes: float, interval_s: float, engine: str | None, json_file: Path | None) -> None:
     """Share a teacher between two trainers and a batch job; print their shares and the teacher's memory."""
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         click.echo(line, err=True)
 
     try:
@@ -338,7 +338,7 @@ def main(*, minutes: float, interval_s: float, engine: str | None, json_file: Pa
             signals_as_exceptions(),
             tempfile.TemporaryDirectory(prefix="stillhouse-soak-", ignore_cleanup_errors=True) as directory,
         ):
-            samples, failures = soak(engine or default_engine(), minutes, interval_s, Path(directory), say)
+            samples, failures = soak(engine or default_engine(), minutes, interval_s, Path(directory), log)
     except (ProgramError, StillhouseError) as error:
         raise click.ClickException(str(error)) from error
     Console(width=120).print(report(samples, failures))
@@ -348,7 +348,7 @@ def main(*, minutes: float, interval_s: float, engine: str | None, json_file: Pa
             for each in samples
         ]
         json_file.write_text(json.dumps({"samples": content, "failures": failures}, indent=2) + "\n")
-    sys.exit(1 if objections(samples, failures) else 0)
+    sys.exit(1 if failed_criteria(samples, failures) else 0)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ ENDED = frozenset({Run.STATE_STOPPED, Run.STATE_COMPLETED, Run.STATE_FAILED})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class RunPlan:
     """One run to submit."""
 
     fate: Fate
@@ -59,7 +59,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class SoakResult:
     """Result of a soak."""
 
     states: Mapping[str, int]
@@ -74,12 +74,10 @@ class Outcome:
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--runs", default=200, type=click.IntRange(1), help="Runs in all.")
-@click.option(
-    "--kills", default=10, type=click.IntRange(0), help="Times that the service is killed meanwhile."
-)
-@click.option("--slots", default=4, type=click.IntRange(1), help="Runs at once.")
-@click.option("--seed", default=1, help="Of the moments of kills and of the runs' fates.")
+@click.option("--runs", default=200, type=click.IntRange(1), help="Number of runs.")
+@click.option("--kills", default=10, type=click.IntRange(0), help="Number of kills of the service.")
+@click.option("--slots", default=4, type=click.IntRange(1), help="Concurrent runs.")
+@click.option("--seed", default=1, help="Seed of the times of kills and of the runs' fates.")
 @click.option("--database", help="URL of a PostgreSQL database to use instead of a file.")
 def main(*, runs: int, kills: int, slots: int, seed: int, database: str | None) -> None:
     """Run many short runs through a service that is killed meanwhile, and check that nothing was lost."""
@@ -106,7 +104,7 @@ def main(*, runs: int, kills: int, slots: int, seed: int, database: str | None) 
 
 def soak(
     directory: Path, *, runs: int, kills: int, slots: int, seed: int, database: str | None = None
-) -> Outcome:
+) -> SoakResult:
     """Submits `runs` runs while the service is killed `kills` times, waits for all to end, and checks the records."""
     plans = _plans(directory, runs, seed)
     service = _Service(directory, slots, database)
@@ -141,7 +139,7 @@ def soak(
         faults.append("a repeated request made another run")
     if history.most_at_once > slots:
         faults.append(f"{history.most_at_once} runs at once on {slots} slots")
-    return Outcome(
+    return SoakResult(
         states=Counter(plan.fate for plan in plans),
         kills=killed,
         seconds=seconds,
@@ -209,7 +207,7 @@ class _Service:
                 psutil.Process(pid).kill()
 
 
-def _plans(directory: Path, runs: int, seed: int) -> list[Plan]:
+def _plans(directory: Path, runs: int, seed: int) -> list[RunPlan]:
     """Plans the runs: seven of ten complete, one fails, one is stopped while queued and one while training."""
     from tests.support.small_models import make_model, make_tokenizer
 
@@ -243,14 +241,14 @@ def _plans(directory: Path, runs: int, seed: int) -> list[Plan]:
             "checkpoint": {"every_steps": ENDLESS},
         }
         request_id = str(uuid.UUID(int=generator.getrandbits(128), version=4))
-        plans.append(Plan(fate=fate, request_id=request_id, spec=spec))
+        plans.append(RunPlan(fate=fate, request_id=request_id, spec=spec))
     return plans
 
 
 class _Submitter(threading.Thread):
     """Submits every run; those to be stopped in the queue are stopped at once."""
 
-    def __init__(self, trainer: Trainer, plans: Sequence[Plan]) -> None:
+    def __init__(self, trainer: Trainer, plans: Sequence[RunPlan]) -> None:
         super().__init__(daemon=True)
         self.trainer = trainer
         self.ids: dict[str, str] = {}
@@ -284,7 +282,7 @@ class _Submitter(threading.Thread):
             self.error = error
 
 
-def _ask(trainer: Trainer, plan: Plan) -> RunHandle:
+def _ask(trainer: Trainer, plan: RunPlan) -> RunHandle:
     """Submits a plan's run, retrying as long as needed; idempotent."""
     return _patiently(lambda: trainer.create_run(dict(plan.spec), request_id=plan.request_id))
 

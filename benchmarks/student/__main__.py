@@ -33,7 +33,7 @@ TIMEOUT_S = 900.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pass:
+class MethodPass:
     """A method at a chunk size, in positions; 0 without chunks."""
 
     method: str
@@ -44,7 +44,7 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
+class PassResult:
     """Time and memory of a pass."""
 
     seconds: float
@@ -54,8 +54,8 @@ class Found:
     loss: float
 
 
-FULL = Pass(method="full")
-TRL = Pass(method="trl_async", chunk=256)
+FULL = MethodPass(method="full")
+TRL = MethodPass(method="trl_async", chunk=256)
 """A constant of TRL's."""
 REQUIRED = {
     "memory_full_over_ours": 10.0,
@@ -72,7 +72,9 @@ REQUIRED = {
 )
 @click.option("--rounds", default=2, show_default=True, help="Fresh processes for each pass.")
 @click.option("--steps", default=3, show_default=True, help="Steps of each process.")
-@click.option("--small-chunk", default=64, show_default=True, help="Positions at a time in the first row.")
+@click.option(
+    "--small-chunk", default=64, show_default=True, help="Chunk size of the first row, in positions."
+)
 @click.option(
     "--chunk",
     "chunks",
@@ -80,7 +82,7 @@ REQUIRED = {
     type=int,
     default=(64, 128, 256, 384),
     show_default=True,
-    help="Positions at a time that are tried for the second row.",
+    help="Chunk sizes tried for the second row, in positions.",
 )
 @click.option("--only", multiple=True, help="Methods to measure; all if not given.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda for the first GPU.")
@@ -93,7 +95,9 @@ REQUIRED = {
 @click.option(
     "--heads", default=DEFAULT.heads, show_default=True, help="An even number that divides the width."
 )
-@click.option("--sequences", default=DEFAULT.sequences, show_default=True, help="Of 512 tokens each.")
+@click.option(
+    "--sequences", default=DEFAULT.sequences, show_default=True, help="Sequences of 512 tokens each."
+)
 def main(  # noqa: PLR0917 (click passes them by name)
     json_file: Path | None,
     rounds: int,
@@ -122,20 +126,20 @@ def main(  # noqa: PLR0917 (click passes them by name)
     )
     if device == "cpu":
         console.print(_of_matmuls())
-    small, *tried = (Pass(method="ours", chunk=chunk) for chunk in (small_chunk, *chunks))
-    peers = [TRL, Pass(method="trl_gkd"), Pass(method="liger_jsd", chunk=256)]
+    small, *tried = (MethodPass(method="ours", chunk=chunk) for chunk in (small_chunk, *chunks))
+    peers = [TRL, MethodPass(method="trl_gkd"), MethodPass(method="liger_jsd", chunk=256)]
     passes = [
         FULL,
         small,
         *tried,
-        *(Pass(method="products", chunk=each.chunk) for each in tried[-2:]),
+        *(MethodPass(method="products", chunk=each.chunk) for each in tried[-2:]),
         *peers,
     ]
     passes = [each for each in dict.fromkeys(passes) if not only or each.method in only]
     if any(each.method in PEER_METHODS for each in passes):
         _install_peers(console)
-    found: dict[Pass, list[Found]] = defaultdict(list)
-    missing: dict[Pass, str] = {}
+    found: dict[MethodPass, list[PassResult]] = defaultdict(list)
+    missing: dict[MethodPass, str] = {}
     for number in range(rounds):
         for each in passes:
             if each in missing:
@@ -186,9 +190,9 @@ def _of_matmuls() -> str:
 
 
 def _content(
-    found: Mapping[Pass, Sequence[Found]],
-    missing: Mapping[Pass, str],
-    small: Pass,
+    found: Mapping[MethodPass, Sequence[PassResult]],
+    missing: Mapping[MethodPass, str],
+    small: MethodPass,
     sizes: Sizes,
 ) -> dict[str, Any]:
     """Results so far, for the file."""
@@ -230,7 +234,7 @@ def _install_peers(console: Console) -> None:
     stamp.write_text(" ".join(PEERS))
 
 
-def measure(each: Pass, steps: int, sizes: Sizes) -> Found:
+def measure(each: MethodPass, steps: int, sizes: Sizes) -> PassResult:
     """Runs one pass in a fresh process. Raises RuntimeError with the reason if it fails."""
     path = os.pathsep.join([str(PEERS_DIR.resolve()), *sys.path])
     arguments = [each.method, str(each.chunk), str(steps), json.dumps(asdict(sizes))]
@@ -249,26 +253,26 @@ def measure(each: Pass, steps: int, sizes: Sizes) -> Found:
     if done.returncode:
         raise RuntimeError((done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1])
     result = json.loads(done.stdout.splitlines()[-1])
-    return Found(seconds=min(result["seconds"]), memory_mib=result["memory_mib"], loss=result["loss"])
+    return PassResult(seconds=min(result["seconds"]), memory_mib=result["memory_mib"], loss=result["loss"])
 
 
-def _best(found: Sequence[Found]) -> Found:
+def _best(found: Sequence[PassResult]) -> PassResult:
     """Fastest step and largest memory over rounds."""
-    return Found(
+    return PassResult(
         seconds=min(each.seconds for each in found),
         memory_mib=max(each.memory_mib for each in found),
         loss=found[0].loss,
     )
 
 
-def _fastest(best: Mapping[Pass, Found]) -> Pass | None:
+def _fastest(best: Mapping[MethodPass, PassResult]) -> MethodPass | None:
     """Our fastest pass; None if none was measured."""
     return min(
         (each for each in best if each.method == "ours"), key=lambda each: best[each].seconds, default=None
     )
 
 
-def _ratios(best: Mapping[Pass, Found], small: Pass) -> dict[str, float]:
+def _ratios(best: Mapping[MethodPass, PassResult], small: MethodPass) -> dict[str, float]:
     """Ratios of the measured passes."""
     full, fast, trl = best.get(FULL), _fastest(best), best.get(TRL)
     ratios: dict[str, float] = {}
@@ -283,7 +287,7 @@ def _ratios(best: Mapping[Pass, Found], small: Pass) -> dict[str, float]:
     return ratios
 
 
-def _limits(best: Mapping[Pass, Found]) -> dict[str, float]:
+def _limits(best: Mapping[MethodPass, PassResult]) -> dict[str, float]:
     """Speed ratios of the bound: the student's body and the matmuls, in the fastest type and chunks."""
     bare = min((each.seconds for name, each in best.items() if name.method == "products"), default=None)
     if bare is None:
@@ -292,7 +296,9 @@ def _limits(best: Mapping[Pass, Found]) -> dict[str, float]:
     return {name: best[other].seconds / bare for name, other in others.items() if other in best}
 
 
-def _table(passes: list[Pass], best: Mapping[Pass, Found], missing: Mapping[Pass, str]) -> Table:
+def _table(
+    passes: list[MethodPass], best: Mapping[MethodPass, PassResult], missing: Mapping[MethodPass, str]
+) -> Table:
     table = Table("loss", "step s", "memory MiB", "value", "", title="A student's step, forward and backward")
     for each in passes:
         if each in best:

@@ -1,0 +1,1 @@
+"""Teacher throughput as ratios to other engines, servers and clients."""

@@ -23,23 +23,23 @@ from rich.console import Console
 
 from benchmarks.teacher.models import MAX_SEQUENCE_TOKENS, SHAPES
 from benchmarks.teacher.passes import num_cores
-from benchmarks.teacher.peer_env import TRL, VLLM_GRPC, Peers, prepare
-from benchmarks.teacher.ratios import RATIOS, Outcome, as_json, outcome, table
+from benchmarks.teacher.peers.environment import TRL, VLLM_GRPC, Peers, prepare
+from benchmarks.teacher.ratios import RATIOS, RatioResult, as_json, ratio_result, table
 from benchmarks.teacher.rounds import Measured, Options, is_missing, measure
-from benchmarks.teacher.servers import Settings
+from benchmarks.teacher.servers import EngineSettings
 from examples.demo.__main__ import signals_as_exceptions
 from tests.support.programs import ProgramError
 
 
 def outcomes_of(
     measured: Mapping[str, Measured], options: Options, peers: Peers
-) -> dict[str, Outcome | None]:
+) -> dict[str, RatioResult | None]:
     """Every requested ratio; None where a peer cannot run."""
-    found: dict[str, Outcome | None] = {}
-    for ratio in options.asked():
+    found: dict[str, RatioResult | None] = {}
+    for ratio in options.selected():
         model = measured.get(ratio.model)
         found[ratio.name] = (
-            outcome(ratio, model.result) if model is not None and not is_missing(ratio, peers) else None
+            ratio_result(ratio, model.result) if model is not None and not is_missing(ratio, peers) else None
         )
     return found
 
@@ -72,25 +72,29 @@ def _details(measured: Mapping[str, Measured], peers: Peers, options: Options) -
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the ratios and every pass here."
 )
-@click.option("--models", default="small,wide,qwen", show_default=True, help="Of small, wide and qwen.")
+@click.option("--models", default="small,wide,qwen", show_default=True, help="Some of small, wide and qwen.")
 @click.option("--only", default="", help="Names of ratios, with commas.  [default: all]")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="At most so many.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Largest number of rounds."
+)
 @click.option(
     "--minutes",
     type=float,
     default=20.0,
     show_default=True,
-    help="No round begins that would not end in time.",
+    help="Total time; a round that would exceed it is not started.",
 )
 @click.option(
-    "--scale", type=float, default=1.0, show_default=True, help="Times as many sequences in a pass."
+    "--scale", type=float, default=1.0, show_default=True, help="Factor on the sequences of a pass."
 )
 @click.option("--length", type=click.IntRange(16, MAX_SEQUENCE_TOKENS - 1), help="Tokens of a sequence.")
-@click.option("--threads", type=int, default=0, help="Of an engine on a CPU.  [default: vLLM's choice]")
+@click.option(
+    "--threads", type=int, default=0, help="Threads of an engine on a CPU.  [default: vLLM's choice]"
+)
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float32", "float16"]),
-    help="Of all models.  [default: bfloat16 where the device is faster in it, else float32]",
+    help="Type of all models.  [default: bfloat16 where the device is faster in it, else float32]",
 )
 def main(
     *,
@@ -116,13 +120,13 @@ def main(
         else frozenset(),
         rounds=rounds,
         minutes=minutes,
-        settings=Settings(
+        settings=EngineSettings(
             dtype=dtype or native_dtype(), on_cpu=not torch.cuda.is_available(), threads=threads
         ),
     )
     begin = time.monotonic()
 
-    def say(line: str) -> None:
+    def log(line: str) -> None:
         click.echo(f"[{time.monotonic() - begin:5.0f} s] {line}", err=True)
 
     measured: dict[str, Measured] = {}
@@ -136,7 +140,7 @@ def main(
     interrupted = False
     try:
         with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-bench-") as directory:
-            peers = prepare(say, options.requirements())
+            peers = prepare(log, options.requirements())
             for name in options.models:
                 shape = SHAPES[name]
                 shape = replace(
@@ -145,7 +149,7 @@ def main(
                     length=length or shape.length,
                 )
                 try:
-                    result = measure(shape, options, peers, Path(directory), say, keep=partial(keep, name))
+                    result = measure(shape, options, peers, Path(directory), log, keep=partial(keep, name))
                 except ProgramError as error:  # results of the other models are worth keeping
                     problems.append(f"{name}: {error}")
                     continue
@@ -159,7 +163,7 @@ def main(
     _write(measured, options, peers, json_file)
     if interrupted:
         raise click.ClickException(
-            "interrupted: the table has the rounds that were whole; everything that it started has ended"
+            "interrupted: the table has the complete rounds; all started processes have ended"
         )
     if problems:
         raise click.ClickException("\n".join(problems))
@@ -170,7 +174,7 @@ def _write(measured: Mapping[str, Measured], options: Options, peers: Peers, jso
     if json_file is not None:
         found = outcomes_of(measured, options, peers)
         content = as_json(found, _details(measured, peers, options))
-        for ratio in options.asked():
+        for ratio in options.selected():
             if found[ratio.name] is None and not is_missing(ratio, peers):
                 content[ratio.name] = None
         json_file.write_text(json.dumps(content, indent=2) + "\n")

@@ -48,5 +48,5 @@ def ours(teacher: Teacher, directory: Path, count: int, seed: int) -> Pass:
 
 def llm(process: Any, count: int, seed: int) -> Pass:
     """One call for all prompts, scheduled by vLLM."""
-    answer = process.ask(prompts=texts(count, seed), max_tokens=NEW_TOKENS)
+    answer = process.request(prompts=texts(count, seed), max_tokens=NEW_TOKENS)
     return Pass(tokens=answer["tokens"], seconds=answer["seconds"])

@@ -43,7 +43,7 @@ def generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: int, *, 
 async def _generate_http(url: str, prompts: Sequences, new_tokens: int, top_k: int, concurrency: int) -> Pass:
     import aiohttp
 
-    from benchmarks.teacher.http_responses import event
+    from benchmarks.teacher.peers.http_responses import event
 
     waiting = list(prompts)
     received = written = 0

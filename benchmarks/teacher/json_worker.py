@@ -20,7 +20,7 @@ LOG_BYTES = 4000
 
 
 class LineProcess:
-    """Started by the constructor; `wait_ready` returns its first line, `ask` its responses, `stop` ends it."""
+    """Started by the constructor; `wait_ready` returns its first line, `request` its responses, `stop` ends it."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class LineProcess:
         """Returns the first line. Raises `ProgramError` with the end of its log if it exits instead."""
         return self._answer()
 
-    def ask(self, **request: Any) -> Any:
+    def request(self, **request: Any) -> Any:
         """Sends a request; returns its response. Raises `ProgramError` if it fails or the process exits."""
         assert self._process.stdin is not None
         try:

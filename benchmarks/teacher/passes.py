@@ -14,8 +14,8 @@ from benchmarks.teacher.generation_clients import generate, generate_http
 from benchmarks.teacher.models import Shape
 from benchmarks.teacher.ratios import top_k_of
 from benchmarks.teacher.scoring_clients import score, score_http
-from benchmarks.teacher.servers import Settings
-from benchmarks.teacher.timed_pass import Pass, Work
+from benchmarks.teacher.servers import EngineSettings
+from benchmarks.teacher.timed_pass import Pass, PassInput
 
 CONCURRENCIES = {
     "engine": (8, 16, 64),
@@ -67,7 +67,7 @@ class Workload:
     """Size of one pass."""
 
     shape: Shape
-    settings: Settings
+    settings: EngineSettings
     directory: Path
 
     @property
@@ -75,20 +75,22 @@ class Workload:
         """Average prompt tokens of grouped sequences."""
         return int(self.shape.length * SHARED_PART)
 
-    def score(self, seed: int) -> Work:
+    def score(self, seed: int) -> PassInput:
         """Unseen sequences."""
         shape = self.shape
-        return Work(count=shape.num_sequences, length=shape.length, vocab_size=shape.vocab_size, seed=seed)
+        return PassInput(
+            count=shape.num_sequences, length=shape.length, vocab_size=shape.vocab_size, seed=seed
+        )
 
-    def grouped(self, seed: int) -> Work:
+    def grouped(self, seed: int) -> PassInput:
         """Twice as many in groups with one prompt each, since a prefix cache saves half of their tokens."""
         work = self.score(seed)
         count = max(GROUP_SIZE, 2 * work.count // GROUP_SIZE * GROUP_SIZE)
         return replace(work, count=count, group_size=GROUP_SIZE, shared=self.shared, spread=SHARED_SPREAD)
 
-    def prompts(self, seed: int) -> Work:
+    def prompts(self, seed: int) -> PassInput:
         """Prompts to complete."""
-        return Work(count=PROMPTS, length=PROMPT_TOKENS, vocab_size=self.shape.vocab_size, seed=seed)
+        return PassInput(count=PROMPTS, length=PROMPT_TOKENS, vocab_size=self.shape.vocab_size, seed=seed)
 
 
 class Runner:
@@ -119,7 +121,7 @@ class Runner:
         """A seed that no pass had."""
         return next(self._seeds)
 
-    def warm_up(self, names: Sequence[str], say: Callable[[str], None]) -> None:
+    def warm_up(self, names: Sequence[str], log: Callable[[str], None]) -> None:
         """Runs a pass of each name, and of a baseline one per concurrency; the fastest is kept."""
         # A baseline over shared prompts runs at the concurrency of the plain one.
         for name in dict.fromkeys(each for asked in names for each in (asked.removesuffix("_shared"), asked)):
@@ -135,7 +137,7 @@ class Runner:
             rates = {choice: each.tokens_per_s for choice, each in taken.items() if each is not None}
             self._best[kind] = max(rates, key=lambda choice: rates[choice]) if rates else choices[0]
             shown = ", ".join(f"{choice}: {rate:,.0f} tok/s" for choice, rate in rates.items())
-            say(f"{name} by concurrency: {shown or self.failures[name]}")
+            log(f"{name} by concurrency: {shown or self.failures[name]}")
 
     def _first_use(self, name: str, choice: Any) -> None:
         """Runs a few sequences for lazy initialisation, so that no concurrency pays for it."""
@@ -153,7 +155,7 @@ class Runner:
         """Seconds per token of the model's parts, and of the selection by k."""
         work = replace(self._workload.score(self.fresh_seed()), count=2)
         parts = {
-            top_k: self._servers["torch"].ask(
+            top_k: self._servers["torch"].request(
                 kind="costs",
                 work=asdict(work),
                 top_k=top_k,
@@ -181,13 +183,13 @@ class Runner:
             case "engine" | "engine_all" | "engine_shared":
                 work = self._workload.grouped(seed) if kind == "engine_shared" else work
                 (server,) = SERVERS[kind]
-                seconds = self._servers[server].ask(concurrency=choice, **asdict(work))
+                seconds = self._servers[server].request(concurrency=choice, **asdict(work))
                 return Pass(tokens=work.count * work.length, seconds=seconds)
             case "http":
                 return score_http(self._servers["http"], work.sequences(), top_k, concurrency=choice)
             case "trl":
                 chunk_size, concurrency = choice
-                answer = self._servers["trl"].ask(
+                answer = self._servers["trl"].request(
                     kind="trl",
                     url=self._servers["http"],
                     work=asdict(work),
@@ -199,7 +201,7 @@ class Runner:
             case "vllm_grpc":
                 return _scored(self._vllm_grpc("vllm_grpc", work, top_k, choice), work)
             case "transformers":
-                seconds = self._servers["torch"].ask(
+                seconds = self._servers["torch"].request(
                     kind="transformers", work=asdict(work), top_k=top_k, threads=num_cores()
                 )
                 return Pass(tokens=work.count * work.length, seconds=seconds)
@@ -226,8 +228,8 @@ class Runner:
                 return batch_pass.llm(self._servers["llm"], self._workload.shape.num_texts, seed)
         raise ValueError(f"there is no pass {kind}")
 
-    def _vllm_grpc(self, kind: str, work: Work, top_k: int, concurrency: int) -> Any:
-        return self._servers["vllm_grpc_client"].ask(
+    def _vllm_grpc(self, kind: str, work: PassInput, top_k: int, concurrency: int) -> Any:
+        return self._servers["vllm_grpc_client"].request(
             kind=kind,
             target=self._servers["vllm_grpc"],
             work=asdict(work),
@@ -237,7 +239,7 @@ class Runner:
         )
 
 
-def _scored(answer: dict[str, Any], work: Work) -> Pass:
+def _scored(answer: dict[str, Any], work: PassInput) -> Pass:
     expected = work.count * (work.length - 1)
     if answer["rows"] != expected:
         raise RuntimeError(f"{answer['rows']} rows came for {expected}")

@@ -213,7 +213,7 @@ class ModelResult:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class RatioResult:
     """One ratio over all rounds."""
 
     ratio: Ratio
@@ -230,7 +230,7 @@ class Outcome:
         return statistics.median(self.values)
 
 
-def outcome(ratio: Ratio, result: ModelResult) -> Outcome | None:
+def ratio_result(ratio: Ratio, result: ModelResult) -> RatioResult | None:
     """Result of a ratio over rounds; None where a side could not run."""
     values, ours, other = [], [], []
     for passes in result.rounds:
@@ -246,7 +246,7 @@ def outcome(ratio: Ratio, result: ModelResult) -> Outcome | None:
     top_k = top_k_of(ratio.ours)
     costs = result.costs if top_k else None
     scores = ratio.of == "rate" and ratio.ours.startswith(("score", "shared"))
-    return Outcome(
+    return RatioResult(
         ratio=ratio,
         values=tuple(values),
         ours=statistics.median(ours),
@@ -264,13 +264,13 @@ def top_k_of(name: str) -> int:
     return int(tail) if tail.isdigit() else 0
 
 
-def as_json(outcomes: Mapping[str, Outcome | None], details: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(outcomes: Mapping[str, RatioResult | None], details: Mapping[str, Any]) -> dict[str, Any]:
     """Every ratio under its name, "n/a" where a peer cannot run; measurements under "details"."""
     ratios = {name: "n/a" if each is None else each.median for name, each in outcomes.items()}
     return {**ratios, "details": dict(details)}
 
 
-def table(outcomes: Mapping[str, Outcome | None], title: str) -> Table:
+def table(outcomes: Mapping[str, RatioResult | None], title: str) -> Table:
     """One row per ratio: median, minimum and maximum over rounds, both sides, roofline of the same run."""
     shown = Table(title=title)
     shown.add_column("ratio")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.teacher.json_worker import keep_stdout, serve_lines
-from benchmarks.teacher.timed_pass import Work
+from benchmarks.teacher.timed_pass import PassInput
 
 SELECT_ROWS = 16
 """Rows per log-sum-exp: their float32 copies stay in the cache."""
@@ -21,7 +21,7 @@ HEAD_ROWS = 256
 """Rows per matmul of the output layer."""
 
 
-class Model:
+class TorchModel:
     """A model on this machine's device."""
 
     def __init__(self, path: str, dtype: str) -> None:
@@ -32,7 +32,7 @@ class Model:
         self._model = model.to(self._device).eval()
 
     @torch.inference_mode()
-    def costs(self, work: Work, top_k: int) -> dict[str, float]:
+    def costs(self, work: PassInput, top_k: int) -> dict[str, float]:
         """Seconds per token of each part: the lower bound of a top-k response on this device."""
         ids_BT = self._ids(work)
         num_tokens = ids_BT.numel()
@@ -54,7 +54,7 @@ class Model:
         return {"body": body / num_tokens, "head": head / num_tokens, "select": select / num_tokens}
 
     @torch.inference_mode()
-    def transformers(self, work: Work, top_k: int) -> float:
+    def transformers(self, work: PassInput, top_k: int) -> float:
         """Seconds of one pass, a sequence at a time: forward, log_softmax, topk, arrays on the host."""
         ids_BT = self._ids(work)
         begin = self._now()
@@ -65,7 +65,7 @@ class Model:
             token_ids_TK.cpu().numpy()
         return self._now() - begin
 
-    def _ids(self, work: Work) -> Any:
+    def _ids(self, work: PassInput) -> Any:
         return torch.tensor([each.tolist() for each in work.sequences()], device=self._device)
 
     def _now(self) -> float:
@@ -77,11 +77,11 @@ class Model:
 def main() -> None:
     """Serves requests until stdin ends."""
     answers = keep_stdout()
-    model = Model(*sys.argv[1:])
+    model = TorchModel(*sys.argv[1:])
 
     async def answer(request: dict[str, Any]) -> Any:
         torch.set_num_threads(request["threads"])
-        work = Work(**request["work"])
+        work = PassInput(**request["work"])
         return getattr(model, request["kind"])(work, request["top_k"])
 
     asyncio.run(serve_lines(answers, "ready", answer))

@@ -16,9 +16,9 @@ from typing import Any
 
 from benchmarks.teacher.models import Shape, make_teacher
 from benchmarks.teacher.passes import SERVERS, Runner, Workload, kind_of
-from benchmarks.teacher.peer_env import TRL, VLLM_GRPC, Peers
+from benchmarks.teacher.peers.environment import TRL, VLLM_GRPC, Peers
 from benchmarks.teacher.ratios import RATIOS, Costs, ModelResult, Ratio, top_k_of
-from benchmarks.teacher.servers import Servers, Settings
+from benchmarks.teacher.servers import EngineSettings, Servers
 from benchmarks.teacher.timed_pass import Pass
 from stillhouse.protos.errors import StillhouseError
 from tests.support.programs import ProgramError
@@ -32,7 +32,7 @@ QUICK = ("score", "engine", "gen", "gen_plain")
 QUICK_REPEATS = {"small": 3}
 """Repeats per round of the passes of a model that take a second each."""
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,20 +44,20 @@ class Options:
     """Names of ratios; empty means all."""
     rounds: int
     minutes: float
-    settings: Settings
+    settings: EngineSettings
 
-    def asked(self) -> list[Ratio]:
+    def selected(self) -> list[Ratio]:
         """Selected ratios."""
         named = [ratio for ratio in RATIOS if not self.only or ratio.name in self.only]
         return [ratio for ratio in named if ratio.model in self.models]
 
     def requirements(self) -> frozenset[str]:
         """Peers of the selected ratios."""
-        return frozenset(filter(None, (peer_of(ratio) for ratio in self.asked())))
+        return frozenset(filter(None, (peer_of(ratio) for ratio in self.selected())))
 
     def ratios(self, model: str, peers: Peers) -> list[Ratio]:
         """Selected ratios of a model that can be measured here."""
-        return [ratio for ratio in self.asked() if ratio.model == model and not is_missing(ratio, peers)]
+        return [ratio for ratio in self.selected() if ratio.model == model and not is_missing(ratio, peers)]
 
     def seconds(self, model: str) -> float:
         """Time of a model."""
@@ -100,7 +100,7 @@ def measure(
     options: Options,
     peers: Peers,
     directory: Path,
-    say: Say,
+    log: Log,
     *,
     keep: Callable[[Measured], None] = lambda measured: None,  # noqa: ARG005
 ) -> Measured | None:
@@ -110,20 +110,20 @@ def measure(
         return None
     seconds = options.seconds(shape.name)
     until = time.monotonic() + seconds
-    say(f"{shape.name}: making the model")
+    log(f"{shape.name}: making the model")
     model = make_teacher(shape, directory / shape.name)
     workload = Workload(shape=shape, settings=options.settings, directory=directory)
     servers = Servers(model, shape, options.settings, directory / f"{shape.name}-logs", peers)
-    rounds = _Rounds(workload, servers, options, say, keep)
+    rounds = _Rounds(workload, servers, options, log, keep)
     names = list(dict.fromkeys(name for ratio in ratios for name in (ratio.ours, ratio.other)))
     last = [name for name in names if name in LAST]
     first = [name for name in names if name not in LAST]
     try:
         if first:
             top_ks = sorted({top_k_of(ratio.ours) for ratio in ratios} - {0})
-            rounds.take(first, top_ks, until - LAST_SHARE * seconds * bool(last))
+            rounds.run(first, top_ks, until - LAST_SHARE * seconds * bool(last))
         if last:
-            rounds.take(last, (), until)
+            rounds.run(last, (), until)
         return rounds.measured()
     except StillhouseError as error:
         raise ProgramError(f"{error}\nThe teacher's log ends with:\n{servers.teacher_log()}") from error
@@ -139,10 +139,10 @@ class _Rounds:
         workload: Workload,
         servers: Servers,
         options: Options,
-        say: Say,
+        log: Log,
         keep: Callable[[Measured], None],
     ) -> None:
-        self._workload, self._servers, self._options, self._say = workload, servers, options, say
+        self._workload, self._servers, self._options, self._log = workload, servers, options, log
         self._keep = keep
         self._running: dict[str, Any] = {}
         self._rounds: list[dict[str, Pass]] = []
@@ -150,11 +150,11 @@ class _Rounds:
         self._best: dict[str, Any] = {}
         self._failures: dict[str, str] = {}
 
-    def take(self, names: Sequence[str], top_ks: Sequence[int], until: float) -> None:
+    def run(self, names: Sequence[str], top_ks: Sequence[int], until: float) -> None:
         """Runs rounds of these passes, at least one, and none that would end after `until`; then ends their servers."""
         started = self._start(names, with_torch=bool(top_ks))
         runner = Runner(self._workload, self._running)
-        runner.warm_up(names, self._say)
+        runner.warm_up(names, self._log)
         self._best |= runner.best
         longest = 0.0
         for number in range(self._options.rounds):
@@ -195,7 +195,7 @@ class _Rounds:
         missing = [name for name in wanted if name not in self._running]
         begin = time.monotonic()
         self._running |= self._servers.start(missing)
-        self._say(f"started {', '.join(missing)} in {time.monotonic() - begin:.0f} s")
+        self._log(f"started {', '.join(missing)} in {time.monotonic() - begin:.0f} s")
         return missing
 
     def _turns(self, runner: Runner, names: Sequence[str], *, is_even: bool) -> dict[str, Pass]:
@@ -209,7 +209,7 @@ class _Rounds:
             passes = [runner.run(name, same) for _ in range(repeats)]
             whole = [one for one in passes if one is not None]
             if len(whole) < repeats:
-                self._say(f"{name} failed: {runner.failures[name]}")
+                self._log(f"{name} failed: {runner.failures[name]}")
             else:
                 taken[name] = reduce(operator.add, whole)
         self._failures |= runner.failures
@@ -220,7 +220,7 @@ class _Rounds:
             self._rounds.append({})
         self._rounds[number] |= taken
         rates = ", ".join(f"{name} {each.tokens_per_s:,.0f}" for name, each in taken.items())
-        self._say(f"{self._workload.shape.name}, round {number + 1}: {rates} tok/s")
+        self._log(f"{self._workload.shape.name}, round {number + 1}: {rates} tok/s")
 
 
 def _median_costs(costs: Sequence[dict[str, Any]], helpers: int) -> Costs | None:

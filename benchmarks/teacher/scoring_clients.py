@@ -78,7 +78,7 @@ def score_http(url: str, sequences: Sequences, top_k: int, *, concurrency: int) 
 async def _score_http(url: str, sequences: Sequences, top_k: int, concurrency: int) -> Pass:
     import aiohttp
 
-    from benchmarks.teacher.http_responses import scored
+    from benchmarks.teacher.peers.http_responses import scored
 
     waiting = list(sequences)
     received = rows = 0

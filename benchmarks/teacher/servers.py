@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.teacher.json_worker import LineProcess
 from benchmarks.teacher.models import Shape
-from benchmarks.teacher.peer_env import VLLM_GRPC, Peers
+from benchmarks.teacher.peers.environment import VLLM_GRPC, Peers
 from benchmarks.teacher.scoring_clients import CountingTeacher
 from stillhouse.teacher_service.engines.vllm.engine_args import MAX_RUNNING_SEQUENCES
 from stillhouse.teacher_service.engines.vllm.parallelism import num_cores
@@ -34,7 +34,7 @@ QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OF
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
+class EngineSettings:
     """Settings shared by all engines."""
 
     dtype: str
@@ -57,7 +57,7 @@ class Servers:
     """The running programs of one model; `stop` ends some of them, `close` all."""
 
     def __init__(
-        self, model: Path, shape: Shape, settings: Settings, directory: Path, peers: Peers | None
+        self, model: Path, shape: Shape, settings: EngineSettings, directory: Path, peers: Peers | None
     ) -> None:
         self.model, self._shape, self._settings = model, shape, settings
         self._directory, self._peers = directory, peers
@@ -139,12 +139,10 @@ class Servers:
             self._engine_options() | {"max_batch_tokens": MAX_BATCH_TOKENS} | dict(more or {})
         )
         self.commands[name] = (
-            f"python -m benchmarks.teacher.vllm_engine_baseline {self.model.name} '{options}'  "
+            f"python -m benchmarks.teacher.peers.vllm_engine {self.model.name} '{options}'  "
             "# the teacher's engine: AsyncLLM.generate, max_tokens=1, no logprobs, prefix cache on"
         )
-        return self._lines(
-            running, "benchmarks.teacher.vllm_engine_baseline", [str(self.model), options], QUIET
-        )
+        return self._lines(running, "benchmarks.teacher.peers.vllm_engine", [str(self.model), options], QUIET)
 
     def _llm(self, running: ExitStack) -> Callable[[], LineProcess]:
         arguments: dict[str, Any] = {
@@ -161,7 +159,7 @@ class Servers:
         self.commands["llm"] = f"vllm.LLM({self.model.name!r}, {shown}).generate(prompts, use_tqdm=False)"
         return self._lines(
             running,
-            "benchmarks.teacher.vllm_offline_baseline",
+            "benchmarks.teacher.peers.vllm_offline",
             [str(self.model), json.dumps(arguments)],
             {**QUIET, "VLLM_PLUGINS": "", **self._thread_environment()},
         )
@@ -256,7 +254,7 @@ class Servers:
     def _peer_client(self, running: ExitStack, kind: str) -> Callable[[], LineProcess]:
         assert self._peers is not None
         process = LineProcess(
-            "benchmarks.teacher.peer_clients",
+            "benchmarks.teacher.peers.clients",
             [kind],
             log_path=self._directory / f"{kind}-client.log",
             python=self._peers.python,

@@ -43,7 +43,7 @@ class Pass:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Work:
+class PassInput:
     """Sequences of one pass. Groups of `group_size` share a prefix, of `shared` tokens on average."""
 
     count: int

@@ -1,4 +1,4 @@
-"""The acceptance experiment's own parts: its languages are what they say, and its claims can fail."""
+"""The acceptance experiment's own parts: its languages are what they log, and its claims can fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.acceptance import arms
-from benchmarks.acceptance.arms import ARMS, Found, Group
+from benchmarks.acceptance.arms import ARMS, ArmMetrics, Group
 from benchmarks.acceptance.curves import CURVES, curve_here
 from benchmarks.acceptance.k1_control import k1_as_loss
 from benchmarks.acceptance.languages import (
@@ -38,8 +38,8 @@ def test_text_follows_the_language_and_reaches_a_model_token_by_token(
     language = make()
     rows = language.sample(400, 48, seed=1)
     assert torch.equal(rows, language.sample(400, 48, seed=1))
-    surprise = -language.of(rows).gather(-1, rows[:, 2:, None]).mean()
-    entropy = -(language.of(rows).exp() * language.of(rows)).sum(-1).mean()
+    surprise = -language.distributions(rows).gather(-1, rows[:, 2:, None]).mean()
+    entropy = -(language.distributions(rows).exp() * language.distributions(rows)).sum(-1).mean()
     assert float(surprise) == pytest.approx(float(entropy), abs=0.05)
     texts = [
         json.loads(line)["text"] for line in write_rows(rows, tmp_path / "rows").read_text().splitlines()
@@ -54,7 +54,7 @@ def test_distances_are_zero_for_the_same_model_and_positive_for_another(tmp_path
     language = Language.dense()
     rows = language.sample(8, 48, seed=2)
     even = torch.full((VOCABULARY,), -math.log(NUM_LOGITS))
-    truth = language.of(rows)
+    truth = language.distributions(rows)
     assert kl_from_truth(language, one, rows) == pytest.approx(
         float((truth.exp() * (truth - even)).sum(-1).mean()), abs=0.1
     )
@@ -67,9 +67,9 @@ def test_every_claim_holds_for_what_is_hoped_for_and_fails_for_the_reverse() -> 
         "reverse KL on the student's top-8": 0.7, "policy gradient": 0.85, "control: k1 taken as a loss": 1.05,
     }  # fmt: skip
 
-    def found(value: Callable[[float], float], difference: float) -> Found:
+    def found(value: Callable[[float], float], difference: float) -> ArmMetrics:
         groups: tuple[Group, ...] = ("dense", "sparse", "on-policy")
-        return Found(
+        return ArmMetrics(
             values={
                 group: {
                     arm.name: [value(hoped[arm.name]) + 0.001 * at for at in (0, 1, 2)] for arm in ARMS[group]

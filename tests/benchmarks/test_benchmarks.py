@@ -12,18 +12,27 @@ import pytest
 from rich.console import Console
 
 from benchmarks.overlap import __main__ as overlap
-from benchmarks.soak.__main__ import BATCH, TRAINERS, Sample, objections, report, settled, shares, slope
+from benchmarks.soak.__main__ import BATCH, TRAINERS, Sample, failed_criteria, report, settled, shares, slope
 from benchmarks.student import __main__ as student_loss
 from benchmarks.student.sizes import Sizes
 from benchmarks.teacher import scoring_only
 from benchmarks.teacher.__main__ import outcomes_of
 from benchmarks.teacher.models import SHAPES, make_tokenizer
 from benchmarks.teacher.passes import CONCURRENCIES, SERVERS, kind_of
-from benchmarks.teacher.peer_env import TRL, VLLM_GRPC, Peers
-from benchmarks.teacher.ratios import RATIOS, Costs, ModelResult, Ratio, as_json, outcome, table, top_k_of
+from benchmarks.teacher.peers.environment import TRL, VLLM_GRPC, Peers
+from benchmarks.teacher.ratios import (
+    RATIOS,
+    Costs,
+    ModelResult,
+    Ratio,
+    as_json,
+    ratio_result,
+    table,
+    top_k_of,
+)
 from benchmarks.teacher.rounds import Measured, Options, is_missing
-from benchmarks.teacher.servers import Settings
-from benchmarks.teacher.timed_pass import Pass, Work
+from benchmarks.teacher.servers import EngineSettings
+from benchmarks.teacher.timed_pass import Pass, PassInput
 
 ASKED = {
     "score_vs_engine_small_k64": 0.65,
@@ -41,7 +50,7 @@ ASKED = {
     "batch_vs_llm_generate": 0.95,
 }
 COSTS = Costs(body=0.7, head=0.2, select={64: 0.1})
-SETTINGS = Settings(dtype="bfloat16", on_cpu=True, threads=1)
+SETTINGS = EngineSettings(dtype="bfloat16", on_cpu=True, threads=1)
 
 
 def seconds(*pairs: tuple[float, float]) -> ModelResult:
@@ -75,7 +84,7 @@ def test_k_and_kind_are_read_from_the_name_of_a_pass() -> None:
 
 
 def test_a_ratio_is_the_median_of_the_ratios_of_rounds_not_the_ratio_of_medians() -> None:
-    found = outcome(ratio("score_vs_engine_small_k64"), seconds((2, 1), (4, 3), (10, 9)))
+    found = ratio_result(ratio("score_vs_engine_small_k64"), seconds((2, 1), (4, 3), (10, 9)))
     assert found is not None
     assert found.values == pytest.approx((0.5, 0.75, 0.9))
     assert found.median == pytest.approx(0.75)
@@ -84,7 +93,7 @@ def test_a_ratio_is_the_median_of_the_ratios_of_rounds_not_the_ratio_of_medians(
 
 
 def test_limits_come_from_the_parts_of_the_model() -> None:
-    found = outcome(ratio("score_vs_engine_small_k64"), seconds((2, 1)))
+    found = ratio_result(ratio("score_vs_engine_small_k64"), seconds((2, 1)))
     assert found is not None
     assert found.limit == pytest.approx(0.7)
     assert found.roofline == pytest.approx(1.0)
@@ -101,7 +110,7 @@ def test_bytes_are_theirs_over_ours() -> None:
         }
     ]
     result = ModelResult(rounds=rounds, costs=None, computed=1, answered=1)
-    found = outcome(ratio("bytes_http_over_ours_k64"), result)
+    found = ratio_result(ratio("bytes_http_over_ours_k64"), result)
     assert found is not None
     assert found.median == pytest.approx(18)
     assert found.roofline is None
@@ -113,7 +122,7 @@ def test_passes_add_up_and_an_unfinished_last_round_counts_where_it_is_whole() -
     assert both.bytes_per_token == pytest.approx(0.3)
     whole = seconds((2, 1), (1, 1))
     rounds = [*whole.rounds, {"score_k64": both}]
-    found = outcome(
+    found = ratio_result(
         ratio("score_vs_engine_small_k64"), ModelResult(rounds=rounds, costs=None, computed=1, answered=1)
     )
     assert found is not None
@@ -153,7 +162,7 @@ def test_the_minutes_are_split_over_the_models_that_are_asked_for() -> None:
 
 
 def test_sequences_of_a_group_share_their_beginning_and_a_seed_fixes_them() -> None:
-    work = Work(count=4, length=12, vocab_size=64, seed=3, group_size=2, shared=8)
+    work = PassInput(count=4, length=12, vocab_size=64, seed=3, group_size=2, shared=8)
     first, second, third, fourth = work.sequences()
     np.testing.assert_array_equal(first[:8], second[:8])
     np.testing.assert_array_equal(third[:8], fourth[:8])
@@ -164,7 +173,7 @@ def test_sequences_of_a_group_share_their_beginning_and_a_seed_fixes_them() -> N
 
 
 def test_groups_share_as_many_tokens_as_are_said_and_not_all_the_same_number() -> None:
-    work = Work(count=64, length=24, vocab_size=512, seed=3, group_size=2, shared=12, spread=8)
+    work = PassInput(count=64, length=24, vocab_size=512, seed=3, group_size=2, shared=12, spread=8)
     lengths = work.shared_lengths()
     assert set(lengths) == set(range(8, 16))
     sequences = work.sequences()
@@ -185,7 +194,8 @@ def test_the_synthetic_tokenizer_has_as_many_tokens_as_asked_for_and_gives_text_
 
 def test_answers_of_the_http_server_are_read_into_the_same_arrays() -> None:
     pytest.importorskip("msgspec", reason="msgspec comes with vllm")
-    from benchmarks.teacher import generation_clients, http_responses, scoring_clients
+    from benchmarks.teacher import generation_clients, scoring_clients
+    from benchmarks.teacher.peers import http_responses
 
     position = {"7": {"logprob": -0.5, "rank": 1, "decoded_token": "a"}, "3": {"logprob": -1.5, "rank": 2}}
     beyond = {"9": {"logprob": -9.0, "rank": 40}, **position}
@@ -243,9 +253,9 @@ def test_a_soak_says_what_is_unfair_and_what_grows(
         )
         for at in range(20)
     ]
-    found = objections(samples, [])
+    found = failed_criteria(samples, [])
     assert [objection in each for each in found] == [True] * bool(objection)
-    assert objections(samples, ["it broke"])[0] == "1 failures"
+    assert failed_criteria(samples, ["it broke"])[0] == "1 failures"
     assert report(samples, []).row_count == 6
 
 
@@ -275,9 +285,9 @@ def test_the_interval_of_an_overlap_is_of_ratios_pair_by_pair() -> None:
 
 def test_a_students_step_is_measured_at_any_size_in_a_process_of_its_own() -> None:
     sizes = Sizes(vocabulary=512, sequences=1, hidden=64, layers=1, heads=2)
-    found = student_loss.measure(student_loss.Pass(method="ours", chunk=64), 2, sizes)
+    found = student_loss.measure(student_loss.MethodPass(method="ours", chunk=64), 2, sizes)
     assert found.seconds > 0
     assert 0 < found.loss < 20
-    assert student_loss.measure(student_loss.Pass(method="products", chunk=100), 1, sizes).seconds > 0
+    assert student_loss.measure(student_loss.MethodPass(method="products", chunk=100), 1, sizes).seconds > 0
     with pytest.raises(RuntimeError, match="nowhere"):
         student_loss.measure(student_loss.FULL, 1, replace(sizes, device="nowhere"))

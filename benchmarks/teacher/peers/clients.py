@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.teacher.json_worker import keep_stdout, serve_lines
-from benchmarks.teacher.timed_pass import Work
+from benchmarks.teacher.timed_pass import PassInput
 
 TRL_CLIENT = "trl.generation.vllm_client"
 GRPC_MESSAGES = "smg_grpc_proto"
@@ -27,7 +27,7 @@ async def score_trl(request: dict[str, Any]) -> dict[str, Any]:
     `chunk_size` sequences per request, `concurrency` concurrent requests; at 0 all go in one, TRL's default.
     """
     client = import_module(TRL_CLIENT).VLLMClient(base_url=request["url"])
-    sequences = [each.tolist() for each in Work(**request["work"]).sequences()]
+    sequences = [each.tolist() for each in PassInput(**request["work"]).sequences()]
     begin = time.perf_counter()
     answer = client.get_sequence_logprobs(
         sequences,
@@ -83,7 +83,7 @@ class VllmGrpc:
     ) -> dict[str, Any]:
         await self._connect(request["target"])
         messages = self._messages
-        waiting = [each.tolist() for each in Work(**request["work"]).sequences()]
+        waiting = [each.tolist() for each in PassInput(**request["work"]).sequences()]
         before, rows = self.num_bytes, 0
 
         async def work() -> None:

@@ -22,7 +22,7 @@ IMPORTS = {
     VLLM_GRPC: "vllm.entrypoints.launchers.grpc_server",
 }
 """Modules that a peer needs."""
-DIRECTORY = Path(__file__).parents[2] / ".bench" / "peers"
+DIRECTORY = Path(__file__).parents[3] / ".bench" / "peers"
 INSTALL_TIMEOUT_S = 600
 IMPORT_TIMEOUT_S = 180
 
@@ -37,7 +37,7 @@ class Peers:
 
 
 def prepare(
-    say: Callable[[str], None], requirements: Collection[str] = IMPORTS, directory: Path = DIRECTORY
+    log: Callable[[str], None], requirements: Collection[str] = IMPORTS, directory: Path = DIRECTORY
 ) -> Peers:
     """Builds the environment with `requirements` on the first call for this interpreter; a peer may be missing."""
     packages = sysconfig.get_path("purelib")
@@ -53,7 +53,7 @@ def prepare(
             venv.create(home, with_pip=True)
             relative = Path(sysconfig.get_path("purelib")).relative_to(sys.prefix)
             (home / relative / "project.pth").write_text(packages + "\n")
-        say(f"installing {requirement} into {home}")
+        log(f"installing {requirement} into {home}")
         pip: list[str | Path] = [
             python,
             "-m",
@@ -67,7 +67,7 @@ def prepare(
         problem = _run(pip, INSTALL_TIMEOUT_S) or _run([python, "-c", f"import {module}"], IMPORT_TIMEOUT_S)
         if problem:
             missing[requirement] = problem
-            say(f"{requirement} cannot run here: {problem}")
+            log(f"{requirement} cannot run here: {problem}")
         else:
             done.touch()
     return Peers(python=python, missing=missing)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.teacher.json_worker import keep_stdout, serve_lines
-from benchmarks.teacher.timed_pass import Work
+from benchmarks.teacher.timed_pass import PassInput
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engines.vllm.engine_args import (
     engine_arguments,
@@ -41,7 +41,7 @@ async def serve(config: TeacherConfig, answers: Any) -> None:
     numbers = iter(range(1 << 30))
 
     async def answer(request: dict[str, Any]) -> float:
-        return await _time(llm, request.pop("concurrency"), Work(**request), next(numbers))
+        return await _time(llm, request.pop("concurrency"), PassInput(**request), next(numbers))
 
     try:
         await serve_lines(answers, "ready", answer)
@@ -50,7 +50,7 @@ async def serve(config: TeacherConfig, answers: Any) -> None:
         guard.release()
 
 
-async def _time(llm: Any, concurrency: int, work: Work, number: int) -> float:
+async def _time(llm: Any, concurrency: int, work: PassInput, number: int) -> float:
     from vllm import SamplingParams
     from vllm.inputs import tokens_input
     from vllm.sampling_params import RequestOutputKind

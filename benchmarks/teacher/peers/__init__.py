@@ -1,0 +1,1 @@
+"""Peers of the teacher benchmark: their environment, clients and engine baselines."""
