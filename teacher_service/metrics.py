@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 
-from stillhouse.protos.telemetry.metrics import Reading
+from stillhouse.protos.telemetry.metrics import MetricSample
 from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
@@ -20,36 +20,38 @@ class TeacherMetrics:
         self._counters = counters
         self._serving = serving
 
-    def __call__(self) -> Iterator[Reading]:
+    def __call__(self) -> Iterator[MetricSample]:
         """Yields the current readings."""
         for name, text in COUNTERS.items():
-            yield Reading(name=name, help=text, value=getattr(self._counters, name), kind="counter")
+            yield MetricSample(name=name, help=text, value=getattr(self._counters, name), kind="counter")
         serving = self._serving()
-        yield Reading(
+        yield MetricSample(
             name="model_loaded",
             help="1 once the model answers, 0 while it loads.",
             value=serving is not None,
         )
         if serving is None:
             return
-        yield Reading(
+        yield MetricSample(
             name="engine_used",
             help="Share of the engine's capacity in use, in [0, 1].",
             value=1 - serving.admission.free / ENGINE_UNITS,
         )
-        yield Reading(
+        yield MetricSample(
             name="items_waiting",
             help="Sequences and samples that wait for the engine.",
             value=serving.admission.total_waiting,
         )
-        yield Reading(
+        yield MetricSample(
             name="items_running",
             help="Sequences and samples in the engine.",
             value=serving.admission.num_running,
         )
-        yield Reading(
+        yield MetricSample(
             name="unread_answer_bytes",
             help="Bytes of responses not yet read by their callers.",
             value=serving.budget.num_bytes,
         )
-        yield Reading(name="adapters_loaded", help="Loaded adapters.", value=len(serving.adapters.adapters()))
+        yield MetricSample(
+            name="adapters_loaded", help="Loaded adapters.", value=len(serving.adapters.adapters())
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, WatchRunResponse
-from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, may_become, name_of
+from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, may_become, state_name
 from stillhouse.student_trainer.runs.store.store import Store
 
 WANTED = {
@@ -91,7 +91,7 @@ def check(
 def _check_run(each: RunHistory, fate: str, steps: int) -> Iterator[str]:
     run = each.run
     if run.state != WANTED[fate]:
-        yield f"ended {name_of(run.state)}: {run.error.message}"
+        yield f"ended {state_name(run.state)}: {run.error.message}"
     if [event.sequence for event in each.events] != list(range(1, len(each.events) + 1)):
         yield "its history has gaps"
     yield from _check_states(each)
@@ -120,9 +120,9 @@ def _check_states(each: RunHistory) -> Iterator[str]:
         yield "its history does not begin in the queue"
     for before, after in itertools.pairwise(states):
         if not may_become(before, after):
-            yield f"it went from {name_of(before)} to {name_of(after)}"
+            yield f"it went from {state_name(before)} to {state_name(after)}"
     if sum(state in ENDED for state in states) != 1 or states[-1] != each.run.state:
-        yield f"its states were {[name_of(state) for state in states]}"
+        yield f"its states were {[state_name(state) for state in states]}"
 
 
 def _read(store: Store, path: Path, run_id: str) -> RunHistory:

@@ -59,7 +59,7 @@ class Capture:
             if told is None or prompt_ids is None or completion.error is not None or not told.num_rows:
                 continue
             adapter = answer.row.prompts[prompt].adapter
-            meta = CacheMeta.of(
+            meta = CacheMeta.from_config(
                 self._teacher.info,
                 self._config,
                 adapter=adapter,

@@ -99,7 +99,7 @@ class CacheMeta:
     """Ids below it mean the same to that student and to the teacher; 0 where there is no such student."""
 
     @classmethod
-    def of(
+    def from_config(
         cls,
         info: GetTeacherInfoResponse,
         config: DistributionConfig,
@@ -124,7 +124,7 @@ class CacheMeta:
             sampling=_sampling(config),
         )
 
-    def asked(self, config: DistributionConfig) -> CacheMeta:
+    def for_config(self, config: DistributionConfig) -> CacheMeta:
         """What the same teacher would answer to `config`, on the wire that these answers came by."""
         return replace(
             self,

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.cache.format import META, SHARD, CacheMeta, Codec, invalid_cache
-from stillhouse.protos.cache.rows import MAX_VALUES, Columns, Row, optional_columns, schema
+from stillhouse.protos.cache.rows import MAX_VALUES, CacheRow, RowGroup, optional_columns, schema
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.tensors.distributions import Distributions
 
@@ -47,7 +47,7 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Broken:
+class BrokenShard:
     """A file that is no whole shard."""
 
     path: Path
@@ -73,10 +73,10 @@ class CacheReader:
         """
         self.path = path
         self.shards: list[Shard] = []
-        self.broken: list[Broken] = []
+        self.broken: list[BrokenShard] = []
         self._places: dict[bytes, tuple[_Place, ...]] = {}
         self._files: OrderedDict[int, Any] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], Columns] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._kept_bytes = 0
         self._checked: set[_Place] = set()
         self._lock = threading.RLock()
@@ -86,7 +86,7 @@ class CacheReader:
             except StillhouseError as error:
                 if not ignore_broken:
                     raise
-                self.broken.append(Broken(path=file, error=error))
+                self.broken.append(BrokenShard(path=file, error=error))
 
     @property
     def metas(self) -> list[CacheMeta]:
@@ -125,7 +125,7 @@ class CacheReader:
             self._checked.add(place)
             return answer
 
-    def rows(self, shard: Shard) -> Iterator[Row]:
+    def rows(self, shard: Shard) -> Iterator[CacheRow]:
         """Every row of a shard, checked against its key. Raises StillhouseError(CACHE_INVALID)."""
         file = _open(shard.path)
         try:
@@ -208,7 +208,7 @@ class CacheReader:
                 return place
         return None
 
-    def _columns(self, place: _Place) -> tuple[Columns, int]:
+    def _columns(self, place: _Place) -> tuple[RowGroup, int]:
         """The group of rows that holds a place, and the place's index in it."""
         shard, index, group = self.shards[place.shard], place.row, 0
         while index >= shard.groups[group]:
@@ -329,13 +329,13 @@ def _num_tokens(footer: Any) -> int:
     return sum(footer.row_group(number).column(at).num_values for number in range(footer.num_row_groups))
 
 
-def _read_group(file: Any, shard: Shard, group: int, names: list[str] | None = None) -> Columns:
+def _read_group(file: Any, shard: Shard, group: int, names: list[str] | None = None) -> RowGroup:
     try:
         table = file.read_row_group(group, columns=names, use_threads=False)
         if table.num_rows != shard.groups[group]:
             raise ValueError(f"its group {group} has {table.num_rows} rows, not {shard.groups[group]}")
         if any(column.null_count for column in table.columns):
             raise ValueError(f"its group {group} has empty places")
-        return Columns(table.combine_chunks(), shard.meta, shard.codec)
+        return RowGroup(table.combine_chunks(), shard.meta, shard.codec)
     except _errors() as error:
         raise invalid_cache(shard.path, first_line(error).rstrip("."), REMEDY) from error

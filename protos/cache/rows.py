@@ -24,7 +24,7 @@ _FLAT = frozenset({"target_logprobs", "log_tail", "entropy"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class CacheRow:
     """One sequence with its answer."""
 
     key: str
@@ -76,7 +76,7 @@ def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:
     return pa.schema(fields)
 
 
-def optional_columns(row: Row | None) -> tuple[str, ...]:
+def optional_columns(row: CacheRow | None) -> tuple[str, ...]:
     """The optional columns that a row has, in the order of the schema; all that exist for None."""
     if row is None:
         return _OPTIONAL_LISTS
@@ -86,7 +86,7 @@ def optional_columns(row: Row | None) -> tuple[str, ...]:
     return tuple(name for name in _OPTIONAL_LISTS if name in present)
 
 
-def table(rows: Sequence[Row], wanted: Any, codec: Codec) -> Any:
+def table(rows: Sequence[CacheRow], wanted: Any, codec: Codec) -> Any:
     """The rows as an Arrow table of schema `wanted`. Raises ValueError where "lossless" would lose something."""
     import pyarrow as pa
 
@@ -103,7 +103,7 @@ def table(rows: Sequence[Row], wanted: Any, codec: Codec) -> Any:
     return pa.Table.from_arrays(columns, schema=wanted)
 
 
-def _array(row: Row, name: str) -> NDArray[Any]:
+def _array(row: CacheRow, name: str) -> NDArray[Any]:
     array: NDArray[Any]
     if name in ("token_ids", "query_token_ids"):
         array = getattr(row, name)
@@ -135,7 +135,7 @@ def _rounded(values: NDArray[np.float16]) -> NDArray[np.float16]:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class RowGroup:
     """A group of rows out of a file, whose types and offsets Arrow has checked, and nothing else yet."""
 
     table: Any
@@ -187,7 +187,7 @@ class Columns:
             )
         return token_ids, start
 
-    def row(self, index: int) -> Row:
+    def row(self, index: int) -> CacheRow:
         """Everything in row `index`; raises ValueError as `answer` does, and if its key is not that of its content."""
         answer = self.answer(index, self.meta)
         token_ids = self._list("token_ids", index)
@@ -197,7 +197,7 @@ class Columns:
         key = self.table.column("key")[index].as_py()
         if key != self.meta.key(token_ids, answer.start, query):
             raise ValueError("its key is not the one of its tokens and its teacher")
-        return Row(key=key, token_ids=token_ids, answer=answer, query_token_ids=query)
+        return CacheRow(key=key, token_ids=token_ids, answer=answer, query_token_ids=query)
 
     def _present(self) -> list[str]:
         names = set(self.table.column_names)

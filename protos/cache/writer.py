@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.cache.format import CODECS, META, SHARD, CacheMeta, Codec
 from stillhouse.protos.cache.reader import CacheReader
-from stillhouse.protos.cache.rows import Row, optional_columns, schema, table
+from stillhouse.protos.cache.rows import CacheRow, optional_columns, schema, table
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import sync_directory, sync_file
 from stillhouse.protos.files.locks import try_lock
@@ -102,7 +102,7 @@ class CacheWriter:
             OSError: the disk is full.
         """
         key = meta.key(token_ids, answer.start, query_token_ids)
-        row = Row(key=key, token_ids=token_ids, answer=answer, query_token_ids=query_token_ids)
+        row = CacheRow(key=key, token_ids=token_ids, answer=answer, query_token_ids=query_token_ids)
         row.check(meta)
         with self._mutex:
             if self.has(key, meta):
@@ -201,7 +201,7 @@ class _OpenShard:
         self.meta = meta
         self.keys: set[str] = set()
         self._codec: Codec = codec
-        self._rows: list[Row] = []
+        self._rows: list[CacheRow] = []
         self._row_bytes = 0
         self._born = time.monotonic()
         self._schema = schema(meta, codec, optional).with_metadata({META: meta.to_json(codec)})
@@ -231,7 +231,7 @@ class _OpenShard:
     def age_s(self) -> float:
         return time.monotonic() - self._born
 
-    def add(self, row: Row) -> None:
+    def add(self, row: CacheRow) -> None:
         self._rows.append(row)
         self.keys.add(row.key)
         self._row_bytes += row.num_bytes

@@ -47,8 +47,8 @@ _BEARER = "bearer "
 log = structlog.get_logger(__name__)
 
 
-ANYBODY = Caller(name="", is_admin=True)
-_caller: ContextVar[Caller] = ContextVar("stillhouse_caller", default=ANYBODY)
+ANONYMOUS = Caller(name="", is_admin=True)
+_caller: ContextVar[Caller] = ContextVar("stillhouse_caller", default=ANONYMOUS)
 
 
 def current_caller() -> Caller:
@@ -77,10 +77,10 @@ class TokenFile:
         self._refresh()
         return self._tokens is not None
 
-    def find(self, secret: str) -> Token | None:
+    def lookup(self, secret: str) -> Token | None:
         """The entry of a token; None for one that is unknown or revoked."""
         self._refresh()
-        return auth_tokens.find(self._tokens or {}, secret)
+        return auth_tokens.lookup(self._tokens or {}, secret)
 
     def _refresh(self) -> None:
         signature = self._signature()
@@ -109,7 +109,7 @@ class AuthInterceptor(RpcInterceptor):
         """Without `tokens` nobody is asked for one; an rpc without an entry in SCOPES is refused even so."""
         self._tokens = tokens
 
-    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+    def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         """The handler with a caller, or one that refuses before a byte of the request's body is read."""
         try:
             caller = self._authorise(details.method, details.invocation_metadata or ())
@@ -127,7 +127,7 @@ class AuthInterceptor(RpcInterceptor):
             )
         if self._tokens is None or not self._tokens.demanded:
             return None
-        token = self._tokens.find(_bearer(metadata))
+        token = self._tokens.lookup(_bearer(metadata))
         if token is None:
             raise _unauthenticated("The token is not one of this service's, or was revoked.")
         _caller.set(Caller(name=token.name, is_admin=token.allows(Scope.ADMIN)))
@@ -188,4 +188,4 @@ def _as_caller(handler: Any, caller: Caller | None) -> Any:
 def _from_certificate(context: Any) -> Caller:
     for subject in context.auth_context().get("x509_common_name", ()):
         return Caller(name=f"certificate:{subject.decode(errors='replace')[:128]}", is_admin=True)
-    return ANYBODY
+    return ANONYMOUS

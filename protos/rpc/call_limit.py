@@ -34,7 +34,7 @@ class CallLimit(RpcInterceptor):
         self.calls: Counter[str] = Counter()
         """Calls in progress by client."""
 
-    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+    def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         """The handler, which takes a call only below the limit."""
         if self._methods is not None and details.method not in self._methods:
             return handler

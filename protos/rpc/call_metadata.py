@@ -9,7 +9,7 @@ import grpc.aio
 from stillhouse.protos.telemetry.tracing import trace_metadata
 
 
-class AddMetadata(
+class MetadataInterceptor(
     grpc.UnaryUnaryClientInterceptor,
     grpc.UnaryStreamClientInterceptor,
     grpc.StreamUnaryClientInterceptor,
@@ -48,7 +48,7 @@ class _Details(grpc.ClientCallDetails):
     """The details of a call, with metadata of its own."""
 
 
-class WithMetadata(grpc.aio.Channel):
+class MetadataChannel(grpc.aio.Channel):
     """An async channel that adds metadata to every call. Its calls are gRPC's own, which those of interceptors are not."""
 
     def __init__(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
@@ -86,7 +86,7 @@ class WithMetadata(grpc.aio.Channel):
     async def channel_ready(self) -> None:
         await self._channel.channel_ready()
 
-    async def __aenter__(self) -> "WithMetadata":
+    async def __aenter__(self) -> "MetadataChannel":
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

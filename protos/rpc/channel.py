@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rpc.call_metadata import AddMetadata, WithMetadata
+from stillhouse.protos.rpc.call_metadata import MetadataChannel, MetadataInterceptor
 from stillhouse.protos.telemetry import tracing
 
 MAX_MESSAGE_BYTES = 1024 * 1024
@@ -105,7 +105,9 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
     else:
         channel = grpc.insecure_channel(options.target, options=arguments)
     return (
-        grpc.intercept_channel(channel, AddMetadata(metadata)) if metadata or tracing.enabled() else channel
+        grpc.intercept_channel(channel, MetadataInterceptor(metadata))
+        if metadata or tracing.enabled()
+        else channel
     )
 
 
@@ -117,7 +119,7 @@ def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
         channel = grpc.aio.secure_channel(options.target, _credentials(options), options=arguments)
     else:
         channel = grpc.aio.insecure_channel(options.target, options=arguments)
-    return WithMetadata(channel, metadata) if metadata or tracing.enabled() else channel
+    return MetadataChannel(channel, metadata) if metadata or tracing.enabled() else channel
 
 
 def is_loopback(address: str) -> bool:

@@ -17,12 +17,12 @@ from stillhouse.protos.rpc.auth import current_caller
 from stillhouse.protos.rpc.interceptor_base import (
     Behaviour,
     RpcInterceptor,
-    checked,
+    check_decoded,
+    decode_leniently,
     respond,
-    tolerant,
     with_behaviour,
 )
-from stillhouse.protos.telemetry.call_record import OK, CallRecord, Observer, what_of
+from stillhouse.protos.telemetry.call_record import OK, CallRecord, Observer, resource_of
 from stillhouse.protos.telemetry.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
@@ -62,7 +62,7 @@ class ErrorInterceptor(RpcInterceptor):
         """Returns once no call is in progress."""
         await self._idle.wait()
 
-    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+    def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         """The handler, guarded."""
         method = details.method
 
@@ -72,14 +72,14 @@ class ErrorInterceptor(RpcInterceptor):
 
             return wrapped
 
-        return with_behaviour(tolerant(handler), guarded)
+        return with_behaviour(decode_leniently(handler), guarded)
 
     async def _guard(self, behaviour: Behaviour, request: Any, context: Any, method: str) -> Any:
         call, began_s = object(), time.monotonic()
         self._calls.add(call)
         self._running[method] += 1
         self._idle.clear()
-        seen = _Seen(what=what_of(request))
+        seen = _Seen(what=resource_of(request))
         try:
             with (
                 structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()),
@@ -114,8 +114,8 @@ class ErrorInterceptor(RpcInterceptor):
     async def _answer(self, behaviour: Behaviour, request: Any, context: Any, seen: "_Seen") -> Any:
         try:
             self._admit()
-            answer = await respond(behaviour, checked(request), context)
-            seen.outcome, seen.what = OK, what_of(answer, request)
+            answer = await respond(behaviour, check_decoded(request), context)
+            seen.outcome, seen.what = OK, resource_of(answer, request)
         except (grpc.aio.AbortError, grpc.aio.InternalError):
             raise  # a status is on its way, or the connection is gone
         except (KeyboardInterrupt, SystemExit, GeneratorExit):

@@ -30,10 +30,10 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(_INFRASTRUCTURE):
             return handler
-        return self.replaced(handler, handler_call_details)
+        return self.wrap_handler(handler, handler_call_details)
 
     @abstractmethod
-    def replaced(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
+    def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
         """The handler that takes the place of `handler`."""
 
 
@@ -61,7 +61,7 @@ async def respond(behaviour: Behaviour, request: Any, context: Any) -> Any:
     return None
 
 
-def tolerant(handler: Any) -> Any:
+def decode_leniently(handler: Any) -> Any:
     """The same handler, which reads what cannot be decoded as an `Undecodable`; left alone, gRPC calls that UNKNOWN."""
     deserializer = handler.request_deserializer
 
@@ -94,10 +94,10 @@ class _Checked:
     async def __anext__(self) -> Any:
         if self._begun is None:
             self._begun = aiter(self._requests)
-        return checked(await anext(self._begun))
+        return check_decoded(await anext(self._begun))
 
 
-def checked(request: Any) -> Any:
+def check_decoded(request: Any) -> Any:
     """The request, or the requests of a stream. Raises StillhouseError(INVALID_REQUEST) for one that is Undecodable."""
     if isinstance(request, Undecodable):
         raise StillhouseError(

@@ -148,7 +148,7 @@ def read(path: Path) -> dict[str, Token]:
     return {each.id: each for each in entries}
 
 
-def find(tokens: Mapping[str, Token], secret: str) -> Token | None:
+def lookup(tokens: Mapping[str, Token], secret: str) -> Token | None:
     """The entry of the token `secret`, expired or not; None if there is none.
 
     An unknown id costs the same comparison as a known one, and comparing takes as long for any digest.

@@ -41,7 +41,7 @@ class CallRecord:
 Observer = Callable[[CallRecord], None]
 
 
-def what_of(*messages: object) -> str:
+def resource_of(*messages: object) -> str:
     """The run, adapter or dataset that a request or its answer names; empty if none does."""
     for field in _NAMING:
         for message in messages:

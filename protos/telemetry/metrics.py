@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Reading:
+class MetricSample:
     """A number as it is at present."""
 
     name: str
@@ -36,7 +36,7 @@ class Reading:
     labels: Mapping[str, str] = field(default_factory=dict)
 
 
-Readings = Callable[[], Iterable[Reading]]
+MetricSource = Callable[[], Iterable[MetricSample]]
 
 
 class Metrics:
@@ -69,9 +69,9 @@ class Metrics:
     def watch_calls(self, running: Callable[[], Mapping[str, int]]) -> None:
         """Show the calls in progress, which `running` counts by rpc."""
 
-        def readings() -> Iterator[Reading]:
+        def readings() -> Iterator[MetricSample]:
             for method, number in running().items():
-                yield Reading(
+                yield MetricSample(
                     name="calls_in_progress",
                     help="Calls that have not ended.",
                     value=number,
@@ -80,7 +80,7 @@ class Metrics:
 
         self.add(readings)
 
-    def add(self, readings: Readings) -> None:
+    def add(self, readings: MetricSource) -> None:
         """Show what `readings` says whenever the page is read; it is called from another thread."""
         self.registry.register(_Read(readings))
 
@@ -124,7 +124,7 @@ def _offset(listen: str) -> int:
 
 
 class _Read(Collector):
-    def __init__(self, readings: Readings) -> None:
+    def __init__(self, readings: MetricSource) -> None:
         self._readings = readings
 
     def collect(self) -> Iterable[Metric]:

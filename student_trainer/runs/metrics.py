@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from stillhouse.protos.telemetry.metrics import Reading
+from stillhouse.protos.telemetry.metrics import MetricSample
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
-from stillhouse.student_trainer.runs.store.run_state import name_of
+from stillhouse.student_trainer.runs.store.run_state import state_name
 from stillhouse.student_trainer.runs.store.store import Store
-from stillhouse.student_trainer.runs.supervision.device_slots import Slots
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 
 TIMEOUT_S = 5.0
 """How long the page waits for the store."""
@@ -37,46 +37,46 @@ RUN_READINGS: Mapping[str, tuple[str, str]] = {
 """Metric of a run to name and help of its reading; what the process counts begins again with each attempt."""
 
 
-class Figures:
+class RunMetrics:
     """Takes the readings; called from the thread that serves the page."""
 
-    def __init__(self, store: Store, db: DatabaseThread, slots: Slots) -> None:
+    def __init__(self, store: Store, db: DatabaseThread, slots: DeviceSlots) -> None:
         self._store = store
         self._db = db
         self._slots = slots
 
-    def __call__(self) -> Iterator[Reading]:
+    def __call__(self) -> Iterator[MetricSample]:
         """The readings as they are at present."""
         totals = self._db.submit(self._store.totals).result(TIMEOUT_S)
         for state, number in totals.states.items():
-            yield Reading(
-                name="runs", help="Runs by state.", value=number, labels={"state": name_of(state).lower()}
+            yield MetricSample(
+                name="runs", help="Runs by state.", value=number, labels={"state": state_name(state).lower()}
             )
-        yield Reading(
+        yield MetricSample(
             name="oldest_queued_seconds",
             help="How long the first run of the queue has waited; 0 if there is none.",
             value=totals.oldest_queued_s,
         )
-        yield Reading(
+        yield MetricSample(
             name="waiting_for_teacher",
             help="Live runs that make no progress because no teacher answers.",
             value=totals.waiting_for_teacher,
         )
-        yield Reading(
+        yield MetricSample(
             name="run_tokens_per_second",
             help="Completion tokens learnt from in a second, lately, by all live runs.",
             value=totals.tokens_per_second,
         )
-        yield Reading(
+        yield MetricSample(
             name="trained_tokens",
             help="Completion tokens learnt from by the runs that the store knows.",
             value=totals.trained_tokens,
             kind="counter",
         )
-        yield Reading(
+        yield MetricSample(
             name="attempts", help="Training processes started.", value=totals.attempts, kind="counter"
         )
-        yield Reading(
+        yield MetricSample(
             name="attempts_retried",
             help="Of these, those that followed an earlier one of the same run.",
             value=totals.retries,
@@ -85,12 +85,12 @@ class Figures:
         for run_id, values in totals.live.items():
             for metric, (name, text) in RUN_READINGS.items():
                 if metric in values:
-                    yield Reading(name=name, help=text, value=values[metric], labels={"run": run_id})
+                    yield MetricSample(name=name, help=text, value=values[metric], labels={"run": run_id})
         for kind, total, free in (
             ("gpu", len(self._slots.gpus), self._slots.num_free_gpus),
             ("cpu", self._slots.cpu_slots, self._slots.num_free_cpu),
         ):
-            yield Reading(name="slots", help="Places for runs.", value=total, labels={"device": kind})
-            yield Reading(
+            yield MetricSample(name="slots", help="Places for runs.", value=total, labels={"device": kind})
+            yield MetricSample(
                 name="slots_free", help="Places that no run has.", value=free, labels={"device": kind}
             )

@@ -24,13 +24,13 @@ from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.servicer import RunServicer, ServiceParts, remove_deleted
 from stillhouse.student_trainer.runs.api.spec_resolution import Host
 from stillhouse.student_trainer.runs.data_dir import DataDir
-from stillhouse.student_trainer.runs.metrics import Figures
+from stillhouse.student_trainer.runs.metrics import RunMetrics
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import TERM_GRACE_S
-from stillhouse.student_trainer.runs.supervision.device_slots import Slots
-from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.retention import keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
 
@@ -82,10 +82,10 @@ async def _serve(
     *,
     metrics: Metrics,
 ) -> None:
-    bell = Bell()
+    notifier = ChangeNotifier()
     gpus = visible_gpus() if settings.gpus is None else settings.gpus
-    slots = Slots(gpus=gpus, cpu_slots=settings.cpu_slots)
-    supervisor = Supervisor(store, db, bell, slots, data_dir=data_dir, settings=settings)
+    slots = DeviceSlots(gpus=gpus, cpu_slots=settings.cpu_slots)
+    supervisor = Supervisor(store, db, notifier, slots, data_dir=data_dir, settings=settings)
     host = Host(
         data_dir=data_dir.path,
         roots=_roots(settings),
@@ -97,7 +97,7 @@ async def _serve(
         ServiceParts(
             store=store,
             db=db,
-            bell=bell,
+            notifier=notifier,
             supervisor=supervisor,
             host=host,
             max_upload_bytes=settings.max_upload_bytes,
@@ -105,7 +105,7 @@ async def _serve(
         )
     )
     add_RunServiceServicer_to_server(servicer, server.aio)
-    metrics.add(Figures(store, db, slots))
+    metrics.add(RunMetrics(store, db, slots))
     metrics.add(GpuMemory(slots.gpus))
     address = await server.start()
     try:
@@ -130,7 +130,7 @@ async def _serve(
             sweeper.cancel()
             await asyncio.wait({sweeper})
         await supervisor.close(stop_runs=settings.stop_runs_on_exit)
-        bell.close()
+        notifier.close()
 
     patience_s = settings.stop_grace_s + 2 * TERM_GRACE_S if settings.stop_runs_on_exit else 0.0
     try:

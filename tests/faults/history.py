@@ -21,7 +21,7 @@ from stillhouse.student_trainer.runs.store.run_state import (
     PENDING,
     STARTING,
     may_become,
-    name_of,
+    state_name,
 )
 
 STEP_METRIC = "train/loss"
@@ -103,7 +103,7 @@ def check_states(runs: Sequence[Run], operations: Operations) -> None:
     states = [state for state, _ in itertools.groupby(run.state for run in runs)]
     resumed = 0
     for before, after in itertools.pairwise(states):
-        assert may_become(before, after), f"{name_of(before)} -> {name_of(after)}"
+        assert may_become(before, after), f"{state_name(before)} -> {state_name(after)}"
         resumed += before in ENDED and after == PENDING
     assert operations.answered["resume"] <= resumed <= operations.most("resume")
     stops = sum(state == Run.STATE_STOPPING for state in states)

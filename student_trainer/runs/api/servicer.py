@@ -25,11 +25,11 @@ from stillhouse.student_trainer.config import proto
 from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.metric_series import to_series
 from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve
-from stillhouse.student_trainer.runs.api.streams import Streams
+from stillhouse.student_trainer.runs.api.streams import RunStreams
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
-from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -48,7 +48,7 @@ class ServiceParts:
 
     store: Store
     db: DatabaseThread
-    bell: Bell
+    notifier: ChangeNotifier
     supervisor: Supervisor
     host: Host
     max_upload_bytes: int
@@ -62,13 +62,13 @@ class RunServicer(RunServiceServicer):
     def __init__(self, parts: ServiceParts) -> None:
         self._store = parts.store
         self._db = parts.db
-        self._bell = parts.bell
+        self._notifier = parts.notifier
         self._supervisor = parts.supervisor
         self._host = parts.host
         self._max_upload_bytes = parts.max_upload_bytes
         self._max_queued_runs = parts.max_queued_runs
         self._uploads = parts.host.data_dir / "datasets"
-        self._streams = Streams(parts.store, parts.db, parts.bell, parts.supervisor.run_dir)
+        self._streams = RunStreams(parts.store, parts.db, parts.notifier, parts.supervisor.run_dir)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.Run:
         """Validate a spec and queue it."""
@@ -132,14 +132,14 @@ class RunServicer(RunServiceServicer):
         run_id = run_id_of(request.name)
         await self._check_owner(run_id, "resume")
         run = await self._db(
-            self._store.change,
+            self._store.transition,
             run_id,
             "resume",
             run_state.PENDING,
             allowed=frozenset({run_state.STOPPED, run_state.FAILED}),
             max_queued=self._max_queued_runs,
         )
-        self._bell.ring(run_id)
+        self._notifier.notify(run_id)
         self._supervisor.wake()
         return run
 
@@ -153,7 +153,7 @@ class RunServicer(RunServiceServicer):
     async def delete(self, run_id: str) -> None:
         """Forget an ended run and remove its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
         await self._db(self._store.delete, run_id)
-        self._bell.ring(run_id)
+        self._notifier.notify(run_id)
         await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
 
     async def QueryMetrics(

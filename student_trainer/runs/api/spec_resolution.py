@@ -11,7 +11,7 @@ from stillhouse.protos.errors import FieldViolation
 from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
-from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 
 RUN_ID = re.compile(r"[a-z2-7]{12}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
@@ -27,7 +27,7 @@ class Host:
     data_dir: Path
     roots: Sequence[Path]
     """Folders below which specs may name files."""
-    slots: Slots
+    slots: DeviceSlots
     dataset_suffix: Callable[[str], str | None]
     """File suffix of an uploaded dataset by its SHA-256; None if there is no such dataset."""
     processor: Processor
@@ -109,8 +109,8 @@ class _Resolver:
         resources, slots = config.resources, self.host.slots
         if resources.gpu_count is None and not resources.gpus:
             resources = replace(resources, gpu_count=max(1, resources.num_processes) if slots.gpus else 0)
-        need = Need(gpus=resources.gpus, count=resources.gpu_count or 0)
-        lack = slots.lacks(need)
+        need = DeviceRequest(gpus=resources.gpus, count=resources.gpu_count or 0)
+        lack = slots.why_never(need)
         if lack is not None:
             self._refuse("resources.gpus" if resources.gpus else "resources.gpu_count", f"{lack}.")
         optimizer = config.optimizer

@@ -16,22 +16,22 @@ from stillhouse.student_trainer.runs.api import logs
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.run_state import ENDED
 from stillhouse.student_trainer.runs.store.store import Store
-from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 
 EVENTS_AT_ONCE = 200
 LOG_POLL_S = 0.2
 """Time between two looks at a log that is followed."""
 
 
-class Streams:
+class RunStreams:
     """Reads of one run that take many messages."""
 
     def __init__(
-        self, store: Store, db: DatabaseThread, bell: Bell, run_dir: Callable[[str], RunDir]
+        self, store: Store, db: DatabaseThread, notifier: ChangeNotifier, run_dir: Callable[[str], RunDir]
     ) -> None:
         self._store = store
         self._db = db
-        self._bell = bell
+        self._notifier = notifier
         self._run_dir = run_dir
         self._artifacts = files.Artifacts()
 
@@ -41,8 +41,8 @@ class Streams:
         Raises:
             StillhouseError: INVALID_REQUEST if `after` is ahead of the run, DRAINING when the service ends.
         """
-        with self._bell.listen(run_id) as news:
-            run, newest = await self._db(self._store.watch_start, run_id)
+        with self._notifier.subscribe(run_id) as news:
+            run, newest = await self._db(self._store.get_with_sequence, run_id)
             spec, effective = run.spec, run.effective_spec
             if not 0 <= after <= newest:
                 raise StillhouseError(
@@ -61,12 +61,12 @@ class Streams:
                         event.run.effective_spec.CopyFrom(effective)
                     yield event
                     after = event.sequence
-                run, newest = await self._db(self._store.watch_start, run_id)
+                run, newest = await self._db(self._store.get_with_sequence, run_id)
                 if after < newest:
                     continue
                 if run.state in ENDED:
                     return
-                if self._bell.closed:
+                if self._notifier.closed:
                     raise _draining()
                 await news.wait()
 
@@ -91,7 +91,7 @@ class Streams:
                 yield pb.StreamLogsResponse(data=data, next_offset=offset)
             if ended:
                 return
-            if self._bell.closed:
+            if self._notifier.closed:
                 raise _draining()
             await asyncio.sleep(LOG_POLL_S)
 

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, func, select
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from stillhouse.student_trainer.runs.store.queries import now_us
-from stillhouse.student_trainer.runs.store.run_state import ARROWS, LIVE, PENDING, State
+from stillhouse.student_trainer.runs.store.run_state import LIVE, PENDING, TRANSITIONS, State
 from stillhouse.student_trainer.runs.store.schema import attempts, events, runs
 
 LATEST_POINTS = 3
@@ -38,7 +38,7 @@ class Totals:
     """Run id to its latest metrics, of each live run."""
 
 
-def read(db: Connection) -> Totals:
+def read_totals(db: Connection) -> Totals:
     """The sums at present."""
     counted = db.execute(select(runs.c.state, func.count().label("number")).group_by(runs.c.state)).all()
     oldest = db.execute(select(func.min(runs.c.create_us)).where(runs.c.state == PENDING)).scalar_one()
@@ -48,7 +48,7 @@ def read(db: Connection) -> Totals:
     learnt = select(func.coalesce(func.sum(runs.c.trained_tokens), 0))
     retries = select(func.count()).where(attempts.c.number > 1)
     return Totals(
-        states=dict.fromkeys(ARROWS, 0) | {row.state: row.number for row in counted},
+        states=dict.fromkeys(TRANSITIONS, 0) | {row.state: row.number for row in counted},
         oldest_queued_s=0.0 if oldest is None else max(0.0, (now_us() - oldest) / 1e6),
         waiting_for_teacher=int(db.execute(waiting).scalar_one()),
         tokens_per_second=float(db.execute(speed).scalar_one()),

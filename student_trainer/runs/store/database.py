@@ -18,11 +18,11 @@ from sqlalchemy.pool import StaticPool
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.runs.store.postgres import (
-    TakenError,
-    explained,
+    DatabaseInUseError,
     postgres_engine,
     postgres_url,
-    shown,
+    to_stillhouse_error,
+    without_password,
 )
 
 P = ParamSpec("P")
@@ -39,7 +39,7 @@ def open_database(place: Path | str) -> Engine:
     """
     if isinstance(place, str):
         url = postgres_url(place)
-        engine, where = postgres_engine(url), shown(url)
+        engine, where = postgres_engine(url), without_password(url)
     else:
         # One connection, since one thread uses it.
         engine = create_engine(
@@ -52,7 +52,7 @@ def open_database(place: Path | str) -> Engine:
         where = str(place)
     try:
         _migrate(engine)
-    except (CommandError, DBAPIError, TakenError) as error:
+    except (CommandError, DBAPIError, DatabaseInUseError) as error:
         engine.dispose()
         known = _explained(error, engine)
         why = (
@@ -92,7 +92,7 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     try:
         with engine.begin() as connection:
             yield connection
-    except (DBAPIError, TakenError) as error:
+    except (DBAPIError, DatabaseInUseError) as error:
         known = _explained(error, engine)
         if known is None:
             raise
@@ -102,7 +102,7 @@ def transaction(engine: Engine) -> Iterator[Connection]:
 def _explained(error: Exception, engine: Engine) -> StillhouseError | None:
     """What an error of the database means to a caller; None if it is a bug."""
     if engine.dialect.name == "postgresql":
-        return explained(error, shown(engine.url))
+        return to_stillhouse_error(error, without_password(engine.url))
     if isinstance(error, OperationalError) and "full" in str(error.orig):
         return StillhouseError(
             Reason.DISK_FULL, "The disk of the service's data directory is full; free some space."

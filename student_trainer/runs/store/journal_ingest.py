@@ -26,7 +26,7 @@ OUTCOMES = ("completed", "stopped", "failed")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class ReportedOutcome:
     """How a process said that it ends."""
 
     kind: str
@@ -34,7 +34,7 @@ class Outcome:
 
 
 @dataclass(kw_only=True, slots=True)
-class Batch:
+class JournalBatch:
     """What some lines of both journals change, in order."""
 
     offsets: dict[str, int]
@@ -47,7 +47,7 @@ class Batch:
     """Columns that follow from the metrics."""
     metrics: list[tuple[int, MetricPoint]] = field(default_factory=list)
     """Attempt and point."""
-    outcomes: list[tuple[int, Outcome]] = field(default_factory=list)
+    outcomes: list[tuple[int, ReportedOutcome]] = field(default_factory=list)
     """Attempt and outcome."""
 
     @property
@@ -56,12 +56,12 @@ class Batch:
         return not (self.started or self.changes or self.metrics or self.outcomes)
 
 
-def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> Batch:
+def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> JournalBatch:
     """What the journals hold behind `offsets`, the bytes already read of events and metrics, in the life of `attempt`."""
     # Events first: a metric point that was written before an event is then never missed behind it.
     event_lines, events_offset = run_dir.read_lines("events.jsonl", offsets[0])
     metric_lines, metrics_offset = run_dir.read_lines("metrics.jsonl", offsets[1])
-    batch = Batch(offsets={"events_offset": events_offset, "metrics_offset": metrics_offset})
+    batch = JournalBatch(offsets={"events_offset": events_offset, "metrics_offset": metrics_offset})
     for lines, take in ((event_lines, _take_event), (metric_lines, _take_metrics)):
         _take(run_dir, _timely(run_dir, lines, attempt), batch, take)
     return batch
@@ -77,7 +77,7 @@ def _timely(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], attempt: int) -
             yield line
 
 
-def _take(run_dir: RunDir, lines: Iterable[Mapping[str, Any]], batch: Batch, take: Any) -> None:
+def _take(run_dir: RunDir, lines: Iterable[Mapping[str, Any]], batch: JournalBatch, take: Any) -> None:
     for line in lines:
         try:
             take(line, batch)
@@ -85,7 +85,7 @@ def _take(run_dir: RunDir, lines: Iterable[Mapping[str, Any]], batch: Batch, tak
             log.warning("journal line left out", run=run_dir.path.name, line=dict(line), error=str(error))
 
 
-def _take_event(line: Mapping[str, Any], batch: Batch) -> None:
+def _take_event(line: Mapping[str, Any], batch: JournalBatch) -> None:
     kind = line["kind"]
     if kind == "started":
         total_steps, step = _count(line["total_steps"]), _count(line.get("step", 0))
@@ -98,7 +98,7 @@ def _take_event(line: Mapping[str, Any], batch: Batch) -> None:
         batch.changes["condition"] = _condition(line["condition"])
     elif kind in OUTCOMES:
         error = from_json(line["error"]) if kind == "failed" else None
-        batch.outcomes.append((_count(line["attempt"]), Outcome(kind=kind, error=error)))
+        batch.outcomes.append((_count(line["attempt"]), ReportedOutcome(kind=kind, error=error)))
 
 
 def _count(value: float) -> int:
@@ -114,7 +114,7 @@ def _condition(name: str | None) -> Run.Condition.ValueType:
     return Run.Condition.Value(f"CONDITION_{(name or 'UNSPECIFIED').removeprefix('CONDITION_')}")
 
 
-def _take_metrics(line: Mapping[str, Any], batch: Batch) -> None:
+def _take_metrics(line: Mapping[str, Any], batch: JournalBatch) -> None:
     values = {str(name): float(value) for name, value in line["values"].items()}
     time = Timestamp()
     time.FromJsonString(line["time"])

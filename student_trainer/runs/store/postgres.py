@@ -28,7 +28,7 @@ _SETTINGS = {
 _LOCK = "SELECT pg_try_advisory_lock(hashtext('stillhouse runs'), hashtext(coalesce(current_schema(), '')))"
 
 
-class TakenError(Exception):
+class DatabaseInUseError(Exception):
     """Another service has the database."""
 
 
@@ -57,7 +57,7 @@ def postgres_url(text: str) -> URL:
     return url.set(drivername="postgresql+psycopg")
 
 
-def shown(url: URL) -> str:
+def without_password(url: URL) -> str:
     """The URL for people, without its password and its settings, which may hold another."""
     return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
 
@@ -98,12 +98,12 @@ def _take(connection: Any, _record: object) -> None:
         raise OperationalError(_LOCK, None, error) from error
     if not taken:
         connection.close()
-        raise TakenError
+        raise DatabaseInUseError
 
 
-def explained(error: Exception, where: str) -> StillhouseError | None:
+def to_stillhouse_error(error: Exception, where: str) -> StillhouseError | None:
     """What an error of the database at `where` means to a caller; None if it is a bug."""
-    if isinstance(error, TakenError):
+    if isinstance(error, DatabaseInUseError):
         return StillhouseError(
             Reason.DATABASE_UNREACHABLE,
             f"Another run service uses the database {where}; stop it, or give this one its own database or schema.",

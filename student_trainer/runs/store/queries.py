@@ -13,7 +13,7 @@ from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, MetricPoint, Run, RunSpec, WatchRunResponse
-from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, State, may_become, name_of
+from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, State, may_become, state_name
 from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
 
 STEP_METRICS = frozenset({"train/loss", "cache/sequences"})
@@ -35,7 +35,7 @@ def spec_sha256(spec: RunSpec) -> str:
     return hashlib.sha256(to_bytes(spec)).hexdigest()
 
 
-def row_of(db: Connection, run_id: str) -> RowMapping:
+def run_row(db: Connection, run_id: str) -> RowMapping:
     """The run's row. Raises StillhouseError(RUN_NOT_FOUND)."""
     row = db.execute(select(runs).where(runs.c.id == run_id)).mappings().one_or_none()
     if row is None:
@@ -47,7 +47,7 @@ def row_of(db: Connection, run_id: str) -> RowMapping:
     return row
 
 
-def earlier(db: Connection, request_id: str, spec: RunSpec) -> Run | None:
+def run_of_request(db: Connection, request_id: str, spec: RunSpec) -> Run | None:
     """The run that `request_id` made. Raises StillhouseError(REQUEST_CONFLICT) if it was made from another spec."""
     row = db.execute(select(requests).where(requests.c.id == request_id)).mappings().one_or_none()
     if row is None:
@@ -58,7 +58,7 @@ def earlier(db: Connection, request_id: str, spec: RunSpec) -> Run | None:
             f"request_id {request_id} made run {row['run_id']} from another spec; give each spec its own request_id.",
             resource=f"runs/{row['run_id']}",
         )
-    return to_run(db, row_of(db, row["run_id"]))
+    return to_run(db, run_row(db, row["run_id"]))
 
 
 def check_quota(db: Connection, owner: str, max_queued: int | None) -> None:
@@ -87,9 +87,9 @@ def last_attempt(db: Connection, run_id: str) -> int:
     return int(db.execute(query).scalar_one())
 
 
-def move(db: Connection, row: RowMapping, following: State, values: dict[str, Any]) -> None:
+def set_state(db: Connection, row: RowMapping, following: State, values: dict[str, Any]) -> None:
     """Follow the arrow from the row's state to `following`, set `values`, and tell."""
-    assert may_become(row["state"], following), f"{name_of(row['state'])} -> {name_of(following)}"
+    assert may_become(row["state"], following), f"{state_name(row['state'])} -> {state_name(following)}"
     if following in ENDED:
         values = {"end_us": now_us(), **values}
     moved = db.execute(
@@ -98,19 +98,19 @@ def move(db: Connection, row: RowMapping, following: State, values: dict[str, An
         .values(state=following, **values)
     )
     assert moved.rowcount == 1
-    tell(db, row["id"])
+    append_run_event(db, row["id"])
 
 
-def tell(db: Connection, run_id: str) -> None:
+def append_run_event(db: Connection, run_id: str) -> None:
     """Append the run as it is to its history; its specs never change and are left out."""
-    append_event(db, run_id, "run", to_run(db, row_of(db, run_id), with_specs=False))
+    append_event(db, run_id, "run", to_run(db, run_row(db, run_id), with_specs=False))
 
 
 def append_event(
     db: Connection, run_id: str, kind: str, payload: Message, *, step: int | None = None
 ) -> None:
     """Give `payload` the next sequence of the run's history."""
-    sequence = int(row_of(db, run_id)["last_sequence"]) + 1
+    sequence = int(run_row(db, run_id)["last_sequence"]) + 1
     values = {
         "run_id": run_id,
         "sequence": sequence,

@@ -18,7 +18,7 @@ STOPPED = Run.STATE_STOPPED
 COMPLETED = Run.STATE_COMPLETED
 FAILED = Run.STATE_FAILED
 
-ARROWS: Mapping[State, Mapping[State, str]] = {
+TRANSITIONS: Mapping[State, Mapping[State, str]] = {
     PENDING: {STARTING: "launch", STOPPED: "stop", FAILED: "fail"},
     STARTING: {RUNNING: "start", STOPPING: "stop", FAILED: "fail", PENDING: "retry"},
     RUNNING: {STOPPING: "stop", COMPLETED: "complete", FAILED: "fail", PENDING: "retry"},
@@ -37,20 +37,20 @@ ENDED = frozenset({STOPPED, COMPLETED, FAILED})
 
 def may_become(state: State, following: State) -> bool:
     """Whether there is an arrow from `state` to `following`."""
-    return following in ARROWS[state]
+    return following in TRANSITIONS[state]
 
 
-def refuse(run_id: str, state: State, verb: str, allowed: frozenset[State]) -> StillhouseError:
+def state_error(run_id: str, state: State, verb: str, allowed: frozenset[State]) -> StillhouseError:
     """The error for asking `verb` of a run whose state is not in `allowed`."""
-    names = ", ".join(name_of(each) for each in sorted(allowed))
+    names = ", ".join(state_name(each) for each in sorted(allowed))
     return StillhouseError(
         Reason.RUN_STATE,
-        f"Run {run_id} is {name_of(state)}; {verb} needs one of {names}.",
-        metadata={"state": name_of(state), "allowed_states": names, "run": run_id},
+        f"Run {run_id} is {state_name(state)}; {verb} needs one of {names}.",
+        metadata={"state": state_name(state), "allowed_states": names, "run": run_id},
         resource=f"runs/{run_id}",
     )
 
 
-def name_of(state: State) -> str:
+def state_name(state: State) -> str:
     """The state as people write it, such as "RUNNING"."""
     return Run.State.Name(state).removeprefix("STATE_")

@@ -17,7 +17,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, W
 from stillhouse.student_trainer.runs.store import aggregates, queries, run_state
 from stillhouse.student_trainer.runs.store.aggregates import Totals
 from stillhouse.student_trainer.runs.store.database import open_database, transaction
-from stillhouse.student_trainer.runs.store.journal_ingest import Batch
+from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch
 from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
 from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
 from stillhouse.student_trainer.runs.store.schema import attempts, datasets, events, requests, runs
@@ -59,7 +59,7 @@ class Store:
                 `max_queued` runs in the queue.
         """
         with transaction(self._engine) as db:
-            earlier = queries.earlier(db, request_id, spec)
+            earlier = queries.run_of_request(db, request_id, spec)
             if earlier is not None:
                 return earlier, False
             queries.check_quota(db, owner, max_queued)
@@ -80,23 +80,23 @@ class Store:
                         id=request_id, spec_sha256=queries.spec_sha256(spec), run_id=run_id
                     )
                 )
-            queries.tell(db, run_id)
-            return queries.to_run(db, queries.row_of(db, run_id)), True
+            queries.append_run_event(db, run_id)
+            return queries.to_run(db, queries.run_row(db, run_id)), True
 
     def find_request(self, request_id: str, spec: RunSpec) -> Run | None:
         """The run that `request_id` made, if any. Raises as `create` does."""
         with transaction(self._engine) as db:
-            return queries.earlier(db, request_id, spec)
+            return queries.run_of_request(db, request_id, spec)
 
     def get(self, run_id: str) -> Run:
         """The run with both specs. Raises StillhouseError(RUN_NOT_FOUND)."""
         with transaction(self._engine) as db:
-            return queries.to_run(db, queries.row_of(db, run_id))
+            return queries.to_run(db, queries.run_row(db, run_id))
 
-    def watch_start(self, run_id: str) -> tuple[Run, int]:
+    def get_with_sequence(self, run_id: str) -> tuple[Run, int]:
         """The run, and the sequence of its newest event."""
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             return queries.to_run(db, row), int(row["last_sequence"])
 
     def page(
@@ -127,7 +127,7 @@ class Store:
         with transaction(self._engine) as db:
             return set(db.execute(select(runs.c.id)).scalars())
 
-    def change(
+    def transition(
         self,
         run_id: str,
         verb: str,
@@ -145,9 +145,9 @@ class Store:
                 queue.
         """
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             if row["state"] not in allowed:
-                raise run_state.refuse(run_id, row["state"], verb, allowed)
+                raise run_state.state_error(run_id, row["state"], verb, allowed)
             values: dict[str, Any] = {"condition": condition}
             if following == PENDING:
                 queries.check_quota(db, row["owner"], max_queued)
@@ -157,8 +157,8 @@ class Store:
                 values["asked_attempt"] = queries.last_attempt(db, run_id)
             if error is not None:
                 values["error"] = to_bytes(error)
-            queries.move(db, row, following, values)
-            return queries.to_run(db, queries.row_of(db, run_id))
+            queries.set_state(db, row, following, values)
+            return queries.to_run(db, queries.run_row(db, run_id))
 
     def set_condition(
         self, run_id: str, condition: Run.Condition.ValueType, *, instead_of: Run.Condition.ValueType
@@ -167,7 +167,7 @@ class Store:
         this = (runs.c.id == run_id) & (runs.c.condition == instead_of)
         with transaction(self._engine) as db:
             if db.execute(update(runs).where(this).values(condition=condition)).rowcount:
-                queries.tell(db, run_id)
+                queries.append_run_event(db, run_id)
 
     def stop(self, run_id: str) -> Run:
         """The run after it was asked to stop: STOPPED if it waited, STOPPING if it is live, else as it was.
@@ -176,15 +176,15 @@ class Store:
             StillhouseError: RUN_STATE if it is COMPLETED or FAILED.
         """
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             if row["state"] == PENDING:
-                queries.move(db, row, run_state.STOPPED, {"condition": Run.CONDITION_UNSPECIFIED})
+                queries.set_state(db, row, run_state.STOPPED, {"condition": Run.CONDITION_UNSPECIFIED})
             elif row["state"] in (STARTING, RUNNING):
-                queries.move(db, row, run_state.STOPPING, {})
+                queries.set_state(db, row, run_state.STOPPING, {})
             elif row["state"] not in (run_state.STOPPING, run_state.STOPPED):
                 allowed = frozenset({PENDING, STARTING, RUNNING, run_state.STOPPING, run_state.STOPPED})
-                raise run_state.refuse(run_id, row["state"], "stop", allowed)
-            return queries.to_run(db, queries.row_of(db, run_id))
+                raise run_state.state_error(run_id, row["state"], "stop", allowed)
+            return queries.to_run(db, queries.run_row(db, run_id))
 
     def begin_attempt(self, run_id: str, devices: Sequence[int]) -> int:
         """The number of a further attempt, with which the run becomes STARTING.
@@ -193,9 +193,9 @@ class Store:
             StillhouseError: RUN_STATE if the run is not PENDING.
         """
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             if row["state"] != PENDING:
-                raise run_state.refuse(run_id, row["state"], "launch", frozenset({PENDING}))
+                raise run_state.state_error(run_id, row["state"], "launch", frozenset({PENDING}))
             number = queries.last_attempt(db, run_id) + 1
             now = now_us()
             db.execute(
@@ -203,7 +203,7 @@ class Store:
                     run_id=run_id, number=number, start_us=now, devices=",".join(map(str, devices))
                 )
             )
-            queries.move(db, row, STARTING, {"start_us": row["start_us"] or now})
+            queries.set_state(db, row, STARTING, {"start_us": row["start_us"] or now})
             return number
 
     def end_attempt(
@@ -236,34 +236,34 @@ class Store:
         with transaction(self._engine) as db:
             if not db.execute(update(attempts).where(this).values(**ended)).rowcount:
                 # It is told again, because the answer to the first time was lost.
-                return queries.to_run(db, queries.row_of(db, run_id))
+                return queries.to_run(db, queries.run_row(db, run_id))
             if following == PENDING:
-                values["step"] = queries.row_of(db, run_id)["latest_checkpoint"] or 0
-            if following == run_state.COMPLETED and queries.row_of(db, run_id)["state"] == STARTING:
+                values["step"] = queries.run_row(db, run_id)["latest_checkpoint"] or 0
+            if following == run_state.COMPLETED and queries.run_row(db, run_id)["state"] == STARTING:
                 # It had nothing left to do, as after a crash between its last step and its end.
-                queries.move(db, queries.row_of(db, run_id), RUNNING, {})
-            queries.move(db, queries.row_of(db, run_id), following, values)
-            return queries.to_run(db, queries.row_of(db, run_id))
+                queries.set_state(db, queries.run_row(db, run_id), RUNNING, {})
+            queries.set_state(db, queries.run_row(db, run_id), following, values)
+            return queries.to_run(db, queries.run_row(db, run_id))
 
     def withdraw_attempt(self, run_id: str, number: int) -> None:
         """Forget the newest attempt, for which no process was ever started: the run is PENDING again, at its old place in
         the queue, or STOPPED if that was asked."""
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             following = run_state.STOPPED if row["state"] == run_state.STOPPING else PENDING
             db.execute(delete(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number))
             values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
-            queries.move(db, row, following, values | ({"start_us": None} if number == 1 else {}))
+            queries.set_state(db, row, following, values | ({"start_us": None} if number == 1 else {}))
 
     def owner(self, run_id: str) -> str:
         """Who submitted the run; empty where nobody had to say. Raises StillhouseError(RUN_NOT_FOUND)."""
         with transaction(self._engine) as db:
-            return str(queries.row_of(db, run_id)["owner"])
+            return str(queries.run_row(db, run_id)["owner"])
 
     def halved(self, run_id: str) -> bool:
         """Whether the run goes on with half its micro-batch."""
         with transaction(self._engine) as db:
-            return bool(queries.row_of(db, run_id)["halved"])
+            return bool(queries.run_row(db, run_id)["halved"])
 
     def ended_before(self, time_us: int, *, limit: int) -> list[str]:
         """Ids of at most `limit` runs that ended before `time_us`, the oldest first."""
@@ -279,7 +279,7 @@ class Store:
     def totals(self) -> Totals:
         """Sums over all runs, for metrics."""
         with transaction(self._engine) as db:
-            return aggregates.read(db)
+            return aggregates.read_totals(db)
 
     def devices(self, run_id: str, number: int) -> tuple[int, ...]:
         """The devices that an attempt was given; none for the CPU."""
@@ -287,15 +287,15 @@ class Store:
         with transaction(self._engine) as db:
             return tuple(int(each) for each in db.execute(query).scalar_one().split(",") if each)
 
-    def attempts_since_asked(self, run_id: str) -> int:
+    def attempts_since_request(self, run_id: str) -> int:
         """Processes that were started for the run since a person last asked for it."""
         with transaction(self._engine) as db:
-            return queries.last_attempt(db, run_id) - int(queries.row_of(db, run_id)["asked_attempt"])
+            return queries.last_attempt(db, run_id) - int(queries.run_row(db, run_id)["asked_attempt"])
 
     def offsets(self, run_id: str) -> tuple[int, int]:
         """Bytes of the event and metric journals that are in the store."""
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             return int(row["events_offset"]), int(row["metrics_offset"])
 
     def outcome(self, run_id: str, number: int) -> tuple[str | None, Status | None]:
@@ -305,10 +305,10 @@ class Store:
             row = db.execute(query).mappings().one()
         return row["outcome"], Status.FromString(row["error"]) if row["error"] else None
 
-    def record(self, run_id: str, batch: Batch) -> None:
+    def record(self, run_id: str, batch: JournalBatch) -> None:
         """Take in what the run's journals hold, and how far they were read, in one transaction."""
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             for number, point in batch.metrics:
                 queries.append_event(db, run_id, "metrics", point, step=point.step)
                 queries.count_step(db, run_id, number, point)
@@ -327,7 +327,7 @@ class Store:
                     )
                 )
             if changed:
-                queries.tell(db, run_id)
+                queries.append_run_event(db, run_id)
 
     def events(self, run_id: str, *, after: int, limit: int) -> list[WatchRunResponse]:
         """At most `limit` events of the run behind sequence `after`, in order; a Run in them carries no specs."""
@@ -350,15 +350,15 @@ class Store:
         if end is not None:
             query = query.where(events.c.step < end)
         with transaction(self._engine) as db:
-            queries.row_of(db, run_id)
+            queries.run_row(db, run_id)
             return [MetricPoint.FromString(payload) for payload in db.execute(query).scalars()]
 
     def delete(self, run_id: str) -> None:
         """Forget an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""
         with transaction(self._engine) as db:
-            row = queries.row_of(db, run_id)
+            row = queries.run_row(db, run_id)
             if row["state"] not in ENDED:
-                raise run_state.refuse(run_id, row["state"], "delete", ENDED)
+                raise run_state.state_error(run_id, row["state"], "delete", ENDED)
             db.execute(delete(runs).where(runs.c.id == run_id))
 
     def add_dataset(self, sha256: str, suffix: str, file_name: str, size_bytes: int) -> None:

@@ -21,14 +21,19 @@ from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.run_state import PENDING
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.exit_classification import (
-    Ending,
+    AttemptEnd,
     Overflow,
     classify,
-    wants_less_memory,
+    ran_out_of_memory,
 )
-from stillhouse.student_trainer.runs.supervision.journal_tail import Bell, Tail
-from stillhouse.student_trainer.runs.supervision.liveness import Pulse
-from stillhouse.student_trainer.runs.supervision.training_process import Adopted, Exit, Process, oom_kills
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier, JournalTail
+from stillhouse.student_trainer.runs.supervision.liveness import HeartbeatWatch
+from stillhouse.student_trainer.runs.supervision.training_process import (
+    AdoptedProcess,
+    Exit,
+    Process,
+    oom_kills,
+)
 
 POLL_S = 0.2
 """Time between two looks at a run's journals and process."""
@@ -45,31 +50,31 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Keeping:
-    """What every overseer of a service shares."""
+class MonitorContext:
+    """What every monitor of a service shares."""
 
     store: Store
     db: DatabaseThread
-    bell: Bell
+    notifier: ChangeNotifier
     settings: RunServiceSettings
 
 
-class Overseer:
+class AttemptMonitor:
     """One attempt of one run, from the start of its process to its end."""
 
     def __init__(
-        self, keeping: Keeping, run_id: str, run_dir: RunDir, *, attempt: int, process: Process
+        self, context: MonitorContext, run_id: str, run_dir: RunDir, *, attempt: int, process: Process
     ) -> None:
-        self._keeping = keeping
+        self._context = context
         self._run_id = run_id
         self._run_dir = run_dir
         self._attempt = attempt
         self._process = process
-        self._tail = Tail(keeping.store, run_id, run_dir, attempt)
+        self._tail = JournalTail(context.store, run_id, run_dir, attempt)
         self._oom_kills = oom_kills()
         self._asked_at_s: float | None = None
-        self._adopting = isinstance(process, Adopted)
-        self._pulse = Pulse(run_dir.heartbeat_path)
+        self._adopting = isinstance(process, AdoptedProcess)
+        self._heartbeat = HeartbeatWatch(run_dir.heartbeat_path)
         self._quiet = self._adopting
         """Whether the store may say that the run does not respond."""
         self._silenced = False
@@ -77,7 +82,7 @@ class Overseer:
         self._killed = False
         self._overflowed: Overflow | None = None
 
-    def ask_stop(self) -> None:
+    def request_stop(self) -> None:
         """Ask the process to write a checkpoint and end; insist after the grace."""
         if self._asked_at_s is None:
             self._asked_at_s = time.monotonic()
@@ -104,19 +109,19 @@ class Overseer:
     async def _settle_adoption(self) -> None:
         """Say that the run is taken over, once its journals are in the store."""
         if self._adopting:
-            store, adopting = self._keeping.store, Run.CONDITION_ADOPTING
-            await self._keeping.db(
+            store, adopting = self._context.store, Run.CONDITION_ADOPTING
+            await self._context.db(
                 store.set_condition, self._run_id, Run.CONDITION_UNSPECIFIED, instead_of=adopting
             )
             self._adopting = False
-            self._keeping.bell.ring(self._run_id)
+            self._context.notifier.notify(self._run_id)
 
     async def _ingest(self) -> None:
         """Take in all that the journals hold; a full disk or a database that is away delays that and loses nothing."""
         while True:
             try:
-                while await self._keeping.db(self._tail.ingest):
-                    self._keeping.bell.ring(self._run_id)
+                while await self._context.db(self._tail.ingest):
+                    self._context.notifier.notify(self._run_id)
                 break
             except StillhouseError as error:
                 if error.reason not in (Reason.DISK_FULL, Reason.DATABASE_UNREACHABLE):
@@ -131,11 +136,11 @@ class Overseer:
         if self._asked_at_s is None:
             return
         waited_s = time.monotonic() - self._asked_at_s
-        if waited_s > self._keeping.settings.stop_grace_s and not self._terminated:
+        if waited_s > self._context.settings.stop_grace_s and not self._terminated:
             log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGTERM")
             self._terminated = True
             self._process.send(signal.SIGTERM)
-        if waited_s > self._keeping.settings.stop_grace_s + TERM_GRACE_S and not self._killed:
+        if waited_s > self._context.settings.stop_grace_s + TERM_GRACE_S and not self._killed:
             log.warning("run does not stop", run=self._run_id, waited_s=round(waited_s, 1), signal="SIGKILL")
             self._killed = True
             self._process.send(signal.SIGKILL)
@@ -145,9 +150,9 @@ class Overseer:
         if self._overflowed is not None:
             return
         journals = self._run_dir.metrics_path, self._run_dir.events_path
-        if _size(self._run_dir.log_path(self._attempt)) > self._keeping.settings.max_log_bytes:
+        if _size(self._run_dir.log_path(self._attempt)) > self._context.settings.max_log_bytes:
             self._overflowed = "log"
-        elif sum(map(_size, journals)) > self._keeping.settings.max_metric_bytes:
+        elif sum(map(_size, journals)) > self._context.settings.max_metric_bytes:
             self._overflowed = "metrics"
         else:
             return
@@ -156,14 +161,14 @@ class Overseer:
 
     async def _listen(self) -> None:
         """Say that the process gives no sign of life, or does again; kill one that is silent for too long."""
-        silent_s, limit_s = self._pulse.silent_s(), self._keeping.settings.max_silence_s
+        silent_s, limit_s = self._heartbeat.silent_s(), self._context.settings.max_silence_s
         quiet = silent_s > (min(QUIET_S, limit_s / 2) if limit_s else QUIET_S)
         if quiet != self._quiet:
             idle, quiet_one = Run.CONDITION_UNSPECIFIED, Run.CONDITION_NOT_RESPONDING
             now, before = (quiet_one, idle) if quiet else (idle, quiet_one)
-            await self._keeping.db(self._keeping.store.set_condition, self._run_id, now, instead_of=before)
+            await self._context.db(self._context.store.set_condition, self._run_id, now, instead_of=before)
             self._quiet = quiet
-            self._keeping.bell.ring(self._run_id)
+            self._context.notifier.notify(self._run_id)
             if quiet:
                 log.warning("run does not respond", run=self._run_id, silent_s=round(silent_s, 1))
         if limit_s and silent_s > limit_s and not self._silenced:
@@ -174,14 +179,14 @@ class Overseer:
             self._process.send(signal.SIGKILL)
 
     async def _finish(self, ended: Exit) -> Run:
-        store, db = self._keeping.store, self._keeping.db
+        store, db = self._context.store, self._context.db
         outcome, error = await db(store.outcome, self._run_id, self._attempt)
         run = await db(store.get, self._run_id)
-        used = await db(store.attempts_since_asked, self._run_id)
+        used = await db(store.attempts_since_request, self._run_id)
         may_halve = run.effective_spec.retry.halve_micro_batch and not await db(store.halved, self._run_id)
         may_halve = may_halve and smaller_micro_batch(from_proto(run.effective_spec)) is not None
         following, error = classify(
-            Ending(
+            AttemptEnd(
                 state=run.state,
                 exit=ended,
                 outcome=outcome,
@@ -204,7 +209,7 @@ class Overseer:
             exit_code=ended.code or 0,
             signal=ended.signal,
             error=error,
-            halve=may_halve and following == PENDING and wants_less_memory(error),
+            halve=may_halve and following == PENDING and ran_out_of_memory(error),
         )
         log.info(
             "attempt ended",
@@ -214,7 +219,7 @@ class Overseer:
             exit_code=ended.code,
             reason=error.message if error is not None else None,
         )
-        self._keeping.bell.ring(self._run_id)
+        self._context.notifier.notify(self._run_id)
         return run
 
 

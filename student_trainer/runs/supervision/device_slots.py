@@ -10,14 +10,14 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Need:
+class DeviceRequest:
     """What a run asks for: these devices, or this many of any; neither means a CPU slot."""
 
     gpus: tuple[int, ...] = ()
     count: int = 0
 
     @classmethod
-    def of(cls, effective: RunSpec) -> Need:
+    def from_spec(cls, effective: RunSpec) -> DeviceRequest:
         """The need of a run whose effective spec is settled."""
         resources = effective.resources
         return cls(gpus=tuple(resources.gpus), count=0 if resources.gpus else resources.gpu_count)
@@ -28,7 +28,7 @@ class Need:
         return not self.gpus and not self.count
 
 
-class Slots:
+class DeviceSlots:
     """The devices of this service, and places for runs on the CPU."""
 
     def __init__(self, *, gpus: Collection[int], cpu_slots: int) -> None:
@@ -47,7 +47,7 @@ class Slots:
         """Places on the CPU that no run has."""
         return max(0, self._free_cpu)
 
-    def lacks(self, need: Need) -> str | None:
+    def why_never(self, need: DeviceRequest) -> str | None:
         """Why `need` can never be met here; None if it can."""
         offered = ", ".join(map(str, self.gpus)) or "none"
         unknown = sorted(set(need.gpus) - set(self.gpus))
@@ -59,7 +59,7 @@ class Slots:
             return "this service runs nothing on its CPU; start it with --cpu-slots 1, or ask for a device"
         return None
 
-    def take(self, need: Need) -> tuple[int, ...] | None:
+    def reserve(self, need: DeviceRequest) -> tuple[int, ...] | None:
         """The devices given to a run, none for a CPU slot; None if they are not free."""
         if need.on_cpu:
             if self._free_cpu <= 0:
@@ -72,7 +72,7 @@ class Slots:
         self._free.difference_update(devices)
         return devices
 
-    def hold(self, devices: tuple[int, ...]) -> None:
+    def mark_reserved(self, devices: tuple[int, ...]) -> None:
         """Count what an adopted run already has as taken."""
         if devices:
             self._free.difference_update(devices)

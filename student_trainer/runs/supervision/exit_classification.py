@@ -35,7 +35,7 @@ _TOO_MUCH: Mapping[Overflow, str] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ending:
+class AttemptEnd:
     """What was seen of an attempt's end."""
 
     state: State
@@ -63,7 +63,7 @@ class Ending:
     """What to say of the run's disk if the process had no room for a word."""
 
 
-def wants_less_memory(error: Status | None) -> bool:
+def ran_out_of_memory(error: Status | None) -> bool:
     """Whether an attempt ended for want of memory, or by a SIGKILL of nobody knows whom, which mostly means it."""
     if error is None:
         return False
@@ -72,7 +72,7 @@ def wants_less_memory(error: Status | None) -> bool:
     return cause.reason is Reason.OUT_OF_MEMORY or killed
 
 
-def classify(ending: Ending) -> tuple[State, Status | None]:
+def classify(ending: AttemptEnd) -> tuple[State, Status | None]:
     """The state that follows, and the attempt's error, if it had one."""
     if ending.outcome == "completed":
         # A run that was done before it was asked to stop, or before it was seen to start, is done.
@@ -87,13 +87,13 @@ def classify(ending: Ending) -> tuple[State, Status | None]:
     return _failed_or_retry(ending, error), error
 
 
-def _failed_or_retry(ending: Ending, error: Status) -> State:
+def _failed_or_retry(ending: AttemptEnd, error: Status) -> State:
     """PENDING if another attempt may help, else FAILED; a run that was asked to stop is not retried."""
     cause = from_status(error)
     if (
         ending.may_halve
         and not ending.overflowed
-        and wants_less_memory(error)
+        and ran_out_of_memory(error)
         and ending.state != run_state.STOPPING
     ):
         return run_state.PENDING
@@ -105,7 +105,7 @@ def _failed_or_retry(ending: Ending, error: Status) -> State:
     )
 
 
-def _death(ending: Ending) -> StillhouseError:
+def _death(ending: AttemptEnd) -> StillhouseError:
     """The error of a process that ended without a word."""
     number, code = ending.exit.signal, ending.exit.code
     # A process that was killed from outside had no time to write why.

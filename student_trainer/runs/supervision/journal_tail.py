@@ -12,7 +12,7 @@ from stillhouse.student_trainer.runs.store.journal_ingest import read_batch
 from stillhouse.student_trainer.runs.store.store import Store
 
 
-class Tail:
+class JournalTail:
     """Reads what the process of a run's attempt has written since the last call; blocks, for the database's thread."""
 
     def __init__(self, store: Store, run_id: str, run_dir: RunDir, attempt: int) -> None:
@@ -39,7 +39,7 @@ class Tail:
         return True
 
 
-class Bell:
+class ChangeNotifier:
     """Wakes the tasks that wait for news of a run."""
 
     def __init__(self) -> None:
@@ -48,7 +48,7 @@ class Bell:
         """Whether the service ends, so that nobody should wait any longer."""
 
     @contextlib.contextmanager
-    def listen(self, run_id: str) -> Iterator[asyncio.Event]:
+    def subscribe(self, run_id: str) -> Iterator[asyncio.Event]:
         """An event that is set whenever there is news of the run."""
         event = asyncio.Event()
         self._listeners[run_id].add(event)
@@ -59,7 +59,7 @@ class Bell:
             if not self._listeners[run_id]:
                 del self._listeners[run_id]
 
-    def ring(self, run_id: str) -> None:
+    def notify(self, run_id: str) -> None:
         """Say that there is news of the run."""
         for event in self._listeners.get(run_id, ()):
             event.set()
@@ -68,4 +68,4 @@ class Bell:
         """Wake everybody for the last time."""
         self.closed = True
         for run_id in list(self._listeners):
-            self.ring(run_id)
+            self.notify(run_id)

@@ -16,10 +16,10 @@ from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision import training_process
-from stillhouse.student_trainer.runs.supervision.attempt_monitor import Keeping, Overseer
-from stillhouse.student_trainer.runs.supervision.device_slots import Need, Slots
-from stillhouse.student_trainer.runs.supervision.journal_tail import Bell
-from stillhouse.student_trainer.runs.supervision.training_process import Adopted
+from stillhouse.student_trainer.runs.supervision.attempt_monitor import AttemptMonitor, MonitorContext
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
+from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess
 
 RETRY_S = 5.0
 """Time after which the queue or a run is looked at again, if something went wrong."""
@@ -34,8 +34,8 @@ class Supervisor:
         self,
         store: Store,
         db: DatabaseThread,
-        bell: Bell,
-        slots: Slots,
+        notifier: ChangeNotifier,
+        slots: DeviceSlots,
         *,
         data_dir: DataDir,
         settings: RunServiceSettings,
@@ -43,10 +43,10 @@ class Supervisor:
         self.slots = slots
         self._store = store
         self._db = db
-        self._bell = bell
+        self._notifier = notifier
         self._data_dir = data_dir
-        self._keeping = Keeping(store=store, db=db, bell=bell, settings=settings)
-        self._overseers: dict[str, Overseer] = {}
+        self._context = MonitorContext(store=store, db=db, notifier=notifier, settings=settings)
+        self._monitors: dict[str, AttemptMonitor] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
         self._scheduler: asyncio.Task[None] | None = None
@@ -71,9 +71,9 @@ class Supervisor:
     async def stop_run(self, run_id: str) -> Run:
         """The run, which is STOPPED or on its way. Raises StillhouseError(RUN_STATE) if it ended by itself."""
         run = await self._db(self._store.stop, run_id)
-        if run_id in self._overseers:
-            self._overseers[run_id].ask_stop()
-        self._bell.ring(run_id)
+        if run_id in self._monitors:
+            self._monitors[run_id].request_stop()
+        self._notifier.notify(run_id)
         self.wake()
         return run
 
@@ -93,8 +93,8 @@ class Supervisor:
 
     def kill(self) -> None:
         """End whatever still lives, at once: nothing is left behind when somebody does not want to wait."""
-        for overseer in self._overseers.values():
-            overseer.kill()
+        for monitor in self._monitors.values():
+            monitor.kill()
 
     async def _stop_live(self, run_id: str) -> None:
         try:
@@ -125,26 +125,26 @@ class Supervisor:
         """Queue the runs again that the store calls live and that nobody looks after; pass on stops that were missed."""
         for run in await self._db(self._store.live):
             run_id = run.name.removeprefix("runs/")
-            if run_id not in self._overseers:
+            if run_id not in self._monitors:
                 await self._withdraw(run_id, run.attempts[-1].number)
             elif run.state == run_state.STOPPING:
-                self._overseers[run_id].ask_stop()
+                self._monitors[run_id].request_stop()
 
     async def _withdraw(self, run_id: str, attempt: int) -> None:
         log.info("attempt withdrawn", run=run_id, attempt=attempt)
         await self._db(self._store.withdraw_attempt, run_id, attempt)
-        self._bell.ring(run_id)
+        self._notifier.notify(run_id)
 
     async def _start_queued(self) -> None:
         """Start what fits. A run that waits for devices lets none behind it pass that wants the same kind."""
         blocked: set[bool] = set()
         for run in await self._db(self._store.queue):
-            need = Need.of(run.effective_spec)
-            lack = self.slots.lacks(need)
+            need = DeviceRequest.from_spec(run.effective_spec)
+            lack = self.slots.why_never(need)
             if lack is not None:
                 await self._refuse(run, lack)
                 continue
-            devices = None if need.on_cpu in blocked else self.slots.take(need)
+            devices = None if need.on_cpu in blocked else self.slots.reserve(need)
             if devices is None:
                 blocked.add(need.on_cpu)
             else:
@@ -155,9 +155,9 @@ class Supervisor:
         error = StillhouseError(Reason.RUN_STATE, f"Run {run_id} cannot start: {lack}.")
         waiting = frozenset({run_state.PENDING})
         await self._db(
-            self._store.change, run_id, "fail", run_state.FAILED, allowed=waiting, error=to_status(error)
+            self._store.transition, run_id, "fail", run_state.FAILED, allowed=waiting, error=to_status(error)
         )
-        self._bell.ring(run_id)
+        self._notifier.notify(run_id)
 
     async def _launch(self, run: Run, devices: tuple[int, ...]) -> None:
         run_id = run.name.removeprefix("runs/")
@@ -169,7 +169,7 @@ class Supervisor:
             if error.reason not in (Reason.RUN_STATE, Reason.RUN_NOT_FOUND):
                 raise
             return  # it was stopped or deleted meanwhile
-        self._bell.ring(run_id)
+        self._notifier.notify(run_id)
         run_dir = self.run_dir(run_id)
         try:
             child = await asyncio.to_thread(self._spawn, run, run_dir, attempt, devices, halve=halve)
@@ -179,14 +179,14 @@ class Supervisor:
             await self._fail_to_start(run_id, attempt, error)
             return
         log.info("attempt started", run=run_id, attempt=attempt, devices=devices)
-        overseer = Overseer(self._keeping, run_id, run_dir, attempt=attempt, process=child)
-        self._look_after(run_id, overseer, devices)
+        monitor = AttemptMonitor(self._context, run_id, run_dir, attempt=attempt, process=child)
+        self._monitor(run_id, monitor, devices)
         if (await self._db(self._store.get, run_id)).state == run_state.STOPPING:
-            overseer.ask_stop()
+            monitor.request_stop()
 
     def _spawn(
         self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...], *, halve: bool
-    ) -> training_process.Child:
+    ) -> training_process.ChildProcess:
         """Fence off earlier attempts, then start the process."""
         if not run_dir.effective_spec_path.exists():
             RunDir.create(run_dir.path, run.spec, run.effective_spec)
@@ -215,48 +215,50 @@ class Supervisor:
             signal=0,
             error=to_status(error),
         )
-        self._bell.ring(run_id)
+        self._notifier.notify(run_id)
 
     async def _adopt(self, run: Run) -> None:
         """Look after a run that an earlier service started, whether its process lives or not."""
         run_id = run.name.removeprefix("runs/")
         run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
         devices = await self._db(self._store.devices, run_id, attempt)
-        record = await asyncio.to_thread(training_process.find, run_dir, attempt)
-        if record is None and not training_process.left_a_trace(run_dir, attempt):
+        record = await asyncio.to_thread(training_process.find_running, run_dir, attempt)
+        if record is None and not training_process.has_started(run_dir, attempt):
             # The service was killed between the store's word and the process's start.
             await self._withdraw(run_id, attempt)
             return
         log.info("run adopted", run=run_id, attempt=attempt, pid=record.pid if record else None)
-        self.slots.hold(devices)
+        self.slots.mark_reserved(devices)
         idle, adopting = Run.CONDITION_UNSPECIFIED, Run.CONDITION_ADOPTING
         await self._db(self._store.set_condition, run_id, adopting, instead_of=idle)
-        overseer = Overseer(self._keeping, run_id, run_dir, attempt=attempt, process=Adopted(record))
-        self._look_after(run_id, overseer, devices)
+        monitor = AttemptMonitor(
+            self._context, run_id, run_dir, attempt=attempt, process=AdoptedProcess(record)
+        )
+        self._monitor(run_id, monitor, devices)
         if run.state == run_state.STOPPING:
-            overseer.ask_stop()
+            monitor.request_stop()
 
-    def _look_after(self, run_id: str, overseer: Overseer, devices: tuple[int, ...]) -> None:
-        self._overseers[run_id] = overseer
+    def _monitor(self, run_id: str, monitor: AttemptMonitor, devices: tuple[int, ...]) -> None:
+        self._monitors[run_id] = monitor
         self._tasks[run_id] = asyncio.create_task(
-            self._oversee(run_id, overseer, devices), name=f"run {run_id}"
+            self._run_monitor(run_id, monitor, devices), name=f"run {run_id}"
         )
 
-    async def _oversee(self, run_id: str, overseer: Overseer, devices: tuple[int, ...]) -> None:
+    async def _run_monitor(self, run_id: str, monitor: AttemptMonitor, devices: tuple[int, ...]) -> None:
         try:
-            await self._watch(run_id, overseer)
+            await self._watch(run_id, monitor)
         finally:
             self.slots.release(devices)
-            # A resumed run may have its next overseer already.
-            if self._overseers.get(run_id) is overseer:
-                del self._overseers[run_id], self._tasks[run_id]
+            # A resumed run may have its next monitor already.
+            if self._monitors.get(run_id) is monitor:
+                del self._monitors[run_id], self._tasks[run_id]
             self.wake()
 
-    async def _watch(self, run_id: str, overseer: Overseer) -> None:
+    async def _watch(self, run_id: str, monitor: AttemptMonitor) -> None:
         """Return once the run's process has ended and the store knows; what goes wrong on the way is tried again."""
         while True:
             try:
-                await overseer.watch()
+                await monitor.watch()
                 break
             except StillhouseError as error:
                 log.warning("run not looked after", run=run_id, why=error.message, retry_after_s=RETRY_S)

@@ -45,7 +45,7 @@ class Process(Protocol):
         ...
 
 
-class Child:
+class ChildProcess:
     """A process that this service started."""
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
@@ -67,7 +67,7 @@ class Child:
             os.killpg(self._process.pid, number)
 
 
-class Adopted:
+class AdoptedProcess:
     """A process that an earlier service started, or None if it ended while no service ran."""
 
     def __init__(self, record: ProcessRecord | None) -> None:
@@ -99,7 +99,7 @@ def start(
     threads: int,
     credentials: Path,
     halve: bool = False,
-) -> Child:
+) -> ChildProcess:
     """Start the training process, with half its micro-batch if `halve`; its output goes to the attempt's log.
 
     Raises:
@@ -117,7 +117,7 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Child(process)
+    return ChildProcess(process)
 
 
 def environment(
@@ -140,7 +140,7 @@ def environment(
     return variables
 
 
-def find(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
+def find_running(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
     """The live process of an attempt that an earlier service started.
 
     It holds the run's lock and matches its own record; before it has come that far, its arguments tell.
@@ -156,7 +156,7 @@ def find(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
     return None
 
 
-def left_a_trace(run_dir: RunDir, attempt: int) -> bool:
+def has_started(run_dir: RunDir, attempt: int) -> bool:
     """Whether the process of an attempt has ever opened the run or said a word; if not, it may never have been started."""
     opened = run_dir.process()
     if opened is not None and opened.attempt == attempt:
@@ -171,7 +171,7 @@ def end_leftover(run_dir: RunDir) -> None:
     """Kill a process of an earlier attempt that still holds the run; its writes are fenced off already."""
     record = run_dir.locked_by_live_process()
     if record is not None:
-        Adopted(record).send(signal.SIGKILL)
+        AdoptedProcess(record).send(signal.SIGKILL)
         with contextlib.suppress(psutil.Error):
             psutil.Process(record.pid).wait(timeout=10)
 

@@ -168,7 +168,7 @@ class OfflineTeachers:
             )
         # Without the entropy its lower bound weighs the tokens.
         has_entropy = config.entropy and any(meta.entropy for meta in wide)
-        pairs = [(meta, replace(meta.asked(config), entropy=has_entropy)) for meta in wide]
+        pairs = [(meta, replace(meta.for_config(config), entropy=has_entropy)) for meta in wide]
         fitting = [asked for meta, asked in pairs if meta.sampling == asked.sampling and meta.serves(asked)]
         if not fitting:
             raise self._miss(

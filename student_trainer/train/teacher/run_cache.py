@@ -79,7 +79,7 @@ class RunCache:
     ) -> CacheMeta:
         """Describes the results of `request` from a teacher that has been reached."""
         info, config = teacher.info, teacher.config
-        meta = CacheMeta.of(
+        meta = CacheMeta.from_config(
             info,
             request,
             adapter=config.adapter,

@@ -24,7 +24,7 @@ def test_a_token_is_made_listed_and_revoked(tmp_path: Path) -> None:
     assert made.exit_code == 0, made.stderr
     secret = made.stdout.strip()
     assert "ci: infer, submit; expires 20" in made.stderr
-    found = tokens.find(tokens.read(file), secret)
+    found = tokens.lookup(tokens.read(file), secret)
     assert found is not None
     assert found.scopes == {Scope.SUBMIT, Scope.INFER}
     assert found.expire_time_s is not None
@@ -50,7 +50,7 @@ def test_a_token_may_go_straight_to_a_file_which_is_never_overwritten(tmp_path: 
     secret = target.read_text().strip()
     assert secret not in made.stdout + made.stderr
     assert target.stat().st_mode & 0o777 == 0o600
-    assert tokens.find(tokens.read(file), secret) is not None
+    assert tokens.lookup(tokens.read(file), secret) is not None
     again = token(*arguments, file=file)
     assert again.exit_code == 2
     assert target.read_text().strip() == secret

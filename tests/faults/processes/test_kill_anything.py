@@ -24,7 +24,7 @@ from stillhouse.protos.rpc.channel import connect
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
-from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, name_of
+from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, state_name
 from tests.conftest import Models
 from tests.faults.history import Operations, Watcher, check_history, check_sequences, history
 from tests.faults.world import LOST, World, get_run, world
@@ -240,7 +240,7 @@ def wait_ended(here: World, name: str) -> Run:
         lambda: get_run(here.service_target, name).state in ENDED, f"the end of {name}", patience_s=300
     )
     run = get_run(here.service_target, name)
-    assert run.state in ENDED, name_of(run.state)
+    assert run.state in ENDED, state_name(run.state)
     return run
 
 

@@ -33,7 +33,7 @@ INFO = GetTeacherInfoResponse(
     tokenizer_size=48,
     vocab_size=VOCAB_SIZE,
 )
-EVERYTHING = CacheMeta.of(
+EVERYTHING = CacheMeta.from_config(
     INFO,
     DistributionConfig(
         top_k=8,
@@ -44,7 +44,7 @@ EVERYTHING = CacheMeta.of(
         entropy=True,
     ),
 )
-PLAIN = CacheMeta.of(INFO, DistributionConfig(top_k=8))
+PLAIN = CacheMeta.from_config(INFO, DistributionConfig(top_k=8))
 
 
 def sequence(number: int, length: int = 12) -> np.ndarray:

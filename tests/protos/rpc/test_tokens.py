@@ -24,7 +24,7 @@ def test_a_token_is_found_and_only_its_hash_is_kept(tmp_path: Path) -> None:
     assert secret.rpartition("_")[2] not in text
     assert hashlib.sha256(secret.encode()).hexdigest() in text
     assert path.stat().st_mode & 0o777 == 0o600
-    found = auth_tokens.find(auth_tokens.read(path), secret)
+    found = auth_tokens.lookup(auth_tokens.read(path), secret)
     assert found is not None
     assert (found.name, found.scopes, found.expire_time_s) == ("ci", frozenset({Scope.SUBMIT}), None)
     assert [each.name for each in tmp_path.iterdir()] == ["tokens.json"]
@@ -34,7 +34,7 @@ def test_a_token_is_found_and_only_its_hash_is_kept(tmp_path: Path) -> None:
 def test_another_secret_of_the_same_id_is_none(tmp_path: Path, change: object) -> None:
     secret = make(tmp_path / "tokens.json")
     tokens = auth_tokens.read(tmp_path / "tokens.json")
-    assert auth_tokens.find(tokens, change(secret)) is None  # type: ignore[operator]
+    assert auth_tokens.lookup(tokens, change(secret)) is None  # type: ignore[operator]
 
 
 def test_time_runs_out_and_names_are_free_again(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_commands_at_once_lose_no_token(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         secrets = list(pool.map(lambda number: make(path, f"t{number}"), range(24)))
     tokens = auth_tokens.read(path)
-    assert all(auth_tokens.find(tokens, secret) is not None for secret in secrets)
+    assert all(auth_tokens.lookup(tokens, secret) is not None for secret in secrets)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_optional_file_demands_tokens_once_it_is_there_and_for_good(tmp_path:
     assert not tokens.demanded
     secret = make(tmp_path / "tokens.json")
     assert tokens.demanded
-    assert tokens.find(secret) is not None
+    assert tokens.lookup(secret) is not None
     (tmp_path / "tokens.json").unlink()
     assert tokens.demanded
-    assert tokens.find(secret) is None
+    assert tokens.lookup(secret) is None

@@ -13,7 +13,7 @@ from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dty
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import OptimizerConfig
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
-from stillhouse.student_trainer.runs.supervision.device_slots import Slots
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
 
 ZEN4 = ("AuthenticAMD", "avx2 avx512f avx512_bf16 avx512_vnni")
@@ -70,7 +70,7 @@ def resolved(
     host = Host(
         data_dir=tmp_path / "data",
         roots=(tmp_path,),
-        slots=Slots(gpus=gpus, cpu_slots=1),
+        slots=DeviceSlots(gpus=gpus, cpu_slots=1),
         dataset_suffix=lambda _: None,
         processor=on,
     )

@@ -8,7 +8,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint
 from stillhouse.student_trainer.runs import metrics as figures
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
-from stillhouse.student_trainer.runs.supervision.device_slots import Slots
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from tests.student_trainer.runs.store.store_contract import batch, new_run
 
 LIVE, QUEUED = "a" * 12, "b" * 12
@@ -26,7 +26,7 @@ def test_live_runs_show_their_latest_metrics(tmp_path: Path) -> None:
     ]
     points = [(1, MetricPoint(step=step, values=values, attempt=1)) for step, values in enumerate(steps)]
     store.record(LIVE, batch(10, *points))
-    show = figures.Figures(store, db, Slots(gpus=(), cpu_slots=1))
+    show = figures.RunMetrics(store, db, DeviceSlots(gpus=(), cpu_slots=1))
     shown = {each.name: (each.value, each.labels) for each in show() if "run" in each.labels}
     db.close()
     store.close()

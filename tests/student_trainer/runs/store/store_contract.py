@@ -10,7 +10,7 @@ import pytest
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from stillhouse.student_trainer.runs.store import run_state
-from stillhouse.student_trainer.runs.store.journal_ingest import Batch, Outcome
+from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch, ReportedOutcome
 from stillhouse.student_trainer.runs.store.queries import now_us
 from stillhouse.student_trainer.runs.store.store import Store
 from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
@@ -26,8 +26,8 @@ def point(step: int, value: float, attempt: int = 1) -> tuple[int, MetricPoint]:
     return attempt, MetricPoint(step=step, values={"train/loss": value}, attempt=attempt)
 
 
-def batch(offset: int, *points: tuple[int, MetricPoint]) -> Batch:
-    return Batch(offsets={"events_offset": 0, "metrics_offset": offset}, metrics=list(points))
+def batch(offset: int, *points: tuple[int, MetricPoint]) -> JournalBatch:
+    return JournalBatch(offsets={"events_offset": 0, "metrics_offset": offset}, metrics=list(points))
 
 
 class StoreContract:
@@ -75,8 +75,8 @@ class StoreContract:
         create("ffffffffffff", "ada")
         ended = frozenset({run_state.STOPPED})
         with pytest.raises(StillhouseError, match="are queued"):
-            store.change("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=2)
-        store.change("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=3)
+            store.transition("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=2)
+        store.transition("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=3)
 
     def test_a_run_is_halved_once_and_for_good(self, store: Store) -> None:
         new_run(store)
@@ -99,7 +99,7 @@ class StoreContract:
         assert store.ended_before(now_us() + 1, limit=5) == ["a" * 12, "b" * 12]
         assert store.ended_before(now_us() + 1, limit=1) == ["a" * 12]
         sums = store.totals()
-        assert sums.states == dict.fromkeys(run_state.ARROWS, 0) | {
+        assert sums.states == dict.fromkeys(run_state.TRANSITIONS, 0) | {
             run_state.STOPPED: 2,
             run_state.STARTING: 1,
             run_state.PENDING: 1,
@@ -128,10 +128,12 @@ class StoreContract:
         new_run(store)
         assert store.begin_attempt(run_id, (0, 1)) == 1
         assert store.devices(run_id, 1) == (0, 1)
-        started = Batch(offsets={"events_offset": 9}, started=True, changes={"total_steps": 5})
+        started = JournalBatch(offsets={"events_offset": 9}, started=True, changes={"total_steps": 5})
         store.record(run_id, started)
         store.record(run_id, batch(10, point(1, 0.5), point(2, 0.25)))
-        done = Batch(offsets={"events_offset": 20}, outcomes=[(1, Outcome(kind="completed", error=None))])
+        done = JournalBatch(
+            offsets={"events_offset": 20}, outcomes=[(1, ReportedOutcome(kind="completed", error=None))]
+        )
         store.record(run_id, done)
         assert store.outcome(run_id, 1) == ("completed", None)
         run = store.end_attempt(run_id, 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
@@ -149,22 +151,26 @@ class StoreContract:
             Run.STATE_COMPLETED,
         ]
         assert [event.metrics.step for event in events if event.HasField("metrics")] == [1, 2]
-        assert store.watch_start(run_id)[1] == events[-1].sequence
+        assert store.get_with_sequence(run_id)[1] == events[-1].sequence
         assert store.events(run_id, after=2, limit=1)[0].sequence == 3
 
     def test_a_change_that_changes_nothing_is_no_event(self, store: Store) -> None:
         new_run(store)
         store.begin_attempt("aaaaaaaaaaaa", ())
         changes = {"total_steps": 5}
-        store.record("aaaaaaaaaaaa", Batch(offsets={}, started=True, changes=changes))
-        before = store.watch_start("aaaaaaaaaaaa")[1]
-        store.record("aaaaaaaaaaaa", Batch(offsets={"events_offset": 7}, started=True, changes=changes))
-        assert store.watch_start("aaaaaaaaaaaa")[1] == before
+        store.record("aaaaaaaaaaaa", JournalBatch(offsets={}, started=True, changes=changes))
+        before = store.get_with_sequence("aaaaaaaaaaaa")[1]
+        store.record(
+            "aaaaaaaaaaaa", JournalBatch(offsets={"events_offset": 7}, started=True, changes=changes)
+        )
+        assert store.get_with_sequence("aaaaaaaaaaaa")[1] == before
 
     def test_only_an_allowed_state_is_changed(self, store: Store) -> None:
         new_run(store)
         with pytest.raises(StillhouseError) as caught:
-            store.change("aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED}))
+            store.transition(
+                "aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED})
+            )
         assert caught.value.reason is Reason.RUN_STATE
         with pytest.raises(StillhouseError, match="delete needs one of"):
             store.delete("aaaaaaaaaaaa")
@@ -173,7 +179,7 @@ class StoreContract:
         run_id = "aaaaaaaaaaaa"
         new_run(store)
         assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPED
-        store.change(run_id, "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED}))
+        store.transition(run_id, "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED}))
         store.begin_attempt(run_id, ())
         assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPING
         store.end_attempt(run_id, 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
@@ -195,14 +201,14 @@ class StoreContract:
         assert (run.condition, run.queue_position) == (Run.CONDITION_RETRYING, 0)
         assert (run.attempts[0].signal, run.attempts[0].error.message) == (9, "It died.")
         assert not run.HasField("error")
-        assert store.attempts_since_asked("aaaaaaaaaaaa") == 1
+        assert store.attempts_since_request("aaaaaaaaaaaa") == 1
         store.begin_attempt("aaaaaaaaaaaa", ())
         run = store.end_attempt("aaaaaaaaaaaa", 2, run_state.FAILED, exit_code=1, signal=0, error=error)
         assert run.error.message == "It died."
         allowed = frozenset({run_state.FAILED})
-        run = store.change("aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=allowed)
+        run = store.transition("aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=allowed)
         assert (run.queue_position, run.HasField("error"), run.HasField("end_time")) == (1, False, False)
-        assert store.attempts_since_asked("aaaaaaaaaaaa") == 0
+        assert store.attempts_since_request("aaaaaaaaaaaa") == 0
 
     def test_an_attempt_ends_once_however_often_it_is_told(self, store: Store) -> None:
         new_run(store)

@@ -15,7 +15,7 @@ from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.api.metric_series import thin, to_series
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.store import Store
-from stillhouse.student_trainer.runs.supervision.journal_tail import Bell, Tail
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier, JournalTail
 from tests.student_trainer.runs.store.store_contract import SPEC, new_run
 
 RUN = "aaaaaaaaaaaa"
@@ -36,7 +36,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def test_what_a_process_reports_is_in_the_store(store: Store, run_dir: RunDir) -> None:
-    tail = Tail(store, RUN, run_dir, 1)
+    tail = JournalTail(store, RUN, run_dir, 1)
     assert not tail.ingest()
     with run_dir.open_attempt(1) as attempt:
         attempt.report("started", total_steps=9, step=0)
@@ -67,16 +67,16 @@ def test_between_attempts_a_run_is_as_far_as_its_checkpoint(store: Store, run_di
     with run_dir.open_attempt(1) as attempt:
         attempt.report("checkpoint", step=2)
         attempt.report_metrics(5, {"train/loss": 1.0})
-    Tail(store, RUN, run_dir, 1).ingest()
+    JournalTail(store, RUN, run_dir, 1).ingest()
     assert store.get(RUN).progress.step == 5
     retried = store.end_attempt(RUN, 1, run_state.PENDING, exit_code=1, signal=0, error=None)
     assert retried.progress.step == 2
     store.begin_attempt(RUN, ())
     with run_dir.open_attempt(2) as attempt:
         attempt.report_metrics(4, {"train/loss": 1.0})
-    Tail(store, RUN, run_dir, 2).ingest()
+    JournalTail(store, RUN, run_dir, 2).ingest()
     assert store.end_attempt(RUN, 2, run_state.FAILED, exit_code=1, signal=0, error=None).progress.step == 4
-    resumed = store.change(RUN, "resume", run_state.PENDING, allowed=frozenset({run_state.FAILED}))
+    resumed = store.transition(RUN, "resume", run_state.PENDING, allowed=frozenset({run_state.FAILED}))
     assert resumed.progress.step == 2
 
 
@@ -85,7 +85,7 @@ def test_a_reader_that_starts_again_reads_nothing_twice(store: Store, run_dir: R
         attempt.report("started", total_steps=9)
         for step in range(1, 6):
             attempt.report_metrics(step, {"train/loss": 1.0})
-            Tail(store, RUN, run_dir, 1).ingest()
+            JournalTail(store, RUN, run_dir, 1).ingest()
     steps = [point.step for point in store.metric_points(RUN, start=0, end=None)]
     assert steps == [1, 2, 3, 4, 5]
 
@@ -95,10 +95,10 @@ def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: Run
     with run_dir.open_attempt(1) as attempt:
         attempt.report("checkpoint", step=2)
         attempt.report_metrics(3, {"train/loss": 3.0})
-    Tail(store, RUN, run_dir, 1).ingest()
+    JournalTail(store, RUN, run_dir, 1).ingest()
     store.end_attempt(RUN, 1, run_state.PENDING, exit_code=1, signal=0, error=None)
     store.begin_attempt(RUN, ())
-    tail = Tail(store, RUN, run_dir, 2)
+    tail = JournalTail(store, RUN, run_dir, 2)
     with run_dir.open_attempt(2) as attempt:
         attempt.report("started", total_steps=9, step=2)
         attempt.report("checkpoint", step=4)
@@ -138,7 +138,7 @@ def test_a_line_that_makes_no_sense_is_left_out(store: Store, run_dir: RunDir) -
         '{"sequence":3,"attempt":1,"step":3,"time":"2026-01-01T00:00:00Z","values":{"train/loss":NaN,"train/tokens_per_second":NaN}}\n'
         '{"sequence":4,"attempt":1,"step":1e30,"time":"2026-01-01T00:00:00Z","values":{}}\n'
     )
-    assert Tail(store, RUN, run_dir, 1).ingest()
+    assert JournalTail(store, RUN, run_dir, 1).ingest()
     assert store.get(RUN).progress.total_steps == 3
     assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3]
 
@@ -176,10 +176,10 @@ def test_thinning_keeps_order_ends_and_spikes(max_points: int) -> None:
 
 
 async def test_a_bell_wakes_those_who_listen_to_a_run() -> None:
-    bell = Bell()
-    with bell.listen("a") as one, bell.listen("b") as other:
-        bell.ring("a")
+    notifier = ChangeNotifier()
+    with notifier.subscribe("a") as one, notifier.subscribe("b") as other:
+        notifier.notify("a")
         assert (one.is_set(), other.is_set()) == (True, False)
-        bell.close()
+        notifier.close()
         assert other.is_set()
-    bell.ring("a")
+    notifier.notify("a")

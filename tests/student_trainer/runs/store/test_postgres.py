@@ -14,7 +14,7 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.store.store import Store
-from stillhouse.student_trainer.runs.supervision.journal_tail import Tail
+from stillhouse.student_trainer.runs.supervision.journal_tail import JournalTail
 from stillhouse.student_trainer.runs.supervision.training_process import environment
 from tests.conftest import Models
 from tests.student_trainer.config.specs import cross_entropy_spec
@@ -85,7 +85,7 @@ def test_what_was_committed_when_the_connection_broke_is_taken_in_once(
     with run_dir.open_attempt(1) as attempt:
         for step in (1, 2):
             attempt.report_metrics(step, {"train/loss": 0.5})
-    tail, record = Tail(store, "aaaaaaaaaaaa", run_dir, 1), store.record
+    tail, record = JournalTail(store, "aaaaaaaaaaaa", run_dir, 1), store.record
 
     def record_and_lose_the_answer(*arguments: Any) -> None:
         record(*arguments)

@@ -9,7 +9,14 @@ import pytest
 from stillhouse.protos.errors import Reason
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.runs.store import run_state
-from stillhouse.student_trainer.runs.store.run_state import ARROWS, ENDED, LIVE, PENDING, State, may_become
+from stillhouse.student_trainer.runs.store.run_state import (
+    ENDED,
+    LIVE,
+    PENDING,
+    TRANSITIONS,
+    State,
+    may_become,
+)
 
 STATES = [each for each in Run.State.values() if each != Run.STATE_UNSPECIFIED]
 WANTED = {
@@ -25,26 +32,26 @@ WANTED = {
 
 @pytest.mark.parametrize(("one", "other"), list(itertools.product(STATES, STATES)))
 def test_every_pair(one: State, other: State) -> None:
-    assert may_become(one, other) == (run_state.name_of(other) in WANTED[run_state.name_of(one)])
+    assert may_become(one, other) == (run_state.state_name(other) in WANTED[run_state.state_name(one)])
 
 
 def test_every_state_is_waiting_live_or_ended() -> None:
-    assert {PENDING} | LIVE | ENDED == set(STATES) == set(ARROWS)
+    assert {PENDING} | LIVE | ENDED == set(STATES) == set(TRANSITIONS)
     assert not LIVE & ENDED
 
 
 def test_every_state_can_be_reached_and_every_live_one_left() -> None:
     reached, frontier = {PENDING}, [PENDING]
     while frontier:
-        following = set(ARROWS[frontier.pop()]) - reached
+        following = set(TRANSITIONS[frontier.pop()]) - reached
         reached |= following
         frontier += following
     assert reached == set(STATES)
-    assert all(ARROWS[each] for each in (PENDING, *LIVE))
+    assert all(TRANSITIONS[each] for each in (PENDING, *LIVE))
 
 
 def test_a_refusal_names_state_and_allowed_states() -> None:
-    error = run_state.refuse(
+    error = run_state.state_error(
         "abcdefgh2345", run_state.COMPLETED, "resume", frozenset({run_state.STOPPED, run_state.FAILED})
     )
     assert error.reason is Reason.RUN_STATE

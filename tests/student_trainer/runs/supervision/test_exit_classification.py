@@ -22,13 +22,13 @@ from stillhouse.student_trainer.runs.store.run_state import (
     State,
     may_become,
 )
-from stillhouse.student_trainer.runs.supervision.exit_classification import Ending, classify
+from stillhouse.student_trainer.runs.supervision.exit_classification import AttemptEnd, classify
 from stillhouse.student_trainer.runs.supervision.training_process import Exit
 
 INVALID = to_status(StillhouseError(Reason.DATASET_INVALID, "Row 3 has no text."))
 NO_MEMORY = to_status(StillhouseError(Reason.OUT_OF_MEMORY, "The training process ran out of memory."))
 UNREACHABLE = to_status(StillhouseError(Reason.TEACHER_UNREACHABLE, "No teacher answers."))
-BASE = Ending(
+BASE = AttemptEnd(
     state=RUNNING,
     exit=Exit(code=0),
     outcome=None,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stillhouse.student_trainer.runs.supervision.liveness import LOOK_LIMIT_S, Pulse
+from stillhouse.student_trainer.runs.supervision.liveness import LOOK_LIMIT_S, HeartbeatWatch
 
 
 def test_silence_grows_until_a_sign_of_life_and_a_service_that_slept_counts_no_sleep(tmp_path: Path) -> None:
     beat, now_s = tmp_path / "heartbeat", 100.0
-    pulse = Pulse(beat, lambda: now_s)
+    pulse = HeartbeatWatch(beat, lambda: now_s)
 
     def after(seconds: float) -> float:
         nonlocal now_s
