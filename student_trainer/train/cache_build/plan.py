@@ -12,6 +12,7 @@ from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train.cache_build.generate import FinishedPrompts, GenerateJob
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.target_requests import (
     TargetRequest,
@@ -20,7 +21,6 @@ from stillhouse.student_trainer.train.teacher.target_requests import (
     training_requests,
 )
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
-from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,11 +11,11 @@ from stillhouse.student_trainer.train.setup.held_out import HeldOutRows
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.teacher.offline_teachers import OfflineTeachers
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.target_requests import evaluation_requests, training_requests
 from stillhouse.student_trainer.train.teacher.target_source import NoTeachers, TargetSource
 from stillhouse.student_trainer.train.teacher.teacher import Demands
-from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -27,9 +27,9 @@ from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight, Rollout
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands
-from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import compare
 from tests.conftest import Models
 from tests.student_trainer.train.runs import make_run, spec_of

@@ -29,11 +29,11 @@ from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 from stillhouse.student_trainer.train.teacher import credentials, endpoints
 from stillhouse.student_trainer.train.teacher.generate_stream import TeacherSample, TextStream
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
-from stillhouse.student_trainer.train.teacher.teachers import OnlineTeachers
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
     events,
