@@ -1,4 +1,4 @@
-"""Starts the command line: `stillhouse`, or `python -m stillhouse.client`."""
+"""Runs the command line: `stillhouse`, or `python -m stillhouse.client`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything a notebook needs: `from stillhouse.client.api import Teacher, Trainer`."""
+"""Public API: `from stillhouse import Teacher, Trainer`."""
 
 from stillhouse.client.batch.input_rows import Sampling
 from stillhouse.client.batch.pipeline import (

@@ -1,4 +1,4 @@
-"""The `stillhouse` command: options that every command shares, commands loaded when they are used, errors as one sentence."""
+"""The `stillhouse` command: shared options, commands imported on use, errors as one sentence."""
 
 from __future__ import annotations
 
@@ -9,28 +9,34 @@ import click
 
 from stillhouse.client.terminal.options import shared_options
 
-# Command to where it is and what it does; a module is imported when its command is used, so that --help is quick.
+# Command to module and summary; a module is imported when its command is used, so that --help is quick.
 _COMMANDS = {
-    "run": ("stillhouse.client.commands.run.group:run", "Create, watch, steer and read distillation runs."),
-    "data": ("stillhouse.client.commands.data:data", "Bring data to the trainer."),
+    "run": (
+        "stillhouse.client.commands.run.group:run",
+        "Create, watch, control and inspect distillation runs.",
+    ),
+    "data": ("stillhouse.client.commands.data:data", "Copy data to the trainer."),
     "cache": (
         "stillhouse.client.commands.cache:cache",
-        "Keep teachers' answers, to train from them without a teacher.",
+        "Cache teacher outputs, to train from them without a teacher.",
     ),
-    "teacher": ("stillhouse.client.commands.teacher:teacher", "Ask and manage a teacher service."),
-    "generate": ("stillhouse.client.commands.generate:generate", "Let the teacher write."),
+    "teacher": ("stillhouse.client.commands.teacher:teacher", "Query and manage a teacher service."),
+    "generate": ("stillhouse.client.commands.generate:generate", "Generate text with the teacher."),
     "score": (
         "stillhouse.client.commands.score:score",
-        "Ask the teacher for its distributions over your token ids.",
+        "Score your token ids with the teacher's distributions.",
     ),
-    "token": ("stillhouse.client.commands.token:token", "Make, list and revoke tokens on a service's host."),
+    "token": (
+        "stillhouse.client.commands.token:token",
+        "Create, list and revoke tokens on a service's host.",
+    ),
     "estimate": (
         "stillhouse.client.commands.estimate:estimate",
         "Predict a run's memory before it is submitted.",
     ),
     "doctor": (
         "stillhouse.client.commands.doctor:doctor",
-        "Check hosts, services and certificates, and say what to do.",
+        "Check hosts, services and certificates, and suggest remedies.",
     ),
     "version": ("stillhouse.client.commands.version:version", "Show the version of this client."),
 }
@@ -40,16 +46,16 @@ EXIT_CODES = """
 Exit codes:
   0    done; a watched run COMPLETED
   1    the run or the operation failed
-  2    bad usage, run file or value; nothing was changed
-  3    the service does not answer
+  2    invalid usage, run file or value; nothing was changed
+  3    the service does not respond
   4    no such run, adapter, dataset or artifact
-  5    the state forbids it, the name is taken, or a watched run was stopped
+  5    not allowed in this state, the name is taken, or a watched run was stopped
   130  interrupted by Ctrl-C
 """
 
 
 class LazyGroup(click.Group):
-    """A group whose commands are imported when they are used, and whose errors end as one sentence and a code."""
+    """A group whose commands are imported on use and whose errors end as one sentence and an exit code."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
         return list(_COMMANDS)
@@ -85,12 +91,12 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Each option above may also stand after the command, and in the environment as STILLHOUSE_TRAINER and so on.\n\n"
+    epilog="Each option above may also follow the command, and be set in the environment as STILLHOUSE_TRAINER and so on.\n\n"
     + EXIT_CODES.strip("\n"),
 )
 @click.pass_context
 def cli(ctx: click.Context, /, **shared: Any) -> None:
-    """Distil a large language model into a small one: submit runs, watch them, ask the teacher."""
+    """Distil a large language model into a small one: submit runs, watch them, query the teacher."""
     ctx.obj = {"shared": shared}
 
 

@@ -1,4 +1,4 @@
-"""A channel to one service: every call's error becomes a StillhouseError, and lost streams are taken up again."""
+"""A channel to one service: errors of calls become StillhouseErrors, and lost streams are resumed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CALL_TIMEOUT_S = 60.0
 PATIENCE_S = 600.0
 """Time without a service after which a lost stream is given up."""
 CONNECTED_S = 30.0
-"""A stream that lasted so long was connected, also if it had nothing to say; one that is refused ends sooner."""
+"""Duration after which a stream counts as connected even without a message; a refused one ends sooner."""
 
 OnLost = Callable[[StillhouseError, float], None]
-"""Told why a stream was lost, and how many seconds later it is tried again."""
+"""Called with the error that ended a stream and the seconds until the next attempt."""
 
 
 class Connection:
@@ -74,14 +74,14 @@ class Connection:
         self.channel.close()
 
     def call(self, method: Callable[..., R], request: object, *, timeout_s: float | None = None) -> R:
-        """The answer of a unary call, or of one that streams its request if `timeout_s` allows for it."""
+        """Makes a unary call, or one that streams its request if `timeout_s` allows for it, and returns the response."""
         try:
             return method(request, timeout=timeout_s or self.timeout_s)
         except grpc.RpcError as error:
             raise self.error(error) from error
 
     def stream(self, method: Callable[..., Any], request: object) -> Iterator[Any]:
-        """The answers of a streaming call; closing the iterator cancels it."""
+        """Yields the responses of a streaming call; closing the iterator cancels it."""
         call = method(request)
         try:
             yield from call
@@ -91,7 +91,7 @@ class Connection:
             call.cancel()
 
     def error(self, error: grpc.RpcError) -> StillhouseError:
-        """What went wrong, as a sentence with a remedy."""
+        """Turns a gRPC error into a sentence with a remedy."""
         return from_rpc_error(error, target=self.target, service=self.service)
 
 
@@ -101,10 +101,10 @@ def resumed(
     on_lost: OnLost | None = None,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[R]:
-    """The items of a stream that is opened again when it is lost.
+    """Yields the items of a stream and opens it again when it is lost.
 
-    `open_stream` starts after the last item that was given out. A stream that never answered is not opened again.
-    Raises what cannot be helped by waiting, and the last error if no service is there for `patience_s` seconds.
+    `open_stream` starts after the last item that was yielded. A stream that never sent one is not opened again. Raises
+    errors that waiting cannot cure, and the last error if no service responds for `patience_s` seconds.
     """
     wait = BoundedWait(patience_s, on_pause=on_lost)
     has_answered = False

@@ -1,4 +1,4 @@
-"""Exit codes of the client: one table from what went wrong to the number that a script sees."""
+"""Exit codes of the client, by error."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from stillhouse.protos.errors import Reason, StillhouseError
 
 
 class ExitCode(IntEnum):
-    """What a command's exit code says."""
+    """Exit code of a command."""
 
     OK = 0
     """Done; a watched run COMPLETED."""
     FAILED = 1
-    """The run or the operation failed; also: refused by the server for a reason without a code of its own."""
+    """The run or the operation failed, or the server refused it for a reason without its own code."""
     USAGE = 2
-    """Bad usage, run file or value; nothing was changed."""
+    """Invalid usage, run file or value; nothing was changed."""
     UNREACHABLE = 3
-    """The service does not answer, or not in time."""
+    """The service does not respond, or not in time."""
     NOT_FOUND = 4
     """No such run, adapter, dataset or artifact."""
     CONFLICT = 5
-    """The state forbids it, the name is taken, or a watched run was stopped before its end."""
+    """Not allowed in this state, the name is taken, or a watched run was stopped before its end."""
     INTERRUPTED = 130
     """Ctrl-C."""
 
@@ -41,15 +41,15 @@ _BY_STATUS = {
 
 
 def exit_code(error: StillhouseError) -> ExitCode:
-    """The exit code of a command that ends with `error`."""
+    """Returns the exit code of a command that ends with `error`."""
     return _BY_STATUS.get(error.code, ExitCode.FAILED)
 
 
 def usage_error(message: str) -> StillhouseError:
-    """An error for a value that the user gave and that no service has seen."""
+    """Returns an error for an invalid value from the user, found without a service."""
     return StillhouseError(Reason.INVALID_REQUEST, message)
 
 
 def file_error(verb: str, path: object, error: OSError) -> StillhouseError:
-    """A sentence for a file of the user's that cannot be read or written."""
+    """Returns an error for a user's file that cannot be read or written."""
     return usage_error(f"cannot {verb} {path}: {error.strerror or error}.")

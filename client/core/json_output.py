@@ -1,4 +1,4 @@
-"""What --json prints: contract messages as JSON with snake_case names, whole numbers as numbers and RFC 3339 times."""
+"""JSON of contract messages for --json: snake_case names, 64-bit integers as numbers, RFC 3339 times."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stillhouse.protos.errors import StillhouseError, from_status
 
 
 def dumps(value: object) -> str:
-    """One line of JSON. NaN and infinities become the strings "NaN", "Infinity" and "-Infinity"."""
+    """Returns one line of JSON. NaN and infinities become the strings "NaN", "Infinity" and "-Infinity"."""
     return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 
 def as_json(message: Message) -> dict[str, Any]:
-    """The fields of `message`. Unset optional values and messages are left out; enums are names without prefix.
+    """Returns the fields of `message`. Unset optional values and messages are left out; enums are names without prefix.
 
-    An enum's unspecified value is null, bytes are not expected, and a google.rpc.Status is as error_as_json has it.
+    An unspecified enum value is null, bytes are not expected, and a google.rpc.Status is converted by error_as_json.
     """
     result: dict[str, Any] = {}
     for each in message.DESCRIPTOR.fields:
@@ -41,7 +41,7 @@ def as_json(message: Message) -> dict[str, Any]:
 
 
 def error_as_json(error: StillhouseError) -> dict[str, Any]:
-    """Reason and sentence of `error`, and what else it carries."""
+    """Returns reason and sentence of `error`, with its violations, metadata and retry time if any."""
     result: dict[str, Any] = {"reason": str(error.reason), "message": error.message}
     if error.violations:
         result["violations"] = [
@@ -67,7 +67,7 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
 
 
 def enum_name(enum: Any, number: int) -> str | None:
-    """RUNNING for STATE_RUNNING; None for the unspecified value, the number as text for an unknown one."""
+    """Returns RUNNING for STATE_RUNNING; None for the unspecified value, the number as text for an unknown one."""
     if number == 0:
         return None
     known = enum.values_by_number.get(number)

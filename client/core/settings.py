@@ -1,4 +1,4 @@
-"""Where the services are: flag, else STILLHOUSE_* environment, else a context in config.toml, else the default."""
+"""Addresses and credentials of the services: flag, else STILLHOUSE_* environment, else config.toml, else the default."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How to reach the services."""
+    """Addresses and credentials of the services."""
 
     trainer: str = DEFAULT_TRAINER
     """`host:port` or `unix:PATH` of the run service."""
     teacher: str = DEFAULT_TEACHER
-    """`host:port` or `unix:PATH` of the teacher; several services of one teacher with commas between."""
+    """`host:port` or `unix:PATH` of the teacher; replicas of one teacher are separated by commas."""
     tls: bool = False
     """TLS with the system's authorities; implied by any other TLS setting."""
     tls_ca: Path | None = None
     """Authorities to trust instead, PEM."""
     tls_cert: Path | None = None
-    """Our certificate, PEM, for services that ask for one."""
+    """Client certificate, PEM, for services that require one."""
     tls_key: Path | None = None
     """Its key, PEM."""
     tls_server_name: str | None = None
@@ -43,16 +43,16 @@ class Settings:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Each service of the teacher, once."""
+        """Each replica of the teacher, once."""
         return tuple(dict.fromkeys(each.strip() for each in self.teacher.split(",") if each.strip()))
 
     @property
     def uses_tls(self) -> bool:
-        """Whether connections are encrypted."""
+        """True if connections are encrypted."""
         return self.tls or any((self.tls_ca, self.tls_cert, self.tls_key, self.tls_server_name))
 
     def security(self) -> dict[str, Any]:
-        """What a connection takes besides its target. Raises StillhouseError if the token's file cannot be read."""
+        """Returns a connection's arguments besides the target. Raises StillhouseError if the token file cannot be read."""
         return {
             "tls": self.tls,
             "tls_ca": self.tls_ca,
@@ -63,7 +63,7 @@ class Settings:
         }
 
     def token(self) -> str | None:
-        """The bearer token. Raises StillhouseError if its file cannot be read."""
+        """Reads the bearer token. Raises StillhouseError if its file cannot be read."""
         if self.token_file is None:
             return None
         try:
@@ -73,7 +73,7 @@ class Settings:
             raise file_error("read the token in", self.token_file, error) from error
         token = content.decode("ascii", "replace").strip()
         if not token or len(content) > MAX_TOKEN_BYTES or not token.isprintable() or not token.isascii():
-            raise usage_error(f"{self.token_file} must hold a token, one line of ASCII, and nothing else.")
+            raise usage_error(f"{self.token_file} must hold one line of ASCII, the token, and nothing else.")
         return token
 
 
@@ -82,7 +82,7 @@ _TOP_LEVEL = {*NAMES, "context", "contexts"}
 
 
 def default_config_path(environment: Mapping[str, str] = os.environ) -> Path:
-    """`~/.config/stillhouse/config.toml`, or under XDG_CONFIG_HOME."""
+    """Returns `~/.config/stillhouse/config.toml`, or its place under XDG_CONFIG_HOME."""
     base = environment.get("XDG_CONFIG_HOME") or "~/.config"
     return Path(base).expanduser() / "stillhouse" / "config.toml"
 
@@ -94,12 +94,12 @@ def load_settings(
     config: Path | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Settings:
-    """Settings by precedence; `flags` maps names of Settings to what the command line gave.
+    """Loads settings by precedence; `flags` maps names of Settings to values of the command line.
 
     The config file has the names of Settings at the top level, and again in `[contexts.NAME]`, which wins; `context`
-    names the one to use unless --context or STILLHOUSE_CONTEXT does. Paths in it are relative to it.
+    selects one unless --context or STILLHOUSE_CONTEXT does. Its paths are relative to the file.
 
-    Raises StillhouseError for a file that cannot be read, an unknown name and an unknown context.
+    Raises StillhouseError for an unreadable file, an unknown name and an unknown context.
     """
     config = config or _path(environment.get(ENVIRONMENT_PREFIX + "CONFIG"))
     context = context or environment.get(ENVIRONMENT_PREFIX + "CONTEXT") or None
@@ -124,7 +124,7 @@ def _from_file(config: Path | None, context: str | None, environment: Mapping[st
     except OSError as error:
         raise file_error("read", path, error) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise usage_error(f"{path} is no valid TOML: {error}.") from error
+        raise usage_error(f"{path} is not valid TOML: {error}.") from error
     contexts = content.get("contexts", {})
     if not isinstance(contexts, dict):
         raise usage_error(f"{path}: contexts expects tables such as [contexts.lab].")

@@ -1,4 +1,4 @@
-"""The checks of `stillhouse doctor`: each gives what it found, and a remedy if that is wrong; none changes anything."""
+"""Checks of `stillhouse doctor`: each yields its findings, with a remedy for a problem; none changes anything."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _DAY_S = 86400
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finding:
-    """What a check found."""
+    """Result of a check."""
 
     check: str
     state: Literal["ok", "warning", "failed"]
@@ -43,7 +43,7 @@ class Finding:
 
 
 def machine(data_dir: Path | None) -> Iterator[Finding]:
-    """Versions, memory, devices and disk of this machine."""
+    """Checks versions, memory, devices and disk of this machine."""
     python = platform.python_version()
     yield Finding(check="client", state="ok", found=f"Stillhouse {own_version()}, Python {python}")
     total = memory_bytes()
@@ -51,21 +51,23 @@ def machine(data_dir: Path | None) -> Iterator[Finding]:
         yield Finding(check="memory", state="ok", found=f"{total / 2**30:.0f} GiB")
     found = list_gpus()
     if not found:
-        told = "none; training and serving here would use the CPU"
+        text = "none; training and serving here would use the CPU"
         if shutil.which("nvidia-smi") is not None:
-            remedy = "nvidia-smi is installed but does not answer: see what it says, and mend the driver."
+            remedy = (
+                "nvidia-smi is installed but reports no device: run it to see why, and repair the driver."
+            )
             yield Finding(check="GPU", state="failed", found="nvidia-smi lists none", remedy=remedy)
         else:
-            yield Finding(check="GPU", state="ok", found=told)
+            yield Finding(check="GPU", state="ok", found=text)
     for each in found:
-        free, whole = each.free_bytes / 2**30, each.total_bytes / 2**30
-        text = f"{each.name}, {free:.0f} of {whole:.0f} GiB free, driver {each.driver}"
+        free, total_gib = each.free_bytes / 2**30, each.total_bytes / 2**30
+        text = f"{each.name}, {free:.0f} of {total_gib:.0f} GiB free, driver {each.driver}"
         busy = each.free_bytes < each.total_bytes / 10
         yield Finding(
             check=f"GPU {each.index}",
             state="warning" if busy else "ok",
             found=text,
-            remedy="Something uses most of it; `nvidia-smi` shows what." if busy else "",
+            remedy="Most of its memory is in use; `nvidia-smi` shows by which process." if busy else "",
         )
     yield _disk(data_dir)
     if data_dir is not None:
@@ -107,32 +109,32 @@ def _secrets(data_dir: Path) -> Iterator[Finding]:
 
 
 def certificates(settings: Settings) -> Iterator[Finding]:
-    """The certificates that this client is told to use, and their time."""
+    """Checks the validity of the certificates in the settings."""
     for name, path in (("authority", settings.tls_ca), ("own certificate", settings.tls_cert)):
         if path is not None:
             yield certificate(name, path)
 
 
 def certificate(check: str, path: Path, now_s: float | None = None) -> Finding:
-    """What the first certificate of a PEM file says of itself."""
+    """Checks the validity of the first certificate of a PEM file."""
     program = shutil.which("openssl")
     if program is None:
-        remedy = "Install the openssl command to have certificates looked at."
-        return Finding(check=check, state="warning", found=f"{path} was not looked at", remedy=remedy)
-    ask = [program, "x509", "-noout", "-startdate", "-enddate", "-subject", "-in", str(path)]
+        remedy = "Install the openssl command to check certificates."
+        return Finding(check=check, state="warning", found=f"{path} was not checked", remedy=remedy)
+    command = [program, "x509", "-noout", "-startdate", "-enddate", "-subject", "-in", str(path)]
     try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
-        told = dict(line.split("=", 1) for line in answer.stdout.splitlines())
-        begins_s, ends_s = (ssl.cert_time_to_seconds(told[name]) for name in ("notBefore", "notAfter"))
+        output = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
+        fields = dict(line.split("=", 1) for line in output.stdout.splitlines())
+        begins_s, ends_s = (ssl.cert_time_to_seconds(fields[name]) for name in ("notBefore", "notAfter"))
     except (OSError, ValueError, KeyError, subprocess.SubprocessError):
-        remedy = "Give a PEM file that can be read."
-        return Finding(check=check, state="failed", found=f"{path} is no certificate", remedy=remedy)
-    what = f"{path} ({told.get('subject', '').strip()})"
-    return _lasting(check, what, begins_s, ends_s, time.time() if now_s is None else now_s)
+        remedy = "Give a readable PEM file."
+        return Finding(check=check, state="failed", found=f"{path} is not a certificate", remedy=remedy)
+    what = f"{path} ({fields.get('subject', '').strip()})"
+    return _validity(check, what, begins_s, ends_s, time.time() if now_s is None else now_s)
 
 
-def _lasting(check: str, what: str, begins_s: float, ends_s: float, now_s: float) -> Finding:
-    """Whether a certificate is valid, and will be for a while."""
+def _validity(check: str, what: str, begins_s: float, ends_s: float, now_s: float) -> Finding:
+    """Checks that a certificate is valid now and for a while."""
     days = (ends_s - now_s) / _DAY_S
     if now_s < begins_s:
         remedy = "Correct this machine's clock, or wait."
@@ -151,8 +153,8 @@ def _lasting(check: str, what: str, begins_s: float, ends_s: float, now_s: float
     )
 
 
-def _shown(check: str, target: str, settings: Settings) -> Iterator[Finding]:
-    """The certificate that a service shows; nothing where there is none, or where nobody answers, which others say."""
+def _served_certificate(check: str, target: str, settings: Settings) -> Iterator[Finding]:
+    """Checks the certificate that a service presents; yields nothing without one, or if the service does not respond."""
     if not settings.uses_tls or target.startswith("unix"):
         return
     check = f"{check}'s certificate"
@@ -167,30 +169,30 @@ def _shown(check: str, target: str, settings: Settings) -> Iterator[Finding]:
             socket.create_connection((host, int(port)), TIMEOUT_S) as plain,
             context.wrap_socket(plain, server_hostname=settings.tls_server_name or host) as secured,
         ):
-            told: Any = secured.getpeercert()
+            served: Any = secured.getpeercert()
     except ssl.SSLCertVerificationError as error:
         remedy = "Renew it if it has expired; else give --tls-ca the authority that signed it, or --tls-server-name."
-        found = f"{target} shows one that is not accepted: {error.verify_message}"
+        found = f"{target} presents one that is not accepted: {error.verify_message}"
         yield Finding(check=check, state="failed", found=found, remedy=remedy)
     except (OSError, ValueError):
         return
     else:
-        begins_s, ends_s = (ssl.cert_time_to_seconds(told[name]) for name in ("notBefore", "notAfter"))
-        yield _lasting(check, f"that of {target}", begins_s, ends_s, time.time())
+        begins_s, ends_s = (ssl.cert_time_to_seconds(served[name]) for name in ("notBefore", "notAfter"))
+        yield _validity(check, f"certificate of {target}", begins_s, ends_s, time.time())
 
 
 def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
-    """Whether each service of the teacher answers, how fast, of which version, and whether it reads as the student does."""
+    """Checks each replica of the teacher: response time, version and tokenizer."""
     for target in settings.teachers:
         yield from _teacher(settings, target, student)
 
 
 def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[Finding]:
     yield from _exposure("teacher", target, settings)
-    yield from _shown("teacher", target, settings)
+    yield from _served_certificate("teacher", target, settings)
     with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
         began_s = time.monotonic()
-        info, problem = _asked("teacher", service.info)
+        info, problem = _query("teacher", service.info)
         if info is None:
             yield problem
             return
@@ -199,24 +201,24 @@ def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[
         yield Finding(
             check="teacher",
             state="warning" if slow else "ok",
-            found=f"{info.model} at {target} answers in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})",
+            found=f"{info.model} at {target} responds in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})",
             remedy="It is overloaded or far away; prefetch hides some of that." if slow else "",
         )
         yield _versions("teacher", info.service_version)
         if student is not None:
-            files, problem = _asked("tokenizers", service.tokenizer)
+            files, problem = _query("tokenizers", service.tokenizer)
             yield problem if files is None else _tokenizers(student, files)
 
 
 def trainer(settings: Settings) -> Iterator[Finding]:
-    """Whether the trainer answers, and how its queue stands."""
+    """Checks the trainer's response, version and runs."""
     from stillhouse.protos.stillhouse.v1 import run_pb2
 
     yield from _exposure("trainer", settings.trainer, settings)
-    yield from _shown("trainer", settings.trainer, settings)
+    yield from _served_certificate("trainer", settings.trainer, settings)
     with Trainer(settings.trainer, **settings.security(), timeout_s=TIMEOUT_S) as service:
         request = run_pb2.ListRunsRequest(page_size=100)
-        page, problem = _asked("trainer", lambda: service.call(service.stub.ListRuns, request))
+        page, problem = _query("trainer", lambda: service.call(service.stub.ListRuns, request))
         if page is None:
             yield problem
             return
@@ -224,7 +226,7 @@ def trainer(settings: Settings) -> Iterator[Finding]:
         live = {run.STATE_STARTING, run.STATE_RUNNING, run.STATE_STOPPING}
         working = [each for each in page.runs if each.state in live]
         waiting = sum(each.state == run.STATE_PENDING for each in page.runs)
-        text = f"{settings.trainer} answers: {len(working)} runs work, {waiting} wait among the newest 100"
+        text = f"{settings.trainer} responds: {len(working)} runs are live, {waiting} pending among the newest 100"
         yield Finding(check="trainer", state="ok", found=text)
         if page.runs:
             yield _versions("trainer", page.runs[0].created_by_version)
@@ -233,7 +235,7 @@ def trainer(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 check="trainer's runs",
                 state="warning",
-                found=f"{len(stuck)} wait for a teacher that does not answer them",
+                found=f"{len(stuck)} wait for a teacher that does not respond",
                 remedy="Start that teacher; `stillhouse run show` names its address under teachers.",
             )
         silent = [each for each in working if each.condition == run.CONDITION_NOT_RESPONDING]
@@ -241,14 +243,14 @@ def trainer(settings: Settings) -> Iterator[Finding]:
             yield Finding(
                 check="trainer's runs",
                 state="warning",
-                found=f"the processes of {len(silent)} give no sign of life",
-                remedy="See on the trainer's host whether its disk, its devices or the processes hang.",
+                found=f"the processes of {len(silent)} send no heartbeat",
+                remedy="Check on the trainer's host whether its disk, its devices or the processes hang.",
             )
 
 
-def _asked(check: str, ask: Callable[[], Any]) -> tuple[Any, Finding]:
+def _query(check: str, request: Callable[[], Any]) -> tuple[Any, Finding]:
     try:
-        answer = ask()
+        response = request()
     except StillhouseError as error:
         remedies = {
             Reason.TEACHER_LOADING: "Wait until it has loaded.",
@@ -260,7 +262,7 @@ def _asked(check: str, ask: Callable[[], Any]) -> tuple[Any, Finding]:
         )
         remedy = remedies.get(error.reason, "")
         return None, Finding(check=check, state=state, found=error.message, remedy=remedy)
-    return answer, Finding(check=check, state="ok", found="")
+    return response, Finding(check=check, state="ok", found="")
 
 
 def _exposure(check: str, target: str, settings: Settings) -> Iterator[Finding]:
@@ -285,7 +287,7 @@ def _versions(check: str, theirs: str) -> Finding:
 
 
 def _tokenizers(student: Path, theirs: Mapping[str, bytes]) -> Finding:
-    """Whether the student's ids stand for the same tokens as the teacher's."""
+    """Checks that the student's ids stand for the same tokens as the teacher's."""
     check = "tokenizers"
     try:
         own = _fingerprint({"tokenizer.json": (student / "tokenizer.json").read_bytes()})
@@ -307,7 +309,7 @@ def _tokenizers(student: Path, theirs: Mapping[str, bytes]) -> Finding:
 
 
 def _fingerprint(files: Mapping[str, bytes]) -> str:
-    """Of ids, tokens and merges. How text is cut before depends on the library that loads the files: a run compares that."""
+    """Fingerprints ids, tokens and merges. Pre-tokenization depends on the loading library; a run compares that too."""
     document = json.loads(files["tokenizer.json"])
     if not isinstance(document, dict):
         raise KeyError("tokenizer.json")
@@ -316,7 +318,7 @@ def _fingerprint(files: Mapping[str, bytes]) -> str:
 
 
 def own_version() -> str:
-    """Of this installation."""
+    """Returns the version of this installation."""
     try:
         return version("stillhouse")
     except PackageNotFoundError:  # run from a checkout

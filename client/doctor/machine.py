@@ -8,7 +8,7 @@ _KIB = 2**10
 
 
 def memory_bytes() -> int | None:
-    """The memory that this process may use: the machine's, or its control group's if that is less."""
+    """Returns the memory that this process may use: the machine's, or its control group's limit if that is less."""
     limits = []
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemTotal:"):

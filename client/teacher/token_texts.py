@@ -1,4 +1,4 @@
-"""What each token id stands for, out of the tokenizer.json that a teacher sends; nothing in it is run."""
+"""Text of each token id, from the tokenizer.json that a teacher sends; none of it is executed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer
 
 
 class TokenTexts:
-    """The bytes of every token of one tokenizer."""
+    """Bytes of every token of one tokenizer."""
 
     def __init__(self, tokenizer_json: bytes) -> None:
-        """Raises StillhouseError (TOKENIZER_INVALID) for what is no description of a tokenizer."""
+        """Raises StillhouseError (TOKENIZER_INVALID) for a file that does not describe a tokenizer."""
         with tokenizer_errors(
             "Token texts cannot be read from the teacher's tokenizer.json", "Request no logprobs."
         ):
@@ -21,9 +21,9 @@ class TokenTexts:
                 self._bytes[token.id] = token.content.encode("utf-8", "replace")
 
     def text(self, token: int) -> str:
-        """The text of one token; a part of a character is shown as U+FFFD."""
+        """Returns the text of one token; an incomplete character becomes U+FFFD."""
         return self._bytes.get(token, b"").decode("utf-8", "replace")
 
     def as_json(self, token: int, logprob: float) -> dict[str, Any]:
-        """The token as OpenAI's format has it."""
+        """Returns the token in OpenAI's format."""
         return {"token": self.text(token), "logprob": logprob, "bytes": list(self._bytes.get(token, b""))}

@@ -1,4 +1,4 @@
-"""A batch as it goes, for people: a progress bar with tokens per second on a terminal, and nothing elsewhere."""
+"""Shows a batch's progress: a bar with tokens per second on a terminal, and nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from stillhouse.client.batch.pipeline import BatchProgress
 from stillhouse.client.terminal.render import printable
 
 REFRESH_S = 0.1
-"""Least time between two looks of the bar."""
+"""Shortest time between two updates of the bar."""
 WINDOW_S = 10.0
-"""Tokens per second are those of so much time."""
+"""Window of the tokens per second."""
 
 
-class Bar:
-    """What is shown of a batch; `progress` is rich's, or None where there is nobody to see it."""
+class BatchProgressBar:
+    """The bar of a batch; `progress` is rich's, or None without a terminal."""
 
     def __init__(self, progress: Any, name: str) -> None:
         self._progress = progress
@@ -29,13 +29,13 @@ class Bar:
             self._task = progress.add_task(printable(name), total=None, rows="", speed="")
 
     def show(self, now: BatchProgress) -> None:
-        """Shows how far the batch is."""
+        """Shows the batch's progress."""
         self._last = now
         if self._progress is not None and time.monotonic() >= self._next_s:
             self._update(now)
 
     def finish(self) -> None:
-        """Shows the last that was told."""
+        """Shows the final progress."""
         if self._progress is not None and self._last is not None:
             self._update(self._last)
 
@@ -56,23 +56,23 @@ class Bar:
         )
 
     def line(self, text: str) -> bool:
-        """Shows one line above the bar; False where there is none."""
+        """Shows one line above the bar; returns False without a bar."""
         if self._progress is None:
             return False
         self._progress.console.print(printable(text), markup=False, highlight=False)
         return True
 
 
-class progress_bar(AbstractContextManager[Bar]):  # noqa: N801 (used like a function)
-    """The bar on standard error, if that is a terminal and it is to be `visible`; a context manager."""
+class progress_bar(AbstractContextManager[BatchProgressBar]):  # noqa: N801 (used like a function)
+    """The bar on standard error, if that is a terminal and `visible`; a context manager."""
 
     def __init__(self, name: str, *, visible: bool) -> None:
         self._name = name
         self._visible = visible and sys.stderr.isatty()
         self._progress: Any = None
-        self._bar: Bar
+        self._bar: BatchProgressBar
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> BatchProgressBar:
         if self._visible:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -87,7 +87,7 @@ class progress_bar(AbstractContextManager[Bar]):  # noqa: N801 (used like a func
                 console=Console(stderr=True),
             )
             self._progress.start()
-        self._bar = Bar(self._progress, self._name)
+        self._bar = BatchProgressBar(self._progress, self._name)
         return self._bar
 
     def __exit__(self, *_: object) -> None:

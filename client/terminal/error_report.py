@@ -1,4 +1,4 @@
-"""How a command ends that went wrong: one sentence, or with --json one object, on standard error; and its exit code."""
+"""Error reporting of commands: a sentence, or with --json an object, on standard error, and the exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 
 
 def report(error: Exception, *, as_json: bool) -> int | None:
-    """Tells of `error`; the exit code, or None for a bug, which keeps its traceback."""
+    """Prints `error` and returns its exit code; None for a bug, which keeps its traceback."""
     if not isinstance(error, StillhouseError):
         return None
     if as_json:

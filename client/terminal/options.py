@@ -6,7 +6,7 @@ import click
 
 
 def shared_options(*, hidden: bool) -> list[click.Option]:
-    """The options that say where the services are; every command takes them too, without listing them."""
+    """Returns the options that locate the services; every command takes them too, without listing them."""
     described = {
         "--trainer": ("HOST:PORT", "Run service. [default: 127.0.0.1:7402]"),
         "--teacher": (

@@ -1,4 +1,4 @@
-"""Prompts and sequences from arguments, files and standard input; each error names file and line."""
+"""Reads prompts and sequences from arguments, files and standard input; errors name file and line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_TEXT_BYTES = 64 << 20
 
 
 def read_text(path: str) -> str:
-    """The text of a file, or of standard input for "-". Raises StillhouseError if it cannot be read."""
+    """Reads a file, or standard input for "-". Raises StillhouseError if it cannot be read."""
     try:
         if path == "-":
             content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
@@ -37,12 +37,12 @@ def read_text(path: str) -> str:
 
 
 def text_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]:
-    """Each argument and each whole file is a prompt."""
+    """Makes a prompt of each argument and of each complete file."""
     return [*arguments, *(read_text(path) for path in files)]
 
 
 def chat_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]:
-    """Each argument is what a user says; each file is JSON or JSON lines of conversations.
+    """Makes a conversation of each argument, as a user's message; each file is JSON or JSON lines of conversations.
 
     A conversation is a list of messages with `role` and `content`, or an object with such a list as `messages`.
     """
@@ -83,9 +83,9 @@ def _conversation(value: object, where: str) -> list[dict[str, str]]:
 
 
 def score_items(path: str, adapter: str) -> Iterator[ScoreItem]:
-    """The sequences in JSON lines {"token_ids": [...]}, with `id` (else the line's number), `start` and `adapter`.
+    """Reads sequences from JSON lines {"token_ids": [...]}, with `id` (else the line's number), `start` and `adapter`.
 
-    Reads as it goes, so that a pipe may be longer than memory.
+    Streams its input, so that a pipe may be longer than memory.
     """
     try:
         with nullcontext(sys.stdin) if path == "-" else Path(path).open(encoding="utf-8") as lines:
@@ -121,4 +121,4 @@ def _json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
     except ValueError as error:
-        raise usage_error(f"{where}: this line is no JSON: {error}.") from error
+        raise usage_error(f"{where}: this line is not JSON: {error}.") from error

@@ -1,4 +1,4 @@
-"""How values look to people: aligned columns, sizes, times; text from elsewhere without control characters."""
+"""Formats values for people: aligned columns, sizes, times; text from elsewhere without control characters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KEPT = {"\n", "\t"}
 
 
 def printable(text: str) -> str:
-    """`text` with control characters made visible: what a model or a log wrote must not steer the terminal."""
+    """Escapes control characters in `text`, so that a model or a log cannot steer the terminal."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() or each in _KEPT else _visible(each) for each in text)
@@ -28,7 +28,7 @@ def _visible(character: str) -> str:
 
 
 def columns(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """The rows, with cells of one column under each other, two spaces apart."""
+    """Aligns the cells of each column, two spaces apart."""
     table = [list(header)] if header else []
     table += [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
@@ -39,7 +39,7 @@ def columns(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
 
 
 def state_name(run: run_pb2.Run) -> str:
-    """RUNNING, or "RUNNING, waiting for teacher" where something keeps it from making progress."""
+    """Returns RUNNING, or "RUNNING, waiting for teacher" if something keeps the run from making progress."""
     state = enum_name(_STATES, run.state) or "UNKNOWN"
     condition = enum_name(_CONDITIONS, run.condition)
     if condition is not None:
@@ -50,7 +50,7 @@ def state_name(run: run_pb2.Run) -> str:
 
 
 def progress_text(progress: run_pb2.Progress) -> str:
-    """ "120/500 24 %", or the step alone while the total is not known."""
+    """Returns "120/500 24 %", or the step alone while the total is unknown."""
     if not progress.total_steps:
         return str(progress.step)
     share = 100 * progress.step / progress.total_steps
@@ -58,7 +58,7 @@ def progress_text(progress: run_pb2.Progress) -> str:
 
 
 def number_text(value: float) -> str:
-    """A metric's value in at most five significant digits."""
+    """Formats a metric's value in at most five significant digits."""
     if not math.isfinite(value):
         return str(value)
     if value and abs(value) < 1e-3:
@@ -69,7 +69,7 @@ def number_text(value: float) -> str:
 
 
 def size_text(size_bytes: int) -> str:
-    """1.5 MiB."""
+    """Formats a size, e.g. 1.5 MiB."""
     size, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
@@ -77,14 +77,14 @@ def size_text(size_bytes: int) -> str:
 
 
 def time_text(time: Timestamp) -> str:
-    """Local time to the second; empty if it is not set."""
+    """Formats local time to the second; empty if it is not set."""
     if not time.seconds:
         return ""
     return datetime.fromtimestamp(time.seconds, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def duration_text(seconds: float) -> str:
-    """3 h 4 min, 2 min 5 s or 12 s."""
+    """Formats a duration, e.g. 3 h 4 min, 2 min 5 s or 12 s."""
     whole = max(0, round(seconds))
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60} min"
@@ -94,7 +94,7 @@ def duration_text(seconds: float) -> str:
 
 
 def spec_text(spec: run_pb2.RunSpec) -> str:
-    """`spec` as a run file in YAML."""
+    """Formats `spec` as a run file in YAML."""
     import yaml
 
     return yaml.safe_dump(as_json(spec), sort_keys=False, allow_unicode=True, width=100)

@@ -1,4 +1,4 @@
-"""A run's events as they come, for people: a progress bar on a terminal, plain lines elsewhere."""
+"""Shows a run's events as they arrive: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.protos.errors import StillhouseError, from_status
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
 PLAIN_INTERVAL_S = 5.0
-"""Least time between two lines about steps where there is no terminal."""
+"""Shortest time between two lines about steps without a terminal."""
 LOSS = "train/loss"
 STORED, BYTES_PER_TOKEN = "cache/sequences", "cache/bytes_per_token"
 SPEEDS = ("train/tokens_per_second", "cache/tokens_per_second")
@@ -32,7 +32,7 @@ class RunView(ABC):
         self._is_lost = False
 
     def show(self, event: run_pb2.WatchRunResponse) -> None:
-        """Shows what `event` says."""
+        """Shows one event."""
         if self._is_lost:
             self._is_lost = False
             self.line("Connected again.")
@@ -46,10 +46,10 @@ class RunView(ABC):
                 self.step(event.metrics, self._progress.total_steps)
 
     def lost(self, error: StillhouseError, pause_s: float) -> None:
-        """Says once that the stream was lost and is tried again."""
+        """Reports once that the stream was lost and will be tried again."""
         if not self._is_lost:
             self._is_lost = True
-            self.line(f"{error.message}\nTrying again from {pause_s:.1f} s on; the run is not affected.")
+            self.line(f"{error.message}\nTrying again in {pause_s:.1f} s; the run is not affected.")
 
     def _show_run(self, run: run_pb2.Run) -> None:
         self._progress.CopyFrom(run.progress)
@@ -61,7 +61,7 @@ class RunView(ABC):
 
     @abstractmethod
     def line(self, text: str) -> None:
-        """Shows one line that stays."""
+        """Shows one permanent line."""
 
     @abstractmethod
     def step(self, point: run_pb2.MetricPoint, total_steps: int) -> None:
@@ -69,11 +69,11 @@ class RunView(ABC):
 
     @abstractmethod
     def update(self, run: run_pb2.Run) -> None:
-        """Shows how far the run is."""
+        """Shows the run's progress."""
 
 
 class PlainView(RunView):
-    """Lines on standard output, those about steps not more often than every few seconds."""
+    """Prints lines on standard output, those about steps at most every few seconds."""
 
     def __init__(self, interval_s: float = PLAIN_INTERVAL_S) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class TerminalView(RunView):
 
 
 def run_view() -> AbstractContextManager[RunView]:
-    """The view that fits standard output; a context manager."""
+    """Returns the view for standard output; a context manager."""
     if not sys.stdout.isatty():
         return nullcontext(PlainView())
     return _terminal_view()
@@ -150,7 +150,7 @@ class _terminal_view(AbstractContextManager[RunView]):  # noqa: N801 (used like 
 
 
 def state_line(run: run_pb2.Run) -> str:
-    """One line that says where a run is; with its duration once it has ended, and why it failed."""
+    """Formats a run's state in one line; with its duration once it has ended, and its error if it failed."""
     text = f"run {run_id(run.name)}: {state_name(run)}"
     if run.progress.step:
         text += f" at step {progress_text(run.progress).partition(' ')[0]}"
@@ -164,7 +164,7 @@ def state_line(run: run_pb2.Run) -> str:
 
 
 def step_text(point: run_pb2.MetricPoint, total_steps: int) -> str:
-    """ "step 10/500  loss 1.23  456 tokens/s"."""
+    """Formats a step, e.g. "step 10/500  loss 1.23  456 tokens/s"."""
     parts = [f"step {point.step}/{total_steps}" if total_steps else f"step {point.step}"]
     parts.append(_achieved(point))
     speed = _speed(point)
@@ -178,7 +178,7 @@ def _speed(point: run_pb2.MetricPoint) -> float | None:
 
 
 def _achieved(point: run_pb2.MetricPoint) -> str:
-    """The loss, or for a build of a cache what is stored and how small."""
+    """Formats the loss, or for a cache build the stored sequences and bytes per token."""
     if LOSS in point.values:
         return f"loss {number_text(point.values[LOSS])}"
     text = f"{number_text(point.values[STORED])} sequences stored"
@@ -188,9 +188,9 @@ def _achieved(point: run_pb2.MetricPoint) -> str:
 
 
 def evaluation_text(point: run_pb2.MetricPoint) -> str:
-    """ "step 100  kl 0.12  perplexity 3.1", or nothing if no metric of the point is one of evaluation."""
+    """Formats an evaluation, e.g. "step 100  kl 0.12  perplexity 3.1"; empty without evaluation metrics."""
     values = {key: value for key, value in sorted(point.values.items()) if key.startswith(EVALUATION)}
     if not values:
         return ""
-    told = [f"{key.removeprefix(EVALUATION)} {number_text(value)}" for key, value in values.items()]
-    return "  ".join([f"step {point.step}  evaluation:", *told])
+    shown = [f"{key.removeprefix(EVALUATION)} {number_text(value)}" for key, value in values.items()]
+    return "  ".join([f"step {point.step}  evaluation:", *shown])

@@ -1,4 +1,4 @@
-"""What every command shares: --json, the connection options, and a session that opens services when they are needed."""
+"""Session of one command: --json, connection options, and services that are connected on first use."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One command at work: where to print, and which services to ask."""
+    """State of one command: its output mode and its connections."""
 
     def __init__(self, flags: Mapping[str, Any], stack: ExitStack, *, as_json: bool) -> None:
         self._flags = flags
@@ -30,7 +30,7 @@ class Session:
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """Where the services are."""
+        """Addresses and credentials of the services."""
         from stillhouse.client.core.settings import NAMES, load_settings
 
         config = self._flags.get("config")
@@ -51,19 +51,19 @@ class Session:
 
     @functools.cached_property
     def teacher(self) -> Teacher:
-        """The teacher service; of several the first that answers."""
+        """The teacher service; of several the first that responds."""
         from stillhouse.client.batch.teacher_identity import agreeing
 
         return self.teachers[0] if len(self.teachers) == 1 else agreeing(self.teachers)[0]
 
     @functools.cached_property
     def teachers(self) -> tuple[Teacher, ...]:
-        """All services of the teacher that --teacher names."""
+        """All replicas of the teacher that --teacher names."""
         from stillhouse.client.core.errors import usage_error
         from stillhouse.client.teacher.teacher import Teacher
 
         if not self.settings.teachers:
-            raise usage_error("--teacher names no service; give HOST:PORT, or several with commas between.")
+            raise usage_error("--teacher names no service; give HOST:PORT, or several separated by commas.")
         return tuple(
             self._stack.enter_context(Teacher(target, **self._security()))
             for target in self.settings.teachers
@@ -71,17 +71,17 @@ class Session:
 
     @property
     def only_teacher(self) -> Teacher:
-        """The teacher service, for what is done to one service and not to another."""
+        """The teacher service, for operations on a single replica."""
         from stillhouse.client.core.errors import usage_error
 
         if len(self.teachers) > 1:
             raise usage_error(
-                f"--teacher names {len(self.teachers)} services; this is done to each by itself: name one."
+                f"--teacher names {len(self.teachers)} services, and this acts on one: name one of them."
             )
         return self.teachers[0]
 
     def run(self, name: str) -> RunHandle:
-        """The run that `name` means."""
+        """Looks a run up by id, prefix or `latest`."""
         return self.trainer.run(name)
 
     def emit(self, document: object) -> None:
@@ -92,13 +92,13 @@ class Session:
         sys.stdout.flush()
 
     def say(self, text: str) -> None:
-        """Prints for people; text from elsewhere cannot steer the terminal."""
+        """Prints text for people; control characters in it cannot steer the terminal."""
         from stillhouse.client.terminal.render import printable
 
         click.echo(printable(text))
 
     def note(self, text: str) -> None:
-        """Prints for people on standard error, where it does not mix with results; nothing with --json."""
+        """Prints text for people on standard error, apart from results; nothing with --json."""
         from stillhouse.client.terminal.render import printable
 
         if not self.as_json:
@@ -111,7 +111,7 @@ class Session:
 def command(
     group: click.Group | None = None, name: str | None = None
 ) -> Callable[[Callable[..., Any]], click.Command]:
-    """Makes a command of a function whose first argument is a Session, and adds it to `group`.
+    """Decorates a function whose first argument is a Session as a command, and adds it to `group`.
 
     The function returns its exit code, or None for 0.
     """

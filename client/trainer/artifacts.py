@@ -1,4 +1,4 @@
-"""Copies artifacts of a run to this machine: resumable, checked by SHA-256, whole or absent under their names."""
+"""Downloads artifacts of a run: resumable, checked by SHA-256, atomic."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle
 
 OnFile = Callable[[str, int, int], None]
-"""Told path, bytes that are here, bytes of the whole file."""
+"""Called with path, bytes received and size of the file."""
 
 PART_SUFFIX = ".part"
 _READ_BYTES = 1 << 20
@@ -46,12 +46,12 @@ def _top(path: str) -> str:
 
 
 def _below(path: str, what: str) -> PurePosixPath:
-    """Where `path` lies below the directory that `what` is copied into. The path comes from the network."""
+    """Returns `path` relative to the directory of `what`. The path comes from the network."""
     pure = PurePosixPath(path)
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or _CONTROL.search(path):
         raise StillhouseError(
             Reason.PATH_NOT_ALLOWED,
-            f"the trainer offers a file named {path!a}, which could lie anywhere; refused.",
+            f"the trainer offers a file named {path!a}, which leaves the directory; refused.",
         )
     return PurePosixPath(pure.name) if path == what else pure.relative_to(what or ".")
 
@@ -59,20 +59,20 @@ def _below(path: str, what: str) -> PurePosixPath:
 def _fetch(run: RunHandle, artifact: run_pb2.Artifact, place: Path, on_file: OnFile | None) -> None:
     try:
         if _is_same(place, artifact):
-            _tell(on_file, artifact, artifact.size_bytes)
+            _notify(on_file, artifact, artifact.size_bytes)
             return
         place.parent.mkdir(parents=True, exist_ok=True)
         part = place.with_name(place.name + PART_SUFFIX)
         resumes = part.is_file()
         if not _download(run, artifact, part, on_file):
             part.unlink()
-            # The half that was here may be of another file of that name; only then is a second try worth it.
+            # The partial file may belong to another file of that name; only then can a second attempt succeed.
             if not resumes or not _download(run, artifact, part, on_file):
                 part.unlink(missing_ok=True)
                 raise StillhouseError(
                     Reason.CHECKPOINT_CORRUPT,
-                    f"{artifact.path} arrived with another SHA-256 than the trainer named; nothing was kept. "
-                    "Pull again; if it stays so, the file is damaged on the trainer's host.",
+                    f"{artifact.path} arrived with another SHA-256 than the trainer stated; nothing was kept. "
+                    "Pull again; if it fails again, the file is damaged on the trainer's host.",
                 )
         part.replace(place)
     except OSError as error:
@@ -85,7 +85,7 @@ def _is_same(place: Path, artifact: run_pb2.Artifact) -> bool:
 
 
 def _download(run: RunHandle, artifact: run_pb2.Artifact, part: Path, on_file: OnFile | None) -> bool:
-    """Whether `part` holds the whole file and its SHA-256 is right."""
+    """Returns True once `part` is complete and its SHA-256 is right."""
     digest = _sha256(part) if part.is_file() else hashlib.sha256()
     size = part.stat().st_size if part.is_file() else 0
     if size > artifact.size_bytes:
@@ -96,18 +96,18 @@ def _download(run: RunHandle, artifact: run_pb2.Artifact, part: Path, on_file: O
         def open_stream() -> Iterator[run_pb2.DownloadArtifactResponse]:
             return run.download(artifact.path, size)
 
-        for piece in resumed(open_stream):
-            size += len(piece.data)
+        for chunk in resumed(open_stream):
+            size += len(chunk.data)
             if size > artifact.size_bytes:
                 return False
-            digest.update(piece.data)
-            file.write(piece.data)
-            stated = piece.sha256 or stated
-            _tell(on_file, artifact, size)
+            digest.update(chunk.data)
+            file.write(chunk.data)
+            stated = chunk.sha256 or stated
+            _notify(on_file, artifact, size)
     return size == artifact.size_bytes and digest.hexdigest() == stated
 
 
-def _tell(on_file: OnFile | None, artifact: run_pb2.Artifact, size: int) -> None:
+def _notify(on_file: OnFile | None, artifact: run_pb2.Artifact, size: int) -> None:
     if on_file is not None:
         on_file(artifact.path, size, artifact.size_bytes)
 

@@ -1,4 +1,4 @@
-"""One run from Python: watch it, stop it, read its metrics and log, fetch what it left."""
+"""One run of a trainer: watch, stop, read metrics and logs, download artifacts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Series:
 
 
 class RunHandle:
-    """The run `name`, `runs/{run}`, of a trainer. Every method raises StillhouseError."""
+    """A run of a trainer by name, `runs/{run}`. Every method raises StillhouseError."""
 
     def __init__(self, trainer: Trainer, name: str) -> None:
         self.name = name
@@ -49,27 +49,27 @@ class RunHandle:
         return run_id(self.name)
 
     def get(self) -> run_pb2.Run:
-        """The run as it is."""
+        """Returns the run's current state."""
         return self._trainer.call(self._stub.GetRun, run_pb2.GetRunRequest(name=self.name))
 
     def stop(self) -> run_pb2.Run:
-        """Asks it to write a checkpoint and end; the run as it is then, mostly STOPPING."""
+        """Requests a checkpoint and a stop; returns the run as it is then, usually STOPPING."""
         return self._trainer.call(self._stub.StopRun, run_pb2.StopRunRequest(name=self.name))
 
     def resume(self) -> run_pb2.Run:
-        """Queues it again, from its last checkpoint. Raises RUN_STATE unless it is STOPPED or FAILED."""
+        """Queues the run again, from its last checkpoint. Raises RUN_STATE unless it is STOPPED or FAILED."""
         return self._trainer.call(self._stub.ResumeRun, run_pb2.ResumeRunRequest(name=self.name))
 
     def delete(self) -> None:
-        """Removes it and its files. Raises RUN_STATE unless it has ended."""
+        """Deletes the run and its files. Raises RUN_STATE unless it has ended."""
         self._trainer.call(self._stub.DeleteRun, run_pb2.DeleteRunRequest(name=self.name))
 
     def watch(
         self, *, after_sequence: int = 0, on_lost: OnLost | None = None, patience_s: float = PATIENCE_S
     ) -> Iterator[run_pb2.WatchRunResponse]:
-        """Every change and every step's metrics, until the run ends; first the run as it is.
+        """Yields the run, then its changes and every step's metrics until it ends.
 
-        A lost stream is taken up after the last sequence that was given out; `on_lost` is told.
+        A lost stream is resumed after the last yielded sequence; `on_lost` is called.
         """
         last = after_sequence
         is_live = False
@@ -82,7 +82,7 @@ class RunHandle:
                     is_live = event.run.state not in ENDED
                 yield event
             if is_live:
-                message = f"The trainer at {self._trainer.target} closed the stream of run {self.id}, which goes on."
+                message = f"The trainer at {self._trainer.target} closed the stream of run {self.id}, which is still live."
                 raise StillhouseError(Reason.SERVICE_UNREACHABLE, message)
 
         while True:
@@ -94,12 +94,12 @@ class RunHandle:
             except StillhouseError as error:
                 if error.reason is not Reason.CURSOR_EXPIRED or last == 0:
                     raise
-                last = 0  # what lies between is gone; go on from the present state
+                last = 0  # the events in between are gone; resume from the current state
             else:
                 return
 
     def wait(self) -> run_pb2.Run:
-        """The run once it has ended, however that was."""
+        """Waits until the run has ended in any state, and returns it."""
         for event in self.watch():
             if event.WhichOneof("event") == "run" and event.run.state in ENDED:
                 return event.run
@@ -108,7 +108,7 @@ class RunHandle:
     def metrics(
         self, *keys: str, start_step: int = 0, end_step: int = 0, max_points: int = 0
     ) -> dict[str, Series]:
-        """Metric name to its history, thinned to `max_points` (0 means 1000) points.
+        """Returns each metric's history, thinned to `max_points` (0 means 1000) points.
 
         Without `keys` all metrics; steps in [start_step, end_step), where an end_step of 0 means no bound.
         """
@@ -125,9 +125,9 @@ class RunHandle:
     def logs(
         self, *, follow: bool = False, attempt: int = 0, start_offset: int = 0, on_lost: OnLost | None = None
     ) -> Iterator[run_pb2.StreamLogsResponse]:
-        """The log as bytes from `start_offset`, negative from the end; of one attempt, or (0) of all.
+        """Yields the log as bytes from `start_offset`, negative from the end; of one attempt, or (0) of all.
 
-        With `follow` it stays until the run ends. A lost stream is taken up where it broke.
+        With `follow` it continues until the run ends. A lost stream is resumed where it broke.
         """
         offset = start_offset
 
@@ -137,28 +137,28 @@ class RunHandle:
             )
             return self._stream(self._stub.StreamLogs, request)
 
-        for piece in resumed(open_stream, on_lost=on_lost):
-            offset = piece.next_offset
-            yield piece
+        for chunk in resumed(open_stream, on_lost=on_lost):
+            offset = chunk.next_offset
+            yield chunk
 
     def artifacts(self) -> list[run_pb2.Artifact]:
-        """What it left: checkpoints, final model, evaluation outputs."""
+        """Lists checkpoints, the final model and evaluation outputs."""
         answer = self._trainer.call(self._stub.ListArtifacts, run_pb2.ListArtifactsRequest(name=self.name))
         return list(answer.artifacts)
 
     def pull(
         self, what: str = "final", directory: Path | str | None = None, *, on_file: OnFile | None = None
     ) -> list[Path]:
-        """The files of `what`, a path of artifacts() or a directory above some, copied into `directory`.
+        """Downloads `what`, a path of artifacts() or a directory of some, into `directory`, and returns the files.
 
-        `directory` is `{run}/{what}` by default; the part of the path that `what` names is left out below it. A broken
-        download goes on where it broke, a file that is there already is kept, and every file's SHA-256 is checked.
+        `directory` is `{run}/{what}` by default; paths below it are relative to `what`. A broken download is resumed, a file
+        that exists already is kept, and every file's SHA-256 is checked.
         Raises ARTIFACT_NOT_FOUND if nothing matches.
         """
         return pull(self, what.strip("/"), Path(directory) if directory else Path(self.id, what), on_file)
 
     def download(self, path: str, start_offset: int) -> Iterator[run_pb2.DownloadArtifactResponse]:
-        """The pieces of one artifact from a byte on; the last one carries the SHA-256 of the whole file."""
+        """Yields one artifact from a byte offset on; the last message carries the SHA-256 of the complete file."""
         request = run_pb2.DownloadArtifactRequest(name=self.name, path=path, start_offset=start_offset)
         return self._stream(self._stub.DownloadArtifact, request)
 

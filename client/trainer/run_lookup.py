@@ -1,4 +1,4 @@
-"""Finds the run that a person means: a whole id, a unique prefix of one, or `latest`."""
+"""Looks a run up by its id, a unique prefix of it, or `latest`."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _SHOWN = 5
 
 
 def run_id(name: str) -> str:
-    """The id in a resource name `runs/{run}`."""
+    """Returns the id in a resource name `runs/{run}`."""
     return name.removeprefix("runs/")
 
 
 def find_run(wanted: str, newest_first: Callable[[], Iterable[str]]) -> str:
-    """The resource name `runs/{run}` of the run that `wanted` means.
+    """Returns the resource name `runs/{run}` of the run that `wanted` identifies.
 
-    `newest_first` gives the names of all runs; it is asked only for a prefix or `latest`.
-    Raises StillhouseError: RUN_NOT_FOUND, or INVALID_REQUEST for what is no id or fits several runs.
+    `newest_first` lists the names of all runs; it is called only for a prefix or `latest`.
+    Raises StillhouseError: RUN_NOT_FOUND, or INVALID_REQUEST for an invalid or ambiguous id.
     """
     text = run_id(wanted.strip())
     if text == LATEST:
         for name in newest_first():
             return name
         raise StillhouseError(
-            Reason.RUN_NOT_FOUND, "there is no run yet; `stillhouse run create FILE` makes one."
+            Reason.RUN_NOT_FOUND, "there is no run yet; `stillhouse run create FILE` creates one."
         )
     if not _PREFIX.fullmatch(text):
         raise usage_error(
-            f'"{wanted}" is no run id: give one of {ID_LENGTH} characters of a-z and 2-7, the beginning of one, or '
+            f'"{wanted}" is not a run id: give one of {ID_LENGTH} characters of a-z and 2-7, a prefix of one, or '
             f'"{LATEST}"; `stillhouse run list` shows them.'
         )
     if len(text) == ID_LENGTH:
@@ -48,5 +48,5 @@ def find_run(wanted: str, newest_first: Callable[[], Iterable[str]]) -> str:
         )
     if len(found) > 1:
         shown = ", ".join(run_id(name) for name in found[:_SHOWN]) + (", ..." if len(found) > _SHOWN else "")
-        raise usage_error(f'"{text}" fits {len(found)} runs ({shown}); give more characters.')
+        raise usage_error(f'"{text}" matches {len(found)} runs ({shown}); give more characters.')
     return found[0]

@@ -1,4 +1,4 @@
-"""The run service from Python: create and find runs, push data; `RunHandle` goes on from there."""
+"""The run service from Python: creates and lists runs, uploads data."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 
-PIECE_BYTES = 512 * 1024
+CHUNK_BYTES = 512 * 1024
 PAGE_SIZE = 500
 UPLOAD_TIMEOUT_S = 24 * 3600.0
 
 Spec = run_pb2.RunSpec | RunFile | Mapping[str, Any] | str | Path
 OnBytes = Callable[[int], None]
-"""Told how many more bytes have gone over the wire."""
+"""Called with the number of bytes just sent."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PushedDataset:
-    """A file that the trainer holds."""
+    """A file that the trainer stores."""
 
     name: str
-    """`datasets/{sha256}`, which a spec gives as a path."""
+    """`datasets/{sha256}`, a path in run specs."""
     size_bytes: int
     """Its size."""
 
@@ -44,7 +44,7 @@ class Trainer(Connection):
     """The run service at `target`, `host:port` or `unix:PATH`; a context manager.
 
     With `tls_ca` or a certificate the connection is TLS. Every method raises StillhouseError with a sentence that
-    names a remedy; SERVICE_UNREACHABLE if nobody answers.
+    names a remedy; SERVICE_UNREACHABLE if no service responds.
     """
 
     service = "trainer"
@@ -54,17 +54,17 @@ class Trainer(Connection):
         self.stub = RunServiceStub(self.channel)
 
     def create_run(self, spec: Spec, *, overrides: Sequence[str] = (), request_id: str = "") -> RunHandle:
-        """The queued run.
+        """Creates and queues a run.
 
         `spec` is a RunSpec, a mapping with its field names, or the path of a run file; `overrides` are such as
-        "loss.top_k=32". Calling again with an equal `request_id`, a UUID4, returns the first run.
-        Raises INVALID_SPEC with every problem, in the file's own words.
+        "loss.top_k=32". Repeating an equal `request_id`, a UUID4, returns the first run. Raises INVALID_SPEC with every
+        problem and its source location.
         """
         run = self._create(spec, overrides, request_id or str(uuid.uuid4()), validate_only=False)
         return RunHandle(self, run.name)
 
     def validate(self, spec: Spec, *, overrides: Sequence[str] = ()) -> run_pb2.Run:
-        """The run that `spec` would make, with `effective_spec`; nothing is queued. Raises as create_run does."""
+        """Returns the run that `spec` would create, with `effective_spec`; nothing is queued. Raises as create_run does."""
         return self._create(spec, overrides, "", validate_only=True)
 
     def _create(
@@ -78,11 +78,11 @@ class Trainer(Connection):
             raise file.source_map.located(error) from error
 
     def run(self, name: str = "latest") -> RunHandle:
-        """The run with this id, with an id that begins so, or the newest one."""
+        """Looks a run up by its id, a prefix of it, or `latest`."""
         return RunHandle(self, find_run(name, lambda: (run.name for run in self.runs())))
 
     def runs(self, states: Iterable[run_pb2.Run.State.ValueType] = ()) -> Iterator[run_pb2.Run]:
-        """Every run, newest first; only those in one of `states` if any are given."""
+        """Yields every run, newest first; only those in one of `states` if any are given."""
         request = run_pb2.ListRunsRequest(page_size=PAGE_SIZE, states=states)
         while True:
             page = self.call(self.stub.ListRuns, request)
@@ -92,7 +92,7 @@ class Trainer(Connection):
             request.page_token = page.next_page_token
 
     def push_dataset(self, path: Path | str, *, on_bytes: OnBytes | None = None) -> PushedDataset:
-        """Copies the file at `path` to the trainer, which stores it by content; pushing it again is not an error."""
+        """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error."""
         path = Path(path)
         digest = hashlib.sha256()
         try:
@@ -100,8 +100,8 @@ class Trainer(Connection):
         except OSError as error:
             raise file_error("read", path, error) from error
         with file:
-            pieces = _pieces(file, path.name, digest.update, on_bytes)
-            answer = self.call(self.stub.UploadDataset, pieces, timeout_s=UPLOAD_TIMEOUT_S)
+            chunks = _chunks(file, path.name, digest.update, on_bytes)
+            answer = self.call(self.stub.UploadDataset, chunks, timeout_s=UPLOAD_TIMEOUT_S)
         if answer.name != f"datasets/{digest.hexdigest()}":
             raise StillhouseError(
                 Reason.INTERNAL,
@@ -110,9 +110,9 @@ class Trainer(Connection):
         return PushedDataset(name=answer.name, size_bytes=answer.size_bytes)
 
     def push_datasets_of(self, file: RunFile, *, on_push: Callable[[Path], None] | None = None) -> RunFile:
-        """`file` with every dataset that lies beside it copied to the trainer and named `datasets/{sha256}`.
+        """Uploads every dataset next to `file` and renames it `datasets/{sha256}` in it.
 
-        Paths that do not exist beside it are left alone: they are the trainer's.
+        Paths that do not exist next to it are unchanged: they are the trainer's.
         """
         for dataset in (*file.spec.data.train, *file.spec.data.eval):
             local = file.directory / dataset.path
@@ -124,7 +124,7 @@ class Trainer(Connection):
 
 
 def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:
-    """`spec` with `overrides`, whatever form it has, copied and checked."""
+    """Parses, copies and checks `spec` in any of its forms, with `overrides` applied."""
     match spec:
         case RunFile():
             return spec
@@ -136,11 +136,11 @@ def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:
             return parse_fields(spec, overrides)
 
 
-def _pieces(
+def _chunks(
     file: BinaryIO, name: str, digest: Callable[[bytes], None], on_bytes: OnBytes | None
 ) -> Iterator[run_pb2.UploadDatasetRequest]:
     yield run_pb2.UploadDatasetRequest(file_name=name)
-    while data := file.read(PIECE_BYTES):
+    while data := file.read(CHUNK_BYTES):
         digest(data)
         yield run_pb2.UploadDatasetRequest(data=data)
         if on_bytes is not None:

@@ -81,7 +81,7 @@ class _Agreement:
 
 def _agree(run: RunContext, data: StepData, *, stop: bool) -> _Agreement:
     """Exchanges stop requests, due checkpoints and metrics."""
-    run.state.in_flight.forget_before(run.progress.step)
+    run.state.in_flight.drop_before(run.progress.step)
     own = {
         "stop": stop,
         "save": run.triggers.should_save(run.progress.step),

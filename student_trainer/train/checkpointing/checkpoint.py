@@ -27,7 +27,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import sync_directory, sync_tree
 from stillhouse.student_trainer.run_dir import MANIFEST, Attempt, RunDir
 from stillhouse.student_trainer.train.process import failpoints
-from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuffer
 
 log = structlog.get_logger()
 
@@ -62,7 +62,7 @@ class TrainingState:
     scaler: Any
     """torch's GradScaler with fp16, else None."""
     progress: Progress
-    in_flight: InFlight = dataclasses.field(default_factory=InFlight)
+    in_flight: RolloutBuffer = dataclasses.field(default_factory=RolloutBuffer)
     """Rollouts that no step has consumed yet."""
 
 

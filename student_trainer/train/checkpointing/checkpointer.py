@@ -14,7 +14,7 @@ from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.distributed.ranks import Ranks
-from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuffer
 
 log = structlog.get_logger()
 
@@ -43,7 +43,7 @@ class Checkpointer:
         found: int | None = self._ranks.exchange(own, patient=True)[0]
         if found is not None and not self._ranks.is_first:
             checkpoint.restore_step(self._attempt.run_dir, found, self._state)
-        self._state.in_flight.keep(self._ranks.is_mine)
+        self._state.in_flight.keep_only(self._ranks.is_mine)
         self._ranks.broadcast(trained)
         self._saved_step = found
         self._triggers.mark_saved()
@@ -59,13 +59,13 @@ class Checkpointer:
         if step in (0, self._saved_step):
             return
         began = time.monotonic()
-        self._state.in_flight.forget_before(step)
+        self._state.in_flight.drop_before(step)
         parts = self._ranks.gather(self._state.in_flight.to_bytes())
         self._saved_step = step
         self._triggers.mark_saved()
         if not self._ranks.is_first:
             return
-        in_flight = InFlight.joined(InFlight.from_bytes(part) for part in parts)
+        in_flight = RolloutBuffer.merge(RolloutBuffer.from_bytes(part) for part in parts)
         whole = dataclasses.replace(self._state, in_flight=in_flight)
         checkpoint.save(self._attempt, whole, self._facts, keep=self._keep)
         self._triggers.mark_saved()

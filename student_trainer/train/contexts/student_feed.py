@@ -24,15 +24,15 @@ from stillhouse.student_trainer.train.contexts.source import FeedSettings, Skips
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.rollouts.local_sampler import Text
-from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight, Rollout
+from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import Rollout, RolloutBuffer
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 log = structlog.get_logger()
 
 
 class TextWriter(Protocol):
-    """Samples with the student's present weights: `Sampler` in this process, `SamplerPool` elsewhere."""
+    """Samples with the student's present weights: `LocalSampler` in this process, `SamplerPool` elsewhere."""
 
     def write(
         self,
@@ -41,7 +41,7 @@ class TextWriter(Protocol):
         *,
         max_sequence_tokens: int,
         seeds: Sequence[int],
-    ) -> list[list[Text]]:
+    ) -> list[list[SampledText]]:
         """Completions of each prompt by its seed; prompt and completion have at most `max_sequence_tokens`."""
 
 
@@ -49,7 +49,7 @@ class TextWriter(Protocol):
 class RolloutState:
     """State of a run that rollouts depend on."""
 
-    in_flight: InFlight
+    in_flight: RolloutBuffer
     """Rollouts that no step has consumed yet."""
     version: Callable[[], int]
     """Number of updates that the student's weights have had."""

@@ -1,7 +1,7 @@
-"""Texts that the student writes in the training process: with the tokens as drawn, their exact log-probabilities, and the version that wrote them.
+"""Samples completions from the student in the training process, with their exact log-probabilities.
 
-transformers' `generate` carries the model and its cache; every token is drawn here, so that what is recorded as its
-log-probability is that of the distribution that it was really drawn from. Axes: B texts, V vocabulary, Q likeliest ids.
+transformers' `generate` runs the model and its cache; every token is sampled here, so that the recorded log-probability
+is that of the actual sampling distribution. Axes: B sequences, V vocabulary, Q top-k ids.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.student.student import Student
 
 BATCH_TEXTS = 64
-"""Texts that are written side by side."""
+"""Sequences sampled at a time."""
 
 
 class Autocast(Protocol):
@@ -32,21 +32,21 @@ class Autocast(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Text:
-    """One text that the student wrote behind a prompt."""
+class SampledText:
+    """One sampled completion."""
 
     token_ids: NDArray[np.int32]
-    """[n], n >= 1, the end token included if it was drawn."""
+    """[n], n >= 1, the end token included if it was sampled."""
     logprobs: NDArray[np.float32]
-    """[n]: of each token under the distribution that it was drawn from."""
+    """[n]: log-probability of each token under its sampling distribution."""
     likeliest: NDArray[np.int32]
-    """[n, Q]: the student's likeliest ids at each position, likeliest first."""
+    """[n, Q]: the student's top-k ids at each position, by falling probability."""
     finished: bool
-    """Whether it ends with an end token; otherwise it was cut."""
+    """True if it ends with an end token; False if it was truncated."""
 
 
-class Sampler:
-    """Writes texts with the student's weights as they are."""
+class LocalSampler:
+    """Samples completions with the student's current weights, in this process."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Sampler:
         vocab_size: int,
         num_likeliest: int,
     ) -> None:
-        """`vocab_size` is the effective vocabulary: only ids below it are drawn."""
+        """`vocab_size` is the effective vocabulary: only ids below it are sampled."""
         self._student = student
         self._device = device
         self._autocast = autocast
@@ -72,11 +72,11 @@ class Sampler:
         *,
         max_sequence_tokens: int,
         seeds: Sequence[int],
-    ) -> list[list[Text]]:
-        """`samples_per_prompt` texts for each prompt, drawn by the seed of the prompt; who writes beside it changes nothing.
+    ) -> list[list[SampledText]]:
+        """Samples `samples_per_prompt` completions of each prompt, by the prompt's seed, independently of other prompts.
 
-        Prompt and text together have at most `max_sequence_tokens`, which leaves every prompt room for a token. Raises
-        StillhouseError(NON_FINITE) if the student's logits are no numbers.
+        Prompt and completion together have at most `max_sequence_tokens`, which leaves every prompt room for a token. Raises
+        StillhouseError(NON_FINITE) if the student's logits are non-finite.
         """
         copies = [
             (prompt, np.random.Generator(np.random.PCG64([seed, sample])))
@@ -104,7 +104,7 @@ class Sampler:
         copies: Sequence[tuple[NDArray[np.int32], np.random.Generator]],
         generation: RolloutConfig,
         max_sequence_tokens: int,
-    ) -> Iterator[Text]:
+    ) -> Iterator[SampledText]:
         prompts = [prompt for prompt, _ in copies]
         rooms = [min(generation.max_new_tokens, max_sequence_tokens - len(prompt)) for prompt in prompts]
         assert min(rooms) >= 1, "examples end before max_sequence_tokens"
@@ -115,7 +115,7 @@ class Sampler:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         uniform = np.stack([generator.random(max(rooms)) for _, generator in copies])
-        draws = _Draws(
+        sampler = _RecordingSampler(
             self._vocab_size,
             generation,
             self._num_likeliest,
@@ -125,7 +125,7 @@ class Sampler:
         model.generate(
             input_ids=torch.from_numpy(ids).to(self._device),
             attention_mask=torch.from_numpy(mask).to(self._device),
-            logits_processor=LogitsProcessorList([draws]),
+            logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
                 do_sample=False,
                 max_new_tokens=max(rooms),
@@ -134,7 +134,7 @@ class Sampler:
                 use_cache=True,
             ),
         )
-        tokens, logprobs, likeliest = draws.rows()
+        tokens, logprobs, likeliest = sampler.rows()
         for row, room in enumerate(rooms):
             yield self._cut(tokens[row], logprobs[row], likeliest[row], room)
 
@@ -144,11 +144,11 @@ class Sampler:
         logprobs: NDArray[np.float32],
         likeliest: NDArray[np.int32],
         room: int,
-    ) -> Text:
-        """The text up to its end token, or to `room` tokens."""
+    ) -> SampledText:
+        """Truncates after the first end token, or at `room` tokens."""
         ends = np.flatnonzero(np.isin(tokens[:room], self._end_ids))
         length = int(ends[0]) + 1 if ends.size else min(room, len(tokens))
-        return Text(
+        return SampledText(
             token_ids=tokens[:length],
             logprobs=logprobs[:length],
             likeliest=likeliest[:length],
@@ -157,7 +157,7 @@ class Sampler:
 
 
 def end_token_ids(student: Student) -> list[int]:
-    """Ids that end a text: the tokenizer's end token, and those that the model itself names."""
+    """Returns the ids that end a text: the tokenizer's end token, and those of the model's generation config."""
     named = getattr(student.plain.generation_config, "eos_token_id", None)
     ids = [student.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({int(each) for each in ids if each is not None})
@@ -165,7 +165,7 @@ def end_token_ids(student: Student) -> list[int]:
 
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
-    """Keeps the sampling settings that a model was saved with out of `generate`; they come back at the end."""
+    """Replaces a model's saved sampling settings by defaults inside the block."""
     holders = [each for each in (model, getattr(model, "base_model", None)) if each is not None]
     if hasattr(model, "get_base_model"):
         holders.append(model.get_base_model())
@@ -179,13 +179,13 @@ def _plain_settings(model: Any) -> Iterator[None]:
             each.generation_config = settings
 
 
-class _Draws(LogitsProcessor):  # type: ignore[misc]
-    """Draws the token of every text, records it, and leaves only it for `generate`, which takes the likeliest."""
+class _RecordingSampler(LogitsProcessor):  # type: ignore[misc]
+    """Samples and records the token of every sequence, and leaves only it for `generate`, which decodes greedily."""
 
     def __init__(
         self, num_valid: int, generation: RolloutConfig, num_likeliest: int, uniform_BT: Tensor
     ) -> None:
-        """`uniform_BT`: float64 in [0, 1), one number for each draw."""
+        """`uniform_BT`: one float64 in [0, 1) for each token."""
         self._num_valid = num_valid
         self._generation = generation
         self._num_likeliest = num_likeliest
@@ -195,12 +195,12 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
         self._likeliest: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the base class fixes it
-        """[B, V]: 0 for the token that was drawn, -inf elsewhere."""
+        """Returns 0 for the sampled token and -inf elsewhere, [B, V]."""
         logits_BV = scores[:, : self._num_valid].float()
         if not bool(torch.isfinite(logits_BV).all()):
             raise StillhouseError(
                 Reason.NON_FINITE,
-                "The student's logits are no numbers while it writes. Lower optimizer.learning_rate, or use "
+                "The student's logits are non-finite while it samples. Lower optimizer.learning_rate, or use "
                 "optimizer.precision: fp32.",
             )
         self._likeliest.append(logits_BV.topk(self._num_likeliest, dim=-1).indices.int())
@@ -208,27 +208,27 @@ class _Draws(LogitsProcessor):  # type: ignore[misc]
         if self._generation.top_p < 1:
             logits_BV = _nucleus(logits_BV, self._generation.top_p)
         logprobs_BV = logits_BV.log_softmax(-1)
-        tokens_B1 = _inverse(logprobs_BV, self._uniform_BT[:, len(self._tokens)])
+        tokens_B1 = _inverse_cdf(logprobs_BV, self._uniform_BT[:, len(self._tokens)])
         self._tokens.append(tokens_B1.squeeze(-1).int())
         self._logprobs.append(logprobs_BV.gather(-1, tokens_B1).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens_B1, 0.0)
 
     def rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
-        """Tokens [B, T], their log-probabilities [B, T] and the likeliest ids [B, T, Q]."""
-        parts = (self._tokens, self._logprobs, self._likeliest)
-        tokens, logprobs, likeliest = (torch.stack(part, dim=1).cpu().numpy() for part in parts)
+        """Returns tokens [B, T], their log-probabilities [B, T] and the top-k ids [B, T, Q]."""
+        recorded = (self._tokens, self._logprobs, self._likeliest)
+        tokens, logprobs, likeliest = (torch.stack(each, dim=1).cpu().numpy() for each in recorded)
         return tokens, logprobs, likeliest
 
 
-def _inverse(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """[B, 1]: the token in whose stretch of the cumulative distribution the number lies; never one of probability 0."""
+def _inverse_cdf(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Samples by the inverse CDF, [B, 1]; never a token of probability 0."""
     cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
     points_B1 = uniform_B.unsqueeze(-1) * cumulative_BV[:, -1:]
     return (cumulative_BV <= points_B1).sum(-1, keepdim=True)
 
 
 def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """The smallest set of likeliest tokens whose probability reaches `top_p`; the others become -inf."""
+    """Keeps the smallest set of most probable tokens with mass >= `top_p`; the others become -inf."""
     sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
     probs_BV = sorted_BV.softmax(-1)
     outside_BV = probs_BV.cumsum(-1) - probs_BV >= top_p

@@ -40,7 +40,7 @@ from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig, TeacherConfig
 from stillhouse.student_trainer.train.process import failpoints
-from stillhouse.student_trainer.train.rollouts.local_sampler import Text
+from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
 from stillhouse.student_trainer.train.student.student import Student
 from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, Endpoint
 
@@ -109,7 +109,7 @@ class RemoteSampler(Endpoint):
         generation: RolloutConfig,
         adapter: SavedAdapter,
         on_cancel: Callable[[Callable[[], object]], None],
-    ) -> list[list[Text]]:
+    ) -> list[list[SampledText]]:
         """Returns up to `samples_per_prompt` texts for each prompt, without those that hold a token unknown to the teacher.
 
         `on_cancel` gets the function that cancels the call. Raises StillhouseError.
@@ -196,7 +196,9 @@ class RemoteSampler(Endpoint):
         except grpc.RpcError as error:  # a service that was restarted has forgotten it
             log.warning("an adapter was not unloaded", adapter=name, why=str(error.code()))
 
-    def _texts(self, stream: Iterable[GenerateResponse], fingerprint: str) -> dict[tuple[int, int], Text]:
+    def _texts(
+        self, stream: Iterable[GenerateResponse], fingerprint: str
+    ) -> dict[tuple[int, int], SampledText]:
         parts: dict[tuple[int, int], list[SampleChunk]] = {}
         for response in stream:
             for chunk in response.chunks:
@@ -211,7 +213,7 @@ class RemoteSampler(Endpoint):
                 parts.setdefault((chunk.prompt_index, chunk.sample_index), []).append(chunk)
         return {key: self._text(several) for key, several in parts.items()}
 
-    def _text(self, parts: Sequence[SampleChunk]) -> Text:
+    def _text(self, parts: Sequence[SampleChunk]) -> SampledText:
         int32, float32 = (Tensor.DATA_TYPE_INT32,), (Tensor.DATA_TYPE_FLOAT32,)
         token_ids = np.concatenate(
             [decode(part.token_ids, field="token_ids", dtypes=int32, shape=(None,)) for part in parts]
@@ -244,7 +246,7 @@ class RemoteSampler(Endpoint):
                 Reason.TENSOR_INVALID,
                 f"The service at {self.target} sent a text whose parts differ in length.",
             )
-        return Text(
+        return SampledText(
             token_ids=token_ids.astype(np.int32),
             logprobs=logprobs.astype(np.float32),
             likeliest=np.where(likeliest < self._vocab_size, likeliest, -1).astype(np.int32),

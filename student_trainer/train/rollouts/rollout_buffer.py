@@ -1,4 +1,4 @@
-"""The student's texts between writing and learning: recorded as drawn, with the version of the weights that wrote them."""
+"""Rollouts that are sampled but not yet trained on, with the version of the weights that sampled them."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout:
-    """One text of the student as it was drawn."""
+    """One sampled completion and its prompt. Field names are those of checkpoints."""
 
     token_ids: NDArray[np.int32]
-    """[T]: prompt and text."""
+    """[T]: prompt and completion."""
     start: int
-    """Where the text begins."""
+    """Index of the completion's first token."""
     behaviour_logprobs: NDArray[np.float32]
-    """[T - start]."""
+    """[T - start]: log-probabilities under the sampling distribution."""
     likeliest: NDArray[np.int32]
-    """[T - start, Q]."""
+    """[T - start, Q]: the student's top-k ids."""
     finished: bool
     version: int
-    """Updates that the weights had when they wrote it."""
+    """Number of updates of the weights that sampled it."""
     place: str
     """File and row of the prompt."""
     teacher: str
     slot: int = 0
-    """Place of its prompt in the run."""
+    """Position of its prompt in the run."""
 
 
 @dataclass(kw_only=True, slots=True)
-class InFlight:
-    """The rollouts that no step has taken yet, by context and step; a part of every checkpoint."""
+class RolloutBuffer:
+    """Rollouts that no step has consumed yet, by context and step; a part of every checkpoint."""
 
     rollouts: dict[tuple[int, int], list[Rollout]] = field(default_factory=dict)
 
-    def forget_before(self, step: int) -> None:
-        """Drops the texts of the steps before `step`, which were taken."""
+    def drop_before(self, step: int) -> None:
+        """Drops the rollouts of steps before `step`, which were consumed."""
         self.rollouts = {key: each for key, each in self.rollouts.items() if key[1] >= step}
 
-    def keep(self, is_mine: Callable[[int], bool]) -> None:
-        """Keeps the texts whose slot is this process's."""
+    def keep_only(self, is_mine: Callable[[int], bool]) -> None:
+        """Drops rollouts whose slot is another process's."""
         self.rollouts = {
             key: [each for each in several if is_mine(each.slot)] for key, several in self.rollouts.items()
         }
 
     @classmethod
-    def joined(cls, parts: Iterable[InFlight]) -> InFlight:
-        """The texts of several processes in the order in which one alone would have them."""
+    def merge(cls, buffers: Iterable[RolloutBuffer]) -> RolloutBuffer:
+        """Merges the rollouts of several processes in the order of a single one."""
         rollouts: dict[tuple[int, int], list[Rollout]] = {}
-        for part in parts:
+        for part in buffers:
             for key, several in part.rollouts.items():
                 rollouts.setdefault(key, []).extend(several)
         return cls(
@@ -62,27 +62,27 @@ class InFlight:
         )
 
     def to_bytes(self) -> bytes:
-        """The texts for another process."""
+        """Serialises the rollouts for another process."""
         buffer = io.BytesIO()
         torch.save(self.state(), buffer)
         return buffer.getvalue()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> InFlight:
-        """The texts of another process."""
-        in_flight = cls()
-        in_flight.restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
-        return in_flight
+    def from_bytes(cls, data: bytes) -> RolloutBuffer:
+        """Deserialises the rollouts of another process."""
+        buffer = cls()
+        buffer.restore(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
+        return buffer
 
     def state(self) -> list[dict[str, Any]]:
-        """What a checkpoint keeps: plain values and tensors."""
+        """Returns the state for a checkpoint: plain values and tensors."""
         return [
             {"context": context, "step": step, "rollouts": [_packed(each) for each in rollouts]}
             for (context, step), rollouts in self.rollouts.items()
         ]
 
     def restore(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what a checkpoint kept."""
+        """Restores the state of a checkpoint."""
         self.rollouts = {
             (each["context"], each["step"]): [_unpacked(packed) for packed in each["rollouts"]]
             for each in state

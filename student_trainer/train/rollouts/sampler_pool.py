@@ -18,7 +18,7 @@ from stillhouse.protos.rpc.pool.replica import Loss, PoolOptions
 from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
-from stillhouse.student_trainer.train.rollouts.local_sampler import Text
+from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
 from stillhouse.student_trainer.train.rollouts.remote_sampler import (
     RemoteSampler,
     RolloutPrompt,
@@ -71,7 +71,7 @@ class SamplerPool:
             # A token that is replaced while the run goes on is read again before the next try.
             is_passing=lambda error, _: error.retryable or error.reason is Reason.UNAUTHENTICATED,
         )
-        self._pool: ServicePool[_Rollout, list[Text], RemoteSampler] = ServicePool(
+        self._pool: ServicePool[_Rollout, list[SampledText], RemoteSampler] = ServicePool(
             samplers, self._serve, options, on_lost=_log_loss
         )
 
@@ -88,7 +88,7 @@ class SamplerPool:
         *,
         max_sequence_tokens: int,
         seeds: Sequence[int],
-    ) -> list[list[Text]]:
+    ) -> list[list[SampledText]]:
         """Returns up to `samples_per_prompt` texts for each prompt, waiting for the services as for a teacher.
 
         Raises Stopped, or StillhouseError.
@@ -125,7 +125,7 @@ class SamplerPool:
                 return
             self._patience.pause(errors[-1])
 
-    def _serve(self, sampler: RemoteSampler, call: Call[_Rollout, list[Text]]) -> None:
+    def _serve(self, sampler: RemoteSampler, call: Call[_Rollout, list[SampledText]]) -> None:
         """Makes one call for all prompts that the service is given."""
         self._require_same_base(sampler)
         rollouts = call.take()

@@ -18,7 +18,7 @@ from stillhouse.student_trainer.train.contexts.student_feed import RolloutState,
 from stillhouse.student_trainer.train.contexts.teacher_feed import TeacherFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import ContextMix
-from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
 from stillhouse.student_trainer.train.rollouts.sampler_pool import SamplerPool
 from stillhouse.student_trainer.train.setup.inputs import Inputs
@@ -105,7 +105,7 @@ class FeedFactory:
         """The student's sampler: in this process, or on the rollout services of `config`."""
         targets, scope, side = rollout_services(config), self.scope, self.student_side
         if not targets:
-            return Sampler(
+            return LocalSampler(
                 side.student,
                 device=side.accelerator.device,
                 autocast=side.accelerator.autocast,

@@ -85,7 +85,7 @@ def test_failures_stay_in_their_rows_and_are_asked_for_again(
     wanted = {
         1: "",
         2: "There is no adapter 'batch-test/late'",
-        None: "Line 3 is no JSON",
+        None: "Line 3 is not JSON",
         4: "prompt is a list; it must be text.",
         5: "Line 5: a row has one of prompt, messages, token_ids; this one has prompt and messages.",
         6: "token_ids[0] is 999",

@@ -73,7 +73,7 @@ def test_paths_in_the_file_are_relative_to_it(config: Path, tmp_path: Path) -> N
         ('trainr = "x"', 'there is no setting trainr; did you mean "trainer"?'),
         ('[contexts.lab]\ntls = "yes"', "contexts.lab.tls expects true or false, not 'yes'."),
         ("contexts = 3", r"contexts expects tables such as \[contexts.lab\]."),
-        ("a b", "is no valid TOML"),
+        ("a b", "is not valid TOML"),
     ],
 )
 def test_a_bad_file_gets_one_sentence(config: Path, text: str, sentence: str) -> None:
@@ -100,5 +100,5 @@ def test_half_a_certificate_and_an_odd_boolean_are_refused(config: Path) -> None
 def test_a_token_is_one_line_of_ascii(tmp_path: Path, content: str) -> None:
     path = tmp_path / "token"
     path.write_text(content)
-    with pytest.raises(StillhouseError, match="must hold a token, one line of ASCII"):
+    with pytest.raises(StillhouseError, match="must hold one line of ASCII, the token"):
         Settings(token_file=path).token()

@@ -137,7 +137,7 @@ def test_generate_takes_conversations(hf_teacher: Program, tmp_path: Path) -> No
     [
         ('{"a": 1}', 'expects a list of messages, such as [{"role": "user", "content": "Hello"}].'),
         ('[{"role": "user"}]', "a message needs \"role\" and \"content\", both text; got {'role': 'user'}."),
-        ("[]\n[", "2: this line is no JSON: Expecting value: line 1 column 2 (char 1)."),
+        ("[]\n[", "2: this line is not JSON: Expecting value: line 1 column 2 (char 1)."),
     ],
 )
 def test_bad_conversations_are_named_before_anything_is_asked(
@@ -250,7 +250,7 @@ def test_score_reads_json_lines_and_writes_text_json_and_npz(hf_teacher: Program
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ("{", ":2: this line is no JSON"),
+        ("{", ":2: this line is not JSON"),
         ('{"token_ids": [true]}', ":2: token_ids expects whole numbers in [0, 2^31)."),
         (
             '{"token_ids": [1], "strt": 1}',

@@ -32,10 +32,10 @@ def test_a_whole_id_is_not_looked_up() -> None:
 @pytest.mark.parametrize(
     ("wanted", "reason", "sentence"),
     [
-        ("ab", Reason.INVALID_REQUEST, '"ab" fits 2 runs (abcabcabcabc, abdabdabdabd); give more characters.'),
+        ("ab", Reason.INVALID_REQUEST, '"ab" matches 2 runs (abcabcabcabc, abdabdabdabd); give more characters.'),
         ("c", Reason.RUN_NOT_FOUND, 'no run\'s id begins with "c"; `stillhouse run list` shows the runs.'),
-        ("../x", Reason.INVALID_REQUEST, '"../x" is no run id: give one of 12 characters of a-z and 2-7, the beginning of one, or "latest"; `stillhouse run list` shows them.'),
-        ("", Reason.INVALID_REQUEST, '"" is no run id: give one of 12 characters of a-z and 2-7, the beginning of one, or "latest"; `stillhouse run list` shows them.'),
+        ("../x", Reason.INVALID_REQUEST, '"../x" is not a run id: give one of 12 characters of a-z and 2-7, a prefix of one, or "latest"; `stillhouse run list` shows them.'),
+        ("", Reason.INVALID_REQUEST, '"" is not a run id: give one of 12 characters of a-z and 2-7, a prefix of one, or "latest"; `stillhouse run list` shows them.'),
     ],
 )  # fmt: skip
 def test_what_is_no_run_gets_one_sentence(wanted: str, reason: Reason, sentence: str) -> None:
@@ -45,5 +45,7 @@ def test_what_is_no_run_gets_one_sentence(wanted: str, reason: Reason, sentence:
 
 
 def test_latest_of_none_says_how_to_make_one() -> None:
-    with pytest.raises(StillhouseError, match="there is no run yet; `stillhouse run create FILE` makes one"):
+    with pytest.raises(
+        StillhouseError, match="there is no run yet; `stillhouse run create FILE` creates one"
+    ):
         find("latest", [])

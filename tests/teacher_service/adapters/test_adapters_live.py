@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 import pytest
 
-from stillhouse.client.teacher.adapter_upload import adapter_pieces
+from stillhouse.client.teacher.adapter_upload import adapter_chunks
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import decode_distributions
@@ -38,7 +38,7 @@ def teacher(request: pytest.FixtureRequest) -> Iterator[Teacher]:
 
 
 def upload(teacher: Teacher, directory: Path) -> teacher_pb2.UploadAdapterResponse:
-    with adapter_pieces(directory, None) as chunks:
+    with adapter_chunks(directory, None) as chunks:
         answer: teacher_pb2.UploadAdapterResponse = teacher.stub.UploadAdapter(chunks)
     return answer
 

@@ -24,8 +24,8 @@ from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
-from stillhouse.student_trainer.train.rollouts.local_sampler import Sampler
-from stillhouse.student_trainer.train.rollouts.rollout_buffer import InFlight, Rollout
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
+from stillhouse.student_trainer.train.rollouts.rollout_buffer import Rollout, RolloutBuffer
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
@@ -142,13 +142,13 @@ def test_a_tokenizer_that_is_none_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def sampler(models: Models) -> Sampler:
+def sampler(models: Models) -> LocalSampler:
     config = StudentConfig(model=str(models.student))
     tokenizer = load_tokenizer(config, models.student)
     student = Student.load(
         config, tokenizer, data_dir=models.student, device=torch.device("cpu"), precision="fp32", seed=0
     )
-    return Sampler(
+    return LocalSampler(
         student,
         device=torch.device("cpu"),
         autocast=torch.no_grad,
@@ -157,7 +157,7 @@ def sampler(models: Models) -> Sampler:
     )
 
 
-def test_a_rollout_records_what_it_was_drawn_from(sampler: Sampler) -> None:
+def test_a_rollout_records_what_it_was_drawn_from(sampler: LocalSampler) -> None:
     prompts = [np.array([5, 6, 7], np.int32), np.array([9], np.int32)]
     generation = RolloutConfig(max_new_tokens=6, samples_per_prompt=3)
     texts = sampler.write(prompts, generation, max_sequence_tokens=7, seeds=[1, 2])
@@ -180,16 +180,16 @@ def test_a_rollout_records_what_it_was_drawn_from(sampler: Sampler) -> None:
 
 
 def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
-    sampler: Sampler, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+    sampler: LocalSampler, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:
     spec = spec_of(models.student, dataset_file, hf_teacher.target)
     run_dir = make_run(tmp_path, "stale", spec)
     config = from_proto(run_dir.effective_spec())
     tokenizer = sampler._student.tokenizer
     corpus = load_corpus(config.data, config.evaluation, tokenizer, tmp_path)
-    in_flight = InFlight()
+    in_flight = RolloutBuffer()
     in_flight.rollouts[0, 6] = [_rollout(corpus.train[number], number, 5 - number) for number in range(3)]
-    restored = InFlight()
+    restored = RolloutBuffer()
     restored.restore(in_flight.state())
     with run_dir.open_attempt(1) as attempt, ExitStack() as stack:
         patience = TeacherWait(attempt, lambda: False, 30)
