@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from functools import cache
@@ -82,6 +83,13 @@ def test_every_path_of_the_tree_exists(name: str) -> None:
             if not found:
                 missing.append(path)
     assert not missing
+
+
+def test_the_architecture_has_every_room_of_the_import_rules() -> None:
+    contracts = tomllib.loads(read("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = [layer for each in contracts if each["type"] == "layers" for layer in each["layers"]]
+    rooms = {room.strip().rpartition(".")[2] for layer in layers for room in re.split(r"[|:]", layer)}
+    assert not rooms - set(re.findall(r"\w+", read("ARCHITECTURE.md")))
 
 
 @pytest.mark.parametrize("name", texts())
