@@ -107,7 +107,7 @@ def rpc_paths(service: Any) -> list[str]:
 def speak(program: Program, data: bytes) -> None:
     """Sends it, hears what comes for a moment, and hangs up; being cut off is fine."""
     host, port = program.target.rsplit(":", 1)
-    with socket.create_connection((host, int(port)), timeout=5) as connection:
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
         try:
             connection.sendall(data)
             connection.settimeout(ANSWER_S)
@@ -156,7 +156,7 @@ def dribble(program: Program, opened: list[socket.socket]) -> None:
     """Connections that begin a preface and never come to its end."""
     host, port = program.target.rsplit(":", 1)
     for number in range(SLOW_CONNECTIONS):
-        connection = socket.create_connection((host, int(port)), timeout=5)
+        connection = socket.create_connection((host, int(port)), timeout=60)
         opened.append(connection)
         connection.sendall(PREFACE[: 1 + number % len(PREFACE)])
 
@@ -172,7 +172,7 @@ def test_the_teacher_service_survives_hostile_connections(
         caller = Teacher(teacher.program.target)
         caller.score_one([2, 3, 4], top_k=2)
         caller.close()
-        assert time.monotonic() - began_s < 20
+        assert time.monotonic() - began_s < 60
 
     assault(teacher.program, rpc_paths(TEACHER), "connections to the teacher", scaled(60, 2000), alive)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,3 +91,10 @@ async def serving(models: Models, directory: Path, **fields: Any) -> AsyncIterat
         go_on.set()
         await server.stop(0)
         await engine.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once `condition` holds."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110 - counters wake nobody
+            await asyncio.sleep(0.01)

@@ -101,12 +101,12 @@ def test_a_long_silence_before_a_break_costs_no_patience(monkeypatch: pytest.Mon
         if not request.after_sequence:
             yield change(1, Run.STATE_PENDING)
         if len(asked) < 3:
-            time.sleep(1.5)
+            time.sleep(4)
             raise GONE
         yield change(2, Run.STATE_STOPPED)
 
     with odd_service(WatchRun=watch) as target, Trainer(target) as trainer:
-        events = list(RunHandle(trainer, NAME).watch(patience_s=1.0))
+        events = list(RunHandle(trainer, NAME).watch(patience_s=3.0))
     assert asked == [0, 1, 1]
     assert [event.sequence for event in events] == [1, 2]
 

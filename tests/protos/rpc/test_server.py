@@ -26,7 +26,7 @@ UNLOAD = teacher_pb2.UnloadAdapterRequest()
 
 async def health_of(channel: grpc.aio.Channel, service: str = "") -> Any:
     request = health_pb2.HealthCheckRequest(service=service)
-    return (await health_pb2_grpc.HealthStub(channel).Check(request, timeout=5)).status
+    return (await health_pb2_grpc.HealthStub(channel).Check(request, timeout=60)).status
 
 
 @asynccontextmanager
@@ -84,7 +84,7 @@ async def test_plaintext_beyond_loopback_needs_insecure() -> None:
     server = make_server(Told(), listen="0.0.0.0:0", insecure=True)
     address = await server.start()
     async with connect_async(address.replace("0.0.0.0", "127.0.0.1")) as channel:
-        await stub_of(channel).UnloadAdapter(UNLOAD, timeout=5)
+        await stub_of(channel).UnloadAdapter(UNLOAD, timeout=60)
     await server.stop(0)
 
 
@@ -99,7 +99,7 @@ async def test_a_unix_socket_serves(tmp_path: Path) -> None:
     address = await server.start()
     assert address == f"unix:{tmp_path}/socket"
     async with connect_async(address) as channel:
-        await stub_of(channel).UnloadAdapter(UNLOAD, timeout=5)
+        await stub_of(channel).UnloadAdapter(UNLOAD, timeout=60)
     await server.stop(0)
 
 
@@ -119,7 +119,7 @@ async def test_health_says_serving_only_when_told() -> None:
 
 async def services_by_reflection(channel: grpc.aio.Channel) -> list[str]:
     request = reflection_pb2.ServerReflectionRequest(list_services="")
-    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=5)
+    call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([request]), timeout=60)
     return [service.name async for answer in call for service in answer.list_services_response.service]
 
 
@@ -143,7 +143,7 @@ async def test_calls_beyond_the_limit_are_refused() -> None:
         first = stub_of(channel).GetTokenizer(teacher_pb2.GetTokenizerRequest())
         await first.read()
         with pytest.raises(grpc.RpcError) as refused:
-            await stub_of(channel).UnloadAdapter(UNLOAD, timeout=5)
+            await stub_of(channel).UnloadAdapter(UNLOAD, timeout=60)
         assert (
             from_rpc_error(refused.value, target=address, service="teacher").reason == Reason.TOO_MANY_CALLS
         )
@@ -162,7 +162,7 @@ async def test_a_signal_lets_calls_finish_and_refuses_further_ones(number: signa
         send(number)
         await until_draining(channel)
         with pytest.raises(grpc.RpcError) as refused:
-            await stub.UnloadAdapter(UNLOAD, timeout=5)
+            await stub.UnloadAdapter(UNLOAD, timeout=60)
         error = from_rpc_error(refused.value, target="", service="teacher")
         assert error.reason == Reason.DRAINING
         assert error.retry_after_s
@@ -170,7 +170,7 @@ async def test_a_signal_lets_calls_finish_and_refuses_further_ones(number: signa
         finish.set()
         assert (await running.read()).file_name == "b"
         assert await running.read() == grpc.aio.EOF
-        await asyncio.wait_for(life, 5)
+        await asyncio.wait_for(life, 60)
 
 
 async def test_drain_is_awaited_before_the_end() -> None:
@@ -182,7 +182,7 @@ async def test_drain_is_awaited_before_the_end() -> None:
 
     async with life_of(Told(), drain) as (_, life, _):
         send(signal.SIGTERM)
-        await asyncio.wait_for(life, 5)
+        await asyncio.wait_for(life, 60)
     assert steps == ["drained"]
 
 
@@ -194,8 +194,8 @@ async def test_a_second_signal_hastens() -> None:
         send(signal.SIGTERM)
         await until_draining(channel)
         send(signal.SIGTERM)
-        await asyncio.wait_for(life, 5)
-        await asyncio.wait_for(servicer.closed.wait(), 5)
+        await asyncio.wait_for(life, 60)
+        await asyncio.wait_for(servicer.closed.wait(), 60)
 
 
 async def test_grace_has_an_end() -> None:
@@ -204,8 +204,8 @@ async def test_grace_has_an_end() -> None:
         running = stub_of(channel).GetTokenizer(teacher_pb2.GetTokenizerRequest())
         await running.read()
         send(signal.SIGTERM)
-        await asyncio.wait_for(life, 5)
-        await asyncio.wait_for(servicer.closed.wait(), 5)
+        await asyncio.wait_for(life, 60)
+        await asyncio.wait_for(servicer.closed.wait(), 60)
 
 
 async def test_one_who_watches_health_does_not_hold_the_end_up() -> None:
@@ -213,7 +213,7 @@ async def test_one_who_watches_health_does_not_hold_the_end_up() -> None:
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING
         send(signal.SIGTERM)
-        await asyncio.wait_for(life, 5)
+        await asyncio.wait_for(life, 60)
 
 
 async def test_a_failing_drain_ends_the_server_and_is_raised() -> None:
@@ -223,10 +223,10 @@ async def test_a_failing_drain_ends_the_server_and_is_raised() -> None:
     async with life_of(Told(), drain) as (_, life, _):
         send(signal.SIGTERM)
         with pytest.raises(RuntimeError, match="disk"):
-            await asyncio.wait_for(life, 5)
+            await asyncio.wait_for(life, 60)
 
 
 async def test_stop_ends_the_life_without_a_signal() -> None:
     async with life_of(Told()) as (_, life, server):
         await server.stop(0)
-        await asyncio.wait_for(life, 5)
+        await asyncio.wait_for(life, 60)

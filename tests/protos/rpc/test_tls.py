@@ -25,7 +25,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
 
 async def ask(options: ChannelOptions) -> str:
     async with connect_async(options) as channel:
-        return str((await stub_of(channel).GetTeacherInfo(INFO, timeout=10)).model)
+        return str((await stub_of(channel).GetTeacherInfo(INFO, timeout=60)).model)
 
 
 async def refusal(options: ChannelOptions) -> StillhouseError:
@@ -49,7 +49,7 @@ async def test_tls_serves_async_and_blocking_callers_with_name_and_token(certifi
 
         def blocking() -> str:
             with connect(options) as channel:
-                return str(stub_of(channel).GetTeacherInfo(INFO, timeout=10).model)
+                return str(stub_of(channel).GetTeacherInfo(INFO, timeout=60).model)
 
         assert await asyncio.to_thread(blocking) == "m"
         assert servicer.metadata["stillhouse-client"] == "lab"
@@ -119,12 +119,12 @@ async def test_renewed_files_are_used_without_a_restart_and_broken_ones_are_not(
     async with serving(Told(), tls=tls_of(live)) as address:
         by_address, by_name = replace(by_address, target=address), replace(by_name, target=address)
         async with connect_async(by_address) as old:
-            assert (await stub_of(old).GetTeacherInfo(INFO, timeout=10)).model == "m"
+            assert (await stub_of(old).GetTeacherInfo(INFO, timeout=60)).model == "m"
             install(certificates.elsewhere)
             assert await ask(by_name) == "m"
             assert (await refusal(by_address)).reason == Reason.TEACHER_UNREACHABLE
             # A connection that is open goes on.
-            assert (await stub_of(old).GetTeacherInfo(INFO, timeout=10)).model == "m"
+            assert (await stub_of(old).GetTeacherInfo(INFO, timeout=60)).model == "m"
         live.key.write_text("no key")
         assert await ask(by_name) == "m"
         install(make_certificate(tmp_path, "later", certificates.authority, "IP:127.0.0.1"))

@@ -29,11 +29,11 @@ async def test_the_answering_appears_below_the_callers_span(monkeypatch: pytest.
 
         def blocking() -> None:
             with connect(address) as channel:
-                stub_of(channel).GetTeacherInfo(INFO, timeout=10)
+                stub_of(channel).GetTeacherInfo(INFO, timeout=60)
 
         with tracing.process_span("train", run="a"):
             async with connect_async(address) as channel:
-                await stub_of(channel).GetTeacherInfo(INFO, timeout=10)
+                await stub_of(channel).GetTeacherInfo(INFO, timeout=60)
             # A thread has no span of its own.
             await asyncio.get_running_loop().run_in_executor(None, blocking)
         assert "traceparent" in servicer.metadata
@@ -54,5 +54,5 @@ async def test_nothing_is_sent_along_without_a_collector(monkeypatch: pytest.Mon
     servicer = Told()
     async with serving(servicer) as address, connect_async(address) as channel:
         with tracing.process_span("train"):
-            await stub_of(channel).GetTeacherInfo(INFO, timeout=10)
+            await stub_of(channel).GetTeacherInfo(INFO, timeout=60)
     assert "traceparent" not in servicer.metadata

@@ -18,7 +18,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from tests.conftest import Models
 from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
-from tests.teacher_service.local import Local, serving
+from tests.teacher_service.local import Local, serving, until
 
 FLOOD, SMALL = (("stillhouse-client", "flood"),), (("stillhouse-client", "small"),)
 
@@ -48,12 +48,6 @@ async def read(call: Any, client: str, tokens: Counter[str], length: int) -> int
             count += 1
             tokens[client] += length
     return count
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - counters wake nobody
-            await asyncio.sleep(0.01)
 
 
 @pytest.mark.parametrize("calls", [1, 12])

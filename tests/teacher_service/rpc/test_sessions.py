@@ -13,7 +13,7 @@ from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.conftest import Models
 from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
-from tests.teacher_service.local import MAX_INFLIGHT, Local, serving
+from tests.teacher_service.local import MAX_INFLIGHT, Local, serving, until
 
 
 async def scores(count: int, adapter: str = "") -> AsyncIterator[teacher_pb2.ScoreRequest]:
@@ -29,11 +29,12 @@ async def settled(local: Local) -> int:
     async with asyncio.timeout(60):
         while local.servicer.counters.sequences_received == 0:  # noqa: ASYNC110 - a counter wakes nobody
             await asyncio.sleep(0.01)
-    last = -1
-    while (now := local.servicer.counters.sequences_received) != last:
-        last = now
-        await asyncio.sleep(0.3)
-    return now
+    last, unchanged = -1, 0
+    while unchanged < 10:
+        now = local.servicer.counters.sequences_received
+        last, unchanged = now, unchanged + 1 if now == last else 0
+        await asyncio.sleep(0.1)
+    return last
 
 
 async def test_a_stream_is_read_only_as_far_as_sequences_may_be_unanswered(
@@ -84,10 +85,9 @@ async def test_a_cancelled_stream_leaves_nothing_to_do(models: Models, tmp_path:
         scoring.cancel()
         writing.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-        await asyncio.sleep(0.2)
         worker = local.engine._worker
-        assert all(job.future.cancelled for job in worker._sequences)
-        assert worker._runnable_samples() == []
+        await until(lambda: all(job.future.cancelled for job in worker._sequences))
+        await until(lambda: worker._runnable_samples() == [])
         local.go_on.set()
         await paused
         assert local.servicer.counters.tokens_scored == 0

@@ -306,9 +306,14 @@ def die() -> None:
 @asynccontextmanager
 async def paused(engine: HfEngine) -> AsyncIterator[None]:
     """The model does nothing while the block runs."""
-    go_on = threading.Event()
-    pausing = asyncio.create_task(engine._worker.call(go_on.wait))
-    await asyncio.sleep(0.05)
+    began, go_on = threading.Event(), threading.Event()
+
+    def pause() -> None:
+        began.set()
+        go_on.wait()
+
+    pausing = asyncio.create_task(engine._worker.call(pause))
+    assert await asyncio.to_thread(began.wait, 60)
     try:
         yield
     finally:

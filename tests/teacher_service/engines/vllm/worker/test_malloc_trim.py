@@ -29,7 +29,7 @@ def test_free_memory_between_used_pieces_goes_back_to_the_host() -> None:
     before = process.memory_info().rss
     ended = trim_regularly(0.05)
     assert ended is not None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while process.memory_info().rss > before - len(free) * CHUNK_BYTES // 2:
         assert time.monotonic() < deadline, "the heap was not trimmed"
         time.sleep(0.05)
