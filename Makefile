@@ -21,8 +21,8 @@ setup: ## make the virtual environment (.venv) with everything in it
 demo: setup ## distil a small model end to end, with all three programs
 	@$(PY) -m examples.demo $(ARGS)
 
-test: check-static ## set up and run everything that CI runs
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(ARGS)
+test: check-static ## set up and run everything that CI runs; prints the coverage, unless ARGS chooses tests
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(or $(ARGS),--cov --cov-report=)
 
 test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
 	LONG=$(LONG) STILLHOUSE_TEST_KILLS=$(or $(STILLHOUSE_TEST_KILLS),20) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -p tests.faults.report $(ARGS)
@@ -113,7 +113,7 @@ release: setup ## check changelog, version and tag, and build dist/; TAG=1 makes
 	$(PY) scripts/release.py $(if $(TAG),--tag)
 
 clean: ## remove what the commands made
-	rm -rf $(VENV) .tools .demo .bench .site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .tools .demo .bench .site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis .coverage *.egg-info
 
 # Version 1.80 emits code for protobuf 6.31, which every newer runtime accepts; later ones need protobuf 7.
 $(PROTOC)/.done:
