@@ -44,7 +44,7 @@ def watched_test(patience_s: float = 5.0) -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ[TEST_MARK]
+        os.environ.pop(TEST_MARK, None)
         left = end_marked(mark, TEST_MARK, patience_s=patience_s)
     assert not left, f"processes outlived their test: {left}"
 

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.synchronize import Event
 from typing import Any
 
 import pytest
@@ -20,12 +21,11 @@ from stillhouse.student_trainer.train.process.waiting import Stopped
 
 PATIENCE_S = 60.0
 SILENCE_S = 12
-"""Includes the time that the second process takes to start."""
 SIZE = 2
 
 
-def main(rank: int, listener: int | None, port: int, part: str) -> None:
-    """Runs one of the processes; the first has the socket of the store."""
+def main(rank: int, listener: int | None, port: int, part: str, started: Event) -> None:
+    """Runs one of the processes; the first has the socket of the store, and waits until the second has started."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     own: dict[str, Any] = {} if listener is None else {"master_listen_fd": listener}
@@ -37,6 +37,9 @@ def main(rank: int, listener: int | None, port: int, part: str) -> None:
         wait_for_workers=False,
         **own,
     )
+    if rank == 0:
+        assert started.wait(PATIENCE_S)
+    started.set()
     ranks = Ranks.join(RankInfo(rank=rank, size=SIZE, local_rank=rank), store, wait_s=0)
     PARTS[part](ranks)
 
@@ -116,10 +119,11 @@ def test_processes_agree(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen(SIZE)
         port = listener.getsockname()[1]
-        second = spawn.Process(target=main, args=(1, None, port, part))
+        started = spawn.Event()
+        second = spawn.Process(target=main, args=(1, None, port, part, started))
         second.start()
         try:
-            main(0, os.dup(listener.fileno()), port, part)
+            main(0, os.dup(listener.fileno()), port, part, started)
             if part == "all":
                 second.join(PATIENCE_S)
                 assert second.exitcode == 0
