@@ -102,7 +102,7 @@ def wait_in_vain(ranks: Ranks) -> None:
         ranks.exchange(None)
         multiprocessing.Event().wait(PATIENCE_S)
     ranks.exchange(None)
-    with pytest.raises(StillhouseError, match=f"did not answer for {SILENCE_S} s") as caught:
+    with pytest.raises(StillhouseError, match=f"did not respond for {SILENCE_S} s") as caught:
         ranks.exchange("anybody there?")
     assert caught.value.reason is Reason.PROCESS_DIED
 
