@@ -62,7 +62,7 @@ class Endpoint:
         """`field` is the credential's place in the run file, named in errors."""
         self.target = target
         self.is_ready = False
-        """Whether the last probe found it to be the run's teacher."""
+        """True if the last probe found it to be the run's teacher."""
         self.load = Load()
         self._config = config
         self._check = check

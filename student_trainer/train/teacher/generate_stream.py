@@ -42,7 +42,7 @@ class TeacherSample:
     distributions: Distributions | None
     """Distributions of its tokens, counted from the first token of the prompt; None if none were asked for."""
     finished: bool
-    """Whether it ended with a stop token, not at its limit."""
+    """True if it ended with a stop token, not at its limit."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
