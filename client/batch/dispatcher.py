@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from stillhouse.client.batch.input_rows import Row
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
-from stillhouse.client.teacher.generate import Completion, Gathering, failed, piece_of
+from stillhouse.client.teacher.generate import Completion, Gathering, piece_of
 from stillhouse.client.teacher.replica import TeacherReplica, tell
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
@@ -54,7 +54,7 @@ class RowResult:
 
     @property
     def error(self) -> StillhouseError | None:
-        """Why the row failed: its own error, or the first of its samples'."""
+        """The row's own error, or the first of its samples'."""
         if self.row.error is not None:
             return self.row.error
         return next((each.error for _, each in sorted(self.completions.items()) if each.error), None)
@@ -220,7 +220,7 @@ class BatchDispatcher:
     def _finish(self, sample_id: int, result: Completion | StillhouseError) -> Iterator[RowResult]:
         sample = self._samples.pop(sample_id)
         if isinstance(result, StillhouseError):
-            result = failed(sample.prompt, sample.sample, result)
+            result = Completion(prompt_index=sample.prompt, sample_index=sample.sample, error=result)
         self.tokens += len(result.token_ids)
         pending = sample.pending
         pending.completions[sample.prompt, sample.sample] = result

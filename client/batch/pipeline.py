@@ -33,12 +33,12 @@ CAPTURE_TOP_K = 64
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSettings:
-    """How a file of prompts is answered."""
+    """Settings for one file of prompts."""
 
     sampling: Sampling = field(default_factory=Sampling)
     """For rows that do not say it themselves."""
     format: Literal["auto", "plain", "openai"] = "auto"
-    """Of the input; "auto" looks at its first row."""
+    """Format of the input; "auto" looks at its first row."""
     as_dataset: bool = False
     """Write rows of training data instead of the format of the input."""
     capture: Path | None = None
@@ -57,7 +57,7 @@ class BatchSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchProgress:
-    """How far a batch is."""
+    """Progress of a batch."""
 
     rows: int
     """Rows that were answered, also by earlier commands."""
@@ -66,25 +66,25 @@ class BatchProgress:
     tokens: int
     """Tokens that this command got."""
     input_bytes: int
-    """How far the input was read."""
+    """Bytes of the input that were read."""
     total_bytes: int
     """Its size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchSummary:
-    """What became of a batch."""
+    """Result of a batch."""
 
     out: Path
     """The output."""
     failed_file: Path | None
     """Rows that failed, where the output cannot hold them."""
     format: Literal["plain", "openai"]
-    """Of the input."""
+    """Format of the input."""
     rows: int
     """Rows of the output, whichever command they were answered by."""
     failed: int
-    """How many of them failed."""
+    """Rows of these that failed."""
     asked: int
     """Rows that this command asked for."""
     tokens: int
@@ -95,7 +95,7 @@ class BatchSummary:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Listeners:
-    """Who is told what happens on the way."""
+    """Callbacks for events on the way."""
 
     progress: Callable[[BatchProgress], None] = lambda _: None
     """Told after every row."""

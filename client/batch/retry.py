@@ -1,4 +1,4 @@
-"""What an output already holds, row by row: good rows are kept as they are while the failed ones are asked for again."""
+"""Reads a finished output row by row: good rows are kept as they are while the failed ones are asked for again."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class EarlierOutput:
         self._out.close()
 
     def next(self, line: Line, row_of: Callable[[Line], Row]) -> Lines | None:
-        """What the output holds of the next row of the input; None for one that failed, or that it has not."""
+        """Returns the output's lines for the next row of the input; None for one that failed or is missing."""
         if self._left == 0:
             return None
         self._left -= 1

@@ -1,4 +1,4 @@
-"""Text that a teacher writes: prompts in, pieces out as they grow, and whole samples gathered from them."""
+"""Generation by a teacher: prompts in, pieces out as they grow, and finished samples gathered from them."""
 
 from __future__ import annotations
 
@@ -34,49 +34,28 @@ class Piece:
     prompt_index: int
     """The prompt that it answers, counted from 0 over all prompts given."""
     sample_index: int
-    """Which of that prompt's samples it extends."""
-    text: str
+    """Its place among that prompt's samples."""
+    text: str = ""
     """The new text."""
-    token_ids: NDArray[np.int32]
+    token_ids: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     """The new tokens, [T]."""
-    sampling_logprobs: NDArray[np.float32] | None
-    """Log-probability of each new token where it was drawn, after temperature, top-p and top-k, [T]."""
-    distributions: Distributions | None
-    """What the teacher said at each new token, at temperature 1, if it was asked for."""
-    finish: str
-    """"stop" or "length" on the last piece, else empty."""
-    prompt_tokens: int
+    sampling_logprobs: NDArray[np.float32] | None = None
+    """Log-probability of each new token where it was sampled, after temperature, top-p and top-k, [T]."""
+    distributions: Distributions | None = None
+    """The teacher's distribution at each new token, at temperature 1, if it was asked for."""
+    finish: str = ""
+    """"stop" or "length" on the last piece, else empty, also after an error."""
+    prompt_tokens: int = 0
     """Tokens of the prompt; set on the first piece."""
-    prompt_token_ids: NDArray[np.int32] | None
+    prompt_token_ids: NDArray[np.int32] | None = None
     """The prompt, [P], on the first piece, if it was asked for."""
-    error: StillhouseError | None
-    """Why this sample, and only this one, failed."""
+    error: StillhouseError | None = None
+    """The reason for which this sample, and only this one, failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """One finished sample."""
-
-    prompt_index: int
-    """The prompt that it answers, counted from 0 over all prompts given."""
-    sample_index: int
-    """Which of that prompt's samples it is."""
-    text: str
-    """What was written."""
-    token_ids: NDArray[np.int32]
-    """Its tokens, [T]."""
-    sampling_logprobs: NDArray[np.float32] | None
-    """Log-probability of each token where it was drawn, [T]."""
-    distributions: Distributions | None
-    """What the teacher said at each token, at temperature 1, if it was asked for."""
-    finish: str
-    """"stop", "length", or empty after an error."""
-    prompt_tokens: int
-    """Tokens of the prompt."""
-    prompt_token_ids: NDArray[np.int32] | None
-    """The prompt, [P], if it was asked for."""
-    error: StillhouseError | None
-    """Why it failed; what came before is kept."""
+class Completion(Piece):
+    """One finished sample: all its pieces together; after an error, those that came before it."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -107,22 +86,6 @@ class Gathering:
             prompt_token_ids=parts[0].prompt_token_ids,
             error=piece.error,
         )
-
-
-def failed(prompt_index: int, sample_index: int, error: StillhouseError) -> Completion:
-    """A sample of which nothing came."""
-    return Completion(
-        prompt_index=prompt_index,
-        sample_index=sample_index,
-        text="",
-        token_ids=np.zeros(0, np.int32),
-        sampling_logprobs=None,
-        distributions=None,
-        finish="",
-        prompt_tokens=0,
-        prompt_token_ids=None,
-        error=error,
-    )
 
 
 def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
@@ -194,7 +157,7 @@ def piece_of(
     limits: teacher_pb2.GetTeacherInfoResponse,
     template: teacher_pb2.GenerateRequest,
 ) -> Piece:
-    """What a chunk says, checked against the teacher's limits and what was asked for. Raises StillhouseError."""
+    """Decodes a chunk and checks it against the teacher's limits and the request. Raises StillhouseError."""
     most = limits.max_sequence_tokens
     distributions = None
     if chunk.HasField("distributions"):

@@ -25,7 +25,7 @@ class TeacherReplica:
         self.target = teacher.target
         self.load = Load()
         self.is_ready = teacher.was_reached
-        """Whether it was verified since it was lost."""
+        """False from its loss until it is verified."""
         self._verify = verify
 
     def probe(self) -> None:

@@ -48,14 +48,14 @@ Sequenced = ScoreItem | tuple[Hashable, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreAnswer:
-    """What came back for one sequence: distributions, or an error."""
+    """The answer to one sequence: distributions, or an error."""
 
     id: Hashable
     """The sequence's id."""
     distributions: Distributions | None
     """Rows from `start` to the end; None after an error."""
     error: StillhouseError | None
-    """Why this sequence, and only this one, was not scored."""
+    """The reason for which this sequence, and only this one, was not scored."""
 
 
 def score(

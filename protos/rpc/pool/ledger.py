@@ -49,7 +49,7 @@ class Member(Generic[R]):
     num_breaks: int = 0
     """Breaks since its last answer."""
     num_same: int = 0
-    """Of these, the last ones for the same reason."""
+    """Number of the last of these that have the same reason."""
     error: StillhouseError | None = None
     """Error of its last break."""
     refused: StillhouseError | None = None
@@ -77,7 +77,7 @@ class Ledger(Generic[Item, Answer, R]):
         self.members = [Member(each, each.is_ready) for each in replicas]
         self.tasks: dict[int, Task[Item, R]] = {}
         self.failure: BaseException | None = None
-        """Why no result will come any more."""
+        """Error after which no result will come."""
         self.last_error: StillhouseError | None = None
         self.losses: deque[Loss] = deque(maxlen=MAX_LOSSES)
         self._options = options
@@ -93,11 +93,11 @@ class Ledger(Generic[Item, Answer, R]):
 
     @property
     def is_empty(self) -> bool:
-        """Whether every result was got."""
+        """True once every result was got."""
         return not (self.tasks or self._results)
 
     def has_room(self, cost: int) -> bool:
-        """Whether a replica in use could be given this much more."""
+        """Returns whether a replica in use could be given this much more."""
         limit = self._options.window * len(self.members)
         is_bounded = not self._held_cost or self._held_cost + cost <= limit
         return not self._waiting and is_bounded and bool(self._open_members(cost))
@@ -217,16 +217,8 @@ class Ledger(Generic[Item, Answer, R]):
         refusals = [each.refused for each in self.members if each.refused is not None]
         if len(refusals) == len(self.members):
             self.failure = self.failure or _all_refused(refusals)
-        self.losses.append(
-            Loss(
-                target=member.replica.target,
-                error=error,
-                pause_s=pause_s,
-                was_open=was_open,
-                is_passing=is_passing,
-                num_requeued=num_left + len(queued),
-            )
-        )
+        num_requeued = num_left + len(queued)
+        self.losses.append(Loss(member.replica.target, error, pause_s, was_open, is_passing, num_requeued))
         self._on_change(member)
         self._on_change(None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rpc.pool.load_balancing import Load
@@ -16,28 +16,18 @@ Item = TypeVar("Item")
 class Replica(Protocol):
     """One of several equal services; called on a pool's threads."""
 
-    @property
-    def target(self) -> str:
-        """Address, named in errors."""
-        ...
-
-    @property
-    def load(self) -> Load:
-        """Counters, shared by all pools that use the replica."""
-        ...
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether the last probe succeeded; else a new pool gives it work after its first probe."""
-        ...
+    target: str
+    """Address, named in errors."""
+    load: Load
+    """Counters, shared by all pools that use the replica."""
+    is_ready: bool
+    """Result of the last probe; without one, a new pool probes it before it gives it work."""
 
     def probe(self) -> None:
         """Checks before each call that this is the right service, with credentials read anew; raises StillhouseError."""
-        ...
 
     def ping(self) -> None:
         """Returns if a silent service is alive, and raises if it seems to hang."""
-        ...
 
 
 R = TypeVar("R", bound=Replica)
@@ -60,15 +50,14 @@ class PoolOptions(Generic[Item]):
     max_attempts: int | None = None
     """Losses after which the result of an item is the error; None where only patience bounds them."""
     counts: Callable[[StillhouseError], bool] = lambda _: True
-    """Whether an error counts as an attempt of the items that it left unanswered."""
+    """Decides if an error counts as an attempt of the items that it left unanswered."""
     is_passing: Callable[[StillhouseError, int], bool] = lambda error, _: error.retryable
-    """Whether a replica may recover by itself after an error, seen so many times in a row without an answer."""
+    """Decides if a replica may recover by itself after an error, seen so many times in a row without an answer."""
     silence_s: float = math.inf
     """Time without any answer that counts like the loss of all replicas."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Loss:
+class Loss(NamedTuple):
     """A replica that broke, or that a probe found unusable."""
 
     target: str
@@ -76,8 +65,8 @@ class Loss:
     pause_s: float
     """Time after which it is probed."""
     was_open: bool
-    """Whether it was in use."""
+    """True if it was in use."""
     is_passing: bool
-    """Whether it may recover by itself."""
+    """True if it may recover by itself."""
     num_requeued: int
     """Items that it left unanswered."""

@@ -48,7 +48,7 @@ class Call(Generic[Item, Answer]):
         """Takes the queued items that `fits` accepts, lowest id first, without waiting."""
         with self._pool._lock:
             taken = self._pool._ledger.take(self._member, fits)
-            self._pool._num_sent += len(taken)
+            self._pool.num_sent += len(taken)
             self._unanswered |= taken
             return taken
 
@@ -60,7 +60,7 @@ class Call(Generic[Item, Answer]):
                 if member.queue and member.is_open:
                     item_id, item = pool._ledger.take_first(member)
                     self._unanswered[item_id] = item
-                    pool._num_sent += 1
+                    pool.num_sent += 1
                     return item_id, item
                 pool._clock.wait(pool._work, None)
             return None
@@ -84,8 +84,8 @@ class Call(Generic[Item, Answer]):
         with self._pool._lock:
             if self._unanswered.pop(item_id, None) is None:
                 return True
+            self._pool._break(self, error, [item_id])
             self._counted = error
-            self._pool._break(self._member, error, [item_id])
             return item_id in self._pool._ledger.tasks
 
 
@@ -115,7 +115,8 @@ class ServicePool(Generic[Item, Answer, R]):
         """Notified when a replica has something to do."""
         self._changed = threading.Condition(self._lock)
         """Notified when there is a result, room or a loss."""
-        self._num_sent = 0
+        self.num_sent = 0
+        """Items sent, repetitions included."""
         self._is_complete = self._is_closed = False
         self._next_ping_s = 0.0
         self._calls: set[Call[Item, Answer]] = set()
@@ -126,23 +127,18 @@ class ServicePool(Generic[Item, Answer, R]):
                 self._wake(member)
 
     @property
-    def num_sent(self) -> int:
-        """Items sent, repetitions included."""
-        return self._num_sent
-
-    @property
     def last_error(self) -> StillhouseError | None:
         """Error of the last loss."""
         return self._ledger.last_error
 
     @property
     def is_done(self) -> bool:
-        """Whether nothing more will be put, every result was got and every call has ended."""
+        """True once nothing more will be put, every result was got and every call has ended."""
         with self._lock:
             return self._is_complete and self._ledger.is_empty and not self._calls
 
     def has_room(self, cost: int) -> bool:
-        """Whether a replica in use could be given this much more."""
+        """Returns whether a replica in use could be given this much more."""
         with self._lock:
             return self._ledger.has_room(cost)
 
@@ -235,22 +231,15 @@ class ServicePool(Generic[Item, Answer, R]):
         self._work.notify_all()
         self._changed.notify_all()
 
-    def _break(
-        self,
-        member: Member[R],
-        error: StillhouseError,
-        left: Sequence[int],
-        *,
-        is_probe: bool = False,
-        is_counted: bool = True,
-    ) -> None:
-        """Leaves a replica alone, unless another call broke before, and requeues `left`."""
-        if member.is_open or is_probe:
-            self._ledger.lose(member, error, num_left=len(left))
-        self._ledger.requeue(left, error if is_counted and self._options.counts(error) else None)
+    def _break(self, call: Call[Item, Answer], error: StillhouseError, left: Sequence[int]) -> None:
+        """Leaves a call's replica alone, unless another call broke before, and requeues `left`."""
+        if call._member.is_open or call._is_probe:
+            self._ledger.lose(call._member, error, num_left=len(left))
+        is_counted = self._options.counts(error) and error is not call._counted
+        self._ledger.requeue(left, error if is_counted else None)
         self._ledger.assign()
 
-    # What runs on the pool's threads.
+    # The pool's threads run what follows.
 
     def _run(self, member: Member[R]) -> None:
         try:
@@ -308,13 +297,7 @@ class ServicePool(Generic[Item, Answer, R]):
                     "restarting.",
                 )
             if error is not None and not self._is_closed:
-                self._break(
-                    member,
-                    member.hang or error,
-                    list(call._unanswered),
-                    is_probe=call._is_probe,
-                    is_counted=error is not call._counted,
-                )
+                self._break(call, member.hang or error, list(call._unanswered))
             member.is_probed &= not call._is_probe
 
     def _ping_silent(self) -> None:

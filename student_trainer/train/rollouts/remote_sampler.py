@@ -51,21 +51,21 @@ CHUNK_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SavedAdapter:
-    """One version of the student's adapter, as files."""
-
-    folder: Path
-    version: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutPrompt:
-    """A prompt to sample from."""
+class RolloutQuery:
+    """A prompt to sample from, with one version of the student's adapter."""
 
     token_ids: NDArray[np.int32]
     """[P]."""
     seed: int
     max_new_tokens: int
+    adapter: Path
+    """Folder of its files."""
+    version: int
+
+    @property
+    def cost(self) -> int:
+        """Tokens read and at most sampled for one text."""
+        return len(self.token_ids) + self.max_new_tokens
 
 
 class RemoteSampler(Endpoint):
@@ -105,18 +105,17 @@ class RemoteSampler(Endpoint):
 
     def sample(
         self,
-        prompts: Sequence[RolloutPrompt],
+        prompts: Sequence[RolloutQuery],
         generation: RolloutConfig,
-        adapter: SavedAdapter,
         on_cancel: Callable[[Callable[[], object]], None],
     ) -> list[list[SampledText]]:
         """Returns up to `samples_per_prompt` texts for each prompt, without those that hold a token unknown to the teacher.
 
-        `on_cancel` gets the function that cancels the call. Raises StillhouseError.
+        All prompts have the same adapter. `on_cancel` gets the function that cancels the call. Raises StillhouseError.
         """
         with self.errors():
             stub = self.stub()
-            name, fingerprint = self._load(stub, adapter)
+            name, fingerprint = self._load(stub, prompts[0])
             request = GenerateRequest(
                 prompts=[
                     Prompt(
@@ -179,10 +178,10 @@ class RemoteSampler(Endpoint):
                 if each.name.startswith(f"{self._run_name}/"):
                     self._unload(stub, each.name)
 
-    def _load(self, stub: TeacherServiceStub, adapter: SavedAdapter) -> tuple[str, str]:
+    def _load(self, stub: TeacherServiceStub, query: RolloutQuery) -> tuple[str, str]:
         """Loads an adapter in the service, and frees the one before; returns its name and fingerprint."""
-        stored = stub.UploadAdapter(_chunks(adapter.folder), timeout=LOAD_TIMEOUT_S)
-        name = f"{self._run_name}/{adapter.version}-{stored.fingerprint[:12]}"
+        stored = stub.UploadAdapter(_chunks(query.adapter), timeout=LOAD_TIMEOUT_S)
+        name = f"{self._run_name}/{query.version}-{stored.fingerprint[:12]}"
         before, self._loaded = self._loaded, name
         if before and before != name:
             self._unload(stub, before)
@@ -255,13 +254,13 @@ class RemoteSampler(Endpoint):
 
 
 @contextmanager
-def saved_adapter(student: Student, version: int) -> Iterator[SavedAdapter]:
+def saved_adapter(student: Student) -> Iterator[Path]:
     """Saves the student's adapter as it is; the files go with the block."""
     model: Any = student.model
     with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
         model.save_pretrained(folder)
         _sort_settings(Path(folder) / CONFIG)
-        yield SavedAdapter(folder=Path(folder), version=version)
+        yield Path(folder)
 
 
 def _sort_settings(settings: Path) -> None:

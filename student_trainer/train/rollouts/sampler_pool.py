@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import structlog
@@ -21,26 +20,12 @@ from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
 from stillhouse.student_trainer.train.rollouts.remote_sampler import (
     RemoteSampler,
-    RolloutPrompt,
-    SavedAdapter,
+    RolloutQuery,
     saved_adapter,
 )
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Rollout:
-    prompt: RolloutPrompt
-    generation: RolloutConfig
-    adapter: SavedAdapter
-
-    @property
-    def cost(self) -> int:
-        """Tokens read and at most sampled."""
-        tokens = self.generation.max_new_tokens * self.generation.samples_per_prompt
-        return len(self.prompt.token_ids) + tokens
 
 
 class SamplerPool:
@@ -63,15 +48,17 @@ class SamplerPool:
         self._version = version
         self._patience = patience
         self._ids = itertools.count()
+        self._generation = RolloutConfig()
+        """Settings of the present `write`."""
         self._fingerprint = ""
         self._connect()
-        options: PoolOptions[_Rollout] = PoolOptions(
+        options: PoolOptions[RolloutQuery] = PoolOptions(
             name="rollouts",
-            cost_of=lambda rollout: rollout.cost,
+            cost_of=lambda query: query.cost,
             # A token that is replaced while the run goes on is read again before the next try.
             is_passing=lambda error, _: error.retryable or error.reason is Reason.UNAUTHENTICATED,
         )
-        self._pool: ServicePool[_Rollout, list[SampledText], RemoteSampler] = ServicePool(
+        self._pool: ServicePool[RolloutQuery, list[SampledText], RemoteSampler] = ServicePool(
             samplers, self._serve, options, on_lost=_log_loss
         )
 
@@ -93,21 +80,20 @@ class SamplerPool:
 
         Raises Stopped, or StillhouseError.
         """
-        with saved_adapter(self._student, self._version()) as adapter:
-            rollouts = {
-                next(self._ids): _Rollout(
-                    prompt=RolloutPrompt(
-                        token_ids=prompt,
-                        seed=seed,
-                        max_new_tokens=min(generation.max_new_tokens, max_sequence_tokens - len(prompt)),
-                    ),
-                    generation=generation,
+        self._generation = generation
+        with saved_adapter(self._student) as adapter:
+            queries = {
+                next(self._ids): RolloutQuery(
+                    token_ids=prompt,
+                    seed=seed,
+                    max_new_tokens=min(generation.max_new_tokens, max_sequence_tokens - len(prompt)),
                     adapter=adapter,
+                    version=self._version(),
                 )
                 for prompt, seed in zip(prompts, seeds, strict=True)
             }
-            self._pool.put(rollouts)
-            return [self._pool.get_result(each, self._patience) for each in rollouts]
+            self._pool.put(queries)
+            return [self._pool.get_result(each, self._patience) for each in queries]
 
     def _connect(self) -> None:
         while True:
@@ -125,17 +111,14 @@ class SamplerPool:
                 return
             self._patience.pause(errors[-1])
 
-    def _serve(self, sampler: RemoteSampler, call: Call[_Rollout, list[SampledText]]) -> None:
+    def _serve(self, sampler: RemoteSampler, call: Call[RolloutQuery, list[SampledText]]) -> None:
         """Makes one call for all prompts that the service is given."""
         self._require_same_base(sampler)
-        rollouts = call.take()
-        if not rollouts:
-            return
-        first = next(iter(rollouts.values()))
-        prompts = [each.prompt for each in rollouts.values()]
-        texts = sampler.sample(prompts, first.generation, first.adapter, call.on_cancel)
-        for rollout_id, several in zip(rollouts, texts, strict=True):
-            call.answer(rollout_id, several)
+        queries = call.take()
+        if queries:
+            texts = sampler.sample(list(queries.values()), self._generation, call.on_cancel)
+            for query_id, several in zip(queries, texts, strict=True):
+                call.answer(query_id, several)
 
     def _require_same_base(self, sampler: RemoteSampler) -> None:
         info = sampler.info

@@ -65,7 +65,7 @@ class TextStream(TeacherStream[_Prompt, list[TeacherSample]]):
         """Starts the threads; `teacher` has been reached once."""
         self._generation = generation
         self._distributions = distributions
-        super().__init__(teacher, name="text-stream", max_calls=NUM_CALLS)
+        super().__init__(teacher, name="text-stream", cost_of=lambda prompt: prompt.cost, max_calls=NUM_CALLS)
 
     def submit(
         self, prompt_id: int, token_ids: NDArray[np.int32], *, seed: int, max_new_tokens: int, place: str

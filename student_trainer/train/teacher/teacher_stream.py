@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import structlog
 
@@ -24,33 +25,21 @@ MAX_FRUITLESS_BREAKS = 5
 """Breaks in a row without an answer, each looking like a bug, after which a service is not used as it is."""
 
 
-class Query(Protocol):
-    """A request about one sequence or prompt."""
-
-    @property
-    def place(self) -> str:
-        """File and row, named in errors."""
-        ...
-
-    @property
-    def cost(self) -> int:
-        """Tokens that a teacher computes for it."""
-        ...
-
-
-Q = TypeVar("Q", bound=Query)
+Q = TypeVar("Q")
 A = TypeVar("A")
 
 
 class TeacherStream(abc.ABC, Generic[Q, A]):
     """Answers by the ids of their queries, however often services break; the caller bounds what is in flight."""
 
-    def __init__(self, teacher: TeacherClient, *, name: str, max_calls: int = 1) -> None:
-        """Starts the threads; `teacher` has been reached once."""
+    def __init__(
+        self, teacher: TeacherClient, *, name: str, cost_of: Callable[[Q], int], max_calls: int = 1
+    ) -> None:
+        """Starts the threads; `teacher` has been reached once, and `cost_of` a query is in tokens."""
         self._teacher = teacher
         options: PoolOptions[Q] = PoolOptions(
             name=name,
-            cost_of=lambda query: query.cost,
+            cost_of=cost_of,
             max_calls=max_calls,
             max_attempts=MAX_ITEM_TIMEOUTS + 1,
             counts=lambda error: error.reason is Reason.ITEM_TIMEOUT,
