@@ -232,27 +232,24 @@ class _Selection:
     """Chooses the samples of one call: of equal top_k, and within the limits of one request."""
 
     def __init__(self, *, max_samples: int, max_prompts: int, top_k: Callable[[_Sample], int | None]) -> None:
-        self._max_samples = max_samples
+        self._left = max_samples
         self._max_prompts = max(1, max_prompts)
-        self._top_k_of = top_k
-        self._top_k: int | None = None
-        self._num_samples = self._num_bytes = 0
-        self._prompts: set[tuple[_Pending, int]] = set()
+        self._top_k = top_k
+        self._first: _Sample | None = None
+        self._sizes: dict[tuple[_Pending, int], int] = {}
+        """Bytes of the chosen prompts."""
 
     def __call__(self, sample: _Sample) -> bool:
         """Accepts a sample, or leaves it to the next call."""
-        top_k = self._top_k_of(sample)
-        key = sample.pending, sample.prompt
-        size = 0 if key in self._prompts else sample.pending.row.prompts[sample.prompt].ByteSize()
-        if self._num_samples and (
-            top_k != self._top_k
-            or self._num_samples == self._max_samples
-            or self._num_bytes + size > MAX_REQUEST_BYTES
-            or len(self._prompts | {key}) > self._max_prompts
-        ):
+        if not self._left or (self._first and self._top_k(self._first) != self._top_k(sample)):
             return False
-        self._prompts.add(key)
-        self._top_k = top_k
-        self._num_bytes += size
-        self._num_samples += 1
+        key = sample.pending, sample.prompt
+        if key not in self._sizes:
+            size = sample.pending.row.prompts[sample.prompt].ByteSize()
+            is_over = sum(self._sizes.values()) + size > MAX_REQUEST_BYTES
+            if self._first and (is_over or len(self._sizes) == self._max_prompts):
+                return False
+            self._sizes[key] = size
+        self._first = self._first or sample
+        self._left -= 1
         return True

@@ -177,19 +177,12 @@ class Ledger(Generic[Item, Answer, R]):
         """Takes items back from a replica; `error` counts as an attempt of each of them."""
         for item_id in item_ids:
             task = self.tasks[item_id]
-            self.withdraw(task)
+            self._withdraw(task)
             task.attempts += error is not None
             if error is not None and task.attempts == self._options.max_attempts:
                 self.finish(item_id, error)
             else:
                 self._wait([item_id])
-
-    def withdraw(self, task: Task[Item, R]) -> None:
-        """Takes an item away from its replica."""
-        if task.member is not None:
-            task.member.num_owed -= 1
-            task.member.replica.load.withdraw(task.cost)
-            task.member = None
 
     def open(self, member: Member[R]) -> None:
         """Uses a replica."""
@@ -228,6 +221,21 @@ class Ledger(Generic[Item, Answer, R]):
             return max(self._last_answer_s, self._all_lost_s)
         is_silent = self._clock.now_s() - self._last_answer_s > self._options.silence_s
         return self._last_answer_s if is_silent else None
+
+    def clear(self) -> None:
+        """Drops what is unanswered."""
+        for task in self.tasks.values():
+            self._withdraw(task)
+        self.tasks.clear()
+        self._waiting.clear()
+        for member in self.members:
+            member.queue.clear()
+
+    def _withdraw(self, task: Task[Item, R]) -> None:
+        if task.member is not None:
+            task.member.num_owed -= 1
+            task.member.replica.load.withdraw(task.cost)
+            task.member = None
 
     def _wait(self, item_ids: Iterable[int]) -> None:
         for item_id in item_ids:

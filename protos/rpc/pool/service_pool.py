@@ -128,7 +128,7 @@ class ServicePool(Generic[Item, Answer, R]):
 
     @property
     def last_error(self) -> StillhouseError | None:
-        """Error of the last loss."""
+        """The error of the last loss."""
         return self._ledger.last_error
 
     @property
@@ -200,9 +200,10 @@ class ServicePool(Generic[Item, Answer, R]):
         """Cancels the calls and ends the threads; what is unanswered is dropped."""
         with self._lock:
             self._is_closed = True
-            for task in self._ledger.tasks.values():
-                self._ledger.withdraw(task)
+            self._ledger.clear()
             calls = list(self._calls)
+            for call in calls:
+                call._unanswered.clear()
             self._notify_all()
         for call in calls:
             call._cancel()

@@ -468,8 +468,8 @@ def test_a_silent_replica_is_pinged_and_its_items_go_to_another_if_it_hangs(worl
 
 def test_closing_cancels_calls_and_leaves_no_thread_and_no_load(world: World) -> None:
     member = world.member("only", is_open=False)
-    pool = world.pool(member, max_calls=3, chunk=1)
-    pool.put(dict.fromkeys(range(3), 1))
+    pool = world.pool(member, max_calls=3, window=3)
+    pool.put(dict.fromkeys(range(6), 1))
     world.until(pool, lambda: bool(member.sent))
     pool.close()
     assert not [each for each in threading.enumerate() if each.name.startswith("test-pool")]
