@@ -9,16 +9,6 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
-from stillhouse.student_trainer.config.check_contexts import (
-    check_cache,
-    check_contexts,
-    check_data,
-    check_student,
-    check_teachers,
-    run_losses,
-)
-from stillhouse.student_trainer.config.check_cross_tokenizer import check_cross_tokenizer
-from stillhouse.student_trainer.config.check_loss import check_loss
 from stillhouse.student_trainer.config.fields import (
     Choices,
     FieldInfo,
@@ -28,6 +18,16 @@ from stillhouse.student_trainer.config.fields import (
     Supported,
     fields_of,
 )
+from stillhouse.student_trainer.config.rules.contexts import (
+    check_cache,
+    check_contexts,
+    check_data,
+    check_student,
+    check_teachers,
+    run_losses,
+)
+from stillhouse.student_trainer.config.rules.cross_tokenizer import check_cross_tokenizer
+from stillhouse.student_trainer.config.rules.loss import check_loss
 from stillhouse.student_trainer.config.schema import MAX_PROCESSES, RunConfig
 
 MAX_COMPARED_CHARACTERS = 200

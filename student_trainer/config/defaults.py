@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.schema import (
     CHECKPOINT_EVERY_STEPS,
     LORA_LEARNING_RATE,

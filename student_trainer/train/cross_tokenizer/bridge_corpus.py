@@ -10,7 +10,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
-from stillhouse.student_trainer.config.check_cross_tokenizer import chunk_loss
+from stillhouse.student_trainer.config.rules.cross_tokenizer import chunk_loss
 from stillhouse.student_trainer.config.schema import DataConfig, RunConfig
 from stillhouse.student_trainer.train.cross_tokenizer.bridge import Bridge
 from stillhouse.student_trainer.train.data.corpus import Corpus

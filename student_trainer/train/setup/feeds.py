@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillhouse.student_trainer.config.check_contexts import needs_query, rollout_services
+from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
 from stillhouse.student_trainer.config.schema import (
     ContextConfig,
     StudentContextConfig,

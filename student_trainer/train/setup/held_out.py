@@ -13,8 +13,8 @@ import structlog
 
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.config.check_cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.config.checks import TEACHER_METRICS
+from stillhouse.student_trainer.config.rules.cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.corpus import Corpus

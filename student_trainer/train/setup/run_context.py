@@ -9,7 +9,7 @@ from functools import partial
 
 import structlog
 
-from stillhouse.student_trainer.config.check_cross_tokenizer import chunk_loss, is_bridged
+from stillhouse.student_trainer.config.rules.cross_tokenizer import chunk_loss, is_bridged
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
 from stillhouse.student_trainer.train.checkpointing.checkpointer import Checkpointer
 from stillhouse.student_trainer.train.checkpointing.matmul_dtype import kept_matmul_dtype

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.optim import make_optimizer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
+from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import translate_for_teachers
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.setup.held_out import HeldOutRows

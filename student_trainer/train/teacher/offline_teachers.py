@@ -10,7 +10,7 @@ from pathlib import Path
 from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
-from stillhouse.student_trainer.config.check_contexts import is_ensemble
+from stillhouse.student_trainer.config.rules.contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig, TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS
-from stillhouse.student_trainer.config.check_contexts import is_ensemble
+from stillhouse.student_trainer.config.rules.contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.process.waiting import TeacherWait

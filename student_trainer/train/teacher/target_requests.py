@@ -10,8 +10,8 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
-from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.checks import TEACHER_METRICS
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example

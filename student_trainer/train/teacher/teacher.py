@@ -21,9 +21,9 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from stillhouse.student_trainer.config.check_contexts import query_loss_path, run_losses
-from stillhouse.student_trainer.config.check_cross_tokenizer import is_bridged
-from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.rules.contexts import query_loss_path, run_losses
+from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import RunConfig, TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.student_trainer.config.check_cross_tokenizer import OF_CHUNKS
+from stillhouse.student_trainer.config.rules.cross_tokenizer import OF_CHUNKS
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.loss.alm import (
     EPSILON,

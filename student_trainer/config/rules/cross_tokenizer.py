@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.student_trainer.config.check_contexts import is_ensemble, run_losses
+from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_losses
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 
 OF_CHUNKS = (

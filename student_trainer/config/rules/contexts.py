@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.student_trainer.config.check_loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import (
     ContextConfig,
     LossConfig,

@@ -1,0 +1,1 @@
+"""Rules between several fields of a run: contexts, losses, cross-tokenizer teachers."""
