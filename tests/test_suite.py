@@ -90,7 +90,7 @@ def test_ctrl_c_reaches_programs_where_the_shell_ignores_it() -> None:
 
 
 def _nested(folder: Path, source: str) -> tuple[str, dict[int, str]]:
-    """What pytest printed about a file of tests, and the processes that are left of them."""
+    """Runs a file of tests; returns the output of pytest and the processes that are left."""
     mark = uuid.uuid4().hex
     (folder / "test_nested.py").write_text(textwrap.dedent(source))
     (folder / "empty.ini").write_text("[pytest]\n")

@@ -159,7 +159,7 @@ def _contents(wheel: Path) -> dict[str, int]:
 
 
 def _run(*command: str | Path, cwd: Path | None = None) -> str:
-    """What a program wrote to stdout; fails with everything that it wrote if it does not end well."""
+    """Runs a program and returns its stdout; fails with everything that it wrote if it does not end well."""
     done = subprocess.run(
         command, cwd=cwd, env=_environment(), capture_output=True, text=True, timeout=200, check=False
     )

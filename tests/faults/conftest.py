@@ -1,4 +1,4 @@
-"""What the tests of disturbed distillations share."""
+"""Fixtures shared by the tests of disturbed distillations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happened to a run, as its service told it, and whether it could have happened: a model that every history must obey."""
+"""Checks the history of a run, as its service told it, against what can have happened: a model that every history must obey."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ STEP_METRIC = "train/loss"
 
 @dataclass(kw_only=True)
 class Operations:
-    """What was asked of one run: answered calls, and those whose reply was lost, which may have counted or not."""
+    """Requests for one run: answered calls, and those whose reply was lost, which may have counted or not."""
 
     answered: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     lost: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     def most(self, verb: str) -> int:
-        """How often it can have taken effect."""
+        """Least and most times that it can have taken effect."""
         return self.answered[verb] + self.lost[verb]
 
 
@@ -49,7 +49,7 @@ class Watcher(threading.Thread):
         self._ended = threading.Event()
         self.seen: list[pb.WatchRunResponse] = []
         self.num_breaks = 0
-        """Of calls that had told something."""
+        """Watches that broke after at least one message."""
 
     def run(self) -> None:
         """Until `stop`, and the end of the run after it: the service ends a watch with the run, which a resume makes untrue."""

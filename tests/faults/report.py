@@ -14,7 +14,7 @@ from tests.faults.matrix import ROWS
 
 ROW_PROPERTY = "fault_row"
 FIGURE_PROPERTY = "figure"
-"""What a test measured, in words: printed below its line."""
+"""A measurement of a test, in words: printed below its line."""
 
 _reports: dict[str, pytest.TestReport] = {}
 
@@ -40,7 +40,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def is_narrowed(config: pytest.Config) -> bool:
-    """Whether somebody asked for a part of the suite, or for its names alone."""
+    """True if only a part of the suite, or its names alone, was asked for."""
     return bool(
         config.option.keyword or config.option.collectonly or config.args != config.getini("testpaths")
     )

@@ -22,7 +22,7 @@ from tests.support.runs import PATIENCE_S
 
 T = TypeVar("T")
 LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
-"""What a caller is told when the reply, or the service, is gone."""
+"""Codes that a caller gets when the reply, or the service, is gone."""
 
 
 @dataclass(kw_only=True)
@@ -56,7 +56,7 @@ class World:
         return self.root / "data"
 
     def run_dir(self, name: str) -> RunDir:
-        """Where the run `runs/<id>` lies."""
+        """Directory of the run `runs/<id>`."""
         return RunDir(self.data_dir / name)
 
     def start_teacher(self, model: Path | None = None, *options: str) -> Program:
@@ -129,7 +129,7 @@ def world(root: Path, teacher_model: Path, **changes: Any) -> Iterator[World]:
 
 
 def insist(call: Callable[[RunServiceStub], T], target: str, *, patience_s: float = PATIENCE_S) -> T:
-    """What the service answers, asking again while it is away; only for calls that may be repeated."""
+    """Calls the service again while it is away, and returns its answer; only for calls that may be repeated."""
     deadline = time.monotonic() + patience_s
     while True:
         with connect(target) as channel:

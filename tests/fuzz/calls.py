@@ -20,7 +20,7 @@ from tests.fuzz.rpcs import Case
 
 AT_ONCE = 6
 BUGS = frozenset({grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE})
-"""What no request may be answered with."""
+"""Codes that no request may be answered with."""
 BAD_ITEMS = frozenset({grpc.StatusCode.INTERNAL.value[0], grpc.StatusCode.UNKNOWN.value[0]})
 UNARY_S = 60.0
 """A service that says nothing for so long hangs."""
@@ -34,7 +34,7 @@ _OPTIONS = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_len
 
 @dataclass(slots=True)
 class Figures:
-    """What became of the cases of one rpc."""
+    """Outcomes of the cases of one rpc."""
 
     cases: int = 0
     structures: set[int] = field(default_factory=set)
@@ -43,7 +43,7 @@ class Figures:
 
 @dataclass(slots=True)
 class Report:
-    """What became of all cases."""
+    """Outcomes of all cases."""
 
     by_rpc: dict[str, Figures] = field(default_factory=dict)
     bugs: list[str] = field(default_factory=list)
@@ -71,7 +71,7 @@ class Report:
 
 
 Look = Callable[[Case, Message], str | None]
-"""What is wrong with an answer; None if nothing is."""
+"""Describes the fault of an answer; None if it has none."""
 
 
 def send(target: str, cases: Iterable[Case], report: Report, look: Look) -> None:
@@ -135,7 +135,7 @@ def _check(case: Case, answer: Any, report: Report, look: Look) -> None:
 
 
 def faults(log_path: Path) -> list[str]:
-    """What a service logged that only a bug explains. gRPC logs by itself of header values that are no text."""
+    """Lines of a service's log that only a bug explains. gRPC logs by itself of header values that are no text."""
     found = []
     for line in log_path.read_text(errors="replace").splitlines():
         if ('"exception"' in line and '"Invalid encoding' not in line) or "internal error" in line:

@@ -43,7 +43,7 @@ def message(data: bytes, *, length: int | None = None, compressed: int = 0) -> b
 
 
 def attack(path: str, rng: random.Random) -> bytes:
-    """What one hostile connection sends."""
+    """Bytes that one hostile connection sends."""
     return rng.choice(ATTACKS)(path, rng)
 
 

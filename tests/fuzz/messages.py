@@ -15,7 +15,7 @@ from tests.fuzz.values import class_of, hostile
 MAX_DEPTH = 5
 REPEATS = (0, 1, 2, 2, 3, 5, 17, 70)
 FEW = (0, 1, 1, 2, 3)
-"""Of messages within messages."""
+"""Counts of messages within messages."""
 MANY = (300, 1100)
 """Seldom, so many elements; they cost time."""
 
@@ -88,7 +88,7 @@ def kind_of(field: Any) -> type[Message]:
 
 
 def is_map(field: Any) -> bool:
-    """Whether the field is a map."""
+    """True for a map."""
     return bool(field.message_type is not None and field.message_type.GetOptions().map_entry)
 
 

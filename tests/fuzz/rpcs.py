@@ -1,4 +1,4 @@
-"""What is sent to each rpc: every method of both services, found in the descriptors, with requests that it would answer."""
+"""Requests to each rpc: every method of both services, found in the descriptors, with requests that it would answer."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from tests.fuzz.messages import arbitrary, mutate, structure
 from tests.fuzz.wire import damage, outline
 
 SHARE_DAMAGED = 0.2
-"""Of the cases whose bytes are no message, or another one."""
+"""Share of the cases whose bytes are no message, or another one."""
 SHARE_ARBITRARY = 0.2
-"""Of the cases that do not begin with a good request."""
+"""Share of the cases that do not begin with a good request."""
 MAX_STREAM = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """What hostile requests may speak of: there is more to break behind a good name than behind a bad one."""
+    """Names and values for hostile requests: there is more to break behind a good name than behind a bad one."""
 
     names: list[str] = field(default_factory=list)
-    """Of runs."""
+    """Names of runs."""
     words: list[str] = field(default_factory=list)
     """Paths, adapters, datasets."""
     spec: run.RunSpec = field(default_factory=run.RunSpec)
-    """Of a run that could be queued."""
+    """Spec of a run that could be queued."""
     files: Mapping[str, bytes] = field(default_factory=dict)
-    """Of an adapter that can be uploaded."""
+    """Files of an adapter that can be uploaded."""
 
     def any_words(self) -> Sequence[str]:
         return self.names + self.words
@@ -45,13 +45,13 @@ class Known:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What one call sends."""
+    """Messages of one call."""
 
     method: MethodDescriptor
     payloads: tuple[bytes, ...]
     structure: int
     repeats: str
-    """What makes the same case again."""
+    """Seed that makes the same case again."""
 
     @property
     def path(self) -> str:

@@ -28,7 +28,7 @@ MAX_GROWTH_BYTES = 64 * 2**20
 WARM_UP = 0.15
 """Share of the cases before memory is measured: pools, caches and the largest batch fill up then."""
 ANSWER_S = 0.02
-"""How long a hostile connection waits for what it is told."""
+"""Time that a hostile connection waits for an answer."""
 SLOW_CONNECTIONS = 50
 ALIVE_EVERY = 50
 TEACHER = teacher_pb2.DESCRIPTOR.services_by_name["TeacherService"]

@@ -135,7 +135,7 @@ def some_bytes(rng: random.Random) -> bytes:
 
 
 def class_of(value: Any) -> Any:
-    """What kind of value it is: sign and size of numbers, length and traits of texts."""
+    """Kind of a value: sign and size of numbers, length and traits of texts."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int):

@@ -52,7 +52,7 @@ class Refused:
     code: grpc.StatusCode
     reason: Reason
     says: tuple[str, ...]
-    """What the sentence must hold: the value, the limit, the remedy."""
+    """Parts that the sentence must hold: the value, the limit, the remedy."""
 
 
 @pytest.fixture

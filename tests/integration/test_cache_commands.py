@@ -72,7 +72,7 @@ def _build(trainer: Trainer) -> str:
 
 
 def _here(*arguments: str, expect: int = 0) -> str:
-    """What the command line says, without a process of its own."""
+    """Output of the command line, run in this process."""
     done = CliRunner().invoke(cli, arguments)
     assert done.exit_code == expect, done.output
     return done.output

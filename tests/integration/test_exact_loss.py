@@ -1,4 +1,4 @@
-"""What is served and trained on is the mathematics: student = teacher has loss 0, and noise has the dense loss."""
+"""Served and trained losses equal the mathematics: student = teacher has loss 0, and noise has the dense loss."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def handle_failed(handle: RunHandle) -> bool:
 
 
 def unfinished_checkpoint(run_dir: RunDir) -> bool:
-    """Whether a checkpoint is being written: something beside the complete ones, whose names are their steps."""
+    """True while a checkpoint is being written: something beside the complete ones, whose names are their steps."""
     with contextlib.suppress(OSError), os.scandir(run_dir.checkpoints_path) as entries:
         return any(not entry.name.isdigit() for entry in list(entries))
     return False

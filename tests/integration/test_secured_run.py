@@ -34,9 +34,9 @@ class Secured:
     certificates: Certificates
     teacher_tokens: Path
     token: str
-    """Of the client at the trainer."""
+    """Token of the client at the trainer."""
     training_token: str
-    """Of the training process at the teacher."""
+    """Token of the training process at the teacher."""
     metrics_port: int
 
 

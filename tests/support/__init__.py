@@ -1,1 +1,1 @@
-"""What several tests share: real processes, real small models, real data."""
+"""Parts that several tests share: real processes, real small models, real data."""

@@ -11,7 +11,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreRespo
 
 @dataclass(kw_only=True)
 class Counts:
-    """How many sequences were asked for, by the top_k of their stream."""
+    """Number of requested sequences, by the top_k of their stream."""
 
     by_top_k: dict[int, int] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -20,7 +20,7 @@ import pytest
 from tests.support.privileges import NOT_ALLOWED
 
 NETWORK = "198.18"
-"""Of the addresses that are kept for tests of networks (RFC 2544)."""
+"""Prefix of the addresses that are kept for tests of networks (RFC 2544)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,7 +28,7 @@ class Host:
     """The far end of a cable to this machine."""
 
     name: str
-    """Of the namespace, and of the cable's far end in it."""
+    """Name of the namespace, and of the cable's far end in it."""
     near: str
     """This machine's address on the cable."""
     far: str
@@ -45,7 +45,7 @@ class Host:
         self._there("link", "set", self.name, "up")
 
     def lose_answers(self) -> None:
-        """What the other host sends to this machine goes nowhere; what this machine sends arrives."""
+        """Drops what the other host sends; what this machine sends arrives."""
         self._there("route", "add", "blackhole", f"{self.near}/32")
 
     def find_answers(self) -> None:
@@ -53,7 +53,7 @@ class Host:
         self._there("route", "del", "blackhole", f"{self.near}/32")
 
     def slow_down(self, bits_per_s: int) -> None:
-        """What the other host sends passes at this rate; a full queue of 400 ms drops packets."""
+        """Lets what the other host sends pass at this rate; a full queue of 400 ms drops packets."""
         shape = ("tbf", "rate", str(bits_per_s), "burst", "32kbit", "latency", "400ms")
         _run("ip", "netns", "exec", self.name, "tc", "qdisc", "add", "dev", self.name, "root", *shape)
 

@@ -87,7 +87,7 @@ class Postgres:
 
     @property
     def runs(self) -> bool:
-        """Whether it was started and not stopped."""
+        """True between its start and its stop."""
         return self._process is not None
 
     def kill(self) -> None:
@@ -98,11 +98,11 @@ class Postgres:
             self._process.wait()
 
     def url(self) -> str:
-        """Where its database is."""
+        """Address of its database, with the password."""
         return f"postgresql://stillhouse:{quote(PASSWORD)}@127.0.0.1:{self.port}/postgres"
 
     def execute(self, statement: str) -> list[tuple[object, ...]]:
-        """What a statement returns."""
+        """Runs a statement and returns its rows."""
         import psycopg
 
         with psycopg.connect(self.url(), autocommit=True, connect_timeout=5) as connection:

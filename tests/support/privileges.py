@@ -1,4 +1,4 @@
-"""What only some machines allow: small disks, memory limits, other system calls; a test that cannot have one is skipped."""
+"""Finds out rights that only some machines give: small disks, memory limits, other system calls; a test that cannot have one is skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 NOT_ALLOWED = " is not allowed on this machine"
-"""How the reason of such a skip ends; it was tried."""
+"""End of the reason of such a skip; it was tried."""
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -34,7 +34,7 @@ def disk_of(path: Path, size_bytes: int) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def memory_limited(pid: int, limit_bytes: int) -> Iterator[None]:
-    """What `pid` and the processes that it starts from here on may take together; the kernel kills beyond it."""
+    """Limits the memory that `pid` and the processes that it starts from here on take together; the kernel kills beyond it."""
     version_1 = (CGROUP / "memory").is_dir()
     group = CGROUP / ("memory" if version_1 else "") / f"stillhouse-{uuid.uuid4().hex[:8]}"
     try:

@@ -38,7 +38,7 @@ class Program:
     process: subprocess.Popen[bytes]
     log_path: Path
     target: str = ""
-    """Where it listens, such as "127.0.0.1:41234"; empty for programs that do not listen."""
+    """Address that it listens on, such as "127.0.0.1:41234"; empty for programs that do not listen."""
 
     def __enter__(self) -> Self:
         return self

@@ -16,7 +16,7 @@ GROUP = 32
 """Inputs that share a scale."""
 ZERO = 8
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which column of eight stands in which four bits of a word."""
+"""Column of eight for each four bits of a word."""
 CONFIGS: dict[Layout, dict[str, object]] = {
     "awq": {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"},
     "gptq": {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True},

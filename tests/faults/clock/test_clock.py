@@ -99,7 +99,7 @@ def test_a_process_that_slept_through_its_replacement_changes_nothing_when_it_wa
 
 
 def files_of(root: Path) -> list[Path]:
-    """What a run consists of; a log and a drawing of curves may grow."""
+    """Files of a run; a log and a drawing of curves may grow."""
     folders = ("attempts", "tensorboard")
     found = (path for path in root.rglob("*") if path.is_file() and path.name != "heartbeat")
     return sorted(path for path in found if path.relative_to(root).parts[0] not in folders)

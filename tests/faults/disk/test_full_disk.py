@@ -88,7 +88,7 @@ def assert_says_where(message: str, disk: Path) -> None:
 def error_of(
     run_dir: RunDir, environment: Mapping[str, str], breaks: Callable[[int], object]
 ) -> dict[str, Any]:
-    """Why a run failed that `breaks`, given its process, after two checkpoints. Whole checkpoints are left, and no part of one."""
+    """Reason of failure of a run that `breaks`, given its process, after two checkpoints. Whole checkpoints are left, and no part of one."""
     process = start(run_dir, 1, environment)
     wait_until(lambda: len(run_dir.checkpoints()) == 2 or process.poll() is not None, "two checkpoints")
     assert process.poll() is None, run_dir.log_path(1).read_text()[-3000:]

@@ -27,7 +27,7 @@ from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_program
 
 SILENCE_S = 30.0 if LONG else 5.0
-"""How long the network stays away after the run has said that it waits."""
+"""Time without a network, after the run has said that it waits."""
 SLOW_BITS_PER_S = 64_000 if LONG else 256_000
 DIRECT = {"no_proxy": "198.18.0.0/15"}
 """The cable to the other host is no way to the rest of the world."""
@@ -42,7 +42,7 @@ def host(tmp_path: Path) -> Iterator[Host]:
 
 @pytest.fixture
 def environment() -> Iterator[Mapping[str, str]]:
-    """Of programs that notice a silent teacher soon; none outlives its test."""
+    """Environment of programs that notice a silent teacher soon; none outlives its test."""
     with no_process_left() as mark:
         yield {**mark, **KEEPALIVE, **DIRECT}
 
@@ -77,7 +77,7 @@ CUTS: dict[str, tuple[Callable[[Host], None], Callable[[Host], None]]] = {
     "cable": (Host.pull_cable, Host.plug_cable),
     "answers": (Host.lose_answers, Host.find_answers),
 }
-"""How the network goes away, and how it comes back."""
+"""Ways to take the network away, and to bring it back."""
 
 
 @pytest.mark.faults(row=5)

@@ -49,7 +49,7 @@ LONG_SILENCE_S = 60.0
 
 @pytest.fixture
 def environment() -> Iterator[Mapping[str, str]]:
-    """Of training processes that notice a silent teacher soon; none outlives its test."""
+    """Environment of training processes that notice a silent teacher soon; none outlives its test."""
     with no_process_left() as mark:
         yield {**mark, **KEEPALIVE}
 

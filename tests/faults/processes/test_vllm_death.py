@@ -58,7 +58,7 @@ def test_a_teacher_whose_engine_process_is_killed_stops_serving_and_ends(
 
 
 def status(health: health_pb2_grpc.HealthStub) -> int | None:
-    """What health says; None once nobody answers."""
+    """Status from the health service; None once nobody answers."""
     try:
         return int(health.Check(health_pb2.HealthCheckRequest(), timeout=2).status)
     except grpc.RpcError:
