@@ -1,1 +1,1 @@
-"""One file a command."""
+"""Commands of `stillhouse`, one file each."""

@@ -1,4 +1,4 @@
-"""`stillhouse cache build | list | info | verify`: a teacher's answers, asked for once and kept."""
+"""`stillhouse cache build | list | info | verify`: builds and inspects caches of teacher outputs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle
 
 SUMMARY = "exports/cache.json"
-"""What a build leaves among its run's artifacts; student_trainer/train/cache_build/build.py writes it."""
+"""Artifact that a build leaves; student_trainer/train/cache_build/build.py writes it."""
 
 
 @click.group()
 def cache() -> None:
-    """Keep teachers' answers, to train from them without a teacher.
+    """Cache teacher outputs, to train from them without a teacher.
 
-    A cache is a folder of Parquet files: below caches/ on the trainer's host, or anywhere on this one.
+    A cache is a folder of Parquet files: below caches/ on the trainer's host, or anywhere on this machine.
     """
 
 
@@ -32,7 +32,7 @@ def cache() -> None:
 @click.option("--to", "place", metavar="caches/NAME", default="", help="Overrides the file's cache.path.")
 @click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field of the file.")
 @click.option("--watch", is_flag=True, help="Follow the build until it ends.")
-@click.option("--push", is_flag=True, help="Copy datasets that lie beside FILE to the trainer first.")
+@click.option("--push", is_flag=True, help="Upload datasets that lie beside FILE to the trainer first.")
 @click.option(
     "--request-id", default="", metavar="UUID4", help="Building again with it returns the same run."
 )
@@ -46,11 +46,11 @@ def build(
     push: bool,
     request_id: str,
 ) -> int:
-    """Ask the teacher of run FILE about all its text, and keep the answers.
+    """Query the teacher for all text of run FILE, and cache its outputs.
 
-    FILE is a run file like any other: data, tokenizer, loss and evaluation say what will be asked, so that the same file
-    with cache.mode: only trains from the answers. The build is a run with task: cache: `stillhouse run` watches, stops
-    and resumes it, and what is stored is never asked for again.
+    FILE is a run file like any other: data, tokenizer, loss and evaluation determine the queries, so that the same file
+    with cache.mode: only trains from the cache. The build is a run with task: cache: `stillhouse run` watches, stops and
+    resumes it, and stored outputs are never queried again.
     """
     from stillhouse.client.commands.run.watch import follow
     from stillhouse.client.core.json_output import as_json
@@ -76,7 +76,7 @@ def build(
 
 
 def _as_build(file: RunFile, place: str) -> None:
-    """Makes the run in `file` one that builds a cache."""
+    """Turns the run in `file` into a cache build."""
     spec = file.spec
     spec.task = "cache"
     if place:
@@ -86,7 +86,7 @@ def _as_build(file: RunFile, place: str) -> None:
 
 @command(cache, name="list")
 def list_caches(session: Session) -> None:
-    """List the caches that runs of the trainer have named, the last used first."""
+    """List the caches that runs of the trainer name, most recently used first."""
     from stillhouse.client.terminal.render import columns, state_name, time_text
     from stillhouse.client.trainer.run_lookup import run_id
 
@@ -110,7 +110,7 @@ def list_caches(session: Session) -> None:
 @command(cache)
 @click.argument("what")
 def info(session: Session, what: str) -> None:
-    """Show what a cache holds: teachers, what was asked, sequences, tokens, bytes per token.
+    """Show what a cache holds: teachers, settings of queries, sequences, tokens, bytes per token.
 
     WHAT is a folder or shard on this machine, the caches/NAME of a build on the trainer, or the run that built it.
     """
@@ -119,21 +119,21 @@ def info(session: Session, what: str) -> None:
         from stillhouse.protos.cache.reader import CacheReader
         from stillhouse.protos.cache.summary import summary
 
-        told = summary(CacheReader(path, ignore_broken=path.is_dir()))
+        contents = summary(CacheReader(path, ignore_broken=path.is_dir()))
     else:
-        told = _summary_of(_build_of(session, what))
+        contents = _summary_of(_build_of(session, what))
     if session.as_json:
-        session.emit({"cache": what} | told)
+        session.emit({"cache": what} | contents)
     else:
-        session.say(summary_text(what, told))
+        session.say(summary_text(what, contents))
 
 
 @command(cache)
 @click.argument("path", type=click.Path(path_type=Path))
 def verify(session: Session, path: Path) -> int:
-    """Check every byte and every number of the cache at PATH, on this machine.
+    """Check every byte and every value of the cache at PATH, on this machine.
 
-    The exit code is 1 if a file is damaged; each such file is named with what is wrong with it.
+    The exit code is 1 if a file is damaged; each damaged file is listed with its fault.
     """
     from stillhouse.protos.cache.reader import CacheReader
     from stillhouse.protos.errors import Reason, StillhouseError
@@ -141,7 +141,7 @@ def verify(session: Session, path: Path) -> int:
     if not path.exists():
         raise StillhouseError(
             Reason.CACHE_NOT_FOUND,
-            f"There is no cache at {path} on this machine. Every byte is read where the files lie: a run's cache is below "
+            f"There is no cache at {path} on this machine. Files are verified where they lie: a run's cache is below "
             "the trainer's --data-dir, on its host.",
             resource=str(path),
         )
@@ -161,12 +161,12 @@ def verify(session: Session, path: Path) -> int:
         for message in bad.values():
             session.say(message)
         good = len(reader.shards) + len(reader.broken) - len(bad)
-        session.say(f"{good} files with {sequences} sequences are whole; {len(bad)} are damaged.")
+        session.say(f"{good} files with {sequences} sequences are intact; {len(bad)} are damaged.")
     return 1 if bad else 0
 
 
 def _build_of(session: Session, what: str) -> RunHandle:
-    """The run that `what` names, or the last one that built the cache of this name."""
+    """Returns the run `what`, or the last one that built the cache of this name."""
     from stillhouse.client.trainer.run_handle import RunHandle
     from stillhouse.protos.errors import Reason, StillhouseError
 
@@ -178,7 +178,7 @@ def _build_of(session: Session, what: str) -> RunHandle:
     raise StillhouseError(
         Reason.CACHE_NOT_FOUND,
         f"There is no {what} on this machine, and no run of the trainer builds a cache of this name; "
-        "`stillhouse cache list` shows those that runs name.",
+        "`stillhouse cache list` shows those of its runs.",
         resource=what,
     )
 
@@ -186,21 +186,21 @@ def _build_of(session: Session, what: str) -> RunHandle:
 def _summary_of(run: RunHandle) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         [path] = run.pull(SUMMARY, Path(directory))
-        told: dict[str, Any] = json.loads(path.read_bytes())
-    return told
+        contents: dict[str, Any] = json.loads(path.read_bytes())
+        return contents
 
 
-def summary_text(what: str, told: dict[str, Any]) -> str:
-    """The summary of a cache for people."""
+def summary_text(what: str, contents: dict[str, Any]) -> str:
+    """Formats the summary of a cache for people."""
     from stillhouse.client.terminal.render import size_text
 
-    if not told["kinds"]:
-        return f"{what} holds no answer yet."
+    if not contents["kinds"]:
+        return f"{what} holds no sequence yet."
     lines = [
-        f"{what}: {told['sequences']} sequences, {told['tokens']} tokens, {size_text(told['bytes'])}, "
-        f"{told['bytes_per_token']:.1f} bytes per token"
+        f"{what}: {contents['sequences']} sequences, {contents['tokens']} tokens, {size_text(contents['bytes'])}, "
+        f"{contents['bytes_per_token']:.1f} bytes per token"
     ]
-    for kind in told["kinds"]:
+    for kind in contents["kinds"]:
         extras = [f"temperature {each:g}" for each in kind["temperatures"]]
         extras += ["entropy"] * kind["entropy"] + ["held-out text"] * kind["held_out"]
         extras += [f"{name} {value}" for name, value in (kind["sampling"] or {}).items()]
@@ -211,5 +211,5 @@ def summary_text(what: str, told: dict[str, Any]) -> str:
             f"    {kind['sequences']} sequences, {kind['tokens']} tokens, {kind['bytes_per_token']:.1f} bytes per token",
             f"    teacher {kind['teacher_fingerprint'][:12]}  tokenizer {kind['tokenizer_fingerprint'][:12]}",
         ]
-    lines += [f"  damaged: {each['why']}" for each in told["broken"]]
+    lines += [f"  damaged: {each['why']}" for each in contents["broken"]]
     return "\n".join(lines)

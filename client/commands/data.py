@@ -1,4 +1,4 @@
-"""`stillhouse data`: data for the trainer."""
+"""`stillhouse data`: copies data to the trainer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stillhouse.client.terminal.session import Session, command
 
 @click.group()
 def data() -> None:
-    """Bring data to the trainer."""
+    """Copy data to the trainer."""
 
 
 @command(data, name="push")
@@ -19,8 +19,7 @@ def data() -> None:
 def push(session: Session, files: tuple[Path, ...]) -> None:
     """Copy each FILE, JSONL or Parquet, to the trainer.
 
-    Prints `datasets/...`, which a run file gives as a path. A file is stored by its content: pushing it again changes
-    nothing.
+    Prints `datasets/...`, a path for run files. A file is stored by its content: pushing it again changes nothing.
     """
     from stillhouse.client.terminal.render import size_text
 

@@ -1,4 +1,4 @@
-"""`stillhouse doctor`: looks at everything that a run needs and says, for each thing that is wrong, what to do."""
+"""`stillhouse doctor`: checks everything that a run needs, with a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _MARKS = {"ok": "ok  ", "warning": "!   ", "failed": "FAIL"}
     type=click.Choice(["all", "here", "teacher", "trainer"]),
     default="all",
     show_default=True,
-    help="What to look at.",
+    help="Only these checks.",
 )
 def doctor(session: Session, *, student: Path | None, data_dir: Path | None, only: str) -> int:
-    """Check this machine, the teacher and the trainer, and say what to do.
+    """Check this machine, the teacher and the trainer, and suggest remedies.
 
-    Exit code 1 if anything FAILed; what is marked ! works, and should be looked at.
+    The exit code is 1 if anything FAILed; items marked ! work, but need attention.
     """
     from stillhouse.client.doctor import checks
 

@@ -38,9 +38,9 @@ def estimate(
     device: str | None,
     memory_gib: float | None,
 ) -> int:
-    """Predict the memory of the run in FILE, from shapes alone; exit code 1 if it cannot fit.
+    """Predict the memory of the run in FILE, from shapes alone; the exit code is 1 if it cannot fit.
 
-    Student and teacher are judged apart, as if each had the device to itself. No weights are opened.
+    Student and teacher are estimated separately, as if each had the device to itself. No weights are opened.
     """
     from stillhouse.client.core.errors import usage_error
     from stillhouse.client.doctor.machine import memory_bytes
@@ -62,7 +62,7 @@ def estimate(
     if limit is None:
         limit = memory_bytes() if device == "cpu" else max((each.total_bytes for each in found), default=None)
     if limit is None:
-        raise usage_error("this machine's memory is not known; give --memory-gib.")
+        raise usage_error("this machine's memory is unknown; give --memory-gib.")
     source = student_model or Path(run.spec.student.model)
     if student_model is None and not source.is_absolute():
         source = source if source.exists() else run.directory / source

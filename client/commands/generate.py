@@ -1,4 +1,4 @@
-"""`stillhouse generate`: text that the teacher writes, as it writes it, or from file to file."""
+"""`stillhouse generate`: streams the teacher's completions, or runs a batch from file to file."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ if TYPE_CHECKING:
 @command(name="generate")
 @click.argument("prompts", metavar="[PROMPT]...", nargs=-1)
 @click.option(
-    "--file", "files", multiple=True, metavar="FILE", help='A file that is one prompt; "-" is standard input.'
+    "--file", "files", multiple=True, metavar="FILE", help='File with one prompt; "-" is standard input.'
 )
 @click.option(
     "--chat", is_flag=True, help="Prompts are conversations: text of a user, or JSON messages in --file."
 )
 @click.option(
-    "-n", "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Samples a prompt."
+    "-n", "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Samples per prompt."
 )
 @click.option("--temperature", type=click.FloatRange(0), default=None, help="0 is greedy.  [default: 1]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None, help="[default: 1]")
-@click.option("--top-k", type=click.IntRange(0), default=None, help="Draw from so many tokens; 0 means all.")
+@click.option("--top-k", type=click.IntRange(0), default=None, help="Sample from the top-k tokens; 0 means all.")
 @click.option("--max-new-tokens", type=click.IntRange(1), default=None, help="[default: 256]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends a sample; may be repeated.")
 @click.option("--seed", type=int, default=None, help="Fixes the text of each sample.")
 @click.option("--adapter", default="", help="Adapter to apply.")
 @click.option(
-    "--top-k-logprobs", type=click.IntRange(0), default=0, help="Report so many likeliest tokens each."
+    "--top-k-logprobs", type=click.IntRange(0), default=0, help="Top-k tokens to report per position."
 )
-@click.option("--in", "source", type=click.Path(path_type=Path), help="Answer each row of this JSONL file.")
-@click.option("--out", type=click.Path(path_type=Path), help="Where the answers to --in go.")
+@click.option("--in", "source", type=click.Path(path_type=Path), help="Complete each row of this JSONL file.")
+@click.option("--out", type=click.Path(path_type=Path), help="Output file of --in.")
 @click.option(
     "--format",
     "file_format",
     type=click.Choice(["auto", "plain", "openai"]),
     default="auto",
-    help="Of --in: Stillhouse's rows or OpenAI's batch files.  [default: by its first row]",
+    help="Format of --in: Stillhouse's rows or OpenAI's batch files.  [default: by its first row]",
 )
 @click.option(
     "--as",
@@ -56,15 +56,15 @@ if TYPE_CHECKING:
 @click.option(
     "--capture",
     type=click.Path(path_type=Path),
-    help="Keep what the teacher says at each token in this cache; --top-k-logprobs tokens, or 64.",
+    help="Cache the teacher's distributions of the completions here; --top-k-logprobs tokens each, or 64.",
 )
-@click.option("--retry-failed", is_flag=True, help="Ask again for rows of --out that failed.")
-@click.option("--overwrite", is_flag=True, help="Start --out again, whatever it holds.")
+@click.option("--retry-failed", is_flag=True, help="Retry the failed rows of --out.")
+@click.option("--overwrite", is_flag=True, help="Start --out from scratch, whatever it holds.")
 @click.option(
     "--max-inflight",
     type=click.IntRange(1),
     default=None,
-    help="Samples asked for at a time.  [default: 1024]",
+    help="Samples in flight.  [default: 1024]",
 )
 def generate(
     session: Session,
@@ -82,30 +82,30 @@ def generate(
     max_inflight: int | None,
     **options: Any,
 ) -> int:
-    """Let the teacher continue each PROMPT, or answer each row of a file.
+    """Complete each PROMPT with the teacher, or each row of a file.
 
-    Without PROMPT, --file and --in the prompt is read from standard input. One sample is shown as it grows, several each
-    when it is finished. With --json each finished sample is one line.
+    Without PROMPT, --file and --in the prompt is read from standard input. A single sample is streamed, several are shown
+    as they finish. With --json each finished sample is one line.
 
-    With --in FILE --out FILE each row is answered in order. A row is a JSON object with `prompt` (text), `messages` or
-    `token_ids`, and if it likes `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`, `num_samples` and
-    `adapter`; or one of OpenAI's batch format, whose `model` may name an adapter. The same command given again goes on
-    where it was killed. A row that fails says so in --out, and the exit code is 1.
+    With --in FILE --out FILE each row is completed, in order. A row is a JSON object with `prompt` (text), `messages` or
+    `token_ids`, and optionally `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`, `num_samples` and
+    `adapter`; or a row of OpenAI's batch format, whose `model` may name an adapter. The same command resumes a killed
+    batch. A failed row is reported in --out, and the exit code is 1.
     """
     from stillhouse.client.terminal.prompt_input import chat_prompts, text_prompts
 
     for_files = (out, capture, retry_failed, overwrite, max_inflight, file_format != "auto", output != "rows")
     if source is None and any(for_files):
         raise click.UsageError(
-            "--out, --format, --as, --capture, --retry-failed, --overwrite and --max-inflight go with --in FILE."
+            "--out, --format, --as, --capture, --retry-failed, --overwrite and --max-inflight need --in FILE."
         )
     if source is not None:
         if prompts or files or chat or out is None:
-            raise click.UsageError("--in FILE goes with --out FILE, and without PROMPT, --file and --chat.")
-        from stillhouse.client.commands.generate_file import answer_file
+            raise click.UsageError("--in FILE needs --out FILE, and excludes PROMPT, --file and --chat.")
+        from stillhouse.client.commands.generate_file import run_batch
 
         flags = {"retry_failed": retry_failed, "overwrite": overwrite, "as_dataset": output == "dataset"}
-        return answer_file(
+        return run_batch(
             session,
             source,
             out,
@@ -120,10 +120,10 @@ def generate(
         if sys.stdin.isatty():
             raise click.UsageError("give a PROMPT, --file FILE, or text on standard input.")
         files = ("-",)
-    asked = (chat_prompts if chat else text_prompts)(prompts, files)
-    if session.as_json or len(asked) * options["num_samples"] > 1:
-        return _several(session, asked, options)
-    return _one(session, asked, options)
+    inputs = (chat_prompts if chat else text_prompts)(prompts, files)
+    if session.as_json or len(inputs) * options["num_samples"] > 1:
+        return _several(session, inputs, options)
+    return _one(session, inputs, options)
 
 
 def _one(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> int:
@@ -177,7 +177,7 @@ def _as_json(completion: Completion) -> dict[str, Any]:
 
 
 def distributions_as_json(distributions: Distributions) -> dict[str, Any]:
-    """The likeliest tokens of each position, and the log-probability outside them."""
+    """Returns the top-k tokens of each position, and the log-probability of the others."""
     return {
         "top_token_ids": distributions.token_ids.tolist(),
         "top_logprobs": distributions.logprobs.tolist(),
@@ -188,8 +188,8 @@ def distributions_as_json(distributions: Distributions) -> dict[str, Any]:
 def _show_top(session: Session, completion: Completion) -> None:
     from stillhouse.client.terminal.render import columns, number_text
 
-    told = completion.distributions
-    if told is None or told.token_ids.shape[1] == 0:
+    distributions = completion.distributions
+    if distributions is None or distributions.token_ids.shape[1] == 0:
         return
     rows = [
         (
@@ -199,7 +199,9 @@ def _show_top(session: Session, completion: Completion) -> None:
                 for other, logprob in zip(ids, logprobs, strict=True)
             ),
         )
-        for token, ids, logprobs in zip(completion.token_ids, told.token_ids, told.logprobs, strict=True)
+        for token, ids, logprobs in zip(
+            completion.token_ids, distributions.token_ids, distributions.logprobs, strict=True
+        )
     ]
-    header = ("token id", *(f"likeliest {rank + 1}" for rank in range(told.token_ids.shape[1])))
+    header = ("token id", *(f"top {rank + 1}" for rank in range(distributions.token_ids.shape[1])))
     session.say(columns(rows, header=header))

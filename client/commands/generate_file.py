@@ -1,4 +1,4 @@
-"""`stillhouse generate --in FILE --out FILE`: the settings of a batch from options, and what people see of it."""
+"""`stillhouse generate --in FILE --out FILE`: runs a batch with the command's options and shows its progress."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from stillhouse.client.batch.pipeline import BatchSummary
 
 
-def answer_file(session: Session, source: Path, out: Path, options: dict[str, Any], **rest: Any) -> int:
-    """Answers `source` in `out`; the exit code. `options` are those of all generation, `rest` are fields of the settings."""
+def run_batch(session: Session, source: Path, out: Path, options: dict[str, Any], **rest: Any) -> int:
+    """Completes `source` into `out` and returns the exit code. `options` are sampling options, `rest` fields of BatchSettings."""
     from stillhouse.client.batch.dispatcher import MAX_INFLIGHT
     from stillhouse.client.batch.input_rows import Sampling
     from stillhouse.client.batch.pipeline import CAPTURE_TOP_K, BatchSettings, Listeners, generate_file
@@ -24,7 +24,7 @@ def answer_file(session: Session, source: Path, out: Path, options: dict[str, An
     top_k = options.pop("top_k_logprobs")
     if top_k and rest["capture"] is None:
         raise click.UsageError(
-            "--top-k-logprobs goes with --capture DIR; rows of OpenAI's format ask for logprobs themselves."
+            "--top-k-logprobs needs --capture DIR; rows of OpenAI's format request logprobs themselves."
         )
     settings = BatchSettings(
         sampling=Sampling(**options),
@@ -34,7 +34,7 @@ def answer_file(session: Session, source: Path, out: Path, options: dict[str, An
     with progress_bar(out.name, visible=not session.as_json) as bar:
 
         def on_lost(error: Exception, pause_s: float) -> None:
-            note(f"{error} Trying again in {pause_s:.1f} s; nothing that was answered is asked for again.")
+            note(f"{error} Trying again in {pause_s:.1f} s; finished samples are not generated again.")
 
         def note(text: str) -> None:
             if not bar.line(text):
@@ -44,7 +44,7 @@ def answer_file(session: Session, source: Path, out: Path, options: dict[str, An
         try:
             summary = generate_file(session.teachers, source, out, settings, listeners)
         except KeyboardInterrupt:
-            note("Interrupted; the same command goes on where it was.")
+            note("Interrupted; the same command resumes it.")
             return ExitCode.INTERRUPTED
     if session.as_json:
         session.emit(_as_json(summary))
@@ -72,4 +72,4 @@ def _text(summary: BatchSummary) -> str:
         where = f" (see {summary.failed_file})" if summary.failed_file is not None else ""
         text += f", {summary.failed} failed{where}"
     rate = summary.tokens / max(summary.seconds, 1e-9)
-    return f"{text}; asked for {summary.asked}, {summary.tokens} tokens in {summary.seconds:.1f} s, {rate:.0f} tokens/s"
+    return f"{text}; {summary.asked} samples, {summary.tokens} tokens in {summary.seconds:.1f} s, {rate:.0f} tokens/s"

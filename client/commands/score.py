@@ -1,4 +1,4 @@
-"""`stillhouse score`: what the teacher says of sequences of token ids that someone else wrote."""
+"""`stillhouse score`: the teacher's distributions over given sequences of token ids."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     "--ids", "path", default="-", metavar="FILE", help="JSON lines of sequences.  [default: standard input]"
 )
 @click.option(
-    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Likeliest tokens to report."
+    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Top-k tokens to report per position."
 )
-@click.option("--adapter", default="", help="Adapter for sequences that name none.")
+@click.option("--adapter", default="", help="Adapter of sequences that name none.")
 @click.option("--entropy", is_flag=True, help="Report the entropy of each position.")
 @click.option("--float16", is_flag=True, help="Halve the bytes on the wire; rounds log-probabilities.")
-@click.option("--max-inflight", type=click.IntRange(1), default=None, help="Unanswered sequences at most.")
+@click.option("--max-inflight", type=click.IntRange(1), default=None, help="Sequences in flight at most.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=None, help="Write all distributions to this .npz file."
 )
 def score(session: Session, *, path: str, out: Path | None, max_inflight: int | None, **options: Any) -> int:
     """Score sequences of token ids.
 
-    Each line of FILE is {"token_ids": [...]}, with an `id` of your choice, a `start` (a prompt of P tokens needs nothing
-    before P) and an `adapter`. Shown are the log-probability of the tokens from `start` on and their perplexity, in the
-    order in which they are ready; --json adds the numbers of each position. With --out FILE.npz all arrays go into one
-    file: row `offsets[i]` is the first of sequence `ids[i]`. The exit code is 1 if a sequence could not be scored.
+    Each line of FILE is {"token_ids": [...]}, optionally with an `id`, a `start` (a prompt of P tokens needs nothing before
+    P) and an `adapter`. Prints the log-probability of the tokens from `start` on and their perplexity as they are ready;
+    --json adds the values of each position. With --out FILE.npz all arrays go into one file: row `offsets[i]` is the first
+    of sequence `ids[i]`. The exit code is 1 if a sequence could not be scored.
     """
     from stillhouse.client.terminal.prompt_input import score_items
     from stillhouse.client.terminal.score_input import ScoreFile
@@ -43,7 +43,7 @@ def score(session: Session, *, path: str, out: Path | None, max_inflight: int | 
     sequences = score_items(path, options.pop("adapter"))
 
     def on_lost(error: Exception, pause_s: float) -> None:
-        session.note(f"{error} Trying again in {pause_s:.0f} s; unanswered sequences are sent again.")
+        session.note(f"{error} Trying again in {pause_s:.0f} s; unscored sequences are sent again.")
 
     for answer in session.teacher.score(
         sequences, max_inflight=max_inflight or 0, on_lost=on_lost, **options
@@ -62,32 +62,32 @@ def _show(session: Session, answer: ScoreAnswer) -> None:
     from stillhouse.client.core.json_output import error_as_json
     from stillhouse.client.terminal.render import number_text
 
-    told = answer.distributions
-    if told is None:
+    distributions = answer.distributions
+    if distributions is None:
         assert answer.error is not None
         if session.as_json:
             session.emit({"id": answer.id, "error": error_as_json(answer.error)})
         else:
             session.say(f"{answer.id}  Error: {answer.error.message}")
         return
-    total, perplexity = _summary(told.target_logprobs)
+    total, perplexity = _summary(distributions.target_logprobs)
     if not session.as_json:
         session.say(
-            f"{answer.id}  tokens {told.num_rows}  logprob {number_text(total)}  perplexity {number_text(perplexity)}"
+            f"{answer.id}  tokens {distributions.num_rows}  logprob {number_text(total)}  perplexity {number_text(perplexity)}"
         )
         return
     document: dict[str, Any] = {
         "id": answer.id,
-        "start": told.start,
-        "num_tokens": told.num_rows,
+        "start": distributions.start,
+        "num_tokens": distributions.num_rows,
         "logprob": total,
         "perplexity": perplexity,
-        "target_logprobs": told.target_logprobs.tolist(),
+        "target_logprobs": distributions.target_logprobs.tolist(),
     }
-    if told.token_ids.shape[1]:
-        document |= distributions_as_json(told)
-    if told.entropy is not None:
-        document["entropy"] = told.entropy.tolist()
+    if distributions.token_ids.shape[1]:
+        document |= distributions_as_json(distributions)
+    if distributions.entropy is not None:
+        document["entropy"] = distributions.entropy.tolist()
     session.emit(document)
 
 

@@ -1,4 +1,4 @@
-"""`stillhouse teacher`: what a teacher serves, its tokenizer, its adapters."""
+"""`stillhouse teacher`: shows a teacher, its tokenizer and its adapters, and manages adapters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @click.group()
 def teacher() -> None:
-    """Ask and manage a teacher service."""
+    """Query and manage a teacher service."""
 
 
 @command(teacher, name="info")
@@ -93,7 +93,7 @@ def adapters(session: Session) -> None:
     if answer.adapters:
         rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
         session.say(columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
-    session.say(f"{len(answer.adapters)} of {answer.max_adapters} slots taken")
+    session.say(f"{len(answer.adapters)} of {answer.max_adapters} slots in use")
 
 
 @command(teacher, name="load-adapter")
@@ -116,7 +116,7 @@ def load_adapter(session: Session, name: str, path: str) -> None:
 @command(teacher, name="unload-adapter")
 @click.argument("name")
 def unload_adapter(session: Session, name: str) -> None:
-    """Free the adapter NAME; calls that are using it finish first."""
+    """Unload the adapter NAME; calls that are using it finish first."""
     session.only_teacher.unload_adapter(name)
     if session.as_json:
         session.emit({"unloaded": name})
@@ -126,7 +126,7 @@ def unload_adapter(session: Session, name: str) -> None:
 
 @command(teacher, name="upload-adapter")
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--load", "name", default="", metavar="NAME", help="Load it under this name at once.")
+@click.option("--load", "name", default="", metavar="NAME", help="Load it under this name afterwards.")
 def upload_adapter(session: Session, directory: Path, name: str) -> None:
     """Copy a LoRA adapter from DIRECTORY to the teacher's host.
 

@@ -1,4 +1,4 @@
-"""`stillhouse token`: makes, lists and revokes the tokens of a service, in a file on its host; services read it again by themselves."""
+"""`stillhouse token`: creates, lists and revokes the tokens of a service, in a file on its host that services reload automatically."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ _FILE = click.option(
     type=_PATH,
     required=True,
     envvar="STILLHOUSE_TOKENS",
-    help="The service's tokens file: tokens.json in a trainer's --data-dir, or what a service was given as --tokens.",
+    help="The service's tokens file: tokens.json in a trainer's --data-dir, or a service's --tokens.",
 )
 
 
 @click.group()
 def token() -> None:
-    """Make, list and revoke tokens for a service, on its own host.
+    """Create, list and revoke tokens for a service, on its own host.
 
-    A tokens file that is there makes its service demand one with every call. It holds hashes, never a token.
+    A service with a tokens file requires a token with every call. The file holds hashes, never a token.
     """
 
 
 def _lifetime(_context: click.Context, _parameter: click.Parameter, value: str) -> float | None:
-    """Seconds from "12h", "90d" or "never"."""
+    """Parses "12h", "90d" or "never" to seconds."""
     if value == "never":
         return None
     match = re.fullmatch(r"(\d{1,6})([mhdw])", value)
     if match is None or int(match[1]) == 0:
-        raise click.BadParameter(f"{value!r} is no time such as 30m, 12h, 90d, 4w or never.")
+        raise click.BadParameter(f"{value!r} is not a time such as 30m, 12h, 90d, 4w or never.")
     return float(int(match[1]) * _UNITS_S[match[2]])
 
 
 @command(token, name="create")
 @_FILE
-@click.option("--name", required=True, help="Whose it is: for quotas, ownership of runs and the audit log.")
+@click.option("--name", required=True, help="Owner, for quotas, ownership of runs and the audit log.")
 @click.option(
     "--scope",
     "scopes",
     type=click.Choice(["infer", "submit", "admin"]),
     multiple=True,
     required=True,
-    help="infer: ask a teacher; submit: runs; admin: everything. May be repeated.",
+    help="infer: query a teacher; submit: runs; admin: everything. May be repeated.",
 )
 @click.option(
     "--expires", callback=_lifetime, default="90d", show_default=True, help="Such as 12h, 90d, 4w or never."
@@ -66,7 +66,7 @@ def create(
     expires: float | None,
     target: Path | None,
 ) -> None:
-    """Make a token; it is shown this once.
+    """Create a token; it is shown only once.
 
     The client reads it from the file named by --token-file or STILLHOUSE_TOKEN_FILE, a training process from the
     token_file of its teacher's section in credentials.toml.
@@ -79,7 +79,7 @@ def create(
         try:
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         except OSError as error:
-            raise file_error("make", target, error) from error
+            raise file_error("create", target, error) from error
     try:
         secret, made = auth_tokens.create(
             file, name=name, scopes=[auth_tokens.Scope(each) for each in scopes], lifetime_s=expires
@@ -106,7 +106,7 @@ def create(
 @command(token, name="list")
 @_FILE
 def list_tokens(session: Session, file: Path) -> None:
-    """Show the tokens of FILE, without the tokens themselves."""
+    """List the tokens of FILE, without their secrets."""
     from stillhouse.client.terminal.render import columns
     from stillhouse.protos.rpc import tokens as auth_tokens
 
@@ -126,7 +126,7 @@ def list_tokens(session: Session, file: Path) -> None:
     if session.as_json:
         session.emit({"tokens": rows})
     elif not rows:
-        session.say("There are no tokens: the service lets nobody in.")
+        session.say("There are no tokens: the service refuses every call.")
     else:
         texts = [
             (
@@ -145,7 +145,7 @@ def list_tokens(session: Session, file: Path) -> None:
 @_FILE
 @click.argument("which", metavar="ID|NAME")
 def revoke(session: Session, file: Path, which: str) -> None:
-    """Take a token back; the next call with it is refused."""
+    """Revoke a token; the next call with it is refused."""
     from stillhouse.protos.rpc import tokens as auth_tokens
 
     gone = auth_tokens.revoke(file, which)

@@ -263,11 +263,11 @@ def test_one_process_at_a_time(teacher: Teacher, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--out", "x"), "go with --in FILE"),
-        (("--in", "x"), "--in FILE goes with --out FILE"),
+        (("--out", "x"), "need --in FILE"),
+        (("--in", "x"), "--in FILE needs --out FILE"),
         (("Hello", "--in", "x", "--out", "y"), "without PROMPT"),
         (("--in", "absent", "--out", "y"), "absent is no file."),
-        (("--in", "x", "--out", "y", "--top-k-logprobs", "3"), "--top-k-logprobs goes with --capture DIR"),
+        (("--in", "x", "--out", "y", "--top-k-logprobs", "3"), "--top-k-logprobs needs --capture DIR"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(arguments: tuple[str, ...], sentence: str) -> None:

@@ -145,4 +145,4 @@ def test_ctrl_c_says_that_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
         done.set()
-    assert (process.returncode, said) == (130, "Interrupted; the same command goes on where it was.\n")
+    assert (process.returncode, said) == (130, "Interrupted; the same command resumes it.\n")
