@@ -1,4 +1,4 @@
-"""What a teacher said while it wrote, kept in a cache of teachers' answers: one decode gives text and distributions."""
+"""Captures a batch's distributions in a cache of teacher outputs: one decoding yields text and distributions."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from stillhouse.protos.cache.writer import CacheWriter
 
 FLUSH_S = 60.0
-"""Rows wait so long for the shard that holds them; a kill costs what waits."""
+"""Longest time that rows wait for their shard; a kill loses waiting rows."""
 FLUSH_ROWS = 1 << 14
-"""Rows that wait for it."""
+"""Most rows that wait for their shard."""
 
 
 class Capture:
-    """A cache that takes `top_k` candidates of every token that is written; a context manager."""
+    """A cache of `top_k` candidates of every generated token; a context manager."""
 
     def __init__(self, path: Path, top_k: int, teacher: BatchTeacher) -> None:
-        """Raises StillhouseError where pyarrow is missing, another process writes the cache, or it cannot be written."""
+        """Raises StillhouseError if pyarrow is missing, another process writes the cache, or it cannot be written."""
         self._path = path
         self._teacher = teacher
         self._config = DistributionConfig(top_k=top_k, logprob_dtype=Tensor.DATA_TYPE_FLOAT16)
@@ -47,16 +47,21 @@ class Capture:
 
     @property
     def is_due(self) -> bool:
-        """Whether flush() should be called."""
+        """True if flush() should be called."""
         return len(self._waiting) >= FLUSH_ROWS or time.monotonic() - self._since_s > FLUSH_S
 
     def add(self, answer: RowResult, kept: Any) -> None:
-        """Keeps the distributions of a row; `kept` comes back from flush() once they are safe."""
+        """Adds the distributions of a row; flush() returns `kept` once they are on the disk."""
         from stillhouse.protos.cache.format import CacheMeta
 
         for (prompt, _), completion in sorted(answer.completions.items()):
-            told, prompt_ids = completion.distributions, completion.prompt_token_ids
-            if told is None or prompt_ids is None or completion.error is not None or not told.num_rows:
+            distributions, prompt_ids = completion.distributions, completion.prompt_token_ids
+            if (
+                distributions is None
+                or prompt_ids is None
+                or completion.error is not None
+                or not distributions.num_rows
+            ):
                 continue
             adapter = answer.row.prompts[prompt].adapter
             meta = CacheMeta.from_config(
@@ -67,13 +72,13 @@ class Capture:
             )
             sequence = np.concatenate([prompt_ids, completion.token_ids])
             try:
-                self._writer.add(meta, sequence, narrowed(told, self._config.top_k))
+                self._writer.add(meta, sequence, truncate_top_k(distributions, self._config.top_k))
             except OSError as error:
                 raise file_error("write", self._path, error) from error
         self._waiting.append(kept)
 
     def flush(self) -> list[Any]:
-        """Everything that was kept and is safe from a kill."""
+        """Syncs the cache and returns the `kept` values of the rows that it now holds."""
         try:
             self._writer.flush()
         except OSError as error:
@@ -83,17 +88,17 @@ class Capture:
         return waiting
 
 
-def narrowed(told: Distributions, top_k: int) -> Distributions:
-    """The same with at most `top_k` candidates: the others go into the tail."""
-    if told.token_ids.shape[1] <= top_k:
-        return told
-    tail = np.logaddexp.reduce(told.logprobs[:, top_k:].astype(np.float64), axis=1)
+def truncate_top_k(distributions: Distributions, top_k: int) -> Distributions:
+    """Moves all but `top_k` candidates into the tail."""
+    if distributions.token_ids.shape[1] <= top_k:
+        return distributions
+    tail = np.logaddexp.reduce(distributions.logprobs[:, top_k:].astype(np.float64), axis=1)
     return Distributions(
-        start=told.start,
-        token_ids=np.ascontiguousarray(told.token_ids[:, :top_k]),
-        logprobs=np.ascontiguousarray(told.logprobs[:, :top_k]),
-        target_logprobs=told.target_logprobs,
-        log_tail=np.logaddexp(told.log_tail, tail).astype(np.float32),
+        start=distributions.start,
+        token_ids=np.ascontiguousarray(distributions.token_ids[:, :top_k]),
+        logprobs=np.ascontiguousarray(distributions.logprobs[:, :top_k]),
+        target_logprobs=distributions.target_logprobs,
+        log_tail=np.logaddexp(distributions.log_tail, tail).astype(np.float32),
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from stillhouse.client.batch.input_rows import Row
+from stillhouse.client.batch.input_rows import PromptRow
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.teacher.generate import Completion, Gathering, piece_of
 from stillhouse.client.teacher.replica import TeacherReplica, tell
@@ -48,7 +48,7 @@ Key = tuple[int, int]
 class RowResult:
     """One row with all its samples."""
 
-    row: Row
+    row: PromptRow
     completions: dict[Key, Completion]
     """By prompt and sample; empty for a row that could not be asked for."""
 
@@ -64,7 +64,7 @@ class RowResult:
 class _Pending:
     """A row and its samples so far."""
 
-    row: Row
+    row: PromptRow
     completions: dict[Key, Completion] = field(default_factory=dict)
 
 
@@ -83,7 +83,7 @@ class BatchDispatcher:
     def __init__(
         self,
         teachers: Sequence[Teacher],
-        rows: Iterator[Row | None],
+        rows: Iterator[PromptRow | None],
         *,
         verify: Callable[[Teacher], None] = lambda _: None,
         top_k: int | None = None,
@@ -96,7 +96,7 @@ class BatchDispatcher:
         With `top_k` all are asked for that many candidates at each position, as float16, and for their prompts' ids.
         `verify` runs before a lost service is asked again, and raises if it is another teacher.
         """
-        self._rows: Iterator[Row | None] | None = rows
+        self._rows: Iterator[PromptRow | None] | None = rows
         self._top_k = top_k
         self._share = max(1, max_inflight // CALL_SHARE)
         self._wait = BoundedWait(patience_s)
@@ -138,7 +138,7 @@ class BatchDispatcher:
         """Reads rows while a service has room for another call; rows without a prompt are answered at once."""
         while self._rows is not None and self._pool.has_room(self._share):
             samples: dict[int, _Sample] = {}
-            row: Row | None = None
+            row: PromptRow | None = None
             while len(samples) < self._share:
                 try:
                     row = next(self._rows)
@@ -147,7 +147,7 @@ class BatchDispatcher:
                     break
                 if row is None:
                     break
-                if row.num_answers == 0:
+                if row.num_completions == 0:
                     yield RowResult(row=row, completions={})
                     continue
                 pending = _Pending(row=row)
@@ -224,7 +224,7 @@ class BatchDispatcher:
         self.tokens += len(result.token_ids)
         pending = sample.pending
         pending.completions[sample.prompt, sample.sample] = result
-        if len(pending.completions) == pending.row.num_answers:
+        if len(pending.completions) == pending.row.num_completions:
             yield RowResult(row=pending.row, completions=pending.completions)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a file of prompts: read one by one, so that the file may be longer than memory; a bad row fails alone."""
+"""Reads rows of prompts one by one, so that a file may exceed memory; an invalid row fails alone."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ Format = Literal["plain", "openai"]
 MAX_LINE_BYTES = 64 << 20
 MAX_SAMPLES = 4096
 INPUTS = ("prompt", "messages", "token_ids")
-"""Of these a plain row has one."""
+"""Fields of a plain row, exactly one of which is its input."""
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
 SETTINGS = (*SAMPLING, "num_samples", "adapter")
-"""What a plain row may set for itself; every other field is the caller's, and comes back as it is."""
+"""Settings of a plain row; all other fields belong to the caller and are copied to the output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How rows are written that do not say it themselves; None takes the contract's default."""
+    """Default sampling of rows; None takes the contract's default."""
 
     temperature: float | None = None
     """0 is greedy. The default is 1."""
@@ -41,60 +41,60 @@ class Sampling:
     max_new_tokens: int | None = None
     """The default is 256; for rows of the OpenAI format it is that of their interface."""
     seed: int | None = None
-    """Fixes the text of each (prompt, sample), however often a batch is interrupted."""
+    """Fixes the completion of each (prompt, sample), however often a batch is interrupted."""
     stop: tuple[str, ...] = ()
     """Texts that end a sample."""
     num_samples: int = 1
-    """Samples of a row."""
+    """Samples per prompt."""
     adapter: str = ""
-    """Adapter for rows that name none; empty means the base model."""
+    """Adapter of rows that name none; empty means the base model."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
-    """A line of the input that is not blank."""
+class InputLine:
+    """A non-blank line of the input."""
 
     number: int
-    """Its place among them, from 0."""
+    """Index among the non-blank lines, from 0."""
     line_number: int
-    """Its place in the file, from 1."""
+    """Line number in the file, from 1."""
     data: bytes
-    """What it says."""
+    """Content, stripped."""
     digest: str
-    """Tells it from other lines."""
+    """Digest of the content."""
     end: int
-    """Offset of the byte behind it."""
+    """Offset of the byte after it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
-    """What one line asks for, or why it asks for nothing."""
+class PromptRow:
+    """A parsed input row: its prompts, or the error that makes it invalid."""
 
-    line: Line
-    """Where it stands."""
+    line: InputLine
+    """Source line."""
     id: Any = None
-    """The caller's name for it, as it stands in the file."""
+    """The caller's id, as in the file."""
     values: Mapping[str, Any] = field(default_factory=dict)
     """The line's JSON object."""
     prompts: tuple[teacher_pb2.Prompt, ...] = ()
-    """What is continued, each with its own sampling."""
+    """Prompts, each with its own sampling."""
     num_samples: int = 1
     """Samples of each prompt."""
     top_logprobs: int | None = None
-    """Likeliest tokens to report at each position; None reports nothing."""
+    """Top-k tokens to report at each position; None reports nothing."""
     interface: Literal["", "chat", "completions"] = ""
-    """Which of OpenAI's interfaces it is written for."""
+    """OpenAI interface of the row; empty for plain rows."""
     error: StillhouseError | None = None
-    """Why it cannot be asked for."""
+    """Error of an invalid row."""
 
     @property
-    def num_answers(self) -> int:
-        """Samples in all."""
+    def num_completions(self) -> int:
+        """Number of samples of all prompts."""
         return 0 if self.error is not None else len(self.prompts) * self.num_samples
 
 
-def read_lines(path: Path) -> Iterator[Line]:
-    """The lines of `path` that are not blank. Raises StillhouseError if it cannot be read."""
+def read_lines(path: Path) -> Iterator[InputLine]:
+    """Yields the non-blank lines of `path`. Raises StillhouseError if it cannot be read."""
     number = end = 0
     try:
         with path.open("rb") as file:
@@ -108,40 +108,40 @@ def read_lines(path: Path) -> Iterator[Line]:
                 if not stripped:
                     continue
                 digest = hashlib.blake2b(stripped, digest_size=8).hexdigest()
-                yield Line(number=number, line_number=line_number, data=stripped, digest=digest, end=end)
+                yield InputLine(number=number, line_number=line_number, data=stripped, digest=digest, end=end)
                 number += 1
     except OSError as error:
         raise file_error("read", path, error) from error
 
 
-def detect(path: Path) -> Format:
-    """The format of a file, by its first row: OpenAI's has `custom_id` or `body`."""
+def detect_format(path: Path) -> Format:
+    """Detects the format by the first row: OpenAI's has `custom_id` or `body`."""
     for line in read_lines(path):
         try:
-            values = parse(line)
+            values = parse_object(line)
         except StillhouseError:
             return "plain"
         return "openai" if "custom_id" in values or {"url", "body"} <= values.keys() else "plain"
     return "plain"
 
 
-def parse(line: Line) -> dict[str, Any]:
-    """The JSON object of a line. Raises StillhouseError if it is none."""
+def parse_object(line: InputLine) -> dict[str, Any]:
+    """Parses a line as a JSON object. Raises StillhouseError if it is not one."""
     try:
         values = json.loads(line.data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise invalid(f"Line {line.line_number} is no JSON: {error}.") from error
+        raise invalid(f"Line {line.line_number} is not JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise invalid(f"Line {line.line_number} is no JSON object.")
+        raise invalid(f"Line {line.line_number} is not a JSON object.")
     return values
 
 
-def plain_row(line: Line, sampling: Sampling) -> Row:
-    """The row with `prompt`, `messages` or `token_ids`; see SETTINGS for what else it may say."""
+def plain_row(line: InputLine, sampling: Sampling) -> PromptRow:
+    """Parses a row with `prompt`, `messages` or `token_ids`, and optionally SETTINGS."""
     values: dict[str, Any] = {}
     name: Any = None
     try:
-        values = parse(line)
+        values = parse_object(line)
         name = values.get("id", line.line_number)
         given = [each for each in INPUTS if values.get(each) is not None]
         if len(given) != 1:
@@ -149,13 +149,13 @@ def plain_row(line: Line, sampling: Sampling) -> Row:
             raise invalid(
                 f"Line {line.line_number}: a row has one of {', '.join(INPUTS)}; this one has {found}."
             )
-        num_samples = whole(values, "num_samples", 1, MAX_SAMPLES)
-        message = prompt_of(values[given[0]], given[0])
+        num_samples = parse_integer(values, "num_samples", 1, MAX_SAMPLES)
+        message = parse_prompt(values[given[0]], given[0])
         message.adapter = _text(values, "adapter") or sampling.adapter
-        message.sampling.CopyFrom(sampling_of(values, sampling))
+        message.sampling.CopyFrom(parse_sampling(values, sampling))
     except StillhouseError as error:
-        return Row(line=line, id=name, values=values, error=error)
-    return Row(
+        return PromptRow(line=line, id=name, values=values, error=error)
+    return PromptRow(
         line=line,
         id=name,
         values=values,
@@ -164,8 +164,8 @@ def plain_row(line: Line, sampling: Sampling) -> Row:
     )
 
 
-def prompt_of(value: Any, field_name: str) -> teacher_pb2.Prompt:
-    """The prompt that `value` of a field is: text, a list of messages, or token ids. Raises StillhouseError."""
+def parse_prompt(value: Any, field_name: str) -> teacher_pb2.Prompt:
+    """Parses text, a list of messages, or token ids as a prompt. Raises StillhouseError."""
     try:
         match field_name:
             case "prompt":
@@ -182,7 +182,7 @@ def prompt_of(value: Any, field_name: str) -> teacher_pb2.Prompt:
     except UnicodeError as error:
         raise invalid(f"{field_name} has text that is not Unicode: {error}.") from error
     except OverflowError as error:
-        raise invalid(f"{field_name} has a number that is no token id.") from error
+        raise invalid(f"{field_name} has a number that is not a token id.") from error
 
 
 def _messages(value: Any) -> list[teacher_pb2.Message]:
@@ -199,10 +199,10 @@ def _messages(value: Any) -> list[teacher_pb2.Message]:
     return messages
 
 
-def sampling_of(values: Mapping[str, Any], common: Sampling) -> teacher_pb2.SamplingParams:
-    """The sampling of a row: its own fields before the common ones. Raises StillhouseError for a wrong type.
+def parse_sampling(values: Mapping[str, Any], common: Sampling) -> teacher_pb2.SamplingParams:
+    """Merges a row's sampling over the common one. Raises StillhouseError for a wrong type.
 
-    Ranges are the teacher's to check.
+    The teacher checks ranges.
     """
     params = teacher_pb2.SamplingParams(
         temperature=common.temperature,
@@ -223,15 +223,15 @@ def sampling_of(values: Mapping[str, Any], common: Sampling) -> teacher_pb2.Samp
         ("max_new_tokens", 1, 2**31 - 1),
         ("seed", -(2**63), 2**63 - 1),
     ):
-        number = whole(values, name, low, high)
+        number = parse_integer(values, name, low, high)
         if number is not None:
             setattr(params, name, number)
-    params.stop.extend(stops(values.get("stop"), common.stop))
+    params.stop.extend(parse_stop(values.get("stop"), common.stop))
     return params
 
 
-def stops(value: Any, common: Sequence[str]) -> Sequence[str]:
-    """Stop strings: one, several, or the common ones for None. Raises StillhouseError for anything else."""
+def parse_stop(value: Any, common: Sequence[str]) -> Sequence[str]:
+    """Returns stop strings: one, several, or the common ones for None. Raises StillhouseError for anything else."""
     if value is None:
         return common
     texts = [value] if isinstance(value, str) else value
@@ -240,8 +240,8 @@ def stops(value: Any, common: Sequence[str]) -> Sequence[str]:
     return texts
 
 
-def whole(values: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
-    """The whole number in [low, high] that a field holds, or None. Raises StillhouseError for anything else."""
+def parse_integer(values: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
+    """Returns the integer in [low, high] of a field, or None if it is absent. Raises StillhouseError for anything else."""
     value = values.get(name)
     if value is None:
         return None
@@ -265,5 +265,5 @@ def _kind(value: object) -> str:
 
 
 def invalid(sentence: str) -> StillhouseError:
-    """What a row gets that makes no sense."""
+    """Returns the error of an invalid row."""
     return StillhouseError(Reason.INVALID_REQUEST, sentence)

@@ -1,7 +1,7 @@
-"""What a batch has done, beside its output: a file that only grows, so that a killed batch goes on where it was.
+"""Journal of a batch beside its output: an append-only file from which a killed batch resumes.
 
-The first line says what the batch is; each later one is a row that was answered, a position up to which the output is
-safe on the disk, or an adapter that rows were written with. A torn end is cut when the file is opened.
+The first line is the header; each later one records a completed row, a position up to which the output is synced, or
+an adapter in use. A torn end is truncated when the file is opened.
 """
 
 from __future__ import annotations
@@ -20,56 +20,56 @@ from stillhouse.protos.files.atomic import atomic_writer
 
 VERSION = 1
 COMPACT_BYTES = 64 << 20
-"""Size from which what the output already holds is dropped from the journal."""
+"""Size above which rows that the output already holds are dropped from the journal."""
 CHAIN_START = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Header:
-    """What a batch is; one that goes on must be the same."""
+    """Settings and teacher of a batch; they must be equal to resume it."""
 
     settings: Mapping[str, Any]
-    """Every setting that decides on the output, by name."""
+    """Every setting that determines the output, by name."""
     teacher: Mapping[str, Any]
     """Model and fingerprints of the teacher."""
     started_s: int
-    """When it was begun, in seconds since 1970."""
+    """Start time, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Done:
-    """A row that was answered."""
+class RowRecord:
+    """A completed row."""
 
     digest: str
-    """Of its line in the input."""
+    """Digest of its input line."""
     out: str
-    """Its lines in the output; empty if there are none."""
+    """Its output lines; empty if there are none."""
     failed: str = ""
     """Its line in the file of failed rows; empty if there is none."""
     is_failed: bool = False
-    """Whether it failed."""
+    """True if the row failed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Position:
-    """How far the output is safe on the disk."""
+    """Synced prefix of the output."""
 
     rows: int = 0
-    """Rows that the output holds, counted from the first."""
+    """Rows in the output, counted from the first."""
     chain: str = CHAIN_START
-    """Digest of their lines in the input."""
+    """Chained digest of their input lines."""
     out_bytes: int = 0
     """Length of the output."""
     failed_bytes: int = 0
     """Length of the file of failed rows."""
     num_failed: int = 0
-    """How many of them failed."""
+    """Number of failed rows among them."""
 
-    def after(self, done: Done) -> Position:
-        """The position behind one more row."""
+    def after(self, done: RowRecord) -> Position:
+        """Returns the position after one more row."""
         return Position(
             rows=self.rows + 1,
-            chain=chained(self.chain, done.digest),
+            chain=extend_chain(self.chain, done.digest),
             out_bytes=self.out_bytes + len(done.out.encode()),
             failed_bytes=self.failed_bytes + len(done.failed.encode()),
             num_failed=self.num_failed + done.is_failed,
@@ -77,22 +77,22 @@ class Position:
 
 
 @dataclass(kw_only=True, slots=True)
-class State:
-    """What a journal says."""
+class JournalState:
+    """Content of a journal."""
 
     position: Position = field(default_factory=Position)
-    rows: dict[int, Done] = field(default_factory=dict)
-    """Answered rows that the position does not include, by number."""
+    rows: dict[int, RowRecord] = field(default_factory=dict)
+    """Completed rows beyond the position, by number."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """Adapter to its fingerprint; empty where a name meant the base model."""
+    """Adapter name to fingerprint; empty where a name means the base model."""
     is_finished: bool = False
-    """Whether the batch reached its end."""
+    """True once the batch is complete."""
 
 
 class Journal:
-    """The journal at `path`, open for more."""
+    """The journal at `path`, open for appending."""
 
-    def __init__(self, path: Path, header: Header, state: State, file: BinaryIO) -> None:
+    def __init__(self, path: Path, header: Header, state: JournalState, file: BinaryIO) -> None:
         self.path = path
         self.header = header
         self.state = state
@@ -100,7 +100,7 @@ class Journal:
 
     @classmethod
     def open(cls, path: Path) -> Journal | None:
-        """The journal that is there, its torn end cut; None if there is none, or none that was ever begun.
+        """Opens an existing journal and truncates its torn end; returns None if there is none, or only an empty one.
 
         Raises StillhouseError if it cannot be read, or was written by another version.
         """
@@ -126,9 +126,9 @@ class Journal:
         return cls(path, header, state, file)
 
     @classmethod
-    def create(cls, path: Path, header: Header, state: State | None = None) -> Journal:
-        """A journal that says what `state` says, in place of any other. Raises StillhouseError if it cannot be written."""
-        state = state or State()
+    def create(cls, path: Path, header: Header, state: JournalState | None = None) -> Journal:
+        """Writes a journal of `state`, replacing any other. Raises StillhouseError if it cannot be written."""
+        state = state or JournalState()
         try:
             with atomic_writer(path) as written:
                 for record in _records(header, state):
@@ -139,18 +139,18 @@ class Journal:
             raise file_error("write", path, error) from error
         return cls(path, header, state, file)
 
-    def done(self, number: int, done: Done) -> None:
-        """Keeps an answered row, before the output has it."""
-        self.state.rows[number] = done
-        self._append({"row": number, **asdict(done)})
+    def add_row(self, number: int, row: RowRecord) -> None:
+        """Records a completed row before it is written to the output."""
+        self.state.rows[number] = row
+        self._append({"row": number, **asdict(row)})
 
-    def adapter(self, name: str, fingerprint: str) -> None:
-        """Keeps what `name` meant."""
+    def add_adapter(self, name: str, fingerprint: str) -> None:
+        """Records the weights that `name` stands for."""
         self.state.adapters[name] = fingerprint
         self._append({"adapter": name, "fingerprint": fingerprint})
 
-    def safe(self, position: Position) -> None:
-        """Says that the output up to `position` is on the disk."""
+    def mark_synced(self, position: Position) -> None:
+        """Records that the output up to `position` is on the disk."""
         for number in range(self.state.position.rows, position.rows):
             self.state.rows.pop(number, None)
         self.state.position = position
@@ -159,7 +159,7 @@ class Journal:
             self._compact()
 
     def finish(self) -> None:
-        """Says that the batch reached its end."""
+        """Records that the batch is complete."""
         self.state.is_finished = True
         self._compact()
 
@@ -180,12 +180,12 @@ class Journal:
             raise file_error("write", self.path, error) from error
 
 
-def chained(chain: str, digest: str) -> str:
-    """The digest of all lines up to one more."""
+def extend_chain(chain: str, digest: str) -> str:
+    """Chains one more line's digest to that of all lines before it."""
     return hashlib.blake2b((chain + digest).encode(), digest_size=16).hexdigest()
 
 
-def _records(header: Header, state: State) -> Iterable[Mapping[str, Any]]:
+def _records(header: Header, state: JournalState) -> Iterable[Mapping[str, Any]]:
     yield {"stillhouse_batch": VERSION, **asdict(header)}
     for name, fingerprint in state.adapters.items():
         yield {"adapter": name, "fingerprint": fingerprint}
@@ -199,10 +199,10 @@ def _line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode() + b"\n"
 
 
-def _read(file: BinaryIO, path: Path) -> tuple[Header | None, State, int]:
-    """Header, state, and where the last whole record ends."""
+def _read(file: BinaryIO, path: Path) -> tuple[Header | None, JournalState, int]:
+    """Reads header, state, and the end offset of the last complete record."""
     header: Header | None = None
-    state = State()
+    state = JournalState()
     end = 0
     for line in file:
         try:
@@ -214,7 +214,7 @@ def _read(file: BinaryIO, path: Path) -> tuple[Header | None, State, int]:
             else:
                 _apply(record, state)
         except (ValueError, TypeError, KeyError):
-            break  # what a failing disk left; the rows behind it are asked for again
+            break  # damage of a failing disk; the rows after it are generated again
         end += len(line)
     return header, state, end
 
@@ -223,7 +223,7 @@ def _header(record: Mapping[str, Any], path: Path) -> Header:
     if record.get("stillhouse_batch") != VERSION:
         raise StillhouseError(
             Reason.REQUEST_CONFLICT,
-            f"{path} is no journal of this version of Stillhouse. Choose another output, or start again with --overwrite.",
+            f"{path} is not a journal of this version of Stillhouse. Choose another output, or start again with --overwrite.",
         )
     return Header(
         settings=dict(record["settings"]),
@@ -232,11 +232,11 @@ def _header(record: Mapping[str, Any], path: Path) -> Header:
     )
 
 
-def _apply(record: Mapping[str, Any], state: State) -> None:
+def _apply(record: Mapping[str, Any], state: JournalState) -> None:
     if "row" in record:
         values = {**record}
         number = values.pop("row")
-        state.rows[int(number)] = Done(**values)
+        state.rows[int(number)] = RowRecord(**values)
     elif "position" in record:
         state.position = Position(**record["position"])
         for number in [each for each in state.rows if each < state.position.rows]:

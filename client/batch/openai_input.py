@@ -1,4 +1,4 @@
-"""Rows of OpenAI's batch files: what their bodies ask for, what is ignored, and what this teacher cannot do, by name."""
+"""Parses rows of OpenAI's batch files; fields without effect are ignored, unsupported ones are refused by name."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from typing import Any
 
 from stillhouse.client.batch.input_rows import (
     MAX_SAMPLES,
-    Line,
-    Row,
+    InputLine,
+    PromptRow,
     Sampling,
     invalid,
-    parse,
-    prompt_of,
-    sampling_of,
-    whole,
+    parse_integer,
+    parse_object,
+    parse_prompt,
+    parse_sampling,
 )
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 
 INTERFACES = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
-"""`url` to what it means."""
+"""`url` to interface."""
 COMPLETION_TOKENS = 16
-"""max_tokens of /v1/completions where nobody says it."""
+"""Default max_tokens of /v1/completions."""
 MAX_TOP_LOGPROBS = 20
 
 _SHARED = {
@@ -30,13 +30,13 @@ _SHARED = {
     "logprobs",
 }
 _OWN = {"chat": {"messages", "top_logprobs"}, "completions": {"prompt"}}
-# What changes nothing in the text, whatever its value.
+# Fields without effect on the text, whatever their value.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "stream_options", "parallel_tool_calls", "request_id", "priority"),
     *("return_tokens_as_token_ids", "skip_special_tokens"),
 }
-# What changes nothing as long as it has this value; null never changes anything.
+# Fields without effect at these values; null never has an effect.
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
     "stream": (False,),
     "frequency_penalty": (0,),
@@ -67,26 +67,28 @@ _ROLES = {"developer": "system"}
 _TURN = {"role", "content", "name"}
 
 
-def openai_row(line: Line, sampling: Sampling, *, max_tokens: int, adapter_of: Callable[[str], str]) -> Row:
-    """The row with `custom_id`, `method`, `url` and `body`.
+def openai_row(
+    line: InputLine, sampling: Sampling, *, max_tokens: int, resolve_adapter: Callable[[str], str]
+) -> PromptRow:
+    """Parses a row with `custom_id`, `method`, `url` and `body`.
 
-    A chat without max_tokens may be `max_tokens` long; `adapter_of` says which adapter a `model` means.
+    A chat without max_tokens may be `max_tokens` long; `resolve_adapter` maps a `model` to an adapter.
     """
     values: dict[str, Any] = {}
     interface: Any = ""
     try:
-        values = parse(line)
+        values = parse_object(line)
         interface, body = _envelope(values)
         _check_fields(body, interface)
-        n = whole(body, "n", 1, MAX_SAMPLES)
+        n = parse_integer(body, "n", 1, MAX_SAMPLES)
         num_samples = sampling.num_samples if n is None else n
         params = _params(body, sampling, interface, max_tokens)
-        adapter = adapter_of(_model(body)) or sampling.adapter
+        adapter = resolve_adapter(_model(body)) or sampling.adapter
         prompts = _prompts(body, interface)
         for prompt in prompts:
             prompt.adapter = adapter
             prompt.sampling.CopyFrom(params)
-        return Row(
+        return PromptRow(
             line=line,
             id=values.get("custom_id"),
             values=values,
@@ -96,7 +98,9 @@ def openai_row(line: Line, sampling: Sampling, *, max_tokens: int, adapter_of: C
             top_logprobs=_top_logprobs(body, interface),
         )
     except StillhouseError as error:
-        return Row(line=line, id=values.get("custom_id"), values=values, interface=interface, error=error)
+        return PromptRow(
+            line=line, id=values.get("custom_id"), values=values, interface=interface, error=error
+        )
 
 
 def _envelope(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -104,7 +108,7 @@ def _envelope(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
         raise invalid(f"method is {values['method']!r:.40}; it must be POST.")
     interface = INTERFACES.get(str(values.get("url")))
     if interface is None:
-        raise invalid(f"url is {values.get('url')!r:.80}; this teacher answers {' and '.join(INTERFACES)}.")
+        raise invalid(f"url is {values.get('url')!r:.80}; this teacher supports {' and '.join(INTERFACES)}.")
     if not isinstance(values.get("body"), dict):
         raise invalid("body is missing; it must be an object.")
     return interface, values["body"]
@@ -117,7 +121,7 @@ def _check_fields(body: Mapping[str, Any], interface: str) -> None:
             continue
         if not any(_same(value, each) for each in _HARMLESS.get(name, ())):
             raise invalid(
-                f"body.{name} is not supported: this teacher writes text by temperature, top_p, top_k, max_tokens, seed "
+                f"body.{name} is not supported: this teacher samples by temperature, top_p, top_k, max_tokens, seed "
                 f"and stop. Remove {name}."
             )
 
@@ -138,33 +142,34 @@ def _params(
 ) -> teacher_pb2.SamplingParams:
     given = None
     for name in ("max_completion_tokens", "max_tokens"):
-        given = whole(body, name, 1, 2**31 - 1) if given is None else given
+        given = parse_integer(body, name, 1, 2**31 - 1) if given is None else given
     if given is None and sampling.max_new_tokens is None:
         given = max_tokens if interface == "chat" else COMPLETION_TOKENS
-    return sampling_of({**body, "max_new_tokens": given}, sampling)
+    return parse_sampling({**body, "max_new_tokens": given}, sampling)
 
 
 def _prompts(body: Mapping[str, Any], interface: str) -> tuple[teacher_pb2.Prompt, ...]:
     if interface == "chat":
-        return (prompt_of(_turns(body.get("messages")), "messages"),)
+        return (parse_prompt(_turns(body.get("messages")), "messages"),)
     prompt = body.get("prompt")
     if isinstance(prompt, list) and prompt:
         if all(type(each) is int for each in prompt):
-            return (prompt_of(prompt, "prompt of token ids"),)
+            return (parse_prompt(prompt, "prompt of token ids"),)
         return tuple(
-            prompt_of(each, "prompt" if isinstance(each, str) else "prompt of token ids") for each in prompt
+            parse_prompt(each, "prompt" if isinstance(each, str) else "prompt of token ids")
+            for each in prompt
         )
-    return (prompt_of(prompt, "prompt"),)
+    return (parse_prompt(prompt, "prompt"),)
 
 
 def _turns(messages: Any) -> Any:
-    """The messages with text alone: parts of text are joined, anything else is refused by name."""
+    """Reduces messages to text: parts of text are joined, anything else is refused by name."""
     if not isinstance(messages, list):
         return messages
     turns = []
     for index, each in enumerate(messages):
         if not isinstance(each, dict):
-            return messages  # told by whoever reads it
+            return messages  # parse_prompt reports it
         for name, value in each.items():
             if name not in _TURN and value not in (None, [], ""):
                 raise invalid(f"messages[{index}].{name} is not supported; a message has role and content.")
@@ -181,17 +186,21 @@ def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise invalid(f"{where} is of type {kind!r:.40}; this teacher reads text.")
+    raise invalid(f"{where} is of type {kind!r:.40}; this teacher supports text.")
 
 
 def _top_logprobs(body: Mapping[str, Any], interface: str) -> int | None:
-    """Candidates at each position, 0 for the token alone, None without logprobs."""
+    """Returns the candidates to report at each position, 0 for the token alone, None without logprobs."""
     if interface == "completions":
-        return whole(body, "logprobs", 0, MAX_TOP_LOGPROBS) if body.get("logprobs") is not False else None
+        return (
+            parse_integer(body, "logprobs", 0, MAX_TOP_LOGPROBS)
+            if body.get("logprobs") is not False
+            else None
+        )
     logprobs = body.get("logprobs")
     if logprobs not in (None, False, True):
         raise invalid("body.logprobs must be true or false.")
-    top = whole(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
+    top = parse_integer(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top and not logprobs:
         raise invalid("body.top_logprobs needs logprobs: true.")
     return (top or 0) if logprobs else None

@@ -1,4 +1,4 @@
-"""Answers as lines of an output: plain rows, rows of a data set, and the other half of OpenAI's batch files."""
+"""Formats results as output lines: plain rows, training data, and OpenAI's batch output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import grpc
 
 from stillhouse.client.batch.dispatcher import RowResult
-from stillhouse.client.batch.input_rows import INPUTS, SETTINGS, Row, invalid
+from stillhouse.client.batch.input_rows import INPUTS, SETTINGS, PromptRow, invalid
 from stillhouse.client.core.json_output import dumps, error_as_json
 from stillhouse.client.teacher.generate import Completion
 from stillhouse.client.teacher.token_texts import TokenTexts
@@ -31,19 +31,19 @@ _HTTP = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Lines:
-    """What one row becomes."""
+class OutputLines:
+    """Output of one row."""
 
     out: str
-    """Its lines in the output, each with its end; empty where the output cannot hold it."""
+    """Its lines in the output, each with its end; empty if the format cannot hold it."""
     failed: str = ""
-    """Its line in the file of failed rows, where the output cannot hold it."""
+    """Its line in the file of failed rows, if the output cannot hold it."""
     is_failed: bool = False
-    """Whether the row failed."""
+    """True if the row failed."""
 
 
-def plain(answer: RowResult) -> Lines:
-    """The row as it came, with `completions` and `usage`, and `error` if it failed."""
+def plain(answer: RowResult) -> OutputLines:
+    """Copies the row with `completions` and `usage`, and `error` if it failed."""
     row = answer.row
     document: dict[str, Any] = {
         "id": row.id,
@@ -56,7 +56,7 @@ def plain(answer: RowResult) -> Lines:
     document["usage"] = _usage(answer)
     if answer.error is not None:
         document["error"] = error_as_json(answer.error)
-    return Lines(out=_line(document), is_failed=answer.error is not None)
+    return OutputLines(out=_line(document), is_failed=answer.error is not None)
 
 
 def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, Any]:
@@ -68,16 +68,16 @@ def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, An
     return document
 
 
-def dataset(answer: RowResult) -> Lines:
-    """A row of training data for each sample: `prompt` and `completion`, or `messages` with the answer as last turn.
+def dataset(answer: RowResult) -> OutputLines:
+    """Formats training data, a row per sample: `prompt` and `completion`, or `messages` with the completion as last turn.
 
-    A row of which a sample failed gives none.
+    A row with a failed sample yields none.
     """
     row = answer.row
     source = _source(row)
     if answer.error is not None:
         failed = {"id": row.id, "line": row.line.line_number, "error": error_as_json(answer.error)}
-        return Lines(out="", failed=_line(failed), is_failed=True)
+        return OutputLines(out="", failed=_line(failed), is_failed=True)
     kept: dict[str, Any] = {"id": row.id}
     if not row.interface:
         kept |= {key: row.values[key] for key in row.values if key not in (*INPUTS, *SETTINGS)}
@@ -90,21 +90,21 @@ def dataset(answer: RowResult) -> Lines:
             texts = source["prompt"] if isinstance(source["prompt"], list) else [source["prompt"]]
             written = {"prompt": texts[prompt], "completion": completion.text}
         lines.append(_line({**kept, **written, "finish_reason": completion.finish}))
-    return Lines(out="".join(lines))
+    return OutputLines(out="".join(lines))
 
 
-def _source(row: Row) -> Mapping[str, Any]:
-    """Where prompt or messages stand."""
+def _source(row: PromptRow) -> Mapping[str, Any]:
+    """Returns the object that holds prompt or messages."""
     source: Mapping[str, Any] = row.values["body"] if row.interface else row.values
     return source
 
 
-def for_dataset(row: Row) -> Row:
-    """The row, or its error if its answer could be no row of a data set."""
+def require_text(row: PromptRow) -> PromptRow:
+    """Returns the row, with an error if it has no text for training data."""
     if row.error is not None or _has_text(_source(row)):
         return row
     error = invalid(
-        f"Line {row.line.line_number} has token ids, and a row of a data set has text. Give prompt or messages, or write "
+        f"Line {row.line.line_number} has token ids, but training data needs text. Give prompt or messages, or write "
         "plain rows."
     )
     return replace(row, error=error)
@@ -118,19 +118,19 @@ def _has_text(source: Mapping[str, Any]) -> bool:
 
 
 class OpenAi:
-    """Writes OpenAI's output format; `created` is one for all rows, and ids follow from the rows."""
+    """Formats OpenAI's batch output; `created` is the same for all rows, and ids are derived from the rows."""
 
     def __init__(
         self, *, created_s: int, model: str, fingerprint: str, token_texts: Callable[[], TokenTexts]
     ) -> None:
-        """`model` is what rows without an adapter were written by; `token_texts` is called if logprobs are asked for."""
+        """`model` is that of rows without an adapter; `token_texts` is called if logprobs are requested."""
         self._created_s = created_s
         self._model = model
         self._fingerprint = f"fp_{fingerprint[:10]}"
         self._token_texts = token_texts
 
-    def __call__(self, answer: RowResult) -> Lines:
-        """The line of one row."""
+    def __call__(self, answer: RowResult) -> OutputLines:
+        """Formats the line of one row."""
         row = answer.row
         digest = hashlib.blake2b(f"{row.line.number} {row.line.digest}".encode(), digest_size=12).hexdigest()
         error = answer.error
@@ -141,7 +141,7 @@ class OpenAi:
             "response": {"status_code": status, "request_id": f"req_{digest}", "body": body},
             "error": None if error is None else {"code": str(error.reason), "message": error.message},
         }
-        return Lines(out=_line(document), is_failed=error is not None)
+        return OutputLines(out=_line(document), is_failed=error is not None)
 
     def _body(self, answer: RowResult, digest: str) -> dict[str, Any]:
         row = answer.row
@@ -206,14 +206,15 @@ class OpenAi:
 
 
 def _positions(completion: Completion) -> Sequence[tuple[int, float, list[tuple[int, float]]]]:
-    """Of each token: its id, its logprob at temperature 1, and the likeliest candidates."""
-    told = completion.distributions
-    if told is None:  # nothing was written
+    """Returns for each token its id, its logprob at temperature 1, and its top-k candidates."""
+    distributions = completion.distributions
+    if distributions is None:  # no token was generated
         return []
     positions = []
     for row, token in enumerate(completion.token_ids.tolist()):
-        candidates = zip(told.token_ids[row].tolist(), told.logprobs[row].tolist(), strict=True)
-        positions.append((token, float(told.target_logprobs[row]), list(candidates)))
+        token_ids, logprobs = distributions.token_ids[row].tolist(), distributions.logprobs[row].tolist()
+        candidates = list(zip(token_ids, logprobs, strict=True))
+        positions.append((token, float(distributions.target_logprobs[row]), candidates))
     return positions
 
 
@@ -230,16 +231,16 @@ def _usage(answer: RowResult) -> dict[str, int]:
     prompts: dict[int, int] = {}
     for (prompt, _), completion in answer.completions.items():
         prompts[prompt] = max(prompts.get(prompt, 0), completion.prompt_tokens)
-    written = sum(len(each.token_ids) for each in answer.completions.values())
+    generated = sum(len(each.token_ids) for each in answer.completions.values())
     read = sum(prompts.values())
-    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+    return {"prompt_tokens": read, "completion_tokens": generated, "total_tokens": read + generated}
 
 
 def _line(document: Mapping[str, Any]) -> str:
     try:
         line = json.dumps(document, ensure_ascii=False, allow_nan=False)
         line.encode()
-    except UnicodeEncodeError:  # half of a pair of surrogates, which stood in the input as an escape
+    except UnicodeEncodeError:  # an unpaired surrogate, from an escape in the input
         line = json.dumps(document)
     except ValueError:
         line = dumps(document)
@@ -247,5 +248,5 @@ def _line(document: Mapping[str, Any]) -> str:
 
 
 def is_failed(line: bytes) -> bool:
-    """Whether a line of a plain or an OpenAI output says that its row failed."""
+    """Returns True if a line of a plain or an OpenAI output reports an error."""
     return json.loads(line).get("error") is not None

@@ -12,13 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from stillhouse.client.batch.capture import Capture
 from stillhouse.client.batch.dispatcher import MAX_INFLIGHT, BatchDispatcher, RowResult
-from stillhouse.client.batch.input_rows import Line, Row, Sampling, detect, plain_row, read_lines
+from stillhouse.client.batch.input_rows import (
+    InputLine,
+    PromptRow,
+    Sampling,
+    detect_format,
+    plain_row,
+    read_lines,
+)
 from stillhouse.client.batch.journal import Header, Position
 from stillhouse.client.batch.openai_input import openai_row
-from stillhouse.client.batch.ordered_output import RETRY, Output, Paths, commit_retry, locked
-from stillhouse.client.batch.output_formats import Lines, OpenAi, dataset, for_dataset, plain
+from stillhouse.client.batch.ordered_output import RETRY, Output, OutputPaths, commit_retry, locked
+from stillhouse.client.batch.output_formats import OpenAi, OutputLines, dataset, plain, require_text
 from stillhouse.client.batch.retry import EarlierOutput
-from stillhouse.client.batch.teacher_identity import BatchTeacher, agreeing, identity
+from stillhouse.client.batch.teacher_identity import BatchTeacher, identity, matching_replicas
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.teacher.token_texts import TokenTexts
@@ -142,10 +149,10 @@ class _Batch:
             raise usage_error(f"{out} is the input, too. Choose another --out.")
         self._teachers = teachers
         self._source = source
-        self._paths = Paths(out=out)
+        self._paths = OutputPaths(out=out)
         self._settings = settings
         self._tell = listeners
-        self._format = detect(source) if settings.format == "auto" else settings.format
+        self._format = detect_format(source) if settings.format == "auto" else settings.format
         self._total_bytes = source.stat().st_size
         self._read_bytes = 0
         self._asked = 0
@@ -180,7 +187,7 @@ class _Batch:
         wait = BoundedWait(self._settings.patience_s, on_pause=self._tell.lost)
         while True:
             try:
-                self._teachers = agreeing(self._teachers)
+                self._teachers = matching_replicas(self._teachers)
             except StillhouseError as error:
                 if error.reason is not Reason.TEACHER_LOADING:
                     raise
@@ -188,7 +195,7 @@ class _Batch:
             else:
                 return
 
-    def _pass(self, paths: Paths, *, overwrite: bool, earlier: EarlierOutput | None) -> Position:
+    def _pass(self, paths: OutputPaths, *, overwrite: bool, earlier: EarlierOutput | None) -> Position:
         """Answers all rows into `paths`; those that `earlier` holds are taken from there."""
         header = self._header(earlier)
         with ExitStack() as stack:
@@ -237,7 +244,7 @@ class _Batch:
         for line, lines in capture.flush():
             self._add(output, line, lines)
 
-    def _add(self, output: Output, line: Line, lines: Lines) -> None:
+    def _add(self, output: Output, line: InputLine, lines: OutputLines) -> None:
         output.add(line, lines.out, lines.failed, is_failed=lines.is_failed)
         self._tell.progress(
             BatchProgress(
@@ -251,7 +258,7 @@ class _Batch:
 
     def _rows(
         self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: EarlierOutput | None
-    ) -> Iterator[Row | None]:
+    ) -> Iterator[PromptRow | None]:
         """Rows to ask for; None while so much waits for an earlier row that nothing more should be."""
         num_lines = 0
         for line in read_lines(self._source):
@@ -270,20 +277,20 @@ class _Batch:
                 self._add(output, line, kept)
             else:
                 yield self._row(teacher, line)
-        output.ended(num_lines)
+        output.check_end(num_lines)
 
-    def _row(self, teacher: BatchTeacher, line: Line) -> Row:
+    def _row(self, teacher: BatchTeacher, line: InputLine) -> PromptRow:
         sampling = self._settings.sampling
         if self._format == "openai":
             longest = teacher.info.max_sequence_tokens
-            row = openai_row(line, sampling, max_tokens=longest, adapter_of=teacher.adapter_of)
+            row = openai_row(line, sampling, max_tokens=longest, resolve_adapter=teacher.resolve_adapter)
         else:
             row = plain_row(line, sampling)
         for prompt in row.prompts:
             teacher.use(prompt.adapter)
-        return for_dataset(row) if self._settings.as_dataset else row
+        return require_text(row) if self._settings.as_dataset else row
 
-    def _lines_of(self, header: Header) -> Callable[[RowResult], Lines]:
+    def _lines_of(self, header: Header) -> Callable[[RowResult], OutputLines]:
         if self._settings.as_dataset:
             return dataset
         if self._format == "plain":

@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from stillhouse.client.batch.input_rows import Line, Row
+from stillhouse.client.batch.input_rows import InputLine, PromptRow
 from stillhouse.client.batch.journal import Position
-from stillhouse.client.batch.ordered_output import Paths
-from stillhouse.client.batch.output_formats import Lines, is_failed
+from stillhouse.client.batch.ordered_output import OutputPaths
+from stillhouse.client.batch.output_formats import OutputLines, is_failed
 from stillhouse.client.core.errors import file_error, usage_error
 
 
 class EarlierOutput:
     """The rows of a finished output, in the order of the input; a context manager."""
 
-    def __init__(self, paths: Paths, position: Position, *, is_dataset: bool) -> None:
+    def __init__(self, paths: OutputPaths, position: Position, *, is_dataset: bool) -> None:
         """`position` is the end of that output. Raises StillhouseError if it cannot be read."""
         self._path = paths.out
         self._left = position.rows
@@ -36,17 +36,17 @@ class EarlierOutput:
     def __exit__(self, *_: object) -> None:
         self._out.close()
 
-    def next(self, line: Line, row_of: Callable[[Line], Row]) -> Lines | None:
+    def next(self, line: InputLine, row_of: Callable[[InputLine], PromptRow]) -> OutputLines | None:
         """Returns the output's lines for the next row of the input; None for one that failed or is missing."""
         if self._left == 0:
             return None
         self._left -= 1
         if not self._is_dataset:
             text = self._read()
-            return None if is_failed(text) else Lines(out=text.decode())
+            return None if is_failed(text) else OutputLines(out=text.decode())
         if line.line_number in self._failed:
             return None
-        return Lines(out="".join(self._read().decode() for _ in range(row_of(line).num_answers)))
+        return OutputLines(out="".join(self._read().decode() for _ in range(row_of(line).num_completions)))
 
     def _read(self) -> bytes:
         text = self._out.readline()

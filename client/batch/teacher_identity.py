@@ -1,4 +1,4 @@
-"""Which teacher a batch is written by: the same one from its first row to its last, with the same adapters."""
+"""Identity of a batch's teacher: the same model and the same adapters from the first row to the last."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
     from stillhouse.client.teacher.teacher import Teacher
 
 _REFRESH_S = 1.0
-"""Least time between two questions for adapters that were loaded meanwhile."""
+"""Shortest time between two queries for newly loaded adapters."""
 VERIFY_TIMEOUT_S = 10.0
-"""Time that a service which was lost has to say who it is; nothing else is asked meanwhile."""
+"""Time that a lost service has to report its identity."""
 _IDENTITY = ("model_fingerprint", "tokenizer_fingerprint", "chat_template_fingerprint")
 
 
 def identity(info: teacher_pb2.GetTeacherInfoResponse) -> dict[str, str]:
-    """What decides which text a teacher writes, and its name."""
+    """Returns the model name and the fields that determine a teacher's text."""
     return {"model": info.model, **{name: str(getattr(info, name)) for name in _IDENTITY}}
 
 
 class BatchTeacher:
-    """The teacher of one batch, checked when it was lost, and what its adapters' names mean.
+    """The teacher of one batch, verified after it was lost, and the weights behind its adapters' names.
 
-    A name means the same from its first use on, over kills and restarts: the journal holds it.
+    A name stands for the same weights from its first use on, over kills and restarts: the journal holds them.
     """
 
     def __init__(
@@ -41,9 +41,9 @@ class BatchTeacher:
         journal: Journal,
         note: Callable[[str], None],
     ) -> None:
-        """`teachers` are its services, of which the first was asked who it is.
+        """`teachers` are its replicas; the first one's identity is known.
 
-        Raises StillhouseError (ADAPTER_NOT_FOUND) if an adapter is gone that rows were written with.
+        Raises StillhouseError (ADAPTER_NOT_FOUND) if an adapter in use is gone.
         """
         self._teachers = teachers
         self._out = out
@@ -56,36 +56,36 @@ class BatchTeacher:
 
     @property
     def info(self) -> teacher_pb2.GetTeacherInfoResponse:
-        """What it said of itself last."""
+        """Most recent info of the teacher."""
         return self._info
 
     def verify(self, teacher: Teacher) -> None:
-        """Asks a service who it is. Raises StillhouseError if it is another teacher, or an adapter is gone."""
+        """Queries a replica's identity. Raises StillhouseError if it is another teacher, or an adapter is gone."""
         self._info = teacher.refresh(timeout_s=VERIFY_TIMEOUT_S)
         self._asked_s = time.monotonic()
         require_same_teacher(self._out, self._header.teacher, identity(self._info))
         self._require_adapters()
 
     def use(self, name: str) -> str:
-        """Notes that rows name the adapter `name`, if it is loaded; otherwise they fail, each by itself."""
+        """Records an adapter that rows name, if it is loaded; otherwise each of these rows fails."""
         if name and name not in self._journal.state.adapters and (found := self._loaded(name)):
-            self._journal.adapter(name, found)
+            self._journal.add_adapter(name, found)
         return name
 
-    def adapter_of(self, model: str) -> str:
-        """The adapter that a `model` of OpenAI's format means: one of that name, or none."""
-        meant = self._journal.state.adapters.get(model)
-        if meant is None:
-            meant = self._loaded(model) or ""
-            self._journal.adapter(model, meant)
-            if not meant and model not in ("", self._info.model, Path(self._info.model).name):
+    def resolve_adapter(self, model: str) -> str:
+        """Maps a `model` of OpenAI's format to the adapter of that name, or to none."""
+        fingerprint = self._journal.state.adapters.get(model)
+        if fingerprint is None:
+            fingerprint = self._loaded(model) or ""
+            self._journal.add_adapter(model, fingerprint)
+            if not fingerprint and model not in ("", self._info.model, Path(self._info.model).name):
                 self._note(
-                    f'No adapter of this teacher is named "{model}": rows with this model are written by {self._info.model}.'
+                    f'No adapter of this teacher is named "{model}": rows with this model are completed by {self._info.model}.'
                 )
-        return model if meant else ""
+        return model if fingerprint else ""
 
     def fingerprint(self, adapter: str) -> str:
-        """The fingerprint of an adapter that rows were written with; empty for the base model."""
+        """Returns the fingerprint of an adapter in use; empty for the base model."""
         return self._journal.state.adapters.get(adapter, "")
 
     def _loaded(self, name: str) -> str | None:
@@ -96,7 +96,7 @@ class BatchTeacher:
         return found
 
     def _refresh(self) -> None:
-        """Asks the first service that answers."""
+        """Queries the first replica that responds."""
         for number, teacher in enumerate(self._teachers):
             try:
                 self._info = teacher.refresh()
@@ -112,11 +112,11 @@ class BatchTeacher:
             self._journal.state.adapters
         ).items():  # also read by the pool's threads
             if fingerprint and loaded.get(name) != fingerprint:
-                how = "another one has its name" if name in loaded else "it is not loaded"
+                how = "its name stands for another one" if name in loaded else "it is not loaded"
                 raise StillhouseError(
                     Reason.ADAPTER_NOT_FOUND,
-                    f'Rows of {self._out} were written with the adapter "{name}", and now {how}. Load it again with '
-                    "`stillhouse teacher load-adapter`, and give the same command again: it goes on where it was.",
+                    f'Rows of {self._out} were generated with the adapter "{name}", and now {how}. Load it again with '
+                    "`stillhouse teacher load-adapter`, and repeat the command: it resumes the batch.",
                     resource=name,
                 )
 
@@ -125,10 +125,10 @@ def _fingerprints(info: teacher_pb2.GetTeacherInfoResponse) -> Mapping[str, Any]
     return {each.name: each.fingerprint for each in info.adapters}
 
 
-def agreeing(teachers: Sequence[Teacher]) -> list[Teacher]:
-    """Returns the services that answer and are the same teacher, then those that do not answer.
+def matching_replicas(teachers: Sequence[Teacher]) -> list[Teacher]:
+    """Returns the replicas that respond and are the same teacher, then those that do not respond.
 
-    Raises StillhouseError: why none answers; TEACHER_CHANGED if two would write other text.
+    Raises StillhouseError: the first error if none responds; TEACHER_CHANGED if two would generate other text.
     """
     answering: list[Teacher] = []
     silent: list[Teacher] = []

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 )
 @click.option("--temperature", type=click.FloatRange(0), default=None, help="0 is greedy.  [default: 1]")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None, help="[default: 1]")
-@click.option("--top-k", type=click.IntRange(0), default=None, help="Sample from the top-k tokens; 0 means all.")
+@click.option(
+    "--top-k", type=click.IntRange(0), default=None, help="Sample from the top-k tokens; 0 means all."
+)
 @click.option("--max-new-tokens", type=click.IntRange(1), default=None, help="[default: 256]")
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends a sample; may be repeated.")
 @click.option("--seed", type=int, default=None, help="Fixes the text of each sample.")

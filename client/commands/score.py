@@ -18,7 +18,11 @@ if TYPE_CHECKING:
     "--ids", "path", default="-", metavar="FILE", help="JSON lines of sequences.  [default: standard input]"
 )
 @click.option(
-    "--top-k", type=click.IntRange(0), default=0, show_default=True, help="Top-k tokens to report per position."
+    "--top-k",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Top-k tokens to report per position.",
 )
 @click.option("--adapter", default="", help="Adapter of sequences that name none.")
 @click.option("--entropy", is_flag=True, help="Report the entropy of each position.")

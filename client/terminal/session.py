@@ -52,9 +52,9 @@ class Session:
     @functools.cached_property
     def teacher(self) -> Teacher:
         """The teacher service; of several the first that responds."""
-        from stillhouse.client.batch.teacher_identity import agreeing
+        from stillhouse.client.batch.teacher_identity import matching_replicas
 
-        return self.teachers[0] if len(self.teachers) == 1 else agreeing(self.teachers)[0]
+        return self.teachers[0] if len(self.teachers) == 1 else matching_replicas(self.teachers)[0]
 
     @functools.cached_property
     def teachers(self) -> tuple[Teacher, ...]:

@@ -24,8 +24,8 @@ from stillhouse.client.api import (
     generate_file,
 )
 from stillhouse.client.batch.input_rows import read_lines
-from stillhouse.client.batch.journal import Done, Header, Journal, Position
-from stillhouse.client.batch.ordered_output import Output, Paths
+from stillhouse.client.batch.journal import Header, Journal, Position, RowRecord
+from stillhouse.client.batch.ordered_output import Output, OutputPaths
 from stillhouse.protos.errors import Reason, to_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import encode
@@ -300,7 +300,7 @@ def test_every_cut_of_the_journal_and_the_output_is_taken_up(tmp_path: Path) -> 
     """Whatever a kill leaves of both files, rows that are asked for again complete the same output."""
     source = tmp_path / "in.jsonl"
     source.write_text("".join(f'{{"prompt": "{index}"}}\n' for index in range(5)))
-    paths = Paths(out=tmp_path / "out.jsonl")
+    paths = OutputPaths(out=tmp_path / "out.jsonl")
     lines = list(read_lines(source))
 
     def run(numbers: list[int]) -> set[int]:
@@ -331,7 +331,7 @@ def test_what_waits_is_counted_and_dropped_from_the_journal_once_it_is_written(t
     source = tmp_path / "in.jsonl"
     source.write_text("1\n2\n3\n")
     lines = list(read_lines(source))
-    paths = Paths(out=tmp_path / "out.jsonl")
+    paths = OutputPaths(out=tmp_path / "out.jsonl")
     with Output(paths, HEADER) as output:
         output.add(lines[2], "c\n", is_failed=True)
         assert (output.position.rows, output.num_answered, output.num_failed) == (0, 1, 1)
@@ -348,4 +348,4 @@ def test_what_waits_is_counted_and_dropped_from_the_journal_once_it_is_written(t
     assert journal is not None
     journal.close()
     assert (journal.state.rows, journal.state.is_finished) == ({}, True)
-    assert Done(digest="", out="") not in journal.state.rows.values()
+    assert RowRecord(digest="", out="") not in journal.state.rows.values()
