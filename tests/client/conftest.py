@@ -19,7 +19,7 @@ def teacher(hf_teacher: Program) -> Iterator[Teacher]:
 
 @pytest.fixture(scope="module")
 def adapted(hf_teacher: Program, models: Models) -> Iterator[str]:
-    """The name of a loaded adapter."""
+    """Returns the name of a loaded adapter."""
     with Teacher(hf_teacher.target) as teacher:
         teacher.load_adapter("batch-test/a", str(models.adapter_a))
         yield "batch-test/a"

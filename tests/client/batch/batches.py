@@ -1,4 +1,4 @@
-"""Files of a batch, the command that answers them, and what one prompt gets by itself."""
+"""Files of a batch, the command that runs it, and the completion of a single prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches that are killed with -9, on either side, at random moments: every row once, in order, as if nothing had happened."""
+"""Batches that are killed with -9, of the client or the teacher, at random moments: every row once, in order, unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def prompts(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(hf_teacher: Program, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The output of a batch that nothing happens to."""
+    """Returns the output of an undisturbed batch."""
     folder = tmp_path_factory.mktemp("undisturbed")
     with Teacher(hf_teacher.target) as teacher:
         answer(teacher, prompts(folder / "in.jsonl"), folder / "out.jsonl")
@@ -66,7 +66,7 @@ def answer(teacher: Teacher, source: Path, out: Path) -> BatchSummary:
 
 @contextmanager
 def client(target: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """The command as a process of its own, killed when the block ends."""
+    """Runs the command as a separate process, killed when the block ends."""
     arguments = [
         "--in",
         folder / "in.jsonl",
@@ -102,13 +102,13 @@ def client(target: str, folder: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def num_answered(folder: Path) -> int:
-    """Rows that the journal tells of, written or not."""
+    """Returns the number of rows in the journal, written or not."""
     journal = folder / "out.jsonl.journal"
     return journal.read_bytes().count(b'{"row":') if journal.exists() else 0
 
 
 def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[bytes]) -> None:
-    """Until `count` rows are answered."""
+    """Waits until `count` rows are completed."""
     deadline = time.monotonic() + DEADLINE_S
     while True:
         if num_answered(folder) >= count:
@@ -151,7 +151,7 @@ def test_a_batch_survives_kills_of_client_and_teacher(
     assert out.read_bytes() == undisturbed
 
 
-def test_a_lost_line_costs_only_what_was_not_answered(
+def test_a_lost_connection_costs_only_unfinished_samples(
     hf_teacher: Program, undisturbed: bytes, tmp_path: Path
 ) -> None:
     prompts(tmp_path / "in.jsonl")
@@ -171,7 +171,7 @@ def test_a_lost_line_costs_only_what_was_not_answered(
     assert (tmp_path / "out.jsonl").read_bytes() == undisturbed
 
 
-def test_several_services_share_a_batch_and_one_that_is_lost_leaves_its_part_to_the_others(
+def test_replicas_share_a_batch_and_take_over_the_rows_of_a_lost_one(
     hf_teacher: Program, undisturbed: bytes, tmp_path: Path
 ) -> None:
     prompts(tmp_path / "in.jsonl")
@@ -194,7 +194,7 @@ def test_several_services_share_a_batch_and_one_that_is_lost_leaves_its_part_to_
     assert any(network.target in error.message for error in lost), "it had a part that it lost"
 
 
-def test_services_that_would_write_other_text_are_refused(hf_teacher: Program, tmp_path: Path) -> None:
+def test_services_that_would_generate_other_text_are_refused(hf_teacher: Program, tmp_path: Path) -> None:
     prompts(tmp_path / "in.jsonl")
     with (
         odd_service(GetTeacherInfo=_info) as target,
@@ -206,7 +206,7 @@ def test_services_that_would_write_other_text_are_refused(hf_teacher: Program, t
     assert caught.value.reason is Reason.TEACHER_CHANGED
 
 
-def test_only_unanswered_samples_are_asked_for_again(tmp_path: Path) -> None:
+def test_only_unfinished_samples_are_generated_again(tmp_path: Path) -> None:
     asked: list[list[tuple[str, list[int]]]] = []
 
     def generate(request: teacher_pb2.GenerateRequest) -> Iterator[teacher_pb2.GenerateResponse]:
@@ -296,8 +296,8 @@ def test_a_teacher_that_dies_of_a_row_loses_that_row_alone(
 HEADER = Header(settings={"seed": 1}, teacher={"model": "m"}, started_s=0)
 
 
-def test_every_cut_of_the_journal_and_the_output_is_taken_up(tmp_path: Path) -> None:
-    """Whatever a kill leaves of both files, rows that are asked for again complete the same output."""
+def test_a_batch_resumes_from_every_cut_of_journal_and_output(tmp_path: Path) -> None:
+    """Whatever a kill leaves of both files, the resumed batch completes the same output."""
     source = tmp_path / "in.jsonl"
     source.write_text("".join(f'{{"prompt": "{index}"}}\n' for index in range(5)))
     paths = OutputPaths(out=tmp_path / "out.jsonl")
@@ -327,7 +327,7 @@ def test_every_cut_of_the_journal_and_the_output_is_taken_up(tmp_path: Path) -> 
     assert journal.count(b'{"row":') == 4
 
 
-def test_what_waits_is_counted_and_dropped_from_the_journal_once_it_is_written(tmp_path: Path) -> None:
+def test_waiting_rows_are_counted_and_leave_the_journal_once_written(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_text("1\n2\n3\n")
     lines = list(read_lines(source))

@@ -1,4 +1,4 @@
-"""OpenAI's batch files through a real teacher: read and written as they are, and what is not supported fails its row."""
+"""OpenAI's batch files through a real teacher: read and written in their format; an unsupported field fails its row."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_openais_batch_files_are_read_and_written(teacher: Teacher, adapted: str
         ({"temperature": 3000}, "temperature is 3000.0."),
     ],
 )
-def test_what_cannot_be_done_fails_its_row_by_name(
+def test_an_unsupported_field_fails_its_row_by_name(
     teacher: Teacher, tmp_path: Path, change: dict[str, Any], sentence: str
 ) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}

@@ -26,7 +26,9 @@ from tests.support.programs import Program
 FIXED = Sampling(seed=5, max_new_tokens=6)
 
 
-def test_each_row_is_answered_in_order_as_it_asks(teacher: Teacher, adapted: str, tmp_path: Path) -> None:
+def test_each_row_is_completed_in_order_with_its_own_settings(
+    teacher: Teacher, adapted: str, tmp_path: Path
+) -> None:
     turn = [{"role": "user", "content": "Hello"}]
     free = alone(teacher, "Ben", max_new_tokens=30).text
     stop = free[3:5]
@@ -58,7 +60,7 @@ def test_each_row_is_answered_in_order_as_it_asks(teacher: Teacher, adapted: str
     assert (texts[4], rows[4]["completions"][0]["finish_reason"]) == ([free[: free.index(stop)]], "stop")
 
 
-def test_failures_stay_in_their_rows_and_are_asked_for_again(
+def test_failures_stay_in_their_rows_and_are_retried(
     hf_teacher: Program, models: Models, teacher: Teacher, tmp_path: Path
 ) -> None:
     source = write(
@@ -147,7 +149,7 @@ def test_a_data_set_has_a_row_for_each_sample_and_failures_beside_it(
     assert [row["id"] for row in read(tmp_path / "out.jsonl.failed")] == [2, 3]
 
 
-def test_rows_of_a_data_set_are_what_a_run_reads(teacher: Teacher, models: Models, tmp_path: Path) -> None:
+def test_a_run_reads_the_rows_of_a_data_set(teacher: Teacher, models: Models, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     from stillhouse.student_trainer.config.schema import DatasetConfig
@@ -165,7 +167,7 @@ def test_rows_of_a_data_set_are_what_a_run_reads(teacher: Teacher, models: Model
     assert kinds == ["completion", "messages"]
 
 
-def test_what_the_teacher_says_while_it_writes_is_kept(teacher: Teacher, tmp_path: Path) -> None:
+def test_distributions_of_a_batch_are_captured(teacher: Teacher, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "Ada has", "num_samples": 2}, {"token_ids": [5, 6]})
     settings = BatchSettings(sampling=FIXED, capture=tmp_path / "cache", top_k=4)
     generate_file(teacher, source, tmp_path / "out.jsonl", settings)
@@ -181,7 +183,7 @@ def test_what_the_teacher_says_while_it_writes_is_kept(teacher: Teacher, tmp_pat
     np.testing.assert_array_equal(ids.answer.token_ids, scored.token_ids[1:])
 
 
-def test_a_batch_goes_on_only_as_it_was_begun(teacher: Teacher, tmp_path: Path) -> None:
+def test_a_batch_resumes_only_with_the_settings_it_started_with(teacher: Teacher, tmp_path: Path) -> None:
     rows = [{"id": index, "prompt": f"Ada {index}"} for index in range(3)]
     source, out = write(tmp_path / "in.jsonl", *rows), tmp_path / "out.jsonl"
     generate_file(teacher, source, out, BatchSettings(sampling=FIXED))
@@ -196,11 +198,11 @@ def test_a_batch_goes_on_only_as_it_was_begun(teacher: Teacher, tmp_path: Path) 
 
     other = BatchSettings(sampling=Sampling(seed=5, max_new_tokens=7))
     assert "was started with max_new_tokens 6, and this command has 7." in refused(other)
-    assert "output 'plain', and this command says 'dataset'" in refused(
+    assert "output 'plain', and this command has 'dataset'" in refused(
         BatchSettings(sampling=FIXED, as_dataset=True)
     )
     write(source, *rows[:2], {"id": 2, "prompt": "other"})
-    assert "one of the first 3 rows is another" in refused(BatchSettings(sampling=FIXED))
+    assert "one of the first 3 rows has changed" in refused(BatchSettings(sampling=FIXED))
     write(source, *rows[:2])
     assert "it has 2 rows, and 3 were completed" in refused(BatchSettings(sampling=FIXED))
     write(source, *rows, {"id": 3, "prompt": "Ada 3"})
@@ -214,7 +216,7 @@ def test_a_batch_goes_on_only_as_it_was_begun(teacher: Teacher, tmp_path: Path) 
     assert (new.asked, out.read_bytes()) == (4, whole)
 
 
-def test_a_retry_that_was_killed_while_it_took_the_outputs_place_ends_later(
+def test_a_retry_that_was_killed_while_replacing_the_output_completes_later(
     teacher: Teacher, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [{"id": 1, "prompt": "Ada"}, {"id": 2, "prompt": "Ada", "adapter": "batch-test/later"}]
@@ -235,7 +237,7 @@ def test_a_retry_that_was_killed_while_it_took_the_outputs_place_ends_later(
     assert {each.name for each in tmp_path.iterdir()} == {"in.jsonl", "out.jsonl", "out.jsonl.journal"}
 
 
-def test_another_teacher_does_not_go_on_with_a_batch(teacher: Teacher, tmp_path: Path) -> None:
+def test_another_teacher_does_not_resume_a_batch(teacher: Teacher, tmp_path: Path) -> None:
     source, out = write(tmp_path / "in.jsonl", {"prompt": "Ada"}), tmp_path / "out.jsonl"
     generate_file(teacher, source, out)
     journal = tmp_path / "out.jsonl.journal"

@@ -1,4 +1,4 @@
-"""The command line as a whole: every rpc has a verb, --help is quick, failures are one sentence and a code."""
+"""The complete command line: every rpc has a verb, --help is quick, failures are one sentence and a code."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_every_rpc_has_a_verb() -> None:
     assert set(VERBS.values()) <= set(commands(cli))
 
 
-def test_every_command_has_json_and_says_what_it_does() -> None:
+def test_every_command_has_json_and_a_summary() -> None:
     for name, command in commands(cli).items():
         assert any("--json" in parameter.opts for parameter in command.params), name
         assert command.help, name
@@ -148,6 +148,6 @@ def test_bad_usage_is_code_2(tmp_path: Path) -> None:
     ]
 
 
-def test_version_is_told() -> None:
+def test_version_is_printed() -> None:
     assert json.loads(invoke("version", "--json").stdout)["contract"] == "stillhouse.v1"
     assert invoke("version").stdout.startswith("stillhouse ")

@@ -1,4 +1,4 @@
-"""`stillhouse token`: a token is shown once or written to a file of its own, listed without itself, and taken back."""
+"""`stillhouse token`: a token is shown once or written to a separate file, listed without its secret, and revoked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def token(*arguments: str, file: Path) -> Result:
     return CliRunner().invoke(cli, ["token", *arguments, "--file", str(file)])
 
 
-def test_a_token_is_made_listed_and_revoked(tmp_path: Path) -> None:
+def test_a_token_is_created_listed_and_revoked(tmp_path: Path) -> None:
     file = tmp_path / "tokens.json"
     made = token(
         "create", "--name", "ci", "--scope", "submit", "--scope", "infer", "--expires", "2h", file=file

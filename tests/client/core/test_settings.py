@@ -1,4 +1,4 @@
-"""Where the services are: flag, environment, context, file, default, in this order."""
+"""Precedence of settings: flag, environment, context, file, default."""
 
 from __future__ import annotations
 

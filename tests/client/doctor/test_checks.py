@@ -1,4 +1,4 @@
-"""`stillhouse doctor` on services that are well, unwell, elsewhere and closed; a certificate near its end."""
+"""`stillhouse doctor` on healthy, absent, remote and secured services, and on a certificate near its end."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def doctor(*arguments: str) -> tuple[int, dict[str, dict[str, str]]]:
     return result.exit_code, {each["check"]: each for each in document["findings"]}
 
 
-def test_services_that_are_well_and_a_student_of_the_same_tokenizer(
+def test_healthy_services_and_a_student_of_the_same_tokenizer(
     hf_teacher: Program, trainer_service: Callable[..., Program], models: Models
 ) -> None:
     trainer = trainer_service()
@@ -46,14 +46,14 @@ def test_services_that_are_well_and_a_student_of_the_same_tokenizer(
     assert "ok    teacher " in text
 
 
-def test_nobody_there_is_said_with_a_remedy() -> None:
+def test_absent_services_are_reported_with_a_remedy() -> None:
     code, found = doctor("--teacher", "127.0.0.1:1", "--trainer", "127.0.0.1:1")
     assert code == 1
     assert "Start one with `stillhouse-teacher`" in found["teacher"]["found"]
     assert found["trainer"]["state"] == "failed"
 
 
-def test_a_closed_service_wants_a_token_and_secrets_want_a_mode(
+def test_a_secured_service_needs_a_token_and_secrets_need_mode_600(
     trainer_service: Callable[..., Program], tmp_path: Path
 ) -> None:
     data_dir = tmp_path / "trainer-data"
@@ -84,7 +84,7 @@ def test_a_certificate_says_how_long_it_lasts(tmp_path: Path, days: int, state: 
     assert certificate("own certificate", made.client.key).state == "failed"
 
 
-def test_the_certificate_that_a_service_shows_is_looked_at(
+def test_the_certificate_that_a_service_presents_is_checked(
     trainer_service: Callable[..., Program], tmp_path: Path
 ) -> None:
     made = make_certificates(tmp_path)

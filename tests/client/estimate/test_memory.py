@@ -1,4 +1,4 @@
-"""Predicted memory against what training really takes, weights against those of real models, and impossible runs refused."""
+"""Predicted memory against measured training, predicted weights against real models, and impossible runs refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_optimizer_of_a_run_can_be_estimated() -> None:
 
 @pytest.mark.model
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_real_run_takes_what_was_predicted(tmp_path: Path, models: Models, *, checkpointing: bool) -> None:
+def test_a_real_run_uses_the_predicted_memory(tmp_path: Path, models: Models, *, checkpointing: bool) -> None:
     from tests.support.small_models import make_model
 
     student = make_model(
@@ -128,7 +128,7 @@ def estimate(directory: Path, spec: dict[str, Any], *flags: str) -> Result:
     return CliRunner().invoke(cli, ["estimate", str(file), *flags])
 
 
-def test_an_impossible_run_is_refused_with_what_would_help(tmp_path: Path) -> None:
+def test_an_impossible_run_is_refused_with_remedies(tmp_path: Path) -> None:
     shape_of(tmp_path, LLAMA_8B)
     spec = {"student": {"model": str(tmp_path)}, "optimizer": {"micro_batch_size": 1}}
     result = estimate(tmp_path, spec, "--device", "gpu", "--memory-gib", "80")
@@ -145,7 +145,7 @@ def test_an_impossible_run_is_refused_with_what_would_help(tmp_path: Path) -> No
     assert (fits.exit_code, json.loads(fits.stdout)["student"]["fits"]) == (0, True)
 
 
-def test_the_teacher_is_judged_too(tmp_path: Path) -> None:
+def test_the_teacher_is_estimated_too(tmp_path: Path) -> None:
     shape_of(tmp_path, QWEN_05B)
     big = tmp_path / "big"
     big.mkdir()
@@ -161,7 +161,7 @@ def test_the_teacher_is_judged_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"hidden_size": -1}', '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "vocab_size": 3}'])  # fmt: skip
-def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_not_a_model_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(StillhouseError, match="does not tell the model's sizes"):
         ModelShape.read(tmp_path)

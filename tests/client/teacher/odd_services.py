@@ -1,4 +1,4 @@
-"""Servers that break off, repeat themselves or lie, for tests of what the client makes of it; and a TCP line to cut."""
+"""Faulty servers that break off, repeat themselves or lie, and a TCP proxy that can be cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Answer = Callable[[Any], Iterator[Any]]
 
 
 class _Scripted:
-    """Answers each rpc with the function that has its name; a StillhouseError that it raises becomes the status."""
+    """Serves each rpc with the function of its name; a StillhouseError that it raises becomes the status."""
 
     def __init__(self, answers: dict[str, Answer]) -> None:
         self._answers = answers
@@ -58,7 +58,7 @@ class _Teacher(_Scripted, TeacherServiceServicer):
 
 @contextmanager
 def odd_service(**answers: Answer) -> Iterator[str]:
-    """The target of a server that is trainer and teacher at once; each answer is a generator of messages."""
+    """Starts a server that is trainer and teacher at once and yields its target; each response is a generator of messages."""
     server = grpc.server(ThreadPoolExecutor(4))
     add_RunServiceServicer_to_server(_Trainer(answers), server)
     add_TeacherServiceServicer_to_server(_Teacher(answers), server)
@@ -71,7 +71,7 @@ def odd_service(**answers: Answer) -> Iterator[str]:
 
 
 class TcpLine:
-    """Forwards connections to `target`; `cut` ends all of them, as a network does that fails."""
+    """Forwards connections to `target`; `cut` ends all of them, like a failing network."""
 
     def __init__(self, target: str) -> None:
         host, _, port = target.rpartition(":")
@@ -92,7 +92,7 @@ class TcpLine:
         self.cut()
 
     def cut(self) -> None:
-        """Ends every connection; later ones are served again."""
+        """Ends every connection; later ones are forwarded again."""
         with self._lock:
             sockets, self._sockets = self._sockets, []
         for each in sockets:

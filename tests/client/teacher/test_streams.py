@@ -1,4 +1,4 @@
-"""Streams of the trainer that break off: nothing is lost, nothing comes twice, and waiting has an end."""
+"""Broken streams of the trainer: nothing is lost or repeated, and waiting has an end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def metrics(sequence: int, step: int, **values: float) -> WatchRunResponse:
     return WatchRunResponse(sequence=sequence, metrics=MetricPoint(step=step, values=named))
 
 
-def test_watching_goes_on_after_the_last_sequence() -> None:
+def test_watching_resumes_after_the_last_sequence() -> None:
     asked: list[int] = []
 
     def watch(request: Any) -> Iterator[WatchRunResponse]:
@@ -91,8 +91,8 @@ def test_waiting_for_a_lost_trainer_has_an_end() -> None:
             next(events)
 
 
-def test_a_long_silence_before_a_break_costs_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that waits in a queue says nothing for hours; its watch is opened again like any other."""
+def test_a_long_silence_before_a_break_does_not_count_as_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queued run sends nothing for hours; its watch is opened again like any other."""
     monkeypatch.setattr(connection, "CONNECTED_S", 0.2)
     asked: list[int] = []
 
@@ -134,7 +134,7 @@ def test_watch_shows_changes_steps_and_evaluations_as_lines() -> None:
     ]
 
 
-def test_a_log_goes_on_at_the_next_byte() -> None:
+def test_a_log_resumes_at_the_next_byte() -> None:
     whole = "Schüsse\nfertig\n".encode()
     asked: list[int] = []
 
@@ -151,7 +151,7 @@ def test_a_log_goes_on_at_the_next_byte() -> None:
 
 
 class Files:
-    """Artifacts of an odd trainer: it breaks off after `most` bytes and may state another SHA-256."""
+    """Artifacts of a faulty trainer: it breaks off after `most` bytes and may state another SHA-256."""
 
     def __init__(self, content: dict[str, bytes], *, most: int = 1 << 30, stated: str = "") -> None:
         self.content, self.most, self.stated = content, most, stated
@@ -184,14 +184,14 @@ class Files:
             return RunHandle(trainer, NAME).pull(what, directory)
 
 
-def test_a_download_that_breaks_off_goes_on_where_it_broke(tmp_path: Path) -> None:
+def test_a_broken_download_is_resumed(tmp_path: Path) -> None:
     files = Files({"final/a/weights": bytes(range(10))}, most=4)
     assert files.pull(tmp_path / "out") == [tmp_path / "out" / "a" / "weights"]
     assert (tmp_path / "out/a/weights").read_bytes() == bytes(range(10))
     assert files.asked == [("final/a/weights", 0), ("final/a/weights", 4), ("final/a/weights", 8)]
 
 
-def test_an_earlier_part_is_taken_up_and_a_whole_file_is_kept(tmp_path: Path) -> None:
+def test_a_partial_file_is_resumed_and_a_complete_file_is_kept(tmp_path: Path) -> None:
     files = Files({"final/x": b"0123456789"})
     (tmp_path / "x.part").write_bytes(b"01234")
     files.pull(tmp_path)
@@ -201,7 +201,7 @@ def test_an_earlier_part_is_taken_up_and_a_whole_file_is_kept(tmp_path: Path) ->
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
-def test_a_part_of_another_file_is_thrown_away(tmp_path: Path) -> None:
+def test_a_partial_file_of_another_artifact_is_discarded(tmp_path: Path) -> None:
     files = Files({"final/x": b"0123456789"})
     (tmp_path / "x.part").write_bytes(b"other")
     files.pull(tmp_path)
@@ -223,7 +223,7 @@ def test_a_trainer_cannot_write_elsewhere(tmp_path: Path, path: str) -> None:
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_what_is_not_there_is_named_with_what_is(tmp_path: Path) -> None:
+def test_an_absent_artifact_is_named_with_the_existing_ones(tmp_path: Path) -> None:
     files = Files({"final/x": b"0", "checkpoints/10/state": b"0", "spec.json": b"{}"})
     with pytest.raises(
         StillhouseError, match=r'has no artifact "finale"; it has: checkpoints/10, final, spec\.json'

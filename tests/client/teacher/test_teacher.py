@@ -43,7 +43,7 @@ def test_info_names_model_limits_and_capabilities(hf_teacher: Program, models: M
     assert "vocabulary         384 tokens, 392 with padding" in text
 
 
-def test_of_several_services_the_first_that_answers_is_asked(hf_teacher: Program, tmp_path: Path) -> None:
+def test_of_several_services_the_first_that_responds_is_used(hf_teacher: Program, tmp_path: Path) -> None:
     both = f"unix:{tmp_path}/nobody, {hf_teacher.target}"
     written = lines(command(both, "generate", "Ada", "--seed", "1", "--max-new-tokens", "4", "--json"))
     alone = lines(
@@ -80,7 +80,7 @@ def test_a_teacher_cannot_write_elsewhere(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pieces_gather_into_the_same_text_as_one_sample_alone(teacher: Teacher) -> None:
+def test_streamed_pieces_join_to_the_text_of_one_sample_alone(teacher: Teacher) -> None:
     options: dict[str, Any] = {"seed": 3, "max_new_tokens": 8}
     prompts: list[Any] = ["Ada has 3 apples: ", [5, 6, 7], [{"role": "user", "content": "Hello"}]]
     whole: dict[tuple[int, int], Completion] = {
@@ -140,9 +140,7 @@ def test_generate_takes_conversations(hf_teacher: Program, tmp_path: Path) -> No
         ("[]\n[", "2: this line is not JSON: Expecting value: line 1 column 2 (char 1)."),
     ],
 )
-def test_bad_conversations_are_named_before_anything_is_asked(
-    tmp_path: Path, text: str, sentence: str
-) -> None:
+def test_bad_conversations_are_named_before_any_request(tmp_path: Path, text: str, sentence: str) -> None:
     file = tmp_path / "chat.json"
     file.write_text(text if "\n" not in text else '[{"role": "user", "content": "x"}]\n[')
     result = command("127.0.0.1:1", "generate", "--chat", "--file", str(file))
@@ -150,7 +148,7 @@ def test_bad_conversations_are_named_before_anything_is_asked(
     assert sentence in result.stderr
 
 
-def test_every_sequence_gets_its_own_answer_or_error(teacher: Teacher) -> None:
+def test_every_sequence_gets_its_own_result_or_error(teacher: Teacher) -> None:
     answers = by_id(
         teacher.score([ScoreItem(id="a", token_ids=IDS[0], start=4), ("b", [5, 999]), ("c", [])], top_k=5)
     )
@@ -177,7 +175,7 @@ def test_sequences_are_read_at_most_the_window_ahead(teacher: Teacher) -> None:
     assert max(ahead) <= 3 + 2  # one in the reader's hand, one taken off while it is counted
 
 
-def test_what_the_caller_raises_comes_back_after_the_answers(teacher: Teacher) -> None:
+def test_an_error_of_the_callers_iterable_is_raised_after_the_results(teacher: Teacher) -> None:
     def sequences() -> Iterator[tuple[int, list[int]]]:
         yield 0, IDS[0]
         raise OSError("disk gone")
@@ -189,7 +187,7 @@ def test_what_the_caller_raises_comes_back_after_the_answers(teacher: Teacher) -
 
 
 @pytest.mark.faults(row=1)
-def test_a_lost_stream_is_opened_again_and_every_sequence_answered_once(
+def test_a_lost_stream_is_opened_again_and_every_sequence_scored_once(
     hf_teacher: Program, teacher: Teacher
 ) -> None:
     undisturbed = by_id(teacher.score(enumerate(IDS), top_k=4))
@@ -260,7 +258,7 @@ def test_score_reads_json_lines_and_writes_text_json_and_npz(hf_teacher: Program
         ('{"ids": [1]}', ':2: expects an object such as {"id": 1, "token_ids": [5, 9], "start": 1}.'),
     ],
 )
-def test_a_bad_line_is_named_after_the_answers_before_it(
+def test_a_bad_line_is_named_after_the_results_before_it(
     hf_teacher: Program, tmp_path: Path, line: str, sentence: str
 ) -> None:
     file = tmp_path / "ids.jsonl"
@@ -303,7 +301,7 @@ def test_an_adapter_is_uploaded_loaded_listed_and_unloaded(hf_teacher: Program, 
     assert "cannot read absent/adapter_config.json: No such file or directory." in result.stderr
 
 
-def test_limits_are_told_with_the_remedy(hf_teacher: Program) -> None:
+def test_limits_are_reported_with_the_remedy(hf_teacher: Program) -> None:
     result = command(hf_teacher.target, "score", "--top-k", "999", stdin='{"token_ids": [5, 6]}')
     assert result.exit_code == 2
     assert "999" in result.stderr

@@ -1,4 +1,4 @@
-"""What a person sees on a terminal: a progress bar, lines above it, and what Ctrl-C does."""
+"""Progress on a terminal: a bar, lines above it, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_terminal_gets_a_bar_with_lines_above_it() -> None:
     assert "9/9" in shown
 
 
-def test_ctrl_c_leaves_the_run_and_says_how_to_go_on() -> None:
+def test_ctrl_c_leaves_the_run_and_says_how_to_watch_it_again() -> None:
     asked, done = threading.Event(), threading.Event()
 
     def watch(_: Any) -> Iterator[WatchRunResponse]:
@@ -124,14 +124,14 @@ def test_a_batch_shows_a_bar_on_a_terminal_and_nothing_elsewhere(tmp_path: Path)
     os.close(ours)
     for part in ("out.jsonl", "100%", "2 rows, 1 failed", "tokens/s"):
         assert part in shown
-    summary = f"{tmp_path}/out.jsonl: 2 rows, 1 failed; asked for 2, 2 tokens in"
+    summary = f"{tmp_path}/out.jsonl: 2 rows, 1 failed; 2 samples, 2 tokens in"
     assert said.startswith(summary)
     assert quiet.stdout.startswith(summary)
     assert (quiet.stderr, as_json.stderr) == ("", "")
     assert json.loads(as_json.stdout)["failed"] == 1
 
 
-def test_ctrl_c_says_that_a_batch_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_ctrl_c_says_how_a_batch_is_resumed(tmp_path: Path) -> None:
     asked, done = threading.Event(), threading.Event()
 
     def generate(_: Any) -> Iterator[teacher_pb2.GenerateResponse]:

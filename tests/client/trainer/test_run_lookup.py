@@ -1,4 +1,4 @@
-"""A whole id, a unique prefix, or `latest`."""
+"""Lookup of a run by complete id, unique prefix, or `latest`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_prefix_latest_and_resource_name() -> None:
     assert find("runs/abd") == "abdabdabdabd"
 
 
-def test_a_whole_id_is_not_looked_up() -> None:
+def test_a_complete_id_is_not_looked_up() -> None:
     def never() -> Iterator[str]:
         raise AssertionError
 
@@ -38,13 +38,13 @@ def test_a_whole_id_is_not_looked_up() -> None:
         ("", Reason.INVALID_REQUEST, '"" is not a run id: give one of 12 characters of a-z and 2-7, a prefix of one, or "latest"; `stillhouse run list` shows them.'),
     ],
 )  # fmt: skip
-def test_what_is_no_run_gets_one_sentence(wanted: str, reason: Reason, sentence: str) -> None:
+def test_an_invalid_run_id_gets_one_sentence(wanted: str, reason: Reason, sentence: str) -> None:
     with pytest.raises(StillhouseError) as caught:
         find(wanted)
     assert (caught.value.reason, str(caught.value)) == (reason, sentence)
 
 
-def test_latest_of_none_says_how_to_make_one() -> None:
+def test_latest_without_runs_says_how_to_create_one() -> None:
     with pytest.raises(
         StillhouseError, match="there is no run yet; `stillhouse run create FILE` creates one"
     ):
