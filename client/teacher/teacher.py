@@ -10,10 +10,10 @@ from typing import Any
 from stillhouse.client.core.connection import PATIENCE_S, Connection, OnLost
 from stillhouse.client.core.errors import file_error
 from stillhouse.client.core.settings import DEFAULT_TEACHER
-from stillhouse.client.teacher.adapter_upload import adapter_chunks
 from stillhouse.client.teacher.generate import Completion, Gathering, Piece, as_prompt, pieces
 from stillhouse.client.teacher.score import ScoreAnswer, Sequenced, score
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.adapter import FILES, upload_requests
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
@@ -182,5 +182,10 @@ class Teacher(Connection):
         self, directory: Path | str, *, on_bytes: Callable[[int], None] | None = None
     ) -> teacher_pb2.UploadAdapterResponse:
         """Copies adapter_config.json and adapter_model.safetensors to the teacher's host, for load_adapter()."""
-        with adapter_chunks(Path(directory), on_bytes) as requests:
-            return self.call(self.stub.UploadAdapter, requests, timeout_s=LOAD_TIMEOUT_S)
+        for name in FILES:
+            try:
+                (Path(directory) / name).open("rb").close()
+            except OSError as error:
+                raise file_error("read", Path(directory) / name, error) from error
+        requests = upload_requests(Path(directory), on_bytes or (lambda _: None))
+        return self.call(self.stub.UploadAdapter, requests, timeout_s=LOAD_TIMEOUT_S)

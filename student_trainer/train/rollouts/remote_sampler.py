@@ -6,7 +6,6 @@ cannot be taken for that of another version, however a crash falls between uploa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +20,7 @@ import structlog
 from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
-from stillhouse.protos.files.adapter import CONFIG, FILES
+from stillhouse.protos.files.adapter import CONFIG, upload_requests
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_HOT_ADAPTERS,
     DistributionConfig,
@@ -33,7 +32,6 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     SampleChunk,
     SamplingParams,
     UnloadAdapterRequest,
-    UploadAdapterRequest,
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
@@ -47,7 +45,6 @@ from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, E
 log = structlog.get_logger()
 
 LOAD_TIMEOUT_S = 600.0
-CHUNK_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -180,7 +177,7 @@ class RemoteSampler(Endpoint):
 
     def _load(self, stub: TeacherServiceStub, query: RolloutQuery) -> tuple[str, str]:
         """Loads an adapter in the service, and frees the one before; returns its name and fingerprint."""
-        stored = stub.UploadAdapter(_chunks(query.adapter), timeout=LOAD_TIMEOUT_S)
+        stored = stub.UploadAdapter(upload_requests(query.adapter), timeout=LOAD_TIMEOUT_S)
         name = f"{self._run_name}/{query.version}-{stored.fingerprint[:12]}"
         before, self._loaded = self._loaded, name
         if before and before != name:
@@ -273,11 +270,3 @@ def _sort_settings(settings: Path) -> None:
         for name, value in values.items()
     }
     settings.write_text(json.dumps(ordered, sort_keys=True))
-
-
-def _chunks(directory: Path) -> Iterator[UploadAdapterRequest]:
-    for name in FILES:
-        data = (directory / name).read_bytes()
-        yield UploadAdapterRequest(file_name=name, sha256=hashlib.sha256(data).hexdigest())
-        for first in range(0, len(data), CHUNK_BYTES):
-            yield UploadAdapterRequest(data=data[first : first + CHUNK_BYTES])

@@ -11,8 +11,8 @@ import grpc
 import numpy as np
 import pytest
 
-from stillhouse.client.teacher.adapter_upload import adapter_chunks
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
+from stillhouse.protos.files.adapter import upload_requests
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import decode_distributions
 from tests.conftest import Models
@@ -38,8 +38,7 @@ def teacher(request: pytest.FixtureRequest) -> Iterator[Teacher]:
 
 
 def upload(teacher: Teacher, directory: Path) -> teacher_pb2.UploadAdapterResponse:
-    with adapter_chunks(directory, None) as chunks:
-        answer: teacher_pb2.UploadAdapterResponse = teacher.stub.UploadAdapter(chunks)
+    answer: teacher_pb2.UploadAdapterResponse = teacher.stub.UploadAdapter(upload_requests(directory))
     return answer
 
 
