@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from scripts.reference.markdown import NOTE, table
+from stillhouse.protos.telemetry.metrics import MetricSample
 from stillhouse.student_trainer.runs import metrics as trainer
 from stillhouse.teacher_service import metrics as teacher
 
@@ -102,7 +103,7 @@ def _readings(path: Path) -> Iterator[tuple[str, str, str]]:
         if node.func.id in ("Counter", "Histogram"):
             full, about = (ast.literal_eval(each) for each in node.args[:2])
             yield full.removeprefix("stillhouse_"), node.func.id.lower(), about
-        elif node.func.id == "Reading":
+        elif node.func.id == MetricSample.__name__:
             plain = {each.arg: each.value for each in node.keywords}
             name, text, kind = (plain.get(key) for key in ("name", "help", "kind"))
             if isinstance(name, ast.Constant) and isinstance(text, ast.Constant):
