@@ -52,7 +52,7 @@ class RowSpec:
 def distributions(
     hidden_TH: Tensor,
     head: Callable[[Tensor], Tensor],
-    target: RowSpec,
+    spec: RowSpec,
     options: DistributionOptions,
     *,
     vocab_size: int,
@@ -63,9 +63,9 @@ def distributions(
     for NaN or infinite logits. Log-probabilities are natural and normalised over all `vocab_size` rows.
     """
     chunk = max(1, CHUNK_ELEMENTS // vocab_size)
-    draws_TR = uniforms(target, options)
+    uniforms_TR = uniforms(spec, options)
     parts = [
-        rows(head(rows_TH), rows_TH, begin=index * chunk, target=target, options=options, draws_TR=draws_TR)
+        rows(head(rows_TH), rows_TH, begin=index * chunk, spec=spec, options=options, uniforms_TR=uniforms_TR)
         for index, rows_TH in enumerate(torch.split(hidden_TH, chunk))
     ]
     return parts[0] if len(parts) == 1 else Distributions.concat(parts)
@@ -76,9 +76,9 @@ def rows(
     hidden_TH: Tensor,
     *,
     begin: int,
-    target: RowSpec,
+    spec: RowSpec,
     options: DistributionOptions,
-    draws_TR: Float64Array | None,
+    uniforms_TR: Float64Array | None,
 ) -> Distributions:
     """Computes rows [begin, begin + T) of `spec` from logits of any float type, which are not modified.
 
@@ -90,9 +90,9 @@ def rows(
             logits_TV[row : row + size],
             hidden_TH[row : row + size],
             begin=begin + row,
-            target=target,
+            spec=spec,
             options=options,
-            draws_TR=draws_TR,
+            uniforms_TR=uniforms_TR,
         )
         for row in range(0, len(logits_TV), size)
     ]
@@ -104,18 +104,18 @@ def _group(
     hidden_TH: Tensor,
     *,
     begin: int,
-    target: RowSpec,
+    spec: RowSpec,
     options: DistributionOptions,
-    draws_TR: Float64Array | None,
+    uniforms_TR: Float64Array | None,
 ) -> Distributions:
     logits_TV = as_float32(logits_TV)
     num_rows = len(logits_TV)
-    first = target.start + begin
+    first = spec.start + begin
     top = normalised(logits_TV, options.top_k)
     require_finite(top.finite, first)
     lse_T1 = top.lse.float()
-    target_T1 = _to(target.sequence[first : first + num_rows], logits_TV).unsqueeze(-1)
-    query_TQ = None if target.query_token_ids is None else target.query_token_ids[begin : begin + num_rows]
+    target_T1 = _to(spec.sequence[first : first + num_rows], logits_TV).unsqueeze(-1)
+    query_TQ = None if spec.query_token_ids is None else spec.query_token_ids[begin : begin + num_rows]
     return Distributions(
         start=first,
         token_ids=_numpy(top.token_ids.int()),
@@ -125,8 +125,8 @@ def _group(
         log_partitions=_numpy_or_none(log_partitions(logits_TV, lse_T1, options.temperatures)),
         query_logprobs=None if query_TQ is None else _query_logprobs(logits_TV, lse_T1, query_TQ),
         sampled_token_ids=None
-        if draws_TR is None
-        else _numpy(sampled_ids(logits_TV, draws_TR[begin : begin + num_rows])),
+        if uniforms_TR is None
+        else _numpy(sampled_ids(logits_TV, uniforms_TR[begin : begin + num_rows])),
         entropy=_numpy(entropies(logits_TV, lse_T1)) if options.entropy else None,
         hidden_states=_numpy(hidden_TH.float()) if options.hidden_states else None,
     )
@@ -284,7 +284,7 @@ def entropies(logits_TV: Tensor, lse_T1: Tensor) -> Tensor:
     return -(logprobs_TV.exp() * logprobs_TV).sum(dim=-1)
 
 
-def sampled_ids(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
+def sampled_ids(logits_TV: Tensor, uniforms_TR: Float64Array) -> Tensor:
     """Samples [T, R] ids: the inverse of the cumulative distribution, in vocabulary order, at the given uniforms.
 
     A block of the vocabulary is located first, so that only block sums and the selected blocks are added up in double
@@ -298,7 +298,7 @@ def sampled_ids(logits_TV: Tensor, draws_TR: Float64Array) -> Tensor:
     blocks_TNW = exps_TV.view(num_rows, -1, SAMPLE_BLOCK)
     sums_TN = blocks_TNW.sum(dim=-1).double()
     cumulative_TN = sums_TN.cumsum(dim=-1)
-    numbers_TR = _below(torch.from_numpy(draws_TR).to(logits_TV.device), cumulative_TN[:, -1:])
+    numbers_TR = _below(torch.from_numpy(uniforms_TR).to(logits_TV.device), cumulative_TN[:, -1:])
     block_TR = torch.searchsorted(cumulative_TN, numbers_TR, right=True)
     sum_TR = sums_TN.gather(1, block_TR)
     share_TR = (numbers_TR - cumulative_TN.gather(1, block_TR) + sum_TR).clamp_min(0) / sum_TR
@@ -314,7 +314,7 @@ def _below(shares: Tensor, totals: Tensor) -> Tensor:
     return torch.minimum(shares * totals, torch.nextafter(totals, torch.zeros_like(totals)))
 
 
-def uniforms(target: RowSpec, options: DistributionOptions) -> Float64Array | None:
+def uniforms(spec: RowSpec, options: DistributionOptions) -> Float64Array | None:
     """[T, R] uniforms in [0, 1), None if no samples are requested.
 
     Number r of a position is read from SHAKE-128 over the seed and the prefix, so it is independent of other
@@ -323,17 +323,17 @@ def uniforms(target: RowSpec, options: DistributionOptions) -> Float64Array | No
     if options.num_sampled_tokens == 0:
         return None
     num_bytes = 8 * options.num_sampled_tokens
-    rows = [np.frombuffer(digest, "<u8") for digest in _prefix_digests(target, options.seed, num_bytes)]
+    rows = [np.frombuffer(digest, "<u8") for digest in _prefix_digests(spec, options.seed, num_bytes)]
     # The 53 highest bits: the numbers in [0, 1) that doubles represent evenly.
     return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def _prefix_digests(target: RowSpec, seed: int, num_bytes: int) -> Iterator[bytes]:
+def _prefix_digests(spec: RowSpec, seed: int, num_bytes: int) -> Iterator[bytes]:
     """Yields one digest per row, over the seed and the row's prefix."""
-    tokens = np.ascontiguousarray(target.sequence, "<i4")
+    tokens = np.ascontiguousarray(spec.sequence, "<i4")
     state = hashlib.shake_128(b"stillhouse draws" + seed.to_bytes(8, "little", signed=True))
-    state.update(tokens[: target.start].tobytes())
-    for position in range(target.start, len(tokens)):
+    state.update(tokens[: spec.start].tobytes())
+    for position in range(spec.start, len(tokens)):
         yield state.digest(num_bytes)
         state.update(tokens[position : position + 1].tobytes())
 

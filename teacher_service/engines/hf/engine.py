@@ -167,10 +167,10 @@ class HfEngine:
 
     def _score_one(self, job: ScoreJob, rows_TH: torch.Tensor) -> None:
         item = job.item
-        target = RowSpec(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
+        spec = RowSpec(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
         try:
             result = distributions(
-                rows_TH, self._model.head, target, item.options, vocab_size=self._model.vocab_size
+                rows_TH, self._model.head, spec, item.options, vocab_size=self._model.vocab_size
             )
         except StillhouseError as error:
             job.future.set_exception(error)

@@ -1,4 +1,4 @@
-"""Whether an adapter's files are a LoRA adapter of the served model: vLLM itself takes weights of other shapes in silence."""
+"""Validates an adapter's files against the served model, since vLLM silently accepts weights of other shapes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shapes = Mapping[str, frozenset[tuple[int, ...]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AdapterRules:
-    """What an adapter of one model must be."""
+    """Limits on the adapters of one model."""
 
     max_rank: int
     """Largest rank."""
@@ -26,7 +26,7 @@ class AdapterRules:
     """Shapes of the model's matrices by module, such as "layers.0.self_attn.q_proj"; empty where they are packed."""
 
     def check(self, name: str, directory: Path) -> int:
-        """The adapter's rank. Raises `StillhouseError` (ADAPTER_INVALID) saying what is wrong with it."""
+        """Validates an adapter; returns its rank. Raises `StillhouseError` (ADAPTER_INVALID) with the defect."""
         rank = self._check_config(name, directory / "adapter_config.json")
         self._check_weights(name, directory / "adapter_model.safetensors")
         return rank
@@ -66,7 +66,7 @@ class AdapterRules:
             raise invalid(name, f"its {path.name} cannot be read ({first_line(error)})") from error
 
     def _check_fit(self, name: str, key: str, shape: tuple[int, ...]) -> None:
-        """lora_A [rank, in] and lora_B [out, rank] of a matrix [out, in]; some models keep theirs transposed."""
+        """Checks lora_A [rank, in] and lora_B [out, rank] of a matrix [out, in], which some models store transposed."""
         module, _, part = key.rpartition(".lora_")
         place = _place(module)
         if place is None or part not in {"A.weight", "B.weight"} or len(shape) != 2:
@@ -76,7 +76,7 @@ class AdapterRules:
             kind = place.rpartition(".")[2]
             if any(other.endswith(f".{kind}") for other in self.shapes):
                 raise invalid(name, f"it adapts {place}, which this model does not have")
-            return  # modules that vLLM builds from several, or whose matrices are packed
+            return  # modules that vLLM fuses, or whose matrices are packed
         width = shape[1] if part == "A.weight" else shape[0]
         if not any(width in matrix for matrix in known):
             raise invalid(
@@ -85,7 +85,7 @@ class AdapterRules:
 
 
 def matrix_shapes(directory: Path) -> Shapes:
-    """Shapes of the matrices in the model's layers, from the heads of its weight files."""
+    """Shapes of the matrices in the model's layers, from the headers of its weight files."""
     from safetensors import safe_open
 
     found: dict[str, set[tuple[int, ...]]] = defaultdict(set)
@@ -109,13 +109,13 @@ def _matrices(weights: Any) -> Iterable[tuple[str, tuple[int, ...]]]:
 
 
 def _place(module: str) -> str | None:
-    """The module's name from its layer on: what stands before differs between files of the same model."""
+    """Module name from its layer on; the prefix differs between files of one model."""
     _, found, rest = module.rpartition("layers.")
     return f"layers.{rest}" if found else None
 
 
 def invalid(name: str, why: str) -> StillhouseError:
-    """What is said of an adapter that is not loaded."""
+    """Builds the error for an adapter that is not loaded."""
     return StillhouseError(
         Reason.ADAPTER_INVALID, f"Adapter {name!r} cannot be loaded: {why.rstrip('.')}.", resource=name
     )

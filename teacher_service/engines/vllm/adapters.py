@@ -1,4 +1,4 @@
-"""LoRA adapters inside vLLM: who has which slot, and ids that are never given twice."""
+"""LoRA adapters inside vLLM: slots, and ids that are never reused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 
 
 class VllmAdapters:
-    """The adapters of one `AsyncLLM`, which `load` and `unload` are given.
+    """Adapters of one `AsyncLLM`, which is passed to `load` and `unload`.
 
-    vLLM tells adapters apart by a number, and its cache of computed prefixes by a name: both are made anew for every
-    load, so that nothing computed for one adapter can serve another.
+    vLLM identifies adapters by number, and its prefix cache by name: both are new for every load, so that nothing
+    cached for one adapter serves another.
     """
 
     def __init__(self, *, max_adapters: int, rules: AdapterRules) -> None:
@@ -33,7 +33,7 @@ class VllmAdapters:
         return tuple(adapter for adapter, _ in self._loaded.values())
 
     def request(self, name: str) -> Any:
-        """vLLM's `LoRARequest` for a name, None for the base model. Raises `StillhouseError` (ADAPTER_NOT_FOUND)."""
+        """vLLM's `LoRARequest` of a name; None for the base model. Raises `StillhouseError` (ADAPTER_NOT_FOUND)."""
         if not name:
             return None
         if name not in self._loaded:
@@ -64,7 +64,7 @@ class VllmAdapters:
             )
             try:
                 accepted = await llm.add_lora(request)
-            except Exception as error:  # whatever vLLM's worker makes of the files
+            except Exception as error:  # any error of vLLM's worker on these files
                 await llm.check_health()
                 raise invalid(name, first_line(error)) from error
             if not accepted:

@@ -1,4 +1,4 @@
-"""One vLLM engine for scoring and writing: token ids in, arrays out, by the tier that `vllm_probe` found to work."""
+"""vLLM engine for scoring and generation: token ids in, arrays out, by the tier that `tier_selection` chose."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ from stillhouse.teacher_service.models.fingerprint import model_fingerprint
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 
 SHUTDOWN_TIMEOUT_S = 30.0
-"""Time for vLLM's processes to end by themselves; they are killed after it."""
+"""Time for vLLM's processes to exit before they are killed."""
 
 
 class VllmEngine:
-    """Engine on vLLM's `AsyncLLM`, which runs the model in processes of its own.
+    """Engine on vLLM's `AsyncLLM`, which runs the model in its own processes.
 
-    Distributions are raw: at temperature 1, before any sampling setting. Below the tier worker, vLLM tells nothing
-    about the distribution after temperature, top-p and top-k, whose normaliser needs the whole vocabulary. There
+    Distributions are raw: at temperature 1, before any sampling parameter. Below the tier worker, vLLM reports
+    nothing about the distribution after temperature, top-p and top-k, whose normaliser needs all logits. There
     `sampling_logprobs` has values where that distribution is the raw one (temperature 1, top-p 1, no top-k, no
-    padding of the output layer that has to be kept out) and for greedy samples (0), and is empty everywhere else.
+    padding of the output layer to exclude) and for greedy samples (0), and is empty otherwise.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class VllmEngine:
         processes: Sequence[psutil.Process] = (),
         guard: OrphanGuard | None = None,
     ) -> None:
-        """`processes` are those of `llm`, which go with it; `guard` sees to that where this process cannot."""
+        """`processes` are those of `llm` and end with it; `guard` ends them if this process cannot."""
         self._llm = llm
         self._info = info
         self._adapters = adapters
@@ -84,10 +84,10 @@ class VllmEngine:
 
     @classmethod
     async def load(cls, config: TeacherConfig) -> VllmEngine:
-        """The engine, once its model has answered.
+        """Starts the engine; returns once its model has answered.
 
-        Raises `StillhouseError`: INVALID_CONFIG without a vLLM that fits or for settings that it refuses,
-        INVALID_CONFIG also for an engine that ends at its first request, MODEL_NOT_FOUND.
+        Raises `StillhouseError`: INVALID_CONFIG without a suitable vLLM, for settings that it refuses, or if it ends
+        at its first request; MODEL_NOT_FOUND.
         """
         version = require_vllm()
         set_environment(config)
@@ -97,7 +97,7 @@ class VllmEngine:
         others = set(psutil.Process().children(recursive=True))
         try:
             llm = await asyncio.to_thread(_start, config, files.directory)
-        except Exception:  # a cancelled start goes on in its thread, and needs its guard
+        except Exception:  # a cancelled start continues in its thread, and needs its guard
             await asyncio.to_thread(guard.release)
             raise
         processes = [
@@ -129,23 +129,23 @@ class VllmEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What is loaded."""
+        """The loaded model and its limits."""
         return self._info
 
     async def score(self, item: ScoreInput) -> Distributions:
-        """Distributions of one sequence; cancelling aborts it inside vLLM."""
+        """Computes the distributions of one sequence; cancelling aborts it inside vLLM."""
         try:
             return await self.score_once(item, reuse=True)
         except RowsMissingError:
             return await self.score_once(item, reuse=False)
 
     async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
-        """As `score`, from the prefix cache only with `reuse`. Raises RowsMissingError where rows came from there."""
+        """Scores once, using the prefix cache only with `reuse`. Raises RowsMissingError if rows came from the cache."""
         ids, params = self._tier.score_params(item, reuse=reuse)
         return self._tier.read_scores(item, await self._last_output(ids, params, item.adapter))
 
     async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
-        """Chunks of one sample; closing the iterator aborts it inside vLLM."""
+        """Streams the chunks of one sample; closing the iterator aborts it inside vLLM."""
         position = len(item.token_ids)
         params = self._tier.generate_params(item)
         async with aclosing(self._outputs(item.token_ids.tolist(), params, item.adapter)) as outputs:
@@ -155,7 +155,7 @@ class VllmEngine:
                 yield chunk
 
     async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
-        """Loads an adapter while others are served."""
+        """Loads an adapter while serving."""
         with translated():
             return await self._adapters.load(self._alive(), name, path)
 
@@ -169,22 +169,23 @@ class VllmEngine:
         return self._adapters.all()
 
     async def check(self) -> None:
-        """Raises `StillhouseError` (TEACHER_UNREACHABLE) once a process of vLLM has died: it does not recover."""
+        """Raises `StillhouseError` (TEACHER_UNREACHABLE) once a process of vLLM has died, from which it does not
+        recover."""
         with translated():
             await self._alive().check_health()
 
     async def close(self) -> None:
-        """Aborts what runs and ends vLLM's processes; later calls do nothing."""
+        """Aborts all work and ends vLLM's processes; further calls do nothing."""
         llm, self._llm = self._llm, None
         if llm is None:
             return
         if not llm.errored and self._running:
-            with suppress(Exception):  # it is going away in any case
+            with suppress(Exception):  # it ends in any case
                 await llm.abort(list(self._running))
         await asyncio.to_thread(_stop, llm, self._processes, self._guard)
 
     async def _warm_up(self) -> None:
-        """Scores and writes once, so that no request pays for what is made on first use."""
+        """Scores and generates once, so that no request pays for lazy initialisation."""
         options = DistributionOptions(top_k=1)
         await self.score(ScoreInput(token_ids=np.zeros(2, np.int32), start=1, options=options))
         item = GenerateInput(token_ids=np.zeros(1, np.int32), max_new_tokens=1, options=options)
@@ -201,7 +202,7 @@ class VllmEngine:
         return last
 
     async def _outputs(self, ids: list[int], params: Any, adapter: str) -> AsyncGenerator[Any]:
-        """vLLM's outputs for one request; closing the generator aborts the request."""
+        """Streams vLLM's outputs of one request; closing the generator aborts the request."""
         from vllm.inputs import tokens_input
 
         request_id = str(next(self._numbers))
@@ -224,7 +225,7 @@ class VllmEngine:
 
 
 def _start(config: TeacherConfig, directory: Path) -> Any:
-    """vLLM with the model in memory. Blocks for half a minute."""
+    """Starts vLLM and loads the model, which blocks for half a minute."""
     from transformers import AutoConfig
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -241,14 +242,14 @@ def _start(config: TeacherConfig, directory: Path) -> Any:
     try:
         with switched_on() if "worker_extension_cls" in arguments else nullcontext():
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    except Exception as error:  # whatever vLLM makes of a model, a method of quantisation or a platform
+    except Exception as error:  # any error of vLLM on a model, a quantisation method or a platform
         raise not_started(config.model, error) from error
 
 
 def _stop(llm: Any, processes: Sequence[psutil.Process], guard: OrphanGuard | None) -> None:
-    """Ends vLLM, and its workers too where their parent was killed and they live on without it."""
+    """Ends vLLM, and workers that outlive a killed parent."""
     llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
-    # Its destructor does so again, when the modules that it needs may be gone.
+    # Its destructor calls it again, when the modules that it needs may be gone.
     llm.shutdown = lambda: None
     kill_all(processes)
     if guard is not None:

@@ -1,4 +1,4 @@
-"""From the teacher's settings to vLLM's: which builds are taken, and what a CPU needs that a GPU does not."""
+"""vLLM's arguments and environment from the teacher's settings: supported versions, CPU defaults, quantisation methods."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from stillhouse.teacher_service.engines.vllm.worker.request_plan import HELPER_T
 from stillhouse.teacher_service.models.files import is_quantised
 
 VERSIONS = ((0, 32), (0, 33))
-"""Minor versions that this engine was written for. Tests run the CPU build of 0.32; for the others, and for GPUs, the tiers
-check themselves at the start."""
+"""Supported minor versions. Tests run the CPU build of 0.32; for the others, and for GPUs, tiers check themselves at
+the start."""
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Sizes of adapter slots that vLLM can make."""
+"""Ranks of the adapter slots that vLLM can allocate."""
 MAX_RUNNING_SEQUENCES = 256
 CPU_BLOCK_TOKENS = 32
-"""Tokens of a block of the prefix cache on a CPU, the fewest that its kernels take: what is left of a prompt after its
-last whole block is computed again for each of its completions."""
+"""Block size of the prefix cache on a CPU, the smallest of its kernels: the rest of a prompt after its last full
+block is recomputed for each of its completions."""
 WORKER_EXTENSION = "stillhouse.teacher_service.engines.vllm.worker.extension.WorkerExtension"
-"""What vLLM's worker finds the class by; it does nothing before it is told to."""
-# On a CPU the worker of the lower tiers holds float32 logits of a whole chunk of a prompt: half a GiB at this many elements.
+"""Import path of the worker extension, which does nothing until called."""
+# On a CPU the worker of the lower tiers holds float32 logits of a full chunk of a prompt: half a GiB at this many elements.
 _CPU_LOGITS_ELEMENTS = 1 << 27
 _CPU_MIN_BATCH_TOKENS = 256
 _CPU_BATCH_TOKENS = 2048
-"""So few that answers leave while others are computed: of a model of half a billion weights a core reads about 100 a second."""
+"""Small enough that results leave while others are computed: a core reads about 100 tokens a second of a model with
+half a billion weights."""
 
 
 def require_vllm() -> str:
-    """The version of the installed vLLM. Raises `StillhouseError` (INVALID_CONFIG) if it is missing or untried."""
+    """Version of the installed vLLM. Raises `StillhouseError` (INVALID_CONFIG) if it is missing or unsupported."""
     if find_spec("vllm") is None:
         raise StillhouseError(
             Reason.INVALID_CONFIG,
@@ -68,45 +69,45 @@ def _installed_version() -> str:
 
 
 def set_environment(config: TeacherConfig) -> None:
-    """Sets what vLLM reads from the environment alone; what the operator has set stays. Call before importing vLLM."""
+    """Sets vLLM's environment variables where the operator has not. Call before importing vLLM."""
     for name, value in {
-        # Rows of logprobs up to this size travel inside their message: one frame a step instead of three.
+        # Arrays of logprobs up to this size travel inside their message: one frame a step instead of three.
         "VLLM_MSGPACK_ZERO_COPY_THRESHOLD": "8192",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # This process has threads of gRPC, which a fork would copy in any state.
+        # gRPC's threads in this process forbid a fork.
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     }.items():
         os.environ.setdefault(name, value)
     if config.threads is not None:
-        # Read by the CPU build alone: threads that are not bound to cores, as many as were asked for.
+        # For the CPU build: as many threads as requested, not bound to cores.
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
     set_cpu_binding(config)
 
 
 def set_cpu_environment(config: TeacherConfig) -> None:
-    """Sets what the CPU build reads, once it is known to be one.
+    """Sets the environment variables of the CPU build.
 
-    vLLM gives the model a process of its own even where there is one worker, to bind that to cores. Its scheduler then
-    spins on another core until each step is done, which the front end and small hosts miss: a worker that is alone
-    computes in the scheduler's process, as on a GPU.
+    vLLM gives a single worker a process too, to bind it to cores. Its scheduler then spins on another core until each
+    step is done, which slows the front end and small hosts: a single worker computes in the scheduler's process, as
+    on a GPU.
     """
     set_first_runner()
     os.environ[HELPER_THREADS_VARIABLE] = "0"
     if is_one_process(config):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() - 1))))
-        # With many threads the one core that is left makes no difference.
+        # With many threads the one free core makes no difference.
         helps = config.threads is None and threads == 1 and num_cores() > 1
         os.environ[HELPER_THREADS_VARIABLE] = str(int(helps))
-        if helps:  # a thread that waits for the other leaves its core to whoever else is on the host
+        if helps:  # a waiting thread yields its core to other processes
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def set_first_runner() -> None:
-    """Asks for vLLM's first model runner, unless the operator chose: `vllm_seeds` and `vllm_worker` are written for it.
+    """Selects vLLM's first model runner, for which the worker's patches are written, unless the operator chose.
 
     The second needs Triton, which few CPU builds have.
     """
@@ -116,15 +117,16 @@ def set_first_runner() -> None:
 def engine_arguments(
     config: TeacherConfig, directory: Path, *, on_cpu: bool, vocab_size: int
 ) -> dict[str, Any]:
-    """Arguments of vLLM's `AsyncEngineArgs`. Raises `StillhouseError` (INVALID_CONFIG) for what vLLM cannot do."""
+    """Builds the arguments of vLLM's `AsyncEngineArgs`. Raises `StillhouseError` (INVALID_CONFIG) for what vLLM
+    cannot do."""
     batch_tokens = config.max_batch_tokens or (_CPU_BATCH_TOKENS if on_cpu else BATCH_TOKENS)
     if on_cpu:
         batch_tokens = min(batch_tokens, max(_CPU_MIN_BATCH_TOKENS, _CPU_LOGITS_ELEMENTS // vocab_size))
     arguments: dict[str, Any] = {
         "model": str(directory),
-        "skip_tokenizer_init": True,  # ids come in and ids go out
+        "skip_tokenizer_init": True,  # token ids in, token ids out
         "trust_remote_code": False,
-        "generation_config": "vllm",  # requests alone decide how tokens are drawn
+        "generation_config": "vllm",  # sampling parameters come from requests alone
         "dtype": dtype_argument(config, directory, on_cpu=on_cpu),
         "max_model_len": config.max_sequence_tokens,
         "max_logprobs": max(1, min(config.max_top_k, vocab_size)),
@@ -170,16 +172,17 @@ def _adapter_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]
 
 
 _SAME = {"bitsandbytes_4bit": "bitsandbytes"}
-"""What the reference engine and vLLM call by two names: vLLM quantises to 4 bits while it loads."""
+"""Methods with other names in the reference engine: vLLM quantises to 4 bits while it loads."""
 
 
 def method_argument(asked: str) -> str:
-    """The method as vLLM names it."""
+    """Maps a quantisation method to vLLM's name."""
     return _SAME.get(asked.lower().replace("-", "_"), asked)
 
 
 def dtype_argument(config: TeacherConfig, directory: Path, *, on_cpu: bool) -> str:
-    """The type of the computation. On a CPU "auto" is float32, but for quantised models, few of which compute in it."""
+    """Chooses the type of the computation. On a CPU "auto" is float32, except for quantised models, few of which
+    support it."""
     if config.dtype == "auto" and on_cpu and not config.quantization and not is_quantised(directory):
         return "float32"
     return config.dtype

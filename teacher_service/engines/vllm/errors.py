@@ -1,4 +1,4 @@
-"""vLLM's errors as Stillhouse's: nothing of vLLM's own leaves the engine's files."""
+"""Translates vLLM's errors to Stillhouse's: no type of vLLM leaves this room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def translated() -> Iterator[None]:
 
 
 def engine_dead() -> StillhouseError:
-    """What is said of an engine that does not recover."""
+    """Builds the error of an engine that does not recover."""
     return StillhouseError(
         Reason.TEACHER_UNREACHABLE,
         "vLLM has stopped: one of this teacher's processes ended. Its log says why; start the teacher again.",
@@ -33,7 +33,7 @@ def engine_dead() -> StillhouseError:
 
 
 def not_started(model: str, error: BaseException) -> StillhouseError:
-    """Why vLLM does not come up with a model or with these settings."""
+    """Builds the error of a vLLM that does not start with this model or these settings."""
     return StillhouseError(
         Reason.INVALID_CONFIG,
         f"vLLM does not start with {model}: {first_line(error).rstrip('.')}. The log above has the whole story. "
@@ -42,7 +42,7 @@ def not_started(model: str, error: BaseException) -> StillhouseError:
 
 
 def never_answered(model: str, quantization: str) -> StillhouseError:
-    """What is said of an engine that came up and ended with its first request."""
+    """Builds the error of an engine that started and ended at its first request."""
     remedy = (
         f"It is quantised by {quantization}, for which this build may have no kernel on this processor: take another method, "
         "or the model without quantisation."
@@ -56,7 +56,7 @@ def never_answered(model: str, quantization: str) -> StillhouseError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error that says something; pydantic's errors stand between a headline and what was put in."""
+    """First informative line of an error; pydantic puts it between a headline and the input."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -1,7 +1,7 @@
-"""vLLM's flat logprobs as distributions: the only file that knows the order of their rows.
+"""Converts vLLM's flat logprobs to distributions; the only module that knows their layout.
 
-A row holds 1 + K candidates: first the token that is really there, whatever its rank, then the K likeliest in order,
-among which that token may stand again.
+A row holds 1 + K candidates: first the actual token, whatever its rank, then the top K in order, where that token may
+occur again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from stillhouse.teacher_service.distributions.from_logits import non_finite
 def to_distributions(
     flat: Any, *, first_row: int, num_rows: int, top_k: int, start: int, vocab_size: int
 ) -> Distributions:
-    """Distributions of rows [first_row, first_row + num_rows) of vLLM's `FlatLogprobs`, with `top_k` columns.
+    """Converts rows [first_row, first_row + num_rows) of vLLM's `FlatLogprobs` to distributions with `top_k` columns.
 
-    `start` is the position that the first of them predicts. Raises `StillhouseError` (NON_FINITE) where the model's
-    numbers are none.
+    `start` is the position that the first row predicts. Raises `StillhouseError` (NON_FINITE) for NaN or infinite
+    logprobs.
     """
     width = top_k + 1
     if len(flat.start_indices) < first_row + num_rows:
@@ -42,10 +42,10 @@ def to_distributions(
 
 
 def _places(flat: Any, row: int, width: int) -> list[int]:
-    """Where the candidates of a row stand in the flat lists.
+    """Indices of a row's candidates in the flat lists.
 
-    vLLM joins outputs that wait for a slow reader by way of dictionaries. There the token that is really there has lost
-    its second place if it is among the K likeliest; its rank tells which place that was.
+    vLLM joins the outputs that wait for a slow reader through dictionaries. There the actual token loses its second
+    place if it is among the top K; its rank tells that place.
     """
     places = list(range(int(flat.start_indices[row]), int(flat.end_indices[row])))
     ranked = sorted(places, key=lambda place: int(flat.ranks[place]))
@@ -61,7 +61,7 @@ def _places(flat: Any, row: int, width: int) -> list[int]:
 def from_arrays(
     token_ids_TW: Any, logprobs_TW: Any, *, num_rows: int, top_k: int, start: int, vocab_size: int
 ) -> Distributions:
-    """The same of arrays [T, 1 + K], as vLLM's worker makes them."""
+    """Converts arrays [T, 1 + K], as vLLM's worker makes them."""
     if logprobs_TW.shape != (num_rows, top_k + 1) or token_ids_TW.shape != logprobs_TW.shape:
         raise RuntimeError(
             f"vLLM returned {list(token_ids_TW.shape)} ids and {list(logprobs_TW.shape)} logprobs for {num_rows} rows "
@@ -79,10 +79,10 @@ def from_arrays(
 
 
 def log_tail(logprobs_TK: np.ndarray[tuple[int, ...], np.dtype[np.float32]], vocab_size: int) -> Any:
-    """FLOAT32 [T]: log of the probability outside the K likeliest tokens; -inf where nothing is.
+    """FLOAT32 [T]: log-probability outside the top K; -inf where nothing is.
 
-    The float32 logprobs leave it uncertain by about 1e-7. It is at most what V - K tokens as likely as the last of
-    the K would hold, and so far it is cut.
+    Computed by difference, uncertain by about 1e-7 from float32 logprobs. Clipped at its upper bound, V - K tokens as
+    probable as the last of the top K.
     """
     num_rows, top_k = logprobs_TK.shape
     if top_k >= vocab_size:

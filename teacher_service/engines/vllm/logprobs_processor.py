@@ -1,7 +1,7 @@
-"""Keeps rows as the arrays that they came as in vLLM's front end, which otherwise makes a Python object of every number.
+"""Keeps rows as arrays in vLLM's front end, which otherwise makes a Python object of every number.
 
-It puts a class of its own in the place of `LogprobsProcessor` in `vllm.v1.engine.output_processor`, for requests that
-carry Stillhouse's argument; all others get vLLM's.
+Replaces `LogprobsProcessor` in `vllm.v1.engine.output_processor` for requests with Stillhouse's argument; all others get
+vLLM's own.
 """
 
 from __future__ import annotations
@@ -18,34 +18,31 @@ _PARTS = ("logprobs", "prompt_logprobs", "cumulative_logprob", "num_logprobs", "
 
 
 class RawRows:
-    """Rows of written tokens that were not given out, in the blocks that they came in; what is given out is forgotten."""
+    """Rows of generated tokens, in the blocks that they came in."""
 
     def __init__(self, blocks: list[Block] | None = None) -> None:
         self.blocks = blocks or []
-        """(ids, values), a row a token; one may be wider than another."""
+        """(ids, values), one row per token; widths may differ."""
 
     def __len__(self) -> int:
         return sum(len(ids) for ids, _ in self.blocks)
 
     def __getitem__(self, index: slice) -> RawRows:
         begin, end, _ = index.indices(len(self))
-        taken: list[Block] = []
-        left: list[Block] = []
+        blocks: list[Block] = []
         for ids, values in self.blocks:
-            low, high = (min(max(place, 0), len(ids)) for place in (begin, end))
-            for rows, blocks in ((slice(low), left), (slice(low, high), taken), (slice(high, None), left)):
-                if len(ids[rows]):
-                    blocks.append((ids[rows], values[rows]))
+            rows = slice(max(begin, 0), max(end, 0))
+            if len(ids[rows]):
+                blocks.append((ids[rows], values[rows]))
             begin, end = begin - len(ids), end - len(ids)
-        self.blocks = left
-        return RawRows(taken)
+        return RawRows(blocks)
 
     def extend(self, other: RawRows) -> None:
-        """Called by vLLM where outputs wait for a slow reader and are joined."""
+        """Called by vLLM to join outputs that wait for a slow reader."""
         self.blocks += other.blocks
 
     def joined(self) -> Block:
-        """All rows as one block, with the columns that all have."""
+        """Joins all rows into one block of their common columns."""
         if len(self.blocks) == 1:
             return self.blocks[0]
         return _joined([ids for ids, _ in self.blocks]), _joined([values for _, values in self.blocks])
@@ -57,7 +54,7 @@ def _joined(parts: list[Any]) -> Any:
 
 
 def install() -> str:
-    """Puts the class in its place, once. Returns why it cannot, or nothing."""
+    """Replaces the class, once. Returns the obstacle, empty if there is none."""
     try:
         from vllm.v1.engine import output_processor
         from vllm.v1.engine.logprobs import LogprobsProcessor
@@ -77,9 +74,10 @@ def install() -> str:
 
 def _processor(base: Any) -> Any:
     class RawLogprobsProcessor(base):  # type: ignore[misc]
-        """What `RequestState` asks of a processor, with nothing turned into objects."""
+        """Processor for `RequestState` that keeps arrays."""
 
         stillhouse = True
+        logprobs: Any
 
         @classmethod
         def from_new_request(cls, tokenizer: Any, request: Any) -> Any:
@@ -96,7 +94,7 @@ def _processor(base: Any) -> Any:
             )
 
         def update_from_output(self, output: Any) -> None:
-            """Keeps the arrays of one step."""
+            """Appends the arrays of one step."""
             if output.new_prompt_logprobs_tensors is not None:
                 ids, values, *_ = output.new_prompt_logprobs_tensors
                 self.prompt_logprobs: Any = (ids.numpy(), values.numpy())
@@ -106,9 +104,11 @@ def _processor(base: Any) -> Any:
                 self.logprobs.blocks.append((output.new_logprobs[0], output.new_logprobs[1]))
 
         def pop_prompt_logprobs(self) -> Any:
-            """The rows of the prompt, once."""
+            """Returns the prompt's rows once. vLLM calls it after each delta output: rows already emitted are dropped."""
             rows: Any = self.prompt_logprobs
             self.prompt_logprobs = None
+            if self.logprobs is not None:
+                self.logprobs = RawRows()
             return rows
 
     return RawLogprobsProcessor

@@ -1,6 +1,6 @@
-"""A small process beside vLLM's: when the teacher dies, also by SIGKILL, it ends what the teacher has started.
+"""Guard process that ends a teacher's processes when the teacher dies, also by SIGKILL.
 
-vLLM's engine process outlives a parent that could not say good-bye, and keeps its memory.
+vLLM's engine process outlives a killed parent, and keeps its memory.
 """
 
 from __future__ import annotations
@@ -15,37 +15,37 @@ from contextlib import suppress
 import psutil
 
 LOOK_INTERVAL_S = 0.5
-"""How often the guard looks for new processes of the teacher."""
+"""Interval at which the guard lists the teacher's processes."""
 _RELEASE = b"release"
 
 
 class OrphanGuard:
-    """The teacher's end of a guard."""
+    """Handle of the guard process."""
 
     def __init__(self) -> None:
-        """Starts the guard of this process."""
+        """Starts a guard for this process."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # a signal to the teacher's group leaves the guard to do its work
+            start_new_session=True,  # a signal to the teacher's group does not reach the guard
         )
 
     def release(self) -> None:
-        """Ends the guard, and nothing else."""
+        """Ends the guard alone."""
         with suppress(OSError):
             self._process.communicate(_RELEASE, timeout=10 * LOOK_INTERVAL_S)
 
 
 def kill_all(processes: Iterable[psutil.Process]) -> None:
-    """SIGKILL to those that still live; a pid that belongs to another process by now is left alone."""
+    """Sends SIGKILL to those still alive; a reused pid is left alone."""
     for process in processes:
         with suppress(psutil.Error):
             process.kill()
 
 
 def main() -> None:
-    """Waits for the end of stdin, which is the end of the process with the given pid."""
+    """Waits for the end of stdin, which is the end of the teacher with the given pid."""
     teacher = psutil.Process(int(sys.argv[1]))
     known: set[psutil.Process] = set()
     while True:

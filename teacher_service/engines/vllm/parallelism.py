@@ -1,4 +1,4 @@
-"""A model over several devices: the sizes that vLLM is told, and the cores of each of its workers where there is no GPU."""
+"""Tensor, pipeline and data parallelism: vLLM's arguments, and core binding of workers on a CPU."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _NODES = Path("/sys/devices/system/node")
 
 
 def num_workers(config: TeacherConfig) -> int:
-    """Processes that compute, over all copies of the model."""
+    """Worker processes over all copies of the model."""
     return config.tensor_parallel_size * config.pipeline_parallel_size * config.data_parallel_size
 
 
 def is_one_process(config: TeacherConfig) -> bool:
-    """Whether a CPU's only worker computes beside its scheduler: unless there are several NUMA nodes, or the operator binds
-    cores, both of which need vLLM's own processes."""
+    """True if the only worker on a CPU runs in its scheduler's process: not with several NUMA nodes or bound cores,
+    which need vLLM's own processes."""
     bound = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "nobind") != "nobind"
     return num_workers(config) == 1 and _num_nodes() == 1 and not bound
 
 
 def num_cores() -> int:
-    """Physical cores that this process may use."""
+    """Physical cores available to this process."""
     usable = len(os.sched_getaffinity(0))
     return min(usable, psutil.cpu_count(logical=False) or usable)
 
 
 def parallel_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's `AsyncEngineArgs`; vLLM itself says which sizes a model and a host allow.
+    """Arguments of vLLM's `AsyncEngineArgs`; vLLM itself checks the sizes against model and host.
 
-    Raises `StillhouseError` (INVALID_CONFIG) for stages on a CPU: there vLLM starts, and dies of its first request,
-    because it makes the buffers between stages in a warm-up that it leaves out where nothing is compiled.
+    Raises `StillhouseError` (INVALID_CONFIG) for stages on a CPU: vLLM would start and die at its first request,
+    since it allocates the buffers between stages in a warm-up that it skips where nothing is compiled.
     """
     if on_cpu and config.pipeline_parallel_size > 1:
         raise StillhouseError(
@@ -53,9 +53,9 @@ def parallel_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]
 
 
 def set_cpu_binding(config: TeacherConfig) -> None:
-    """Gives each worker cores of its own, which the CPU build alone reads; what the operator has set stays.
+    """Binds each worker to its own cores (CPU build only), unless the operator chose.
 
-    vLLM does so by itself with one NUMA node for each worker, and refuses to start with fewer nodes than workers.
+    vLLM does so automatically with one NUMA node per worker, and refuses to start with fewer nodes than workers.
     """
     workers = num_workers(config)
     if workers > 1 and _num_nodes() < workers:
@@ -64,7 +64,7 @@ def set_cpu_binding(config: TeacherConfig) -> None:
 
 
 def cores_of_workers(cores: Sequence[int], workers: int) -> str:
-    """Cores in equal shares, as vLLM reads them: "0,1|2,3". With fewer cores than workers, some share one."""
+    """Cores in equal shares in vLLM's syntax, "0,1|2,3". With fewer cores than workers, some share one."""
     share = max(1, len(cores) // workers)
     shares = [
         [cores[(worker * share + each) % len(cores)] for each in range(share)] for worker in range(workers)

@@ -1,4 +1,4 @@
-"""Chooses the tier of a vLLM engine at its start: the best whose answers to a short prompt are those of the public options."""
+"""Selects the tier of a vLLM engine at the start: the best that agrees with the public tier on a short prompt."""
 
 from __future__ import annotations
 
@@ -32,32 +32,33 @@ PROMPT_TOKENS = 24
 TOP_K = 8
 NUM_WRITTEN = 4
 TOLERANCES = {"float32": 1e-3}
-"""Largest difference of a logprob; the two compute the same with other groups of rows, which moves the last bits."""
+"""Largest difference of a logprob by dtype; other groupings of rows move the last bits."""
 _ROUGH = 0.15
 
 _log = structlog.get_logger(__name__)
 
 
 class ProbedEngine(Protocol):
-    """An engine that uses one tier."""
+    """An engine on one tier."""
 
     async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
-        """As `Engine.score`, without asking again for rows that are missing."""
+        """Scores once, without a retry for missing rows."""
         ...
 
     def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
-        """As `Engine.generate`."""
+        """Streams the chunks of one sample."""
         ...
 
 
 class StepDownError(Exception):
-    """Why a tier is not used."""
+    """Reason to use a lower tier."""
 
 
 async def choose(
     config: TeacherConfig, llm: Any, info: EngineInfo, engine: Callable[[PublicTier], ProbedEngine]
 ) -> PublicTier:
-    """The tier to use, at most `config.tier`; `engine` makes an engine that uses a tier. Logs why a better one is not."""
+    """Selects the tier, at most `config.tier`, and logs why a better one is not used; `engine` builds an engine on a
+    tier."""
     public = PublicTier(info)
     best = TIERS[0] if config.tier == "auto" else config.tier
     for name in TIERS[TIERS.index(best) : -1]:
@@ -81,7 +82,7 @@ async def _prepared(name: TierName, config: TeacherConfig, llm: Any, info: Engin
         return RawTier(info, max_native_queries=native if llm.vllm_config.use_v2_model_runner else 0)
     try:
         reasons = await llm.collective_rpc("stillhouse_install")
-    except Exception as error:  # whatever the worker makes of a method that it may not have
+    except Exception as error:  # any error of a worker without the method
         raise StepDownError(f"the worker has no extension: {error}") from error
     if reason := next(filter(None, reasons), ""):
         raise StepDownError(f"vLLM's worker has moved: {reason}")
@@ -94,7 +95,7 @@ async def _prepared(name: TierName, config: TeacherConfig, llm: Any, info: Engin
 
 
 async def agree(public: ProbedEngine, other: ProbedEngine, info: EngineInfo) -> None:
-    """Raises StepDownError unless both say the same of a short prompt, and of greedy tokens after it."""
+    """Raises StepDownError unless both agree on a short prompt, and on greedy tokens after it."""
     length = min(PROMPT_TOKENS, info.max_sequence_tokens - NUM_WRITTEN)
     if length < 2:
         raise StepDownError(f"sequences of {info.max_sequence_tokens} tokens are too short to check it")
@@ -140,7 +141,7 @@ async def _written(engine: ProbedEngine, item: GenerateInput) -> tuple[list[int]
 
 
 def _compare(one: Distributions, other: Distributions, *, tolerance: float) -> None:
-    """Raises StepDownError where two answers differ by more than rounding."""
+    """Raises StepDownError where two distributions differ by more than rounding."""
     if (one.start, one.logprobs.shape) != (other.start, other.logprobs.shape):
         raise StepDownError(
             f"its rows are {other.logprobs.shape} from {other.start}, not {one.logprobs.shape} from {one.start}"
@@ -162,11 +163,11 @@ def _compare(one: Distributions, other: Distributions, *, tolerance: float) -> N
 
 
 async def _check_reuse(tier: WorkerTier, engine: ProbedEngine, llm: Any, info: EngineInfo) -> None:
-    """Scores a sequence twice from inside its first cached block, and does without the cache where rows are missing."""
+    """Scores a sequence twice from inside its first cached block; disables reuse where rows are missing."""
     block = int(llm.vllm_config.cache_config.block_size)
     length = 2 * block + 1
     if length > info.max_sequence_tokens:
-        return  # nothing that would be missing can be cached, or the check after every answer finds it
+        return  # nothing missing can be cached, or the check after every result finds it
     ids = np.random.default_rng(1).integers(0, info.tokenizer_size, length, dtype=np.int32)
     options = DistributionOptions(top_k=1)
     try:

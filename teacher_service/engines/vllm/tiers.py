@@ -1,4 +1,4 @@
-"""Three ways to get rows out of vLLM, from its public options to an extension of its worker: requests out, arrays back."""
+"""Three tiers of rows out of vLLM, from its public options to a worker extension: builds requests, reads arrays."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from stillhouse.teacher_service.engines.vllm.sampling_params import SamplingPara
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan, ScorePlan, unpack
 
 TIERS: Sequence[TierName] = ("worker", "raw", "public")
-"""From the best to the one that every vLLM has."""
+"""From the best to the one that every vLLM supports."""
 
 
 class RowsMissingError(Exception):
-    """Rows that were asked for came from the prefix cache, which has no logits."""
+    """Requested rows came from the prefix cache, which has no logits."""
 
 
 class PublicTier:
-    """Through vLLM's public options: the likeliest tokens, the target and a tail by difference."""
+    """Tier on vLLM's public options: top-k, target, and a tail by difference."""
 
     name: TierName = "public"
     capabilities: frozenset[int] = frozenset()
     max_query_tokens = 0
 
     def __init__(self, info: EngineInfo) -> None:
-        """`info` is of the loaded model."""
+        """`info` describes the loaded model."""
         self._info = info
         self._params = SamplingParamsBuilder(info)
 
     def score_params(self, item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:  # noqa: ARG002
-        """(prompt, `SamplingParams`) of a sequence; with `reuse` its beginning may come from the prefix cache, which
-        vLLM cannot do with its own rows: this tier and the next compute all of it.
+        """Builds (prompt, `SamplingParams`) of a sequence. `reuse` allows the prefix cache, which vLLM's own rows do
+        not support: this tier and the next compute the complete prompt.
 
         Raises `StillhouseError` (CAPABILITY).
         """
@@ -55,7 +55,7 @@ class PublicTier:
         return ids, self._params.prompt_params(self._columns(item.options), forced)
 
     def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
-        """The answer in vLLM's output. Raises `StillhouseError` (NON_FINITE) and RowsMissingError."""
+        """Reads the distributions from vLLM's output. Raises `StillhouseError` (NON_FINITE) and RowsMissingError."""
         ids, forced = self._prompt(item)
         parts = []
         if item.start < len(ids):
@@ -67,13 +67,13 @@ class PublicTier:
         return Distributions.concat(parts)
 
     def generate_params(self, item: GenerateInput) -> Any:
-        """`SamplingParams` of a sample. Raises `StillhouseError` (CAPABILITY, INVALID_REQUEST)."""
+        """Builds the `SamplingParams` of a sample. Raises `StillhouseError` (CAPABILITY, INVALID_REQUEST)."""
         if item.options is not None:
             self._require(item.options, queries=False)
         return self._params.sample_params(item)
 
     def read_chunk(self, item: GenerateInput, completion: Any, position: int) -> GeneratedChunk:
-        """The next chunk of a sample, of which the first token stands at `position`.
+        """Reads the next chunk of a sample, whose first token is at `position`.
 
         Raises `StillhouseError` (NON_FINITE, TOKEN_OUT_OF_RANGE).
         """
@@ -93,9 +93,9 @@ class PublicTier:
         )
 
     def _prompt(self, item: ScoreInput) -> tuple[list[int], int | None]:
-        """(what vLLM reads, what it is forced to write).
+        """Splits a sequence into (prompt, forced token).
 
-        vLLM must have room to write a token, so of a sequence of full length the last one is written.
+        vLLM must have room to generate a token, so the last token of a sequence of full length is forced.
         """
         ids = item.token_ids.tolist()
         forced = ids.pop() if len(ids) == self._info.max_sequence_tokens else None
@@ -144,23 +144,22 @@ class PublicTier:
 
 
 class RawTier(PublicTier):
-    """The same requests, whose rows stay arrays in vLLM's front end.
+    """Public requests whose rows stay arrays in vLLM's front end.
 
-    vLLM's second model runner, which GPUs get, reports queried ids by itself. That was written from its code, and has
-    not been run.
+    vLLM's second model runner, the default on GPUs, reports queried ids natively: written from its code, not run.
     """
 
     name: TierName = "raw"
 
     def __init__(self, info: EngineInfo, *, max_native_queries: int = 0) -> None:
-        """`max_native_queries` are the ids at a position that vLLM's own parameter takes; 0 where it has none."""
+        """`max_native_queries` is vLLM's own limit of queried ids per position; 0 where it has none."""
         super().__init__(info)
         self.max_query_tokens = max_native_queries
         if max_native_queries:
             self.capabilities = frozenset({teacher_pb2.CAPABILITY_QUERY_LOGPROBS})
 
     def score_params(self, item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
-        """As the public tier's, with a mark for the front end, and with queries where vLLM takes them.
+        """Marks the public tier's request for the front end, and adds queries where vLLM takes them.
 
         Raises `StillhouseError` (CAPABILITY, and SEQUENCE_TOO_LONG for queries after the longest prompt).
         """
@@ -180,7 +179,7 @@ class RawTier(PublicTier):
         return ids, self._params.keep_arrays(params)
 
     def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
-        """As the public tier's, with vLLM's own answers to queries."""
+        """Adds vLLM's native query logprobs to the public tier's distributions."""
         answer = super().read_scores(item, output)
         if item.query_token_ids is None:
             return answer
@@ -190,7 +189,7 @@ class RawTier(PublicTier):
         return replace(answer, query_logprobs=query)
 
     def generate_params(self, item: GenerateInput) -> Any:
-        """As the public tier's, with a mark for the front end."""
+        """Marks the public tier's request for the front end."""
         return self._params.keep_arrays(super().generate_params(item))
 
     def _prompt_rows(
@@ -220,7 +219,7 @@ class RawTier(PublicTier):
 
 
 class WorkerTier(PublicTier):
-    """Rows made in vLLM's worker: exact, everything that the hf engine reports, and only what is asked for."""
+    """Tier on the worker extension: exact rows with all capabilities of the hf engine, computed only as requested."""
 
     name: TierName = "worker"
     capabilities = frozenset(
@@ -234,21 +233,21 @@ class WorkerTier(PublicTier):
     )
 
     def __init__(self, info: EngineInfo, *, hidden_size: int, max_query_tokens: int, reuse: bool) -> None:
-        """With `reuse` sequences take the beginning of a prompt from the prefix cache."""
+        """With `reuse`, prompts may start from the prefix cache."""
         super().__init__(info)
         self._hidden_size = hidden_size
         self.max_query_tokens = max_query_tokens
         self.reuse = reuse
 
     def score_params(self, item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
-        """The sequence without its last token, whose row is that of the token before it."""
+        """Drops the last token from the prompt; its row comes from the token before it."""
         argument = ScorePlan.from_input(item).to_extra_args()
         return item.token_ids[:-1].tolist(), self._params.planned_prompt_params(
             argument, reuse=reuse and self.reuse
         )
 
     def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
-        """The answer in the worker's rows."""
+        """Reads the worker's rows. Raises RowsMissingError where some were not computed."""
         ids, values = output.prompt_logprobs
         num_queries = 0 if item.query_token_ids is None else item.query_token_ids.shape[1]
         unpacked = unpack(
@@ -265,13 +264,13 @@ class WorkerTier(PublicTier):
         return unpacked.rows
 
     def generate_params(self, item: GenerateInput) -> Any:
-        """A request whose tokens the extension draws."""
+        """Builds a request whose tokens the extension samples."""
         seed = secrets.randbits(64) if item.seed is None else item.seed & (2**64 - 1)
         plan = SamplingPlan.from_input(item, seed=seed, num_valid=self._info.tokenizer_size)
         return self._params.planned_sample_params(item, plan.to_extra_args())
 
     def read_chunk(self, item: GenerateInput, completion: Any, position: int) -> GeneratedChunk:
-        """The next chunk, with the probabilities that its tokens were drawn with."""
+        """Reads the next chunk, with the log-probabilities that its tokens were sampled with."""
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
         sampling, rows = np.zeros(0, np.float32), None
         if len(token_ids):

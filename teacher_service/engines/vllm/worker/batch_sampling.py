@@ -1,7 +1,8 @@
-"""Draws tokens from a batch of logits, each row in its own way, and says how likely each was under the distribution drawn from.
+"""Samples tokens from a batch of logits, each row by its own plan, with log-probabilities under the distribution
+sampled from.
 
-A draw is the inverse of the cumulative distribution at a number that a seed and a position fix, so that neither the batch
-nor the device matters. The distributions are those of `sampling.draw`: temperature, then top-k, then top-p.
+A sample is the inverse of the cumulative distribution at a uniform fixed by seed and position, so it is independent
+of batch and device. The distributions are those of `sampling.sample_token`: temperature, then top-k, then top-p.
 """
 
 from __future__ import annotations
@@ -18,25 +19,26 @@ from stillhouse.teacher_service.engines.vllm.worker.request_plan import Sampling
 # Axes: B rows, V vocabulary, C candidates, N blocks of the vocabulary, W ids of a block.
 
 BLOCK = 128
-"""Ids whose probabilities are summed before one of them is looked for."""
+"""Ids whose probabilities are summed together before one is selected."""
 FIRST_CANDIDATES = 1024
-"""Likeliest tokens among which a nucleus is looked for, before it is among all."""
+"""Number of most likely tokens searched for a nucleus before the complete vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SampledRows:
-    """One token a row."""
+    """One token per row."""
 
     token_ids: Tensor
     """INT64 [B]."""
     logprobs: Tensor
-    """FLOAT32 [B], under the distribution that was drawn from; 0 for the likeliest at temperature 0."""
+    """FLOAT32 [B], under the distribution sampled from; 0 at temperature 0."""
 
 
 def sample_rows(logits_BV: Tensor, plans: list[SamplingPlan], positions: list[int]) -> SampledRows:
-    """Draws for rows of FLOAT32 logits whose plans have the same `num_valid`. `positions` count the tokens written before.
+    """Samples one token per row of FLOAT32 logits; plans share one `num_valid`. `positions` count the tokens
+    generated before.
 
-    A row with logits that are no numbers gets some token.
+    A row with NaN or infinite logits gets an arbitrary token.
     """
     num_valid = plans[0].num_valid
     valid_BV = logits_BV[:, :num_valid]
@@ -53,7 +55,7 @@ def sample_rows(logits_BV: Tensor, plans: list[SamplingPlan], positions: list[in
         numbers = [_uniform(plans[row].seed, positions[row]) for row in rows]
         numbers_B1 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device).unsqueeze(-1)
         chosen = [plans[row] for row in rows]
-        drawn = (_from_all if kind == "all" else _from_likeliest)(some_BV, chosen, numbers_B1)
+        drawn = (_from_all if kind == "all" else _from_top_k)(some_BV, chosen, numbers_B1)
         if len(rows) == len(plans):
             return drawn
         token_ids[rows], logprobs[rows] = drawn.token_ids, drawn.logprobs
@@ -67,14 +69,14 @@ def _kind(plan: SamplingPlan) -> str:
 
 
 def _uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) from the 53 highest bits of a hash."""
+    """Uniform in [0, 1) from the 53 highest bits of a hash."""
     data = seed.to_bytes(8, "little") + position.to_bytes(8, "little")
     digest = hashlib.blake2b(data, digest_size=8, person=b"stillhouse draw").digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
 def _from_all(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) -> SampledRows:
-    """From the whole distribution: first a block of the vocabulary is drawn, then one of its ids."""
+    """Samples from the complete distribution: first a block of the vocabulary, then an id of it."""
     num_rows, num_valid = logits_BV.shape
     highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
     exps_BNW = exps_BV.view(num_rows, -1, BLOCK)
@@ -93,7 +95,8 @@ def _from_all(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) 
 
 
 def _exponentials(logits_BV: Tensor, plans: list[SamplingPlan]) -> tuple[Tensor, Tensor, Tensor]:
-    """(highest [B, 1], temperatures FLOAT64 [B, 1], exp((logit - highest) / temperature) in `scratch`, padded to whole blocks)."""
+    """Computes (highest [B, 1], temperatures FLOAT64 [B, 1], exp((logit - highest) / temperature) in `scratch`,
+    padded to full blocks)."""
     num_rows, num_valid = logits_BV.shape
     width = -(-num_valid // BLOCK) * BLOCK
     exps_BV = scratch("draws", (num_rows, width), logits_BV.device)
@@ -110,8 +113,8 @@ def _exponentials(logits_BV: Tensor, plans: list[SamplingPlan]) -> tuple[Tensor,
     return highest_B1, temperature_B1, exps_BV
 
 
-def _from_likeliest(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) -> SampledRows:
-    """From the likeliest tokens, as many as top-k and top-p leave."""
+def _from_top_k(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) -> SampledRows:
+    """Samples from the most likely tokens that top-k and top-p keep."""
     num_valid = logits_BV.shape[1]
     highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
     all_B1 = exps_BV.sum(dim=-1, keepdim=True).double()
@@ -141,9 +144,9 @@ def _from_likeliest(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Te
 
 
 def _inverse(cumulative_BC: Tensor, shares_B1: Tensor) -> Tensor:
-    """[B, 1]: the first column whose cumulative weight exceeds the share of the total; its own weight is not 0."""
+    """[B, 1]: first column whose cumulative weight exceeds the share of the total; its own weight is not 0."""
     total_B1 = cumulative_BC[:, -1:]
-    # Rounding may lift a number to the total itself, beyond which there is nothing.
+    # Rounding may lift a number to the total itself, beyond which no column lies.
     numbers_B1 = torch.minimum(shares_B1 * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     found_B1 = torch.searchsorted(cumulative_BC, numbers_B1, right=True)
     return found_B1.clamp_max(cumulative_BC.shape[1] - 1)

@@ -1,4 +1,4 @@
-"""The output layer inside vLLM's worker, for rows of prompts, each with the adapter that its own token has."""
+"""Output layer inside vLLM's worker, for rows of prompts, each with its token's own adapter."""
 
 from __future__ import annotations
 
@@ -12,29 +12,30 @@ from torch import Tensor
 from stillhouse.teacher_service.engines.vllm.worker.lm_head_lora import looked_up, lookup
 
 Head = Callable[[Tensor, Tensor], Tensor | None]
-"""(hidden states [T, H], places of their tokens in the step's batch [T]) to logits [T, V], None on ranks without them."""
+"""Maps (hidden states [T, H], their tokens' indices in the step's batch [T]) to logits [T, V]; None on ranks without
+them."""
 
 _PROBED_ROWS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class SharedHead:
-    """Hidden states [T, H] to logits [T, V], from any thread and at any time."""
+    """Thread-safe map of hidden states [T, H] to logits [T, V]."""
 
     weight: Tensor
     """[V, H]."""
 
     def __call__(self, hidden_TH: Tensor) -> Tensor:
-        """The logits."""
+        """Computes the logits."""
         return torch.nn.functional.linear(hidden_TH, self.weight)
 
 
 def shared_output_layer(runner: Any) -> SharedHead | None:
-    """The layer without adapters as one product of PyTorch's, which any thread may compute while vLLM computes; None where it
-    is more than that.
+    """The layer without adapters as one PyTorch matmul that any thread may run beside vLLM; None where it is more
+    than that.
 
-    vLLM's own products on a CPU share their working memory, so that no two may run at once. Whether the plain one gives
-    the same is tried on a few rows.
+    vLLM's own matmuls on a CPU share a work buffer, so that no two may run concurrently. The plain one is compared on
+    a few rows.
     """
     layer = getattr(runner.model, "lm_head", None)
     weight = getattr(getattr(layer, "base_layer", layer), "weight", None)
@@ -58,14 +59,14 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
 
 
 def _rounding(hidden_TH: Tensor, weight_VH: Tensor, logits_TV: Tensor) -> float:
-    """How far two ways to compute a product may lie apart: its sums are rounded in float32, its results in their own type."""
+    """Bound on the difference of two ways to compute a matmul: sums round in float32, results in their own type."""
     terms = float((hidden_TH.float().abs() @ weight_VH.float().abs().T).max())
     result = torch.finfo(logits_TV.dtype).eps * float(logits_TV.abs().max())
     return 4 * (result + torch.finfo(torch.float32).eps * terms)
 
 
 def adapts_head(runner: Any, lora_request: Any) -> bool:
-    """Whether a request's adapter changes the output layer; true where that cannot be told."""
+    """True if a request's adapter changes the output layer, or if that is unknown."""
     if lora_request is None:
         return False
     adapter = runner.lora_manager._adapter_manager.get_adapter(lora_request.lora_int_id)
@@ -73,10 +74,10 @@ def adapts_head(runner: Any, lora_request: Any) -> bool:
 
 
 def output_layer(runner: Any) -> tuple[Head, int | None]:
-    """The layer, and how many rows it takes at once where that is bounded.
+    """Returns the layer, and its limit of rows per call, None if unlimited.
 
-    In models whose output layer takes adapters, vLLM expects one row for each request of a step, and looks up the
-    adapters of so many. For other rows than these the lookup has to be set. On GPUs that has not been run.
+    In models whose output layer takes adapters, vLLM expects one row per request of a step, and looks up as many
+    adapters. Other rows need their own lookup. Not run on GPUs.
     """
     wrapper = lookup(runner.model)
     if wrapper is None:

@@ -1,8 +1,9 @@
-"""Adapters of a model's output layer on a CPU: vLLM expects one row for each request of a step there, and copies the adapter
-of each row; prompts have many rows, and a copy has as many numbers as the vocabulary times the rank.
+"""Output-layer adapters on a CPU for prompts: vLLM expects one row per request there, and copies the adapter of each
+row.
 
-`install` gives its CPU build a product for each adapter instead, and looks the adapters up for the rows of prompts. Of
-models whose output layer takes no adapters nothing changes.
+Prompts have many rows, and a copy has vocabulary times rank numbers. `install` gives the CPU build one matmul per
+adapter instead, and looks adapters up for rows of prompts. Models whose output layer takes no adapters are
+unaffected.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ROWS = ["self", "hidden_states", "num_scheduled_tokens"]
 
 
 def lookup(model: Any) -> Any:
-    """What knows each row's adapter for the output layer; None for a model whose output layer takes none."""
+    """Wrapper that maps rows to adapters of the output layer; None for a model whose output layer takes none."""
     for module in model.modules():
         if type(module).__name__ == "LogitsProcessorWithLoRA":
             return module.punica_wrapper
@@ -28,7 +29,7 @@ def lookup(model: Any) -> Any:
 
 @contextmanager
 def looked_up(wrapper: Any, indices_T: Tensor) -> Iterator[None]:
-    """Inside, the output layer takes rows with the adapters of these slots [T], -1 for none."""
+    """Within the context, output-layer rows use the adapters of these slots [T], -1 for none."""
     before, num_before = wrapper.sampler_indices.clone(), wrapper.indices_len[1]
     try:
         _set(wrapper, indices_T, len(indices_T))
@@ -45,7 +46,7 @@ def _set(wrapper: Any, indices_T: Tensor, count: int) -> None:
 
 
 def install() -> None:
-    """Replaces both on a CPU, once. Raises ImportError, AttributeError or TypeError where vLLM's are not those that are known."""
+    """Replaces both methods on a CPU, once. Raises ImportError, AttributeError or TypeError for an unknown vLLM."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -71,9 +72,10 @@ def add_lora_logits(  # noqa: PLR0917 - vLLM's signature
     buffer: Tensor | None = None,  # noqa: ARG001
     **kwargs: Any,  # noqa: ARG001
 ) -> None:
-    """Adds to logits y [T, padded V] of rows x [T, H] what the adapter of each adds, in float32.
+    """Adds each row's adapter to logits y [T, padded V] of rows x [T, H], in float32.
 
-    The stacks are [slots, 1, R, H] and [slots, 1, V, R]; a slot whose adapter leaves the output layer alone is zero.
+    The stacks are [slots, 1, R, H] and [slots, 1, V, R]; a slot whose adapter leaves the output layer unchanged is
+    zero.
     """
     indices_T = self.sampler_indices
     for slot in indices_T.unique().tolist():
@@ -85,7 +87,7 @@ def add_lora_logits(  # noqa: PLR0917 - vLLM's signature
 
 
 def _one_by_one(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """vLLM's rows of prompts, a request at a time with its own adapter looked up."""
+    """Wraps vLLM's rows of prompts: one request at a time, with its own adapter looked up."""
 
     def get_prompt_logprobs_dict(
         self: Any, hidden_states: Tensor, num_scheduled_tokens: dict[str, int]

@@ -1,7 +1,7 @@
-"""Gives back to the host what steps of many sizes leave free in a worker's heap on a CPU, so that its memory stays what it needs.
+"""Returns free heap memory of a worker on a CPU to the host.
 
-PyTorch takes the tensors of a step from the C library, whose heap grows at each mixture of sizes that it has not met, and
-shrinks only at its end.
+PyTorch allocates a step's tensors from the C library, whose heap grows with each new mixture of sizes, and shrinks
+only at its end.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ INTERVAL_S = 5.0
 
 
 def trim_regularly(interval_s: float = INTERVAL_S) -> threading.Event | None:
-    """Starts a thread that does so until the event is set; None where the C library cannot (glibc can).
+    """Starts a thread that trims the heap until the event is set; None where the C library cannot (glibc can).
 
-    A call takes some milliseconds, in which allocations of the steps wait.
+    A call takes some milliseconds, in which allocations wait.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:

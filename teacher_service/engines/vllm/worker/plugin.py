@@ -1,8 +1,8 @@
-"""vLLM's plug-in of Stillhouse: a scored prompt takes from the prefix cache only what comes before its first row, and nobody's
-NaN; and who writes does not stand still while others read.
+"""vLLM plug-in: bounds prefix-cache hits of scored prompts, clears stale NaN from cache blocks, and bounds prompt
+reading during generation.
 
-vLLM loads it in each of its processes (entry point `vllm.general_plugins`). It does nothing unless the variable below is
-set, and then nothing to requests that do not carry Stillhouse's argument.
+vLLM loads it in each of its processes (entry point `vllm.general_plugins`). It does nothing unless the variable below
+is set, and then nothing to requests without Stillhouse's argument.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from stillhouse.teacher_service.engines.vllm.worker.request_plan import score_st
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
 """Set to "1" while a teacher starts its vLLM."""
 BESIDE_WRITERS = 512
-"""Tokens that a CPU reads in a step that writes: it takes two or three times as long as one that only writes some dozens."""
+"""Prompt tokens read by a CPU step that also generates: it takes two to three times as long as one that only
+generates some dozens."""
 _log = logging.getLogger("vllm.stillhouse")
 
 
 @contextmanager
 def switched_on() -> Iterator[None]:
-    """Processes of vLLM that are started inside load the plug-in."""
+    """Within the context, processes that vLLM starts load the plug-in."""
     before = os.environ.get(VARIABLE)
     os.environ[VARIABLE] = "1"
     try:
@@ -39,11 +40,11 @@ def switched_on() -> Iterator[None]:
 
 
 def register() -> None:
-    """Called by vLLM, maybe several times."""
+    """Entry point of vLLM, possibly called several times."""
     if os.environ.get(VARIABLE) != "1":
         return
     for change, consequence in (
-        # The teacher notices that rows are missing.
+        # The teacher notices missing rows.
         (_cap_cache_hits, "the prefix cache is not used for scoring"),
         (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
         (_read_less_beside_writers, "long prompts hold up those who write"),
@@ -59,8 +60,8 @@ def _cap_cache_hits() -> None:
     """Wraps `KVCacheManager.get_computed_blocks`.
 
     vLLM computes at least the last token of a prompt, for its logits. A request that scores from `start` needs them
-    from the token before `start` on; it is shown to the manager as a prompt that ends there. Otherwise a prompt whose
-    length is a multiple of the cache's block would come from the cache with the row that is asked for.
+    from the token before `start` on, so the manager sees a prompt that ends there. Otherwise a prompt whose length is
+    a multiple of the block size would come from the cache together with a requested row.
     """
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
@@ -80,10 +81,9 @@ def _cap_cache_hits() -> None:
 
 
 def _clear_new_blocks() -> None:
-    """Has the CPU's worker clear blocks of the cache before they are filled, as it does for models that need it.
+    """Makes the CPU worker clear cache blocks before use, as it does for models that need it.
 
-    Its attention multiplies what a block holds behind the end of a sequence by 0. What another sequence left there may
-    be NaN, and stays it.
+    Its attention multiplies the contents beyond the end of a sequence by 0. NaN of another sequence would stay NaN.
     """
     from vllm.platforms import current_platform
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -96,10 +96,10 @@ def _clear_new_blocks() -> None:
 
 
 def _read_less_beside_writers() -> None:
-    """Wraps `Scheduler.schedule` of a CPU's engine: a step in which samples are written reads BESIDE_WRITERS tokens at most.
+    """Wraps `Scheduler.schedule` on a CPU: a step that generates reads at most BESIDE_WRITERS prompt tokens.
 
-    A step writes one token of each sample, however many tokens it reads, and takes as long as they take. Steps in which
-    nobody writes are as large as vLLM was told.
+    A step generates one token per sample and takes as long as all its tokens take. Steps without generation keep
+    vLLM's size.
     """
     from vllm.platforms import current_platform
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -127,7 +127,7 @@ def _read_less_beside_writers() -> None:
 
 
 class _Until:
-    """A request as if it ended before position `end`."""
+    """View of a request that ends before position `end`."""
 
     def __init__(self, request: Any, end: int) -> None:
         self._request = request

@@ -1,6 +1,6 @@
-"""What a request asks of vLLM's worker beyond vLLM's own options, and the two arrays in which the answer travels.
+"""Plan of a request for vLLM's worker beyond vLLM's own options, and the two arrays that carry its results.
 
-Used by both ends, which are different processes of one start: a format of no version.
+Both ends are processes of one start, so the format has no version.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from stillhouse.teacher_service.engine import (
 )
 
 KEY = "stillhouse"
-"""Name in `SamplingParams.extra_args`; a request without it is vLLM's own business."""
+"""Key in `SamplingParams.extra_args`; requests without it are left to vLLM."""
 KEEP_ARRAYS: dict[str, Any] = {KEY: {}}
-"""`extra_args` of a request whose rows shall stay arrays in the front end, and no more."""
+"""`extra_args` of a request whose rows stay arrays in the front end."""
 HELPER_THREADS_VARIABLE = "STILLHOUSE_VLLM_HELPERS"
-"""Variable that tells the worker's process how many threads beside its own select rows (cpu_threads.py)."""
+"""Environment variable with the number of the worker's helper threads (cpu_threads.py)."""
 STREAM_INTERVAL_TOKENS = 16
-"""Tokens of a sample that come as one chunk, but for its first and its last."""
+"""Tokens per chunk of a sample, except for its first and last chunk."""
 MISSING = -1
-"""First id of a row that was not computed."""
+"""First id of a row not computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,13 +40,13 @@ class ScorePlan:
     start: int
     """Position that the first row predicts."""
     last: int
-    """The token after the prompt, which the last row predicts."""
+    """Token after the prompt, which the last row predicts."""
     options: DistributionOptions
     query_token_ids: Int32Array | None = None
 
     @classmethod
     def from_input(cls, item: ScoreInput) -> ScorePlan:
-        """The plan for one sequence."""
+        """Builds the plan of one sequence."""
         return cls(
             start=item.start,
             last=int(item.token_ids[-1]),
@@ -55,7 +55,7 @@ class ScorePlan:
         )
 
     def to_extra_args(self) -> dict[str, Any]:
-        """`SamplingParams.extra_args`: plain values, since they go through two serialisers."""
+        """Serialises to `SamplingParams.extra_args`, in plain values for two serialisers."""
         query = self.query_token_ids
         return {
             KEY: {
@@ -70,21 +70,21 @@ class ScorePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingPlan:
-    """How the tokens of one sample are drawn, and what is reported of each."""
+    """Sampling parameters of one sample, and the quantities to report per token."""
 
     temperature: float
     top_p: float
     top_k: int
     """0 is all."""
     seed: int
-    """With the number of tokens written it fixes the next draw."""
+    """Fixes each sample together with the number of tokens generated."""
     num_valid: int
-    """Ids from here on pad the output layer and are never drawn."""
+    """Ids from here on pad the output layer and are never sampled."""
     options: DistributionOptions | None
 
     @classmethod
     def from_input(cls, item: GenerateInput, *, seed: int, num_valid: int) -> SamplingPlan:
-        """The plan for one sample; `seed` in [0, 2^64)."""
+        """Builds the plan of one sample; `seed` in [0, 2^64)."""
         return cls(
             temperature=item.temperature,
             top_p=item.top_p,
@@ -95,13 +95,13 @@ class SamplingPlan:
         )
 
     def to_extra_args(self) -> dict[str, Any]:
-        """`SamplingParams.extra_args`."""
+        """Serialises to `SamplingParams.extra_args`."""
         draw = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k", "seed", "num_valid")}
         return {KEY: {"draw": draw, "options": None if self.options is None else _plain(self.options)}}
 
 
 def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | SamplingPlan | None:
-    """The plan of a request, None where it has none."""
+    """Parses the plan of a request; None without one."""
     argument = (extra_args or {}).get(KEY) or {}
     options = argument.get("options")
     options = (
@@ -120,7 +120,7 @@ def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | SamplingPlan | N
 
 
 def score_start(extra_args: dict[str, Any] | None) -> int | None:
-    """First position that a request scores, None where it scores nothing: read often, so read alone."""
+    """First position that a request scores; None if it scores nothing. Parsed separately since it is read often."""
     score = ((extra_args or {}).get(KEY) or {}).get("score")
     return None if score is None else int(score["start"])
 
@@ -130,11 +130,11 @@ def _plain(options: DistributionOptions) -> dict[str, Any]:
 
 
 def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32Array]:
-    """(ids [T, 1 + K + R], values [T, 3 + K + ...]) of rows of a prompt.
+    """Packs rows of a prompt into (ids [T, 1 + K + R], values [T, 3 + K + ...]).
 
-    Ids: the token itself, the likeliest, the draws. Values: the token's logprob (NaN where the logits are no numbers),
-    those of the likeliest, tail, sampling logprob, and as far as they are there partitions, entropy, queries, hidden.
-    The first 1 + K columns are those of vLLM's own rows.
+    Ids: the token itself, the top K, the samples. Values: the token's logprob (NaN for non-finite logits), those of
+    the top K, tail, sampling logprob, then as requested partitions, entropy, queries, hidden states. The first 1 + K
+    columns are those of vLLM's own rows.
     """
     ids = [targets[:, None], rows.token_ids, rows.sampled_token_ids]
     values = [
@@ -153,7 +153,7 @@ def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32A
 def column_counts(
     options: DistributionOptions | None, *, vocab_size: int, num_queries: int, hidden_size: int
 ) -> tuple[int, int]:
-    """Columns of ids and of values."""
+    """Numbers of columns of ids and of values."""
     if options is None:
         return 1, 3
     top_k = min(options.top_k, vocab_size)
@@ -164,12 +164,12 @@ def column_counts(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Unpacked:
-    """What a worker's rows hold."""
+    """Parsed rows of a worker."""
 
     rows: Distributions
     sampling_logprobs: Float32Array
     missing: bool
-    """Whether a row was not computed, so that none of them counts."""
+    """True if a row was not computed, which invalidates all."""
 
 
 def unpack(
@@ -182,7 +182,7 @@ def unpack(
     num_queries: int = 0,
     hidden_size: int = 0,
 ) -> Unpacked:
-    """The rows of these arrays, which may be wider than the request's own columns.
+    """Parses rows from these arrays, which may be wider than the request's own columns.
 
     `start` is the position that the first row predicts. Raises `StillhouseError` (NON_FINITE).
     """
@@ -202,22 +202,22 @@ def unpack(
         raise non_finite(start + int(bad_T.argmax()))
     at = 1
 
-    def take(count: int) -> Any:
+    def next_columns(count: int) -> Any:
         nonlocal at
         at += count
         return np.ascontiguousarray(values[:, at - count : at])
 
-    logprobs, log_tail, sampling = take(top_k), take(1)[:, 0], take(1)[:, 0]
+    logprobs, log_tail, sampling = next_columns(top_k), next_columns(1)[:, 0], next_columns(1)[:, 0]
     rows = Distributions(
         start=start,
         token_ids=np.ascontiguousarray(ids[:, 1 : 1 + top_k]),
         logprobs=logprobs,
         target_logprobs=np.ascontiguousarray(values[:, 0]),
         log_tail=log_tail,
-        log_partitions=take(len(options.temperatures)) if options.temperatures else None,
-        entropy=take(1)[:, 0] if options.entropy else None,
-        query_logprobs=take(num_queries) if num_queries else None,
-        hidden_states=take(hidden_size) if options.hidden_states else None,
+        log_partitions=next_columns(len(options.temperatures)) if options.temperatures else None,
+        entropy=next_columns(1)[:, 0] if options.entropy else None,
+        query_logprobs=next_columns(num_queries) if num_queries else None,
+        hidden_states=next_columns(hidden_size) if options.hidden_states else None,
         sampled_token_ids=np.ascontiguousarray(ids[:, 1 + top_k : num_ids])
         if options.num_sampled_tokens
         else None,

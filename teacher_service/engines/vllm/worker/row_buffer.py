@@ -1,6 +1,6 @@
-"""Rows of written tokens on their way out of vLLM's worker: in blocks, at the tokens at which the front end gives them out.
+"""Buffers rows of generated tokens in vLLM's worker, and releases them in blocks when the front end emits them.
 
-Each array costs the engine's process and the front end more than its numbers, and vLLM makes three for every token.
+Each array costs the engine's process and the front end more than its contents, and vLLM makes three for every token.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _NO_RANKS = np.empty(0, np.int32)
 
 @dataclass(slots=True)
 class RowBuffer:
-    """Rows of one sample that have not left: for each its step's arrays, and its place in them."""
+    """Unreleased rows of one sample: for each its step's arrays, and its index in them."""
 
     rows: list[tuple[Array, Array, int]] = field(default_factory=list)
 
     def drain(self) -> tuple[Array, Array, Array]:
-        """(ids [n, C], values [n, D], no ranks) of all."""
+        """Returns and clears all rows: (ids [n, C], values [n, D], no ranks)."""
         rows, self.rows = self.rows, []
         ids, values = np.stack([ids[at] for ids, _, at in rows]), np.stack([each[at] for _, each, at in rows])
         return ids, values, _NO_RANKS
@@ -32,17 +32,17 @@ class RowBuffer:
 
 @dataclass(frozen=True, slots=True)
 class OutgoingRows:
-    """In the place of vLLM's `LogprobsTensors` and of the `LogprobsLists` that it makes of them: what leaves in one step."""
+    """Rows released in one step, in place of vLLM's `LogprobsTensors` and `LogprobsLists`."""
 
     blocks: dict[int, tuple[Array, Array, Array]]
-    """(ids, values, ranks) by place in the batch."""
+    """(ids, values, ranks) by index in the batch."""
 
     def tolists(self) -> OutgoingRows:
-        """Called by the runner; these are arrays already."""
+        """Called by the runner; returns itself."""
         return self
 
     def slice_request(self, place: int, num_tokens: int) -> Any:  # noqa: ARG002
-        """Called by the scheduler, for a request that has a new token: vLLM's rows, None while they are held."""
+        """Called by the scheduler for a request with a new token; None while its rows are buffered."""
         from vllm.v1.outputs import LogprobsLists
 
         block = self.blocks.get(place)
@@ -50,10 +50,10 @@ class OutgoingRows:
 
 
 def is_due(request: Any, token: int, max_tokens: int) -> bool:
-    """Whether the front end gives a sample's rows out with this token, its next.
+    """True if the front end emits a sample's rows with this token, its next.
 
-    `max_tokens` is vLLM's limit for prompt and sample. It does so at the first, at every STREAM_INTERVAL_TOKENS after it,
-    and at the last; rows that leave sooner than that wait there.
+    `max_tokens` is vLLM's limit for prompt and sample. The front end emits at the first token, at every
+    STREAM_INTERVAL_TOKENS after it, and at the last; rows released earlier would wait there.
     """
     params, written = request.sampling_params, len(request.output_token_ids)
     return (

@@ -1,7 +1,6 @@
-"""Stillhouse's tokens inside vLLM's worker process: drawn and reported from the logits of one decode pass.
+"""Samples tokens inside vLLM's worker, and reports their distributions, from the logits of one decode pass.
 
-It replaces `_sample` of vLLM's first model runner for requests with a plan, as `vllm_worker` replaces its other method;
-like that it has been run on the CPU build alone.
+Replaces `_sample` of vLLM's first model runner for requests with a plan; run on the CPU build only.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ from stillhouse.teacher_service.engines.vllm.worker.request_plan import Sampling
 from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
 
 _SHARED_ELEMENTS = 1 << 16
-"""Logits that are worth handing to another thread."""
+"""Smallest number of logits worth sharing with another thread."""
 
 
 def sampler(
     runner: Any, original: Callable[..., Any], get_plan: Callable[[Any], Any], helpers: HelperThreads
 ) -> Callable[..., Any]:
-    """What replaces `runner._sample`. The token that a scored prompt has to end in is of no account, and is not drawn."""
+    """Builds the replacement of `runner._sample`. The mandatory token after a scored prompt is ignored, and not sampled."""
     from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 
     on_cpu, longest = runner.device.type == "cpu", runner.max_model_len
@@ -42,21 +41,23 @@ def sampler(
             return original(logits, spec_decode_metadata)
         step = _Step(tokens=torch.zeros((len(plans), 1), dtype=torch.int32, device=logits.device))
         if foreign := [row for row, plan in enumerate(plans) if plan is None]:
-            # vLLM's sampler overwrites the logits that it is given.
+            # vLLM's sampler overwrites its input.
             step.copy(foreign, original(logits.clone(), spec_decode_metadata))
         unfinished = runner.discard_request_mask.np
         with helpers.sharing() as share:
-            for rows in _alike(plans, unfinished, logits, helpers.count + 1):
-                chosen = _Rows(plans=[plans[row] for row in rows], requests=[requests[row] for row in rows])
+            for rows in _row_groups(plans, unfinished, logits, helpers.count + 1):
+                chosen = _RowGroup(
+                    plans=[plans[row] for row in rows], requests=[requests[row] for row in rows]
+                )
                 share(partial(_write, step, rows, chosen, logits))
-        leaving = _leaving(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
-        return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=leaving)
+        released = _released_rows(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
+        return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=released)
 
     return sample
 
 
-def _leaving(step: _Step, requests: list[Any], longest: int) -> OutgoingRows:
-    """The rows that leave with this step, together with those that each of their samples held; vLLM's own do so at once."""
+def _released_rows(step: _Step, requests: list[Any], longest: int) -> OutgoingRows:
+    """Rows released with this step, with the buffered rows of their samples; vLLM's own are released at once."""
     tokens, blocks = step.tokens[:, 0].tolist(), {}
     for rows, *tensors in step.parts:
         ids, values = (each.numpy() for each in tensors)
@@ -66,16 +67,18 @@ def _leaving(step: _Step, requests: list[Any], longest: int) -> OutgoingRows:
                 assert step.ranks is not None
                 blocks[row] = ids[at : at + 1], values[at : at + 1], step.ranks[row : row + 1].numpy()
                 continue
-            held = request.stillhouse_held = getattr(request, "stillhouse_held", None) or RowBuffer()
-            held.rows.append((ids, values, at))
+            buffer = request.stillhouse_row_buffer = (
+                getattr(request, "stillhouse_row_buffer", None) or RowBuffer()
+            )
+            buffer.rows.append((ids, values, at))
             if is_due(request, tokens[row], longest):
-                blocks[row] = held.drain()
+                blocks[row] = buffer.drain()
     return OutgoingRows(blocks)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Rows:
-    """Rows of a batch with the same options."""
+class _RowGroup:
+    """Rows of a batch with equal options."""
 
     plans: list[SamplingPlan]
     requests: list[Any]
@@ -87,7 +90,7 @@ class _Rows:
 
 @dataclass(kw_only=True, slots=True)
 class _Step:
-    """What one decode pass gives: a token for each row of the batch, and columns for those that have any."""
+    """Results of one decode pass: a token for each row of the batch, and columns of rows that report any."""
 
     tokens: Tensor
     parts: list[tuple[list[int], Tensor, Tensor]] = field(default_factory=list)
@@ -98,14 +101,14 @@ class _Step:
         self.parts.append((rows, ids, values))
 
     def copy(self, rows: list[int], output: Any) -> None:
-        """Takes what vLLM's sampler says of these rows."""
+        """Copies the results of vLLM's sampler for these rows."""
         self.tokens[rows] = output.sampled_token_ids[rows].to(self.tokens.dtype)
         if (theirs := output.logprobs_tensors) is not None:
             self.parts.append((rows, theirs.logprob_token_ids[rows], theirs.logprobs[rows]))
             self.ranks = theirs.selected_token_ranks
 
     def tensors(self, kind: Callable[..., Any]) -> Any:
-        """All columns as vLLM's `LogprobsTensors`, as wide as the widest."""
+        """Joins all columns into vLLM's `LogprobsTensors`, as wide as the widest."""
         num_rows, device = len(self.tokens), self.tokens.device
         if len(self.parts) == 1 and len(self.parts[0][0]) == num_rows:
             _, ids, values = self.parts[0]
@@ -121,15 +124,15 @@ class _Step:
         return kind(ids, values, ranks)
 
 
-def _write(step: _Step, rows: list[int], chosen: _Rows, logits: Tensor) -> None:
-    step.add(rows, *_drawn(chosen, _take(logits, rows)))
+def _write(step: _Step, rows: list[int], chosen: _RowGroup, logits: Tensor) -> None:
+    step.add(rows, *_sample_and_pack(chosen, _select_rows(logits, rows)))
 
 
-def _alike(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
-    """Rows to draw, those with the same options together, on a CPU no more than stay in its cache, and shared by threads."""
+def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
+    """Groups rows to sample by equal options, in sizes that fit a CPU's cache and occupy its threads."""
     groups: dict[Any, list[int]] = {}
     for row, plan in enumerate(plans):
-        # A prompt that is read in parts has a row here, too, which nobody reads.
+        # Partially read prompts have an unused row here, too.
         if isinstance(plan, SamplingPlan) and not unfinished[row]:
             groups.setdefault((plan.options, plan.num_valid), []).append(row)
     whole = (
@@ -142,13 +145,13 @@ def _alike(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) 
             yield rows[begin : begin + size]
 
 
-def _take(logits: Tensor, rows: list[int]) -> Tensor:
+def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
     adjacent = rows[-1] - rows[0] + 1 == len(rows)
     return from_logits.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
 
 
-def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """(ids, values) in the columns of `vllm_plan.pack`; a row whose logits are no numbers has NaN first."""
+def _sample_and_pack(rows: _RowGroup, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples and packs (ids, values) in the columns of `request_plan.pack`; NaN first for non-finite logits."""
     options = rows.options
     drawn = sample_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
     token_B1, sampling_B1 = drawn.token_ids.unsqueeze(-1), drawn.logprobs.unsqueeze(-1)
@@ -162,7 +165,7 @@ def _drawn(rows: _Rows, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     ids = [token_B1, top.token_ids]
     values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
     if options.num_sampled_tokens:
-        ids.append(from_logits.sampled_ids(logits_BV, _numbers(rows, options)))
+        ids.append(from_logits.sampled_ids(logits_BV, _uniforms(rows, options)))
     if (partitions_BN := from_logits.log_partitions(logits_BV, lse_B1, options.temperatures)) is not None:
         values.append(partitions_BN)
     if options.entropy:
@@ -174,11 +177,11 @@ def _marked(target_B1: Tensor, finite_B: Tensor) -> Tensor:
     return target_B1.masked_fill(~finite_B.unsqueeze(-1), torch.nan)
 
 
-def _numbers(rows: _Rows, options: DistributionOptions) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """[B, R]: the numbers that scoring the sample afterwards would draw by."""
+def _uniforms(rows: _RowGroup, options: DistributionOptions) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """[B, R]: the uniforms that scoring the sample afterwards would use."""
     numbers = []
     for request in rows.requests:
         read = [*request.prompt_token_ids, *request.output_token_ids, 0]
-        target = RowSpec(start=len(read) - 1, sequence=np.array(read, np.int32))
-        numbers.append(from_logits.uniforms(target, options))
+        spec = RowSpec(start=len(read) - 1, sequence=np.array(read, np.int32))
+        numbers.append(from_logits.uniforms(spec, options))
     return np.concatenate([each for each in numbers if each is not None])

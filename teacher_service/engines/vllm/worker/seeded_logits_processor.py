@@ -1,7 +1,7 @@
-"""Seeds on vLLM's CPU build: a token is drawn here, from the seed and its position alone, and vLLM takes the likeliest.
+"""Seeded sampling on vLLM's CPU build: samples a token from seed and position alone, and lets vLLM take the argmax.
 
-vLLM's own seeds cannot be used there. A prompt that is read in several steps makes its worker wind back the seeded
-generator, which generators on a CPU cannot do, and the engine dies of it. This runs in vLLM's worker process.
+vLLM's own seeds are unusable there: a prompt read in several steps makes its worker rewind the seeded generator,
+which CPU generators cannot do, and the engine dies. Runs in vLLM's worker process.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from stillhouse.teacher_service.distributions.sampling import sample_token
 from stillhouse.teacher_service.engine import GenerateInput
 
 NAME = f"{__name__}:SeededSampling"
-"""How vLLM's `logits_processors` finds the class below."""
+"""Import path of the class below for vLLM's `logits_processors`."""
 _KEY = "stillhouse_draw"
 
 
 def sampling_argument(item: GenerateInput, *, num_valid: int) -> dict[str, Any]:
-    """`SamplingParams.extra_args` of a greedy request whose tokens are drawn as `item` says."""
+    """`SamplingParams.extra_args` of a greedy request whose tokens are sampled as `item` says."""
     assert item.seed is not None
     return {
         _KEY: {
@@ -37,14 +37,14 @@ def sampling_argument(item: GenerateInput, *, num_valid: int) -> dict[str, Any]:
 
 
 class SeededSampling(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Leaves one token in the rows of requests that carry a draw; vLLM reports their logprobs from before this."""
+    """Leaves one token in the rows of requests with a seed; vLLM reports their logprobs from before this."""
 
     def is_argmax_invariant(self) -> bool:
-        """It decides what the likeliest token is."""
+        """Returns False: the processor decides the argmax."""
         return False
 
     def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
-        """The draws of one request, if it asks for them."""
+        """Sampler of one request; None without a seed."""
         argument = (params.extra_args or {}).get(_KEY)
         return None if argument is None else _RequestSampler(**argument)
 
@@ -61,7 +61,7 @@ class _RequestSampler:
 
     def __call__(self, output_ids: list[int], logits_V: Tensor) -> Tensor:
         if not bool(torch.isfinite(logits_V.max())):
-            return logits_V  # the engine finds this in the logprobs, and says so
+            return logits_V  # the engine detects this in the logprobs
         position = np.random.SeedSequence((self._seed, len(output_ids)))
         generator = torch.Generator().manual_seed(int(position.generate_state(1, np.uint64)[0] >> 1))
         token, _ = sample_token(logits_V, **self._how, generator=generator)

@@ -50,8 +50,8 @@ def by_transformers(
     """What the reference engine's own arithmetic makes of a float32 forward."""
     with torch.no_grad():
         output = model.model(torch.from_numpy(ids[:-1].astype(np.int64))[None]).last_hidden_state[0]
-        target = from_logits.RowSpec(start=start, sequence=ids, query_token_ids=query)
-        return from_logits.distributions(output[start - 1 :], model.lm_head, target, options, vocab_size=392)
+        spec = from_logits.RowSpec(start=start, sequence=ids, query_token_ids=query)
+        return from_logits.distributions(output[start - 1 :], model.lm_head, spec, options, vocab_size=392)
 
 
 def assert_same(got: Distributions, wanted: Distributions) -> None:

@@ -1,4 +1,4 @@
-"""How rows leave vLLM's worker and reach the front end, and who computes them: the parts that need no model."""
+"""Rows between vLLM's worker and front end, and the threads that compute them: the parts that need no model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ import torch
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
-from stillhouse.teacher_service.engines.vllm.logprobs_processor import RawRows
+from vllm.v1.engine import EngineCoreOutput
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
+
+from stillhouse.teacher_service.engines.vllm.logprobs_processor import RawRows, _processor
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
 from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
@@ -25,19 +29,39 @@ def block(first: int, count: int, width: int = 3) -> tuple[Any, Any]:
     return ids, ids.astype(np.float32)
 
 
-def test_rows_are_given_out_once_and_in_order() -> None:
+def test_slices_keep_blocks_and_order() -> None:
     rows = RawRows([block(0, 1), block(1, 4), block(5, 2, width=2)])
     assert len(rows) == 7
     assert len(rows[:0]) == 0
-    assert len(rows) == 7
     last = rows[-3:]
     assert [len(ids) for ids, _ in last.blocks] == [1, 2]
     assert last.joined()[0].tolist() == [[4, 4], [5, 5], [6, 6]]
-    assert len(rows) == 4
+    assert len(rows) == 7
     rows.extend(RawRows([block(7, 1)]))
     ids, values = rows[-5:].joined()
-    assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 1, 2, 3, 7]
-    assert len(rows) == 0
+    assert ids[:, 0].tolist() == values[:, 0].tolist() == [3, 4, 5, 6, 7]
+
+
+def test_rows_are_emitted_once_and_in_order() -> None:
+    processor = _processor(LogprobsProcessor)(
+        tokenizer=None,
+        logprobs=RawRows(),
+        prompt_logprobs=None,
+        cumulative_logprob=None,
+        num_logprobs=1,
+        num_prompt_logprobs=None,
+    )
+    emitted = []
+    for first in (0, 4):
+        for token in range(first, first + 4):
+            rows = LogprobsLists(*block(token, 1), np.zeros(1, np.int32))
+            processor.update_from_output(
+                EngineCoreOutput(request_id="0", new_token_ids=[token], new_logprobs=rows)
+            )
+        emitted.append(processor.logprobs[-4:])
+        assert processor.pop_prompt_logprobs() is None
+        assert len(processor.logprobs) == 0
+    assert [rows.joined()[0][:, 0].tolist() for rows in emitted] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_held_rows_leave_in_the_order_of_their_steps() -> None:
