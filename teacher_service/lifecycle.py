@@ -154,7 +154,7 @@ class _TeacherProcess:
                 log.exception("engine died")
                 raise StillhouseError(
                     Reason.PROCESS_DIED,
-                    "The engine has died; the log above says of what. Start the teacher again.",
+                    "The engine has died; see the log above. Start the teacher again.",
                 ) from error
 
     async def _close(self) -> None:

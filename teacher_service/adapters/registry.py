@@ -112,7 +112,7 @@ class AdapterRegistry:
             await self._engine.unload_adapter(name)
             raise StillhouseError(
                 Reason.ADAPTER_CONFLICT,
-                f"The files of adapter {name!r} changed while they were loaded. Write an adapter whole, then load it.",
+                f"The files of adapter {name!r} changed while they were loaded. Write an adapter completely, then load it.",
                 resource=name,
             )
         self._loaded[name] = adapter
@@ -161,7 +161,7 @@ class AdapterRegistry:
             )
         raise StillhouseError(
             Reason.ADAPTER_INVALID,
-            f"{path} is no adapter: a LoRA adapter is a directory with {' and '.join(FILES)}.",
+            f"{path} is not an adapter: a LoRA adapter is a directory with {' and '.join(FILES)}.",
             resource=name,
         )
 
@@ -183,6 +183,6 @@ def _check_name(name: str) -> None:
     if len(name) > MAX_NAME_CHARS or not NAME.fullmatch(name):
         raise StillhouseError(
             Reason.INVALID_REQUEST,
-            f"{name[:MAX_NAME_CHARS]!r} is no name for an adapter. Use at most {MAX_NAME_CHARS} letters, digits, dots, "
+            f"{name[:MAX_NAME_CHARS]!r} is not a valid adapter name. Use at most {MAX_NAME_CHARS} letters, digits, dots, "
             "dashes and underscores, in parts joined by slashes, such as run-7/120.",
         )

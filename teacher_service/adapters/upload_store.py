@@ -145,7 +145,7 @@ class _UploadWriter:
                 self._file.close()
         missing = [name for name in FILES if name not in self._written]
         if missing:
-            raise _invalid(f"{' and '.join(missing)} did not come")
+            raise _invalid(f"{' and '.join(missing)} is missing")
 
     def _begin(self, name: str, expected: str) -> None:
         self._end()

@@ -257,8 +257,8 @@ def non_finite(position: int) -> StillhouseError:
     """Builds the error for NaN or infinite logits at `position`."""
     return StillhouseError(
         Reason.NON_FINITE,
-        f"The model's logits for position {position} are not finite numbers. "
-        "Its weights are damaged, or its numbers overflow: try --dtype float32.",
+        f"The model's logits for position {position} are NaN or infinite. "
+        "Its weights are damaged, or its activations overflow: try --dtype float32.",
         metadata={"position": str(position)},
     )
 

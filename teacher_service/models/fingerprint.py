@@ -117,7 +117,7 @@ def _configuration(path: Path, reason: Reason) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise StillhouseError(
-                reason, f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: it is no configuration."
+                reason, f"{path} is larger than {_MAX_CONFIG_BYTES} bytes: it is not a configuration."
             )
         config = json.loads(path.read_bytes())
     except OSError as error:

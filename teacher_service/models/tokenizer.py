@@ -71,7 +71,7 @@ class TextCodec:
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,
                 f"The tokenizer of {model} cannot be loaded: {_first_line(error)} "
-                "Put the files of a tokenizer that needs no code of its own beside the model.",
+                "Put a tokenizer without custom code beside the model.",
             ) from error
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise StillhouseError(

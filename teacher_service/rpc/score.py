@@ -190,13 +190,13 @@ class ScoreSession:
 async def _refuse_id(sequence_id: int) -> Distributions:
     raise StillhouseError(
         Reason.INVALID_REQUEST,
-        f"sequence_id {sequence_id} is unanswered still. Give every unanswered sequence an id of its own.",
+        f"sequence_id {sequence_id} is still unanswered. Give concurrent sequences different ids.",
     )
 
 
 def _draining() -> StillhouseError:
     return StillhouseError(
         Reason.DRAINING,
-        "This teacher is stopping; every sequence that it read has its answer. Send the others again when it is back.",
+        "This teacher is stopping; every sequence that it read is answered. Send the others again when it is back.",
         retry_after_s=DRAIN_RETRY_S,
     )

@@ -51,7 +51,7 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
     raise StillhouseError(
         Reason.CAPABILITY,
         f"This teacher's engine ({info.engine}) has no {name}. The hf engine has: start the teacher with --engine hf, "
-        "or do not ask for it.",
+        "or do not request it.",
         metadata={"capability": teacher_pb2.Capability.Name(capability), "engine": "hf"},
     )
 
@@ -77,7 +77,7 @@ def check_distributions(
         raise _invalid(f"logprob_dtype is {dtype}. Log-probabilities travel as FLOAT16 or FLOAT32.")
     if len(config.temperatures) > MAX_TEMPERATURES:
         raise _invalid(
-            f"{len(config.temperatures)} temperatures are asked for; at most {MAX_TEMPERATURES} are given."
+            f"{len(config.temperatures)} temperatures are requested; the limit is {MAX_TEMPERATURES}. Send fewer."
         )
     for temperature in config.temperatures:
         if not (math.isfinite(temperature) and temperature > 0):

@@ -1,4 +1,4 @@
-"""The acceptance experiment's own parts: its languages are what they log, and its claims can fail."""
+"""Parts of the acceptance experiment: its languages match their logs, and its claims can fail."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_text_follows_the_language_and_reaches_a_model_token_by_token(
     assert tokenizer()(texts)["input_ids"] == rows.tolist()
 
 
-def test_distances_are_zero_for_the_same_model_and_positive_for_another(tmp_path: Path) -> None:
+def test_divergences_are_zero_for_the_same_model_and_positive_for_another(tmp_path: Path) -> None:
     one, other = (load(write_student(tmp_path / str(seed), seed=seed, length=48)) for seed in (0, 1))
     assert on_policy_kl(one, one, count=8, length=6, seed=0) == pytest.approx((0, 0), abs=1e-6)
     assert min(on_policy_kl(one, other, count=8, length=6, seed=0)) > 1e-4
@@ -60,7 +60,7 @@ def test_distances_are_zero_for_the_same_model_and_positive_for_another(tmp_path
     )
 
 
-def test_every_claim_holds_for_what_is_hoped_for_and_fails_for_the_reverse() -> None:
+def test_every_claim_holds_for_expected_results_and_fails_for_the_reverse() -> None:
     hoped = {
         "cross-entropy": 1.0, "full vocabulary": 0.8, "top-8 + tail": 0.85, "random sampling, 8 draws": 0.83,
         "top-8 renormalised": 1.2, "control: rows shuffled": 1.1,
@@ -92,7 +92,7 @@ def test_the_k1_estimate_has_the_value_of_reverse_kl_and_no_gradient() -> None:
     logits = torch.randn(1, 1, 12, generator=generator, dtype=torch.float64).requires_grad_()
     student = logits.log_softmax(-1)[0]
     teacher = torch.randn(1, 12, generator=generator, dtype=torch.float64).log_softmax(-1)
-    # Every token once, weighted by how often the student draws it: the exact expectation.
+    # Every token once, weighted by its probability under the student: the exact expectation.
     sampled = SampledTokens(teacher_logprobs=teacher, behaviour_logprobs=student, max_importance_weight=2.0)
     drawn = student.detach()
     expected = (drawn.exp() * k1_as_loss(student, sampled)).sum()

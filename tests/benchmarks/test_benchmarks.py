@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks: ratios round by round, limits, shares and slopes, and what is said of a missing peer."""
+"""Arithmetic of the benchmarks: ratios by round, bounds, shares and slopes, and the report of a missing peer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ SETTINGS = EngineSettings(dtype="bfloat16", on_cpu=True, threads=1)
 
 
 def seconds(*pairs: tuple[float, float]) -> ModelResult:
-    """Rounds in which ours and the engine's pass over 100 tokens took so long."""
+    """Rounds with these seconds of our pass and the engine's, over 100 tokens each."""
     rounds = [
         {"score_k64": Pass(tokens=100, seconds=ours), "engine": Pass(tokens=100, seconds=other)}
         for ours, other in pairs
@@ -66,7 +66,7 @@ def ratio(name: str) -> Ratio:
     return next(each for each in RATIOS if each.name == name)
 
 
-def test_every_ratio_that_is_asked_for_is_there_once_with_what_is_required() -> None:
+def test_every_required_ratio_exists_once_with_its_bound() -> None:
     required = {each.name: each.required for each in RATIOS if each.required is not None}
     assert required == ASKED
     assert len({each.name for each in RATIOS}) == len(RATIOS)
@@ -102,7 +102,7 @@ def test_limits_come_from_the_parts_of_the_model() -> None:
     assert COSTS.limit("decode", 64, computed=1, answered=1) == pytest.approx(0.9)
 
 
-def test_bytes_are_theirs_over_ours() -> None:
+def test_byte_ratios_are_theirs_over_ours() -> None:
     rounds = [
         {
             "score_packed_k64": Pass(tokens=10, seconds=1, num_bytes=2800),
@@ -116,7 +116,7 @@ def test_bytes_are_theirs_over_ours() -> None:
     assert found.roofline is None
 
 
-def test_passes_add_up_and_an_unfinished_last_round_counts_where_it_is_whole() -> None:
+def test_passes_add_up_and_an_interrupted_round_counts_where_complete() -> None:
     both = Pass(tokens=10, seconds=1, num_bytes=5) + Pass(tokens=30, seconds=1, num_bytes=7)
     assert both.tokens_per_s == 20
     assert both.bytes_per_token == pytest.approx(0.3)
@@ -152,7 +152,7 @@ def test_a_peer_that_cannot_run_is_not_applicable_in_table_and_file() -> None:
     assert "n/a" in lines["score_vs_trl_k64"]
 
 
-def test_the_minutes_are_split_over_the_models_that_are_asked_for() -> None:
+def test_the_minutes_are_split_over_the_selected_models() -> None:
     def options(*models: str) -> Options:
         return Options(models=models, only=frozenset(), rounds=1, minutes=10, settings=SETTINGS)
 
@@ -172,7 +172,7 @@ def test_sequences_of_a_group_share_their_beginning_and_a_seed_fixes_them() -> N
     np.testing.assert_array_equal(first, work.sequences()[0])
 
 
-def test_groups_share_as_many_tokens_as_are_said_and_not_all_the_same_number() -> None:
+def test_groups_share_the_given_average_of_tokens_with_different_lengths() -> None:
     work = PassInput(count=64, length=24, vocab_size=512, seed=3, group_size=2, shared=12, spread=8)
     lengths = work.shared_lengths()
     assert set(lengths) == set(range(8, 16))
@@ -182,7 +182,7 @@ def test_groups_share_as_many_tokens_as_are_said_and_not_all_the_same_number() -
         assert (first[shared:] != second[shared:]).any()
 
 
-def test_the_synthetic_tokenizer_has_as_many_tokens_as_asked_for_and_gives_text_back(tmp_path: Path) -> None:
+def test_the_synthetic_tokenizer_has_the_requested_size_and_round_trips(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(make_tokenizer(tmp_path, 4096))
@@ -192,7 +192,7 @@ def test_the_synthetic_tokenizer_has_as_many_tokens_as_asked_for_and_gives_text_
     assert len(tokenizer.encode("babe")) == 1
 
 
-def test_answers_of_the_http_server_are_read_into_the_same_arrays() -> None:
+def test_responses_of_the_http_server_are_read_into_the_same_arrays() -> None:
     pytest.importorskip("msgspec", reason="msgspec comes with vllm")
     from benchmarks.teacher import generation_clients, scoring_clients
     from benchmarks.teacher.peers import http_responses
@@ -241,7 +241,7 @@ def test_shares_and_slope_of_a_soak() -> None:
         ((100, 100, 50), 0.05, "grew by"),
     ],
 )
-def test_a_soak_says_what_is_unfair_and_what_grows(
+def test_a_soak_reports_unfair_shares_and_growth(
     rates: tuple[int, ...], growth: float, objection: str
 ) -> None:
     names = (*TRAINERS, BATCH)
@@ -259,7 +259,7 @@ def test_a_soak_says_what_is_unfair_and_what_grows(
     assert report(samples, []).row_count == 6
 
 
-def test_scoring_alone_asks_for_three_sizes_against_engine_and_http() -> None:
+def test_scoring_only_compares_three_sizes_with_engine_and_http() -> None:
     asked = [ratio(name) for name in scoring_only.NAMES]
     sizes = ("score_k20", "score_k64", "score_k128")
     assert {(each.ours, each.other) for each in asked} == {

@@ -1,4 +1,5 @@
-"""The proxies of tests and experiments: counting changes nothing, shuffling permutes whole rows and only where asked."""
+"""Proxies of tests and experiments: counting changes nothing, shuffling permutes complete rows of the selected
+streams only."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def test_the_counting_proxy_counts_and_changes_nothing(hf_teacher: Program) -> N
         np.testing.assert_array_equal(passed[name].logprobs, rows.logprobs)
 
 
-def test_the_shuffling_proxy_permutes_whole_rows_of_the_streams_with_its_top_k(hf_teacher: Program) -> None:
+def test_the_shuffling_proxy_permutes_complete_rows_of_streams_with_its_top_k(hf_teacher: Program) -> None:
     with TeacherProxy(hf_teacher.target, lambda: Shuffler(top_k=8, seed=1)) as proxy:
         untouched, shuffled = scored(proxy.target, 16), scored(proxy.target, 8)
     direct = scored(hf_teacher.target, 8)
@@ -47,7 +48,7 @@ def test_the_shuffling_proxy_permutes_whole_rows_of_the_streams_with_its_top_k(h
 
 
 def table(rows: Distributions) -> list[tuple[float, ...]]:
-    """The rows in an order of their own."""
+    """Rows in an order independent of their own."""
     whole = np.concatenate(
         [rows.token_ids, rows.logprobs, rows.log_tail[:, None], rows.target_logprobs[:, None]], axis=1
     )

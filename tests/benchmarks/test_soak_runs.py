@@ -1,4 +1,4 @@
-"""A run service that is killed in the middle of its runs, in small; and the checker that would tell if it lost any."""
+"""A small soak of a run service killed in the middle of its runs, and the checker that detects losses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short ways to call a teacher over gRPC, and to tell what a float32 forward of transformers says of the same tokens."""
+"""Short ways to call a teacher over gRPC, and a float32 reference of transformers for the same tokens."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Teacher:
         sequences: Mapping[int, teacher_pb2.ScoreSequence] | Sequence[teacher_pb2.ScoreSequence],
         **config: Any,
     ) -> dict[int, Answer]:
-        """The answers by sequence_id, every one checked to be whole."""
+        """Responses by sequence_id, each checked to be complete."""
         if not isinstance(sequences, Mapping):
             sequences = dict(enumerate(sequences))
         for sequence_id, sequence in sequences.items():
@@ -97,7 +97,7 @@ class Teacher:
         prompt_token_ids: bool = False,
         **sampling: Any,
     ) -> dict[tuple[int, int], Sample]:
-        """The samples by (prompt, sample)."""
+        """Samples by (prompt, sample)."""
         request = teacher_pb2.GenerateRequest(
             prompts=prompts,
             num_samples=num_samples,
@@ -121,7 +121,7 @@ class Teacher:
 
 @dataclass
 class Sample:
-    """What came of one sample."""
+    """Collected chunks of one sample."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -177,7 +177,7 @@ class Sample:
 
 
 def distribution_config(top_k: int = 20, **fields: Any) -> teacher_pb2.DistributionConfig:
-    """float32 on the wire, unless something else is asked for."""
+    """Config with float32 on the wire, unless `fields` say otherwise."""
     fields.setdefault("logprob_dtype", FLOAT32)
     return teacher_pb2.DistributionConfig(top_k=top_k, **fields)
 
@@ -203,7 +203,7 @@ def random_ids(length: int, seed: int = 0, vocab_size: int = 300) -> NDArray[np.
 
 
 def reference_logprobs(model_dir: Path, ids: Any, adapter_dir: Path | None = None) -> NDArray[np.float64]:
-    """[T, V]: row i is what a float32 forward says after reading ids[: i + 1]."""
+    """[T, V]: row i is the distribution of a float32 forward after ids[: i + 1]."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -219,7 +219,7 @@ def reference_logprobs(model_dir: Path, ids: Any, adapter_dir: Path | None = Non
 def assert_agrees(
     answer: Distributions, ids: Any, logprobs_TV: NDArray[np.float64], *, top_k: int, tolerance: float = 1e-4
 ) -> None:
-    """The answer says what the reference says of the same tokens: sets up to ties, values, target, tail."""
+    """Checks a response against the reference: sets up to ties, values, target, tail."""
     ids = np.asarray(ids)
     wanted = logprobs_TV[answer.start - 1 : len(ids) - 1]
     assert answer.num_rows == len(ids) - answer.start
@@ -236,7 +236,7 @@ def assert_agrees(
 
 
 def refusal(teacher: Teacher, call: Callable[[], object]) -> StillhouseError:
-    """The error that a call must raise."""
+    """Error raised by a call."""
     with pytest.raises(grpc.RpcError) as caught:
         call()
     return from_rpc_error(caught.value, target=teacher.target, service="teacher")

@@ -1,6 +1,6 @@
-"""One vLLM engine for all tests of its parts, and a view of it for each tier: a start of vLLM takes half a minute.
+"""One vLLM engine for all tests of its parts, with a view of it per tier, since vLLM takes half a minute to start.
 
-Beside it, a client of each engine's service.
+Also a client of each engine's service.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BATCH_TOKENS = 200  # less than many sequences of the tests have: their prompts 
 
 @asynccontextmanager
 async def loaded(config: TeacherConfig) -> AsyncIterator[Any]:
-    """A vLLM engine, none of whose processes is left afterwards."""
+    """Starts a vLLM engine; checks that none of its processes is left afterwards."""
     from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
 
     resource_tracker.ensure_running()  # one for the life of this process, not of the engine
@@ -45,7 +45,7 @@ async def loaded(config: TeacherConfig) -> AsyncIterator[Any]:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def worker_engine(models: Models) -> AsyncIterator[Any]:
-    """The engine at the tier that it finds by itself, which has to be the best."""
+    """The engine at the tier that it selects, which has to be the best."""
     if find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     config = TeacherConfig(

@@ -1,4 +1,4 @@
-"""A teacher in this process, over gRPC, with a model that can be paused; so that a test sees what a call holds."""
+"""A teacher in this process, over gRPC, with a model that can be paused, so that tests see the state of a call."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Local:
     target: str
 
     async def pause(self) -> asyncio.Task[bool]:
-        """The model does nothing until `go_on` is set."""
+        """Pauses the model until `go_on` is set."""
         self.go_on.clear()
         paused = threading.Event()
 

@@ -1,4 +1,4 @@
-"""A teacher's process from the first word to the last: what cannot start says why, what runs drains, what dies is not served."""
+"""Life of a teacher process: one that cannot start says why, a running one drains, a dead one stops serving."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def program(models: Models, tmp_path: Path) -> Iterator[Program]:
 
 
 def start_with(*options: str) -> tuple[int, str]:
-    """Exit code and what a teacher with these options says on stderr."""
+    """Exit code and stderr of a teacher with these options."""
     done = subprocess.run(
         [
             sys.executable,
@@ -76,7 +76,7 @@ def start_with(*options: str) -> tuple[int, str]:
         (["--model", "MODEL", "--adapter", "a=/no/such/adapter"], "/no/such/adapter"),
     ],
 )
-def test_what_cannot_be_served_is_one_sentence_and_exit_code_2(
+def test_a_failed_start_is_one_sentence_and_exit_code_2(
     models: Models, options: list[str], named: str
 ) -> None:
     code, said = start_with(*[str(models.teacher) if option == "MODEL" else option for option in options])
@@ -105,7 +105,7 @@ def test_sigterm_lets_running_calls_finish_and_refuses_others(program: Program) 
     scoring = iter(teacher.stub.Score(iter(requests.get, None)))
     assert next(scoring).results[0].last
     program.process.send_signal(signal.SIGTERM)
-    # The open stream reads nothing more, and says where the caller stands.
+    # The open stream is no longer read, and reports the caller's position.
     with pytest.raises(grpc.RpcError) as ended:
         next(scoring)
     assert from_rpc_error(ended.value, target="", service="teacher").reason == Reason.DRAINING
@@ -179,7 +179,7 @@ async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serv
     )
     teacher = _TeacherProcess(config)
     living = asyncio.create_task(teacher.live())
-    # A channel that finds nobody waits a second before it tries again, and by then this small model is loaded.
+    # A failed channel waits a second before it tries again, and by then this small model is loaded.
     while not (tmp_path / "socket").exists():  # noqa: ASYNC110 - a file has no event
         await asyncio.sleep(0.001)
     async with connect_async(socket) as channel:
@@ -211,7 +211,7 @@ async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serv
 async def watch(
     health: health_pb2_grpc.HealthStub,
 ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
-    """What health says until it says SERVING."""
+    """Health states until SERVING."""
     async for state in health.Watch(health_pb2.HealthCheckRequest(service=SERVICE)):
         yield state
         if state.status == health_pb2.HealthCheckResponse.SERVING:
@@ -219,5 +219,5 @@ async def watch(
 
 
 def die() -> None:
-    """Ends the engine's thread as nothing that a request does can."""
+    """Ends the engine's thread as no request can."""
     raise SystemExit

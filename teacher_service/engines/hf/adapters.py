@@ -136,11 +136,11 @@ def _read_config(name: str, path: Path) -> dict[str, Any]:
         raise _invalid(name, f"its peft_type is {kind!r}, and only LORA is served")
     if config.get("modules_to_save"):
         raise _invalid(
-            name, f"it replaces whole modules ({config['modules_to_save']}); train it without modules_to_save"
+            name, f"it replaces modules ({config['modules_to_save']}); train it without modules_to_save"
         )
     rank = config.get("r")
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise _invalid(name, f"its rank r is {rank!r}, which is no positive number")
+        raise _invalid(name, f"its rank r is {rank!r}, which is not a positive integer")
     return config
 
 
@@ -159,7 +159,7 @@ def _require_fit(name: str, unexpected: list[str], missing: list[str]) -> None:
 def _require_finite(name: str, weights: dict[str, torch.Tensor]) -> None:
     for key, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
-            raise _invalid(name, f"its weight {key} holds values that are not finite numbers")
+            raise _invalid(name, f"its weight {key} holds NaN or infinite values")
 
 
 def _invalid(name: str, why: str) -> StillhouseError:

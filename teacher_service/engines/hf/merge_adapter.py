@@ -56,7 +56,7 @@ def _check(base: Path, adapter: Path, out: Path) -> None:
     if missing:
         raise StillhouseError(
             Reason.ADAPTER_INVALID,
-            f"{adapter} is no adapter: {' and '.join(missing)} is missing. A LoRA adapter is a directory with "
+            f"{adapter} is not an adapter: {' and '.join(missing)} is missing. A LoRA adapter is a directory with "
             f"{' and '.join(FILES)}.",
         )
     check_ranks(_NAME, adapter)

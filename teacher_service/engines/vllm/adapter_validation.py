@@ -43,7 +43,7 @@ class AdapterRules:
         ranks = []
         for rank in (config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise invalid(name, f"its rank r is {rank!r}, which is no positive number")
+                raise invalid(name, f"its rank r is {rank!r}, which is not a positive integer")
             if rank > self.max_rank:
                 raise invalid(
                     name,
@@ -60,7 +60,7 @@ class AdapterRules:
                 for key in weights.keys():  # noqa: SIM118 - it is no mapping
                     tensor = weights.get_tensor(key)
                     if not bool(tensor.isfinite().all()):
-                        raise invalid(name, f"its weight {key} holds values that are not finite numbers")
+                        raise invalid(name, f"its weight {key} holds NaN or infinite values")
                     self._check_fit(name, key, tuple(tensor.shape))
         except (OSError, SafetensorError) as error:
             raise invalid(name, f"its {path.name} cannot be read ({first_line(error)})") from error

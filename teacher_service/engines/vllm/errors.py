@@ -28,7 +28,7 @@ def engine_dead() -> StillhouseError:
     """Builds the error of an engine that does not recover."""
     return StillhouseError(
         Reason.TEACHER_UNREACHABLE,
-        "vLLM has stopped: one of this teacher's processes ended. Its log says why; start the teacher again.",
+        "vLLM has stopped: one of this teacher's processes ended. See its log, and start the teacher again.",
     )
 
 
@@ -36,7 +36,7 @@ def not_started(model: str, error: BaseException) -> StillhouseError:
     """Builds the error of a vLLM that does not start with this model or these settings."""
     return StillhouseError(
         Reason.INVALID_CONFIG,
-        f"vLLM does not start with {model}: {first_line(error).rstrip('.')}. The log above has the whole story. "
+        f"vLLM does not start with {model}: {first_line(error).rstrip('.')}. See the log above. "
         "--max-adapters 0 helps with models that take no adapters, and --engine hf with those that vLLM does not know.",
     )
 
@@ -51,7 +51,7 @@ def never_answered(model: str, quantization: str) -> StillhouseError:
     )
     return StillhouseError(
         Reason.INVALID_CONFIG,
-        f"vLLM loads {model} and ends at its first request. The log above says why. {remedy}",
+        f"vLLM loads {model} and ends at its first request. See the log above. {remedy}",
     )
 
 

@@ -163,7 +163,7 @@ class SamplingParamsBuilder:
         if len(token_ids) and int(token_ids.max()) >= self._info.tokenizer_size:
             raise StillhouseError(
                 Reason.TOKEN_OUT_OF_RANGE,
-                f"The model wrote the id {int(token_ids.max())}, and its tokenizer knows {self._info.tokenizer_size}. "
+                f"The model generated the id {int(token_ids.max())}, and its tokenizer knows {self._info.tokenizer_size}. "
                 "Ask again with another seed.",
             )
 

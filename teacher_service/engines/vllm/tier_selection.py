@@ -76,7 +76,7 @@ async def choose(
 
 async def _prepared(name: TierName, config: TeacherConfig, llm: Any, info: EngineInfo) -> PublicTier:
     if reason := logprobs_processor.install():
-        raise StepDownError(f"vLLM's front end has moved: {reason}")
+        raise StepDownError(f"vLLM's front end has changed: {reason}")
     if name == "raw":
         native = min(config.max_query_tokens, int(llm.model_config.max_logprobs))
         return RawTier(info, max_native_queries=native if llm.vllm_config.use_v2_model_runner else 0)
@@ -85,7 +85,7 @@ async def _prepared(name: TierName, config: TeacherConfig, llm: Any, info: Engin
     except Exception as error:  # any error of a worker without the method
         raise StepDownError(f"the worker has no extension: {error}") from error
     if reason := next(filter(None, reasons), ""):
-        raise StepDownError(f"vLLM's worker has moved: {reason}")
+        raise StepDownError(f"vLLM's worker has changed: {reason}")
     return WorkerTier(
         info,
         hidden_size=int(llm.model_config.get_hidden_size()),
@@ -109,7 +109,7 @@ async def agree(public: ProbedEngine, other: ProbedEngine, info: EngineInfo) -> 
     sample = GenerateInput(token_ids=ids, temperature=0, max_new_tokens=NUM_WRITTEN, options=options)
     texts = [await _guarded(_written(engine, sample)) for engine in (public, other)]
     if tolerance < _ROUGH and texts[0][0] != texts[1][0]:
-        raise StepDownError(f"it writes {texts[1][0]} where the public tier writes {texts[0][0]}")
+        raise StepDownError(f"it generates {texts[1][0]} where the public tier generates {texts[0][0]}")
     if texts[0][0] == texts[1][0]:
         _compare(texts[0][1], texts[1][1], tolerance=tolerance)
 
@@ -128,7 +128,7 @@ async def _guarded(answer: Any) -> Any:
     ) as error:
         if isinstance(error, StillhouseError) and error.reason is Reason.TEACHER_UNREACHABLE:
             raise  # vLLM is dead, for every tier
-        raise StepDownError(f"its answer cannot be read: {type(error).__name__}: {error}") from error
+        raise StepDownError(f"its output cannot be read: {type(error).__name__}: {error}") from error
 
 
 async def _written(engine: ProbedEngine, item: GenerateInput) -> tuple[list[int], Distributions]:
@@ -158,7 +158,7 @@ def _compare(one: Distributions, other: Distributions, *, tolerance: float) -> N
         strangers = ~np.isin(others, ids)
         if (other.logprobs[row][strangers] > one.logprobs[row].min(initial=0) + tolerance).any():
             raise StepDownError(
-                f"its likeliest tokens at {one.start + row} are {others.tolist()}, not {ids.tolist()}"
+                f"its top tokens at {one.start + row} are {others.tolist()}, not {ids.tolist()}"
             )
 
 

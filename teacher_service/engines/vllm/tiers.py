@@ -138,7 +138,7 @@ class PublicTier:
         if any(more):
             raise StillhouseError(
                 Reason.CAPABILITY,
-                f"The vllm engine at tier {self.name} reports top-k, target and tail. Log-partitions, queries, draws, "
+                f"The vllm engine at tier {self.name} reports top-k, target and tail. Log-partitions, queries, samples, "
                 "entropy and hidden states come from its tier worker, and from a teacher started with --engine hf.",
             )
 
@@ -185,7 +185,7 @@ class RawTier(PublicTier):
             return answer
         query = np.asarray(output.prompt_token_id_logprobs, dtype=np.float32)
         if query.shape != item.query_token_ids.shape:
-            raise RuntimeError(f"vLLM answers {query.shape} to queries of {item.query_token_ids.shape}")
+            raise RuntimeError(f"vLLM returned {query.shape} for queries of {item.query_token_ids.shape}")
         return replace(answer, query_logprobs=query)
 
     def generate_params(self, item: GenerateInput) -> Any:

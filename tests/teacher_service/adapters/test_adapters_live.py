@@ -1,4 +1,5 @@
-"""Adapters come and go while streams run, uploaded or from a directory, and every answer is peft's; for hf and vllm."""
+"""Adapters loaded and unloaded while streams run, uploaded or from a directory, with the distributions of peft; for
+hf and vllm."""
 
 from __future__ import annotations
 
@@ -42,14 +43,14 @@ def upload(teacher: Teacher, directory: Path) -> teacher_pb2.UploadAdapterRespon
     return answer
 
 
-def test_adapters_come_and_go_while_others_are_asked(teacher: Teacher, models: Models) -> None:
+def test_adapters_load_and_unload_while_others_score(teacher: Teacher, models: Models) -> None:
     ids = random_ids(40, seed=3)
     wanted = {
         "": reference_logprobs(models.teacher, ids),
         "live-a": reference_logprobs(models.teacher, ids, models.adapter_a),
     }
     ending, answers, wrong = threading.Event(), [0], list[Any]()
-    room = threading.Semaphore(6)  # few on their way, so that the stream is live and ends soon
+    room = threading.Semaphore(6)  # few in flight, so that the stream is live and ends soon
 
     def requests() -> Iterator[teacher_pb2.ScoreRequest]:
         yield teacher_pb2.ScoreRequest(config=distribution_config(8))
@@ -96,10 +97,10 @@ def test_adapters_come_and_go_while_others_are_asked(teacher: Teacher, models: M
     assert answers[0] > 10
 
 
-def test_every_slot_is_used_and_the_next_adapter_is_told_so(
+def test_every_slot_is_used_and_the_next_adapter_is_refused(
     teacher: Teacher, models: Models, tmp_path: Path
 ) -> None:
-    """All slots full is where a kernel that gives base requests the last slot would show."""
+    """Full slots would expose a kernel that applies the last slot to base requests."""
     ids = random_ids(24, seed=5)
     slots = teacher.info.max_adapters
     made = [

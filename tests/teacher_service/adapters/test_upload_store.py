@@ -1,4 +1,4 @@
-"""Uploads: whole, checked and by content, or nothing; and a bounded part of the disk."""
+"""Uploads: stored complete, checked and by content, or not at all; in bounded disk space."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_an_upload_is_kept_by_content(models: Models, tmp_path: Path) -> N
     assert len(list(spool.directory.iterdir())) == 2
 
 
-async def test_what_is_no_whole_adapter_leaves_nothing(models: Models, tmp_path: Path) -> None:
+async def test_an_incomplete_upload_leaves_nothing(models: Models, tmp_path: Path) -> None:
     spool = UploadStore(tmp_path / "spool", max_bytes=1 << 20)
     good = chunks(models.adapter_a)
     damaged = [*good[:-1], UploadAdapterRequest(data=bytes(len(good[-1].data)))]
@@ -69,7 +69,7 @@ async def test_what_is_no_whole_adapter_leaves_nothing(models: Models, tmp_path:
         assert list(spool.directory.iterdir()) == []
 
 
-async def test_a_caller_who_goes_away_leaves_nothing(models: Models, tmp_path: Path) -> None:
+async def test_an_aborted_upload_leaves_nothing(models: Models, tmp_path: Path) -> None:
     spool = UploadStore(tmp_path / "spool", max_bytes=1 << 20)
 
     async def broken() -> AsyncIterator[UploadAdapterRequest]:
@@ -83,7 +83,7 @@ async def test_a_caller_who_goes_away_leaves_nothing(models: Models, tmp_path: P
     assert list(spool.directory.iterdir()) == []
 
 
-async def test_an_upload_has_a_limit_and_so_has_what_is_kept(models: Models, tmp_path: Path) -> None:
+async def test_uploads_and_their_store_are_bounded(models: Models, tmp_path: Path) -> None:
     size = sum((models.adapter_b / name).stat().st_size for name in (CONFIG, WEIGHTS))
     with pytest.raises(StillhouseError, match="max-upload-bytes") as caught:
         await receive(UploadStore(tmp_path / "spool", max_bytes=size - 1), chunks(models.adapter_b))

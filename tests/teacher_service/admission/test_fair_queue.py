@@ -1,4 +1,4 @@
-"""Turns: fair by tokens however many calls a client has, room for whoever comes, and no trace of who leaves."""
+"""Fair queue: shares by tokens however many calls a client has, room for newcomers, and no trace of clients that leave."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CAPACITY = Capacity(max_tokens=8192, max_samples=16)
 
 
 class Engine:
-    """Works through what it is given, in order, one after the other."""
+    """Processes items in order, one after the other."""
 
     def __init__(self) -> None:
         self.admission = FairQueue()
@@ -37,17 +37,17 @@ class Engine:
             client, num_tokens, done = await self._inside.get()
             self.tokens[client] += num_tokens
             done.set()
-            for _ in range(3):  # who waited for it leaves, and others come in
+            for _ in range(3):  # one that waited leaves, and others come in
                 await asyncio.sleep(0)
 
 
 @pytest.mark.parametrize("lengths", [(100, 100), (2000, 100), (100, 3000)])
-async def test_clients_that_wait_are_served_alike_by_tokens(lengths: tuple[int, int]) -> None:
+async def test_waiting_clients_get_equal_tokens(lengths: tuple[int, int]) -> None:
     engine = Engine()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(engine.score("flood", lengths[0])) for _ in range(3000)]
         tasks += [group.create_task(engine.score("small", lengths[1])) for _ in range(900)]
-        await engine.work(100)  # what was there before the others came is served first
+        await engine.work(100)  # earlier items are served first
         begin = engine.tokens.copy()
         while engine.admission.num_waiting("flood") and engine.admission.num_waiting("small"):
             await engine.work(1)
@@ -55,12 +55,12 @@ async def test_clients_that_wait_are_served_alike_by_tokens(lengths: tuple[int, 
         for task in tasks:
             task.cancel()
     assert min(served.values()) > 6 * CAPACITY.max_tokens
-    # Short items fill what is left between long ones, whence the width.
+    # Short items fill what long ones leave, hence the width.
     assert 0.6 < served["flood"] / served["small"] < 1.6
     assert engine.admission.free == ENGINE_UNITS
 
 
-async def test_one_client_alone_leaves_room_that_another_gets_at_once() -> None:
+async def test_a_single_client_leaves_room_for_a_newcomer() -> None:
     engine = Engine()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(engine.score("flood", 100)) for _ in range(1000)]
@@ -73,7 +73,7 @@ async def test_one_client_alone_leaves_room_that_another_gets_at_once() -> None:
             task.cancel()
 
 
-async def test_a_sequence_that_fills_the_engine_is_not_overtaken_for_ever() -> None:
+async def test_a_sequence_that_fills_the_engine_is_not_starved() -> None:
     engine = Engine()
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(engine.score("flood", 100)) for _ in range(1000)]
@@ -87,7 +87,7 @@ async def test_a_sequence_that_fills_the_engine_is_not_overtaken_for_ever() -> N
             task.cancel()
 
 
-async def test_who_leaves_while_waiting_or_served_leaves_nothing() -> None:
+async def test_a_cancelled_item_leaves_no_trace() -> None:
     admission = FairQueue()
     cost = CAPACITY.generate_cost(10, 100)
 
@@ -98,7 +98,7 @@ async def test_who_leaves_while_waiting_or_served_leaves_nothing() -> None:
     tasks = [asyncio.create_task(hold(client)) for client in "ab" for _ in range(30)]
     await asyncio.sleep(0)
     assert admission.num_waiting("a") > 0
-    # Cancelled in the moment of its turn, too.
+    # Also cancelled in the moment of its turn.
     tasks[0].cancel()
     tasks[12].cancel()
     await asyncio.sleep(0)
@@ -109,14 +109,14 @@ async def test_who_leaves_while_waiting_or_served_leaves_nothing() -> None:
     assert admission.num_waiting("a") == admission.num_waiting("b") == 0
 
 
-def test_costs_are_tokens_for_fairness_and_parts_for_room() -> None:
+def test_costs_are_tokens_for_fairness_and_engine_units_for_room() -> None:
     assert CAPACITY.score_cost(819) == Cost(tokens=819, engine_units=819 * ENGINE_UNITS // 8192)
     assert CAPACITY.score_cost(1 << 20).engine_units == ENGINE_UNITS
     assert CAPACITY.generate_cost(10, 500) == Cost(tokens=510, engine_units=ENGINE_UNITS // 16)
     assert CAPACITY.generate_cost(4096, 1).engine_units == ENGINE_UNITS // 2
 
 
-async def test_a_call_that_is_not_read_stops_at_its_limit_and_goes_on_when_read() -> None:
+async def test_an_unread_call_stops_at_its_limit_and_resumes_when_read() -> None:
     memory = ResponseBudget(max_bytes=64 << 20)
     slow, other = CallBudget(memory), CallBudget(memory)
     holding = asyncio.create_task(hold_all(slow, 100))
@@ -131,7 +131,7 @@ async def test_a_call_that_is_not_read_stops_at_its_limit_and_goes_on_when_read(
     slow.release_all()
     other.release_all()
     assert memory.num_bytes == 0
-    await asyncio.wait_for(other.reserve(1 << 30), 1)  # one alone always finds room
+    await asyncio.wait_for(other.reserve(1 << 30), 1)  # a single response always finds room
     assert memory.call_limit_bytes == LEAST_BYTES
 
 

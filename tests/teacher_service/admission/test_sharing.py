@@ -1,4 +1,5 @@
-"""Several clients on one teacher, over gRPC: fair shares of tokens, no starving, isolated cancels, and time limits while queued."""
+"""Several clients on one teacher, over gRPC: fair shares of tokens, no starvation, isolated cancels, and timeouts
+while queued."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ async def sequences(count: int, length: int, timeout_ms: int = 0) -> AsyncIterat
 
 
 async def read(call: Any, client: str, tokens: Counter[str], length: int) -> int:
-    """The number of answers without error; `tokens` counts them as they come."""
+    """Number of responses without error; `tokens` counts their tokens as they come."""
     count = 0
     async for response in call:
         for result in response.results:
@@ -52,7 +53,7 @@ async def read(call: Any, client: str, tokens: Counter[str], length: int) -> int
 
 @pytest.mark.parametrize("calls", [1, 12])
 @pytest.mark.faults(row=20)
-async def test_two_clients_are_served_alike_however_many_calls_one_makes(
+async def test_two_clients_get_equal_tokens_however_many_calls_one_makes(
     models: Models, tmp_path: Path, calls: int
 ) -> None:
     tokens: Counter[str] = Counter()
@@ -61,7 +62,7 @@ async def test_two_clients_are_served_alike_however_many_calls_one_makes(
         reading = [asyncio.create_task(read(call, "flood", tokens, 500)) for call in floods]
         await until(lambda: tokens["flood"] >= 4096)
         before = tokens["flood"]
-        # Enough that what the flood had under way at its start weighs little.
+        # Enough that the flood's items in flight at its start weigh little.
         small = local.stub.Score(sequences(400, 100), metadata=SMALL)
         assert await read(small, "small", tokens, 100) == 400
         shares = tokens["small"] / (tokens["flood"] - before)
@@ -73,7 +74,7 @@ async def test_two_clients_are_served_alike_however_many_calls_one_makes(
 
 
 @pytest.mark.faults(row=20)
-async def test_a_flood_of_samples_does_not_starve_who_scores(models: Models, tmp_path: Path) -> None:
+async def test_a_flood_of_samples_does_not_starve_scoring(models: Models, tmp_path: Path) -> None:
     tokens: Counter[str] = Counter()
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
         request = teacher_pb2.GenerateRequest(
@@ -99,7 +100,7 @@ async def test_a_flood_of_samples_does_not_starve_who_scores(models: Models, tmp
 
 
 @pytest.mark.faults(row=20)
-async def test_the_cancel_of_one_leaves_the_others_answers(models: Models, tmp_path: Path) -> None:
+async def test_one_clients_cancel_leaves_the_others_responses(models: Models, tmp_path: Path) -> None:
     tokens: Counter[str] = Counter()
     async with serving(models, tmp_path, max_inflight_sequences=64, max_inflight_tokens=512) as local:
         paused = await local.pause()
@@ -116,12 +117,12 @@ async def test_the_cancel_of_one_leaves_the_others_answers(models: Models, tmp_p
         local.go_on.set()
         await paused
         assert await small == 30
-        # What the cancelled call had inside the engine was left out, what waited never came in.
+        # What the cancelled call had inside the engine was aborted, what waited never entered.
         assert local.servicer.counters.tokens_scored == 30 * 59
         await until(lambda: admission(local).free == ENGINE_UNITS)
 
 
-async def test_what_runs_out_of_time_while_it_waits_never_reaches_the_engine(
+async def test_a_sequence_that_times_out_while_queued_never_reaches_the_engine(
     models: Models, tmp_path: Path
 ) -> None:
     async with serving(models, tmp_path, max_inflight_sequences=64, max_inflight_tokens=512) as local:
@@ -151,7 +152,7 @@ async def endless() -> AsyncIterator[teacher_pb2.ScoreRequest]:
     await asyncio.Event().wait()
 
 
-async def test_answers_that_nobody_reads_are_bounded_and_others_go_on(models: Models, tmp_path: Path) -> None:
+async def test_unread_responses_are_bounded_and_other_calls_continue(models: Models, tmp_path: Path) -> None:
     tokens: Counter[str] = Counter()
 
     async def wide(count: int) -> AsyncIterator[teacher_pb2.ScoreRequest]:
@@ -168,7 +169,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_others_go_on(models: Mo
         async with connect_async(ChannelOptions(target=local.target, client_name="small")) as channel:
             small = TeacherServiceStub(channel).Score(sequences(50, 50))
             assert await read(small, "small", tokens, 50) == 50
-        # About 1 MB an answer, and a call may hold an eighth of 8 MB, or one answer.
+        # About 1 MB a response, and a call may hold an eighth of 8 MB, or one response.
         assert 0 < memory.num_bytes < 3 << 20
         assert local.servicer.counters.tokens_scored < 20 * 499
         results += [result async for response in responses for result in response.results]
@@ -176,9 +177,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_others_go_on(models: Mo
         assert memory.num_bytes == 0
 
 
-async def test_samples_that_nobody_reads_are_bounded_and_free_their_places(
-    models: Models, tmp_path: Path
-) -> None:
+async def test_unread_samples_are_bounded_and_free_their_slots(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
         memory = local.servicer._serving.budget  # type: ignore[union-attr]
         memory._max_bytes = 8 << 20
@@ -190,7 +189,7 @@ async def test_samples_that_nobody_reads_are_bounded_and_free_their_places(
         slow = local.stub.Generate(request, metadata=FLOOD)
         responses = aiter(slow)
         chunks = list((await anext(responses)).chunks)
-        # About 40 kB a sample, of which a call may hold 1 MB; the engine is free once what has begun is written.
+        # About 40 kB a sample, of which a call may hold 1 MB; the engine is free once started samples are generated.
         await until(lambda: memory.num_bytes > 1 << 20 and admission(local).free == ENGINE_UNITS)
         assert memory.num_bytes < 2 << 20
         assert local.servicer.counters.tokens_generated < 200 * 20

@@ -1,4 +1,4 @@
-"""Logits to distributions against float64 numpy: exact tails, chunks that change nothing, draws that depend on nothing else."""
+"""Logits to distributions against float64 numpy: exact tails, chunks that change nothing, independent samples."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(
     return distributions(rows, head, target(), options, vocab_size=V)
 
 
-def test_every_part_is_what_float64_says() -> None:
+def test_every_part_equals_float64() -> None:
     query = np.random.default_rng(2).integers(-1, V, (T, 3)).astype(np.int32)
     rows, asked = logits(), target(query=query)
     got = distributions(rows, identity, asked, EVERYTHING, vocab_size=V)
@@ -108,7 +108,7 @@ def test_half_precision_logits_are_normalised_in_float32() -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_logits_that_are_no_numbers_are_refused_with_their_position(value: float) -> None:
+def test_non_finite_logits_are_refused_with_their_position(value: float) -> None:
     rows = logits()
     rows[4, 7] = value
     with pytest.raises(StillhouseError, match="position 6 ") as caught:
@@ -116,7 +116,7 @@ def test_logits_that_are_no_numbers_are_refused_with_their_position(value: float
     assert caught.value.reason == Reason.NON_FINITE
 
 
-def test_a_draw_depends_on_seed_prefix_position_and_index_alone() -> None:
+def test_a_sample_depends_on_seed_prefix_position_and_index_alone() -> None:
     base = uniforms(target(), EVERYTHING)
     assert base is not None
     assert base.shape == (T, 4)
@@ -129,7 +129,7 @@ def test_a_draw_depends_on_seed_prefix_position_and_index_alone() -> None:
     assert tail is not None
     assert np.array_equal(tail, base[3:])
     changed = target().sequence.copy()
-    changed[-1] += 1  # predicted by the last row, and read by none
+    changed[-1] += 1  # predicted by the last row, and not read
     unread = uniforms(RowSpec(start=2, sequence=changed), EVERYTHING)
     other = uniforms(target(), replace(EVERYTHING, seed=-10))
     assert unread is not None
@@ -138,7 +138,7 @@ def test_a_draw_depends_on_seed_prefix_position_and_index_alone() -> None:
     assert not np.isin(other, base).any()
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     rows = logits(scale=1.0)[:1]
     got = distributions(
         rows,
@@ -155,9 +155,9 @@ def test_draws_follow_the_distribution() -> None:
 
 
 @pytest.mark.parametrize(("size", "top_k"), [(4099, 64), (1 << 16, 256), (70_001, 100), (4096, 1)])
-def test_the_likeliest_of_a_folded_vocabulary_are_those_of_the_whole(size: int, top_k: int) -> None:
+def test_the_top_k_of_a_folded_vocabulary_is_that_of_the_complete_one(size: int, top_k: int) -> None:
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
-    rows[1, -top_k // 2 :] += 20  # also what does not fill a layer
+    rows[1, -top_k // 2 :] += 20  # also the remainder that fills no layer
     values, ids = from_logits.largest(rows, top_k)
     assert torch.equal(values, rows.topk(top_k).values)
     assert torch.equal(values, rows.gather(1, ids))
@@ -165,7 +165,7 @@ def test_the_likeliest_of_a_folded_vocabulary_are_those_of_the_whole(size: int, 
 
 
 @pytest.mark.parametrize("vocab_size", [7, 128, 1000])
-def test_draws_invert_the_cumulative_distribution_and_pass_over_what_cannot_be(vocab_size: int) -> None:
+def test_samples_invert_the_cumulative_distribution_and_skip_impossible_tokens(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     logits = 5 * torch.randn(3, vocab_size, generator=generator)
     logits[:, torch.rand(vocab_size, generator=generator) < 0.3] = -torch.inf
@@ -184,7 +184,7 @@ def test_draws_invert_the_cumulative_distribution_and_pass_over_what_cannot_be(v
 
 @pytest.mark.parametrize(("size", "top_k"), [(2048, 1), (4099, 64), (4096, 128), (70_001, 100)])
 @pytest.mark.parametrize("shape", ["random", "equal", "stairs", "steep", "clustered"])
-def test_compiled_heads_and_tails_are_what_float64_says(size: int, top_k: int, shape: str) -> None:
+def test_compiled_heads_and_tails_equal_float64(size: int, top_k: int, shape: str) -> None:
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size)) * 3
     if shape == "equal":
         rows = torch.full_like(rows, -1.25)
@@ -193,7 +193,7 @@ def test_compiled_heads_and_tails_are_what_float64_says(size: int, top_k: int, s
     elif shape == "steep":
         rows[:, 5 : 5 + top_k] += 60
     elif shape == "clustered":
-        rows[:, : 2 * top_k] += 10  # the likeliest stand in few blocks
+        rows[:, : 2 * top_k] += 10  # the top k lie in few blocks
     assert from_logits.is_compiled(rows, top_k)
     got = from_logits.normalised(rows, top_k)
     wanted = rows.double().log_softmax(-1)
@@ -210,7 +210,7 @@ def test_compiled_heads_and_tails_are_what_float64_says(size: int, top_k: int, s
 
 @pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 1999, 2047])
-def test_compiled_rows_with_what_is_no_number_are_told_apart(value: float, place: int) -> None:
+def test_compiled_rows_with_non_finite_logits_are_detected(value: float, place: int) -> None:
     rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
     rows[1, place] = value
     assert from_logits.is_compiled(rows, 8)

@@ -1,4 +1,5 @@
-"""One token at a time: cuts keep exactly what they say, and the log-probability is that of the distribution drawn from."""
+"""Sampling of single tokens: top-k and top-p keep exactly their sets, and log-probabilities match the sampled
+distribution."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def test_top_k_keeps_exactly_k_also_among_ties() -> None:
     assert len(drawn(top_k=2)) == 2
 
 
-def test_greedy_takes_the_likeliest_known_token_for_certain() -> None:
+def test_greedy_takes_the_argmax_of_known_tokens_with_certainty() -> None:
     seen = drawn(3, temperature=0.0)
     assert set(seen) == {0}
     assert seen[0][1] == 0.0

@@ -1,4 +1,4 @@
-"""What every engine keeps of adapters, over gRPC, against peft: one suite for hf and vllm."""
+"""Conformance of engines with adapters, over gRPC, against peft: one suite for hf and vllm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.teacher_service.calls import (
 pytestmark = pytest.mark.model
 
 
-def test_adapters_speak_as_peft_says_also_in_mixed_batches(teacher: Teacher, models: Models) -> None:
+def test_adapters_match_peft_also_in_mixed_batches(teacher: Teacher, models: Models) -> None:
     stub, ids = teacher.stub, random_ids(24, seed=8)
     names = {"mix-a/1": models.adapter_a, "mix-b/1.5": models.adapter_b}
     try:
@@ -68,7 +68,7 @@ def test_a_name_never_changes_its_weights(teacher: Teacher, models: Models) -> N
         return teacher.stub.LoadAdapter(teacher_pb2.LoadAdapterRequest(adapter="fixed/1", path=str(path)))
 
     load(models.adapter_a)
-    for _ in range(2):  # while it is loaded, and after it is not
+    for _ in range(2):  # while loaded, and after unloading
         assert refusal(teacher, lambda: load(models.adapter_b)).reason == Reason.ADAPTER_CONFLICT
         if any(
             each.name == "fixed/1"
@@ -82,7 +82,7 @@ def test_a_name_never_changes_its_weights(teacher: Teacher, models: Models) -> N
     assert answer.reason == Reason.ADAPTER_NOT_FOUND
 
 
-def test_what_is_no_adapter_is_refused_and_the_teacher_goes_on(
+def test_a_malformed_adapter_is_refused_and_the_teacher_continues(
     teacher: Teacher, models: Models, tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken"

@@ -1,4 +1,4 @@
-"""What every engine keeps of scoring, over gRPC, against a float32 forward of transformers: one suite for hf and vllm."""
+"""Conformance of engines in scoring, over gRPC, against a float32 forward of transformers: one suite for hf and vllm."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_half_precision_and_packed_ids_round_only(teacher: Teacher) -> None:
     assert np.allclose(exact.log_tail, rounded.log_tail, atol=1e-4)
 
 
-def test_each_bad_sequence_gets_its_own_error_and_the_others_their_answers(
+def test_each_bad_sequence_gets_its_own_error_and_the_others_are_scored(
     teacher: Teacher, models: Models
 ) -> None:
     size, good = teacher.info.tokenizer_size, random_ids(12)
@@ -152,7 +152,7 @@ def test_unanswered_ids_are_unique(teacher: Teacher) -> None:
     assert sum(result.HasField("error") for result in results) == 1
 
 
-def test_a_slow_answer_times_out_alone(teacher: Teacher) -> None:
+def test_a_slow_sequence_times_out_alone(teacher: Teacher) -> None:
     long = random_ids(512)
     crowd = {number: sequence(long) for number in range(24)}
     crowd[99] = sequence(long, timeout_ms=1)
@@ -163,7 +163,7 @@ def test_a_slow_answer_times_out_alone(teacher: Teacher) -> None:
     assert not any(isinstance(answer, StillhouseError) for answer in answers.values())
 
 
-def test_a_long_answer_comes_in_parts_of_at_most_1_mib(teacher: Teacher) -> None:
+def test_a_long_response_comes_in_parts_of_at_most_1_mib(teacher: Teacher) -> None:
     ids = random_ids(512)
     parts = 0
     requests = [
@@ -181,7 +181,7 @@ def test_a_long_answer_comes_in_parts_of_at_most_1_mib(teacher: Teacher) -> None
     assert sum(count for _, count in rows) == 511
 
 
-def test_many_streams_at_once_get_their_own_answers(teacher: Teacher, models: Models) -> None:
+def test_concurrent_streams_get_their_own_responses(teacher: Teacher, models: Models) -> None:
     def one(seed: int) -> None:
         sequences = [random_ids(8 + seed + length, seed) for length in range(6)]
         answers = teacher.score([sequence(ids) for ids in sequences])
@@ -198,7 +198,7 @@ def test_many_streams_at_once_get_their_own_answers(teacher: Teacher, models: Mo
         list(pool.map(one, range(4)))
 
 
-def test_more_sequences_than_may_be_in_flight_all_get_answers(teacher: Teacher) -> None:
+def test_more_sequences_than_may_be_in_flight_are_all_scored(teacher: Teacher) -> None:
     count = 3 * teacher.info.max_inflight_sequences
     answers = teacher.score([sequence(random_ids(2 + number % 5)) for number in range(count)], top_k=1)
     assert sorted(answers) == list(range(count))
@@ -286,7 +286,7 @@ def test_the_teacher_describes_itself_completely(teacher: Teacher, models: Model
     assert teacher_pb2.CAPABILITY_HOT_ADAPTERS in info.capabilities
 
 
-def test_the_tokenizer_that_is_sent_is_the_one_that_is_described(teacher: Teacher, models: Models) -> None:
+def test_the_streamed_tokenizer_has_the_described_fingerprint(teacher: Teacher, models: Models) -> None:
     from transformers import AutoTokenizer
 
     files: dict[str, bytes] = {}

@@ -1,4 +1,4 @@
-"""What every engine keeps of generation, over gRPC: one suite for hf and vllm."""
+"""Conformance of engines in generation, over gRPC: one suite for hf and vllm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ STOP = teacher_pb2.SampleChunk.FINISH_REASON_STOP
 LENGTH = teacher_pb2.SampleChunk.FINISH_REASON_LENGTH
 
 
-def test_generation_reports_what_scoring_the_text_says(teacher: Teacher, models: Models) -> None:
+def test_generation_reports_the_distributions_of_scoring_the_completion(
+    teacher: Teacher, models: Models
+) -> None:
     start = random_ids(7)
     samples = teacher.generate(
         [prompt(start)], num_samples=3, config=distribution_config(64), seed=5, max_new_tokens=24
@@ -39,7 +41,7 @@ def test_generation_reports_what_scoring_the_text_says(teacher: Teacher, models:
         assert np.abs(scored.logprobs - sample.distributions.logprobs).max() < 1e-4
 
 
-def test_sampling_logprobs_are_of_the_distribution_drawn_from(teacher: Teacher, models: Models) -> None:
+def test_sampling_logprobs_are_of_the_sampled_distribution(teacher: Teacher, models: Models) -> None:
     start, size = random_ids(7), teacher.info.tokenizer_size
     sample = teacher.generate([prompt(start)], seed=5, max_new_tokens=16, temperature=0.7, top_k=5)[0, 0]
     whole = np.concatenate([start, np.array(sample.ids, np.int32)])
@@ -50,7 +52,7 @@ def test_sampling_logprobs_are_of_the_distribution_drawn_from(teacher: Teacher, 
     assert np.abs(wanted - sample.sampling_logprobs).max() < 1e-3
 
 
-def test_greedy_writes_the_likeliest_tokens(teacher: Teacher) -> None:
+def test_greedy_generation_takes_the_argmax(teacher: Teacher) -> None:
     start, size = random_ids(5, seed=2), teacher.info.tokenizer_size
     sample = teacher.generate(
         [prompt(start)], temperature=0, max_new_tokens=8, config=distribution_config(20)
@@ -84,13 +86,13 @@ def test_single_samples_of_a_prompt_are_those_of_a_call_for_all(teacher: Teacher
 
 
 @pytest.mark.parametrize("indices", [[0, 0], [-1], [4096]])
-def test_samples_that_cannot_be_are_refused(teacher: Teacher, indices: list[int]) -> None:
+def test_invalid_sample_indices_are_refused(teacher: Teacher, indices: list[int]) -> None:
     with pytest.raises(StillhouseError, match="sample_indices has") as caught:
         teacher.generate([prompt([5], sample_indices=indices)])
     assert caught.value.reason is Reason.INVALID_REQUEST
 
 
-def test_whole_samples_are_those_that_would_have_been_streamed(teacher: Teacher) -> None:
+def test_unstreamed_samples_equal_streamed_ones(teacher: Teacher) -> None:
     stop = teacher_pb2.SamplingParams(stop=["e", "a"])
     prompts = [prompt(random_ids(9, seed=4)), prompt(random_ids(30, seed=5), sampling=stop)]
     options: dict[str, Any] = {
@@ -205,9 +207,7 @@ def test_a_sample_ends_at_the_models_length(teacher: Teacher) -> None:
         {"stop": [""]},
     ],
 )
-def test_impossible_sampling_is_refused_before_anything_is_written(
-    teacher: Teacher, fields: dict[str, Any]
-) -> None:
+def test_invalid_sampling_is_refused_before_generation(teacher: Teacher, fields: dict[str, Any]) -> None:
     with pytest.raises(StillhouseError) as caught:
         teacher.generate([prompt([1, 2])], **fields)
     assert caught.value.reason == Reason.INVALID_REQUEST

@@ -1,4 +1,4 @@
-"""Fingerprints change with every number, and with nothing else."""
+"""Fingerprints change with every weight and setting, and with nothing else."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_copy_elsewhere_has_the_same_fingerprint(model: Path, tmp_path: Path) 
     assert len(fingerprint(model)) == 64
 
 
-def test_every_number_changes_it(model: Path) -> None:
+def test_every_weight_and_setting_changes_the_fingerprint(model: Path) -> None:
     first = fingerprint(model)
     assert fingerprint(model, dtype="bfloat16") != first
     assert fingerprint(model, quantization="fp8") != first
@@ -56,7 +56,7 @@ def test_every_number_changes_it(model: Path) -> None:
     assert fingerprint(model) != second
 
 
-def test_a_remembered_digest_does_not_outlive_its_file(model: Path) -> None:
+def test_a_cached_digest_does_not_outlive_its_file(model: Path) -> None:
     path = model / "a.safetensors"
     os.utime(path, ns=(10**18, 10**18))
     digest = file_sha256(path)
@@ -69,12 +69,12 @@ def test_a_remembered_digest_does_not_outlive_its_file(model: Path) -> None:
     assert file_sha256(path) == file_sha256(path) != digest
 
 
-def test_a_file_just_written_is_not_remembered(model: Path) -> None:
+def test_the_digest_of_a_fresh_file_is_not_cached(model: Path) -> None:
     file_sha256(model / "a.safetensors")
     assert not cache_directory().exists()
 
 
-def test_a_home_that_cannot_be_written_costs_nothing_but_time(
+def test_an_unwritable_home_costs_only_time(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocked = tmp_path / "file"

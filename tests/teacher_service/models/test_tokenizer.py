@@ -1,4 +1,4 @@
-"""Text and ids: what comes out chunk by chunk is what comes out at once, and nothing is taken back."""
+"""Tokenizer: text streamed in chunks equals text decoded at once, and nothing is taken back."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def codec(directory: Path) -> TextCodec:
     return TextCodec.load(str(directory))
 
 
-def test_text_in_random_pieces_equals_the_whole(codec: TextCodec) -> None:
+def test_text_in_random_chunks_equals_text_at_once(codec: TextCodec) -> None:
     ids = codec.encode(TEXT).tolist()
     generator = random.Random(0)
     for stop in ((), ("never to be seen",), ("too.!", " and nothing")):
@@ -44,7 +44,7 @@ def test_text_in_random_pieces_equals_the_whole(codec: TextCodec) -> None:
             assert decoded.num_ids_kept == len(ids)
 
 
-def test_a_stop_string_ends_the_text_and_the_ids_wherever_the_pieces_break(codec: TextCodec) -> None:
+def test_a_stop_string_ends_text_and_ids_at_any_chunk_boundary(codec: TextCodec) -> None:
     ids = codec.encode(TEXT).tolist()
     generator = random.Random(1)
     for stop in (
@@ -80,7 +80,7 @@ def test_a_stop_string_ends_the_text_and_the_ids_wherever_the_pieces_break(codec
         assert len(before) <= len(expected) + max(map(len, stop))
 
 
-def test_ids_of_a_possible_stop_string_are_kept_back_until_it_is_none(codec: TextCodec) -> None:
+def test_ids_of_a_possible_stop_string_are_withheld_until_it_is_none(codec: TextCodec) -> None:
     ids = codec.encode("one two three").tolist()
     chunks = [codec.stream_decoder().push([token], final=True).text for token in ids]
     decoder = codec.stream_decoder(("two thirteen",))
@@ -93,7 +93,7 @@ def test_ids_of_a_possible_stop_string_are_kept_back_until_it_is_none(codec: Tex
     assert decoded.num_ids_kept == len(ids)
 
 
-def test_an_unfinished_character_at_the_end_is_given_out_as_such(codec: TextCodec) -> None:
+def test_an_incomplete_character_at_the_end_is_emitted_as_replacement(codec: TextCodec) -> None:
     ids = codec.encode("a🙂").tolist()
     assert len(ids) > 2
     decoder = codec.stream_decoder()
@@ -101,7 +101,7 @@ def test_an_unfinished_character_at_the_end_is_given_out_as_such(codec: TextCode
     assert decoder.push([], final=True).text == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_bytes_that_never_become_a_character_do_not_hold_the_text_for_ever(codec: TextCodec) -> None:
+def test_bytes_that_never_become_a_character_do_not_withhold_the_text(codec: TextCodec) -> None:
     broken = codec.encode("🙂").tolist()[-1]
     decoder = codec.stream_decoder()
     texts = [decoder.push([broken]).text for _ in range(40)]
@@ -115,7 +115,7 @@ def test_special_tokens_have_no_text(codec: TextCodec) -> None:
     assert decoded.num_ids_kept == len(codec.encode("hello")) + 1
 
 
-def test_a_character_that_the_prompt_began_is_finished_by_the_sample(codec: TextCodec) -> None:
+def test_the_sample_completes_a_character_of_the_prompt(codec: TextCodec) -> None:
     ids = codec.encode("well 🙂!").tolist()
     split = len(codec.encode("well ")) + 1
     decoder = codec.stream_decoder((), context=ids[:split])
@@ -160,7 +160,7 @@ def test_only_tokenizer_files_leave_the_host(directory: Path, codec: TextCodec) 
     assert json.loads(files["tokenizer.json"])["model"]["type"] == "BPE"
 
 
-def test_sizes_and_ends(codec: TextCodec) -> None:
+def test_tokenizer_size_and_end_tokens(codec: TextCodec) -> None:
     assert codec.tokenizer_size == 400
     assert codec.eos_token_ids == tuple(codec.encode(END).tolist())
 

@@ -1,4 +1,4 @@
-"""Parts become messages: full ones at once, a lonely one soon, an error after what came before it."""
+"""Parts become messages: full ones at once, a single one soon, an error after earlier parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def test_small_parts_share_a_message_and_large_ones_never_exceed_it() -> N
     assert messages[0][:3] == [10, 20, 30]
 
 
-async def test_a_lonely_part_does_not_wait_long() -> None:
+async def test_a_single_part_is_flushed_soon() -> None:
     batcher: ResponseBatcher[int] = ResponseBatcher()
     gathered = batcher.batches()
     batcher.put(1, 1)
@@ -43,7 +43,7 @@ async def test_a_lonely_part_does_not_wait_long() -> None:
     await gathered.aclose()
 
 
-async def test_an_error_comes_after_what_was_put_before() -> None:
+async def test_an_error_comes_after_earlier_parts() -> None:
     batcher: ResponseBatcher[int] = ResponseBatcher()
     batcher.put(1, 1)
     batcher.end(ValueError("broken"))
@@ -53,7 +53,7 @@ async def test_an_error_comes_after_what_was_put_before() -> None:
         await anext(gathered)
 
 
-async def test_what_was_put_before_the_writer_came_goes_in_messages_of_their_size() -> None:
+async def test_parts_put_before_the_writer_starts_fill_messages() -> None:
     batcher: ResponseBatcher[int] = ResponseBatcher()
     for number in range(100):
         batcher.put(number, FLUSH_BYTES // 10)
@@ -79,7 +79,7 @@ def chunk(length: int, start: int, finish: str = "") -> GeneratedChunk:
     )
 
 
-def test_a_piece_cut_and_joined_is_itself() -> None:
+def test_a_chunk_cut_and_joined_is_unchanged() -> None:
     whole = chunk(10, start=4, finish="stop")
     parts = list(sample_chunks.cut(whole, 3 * sample_chunks.num_bytes(chunk(1, start=4))))
     assert [len(part.token_ids) for part in parts] == [3, 3, 3, 1]
@@ -92,7 +92,7 @@ def test_a_piece_cut_and_joined_is_itself() -> None:
     assert joined.finish == "stop"
 
 
-def test_held_tokens_come_out_once_they_are_certain_and_never_after_a_stop() -> None:
+def test_pending_tokens_are_released_once_certain_and_never_after_a_stop() -> None:
     held = sample_chunks.PendingChunks()
     held.add(chunk(3, start=1))
     assert held.release(1, "").token_ids.tolist() == [1]

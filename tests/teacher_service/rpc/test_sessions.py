@@ -1,4 +1,4 @@
-"""What a stream holds: never more than it may, nothing after a cancel; over gRPC, with a model that can be paused."""
+"""State of a stream: bounded, and gone after a cancel; over gRPC, with a model that can be paused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def scores(count: int, adapter: str = "") -> AsyncIterator[teacher_pb2.Sco
 
 
 async def settled(local: Local) -> int:
-    """Sequences read, once some were and no more are being read."""
+    """Number of sequences read, once some were and reading has stopped."""
     async with asyncio.timeout(60):
         while local.servicer.counters.sequences_received == 0:  # noqa: ASYNC110 - a counter wakes nobody
             await asyncio.sleep(0.01)
@@ -37,7 +37,7 @@ async def settled(local: Local) -> int:
     return last
 
 
-async def test_a_stream_is_read_only_as_far_as_sequences_may_be_unanswered(
+async def test_a_stream_is_read_up_to_the_limit_of_unanswered_sequences(
     models: Models, tmp_path: Path
 ) -> None:
     async with serving(models, tmp_path) as local:
@@ -51,9 +51,7 @@ async def test_a_stream_is_read_only_as_far_as_sequences_may_be_unanswered(
         assert local.servicer.counters.tokens_scored == 40 * 8
 
 
-async def test_a_caller_who_does_not_read_stops_the_reading_of_its_sequences(
-    models: Models, tmp_path: Path
-) -> None:
+async def test_a_caller_that_does_not_read_pauses_its_own_stream(models: Models, tmp_path: Path) -> None:
     async def large(count: int) -> AsyncIterator[teacher_pb2.ScoreRequest]:
         yield teacher_pb2.ScoreRequest(config=distribution_config(256))
         for number in range(count):
@@ -66,13 +64,13 @@ async def test_a_caller_who_does_not_read_stops_the_reading_of_its_sequences(
         responses = aiter(call)
         first = await anext(responses)
         assert first.results
-        # About 1 MB an answer: what lies in buffers of the transport and in the stream's own bounds stays small.
+        # About 1 MB a response: buffers of the transport and the stream's own bounds stay small.
         assert await settled(local) < 40
         answered = {result.sequence_id async for response in responses for result in response.results}
         assert answered | {result.sequence_id for result in first.results} == set(range(100))
 
 
-async def test_a_cancelled_stream_leaves_nothing_to_do(models: Models, tmp_path: Path) -> None:
+async def test_a_cancelled_stream_leaves_no_work(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path) as local:
         paused = await local.pause()
         scoring = local.stub.Score(scores(40))
@@ -134,19 +132,17 @@ async def test_adapters_are_read_only_below_the_allowed_roots(models: Models, tm
                 await local.adapters.load("x", path)
             assert caught.value.reason == Reason.PATH_NOT_ALLOWED
         inside.unlink()
-        loaded = await local.adapters.load("x", str(outside))  # a link is as good as what it leads to
+        loaded = await local.adapters.load("x", str(outside))  # a link counts as its target
         assert loaded.rank == 4
 
 
-async def test_more_calls_than_a_teacher_takes_are_told_when_to_come_back(
-    models: Models, tmp_path: Path
-) -> None:
+async def test_calls_above_the_limit_are_told_when_to_retry(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path, max_calls=1) as local:
         paused = await local.pause()
         first = local.stub.Score(scores(1))
         await settled(local)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            # Nothing is written: a write that meets the end of its call makes grpc.aio say INTERNAL.
+            # No write: one that meets the end of its call makes grpc.aio report INTERNAL.
             await local.stub.Score().read()
         error = from_rpc_error(caught.value, target="", service="teacher")
         assert error.reason == Reason.TOO_MANY_CALLS

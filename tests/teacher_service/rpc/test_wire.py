@@ -1,4 +1,4 @@
-"""What answers weigh on the wire: ids packed where that is asked for, and many samples in few messages; for Score and Generate."""
+"""Bytes and messages on the wire: ids packed on request, and many samples in few messages; for Score and Generate."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def written(teacher: Teacher, **config: Any) -> list[Any]:
     return [chunk.distributions for chunk in chunks if len(chunk.distributions.target_logprobs.shape)]
 
 
-def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_where_that_is_asked_for(teacher: Teacher) -> None:
+def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_on_request(teacher: Teacher) -> None:
     bits = packed_bits(teacher.info.vocab_size)
     assert bits == 9
     for answers in (
@@ -74,13 +74,13 @@ def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_where_that_is_asked_f
         assert np.array_equal(decoded[0], decoded[1])
 
 
-def test_a_scored_token_weighs_what_its_arrays_weigh(teacher: Teacher) -> None:
+def test_a_scored_token_takes_the_bytes_of_its_arrays(teacher: Teacher) -> None:
     answer = scored(teacher, pack_token_ids=True, logprob_dtype=Tensor.DATA_TYPE_UNSPECIFIED)
     of_arrays = TOP_K * 2 + TOP_K * 9 / 8 + 2 * 4
     assert answer.ByteSize() / ROWS < of_arrays + 2
 
 
-def test_samples_written_at_once_travel_together(teacher: Teacher) -> None:
+def test_concurrent_samples_share_messages(teacher: Teacher) -> None:
     num_samples, new_tokens = 32, 40
     request = teacher_pb2.GenerateRequest(
         prompts=[prompt(random_ids(5))],

@@ -47,13 +47,13 @@ def register() -> None:
         # The teacher notices missing rows.
         (_cap_cache_hits, "the prefix cache is not used for scoring"),
         (_clear_new_blocks, "a sequence with NaN can spoil later ones"),
-        (_read_less_beside_writers, "long prompts hold up those who write"),
-        (lm_head_lora.install, "models whose output layer takes adapters cannot be scored beside any"),
+        (_read_less_beside_writers, "long prompts delay generation"),
+        (lm_head_lora.install, "models whose output layer takes adapters cannot be scored together with any"),
     ):
         try:
             change()
         except (ImportError, AttributeError, TypeError) as error:
-            _log.warning("stillhouse: vLLM's code has moved, so %s: %s", consequence, error)
+            _log.warning("stillhouse: vLLM's code has changed, so %s: %s", consequence, error)
 
 
 def _cap_cache_hits() -> None:

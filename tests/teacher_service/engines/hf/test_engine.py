@@ -1,4 +1,4 @@
-"""The reference engine: the same bits alone and in a crowd, distributions known in closed form, and ends in good order."""
+"""Reference engine: bitwise equal alone and in a batch, distributions known in closed form, orderly shutdown."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def item(ids: Any, start: int = 1, **fields: Any) -> ScoreInput:
     return ScoreInput(token_ids=np.asarray(ids, np.int32), start=start, **fields)
 
 
-async def test_a_sequence_alone_and_in_a_crowd_is_equal_bit_for_bit(models: Models) -> None:
+async def test_a_sequence_alone_and_in_a_batch_is_bitwise_equal(models: Models) -> None:
     async with loaded(models.teacher) as engine:
         sequences = [random_ids(length, seed) for length in (2, 3, 17, 64, 129) for seed in range(6)]
         alone = [await engine.score(item(ids)) for ids in sequences]
@@ -78,7 +78,7 @@ async def text_of(engine: HfEngine, prompt: GenerateInput) -> list[int]:
 
 
 async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Models) -> None:
-    """So it is on a GPU; the pass says the same up to the rounding of another order of sums."""
+    """On a GPU sequences share passes, equal up to the rounding of another order of sums."""
     async with loaded(models.teacher) as engine:
         await engine.load_adapter("a", models.adapter_a)
         asked = [
@@ -109,7 +109,7 @@ async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Mode
         assert np.abs(one.logprobs - same.logprobs).max() < 1e-5
 
 
-async def test_asking_for_the_end_of_a_sequence_says_the_same_as_asking_for_all(models: Models) -> None:
+async def test_scoring_the_end_of_a_sequence_equals_scoring_all_of_it(models: Models) -> None:
     async with loaded(models.teacher) as engine:
         ids = random_ids(40)
         whole, end = await engine.score(item(ids)), await engine.score(item(ids, start=31))
@@ -121,7 +121,8 @@ async def test_asking_for_the_end_of_a_sequence_says_the_same_as_asking_for_all(
 
 
 async def test_every_row_predicts_the_token_that_the_contract_says(models: Models, tmp_path: Path) -> None:
-    """A bigram model: what follows token a is softmax(table[a]), so every row is known without any forward."""
+    """A bigram model: the successor of token a is distributed as softmax(table[a]), so every row is known in closed
+    form."""
     table = bigram_model(models.teacher, tmp_path / "bigram")
     logprobs = table - np.log(np.exp(table).sum(axis=1, keepdims=True))
     ids = random_ids(30)
@@ -153,7 +154,7 @@ async def test_every_row_predicts_the_token_that_the_contract_says(models: Model
 
 
 def bigram_model(tokenizer_dir: Path, directory: Path) -> Any:
-    """Saves the model and gives its table of logits [V, V], float64: row a speaks of what follows a."""
+    """Saves the model; returns its table of logits [V, V], float64: row a is for the successor of a."""
     from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
@@ -172,7 +173,7 @@ def bigram_model(tokenizer_dir: Path, directory: Path) -> Any:
         )
     )
     with torch.no_grad():
-        for layer in model.model.layers:  # with nothing added, the layers pass the embedding on
+        for layer in model.model.layers:  # without additions the layers pass the embedding through
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.model.embed_tokens.weight.copy_(torch.eye(size) * 100)
@@ -213,9 +214,7 @@ async def test_capped_logits_are_the_models_own(models: Models, tmp_path: Path) 
 
 
 @pytest.mark.faults(row=17)
-async def test_damaged_weights_spoil_only_the_sequences_that_meet_them(
-    models: Models, tmp_path: Path
-) -> None:
+async def test_damaged_weights_fail_only_the_sequences_that_use_them(models: Models, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(models.teacher)
@@ -241,7 +240,7 @@ async def test_damaged_weights_spoil_only_the_sequences_that_meet_them(
         assert caught.value.reason == Reason.NON_FINITE
 
 
-async def test_slots_run_out_and_come_back(models: Models) -> None:
+async def test_adapter_slots_run_out_and_are_freed(models: Models) -> None:
     async with loaded(models.teacher, max_adapters=1) as engine:
         base = await engine.score(item(random_ids(9)))
         await engine.load_adapter("a", models.adapter_a)
@@ -255,7 +254,7 @@ async def test_slots_run_out_and_come_back(models: Models) -> None:
     assert np.array_equal(base.logprobs, again.logprobs)
 
 
-async def test_a_reader_who_stops_pauses_only_its_own_sample(models: Models) -> None:
+async def test_a_stopped_reader_pauses_only_its_own_sample(models: Models) -> None:
     async with loaded(models.teacher) as engine:
         slow = GenerateInput(token_ids=random_ids(4), max_new_tokens=400, temperature=0)
         async with aclosing(engine.generate(slow)) as unread:  # type: ignore[type-var]
@@ -267,7 +266,7 @@ async def test_a_reader_who_stops_pauses_only_its_own_sample(models: Models) -> 
             assert job.unread <= MAX_UNREAD_CHUNKS
 
 
-async def test_cancelled_work_is_never_done(models: Models) -> None:
+async def test_cancelled_work_is_skipped(models: Models) -> None:
     async with loaded(models.teacher) as engine, paused(engine):
         scoring = [asyncio.create_task(engine.score(item(random_ids(500, seed)))) for seed in range(20)]
         writing = [
@@ -282,7 +281,7 @@ async def test_cancelled_work_is_never_done(models: Models) -> None:
         assert engine._worker._runnable_samples() == []
 
 
-async def test_a_dead_engine_says_so_to_all_who_wait(models: Models) -> None:
+async def test_a_dead_engine_fails_all_waiting_requests(models: Models) -> None:
     async with loaded(models.teacher) as engine:
         async with paused(engine):
             waiting = asyncio.create_task(engine.score(item(random_ids(9))))
@@ -299,13 +298,13 @@ async def test_a_dead_engine_says_so_to_all_who_wait(models: Models) -> None:
 
 
 def die() -> None:
-    """Ends the thread as nothing that a request does can."""
+    """Ends the thread as no request can."""
     raise SystemExit
 
 
 @asynccontextmanager
 async def paused(engine: HfEngine) -> AsyncIterator[None]:
-    """The model does nothing while the block runs."""
+    """Pauses the model while the block runs."""
     began, go_on = threading.Event(), threading.Event()
 
     def pause() -> None:

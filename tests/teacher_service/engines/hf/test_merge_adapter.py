@@ -1,4 +1,4 @@
-"""merge-adapter, also as a process: the merged model scores as base and adapter do, and what cannot be merged is told in a sentence."""
+"""merge-adapter, also as a process: the merged model scores like base plus adapter, and refusals are one sentence."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def merge(model: Path, adapter: Path, out: Path) -> subprocess.CompletedProcess[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_merged_model_says_what_base_and_adapter_say(
+def test_a_merged_model_scores_like_base_plus_adapter(
     models: Models, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,7 +65,7 @@ def test_a_merged_model_says_what_base_and_adapter_say(
     assert AutoTokenizer.from_pretrained(out).get_vocab() == AutoTokenizer.from_pretrained(base).get_vocab()
 
 
-def test_what_cannot_be_merged_is_told_and_leaves_nothing(models: Models, tmp_path: Path) -> None:
+def test_a_refused_merge_has_a_reason_and_leaves_nothing(models: Models, tmp_path: Path) -> None:
     quantised = tmp_path / "quantised"
     shutil.copytree(models.teacher, quantised)
     config = json.loads((quantised / "config.json").read_text())
@@ -84,7 +84,7 @@ def test_what_cannot_be_merged_is_told_and_leaves_nothing(models: Models, tmp_pa
         (quantised, models.adapter_a, out, "is quantised (gptq)"),
         (models.teacher, misfit, out, "size mismatch"),
         (models.teacher, cut, out, "do not fit its configuration"),
-        (models.teacher, models.teacher, out, "is no adapter"),
+        (models.teacher, models.teacher, out, "is not an adapter"),
         (tmp_path / "absent", models.adapter_a, out, "There is no"),
         (models.teacher, models.adapter_a, taken, "exists already"),
     ):

@@ -1,4 +1,4 @@
-"""A quantised teacher of the reference engine: transformers' own numbers, another fingerprint, and adapters as before."""
+"""Quantised teacher of the reference engine: transformers' own distributions, another fingerprint, and working adapters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IDS = random_ids(40)
 
 
 def direct(models: Models, **options: Any) -> Any:
-    """What transformers says of the same tokens, without Stillhouse."""
+    """Logits of transformers for the same tokens, without Stillhouse."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -34,7 +34,7 @@ def direct(models: Models, **options: Any) -> Any:
     return logits.double().log_softmax(-1).numpy()[np.arange(len(IDS) - 1), IDS[1:]]
 
 
-async def test_a_checkpoint_that_is_quantised_is_served_as_it_is(models: Models, tmp_path: Path) -> None:
+async def test_a_quantised_checkpoint_is_served_unchanged(models: Models, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     shutil.copytree(models.teacher, tmp_path / "model")
@@ -63,7 +63,7 @@ async def test_a_checkpoint_that_is_quantised_is_served_as_it_is(models: Models,
         ("bitsandbytes_8bit", "bitsandbytes_8bit", {"load_in_8bit": True}),
     ],
 )
-async def test_a_quantised_teacher_says_what_transformers_says(
+async def test_a_quantised_teacher_scores_like_transformers(
     models: Models, asked: str, reported: str, options: dict[str, Any]
 ) -> None:
     plain = await HfEngine.load(TeacherConfig(model=str(models.teacher), threads=1))
@@ -76,7 +76,7 @@ async def test_a_quantised_teacher_says_what_transformers_says(
         item = ScoreInput(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
         answer = (await engine.score(item)).target_logprobs
         compute = {"bnb_4bit_compute_dtype": torch.float32} if "4bit" in asked else {}
-        # On some CPUs bitsandbytes itself computes 4 bit products in bfloat16, and the engine keeps it from that.
+        # On some CPUs bitsandbytes itself computes 4-bit matmuls in bfloat16, which the engine prevents.
         assert np.abs(answer - direct(models, **options, **compute)).mean() < 0.06
         assert np.abs(answer - direct(models)).max() > 0.1
         await engine.load_adapter("a", models.adapter_a)

@@ -1,4 +1,4 @@
-"""The reference engine's thread loses no work, however calls from the event loop fall between its turns."""
+"""Worker thread of the reference engine: no work is lost, whenever calls from the event loop arrive."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.teacher_service.engines.hf.worker import ScoreJob, Worker
 
 @pytest.fixture
 def hurried_threads() -> Iterator[None]:
-    """Threads change places so often that a narrow race is met within seconds."""
+    """Switches threads so often that a narrow race is met within seconds."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield
@@ -25,8 +25,8 @@ def hurried_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hurried_threads")
-async def test_every_sequence_is_answered_while_others_come() -> None:
-    answer: Any = object()  # the worker hands it on as it is
+async def test_every_sequence_is_scored_while_others_arrive() -> None:
+    answer: Any = object()  # the worker passes it through
 
     def score(batch: list[ScoreJob]) -> None:
         for job in batch:

@@ -1,4 +1,4 @@
-"""The vLLM engine against transformers in float32: the same numbers, whatever else is in the batch. At each tier."""
+"""vLLM engine against transformers in float32, in any batch, at each tier."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reference(model_dir: Path, adapter: Path | None = None) -> Any:
 
 
 def assert_equal_to(model: Any, token_ids: np.ndarray[Any, Any], got: Distributions, top_k: int) -> None:
-    """Sets equal up to ties, and every number within the tolerance."""
+    """Checks sets up to ties, and values within the tolerance."""
     with torch.no_grad():
         logits_TV = model(torch.from_numpy(token_ids.astype(np.int64))[None]).logits[0].double()
     logprobs_TV = logits_TV.log_softmax(-1)[got.start - 1 : -1].numpy()
@@ -67,7 +67,7 @@ def assert_equal_to(model: Any, token_ids: np.ndarray[Any, Any], got: Distributi
 
 
 def drawn_from(model: Any, whole: np.ndarray[Any, Any], item: GenerateInput) -> np.ndarray[Any, Any]:
-    """Log-probability of each written token under temperature, top-k and top-p, without the ids of padding."""
+    """Log-probability of each generated token under temperature, top-k and top-p, without padding ids."""
     with torch.no_grad():
         logits_TV = model(torch.from_numpy(whole.astype(np.int64))[None]).logits[0, :, :384].double()
     rows = (logits_TV[len(item.token_ids) - 1 : -1] / item.temperature).log_softmax(-1).numpy()
@@ -125,11 +125,11 @@ async def test_a_sequence_again_has_the_same_rows_also_after_its_prefix_was_cach
 
 
 @pytest.mark.parametrize("draw", [{}, {"temperature": 0.6, "top_p": 0.8}, {"temperature": 0.0}, {"top_k": 5}])
-async def test_what_is_said_of_written_tokens_is_what_scoring_them_says(
+async def test_generated_tokens_have_the_distributions_of_scoring(
     engine: VllmEngine, models: Models, draw: dict[str, Any]
 ) -> None:
     options = DistributionOptions(top_k=20)
-    # Together longer than a batch: with a seed of its own, a prompt that is read in parts kills vLLM on a CPU.
+    # Together longer than a batch: with vLLM's own seeds, a prompt read in parts kills it on a CPU.
     prompts = [random_ids(engine, length, seed=100 + length) for length in (1, 5, 127, 128, 400)]
     items = [
         GenerateInput(token_ids=prompt, max_new_tokens=30, seed=3, options=options, **draw)
@@ -158,11 +158,11 @@ async def test_what_is_said_of_written_tokens_is_what_scoring_them_says(
         elif engine._tier.name == "worker":
             np.testing.assert_allclose(drawn, drawn_from(base, whole, item), atol=1e-3)
         else:
-            # The rows of padding are kept out of samples, so what was drawn from is not the raw distribution.
+            # Padding is excluded from samples, so the sampled distribution is not the raw one.
             assert len(drawn) == 0
 
 
-async def test_sampling_logprobs_are_those_of_the_raw_distribution_where_it_is_drawn_from(
+async def test_sampling_logprobs_are_raw_where_the_raw_distribution_is_sampled(
     engine: VllmEngine,
 ) -> None:
     unpadded = view(engine, tokenizer_size=engine.info.vocab_size)
@@ -192,7 +192,7 @@ async def test_an_end_token_ends_a_sample_and_is_part_of_it(engine: VllmEngine) 
     assert chunks[-1].finish == "stop"
 
 
-async def test_a_seed_fixes_a_sample_whatever_else_is_written(engine: VllmEngine) -> None:
+async def test_a_seed_fixes_a_sample_beside_any_others(engine: VllmEngine) -> None:
     prompt = random_ids(engine, 10, seed=7)
     item = GenerateInput(token_ids=prompt, max_new_tokens=40, seed=-1)
     alone = joined(await written(engine, item))
@@ -254,7 +254,7 @@ async def test_adapters_in_mixed_batches_equal_peft_and_leave_the_base_alone(
         await engine.load_adapter("c/1", models.adapter_a)
     assert caught.value.reason is Reason.ADAPTER_SLOTS
 
-    # Another adapter under a freed name: nothing of the old one may answer, not even its cached prefixes.
+    # Another adapter under a freed name: nothing of the old one may serve, not even its cached prefixes.
     prompt = random_ids(engine, 256, seed=77)
     await written(engine, GenerateInput(token_ids=prompt, adapter="a/1", max_new_tokens=2))
     await engine.unload_adapter("a/1")

@@ -1,4 +1,4 @@
-"""The parts of the vLLM engine that need no model."""
+"""Parts of the vLLM engine without a model: arguments, environment, rows, seeded sampling."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def flat_rows(rows: list[list[tuple[int, float]] | None]) -> FlatLogprobs:
     return flat
 
 
-def test_the_token_that_is_there_comes_first_and_may_come_again() -> None:
+def test_the_actual_token_comes_first_and_may_occur_again() -> None:
     flat = flat_rows([None, [(7, -3.0), (1, -0.5), (2, -1.5)], [(2, -0.7), (2, -0.7), (5, -0.9)]])
     got = to_distributions(flat, first_row=1, num_rows=2, top_k=2, start=1, vocab_size=10)
     assert got.token_ids.tolist() == [[1, 2], [2, 5]]
@@ -56,7 +56,7 @@ def test_the_token_that_is_there_comes_first_and_may_come_again() -> None:
     assert to_distributions(flat, first_row=2, num_rows=1, top_k=2, start=2, vocab_size=10).start == 2
 
 
-def test_outputs_that_vllm_joined_read_as_they_were_before() -> None:
+def test_outputs_joined_by_vllm_read_the_same() -> None:
     chunks = []
     for there, its_rank in ((1, 3), (9, 17)):
         ids, logprobs, ranks = [there, 4, 2, 1], [-2.0 * its_rank, -0.5, -1.5, -6.0], [its_rank, 1, 2, 3]
@@ -72,7 +72,7 @@ def test_outputs_that_vllm_joined_read_as_they_were_before() -> None:
     joined = to_distributions(chunks[0], first_row=0, num_rows=2, top_k=3, start=5, vocab_size=32)
     assert (
         len(chunks[1].token_ids) == 11
-    )  # the token at rank 3 has lost a place, which the numbers above must not show
+    )  # the token at rank 3 has lost a place, which the values above must not show
     twice = to_distributions(chunks[1], first_row=1, num_rows=2, top_k=3, start=5, vocab_size=32)
     for got in (joined, twice):
         for row, want in enumerate(alone):
@@ -88,19 +88,19 @@ def test_rows_of_another_width_are_not_misread() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_numbers_that_are_none_are_an_error_that_names_the_position(value: float) -> None:
+def test_non_finite_logprobs_are_an_error_with_the_position(value: float) -> None:
     flat = flat_rows([None, [(7, -3.0), (1, -0.5)], [(2, value), (2, value)]])
     with pytest.raises(StillhouseError, match="position 2") as caught:
         to_distributions(flat, first_row=1, num_rows=2, top_k=1, start=1, vocab_size=10)
     assert caught.value.reason is Reason.NON_FINITE
 
 
-def test_the_tail_is_nothing_where_nothing_is_outside_and_small_where_little_can_be() -> None:
+def test_the_tail_is_zero_for_the_complete_vocabulary_and_bounded_by_the_last_of_the_top_k() -> None:
     uniform = np.full((1, 8), np.log(1 / 8), dtype=np.float32)
     assert log_tail(uniform, 8).tolist() == [-np.inf]
     assert np.exp(log_tail(uniform[:, :6], 8)) == pytest.approx([0.25], abs=1e-6)
     assert log_tail(np.zeros((2, 0), np.float32), 8).tolist() == [0.0, 0.0]
-    # Rounding leaves 6e-8 here, but two tokens that are less likely than 1e-20 cannot hold it.
+    # Rounding leaves 6e-8 here, but two tokens below 1e-20 cannot hold it.
     peaked = np.array([[-5.9604645e-08, np.log(1e-20)]], dtype=np.float32)
     assert np.exp(log_tail(peaked, 4)) == pytest.approx([2e-20], rel=1e-3)
 
@@ -141,7 +141,7 @@ def test_vllm_takes_every_argument(config: TeacherConfig, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.34.0rc1+cpu"])
-def test_an_untried_version_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsupported_version_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_args, "_installed_version", lambda: version)
     with pytest.raises(StillhouseError, match=r"works with vLLM 0\.32 or 0\.33") as caught:
         require_vllm()
@@ -149,7 +149,7 @@ def test_an_untried_version_is_refused_by_name(version: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1", "0.33.0rc2"])
-def test_versions_that_were_tried_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supported_versions_pass(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_args, "_installed_version", lambda: version)
     assert require_vllm() == version
 
@@ -170,7 +170,7 @@ def test_the_operators_environment_stays(config: TeacherConfig, monkeypatch: pyt
 
 
 def draws(seed: int, num_valid: int = 6, **how: float) -> Any:
-    """What vLLM's worker makes of a request with a seed."""
+    """Samples of vLLM's worker for a request with a seed."""
     from stillhouse.teacher_service.engines.vllm.worker.seeded_logits_processor import (
         SeededSampling,
         sampling_argument,
@@ -181,7 +181,7 @@ def draws(seed: int, num_valid: int = 6, **how: float) -> Any:
     return SeededSampling.new_req_logits_processor(None, params)  # type: ignore[arg-type]
 
 
-def test_seeded_draws_follow_the_distribution_and_leave_padding_alone() -> None:
+def test_seeded_samples_follow_the_distribution_without_padding() -> None:
     logits_V = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, 0.2, 9.0, 9.0])
     before = logits_V.clone()
     counts = np.zeros(8)
@@ -195,7 +195,7 @@ def test_seeded_draws_follow_the_distribution_and_leave_padding_alone() -> None:
     ).sum() < 20.5  # 0.1 % of chi-square with 5 degrees of freedom
 
 
-def test_a_seeded_draw_depends_on_seed_and_position_alone() -> None:
+def test_a_seeded_sample_depends_on_seed_and_position_alone() -> None:
     logits_V = torch.zeros(1000)
     first = [int(draws(7, 1000)(list(range(n)), logits_V).argmax()) for n in range(20)]
     assert first == [int(draws(7, 1000)([0] * n, logits_V).argmax()) for n in range(20)]
@@ -205,6 +205,6 @@ def test_a_seeded_draw_depends_on_seed_and_position_alone() -> None:
     assert {int(draws(seed, 1000, top_k=1)([], torch.arange(1000.0)).argmax()) for seed in range(5)} == {999}
 
 
-def test_a_draw_from_damaged_numbers_does_not_kill_the_worker() -> None:
+def test_sampling_from_non_finite_logits_does_not_kill_the_worker() -> None:
     logits_V = torch.tensor([0.0, torch.nan, 1.0, 0.0, 0.0, 0.0])
     assert draws(1)([], logits_V) is logits_V

@@ -1,4 +1,4 @@
-"""The guard: nothing of a teacher outlives it, however it dies; and a released guard touches nothing."""
+"""Orphan guard: no process of a teacher outlives it, however it dies; a released guard kills nothing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEACHER = """
 
 
 def started(how: str, mark: dict[str, str]) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A teacher and its two generations of children, as vLLM's engine and worker are."""
+    """Starts a teacher and two generations of children, as vLLM's engine and worker are."""
     teacher = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(TEACHER), how],
         stdout=subprocess.PIPE,
@@ -42,7 +42,7 @@ def started(how: str, mark: dict[str, str]) -> tuple[subprocess.Popen[str], list
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_children_and_their_children_go_with_the_teacher(end: signal.Signals) -> None:
+def test_children_and_grandchildren_end_with_the_teacher(end: signal.Signals) -> None:
     with no_process_left() as mark:
         teacher, children = started("stay", mark)
         assert len(children) == 2

@@ -1,4 +1,4 @@
-"""A model over two workers on a CPU, from the flag alone: the same numbers as with one; and which cores each of them gets."""
+"""A model over two workers on a CPU, by the flag alone: the same distributions as with one; and each worker's cores."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_workers_share_the_cores(cores: list[int], workers: int, binding: str) -
     assert cores_of_workers(cores, workers) == binding
 
 
-def test_sizes_are_passed_on_and_stages_refused_where_vllm_dies_of_them() -> None:
+def test_sizes_reach_vllm_and_stages_are_refused_where_it_would_die() -> None:
     config = TeacherConfig(
         model="a/b", engine="vllm", tensor_parallel_size=4, pipeline_parallel_size=2, data_parallel_size=3
     )
@@ -47,7 +47,7 @@ def test_sizes_are_passed_on_and_stages_refused_where_vllm_dies_of_them() -> Non
         parallel_arguments(config, on_cpu=True)
 
 
-def test_two_workers_say_what_one_says(models: Models, vllm_teacher: Program, tmp_path: Path) -> None:
+def test_two_workers_score_like_one(models: Models, vllm_teacher: Program, tmp_path: Path) -> None:
     ids = [random_ids(length) for length in (2, 33, 200)]
     with (
         no_process_left() as mark,

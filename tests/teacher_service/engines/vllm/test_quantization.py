@@ -1,4 +1,4 @@
-"""Quantisation in vLLM: what works says so, and what vLLM refuses is told in vLLM's own words, in one sentence."""
+"""Quantisation in vLLM: supported methods are reported, refusals quote vLLM in one sentence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from stillhouse.teacher_service.engines.vllm.engine_args import dtype_argument, 
 from tests.support.programs import start_teacher
 
 KERNEL_OF_FOUR_BITS = "cpu_gemm_wna16"
-"""What vLLM multiplies by such weights with on a CPU; builds for processors without AVX-512 lack it."""
+"""vLLM's CPU kernel for such weights; builds for processors without AVX-512 lack it."""
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ KERNEL_OF_FOUR_BITS = "cpu_gemm_wna16"
         ("torchao", "torchao_config"),
     ],
 )
-def test_what_vllm_refuses_is_told_in_its_words(models: Models, method: str, part: str) -> None:
+def test_refusals_of_vllm_are_quoted(models: Models, method: str, part: str) -> None:
     config = TeacherConfig(model=str(models.teacher), engine="vllm", quantization=method, kv_cache_gib=0.25)
     with no_process_left(), pytest.raises(StillhouseError) as caught:
         asyncio.run(VllmEngine.load(config))
@@ -52,7 +52,7 @@ def test_what_vllm_refuses_is_told_in_its_words(models: Models, method: str, par
     assert "\n" not in caught.value.message
 
 
-def test_a_quantised_teacher_says_by_what(models: Models, tmp_path: Path) -> None:
+def test_a_quantised_teacher_reports_its_method(models: Models, tmp_path: Path) -> None:
     with (
         no_process_left() as mark,
         start_teacher(
@@ -74,7 +74,7 @@ def test_a_quantised_teacher_says_by_what(models: Models, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq"])
-def test_the_bits_mean_to_vllm_what_they_mean_here(models: Models, tmp_path: Path, layout: Layout) -> None:
+def test_packed_bits_mean_the_same_to_vllm(models: Models, tmp_path: Path, layout: Layout) -> None:
     from vllm.model_executor.layers.quantization.utils import quant_utils
     from vllm.scalar_type import scalar_types
 
@@ -94,7 +94,7 @@ def test_the_bits_mean_to_vllm_what_they_mean_here(models: Models, tmp_path: Pat
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq"])
-def test_a_checkpoint_of_four_bits_scores_as_what_its_bits_mean(
+def test_a_four_bit_checkpoint_scores_like_its_dequantised_weights(
     models: Models, tmp_path: Path, layout: Layout
 ) -> None:
     packed, meant = quantised_copy(models.teacher, layout, tmp_path)
@@ -121,11 +121,11 @@ def test_a_checkpoint_of_four_bits_scores_as_what_its_bits_mean(
         reference_logprobs(model, ids)[np.arange(59), ids[1:]] for model in (meant, models.teacher)
     )
     error = np.abs(got.target_logprobs - exact).mean()
-    # bfloat16 alone moves these by about 0.06; four bits instead of all move them by more than 1.
+    # bfloat16 alone moves these by about 0.06; four bits instead of all by more than 1.
     assert error < 0.2 < 0.5 * np.abs(whole - exact).mean()
 
 
-def test_types_and_names_go_together(models: Models, tmp_path: Path) -> None:
+def test_dtypes_and_method_names_follow_the_engine(models: Models, tmp_path: Path) -> None:
     config = TeacherConfig(model=str(models.teacher), engine="vllm")
     assert dtype_argument(config, models.teacher, on_cpu=True) == "float32"
     assert dtype_argument(config, models.teacher, on_cpu=False) == "auto"

@@ -1,4 +1,4 @@
-"""The vLLM engine's tier worker: everything that the hf engine reports, exact at every block boundary; and the way down."""
+"""Worker tier of the vLLM engine: all capabilities of the hf engine, exact at every block boundary; and the step down."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def model(models: Models) -> Any:
 def by_transformers(
     model: Any, ids: np.ndarray[Any, Any], start: int, options: DistributionOptions, query: Any = None
 ) -> Distributions:
-    """What the reference engine's own arithmetic makes of a float32 forward."""
+    """Distributions of a float32 forward by the reference engine's arithmetic."""
     with torch.no_grad():
         output = model.model(torch.from_numpy(ids[:-1].astype(np.int64))[None]).last_hidden_state[0]
         spec = from_logits.RowSpec(start=start, sequence=ids, query_token_ids=query)
@@ -61,14 +61,14 @@ def assert_same(got: Distributions, wanted: Distributions) -> None:
         if other is None:
             assert one is None
         elif part.name == "log_tail":
-            # The two forwards differ in their last bits; the tail itself is exact for the logits that it is of.
+            # The two forwards differ in their last bits; each tail is exact for its own logits.
             np.testing.assert_allclose(np.exp(one), np.exp(other), rtol=1e-4, atol=1e-6)
             total = np.exp(got.logprobs.astype(np.float64)).sum(axis=1) + np.exp(one.astype(np.float64))
             assert np.abs(total - 1).max() < 1e-6
         elif part.name == "token_ids":
-            assert (one == other).sum() >= 0.99 * other.size  # but for ties
+            assert (one == other).sum() >= 0.99 * other.size  # except for ties
         elif part.name == "sampled_token_ids":
-            # A number between two tokens may fall on either side by the last bit of a probability.
+            # A uniform between two tokens may fall on either side by the last bit of a probability.
             assert (one == other).sum() >= 0.99 * other.size
         elif part.name != "start":
             assert one.dtype == other.dtype
@@ -119,7 +119,7 @@ async def test_completions_of_one_prompt_share_its_prefix_and_keep_their_first_r
         )
         for number in range(3)
     ]
-    # One after the other, at once, and every sequence again: from the cache in every way.
+    # Sequentially, concurrently, and every sequence again: from the cache in every way.
     for group in (items[:1], items, items):
         for item, got in zip(
             group,
@@ -133,20 +133,18 @@ async def test_completions_of_one_prompt_share_its_prefix_and_keep_their_first_r
     )
 
 
-async def test_what_comes_from_the_prefix_cache_is_counted(worker_engine: VllmEngine) -> None:
+async def test_prefix_cache_hits_are_counted(worker_engine: VllmEngine) -> None:
     ids = random_ids(worker_engine, 3 * BLOCK + 7, seed=4321)
     cached = []
     for start in (3 * BLOCK, 3 * BLOCK, 2 * BLOCK + 1, 1):
         item = ScoreInput(token_ids=ids, start=start, options=DistributionOptions(top_k=1))
         prompt, params = worker_engine._tier.score_params(item, reuse=True)
         cached.append((await worker_engine._last_output(prompt, params, "")).num_cached_tokens)
-    # Row 0 needs the token before it: of a prompt of whole blocks, the last one is computed again.
+    # Row 0 needs the token before it: the last token of a prompt of full blocks is recomputed.
     assert cached == [0, 2 * BLOCK, 2 * BLOCK, 0]
 
 
-async def test_rows_that_are_missing_are_asked_for_again_without_the_cache(
-    worker_engine: VllmEngine, model: Any
-) -> None:
+async def test_missing_rows_are_scored_again_without_the_cache(worker_engine: VllmEngine, model: Any) -> None:
     item = ScoreInput(
         token_ids=random_ids(worker_engine, 2 * BLOCK + 3, seed=99),
         start=5,
@@ -157,7 +155,7 @@ async def test_rows_that_are_missing_are_asked_for_again_without_the_cache(
     asked = []
 
     def scoring(item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
-        """Leaves out rows, as long as the cache may be used."""
+        """Leaves out rows while the cache may be used."""
         asked.append(reuse)
         prompt, params = type(tier).scoring(tier, item, reuse=reuse)
         if reuse:
@@ -172,7 +170,7 @@ async def test_rows_that_are_missing_are_asked_for_again_without_the_cache(
 
 
 @pytest.mark.parametrize("draw", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9, "top_k": 30}])
-async def test_written_tokens_carry_everything_that_scoring_them_says(
+async def test_generated_tokens_carry_everything_that_scoring_reports(
     worker_engine: VllmEngine, model: Any, draw: dict[str, Any]
 ) -> None:
     items = [
@@ -201,7 +199,7 @@ async def test_written_tokens_carry_everything_that_scoring_them_says(
         assert_same(said, by_transformers(model, whole, said.start, item.options))
 
 
-async def test_logits_that_are_no_numbers_fail_their_sequence_alone(
+async def test_non_finite_logits_fail_their_sequence_alone(
     worker_engine: VllmEngine, models: Models, model: Any, tmp_path: Any
 ) -> None:
     from safetensors.torch import load_file, save_file
@@ -266,7 +264,7 @@ async def test_adapters_never_share_the_prefix_cache(worker_engine: VllmEngine, 
         await worker_engine.unload_adapter("own/1")
 
 
-async def test_the_engine_says_which_tier_it_is_and_what_it_can(worker_engine: VllmEngine) -> None:
+async def test_the_engine_reports_its_tier_and_capabilities(worker_engine: VllmEngine) -> None:
     assert worker_engine.info.engine.endswith("(tier worker)")
     assert worker_engine._tier.reuse  # type: ignore[attr-defined]
     assert worker_engine.info.max_query_tokens == 256
@@ -280,7 +278,7 @@ async def test_the_engine_says_which_tier_it_is_and_what_it_can(worker_engine: V
 
 
 class _Wrong:
-    """An engine whose tier says something else than vLLM."""
+    """An engine whose tier disagrees with vLLM."""
 
     def __init__(self, engine: VllmEngine, change: str) -> None:
         self._engine = engine
@@ -330,13 +328,13 @@ async def test_a_tier_that_disagrees_with_the_public_one_is_not_used(
     ).name == "public"
 
 
-async def test_a_front_end_that_has_moved_leaves_the_public_tier(
+async def test_a_changed_front_end_leaves_the_public_tier(
     worker_engine: VllmEngine, models: Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.v1.engine import output_processor
 
     class Moved:
-        """A processor that nobody knows."""
+        """A processor of another class."""
 
     monkeypatch.setattr(output_processor, "LogprobsProcessor", Moved)
     config = TeacherConfig(model=str(models.teacher), engine="vllm")
@@ -350,7 +348,7 @@ async def test_a_front_end_that_has_moved_leaves_the_public_tier(
 
 
 @pytest.mark.parametrize("name", ["raw", "public"])
-async def test_what_a_lower_tier_cannot_do_is_refused(worker_engine: VllmEngine, name: str) -> None:
+async def test_a_lower_tier_refuses_missing_capabilities(worker_engine: VllmEngine, name: str) -> None:
     engine = view(worker_engine, name)
     ids = random_ids(engine, 8, seed=1)
     for options in (
@@ -365,7 +363,7 @@ async def test_what_a_lower_tier_cannot_do_is_refused(worker_engine: VllmEngine,
     assert caught.value.reason is Reason.INVALID_REQUEST
 
 
-async def test_the_last_test_kills_vllm_and_the_engine_says_so(worker_engine: VllmEngine) -> None:
+async def test_the_last_test_kills_vllm_and_the_engine_reports_it(worker_engine: VllmEngine) -> None:
     writer = view(worker_engine, eos_token_ids=())
     stream = writer.generate(GenerateInput(token_ids=random_ids(writer, 4, seed=1), max_new_tokens=500))
     await anext(stream)

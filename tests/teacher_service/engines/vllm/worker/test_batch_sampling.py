@@ -1,4 +1,4 @@
-"""Draws of the tier worker: the distribution of each row, however rows are batched, and nothing but seed and position."""
+"""Sampling in the worker tier: the distribution of each row, however rows are batched, fixed by seed and position."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(seed: int = 0, **how: Any) -> SamplingPlan:
 
 def row(seed: int, scale: float = 2.0) -> torch.Tensor:
     logits = torch.randn(V, generator=torch.Generator().manual_seed(seed)) * scale
-    logits[VALID:] = 50.0  # padding is never drawn, however likely
+    logits[VALID:] = 50.0  # padding is never sampled, however likely
     return logits
 
 
@@ -65,7 +65,7 @@ HOW: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_draws_follow_the_distribution_and_say_how_likely_they_were(how: dict[str, Any]) -> None:
+def test_samples_follow_the_distribution_and_report_its_logprobs(how: dict[str, Any]) -> None:
     logits_V, count = row(1), 4000
     drawn = sample_rows(logits_V.expand(count, V), [plan(seed, **how) for seed in range(count)], [3] * count)
     wanted = reference(logits_V, plan(**how))
@@ -73,7 +73,7 @@ def test_draws_follow_the_distribution_and_say_how_likely_they_were(how: dict[st
     assert wanted[ids].min() > 0
     np.testing.assert_allclose(drawn.logprobs, np.log(wanted[ids]), atol=2e-4)
     shares = np.bincount(ids, minlength=VALID) / count
-    # Five standard errors of every share, and one draw.
+    # Five standard errors of every share, and one sample.
     assert (np.abs(shares - wanted) < 5 * np.sqrt(wanted * (1 - wanted) / count) + 1 / count).all()
 
 
@@ -87,13 +87,13 @@ def test_a_row_of_a_batch_is_the_row_alone(monkeypatch: pytest.MonkeyPatch) -> N
     greedy = len(HOW)
     assert int(whole.token_ids[greedy]) == int(logits_BV[greedy, :VALID].argmax())
     assert float(whole.logprobs[greedy]) == 0
-    # A nucleus that is larger than the tokens that are looked at first.
+    # A nucleus larger than the first candidates.
     monkeypatch.setattr(batch_sampling, "FIRST_CANDIDATES", 4)
     again = sample_rows(logits_BV, plans, list(range(len(plans))))
     assert again.token_ids.tolist() == whole.token_ids.tolist()
 
 
-def test_a_draw_depends_on_seed_and_position_alone() -> None:
+def test_a_sample_depends_on_seed_and_position_alone() -> None:
     logits_BV = torch.zeros(8, V)
     first = sample_rows(logits_BV, [plan(7)] * 8, list(range(8))).token_ids.tolist()
     assert len(set(first)) == 8
@@ -102,7 +102,7 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
         assert sample_rows(logits_BV, [plan(seed)] * 8, list(range(8))).token_ids.tolist() != first
 
 
-def test_plans_survive_the_way_to_the_worker() -> None:
+def test_plans_survive_serialisation_to_the_worker() -> None:
     options = DistributionOptions(top_k=3, temperatures=(0.5, 2.0), num_sampled_tokens=2, seed=-(2**63))
     query = np.array([[1, -1], [2, 3], [4, 5]], np.int32)
     item = ScoreInput(token_ids=np.arange(5, dtype=np.int32), start=2, options=options, query_token_ids=query)
@@ -122,7 +122,7 @@ def test_plans_survive_the_way_to_the_worker() -> None:
     assert score_start(drawing.to_extra_args()) is None
 
 
-def test_rows_survive_the_way_back() -> None:
+def test_rows_survive_packing() -> None:
     generator = np.random.default_rng(1)
 
     def values(*shape: int) -> Any:

@@ -1,4 +1,5 @@
-"""Steps of vLLM that only score, on all cores: the numbers of transformers, with and without adapters, for whoever still waits."""
+"""Score-only steps of vLLM on all cores: the distributions of transformers, with and without adapters, beside other
+requests."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ def step_of(*names: str, new: dict[str, Any] | None = None) -> Any:
     )
 
 
-def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> None:
+def test_only_score_steps_use_the_free_core() -> None:
     scores = SimpleNamespace(extra_args={KEY: {"score": {"start": 1}}})
     writes = SimpleNamespace(extra_args=None)
     runner = SimpleNamespace(
@@ -62,7 +63,7 @@ def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> 
     )
     before = torch.get_num_threads()
     step = with_free_cores(runner, lambda _: torch.get_num_threads() - before, helpers=1)
-    for size in range(4):  # no step of such a size is the first one
+    for size in range(4):  # no step of such a size is its first
         step(step_of(*["known"] * size))
     assert step(step_of("known")) == 1
     assert step(step_of("known", "new", new={"new": scores})) == 1
@@ -73,7 +74,7 @@ def test_a_step_that_only_scores_has_the_free_core_and_every_other_has_not() -> 
     assert torch.get_num_threads() == before
 
 
-def test_the_first_step_of_a_size_has_the_free_core_whatever_it_does() -> None:
+def test_the_first_step_of_a_size_uses_the_free_core() -> None:
     runner = SimpleNamespace(requests={"writer": SimpleNamespace(sampling_params=None)})
     before = torch.get_num_threads()
     step = with_free_cores(runner, lambda _: torch.get_num_threads() - before, helpers=1)
@@ -92,8 +93,8 @@ def test_the_first_step_of_a_size_has_the_free_core_whatever_it_does() -> None:
 
 @pytest.mark.model
 @pytest.mark.skipif(not _custom_ops._supports_onednn, reason="this build's products are PyTorch's")
-def test_products_of_vllm_keep_the_number_of_threads_that_they_were_first_computed_with() -> None:
-    """Why a size's first step counts. A vLLM for which this does not hold needs no such care."""
+def test_matmuls_of_vllm_keep_the_number_of_threads_of_their_first_run() -> None:
+    """Reason to count a size's first step. A vLLM for which this does not hold needs no such care."""
     script = textwrap.dedent(
         """
         import os
@@ -129,7 +130,7 @@ def test_products_of_vllm_keep_the_number_of_threads_that_they_were_first_comput
     assert max(first_alone, then_two) < first_two / 10
 
 
-def test_a_step_that_fails_leaves_the_threads_as_they_were() -> None:
+def test_a_failed_step_restores_the_number_of_threads() -> None:
     scores = SimpleNamespace(extra_args={KEY: {"score": {"start": 1}}})
 
     def fails(_: Any) -> None:
@@ -142,11 +143,11 @@ def test_a_step_that_fails_leaves_the_threads_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_plain_output_layer_is_taken_if_it_differs_by_rounding_alone(dtype: torch.dtype) -> None:
+def test_the_plain_output_layer_is_used_if_it_differs_by_rounding_alone(dtype: torch.dtype) -> None:
     weight_VH = torch.randn(512, 2048, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def one_by_one(hidden_TH: torch.Tensor) -> torch.Tensor:
-        """The same product, whose sums are made term by term, in float32."""
+        """The same matmul, summed term by term in float32."""
         terms = zip(hidden_TH.float().T, weight_VH.float().T, strict=True)
         summed = sum(torch.outer(each_T, each_V) for each_T, each_V in terms)
         assert isinstance(summed, torch.Tensor)
@@ -166,7 +167,7 @@ def test_the_plain_output_layer_is_taken_if_it_differs_by_rounding_alone(dtype: 
 
 
 def make_llama(directory: Path) -> Path:
-    """A model with an output layer of its own, of the kind for which vLLM takes adapters of that layer."""
+    """Writes a model with an untied output layer, of a kind for which vLLM takes adapters of that layer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     make_tokenizer(directory, VOCAB_SIZE)
@@ -204,7 +205,7 @@ def scored(length: int, start: int, seed: int) -> ScoreInput:
 
 @pytest.mark.model
 @pytest.mark.asyncio(loop_scope="session")
-async def test_many_sequences_at_once_have_the_rows_of_transformers(engine: VllmEngine) -> None:
+async def test_concurrent_sequences_have_the_rows_of_transformers(engine: VllmEngine) -> None:
     assert VOCAB_SIZE >= from_logits.COMPILED_VOCAB, "the compiled way is not what is tested"
     items = [
         scored(length, start, seed=number)
@@ -266,7 +267,7 @@ async def test_adapters_of_the_body_and_of_the_output_layer_have_the_rows_of_pef
 
 @pytest.mark.model
 @pytest.mark.asyncio(loop_scope="session")
-async def test_who_leaves_and_who_writes_meanwhile_changes_nothing(engine: VllmEngine) -> None:
+async def test_cancelled_and_generating_requests_change_nothing(engine: VllmEngine) -> None:
     async def write() -> list[int]:
         item = GenerateInput(
             token_ids=np.arange(5, dtype=np.int32),

@@ -1,4 +1,4 @@
-"""What is free in the heap goes back to the host."""
+"""Free heap memory goes back to the host."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from stillhouse.teacher_service.engines.vllm.worker.malloc_trim import trim_regularly
 
-CHUNK_BYTES, CHUNKS = 64 << 10, 2048  # too small for a mapping of their own
+CHUNK_BYTES, CHUNKS = 64 << 10, 2048  # too small for mappings of their own
 
 
-def test_free_memory_between_used_pieces_goes_back_to_the_host() -> None:
+def test_free_memory_between_used_chunks_goes_back_to_the_host() -> None:
     library = ctypes.CDLL(None)
     if getattr(library, "malloc_trim", None) is None:
         pytest.skip("this C library has no malloc_trim")

@@ -64,20 +64,20 @@ def test_rows_are_emitted_once_and_in_order() -> None:
     assert [rows.joined()[0][:, 0].tolist() for rows in emitted] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
-def test_held_rows_leave_in_the_order_of_their_steps() -> None:
+def test_buffered_rows_are_released_in_the_order_of_their_steps() -> None:
     held = RowBuffer([(*block(10 * step, 3), step % 3) for step in range(5)])
     ids, values, _ = held.drain()
     assert ids[:, 0].tolist() == values[:, 0].tolist() == [0, 11, 22, 30, 41]
     assert held.rows == []
 
 
-def test_what_leaves_travels_between_processes_and_holds_nothing_for_the_others() -> None:
+def test_outgoing_rows_can_be_pickled_and_hold_only_released_requests() -> None:
     leaving = pickle.loads(pickle.dumps(OutgoingRows({2: (*block(5, 2), np.empty(0, np.int32))}).tolists()))
     assert leaving.slice_request(0, 1) is None
     assert leaving.slice_request(2, 1).logprob_token_ids[:, 0].tolist() == [5, 6]
 
 
-def test_rows_leave_when_the_front_end_gives_them_out() -> None:
+def test_rows_are_released_when_the_front_end_emits_them() -> None:
     def due(written: int, token: int = 9) -> bool:
         params = SimpleNamespace(max_tokens=60, stop_token_ids=[5], eos_token_id=None)
         request = SimpleNamespace(
@@ -92,7 +92,7 @@ def test_rows_leave_when_the_front_end_gives_them_out() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_helpers_do_all_of_the_work_and_say_what_went_wrong(count: int) -> None:
+def test_helpers_do_all_work_and_raise_its_errors(count: int) -> None:
     helpers, done, threads = HelperThreads(count), set(), set()
 
     def work(number: int) -> None:
