@@ -108,7 +108,7 @@ class GenerateInput:
     """Fixes the completion, however items are batched; None uses a fresh one."""
     options: DistributionOptions | None = None
     """Quantities to report for every new token; None reports nothing."""
-    whole: bool = False
+    single_chunk: bool = False
     """The caller does not stream: the engine may return the sample as one chunk."""
 
 

@@ -38,7 +38,7 @@ def heads_and_tails(
     """Computes (ids [T, K], their logits [T, K], log-sum-exp [T] of these, log-sum-exp [T] of all others).
 
     Ids are in falling order of logits, ties by id. Rows are contiguous; 0 < K and 16 (K + 2) <= V. The second sum is
-    computed by itself, not as a difference. If a logit of a row is not finite, neither is the first sum, and the
+    computed separately, not as a difference. If a logit of a row is not finite, neither is the first sum, and the
     row's other values are undefined.
     """
     num_rows, vocab_size = logits_TV.shape

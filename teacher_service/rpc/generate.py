@@ -162,14 +162,14 @@ class GenerateSession:
             max_new_tokens=self._num_new(prompt),
             seed=seed_of(sampling, prompt.token_ids, key[1]),
             options=self._options,
-            whole=self._request.whole_samples and not sampling.stop,
+            single_chunk=self._request.whole_samples and not sampling.stop,
         )
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())
         pending = sample_chunks.PendingChunks()
         withheld: list[_SampleUpdate] = []
         first = True
-        async with aclosing(self._serving.engine.generate(item)) as written:  # type: ignore[type-var]
-            async for chunk in written:
+        async with aclosing(self._serving.engine.generate(item)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
                 decoded = decoder.push(chunk.token_ids, final=bool(chunk.finish))
                 pending.add(chunk)
                 finish = "stop" if decoded.matched_stop else chunk.finish
@@ -250,10 +250,10 @@ def _merged(update: list[_SampleUpdate]) -> Iterator[_SampleUpdate]:
     for each in update:
         by_key.setdefault(each.key, []).append(each)
     for several in by_key.values():
-        written = [each.chunk for each in several if each.chunk is not None]
+        chunks = [each.chunk for each in several if each.chunk is not None]
         yield replace(
             several[0],
-            chunk=sample_chunks.join(written) if written else None,
+            chunk=sample_chunks.join(chunks) if chunks else None,
             text="".join(each.text for each in several),
             error=several[-1].error,
         )

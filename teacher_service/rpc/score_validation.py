@@ -86,13 +86,13 @@ def check_distributions(
         raise _invalid(
             f"num_sampled_tokens is {config.num_sampled_tokens}. Give a number in [0, {MAX_SAMPLED_TOKENS}]."
         )
-    for asked, capability in (
+    for requested, capability in (
         (bool(config.temperatures), teacher_pb2.CAPABILITY_LOG_PARTITIONS),
         (config.num_sampled_tokens > 0, teacher_pb2.CAPABILITY_SAMPLED_TOKENS),
         (config.entropy, teacher_pb2.CAPABILITY_ENTROPY),
         (config.hidden_states, teacher_pb2.CAPABILITY_HIDDEN_STATES),
     ):
-        if asked:
+        if requested:
             require(info, capability)
     options = DistributionOptions(
         top_k=config.top_k,

@@ -12,21 +12,21 @@ _FOUR_BIT = ("bitsandbytes", "bitsandbytes_4bit")
 _EIGHT_BIT = "bitsandbytes_8bit"
 
 
-def method_of(model: Any, asked: str) -> str:
+def method_of(model: Any, method: str) -> str:
     """Quantisation method of the model: as requested, else as its checkpoint declares; empty if none."""
-    if asked:
-        name = _normal(asked)
+    if method:
+        name = _normal(method)
         return _FOUR_BIT[1] if name in _FOUR_BIT else name
-    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
-    return str(getattr(method, "value", method))
+    found = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
+    return str(getattr(found, "value", found))
 
 
-def configuration(asked: str, dtype: Any) -> Any:
+def configuration(method: str, dtype: Any) -> Any:
     """Builds transformers' configuration of a method, with its defaults. Raises `StillhouseError` (INVALID_CONFIG)."""
     import transformers
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as METHODS
 
-    name = _normal(asked)
+    name = _normal(method)
     try:
         if name in _FOUR_BIT:
             return transformers.BitsAndBytesConfig(
@@ -39,10 +39,10 @@ def configuration(asked: str, dtype: Any) -> Any:
         if name in METHODS:
             return METHODS[name]()
     except (TypeError, ValueError, ImportError) as error:
-        raise refused(asked, error) from error
+        raise refused(method, error) from error
     raise StillhouseError(
         Reason.INVALID_CONFIG,
-        f"--quantization is {asked}; transformers knows {', '.join(sorted(METHODS))}. Choose one of these, or --engine vllm.",
+        f"--quantization is {method}; transformers knows {', '.join(sorted(METHODS))}. Choose one of these, or --engine vllm.",
     )
 
 
@@ -57,15 +57,15 @@ def keep_layout(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def refused(asked: str, error: Exception) -> StillhouseError:
+def refused(method: str, error: Exception) -> StillhouseError:
     """Builds the error for a method that transformers cannot load on this machine."""
     lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
     why = lines[0] if lines else type(error).__name__
     return StillhouseError(
         Reason.INVALID_CONFIG,
-        f"transformers does not quantise this model by {asked} here: {why}. Choose another --quantization, or none.",
+        f"transformers does not quantise this model by {method} here: {why}. Choose another --quantization, or none.",
     )
 
 
-def _normal(asked: str) -> str:
-    return asked.lower().replace("-", "_")
+def _normal(method: str) -> str:
+    return method.lower().replace("-", "_")

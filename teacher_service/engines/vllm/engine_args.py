@@ -175,9 +175,9 @@ _SAME = {"bitsandbytes_4bit": "bitsandbytes"}
 """Methods with other names in the reference engine: vLLM quantises to 4 bits while it loads."""
 
 
-def method_argument(asked: str) -> str:
+def method_argument(method: str) -> str:
     """Maps a quantisation method to vLLM's name."""
-    return _SAME.get(asked.lower().replace("-", "_"), asked)
+    return _SAME.get(method.lower().replace("-", "_"), method)
 
 
 def dtype_argument(config: TeacherConfig, directory: Path, *, on_cpu: bool) -> str:

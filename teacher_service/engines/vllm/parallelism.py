@@ -42,7 +42,7 @@ def parallel_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]
     if on_cpu and config.pipeline_parallel_size > 1:
         raise StillhouseError(
             Reason.INVALID_CONFIG,
-            f"--pipeline-parallel-size is {config.pipeline_parallel_size}; vLLM's CPU build answers with one stage only. "
+            f"--pipeline-parallel-size is {config.pipeline_parallel_size}; vLLM's CPU build supports one stage only. "
             "Split the model with --tensor-parallel-size instead.",
         )
     return {

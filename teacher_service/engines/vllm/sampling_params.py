@@ -81,7 +81,7 @@ class SamplingParamsBuilder:
             ignore_eos=True,  # only the ids above end a sample
             detokenize=False,
             flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY if item.whole else RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY if item.single_chunk else RequestOutputKind.DELTA,
             stream_interval=STREAM_INTERVAL_TOKENS,
         )
 
@@ -120,7 +120,7 @@ class SamplingParamsBuilder:
             stop_token_ids=list(self._info.eos_token_ids),
             ignore_eos=True,
             detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY if item.whole else RequestOutputKind.DELTA,
+            output_kind=RequestOutputKind.FINAL_ONLY if item.single_chunk else RequestOutputKind.DELTA,
             stream_interval=STREAM_INTERVAL_TOKENS,
             skip_clone=True,
         )

@@ -104,19 +104,21 @@ async def agree(public: ProbedEngine, other: ProbedEngine, info: EngineInfo) -> 
     tolerance = TOLERANCES.get(info.dtype, _ROUGH)
     for start in {1, length // 2, length - 1}:
         item = ScoreInput(token_ids=ids, start=start, options=options)
-        answers = [await _guarded(engine.score_once(item, reuse=False)) for engine in (public, other)]
-        _compare(*answers, tolerance=tolerance)
+        scored = [await _guarded(engine.score_once(item, reuse=False)) for engine in (public, other)]
+        _compare(*scored, tolerance=tolerance)
     sample = GenerateInput(token_ids=ids, temperature=0, max_new_tokens=NUM_WRITTEN, options=options)
-    texts = [await _guarded(_written(engine, sample)) for engine in (public, other)]
-    if tolerance < _ROUGH and texts[0][0] != texts[1][0]:
-        raise StepDownError(f"it generates {texts[1][0]} where the public tier generates {texts[0][0]}")
-    if texts[0][0] == texts[1][0]:
-        _compare(texts[0][1], texts[1][1], tolerance=tolerance)
+    completions = [await _guarded(_written(engine, sample)) for engine in (public, other)]
+    if tolerance < _ROUGH and completions[0][0] != completions[1][0]:
+        raise StepDownError(
+            f"it generates {completions[1][0]} where the public tier generates {completions[0][0]}"
+        )
+    if completions[0][0] == completions[1][0]:
+        _compare(completions[0][1], completions[1][1], tolerance=tolerance)
 
 
-async def _guarded(answer: Any) -> Any:
+async def _guarded(request: Any) -> Any:
     try:
-        return await answer
+        return await request
     except (
         StillhouseError,
         RowsMissingError,

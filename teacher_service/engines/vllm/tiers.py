@@ -180,13 +180,13 @@ class RawTier(PublicTier):
 
     def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
         """Adds vLLM's native query logprobs to the public tier's distributions."""
-        answer = super().read_scores(item, output)
+        scores = super().read_scores(item, output)
         if item.query_token_ids is None:
-            return answer
+            return scores
         query = np.asarray(output.prompt_token_id_logprobs, dtype=np.float32)
         if query.shape != item.query_token_ids.shape:
             raise RuntimeError(f"vLLM returned {query.shape} for queries of {item.query_token_ids.shape}")
-        return replace(answer, query_logprobs=query)
+        return replace(scores, query_logprobs=query)
 
     def generate_params(self, item: GenerateInput) -> Any:
         """Marks the public tier's request for the front end."""

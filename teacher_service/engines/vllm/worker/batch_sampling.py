@@ -55,10 +55,10 @@ def sample_rows(logits_BV: Tensor, plans: list[SamplingPlan], positions: list[in
         numbers = [_uniform(plans[row].seed, positions[row]) for row in rows]
         numbers_B1 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device).unsqueeze(-1)
         chosen = [plans[row] for row in rows]
-        drawn = (_from_all if kind == "all" else _from_top_k)(some_BV, chosen, numbers_B1)
+        sampled = (_from_all if kind == "all" else _from_top_k)(some_BV, chosen, numbers_B1)
         if len(rows) == len(plans):
-            return drawn
-        token_ids[rows], logprobs[rows] = drawn.token_ids, drawn.logprobs
+            return sampled
+        token_ids[rows], logprobs[rows] = sampled.token_ids, sampled.logprobs
     return SampledRows(token_ids=token_ids, logprobs=logprobs)
 
 

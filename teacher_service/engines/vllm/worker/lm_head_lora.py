@@ -96,7 +96,7 @@ def _one_by_one(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[s
         if wrapper is None:
             return original(self, hidden_states, num_scheduled_tokens)
         every: dict[str, int] = self.num_prompt_logprobs
-        answers: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         for name, width in list(every.items()):
             self.num_prompt_logprobs = {name: width}
             request, place = self.requests[name], self.input_batch.req_id_to_index.get(name, 0)
@@ -104,11 +104,11 @@ def _one_by_one(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[s
             rows = request.num_prompt_tokens - request.num_computed_tokens - 1
             count = max(0, min(num_scheduled_tokens.get(name, 0), rows))
             with looked_up(wrapper, wrapper._token_lora_indices[begin : begin + count]):
-                answers |= original(self, hidden_states, num_scheduled_tokens)
+                results |= original(self, hidden_states, num_scheduled_tokens)
             if name not in self.num_prompt_logprobs:
                 del every[name]
         self.num_prompt_logprobs = every
-        return answers
+        return results
 
     get_prompt_logprobs_dict.stillhouse = True  # type: ignore[attr-defined]
     return get_prompt_logprobs_dict

@@ -114,9 +114,9 @@ def _read_less_beside_writers() -> None:
 
     def schedule(self: Any, *arguments: Any, **named: Any) -> Any:
         whole = self.max_num_scheduled_tokens
-        writing = sum(1 for request in self.running if request.num_output_tokens)
-        if writing:
-            self.max_num_scheduled_tokens = min(whole, writing + BESIDE_WRITERS)
+        num_generating = sum(1 for request in self.running if request.num_output_tokens)
+        if num_generating:
+            self.max_num_scheduled_tokens = min(whole, num_generating + BESIDE_WRITERS)
         try:
             return original(self, *arguments, **named)
         finally:

@@ -192,7 +192,7 @@ def unpack(
     if ids.shape[1] < num_ids or values.shape[1] < num_values:
         raise RuntimeError(
             f"vLLM's worker returned rows of {ids.shape[1]} ids and {values.shape[1]} values; {num_ids} and "
-            f"{num_values} were asked for"
+            f"{num_values} were requested"
         )
     options = options or DistributionOptions(top_k=0)
     top_k = min(options.top_k, vocab_size)

@@ -153,8 +153,8 @@ def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
 def _sample_and_pack(rows: _RowGroup, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """Samples and packs (ids, values) in the columns of `request_plan.pack`; NaN first for non-finite logits."""
     options = rows.options
-    drawn = sample_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
-    token_B1, sampling_B1 = drawn.token_ids.unsqueeze(-1), drawn.logprobs.unsqueeze(-1)
+    sampled = sample_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
+    token_B1, sampling_B1 = sampled.token_ids.unsqueeze(-1), sampled.logprobs.unsqueeze(-1)
     if options is None:
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
         nothing_B1 = torch.zeros_like(sampling_B1)

@@ -179,7 +179,7 @@ async def test_generated_tokens_carry_everything_that_scoring_reports(
             max_new_tokens=20,
             seed=length,
             options=replace(EVERYTHING, top_k=top_k, hidden_states=False, entropy=top_k > 4),
-            whole=length == BLOCK,
+            single_chunk=length == BLOCK,
             **draw,
         )
         for length, top_k in ((1, 0), (7, 4), (BLOCK, 16), (300, 16))
