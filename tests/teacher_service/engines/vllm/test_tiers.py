@@ -154,15 +154,15 @@ async def test_missing_rows_are_scored_again_without_the_cache(worker_engine: Vl
     tier = view(worker_engine)._tier
     asked = []
 
-    def scoring(item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
+    def score_params(item: ScoreInput, *, reuse: bool) -> tuple[list[int], Any]:
         """Leaves out rows while the cache may be used."""
         asked.append(reuse)
-        prompt, params = type(tier).scoring(tier, item, reuse=reuse)
+        prompt, params = type(tier).score_params(tier, item, reuse=reuse)
         if reuse:
             params.extra_args["stillhouse"]["score"]["start"] = BLOCK + 1
         return prompt, params
 
-    tier.scoring = scoring
+    tier.score_params = score_params
     engine = VllmEngine(worker_engine._llm, worker_engine.info, worker_engine._adapters, tier=tier)
     got = await engine.score(item)
     assert asked == [True, False]
