@@ -1,7 +1,7 @@
-"""What a run leaves on disk, and the only meeting place of the run service and the training process.
+"""Run directory: the interface between run service and training process, and all that a run stores on disk.
 
-Whole files are replaced by a rename and never seen half written; the two journals (events and metrics) grow by lines,
-and a torn last line is cut when the next attempt opens them.
+Files are replaced atomically; the two journals (events and metrics) are appended by lines, and a torn last line is
+truncated when the next attempt opens them.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ EXIT_DISK_FULL = 5
 """Exit code of a training process that had no room for a `failed` event."""
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 MANIFEST = "MANIFEST.json"
-"""A checkpoint's last file: with it the checkpoint is complete."""
+"""Last file of a checkpoint to be written: it marks the checkpoint complete."""
 MAX_READ_BYTES = 8 * 2**20
-"""Of a journal at once; no line is longer."""
+"""Limit on a read of a journal; no line is longer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProcessRecord:
-    """The process that works, or worked, on a run."""
+    """The current or last process of a run."""
 
     attempt: int
     pid: int
     start_time: str
-    """As `start_time_of` says."""
+    """Start time by `start_time_of`."""
 
     @property
     def alive(self) -> bool:
-        """Whether this very process, and no later one of the same number, lives."""
+        """True if this process lives, and not a later one with the same pid."""
         try:
             same = start_time_of(self.pid) == self.start_time
             return same and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
@@ -58,7 +58,7 @@ class ProcessRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
-    """What the service wants of a run: which attempt may write, and whether it shall stop."""
+    """Instructions of the service to a run: the attempt that may write, and a stop request."""
 
     attempt: int
     stop: bool
@@ -72,7 +72,7 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, spec: RunSpec, effective: RunSpec) -> RunDir:
-        """A new run directory with both specs; an existing one keeps its other files."""
+        """Creates a run directory with both specs; an existing one keeps its other files."""
         run_dir = cls(path)
         for folder in (run_dir.attempts_path, run_dir.checkpoints_path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -130,12 +130,12 @@ class RunDir:
 
     @property
     def teacher_path(self) -> Path:
-        """What the teacher said of itself at the first attempt."""
+        """Identity of the teacher at the first attempt."""
         return self.path / "teacher.json"
 
     @property
     def eval_targets_path(self) -> Path:
-        """The teacher's answers on held-out rows."""
+        """Teacher targets of held-out rows."""
         return self.path / "eval_targets"
 
     def log_path(self, attempt: int) -> Path:
@@ -153,7 +153,7 @@ class RunDir:
         """The spec that training uses.
 
         Raises:
-            StillhouseError: INVALID_SPEC if the file is missing or is no RunSpec.
+            StillhouseError: INVALID_SPEC if the file is missing or not a RunSpec.
         """
         return _read_spec(self.effective_spec_path)
 
@@ -165,16 +165,16 @@ class RunDir:
         return sorted(int(name) for name in names if name.isdecimal())
 
     def control(self) -> Control | None:
-        """What the service last asked for; None before the first attempt."""
+        """The service's last instructions; None before the first attempt."""
         value = _read_json(self.control_path)
         return Control(attempt=int(value["attempt"]), stop=bool(value["stop"])) if value else None
 
     def write_control(self, attempt: int, *, stop: bool) -> None:
-        """Allow `attempt` alone to write, and ask it to stop if `stop`."""
+        """Allows only `attempt` to write, and requests a stop if `stop`."""
         write_atomic(self.control_path, json.dumps({"attempt": attempt, "stop": stop}).encode())
 
     def request_stop(self) -> None:
-        """Ask the attempt that may write to make a checkpoint and end."""
+        """Asks the current attempt to save a checkpoint and exit."""
         control = self.control()
         if control is not None:
             self.write_control(control.attempt, stop=True)
@@ -189,14 +189,14 @@ class RunDir:
         )
 
     def locked_by_live_process(self) -> ProcessRecord | None:
-        """The process that works on the run; None unless the lock is held and its record matches a live process."""
+        """The run's live process; None unless the lock is held and its record matches a live process."""
         record = self.process()
         return record if record and record.alive and is_locked(self.lock_path) else None
 
     def read_lines(self, name: Journal, offset: int) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines of a journal from byte `offset`, and the offset behind them.
+        """The complete lines of a journal from byte `offset`, and the offset after them.
 
-        Lines that are no object are left out. At most MAX_READ_BYTES at once: call again until the offset stays.
+        Lines that are not objects are skipped. Reads at most MAX_READ_BYTES: call again until the offset stays.
         """
         try:
             with (self.path / name).open("rb") as file:
@@ -211,10 +211,10 @@ class RunDir:
 
     @contextlib.contextmanager
     def open_attempt(self, attempt: int) -> Iterator[Attempt]:
-        """The run as its training process sees it; holds the lock until the block ends.
+        """Opens the run for its training process; holds the lock until the block ends.
 
         Raises:
-            StillhouseError: RUN_STATE if another process holds the run, or the service has given it to another attempt.
+            StillhouseError: RUN_STATE if another process holds the run, or the service has assigned it to another attempt.
         """
         lock = try_lock(self.lock_path)
         if lock is None:
@@ -232,10 +232,10 @@ class RunDir:
 
 
 class Attempt:
-    """One process's hold on a run: it alone writes the journals."""
+    """A process's exclusive access to a run: only it writes the journals."""
 
     writes = True
-    """Whether this process writes the run directory."""
+    """True if this process writes the run directory."""
 
     def __init__(self, run_dir: RunDir, number: int) -> None:
         self.run_dir = run_dir
@@ -244,37 +244,37 @@ class Attempt:
 
     @property
     def stop_requested(self) -> bool:
-        """Whether the service asked this attempt, or gave the run to another one."""
+        """True if the service asked this attempt to stop, or assigned the run to another one."""
         control = self.run_dir.control()
         return control is not None and (control.stop or control.attempt != self.number)
 
     def check_fence(self) -> None:
-        """Return if this attempt may write; call it before every rename.
+        """Checks that this attempt may write; call it before every rename.
 
         Raises:
-            StillhouseError: RUN_STATE if the service has given the run to another attempt.
+            StillhouseError: RUN_STATE if the service has assigned the run to another attempt.
         """
         control = self.run_dir.control()
         if control is not None and control.attempt != self.number:
             raise StillhouseError(
                 Reason.RUN_STATE,
-                f"attempt {self.number} of {self.run_dir.path.name} was replaced by attempt {control.attempt}; it ends.",
+                f"attempt {self.number} of {self.run_dir.path.name} was replaced by attempt {control.attempt}; it exits.",
             )
 
     def heartbeat(self) -> None:
-        """Say that the process lives."""
+        """Touches the heartbeat file."""
         self.run_dir.heartbeat_path.touch()
 
     def report(self, kind: str, **payload: Any) -> None:
-        """Append an event; it is on disk when this returns. Raises as `check_fence` does."""
+        """Appends an event; it is on disk when this returns. Raises as `check_fence` does."""
         self._append("events.jsonl", {"kind": kind, **payload}, sync=True)
 
     def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Append the metrics of a step."""
+        """Appends the metrics of a step."""
         self._append("metrics.jsonl", {"step": step, "values": dict(values)}, sync=False)
 
     def cut_torn_lines(self) -> None:
-        """Cut what a killed process left half written, and go on counting behind the last whole line."""
+        """Truncates the partial line of a killed process, and continues the sequence after the last complete line."""
         for name in self._sequences:
             path = self.run_dir.path / name
             with path.open("ab+") as file:
@@ -296,8 +296,8 @@ class Attempt:
         try:
             whole = os.fstat(descriptor).st_size
             if os.write(descriptor, line) != len(line):
-                os.ftruncate(descriptor, whole)  # half a line would spoil the next one
-                raise OSError(errno.ENOSPC, f"the disk took part of a line of {name} only")
+                os.ftruncate(descriptor, whole)  # half a line would corrupt the next one
+                raise OSError(errno.ENOSPC, f"the disk took only part of a line of {name}")
             if sync:
                 os.fsync(descriptor)
         finally:
@@ -305,16 +305,16 @@ class Attempt:
 
 
 def start_time_of(pid: int) -> str:
-    """When a process began, on a clock that nobody sets: the id of this boot and the ticks since then.
+    """Start time of a process: boot id and ticks since boot, which no clock change affects.
 
     Raises:
-        psutil.NoSuchProcess: there is none of this number.
+        psutil.NoSuchProcess: there is no such process.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return f"{_BOOT.read_text().strip()} {fields[19]}"
     except (FileNotFoundError, ProcessLookupError):
-        return str(psutil.Process(pid).create_time())  # no Linux, or no process
+        return str(psutil.Process(pid).create_time())  # not Linux, or no such process
 
 
 def now_text() -> str:
@@ -332,7 +332,7 @@ def _read_spec(path: Path) -> RunSpec:
         return json_format.Parse(path.read_bytes(), RunSpec())
     except (OSError, ValueError, json_format.ParseError) as error:
         raise StillhouseError(
-            Reason.INVALID_SPEC, f"{path} is no run specification: {error}. Create the run again."
+            Reason.INVALID_SPEC, f"{path} is not a run specification: {error}. Create the run again."
         ) from error
 
 

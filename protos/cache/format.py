@@ -1,21 +1,21 @@
-"""What a cache of teachers' answers is made of: keys by content, what a shard says of itself, and the columns of its rows.
+"""File format of a cache of teacher outputs: content keys, shard descriptions and row columns.
 
 A cache is a folder of Parquet shards and nothing else, so that pandas, DuckDB and Hugging Face `datasets` read it as it
 is. A row is one sequence; every column is plain:
 
 | column | type | what |
 |---|---|---|
-| key | string | address of the answer, `CacheMeta.key` |
-| token_ids | list<int32> | the whole sequence, L ids |
-| start | int32 | position that the first of the T = L - start rows of the answer predicts |
-| top_token_ids, logprobs | list<int32>, list<float> | [T, K], row after row: `reshape(T, -1)` |
+| key | string | content key, `CacheMeta.key` |
+| token_ids | list<int32> | the complete sequence, L ids |
+| start | int32 | position that the first of T = L - start distributions predicts |
+| top_token_ids, logprobs | list<int32>, list<float> | [T, K], row-major: `reshape(T, -1)` |
 | target_logprobs, log_tail | list<float> | [T] |
 | log_partitions, sampled_token_ids, query_token_ids, query_logprobs | lists, optional | [T, N], [T, R], [T, Q], [T, Q] |
 | entropy | list<float>, optional | [T] |
 
-What they mean is defined in protos/stillhouse/v1/tensor.proto. Codec "lossless" keeps every bit of the wire: logprobs
-are float16 or float32 as they travelled. Codec "compact" keeps logprobs as float16 with COMPACT_BITS bits of fraction,
-and the other numbers as float16.
+Their meaning is defined in protos/stillhouse/v1/tensor.proto. Codec "lossless" keeps every bit of the wire: logprobs
+are float16 or float32 as transmitted. Codec "compact" keeps logprobs as float16 with COMPACT_BITS bits of fraction,
+and all other values as float16.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ FORMAT = 1
 META = b"stillhouse"
 """Key of a shard's own description in its Parquet footer."""
 SHARD = re.compile(r"(\d{6,12})-([0-9a-f]{64})\.parquet")
-"""A shard's file name: its number, and the SHA-256 of its bytes."""
+"""File name of a shard: its number and the SHA-256 of its bytes."""
 COMPACT_BITS = 5
-"""Bits of fraction that codec "compact" keeps of a logprob: it is off by 1.6 % of itself at most."""
+"""Bits of fraction that codec "compact" keeps of a logprob: a relative error of at most 1.6 %."""
 MAX_META_BYTES = 64 * 1024
-"""Of a shard's description."""
+"""Limit on the size of a shard's description."""
 
 Codec = Literal["lossless", "compact"]
 CODECS: tuple[Codec, ...] = ("lossless", "compact")
@@ -63,40 +63,40 @@ _TEXTS = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheMeta:
-    """What all answers of a shard have in common: who gave them, and what was asked for."""
+    """Metadata shared by all outputs of a shard: the teacher and the requested distributions."""
 
     model: str
-    """As the teacher names its model, for people."""
+    """Model name as the teacher reports it, for display."""
     teacher_fingerprint: str
     """GetTeacherInfoResponse.model_fingerprint."""
     adapter: str = ""
-    """Name of the adapter, for people; empty for the base model."""
+    """Name of the adapter, for display; empty for the base model."""
     adapter_fingerprint: str = ""
     """Empty for the base model."""
     tokenizer_fingerprint: str
-    """Of the teacher's tokenizer."""
+    """Fingerprint of the teacher's tokenizer."""
     tokenizer_size: int
-    """Tokens that the tokenizer knows."""
+    """Number of tokens in the tokenizer."""
     vocab_size: int
     """Rows of the teacher's output layer: every id is below it."""
     top_k: int
-    """Likeliest tokens asked for, K; an answer has fewer only where the vocabulary has."""
+    """Requested top-k, K; smaller only where the vocabulary is."""
     logprob_dtype: str = "float16"
-    """Of the logprobs on the wire: "float16" or "float32"."""
+    """Type of the logprobs on the wire: "float16" or "float32"."""
     temperatures: tuple[float, ...] = ()
-    """Of the columns of log_partitions, in this order."""
+    """Temperatures of the columns of log_partitions, in this order."""
     entropy: bool = False
-    """Whether there is entropy."""
+    """True if the entropy column is present."""
     sampling: Mapping[str, Any] | None = None
-    """Everything else that was asked for and decides the answer, such as number and seed of draws."""
+    """All other request settings that determine the output, such as number and seed of samples."""
     held_out: bool = False
-    """Whether the text is kept for evaluation, so that nobody learns from it."""
+    """True if the text is held out for evaluation and must not be trained on."""
     name: str = ""
-    """By which the run that asked speaks of the teacher; empty if it has one only."""
+    """Name of the teacher in the run that requested it; empty if the run has a single teacher."""
     student_tokenizer_fingerprint: str = ""
-    """Of the student that the text was tokenised for, if its tokenizer is another one, but compatible."""
+    """Fingerprint of the student's tokenizer, if it differs from the teacher's but is compatible."""
     shared_size: int = 0
-    """Ids below it mean the same to that student and to the teacher; 0 where there is no such student."""
+    """Ids below it stand for the same tokens in both tokenizers; 0 without such a student."""
 
     @classmethod
     def from_config(
@@ -107,7 +107,7 @@ class CacheMeta:
         adapter: str = "",
         adapter_fingerprint: str = "",
     ) -> CacheMeta:
-        """The description of what a teacher answers to `config`, or to a base model if there is no adapter."""
+        """Metadata of a teacher's outputs for `config`, from its base model if there is no adapter."""
         full = config.logprob_dtype == Tensor.DATA_TYPE_FLOAT32
         return cls(
             model=info.model,
@@ -125,7 +125,7 @@ class CacheMeta:
         )
 
     def for_config(self, config: DistributionConfig) -> CacheMeta:
-        """What the same teacher would answer to `config`, on the wire that these answers came by."""
+        """Metadata of the same teacher's outputs for `config`, with the same logprob type."""
         return replace(
             self,
             top_k=config.top_k,
@@ -140,12 +140,12 @@ class CacheMeta:
         start: int,
         query_token_ids: NDArray[np.int32] | None = None,
     ) -> str:
-        """The address of an answer: SHA-256 over the tokens, `start` and all that decides it, as 64 hex digits.
+        """The content key of an output: SHA-256 over tokens, `start` and all settings that determine it, in hex.
 
-        `temperatures` and `entropy` are left out: they add columns and change none. So an answer with more of them
-        serves whoever needs less.
+        `temperatures` and `entropy` are left out: they add columns and change none, so an output with more of them
+        serves a request for fewer.
         """
-        decided_by = [
+        determined_by = [
             FORMAT,
             self.teacher_fingerprint,
             self.adapter_fingerprint,
@@ -156,57 +156,57 @@ class CacheMeta:
             len(token_ids),
             None if query_token_ids is None else list(query_token_ids.shape),
         ]
-        digest = hashlib.sha256(json.dumps(decided_by, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(determined_by, sort_keys=True).encode())
         digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
         if query_token_ids is not None:
             digest.update(np.ascontiguousarray(query_token_ids, "<i4").tobytes())
         return digest.hexdigest()
 
     def same_teacher(self, other: CacheMeta) -> bool:
-        """Whether both are of one teacher with one adapter."""
+        """True if both come from the same teacher and adapter."""
         return (self.teacher_fingerprint, self.adapter_fingerprint) == (
             other.teacher_fingerprint,
             other.adapter_fingerprint,
         )
 
     def shared_with(self, tokenizer_fingerprint: str) -> int:
-        """Ids below it mean the same to a student with this tokenizer as to the teacher; 0 if that is not known."""
+        """Ids below it stand for the same tokens in this student's tokenizer and the teacher's; 0 if unknown."""
         if tokenizer_fingerprint == self.tokenizer_fingerprint:
             return self.tokenizer_size
         return self.shared_size if tokenizer_fingerprint == self.student_tokenizer_fingerprint else 0
 
     def serves(self, asked: CacheMeta) -> bool:
-        """Whether answers of this kind hold every column that `asked` needs, given equal keys."""
+        """True if outputs with this metadata hold every column that `asked` needs, given equal keys."""
         return set(asked.temperatures) <= set(self.temperatures) and self.entropy >= asked.entropy
 
     def to_json(self, codec: Codec) -> bytes:
-        """The description as it stands in a shard's footer."""
+        """The metadata as JSON for a shard's footer."""
         return json.dumps({"format": FORMAT, "codec": codec, **asdict(self)}, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> tuple[CacheMeta, Codec]:
-        """Description and codec out of a footer.
+        """Metadata and codec from a footer.
 
         Raises:
-            ValueError: it is no description, or one of a later version.
+            ValueError: it is malformed, or of a later version.
         """
         if len(data) > MAX_META_BYTES:
             raise ValueError(f"its description has {len(data)} bytes; at most {MAX_META_BYTES} are read")
         values = json.loads(data)
         if not isinstance(values, dict):
-            raise ValueError("its description is no JSON object")  # noqa: TRY004 - of a file, not of a caller
+            raise ValueError("its description is not a JSON object")  # noqa: TRY004 - a file is wrong, not a caller
         if values.get("format") != FORMAT:
             raise ValueError(
                 f"it has format {str(values.get('format'))[:20]!r}, and this version of Stillhouse reads {FORMAT}"
             )
         codec = values.get("codec")
         if codec not in CODECS:
-            raise ValueError(f"it has codec {str(codec)[:20]!r}; known are {', '.join(CODECS)}")
+            raise ValueError(f"it has codec {str(codec)[:20]!r}; expected one of {', '.join(CODECS)}")
         return cls(**_checked(values)), codec
 
 
 def _sampling(config: DistributionConfig) -> dict[str, Any] | None:
-    """What decides an answer beside top_k and logprob_dtype, as JSON; a field that is added to the message counts."""
+    """All that determines an output besides top_k and logprob_dtype, as JSON; fields added to the message later count."""
     rest = DistributionConfig()
     rest.CopyFrom(config)
     for name in ("top_k", "logprob_dtype", "pack_token_ids", "temperatures", "entropy"):
@@ -217,17 +217,17 @@ def _sampling(config: DistributionConfig) -> dict[str, Any] | None:
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a CacheMeta from JSON; raises ValueError for what cannot be."""
+    """The fields of a CacheMeta from JSON. Raises ValueError for invalid values."""
     checked: dict[str, Any] = {}
     for name in _TEXTS:
         text = values.get(name)
         if not isinstance(text, str) or len(text) > _NAME_CHARACTERS or not text.isprintable():
-            raise ValueError(f"its {name} is no printable text")
+            raise ValueError(f"its {name} is not printable text")
         checked[name] = text
     for name in ("tokenizer_size", "vocab_size", "shared_size", "top_k"):
         number = values.get(name)
         if type(number) is not int or not 0 <= number <= _MAX_COUNT:
-            raise ValueError(f"its {name} is no number in [0, {_MAX_COUNT}]")
+            raise ValueError(f"its {name} is not an integer in [0, {_MAX_COUNT}]")
         checked[name] = number
     checked["logprob_dtype"] = values.get("logprob_dtype")
     if checked["logprob_dtype"] not in ("float16", "float32"):
@@ -236,7 +236,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(temperatures, list) or not all(
         type(each) in (int, float) and each > 0 for each in temperatures
     ):
-        raise ValueError("its temperatures are no list of positive numbers")
+        raise ValueError("its temperatures are not a list of positive numbers")
     checked["temperatures"] = tuple(float(each) for each in temperatures)
     for name in ("entropy", "held_out"):
         if type(values.get(name)) is not bool:
@@ -244,13 +244,13 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
         checked[name] = values[name]
     sampling = values.get("sampling")
     if not (sampling is None or isinstance(sampling, dict)):
-        raise ValueError("its sampling is no JSON object")
+        raise ValueError("its sampling is not a JSON object")
     checked["sampling"] = sampling
     return checked
 
 
 def invalid_cache(path: object, why: str, remedy: str) -> StillhouseError:
-    """The error for a file that is no shard, or a damaged one."""
+    """The error for a damaged or foreign file in a cache."""
     return StillhouseError(
-        Reason.CACHE_INVALID, f"{path} is damaged or no shard of a cache: {why}. {remedy}", resource=str(path)
+        Reason.CACHE_INVALID, f"{path} is damaged or not a cache shard: {why}. {remedy}", resource=str(path)
     )

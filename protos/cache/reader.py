@@ -1,6 +1,6 @@
-"""Reads a cache of teachers' answers: memory-mapped shards, found by key, hostile until checked.
+"""Reads a cache of teacher outputs by key from memory-mapped shards that are not trusted.
 
-Every page carries a checksum that is compared when it is read; every number is checked before it leaves this file.
+Page checksums are verified on reading; every value is checked before it leaves this file.
 """
 
 from __future__ import annotations
@@ -22,63 +22,63 @@ from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.tensors.distributions import Distributions
 
 MAX_GROUP_BYTES = 512 * 2**20
-"""Of one group of rows, uncompressed."""
+"""Limit on one row group, uncompressed."""
 MAX_OPEN_SHARDS = 128
 KEPT_BYTES = 256 * 2**20
-"""Of decoded groups of rows that stay in memory: later epochs over a small cache decode nothing."""
-REMEDY = "Delete the file: a run with a teacher asks for its sequences again. `stillhouse cache verify` finds every such file."
+"""Decoded row groups kept in memory: later epochs over a small cache decode nothing."""
+REMEDY = "Delete the file: a run with a teacher requests its sequences again. `stillhouse cache verify` finds every such file."
 _KEY_COLUMNS = ("key",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """One file of a cache, whose footer has been checked."""
+    """A file of a cache, its footer checked."""
 
     path: Path
     meta: CacheMeta
     codec: Codec
     num_sequences: int
     num_tokens: int
-    """Positions answered."""
+    """Positions with a distribution."""
     num_bytes: int
-    """On disk."""
+    """Size on disk."""
     groups: tuple[int, ...]
-    """Rows in each group of rows."""
+    """Number of rows of each row group."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BrokenShard:
-    """A file that is no whole shard."""
+    """A file that is not a complete shard."""
 
     path: Path
     error: StillhouseError
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _Location:
     shard: int
     row: int
 
 
 class CacheReader:
-    """The answers in a cache by key. Safe for several threads."""
+    """Teacher outputs of a cache by key. Thread-safe."""
 
     def __init__(self, path: Path, *, ignore_broken: bool = False) -> None:
         """Opens the cache in folder `path`, or a single shard.
 
-        With `ignore_broken`, files that are no whole shards are listed in `broken` and left out.
+        With `ignore_broken`, incomplete or damaged files are listed in `broken` and left out.
 
         Raises:
-            StillhouseError: CACHE_NOT_FOUND; CACHE_INVALID for a file that is no whole shard.
+            StillhouseError: CACHE_NOT_FOUND; CACHE_INVALID for an incomplete or damaged file.
         """
         self.path = path
         self.shards: list[Shard] = []
         self.broken: list[BrokenShard] = []
-        self._places: dict[bytes, tuple[_Place, ...]] = {}
+        self._locations: dict[bytes, tuple[_Location, ...]] = {}
         self._files: OrderedDict[int, Any] = OrderedDict()
         self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._kept_bytes = 0
-        self._checked: set[_Place] = set()
+        self._checked: set[_Location] = set()
         self._lock = threading.RLock()
         for file in shard_paths(path):
             try:
@@ -90,7 +90,7 @@ class CacheReader:
 
     @property
     def metas(self) -> list[CacheMeta]:
-        """What kinds of answers there are, each once."""
+        """The distinct metadata of all shards."""
         kinds: list[CacheMeta] = []
         for shard in self.shards:
             if shard.meta not in kinds:
@@ -98,19 +98,19 @@ class CacheReader:
         return kinds
 
     def __len__(self) -> int:
-        """Answers by different keys."""
-        return len(self._places)
+        """Number of distinct keys."""
+        return len(self._locations)
 
     def has(self, key: str, asked: CacheMeta) -> bool:
-        """Whether there is an answer with every column that `asked` needs."""
+        """True if there is an output with every column that `asked` needs."""
         with self._lock:
             return self._find(key, asked) is not None
 
     def get(self, key: str, asked: CacheMeta) -> Distributions | None:
-        """The answer by key, or None if there is none with every column that `asked` needs.
+        """The output by key, or None if there is none with every column that `asked` needs.
 
         Raises:
-            StillhouseError: CACHE_INVALID if it is damaged, or can be no model's answer.
+            StillhouseError: CACHE_INVALID if it is damaged, or not a valid distribution.
         """
         with self._lock:
             place = self._find(key, asked)
@@ -184,12 +184,12 @@ class CacheReader:
             number = len(self.shards)
             self.shards.append(shard)
             for row, key in enumerate(keys):
-                self._places[key] = (*self._places.get(key, ()), _Place(number, row))
+                self._locations[key] = (*self._locations.get(key, ()), _Location(number, row))
 
     def forget(self, key: str) -> None:
         """Have no answer by this key any more, because it is damaged."""
         with self._lock:
-            self._places.pop(bytes.fromhex(key), None)
+            self._locations.pop(bytes.fromhex(key), None)
 
     def close(self) -> None:
         """Closes the files; the reader cannot be used any more."""
@@ -200,15 +200,15 @@ class CacheReader:
             self._groups.clear()
             self._kept_bytes = 0
 
-    def _find(self, key: str, asked: CacheMeta) -> _Place | None:
+    def _find(self, key: str, asked: CacheMeta) -> _Location | None:
         for place in reversed(
-            self._places.get(bytes.fromhex(key), ())
+            self._locations.get(bytes.fromhex(key), ())
         ):  # what came last replaces damaged ones
             if self.shards[place.shard].meta.serves(asked):
                 return place
         return None
 
-    def _columns(self, place: _Place) -> tuple[RowGroup, int]:
+    def _columns(self, place: _Location) -> tuple[RowGroup, int]:
         """The group of rows that holds a place, and the place's index in it."""
         shard, index, group = self.shards[place.shard], place.row, 0
         while index >= shard.groups[group]:
@@ -263,7 +263,7 @@ def _open(path: Path) -> Any:
 
 
 def _errors() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for a file that is not what it should be."""
+    """Exceptions of pyarrow for a malformed file."""
     import pyarrow as pa
 
     return (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError)
@@ -313,7 +313,7 @@ def _check_groups(footer: Any) -> tuple[int, ...]:
 
 
 def _check_columns(found: Any, meta: CacheMeta, codec: Codec) -> None:
-    """Return if the columns have their types; raises ValueError. Columns that nobody asked for are ignored."""
+    """Checks the types of the columns. Raises ValueError. Unknown columns are ignored."""
     names = set(found.names)
     optional = [name for name in optional_columns(None) if name in names]
     for field in schema(meta, codec, optional):

@@ -13,47 +13,47 @@ from stillhouse.protos.cache.format import COMPACT_BITS, CacheMeta, Codec
 from stillhouse.protos.tensors.distributions import MAX_LOGPROB, MAX_ROW_SUM, Distributions
 
 MAX_VALUES = 32 * 1024 * 1024
-"""Numbers in one column of one group of rows: top-256 at 131,072 positions."""
+"""Values in one column of one row group: top-256 at 131,072 positions."""
 MAX_COMPACT_SUM = 1.1
-"""What the rounding of codec "compact" may make of a sum of probabilities, before it is set right."""
+"""Largest sum of probabilities after the rounding of codec "compact", before renormalization."""
 _REQUIRED_LISTS = ("token_ids", "top_token_ids", "logprobs", "target_logprobs", "log_tail")
 _OPTIONAL_LISTS = ("log_partitions", "sampled_token_ids", "query_token_ids", "query_logprobs", "entropy")
 _IDS = frozenset({"token_ids", "top_token_ids", "sampled_token_ids", "query_token_ids"})
 _FLAT = frozenset({"target_logprobs", "log_tail", "entropy"})
-"""One number a position."""
+"""Columns with one value per position."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CacheRow:
-    """One sequence with its answer."""
+    """One sequence with its teacher output."""
 
     key: str
     token_ids: NDArray[np.int32]
     """[L]."""
     answer: Distributions
-    """Of positions [start, L)."""
+    """Distributions of positions [start, L)."""
     query_token_ids: NDArray[np.int32] | None = None
-    """[T, Q], where query_logprobs were asked for."""
+    """[T, Q], where query_logprobs were requested."""
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes in memory."""
+        """Approximate size in memory."""
         return self.answer.row_bytes * self.answer.num_rows + 4 * len(self.token_ids)
 
     def check(self, meta: CacheMeta) -> None:
-        """Return if the row can be stored. Raises ValueError, since only a programmer can cause it."""
+        """Checks that the row can be stored. Raises ValueError, since only a bug can cause it."""
         answer = self.answer
         if answer.hidden_states is not None:
             raise ValueError("hidden states are not cached")
         if answer.start + answer.num_rows != len(self.token_ids) or not answer.num_rows:
             raise ValueError(
-                f"the answer speaks of [{answer.start}, {answer.start + answer.num_rows}) of {len(self.token_ids)} tokens"
+                f"the output covers [{answer.start}, {answer.start + answer.num_rows}) of {len(self.token_ids)} tokens"
             )
         if max(answer.token_ids.size, len(self.token_ids)) > MAX_VALUES:
-            raise ValueError(f"an answer of {answer.token_ids.size} logprobs is too large for a cache")
+            raise ValueError(f"an output of {answer.token_ids.size} logprobs is too large for a cache")
         columns = 0 if answer.log_partitions is None else answer.log_partitions.shape[1]
         if columns != len(meta.temperatures) or (answer.entropy is not None) != meta.entropy:
-            raise ValueError("the answer has other columns than its description says")
+            raise ValueError("the output has other columns than its metadata says")
         if (answer.query_logprobs is None) != (self.query_token_ids is None):
             raise ValueError("query_logprobs and query_token_ids go together")
 
@@ -77,7 +77,7 @@ def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:
 
 
 def optional_columns(row: CacheRow | None) -> tuple[str, ...]:
-    """The optional columns that a row has, in the order of the schema; all that exist for None."""
+    """The optional columns of a row in schema order; all of them for None."""
     if row is None:
         return _OPTIONAL_LISTS
     present = {name for name in _OPTIONAL_LISTS if getattr(row.answer, name, None) is not None}
@@ -87,7 +87,7 @@ def optional_columns(row: CacheRow | None) -> tuple[str, ...]:
 
 
 def table(rows: Sequence[CacheRow], wanted: Any, codec: Codec) -> Any:
-    """The rows as an Arrow table of schema `wanted`. Raises ValueError where "lossless" would lose something."""
+    """The rows as an Arrow table of schema `wanted`. Raises ValueError if "lossless" would lose precision."""
     import pyarrow as pa
 
     columns: list[Any] = [
@@ -113,7 +113,7 @@ def _array(row: CacheRow, name: str) -> NDArray[Any]:
 
 
 def _typed(flat: NDArray[Any], column: Any, codec: Codec) -> NDArray[Any]:
-    """The numbers in the type of the column."""
+    """The values in the type of the column."""
     wanted = np.dtype(column.type.value_type.to_pandas_dtype())
     if wanted.kind != "f":
         return flat.astype(np.int32, copy=False)
@@ -122,12 +122,12 @@ def _typed(flat: NDArray[Any], column: Any, codec: Codec) -> NDArray[Any]:
     if codec == "compact":
         return _rounded(typed) if column.name == "logprobs" else typed
     if wanted == np.float16 and not np.array_equal(typed.astype(np.float32), flat):
-        raise ValueError(f"{column.name} are no float16 numbers; describe them as float32")
+        raise ValueError(f"{column.name} are not float16 values; describe them as float32")
     return typed
 
 
 def _rounded(values: NDArray[np.float16]) -> NDArray[np.float16]:
-    """float16 numbers with COMPACT_BITS of their 10 bits of fraction, rounded to nearest; the rest compresses to nothing."""
+    """Rounds float16 values to COMPACT_BITS of their 10 bits of fraction, to nearest; zero bits compress to nothing."""
     drop = 10 - COMPACT_BITS
     words = values.view(np.uint16).astype(np.uint32) + np.uint32(1 << (drop - 1))
     rounded: NDArray[np.float16] = (words >> drop << drop).astype(np.uint16).view(np.float16)
@@ -136,21 +136,21 @@ def _rounded(values: NDArray[np.float16]) -> NDArray[np.float16]:
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A group of rows out of a file, whose types and offsets Arrow has checked, and nothing else yet."""
+    """A row group of a file; Arrow has checked its types and offsets, nothing else yet."""
 
     table: Any
     meta: CacheMeta
     codec: Codec
     _parts: dict[str, tuple[NDArray[np.int32], NDArray[Any]]] = field(default_factory=dict)
-    """Offsets and values of the lists that were looked at."""
+    """Offsets and values of the lists read so far."""
 
     def answer(self, index: int, asked: CacheMeta, *, checked: bool = False) -> Distributions:
-        """The answer in row `index`, with the optional columns that `asked` needs and that draws and queries brought.
+        """The output in row `index`, with the columns that `asked` needs and those of samples and queries.
 
-        `checked`: its numbers were found good before.
+        `checked`: its values were checked before.
 
         Raises:
-            ValueError: its arrays disagree, or hold what no distribution can.
+            ValueError: its arrays are inconsistent, or not a valid distribution.
         """
         token_ids, start = self.text(index)
         num_rows = len(token_ids) - start
@@ -176,7 +176,7 @@ class RowGroup:
         return _normalised(answer) if compact else answer
 
     def text(self, index: int) -> tuple[NDArray[np.int32], int]:
-        """The sequence in row `index`, and the position of its first answer. Raises ValueError for what cannot be."""
+        """The sequence in row `index` and the first position with a distribution. Raises ValueError for invalid values."""
         token_ids = self._list("token_ids", index)
         start = self.table.column("start")[index].as_py()
         if not 1 <= start < len(token_ids):
@@ -196,7 +196,7 @@ class RowGroup:
             query = self._wide("query_token_ids", index, answer.num_rows)
         key = self.table.column("key")[index].as_py()
         if key != self.meta.key(token_ids, answer.start, query):
-            raise ValueError("its key is not the one of its tokens and its teacher")
+            raise ValueError("its key does not match its tokens and teacher")
         return CacheRow(key=key, token_ids=token_ids, answer=answer, query_token_ids=query)
 
     def _present(self) -> list[str]:
@@ -227,24 +227,24 @@ class RowGroup:
 
 
 def _normalised(answer: Distributions) -> Distributions:
-    """The answer with probabilities that sum to 1 at each position, which rounding has moved by a little."""
+    """Renormalizes probabilities to sum to 1 at each position, after rounding."""
     tail = np.exp(answer.log_tail.astype(np.float64))
     log_sum = np.log(np.exp(answer.logprobs.astype(np.float64)).sum(axis=1) + tail).astype(np.float32)
     return replace(answer, logprobs=answer.logprobs - log_sum[:, None], log_tail=answer.log_tail - log_sum)
 
 
 def check_answer(answer: Distributions, vocab_size: int, *, max_sum: float = MAX_ROW_SUM) -> None:
-    """Return if the arrays can be a model's answer; raises ValueError otherwise."""
+    """Checks that the arrays form valid distributions. Raises ValueError."""
     for name in ("token_ids", "sampled_token_ids"):
         ids = getattr(answer, name)
         if ids is not None and ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
             raise ValueError(f"{name} reach from {ids.min()} to {ids.max()} in a vocabulary of {vocab_size}")
     ordered = np.sort(answer.token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise ValueError("a token stands twice at one position")
+        raise ValueError("a token occurs twice at one position")
     for name in ("logprobs", "target_logprobs", "log_tail", "query_logprobs"):
         logprobs = getattr(answer, name)
-        if logprobs is not None and logprobs.size and not logprobs.max() <= MAX_LOGPROB:  # NaN is not either
+        if logprobs is not None and logprobs.size and not logprobs.max() <= MAX_LOGPROB:  # also false for NaN
             raise ValueError(f"{name} hold {logprobs.max():.4g}; a log-probability is at most 0")
     for name in ("log_partitions", "entropy"):
         numbers = getattr(answer, name)

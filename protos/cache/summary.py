@@ -1,4 +1,4 @@
-"""What a cache holds, in numbers: for people, for `--json`, and for the file that a build leaves among its artifacts."""
+"""Statistics of a cache, for display, for `--json` and for the artifact of a cache build."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from stillhouse.protos.cache.reader import CacheReader, Shard
 
 
 def summary(reader: CacheReader) -> dict[str, Any]:
-    """Sequences, tokens and bytes of a cache and of each kind of answers in it, and its shards, as JSON values.
+    """Sequences, tokens and bytes of a cache and of each kind of outputs in it, and its shards, as JSON values.
 
-    A token is a position with an answer. `bytes_per_token` counts everything on disk, the tokens themselves included;
-    it is None where there is no token.
+    A token is a position with a distribution. `bytes_per_token` counts everything on disk, the tokens themselves included;
+    it is None without tokens.
     """
     kinds: defaultdict[bytes, list[Shard]] = defaultdict(list)
     for shard in reader.shards:

@@ -1,6 +1,6 @@
-"""Writes a cache of teachers' answers: whole shards under final names or nothing, so that a kill loses the last shard at most.
+"""Writes a cache of teacher outputs in complete shards, so that a kill loses at most the last one.
 
-One writer at a time, by a lock that the operating system lets go of when the process ends. Groups of rows go to a hidden
+One writer at a time, by a lock that the operating system releases when the process ends. Groups of rows go to a hidden
 file as they fill; `flush` closes it, syncs it and gives it its name.
 """
 
@@ -28,19 +28,19 @@ from stillhouse.protos.files.locks import try_lock
 from stillhouse.protos.tensors.distributions import Distributions
 
 GROUP_BYTES = 128 * 1024
-"""Rows that are compressed together, uncompressed: what a reader decodes to get at one of them."""
+"""Size of a row group, uncompressed: a reader decodes all of it for one row."""
 SHARD_BYTES = 256 * 2**20
 """A shard that has reached this size on disk is closed."""
 SHARD_AGE_S = 60.0
-"""A shard is closed once its first row is so old, so that a kill costs a minute of a teacher's work."""
+"""A shard is closed once its first row is this old, so that a kill costs a minute of a teacher's work."""
 ZSTD_LEVEL = 3
 _TEMPORARY = ".writing-"
 _Kind = tuple[bytes, tuple[str, ...]]
-"""What the rows of a shard have in common: their description, and their optional columns."""
+"""Metadata and optional columns shared by the rows of a shard."""
 
 
 class CacheWriter:
-    """The one writer of a cache; a context manager. Safe for several threads."""
+    """The single writer of a cache; a context manager. Thread-safe."""
 
     def __init__(
         self,
@@ -50,9 +50,9 @@ class CacheWriter:
         shard_bytes: int = SHARD_BYTES,
         shard_age_s: float = SHARD_AGE_S,
     ) -> None:
-        """Opens the cache in folder `path`, made if it is not there; what a killed writer left half done is removed.
+        """Opens the cache in folder `path`, created if missing; partial files of a killed writer are removed.
 
-        Files that are no whole shards are left as they are, and listed in `reader.broken`.
+        Incomplete or damaged files are left as they are, and listed in `reader.broken`.
 
         Raises:
             StillhouseError: CACHE_LOCKED if another writer has it.
@@ -65,14 +65,14 @@ class CacheWriter:
         self._mutex = threading.RLock()
         self._open: dict[_Kind, _OpenShard] = {}
         self.num_added = 0
-        """Answers added by this writer."""
+        """Outputs added by this writer."""
         path.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path)
         try:
             for left in path.glob(f"{_TEMPORARY}*"):
                 left.unlink()
             self.reader = CacheReader(path, ignore_broken=True)
-            """Of all that is in whole shards."""
+            """Reader of the complete shards."""
         except BaseException:
             self._lock.close()
             raise
@@ -92,13 +92,13 @@ class CacheWriter:
         answer: Distributions,
         query_token_ids: NDArray[np.int32] | None = None,
     ) -> bool:
-        """Keeps the answer to the sequence `token_ids` [L], of positions [answer.start, L); False if it is there already.
+        """Adds the output for the sequence `token_ids` [L], positions [answer.start, L); False if it is present already.
 
-        `query_token_ids` are those of `answer.query_logprobs`. It is safe from a kill once its shard is closed: after
-        `flush`, or by itself after `shard_age_s` or `shard_bytes`.
+        `query_token_ids` belong to `answer.query_logprobs`. It survives a kill once its shard is closed: after
+        `flush`, or automatically after `shard_age_s` or `shard_bytes`.
 
         Raises:
-            ValueError: the answer does not fit `meta` or the tokens, or is not what codec "lossless" can keep.
+            ValueError: the output does not fit `meta` or the tokens, or codec "lossless" cannot represent it.
             OSError: the disk is full.
         """
         key = meta.key(token_ids, answer.start, query_token_ids)
@@ -118,25 +118,25 @@ class CacheWriter:
             return True
 
     def has(self, key: str, asked: CacheMeta) -> bool:
-        """Whether an answer is there, in a whole shard or on the way to one."""
+        """True if the output is present, in a complete or an open shard."""
         with self._mutex:
             return self.reader.has(key, asked) or self._pending(key, asked)
 
     def get(self, key: str, asked: CacheMeta) -> Distributions | None:
-        """The answer by key, if there is one; closes the open shards if it is in one of them. Raises as CacheReader.get."""
+        """The output by key, if present; closes the open shards if it is in one of them. Raises as CacheReader.get."""
         with self._mutex:
             if self._pending(key, asked) and not self.reader.has(key, asked):
                 self.flush()
             return self.reader.get(key, asked)
 
     def flush(self) -> None:
-        """Gives every row added so far to a whole shard. Raises OSError if the disk is full."""
+        """Closes all open shards. Raises OSError if the disk is full."""
         with self._mutex:
             for kind in list(self._open):
                 self._close_shard(kind)
 
     def close(self) -> None:
-        """Flushes, and lets another writer in."""
+        """Flushes and releases the lock."""
         with self._mutex:
             try:
                 self.flush()
@@ -163,7 +163,7 @@ class CacheWriter:
 
 @dataclass(slots=True)
 class _Sink:
-    """A file that hashes what is written to it, as Arrow wants files to be."""
+    """A file object for Arrow that hashes what is written to it."""
 
     file: BinaryIO
     digest: Any = field(default_factory=hashlib.sha256)
@@ -193,7 +193,7 @@ class _Sink:
 
 
 class _OpenShard:
-    """Rows of one kind on their way to a file."""
+    """A shard that is being written."""
 
     def __init__(self, folder: Path, meta: CacheMeta, codec: Codec, optional: tuple[str, ...]) -> None:
         import pyarrow.parquet as pq
@@ -215,7 +215,7 @@ class _OpenShard:
             use_dictionary=False,
             write_statistics=False,
             write_page_checksum=True,
-            # The bytes of numbers in order of significance lie together: zstd then halves what it leaves.
+            # Groups bytes by significance, after which zstd output is half as large.
             column_encoding={
                 f"{each.name}.list.element": "BYTE_STREAM_SPLIT" for each in list(self._schema)[2:]
             },
@@ -224,7 +224,7 @@ class _OpenShard:
 
     @property
     def num_bytes(self) -> int:
-        """Written to disk so far."""
+        """Bytes written so far."""
         return self._sink.tell()
 
     @property
@@ -239,7 +239,7 @@ class _OpenShard:
             self._write_group()
 
     def finish(self, number: int) -> Path:
-        """The whole shard: on disk, under its name."""
+        """Completes the shard on disk and gives it its name."""
         self._write_group()
         self._writer.close()
         sync_file(self._sink.file)
@@ -250,7 +250,7 @@ class _OpenShard:
         return path
 
     def discard(self) -> None:
-        """Removes what could not be finished."""
+        """Removes an unfinished shard."""
         with contextlib.suppress(OSError):
             self._sink.file.close()
         self._path.unlink(missing_ok=True)
@@ -263,7 +263,7 @@ class _OpenShard:
 
 
 def _lock(path: Path) -> BinaryIO:
-    """The lock on a cache, held until it is closed. Raises StillhouseError(CACHE_LOCKED)."""
+    """Locks the cache until the returned file is closed. Raises StillhouseError(CACHE_LOCKED)."""
     lock = try_lock(path / ".lock")
     if lock is None:
         raise StillhouseError(

@@ -1,4 +1,4 @@
-"""The audit log: one JSON line for each call that changed or took something, or was refused; never a token, never a body."""
+"""Audit log: one JSON line for each call that changed or downloaded data, or was refused; no tokens, no request bodies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.telemetry.call_record import OK, CallRecord
 
 MAX_BYTES = 64 * 2**20
-"""A file that grows beyond is renamed to *.1, which replaces the one before: two files are the most there is."""
+"""A larger file is renamed to *.1, replacing the previous one: at most two files exist."""
 READS = frozenset(
     f"/stillhouse.v1.{name}"
     for name in (
@@ -29,14 +29,14 @@ READS = frozenset(
         "RunService/StreamLogs",
     )
 )
-"""Calls that are written down only if they were refused: clients poll them."""
+"""Calls logged only if refused, since clients poll them."""
 DENIALS = frozenset({Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED, Reason.PATH_NOT_ALLOWED, Reason.QUOTA})
 
 log = structlog.get_logger(__name__)
 
 
 class AuditLog:
-    """An observer of calls that appends to a file which its owner alone can read."""
+    """Call observer that appends to a file readable by its owner only."""
 
     def __init__(self, path: Path, *, max_bytes: int = MAX_BYTES) -> None:
         """Raises StillhouseError(INVALID_CONFIG) if the file cannot be written."""
@@ -47,11 +47,11 @@ class AuditLog:
         except OSError as error:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
-                f"The audit log {path} cannot be written ({error.strerror}); give a file that can.",
+                f"The audit log {path} cannot be written ({error.strerror}); give a writable file.",
             ) from error
 
     def __call__(self, call: CallRecord) -> None:
-        """Write the call down. A disk that is full costs the line, not the call."""
+        """Logs the call. A full disk costs the line, not the call."""
         if call.method in READS and call.outcome not in DENIALS:
             return
         line = {

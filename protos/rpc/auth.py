@@ -1,4 +1,4 @@
-"""Who may call what: each rpc needs one scope, an rpc that this table lacks is refused, and no body is read before that."""
+"""Authentication and scopes: each rpc needs one scope, unlisted rpcs are refused, before any request body is read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "GetRun": Scope.SUBMIT,
     _RUNS + "ListRuns": Scope.SUBMIT,
     _RUNS + "WatchRun": Scope.SUBMIT,
-    # Of these three, a token without admin steers its own runs alone, which the servicer checks.
+    # A token without admin controls its own runs only in these three; the servicer checks that.
     _RUNS + "StopRun": Scope.SUBMIT,
     _RUNS + "ResumeRun": Scope.SUBMIT,
     _RUNS + "DeleteRun": Scope.SUBMIT,
@@ -40,7 +40,7 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "DownloadArtifact": Scope.SUBMIT,
     _RUNS + "StreamLogs": Scope.SUBMIT,
 }
-"""The scope that each rpc needs."""
+"""Required scope by rpc."""
 _HEADER = "authorization"
 _BEARER = "bearer "
 
@@ -52,14 +52,14 @@ _caller: ContextVar[Caller] = ContextVar("stillhouse_caller", default=ANONYMOUS)
 
 
 def current_caller() -> Caller:
-    """Who made the call that is being answered."""
+    """The caller of the current rpc."""
     return _caller.get()
 
 
 class TokenFile:
-    """The tokens that a service accepts; a changed file counts from the next call on.
+    """Tokens that a service accepts; a changed file applies from the next call on.
 
-    A file that cannot be used any longer accepts nobody. Where `optional`, a file that was never there demands nothing.
+    A file that becomes unusable accepts no token. If `optional`, a file that never existed requires none.
     """
 
     def __init__(self, path: Path, *, optional: bool = False) -> None:
@@ -72,13 +72,13 @@ class TokenFile:
             self._tokens = auth_tokens.read(path)
 
     @property
-    def demanded(self) -> bool:
-        """Whether calls need a token."""
+    def required(self) -> bool:
+        """True if calls need a token."""
         self._refresh()
         return self._tokens is not None
 
     def lookup(self, secret: str) -> Token | None:
-        """The entry of a token; None for one that is unknown or revoked."""
+        """The entry of a token; None if it is unknown or revoked."""
         self._refresh()
         return auth_tokens.lookup(self._tokens or {}, secret)
 
@@ -103,14 +103,14 @@ class TokenFile:
 
 
 class AuthInterceptor(RpcInterceptor):
-    """Lets a call through if its token has the rpc's scope, and says who called through `current_caller`."""
+    """Admits a call if its token has the rpc's scope, and sets `current_caller`."""
 
     def __init__(self, tokens: TokenFile | None) -> None:
-        """Without `tokens` nobody is asked for one; an rpc without an entry in SCOPES is refused even so."""
+        """Without `tokens` none are required; an rpc without an entry in SCOPES is still refused."""
         self._tokens = tokens
 
     def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The handler with a caller, or one that refuses before a byte of the request's body is read."""
+        """The handler with a caller, or one that refuses before any byte of the request body is read."""
         try:
             caller = self._authorise(details.method, details.invocation_metadata or ())
         except StillhouseError as error:
@@ -123,13 +123,13 @@ class AuthInterceptor(RpcInterceptor):
         if scope is None:
             raise StillhouseError(
                 Reason.PERMISSION_DENIED,
-                f"{name} has no entry in this service's table of scopes, so nobody may call it.",
+                f"{name} has no entry in this service's table of scopes, so it cannot be called.",
             )
-        if self._tokens is None or not self._tokens.demanded:
+        if self._tokens is None or not self._tokens.required:
             return None
         token = self._tokens.lookup(_bearer(metadata))
         if token is None:
-            raise _unauthenticated("The token is not one of this service's, or was revoked.")
+            raise _unauthenticated("The token is unknown to this service, or was revoked.")
         _caller.set(Caller(name=token.name, is_admin=token.allows(Scope.ADMIN)))
         if token.expired():
             assert token.expire_time_s is not None
@@ -138,8 +138,8 @@ class AuthInterceptor(RpcInterceptor):
             scopes = ", ".join(sorted(token.scopes))
             raise StillhouseError(
                 Reason.PERMISSION_DENIED,
-                f'{name} needs the scope {scope}; the token "{token.name}" has {scopes}. Use another token, or let the '
-                f"service's operator make one with `stillhouse token create --scope {scope}`.",
+                f'{name} needs the scope {scope}; the token "{token.name}" has {scopes}. Use another token, or have the '
+                f"service's operator create one with `stillhouse token create --scope {scope}`.",
                 metadata={"scope": scope},
             )
         return current_caller()
@@ -148,23 +148,23 @@ class AuthInterceptor(RpcInterceptor):
 def _bearer(metadata: Any) -> str:
     given = [value for key, value in metadata if key == _HEADER]
     if not given:
-        raise _unauthenticated("This service wants a token, and the call has none.")
+        raise _unauthenticated("This service requires a token, and the call has none.")
     text = given[0].decode("utf-8", "replace") if isinstance(given[0], bytes) else str(given[0])
     if len(given) > 1 or not text.lower().startswith(_BEARER):
-        raise _unauthenticated('The header "authorization" must stand there once and hold "Bearer TOKEN".')
+        raise _unauthenticated('The header "authorization" must occur once and hold "Bearer TOKEN".')
     return text[len(_BEARER) :].strip()
 
 
 def _unauthenticated(problem: str) -> StillhouseError:
     return StillhouseError(
         Reason.UNAUTHENTICATED,
-        f"{problem} Name the file that holds a valid one with --token-file or STILLHOUSE_TOKEN_FILE; the service's "
-        "operator makes one with `stillhouse token create`.",
+        f"{problem} Give a file with a valid token by --token-file or STILLHOUSE_TOKEN_FILE; the service's "
+        "operator creates one with `stillhouse token create`.",
     )
 
 
 def _refusing(error: StillhouseError) -> Any:
-    """A handler that ends the call with `error`. That of a stream is the one for which gRPC reads no request first."""
+    """A handler that ends the call with `error`; a stream handler, since gRPC reads no request before calling it."""
 
     async def refuse(_requests: Any, _context: Any) -> None:
         raise error
@@ -173,7 +173,7 @@ def _refusing(error: StillhouseError) -> Any:
 
 
 def _as_caller(handler: Any, caller: Caller | None) -> Any:
-    """The handler with `current_caller` set; a certificate names the caller where no token does."""
+    """Sets `current_caller` for the handler: by token, else by certificate."""
 
     def called_by(behaviour: Behaviour) -> Behaviour:
         def called(request: Any, context: Any) -> Any:

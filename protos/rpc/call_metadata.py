@@ -1,4 +1,4 @@
-"""Metadata on every call of a channel: who asks, and with which token."""
+"""Adds metadata to every call of a channel: client name, token and trace."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -45,11 +45,11 @@ class MetadataInterceptor(
 
 
 class _Details(grpc.ClientCallDetails):
-    """The details of a call, with metadata of its own."""
+    """Call details with added metadata."""
 
 
 class MetadataChannel(grpc.aio.Channel):
-    """An async channel that adds metadata to every call. Its calls are gRPC's own, which those of interceptors are not."""
+    """An async channel that adds metadata to every call; unlike interceptors it returns gRPC's own call objects."""
 
     def __init__(self, channel: grpc.aio.Channel, metadata: Sequence[tuple[str, str]]) -> None:
         self._channel, self._metadata = channel, tuple(metadata)

@@ -1,4 +1,4 @@
-"""Channels to a service: keepalive, limits, retries, TLS and identity; the same for blocking and async callers."""
+"""gRPC channels, blocking and async: keepalive, limits, retries, TLS and identity."""
 
 import ipaddress
 import json
@@ -16,21 +16,21 @@ from stillhouse.protos.rpc.call_metadata import MetadataChannel, MetadataInterce
 from stillhouse.protos.telemetry import tracing
 
 MAX_MESSAGE_BYTES = 1024 * 1024
-"""No message that Stillhouse sends exceeds this."""
+"""Largest message that Stillhouse sends."""
 RECEIVE_LIMIT_BYTES = 32 * 1024 * 1024
-"""No message that exceeds this is received; far above MAX_MESSAGE_BYTES, for callers who build their own."""
+"""Largest message that is received; above MAX_MESSAGE_BYTES for callers with their own client."""
 FLUSH_BYTES = 512 * 1024
-"""A stream that gathers answers sends them once they exceed this."""
+"""Size at which a stream flushes its batched responses."""
 METADATA_LIMIT_BYTES = 64 * 1024
-"""Room for a status with many field violations, which travels in headers."""
+"""Room for a status with many field violations, which is sent in headers."""
 CLIENT_NAME_KEY = "stillhouse-client"
 KEEPALIVE_S = 30
 KEEPALIVE_TIMEOUT_S = 10
 KEEPALIVE_VARIABLE = "STILLHOUSE_KEEPALIVE_S"
-"""Names another silence than KEEPALIVE_S after which a caller asks for a sign of life, such as less than a NAT's patience."""
+"""Environment variable that overrides KEEPALIVE_S, for a NAT with a shorter timeout."""
 
-# Only calls that may be repeated without harm. CreateRun is one of them through its request_id. There is no
-# waitForReady: a service that does not answer is to be reported at once, and who wants to wait asks again.
+# Idempotent calls only; CreateRun is one by its request_id. There is no waitForReady: a service that does not respond
+# is reported at once, and callers that want to wait retry.
 _IDEMPOTENT = {
     "stillhouse.v1.TeacherService": ("GetTeacherInfo", "LoadAdapter"),
     "stillhouse.v1.RunService": (
@@ -67,27 +67,27 @@ SERVICE_CONFIG = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChannelOptions:
-    """Where a service is and how to speak to it."""
+    """Address of a service, TLS and identity."""
 
     target: str
     """`host:port` or `unix:PATH`."""
     tls: bool = False
-    """TLS with the system's authorities; implied by any of the next four."""
+    """TLS with the system's certificate authorities; implied by any of the next four."""
     ca: Path | None = None
-    """Authorities that may have signed the service's certificate."""
+    """Certificate authorities of the service's certificate."""
     cert: Path | None = None
-    """This side's certificate, for a service that demands one; needs key."""
+    """Client certificate, for a service that requires one; needs key."""
     key: Path | None = None
     server_name: str | None = None
-    """Name to expect in the certificate, if not the target's."""
+    """Expected name in the certificate, if not the target's."""
     token: str | None = None
-    """Bearer token. Over plaintext it goes to this machine alone."""
+    """Bearer token; sent in plaintext to this machine only."""
     client_name: str | None = None
-    """Who asks, for fair shares and logs."""
+    """Name of the client, for fair sharing and logs."""
 
 
 def process_name(program: str) -> str:
-    """A `client_name` that no other process has: services share themselves out between clients of different names."""
+    """A `client_name` unique to this process: services share capacity between client names."""
     host = socket.gethostname().encode("ascii", "replace").decode()
     return f"{program}/{host}/{os.getpid()}"
 
@@ -95,8 +95,8 @@ def process_name(program: str) -> str:
 def connect(options: ChannelOptions | str) -> grpc.Channel:
     """A blocking channel; it connects with the first call.
 
-    Raises StillhouseError(INVALID_CONFIG) for a certificate that cannot be read, for half a pair of
-    certificate and key, and for a token that would cross a network in plaintext.
+    Raises StillhouseError(INVALID_CONFIG) for an unreadable certificate, a certificate without
+    key or key without certificate, and a token that would cross a network in plaintext.
     """
     options = _as_options(options)
     metadata, arguments = _metadata(options), _channel_arguments(options)
@@ -112,7 +112,7 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
 
 
 def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
-    """The same as `connect` for asyncio; call it from the loop that will use it."""
+    """An asyncio channel, as `connect`; call it from the loop that will use it."""
     options = _as_options(options)
     metadata, arguments = _metadata(options), _channel_arguments(options)
     if _uses_tls(options):
@@ -123,7 +123,7 @@ def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `host:port` or `unix:PATH` cannot be reached from another machine."""
+    """True if `host:port` or `unix:PATH` is not reachable from another machine."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     host = address.rpartition(":")[0].strip("[]")
@@ -132,7 +132,7 @@ def is_loopback(address: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False  # a name may mean anything
+        return False  # a name may resolve to anything
 
 
 def read_pem(path: Path, what: str) -> bytes:
@@ -170,7 +170,7 @@ def _metadata(options: ChannelOptions) -> tuple[tuple[str, str], ...]:
     if options.token and not _uses_tls(options) and not is_loopback(options.target):
         raise StillhouseError(
             Reason.INVALID_CONFIG,
-            f"A token would travel to {options.target} in plaintext. Give the authority's certificate for TLS, or no token.",
+            f"A token would be sent to {options.target} in plaintext. Give the certificate authority for TLS, or no token.",
         )
     pairs = (
         ("authorization", f"Bearer {options.token}" if options.token else None),
@@ -201,18 +201,18 @@ def _channel_arguments(options: ChannelOptions) -> list[tuple[str, Any]]:
         ("grpc.absolute_max_metadata_size", 2 * METADATA_LIMIT_BYTES),
         ("grpc.keepalive_time_ms", int(_keepalive_s() * 1000)),
         ("grpc.keepalive_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
-        # Every ping has this long, those that measure bandwidth too: a keepalive waits behind one that is on its way.
+        # For every ping, those that measure bandwidth included: a keepalive queues behind one in flight.
         ("grpc.http2.ping_timeout_ms", int(min(KEEPALIVE_TIMEOUT_S, _keepalive_s()) * 1000)),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
-        # A service that comes back is found within seconds; gRPC's own bound is two minutes.
+        # A restarted service is found within seconds; gRPC's default is two minutes.
         ("grpc.initial_reconnect_backoff_ms", 500),
         ("grpc.max_reconnect_backoff_ms", 5000),
         ("grpc.enable_retries", 1),
         ("grpc.service_config", json.dumps(SERVICE_CONFIG)),
     ]
     if is_loopback(options.target):
-        arguments.append(("grpc.enable_http_proxy", 0))  # http_proxy is for elsewhere
+        arguments.append(("grpc.enable_http_proxy", 0))  # http_proxy is for other hosts
     if options.server_name:
         arguments.append(("grpc.ssl_target_name_override", options.server_name))
     return arguments

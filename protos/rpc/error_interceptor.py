@@ -1,4 +1,4 @@
-"""Translates what a servicer raises into a rich status, and refuses calls while the service drains."""
+"""Translates exceptions of a servicer into a rich status, and refuses calls while the service drains."""
 
 import asyncio
 import time
@@ -32,16 +32,16 @@ log = structlog.get_logger(__name__)
 
 
 class ErrorInterceptor(RpcInterceptor):
-    """Makes a status of every exception of a servicer, for all four kinds of rpc.
+    """Turns every exception of a servicer into a status, for all four kinds of rpc.
 
-    A servicer is async and raises; nothing else ends calls. A response stream whose caller hangs up is closed
-    at once, so that a `finally` in it runs. A cancellation stays one: it is never INTERNAL.
+    A response stream whose caller hangs up is closed at once, so that its `finally` runs. A cancellation stays a
+    cancellation, never INTERNAL.
     """
 
     def __init__(self, observers: Sequence[Observer] = ()) -> None:
-        """`observers` are told of every call that has ended, except those of health and reflection."""
+        """`observers` receive a record of every call that has ended, except health and reflection."""
         self.draining = False
-        """While true, calls are refused with DRAINING."""
+        """Refuses calls with DRAINING while true."""
         self._observers = tuple(observers)
         self._calls: set[object] = set()
         self._running: Counter[str] = Counter()
@@ -50,12 +50,12 @@ class ErrorInterceptor(RpcInterceptor):
 
     @property
     def num_calls(self) -> int:
-        """Calls in progress, those of health and reflection apart."""
+        """Calls in progress, without health and reflection."""
         return len(self._calls)
 
     @property
     def running(self) -> dict[str, int]:
-        """Calls in progress by full name of their rpc."""
+        """Calls in progress by full rpc name."""
         return dict(self._running)
 
     async def wait_idle(self) -> None:
@@ -63,7 +63,7 @@ class ErrorInterceptor(RpcInterceptor):
         await self._idle.wait()
 
     def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The handler, guarded."""
+        """The handler with its exceptions translated."""
         method = details.method
 
         def guarded(behaviour: Behaviour) -> Behaviour:
@@ -79,14 +79,14 @@ class ErrorInterceptor(RpcInterceptor):
         self._calls.add(call)
         self._running[method] += 1
         self._idle.clear()
-        seen = _Seen(what=resource_of(request))
+        seen = _CallState(what=resource_of(request))
         try:
             with (
                 structlog.contextvars.bound_contextvars(rpc=method, peer=context.peer()),
                 server_span(method, context) as span,
             ):
                 try:
-                    return await self._answer(behaviour, request, context, seen)
+                    return await self._respond(behaviour, request, context, seen)
                 finally:
                     span.set_outcome(seen.outcome)
         finally:
@@ -94,9 +94,9 @@ class ErrorInterceptor(RpcInterceptor):
             self._running[method] -= 1
             if not self._calls:
                 self._idle.set()
-            self._tell(method, context, seen, time.monotonic() - began_s)
+            self._observe(method, context, seen, time.monotonic() - began_s)
 
-    def _tell(self, method: str, context: Any, seen: "_Seen", seconds: float) -> None:
+    def _observe(self, method: str, context: Any, seen: "_CallState", seconds: float) -> None:
         record = CallRecord(
             method=method,
             caller=current_caller(),
@@ -111,21 +111,21 @@ class ErrorInterceptor(RpcInterceptor):
             except Exception:
                 log.exception("call not observed", rpc=method)
 
-    async def _answer(self, behaviour: Behaviour, request: Any, context: Any, seen: "_Seen") -> Any:
+    async def _respond(self, behaviour: Behaviour, request: Any, context: Any, seen: "_CallState") -> Any:
         try:
             self._admit()
             answer = await respond(behaviour, check_decoded(request), context)
             seen.outcome, seen.what = OK, resource_of(answer, request)
         except (grpc.aio.AbortError, grpc.aio.InternalError):
-            raise  # a status is on its way, or the connection is gone
+            raise  # a status was sent, or the connection is gone
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             raise
         except BaseException as error:  # a cancellation, or a group that holds one
             task = asyncio.current_task()
             if isinstance(error, asyncio.CancelledError) and task is not None and task.cancelling():
-                raise  # the caller hung up or the server ends; gRPC knows
+                raise  # the caller hung up or the server stops; gRPC knows
             if context.done():
-                return None  # nobody is left to tell
+                return None  # the caller is gone
             status = to_status(error)
             seen.outcome = from_status(status).reason.value
             await _abort(context, status)
@@ -141,8 +141,8 @@ class ErrorInterceptor(RpcInterceptor):
             )
 
 
-class _Seen:
-    """What is known of a call so far; one that ends without a word was cancelled."""
+class _CallState:
+    """Outcome and resource of a call so far; CANCELLED until it ends otherwise."""
 
     __slots__ = ("outcome", "what")
 
@@ -153,12 +153,12 @@ class _Seen:
 
 async def _abort(context: Any, status: status_pb2.Status) -> None:
     error = from_status(status)
-    if error.reason != Reason.INTERNAL:  # whose cause is in the log already
+    if error.reason != Reason.INTERNAL:  # its cause is already logged
         log.info("call refused", reason=error.reason.value, message=error.message)
     answer = rpc_status.to_status(status)
     metadata = list(answer.trailing_metadata)
     if error.retry_after_s is not None:
         metadata.append((_PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
     elif not error.retryable:
-        metadata.append((_PUSHBACK_KEY, "-1"))  # repeating it is useless
+        metadata.append((_PUSHBACK_KEY, "-1"))  # a retry cannot help
     await context.abort(answer.code, answer.details, tuple(metadata))

@@ -1,4 +1,4 @@
-"""gRPC handlers with another behaviour, their kind and serialisers as they were, interceptors that replace them, and requests whose bytes are no message."""
+"""Base of server interceptors: wraps the behaviour of handlers, and turns undecodable requests into errors."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from stillhouse.protos.errors import Reason, StillhouseError
 
 Behaviour = Callable[[Any, Any], Any]
 _INFRASTRUCTURE = "/grpc."
-"""How the rpcs of health and reflection begin, which tell nothing of anybody's work and answer whoever reaches the port."""
+"""Prefix of health and reflection rpcs, which are public and expose no client's data."""
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Replaces the handlers of a service's rpcs; those of health and reflection stay as they are."""
+    """Wraps the handlers of a service's rpcs; health and reflection stay as they are."""
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
-        """The handler of a call, whose request is not yet read."""
+        """The handler of a call; its request is not yet read."""
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(_INFRASTRUCTURE):
             return handler
@@ -34,11 +34,11 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     @abstractmethod
     def wrap_handler(self, handler: Any, details: grpc.HandlerCallDetails) -> Any:
-        """The handler that takes the place of `handler`."""
+        """Returns the handler to use instead of `handler`."""
 
 
 def with_behaviour(handler: Any, change: Callable[[Behaviour], Behaviour]) -> Any:
-    """The same handler, whose behaviour (request or requests, context) is what `change` makes of the present one."""
+    """A copy of the handler, its behaviour (request or requests, context) replaced by `change` of it."""
     kind = "_".join(
         "stream" if streams else "unary"
         for streams in (handler.request_streaming, handler.response_streaming)
@@ -62,7 +62,7 @@ async def respond(behaviour: Behaviour, request: Any, context: Any) -> Any:
 
 
 def decode_leniently(handler: Any) -> Any:
-    """The same handler, which reads what cannot be decoded as an `Undecodable`; left alone, gRPC calls that UNKNOWN."""
+    """A copy of the handler that reads undecodable bytes as `Undecodable`; gRPC itself would report UNKNOWN."""
     deserializer = handler.request_deserializer
 
     def read(data: bytes) -> Any:
@@ -75,14 +75,14 @@ def decode_leniently(handler: Any) -> Any:
 
 
 class Undecodable:
-    """Stands for a request whose bytes are not its message."""
+    """A request that could not be decoded."""
 
     def __init__(self, why: str) -> None:
         self.why = why
 
 
 class _Checked:
-    """The requests of a stream; one that could not be decoded is raised."""
+    """A request stream that raises for an undecodable request."""
 
     def __init__(self, requests: AsyncIterable[Any]) -> None:
         self._requests = requests
@@ -98,7 +98,7 @@ class _Checked:
 
 
 def check_decoded(request: Any) -> Any:
-    """The request, or the requests of a stream. Raises StillhouseError(INVALID_REQUEST) for one that is Undecodable."""
+    """The request, or the request stream. Raises StillhouseError(INVALID_REQUEST) for an `Undecodable`."""
     if isinstance(request, Undecodable):
         raise StillhouseError(
             Reason.INVALID_REQUEST,

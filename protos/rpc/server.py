@@ -1,4 +1,4 @@
-"""The server that both services run: limits, TLS, health, reflection, and an end in good order."""
+"""gRPC server of both services: limits, TLS, health, reflection and graceful shutdown."""
 
 import asyncio
 import signal
@@ -26,7 +26,7 @@ from stillhouse.protos.rpc.tls import ServerTls, server_credentials
 from stillhouse.protos.telemetry.call_record import Observer
 
 _LAST_WORDS_S = 1.0
-"""Time for the trailers of the last calls to leave, once every call has ended."""
+"""Time for the trailers of the last calls to be sent."""
 _ALL_CALLS = 4
 """Bound of gRPC itself, as a multiple of `max_calls`: it also covers health, reflection and calls that are refused."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -40,19 +40,19 @@ _OPTIONS: tuple[tuple[str, Any], ...] = (
     (
         "grpc.http2.ping_timeout_ms",
         KEEPALIVE_TIMEOUT_S * 1000,
-    ),  # of every ping, which the keepalive may wait behind
+    ),  # for every ping, since a keepalive may queue behind one
     ("grpc.keepalive_permit_without_calls", 1),
-    # Callers ping while a long call is silent; that is what keepalive is for and no abuse.
+    # Callers ping while a long call is silent; that is keepalive, not abuse.
     ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_TIMEOUT_S * 1000),
     ("grpc.http2.max_ping_strikes", 0),
-    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake, not a helper
+    ("grpc.so_reuseport", 0),  # a second server on the same port is a mistake
 )
 
 log = structlog.get_logger(__name__)
 
 
 class Server:
-    """A grpc.aio server whose servicers are added to `aio` before `start`. Make it inside the running loop."""
+    """A grpc.aio server; add servicers to `aio` before `start`. Create it inside the running loop."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Server:
         tokens: TokenFile | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
-        """`listen` is HOST:PORT, where port 0 means any, or unix:PATH. `services` are full names, for health.
+        """`listen` is HOST:PORT, where port 0 means any free one, or unix:PATH. `services` are full names, for health.
 
         `reflection` is on for loopback if None. At most `max_calls` of the `limited` rpcs run at once (None: of all).
         `tokens` are those that calls need; `observers` receive a record of every call that has ended. Raises StillhouseError(INVALID_CONFIG) for an address that another machine can reach without
@@ -76,17 +76,17 @@ class Server:
         if tls is None and not insecure and not is_loopback(listen):
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
-                f"{listen} can be reached from other machines, and nothing would be encrypted. Give --tls-cert and "
+                f"{listen} is reachable from other machines, and nothing would be encrypted. Give --tls-cert and "
                 "--tls-key, listen on 127.0.0.1, or accept it with --insecure.",
             )
         proves_callers = (tls is not None and tls.client_ca is not None) or (
-            tokens is not None and tokens.demanded
+            tokens is not None and tokens.required
         )
         if not proves_callers and not insecure and not is_loopback(listen):
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
-                f"{listen} can be reached from other machines, and everybody there could use this service. Make a token "
-                "with `stillhouse token create`, give --tls-client-ca to demand certificates of callers, or accept it "
+                f"{listen} is reachable from other machines, and anyone there could use this service. Create a token "
+                "with `stillhouse token create`, require client certificates with --tls-client-ca, or accept it "
                 "with --insecure.",
             )
         self._listen, self._tls = listen, tls
@@ -107,11 +107,11 @@ class Server:
 
     @property
     def running(self) -> dict[str, int]:
-        """Calls in progress by full name of their rpc; those of health and reflection apart."""
+        """Calls in progress by full rpc name, without health and reflection."""
         return self._errors.running
 
     async def start(self) -> str:
-        """Listens, and returns the bound address. Health says NOT_SERVING until set_serving(True).
+        """Listens and returns the bound address. Health is NOT_SERVING until set_serving(True).
 
         Raises StillhouseError(INVALID_CONFIG) if the address cannot be bound or a PEM file cannot be used.
         """
@@ -123,8 +123,8 @@ class Server:
         except (RuntimeError, ValueError) as error:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
-                f"The service cannot listen on {self._listen}: the address is taken, is not this machine's, or its TLS "
-                f"files do not fit each other ({error}). Choose another --listen, or port 0 for any.",
+                f"The service cannot listen on {self._listen}: the address is taken or not this machine's, or its TLS "
+                f"files do not match ({error}). Choose another --listen, or port 0 for any.",
             ) from error
         await self.aio.start()
         if self._listen.startswith("unix"):
@@ -132,7 +132,7 @@ class Server:
         return f"{self._listen.rpartition(':')[0]}:{port}"
 
     def set_serving(self, serving: bool) -> None:
-        """What health says from here on, for the server and each of its services."""
+        """Sets the health status of the server and each of its services."""
         status = (
             health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
         )
@@ -146,11 +146,11 @@ class Server:
         task.add_done_callback(self._tasks.discard)
 
     async def run_until_signal(self, drain: Callable[[], Awaitable[None]], grace_s: float) -> None:
-        """Serves until SIGTERM, SIGINT or `stop`, then ends in good order.
+        """Serves until SIGTERM, SIGINT or `stop`, then shuts down gracefully.
 
-        On the first signal health says NOT_SERVING, further calls are refused with DRAINING, and `drain` is
-        awaited, which ends the long streams of a service. After `grace_s`, or on the second signal, what is left
-        is cancelled.
+        On the first signal health becomes NOT_SERVING, further calls are refused with DRAINING, and `drain` is
+        awaited, which ends the long streams of a service. After `grace_s`, or on the second signal, the remaining
+        calls are cancelled.
         """
         loop = asyncio.get_running_loop()
         signals: asyncio.Queue[signal.Signals] = asyncio.Queue()
@@ -195,7 +195,7 @@ class Server:
             await asyncio.wait({finishing}, timeout=_LAST_WORDS_S)
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more calls, gives those in progress `grace_s`, and cancels the rest."""
+        """Accepts no more calls, waits `grace_s` for those in progress, and cancels the rest."""
         await self.aio.stop(grace_s or None)
 
 

@@ -1,4 +1,4 @@
-"""The certificates of a service, read again when their files change: renewing them needs no restart and ends no call."""
+"""TLS certificates of a service, reloaded when their files change, without a restart or ending calls."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServerTls:
-    """PEM files of a service that encrypts."""
+    """PEM files of a TLS service."""
 
     cert: Path
     key: Path
     client_ca: Path | None = None
-    """Demand certificates of callers, signed by these authorities."""
+    """Requires client certificates signed by these authorities."""
 
 
 def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
-    """Credentials of a server whose next handshake uses what the files hold then.
+    """Server credentials that re-read changed files at each handshake.
 
     Raises:
-        StillhouseError: INVALID_CONFIG if a file cannot be read, or certificate and key do not fit.
+        StillhouseError: INVALID_CONFIG if a file cannot be read, or certificate and key do not match.
     """
     certificates = _Certificates(tls)
     return grpc.dynamic_ssl_server_credentials(
@@ -41,7 +41,7 @@ def server_credentials(tls: ServerTls) -> grpc.ServerCredentials:
 
 
 class _Certificates:
-    """Asked by gRPC at every handshake, from its own threads."""
+    """Certificate source that gRPC calls at every handshake, from its own threads."""
 
     def __init__(self, tls: ServerTls) -> None:
         self._tls = tls
@@ -49,7 +49,7 @@ class _Certificates:
         self.first = self._read()
 
     def fetch(self) -> grpc.ServerCertificateConfiguration | None:
-        """The certificates if they changed and can be used, else None, which keeps the former ones."""
+        """The certificates if they changed and are usable; None keeps the former ones."""
         signature = self._signature()
         if signature == self._seen:
             return None
@@ -77,7 +77,7 @@ class _Certificates:
         except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
-                f"The TLS files do not fit each other, or are no PEM ({error}): certificate {tls.cert}, key {tls.key}. "
+                f"The TLS files do not match each other, or are not PEM ({error}): certificate {tls.cert}, key {tls.key}. "
                 "Give a chain and its key without a passphrase.",
             ) from error
         return grpc.ssl_server_certificate_configuration([(key, cert)], authorities)

@@ -1,4 +1,4 @@
-"""The tokens file: who may do what until when, and the SHA-256 of each token; a token itself is shown once and never kept."""
+"""Tokens file: name, scopes, expiry and SHA-256 of each token; a token itself is shown once and never stored."""
 
 from __future__ import annotations
 
@@ -27,51 +27,51 @@ PREFIX = "sth"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 MAX_FILE_BYTES = 4 * 2**20
 _ID_BYTES, _SECRET_BYTES = 5, 32
-_NOBODY = hashlib.sha256(b"nobody").hexdigest()
+_NO_DIGEST = hashlib.sha256(b"no token").hexdigest()
 
 
 class Scope(StrEnum):
-    """What a token is good for."""
+    """Scope of a token."""
 
     INFER = "infer"
-    """Ask a teacher."""
+    """Query a teacher."""
     SUBMIT = "submit"
-    """Submit runs, read all, and steer those that the same token submitted."""
+    """Submit runs, read all, and control those that the same token submitted."""
     ADMIN = "admin"
-    """Everything, adapters and other people's runs included."""
+    """Everything, adapters and other clients' runs included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Token:
-    """What the file holds of a token."""
+    """Entry of a token in the file."""
 
     id: str
     """8 characters of a-z and 2-7, the second part of the token."""
     name: str
-    """Whose it is, for logs, quotas and the audit log."""
+    """Name of the holder, for logs, quotas and the audit log."""
     scopes: frozenset[Scope]
     sha256: str
-    """Of the whole token. It has 256 random bits, so a slow hash would protect nothing."""
+    """Digest of the complete token. It has 256 random bits, so a slow hash would add no protection."""
     create_time_s: float
     """Seconds since the epoch."""
     expire_time_s: float | None
     """Seconds since the epoch; None: never."""
 
     def expired(self, now_s: float | None = None) -> bool:
-        """Whether its time is over."""
+        """True if the token has expired."""
         return self.expire_time_s is not None and self.expire_time_s <= (
             time.time() if now_s is None else now_s
         )
 
     def allows(self, scope: Scope) -> bool:
-        """Whether it is good for `scope`."""
+        """True if the token grants `scope`."""
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
 
 def create(
     path: Path, *, name: str, scopes: Collection[Scope], lifetime_s: float | None
 ) -> tuple[str, Token]:
-    """A fresh token, which nobody can read again, and its entry in the file at `path`, made if it is not there.
+    """Creates a token, shown only here, and its entry in the file at `path`, created if missing.
 
     Raises:
         StillhouseError: INVALID_REQUEST for a bad name or lifetime, no scope, or a name that is taken.
@@ -88,9 +88,7 @@ def create(
     with _locked(path):
         tokens = read(path) if path.exists() else {}
         if any(each.name == name and not each.expired(now_s) for each in tokens.values()):
-            raise _bad(
-                f'There is a token named "{name}"; revoke it first, or give this one a name of its own.'
-            )
+            raise _bad(f'A token named "{name}" exists; revoke it first, or choose another name.')
         number = base32(secrets.token_bytes(_ID_BYTES))
         secret = f"{PREFIX}_{number}_{secrets.token_urlsafe(_SECRET_BYTES)}"
         token = Token(
@@ -106,7 +104,7 @@ def create(
 
 
 def revoke(path: Path, which: str) -> list[Token]:
-    """The entries of the id or name `which`, which are no longer in the file.
+    """Removes and returns the entries with the id or name `which`.
 
     Raises:
         StillhouseError: NOT_FOUND if there is none.
@@ -117,7 +115,7 @@ def revoke(path: Path, which: str) -> list[Token]:
         if not gone:
             raise StillhouseError(
                 Reason.NOT_FOUND,
-                f"{path} has no token {which[:80]!r}; `stillhouse token list` shows those that there are.",
+                f"{path} has no token {which[:80]!r}; `stillhouse token list` shows all.",
             )
         _write(path, {each.id: each for each in tokens.values() if each not in gone})
     return gone
@@ -127,7 +125,7 @@ def read(path: Path) -> dict[str, Token]:
     """The entries of the file at `path` by id.
 
     Raises:
-        StillhouseError: INVALID_CONFIG if it cannot be read, is no tokens file, or others on this host may read it.
+        StillhouseError: INVALID_CONFIG if it cannot be read, is not a tokens file, or others on this host can read it.
     """
     try:
         with path.open("rb") as file:
@@ -144,18 +142,18 @@ def read(path: Path) -> dict[str, Token]:
     try:
         entries = _entries(json.loads(content))
     except (ValueError, TypeError, KeyError) as error:
-        raise _unusable(path, f"it is no tokens file: {error}") from error
+        raise _unusable(path, f"it is not a tokens file: {error}") from error
     return {each.id: each for each in entries}
 
 
 def lookup(tokens: Mapping[str, Token], secret: str) -> Token | None:
     """The entry of the token `secret`, expired or not; None if there is none.
 
-    An unknown id costs the same comparison as a known one, and comparing takes as long for any digest.
+    Constant time: an unknown id costs the same comparison as a known one.
     """
     parts = secret.split("_", 2)
     token = tokens.get(parts[1]) if len(parts) == 3 else None
-    same = hmac.compare_digest(_digest(secret), token.sha256 if token is not None else _NOBODY)
+    same = hmac.compare_digest(_digest(secret), token.sha256 if token is not None else _NO_DIGEST)
     return token if same else None
 
 
@@ -210,7 +208,7 @@ def _write(path: Path, tokens: Mapping[str, Token]) -> None:
     ]
     text = json.dumps({"version": VERSION, "tokens": entries}, indent=2) + "\n"
     with atomic_writer(path, private=True) as file:
-        if path.exists():  # an administrator who revokes for a service keeps the file that service's
+        if path.exists():  # an administrator who revokes tokens leaves the file to the service's user
             with contextlib.suppress(PermissionError):
                 os.fchown(file.fileno(), path.stat().st_uid, path.stat().st_gid)
         file.write(text.encode())
@@ -218,7 +216,7 @@ def _write(path: Path, tokens: Mapping[str, Token]) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Two commands at once change the file one after the other."""
+    """Serializes concurrent commands on the file."""
     try:
         with directory_lock(path.parent):
             yield

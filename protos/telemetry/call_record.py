@@ -1,4 +1,4 @@
-"""What a finished call was: the one record from which audit log and metrics are made."""
+"""Record of a finished call, from which audit log and metrics are made."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 MAX_WHAT_CHARS = 200
 OK = "OK"
 _NAMING = ("name", "adapter", "path", "file_name", "request_id")
-"""Fields of requests and answers that say what a call was about, the best first."""
+"""Fields of requests and responses that name the resource of a call, most specific first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who calls, as far as the service could check it."""
+    """Authenticated caller of an rpc."""
 
     name: str
-    """Of the token, or the common name of the certificate with "certificate:" before it; empty if nobody proved anything."""
+    """Name of the token, or "certificate:" and the common name; empty for an unauthenticated caller."""
     is_admin: bool
-    """Whether everything is allowed: to tokens with that scope, and to all where no tokens are demanded."""
+    """True for tokens with the scope admin, and for all callers where no tokens are required."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,23 +26,23 @@ class CallRecord:
     """A call that has ended."""
 
     method: str
-    """Full name of the rpc, such as "/stillhouse.v1.RunService/StopRun"."""
+    """Full rpc name, such as "/stillhouse.v1.RunService/StopRun"."""
     caller: Caller
     peer: str
-    """Address, as gRPC writes it."""
+    """Address in gRPC's notation."""
     what: str
-    """Run, adapter or dataset that it was about; empty if none can be told."""
+    """Run, adapter or dataset of the call; empty if there is none."""
     outcome: str
     """OK, or the reason of the error, such as PERMISSION_DENIED."""
     seconds: float
-    """From its arrival to its end."""
+    """Duration from arrival to end."""
 
 
 Observer = Callable[[CallRecord], None]
 
 
 def resource_of(*messages: object) -> str:
-    """The run, adapter or dataset that a request or its answer names; empty if none does."""
+    """The run, adapter or dataset that a request or its response names; empty if none."""
     for field in _NAMING:
         for message in messages:
             value = getattr(message, field, None)

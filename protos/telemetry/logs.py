@@ -43,7 +43,7 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None) -> N
 
 
 class _Lossy:
-    """A stream for log lines: what cannot be written, as on a full disk, is lost and stops nobody."""
+    """A log stream that drops what cannot be written, as on a full disk, instead of raising."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What a service says of itself to Prometheus: calls as they end, and readings that are taken when somebody asks."""
+"""Prometheus metrics of a service: counts of finished calls, and samples taken when the page is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.telemetry.call_record import CallRecord
 
 PORT_OFFSET = 100
-"""Metrics are this far above the service's own port, unless a flag says otherwise."""
+"""Default offset of the metrics port from the service's own port."""
 LOOPBACK = "127.0.0.1"
 _BUCKETS_S = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0, 300.0, 1800.0)
 
@@ -26,10 +26,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetricSample:
-    """A number as it is at present."""
+    """A current value."""
 
     name: str
-    """Without the prefix "stillhouse_"."""
+    """Metric name without the prefix "stillhouse_"."""
     help: str
     value: float
     kind: Literal["gauge", "counter"] = "gauge"
@@ -40,7 +40,7 @@ MetricSource = Callable[[], Iterable[MetricSample]]
 
 
 class Metrics:
-    """An observer of calls, a registry of its own, and the page that shows it."""
+    """Call observer with its own registry and metrics page."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -61,13 +61,13 @@ class Metrics:
         self._page: tuple[WSGIServer, threading.Thread] | None = None
 
     def __call__(self, call: CallRecord) -> None:
-        """Count a call."""
+        """Counts a finished call."""
         rpc = call.method.rpartition("/")[2]
         self._calls.labels(rpc, call.outcome).inc()
         self._seconds.labels(rpc).observe(call.seconds)
 
     def watch_calls(self, running: Callable[[], Mapping[str, int]]) -> None:
-        """Show the calls in progress, which `running` counts by rpc."""
+        """Exposes the calls in progress, which `running` counts by rpc."""
 
         def readings() -> Iterator[MetricSample]:
             for method, number in running().items():
@@ -81,7 +81,7 @@ class Metrics:
         self.add(readings)
 
     def add(self, readings: MetricSource) -> None:
-        """Show what `readings` says whenever the page is read; it is called from another thread."""
+        """Exposes the samples of `readings`, called from another thread whenever the page is read."""
         self.registry.register(_Read(readings))
 
     def listen(self, listen: str, *, host: str = LOOPBACK, port: int | None = None) -> str | None:

@@ -19,16 +19,16 @@ _KEYS = frozenset({"traceparent", "tracestate"})
 _SDK = ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.grpc")
 
 _process_carrier: dict[str, str] = {}
-"""Where calls belong that are made outside of any span, as those of threads are."""
+"""Parent of calls made outside of any span, such as those of threads."""
 
 log = structlog.get_logger(__name__)
 
 
 class Span:
-    """A call in a trace; this one belongs to none."""
+    """A span of a call; this one is a no-op."""
 
     def set_outcome(self, outcome: str) -> None:
-        """How the call ended: OK or a reason."""
+        """Records the outcome of the call: OK or a reason."""
 
 
 class _RealSpan(Span):
@@ -40,7 +40,7 @@ class _RealSpan(Span):
 
 
 def configure_tracing(service: str) -> bool:
-    """Whether this process sends its spans to the collector that the environment names."""
+    """Exports spans to the collector that the environment names; True if it does."""
     if not os.environ.get(ENDPOINT_VARIABLE):
         return False
     if not all(_installed(name) for name in _SDK):
@@ -62,7 +62,7 @@ def configure_tracing(service: str) -> bool:
 
 @contextmanager
 def server_span(method: str, context: Any) -> Iterator[Span]:
-    """The answering of a call as a span below the caller's, if its metadata names one."""
+    """A span for handling a call, child of the caller's span if its metadata names one."""
     if not enabled():
         yield Span()
         return
@@ -80,7 +80,7 @@ def server_span(method: str, context: Any) -> Iterator[Span]:
 
 @contextmanager
 def process_span(name: str, **attributes: str | int | float) -> Iterator[None]:
-    """The work of this process: calls of all its threads appear under it, unless they have a nearer span."""
+    """A span for this process: calls of all its threads become its children, unless they have a nearer span."""
     if not enabled():
         yield
         return
@@ -95,7 +95,7 @@ def process_span(name: str, **attributes: str | int | float) -> Iterator[None]:
 
 
 def trace_metadata() -> tuple[tuple[str, str], ...]:
-    """What a call must carry so that its answering appears below the present span."""
+    """Metadata that makes the server's span a child of the current one."""
     if not enabled():
         return ()
     return tuple((_carrier() or _process_carrier).items())
@@ -110,8 +110,8 @@ def _carrier() -> dict[str, str]:
 
 
 def enabled() -> bool:
-    """Whether this process takes part in traces."""
-    # The environment alone would not do: a program may set up a tracer of its own.
+    """True if tracing is on in this process."""
+    # The environment alone is not enough: a program may set up its own tracer.
     return bool(os.environ.get(ENDPOINT_VARIABLE)) and _installed("opentelemetry.sdk")
 
 

@@ -1,4 +1,4 @@
-"""What a model says at T positions, as arrays, and its way over the wire; a receiver checks every number."""
+"""Token distributions as arrays, to and from their wire message; a receiver checks every value."""
 
 import itertools
 import math
@@ -16,11 +16,11 @@ from stillhouse.protos.tensors.layout import decode, encode, packed_bits
 __all__ = ["Distributions", "decode", "decode_distributions", "encode", "encode_distributions", "packed_bits"]
 
 MAX_LOGPROB = 1e-3
-"""What rounding may leave above 0."""
+"""Largest logprob accepted, for rounding."""
 MAX_ROW_SUM = 1.01
-"""What rounding may make of a sum of probabilities."""
+"""Largest sum of probabilities accepted, for rounding."""
 MAX_COLUMNS = 64 * 1024
-"""Columns of a part whose width the caller does not bound: temperatures, queries, draws, hidden units."""
+"""Columns of a part whose width the caller does not bound: temperatures, queries, samples, hidden units."""
 
 _FLOAT32 = (Tensor.DATA_TYPE_FLOAT32,)
 _HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)
@@ -28,28 +28,28 @@ _HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distributions:
-    """What a model says at T consecutive positions of one sequence.
+    """A model's distributions at T consecutive positions of one sequence.
 
     Row t predicts sequence[start + t]; protos/stillhouse/v1/tensor.proto defines every part.
-    T positions, K kept tokens, N temperatures, Q queried tokens, R draws, H hidden units.
+    T positions, K kept tokens, N temperatures, Q queried tokens, R samples, H hidden units.
     """
 
     start: int
     """Position that row 0 predicts, >= 1."""
     token_ids: NDArray[np.int32]
-    """[T, K], likeliest first."""
+    """[T, K], most probable first."""
     logprobs: NDArray[np.float32]
-    """[T, K], natural, at temperature 1, normalised over the whole vocabulary."""
+    """[T, K], natural log, at temperature 1, normalized over the complete vocabulary."""
     target_logprobs: NDArray[np.float32]
-    """[T], of the token that is really there."""
+    """[T], logprob of the actual token."""
     log_tail: NDArray[np.float32]
-    """[T], log of the probability outside the K; -inf where nothing is."""
+    """[T], log of the probability outside the top K; -inf if it is 0."""
     log_partitions: NDArray[np.float32] | None = None
     """[T, N], log sum_v p_v^(1/T_n)."""
     query_logprobs: NDArray[np.float32] | None = None
-    """[T, Q], of the tokens asked for; -inf where the caller padded with -1."""
+    """[T, Q], logprobs of the queried tokens; -inf where the caller padded with -1."""
     sampled_token_ids: NDArray[np.int32] | None = None
-    """[T, R], drawn from the distribution with replacement."""
+    """[T, R], sampled with replacement."""
     entropy: NDArray[np.float32] | None = None
     """[T], nats."""
     hidden_states: NDArray[np.float32] | None = None
@@ -62,12 +62,12 @@ class Distributions:
 
     @property
     def row_bytes(self) -> int:
-        """The most bytes that one row takes on the wire, to choose how many rows make a message."""
+        """Upper bound of a row's bytes on the wire, to choose the rows of a message."""
         arrays = (getattr(self, name) for name in _ARRAYS)
         return sum(4 * math.prod(array.shape[1:]) for array in arrays if array is not None)
 
     def rows(self, begin: int, end: int) -> "Distributions":
-        """Rows [begin, end), 0 <= begin <= end <= num_rows, as views; start moves along."""
+        """Rows [begin, end), 0 <= begin <= end <= num_rows, as views; start is shifted."""
         if not 0 <= begin <= end <= self.num_rows:
             raise ValueError(f"rows [{begin}, {end}) of {self.num_rows}")
         parts = {name: getattr(self, name) for name in _ARRAYS}
@@ -159,7 +159,7 @@ def decode_distributions(
         raise _invalid(
             "distributions.logprobs", f"sum to {sums.max():.4g} at one position; probabilities sum to 1"
         )
-    query, draws = message.HasField("query_logprobs"), message.HasField("sampled_token_ids")
+    query, samples = message.HasField("query_logprobs"), message.HasField("sampled_token_ids")
     return Distributions(
         start=message.start,
         token_ids=token_ids,
@@ -168,7 +168,9 @@ def decode_distributions(
         log_tail=log_tail,
         log_partitions=_finite(message, "log_partitions", (num_rows, None)),
         query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,
-        sampled_token_ids=_ids(message, "sampled_token_ids", vocab_size, (num_rows, None)) if draws else None,
+        sampled_token_ids=_ids(message, "sampled_token_ids", vocab_size, (num_rows, None))
+        if samples
+        else None,
         entropy=_finite(message, "entropy", (num_rows,)),
         hidden_states=_finite(message, "hidden_states", (num_rows, None)),
     )

@@ -26,7 +26,7 @@ class DataDir:
 
     @classmethod
     def open(cls, path: Path) -> DataDir:
-        """The data directory at `path`, made if it is not there.
+        """Opens the data directory at `path`, created if missing.
 
         Raises:
             StillhouseError: INVALID_CONFIG if another service uses it, a later version wrote it, or it cannot be written.
@@ -56,22 +56,22 @@ class DataDir:
 
     @property
     def credentials_path(self) -> Path:
-        """Secrets of teachers, which training processes read by themselves."""
+        """Secrets of teachers, read by training processes."""
         return self.path / CREDENTIALS
 
     @property
     def tokens_path(self) -> Path:
-        """Hashes of the tokens that calls need, once this file is there."""
+        """Tokens file; calls need a token once it exists."""
         return self.path / "tokens.json"
 
     @property
     def audit_path(self) -> Path:
-        """Who did what."""
+        """Audit log."""
         return self.path / "audit.jsonl"
 
     @property
     def database_path(self) -> Path:
-        """The store's file."""
+        """SQLite database of the store."""
         return self.path / "stillhouse.db"
 
     @property
@@ -85,12 +85,12 @@ class DataDir:
         return self.path / "runs"
 
     def close(self) -> None:
-        """Let another service use the directory."""
+        """Releases the directory."""
         self.lock.close()
 
 
 def _check_credentials(path: Path) -> None:
-    """Refuse secrets that others on this host can read."""
+    """Refuses secrets that others on this host can read."""
     if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
         raise StillhouseError(
             Reason.INVALID_CONFIG,
@@ -99,7 +99,7 @@ def _check_credentials(path: Path) -> None:
 
 
 def _check_version(path: Path) -> None:
-    """Write the layout's version if the directory is fresh; refuse one that this code does not know."""
+    """Writes the layout version to a new directory; refuses an unknown one."""
     version_path = path / "VERSION"
     if not version_path.exists():
         write_atomic(version_path, f"{LAYOUT}\n".encode())
@@ -108,6 +108,6 @@ def _check_version(path: Path) -> None:
     if text != str(LAYOUT):
         raise StillhouseError(
             Reason.INVALID_CONFIG,
-            f"--data-dir {path} has layout {text[:20]!r}, and this version of Stillhouse knows {LAYOUT}. Start the "
+            f"--data-dir {path} has layout {text[:20]!r}, and this version of Stillhouse supports {LAYOUT}. Start the "
             "version that wrote it, or give another folder.",
         )

@@ -1,4 +1,4 @@
-"""What the run service shows Prometheus: runs by state, the queue, devices, attempts and learnt tokens, read from the store."""
+"""Prometheus metrics of the run service: runs by state, queue, devices, attempts and trained tokens, from the store."""
 
 from __future__ import annotations
 
@@ -11,34 +11,37 @@ from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 
 TIMEOUT_S = 5.0
-"""How long the page waits for the store."""
+"""Time that the metrics page waits for the store."""
 RUN_READINGS: Mapping[str, tuple[str, str]] = {
-    "train/step_time_s": ("run_step_seconds", "Time of the last step, with the wait for its data."),
-    "train/teacher_wait_s": ("run_teacher_wait_seconds", "Of that, what the student waited for a teacher."),
+    "train/step_time_s": ("run_step_seconds", "Time of the last step, waiting for data included."),
+    "train/teacher_wait_s": ("run_teacher_wait_seconds", "Part of that spent waiting for a teacher."),
     "teacher/outstanding": (
         "run_teacher_in_flight",
-        "Sequences and prompts that teachers have not answered.",
+        "Outstanding sequences and prompts at teachers.",
     ),
-    "teacher/outstanding_tokens": ("run_teacher_in_flight_tokens", "Tokens of these."),
+    "teacher/outstanding_tokens": (
+        "run_teacher_in_flight_tokens",
+        "Tokens of outstanding sequences and prompts.",
+    ),
     "teacher/asked_again": (
         "run_teacher_asked_again",
-        "Sequences and prompts that a broken service left unanswered.",
+        "Sequences and prompts requeued after a service failed.",
     ),
-    "teacher/breaks": ("run_teacher_breaks", "Streams and calls to teachers that broke."),
-    "train/rollouts_dropped": ("run_rollouts_stale", "Texts of the student that were too old to learn from."),
-    "cache/found": ("run_cache_hits", "Answers that came out of a cache."),
-    "cache/missed": ("run_cache_misses", "Answers that a cache lacked, and a teacher gave."),
+    "teacher/breaks": ("run_teacher_breaks", "Failed streams and calls to teachers."),
+    "train/rollouts_dropped": ("run_rollouts_stale", "Rollouts dropped as stale."),
+    "cache/found": ("run_cache_hits", "Teacher outputs read from a cache."),
+    "cache/missed": ("run_cache_misses", "Teacher outputs missing in a cache and requested."),
     "device/memory_bytes": (
         "run_device_memory_bytes",
-        "Memory that the training process holds on its device.",
+        "Device memory reserved by the training process.",
     ),
-    "device/memory_peak_bytes": ("run_device_memory_peak_bytes", "The most that its tensors took of it."),
+    "device/memory_peak_bytes": ("run_device_memory_peak_bytes", "Peak device memory of its tensors."),
 }
-"""Metric of a run to name and help of its reading; what the process counts begins again with each attempt."""
+"""Run metric to name and help of its sample; counts restart with each attempt."""
 
 
 class RunMetrics:
-    """Takes the readings; called from the thread that serves the page."""
+    """Takes the samples; called from the thread that serves the metrics page."""
 
     def __init__(self, store: Store, db: DatabaseThread, slots: DeviceSlots) -> None:
         self._store = store
@@ -46,7 +49,7 @@ class RunMetrics:
         self._slots = slots
 
     def __call__(self) -> Iterator[MetricSample]:
-        """The readings as they are at present."""
+        """The current samples."""
         totals = self._db.submit(self._store.totals).result(TIMEOUT_S)
         for state, number in totals.states.items():
             yield MetricSample(
@@ -54,22 +57,22 @@ class RunMetrics:
             )
         yield MetricSample(
             name="oldest_queued_seconds",
-            help="How long the first run of the queue has waited; 0 if there is none.",
+            help="Time that the oldest queued run has waited; 0 if there is none.",
             value=totals.oldest_queued_s,
         )
         yield MetricSample(
             name="waiting_for_teacher",
-            help="Live runs that make no progress because no teacher answers.",
+            help="Live runs waiting for a teacher.",
             value=totals.waiting_for_teacher,
         )
         yield MetricSample(
             name="run_tokens_per_second",
-            help="Completion tokens learnt from in a second, lately, by all live runs.",
+            help="Completion tokens trained on per second by all live runs.",
             value=totals.tokens_per_second,
         )
         yield MetricSample(
             name="trained_tokens",
-            help="Completion tokens learnt from by the runs that the store knows.",
+            help="Completion tokens trained on by all stored runs.",
             value=totals.trained_tokens,
             kind="counter",
         )
@@ -78,7 +81,7 @@ class RunMetrics:
         )
         yield MetricSample(
             name="attempts_retried",
-            help="Of these, those that followed an earlier one of the same run.",
+            help="Training processes started as a retry or resume.",
             value=totals.retries,
             kind="counter",
         )
@@ -90,7 +93,5 @@ class RunMetrics:
             ("gpu", len(self._slots.gpus), self._slots.num_free_gpus),
             ("cpu", self._slots.cpu_slots, self._slots.num_free_cpu),
         ):
-            yield MetricSample(name="slots", help="Places for runs.", value=total, labels={"device": kind})
-            yield MetricSample(
-                name="slots_free", help="Places that no run has.", value=free, labels={"device": kind}
-            )
+            yield MetricSample(name="slots", help="Slots for runs.", value=total, labels={"device": kind})
+            yield MetricSample(name="slots_free", help="Free slots.", value=free, labels={"device": kind})

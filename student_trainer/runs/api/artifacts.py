@@ -15,23 +15,23 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Artifact
 from stillhouse.student_trainer.run_dir import MANIFEST
 
 PIECE_BYTES = 512 * 1024
-"""Of a file in one message."""
+"""Bytes of a file in one message."""
 ARTIFACT_FOLDERS = ("checkpoints", "final", "exports", "evaluations", "eval_targets", "tensorboard")
 ARTIFACT_FILES = ("spec.json", "effective_spec.json", "teacher.json")
 HASHES_KEPT = 10_000
 
 Identity = tuple[str, int, int, int]
-"""Path, inode, size and time of change: what a file's hash holds for."""
+"""Path, inode, size and modification time of a hashed file."""
 
 
 class Artifacts:
-    """Lists and opens what runs left."""
+    """Lists artifacts of runs and caches their hashes."""
 
     def __init__(self) -> None:
         self._hashes: dict[Identity, str] = {}
 
     def listing(self, run_path: Path) -> list[Artifact]:
-        """Every artifact of a run by path; checkpoints only once they are complete. Blocks: it reads every new file."""
+        """Every artifact of a run by path; only complete checkpoints. Blocks: it reads every new file."""
         found = []
         for path in _paths(run_path):
             try:
@@ -41,7 +41,7 @@ class Artifacts:
                         Artifact(path=path, size_bytes=size, sha256=self._sha256(run_path / path, file))
                     )
             except StillhouseError:
-                continue  # removed meanwhile, or no regular file
+                continue  # removed meanwhile, or not a regular file
         return found
 
     def _sha256(self, path: Path, file: BufferedReader) -> str:
@@ -55,7 +55,7 @@ class Artifacts:
 
 
 def _paths(run_path: Path) -> Iterator[str]:
-    """Paths below the run, sorted; without half-written files."""
+    """Sorted paths below the run, without partial files."""
     for name in sorted((*ARTIFACT_FILES, *ARTIFACT_FOLDERS)):
         if name in ARTIFACT_FILES:
             if (run_path / name).is_file():
@@ -73,15 +73,16 @@ def _paths(run_path: Path) -> Iterator[str]:
 def open_below(root: Path, path: str) -> BufferedReader:
     """The regular file `path`, relative to `root`, open for reading.
 
-    Each part is opened without following links, so that a link put there meanwhile changes nothing.
+    Each part is opened without following links, so that a link created meanwhile has no effect.
 
     Raises:
-        StillhouseError: INVALID_REQUEST for a path that is no plain relative one, ARTIFACT_NOT_FOUND.
+        StillhouseError: INVALID_REQUEST for a path that is not plain and relative, ARTIFACT_NOT_FOUND.
     """
     parts = PurePosixPath(path).parts
     if not parts or "\0" in path or path.startswith("/") or ".." in parts:
         raise StillhouseError(
-            Reason.INVALID_REQUEST, f"{path!r} is no path below the run; give one that ListArtifacts shows."
+            Reason.INVALID_REQUEST,
+            f"{path!r} is not a path below the run; give one that ListArtifacts shows.",
         )
     missing = StillhouseError(
         Reason.ARTIFACT_NOT_FOUND,
@@ -109,6 +110,6 @@ def open_below(root: Path, path: str) -> BufferedReader:
 
 
 def is_artifact(path: str) -> bool:
-    """Whether `path` is one that ListArtifacts may show."""
+    """True if ListArtifacts may show `path`."""
     parts = PurePosixPath(path).parts
     return path in ARTIFACT_FILES or (bool(parts) and parts[0] in ARTIFACT_FOLDERS)

@@ -1,4 +1,4 @@
-"""Takes in uploaded datasets: by content, whole or not at all, and never above the size limit."""
+"""Receives uploaded datasets: stored by content, atomically, within the size limit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import UploadDatasetRequest
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-"""What the training process can read; the file keeps its suffix."""
+"""Formats that the training process reads; the file keeps its suffix."""
 MAX_FILE_NAME_CHARACTERS = 255
 _TEMPORARY = ".upload-"
 
@@ -31,16 +31,16 @@ class Upload:
     size_bytes: int
 
 
-async def receive(folder: Path, pieces: AsyncIterator[UploadDatasetRequest], *, max_bytes: int) -> Upload:
-    """Store the file that `pieces` make up as `folder`/<sha256><suffix>.
+async def receive(folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, max_bytes: int) -> Upload:
+    """Stores the concatenated `chunks` as `folder`/<sha256><suffix>.
 
     Raises:
-        StillhouseError: INVALID_REQUEST, DATASET_INVALID, QUOTA above `max_bytes`, DISK_FULL; nothing is kept then.
+        StillhouseError: INVALID_REQUEST, DATASET_INVALID, QUOTA above `max_bytes`, DISK_FULL; then nothing is stored.
     """
     temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
     try:
         with temporary.open("xb") as file:
-            file_name, digest, size = await _write(file, pieces, max_bytes)
+            file_name, digest, size = await _write(file, chunks, max_bytes)
             await asyncio.to_thread(sync_file, file)
         suffix = Path(file_name).suffix
         temporary.rename(folder / f"{digest}{suffix}")
@@ -58,39 +58,39 @@ async def receive(folder: Path, pieces: AsyncIterator[UploadDatasetRequest], *, 
 
 
 async def _write(
-    file: BinaryIO, pieces: AsyncIterator[UploadDatasetRequest], max_bytes: int
+    file: BinaryIO, chunks: AsyncIterator[UploadDatasetRequest], max_bytes: int
 ) -> tuple[str, str, int]:
-    """Name, SHA-256 and size of what was written."""
+    """Writes the chunks; returns file name, SHA-256 and size."""
     name, digest, size = "", hashlib.sha256(), 0
-    async for piece in pieces:
+    async for chunk in chunks:
         if not name:
-            name = _checked(piece.file_name)
-        elif piece.file_name not in ("", name):
+            name = _checked(chunk.file_name)
+        elif chunk.file_name not in ("", name):
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
-                f"A piece of {name!r} names the file {piece.file_name!r}; send one file a call.",
+                f"A chunk of {name!r} names the file {chunk.file_name!r}; send one file per call.",
             )
-        size += len(piece.data)
+        size += len(chunk.data)
         if size > max_bytes:
             raise StillhouseError(
                 Reason.QUOTA,
                 f"{name!r} has more than the {max_bytes} bytes that this service takes; split it, or start the service "
                 "with a larger --max-upload-bytes.",
             )
-        digest.update(piece.data)
-        await asyncio.to_thread(file.write, piece.data)
+        digest.update(chunk.data)
+        await asyncio.to_thread(file.write, chunk.data)
     if size == 0:
         raise StillhouseError(Reason.DATASET_INVALID, f"The uploaded file {name!r} is empty; send its rows.")
     return name, digest.hexdigest(), size
 
 
 def _checked(name: str) -> str:
-    """`name`, if a dataset can be called so."""
+    """Returns `name` if it is a valid dataset file name."""
     plain = name.isprintable() and "/" not in name and len(name) <= MAX_FILE_NAME_CHARACTERS
     if not name or not plain:
         raise StillhouseError(
             Reason.INVALID_REQUEST,
-            f"{name[:80]!r} is no file name; the first piece needs one such as 'train.jsonl'.",
+            f"{name[:80]!r} is not a file name; the first chunk needs one such as 'train.jsonl'.",
         )
     if Path(name).suffix not in SUFFIXES:
         raise StillhouseError(
@@ -101,6 +101,6 @@ def _checked(name: str) -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the halves of uploads that a killed service left."""
+    """Deletes partial uploads of a killed service."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink(missing_ok=True)

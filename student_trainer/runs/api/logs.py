@@ -1,11 +1,11 @@
-"""A run's log as one sequence of bytes: the logs of its attempts, one after the other."""
+"""A run's log: the logs of its attempts, concatenated."""
 
 from __future__ import annotations
 
 from stillhouse.student_trainer.run_dir import RunDir
 
 PIECE_BYTES = 256 * 1024
-"""Of a log in one message."""
+"""Bytes of a log in one message."""
 
 
 def attempts_with_log(run_dir: RunDir) -> list[int]:
@@ -17,12 +17,12 @@ def attempts_with_log(run_dir: RunDir) -> list[int]:
 
 
 def size(run_dir: RunDir, attempt: int) -> int:
-    """Bytes of the log so far: of one attempt, or of all if `attempt` is 0."""
+    """Size of the log in bytes, of one attempt or of all if `attempt` is 0."""
     return sum(run_dir.log_path(number).stat().st_size for number in _chosen(run_dir, attempt))
 
 
 def read(run_dir: RunDir, attempt: int, offset: int) -> bytes:
-    """At most PIECE_BYTES from byte `offset` on; empty at the end."""
+    """Up to PIECE_BYTES from byte `offset`; empty at the end."""
     for number in _chosen(run_dir, attempt):
         path = run_dir.log_path(number)
         length = path.stat().st_size

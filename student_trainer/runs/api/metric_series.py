@@ -1,4 +1,4 @@
-"""Metric history as series: the last attempt counts after a rollback, and no more points than a plot can show."""
+"""Metric series: without rolled-back points, downsampled for plots."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Point = tuple[int, float]
 
 
 def to_series(points: Iterable[MetricPoint], *, keys: Collection[str], max_points: int) -> list[MetricSeries]:
-    """One series for each metric, by name; all of them if `keys` is empty.
+    """One series per metric, sorted by name; all of them if `keys` is empty.
 
-    `points` come in the order in which they were measured.
+    `points` are in order of measurement.
     """
     columns: defaultdict[str, list[Point]] = defaultdict(list)
     for point in points:
@@ -25,16 +25,16 @@ def to_series(points: Iterable[MetricPoint], *, keys: Collection[str], max_point
 
 
 def _append(column: list[Point], point: Point) -> None:
-    """Add a point; whatever was measured before at its step or a later one was rolled back."""
+    """Appends a point; earlier points at its step or later were rolled back and go."""
     while column and column[-1][0] >= point[0]:
         column.pop()
     column.append(point)
 
 
 def thin(column: Sequence[Point], max_points: int) -> list[Point]:
-    """At most `max_points` of the points: the first and the last, and between them the smallest and largest of equal parts.
+    """Downsamples to `max_points`: first and last point, and minimum and maximum of equal parts between.
 
-    Spikes stay visible, which a plain stride would hide.
+    Spikes stay visible, which a stride would hide.
     """
     if len(column) <= max_points:
         return list(column)
@@ -43,8 +43,8 @@ def thin(column: Sequence[Point], max_points: int) -> list[Point]:
     inner, parts = column[1:-1], (max_points - 2) // 2
     kept: list[Point] = [column[0]]
     for part in range(parts):
-        piece = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]
-        extremes = {min(piece, key=_value), max(piece, key=_value)}
+        bucket = inner[part * len(inner) // parts : (part + 1) * len(inner) // parts]
+        extremes = {min(bucket, key=_value), max(bucket, key=_value)}
         kept.extend(sorted(extremes))
     return [*kept, column[-1]]
 

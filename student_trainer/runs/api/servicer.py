@@ -1,4 +1,4 @@
-"""RunService's rpcs: checks what was asked, lets store and supervisor do it, and answers with the run as it is."""
+"""Rpcs of RunService: validates requests and delegates to store and supervisor."""
 
 # ruff: noqa: ARG002 - gRPC hands a context to every rpc
 
@@ -37,14 +37,14 @@ UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 DEFAULT_PAGE, MAX_PAGE = 50, 500
 DEFAULT_POINTS, MAX_POINTS = 1000, 20_000
 MAX_SPEC_BYTES = 256 * 1024
-"""Far beyond any run; it bounds the time that checks take."""
+"""Far above any real spec; bounds the time of validation."""
 DELETED = ".deleted-"
 """Prefix of a run directory whose files are being removed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ServiceParts:
-    """What the servicer works with."""
+    """Dependencies of the servicer."""
 
     store: Store
     db: DatabaseThread
@@ -53,11 +53,11 @@ class ServiceParts:
     host: Host
     max_upload_bytes: int
     max_queued_runs: int
-    """Of one client."""
+    """Limit per client."""
 
 
 class RunServicer(RunServiceServicer):
-    """Answers the rpcs of RunService."""
+    """Implements RunService."""
 
     def __init__(self, parts: ServiceParts) -> None:
         self._store = parts.store
@@ -71,22 +71,22 @@ class RunServicer(RunServiceServicer):
         self._streams = RunStreams(parts.store, parts.db, parts.notifier, parts.supervisor.run_dir)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.Run:
-        """Validate a spec and queue it."""
+        """Validates a spec and queues it."""
         if request.request_id and not UUID.fullmatch(request.request_id):
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
-                f"request_id {request.request_id[:80]!r} is no UUID; give one, or leave it out.",
+                f"request_id {request.request_id[:80]!r} is not a UUID; give one, or omit it.",
             )
         if request.spec.ByteSize() > MAX_SPEC_BYTES:
             raise StillhouseError(
                 Reason.INVALID_SPEC,
-                f"The spec has {request.spec.ByteSize()} bytes; at most {MAX_SPEC_BYTES} are taken. Name rows and models by "
+                f"The spec has {request.spec.ByteSize()} bytes; the limit is {MAX_SPEC_BYTES}. Give rows and models by "
                 "path.",
             )
         if request.request_id and not request.validate_only:
             earlier = await self._db(self._store.find_request, request.request_id, request.spec)
             if earlier is not None:
-                return earlier  # even if its files are gone meanwhile
+                return earlier  # even if its files are gone by now
         asked = await asyncio.to_thread(proto.from_proto, request.spec)
         effective = proto.to_proto(await self._db(resolve, asked, self._host))
         if request.validate_only:
@@ -106,11 +106,11 @@ class RunServicer(RunServiceServicer):
         return run
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:
-        """Return one run."""
+        """Returns one run."""
         return await self._db(self._store.get, run_id_of(request.name))
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
-        """Return a page of runs, newest first."""
+        """Returns a page of runs, newest first."""
         size = _bounded("page_size", request.page_size, DEFAULT_PAGE, MAX_PAGE)
         before = _read_page_token(request)
         runs, following = await self._db(self._store.page, list(request.states), before=before, limit=size)
@@ -118,17 +118,17 @@ class RunServicer(RunServiceServicer):
         return pb.ListRunsResponse(runs=runs, next_page_token=token)
 
     def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
-        """Send the run as it is, then every change."""
+        """Streams the current run, then every change."""
         return self._streams.watch(run_id_of(request.name), request.after_sequence)
 
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.Run:
-        """Ask a run to write a checkpoint and end."""
+        """Asks a run to save a checkpoint and stop."""
         run_id = run_id_of(request.name)
         await self._check_owner(run_id, "stop")
         return await self._supervisor.stop_run(run_id)
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.Run:
-        """Queue a STOPPED or FAILED run again."""
+        """Queues a STOPPED or FAILED run again."""
         run_id = run_id_of(request.name)
         await self._check_owner(run_id, "resume")
         run = await self._db(
@@ -144,14 +144,14 @@ class RunServicer(RunServiceServicer):
         return run
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
-        """Remove an ended run and its files."""
+        """Deletes an ended run and its files."""
         run_id = run_id_of(request.name)
         await self._check_owner(run_id, "delete")
         await self.delete(run_id)
         return pb.DeleteRunResponse()
 
     async def delete(self, run_id: str) -> None:
-        """Forget an ended run and remove its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
+        """Deletes an ended run and its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
         await self._db(self._store.delete, run_id)
         self._notifier.notify(run_id)
         await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
@@ -159,7 +159,7 @@ class RunServicer(RunServiceServicer):
     async def QueryMetrics(
         self, request: pb.QueryMetricsRequest, context: Context
     ) -> pb.QueryMetricsResponse:
-        """Return metric history, thinned to what a plot can show."""
+        """Returns metric history, downsampled for plots."""
         most = _bounded("max_points", request.max_points, DEFAULT_POINTS, MAX_POINTS)
         points = await self._db(
             self._store.metric_points,
@@ -173,7 +173,7 @@ class RunServicer(RunServiceServicer):
     async def UploadDataset(
         self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
     ) -> pb.UploadDatasetResponse:
-        """Store a file by its content."""
+        """Stores a file by its content."""
         upload = await dataset_uploads.receive(
             self._uploads, request_iterator, max_bytes=self._max_upload_bytes
         )
@@ -185,29 +185,29 @@ class RunServicer(RunServiceServicer):
     async def ListArtifacts(
         self, request: pb.ListArtifactsRequest, context: Context
     ) -> pb.ListArtifactsResponse:
-        """List what a run left."""
+        """Lists the artifacts of a run."""
         return pb.ListArtifactsResponse(artifacts=await self._streams.artifacts(run_id_of(request.name)))
 
     def DownloadArtifact(
         self, request: pb.DownloadArtifactRequest, context: Context
     ) -> AsyncIterator[pb.DownloadArtifactResponse]:
-        """Send a file from a byte offset."""
+        """Streams a file from a byte offset."""
         return self._streams.download(run_id_of(request.name), request.path, request.start_offset)
 
     def StreamLogs(
         self, request: pb.StreamLogsRequest, context: Context
     ) -> AsyncIterator[pb.StreamLogsResponse]:
-        """Send a run's log from a byte offset and, if asked, follow it."""
+        """Streams a run's log from a byte offset and optionally follows it."""
         run_id = run_id_of(request.name)
         return self._streams.logs(run_id, request.attempt, request.start_offset, follow=request.follow)
 
     async def _check_owner(self, run_id: str, verb: str) -> None:
-        """Return if the caller may steer the run: a token without admin steers its own alone."""
+        """Checks that the caller may control the run: a token without admin controls only its own."""
         caller = current_caller()
         if not caller.is_admin and await self._db(self._store.owner, run_id) != caller.name:
             raise StillhouseError(
                 Reason.PERMISSION_DENIED,
-                f'Run {run_id} was not submitted with the token "{caller.name}"; to {verb} it takes the one that did, or '
+                f'Run {run_id} was not submitted with the token "{caller.name}"; to {verb} it, use the one that did, or '
                 "one with the scope admin.",
             )
 
@@ -226,13 +226,13 @@ def run_id_of(name: str) -> str:
     folder, _, run_id = name.partition("/")
     if folder != "runs" or not RUN_ID.fullmatch(run_id):
         raise StillhouseError(
-            Reason.INVALID_REQUEST, f"{name[:80]!r} is no run's name; one looks like 'runs/abcdefgh2345'."
+            Reason.INVALID_REQUEST, f"{name[:80]!r} is not a run's name; use one such as 'runs/abcdefgh2345'."
         )
     return run_id
 
 
 def remove_run_files(path: Path) -> None:
-    """Delete a run directory; once renamed it is gone for everybody, and a killed service goes on at its next start."""
+    """Deletes a run directory; the rename makes it vanish at once, and the next start completes an interrupted delete."""
     if path.exists():
         doomed = path.with_name(f"{DELETED}{path.name}-{secrets.token_hex(4)}")
         path.rename(doomed)
@@ -240,13 +240,13 @@ def remove_run_files(path: Path) -> None:
 
 
 def remove_deleted(runs_path: Path) -> None:
-    """Delete what `remove_run_files` of a killed service left."""
+    """Completes interrupted calls of `remove_run_files`."""
     for path in runs_path.glob(f"{DELETED}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def _bounded(field: str, value: int, default: int, most: int) -> int:
-    """`value` within its limit; the default for 0."""
+    """Clamps `value` to its limit; the default for 0."""
     if value < 0:
         raise StillhouseError(
             Reason.INVALID_REQUEST, f"{field} is {value}; give at least 1, or 0 for {default}."
@@ -255,7 +255,7 @@ def _bounded(field: str, value: int, default: int, most: int) -> int:
 
 
 def _page_token(request: pb.ListRunsRequest, number: int) -> str:
-    """Where the next page begins, and for which question."""
+    """Token of the next page, bound to the request's filter."""
     states = ".".join(str(each) for each in sorted(set(request.states)))
     return f"{number}-{states}"
 
@@ -267,6 +267,6 @@ def _read_page_token(request: pb.ListRunsRequest) -> int | None:
     if not number.isdecimal() or len(number) > 18 or request.page_token != _page_token(request, int(number)):
         raise StillhouseError(
             Reason.INVALID_REQUEST,
-            f"page_token {request.page_token[:80]!r} does not belong to this request; repeat the request that gave it.",
+            f"page_token {request.page_token[:80]!r} does not belong to this request; repeat the request that returned it.",
         )
     return int(number)

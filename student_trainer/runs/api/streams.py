@@ -1,4 +1,4 @@
-"""What the service streams of a run: its history, its log and its files; each can be taken up again where it broke."""
+"""Streams of a run: history, log and artifacts; each can resume from where it broke."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotif
 
 EVENTS_AT_ONCE = 200
 LOG_POLL_S = 0.2
-"""Time between two looks at a log that is followed."""
+"""Poll interval of a followed log."""
 
 
 class RunStreams:
-    """Reads of one run that take many messages."""
+    """Streaming reads of runs."""
 
     def __init__(
         self, store: Store, db: DatabaseThread, notifier: ChangeNotifier, run_dir: Callable[[str], RunDir]
@@ -36,10 +36,10 @@ class RunStreams:
         self._artifacts = files.Artifacts()
 
     async def watch(self, run_id: str, after: int) -> AsyncGenerator[pb.WatchRunResponse, None]:
-        """The run as it is if `after` is 0; then every event behind `after`, until the run has ended.
+        """The current run if `after` is 0; then every event after sequence `after`, until the run has ended.
 
         Raises:
-            StillhouseError: INVALID_REQUEST if `after` is ahead of the run, DRAINING when the service ends.
+            StillhouseError: INVALID_REQUEST if `after` is ahead of the run, DRAINING when the service stops.
         """
         with self._notifier.subscribe(run_id) as news:
             run, newest = await self._db(self._store.get_with_sequence, run_id)
@@ -47,7 +47,7 @@ class RunStreams:
             if not 0 <= after <= newest:
                 raise StillhouseError(
                     Reason.INVALID_REQUEST,
-                    f"after_sequence is {after}; the run has {newest} events. Start again with 0.",
+                    f"after_sequence is {after}; the run has {newest} events. Start with 0.",
                 )
             if after == 0:
                 yield pb.WatchRunResponse(sequence=newest, run=run)
@@ -73,18 +73,18 @@ class RunStreams:
     async def logs(
         self, run_id: str, attempt: int, offset: int, *, follow: bool
     ) -> AsyncGenerator[pb.StreamLogsResponse, None]:
-        """The log from byte `offset`, counted from the end if negative; until the run has ended if `follow`."""
+        """The log from byte `offset`, counted from the end if negative; follows it to the run's end if `follow`."""
         run = await self._db(self._store.get, run_id)
         if attempt < 0 or attempt > len(run.attempts):
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
-                f"attempt is {attempt}; run {run_id} has {len(run.attempts)}. 0 means all.",
+                f"attempt is {attempt}; run {run_id} has {len(run.attempts)}; 0 means all.",
             )
         run_dir = self._run_dir(run_id)
         if offset < 0:
             offset = max(0, offset + await asyncio.to_thread(logs.size, run_dir, attempt))
         while True:
-            # Asked before reading: what was written before the end is then read.
+            # Checked before reading, so that all that was written before the end is read.
             ended = not follow or self._log_ended(await self._db(self._store.get, run_id), attempt)
             while data := await asyncio.to_thread(logs.read, run_dir, attempt, offset):
                 offset += len(data)
@@ -97,23 +97,23 @@ class RunStreams:
 
     @staticmethod
     def _log_ended(run: pb.Run, attempt: int) -> bool:
-        """Whether nothing more will be written to the log that is asked for."""
+        """True if the requested log is complete."""
         return run.state in ENDED or (attempt != 0 and run.attempts[attempt - 1].HasField("end_time"))
 
     async def artifacts(self, run_id: str) -> list[pb.Artifact]:
-        """What the run left."""
+        """Artifacts of the run."""
         await self._db(self._store.get, run_id)
         return await asyncio.to_thread(self._artifacts.listing, self._run_dir(run_id).path)
 
     async def download(
         self, run_id: str, path: str, offset: int
     ) -> AsyncGenerator[pb.DownloadArtifactResponse, None]:
-        """The file from byte `offset` on, as long as it was when opened; the last piece carries the whole file's hash."""
+        """The file from byte `offset`, up to its size when opened; the last chunk carries the complete file's hash."""
         await self._db(self._store.get, run_id)
         if not files.is_artifact(path):
             raise StillhouseError(
                 Reason.ARTIFACT_NOT_FOUND,
-                f"{path[:200]!r} is no artifact; ListArtifacts shows what there is.",
+                f"{path[:200]!r} is not an artifact; ListArtifacts shows all.",
                 resource=path,
             )
         with await asyncio.to_thread(files.open_below, self._run_dir(run_id).path, path) as file:
@@ -141,7 +141,7 @@ class RunStreams:
 
 
 def _hash_up_to(file: BufferedReader, offset: int) -> hashlib._Hash:
-    """The hash of the file's first `offset` bytes; the file stands behind them."""
+    """Hash of the file's first `offset` bytes; leaves the file positioned after them."""
     digest = hashlib.sha256()
     while file.tell() < offset:
         data = file.read(min(files.PIECE_BYTES, offset - file.tell()))
@@ -154,6 +154,6 @@ def _hash_up_to(file: BufferedReader, offset: int) -> hashlib._Hash:
 def _draining() -> StillhouseError:
     return StillhouseError(
         Reason.DRAINING,
-        "The run service is stopping; the run goes on. Take the stream up again.",
+        "The run service is stopping; the run continues. Resume the stream later.",
         retry_after_s=2.0,
     )

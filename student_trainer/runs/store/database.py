@@ -1,4 +1,4 @@
-"""Opens the service's database and moves its schema forward; one thread alone talks to it."""
+"""Opens the service's database and migrates its schema; a single thread uses it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from stillhouse.student_trainer.runs.store.postgres import (
 P = ParamSpec("P")
 T = TypeVar("T")
 BUSY_TIMEOUT_MS = 5000
-"""Time that a statement waits for another program that reads the file, such as a backup."""
+"""Time that a statement waits for another program that locks the file, such as a backup."""
 
 
 def open_database(place: Path | str) -> Engine:
-    """The SQLite database at the path `place`, or the PostgreSQL one at that URL, made or migrated to this version's schema.
+    """The SQLite database at the path `place`, or the PostgreSQL one at that URL, created or migrated to this version's schema.
 
     Raises:
-        StillhouseError: INVALID_CONFIG if it is of a later version, is no database, or cannot be used.
+        StillhouseError: INVALID_CONFIG if it is of a later version, not a database, or unusable.
     """
     if isinstance(place, str):
         url = postgres_url(place)
@@ -87,7 +87,7 @@ def transaction(engine: Engine) -> Iterator[Connection]:
     """One transaction.
 
     Raises:
-        StillhouseError: DISK_FULL if the database cannot grow, DATABASE_UNREACHABLE if its server does not answer.
+        StillhouseError: DISK_FULL if the database cannot grow, DATABASE_UNREACHABLE if its server does not respond.
     """
     try:
         with engine.begin() as connection:
@@ -100,7 +100,7 @@ def transaction(engine: Engine) -> Iterator[Connection]:
 
 
 def _explained(error: Exception, engine: Engine) -> StillhouseError | None:
-    """What an error of the database means to a caller; None if it is a bug."""
+    """Maps a database error to a StillhouseError; None if it is a bug."""
     if engine.dialect.name == "postgresql":
         return to_stillhouse_error(error, without_password(engine.url))
     if isinstance(error, OperationalError) and "full" in str(error.orig):
@@ -111,20 +111,20 @@ def _explained(error: Exception, engine: Engine) -> StillhouseError | None:
 
 
 class DatabaseThread:
-    """Runs blocking calls one after the other, off the event loop."""
+    """Runs blocking calls sequentially, off the event loop."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
 
     async def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """What `function` returns. A call that has begun is finished even if the caller is cancelled."""
+        """Returns the function's result. A call that has begun completes even if the caller is cancelled."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: function(*args, **kwargs))
 
     def submit(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """The same for a caller in a thread of its own, which waits by itself."""
+        """Submits a call from another thread."""
         return self._executor.submit(function, *args, **kwargs)
 
     def close(self) -> None:
-        """Wait for the calls that were begun."""
+        """Waits for running calls."""
         self._executor.shutdown(wait=True)

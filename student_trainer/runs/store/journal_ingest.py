@@ -1,6 +1,6 @@
-"""What the lines of a run's journals mean for the store; a line that cannot be read, or comes late, is logged and left out.
+"""Parses journal lines of a run into changes for the store; malformed and late lines are logged and skipped.
 
-Late is a line of an attempt that was replaced: its process woke in the middle of a write, on a file system without locks.
+A late line is one of a replaced attempt, whose process resumed in the middle of a write on a file system without locks.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from stillhouse.student_trainer.runs.store.queries import STEP_METRICS
 log = structlog.get_logger(__name__)
 
 OUTCOMES = ("completed", "stopped", "failed")
-"""Kinds of event by which a process says that it ends."""
+"""Event kinds that report the end of a process."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportedOutcome:
-    """How a process said that it ends."""
+    """Outcome that a process reported at its end."""
 
     kind: str
     error: Status | None
@@ -35,16 +35,16 @@ class ReportedOutcome:
 
 @dataclass(kw_only=True, slots=True)
 class JournalBatch:
-    """What some lines of both journals change, in order."""
+    """Changes from some lines of both journals, in order."""
 
     offsets: dict[str, int]
     """Columns of the store: bytes read of each journal."""
     started: bool = False
-    """Whether the process takes steps."""
+    """True if the process has started to train."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """Columns whose change people want to hear of."""
+    """Columns whose change is an event of the run."""
     progress: dict[str, Any] = field(default_factory=dict)
-    """Columns that follow from the metrics."""
+    """Columns derived from metrics."""
     metrics: list[tuple[int, MetricPoint]] = field(default_factory=list)
     """Attempt and point."""
     outcomes: list[tuple[int, ReportedOutcome]] = field(default_factory=list)
@@ -52,13 +52,13 @@ class JournalBatch:
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing to record but offsets."""
+        """True if only offsets changed."""
         return not (self.started or self.changes or self.metrics or self.outcomes)
 
 
 def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> JournalBatch:
-    """What the journals hold behind `offsets`, the bytes already read of events and metrics, in the life of `attempt`."""
-    # Events first: a metric point that was written before an event is then never missed behind it.
+    """Reads the journals from `offsets`, bytes of events and metrics, during `attempt`."""
+    # Events first, so that no metric point written before an event is missed.
     event_lines, events_offset = run_dir.read_lines("events.jsonl", offsets[0])
     metric_lines, metrics_offset = run_dir.read_lines("metrics.jsonl", offsets[1])
     batch = JournalBatch(offsets={"events_offset": events_offset, "metrics_offset": metrics_offset})
@@ -68,11 +68,11 @@ def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> Journ
 
 
 def _timely(run_dir: RunDir, lines: Sequence[Mapping[str, Any]], attempt: int) -> Iterator[Mapping[str, Any]]:
-    """The lines but for those of an earlier attempt, all of whose own were read before this one began."""
+    """Skips lines of earlier attempts, whose own lines were all read before this one began."""
     for line in lines:
         number = line.get("attempt")
         if isinstance(number, int) and number < attempt:
-            log.warning("late line left out", run=run_dir.path.name, line=dict(line), attempt=attempt)
+            log.warning("late line skipped", run=run_dir.path.name, line=dict(line), attempt=attempt)
         else:
             yield line
 
@@ -82,7 +82,7 @@ def _take(run_dir: RunDir, lines: Iterable[Mapping[str, Any]], batch: JournalBat
         try:
             take(line, batch)
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            log.warning("journal line left out", run=run_dir.path.name, line=dict(line), error=str(error))
+            log.warning("journal line skipped", run=run_dir.path.name, line=dict(line), error=str(error))
 
 
 def _take_event(line: Mapping[str, Any], batch: JournalBatch) -> None:
@@ -102,15 +102,15 @@ def _take_event(line: Mapping[str, Any], batch: JournalBatch) -> None:
 
 
 def _count(value: float) -> int:
-    """`value` as a whole number that the store can hold. Raises ValueError."""
+    """Converts to an integer that the store can hold. Raises ValueError."""
     number = int(value)
     if not 0 <= number < 2**63:
-        raise ValueError(f"{value} is no count")
+        raise ValueError(f"{value} is not a count")
     return number
 
 
 def _condition(name: str | None) -> Run.Condition.ValueType:
-    """The condition by its name, with or without the enum's prefix; empty means that the run makes progress."""
+    """The condition by name, with or without the enum's prefix; empty if the run makes progress."""
     return Run.Condition.Value(f"CONDITION_{(name or 'UNSPECIFIED').removeprefix('CONDITION_')}")
 
 

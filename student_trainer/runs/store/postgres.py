@@ -1,4 +1,4 @@
-"""The store on PostgreSQL: its URL, its one connection, and the lock that keeps a second service out; passwords never leave it."""
+"""PostgreSQL store: URL, single connection and the lock against a second service; passwords are never shown."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from stillhouse.protos.errors import Reason, StillhouseError
 SCHEMES = frozenset({"postgresql", "postgres", "postgresql+psycopg"})
 RETRY_S = 2.0
 DISK_FULL = "53100"
-"""SQLSTATE of a server whose disk is full."""
+"""SQLSTATE of a full disk."""
 _KEEPALIVES = {"idle": 5, "interval": 3, "count": 3}
-"""On both sides: seconds of silence, seconds between two probes, and probes without an answer."""
+"""TCP keepalive of both sides: idle seconds, interval in seconds, and number of failed probes."""
 _SETTINGS = {
     "application_name": "stillhouse-trainer",
     "connect_timeout": 5,
@@ -24,16 +24,16 @@ _SETTINGS = {
     **{f"keepalives_{name}": value for name, value in _KEEPALIVES.items()},
     "tcp_user_timeout": 15_000,
 }
-"""Of the connection, unless the URL says otherwise."""
+"""Connection defaults; the URL overrides them."""
 _LOCK = "SELECT pg_try_advisory_lock(hashtext('stillhouse runs'), hashtext(coalesce(current_schema(), '')))"
 
 
 class DatabaseInUseError(Exception):
-    """Another service has the database."""
+    """Another service uses the database."""
 
 
 def postgres_url(text: str) -> URL:
-    """The URL that --database was given.
+    """Parses the URL of --database.
 
     Raises:
         StillhouseError: INVALID_CONFIG for anything but PostgreSQL's, or without its driver. The text is not repeated: it
@@ -46,24 +46,24 @@ def postgres_url(text: str) -> URL:
     if url is None or url.drivername not in SCHEMES or not url.database:
         raise StillhouseError(
             Reason.INVALID_CONFIG,
-            "--database is no URL of a PostgreSQL database, such as postgresql://user@host/name. Without it the store is a "
+            "--database is not a URL of a PostgreSQL database such as postgresql://user@host/name. Without it the store is a "
             "file in --data-dir.",
         )
     if find_spec("psycopg") is None:
         raise StillhouseError(
             Reason.INVALID_CONFIG,
-            "--database needs PostgreSQL's driver, which is not installed; `pip install 'stillhouse[postgres]'` brings it.",
+            "--database needs PostgreSQL's driver, which is not installed; run `pip install 'stillhouse[postgres]'`.",
         )
     return url.set(drivername="postgresql+psycopg")
 
 
 def without_password(url: URL) -> str:
-    """The URL for people, without its password and its settings, which may hold another."""
+    """The URL for display, without password and query, which may hold another."""
     return url.set(drivername="postgresql", query={}).render_as_string(hide_password=True)
 
 
 def postgres_engine(url: URL) -> Engine:
-    """An engine of one connection, since one thread uses it; a broken one is replaced when it is next needed."""
+    """An engine with one connection, since one thread uses it; a broken one is replaced on next use."""
     settings = {name: value for name, value in _SETTINGS.items() if name not in url.query}
     engine = create_engine(
         url,
@@ -74,15 +74,15 @@ def postgres_engine(url: URL) -> Engine:
         hide_parameters=True,
         connect_args=settings,
     )
-    event.listen(engine, "connect", _take)
+    event.listen(engine, "connect", _acquire)
     return engine
 
 
-def _take(connection: Any, _record: object) -> None:
-    """Hold the database for this service as long as the connection lives, and let the server notice if it does not.
+def _acquire(connection: Any, _record: object) -> None:
+    """Locks the database for this service while the connection lives, with keepalives on the server's side.
 
     Raises:
-        TakenError: another service holds it.
+        DatabaseInUseError: another service holds it.
     """
     import psycopg
 
@@ -102,7 +102,7 @@ def _take(connection: Any, _record: object) -> None:
 
 
 def to_stillhouse_error(error: Exception, where: str) -> StillhouseError | None:
-    """What an error of the database at `where` means to a caller; None if it is a bug."""
+    """Maps an error of the database at `where` to a StillhouseError; None if it is a bug."""
     if isinstance(error, DatabaseInUseError):
         return StillhouseError(
             Reason.DATABASE_UNREACHABLE,
@@ -117,8 +117,8 @@ def to_stillhouse_error(error: Exception, where: str) -> StillhouseError | None:
         said = " ".join(str(error.orig).split())
         return StillhouseError(
             Reason.DATABASE_UNREACHABLE,
-            f"The run service cannot use its database {where} ({said[:300]}). Runs go on meanwhile; see that the database "
-            "answers, then ask again.",
+            f"The run service cannot use its database {where} ({said[:300]}). Runs continue meanwhile; check that the database "
+            "responds, then retry.",
             retry_after_s=RETRY_S,
         )
     return None

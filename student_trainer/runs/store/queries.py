@@ -26,12 +26,12 @@ def now_us() -> int:
 
 
 def to_bytes(message: Message) -> bytes:
-    """The message, equal bytes for equal messages of one version."""
+    """Serializes deterministically: equal messages give equal bytes within a version."""
     return message.SerializeToString(deterministic=True)
 
 
 def spec_sha256(spec: RunSpec) -> str:
-    """What tells two specs of one request id apart."""
+    """Digest that distinguishes specs with the same request id."""
     return hashlib.sha256(to_bytes(spec)).hexdigest()
 
 
@@ -41,28 +41,28 @@ def run_row(db: Connection, run_id: str) -> RowMapping:
     if row is None:
         raise StillhouseError(
             Reason.RUN_NOT_FOUND,
-            f"There is no run {run_id} here; `stillhouse run list` shows those that there are.",
+            f"There is no run {run_id}; `stillhouse run list` shows all.",
             resource=f"runs/{run_id}",
         )
     return row
 
 
 def run_of_request(db: Connection, request_id: str, spec: RunSpec) -> Run | None:
-    """The run that `request_id` made. Raises StillhouseError(REQUEST_CONFLICT) if it was made from another spec."""
+    """The run created with `request_id`. Raises StillhouseError(REQUEST_CONFLICT) if it has another spec."""
     row = db.execute(select(requests).where(requests.c.id == request_id)).mappings().one_or_none()
     if row is None:
         return None
     if row["spec_sha256"] != spec_sha256(spec):
         raise StillhouseError(
             Reason.REQUEST_CONFLICT,
-            f"request_id {request_id} made run {row['run_id']} from another spec; give each spec its own request_id.",
+            f"request_id {request_id} created run {row['run_id']} from another spec; use a new request_id for each spec.",
             resource=f"runs/{row['run_id']}",
         )
     return to_run(db, run_row(db, row["run_id"]))
 
 
 def check_quota(db: Connection, owner: str, max_queued: int | None) -> None:
-    """Return if `owner` may queue one more run. Raises StillhouseError(QUOTA)."""
+    """Checks that `owner` may queue one more run. Raises StillhouseError(QUOTA)."""
     if max_queued is None:
         return
     theirs = (runs.c.owner == owner) & (runs.c.state == PENDING)
@@ -70,25 +70,25 @@ def check_quota(db: Connection, owner: str, max_queued: int | None) -> None:
     if queued >= max_queued:
         raise StillhouseError(
             Reason.QUOTA,
-            f"{queued} runs of {owner or 'callers without a token'} are queued, and this service holds {max_queued} for "
-            "each client. Wait until some have started, stop some, or start the service with a larger --max-queued-runs.",
+            f"{queued} runs of {owner or 'callers without a token'} are queued, and this service allows {max_queued} per "
+            "client. Wait until some have started, stop some, or start the service with a larger --max-queued-runs.",
             metadata={"queued": str(queued), "limit": str(max_queued)},
         )
 
 
 def next_queue_number(db: Connection) -> int:
-    """The number that puts a run behind all others."""
+    """Queue number after all others."""
     return int(db.execute(select(func.coalesce(func.max(runs.c.queue_number), 0))).scalar_one()) + 1
 
 
 def last_attempt(db: Connection, run_id: str) -> int:
-    """The number of the run's newest attempt; 0 if there is none."""
+    """Number of the run's newest attempt; 0 if there is none."""
     query = select(func.coalesce(func.max(attempts.c.number), 0)).where(attempts.c.run_id == run_id)
     return int(db.execute(query).scalar_one())
 
 
 def set_state(db: Connection, row: RowMapping, following: State, values: dict[str, Any]) -> None:
-    """Follow the arrow from the row's state to `following`, set `values`, and tell."""
+    """Changes the state to `following`, sets `values`, and appends an event."""
     assert may_become(row["state"], following), f"{state_name(row['state'])} -> {state_name(following)}"
     if following in ENDED:
         values = {"end_us": now_us(), **values}
@@ -102,14 +102,14 @@ def set_state(db: Connection, row: RowMapping, following: State, values: dict[st
 
 
 def append_run_event(db: Connection, run_id: str) -> None:
-    """Append the run as it is to its history; its specs never change and are left out."""
+    """Appends the current run to its history, without its specs, which never change."""
     append_event(db, run_id, "run", to_run(db, run_row(db, run_id), with_specs=False))
 
 
 def append_event(
     db: Connection, run_id: str, kind: str, payload: Message, *, step: int | None = None
 ) -> None:
-    """Give `payload` the next sequence of the run's history."""
+    """Appends `payload` with the next sequence of the run's history."""
     sequence = int(run_row(db, run_id)["last_sequence"]) + 1
     values = {
         "run_id": run_id,
@@ -123,7 +123,7 @@ def append_event(
 
 
 def count_step(db: Connection, run_id: str, number: int, point: MetricPoint) -> None:
-    """Widen the range of steps that an attempt took."""
+    """Extends the range of steps of an attempt."""
     if STEP_METRICS.isdisjoint(point.values):
         return
     this = (attempts.c.run_id == run_id) & (attempts.c.number == number)
@@ -132,7 +132,7 @@ def count_step(db: Connection, run_id: str, number: int, point: MetricPoint) -> 
 
 
 def to_run(db: Connection, row: RowMapping, *, with_specs: bool = True) -> Run:
-    """The run that a row and its attempts tell of."""
+    """The run message from a row and its attempts."""
     run = _to_run(row, with_specs=with_specs)
     if row["state"] == PENDING:
         ahead = select(func.count()).where(runs.c.state == PENDING, runs.c.queue_number < row["queue_number"])
@@ -143,7 +143,7 @@ def to_run(db: Connection, row: RowMapping, *, with_specs: bool = True) -> Run:
 
 
 def to_runs(db: Connection, found: Sequence[RowMapping]) -> list[Run]:
-    """The same for many rows, by two questions in all."""
+    """The run messages of many rows, by two queries in all."""
     made = {row["id"]: _to_run(row, with_specs=True) for row in found}
     if any(row["state"] == PENDING for row in found):
         queued = select(runs.c.id).where(runs.c.state == PENDING).order_by(runs.c.queue_number)
@@ -157,7 +157,7 @@ def to_runs(db: Connection, found: Sequence[RowMapping]) -> list[Run]:
 
 
 def _to_run(row: RowMapping, *, with_specs: bool) -> Run:
-    """What the row itself tells."""
+    """The run message from its row alone."""
     run = Run(
         name=f"runs/{row['id']}",
         state=cast("State", row["state"]),

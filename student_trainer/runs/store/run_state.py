@@ -1,4 +1,4 @@
-"""The states of a run and the arrows between them, as data; every change of state in the store goes through here."""
+"""State machine of a run as a table; every change of state in the store uses it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ TRANSITIONS: Mapping[State, Mapping[State, str]] = {
     FAILED: {PENDING: "resume"},
     COMPLETED: {},
 }
-"""From each state, the states that can follow, and the name of the arrow."""
+"""Allowed next states of each state, with the name of the transition."""
 
 LIVE = frozenset({STARTING, RUNNING, STOPPING})
-"""States in which a process works on the run."""
+"""States with a live process."""
 ENDED = frozenset({STOPPED, COMPLETED, FAILED})
-"""States in which nothing more happens by itself."""
+"""Final states, left only by a request."""
 
 
 def may_become(state: State, following: State) -> bool:
-    """Whether there is an arrow from `state` to `following`."""
+    """True if `state` may change to `following`."""
     return following in TRANSITIONS[state]
 
 
 def state_error(run_id: str, state: State, verb: str, allowed: frozenset[State]) -> StillhouseError:
-    """The error for asking `verb` of a run whose state is not in `allowed`."""
+    """The error for `verb` on a run whose state is not in `allowed`."""
     names = ", ".join(state_name(each) for each in sorted(allowed))
     return StillhouseError(
         Reason.RUN_STATE,
@@ -52,5 +52,5 @@ def state_error(run_id: str, state: State, verb: str, allowed: frozenset[State])
 
 
 def state_name(state: State) -> str:
-    """The state as people write it, such as "RUNNING"."""
+    """Short name of the state, such as "RUNNING"."""
     return Run.State.Name(state).removeprefix("STATE_")

@@ -37,7 +37,7 @@ runs = Table(
     Column("created_by_version", String, nullable=False),
     Column("state", Integer, nullable=False, index=True),
     Column("condition", Integer, nullable=False, default=0),
-    # Place in the queue while PENDING: smaller goes first.
+    # Position in the queue while PENDING: smaller goes first.
     Column("queue_number", BigInteger, nullable=False),
     # Attempt that was the last when a person created or resumed the run; later ones are retries.
     Column("asked_attempt", Integer, nullable=False, default=0),
@@ -57,9 +57,9 @@ runs = Table(
     # Bytes of the run directory's journals that are in the store.
     Column("events_offset", BigInteger, nullable=False, default=0),
     Column("metrics_offset", BigInteger, nullable=False, default=0),
-    # Name of the token or certificate that submitted it; empty where nobody had to prove who they are.
+    # Name of the token or certificate that submitted it; empty without authentication.
     Column("owner", String, nullable=False, default="", server_default=""),
-    # Whether it goes on with half its micro-batch, having run out of memory.
+    # True if it continues with half its micro-batch after running out of memory.
     Column("halved", Boolean, nullable=False, default=False, server_default=false()),
 )
 
@@ -68,7 +68,7 @@ attempts = Table(
     metadata,
     Column("run_id", ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
     Column("number", Integer, primary_key=True),
-    # Indices of the devices that it was given, such as "0,1"; empty for the CPU.
+    # Indices of its devices, such as "0,1"; empty for the CPU.
     Column("devices", String, nullable=False),
     Column("start_us", BigInteger, nullable=False),
     Column("end_us", BigInteger),
@@ -76,7 +76,7 @@ attempts = Table(
     Column("last_step", BigInteger, nullable=False, default=0),
     Column("exit_code", Integer, nullable=False, default=0),
     Column("signal", Integer, nullable=False, default=0),
-    # Kind of the event by which the process said that it ends: completed, stopped or failed.
+    # Outcome that the process reported: completed, stopped or failed.
     Column("outcome", String),
     Column("error", LargeBinary),
 )
@@ -89,7 +89,7 @@ events = Table(
     Column("sequence", BigInteger, primary_key=True),
     # "run" with a Run that leaves out both specs, or "metrics" with a MetricPoint.
     Column("kind", String, nullable=False),
-    # Of metrics.
+    # Step of metrics.
     Column("step", BigInteger),
     Column("payload", LargeBinary, nullable=False),
 )
@@ -97,7 +97,7 @@ events = Table(
 requests = Table(
     "requests",
     metadata,
-    # As the client chose it.
+    # Chosen by the client.
     Column("id", String, primary_key=True),
     # SHA-256 of the spec as submitted.
     Column("spec_sha256", String(64), nullable=False),
@@ -107,9 +107,9 @@ requests = Table(
 datasets = Table(
     "datasets",
     metadata,
-    # Hexadecimal, of the content.
+    # Hex digest of the content.
     Column("sha256", String(64), primary_key=True),
-    # Of the newest upload, such as ".jsonl"; the file lies at datasets/<sha256><suffix>.
+    # Suffix of the newest upload, such as ".jsonl"; the file lies at datasets/<sha256><suffix>.
     Column("suffix", String, nullable=False),
     Column("file_name", String, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),

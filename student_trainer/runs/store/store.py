@@ -1,7 +1,7 @@
-"""What the service remembers of runs: every change of a run is one transaction and one event in its history.
+"""Store of runs: every change of a run is one transaction and one event in its history.
 
 Methods block; the service calls them through one DatabaseThread. Any of them raises StillhouseError(DATABASE_UNREACHABLE)
-while a database server does not answer.
+while a database server does not respond.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING
 from stillhouse.student_trainer.runs.store.schema import attempts, datasets, events, requests, runs
 
 MAX_PAGE_BYTES = 8 * 2**20
-"""Of a page of runs; one run may be beyond it."""
+"""Limit on a page of runs; a single run may exceed it."""
 
 
 class Store:
@@ -34,11 +34,11 @@ class Store:
 
     @classmethod
     def open(cls, place: Path | str) -> Self:
-        """The store in the database file `place`, or at that URL, made or migrated if needed."""
+        """Opens the store in the database file or at the URL `place`, created or migrated if needed."""
         return cls(open_database(place))
 
     def close(self) -> None:
-        """Close the database."""
+        """Closes the database."""
         self._engine.dispose()
 
     def create(
@@ -52,7 +52,7 @@ class Store:
         owner: str = "",
         max_queued: int | None = None,
     ) -> tuple[Run, bool]:
-        """A PENDING run at the end of the queue, and True; or the run that `request_id` made before, and False.
+        """Creates a PENDING run at the end of the queue, and True; or the earlier run of `request_id`, and False.
 
         Raises:
             StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec, QUOTA if `owner` has
@@ -84,7 +84,7 @@ class Store:
             return queries.to_run(db, queries.run_row(db, run_id)), True
 
     def find_request(self, request_id: str, spec: RunSpec) -> Run | None:
-        """The run that `request_id` made, if any. Raises as `create` does."""
+        """The run created with `request_id`, if any. Raises as `create` does."""
         with transaction(self._engine) as db:
             return queries.run_of_request(db, request_id, spec)
 
@@ -102,8 +102,8 @@ class Store:
     def page(
         self, states: Sequence[State], *, before: int | None, limit: int
     ) -> tuple[list[Run], int | None]:
-        """At most `limit` runs and about MAX_PAGE_BYTES, newest first, older than number `before`; and the number to go
-        on from, if there are more."""
+        """At most `limit` runs and about MAX_PAGE_BYTES, newest first, older than number `before`; and the number to
+        continue from, if there are more."""
         query = select(runs).order_by(runs.c.number.desc()).limit(limit + 1)
         if states:
             query = query.where(runs.c.state.in_(states))
@@ -115,15 +115,15 @@ class Store:
         return shown, int(found[len(shown) - 1]["number"]) if len(found) > len(shown) else None
 
     def queue(self) -> list[Run]:
-        """PENDING runs in the order in which they shall start."""
+        """PENDING runs in queue order."""
         return self._in_states([PENDING])
 
     def live(self) -> list[Run]:
-        """Runs on which a process works, as far as the store knows."""
+        """Runs in a state with a live process."""
         return self._in_states(sorted(LIVE))
 
     def ids(self) -> set[str]:
-        """Every run's id."""
+        """Ids of all runs."""
         with transaction(self._engine) as db:
             return set(db.execute(select(runs.c.id)).scalars())
 
@@ -138,7 +138,7 @@ class Store:
         condition: Run.Condition.ValueType = Run.CONDITION_UNSPECIFIED,
         max_queued: int | None = None,
     ) -> Run:
-        """The run after it became `following`, because `verb` was asked of it.
+        """Changes the run's state to `following` on request `verb`; returns the run.
 
         Raises:
             StillhouseError: RUN_STATE unless its state is in `allowed`; QUOTA if its owner has `max_queued` runs in the
@@ -152,7 +152,7 @@ class Store:
             if following == PENDING:
                 queries.check_quota(db, row["owner"], max_queued)
                 values |= {"queue_number": queries.next_queue_number(db), "end_us": None, "error": None}
-                values["step"] = row["latest_checkpoint"] or 0  # where the next attempt begins
+                values["step"] = row["latest_checkpoint"] or 0  # the next attempt's first step
             if verb == "resume":
                 values["asked_attempt"] = queries.last_attempt(db, run_id)
             if error is not None:
@@ -163,14 +163,14 @@ class Store:
     def set_condition(
         self, run_id: str, condition: Run.Condition.ValueType, *, instead_of: Run.Condition.ValueType
     ) -> None:
-        """Say why a live run makes no progress, if what is said so far is `instead_of`."""
+        """Sets the condition of a live run, if it is `instead_of` now."""
         this = (runs.c.id == run_id) & (runs.c.condition == instead_of)
         with transaction(self._engine) as db:
             if db.execute(update(runs).where(this).values(condition=condition)).rowcount:
                 queries.append_run_event(db, run_id)
 
     def stop(self, run_id: str) -> Run:
-        """The run after it was asked to stop: STOPPED if it waited, STOPPING if it is live, else as it was.
+        """Requests a stop: a queued run becomes STOPPED, a live one STOPPING, others stay. Returns the run.
 
         Raises:
             StillhouseError: RUN_STATE if it is COMPLETED or FAILED.
@@ -187,7 +187,7 @@ class Store:
             return queries.to_run(db, queries.run_row(db, run_id))
 
     def begin_attempt(self, run_id: str, devices: Sequence[int]) -> int:
-        """The number of a further attempt, with which the run becomes STARTING.
+        """Adds an attempt and makes the run STARTING; returns the attempt's number.
 
         Raises:
             StillhouseError: RUN_STATE if the run is not PENDING.
@@ -217,10 +217,10 @@ class Store:
         error: Status | None,
         halve: bool = False,
     ) -> Run:
-        """The run after its process ended and it became `following`; with `halve` it goes on with half its micro-batch.
+        """Ends an attempt and makes the run `following`; with `halve` it continues with half its micro-batch.
 
-        `error` is the attempt's, and the run's too if it FAILED. A PENDING run is retried, at the head of the queue. An
-        attempt ends once: telling it again changes nothing.
+        `error` is the attempt's, and the run's if it FAILED. A PENDING run is retried, at the head of the queue. Ending
+        an attempt is idempotent.
         """
         failed = following == run_state.FAILED
         values: dict[str, Any] = {"condition": Run.CONDITION_UNSPECIFIED}
@@ -235,19 +235,19 @@ class Store:
         this = (attempts.c.run_id == run_id) & (attempts.c.number == number) & attempts.c.end_us.is_(None)
         with transaction(self._engine) as db:
             if not db.execute(update(attempts).where(this).values(**ended)).rowcount:
-                # It is told again, because the answer to the first time was lost.
+                # Called again because the first reply was lost.
                 return queries.to_run(db, queries.run_row(db, run_id))
             if following == PENDING:
                 values["step"] = queries.run_row(db, run_id)["latest_checkpoint"] or 0
             if following == run_state.COMPLETED and queries.run_row(db, run_id)["state"] == STARTING:
-                # It had nothing left to do, as after a crash between its last step and its end.
+                # Nothing was left to do, as after a crash between its last step and its end.
                 queries.set_state(db, queries.run_row(db, run_id), RUNNING, {})
             queries.set_state(db, queries.run_row(db, run_id), following, values)
             return queries.to_run(db, queries.run_row(db, run_id))
 
     def withdraw_attempt(self, run_id: str, number: int) -> None:
-        """Forget the newest attempt, for which no process was ever started: the run is PENDING again, at its old place in
-        the queue, or STOPPED if that was asked."""
+        """Deletes the newest attempt, which never started a process: the run is PENDING again, at its old position in
+        the queue, or STOPPED if a stop was requested."""
         with transaction(self._engine) as db:
             row = queries.run_row(db, run_id)
             following = run_state.STOPPED if row["state"] == run_state.STOPPING else PENDING
@@ -256,17 +256,17 @@ class Store:
             queries.set_state(db, row, following, values | ({"start_us": None} if number == 1 else {}))
 
     def owner(self, run_id: str) -> str:
-        """Who submitted the run; empty where nobody had to say. Raises StillhouseError(RUN_NOT_FOUND)."""
+        """Client that submitted the run; empty without authentication. Raises StillhouseError(RUN_NOT_FOUND)."""
         with transaction(self._engine) as db:
             return str(queries.run_row(db, run_id)["owner"])
 
     def halved(self, run_id: str) -> bool:
-        """Whether the run goes on with half its micro-batch."""
+        """True if the run continues with half its micro-batch."""
         with transaction(self._engine) as db:
             return bool(queries.run_row(db, run_id)["halved"])
 
     def ended_before(self, time_us: int, *, limit: int) -> list[str]:
-        """Ids of at most `limit` runs that ended before `time_us`, the oldest first."""
+        """Ids of at most `limit` runs that ended before `time_us`, oldest first."""
         query = (
             select(runs.c.id)
             .where(runs.c.state.in_(sorted(ENDED)), runs.c.end_us < time_us)
@@ -282,13 +282,13 @@ class Store:
             return aggregates.read_totals(db)
 
     def devices(self, run_id: str, number: int) -> tuple[int, ...]:
-        """The devices that an attempt was given; none for the CPU."""
+        """Devices of an attempt; none for the CPU."""
         query = select(attempts.c.devices).where(attempts.c.run_id == run_id, attempts.c.number == number)
         with transaction(self._engine) as db:
             return tuple(int(each) for each in db.execute(query).scalar_one().split(",") if each)
 
     def attempts_since_request(self, run_id: str) -> int:
-        """Processes that were started for the run since a person last asked for it."""
+        """Attempts since the run was last created or resumed by request."""
         with transaction(self._engine) as db:
             return queries.last_attempt(db, run_id) - int(queries.run_row(db, run_id)["asked_attempt"])
 
@@ -299,14 +299,14 @@ class Store:
             return int(row["events_offset"]), int(row["metrics_offset"])
 
     def outcome(self, run_id: str, number: int) -> tuple[str | None, Status | None]:
-        """How the process of an attempt said that it ends: completed, stopped, failed or None; and with which error."""
+        """Outcome that the process reported (completed, stopped, failed or None), and its error."""
         query = select(attempts).where(attempts.c.run_id == run_id, attempts.c.number == number)
         with transaction(self._engine) as db:
             row = db.execute(query).mappings().one()
         return row["outcome"], Status.FromString(row["error"]) if row["error"] else None
 
     def record(self, run_id: str, batch: JournalBatch) -> None:
-        """Take in what the run's journals hold, and how far they were read, in one transaction."""
+        """Records journal changes and offsets in one transaction."""
         with transaction(self._engine) as db:
             row = queries.run_row(db, run_id)
             for number, point in batch.metrics:
@@ -330,7 +330,7 @@ class Store:
                 queries.append_run_event(db, run_id)
 
     def events(self, run_id: str, *, after: int, limit: int) -> list[WatchRunResponse]:
-        """At most `limit` events of the run behind sequence `after`, in order; a Run in them carries no specs."""
+        """Up to `limit` events of the run after sequence `after`, in order; their runs carry no specs."""
         query = (
             select(events)
             .where(events.c.run_id == run_id, events.c.sequence > after)
@@ -341,7 +341,7 @@ class Store:
             return [queries.to_response(row) for row in db.execute(query).mappings().all()]
 
     def metric_points(self, run_id: str, *, start: int, end: int | None) -> list[MetricPoint]:
-        """Every metric point of the run with a step in [start, end), in the order in which they were measured."""
+        """Metric points of the run with a step in [start, end), in order of measurement."""
         query = (
             select(events.c.payload)
             .where(events.c.run_id == run_id, events.c.kind == "metrics", events.c.step >= start)
@@ -354,7 +354,7 @@ class Store:
             return [MetricPoint.FromString(payload) for payload in db.execute(query).scalars()]
 
     def delete(self, run_id: str) -> None:
-        """Forget an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""
+        """Deletes an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""
         with transaction(self._engine) as db:
             row = queries.run_row(db, run_id)
             if row["state"] not in ENDED:
@@ -362,14 +362,14 @@ class Store:
             db.execute(delete(runs).where(runs.c.id == run_id))
 
     def add_dataset(self, sha256: str, suffix: str, file_name: str, size_bytes: int) -> None:
-        """Remember an uploaded file; the newest upload of the same bytes gives the suffix."""
+        """Adds an uploaded file; the newest upload of the same bytes sets the suffix."""
         values = {"suffix": suffix, "file_name": file_name, "size_bytes": size_bytes}
         with transaction(self._engine) as db:
             if not db.execute(update(datasets).where(datasets.c.sha256 == sha256).values(**values)).rowcount:
                 db.execute(insert(datasets).values(sha256=sha256, create_us=now_us(), **values))
 
     def dataset_suffix(self, sha256: str) -> str | None:
-        """The suffix of the stored file; None if there is no such dataset."""
+        """Suffix of the stored file; None if there is no such dataset."""
         with transaction(self._engine) as db:
             query = select(datasets.c.suffix).where(datasets.c.sha256 == sha256)
             return db.execute(query).scalar_one_or_none()
@@ -381,7 +381,7 @@ class Store:
 
 
 def _first(found: Sequence[RowMapping], max_bytes: int) -> Sequence[RowMapping]:
-    """The first rows, at least one, whose specs have about `max_bytes`."""
+    """The first rows, at least one, with about `max_bytes` of specs."""
     num_bytes = 0
     for index, row in enumerate(found):
         num_bytes += len(row["spec"]) + len(row["effective_spec"])

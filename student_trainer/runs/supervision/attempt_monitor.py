@@ -1,4 +1,4 @@
-"""Looks after one live run until its process has ended: takes in its journals, stops it if asked, and says how it ended."""
+"""Monitors one attempt until its process exits: ingests journals, stops on request, classifies the exit."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from stillhouse.student_trainer.runs.supervision.training_process import (
 )
 
 POLL_S = 0.2
-"""Time between two looks at a run's journals and process."""
+"""Poll interval of a run's journals and process."""
 TERM_GRACE_S = 10.0
 """Time between SIGTERM and SIGKILL."""
 QUIET_S = 60.0
-"""Time without a sign of life after which a run is said not to respond, or half of what it may last if that is less."""
+"""Time without a heartbeat after which a run is NOT_RESPONDING, or half of --max-silence-s if that is less."""
 STORE_RETRY_S = 5.0
-"""Time after which a store that took nothing is tried again."""
+"""Retry interval of a failing store."""
 LOG_TAIL_BYTES = 2000
 LOG_TAIL_LINES = 6
 
@@ -51,7 +51,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MonitorContext:
-    """What every monitor of a service shares."""
+    """Dependencies and settings shared by the monitors of a service."""
 
     store: Store
     db: DatabaseThread
@@ -60,7 +60,7 @@ class MonitorContext:
 
 
 class AttemptMonitor:
-    """One attempt of one run, from the start of its process to its end."""
+    """Monitor of one attempt, from the start of its process to its exit."""
 
     def __init__(
         self, context: MonitorContext, run_id: str, run_dir: RunDir, *, attempt: int, process: Process
@@ -76,38 +76,38 @@ class AttemptMonitor:
         self._adopting = isinstance(process, AdoptedProcess)
         self._heartbeat = HeartbeatWatch(run_dir.heartbeat_path)
         self._quiet = self._adopting
-        """Whether the store may say that the run does not respond."""
+        """True if the store may hold NOT_RESPONDING for the run."""
         self._silenced = False
         self._terminated = False
         self._killed = False
         self._overflowed: Overflow | None = None
 
     def request_stop(self) -> None:
-        """Ask the process to write a checkpoint and end; insist after the grace."""
+        """Asks the process to save a checkpoint and exit; signals it after the grace."""
         if self._asked_at_s is None:
             self._asked_at_s = time.monotonic()
             self._run_dir.write_control(self._attempt, stop=True)
 
     def kill(self) -> None:
-        """End the process at once."""
+        """Kills the process."""
         self._process.send(signal.SIGKILL)
 
     async def watch(self) -> Run:
-        """The run after its process has ended. If cancelled, the process goes on for the next service to adopt."""
+        """Returns the run once its process has ended. If cancelled, the process continues, for the next service to adopt."""
         while True:
-            # Asked before reading: whatever the process wrote in its life is then read.
+            # Polled before reading, so that all that the process wrote is read.
             ended = await asyncio.to_thread(self._process.poll)
             await self._ingest()
             await self._settle_adoption()
             if ended is not None:
                 return await self._finish(ended)
-            self._insist()
+            self._enforce_stop()
             self._bound_volume()
-            await self._listen()
+            await self._check_heartbeat()
             await asyncio.sleep(POLL_S)
 
     async def _settle_adoption(self) -> None:
-        """Say that the run is taken over, once its journals are in the store."""
+        """Clears ADOPTING once the journals are in the store."""
         if self._adopting:
             store, adopting = self._context.store, Run.CONDITION_ADOPTING
             await self._context.db(
@@ -117,7 +117,7 @@ class AttemptMonitor:
             self._context.notifier.notify(self._run_id)
 
     async def _ingest(self) -> None:
-        """Take in all that the journals hold; a full disk or a database that is away delays that and loses nothing."""
+        """Ingests the journals; a full disk or an unreachable database delays that and loses nothing."""
         while True:
             try:
                 while await self._context.db(self._tail.ingest):
@@ -131,8 +131,8 @@ class AttemptMonitor:
                 )
                 await asyncio.sleep(STORE_RETRY_S)
 
-    def _insist(self) -> None:
-        """Signal a process that takes too long to end."""
+    def _enforce_stop(self) -> None:
+        """Signals a process that takes too long to exit."""
         if self._asked_at_s is None:
             return
         waited_s = time.monotonic() - self._asked_at_s
@@ -146,7 +146,7 @@ class AttemptMonitor:
             self._process.send(signal.SIGKILL)
 
     def _bound_volume(self) -> None:
-        """Kill a process whose log or metrics would fill the disk and the store."""
+        """Kills a process whose log or metrics exceed their limit."""
         if self._overflowed is not None:
             return
         journals = self._run_dir.metrics_path, self._run_dir.events_path
@@ -159,8 +159,8 @@ class AttemptMonitor:
         log.warning("run writes too much", run=self._run_id, what=self._overflowed)
         self._process.send(signal.SIGKILL)
 
-    async def _listen(self) -> None:
-        """Say that the process gives no sign of life, or does again; kill one that is silent for too long."""
+    async def _check_heartbeat(self) -> None:
+        """Updates NOT_RESPONDING by the heartbeat; kills a process that is silent for too long."""
         silent_s, limit_s = self._heartbeat.silent_s(), self._context.settings.max_silence_s
         quiet = silent_s > (min(QUIET_S, limit_s / 2) if limit_s else QUIET_S)
         if quiet != self._quiet:
@@ -231,7 +231,7 @@ def _size(path: Path) -> int:
 
 
 def log_tail(run_dir: RunDir, attempt: int) -> str:
-    """The last lines of an attempt's log, printable, on one line."""
+    """Last lines of an attempt's log, printable, joined to one line."""
     try:
         with run_dir.log_path(attempt).open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - LOG_TAIL_BYTES))

@@ -1,4 +1,4 @@
-"""Which devices are free, and which run gets them; a run is given all that it needs or nothing."""
+"""Allocates devices and CPU slots to runs; a run gets all that it requests or nothing."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeviceRequest:
-    """What a run asks for: these devices, or this many of any; neither means a CPU slot."""
+    """Requested devices of a run: these indices, or a number of any; neither means a CPU slot."""
 
     gpus: tuple[int, ...] = ()
     count: int = 0
 
     @classmethod
     def from_spec(cls, effective: RunSpec) -> DeviceRequest:
-        """The need of a run whose effective spec is settled."""
+        """The request of an effective spec."""
         resources = effective.resources
         return cls(gpus=tuple(resources.gpus), count=0 if resources.gpus else resources.gpu_count)
 
     @property
     def on_cpu(self) -> bool:
-        """Whether no device is asked for."""
+        """True if no device is requested."""
         return not self.gpus and not self.count
 
 
 class DeviceSlots:
-    """The devices of this service, and places for runs on the CPU."""
+    """The devices of this service, and slots for runs on the CPU."""
 
     def __init__(self, *, gpus: Collection[int], cpu_slots: int) -> None:
         self.gpus = tuple(sorted(set(gpus)))
@@ -39,28 +39,28 @@ class DeviceSlots:
 
     @property
     def num_free_gpus(self) -> int:
-        """Devices that no run has."""
+        """Number of free devices."""
         return len(self._free)
 
     @property
     def num_free_cpu(self) -> int:
-        """Places on the CPU that no run has."""
+        """Number of free CPU slots."""
         return max(0, self._free_cpu)
 
     def why_never(self, need: DeviceRequest) -> str | None:
-        """Why `need` can never be met here; None if it can."""
+        """The reason that this service can never meet `need`; None if it can."""
         offered = ", ".join(map(str, self.gpus)) or "none"
         unknown = sorted(set(need.gpus) - set(self.gpus))
         if unknown:
             return f"device {unknown[0]} is not offered by this service; it offers {offered}"
         if need.count > len(self.gpus):
-            return f"{need.count} devices are asked for; this service offers {offered}"
+            return f"{need.count} devices are requested; this service offers {offered}"
         if need.on_cpu and self.cpu_slots == 0:
-            return "this service runs nothing on its CPU; start it with --cpu-slots 1, or ask for a device"
+            return "this service has no CPU slots; start it with --cpu-slots 1, or request a device"
         return None
 
     def reserve(self, need: DeviceRequest) -> tuple[int, ...] | None:
-        """The devices given to a run, none for a CPU slot; None if they are not free."""
+        """Reserves devices, an empty tuple for a CPU slot; None if they are not free."""
         if need.on_cpu:
             if self._free_cpu <= 0:
                 return None
@@ -73,20 +73,20 @@ class DeviceSlots:
         return devices
 
     def mark_reserved(self, devices: tuple[int, ...]) -> None:
-        """Count what an adopted run already has as taken."""
+        """Marks the devices of an adopted run as reserved."""
         if devices:
             self._free.difference_update(devices)
         else:
             self._free_cpu -= 1
 
     def release(self, devices: tuple[int, ...]) -> None:
-        """Take back what `take` or `hold` gave."""
+        """Frees reserved devices."""
         if devices:
             self._free.update(set(devices).intersection(self.gpus))
         else:
             self._free_cpu += 1
 
     def threads(self, devices: tuple[int, ...]) -> int:
-        """CPU threads for a process: its fair share of the cores."""
+        """CPU threads of a process: its share of the cores."""
         cores = len(os.sched_getaffinity(0))
         return max(1, cores // max(1, len(self.gpus) if devices else self.cpu_slots))

@@ -1,4 +1,4 @@
-"""What the end of a training process means for its run: a pure function of what was seen."""
+"""Maps exit status and reported outcome of a training process to the run's next state. Pure."""
 
 from __future__ import annotations
 
@@ -16,55 +16,55 @@ from stillhouse.student_trainer.runs.store.run_state import State
 from stillhouse.student_trainer.runs.supervision.training_process import Exit
 
 NO_RETRY = frozenset({Reason.OUT_OF_MEMORY, Reason.RUN_STATE})
-"""Reasons after which another attempt would end in the same way."""
+"""Reasons for which a retry would fail the same way."""
 KILLED_CODE = 128 + signal.SIGKILL
 MEMORY_ADVICE = (
     "Lower optimizer.micro_batch_size and raise optimizer.grad_accum_steps by the same factor, which "
-    "retry.halve_micro_batch does by itself, set student.gradient_checkpointing, quantise the base with "
-    "student.quantization, or give the host more memory; `run resume` goes on from the last checkpoint."
+    "retry.halve_micro_batch does automatically, set student.gradient_checkpointing, quantise the base with "
+    "student.quantization, or give the host more memory; `run resume` continues from the last checkpoint."
 )
 
 
 Overflow = Literal["log", "metrics"]
 _TOO_MUCH: Mapping[Overflow, str] = {
-    "log": "The process wrote more log than one attempt may, and was killed. See what it repeats; if it has to, start the "
-    "service with a larger --max-log-bytes.",
-    "metrics": "The process wrote more metrics and events than a run may, and was killed. Evaluate less often or take fewer "
-    "steps; if it has to be so many, start the service with a larger --max-metric-bytes and resume the run.",
+    "log": "The process exceeded the log size of an attempt and was killed. Check what it repeats; if that is needed, start "
+    "the service with a larger --max-log-bytes.",
+    "metrics": "The process exceeded the size of a run's metrics and events and was killed. Evaluate less often or train for fewer "
+    "steps; if all are needed, start the service with a larger --max-metric-bytes and resume the run.",
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AttemptEnd:
-    """What was seen of an attempt's end."""
+    """Observations at the end of an attempt."""
 
     state: State
-    """The run's, which is a live one."""
+    """State of the run, a live one."""
     exit: Exit
     outcome: str | None
-    """completed, stopped or failed, as the process said; None if it said nothing."""
+    """Reported by the process: completed, stopped or failed; None if it reported nothing."""
     error: Status | None
-    """Why it failed, as the process said."""
+    """Error reported by the process."""
     killed_for_stop: bool
-    """Whether the service killed it because it did not end in time after a stop."""
+    """True if the service killed it for not exiting in time after a stop."""
     killed_for_silence: bool
-    """Whether the service killed it because it gave no sign of life for too long."""
+    """True if the service killed it for lack of a heartbeat."""
     killed_for_memory: bool
-    """Whether the kernel has killed a process for memory meanwhile."""
+    """True if the kernel's OOM killer has killed a process meanwhile."""
     log_tail: str
     """The last lines of its log."""
     may_retry: bool
-    """Whether another process may be started without being asked."""
+    """True if an automatic retry is allowed."""
     overflowed: Overflow | None = None
-    """What outgrew its limit, if the service killed it because of that."""
+    """The size limit for which the service killed it, if any."""
     may_halve: bool = False
-    """Whether one with half the micro-batch may be, if memory ran out."""
+    """True if a retry with half the micro-batch is allowed after running out of memory."""
     full_disk: str = ""
-    """What to say of the run's disk if the process had no room for a word."""
+    """Message for a full disk, if the process could not report it."""
 
 
 def ran_out_of_memory(error: Status | None) -> bool:
-    """Whether an attempt ended for want of memory, or by a SIGKILL of nobody knows whom, which mostly means it."""
+    """True if an attempt ran out of memory, or got a SIGKILL of unknown origin, which mostly means the same."""
     if error is None:
         return False
     cause = from_status(error)
@@ -73,9 +73,9 @@ def ran_out_of_memory(error: Status | None) -> bool:
 
 
 def classify(ending: AttemptEnd) -> tuple[State, Status | None]:
-    """The state that follows, and the attempt's error, if it had one."""
+    """The run's next state, and the attempt's error, if any."""
     if ending.outcome == "completed":
-        # A run that was done before it was asked to stop, or before it was seen to start, is done.
+        # Also if it completed before a stop request, or before its start was recorded.
         return run_state.COMPLETED, None
     if ending.outcome == "stopped" and ending.state == run_state.STOPPING:
         return run_state.STOPPED, None
@@ -88,7 +88,7 @@ def classify(ending: AttemptEnd) -> tuple[State, Status | None]:
 
 
 def _failed_or_retry(ending: AttemptEnd, error: Status) -> State:
-    """PENDING if another attempt may help, else FAILED; a run that was asked to stop is not retried."""
+    """PENDING if a retry may help, else FAILED; a run with a stop request is not retried."""
     cause = from_status(error)
     if (
         ending.may_halve
@@ -106,41 +106,39 @@ def _failed_or_retry(ending: AttemptEnd, error: Status) -> State:
 
 
 def _death(ending: AttemptEnd) -> StillhouseError:
-    """The error of a process that ended without a word."""
+    """The error of a process that reported none."""
     number, code = ending.exit.signal, ending.exit.code
-    # A process that was killed from outside had no time to write why.
-    told = number not in (signal.SIGKILL, signal.SIGTERM)
-    tail = f" Its log ends: {ending.log_tail}" if ending.log_tail and told else ""
+    # A process killed from outside could not log the cause.
+    may_log = number not in (signal.SIGKILL, signal.SIGTERM)
+    tail = f" Last log lines: {ending.log_tail}" if ending.log_tail and may_log else ""
     metadata = {"exit_code": str(code), "signal": str(number)}
     if ending.overflowed:
-        sentence = f"{_TOO_MUCH[ending.overflowed]} Its log ends: {ending.log_tail}"
+        sentence = f"{_TOO_MUCH[ending.overflowed]} Last log lines: {ending.log_tail}"
         return StillhouseError(Reason.QUOTA, sentence, metadata=metadata)
     if ending.killed_for_stop:
-        sentence = "The process did not end in time after it was asked to stop, and was killed; `run resume` goes on from the last checkpoint."
+        sentence = "The process did not exit in time after a stop request and was killed; `run resume` continues from the last checkpoint."
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
     if ending.killed_for_silence:
         sentence = (
-            "The process gave no sign of life for longer than the service's --max-silence-s, and was killed; "
-            "see whether its host or disk hangs. `run resume` goes on from the last checkpoint."
+            "The process sent no heartbeat for longer than the service's --max-silence-s and was killed; "
+            "check whether its host or disk hangs. `run resume` continues from the last checkpoint."
         )
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
     if ending.outcome == "stopped":
-        sentence = "The process wrote a checkpoint and ended because something else than this service told it to, such as a SIGTERM; `run resume` goes on from there."
+        sentence = "The process saved a checkpoint and exited on a signal from outside this service, such as a SIGTERM; `run resume` continues from there."
         return StillhouseError(Reason.PROCESS_DIED, sentence, metadata=metadata)
     if code == EXIT_DISK_FULL:
         return StillhouseError(Reason.DISK_FULL, ending.full_disk, metadata=metadata)
     if number == signal.SIGKILL and ending.killed_for_memory:
-        sentence = f"The kernel killed the process for memory (exit 137). {MEMORY_ADVICE}"
+        sentence = f"The kernel's OOM killer killed the process (exit 137). {MEMORY_ADVICE}"
         return StillhouseError(Reason.OUT_OF_MEMORY, sentence + tail, metadata=metadata)
     if code == KILLED_CODE:
-        sentence = (
-            f"The process was killed (exit 137), which mostly means that memory ran out. {MEMORY_ADVICE}"
-        )
+        sentence = f"The process was killed (exit 137), most likely for lack of memory. {MEMORY_ADVICE}"
     elif number:
         name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
-        sentence = f"The process was ended by {name}; `run resume` goes on from the last checkpoint."
+        sentence = f"The process was ended by {name}; `run resume` continues from the last checkpoint."
     elif code is None:
-        sentence = "The process ended while the service was not running; `run resume` goes on from the last checkpoint."
+        sentence = "The process ended while the service was not running; `run resume` continues from the last checkpoint."
     else:
-        sentence = f"The process ended with code {code} and did not say why; `run resume` tries again."
+        sentence = f"The process ended with code {code} and reported no error; `run resume` tries again."
     return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)

@@ -1,4 +1,4 @@
-"""Brings a run's journals into the store, and wakes those who watch the run."""
+"""Ingests a run's journals into the store, and notifies watchers of the run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.student_trainer.runs.store.store import Store
 
 
 class JournalTail:
-    """Reads what the process of a run's attempt has written since the last call; blocks, for the database's thread."""
+    """Ingests the new journal lines of an attempt since the last call; blocks, for the database thread."""
 
     def __init__(self, store: Store, run_id: str, run_dir: RunDir, attempt: int) -> None:
         self._attempt = attempt
@@ -23,9 +23,9 @@ class JournalTail:
         self._offsets: tuple[int, int] | None = None
 
     def ingest(self) -> bool:
-        """Record the further lines, each exactly once; whether there were any.
+        """Records new lines, each exactly once; True if there were any.
 
-        What is on disk and how far it was read change in one transaction, so a killed service reads nothing twice.
+        Lines and offsets change in one transaction, so a killed service reads nothing twice.
         """
         if self._offsets is None:
             self._offsets = self._store.offsets(self._run_id)
@@ -33,23 +33,23 @@ class JournalTail:
         following = (batch.offsets["events_offset"], batch.offsets["metrics_offset"])
         if following == self._offsets:
             return False
-        self._offsets = None  # asked for again if recording fails: a database may have done it all the same
+        self._offsets = None  # read again if recording fails, since the database may have committed
         self._store.record(self._run_id, batch)
         self._offsets = following
         return True
 
 
 class ChangeNotifier:
-    """Wakes the tasks that wait for news of a run."""
+    """Wakes tasks that wait for changes of a run."""
 
     def __init__(self) -> None:
         self._listeners: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self.closed = False
-        """Whether the service ends, so that nobody should wait any longer."""
+        """True once the service stops and waiting ends."""
 
     @contextlib.contextmanager
     def subscribe(self, run_id: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever there is news of the run."""
+        """An event that is set on every change of the run."""
         event = asyncio.Event()
         self._listeners[run_id].add(event)
         try:
@@ -60,12 +60,12 @@ class ChangeNotifier:
                 del self._listeners[run_id]
 
     def notify(self, run_id: str) -> None:
-        """Say that there is news of the run."""
+        """Wakes the subscribers of a run."""
         for event in self._listeners.get(run_id, ()):
             event.set()
 
     def close(self) -> None:
-        """Wake everybody for the last time."""
+        """Wakes all subscribers for the last time."""
         self.closed = True
         for run_id in list(self._listeners):
             self.notify(run_id)

@@ -1,4 +1,4 @@
-"""How long a training process has given no sign of life, on no clock that anybody can set."""
+"""Seconds since the last heartbeat of a training process, on the monotonic clock."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 LOOK_LIMIT_S = 1.0
-"""The most that counts between two looks: a service that was itself stopped does not blame the process."""
+"""Largest silence counted between two polls, so that a suspended service does not blame the process."""
 
 
 class HeartbeatWatch:
-    """Watches the file that a process touches while it lives."""
+    """Watches the heartbeat file of a process."""
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._path = path
@@ -21,7 +21,7 @@ class HeartbeatWatch:
         self._silent_s = 0.0
 
     def silent_s(self) -> float:
-        """Seconds without a sign of life so far, as this service saw them; look often."""
+        """Seconds without a heartbeat, as this service observed them; poll often."""
         now_s = self._clock()
         heartbeat_ns = self._heartbeat_ns()
         if heartbeat_ns == self._seen_ns:

@@ -1,4 +1,4 @@
-"""Removes runs that ended long ago, with their files, where the operator has set an age."""
+"""Retention: deletes runs, with their files, that ended longer ago than the operator's limit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stillhouse.student_trainer.runs.store.queries import now_us
 from stillhouse.student_trainer.runs.store.store import Store
 
 SWEEP_S = 600.0
-"""Time between two looks for runs that are too old."""
+"""Interval between sweeps."""
 AT_ONCE = 100
 DAY_US = 86_400_000_000
 
@@ -23,7 +23,7 @@ log = structlog.get_logger(__name__)
 async def sweep(
     store: Store, db: DatabaseThread, keep_days: float, remove: Callable[[str], Awaitable[None]]
 ) -> int:
-    """How many runs were removed that ended more than `keep_days` ago; `remove` takes the id of one."""
+    """Deletes runs that ended more than `keep_days` ago by `remove`, called with an id; returns their number."""
     removed = 0
     while True:
         ids = await db(store.ended_before, now_us() - round(keep_days * DAY_US), limit=AT_ONCE)
@@ -31,7 +31,7 @@ async def sweep(
             try:
                 await remove(run_id)
             except StillhouseError as error:
-                # Resumed or deleted by a person meanwhile.
+                # Resumed or deleted meanwhile.
                 if error.reason not in (Reason.RUN_STATE, Reason.RUN_NOT_FOUND):
                     raise
             else:
@@ -44,7 +44,7 @@ async def sweep(
 async def keep_sweeping(
     store: Store, db: DatabaseThread, keep_days: float, remove: Callable[[str], Awaitable[None]]
 ) -> None:
-    """Sweep until cancelled; what goes wrong is tried again at the next time."""
+    """Sweeps until cancelled; failures are retried at the next sweep."""
     while True:
         try:
             await sweep(store, db, keep_days, remove)

@@ -1,4 +1,4 @@
-"""Starts queued runs as devices become free, first come, first served, and takes over live ones after a restart."""
+"""Starts queued runs as devices become free, first come, first served, and adopts live ones after a restart."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotif
 from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess
 
 RETRY_S = 5.0
-"""Time after which the queue or a run is looked at again, if something went wrong."""
+"""Retry interval of the queue or a run after a failure."""
 
 log = structlog.get_logger(__name__)
 
@@ -51,25 +51,25 @@ class Supervisor:
         self._news = asyncio.Event()
         self._scheduler: asyncio.Task[None] | None = None
         self._unsure = False
-        """Whether the store may know of attempts that were never started, because its answer was lost."""
+        """True if the store may hold attempts that were never started, because its reply was lost."""
 
     def run_dir(self, run_id: str) -> RunDir:
         """The directory of a run."""
         return RunDir(self._data_dir.runs_path / run_id)
 
     async def start(self) -> None:
-        """Take over live runs, then start queued ones until `close`."""
+        """Adopts live runs, then starts queued ones until `close`."""
         for run in await self._db(self._store.live):
             await self._adopt(run)
         self._news.set()
         self._scheduler = asyncio.create_task(self._schedule(), name="scheduler")
 
     def wake(self) -> None:
-        """Look at the queue, which has changed."""
+        """Schedules again after a change of the queue."""
         self._news.set()
 
     async def stop_run(self, run_id: str) -> Run:
-        """The run, which is STOPPED or on its way. Raises StillhouseError(RUN_STATE) if it ended by itself."""
+        """Requests a stop and returns the run. Raises StillhouseError(RUN_STATE) if it has completed or failed."""
         run = await self._db(self._store.stop, run_id)
         if run_id in self._monitors:
             self._monitors[run_id].request_stop()
@@ -78,7 +78,7 @@ class Supervisor:
         return run
 
     async def close(self, *, stop_runs: bool) -> None:
-        """Start nothing more. Live runs go on for the next service, or are stopped and waited for."""
+        """Stops scheduling. Live runs continue for the next service, or are stopped and awaited."""
         if self._scheduler is not None:
             self._scheduler.cancel()
             await asyncio.wait({self._scheduler})
@@ -92,7 +92,7 @@ class Supervisor:
             await asyncio.wait(set(self._tasks.values()))
 
     def kill(self) -> None:
-        """End whatever still lives, at once: nothing is left behind when somebody does not want to wait."""
+        """Kills all live processes, so that an impatient shutdown leaves none behind."""
         for monitor in self._monitors.values():
             monitor.kill()
 
@@ -122,7 +122,7 @@ class Supervisor:
             self._news.set()
 
     async def _catch_up(self) -> None:
-        """Queue the runs again that the store calls live and that nobody looks after; pass on stops that were missed."""
+        """Requeues live runs without a monitor, and forwards missed stop requests."""
         for run in await self._db(self._store.live):
             run_id = run.name.removeprefix("runs/")
             if run_id not in self._monitors:
@@ -136,7 +136,7 @@ class Supervisor:
         self._notifier.notify(run_id)
 
     async def _start_queued(self) -> None:
-        """Start what fits. A run that waits for devices lets none behind it pass that wants the same kind."""
+        """Starts runs that fit. A run that waits for devices blocks later ones of the same kind."""
         blocked: set[bool] = set()
         for run in await self._db(self._store.queue):
             need = DeviceRequest.from_spec(run.effective_spec)
@@ -187,7 +187,7 @@ class Supervisor:
     def _spawn(
         self, run: Run, run_dir: RunDir, attempt: int, devices: tuple[int, ...], *, halve: bool
     ) -> training_process.ChildProcess:
-        """Fence off earlier attempts, then start the process."""
+        """Fences off earlier attempts, then starts the process."""
         if not run_dir.effective_spec_path.exists():
             RunDir.create(run_dir.path, run.spec, run.effective_spec)
         run_dir.write_control(attempt, stop=False)
@@ -204,7 +204,7 @@ class Supervisor:
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
         error = StillhouseError(
             Reason.DISK_FULL if is_full(cause) else Reason.PROCESS_DIED,
-            f"The training process of run {run_id} could not be started: {cause}. Mend that, then resume the run.",
+            f"The training process of run {run_id} could not be started: {cause}. Fix that, then resume the run.",
         )
         await self._db(
             self._store.end_attempt,
@@ -218,13 +218,13 @@ class Supervisor:
         self._notifier.notify(run_id)
 
     async def _adopt(self, run: Run) -> None:
-        """Look after a run that an earlier service started, whether its process lives or not."""
+        """Adopts a run of an earlier service, whether its process lives or not."""
         run_id = run.name.removeprefix("runs/")
         run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
         devices = await self._db(self._store.devices, run_id, attempt)
         record = await asyncio.to_thread(training_process.find_running, run_dir, attempt)
         if record is None and not training_process.has_started(run_dir, attempt):
-            # The service was killed between the store's word and the process's start.
+            # The service was killed after the store's commit and before the process's start.
             await self._withdraw(run_id, attempt)
             return
         log.info("run adopted", run=run_id, attempt=attempt, pid=record.pid if record else None)
@@ -255,13 +255,13 @@ class Supervisor:
             self.wake()
 
     async def _watch(self, run_id: str, monitor: AttemptMonitor) -> None:
-        """Return once the run's process has ended and the store knows; what goes wrong on the way is tried again."""
+        """Returns once the run's end is in the store; failures are retried."""
         while True:
             try:
                 await monitor.watch()
                 break
             except StillhouseError as error:
-                log.warning("run not looked after", run=run_id, why=error.message, retry_after_s=RETRY_S)
+                log.warning("run not monitored", run=run_id, why=error.message, retry_after_s=RETRY_S)
             except Exception:
-                log.exception("run not looked after", run=run_id, retry_after_s=RETRY_S)
+                log.exception("run not monitored", run=run_id, retry_after_s=RETRY_S)
             await asyncio.sleep(RETRY_S)

@@ -1,4 +1,4 @@
-"""One training process as the service sees it: started as its own process group, or found again after a restart."""
+"""Training processes: started in their own process group, or adopted after a restart."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from stillhouse.student_trainer.run_dir import ProcessRecord, RunDir, start_time
 
 PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
-"""Names the file with the secrets of teachers; the secrets themselves stay in it."""
+"""Environment variable with the path of the teachers' credentials file."""
 SECRETS = frozenset({"STILLHOUSE_TRAINER_DATABASE", "PGPASSWORD"})
-"""Of the service's environment, which training processes have no use for."""
+"""Environment variables of the service that training processes do not get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exit:
-    """How a process ended; `code` is None if nobody could see it."""
+    """Exit status of a process; `code` is None if it is unknown."""
 
     code: int | None
     signal: int = 0
 
 
 class Process(Protocol):
-    """A process that works on a run."""
+    """A training process of a run."""
 
     def poll(self) -> Exit | None:
-        """How it ended; None while it lives."""
+        """Exit status; None while it lives."""
         ...
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to its whole group."""
+        """Sends a signal to its process group."""
         ...
 
 
@@ -52,7 +52,7 @@ class ChildProcess:
         self._process = process
 
     def poll(self) -> Exit | None:
-        """How it ended; what it left in its group is killed before its number can be given to another."""
+        """Exit status; the rest of its process group is killed before the pid can be reused."""
         if self._process.returncode is None:
             flags = os.WEXITED | os.WNOHANG | os.WNOWAIT
             if os.waitid(os.P_PID, self._process.pid, flags) is None:
@@ -62,23 +62,23 @@ class ChildProcess:
         return Exit(code=code) if code >= 0 else Exit(code=128 - code, signal=-code)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to its whole group."""
+        """Sends a signal to its process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
 
 class AdoptedProcess:
-    """A process that an earlier service started, or None if it ended while no service ran."""
+    """A process started by an earlier service; its record is None if it exited meanwhile."""
 
     def __init__(self, record: ProcessRecord | None) -> None:
         self._record = record
 
     def poll(self) -> Exit | None:
-        """That it ended; only its parent could see how."""
+        """Exit with unknown status once it has ended, since only its parent could read it."""
         return None if self._record is not None and self._record.alive else Exit(code=None)
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to its whole group."""
+        """Sends a signal to its process group."""
         if self._record is not None and self._record.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._record.pid, number)
@@ -100,10 +100,10 @@ def start(
     credentials: Path,
     halve: bool = False,
 ) -> ChildProcess:
-    """Start the training process, with half its micro-batch if `halve`; its output goes to the attempt's log.
+    """Starts the training process, with half its micro-batch if `halve`; its output goes to the attempt's log.
 
     Raises:
-        OSError: the process or its log cannot be made.
+        OSError: the process or its log cannot be created.
     """
     log_path = run_dir.log_path(attempt)
     log_path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,9 @@ def start(
 def environment(
     *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
 ) -> dict[str, str]:
-    """The service's own environment with the process's share of the machine."""
+    """The service's environment with the process's devices and threads."""
     variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    # The package is found whether it is installed or runs from a source tree.
+    # Finds the package also from a source tree.
     paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
     variables |= {
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(path).resolve()) for path in paths)),
@@ -143,7 +143,7 @@ def environment(
 def find_running(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
     """The live process of an attempt that an earlier service started.
 
-    It holds the run's lock and matches its own record; before it has come that far, its arguments tell.
+    Found by the run's lock and record, or before those exist by its arguments.
     """
     record = run_dir.locked_by_live_process()
     if record is not None:
@@ -157,7 +157,7 @@ def find_running(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
 
 
 def has_started(run_dir: RunDir, attempt: int) -> bool:
-    """Whether the process of an attempt has ever opened the run or said a word; if not, it may never have been started."""
+    """True if the process of an attempt has opened the run or logged anything; else it may never have started."""
     opened = run_dir.process()
     if opened is not None and opened.attempt == attempt:
         return True
@@ -168,7 +168,7 @@ def has_started(run_dir: RunDir, attempt: int) -> bool:
 
 
 def end_leftover(run_dir: RunDir) -> None:
-    """Kill a process of an earlier attempt that still holds the run; its writes are fenced off already."""
+    """Kills a process of an earlier attempt that still holds the run; its writes are already fenced off."""
     record = run_dir.locked_by_live_process()
     if record is not None:
         AdoptedProcess(record).send(signal.SIGKILL)
@@ -177,7 +177,7 @@ def end_leftover(run_dir: RunDir) -> None:
 
 
 def oom_kills() -> int:
-    """Processes that the kernel has killed for memory, in this control group if it says, else on this machine."""
+    """Number of OOM kills in this control group if known, else on this machine."""
     for path in ("/sys/fs/cgroup/memory.events", "/proc/vmstat"):
         with contextlib.suppress(OSError, ValueError):
             for line in Path(path).read_text().splitlines():

@@ -146,7 +146,7 @@ async def test_files_that_cannot_be_used_are_named(certificates: Certificates, t
 
 def test_a_token_does_not_cross_a_network_in_plaintext() -> None:
     with pytest.raises(
-        StillhouseError, match=r"A token would travel to teacher\.lab:7401 in plaintext"
+        StillhouseError, match=r"A token would be sent to teacher\.lab:7401 in plaintext"
     ) as caught:
         connect(ChannelOptions(target="teacher.lab:7401", token="t0"))
     assert caught.value.reason == Reason.INVALID_CONFIG

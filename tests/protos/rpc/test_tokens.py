@@ -70,7 +70,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: str) -> None
     path = tmp_path / "tokens.json"
     path.write_bytes(content.encode("utf-8", "surrogateescape"))
     path.chmod(0o600)
-    with pytest.raises(StillhouseError, match="is no tokens file") as caught:
+    with pytest.raises(StillhouseError, match="is not a tokens file") as caught:
         TokenFile(path)
     assert caught.value.reason == Reason.INVALID_CONFIG
 
@@ -87,10 +87,10 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
 
 def test_an_optional_file_demands_tokens_once_it_is_there_and_for_good(tmp_path: Path) -> None:
     tokens = TokenFile(tmp_path / "tokens.json", optional=True)
-    assert not tokens.demanded
+    assert not tokens.required
     secret = make(tmp_path / "tokens.json")
-    assert tokens.demanded
+    assert tokens.required
     assert tokens.lookup(secret) is not None
     (tmp_path / "tokens.json").unlink()
-    assert tokens.demanded
+    assert tokens.required
     assert tokens.lookup(secret) is None

@@ -143,7 +143,7 @@ def test_a_spec_beyond_any_run_is_refused_before_it_is_checked(service: Service)
     spec.display_name = "x" * MAX_SPEC_BYTES
     with refused(Reason.INVALID_SPEC) as caught:
         service.create(spec)
-    assert f"at most {MAX_SPEC_BYTES} are taken" in str(caught[0])
+    assert f"the limit is {MAX_SPEC_BYTES}" in str(caught[0])
 
 
 @pytest.mark.faults(row=14)

@@ -51,13 +51,13 @@ def test_a_second_service_does_not_get_the_database(postgres: Postgres) -> None:
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("mysql://ada:secret@host/db", "no URL of a PostgreSQL database"),
+        ("mysql://ada:secret@host/db", "not a URL of a PostgreSQL database"),
         (
             "postgresql://ada:secret@127.0.0.1:1/db",
             "cannot use its database postgresql://ada:\\*\\*\\*@127.0.0.1:1/db",
         ),
-        ("postgresql://ada:secret@127.0.0.1:x/db", "no URL of a PostgreSQL database"),
-        ("stillhouse.db", "no URL of a PostgreSQL database"),
+        ("postgresql://ada:secret@127.0.0.1:x/db", "not a URL of a PostgreSQL database"),
+        ("stillhouse.db", "not a URL of a PostgreSQL database"),
     ],
 )
 def test_a_database_that_cannot_be_used_is_refused_without_its_password(url: str, says: str) -> None:

@@ -102,7 +102,7 @@ def test_exit_137_comes_with_advice(code: Exit) -> None:
 
 def test_a_death_without_a_word_shows_the_end_of_the_log() -> None:
     assert ended(exit=Exit(code=1), log_tail="ImportError: no torch")[2].endswith(
-        "Its log ends: ImportError: no torch"
+        "Last log lines: ImportError: no torch"
     )
 
 

@@ -157,7 +157,7 @@ def test_a_process_that_dies_is_retried_and_one_that_hangs_is_killed_after_the_g
     assert run.state == Run.STATE_STOPPED
     assert [attempt.signal for attempt in run.attempts] == [signal.SIGKILL, signal.SIGKILL]
     assert "was killed (exit 137)" in run.attempts[0].error.message
-    assert "did not end in time" in run.attempts[1].error.message
+    assert "did not exit in time" in run.attempts[1].error.message
 
 
 @pytest.mark.faults(row=21)

@@ -1,4 +1,4 @@
-"""Who submitted a run, and whether its micro-batch was halved after it ran out of memory."""
+"""Adds the owner of a run, and the flag of a micro-batch halved after running out of memory."""
 
 from __future__ import annotations
 
