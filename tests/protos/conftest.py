@@ -1,4 +1,4 @@
-"""Properties are judged by their truth, not by the speed of a busy machine."""
+"""Hypothesis profile without deadlines, for busy machines."""
 
 from hypothesis import HealthCheck, settings
 

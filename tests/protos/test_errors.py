@@ -1,4 +1,4 @@
-"""The catalog of errors: both directions, bounded, and without internal text."""
+"""Error catalog: both directions, bounded, without internal text."""
 
 import asyncio
 import pickle
@@ -45,7 +45,7 @@ def parts(error: StillhouseError) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("reason", Reason)
-def test_every_reason_comes_back_whole(reason: Reason) -> None:
+def test_every_reason_round_trips(reason: Reason) -> None:
     error = full(reason)
     assert parts(from_status(to_status(error))) == parts(error)
     assert parts(from_status(from_json(to_json(to_status(error))))) == parts(error)
@@ -70,7 +70,7 @@ def test_the_table_of_codes_is_the_one_that_was_agreed() -> None:
     assert [reason for reason in Reason if reason.value != reason.name] == []
 
 
-def test_only_what_may_pass_by_itself_is_retryable() -> None:
+def test_only_transient_errors_are_retryable() -> None:
     assert StillhouseError(Reason.TEACHER_LOADING, "").retryable
     assert StillhouseError(Reason.TOO_MANY_CALLS, "").retryable
     assert not StillhouseError(Reason.DISK_FULL, "").retryable
@@ -87,13 +87,13 @@ def test_a_bug_leaves_a_log_id_and_nothing_else() -> None:
     assert error.metadata["log_id"] in error.message
 
 
-def test_a_cancellation_is_no_bug() -> None:
+def test_a_cancellation_is_not_a_bug() -> None:
     with capture_logs() as logs:
         assert to_status(asyncio.CancelledError()).code == grpc.StatusCode.CANCELLED.value[0]
     assert logs == []
 
 
-def test_of_a_group_the_error_in_the_catalog_counts() -> None:
+def test_the_catalogs_error_stands_for_a_group() -> None:
     known = StillhouseError(Reason.QUOTA, "too much")
     group = BaseExceptionGroup("", [asyncio.CancelledError(), ExceptionGroup("", [ValueError(), known])])
     assert from_status(to_status(group)).reason == Reason.QUOTA
@@ -112,7 +112,7 @@ def test_a_thousand_violations_are_cut_and_counted() -> None:
     assert back[-1].description.startswith(f"{1001 - len(back)} further fields")
 
 
-def test_text_that_no_header_can_hold_is_mended() -> None:
+def test_text_that_headers_cannot_hold_is_cleaned() -> None:
     back = from_status(
         to_status(StillhouseError(Reason.MODEL_NOT_FOUND, "no /a\udcff", metadata={"p": "\udcff"}))
     )
@@ -127,7 +127,7 @@ def test_a_status_without_our_details_keeps_its_code(code: grpc.StatusCode) -> N
     assert code.name in error.message
 
 
-def test_details_that_cannot_be_read_are_left_out() -> None:
+def test_unreadable_details_are_skipped() -> None:
     torn = any_pb2.Any(type_url="type.googleapis.com/google.rpc.ErrorInfo", value=b"\xff\xff")
     foreign = any_pb2.Any(type_url="type.googleapis.com/acme.Unknown", value=b"x")
     later = any_pb2.Any()

@@ -1,4 +1,4 @@
-"""The contract is light: no program pays for torch, or for another program, by importing it."""
+"""Imports of protos stay light: neither torch nor another program."""
 
 import subprocess
 import sys

@@ -42,7 +42,7 @@ def test_specs_are_kept_as_they_were_given(run_dir: RunDir) -> None:
 
 def test_a_broken_spec_file_is_named(run_dir: RunDir) -> None:
     run_dir.effective_spec_path.write_text('{"student": {"modell": "x"}}')
-    with pytest.raises(StillhouseError, match="no run specification"):
+    with pytest.raises(StillhouseError, match="not a run specification"):
         run_dir.effective_spec()
 
 

@@ -1,4 +1,4 @@
-"""The file format of teachers' answers: every bit comes back, a kill loses nothing whole, and every lie is noticed."""
+"""Cache file format: lossless round trips, no loss of complete shards by a kill, detection of all damage."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sequence(number: int, length: int = 12) -> np.ndarray:
 
 
 def answer(meta: CacheMeta, number: int = 0, start: int = 3, length: int = 12) -> Distributions:
-    """What a model of random distributions says, with every part that `meta` has, as it comes from the wire."""
+    """Random distributions as received, with every column of `meta`."""
     rng = np.random.default_rng([1, number])
     logits = 2 * rng.normal(size=(length - start, VOCAB_SIZE))
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -74,7 +74,7 @@ def answer(meta: CacheMeta, number: int = 0, start: int = 3, length: int = 12) -
 
 
 def write(path: Path, meta: CacheMeta, count: int = 5, **options: Any) -> Path:
-    """The one shard of a cache of `count` answers."""
+    """The single shard of a cache of `count` outputs."""
     with CacheWriter(path, **options) as writer:
         for number in range(count):
             assert writer.add(meta, sequence(number), answer(meta, number))
@@ -91,7 +91,7 @@ def assert_equal(one: Distributions, other: Distributions, atol: float = 0) -> N
 
 
 def refusal(path: Path, reason: Reason = Reason.CACHE_INVALID) -> str:
-    """The sentence with which a whole reading of the cache ends."""
+    """The error message of reading the complete cache."""
 
     def read() -> None:
         reader = CacheReader(path)
@@ -148,7 +148,7 @@ def test_queries_are_kept_with_their_ids_and_are_part_of_the_key(tmp_path: Path)
     np.testing.assert_array_equal(stored[0].query_token_ids, ids)
 
 
-def test_the_key_tells_apart_all_that_decides_an_answer() -> None:
+def test_the_key_covers_all_that_determines_an_output() -> None:
     others = [
         replace(PLAIN, teacher_fingerprint="0"),
         replace(PLAIN, adapter_fingerprint="1"),
@@ -164,7 +164,7 @@ def test_the_key_tells_apart_all_that_decides_an_answer() -> None:
     assert named.key(sequence(0), 3) == PLAIN.key(sequence(0), 3)
 
 
-def test_an_answer_with_more_columns_serves_whoever_needs_less(tmp_path: Path) -> None:
+def test_an_output_with_more_columns_serves_requests_for_fewer(tmp_path: Path) -> None:
     write(tmp_path, EVERYTHING)
     reader = CacheReader(tmp_path)
     key = EVERYTHING.key(sequence(0), 3)
@@ -178,7 +178,7 @@ def test_an_answer_with_more_columns_serves_whoever_needs_less(tmp_path: Path) -
     assert reader.get(key, replace(EVERYTHING, temperatures=(3.0,))) is None
 
 
-def test_what_is_there_is_not_added_twice_also_after_a_restart(tmp_path: Path) -> None:
+def test_an_output_is_added_once_also_after_a_restart(tmp_path: Path) -> None:
     write(tmp_path, PLAIN)
     with CacheWriter(tmp_path) as writer:
         assert not writer.add(PLAIN, sequence(0), answer(PLAIN))
@@ -207,7 +207,7 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     CacheWriter(tmp_path).close()
 
 
-def test_after_a_kill_whole_shards_are_there_and_half_ones_are_gone(tmp_path: Path) -> None:
+def test_after_a_kill_complete_shards_remain_and_partial_ones_are_removed(tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom stillhouse.protos.cache.writer import CacheWriter\n"
         "from tests.protos.cache.test_format import PLAIN, answer, sequence\n"
@@ -258,7 +258,7 @@ def _cut(shard: Path) -> None:
 
 
 def _rewritten(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
-    """A file with other content, under the SHA-256 that it has: its own word alone is not believed."""
+    """A file with other content and a matching SHA-256 in its name, so that only its content shows the damage."""
 
     def spoil(shard: Path) -> None:
         pq.write_table(change(pq.read_table(shard)), shard)
@@ -307,7 +307,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda shard: shard.write_text("x" * 4000), "magic bytes"),
     "no description": (_about(lambda said: None), "did not write it"),
     "a later format": (_about(lambda said: said.replace(b'"format": 1', b'"format": 9')), "format '9'"),
-    "a description of nothing": (_about(lambda said: b"[1, 2]"), "no JSON object"),
+    "a description of nothing": (_about(lambda said: b"[1, 2]"), "not a JSON object"),
     "a negative top_k": (_about(lambda said: said.replace(b'"top_k": 8', b'"top_k": -8')), "top_k"),
     "another teacher's name": (_about(lambda said: said.replace(b"ffff", b"eeee")), "its key"),
     "a column too few": (_rewritten(lambda table: table.drop_columns("log_tail")), "no column log_tail"),
@@ -327,7 +327,7 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("name", SPOILT)
 @pytest.mark.faults(row=11)
-def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_one_error_sentence(tmp_path: Path, name: str) -> None:
     spoil, told = SPOILT[name]
     spoil(write(tmp_path, PLAIN))
     assert told in refusal(tmp_path)
@@ -335,7 +335,7 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path: Path, name: str) ->
 
 
 @pytest.mark.faults(row=11)
-def test_a_flipped_byte_is_noticed_while_reading_without_the_name(tmp_path: Path) -> None:
+def test_a_flipped_byte_is_detected_without_the_file_name(tmp_path: Path) -> None:
     shard = write(tmp_path, PLAIN, 200)
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -347,7 +347,7 @@ def test_a_flipped_byte_is_noticed_while_reading_without_the_name(tmp_path: Path
 
 
 @pytest.mark.faults(row=11)
-def test_broken_shards_are_left_out_where_a_teacher_can_be_asked_again(tmp_path: Path) -> None:
+def test_broken_shards_are_skipped_if_a_teacher_can_be_queried_again(tmp_path: Path) -> None:
     _cut(write(tmp_path, PLAIN))
     with CacheWriter(tmp_path) as writer:
         assert [broken.path.name[:6] for broken in writer.reader.broken] == ["000000"]
@@ -355,13 +355,13 @@ def test_broken_shards_are_left_out_where_a_teacher_can_be_asked_again(tmp_path:
     assert len(CacheReader(tmp_path, ignore_broken=True)) == 1
 
 
-def test_no_cache_is_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_cache_is_one_error_sentence(tmp_path: Path) -> None:
     assert "no cache at" in refusal(tmp_path / "nowhere", Reason.CACHE_NOT_FOUND)
 
 
-def test_what_cannot_be_kept_is_the_programmers_error(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_stored_is_a_value_error(tmp_path: Path) -> None:
     with CacheWriter(tmp_path) as writer:
-        with pytest.raises(ValueError, match="speaks of"):
+        with pytest.raises(ValueError, match="output covers"):
             writer.add(PLAIN, sequence(0, 11), answer(PLAIN))
         with pytest.raises(ValueError, match="other columns"):
             writer.add(EVERYTHING, sequence(0), answer(PLAIN))

@@ -1,4 +1,4 @@
-"""The contract as tests see it: its files, messages and enums."""
+"""Descriptors of the contract: files, messages and enums."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ FILES: tuple[FileDescriptor, ...] = (tensor_pb2.DESCRIPTOR, teacher_pb2.DESCRIPT
 
 
 def messages() -> Iterator[Descriptor]:
-    """Every message of the contract, the nested ones included; entries of maps are none."""
+    """Every message of the contract, nested ones included, without map entries."""
 
     def below(message: Descriptor) -> Iterator[Descriptor]:
         if not message.GetOptions().map_entry:
@@ -24,7 +24,7 @@ def messages() -> Iterator[Descriptor]:
 
 
 def enums() -> Iterator[EnumDescriptor]:
-    """Every enum of the contract, the nested ones included."""
+    """Every enum of the contract, nested ones included."""
     for file in FILES:
         yield from file.enum_types_by_name.values()
     for message in messages():

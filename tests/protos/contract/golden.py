@@ -1,4 +1,4 @@
-"""Golden bytes: for each message of v1 one encoding that must decode for ever; run as a program, adds the missing ones."""
+"""Golden bytes: one encoding for each message of v1 that must always decode; run as a program, adds missing ones."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,7 @@ def entries() -> dict[str, Message]:
 
 
 def full(descriptor: Descriptor, *, deep: bool = True) -> Message:
-    """A message with every field set, and the fields of its own messages, but none below."""
+    """A message with every field set, two levels deep."""
     message = GetMessageClass(descriptor)()
     for field in descriptor.fields:
         first = field.containing_oneof is None or field is field.containing_oneof.fields[0]
@@ -77,7 +77,7 @@ def _scalar(field: FieldDescriptor) -> Any:
 
 
 def main() -> None:
-    """Adds entries for messages that have none. What is there stays: it is what older programs sent."""
+    """Adds entries for messages without one. Existing entries stay: older programs sent them."""
     golden = read()
     for name, message in entries().items():
         data = message.SerializeToString(deterministic=True).hex()

@@ -1,4 +1,4 @@
-"""The contract lints itself: names, zero values and a comment on everything, where buf is not at hand."""
+"""Lint of the contract without buf: names, zero values, and a comment on everything."""
 
 import re
 from collections import Counter
@@ -78,7 +78,7 @@ def test_a_number_or_a_switch_of_a_run_can_be_left_unset() -> None:
     assert numbers == []
 
 
-def test_bulk_numbers_travel_as_bytes() -> None:
+def test_bulk_arrays_are_sent_as_bytes() -> None:
     repeated = [
         field.full_name
         for message in messages()
@@ -88,12 +88,12 @@ def test_bulk_numbers_travel_as_bytes() -> None:
     assert repeated == ["stillhouse.v1.DistributionConfig.temperatures"]
 
 
-def test_both_services_are_where_clients_look_for_them() -> None:
+def test_both_services_have_the_names_that_clients_use() -> None:
     names = [service.full_name for file in FILES for service in file.services_by_name.values()]
     assert names == ["stillhouse.v1.TeacherService", "stillhouse.v1.RunService"]
 
 
-def test_only_rpcs_of_the_contract_are_repeated_and_none_that_does_harm_twice() -> None:
+def test_only_idempotent_rpcs_of_the_contract_are_retried() -> None:
     config: Any = SERVICE_CONFIG
     repeated = {(name["service"], name["method"]) for part in config["methodConfig"] for name in part["name"]}
     assert repeated <= {(rpc.containing_service.full_name, rpc.name) for rpc in RPCS}

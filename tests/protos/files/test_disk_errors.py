@@ -1,4 +1,4 @@
-"""Errors of a disk: full, over a size limit or broken, told from others through the causes of an exception."""
+"""Errors of a disk: full, over a size limit or broken, distinguished through the causes of an exception."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_a_full_disk_is_recognised_below_other_errors() -> None:
     assert not is_broken(caught.value)
 
 
-def test_a_size_limit_is_told_from_a_full_disk() -> None:
+def test_a_size_limit_is_distinguished_from_a_full_disk() -> None:
     assert all(is_full(OSError(number, "")) for number in FULL)
     assert is_too_long(OSError(errno.EFBIG, ""))
     assert not is_too_long(OSError(errno.ENOSPC, ""))

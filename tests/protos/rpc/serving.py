@@ -1,4 +1,4 @@
-"""A real server for the tests of transport: a teacher service that answers each of the four kinds of rpc as told."""
+"""A server for transport tests: a teacher service with scripted replies for each of the four kinds of rpc."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,11 +16,11 @@ Step = Callable[[], Awaitable[None]]
 
 
 async def nothing() -> None:
-    """The step that does not fail."""
+    """A step that succeeds."""
 
 
 class Told(teacher_pb2_grpc.TeacherServiceServicer):
-    """Runs `step` before the answer of a unary call, and after the first answer of a stream."""
+    """Runs `step` before the response of a unary call, and after the first response of a stream."""
 
     def __init__(self, step: Step = nothing) -> None:
         self.step = step
@@ -68,7 +68,7 @@ class Told(teacher_pb2_grpc.TeacherServiceServicer):
 
 
 class Written(Told):
-    """The same, with a stream that writes its answers instead of yielding them."""
+    """Servicer with a stream that writes its responses instead of yielding them."""
 
     async def GetTokenizer(self, request: Any, context: Any) -> None:  # type: ignore[override]
         await context.write(teacher_pb2.GetTokenizerResponse(file_name="a"))
@@ -101,5 +101,5 @@ async def serving(servicer: Told, *, tls: ServerTls | None = None) -> AsyncItera
 
 
 def stub_of(channel: grpc.aio.Channel | grpc.Channel) -> Any:
-    """A stub for either kind of channel; its calls differ in kind, as the channel does."""
+    """A stub for a blocking or async channel."""
     return teacher_pb2_grpc.TeacherServiceStub(channel)

@@ -1,4 +1,4 @@
-"""Every rpc of the contract against every kind of caller; what a refusal tells, and what it leaves behind."""
+"""Authentication: every rpc against every kind of caller; error messages and audit lines of refusals."""
 
 import asyncio
 import itertools
@@ -42,7 +42,7 @@ def test_every_rpc_of_the_contract_has_a_scope_and_nothing_else_has() -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Guarded:
-    """A server of every rpc, each of which answers with an empty message, and its tokens."""
+    """A server that replies to every rpc with an empty message, and its tokens."""
 
     address: str
     path: Path
@@ -50,7 +50,7 @@ class Guarded:
     reached: list[tuple[str, Caller]]
     records: list[CallRecord]
     go: asyncio.Event
-    """Streams answer once it is set."""
+    """Set to let streams respond."""
 
 
 def handlers(
@@ -129,7 +129,7 @@ async def guarded(
 async def call(
     channel: grpc.aio.Channel, method: str, *authorization: str, rpc: MethodDescriptor | None = None
 ) -> None:
-    """One call of the rpc with an empty request; raises what it answers."""
+    """Calls the rpc with an empty request; raises its error."""
     rpc = rpc or RPCS[method]
     sends = "stream" if rpc.client_streaming else "unary"
     answers = "stream" if rpc.server_streaming else "unary"
@@ -208,7 +208,7 @@ async def test_the_matrix_of_rpcs_and_tokens(tmp_path: Path) -> None:
         }
 
 
-async def test_an_rpc_that_the_table_lacks_is_refused_to_everybody(tmp_path: Path) -> None:
+async def test_an_unlisted_rpc_is_refused_to_every_caller(tmp_path: Path) -> None:
     method = "/stillhouse.v1.RunService/Later"
     rpc = RPCS["/stillhouse.v1.RunService/GetRun"]
     async with guarded(tmp_path, rpcs={method: rpc}) as server, connect_async(server.address) as channel:
@@ -238,7 +238,7 @@ async def test_wrong_authorities_and_plaintext_reach_no_rpc_whatever_the_token(t
                 assert {error.code for error in errors} == {grpc.StatusCode.UNAVAILABLE}
         assert server.reached == []
         async with connect_async(good) as channel:
-            # A certificate opens the door; a token says what may be done behind it.
+            # A certificate authenticates the connection; a token grants the scopes.
             assert (await refusal(channel, next(iter(RPCS)))).reason == Reason.UNAUTHENTICATED
             for method in RPCS:
                 await call(channel, method, admin)
@@ -251,7 +251,7 @@ def channel_options(address: str, certificates: Certificates) -> ChannelOptions:
 
 
 async def test_the_body_of_a_refused_call_is_not_read(tmp_path: Path) -> None:
-    # 33 MiB exceed what the server receives: had it read them, it would have said so.
+    # 33 MiB exceed the receive limit: reading them would give another error.
     async with guarded(tmp_path) as server:
         async with grpc.aio.insecure_channel(server.address) as channel:
             send: Any = channel.unary_unary("/stillhouse.v1.RunService/CreateRun")
@@ -261,7 +261,7 @@ async def test_the_body_of_a_refused_call_is_not_read(tmp_path: Path) -> None:
         assert error.reason == Reason.UNAUTHENTICATED
 
 
-async def test_a_changed_file_counts_at_once_and_a_broken_one_lets_nobody_in(tmp_path: Path) -> None:
+async def test_a_changed_file_applies_at_once_and_a_broken_one_admits_no_caller(tmp_path: Path) -> None:
     method = "/stillhouse.v1.RunService/ListRuns"
     async with guarded(tmp_path) as server, connect_async(server.address) as channel:
         later, _ = auth_tokens.create(server.path, name="later", scopes=[Scope.SUBMIT], lifetime_s=None)

@@ -55,6 +55,6 @@ def test_a_claimed_name_is_bounded_whatever_its_bytes() -> None:
     assert len(client_of(long)) == len("name:") + MAX_NAME_CHARS
 
 
-def test_processes_have_names_of_their_own() -> None:
+def test_process_names_are_unique() -> None:
     assert process_name("a") != process_name("b")
     assert process_name("a").isascii()

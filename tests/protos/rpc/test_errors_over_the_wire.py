@@ -1,4 +1,4 @@
-"""A servicer raises and a caller catches the same error: all four kinds of rpc, both kinds of channel."""
+"""Errors over the wire: callers catch the error that a servicer raised, for all kinds of rpc and channel."""
 
 import asyncio
 import contextlib
@@ -80,13 +80,13 @@ def assert_is_full(error: StillhouseError) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_error_arrives_whole_at_an_async_caller(kind: str) -> None:
+async def test_an_async_caller_gets_the_complete_error(kind: str) -> None:
     async with serving(Told(raising(FULL))) as address, connect_async(address) as channel:
         assert_is_full(await caught(lambda: call_async(stub_of(channel), kind), address))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_an_error_arrives_whole_at_a_blocking_caller(kind: str) -> None:
+async def test_a_blocking_caller_gets_the_complete_error(kind: str) -> None:
     async with serving(Told(raising(FULL))) as address:
         call = asyncio.to_thread(call_blocking, address, kind, ChannelOptions(target=address))
         assert_is_full(await caught(lambda: call, address))
@@ -128,7 +128,7 @@ async def test_a_cancellation_inside_the_service_ends_the_call_as_cancelled(kind
     assert error.reason == Reason.CANCELLED
 
 
-async def test_errors_of_a_task_group_are_told_by_the_one_in_the_catalog() -> None:
+async def test_the_catalogs_error_stands_for_a_task_group() -> None:
     group = ExceptionGroup("", [ValueError(), FULL])
     async with serving(Told(raising(group))) as address, connect_async(address) as channel:
         assert_is_full(await caught(lambda: call_async(stub_of(channel), "stream_stream"), address))
@@ -145,7 +145,7 @@ async def test_a_caller_who_hangs_up_closes_the_stream_at_once_and_logs_no_error
     assert logs == []
 
 
-async def test_a_deadline_is_a_timeout_and_no_bug() -> None:
+async def test_a_deadline_is_a_timeout_not_a_bug() -> None:
     async with serving(Told(asyncio.Event().wait)) as address, connect_async(address) as channel:  # type: ignore[arg-type]
         with capture_logs() as logs:
             error = await caught(lambda: call_async(stub_of(channel), "unary_unary", timeout=0.2), address)
@@ -168,7 +168,7 @@ async def test_an_idempotent_call_is_repeated_while_the_service_loads() -> None:
 
 
 @pytest.mark.parametrize("reason", [Reason.DISK_FULL, Reason.QUOTA])
-async def test_what_does_not_pass_by_itself_is_not_repeated(reason: Reason) -> None:
+async def test_lasting_errors_are_not_retried(reason: Reason) -> None:
     servicer = Told(raising(StillhouseError(reason, "Full.")))
     async with serving(servicer) as address, connect_async(address) as channel:
         error = await caught(lambda: stub_of(channel).GetTeacherInfo(INFO, timeout=60), address)
@@ -188,7 +188,7 @@ async def test_many_violations_fit_through_the_headers() -> None:
 @pytest.mark.parametrize(
     ("service", "reason"), [("teacher", "TEACHER_UNREACHABLE"), ("trainer", "SERVICE_UNREACHABLE")]
 )
-async def test_nobody_there_is_one_sentence_with_a_remedy(service: str, reason: str) -> None:
+async def test_an_unreachable_service_is_one_sentence_with_a_remedy(service: str, reason: str) -> None:
     async with serving(Told()) as address:
         pass
     async with connect_async(address) as channel:
@@ -198,7 +198,7 @@ async def test_nobody_there_is_one_sentence_with_a_remedy(service: str, reason: 
     assert f"stillhouse-{service}" in error.message
 
 
-async def test_the_wrong_service_at_an_address_is_said_so() -> None:
+async def test_the_wrong_service_at_an_address_is_reported() -> None:
     async with serving(Told()) as address, connect_async(address) as channel:
         call = run_pb2_grpc.RunServiceStub(channel).GetRun
         error = await caught(lambda: call(run_pb2.GetRunRequest(), timeout=60), address, "trainer")
@@ -223,7 +223,7 @@ async def test_a_message_beyond_the_limit_is_refused_and_the_server_lives() -> N
         ("stream_stream", "Score"),
     ],
 )
-async def test_bytes_that_are_no_message_are_the_fault_of_their_sender(kind: str, name: str) -> None:
+async def test_undecodable_bytes_are_an_invalid_request(kind: str, name: str) -> None:
     garbage = b"\x0a\xff\xff\xff\xff\x07"
 
     def call(address: str) -> None:

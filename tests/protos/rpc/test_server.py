@@ -1,4 +1,4 @@
-"""A server's life: where it listens, what health and reflection say, and an end in good order."""
+"""Server lifecycle: addresses, health, reflection and graceful shutdown."""
 
 import asyncio
 import os
@@ -88,7 +88,7 @@ async def test_plaintext_beyond_loopback_needs_insecure() -> None:
     await server.stop(0)
 
 
-async def test_a_taken_port_is_an_error_that_says_so() -> None:
+async def test_a_taken_port_is_reported() -> None:
     async with serving(Told()) as address:
         with pytest.raises(StillhouseError, match=f"cannot listen on {address}"):
             await make_server(Told(), listen=address).start()
@@ -103,7 +103,7 @@ async def test_a_unix_socket_serves(tmp_path: Path) -> None:
     await server.stop(0)
 
 
-async def test_health_says_serving_only_when_told() -> None:
+async def test_health_is_serving_only_once_set() -> None:
     server = make_server(Told())
     async with connect_async(await server.start()) as channel:
         assert await health_of(channel) == await health_of(channel, SERVICE) == NOT_SERVING
@@ -123,7 +123,7 @@ async def services_by_reflection(channel: grpc.aio.Channel) -> list[str]:
     return [service.name async for answer in call for service in answer.list_services_response.service]
 
 
-async def test_reflection_is_on_for_loopback_and_off_when_told() -> None:
+async def test_reflection_is_on_for_loopback_and_can_be_off() -> None:
     server, silent = make_server(Told()), make_server(Told(), reflection=False)
     async with connect_async(await server.start()) as channel:
         assert {SERVICE, "grpc.health.v1.Health"} <= set(await services_by_reflection(channel))
@@ -186,7 +186,7 @@ async def test_drain_is_awaited_before_the_end() -> None:
     assert steps == ["drained"]
 
 
-async def test_a_second_signal_hastens() -> None:
+async def test_a_second_signal_cancels_the_remaining_calls() -> None:
     servicer = Told(asyncio.Event().wait)  # type: ignore[arg-type]
     async with life_of(servicer, grace_s=600) as (channel, life, _):
         running = stub_of(channel).GetTokenizer(teacher_pb2.GetTokenizerRequest())
@@ -198,7 +198,7 @@ async def test_a_second_signal_hastens() -> None:
         await asyncio.wait_for(servicer.closed.wait(), 60)
 
 
-async def test_grace_has_an_end() -> None:
+async def test_the_grace_period_ends() -> None:
     servicer = Told(asyncio.Event().wait)  # type: ignore[arg-type]
     async with life_of(servicer, asyncio.Event().wait, grace_s=0.2) as (channel, life, _):
         running = stub_of(channel).GetTokenizer(teacher_pb2.GetTokenizerRequest())
@@ -208,7 +208,7 @@ async def test_grace_has_an_end() -> None:
         await asyncio.wait_for(servicer.closed.wait(), 60)
 
 
-async def test_one_who_watches_health_does_not_hold_the_end_up() -> None:
+async def test_a_health_watcher_does_not_delay_shutdown() -> None:
     async with life_of(Told(), grace_s=600) as (channel, life, _):
         watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
         assert (await watch.read()).status == SERVING

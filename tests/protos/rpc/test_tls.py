@@ -1,4 +1,4 @@
-"""TLS and mutual TLS over loopback, with certificates made on the spot; what must not pass does not."""
+"""TLS and mutual TLS over loopback with generated certificates; refused combinations."""
 
 import asyncio
 import shutil
@@ -79,7 +79,7 @@ async def test_plaintext_to_tls_and_tls_to_plaintext_fail_with_a_remedy(certific
         assert "must not have it" in error.message
 
 
-async def test_mutual_tls_lets_only_known_callers_in(certificates: Certificates) -> None:
+async def test_mutual_tls_admits_only_callers_with_a_known_certificate(certificates: Certificates) -> None:
     tls = tls_of(certificates.server, client_ca=certificates.authority.cert)
     ca = certificates.authority.cert
     async with serving(Told(), tls=tls) as address:
@@ -90,11 +90,11 @@ async def test_mutual_tls_lets_only_known_callers_in(certificates: Certificates)
         assert (await refusal(stranger)).reason == Reason.TEACHER_UNREACHABLE
 
 
-async def test_tls_may_listen_beyond_loopback_if_callers_prove_who_they_are(
+async def test_tls_may_listen_beyond_loopback_if_callers_are_authenticated(
     certificates: Certificates,
 ) -> None:
     ca, client = certificates.authority.cert, certificates.client
-    with pytest.raises(StillhouseError, match="everybody there could use this service") as caught:
+    with pytest.raises(StillhouseError, match="anyone there could use this service") as caught:
         make_server(Told(), listen="0.0.0.0:0", tls=tls_of(certificates.server))
     assert caught.value.reason == Reason.INVALID_CONFIG
     server = make_server(Told(), listen="0.0.0.0:0", tls=tls_of(certificates.server, ca))
@@ -123,7 +123,7 @@ async def test_renewed_files_are_used_without_a_restart_and_broken_ones_are_not(
             install(certificates.elsewhere)
             assert await ask(by_name) == "m"
             assert (await refusal(by_address)).reason == Reason.TEACHER_UNREACHABLE
-            # A connection that is open goes on.
+            # An open connection continues.
             assert (await stub_of(old).GetTeacherInfo(INFO, timeout=60)).model == "m"
         live.key.write_text("no key")
         assert await ask(by_name) == "m"
@@ -140,7 +140,7 @@ async def test_files_that_cannot_be_used_are_named(certificates: Certificates, t
     with pytest.raises(StillhouseError, match="belong together"):
         connect(ChannelOptions(target="127.0.0.1:1", cert=certificates.client.cert))
     swapped = ServerTls(cert=certificates.server.key, key=certificates.server.cert)
-    with pytest.raises(StillhouseError, match="TLS files do not fit"):
+    with pytest.raises(StillhouseError, match="TLS files do not match"):
         await make_server(Told(), tls=swapped).start()
 
 

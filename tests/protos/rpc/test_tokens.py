@@ -1,4 +1,4 @@
-"""The tokens file: what it holds, what it never holds, and what is refused."""
+"""Tokens file: stores hashes only, serializes commands, refuses malformed and exposed files."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -31,13 +31,13 @@ def test_a_token_is_found_and_only_its_hash_is_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda s: s[:-1], lambda s: s + "A", lambda s: s.upper(), lambda s: ""])
-def test_another_secret_of_the_same_id_is_none(tmp_path: Path, change: object) -> None:
+def test_another_secret_with_the_same_id_is_not_found(tmp_path: Path, change: object) -> None:
     secret = make(tmp_path / "tokens.json")
     tokens = auth_tokens.read(tmp_path / "tokens.json")
     assert auth_tokens.lookup(tokens, change(secret)) is None  # type: ignore[operator]
 
 
-def test_time_runs_out_and_names_are_free_again(tmp_path: Path) -> None:
+def test_tokens_expire_and_free_their_names(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
     make(path, lifetime_s=50)
     (token,) = auth_tokens.read(path).values()
@@ -55,7 +55,7 @@ def test_names_that_would_confuse_a_log_are_refused(tmp_path: Path, name: str) -
         make(tmp_path / "tokens.json", name)
 
 
-def test_commands_at_once_lose_no_token(tmp_path: Path) -> None:
+def test_concurrent_commands_lose_no_token(tmp_path: Path) -> None:
     path = tmp_path / "tokens.json"
     with ThreadPoolExecutor(8) as pool:
         secrets = list(pool.map(lambda number: make(path, f"t{number}"), range(24)))
@@ -85,7 +85,7 @@ def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         TokenFile(tmp_path / "missing.json")
 
 
-def test_an_optional_file_demands_tokens_once_it_is_there_and_for_good(tmp_path: Path) -> None:
+def test_an_optional_file_requires_tokens_from_its_creation_on(tmp_path: Path) -> None:
     tokens = TokenFile(tmp_path / "tokens.json", optional=True)
     assert not tokens.required
     secret = make(tmp_path / "tokens.json")

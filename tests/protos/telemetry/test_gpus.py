@@ -1,4 +1,4 @@
-"""Devices as the driver's library reports them, in processes that load a library in its place, or none."""
+"""Devices from the driver library, in processes that load a stand-in for it, or none."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def shown(directory: Path | None, visible: str | None = None) -> dict[str, list[
     return found
 
 
-def test_a_lost_device_is_left_out_and_one_in_parts_is_their_sum(driver: Path) -> None:
+def test_a_lost_device_is_skipped_and_a_mig_device_is_the_sum_of_its_instances(driver: Path) -> None:
     found = shown(driver)
     assert found["gpus"] == [[0, "Device 0", "580.1", 100, 900], [2, "Device 2", "580.1", 60, 40]]
     assert found["visible"] == [0, 2]

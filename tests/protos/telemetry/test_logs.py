@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, for our events and the libraries' alike."""
+"""Log lines: one JSON object each, for own events and those of libraries."""
 
 import json
 import logging
@@ -49,7 +49,7 @@ def test_an_unknown_level_is_refused() -> None:
     assert logging.getLogger().handlers == before
 
 
-def test_a_line_that_cannot_be_written_stops_nobody() -> None:
+def test_a_line_that_cannot_be_written_raises_nothing() -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-c", PROGRAM + 'print("went on")'],

@@ -1,4 +1,4 @@
-"""A call and its answering are one trace, where a collector is configured; elsewhere nothing is sent along."""
+"""Client and server spans of a call form one trace with a collector configured; otherwise no metadata is sent."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ from tests.protos.rpc.serving import Told, serving, stub_of
 INFO = teacher_pb2.GetTeacherInfoRequest()
 
 
-async def test_the_answering_appears_below_the_callers_span(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_server_span_is_a_child_of_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("opentelemetry.sdk", reason="opentelemetry is not installed")
     from opentelemetry import trace
     from opentelemetry.sdk.trace import TracerProvider
@@ -34,7 +34,7 @@ async def test_the_answering_appears_below_the_callers_span(monkeypatch: pytest.
         with tracing.process_span("train", run="a"):
             async with connect_async(address) as channel:
                 await stub_of(channel).GetTeacherInfo(INFO, timeout=60)
-            # A thread has no span of its own.
+            # A thread has no span.
             await asyncio.get_running_loop().run_in_executor(None, blocking)
         assert "traceparent" in servicer.metadata
     spans = {span.name: span for span in exporter.get_finished_spans()}
@@ -48,7 +48,7 @@ async def test_the_answering_appears_below_the_callers_span(monkeypatch: pytest.
         assert span.attributes["stillhouse.outcome"] == "OK"
 
 
-async def test_nothing_is_sent_along_without_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_trace_metadata_is_sent_without_a_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(tracing.ENDPOINT_VARIABLE, raising=False)
     assert not tracing.configure_tracing("test")
     servicer = Told()

@@ -1,4 +1,4 @@
-"""Distributions over the wire: both codings, cutting and joining, and every lie that a receiver must notice."""
+"""Distributions over the wire: both codings, splitting and joining, and validation by the receiver."""
 
 import itertools
 from collections.abc import Callable
@@ -84,13 +84,13 @@ def test_a_message_is_no_larger_than_row_bytes_say() -> None:
     assert rows.ByteSize() <= one.row_bytes * 50 + 200
 
 
-def test_logprobs_do_not_travel_as_bfloat16() -> None:
+def test_logprobs_are_not_sent_as_bfloat16() -> None:
     with pytest.raises(ValueError, match="BFLOAT16"):
         encode_distributions(sample(), logprob_dtype=Tensor.DATA_TYPE_BFLOAT16)
 
 
 @given(st.lists(st.integers(0, 7), max_size=5))
-def test_joining_undoes_cutting(cuts: list[int]) -> None:
+def test_joining_reverses_splitting(cuts: list[int]) -> None:
     one = sample(7)
     edges = [0, *sorted(cuts), 7]
     parts = [one.rows(begin, end) for begin, end in itertools.pairwise(edges)]
@@ -153,7 +153,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("said", LIES)
-def test_a_lie_is_refused_by_name(said: str) -> None:
+def test_an_inconsistent_message_is_refused_by_field_name(said: str) -> None:
     message = encode_distributions(sample())
     LIES[said](message)
     with pytest.raises(StillhouseError) as caught:
@@ -174,7 +174,7 @@ NOT_NUMBERS = {
 
 
 @pytest.mark.parametrize("part", NOT_NUMBERS)
-def test_what_is_no_number_is_told_apart(part: str) -> None:
+def test_non_finite_values_are_reported_as_such(part: str) -> None:
     message = encode_distributions(sample())
     NOT_NUMBERS[part](message)
     with pytest.raises(StillhouseError, match=rf"distributions\.{part} holds NaN") as caught:
@@ -182,7 +182,7 @@ def test_what_is_no_number_is_told_apart(part: str) -> None:
     assert caught.value.reason == Reason.NON_FINITE
 
 
-def test_more_than_was_asked_for_is_refused() -> None:
+def test_more_than_was_requested_is_refused() -> None:
     message = encode_distributions(sample())
     with pytest.raises(StillhouseError, match=r"at most \[4, 64\]"):
         received(message, max_rows=4)

@@ -1,4 +1,4 @@
-"""Byte layout of tensors: what goes in comes out, and a lying message is refused before memory is taken."""
+"""Byte layout of tensors: round trips, and refusal of inconsistent messages before allocation."""
 
 import math
 import tracemalloc
@@ -27,7 +27,7 @@ def refusal(tensor: Tensor, shape: list[int | None], **limits: int) -> Stillhous
 
 
 @given(PLAIN.flatmap(lambda dtype: hnp.arrays(dtype, SHAPES)))
-def test_decoding_undoes_encoding(array: np.ndarray) -> None:
+def test_decoding_reverses_encoding(array: np.ndarray) -> None:
     tensor = Tensor.FromString(encode(array).SerializeToString())
     back = decode(tensor, field="x", dtypes=ALL_TYPES, shape=[None] * array.ndim)
     assert back.dtype == array.dtype
@@ -49,7 +49,7 @@ def test_packed_integers_survive_and_take_the_fewest_bytes(
 
 
 @pytest.mark.parametrize("count", [65_535, 65_536, 65_537, 200_000])
-def test_packing_in_blocks_leaves_no_seam(count: int) -> None:
+def test_packing_in_blocks_equals_packing_at_once(count: int) -> None:
     array = np.random.default_rng(count).integers(0, 152_064, count, dtype=np.int32)
     bits = packed_bits(152_064)
     assert np.array_equal(decode(encode(array, bits=bits), field="x", dtypes=ALL_TYPES, shape=[count]), array)
@@ -74,7 +74,7 @@ def test_packed_bits_are_the_fewest_that_hold_every_id(size: int, bits: int) -> 
     assert packed_bits(size) == bits
 
 
-def test_a_decoded_array_is_a_view_that_nobody_writes_to() -> None:
+def test_a_decoded_array_is_a_read_only_view() -> None:
     back = decode(encode(np.zeros(3, dtype=np.float32)), field="x", dtypes=ALL_TYPES, shape=[3])
     assert not back.flags.writeable
     assert not back.flags.owndata
@@ -131,7 +131,7 @@ HUGE = [
 
 @pytest.mark.parametrize(("shape", "why"), HUGE)
 @pytest.mark.parametrize("dtype", ALL_TYPES)
-def test_a_huge_claim_is_refused_before_memory_is_taken(
+def test_a_huge_shape_is_refused_before_allocation(
     shape: list[int], why: str, dtype: Tensor.DataType.ValueType
 ) -> None:
     tensor = Tensor(
@@ -209,6 +209,6 @@ def test_bits_that_mean_nothing_are_refused() -> None:
         (np.zeros(1, dtype=np.int32), {"bits": 33}),
     ],
 )
-def test_encoding_refuses_what_would_lose_its_meaning(array: np.ndarray, options: dict[str, int]) -> None:
+def test_encoding_refuses_lossy_conversions(array: np.ndarray, options: dict[str, int]) -> None:
     with pytest.raises(ValueError):
         encode(array, **options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The fingerprint changes with what decides which text an id stands for, and with nothing else."""
+"""Tokenizer fingerprint: depends on the text of each id, and on nothing else."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ WITHOUT_MEANING: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("what", WITHOUT_MEANING)
-def test_what_no_id_depends_on_does_not_matter(what: str) -> None:
+def test_parts_that_affect_no_id_do_not_matter(what: str) -> None:
     tokenizer = make()
     WITHOUT_MEANING[what](tokenizer)
     assert fingerprint(tokenizer) == BASE
@@ -70,7 +70,7 @@ WITH_MEANING: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("what", WITH_MEANING)
-def test_what_an_id_depends_on_matters(what: str) -> None:
+def test_parts_that_affect_ids_matter(what: str) -> None:
     tokenizer = make()
     WITH_MEANING[what](tokenizer)
     assert fingerprint(tokenizer) != BASE
@@ -83,7 +83,7 @@ def test_ids_tokens_and_merges_matter() -> None:
     assert fingerprint(make(merges=MERGES[:1])) != BASE
 
 
-def test_the_same_tokenizer_written_otherwise_is_the_same() -> None:
+def test_another_serialization_of_the_same_tokenizer_is_the_same() -> None:
     plain = json.loads(make().to_str())
     older = copy.deepcopy(plain)
     older["model"]["merges"] = [" ".join(merge) for merge in plain["model"]["merges"]]
@@ -118,7 +118,7 @@ def test_scores_of_a_unigram_model_matter() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", "null", '{"model": {"vocab": 5}}', "{" * 10_000, b"\xff", '{"model": {}}']
 )
-def test_what_is_no_tokenizer_is_refused(text: str | bytes) -> None:
+def test_malformed_tokenizers_are_refused(text: str | bytes) -> None:
     with pytest.raises(StillhouseError, match="cannot be read") as caught:
         tokenizer_fingerprint(text, {})
     assert caught.value.reason == Reason.TOKENIZER_INVALID

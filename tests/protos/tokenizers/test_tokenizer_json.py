@@ -28,7 +28,7 @@ def test_a_byte_token_of_sentencepiece_comes_back_for_every_byte() -> None:
     assert found == {byte: bytes([byte]) for byte in range(256)} | {256: b" a"}
 
 
-def test_unigram_vocabularies_have_ids_by_place_and_an_unknown_id() -> None:
+def test_unigram_vocabularies_have_ids_by_index_and_an_unknown_id() -> None:
     parsed = TokenizerJson(Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0)).to_str())
     assert parsed.is_unigram
     assert (parsed.tokens, parsed.unknown_id, parsed.merges) == ({0: "<unk>", 1: "a"}, 0, [])

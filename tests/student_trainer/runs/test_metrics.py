@@ -1,4 +1,4 @@
-"""What the run service shows of live runs and of the memory of devices."""
+"""Prometheus metrics of live runs."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ PATIENCE_S = 120.0
 
 @contextmanager
 def stub_for(target: str) -> Iterator[RunServiceStub]:
-    """A stub over an own channel."""
+    """A stub with its own channel."""
     with connect(target) as channel:
         yield RunServiceStub(channel)
 
 
 @contextmanager
 def refused(reason: Reason) -> Iterator[list[StillhouseError]]:
-    """Expects the block to fail with `reason`; the list holds the error afterwards."""
+    """Expects the block to fail with `reason`; the list then holds the error."""
     caught: list[StillhouseError] = []
     with pytest.raises(grpc.RpcError) as info:
         yield caught
@@ -36,7 +36,7 @@ def refused(reason: Reason) -> Iterator[list[StillhouseError]]:
 
 
 def watch(stub: RunServiceStub, name: str, after: int = 0) -> list[pb.WatchRunResponse]:
-    """Every event behind `after`, until the run has ended."""
+    """Every event after `after`, until the run has ended."""
     return list(stub.WatchRun(pb.WatchRunRequest(name=name, after_sequence=after), timeout=PATIENCE_S))
 
 
@@ -49,7 +49,7 @@ def wait_ended(stub: RunServiceStub, name: str) -> pb.Run:
 
 
 def wait_step(stub: RunServiceStub, name: str, step: int, *, attempt: int = 1) -> int:
-    """Wait until an attempt has taken step `step` or a later one; the sequence of the event that says so."""
+    """Waits until an attempt has taken step `step` or a later one; returns the sequence of its event."""
     call: Any = stub.WatchRun(pb.WatchRunRequest(name=name), timeout=PATIENCE_S)
     for event in call:
         if event.metrics.attempt >= attempt and event.metrics.step >= step:

@@ -1,4 +1,4 @@
-"""A run service that demands tokens: whose run is whose, what is written down, what Prometheus sees, what has its limit."""
+"""A run service with tokens: ownership, audit log, metrics and limits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def free_port() -> int:
 
 
 def doomed_spec(folder: Path) -> RunSpec:
-    """A run that fails as soon as it starts: its student cannot be found."""
+    """A run that fails at once: its student does not exist."""
     (folder / "rows.jsonl").write_text('{"text": "a"}\n' * 8)
     return spec_of(
         {
@@ -60,16 +60,16 @@ def read_page(port: int) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         }
 
 
-def test_tokens_say_whose_runs_are_whose(trainer_service: Callable[..., Program], tmp_path: Path) -> None:
+def test_tokens_determine_the_owner_of_a_run(trainer_service: Callable[..., Program], tmp_path: Path) -> None:
     data_dir, port = tmp_path / "trainer-data", free_port()
-    # Without a slot nothing leaves the queue, so that what is asked of a run never meets its end.
+    # Without a slot nothing leaves the queue, so that no request races with a run's end.
     service = trainer_service("--cpu-slots", "1", "--max-queued-runs", "2", "--metrics-port", str(port))
     spec = doomed_spec(tmp_path)
 
     with stub_of(service.target, None) as anybody:
         first = wait_ended(anybody, anybody.CreateRun(pb.CreateRunRequest(spec=spec)).name)
         assert first.state == Run.STATE_FAILED
-        # From the moment at which the file is there, it counts; nothing is started again.
+        # The file applies from its creation on, without a restart.
         tokens = {
             name: auth_tokens.create(data_dir / "tokens.json", name=name, scopes=[scope], lifetime_s=None)[0]
             for name, scope in (
@@ -131,7 +131,9 @@ def test_tokens_say_whose_runs_are_whose(trainer_service: Callable[..., Program]
     assert not any(secret in everything for secret in tokens.values())
 
 
-def test_a_client_may_queue_so_many_runs(trainer_service: Callable[..., Program], tmp_path: Path) -> None:
+def test_a_client_may_queue_a_limited_number_of_runs(
+    trainer_service: Callable[..., Program], tmp_path: Path
+) -> None:
     data_dir = tmp_path / "trainer-data"
     data_dir.mkdir()
     tokens = [
@@ -157,7 +159,7 @@ def test_a_client_may_queue_so_many_runs(trainer_service: Callable[..., Program]
 @pytest.mark.parametrize(
     ("option", "file"), [("--max-log-bytes", "attempts/1/log"), ("--max-metric-bytes", "metrics.jsonl")]
 )
-def test_a_run_that_writes_too_much_is_ended(
+def test_a_run_that_writes_too_much_is_killed(
     trainer_service: Callable[..., Program], tmp_path: Path, option: str, file: str
 ) -> None:
     # Importing what training needs takes seconds, in which the first line is written and seen.
@@ -209,7 +211,7 @@ def test_ended_runs_are_removed_after_their_time(
         (["--listen", "0.0.0.0:0", "--insecure", "--tokens", "/nowhere/t"], "The tokens file /nowhere/t"),
     ],
 )
-def test_settings_that_cannot_work_end_the_service_with_a_sentence(
+def test_invalid_settings_end_the_service_with_a_sentence(
     tmp_path: Path, options: list[str], sentence: str
 ) -> None:
     from click.testing import CliRunner

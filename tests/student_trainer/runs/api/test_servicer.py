@@ -1,4 +1,4 @@
-"""RunService's rpcs against a real service process; its runs fail at once, because their student does not exist."""
+"""Rpcs of a real run service, whose runs fail at once because their student does not exist."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Service:
         return self.stub.CreateRun(pb.CreateRunRequest(spec=spec or self.spec(), **fields))
 
     def create_waiting(self, **fields: Any) -> Run:
-        """A run that waits, because another one has the only slot."""
+        """A queued run, while another one has the only slot."""
         live = [Run.STATE_STARTING, Run.STATE_RUNNING]
         while True:
             run = self.create(**fields)
@@ -83,13 +83,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def failed(service: Service) -> Run:
-    """A run whose student cannot be found, after it ended; it may be retried, but trying again would not help."""
+    """A failed run whose student does not exist; retries are allowed, and would not help."""
     spec = service.spec()
     spec.retry.max_attempts = 3
     return wait_ended(service.stub, service.create(spec).name)
 
 
-def test_validate_only_changes_nothing_and_says_what_would_run(service: Service) -> None:
+def test_validate_only_changes_nothing_and_returns_the_effective_spec(service: Service) -> None:
     before = service.stub.ListRuns(pb.ListRunsRequest()).runs
     run = service.create(validate_only=True)
     assert (run.name, run.state) == ("", Run.STATE_UNSPECIFIED)
@@ -138,7 +138,7 @@ def test_a_path_that_the_host_cannot_look_up_is_refused(service: Service) -> Non
     assert all("cannot be read" in each.description for each in caught[0].violations)
 
 
-def test_a_spec_beyond_any_run_is_refused_before_it_is_checked(service: Service) -> None:
+def test_an_oversized_spec_is_refused_before_validation(service: Service) -> None:
     spec = service.spec()
     spec.display_name = "x" * MAX_SPEC_BYTES
     with refused(Reason.INVALID_SPEC) as caught:
@@ -169,7 +169,7 @@ def test_no_field_that_takes_a_path_follows_a_link_out_of_the_roots(service: Ser
     assert "outside of what this service may read" in str(caught[0])
 
 
-def test_an_adapter_to_go_on_from_is_a_directory_with_one(service: Service) -> None:
+def test_an_adapter_to_continue_is_a_directory_with_one(service: Service) -> None:
     spec = service.spec()
     spec.student.adapter = str(service.rows.parent)
     with refused(Reason.INVALID_SPEC) as caught:
@@ -177,13 +177,13 @@ def test_an_adapter_to_go_on_from_is_a_directory_with_one(service: Service) -> N
     assert "adapter_config.json" in str(caught[0])
 
 
-def test_a_directory_that_is_no_model_is_refused(service: Service) -> None:
+def test_a_directory_without_a_model_is_refused(service: Service) -> None:
     with refused(Reason.INVALID_SPEC) as caught:
         service.create(service.spec(student=str(service.rows.parent)))
     assert "config.json" in str(caught[0])
 
 
-def test_a_failed_run_says_why(service: Service, failed: Run) -> None:
+def test_a_failed_run_has_its_error(service: Service, failed: Run) -> None:
     assert failed.state == Run.STATE_FAILED
     assert "nobody/nothing" in failed.error.message
     assert [(each.number, each.exit_code) for each in failed.attempts] == [(1, 3)]
@@ -260,12 +260,12 @@ def test_a_waiting_run_stops_at_once_resumes_and_is_deleted_with_its_files(servi
 @pytest.mark.parametrize(
     "name", ["", "runs/", "runs/../etc", "runs/ABCDEFGHIJKL", "abcdefgh2345", "runs/a\0bcdefgh234"]
 )
-def test_a_name_that_is_none_is_refused(service: Service, name: str) -> None:
+def test_an_invalid_name_is_refused(service: Service, name: str) -> None:
     with refused(Reason.INVALID_REQUEST):
         service.stub.GetRun(pb.GetRunRequest(name=name))
 
 
-def test_logs_go_on_from_a_byte(service: Service, failed: Run) -> None:
+def test_logs_resume_from_a_byte(service: Service, failed: Run) -> None:
     def read(**fields: Any) -> tuple[bytes, int]:
         pieces = list(service.stub.StreamLogs(pb.StreamLogsRequest(name=failed.name, **fields)))
         return b"".join(piece.data for piece in pieces), pieces[-1].next_offset if pieces else 0
@@ -284,7 +284,7 @@ def test_logs_go_on_from_a_byte(service: Service, failed: Run) -> None:
         read(attempt=99)
 
 
-def test_an_upload_is_kept_by_content(service: Service) -> None:
+def test_an_upload_is_stored_by_content(service: Service) -> None:
     content = b'{"text": "b"}\n' * 100
     answer = service.upload("b.jsonl", content[:700], content[700:])
     digest = hashlib.sha256(content).hexdigest()
@@ -330,7 +330,7 @@ def test_artifacts_are_listed_and_sent_from_a_byte_with_their_hash(service: Serv
 
 
 @pytest.mark.faults(row=14)
-def test_a_file_that_is_no_artifact_is_not_sent(service: Service, failed: Run) -> None:
+def test_only_artifacts_are_sent(service: Service, failed: Run) -> None:
     run_path = service.data_dir / failed.name
     final = run_path / "final"
     final.mkdir(exist_ok=True)
@@ -366,7 +366,7 @@ def test_a_second_service_on_the_same_data_is_refused(service: Service, tmp_path
         start_trainer(service.data_dir, directory=tmp_path, options=[])
 
 
-def test_run_ids_are_what_names_allow(service: Service, failed: Run) -> None:
+def test_run_ids_are_valid_names(service: Service, failed: Run) -> None:
     assert failed.name == f"runs/{run_id_of(failed.name)}"
 
 
@@ -377,7 +377,7 @@ def test_a_process_that_cannot_start_fails_the_run(
     rows.write_text('{"text": "a"}\n')
     data_dir = tmp_path / "trainer-data"
     with stub_for(trainer_service().target) as stub:
-        # A file where the folder of runs should be: nothing can be written below it.
+        # A file in place of the folder of runs: nothing can be written below it.
         (data_dir / "runs").rmdir()
         (data_dir / "runs").touch()
         run = wait_ended(stub, Service(stub=stub, data_dir=data_dir, rows=rows).create().name)

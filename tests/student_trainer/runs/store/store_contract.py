@@ -1,4 +1,4 @@
-"""What every store must do; a test module gives the fixture `store` and inherits these tests."""
+"""Contract of every store; a test module provides the fixture `store` and inherits these tests."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StoreContract:
         assert caught.value.reason is Reason.REQUEST_CONFLICT
         assert store.ids() == {"aaaaaaaaaaaa"}
 
-    def test_an_owner_may_queue_so_many_runs_and_is_known(self, store: Store) -> None:
+    def test_an_owner_may_queue_a_limited_number_of_runs_and_is_stored(self, store: Store) -> None:
         def create(run_id: str, owner: str, request_id: str = "") -> Run:
             return store.create(
                 run_id, SPEC, SPEC, request_id=request_id, version="1", owner=owner, max_queued=2
@@ -88,7 +88,7 @@ class StoreContract:
         store.end_attempt("aaaaaaaaaaaa", 2, run_state.FAILED, **end)  # type: ignore[arg-type]
         assert store.halved("aaaaaaaaaaaa")
 
-    def test_what_ended_long_ago_is_found_and_sums_are_right(self, store: Store) -> None:
+    def test_old_ended_runs_are_found_and_sums_are_right(self, store: Store) -> None:
         for letter in "abcd":
             new_run(store, letter * 12)
         store.stop("a" * 12)
@@ -123,7 +123,7 @@ class StoreContract:
         assert [run.name for run in stopped] == [f"runs/{ids[3]}"]
         assert following is None
 
-    def test_a_run_goes_its_way_and_every_change_is_an_event(self, store: Store) -> None:
+    def test_every_change_of_a_run_is_an_event(self, store: Store) -> None:
         run_id = "aaaaaaaaaaaa"
         new_run(store)
         assert store.begin_attempt(run_id, (0, 1)) == 1
@@ -175,7 +175,7 @@ class StoreContract:
         with pytest.raises(StillhouseError, match="delete needs one of"):
             store.delete("aaaaaaaaaaaa")
 
-    def test_stopping_twice_is_no_error_and_a_completed_run_does_not_stop(self, store: Store) -> None:
+    def test_stopping_is_idempotent_and_a_completed_run_does_not_stop(self, store: Store) -> None:
         run_id = "aaaaaaaaaaaa"
         new_run(store)
         assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPED
@@ -186,7 +186,7 @@ class StoreContract:
         with pytest.raises(StillhouseError, match="is COMPLETED; stop needs one of"):
             store.stop(run_id)
 
-    def test_a_stopped_run_that_waits_is_not_launched(self, store: Store) -> None:
+    def test_a_stopped_queued_run_is_not_launched(self, store: Store) -> None:
         new_run(store)
         store.stop("aaaaaaaaaaaa")
         with pytest.raises(StillhouseError, match="launch"):
@@ -210,7 +210,7 @@ class StoreContract:
         assert (run.queue_position, run.HasField("error"), run.HasField("end_time")) == (1, False, False)
         assert store.attempts_since_request("aaaaaaaaaaaa") == 0
 
-    def test_an_attempt_ends_once_however_often_it_is_told(self, store: Store) -> None:
+    def test_ending_an_attempt_is_idempotent(self, store: Store) -> None:
         new_run(store)
         store.begin_attempt("aaaaaaaaaaaa", ())
         first = store.end_attempt("aaaaaaaaaaaa", 1, run_state.FAILED, exit_code=1, signal=0, error=None)
@@ -231,7 +231,7 @@ class StoreContract:
         store.withdraw_attempt("aaaaaaaaaaaa", 1)
         assert store.get("aaaaaaaaaaaa").state == Run.STATE_STOPPED
 
-    def test_many_runs_are_read_as_each_of_them_is(self, store: Store) -> None:
+    def test_many_runs_are_read_like_single_ones(self, store: Store) -> None:
         for letter in "abcd":
             new_run(store, letter * 12)
         store.begin_attempt("b" * 12, (1,))
@@ -278,7 +278,7 @@ class StoreContract:
         assert store.dataset_suffix("0" * 64) == ".jsonl"
 
     def test_one_of_many_equal_requests_makes_the_run(self, store: Store) -> None:
-        lock = threading.Lock()  # the service's one thread
+        lock = threading.Lock()  # the service has a single thread
 
         def create(i: int) -> Run:
             with lock:

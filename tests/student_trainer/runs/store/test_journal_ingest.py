@@ -1,4 +1,4 @@
-"""Journals into the store: each line once, whatever a process wrote, and metric series that a plot can show."""
+"""Journal ingestion: each line once, malformed lines skipped; metric series for plots."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_dir(tmp_path: Path) -> RunDir:
     return RunDir.create(tmp_path / RUN, SPEC, SPEC)
 
 
-def test_what_a_process_reports_is_in_the_store(store: Store, run_dir: RunDir) -> None:
+def test_reports_of_a_process_are_stored(store: Store, run_dir: RunDir) -> None:
     tail = JournalTail(store, RUN, run_dir, 1)
     assert not tail.ingest()
     with run_dir.open_attempt(1) as attempt:
@@ -62,8 +62,8 @@ def test_what_a_process_reports_is_in_the_store(store: Store, run_dir: RunDir) -
     assert not tail.ingest()
 
 
-def test_between_attempts_a_run_is_as_far_as_its_checkpoint(store: Store, run_dir: RunDir) -> None:
-    """The next attempt goes on from there: what the last one took beyond it is taken again."""
+def test_between_attempts_the_step_is_the_checkpoints(store: Store, run_dir: RunDir) -> None:
+    """The next attempt resumes from the checkpoint and repeats later steps."""
     with run_dir.open_attempt(1) as attempt:
         attempt.report("checkpoint", step=2)
         attempt.report_metrics(5, {"train/loss": 1.0})
@@ -91,7 +91,7 @@ def test_a_reader_that_starts_again_reads_nothing_twice(store: Store, run_dir: R
 
 
 def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: RunDir) -> None:
-    """Its process had passed the check for a successor, slept, and wrote what it was about to write."""
+    """Its process was suspended after the fence check and then wrote its line."""
     with run_dir.open_attempt(1) as attempt:
         attempt.report("checkpoint", step=2)
         attempt.report_metrics(3, {"train/loss": 3.0})
@@ -121,7 +121,7 @@ def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: Run
     assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3, 4]
 
 
-def test_a_line_that_makes_no_sense_is_left_out(store: Store, run_dir: RunDir) -> None:
+def test_a_malformed_line_is_skipped(store: Store, run_dir: RunDir) -> None:
     lines = [
         *(
             '{"sequence":1}',
@@ -161,7 +161,7 @@ def test_a_rollback_of_one_metric_leaves_the_others() -> None:
 
 
 @pytest.mark.parametrize("max_points", [1, 2, 3, 4, 5, 50, 999, 1000, 1001])
-def test_thinning_keeps_order_ends_and_spikes(max_points: int) -> None:
+def test_downsampling_keeps_order_ends_and_spikes(max_points: int) -> None:
     generator = random.Random(0)
     column = [(step, generator.random()) for step in range(1000)]
     column[437] = (437, 9.0)
@@ -175,7 +175,7 @@ def test_thinning_keeps_order_ends_and_spikes(max_points: int) -> None:
         assert (437, 9.0) in kept
 
 
-async def test_a_bell_wakes_those_who_listen_to_a_run() -> None:
+async def test_a_change_wakes_the_subscribers_of_a_run() -> None:
     notifier = ChangeNotifier()
     with notifier.subscribe("a") as one, notifier.subscribe("b") as other:
         notifier.notify("a")

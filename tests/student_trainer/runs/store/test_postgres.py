@@ -1,4 +1,4 @@
-"""A run service on PostgreSQL: a database that goes away costs runs nothing, passwords stay secret, and one service alone uses it."""
+"""Run service on PostgreSQL: outages cost runs nothing, passwords stay secret, a single service uses a database."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.runs import wait_until
 
 @pytest.fixture
 def used_postgres(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> Iterator[Postgres]:
-    """The server, emptied, as the one that services use; it runs again afterwards, whatever the test did to it."""
+    """The server, emptied; restarted after the test."""
     monkeypatch.setenv("STILLHOUSE_TRAINER_DATABASE", postgres.empty())
     yield postgres
     if not postgres.runs:
@@ -74,9 +74,7 @@ def test_training_processes_do_not_get_the_password(monkeypatch: pytest.MonkeyPa
     assert not any("secret" in value for value in given.values())
 
 
-def test_what_was_committed_when_the_connection_broke_is_taken_in_once(
-    postgres: Postgres, tmp_path: Path
-) -> None:
+def test_a_commit_with_a_lost_connection_is_recorded_once(postgres: Postgres, tmp_path: Path) -> None:
     store = Store.open(postgres.empty())
     new_run(store)
     store.begin_attempt("aaaaaaaaaaaa", ())
@@ -102,7 +100,7 @@ def test_what_was_committed_when_the_connection_broke_is_taken_in_once(
 
 
 @pytest.mark.model
-def test_runs_go_on_while_the_database_is_away(
+def test_runs_continue_while_the_database_is_unreachable(
     trainer_service: Callable[..., Program],
     used_postgres: Postgres,
     models: Models,
@@ -119,7 +117,7 @@ def test_runs_go_on_while_the_database_is_away(
             stub.StopRun(pb.StopRunRequest(name=name), timeout=60)
         error = from_rpc_error(caught.value, target=program.target, service="trainer")
         assert error.reason is Reason.DATABASE_UNREACHABLE, error
-        assert "Runs go on meanwhile" in error.message
+        assert "Runs continue meanwhile" in error.message
         assert not secrets_in(error.message)
         metrics = tmp_path / "trainer-data" / name / "metrics.jsonl"
         size = metrics.stat().st_size
@@ -149,7 +147,7 @@ def answers(stub: object, name: str) -> bool:
 
 
 @pytest.mark.model
-def test_a_service_whose_database_is_away_does_not_start(
+def test_a_service_with_an_unreachable_database_does_not_start(
     tmp_path: Path, trainer_service: Callable[..., Program]
 ) -> None:
     with pytest.raises(ProgramError, match="cannot use its database") as caught:

@@ -1,4 +1,4 @@
-"""The state machine, over all pairs."""
+"""Run state machine, over all pairs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_every_pair(one: State, other: State) -> None:
     assert may_become(one, other) == (run_state.state_name(other) in WANTED[run_state.state_name(one)])
 
 
-def test_every_state_is_waiting_live_or_ended() -> None:
+def test_every_state_is_pending_live_or_ended() -> None:
     assert {PENDING} | LIVE | ENDED == set(STATES) == set(TRANSITIONS)
     assert not LIVE & ENDED
 

@@ -1,4 +1,4 @@
-"""The store on SQLite and on PostgreSQL: one contract for both, their migrations, and what each has of its own."""
+"""Store on SQLite and PostgreSQL: one contract for both, migrations, and specifics of each."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_sqlite_loses_nothing_that_was_committed(tmp_path: Path) -> None:
     engine.dispose()
 
 
-def test_a_store_is_what_it_was_after_opening_it_again(place: Path | str) -> None:
+def test_a_reopened_store_is_unchanged(place: Path | str) -> None:
     store = Store.open(place)
     run = new_run(store)
     store.close()
@@ -75,7 +75,7 @@ def test_a_database_of_a_later_version_is_refused(tmp_path: Path) -> None:
         Store.open(path)
 
 
-def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
+def test_a_file_other_than_a_database_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "stillhouse.db"
     path.write_bytes(b"not a database at all, but long enough to have a header of one" * 20)
     with pytest.raises(StillhouseError, match="cannot be opened"):
@@ -101,7 +101,7 @@ def test_secrets_that_others_can_read_are_refused(tmp_path: Path) -> None:
     DataDir.open(tmp_path).close()
 
 
-async def test_the_database_thread_finishes_what_it_began() -> None:
+async def test_the_database_thread_completes_running_calls() -> None:
     thread = DatabaseThread()
     done: list[int] = []
     await thread(done.append, 1)

@@ -1,4 +1,4 @@
-"""What a service makes of attempts that an earlier one has begun, as far as they came."""
+"""Adoption of attempts that an earlier service began."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.programs import start_trainer
 
 @pytest.mark.parametrize("with_log", [False, True])
 def test_a_run_whose_process_was_never_started_is_queued_again(with_log: bool, tmp_path: Path) -> None:
-    """As after a kill of the service between the store's word and the start of the process."""
+    """State after a kill of the service between the store's commit and the start of the process."""
     data_dir = DataDir.open(tmp_path / "data")
     store = Store.open(data_dir.database_path)
     spec = spec_of(SMALLEST)
@@ -40,5 +40,5 @@ def test_a_run_whose_process_was_never_started_is_queued_again(with_log: bool, t
         stub_for(program.target) as stub,
     ):
         run = wait_ended(stub, "runs/aaaaaaaaaaaa")
-    assert "--cpu-slots" in run.error.message  # it waited for a slot, of which there is none
+    assert "--cpu-slots" in run.error.message  # it waited for a slot, and there is none
     assert list(run.attempts) == []

@@ -1,4 +1,4 @@
-"""Devices and CPU slots: a run gets all that it needs or nothing, and everything comes back."""
+"""Devices and CPU slots: a run gets all that it requests or nothing, and all is released."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_an_adopted_run_keeps_its_devices_even_if_there_are_fewer() -> None:
         (DeviceRequest(), "--cpu-slots 1"),
     ],
 )
-def test_what_can_never_be_met_is_said(need: DeviceRequest, lack: str) -> None:
+def test_an_impossible_request_is_explained(need: DeviceRequest, lack: str) -> None:
     assert lack in str(DeviceSlots(gpus=(0,), cpu_slots=0).why_never(need))
     assert DeviceSlots(gpus=(0, 1, 7), cpu_slots=1).why_never(need) is None
 
@@ -65,7 +65,7 @@ def test_cores_are_shared_between_slots() -> None:
     assert DeviceSlots(gpus=(), cpu_slots=1000).threads(()) == 1
 
 
-def test_an_effective_spec_says_what_it_needs() -> None:
+def test_an_effective_spec_determines_the_request() -> None:
     spec = RunSpec()
     spec.resources.gpu_count = 1
     assert DeviceRequest.from_spec(spec) == DeviceRequest(count=1)

@@ -1,4 +1,4 @@
-"""What the end of a process means, for every way in which one can end."""
+"""Exit classification, for every way in which a process can end."""
 
 from __future__ import annotations
 
@@ -100,19 +100,19 @@ def test_exit_137_comes_with_advice(code: Exit) -> None:
     assert "optimizer.micro_batch_size" in ended(exit=code)[2]
 
 
-def test_a_death_without_a_word_shows_the_end_of_the_log() -> None:
+def test_an_unreported_death_shows_the_last_log_lines() -> None:
     assert ended(exit=Exit(code=1), log_tail="ImportError: no torch")[2].endswith(
         "Last log lines: ImportError: no torch"
     )
 
 
-def test_what_follows_is_always_an_arrow() -> None:
+def test_the_next_state_is_always_a_transition() -> None:
     for state in LIVE:
         for outcome in ("completed", "stopped", "failed", None):
             for killed, retry in ((False, False), (False, True), (state == STOPPING, False)):
                 following = ended(
                     state=state, outcome=outcome, error=UNREACHABLE, killed_for_stop=killed, may_retry=retry
                 )[0]
-                # A run that completes while it starts is moved through RUNNING.
+                # A run that completes while STARTING passes through RUNNING.
                 origin = RUNNING if (state, following) == (Run.STATE_STARTING, COMPLETED) else state
                 assert may_become(origin, following), (state, outcome, following)

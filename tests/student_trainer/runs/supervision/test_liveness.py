@@ -1,4 +1,4 @@
-"""A silence is counted while somebody looks, and ends with any sign of life."""
+"""Silence is counted between polls, and ends with any heartbeat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from stillhouse.student_trainer.runs.supervision.liveness import LOOK_LIMIT_S, HeartbeatWatch
 
 
-def test_silence_grows_until_a_sign_of_life_and_a_service_that_slept_counts_no_sleep(tmp_path: Path) -> None:
+def test_silence_grows_until_a_heartbeat_without_the_services_own_suspension(tmp_path: Path) -> None:
     beat, now_s = tmp_path / "heartbeat", 100.0
     pulse = HeartbeatWatch(beat, lambda: now_s)
 
@@ -21,7 +21,7 @@ def test_silence_grows_until_a_sign_of_life_and_a_service_that_slept_counts_no_s
     beat.touch()
     assert after(0.5) == 0
     assert after(0.5) == 0.5
-    os.utime(beat, (0, 0))  # a clock that was set back is a sign of life too
+    os.utime(beat, (0, 0))  # a clock set back is a heartbeat too
     assert after(0.5) == 0
     beat.unlink()
     assert [after(0.5), after(0.5)] == [0, 0.5]

@@ -1,4 +1,4 @@
-"""A run that memory ran out for goes on with half its micro-batch, once, and takes the same steps."""
+"""A run that ran out of memory continues with half its micro-batch, once, with the same steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs that really train, under a service that is stopped, killed and started again around them."""
+"""Real training runs under a service that is stopped, killed and restarted."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def training_pid(data_dir: Path, name: str) -> int:
     return int(json.loads((data_dir / name / "process.json").read_text())["pid"])
 
 
-def test_a_run_trains_and_everything_about_it_can_be_seen(
+def test_a_run_trains_and_reports_everything(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
     with stub_for(trainer_service().target) as stub:
@@ -162,7 +162,7 @@ def test_a_process_that_dies_is_retried_and_one_that_hangs_is_killed_after_the_g
 
 @pytest.mark.faults(row=21)
 @pytest.mark.slow
-def test_a_process_that_sleeps_is_told_from_one_that_works_and_is_replaced_if_it_does_not_wake(
+def test_a_suspended_process_is_detected_and_replaced(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
     spec = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
@@ -191,7 +191,7 @@ def test_a_process_that_sleeps_is_told_from_one_that_works_and_is_replaced_if_it
 def wait_condition(
     stub: RunServiceStub, name: str, condition: Run.Condition.ValueType, *, after: int = 0
 ) -> int:
-    """Wait until the run is said to be in this condition; the sequence of the event that says so."""
+    """Waits until the run has this condition; returns the sequence of its event."""
     call: Any = stub.WatchRun(pb.WatchRunRequest(name=name, after_sequence=after), timeout=PATIENCE_S)
     for event in call:
         if event.HasField("run") and event.sequence > after and event.run.condition == condition:
@@ -201,7 +201,7 @@ def wait_condition(
 
 
 @pytest.mark.faults(row=22)
-def test_the_end_of_the_service_stops_its_runs_if_it_shall(
+def test_the_service_stops_its_runs_at_exit_if_configured(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
     program = trainer_service()
