@@ -156,6 +156,13 @@ def test_every_name_in_capitals_occurs_in_the_code(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", texts())
+def test_every_metric_is_in_the_reference(name: str) -> None:
+    known = set(inline("docs/reference/metrics.md"))
+    names = {code for code in inline(name) if re.fullmatch(r"(stillhouse_|train/|eval/)[a-z_]+", code)}
+    assert not names - known
+
+
+@pytest.mark.parametrize("name", texts())
 def test_every_piece_of_python_names_what_the_package_has(name: str) -> None:
     for language, body in fences(name):
         if language != "python":
