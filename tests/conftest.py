@@ -24,7 +24,14 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 from tests.support.privileges import NOT_ALLOWED  # noqa: E402
-from tests.support.processes import inherit_interrupts, no_process_left, watched_test  # noqa: E402
+from tests.support.processes import (  # noqa: E402
+    SESSION_MARK,
+    begin_session,
+    end_marked,
+    inherit_interrupts,
+    no_process_left,
+    watched_test,
+)
 from tests.support.programs import Program, start_teacher, start_trainer  # noqa: E402
 from tests.support.texts import sentences  # noqa: E402
 
@@ -40,6 +47,14 @@ def pytest_configure(config: pytest.Config) -> None:
     # By default SIGTERM would end pytest before its fixtures have ended the services that they started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     inherit_interrupts()
+    session = begin_session()
+
+    def end_session() -> None:
+        """Ends what workers that were cut short have started; their fixtures did not."""
+        end_marked(session, SESSION_MARK)
+
+    if session:
+        config.add_cleanup(end_session)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

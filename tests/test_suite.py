@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import TEST_MARK, marked_processes
+from tests.support.processes import SESSION_MARK, TEST_MARK, end_marked
+from tests.support.runs import wait_until
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = "STILLHOUSE_TEST_ALL"
@@ -58,6 +59,16 @@ FAILING = f"""
     def test_with_a_broken_fixture(broken):
         pass
 """
+STOPPED = """
+    import time
+    from pathlib import Path
+
+
+    def test_that_is_stopped(trainer_service):
+        trainer_service()
+        Path("started").touch()
+        time.sleep(600)
+"""
 LEAVING = f"""
     import subprocess
 
@@ -81,29 +92,46 @@ def test_a_process_that_outlives_its_passing_test_is_ended_and_reported(tmp_path
     assert "processes outlived their test" in done
 
 
+def test_a_suite_that_is_stopped_leaves_no_process(tmp_path: Path) -> None:
+    mark = uuid.uuid4().hex
+    arguments = _file(tmp_path, STOPPED.replace('"started"', repr(str(tmp_path / "started"))))
+    environment = {**os.environ, ALL: mark, TEST_MARK: ""}
+    del environment[SESSION_MARK]
+    with subprocess.Popen(
+        [sys.executable, "-m", "pytest", "-q", "-n", "1", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as suite:
+        wait_until(lambda: (tmp_path / "started").exists() or suite.poll() is not None, "the test's start")
+        suite.terminate()
+        suite.wait(100)
+    assert end_marked(mark, ALL, patience_s=5) == {}
+
+
 def test_ctrl_c_reaches_programs_where_the_shell_ignores_it() -> None:
     """As in a background job, or under nohup in some shells."""
-    name = "tests/client/terminal/test_progress.py::test_ctrl_c_says_that_a_batch_goes_on_where_it_was"
-    done = _pytest(name, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    ignored = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    done = _pytest("tests/client/terminal/test_progress.py", "-k", "ctrl_c", preexec_fn=ignored)
     assert done.returncode == 0, done.stdout
-    assert "1 passed" in done.stdout
 
 
 def _nested(folder: Path, source: str) -> tuple[str, dict[int, str]]:
     """Runs a file of tests; returns the output of pytest and the processes that are left."""
     mark = uuid.uuid4().hex
-    (folder / "test_nested.py").write_text(textwrap.dedent(source))
-    (folder / "empty.ini").write_text("[pytest]\n")
     # Its processes are its own affair: without the mark of this test, so that they are found by theirs alone.
-    done = _pytest(
-        *("-c", str(folder / "empty.ini"), "-p", "tests.conftest", str(folder / "test_nested.py")),
-        environment={ALL: mark, TEST_MARK: ""},
-    )
-    left = marked_processes(mark, ALL)
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
+    done = _pytest(*_file(folder, source), environment={ALL: mark, TEST_MARK: ""})
+    left = end_marked(mark, ALL)
     assert done.returncode == pytest.ExitCode.TESTS_FAILED, done.stdout + done.stderr
     return done.stdout, left
+
+
+def _file(folder: Path, source: str) -> list[str]:
+    """Writes a file of tests; returns the arguments that run it with the fixtures of this suite."""
+    (folder / "test_nested.py").write_text(textwrap.dedent(source))
+    (folder / "empty.ini").write_text("[pytest]\n")
+    return ["-c", str(folder / "empty.ini"), "-p", "tests.conftest", str(folder / "test_nested.py")]
 
 
 def _pytest(

@@ -16,6 +16,8 @@ from pathlib import Path
 MARK = "STILLHOUSE_TEST_MARK"
 TEST_MARK = "STILLHOUSE_TEST_ITEM"
 """Carried by what a test starts without `no_process_left`."""
+SESSION_MARK = "STILLHOUSE_TEST_SESSION"
+"""Carried by everything that a run of pytest starts, its workers included."""
 # It starts with the first use of shared memory or a semaphore and serves the whole session.
 LIVES_ON = "multiprocessing.resource_tracker"
 
@@ -47,6 +49,14 @@ def watched_test(patience_s: float = 5.0) -> Iterator[None]:
         os.environ.pop(TEST_MARK, None)
         left = end_marked(mark, TEST_MARK, patience_s=patience_s)
     assert not left, f"processes outlived their test: {left}"
+
+
+def begin_session() -> str:
+    """Marks what this process starts from here on; an empty string if a run of pytest has started this one."""
+    if SESSION_MARK in os.environ:
+        return ""
+    os.environ[SESSION_MARK] = uuid.uuid4().hex
+    return os.environ[SESSION_MARK]
 
 
 def inherit_interrupts() -> None:
