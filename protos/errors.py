@@ -207,11 +207,10 @@ def _unpickle(data: bytes) -> StillhouseError:
 
 
 def to_status(error: BaseException) -> status_pb2.Status:
-    """The error as it crosses the wire.
+    """The error as a status for the wire.
 
-    An exception that is not in the catalog is a bug: it is logged with a log id, and the status
-    holds that id and nothing of the exception. A cancellation is CANCELLED. Of the errors of a task
-    group the first one in the catalog counts.
+    An exception outside the catalog is a bug: it is logged with a log id, and the status holds only that id.
+    A cancellation is CANCELLED. For a task group the first error in the catalog counts.
     """
     error = _cause(error)
     if isinstance(error, StillhouseError):
@@ -275,16 +274,15 @@ def _bad_request(violations: Sequence[FieldViolation], budget_bytes: int) -> err
 
 
 def _clean(text: str) -> str:
-    """Text that protobuf and a header accept: file names may hold bytes that are no UTF-8."""
+    """Makes text valid for protobuf and headers: file names may hold bytes that are not UTF-8."""
     text = text.encode("utf-8", "replace").decode("utf-8")
     return text if len(text) <= MAX_SENTENCE_CHARS else text[: MAX_SENTENCE_CHARS - 1] + "…"
 
 
 def from_status(status: status_pb2.Status) -> StillhouseError:
-    """The error that a status tells of; details that cannot be read are left out.
+    """The error of a status; unreadable details are skipped.
 
-    A reason that this version does not know becomes the general one of its code, with the
-    unknown name in `metadata["reason"]`.
+    An unknown reason becomes the general one of its code, with the unknown name in `metadata["reason"]`.
     """
     code = _CODES.get(status.code, grpc.StatusCode.UNKNOWN)
     reason: Reason | None = None
@@ -329,9 +327,9 @@ def from_status(status: status_pb2.Status) -> StillhouseError:
 def from_rpc_error(error: grpc.RpcError, *, target: str, service: str) -> StillhouseError:
     """The error behind a failed call to `service` ("teacher" or "trainer") at `target`.
 
-    A status with our details is taken as it is; what gRPC itself says is put into a sentence with a remedy.
+    A status with our details is used as it is; one of gRPC itself becomes a sentence with a remedy.
     """
-    call: Any = error  # every RpcError that a call raises is also that call
+    call: Any = error  # an RpcError raised by a call is also that call
     try:
         status = rpc_status.from_call(call)
     except (ValueError, DecodeError):
@@ -350,26 +348,26 @@ def from_rpc_error(error: grpc.RpcError, *, target: str, service: str) -> Stillh
                 "address; a service with TLS needs --tls-ca on this side, and one without must not have it."
             )
         case grpc.StatusCode.DEADLINE_EXCEEDED:
-            message = f"The {service} at {target} did not answer in time. It may be overloaded or hang: see its log."
+            message = f"The {service} at {target} did not respond in time. It may be overloaded or hang: see its log."
         case grpc.StatusCode.CANCELLED:
             message = f"The call to the {service} at {target} was cancelled ({said})."
         case grpc.StatusCode.UNIMPLEMENTED:
             message = (
-                f"What answers at {target} is no {service} of this version ({said}). Correct the address, or bring both "
-                "sides to the same version of Stillhouse."
+                f"The service at {target} is not a {service} of this version ({said}). Correct the address, or use the same "
+                "version of Stillhouse on both sides."
             )
         case grpc.StatusCode.RESOURCE_EXHAUSTED if "larger than max" in said.lower():
             reason = Reason.MESSAGE_TOO_LARGE
-            message = f"A message between here and the {service} at {target} is too large ({said}). Send fewer items at once."
+            message = f"A message to or from the {service} at {target} is too large ({said}). Send fewer items at once."
         case grpc.StatusCode.INTERNAL | grpc.StatusCode.UNKNOWN:
-            message = f"The {service} at {target} broke off the call ({said}). Its log says why."
+            message = f"The {service} at {target} aborted the call ({said}). Its log has the cause."
         case _:
             pass
     return StillhouseError(reason, message, metadata={"target": target})
 
 
 def to_json(status: status_pb2.Status) -> dict[str, Any]:
-    """The status as plain JSON values, in protobuf's own mapping; details of unknown types are left out."""
+    """The status as JSON values, in protobuf's mapping; details of unknown types are dropped."""
     known = status_pb2.Status(code=status.code, message=status.message)
     for detail in status.details:
         alone = status_pb2.Status(details=[detail])
@@ -383,13 +381,13 @@ def to_json(status: status_pb2.Status) -> dict[str, Any]:
 
 
 def from_json(plain: Mapping[str, Any]) -> status_pb2.Status:
-    """The status that to_json wrote. Raises ValueError for anything else."""
+    """Parses the output of to_json. Raises ValueError for anything else."""
     try:
         status: status_pb2.Status = json_format.ParseDict(
             dict(plain), status_pb2.Status(), ignore_unknown_fields=True
         )
     except (json_format.Error, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"no error record: {error}") from error
+        raise ValueError(f"not an error record: {error}") from error
     return status
 
 

@@ -270,18 +270,18 @@ def _errors() -> tuple[type[Exception], ...]:
 
 
 def _read_footer(path: Path, file: Any) -> tuple[Shard, list[bytes]]:
-    """A shard's description and the keys of its rows."""
+    """A shard's metadata and the keys of its rows."""
     try:
         footer = file.metadata
         about: Mapping[bytes, bytes] = footer.metadata or {}
         if META not in about:
-            raise ValueError("it has no description of a teacher; Stillhouse did not write it")
+            raise ValueError("it has no metadata of a teacher; Stillhouse did not write it")
         meta, codec = CacheMeta.from_json(about[META])
         groups = _check_groups(footer)
         _check_columns(file.schema_arrow, meta, codec)
         keys = [bytes.fromhex(key) for key in file.read(columns=list(_KEY_COLUMNS)).column("key").to_pylist()]
         if len(keys) != sum(groups) or any(len(key) != 32 for key in keys):
-            raise ValueError("its keys are no SHA-256 sums, one for each row")
+            raise ValueError("its keys are not one SHA-256 per row")
     except _errors() as error:
         raise invalid_cache(path, first_line(error).rstrip("."), REMEDY) from error
     shard = Shard(

@@ -23,18 +23,9 @@ class MetadataInterceptor(
     def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
         return continuation(self._details(client_call_details), request)
 
-    def intercept_unary_stream(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
-        return continuation(self._details(client_call_details), request)
-
-    def intercept_stream_unary(
-        self, continuation: Any, client_call_details: Any, request_iterator: Any
-    ) -> Any:
-        return continuation(self._details(client_call_details), request_iterator)
-
-    def intercept_stream_stream(
-        self, continuation: Any, client_call_details: Any, request_iterator: Any
-    ) -> Any:
-        return continuation(self._details(client_call_details), request_iterator)
+    intercept_unary_stream = intercept_unary_unary
+    intercept_stream_unary = intercept_unary_unary  # type: ignore[assignment]
+    intercept_stream_stream = intercept_unary_unary  # type: ignore[assignment]
 
     def _details(self, details: Any) -> grpc.ClientCallDetails:
         own = _Details()

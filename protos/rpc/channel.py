@@ -180,7 +180,7 @@ def _metadata(options: ChannelOptions) -> tuple[tuple[str, str], ...]:
 
 
 def _keepalive_s() -> float:
-    """Seconds, from the variable or by default. Raises StillhouseError(INVALID_CONFIG) for what is no such number."""
+    """Seconds, from the variable or by default. Raises StillhouseError(INVALID_CONFIG)."""
     text = os.environ.get(KEEPALIVE_VARIABLE, "")
     try:
         value = float(text or KEEPALIVE_S)

@@ -78,7 +78,7 @@ def create(
     """
     if not NAME.fullmatch(name):
         raise _bad(
-            f"{name[:80]!r} is no name for a token; give letters, digits and . _ @ -, at most 64, such as ci-runner."
+            f"{name[:80]!r} is not a valid token name; use at most 64 letters, digits and . _ @ -, such as ci-runner."
         )
     if not scopes:
         raise _bad("A token without a scope is good for nothing; give infer, submit or admin.")

@@ -96,7 +96,7 @@ class Distributions:
             arrays = [getattr(part, name) for part in parts]
             widths = {None if array is None else array.shape[1:] for array in arrays}
             if len(widths) > 1:
-                raise _invalid(f"distributions.{name}", "has other columns in some parts than in others")
+                raise _invalid(f"distributions.{name}", "has different columns in different parts")
             joined[name] = None if arrays[0] is None else np.concatenate(arrays)
         return Distributions(start=parts[0].start, **joined)
 
@@ -115,7 +115,7 @@ def encode_distributions(
     Raises ValueError for another logprob_dtype.
     """
     if logprob_dtype not in _HALF_OR_FULL:
-        raise ValueError(f"logprobs do not travel as {Tensor.DataType.Name(logprob_dtype)}")
+        raise ValueError(f"logprobs cannot be sent as {Tensor.DataType.Name(logprob_dtype)}")
     message = TokenDistributions(
         start=distributions.start,
         token_ids=encode(distributions.token_ids, bits=pack_bits),
@@ -140,14 +140,14 @@ def decode_distributions(
     """
     if not 1 <= message.start <= 2**31 - 1 - max_rows:
         raise _invalid(
-            "distributions.start", f"is {message.start}; position 0 is predicted by nothing, send 1 or more"
+            "distributions.start", f"is {message.start}; position 0 has no prediction, send 1 or more"
         )
     token_ids = _ids(message, "token_ids", vocab_size, (None, None))
     num_rows, top_k = token_ids.shape
     if num_rows > max_rows or top_k > max_top_k:
         raise _invalid(
             "distributions.token_ids",
-            f"has shape [{num_rows}, {top_k}]; at most [{max_rows}, {max_top_k}] was asked for",
+            f"has shape [{num_rows}, {top_k}]; at most [{max_rows}, {max_top_k}] was requested",
         )
     ordered = np.sort(token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
@@ -180,7 +180,7 @@ def _part(
     message: TokenDistributions, name: str, dtypes: Sequence[Any], shape: Sequence[int | None]
 ) -> NDArray[Any]:
     field = f"distributions.{name}"
-    if not message.HasField(name):  # type: ignore[arg-type]  # a name out of _ARRAYS
+    if not message.HasField(name):  # type: ignore[arg-type]  # a name in _ARRAYS
         raise _invalid(field, "is missing")
     array = decode(getattr(message, name), field=field, dtypes=dtypes, shape=shape)
     if array.ndim > 1 and array.shape[1] > MAX_COLUMNS:
@@ -214,7 +214,7 @@ def _logprobs(
 def _finite(
     message: TokenDistributions, name: str, shape: Sequence[int | None]
 ) -> NDArray[np.float32] | None:
-    if not message.HasField(name):  # type: ignore[arg-type]  # a name out of _ARRAYS
+    if not message.HasField(name):  # type: ignore[arg-type]  # a name in _ARRAYS
         return None
     dtypes = (*_FLOAT32, Tensor.DATA_TYPE_BFLOAT16) if name == "hidden_states" else _FLOAT32
     array = _part(message, name, dtypes, shape).astype(np.float32, copy=False)
@@ -231,6 +231,6 @@ def _non_finite(name: str) -> StillhouseError:
     field = f"distributions.{name}"
     return StillhouseError(
         Reason.NON_FINITE,
-        f"{field} holds NaN or infinity; the model behind it is broken.",
+        f"{field} holds NaN or infinity; the model produces non-finite values.",
         metadata={"field": field},
     )

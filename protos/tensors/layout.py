@@ -53,11 +53,13 @@ def encode(
         )
     own = _NATURAL.get(array.dtype.newbyteorder("="))
     if own is None:
-        raise ValueError(f"arrays of {array.dtype} do not travel; use one of {', '.join(map(str, _NATURAL))}")
+        raise ValueError(
+            f"arrays of {array.dtype} cannot be sent; use one of {', '.join(map(str, _NATURAL))}"
+        )
     if dtype is None or dtype == own:
         return Tensor(dtype=own, shape=array.shape, data=array.astype(_DTYPES[own], copy=False).tobytes())
     if array.dtype.kind != "f" or dtype in {Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_INT64}:
-        raise ValueError(f"{array.dtype} cannot travel as {Tensor.DataType.Name(dtype)}")
+        raise ValueError(f"{array.dtype} cannot be sent as {Tensor.DataType.Name(dtype)}")
     if dtype == Tensor.DATA_TYPE_BFLOAT16:
         return Tensor(dtype=dtype, shape=array.shape, data=_to_bfloat16(array).tobytes())
     with np.errstate(over="ignore"):  # below -65504 a FLOAT16 log-probability is -inf
@@ -72,7 +74,7 @@ def decode(
     shape: Sequence[int | None],
     max_elements: int = MAX_ELEMENTS,
 ) -> NDArray[Any]:
-    """The array that a Tensor from elsewhere holds, a read-only view of its bytes where possible.
+    """The array of a received Tensor, a read-only view of its bytes where possible.
 
     `dtypes` are the types allowed; `shape` is what is expected, None where any size will do.
     PACKED_UINT comes back as int32, or as int64 if it has 32 bits, and BFLOAT16 as float32.

@@ -20,7 +20,7 @@ def tokenizer_fingerprint(tokenizer_json: str | bytes, special_tokens: Mapping[s
     `content`, or lists of either. Padding and truncation, the pad token (which never stands for text), the
     post-processor, the decoder and the chat template do not matter.
 
-    Raises StillhouseError(TOKENIZER_INVALID) for anything that is no tokenizer of the `tokenizers` library.
+    Raises StillhouseError(TOKENIZER_INVALID) for anything but a tokenizer of the `tokenizers` library.
     """
     with tokenizer_errors(
         "The tokenizer's description cannot be read",

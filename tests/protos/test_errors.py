@@ -144,5 +144,5 @@ def test_unreadable_details_are_skipped() -> None:
     "plain", [{"code": "x"}, {"details": [1]}, {"details": [{"@type": "nonsense"}]}, {"message": 5}]
 )
 def test_json_that_is_no_status_is_a_value_error(plain: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="no error record"):
+    with pytest.raises(ValueError, match="not an error record"):
         from_json(plain)

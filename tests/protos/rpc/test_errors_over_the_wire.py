@@ -203,7 +203,7 @@ async def test_the_wrong_service_at_an_address_is_reported() -> None:
         call = run_pb2_grpc.RunServiceStub(channel).GetRun
         error = await caught(lambda: call(run_pb2.GetRunRequest(), timeout=60), address, "trainer")
     assert error.code == grpc.StatusCode.UNIMPLEMENTED
-    assert f"What answers at {address} is no trainer" in error.message
+    assert f"The service at {address} is not a trainer" in error.message
 
 
 async def test_a_message_beyond_the_limit_is_refused_and_the_server_lives() -> None:

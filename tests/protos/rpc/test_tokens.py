@@ -51,7 +51,7 @@ def test_tokens_expire_and_free_their_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a b", "../x", "-x", "x" * 65, "a\n"])
 def test_names_that_would_confuse_a_log_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(StillhouseError, match="no name for a token"):
+    with pytest.raises(StillhouseError, match="not a valid token name"):
         make(tmp_path / "tokens.json", name)
 
 

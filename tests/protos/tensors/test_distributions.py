@@ -102,7 +102,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     one = sample()
     with pytest.raises(StillhouseError, match="the rows before end at 5"):
         Distributions.concat([one.rows(0, 2), one.rows(3, 5)])
-    with pytest.raises(StillhouseError, match="entropy has other columns"):
+    with pytest.raises(StillhouseError, match="entropy has different columns"):
         Distributions.concat([one.rows(0, 2), replace(one.rows(2, 5), entropy=None)])
     with pytest.raises(StillhouseError, match="no parts"):
         Distributions.concat([])
