@@ -127,12 +127,12 @@ def main(
 
 
 def _documents(text: Path | None, template: str) -> list[str]:
-    from examples.demo.text import make_world, stories
+    from examples.demo.text import sample_habits, stories
     from tests.support.train_teacher import read_documents
 
     if text is not None:
         return list(read_documents(text, template))
-    return [f"{story['prompt']}{story['completion']}" for story in stories(make_world(0), 20_000, 0)]
+    return [f"{story['prompt']}{story['completion']}" for story in stories(sample_habits(0), 20_000, 0)]
 
 
 def _trained(documents: Sequence[str], directory: Path, minutes: float) -> Path:

@@ -25,7 +25,7 @@ from benchmarks.distillation.report import differences_table, is_better, student
 from examples.demo.__main__ import default_engine, signals_as_exceptions
 from examples.demo.comparison import (
     LARGEST_TOP_K,
-    Measured,
+    RunScores,
     Recipe,
     RunFailedError,
     Scores,
@@ -66,7 +66,7 @@ class Results:
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self._path = path
         self._settings = settings
-        self._results: dict[str, Measured] = {}
+        self._results: dict[str, RunScores] = {}
         if path.exists():
             stored = json.loads(path.read_text())
             if stored["settings"] != settings:
@@ -78,18 +78,18 @@ class Results:
     def __contains__(self, job: Job) -> bool:
         return job.key in self._results
 
-    def __getitem__(self, job: Job) -> Measured:
+    def __getitem__(self, job: Job) -> RunScores:
         return self._results[job.key]
 
-    def add(self, job: Job, measured: Measured) -> None:
+    def add(self, job: Job, measured: RunScores) -> None:
         """Stores the result of one run."""
         self._results[job.key] = measured
         runs = {key: dataclasses.asdict(value) for key, value in self._results.items()}
         write_atomic(self._path, json.dumps({"settings": self._settings, "runs": runs}, indent=2).encode())
 
 
-def _read(value: dict[str, Any]) -> Measured:
-    return Measured(name=value["name"], before=Scores(**value["before"]), after=Scores(**value["after"]))
+def _read(value: dict[str, Any]) -> RunScores:
+    return RunScores(name=value["name"], before=Scores(**value["before"]), after=Scores(**value["after"]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +202,7 @@ def report(outcome: dict[str, Any]) -> Iterator[str]:
     yield from (f"- {claim}: {'yes' if holds else 'NO'}" for claim, holds in claims(runs).items())
 
 
-def claims(runs: dict[str, list[Measured]]) -> dict[str, bool]:
+def claims(runs: dict[str, list[RunScores]]) -> dict[str, bool]:
     """Claims, each on its complete 95 % interval."""
     return {
         "distilled beats cross-entropy in held-out KL": is_better(

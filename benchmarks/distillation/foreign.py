@@ -18,7 +18,7 @@ import click
 
 from benchmarks.distillation.report import paired_interval
 from examples.demo.__main__ import DemoSize, signals_as_exceptions, teacher_for
-from examples.demo.text import make_world, stories, write_rows
+from examples.demo.text import sample_habits, stories, write_rows
 from stillhouse.client.api import StillhouseError, Trainer
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
@@ -67,7 +67,7 @@ def run_spec(
 
 def losses(client: Trainer, work_dir: Path, target: str, seed: int) -> dict[str, float]:
     """Held-out cross-entropy of each arm's student, in nats per token."""
-    world, seeded = make_world(WORLD_SEED), work_dir / f"seed-{seed}"
+    world, seeded = sample_habits(WORLD_SEED), work_dir / f"seed-{seed}"
     rows = write_rows(seeded / "rows.jsonl", stories(world, TRAIN_ROWS, 1000 + seed))
     held_out = write_rows(work_dir / "held_out.jsonl", stories(world, HELD_OUT_ROWS, 999))
     tokenizer = make_tokenizer(rows.read_text().splitlines(), seeded / "tokenizer", STUDENT_VOCABULARY)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from examples.demo.comparison import Measured, Scores
+from examples.demo.comparison import RunScores, Scores
 
 METRICS = {"kl": "held-out KL", "perplexity": "perplexity", "agreement": "agreement"}
 LOWER_IS_BETTER = {"kl": True, "perplexity": True, "agreement": False}
@@ -44,19 +44,19 @@ def paired_interval(first: Sequence[float], second: Sequence[float]) -> Interval
     return Interval(mean=mean, low=mean - half, high=mean + half)
 
 
-def column(results: Sequence[Measured], metric: str) -> list[float]:
+def column(results: Sequence[RunScores], metric: str) -> list[float]:
     """One metric of the trained students."""
     return [getattr(result.after, metric) for result in results]
 
 
-def is_better(first: Sequence[Measured], second: Sequence[Measured], metric: str) -> bool:
+def is_better(first: Sequence[RunScores], second: Sequence[RunScores], metric: str) -> bool:
     """True if the complete interval of first - second is on the better side of 0."""
     interval = paired_interval(column(first, metric), column(second, metric))
     return interval.high < 0 if LOWER_IS_BETTER[metric] else interval.low > 0
 
 
 def students_table(
-    before: Sequence[Scores], results: Mapping[str, Sequence[Measured]], learning_rates: Mapping[str, float]
+    before: Sequence[Scores], results: Mapping[str, Sequence[RunScores]], learning_rates: Mapping[str, float]
 ) -> str:
     """Mean and standard deviation over seeds, a row for each kind of student."""
     rows = [_row("before training", before, "")]
@@ -77,7 +77,7 @@ def _row(name: str, scores: Sequence[Scores], learning_rate: str) -> str:
     return f"| {name} | {' | '.join(cells)} | {learning_rate} |"
 
 
-def differences_table(results: Mapping[str, Sequence[Measured]], pairs: Sequence[tuple[str, str]]) -> str:
+def differences_table(results: Mapping[str, Sequence[RunScores]], pairs: Sequence[tuple[str, str]]) -> str:
     """Paired differences over seeds with 95 % t-intervals, a row for each of `pairs`."""
     rows = [
         f"| {first} - {second} | "

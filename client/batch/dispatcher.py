@@ -23,6 +23,7 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 
 if TYPE_CHECKING:
+    from stillhouse.client.teacher.connection import TeacherConnection
     from stillhouse.client.teacher.teacher import Teacher
 
 MAX_INFLIGHT = 1024
@@ -85,7 +86,7 @@ class BatchDispatcher:
         teachers: Sequence[Teacher],
         rows: Iterator[PromptRow | None],
         *,
-        verify: Callable[[Teacher], None] = lambda _: None,
+        verify: Callable[[TeacherConnection], None] = lambda _: None,
         top_k: int | None = None,
         max_inflight: int = MAX_INFLIGHT,
         on_lost: OnLost | None = None,

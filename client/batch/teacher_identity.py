@@ -13,6 +13,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 
 if TYPE_CHECKING:
+    from stillhouse.client.teacher.connection import TeacherConnection
     from stillhouse.client.teacher.teacher import Teacher
 
 _REFRESH_S = 1.0
@@ -59,7 +60,7 @@ class BatchTeacher:
         """Most recent info of the teacher."""
         return self._info
 
-    def verify(self, teacher: Teacher) -> None:
+    def verify(self, teacher: TeacherConnection) -> None:
         """Queries a replica's identity. Raises StillhouseError if it is another teacher, or an adapter is gone."""
         self._info = teacher.refresh(timeout_s=VERIFY_TIMEOUT_S)
         self._asked_s = time.monotonic()

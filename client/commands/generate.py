@@ -11,8 +11,7 @@ import click
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from stillhouse.client.teacher.generate import Completion
-    from stillhouse.client.teacher.teacher import Prompt
+    from stillhouse.client.teacher.generate import Completion, Prompt
     from stillhouse.protos.tensors.distributions import Distributions
 
 

@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.client.core.errors import usage_error
+from stillhouse.client.teacher.connection import TeacherConnection
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions
 from stillhouse.protos.tensors.layout import decode, encode
 
-if TYPE_CHECKING:
-    from stillhouse.client.teacher.teacher import Prompt, Teacher
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | teacher_pb2.Prompt
 
 _FINISH = {
     teacher_pb2.SampleChunk.FINISH_REASON_UNSPECIFIED: "",
@@ -32,7 +32,7 @@ class Piece:
     """The next piece of one sample."""
 
     prompt_index: int
-    """The prompt that it answers, counted from 0 over all prompts given."""
+    """Index of its prompt, counted from 0 over all prompts given."""
     sample_index: int
     """Its place among that prompt's samples."""
     text: str = ""
@@ -48,7 +48,7 @@ class Piece:
     prompt_tokens: int = 0
     """Tokens of the prompt; set on the first piece."""
     prompt_token_ids: NDArray[np.int32] | None = None
-    """The prompt, [P], on the first piece, if it was asked for."""
+    """The prompt, [P], on the first piece, if requested."""
     error: StillhouseError | None = None
     """The reason for which this sample, and only this one, failed."""
 
@@ -65,7 +65,7 @@ class Gathering:
     _pieces: dict[tuple[int, int], list[Piece]] = field(default_factory=dict)
 
     def add(self, piece: Piece) -> Completion | None:
-        """The sample that `piece` finishes, if it does."""
+        """Adds a piece; returns the completion if it is the sample's last."""
         key = piece.prompt_index, piece.sample_index
         parts = self._pieces.setdefault(key, [])
         parts.append(piece)
@@ -73,14 +73,14 @@ class Gathering:
             return None
         del self._pieces[key]
         logprobs = [part.sampling_logprobs for part in parts if part.sampling_logprobs is not None]
-        told = [part.distributions for part in parts if part.distributions is not None]
+        distributions = [part.distributions for part in parts if part.distributions is not None]
         return Completion(
             prompt_index=piece.prompt_index,
             sample_index=piece.sample_index,
             text="".join(part.text for part in parts),
             token_ids=np.concatenate([part.token_ids for part in parts]),
             sampling_logprobs=np.concatenate(logprobs) if logprobs else None,
-            distributions=Distributions.concat(told) if told else None,
+            distributions=Distributions.concat(distributions) if distributions else None,
             finish=piece.finish,
             prompt_tokens=max(part.prompt_tokens for part in parts),
             prompt_token_ids=parts[0].prompt_token_ids,
@@ -89,7 +89,7 @@ class Gathering:
 
 
 def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
-    """The message for text, token ids or messages. Raises StillhouseError for anything else."""
+    """Converts text, token ids or messages to a message. Raises StillhouseError for anything else."""
     message = teacher_pb2.Prompt(adapter=adapter)
     if isinstance(prompt, teacher_pb2.Prompt):
         message.MergeFrom(prompt)
@@ -103,7 +103,7 @@ def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
 
 
 def as_ids(ids: object) -> NDArray[np.int32]:
-    """Token ids as int32 [T]. Raises StillhouseError for what are no whole numbers of that size."""
+    """Converts token ids to int32 [T]. Raises StillhouseError for anything but integers in range."""
     try:
         array = np.asarray(ids if isinstance(ids, Sequence | np.ndarray) else list(ids))  # type: ignore[call-overload]
     except (TypeError, ValueError) as error:
@@ -123,9 +123,9 @@ def _turn(turn: Mapping[str, str]) -> teacher_pb2.Message:
 
 
 def pieces(
-    teacher: Teacher, prompts: Iterable[teacher_pb2.Prompt], template: teacher_pb2.GenerateRequest
+    teacher: TeacherConnection, prompts: Iterable[teacher_pb2.Prompt], template: teacher_pb2.GenerateRequest
 ) -> Iterator[Piece]:
-    """The pieces for `prompts`, asked for with `template`, at most the teacher's max_prompts at a time."""
+    """Streams the pieces of `prompts`, requested with `template`, at most the teacher's max_prompts at a time."""
     most = max(1, teacher.limits.max_prompts)
     most_samples = max(1, template.num_samples)
     offset = 0
@@ -137,7 +137,7 @@ def pieces(
                 if not (0 <= chunk.prompt_index < len(batch) and 0 <= chunk.sample_index < most_samples):
                     raise StillhouseError(
                         Reason.TENSOR_INVALID,
-                        f"the teacher answered sample {chunk.sample_index} of prompt {chunk.prompt_index}; asked for were "
+                        f"the teacher sent sample {chunk.sample_index} of prompt {chunk.prompt_index}; requested were "
                         f"{most_samples} of {len(batch)} prompts.",
                     )
                 yield replace(
@@ -167,9 +167,11 @@ def piece_of(
             max_rows=most,
             max_top_k=template.distributions.top_k,
         )
-    drawn = None
+    sampling_logprobs = None
     if chunk.HasField("sampling_logprobs"):
-        drawn = _array(chunk.sampling_logprobs, "sampling_logprobs", Tensor.DATA_TYPE_FLOAT32, most)
+        sampling_logprobs = _array(
+            chunk.sampling_logprobs, "sampling_logprobs", Tensor.DATA_TYPE_FLOAT32, most
+        )
     prompt_ids = None
     if chunk.HasField("prompt_token_ids"):
         prompt_ids = _array(chunk.prompt_token_ids, "prompt_token_ids", Tensor.DATA_TYPE_INT32, most)
@@ -181,7 +183,7 @@ def piece_of(
         sample_index=chunk.sample_index,
         text=chunk.text,
         token_ids=token_ids,
-        sampling_logprobs=drawn,
+        sampling_logprobs=sampling_logprobs,
         distributions=distributions,
         finish=_FINISH.get(chunk.finish_reason, "stop"),
         prompt_tokens=chunk.prompt_tokens,

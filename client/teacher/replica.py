@@ -1,26 +1,25 @@
-"""A teacher service as the replica of a pool: asked who it is after it was lost."""
+"""A teacher service as the replica of a pool: verified again after it was lost."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import grpc
 
 from stillhouse.client.core.connection import OnLost
+from stillhouse.client.teacher.connection import TeacherConnection
 from stillhouse.protos.rpc.pool.load_balancing import Load
 from stillhouse.protos.rpc.pool.replica import Loss
-
-if TYPE_CHECKING:
-    from stillhouse.client.teacher.teacher import Teacher
 
 
 class TeacherReplica:
     """One service of a teacher."""
 
-    def __init__(self, teacher: Teacher, verify: Callable[[Teacher], None] = lambda _: None) -> None:
-        """`verify` runs before a lost service is asked again, and raises if it is another teacher."""
+    def __init__(
+        self, teacher: TeacherConnection, verify: Callable[[TeacherConnection], None] = lambda _: None
+    ) -> None:
+        """`verify` runs before a lost service is used again, and raises if it is another teacher."""
         self.teacher = teacher
         self.target = teacher.target
         self.load = Load()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.client.core.connection import OnLost
+from stillhouse.client.teacher.connection import TeacherConnection
 from stillhouse.client.teacher.generate import as_ids
 from stillhouse.client.teacher.replica import TeacherReplica, tell
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
@@ -21,18 +22,15 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions
 from stillhouse.protos.tensors.layout import encode
 
-if TYPE_CHECKING:
-    from stillhouse.client.teacher.teacher import Teacher
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreItem:
     """A sequence to score."""
 
     id: Hashable
-    """Anything; it comes back with the answer."""
+    """Any value; returned with the result."""
     token_ids: Any
-    """Token ids [T], any sequence of whole numbers."""
+    """Token ids [T], any sequence of integers."""
     start: int = 1
     """First position to score: a prompt of P tokens needs nothing before P."""
     adapter: str = ""
@@ -40,7 +38,7 @@ class ScoreItem:
     query_token_ids: NDArray[np.int32] | None = None
     """Ids to report query_logprobs for, [T - start, Q], -1 where a row has fewer."""
     timeout_s: float = 0.0
-    """Time after which it is answered with ITEM_TIMEOUT; 0 means the contract's 300 seconds."""
+    """Time after which it fails with ITEM_TIMEOUT; 0 means the contract's 300 seconds."""
 
 
 Sequenced = ScoreItem | tuple[Hashable, Any]
@@ -59,7 +57,7 @@ class ScoreAnswer:
 
 
 def score(
-    teacher: Teacher,
+    teacher: TeacherConnection,
     sequences: Iterable[Sequenced],
     config: teacher_pb2.DistributionConfig,
     *,
@@ -67,7 +65,7 @@ def score(
     on_lost: OnLost | None,
     patience_s: float,
 ) -> Iterator[ScoreAnswer]:
-    """Yields the answers to `sequences`; see Teacher.score."""
+    """Yields the results of `sequences`; see Teacher.score."""
     limit = max(1, teacher.limits.max_inflight_sequences)
     window = min(max_inflight, limit) if max_inflight > 0 else limit
     yield from _Scorer(teacher, sequences, config, window, on_lost).answers(BoundedWait(patience_s))
@@ -82,11 +80,11 @@ class _Sent:
 
 
 class _Scorer:
-    """A pool of one service: at most `window` sequences are unanswered, and a thread reads the caller's iterable."""
+    """A pool of one service: at most `window` sequences are in flight, and a thread reads the caller's iterable."""
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: TeacherConnection,
         sequences: Iterable[Sequenced],
         config: teacher_pb2.DistributionConfig,
         window: int,
@@ -109,7 +107,7 @@ class _Scorer:
         threading.Thread(target=self._read, args=(sequences,), name="score-reader", daemon=True).start()
 
     def answers(self, wait: BoundedWait) -> Iterator[ScoreAnswer]:
-        """Yields the answers as they come, then raises what the caller's iterable raised."""
+        """Yields results as they arrive, then raises the error of the caller's iterable, if any."""
         try:
             while not self._pool.is_done:
                 result = self._pool.poll(wait)
@@ -134,7 +132,7 @@ class _Scorer:
             self._pool.complete()
 
     def _serve(self, replica: TeacherReplica, call: Call[_Sent, ScoreAnswer]) -> None:
-        """Keeps one stream open; a sequence of which only parts came is scored again."""
+        """Keeps one stream open; a partially received sequence is scored again."""
         parts: dict[int, list[Distributions]] = {}
         with replica.errors():
             stream = replica.teacher.stub.Score(self._requests(call))
@@ -163,7 +161,7 @@ class _Scorer:
         if sent is None:
             raise StillhouseError(
                 Reason.TENSOR_INVALID,
-                f"the teacher answered sequence {number}, which is not waiting for an answer.",
+                f"the teacher sent a result of sequence {number}, which is not in flight.",
             )
         before = parts.setdefault(number, [])
         if result.HasField("distributions"):
@@ -187,7 +185,7 @@ def _answer(sent: _Sent, parts: list[Distributions], result: teacher_pb2.ScoreRe
     if whole.start != sent.start or whole.num_rows != expected:
         raise StillhouseError(
             Reason.TENSOR_INVALID,
-            f"the teacher answered {whole.num_rows} rows from position {whole.start} for a sequence with {expected} rows "
+            f"the teacher sent {whole.num_rows} rows from position {whole.start} for a sequence with {expected} rows "
             f"from {sent.start}.",
         )
     return ScoreAnswer(id=sent.id, distributions=whole, error=None)

@@ -1,83 +1,32 @@
-"""The teacher service from Python: what it serves, text that it writes, and the distributions it gives to your text."""
+"""The teacher service from Python: generates text, scores sequences, manages adapters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stillhouse.client.core.connection import PATIENCE_S, Connection, OnLost
+from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import file_error
-from stillhouse.client.core.settings import DEFAULT_TEACHER
-from stillhouse.client.teacher.generate import Completion, Gathering, Piece, as_prompt, pieces
+from stillhouse.client.teacher.connection import TeacherConnection
+from stillhouse.client.teacher.generate import Completion, Gathering, Piece, Prompt, as_prompt, pieces
 from stillhouse.client.teacher.score import ScoreAnswer, Sequenced, score
-from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.adapter import FILES, upload_requests
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
-from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 
 LOAD_TIMEOUT_S = 600.0
-MAX_TOKENIZER_BYTES = 256 << 20
-
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | teacher_pb2.Prompt
 
 
-class Teacher(Connection):
+class Teacher(TeacherConnection):
     """The teacher at `target`, `host:port` or `unix:PATH`; a context manager.
 
     With `tls_ca` or a certificate the connection is TLS. Every method raises StillhouseError with a sentence that
-    names a remedy; TEACHER_UNREACHABLE if nobody answers.
+    names a remedy; TEACHER_UNREACHABLE if no service responds.
     """
 
-    service = "teacher"
-
-    def __init__(self, target: str = DEFAULT_TEACHER, **options: Any) -> None:
-        super().__init__(target, **options)
-        self.stub = TeacherServiceStub(self.channel)
-
-    def info(self) -> teacher_pb2.GetTeacherInfoResponse:
-        """The loaded model, its fingerprints, limits, capabilities and adapters."""
-        return self.call(self.stub.GetTeacherInfo, teacher_pb2.GetTeacherInfoRequest())
-
-    @cached_property
-    def limits(self) -> teacher_pb2.GetTeacherInfoResponse:
-        """info(), asked once."""
-        return self.info()
-
-    def refresh(self, *, timeout_s: float | None = None) -> teacher_pb2.GetTeacherInfoResponse:
-        """info(), asked anew: after a teacher was lost it may be another."""
-        request = teacher_pb2.GetTeacherInfoRequest()
-        info: teacher_pb2.GetTeacherInfoResponse
-        info = self.call(self.stub.GetTeacherInfo, request, timeout_s=timeout_s)
-        self.__dict__["limits"] = info
-        return info
-
-    @property
-    def was_reached(self) -> bool:
-        """Whether it ever said who it is."""
-        return "limits" in self.__dict__
-
-    def tokenizer(self) -> dict[str, bytes]:
-        """File name to content, of the tokenizer's files."""
-        files: dict[str, bytearray] = {}
-        name, size = "", 0
-        request = teacher_pb2.GetTokenizerRequest()
-        for piece in self.stream(self.stub.GetTokenizer, request):
-            name = piece.file_name or name
-            size += len(piece.data)
-            if Path(name).name != name or not name or name.startswith(".") or size > MAX_TOKENIZER_BYTES:
-                raise StillhouseError(
-                    Reason.TOKENIZER_INVALID,
-                    f"the teacher sent {name!a}, {size} bytes so far, as a part of its tokenizer; expected are plain file "
-                    f"names and at most {MAX_TOKENIZER_BYTES} bytes.",
-                )
-            files.setdefault(name, bytearray()).extend(piece.data)
-        return {name: bytes(content) for name, content in files.items()}
-
     def save_tokenizer(self, directory: Path | str) -> list[Path]:
-        """The tokenizer's files, written into `directory`."""
+        """Downloads the tokenizer's files into `directory` and returns their paths."""
         directory = Path(directory)
         paths = []
         for name, content in self.tokenizer().items():
@@ -104,12 +53,12 @@ class Teacher(Connection):
         adapter: str = "",
         top_k_logprobs: int = 0,
     ) -> Iterator[Piece]:
-        """Pieces of text as they are written; those of one sample in order, those of different samples mixed.
+        """Streams pieces of samples as they are generated; in order within a sample, interleaved between samples.
 
         A prompt is text, token ids, or messages with `role` and `content`, which the teacher's chat template renders.
-        With `top_k_logprobs` each piece has the distributions of its tokens. What is None takes the contract's default:
+        With `top_k_logprobs` each piece has the distributions of its tokens. None takes the contract's default:
         temperature 1, top_p 1, all tokens, 256 new tokens. At most `max_prompts` of the teacher are in flight.
-        Closing the iterator aborts what is left.
+        Closing the iterator aborts the remaining samples.
         """
         sampling = teacher_pb2.SamplingParams(
             temperature=temperature,
@@ -126,7 +75,7 @@ class Teacher(Connection):
         return pieces(self, (as_prompt(each, adapter) for each in prompts), request)
 
     def complete(self, prompts: Iterable[Prompt], **options: Any) -> Iterator[Completion]:
-        """Whole samples, each as soon as it is finished; options as for generate()."""
+        """Yields complete samples as they finish; options as for generate()."""
         gathering = Gathering()
         for piece in self.generate(prompts, **options):
             completion = gathering.add(piece)
@@ -148,11 +97,11 @@ class Teacher(Connection):
         on_lost: OnLost | None = None,
         patience_s: float = PATIENCE_S,
     ) -> Iterator[ScoreAnswer]:
-        """For each sequence, in the order in which they are ready, its distributions or its own error.
+        """Yields each sequence's distributions or its own error, as they are ready.
 
         A sequence is a ScoreItem or a pair of id and token ids [T]. `sequences` is read in another thread, at most
-        `max_inflight` ahead of the answers (0, or more than the teacher's limit, means that limit). A lost stream is
-        opened again and unanswered sequences are sent again. Logprobs travel as float32 unless `float16`; with
+        `max_inflight` ahead of the results (0, or more than the teacher's limit, means that limit). A lost stream is
+        opened again and unscored sequences are sent again. Logprobs travel as float32 unless `float16`; with
         `pack_token_ids` ids travel in the fewest bits that hold the vocabulary.
         """
         config = teacher_pb2.DistributionConfig(
@@ -169,12 +118,12 @@ class Teacher(Connection):
         )
 
     def load_adapter(self, name: str, path: str) -> teacher_pb2.Adapter:
-        """Makes the LoRA adapter in the directory `path` on the teacher's host usable as `name`."""
+        """Loads the LoRA adapter in the directory `path` on the teacher's host under `name`."""
         request = teacher_pb2.LoadAdapterRequest(adapter=name, path=path)
         return self.call(self.stub.LoadAdapter, request, timeout_s=LOAD_TIMEOUT_S).adapter
 
     def unload_adapter(self, name: str) -> None:
-        """Frees the adapter `name`; the name stays bound to its weights."""
+        """Unloads the adapter `name`; the name stays bound to its weights."""
         request = teacher_pb2.UnloadAdapterRequest(adapter=name)
         self.call(self.stub.UnloadAdapter, request, timeout_s=LOAD_TIMEOUT_S)
 

@@ -13,7 +13,7 @@ from stillhouse.client.core.errors import file_error, usage_error
 from stillhouse.client.teacher.score import ScoreItem
 
 if TYPE_CHECKING:
-    from stillhouse.client.teacher.teacher import Prompt
+    from stillhouse.client.teacher.generate import Prompt
 
 MAX_TEXT_BYTES = 64 << 20
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from stillhouse.client.core.connection import resumed
 from stillhouse.client.core.errors import file_error
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
-if TYPE_CHECKING:
-    from stillhouse.client.trainer.run_handle import RunHandle
-
+Download = Callable[[str, int], Iterator[run_pb2.DownloadArtifactResponse]]
+"""Yields the file at a path from a byte offset on."""
 OnFile = Callable[[str, int, int], None]
 """Called with path, bytes received and size of the file."""
 
@@ -24,20 +22,27 @@ _READ_BYTES = 1 << 20
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
-def pull(run: RunHandle, what: str, directory: Path, on_file: OnFile | None) -> list[Path]:
-    """The files of `what` in `directory`; see RunHandle.pull."""
-    artifacts = run.artifacts()
+def pull(
+    run: str,
+    artifacts: Sequence[run_pb2.Artifact],
+    download: Download,
+    what: str,
+    directory: Path,
+    *,
+    on_file: OnFile | None,
+) -> list[Path]:
+    """Downloads those `artifacts` of `run` that `what` names into `directory`; see RunHandle.pull."""
     wanted = [each for each in artifacts if each.path == what or each.path.startswith(what + "/") or not what]
     if not wanted:
         tops = sorted({_top(each.path) for each in artifacts})
         has = f"it has: {', '.join(tops)}" if tops else "it has none yet"
         raise StillhouseError(
-            Reason.ARTIFACT_NOT_FOUND, f'run {run.id} has no artifact "{what}"; {has}.', resource=what
+            Reason.ARTIFACT_NOT_FOUND, f'run {run} has no artifact "{what}"; {has}.', resource=what
         )
-    places = [(each, directory / _below(each.path, what)) for each in wanted]
-    for artifact, place in places:
-        _fetch(run, artifact, place, on_file)
-    return [place for _, place in places]
+    targets = [(each, directory / _below(each.path, what)) for each in wanted]
+    for artifact, path in targets:
+        _fetch(download, artifact, path, on_file)
+    return [path for _, path in targets]
 
 
 def _top(path: str) -> str:
@@ -56,35 +61,35 @@ def _below(path: str, what: str) -> PurePosixPath:
     return PurePosixPath(pure.name) if path == what else pure.relative_to(what or ".")
 
 
-def _fetch(run: RunHandle, artifact: run_pb2.Artifact, place: Path, on_file: OnFile | None) -> None:
+def _fetch(download: Download, artifact: run_pb2.Artifact, path: Path, on_file: OnFile | None) -> None:
     try:
-        if _is_same(place, artifact):
+        if _is_same(path, artifact):
             _notify(on_file, artifact, artifact.size_bytes)
             return
-        place.parent.mkdir(parents=True, exist_ok=True)
-        part = place.with_name(place.name + PART_SUFFIX)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + PART_SUFFIX)
         resumes = part.is_file()
-        if not _download(run, artifact, part, on_file):
+        if not _download(download, artifact, part, on_file):
             part.unlink()
             # The partial file may belong to another file of that name; only then can a second attempt succeed.
-            if not resumes or not _download(run, artifact, part, on_file):
+            if not resumes or not _download(download, artifact, part, on_file):
                 part.unlink(missing_ok=True)
                 raise StillhouseError(
                     Reason.CHECKPOINT_CORRUPT,
                     f"{artifact.path} arrived with another SHA-256 than the trainer stated; nothing was kept. "
                     "Pull again; if it fails again, the file is damaged on the trainer's host.",
                 )
-        part.replace(place)
+        part.replace(path)
     except OSError as error:
-        raise file_error("write", place, error) from error
+        raise file_error("write", path, error) from error
 
 
-def _is_same(place: Path, artifact: run_pb2.Artifact) -> bool:
-    has_size = place.is_file() and place.stat().st_size == artifact.size_bytes
-    return has_size and _sha256(place).hexdigest() == artifact.sha256
+def _is_same(path: Path, artifact: run_pb2.Artifact) -> bool:
+    has_size = path.is_file() and path.stat().st_size == artifact.size_bytes
+    return has_size and _sha256(path).hexdigest() == artifact.sha256
 
 
-def _download(run: RunHandle, artifact: run_pb2.Artifact, part: Path, on_file: OnFile | None) -> bool:
+def _download(download: Download, artifact: run_pb2.Artifact, part: Path, on_file: OnFile | None) -> bool:
     """Returns True once `part` is complete and its SHA-256 is right."""
     digest = _sha256(part) if part.is_file() else hashlib.sha256()
     size = part.stat().st_size if part.is_file() else 0
@@ -94,7 +99,7 @@ def _download(run: RunHandle, artifact: run_pb2.Artifact, part: Path, on_file: O
     with part.open("ab") as file:
 
         def open_stream() -> Iterator[run_pb2.DownloadArtifactResponse]:
-            return run.download(artifact.path, size)
+            return download(artifact.path, size)
 
         for chunk in resumed(open_stream):
             size += len(chunk.data)

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.client.core.connection import PATIENCE_S, OnLost, resumed
+from stillhouse.client.core.connection import PATIENCE_S, Connection, OnLost, resumed
 from stillhouse.client.trainer.artifacts import OnFile, pull
 from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
-
-if TYPE_CHECKING:
-    from stillhouse.client.trainer.trainer import Trainer
+from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 
 ENDED = frozenset({run_pb2.Run.STATE_STOPPED, run_pb2.Run.STATE_COMPLETED, run_pb2.Run.STATE_FAILED})
 
@@ -35,10 +33,10 @@ class Series:
 class RunHandle:
     """A run of a trainer by name, `runs/{run}`. Every method raises StillhouseError."""
 
-    def __init__(self, trainer: Trainer, name: str) -> None:
+    def __init__(self, trainer: Connection, name: str) -> None:
         self.name = name
         self._trainer = trainer
-        self._stub = trainer.stub
+        self._stub = RunServiceStub(trainer.channel)
 
     def __repr__(self) -> str:
         return f"RunHandle({self.name!r} at {self._trainer.target})"
@@ -155,7 +153,8 @@ class RunHandle:
         that exists already is kept, and every file's SHA-256 is checked.
         Raises ARTIFACT_NOT_FOUND if nothing matches.
         """
-        return pull(self, what.strip("/"), Path(directory) if directory else Path(self.id, what), on_file)
+        target = Path(directory) if directory else Path(self.id, what)
+        return pull(self.id, self.artifacts(), self.download, what.strip("/"), target, on_file=on_file)
 
     def download(self, path: str, start_offset: int) -> Iterator[run_pb2.DownloadArtifactResponse]:
         """Yields one artifact from a byte offset on; the last message carries the SHA-256 of the complete file."""

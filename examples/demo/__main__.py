@@ -1,6 +1,6 @@
 """`make demo`: distils a small teacher into a smaller student with all three programs and compares it with plain training.
 
-Every number of the final table is a metric that a run reported of itself. Nothing that it starts outlives it.
+Every number of the final table is a metric that a run reported. All processes that it starts end with it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from examples.demo.comparison import (
     METHODS,
-    Measured,
+    RunScores,
     Method,
     Recipe,
     RunFailedError,
@@ -36,7 +36,7 @@ from examples.demo.comparison import (
     complete,
     run_spec,
 )
-from examples.demo.text import make_world, stories, write_rows
+from examples.demo.text import sample_habits, stories, write_rows
 from stillhouse.client.api import StillhouseError, Trainer
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from tests.support.programs import SHARED_CORES, ProgramError, start_teacher, start_trainer
@@ -48,7 +48,7 @@ console = Console(highlight=False)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DemoSize:
-    """How much of everything; the defaults take some minutes on two cores."""
+    """Sizes of the demo; the defaults take some minutes on two cores."""
 
     teacher_stories: int = 20_000
     teacher_steps: int = 700
@@ -59,8 +59,8 @@ class DemoSize:
 
 
 def demo(work_dir: Path, engine: str, size: DemoSize) -> None:
-    """Makes text and models, trains the students side by side, prints the table."""
-    world = make_world(WORLD_SEED)
+    """Creates text and models, trains the students side by side, prints the table."""
+    world = sample_habits(WORLD_SEED)
     data = work_dir / "data"
     train = write_rows(data / "train.jsonl", stories(world, size.student_stories, TRAIN_SEED))
     held_out = write_rows(data / "held_out.jsonl", stories(world, size.held_out_stories, HELD_OUT_SEED))
@@ -96,18 +96,18 @@ def demo(work_dir: Path, engine: str, size: DemoSize) -> None:
         )
         heading(f"3  Six runs of {size.student_steps} steps, two at a time")
         results = train_students(client, recipe, student_dir, teacher.target)
-    heading("4  What came of it")
+    heading("4  The results")
     show_results(results, size)
     (work_dir / "result.json").write_text(json.dumps(as_json(results), indent=2))
 
 
 def heading(text: str) -> None:
-    """A rule with a title."""
+    """Prints a rule with a title."""
     console.rule(f"[bold]{text}", align="left")
 
 
 def teacher_for(work_dir: Path, size: DemoSize) -> Path:
-    """The directory of a trained teacher; one of equal settings from an earlier demo is taken again."""
+    """Returns the directory of a trained teacher; reuses one of equal settings from an earlier demo."""
     from tests.support.train_teacher import TeacherRecipe, train_teacher
 
     recipe = TeacherRecipe(
@@ -120,13 +120,13 @@ def teacher_for(work_dir: Path, size: DemoSize) -> Path:
         max_sequence_tokens=256,
         held_out_fraction=0.01,
     )
-    rows = stories(make_world(WORLD_SEED), size.teacher_stories, TEACHER_SEED)
+    rows = stories(sample_habits(WORLD_SEED), size.teacher_stories, TEACHER_SEED)
     documents = [row["prompt"] + row["completion"] for row in rows]
     settings = json.dumps(dataclasses.asdict(recipe), sort_keys=True)
     digest = hashlib.sha256("\n".join([settings, *documents]).encode()).hexdigest()[:12]
     directory, trained = work_dir / f"teacher-{digest}", work_dir / f"teacher-{digest}" / "trained.json"
     if trained.exists():
-        console.print(f"teacher: taking the one in {directory}; --fresh trains another")
+        console.print(f"teacher: reusing the one in {directory}; --fresh trains another")
         return directory
     started = time.monotonic()
     train_teacher(documents, directory, recipe, report=console.print)
@@ -136,7 +136,7 @@ def teacher_for(work_dir: Path, size: DemoSize) -> Path:
 
 
 def student_for(teacher_dir: Path, work_dir: Path) -> Path:
-    """The directory of a student of random weights, with the teacher's tokenizer: every run begins with it."""
+    """Creates a student with random weights and the teacher's tokenizer, from which every run starts; returns its directory."""
     from tests.support.small_models import make_student
 
     directory = make_student(
@@ -151,8 +151,8 @@ def student_for(teacher_dir: Path, work_dir: Path) -> Path:
 
 def train_students(
     client: Trainer, recipe: Recipe, student_dir: Path, teacher: str
-) -> dict[Method, dict[float, Measured]]:
-    """The completed runs, by method and learning rate."""
+) -> dict[Method, dict[float, RunScores]]:
+    """Trains all students and returns the completed runs, by method and learning rate."""
     grid = [(method, rate) for rate in LEARNING_RATES for method in METHODS]
     specs = [
         run_spec(
@@ -166,7 +166,7 @@ def train_students(
         )
         for method, rate in grid
     ]
-    results: dict[Method, dict[float, Measured]] = {method: {} for method in METHODS}
+    results: dict[Method, dict[float, RunScores]] = {method: {} for method in METHODS}
     with RunBars() as bars:
         for index, result in complete(client, specs, report=bars.show):
             method, rate = grid[index]
@@ -189,7 +189,7 @@ class RunBars(Progress):
         self._bars: dict[str, TaskID] = {}
 
     def show(self, run: Run) -> None:
-        """Brings the run's bar up to date."""
+        """Updates the run's bar."""
         steps = run.effective_spec.optimizer.max_steps
         bar = self._bars.get(run.name)
         if bar is None:
@@ -202,10 +202,10 @@ class RunBars(Progress):
         self.update(bar, completed=completed, state=state)
 
 
-def show_results(results: dict[Method, dict[float, Measured]], size: DemoSize) -> None:
-    """Prints the table, how it came about, and what to do next."""
+def show_results(results: dict[Method, dict[float, RunScores]], size: DemoSize) -> None:
+    """Prints the table, its conditions, and the next steps."""
     best = {method: results[method][best_learning_rate(results[method])] for method in METHODS}
-    table = Table(title=f"Students on {size.held_out_stories} stories that nobody was trained on")
+    table = Table(title=f"Students on {size.held_out_stories} held-out stories")
     table.add_column("student")
     for column in ("KL to the teacher", "perplexity", "agreement", "learning rate", "run"):
         table.add_column(column, justify="right")
@@ -215,7 +215,7 @@ def show_results(results: dict[Method, dict[float, Measured]], size: DemoSize) -
         table.add_row(method, *cells(best[method].after), f"{rate:g}", best[method].name)
     console.print(table)
     console.print(
-        f"Both students began with the same weights and saw the same {size.student_stories} stories in the same order "
+        f"Both students started from the same weights and saw the same {size.student_stories} stories in the same order "
         f"for {size.student_steps} steps. For each, the learning rate is the one of "
         f"{', '.join(f'{rate:g}' for rate in LEARNING_RATES)} with the lowest perplexity on these held-out stories."
     )
@@ -234,12 +234,12 @@ def show_results(results: dict[Method, dict[float, Measured]], size: DemoSize) -
 
 
 def cells(scores: Scores) -> tuple[str, str, str]:
-    """A row's numbers."""
+    """Formats a row's numbers."""
     return f"{scores.kl:.4f}", f"{scores.perplexity:.3f}", f"{scores.agreement:.1%}"
 
 
-def as_json(results: dict[Method, dict[float, Measured]]) -> dict[str, dict[str, dict[str, object]]]:
-    """Every run's numbers, by method and learning rate."""
+def as_json(results: dict[Method, dict[float, RunScores]]) -> dict[str, dict[str, dict[str, object]]]:
+    """Returns every run's numbers, by method and learning rate."""
     return {
         method: {f"{rate:g}": dataclasses.asdict(result) for rate, result in by_rate.items()}
         for method, by_rate in results.items()
@@ -248,7 +248,7 @@ def as_json(results: dict[Method, dict[float, Measured]]) -> dict[str, dict[str,
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise `KeyboardInterrupt` as Ctrl-C does, so that every `with` block ends what it started.
+    """Raises `KeyboardInterrupt` on SIGTERM and SIGHUP as on Ctrl-C, so that every `with` block ends what it started.
 
     Only the first signal counts: ending processes is not interrupted.
     """
@@ -268,21 +268,21 @@ def signals_as_exceptions() -> Iterator[None]:
 
 
 def default_engine() -> str:
-    """vLLM where it is installed, else transformers."""
+    """Returns vLLM if it is installed, else transformers."""
     return "vllm" if importlib.util.find_spec("vllm") is not None else "hf"
 
 
 @click.command()
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default=default_engine, help="Of the teacher.")
+@click.option("--engine", type=click.Choice(["vllm", "hf"]), default=default_engine, help="Engine of the teacher.")
 @click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True)
-@click.option("--fresh", is_flag=True, help="Train another teacher, even if one of equal settings is there.")
+@click.option("--fresh", is_flag=True, help="Train another teacher, even if one of equal settings exists.")
 @click.option("--teacher-steps", default=DemoSize().teacher_steps, show_default=True)
 @click.option("--student-steps", default=DemoSize().student_steps, show_default=True)
 def main(*, engine: str, work_dir: Path, fresh: bool, teacher_steps: int, student_steps: int) -> None:
     """Distil a small model end to end, with all three programs."""
     started = time.monotonic()
     for name, value in SHARED_CORES.items():
-        os.environ.setdefault(name, value)  # read when torch is first imported, which is later
+        os.environ.setdefault(name, value)  # read when torch is first imported, later
     if fresh:
         for teacher in work_dir.glob("teacher-*"):
             shutil.rmtree(teacher)

@@ -1,4 +1,4 @@
-"""Trains students in pairs through a run service, by cross-entropy and distilled; all else is equal between the two."""
+"""Trains students in pairs through a run service, by cross-entropy and by distillation, with all else equal."""
 
 from __future__ import annotations
 
@@ -24,38 +24,38 @@ class RunFailedError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
-    """What the runs of a comparison have in common."""
+    """Settings that the runs of a comparison share."""
 
     train: Path
-    """JSONL to learn from."""
+    """JSONL to train on."""
     held_out: Path
-    """JSONL to measure on."""
+    """JSONL to evaluate on."""
     held_out_rows: int
-    """Rows of it to use at most."""
+    """Most rows of it to use."""
     steps: int
     batch_size: int
     max_sequence_tokens: int
     top_k: int = 64
-    """Likeliest tokens that the teacher sends in training. In evaluations it sends the most that it may."""
+    """Top-k tokens that the teacher sends in training. In evaluations it sends as many as it may."""
     precision: str | None = None
-    """None leaves it to the service."""
+    """None leaves the choice to the service."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
-    """A student on the held-out rows; what the run itself reported."""
+    """Metrics of a student on the held-out rows, as the run reported them."""
 
     kl: float
-    """KL(teacher || student) in nats per token, tokens beyond the teacher's largest top_k counted as one."""
+    """KL(teacher || student) in nats per token; tokens beyond the teacher's largest top_k count as one."""
     perplexity: float
-    """Of the text."""
+    """Perplexity of the text."""
     agreement: float
-    """Share of tokens at which teacher and student find the same token likeliest."""
+    """Share of tokens at which teacher and student have the same top-1 token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measured:
-    """A completed run: the student as it was given and as it came out."""
+class RunScores:
+    """A completed run: the student's scores before and after."""
 
     name: str
     """Resource name of the run."""
@@ -73,7 +73,7 @@ def run_spec(
     seed: int,
     display_name: str,
 ) -> RunSpec:
-    """The spec of one run. A cross-entropy run names the teacher too, but asks it only in evaluations."""
+    """Returns the spec of one run. A cross-entropy run names the teacher too, but queries it only in evaluations."""
     spec = RunSpec(display_name=display_name)
     spec.student.model = str(student.resolve())
     spec.teachers.add(targets=[teacher])
@@ -97,11 +97,11 @@ def run_spec(
 
 def complete(
     trainer: Trainer, specs: Sequence[RunSpec], *, report: Callable[[Run], None] = lambda _run: None
-) -> Iterator[tuple[int, Measured]]:
-    """(index in `specs`, what came of that run), each as soon as it is complete.
+) -> Iterator[tuple[int, RunScores]]:
+    """Yields (index in `specs`, scores of that run) as runs complete.
 
-    The service trains as many at once as it has slots. `report` is called with each run again and again until it has
-    ended. Raises `RunFailedError` for the first run that ends without completing.
+    The service trains as many at once as it has slots. `report` is called with each run repeatedly until it has ended.
+    Raises `RunFailedError` for the first run that ends without completing.
     """
     unfinished = dict(enumerate([trainer.create_run(spec) for spec in specs]))
     while unfinished:
@@ -116,12 +116,12 @@ def complete(
                     f"{Run.State.Name(run.state).removeprefix('STATE_')}: {run.error.message}"
                 )
             del unfinished[index]
-            yield index, measured(handle)
+            yield index, run_scores(handle)
         time.sleep(POLL_S if unfinished else 0)
 
 
-def measured(handle: RunHandle) -> Measured:
-    """The first and the last evaluation of a completed run."""
+def run_scores(handle: RunHandle) -> RunScores:
+    """Returns the first and the last evaluation of a completed run."""
     series = handle.metrics("eval/kl", "eval/perplexity", "eval/agreement")
 
     def at(index: int) -> Scores:
@@ -131,9 +131,9 @@ def measured(handle: RunHandle) -> Measured:
             agreement=float(series["eval/agreement"].values[index]),
         )
 
-    return Measured(name=handle.name, before=at(0), after=at(-1))
+    return RunScores(name=handle.name, before=at(0), after=at(-1))
 
 
-def best_learning_rate(results: Mapping[float, Measured]) -> float:
-    """The learning rate whose student has the lowest held-out perplexity."""
+def best_learning_rate(results: Mapping[float, RunScores]) -> float:
+    """Returns the learning rate whose student has the lowest held-out perplexity."""
     return min(results, key=lambda learning_rate: results[learning_rate].after.perplexity)

@@ -1,4 +1,4 @@
-"""Writes small stories with sums for the demo: habits of invented people give them real entropy, a seed fixes every word."""
+"""Generates small stories with sums for the demo: habits of invented people give them real entropy, a seed fixes every word."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ WEATHERS = ["rainy", "sunny", "windy", "foggy", "snowy", "mild"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class World:
-    """Who tends to do what: weights by which the words of a story are drawn."""
+class Habits:
+    """Habits of the people: weights by which the words of a story are sampled."""
 
     trades: dict[str, list[float]]
     """Person to weights of `TRADES`."""
@@ -83,14 +83,14 @@ class World:
     """(Person, weather) to weights of `MOODS`."""
 
 
-def make_world(seed: int) -> World:
-    """A world whose habits depend on `seed` alone; each weight is log-normal, so that a few choices are likely."""
+def sample_habits(seed: int) -> Habits:
+    """Samples habits from `seed` alone; each weight is log-normal, so that a few choices are likely."""
     generator = random.Random(seed)
 
     def habits(count: int) -> list[float]:
         return [generator.lognormvariate(0.0, 1.4) for _ in range(count)]
 
-    return World(
+    return Habits(
         trades={name: habits(len(TRADES)) for name in NAMES},
         places={(trade, weather): habits(len(PLACES)) for trade in TRADES for weather in WEATHERS},
         things={(trade, place): habits(len(THINGS)) for trade in TRADES for place in PLACES},
@@ -98,15 +98,15 @@ def make_world(seed: int) -> World:
     )
 
 
-def stories(world: World, count: int, seed: int) -> Iterator[dict[str, str]]:
-    """`count` rows with `prompt` (who it is about) and `completion` (what happens)."""
+def stories(world: Habits, count: int, seed: int) -> Iterator[dict[str, str]]:
+    """Yields `count` rows with `prompt` (the person) and `completion` (the events)."""
     generator = random.Random(seed)
     for _ in range(count):
         yield story(world, generator)
 
 
-def story(world: World, generator: random.Random) -> dict[str, str]:
-    """One row: a visit, what is gained and lost there, and the sum, which is always right."""
+def story(world: Habits, generator: random.Random) -> dict[str, str]:
+    """Generates one row: a visit, a gain, a loss, and the sum, which is always right."""
     name, friend = generator.sample(NAMES, 2)
     weather = generator.choice(WEATHERS)
     trade = pick(generator, TRADES, world.trades[name])
@@ -125,12 +125,12 @@ def story(world: World, generator: random.Random) -> dict[str, str]:
 
 
 def pick(generator: random.Random, words: Sequence[str], weights: Sequence[float]) -> str:
-    """One of `words`, drawn by `weights`."""
+    """Samples one of `words` by `weights`."""
     return generator.choices(words, weights)[0]
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, str]]) -> Path:
-    """JSONL of `rows` at `path`."""
+    """Writes `rows` to `path` as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)

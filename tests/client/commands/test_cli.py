@@ -74,7 +74,7 @@ def test_every_command_has_json_and_a_summary() -> None:
 
 def test_help_names_the_exit_codes() -> None:
     text = invoke("--help").stdout
-    for line in ("  0    done", "  2    bad usage", "  3    the service", "  130  interrupted"):
+    for line in ("  0    done", "  2    invalid usage", "  3    the service", "  130  interrupted"):
         assert line in text
 
 
