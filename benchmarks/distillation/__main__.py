@@ -25,9 +25,9 @@ from benchmarks.distillation.report import differences_table, is_better, student
 from examples.demo.__main__ import default_engine, signals_as_exceptions
 from examples.demo.comparison import (
     LARGEST_TOP_K,
-    RunScores,
     Recipe,
     RunFailedError,
+    RunScores,
     Scores,
     best_learning_rate,
     complete,

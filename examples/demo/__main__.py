@@ -27,10 +27,10 @@ from rich.table import Table
 
 from examples.demo.comparison import (
     METHODS,
-    RunScores,
     Method,
     Recipe,
     RunFailedError,
+    RunScores,
     Scores,
     best_learning_rate,
     complete,
@@ -273,7 +273,9 @@ def default_engine() -> str:
 
 
 @click.command()
-@click.option("--engine", type=click.Choice(["vllm", "hf"]), default=default_engine, help="Engine of the teacher.")
+@click.option(
+    "--engine", type=click.Choice(["vllm", "hf"]), default=default_engine, help="Engine of the teacher."
+)
 @click.option("--work-dir", type=click.Path(path_type=Path), default=Path(".demo"), show_default=True)
 @click.option("--fresh", is_flag=True, help="Train another teacher, even if one of equal settings exists.")
 @click.option("--teacher-steps", default=DemoSize().teacher_steps, show_default=True)
