@@ -344,7 +344,7 @@ def test_only_artifacts_are_sent(service: Service, failed: Run) -> None:
         "final/folder/hostname",
     ]
     for path in (*paths, "control.json", "lock", "", ".", "final", "final/no"):
-        with pytest.raises(Exception, match=r"path below the run|no artifact|has no file"):
+        with pytest.raises(Exception, match=r"path below the run|not an artifact|has no file"):
             list(service.stub.DownloadArtifact(pb.DownloadArtifactRequest(name=failed.name, path=path)))
     listed = service.stub.ListArtifacts(pb.ListArtifactsRequest(name=failed.name)).artifacts
     assert not [each.path for each in listed if each.path.startswith("final/")]
