@@ -95,6 +95,6 @@ async def serving(models: Models, directory: Path, **fields: Any) -> AsyncIterat
 
 async def until(condition: Callable[[], bool]) -> None:
     """Returns once `condition` holds."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(240):
         while not condition():  # noqa: ASYNC110 - counters wake nobody
             await asyncio.sleep(0.01)
