@@ -116,7 +116,7 @@ class Bridge:
         return AlignedText(token_ids=np.array(ids, np.int32), chunks=chunks) if chunks.number else None
 
 
-class _Segment(NamedTuple):
+class _TextSegment(NamedTuple):
     """A span of UTF-8 text or a special token; [begin, end) in the content."""
 
     begin: int
@@ -134,7 +134,7 @@ class _StudentText:
     """Bytes, with one for each special token."""
     ends: NDArray[np.int64]
     """End offset of each of the student's tokens."""
-    segments: Sequence[_Segment]
+    segments: Sequence[_TextSegment]
     """In order; bytes that are not UTF-8 are in none."""
     cuts: NDArray[np.int64]
     """Offsets where segments begin and end, in any order."""
@@ -164,7 +164,7 @@ class _StudentText:
 
 def _segments(
     example: Example, token_bytes: Sequence[bytes | None], ends: NDArray[np.int64], content: bytes
-) -> Iterator[_Segment]:
+) -> Iterator[_TextSegment]:
     """Yields special tokens and the text between them, also cut where a completion begins or ends, like the student's tokens."""
     borders = np.flatnonzero(example.mask[1:] != example.mask[:-1]) + 1
     special = {index for index, each in enumerate(token_bytes) if each is None}
@@ -173,7 +173,7 @@ def _segments(
         until = int(ends[index - 1]) if index else 0
         if index in special:
             yield from _valid_utf8(content, begin, until)
-            yield _Segment(until, until + 1, token_id=int(example.token_ids[index]))
+            yield _TextSegment(until, until + 1, token_id=int(example.token_ids[index]))
             begin = until + 1
         elif until < len(content) and _starts_character(content, until):
             yield from _valid_utf8(content, begin, until)
@@ -186,7 +186,7 @@ def _starts_character(content: bytes, offset: int) -> bool:
     return content[offset] & 0xC0 != 0x80
 
 
-def _valid_utf8(content: bytes, begin: int, end: int) -> Iterator[_Segment]:
+def _valid_utf8(content: bytes, begin: int, end: int) -> Iterator[_TextSegment]:
     """Yields the spans of [begin, end) that are UTF-8."""
     decoded = content[begin:end].decode("utf-8", "surrogateescape")
     offset, seen = begin, 0
@@ -194,7 +194,7 @@ def _valid_utf8(content: bytes, begin: int, end: int) -> Iterator[_Segment]:
         offset += match.start() - seen  # each skipped character stands for one byte
         text, seen = match.group(), match.end()
         length = len(text.encode())
-        yield _Segment(offset, offset + length, text=text)
+        yield _TextSegment(offset, offset + length, text=text)
         offset += length
 
 
