@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
-from typing import cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -19,8 +18,8 @@ MAX_NAME_CHARS = 100
 
 def find_field(message: Message, name: str) -> FieldDescriptor | None:
     """The field of `message` that is spelled `name`, in snake_case or lowerCamelCase."""
-    fields = cast("Sequence[FieldDescriptor]", message.DESCRIPTOR.fields)
-    return next((each for each in fields if name in (each.name, each.json_name)), None)
+    known = message.DESCRIPTOR
+    return known.fields_by_name.get(name) or known.fields_by_camelcase_name.get(name)
 
 
 def spelled_like(name: str, sample: str) -> str:
@@ -34,10 +33,10 @@ def spelled_like(name: str, sample: str) -> str:
 def unknown_field_sentence(message: Message, name: str, prefix: str) -> str:
     """Sentence for a `name` that is no field of `message`, which lies at `prefix`, and which field may be meant."""
     names = [field.name for field in message.DESCRIPTOR.fields]
-    near = difflib.get_close_matches(_snake(name[:MAX_NAME_CHARS]), names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(snake(name[:MAX_NAME_CHARS]), names, n=1, cutoff=0.6)
     if near:
         return f'there is no such field; did you mean "{spelled_like(near[0], name)}"?'
-    elsewhere = [path for path in all_paths() if path.rpartition(".")[2] == _snake(name)]
+    elsewhere = [path for path in all_paths() if path.rpartition(".")[2] == snake(name)]
     if elsewhere:
         places = " or ".join(f'"{path}"' for path in elsewhere[:3])
         return f"there is no such field here; it belongs to {places}."
@@ -60,5 +59,6 @@ def _paths(message: Descriptor, prefix: str) -> Iterator[str]:
             yield from _paths(field.message_type, path + ("[]." if field.is_repeated else "."))
 
 
-def _snake(name: str) -> str:
+def snake(name: str) -> str:
+    """`name`, a field's or a path of fields, in snake_case."""
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name.replace("-", "_"))

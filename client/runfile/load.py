@@ -56,7 +56,7 @@ def parse_run(
     root = reader.compose(_decoded(content, source))
     if root is not None:
         reader.source_map.root = reader.location(root)
-        reader.read_message(root, spec, "", "")
+        reader.read_message(root, spec, "")
     for override in overrides:
         apply_override(override, spec, reader)
     if reader.problems:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
-from stillhouse.client.runfile.source_map import Problem, SourceLocation, join
+from stillhouse.client.runfile.source_map import Problem, SourceLocation
 from stillhouse.client.runfile.yaml_reader import RunFileReader
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
@@ -37,12 +37,11 @@ def apply_override(override: str, spec: RunSpec, reader: RunFileReader) -> None:
     try:
         if path.startswith(_LABELS) and equals:
             spec.labels[path.removeprefix(_LABELS)] = text
-            reader.source_map.note(path, location, path)
+            reader.source_map.note(path, location)
         else:
             setting.apply(spec, _segments(path if equals else ""))
     except _Refused as refused:
-        problem = Problem(location=location, path=join(setting.spelled), sentence=str(refused))
-        reader.problems.append(problem)
+        reader.problems.append(Problem(location=location, path=setting.path, sentence=str(refused)))
     finally:
         reader.override = None
 
@@ -60,20 +59,17 @@ class _Setting:
     reader: RunFileReader
     location: SourceLocation
     text: str
-    path: list[str] = field(default_factory=list)
-    spelled: list[str] = field(default_factory=list)
+    path: str = ""
+    """The fields so far, as the override spells them."""
 
     def apply(self, message: Message, segments: list[str]) -> None:
         """Goes from `message` down `segments`, and sets what is there."""
         while segments:
             name = segments.pop(0)
+            above, self.path = self.path, f"{self.path}.{name}" if self.path else name
             found = find_field(message, name)
             if found is None:
-                sentence = unknown_field_sentence(message, name, join(self.spelled))
-                self.spelled.append(name)
-                raise _Refused(sentence)
-            self.path.append(found.name)
-            self.spelled.append(name)
+                raise _Refused(unknown_field_sentence(message, name, above))
             if not segments:
                 self._set_field(found, message)
                 return
@@ -96,26 +92,23 @@ class _Setting:
 
     def _index(self, segment: str, length: int) -> int:
         if not segment.isdecimal():
-            raise _Refused(f'is a list; write an index before "{segment}", such as {join(self.spelled)}[0].')
+            raise _Refused(f'is a list; write an index before "{segment}", such as {self.path}[0].')
         index = int(segment[:9])
         if index > length or len(segment) > 9:
             raise _Refused(f"has {length} items; index {segment} is beyond its end.")
-        self.path.append(f"[{index}]")
-        self.spelled.append(f"[{index}]")
+        self.path += f"[{index}]"
         return index
 
     def _set_field(self, found: FieldDescriptor, message: Message) -> None:
-        path, spelled = join(self.path), join(self.spelled)
-        self.reader.source_map.forget_below(path)
+        self.reader.source_map.forget_below(self.path)
         if found.message_type is None and not found.is_repeated:
             value = self._scalar(found)
             if value is not None:
                 setattr(message, found.name, value)
-                self._note()
             return
         node = self._composed()
         message.ClearField(found.name)
-        self.reader.read_field(found, node, node, message, path=path, spelled=spelled)
+        self.reader.read_field(found, node, node, message, self.path)
 
     def _set_item(self, found: FieldDescriptor, items: Any, index: int, below: list[str]) -> None:
         if below:
@@ -123,19 +116,19 @@ class _Setting:
         value = self._scalar(found)
         if value is not None:
             items[index : index + 1] = [value]
-            self._note()
 
     def _set_element(self, element: Message) -> None:
-        path, spelled = join(self.path), join(self.spelled)
         node = self._composed()
         element.Clear()
-        self.reader.source_map.forget_below(path)
+        self.reader.source_map.forget_below(self.path)
         self._note()
-        self.reader.read_message(node, element, path, spelled)
+        self.reader.read_message(node, element, self.path)
 
     def _scalar(self, found: FieldDescriptor) -> Any:
-        node = yaml.ScalarNode("", self.text)
-        return self.reader.read_scalar(found, node, join(self.spelled), verbatim=True)
+        value = self.reader.read_scalar(found, yaml.ScalarNode("", self.text), self.path, verbatim=True)
+        if value is not None:
+            self._note()
+        return value
 
     def _composed(self) -> yaml.Node:
         try:
@@ -149,4 +142,4 @@ class _Setting:
         return node
 
     def _note(self) -> None:
-        self.reader.source_map.note(join(self.path), self.location, join(self.spelled))
+        self.reader.source_map.note(self.path, self.location)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 
 import yaml
 from google.protobuf.descriptor import FieldDescriptor
-
-Value = str | bool | int | float
 
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)([eE][-+]?\d+)?")
 _LEADING_ZERO = re.compile(r"[-+]?0[\d_]+")
@@ -34,36 +31,45 @@ def describe(node: yaml.Node) -> str:
         return "this is a set of fields"
     if isinstance(node, yaml.SequenceNode):
         return "this is a list"
-    shown = _shown(node.value)
-    if not isinstance(node, yaml.ScalarNode) or node.style is not None:
-        return f"{shown} is text"
-    if node.value in _NULLS:
+    text: str = node.value
+    if is_null(node):
         return "this is empty"
-    if node.value in _BOOLEANS:
-        return f"{node.value} is a boolean"
-    if _NUMBER.fullmatch(node.value) or _NOT_FINITE.fullmatch(node.value):
-        return f"{node.value} is a number"
-    return f"{shown} is text"
+    if node.style is None and text in _BOOLEANS:
+        return f"{text} is a boolean"
+    if node.style is None and (_NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text)):
+        return f"{text} is a number"
+    return f'"{text if len(text) <= 60 else text[:57] + "..."}" is text'
 
 
-def read_value(field: FieldDescriptor, node: yaml.ScalarNode, *, verbatim: bool) -> Value:
+def read_value(field: FieldDescriptor, node: yaml.ScalarNode, *, verbatim: bool) -> str | bool | int | float:
     """The value of `node` in the type of `field`.
 
     `verbatim` is for the command line, where nothing is quoted: text is taken as it stands.
     Raises ValueError with a sentence for people.
     """
-    return _READERS[field.type](field, node, verbatim)
+    match field.type:
+        case FieldDescriptor.TYPE_STRING:
+            return _text(node, verbatim=verbatim)
+        case FieldDescriptor.TYPE_BOOL:
+            return _boolean(node)
+        case FieldDescriptor.TYPE_DOUBLE:
+            return _number(node)
+        case _:
+            return _whole_number(field, node)
 
 
-def _text(_: FieldDescriptor, node: yaml.ScalarNode, verbatim: bool) -> str:
-    if verbatim or node.style is not None:
-        return _joined(node.value)
-    if node.value in _BOOLEANS or _NUMBER.fullmatch(node.value):
-        raise ValueError(f'expects text; {describe(node)}: write "{node.value}" in quotes.')
-    return _joined(node.value)
+def _text(node: yaml.ScalarNode, *, verbatim: bool) -> str:
+    """The text, with the halves of JSON's escapes such as \\ud83d\\ude00 made one character."""
+    text: str = node.value
+    if not verbatim and node.style is None and (text in _BOOLEANS or _NUMBER.fullmatch(text)):
+        raise ValueError(f'expects text; {describe(node)}: write "{text}" in quotes.')
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError(f"{text!a} has half of a surrogate pair, which is no character.") from None
 
 
-def _boolean(_: FieldDescriptor, node: yaml.ScalarNode, __: bool) -> bool:
+def _boolean(node: yaml.ScalarNode) -> bool:
     if node.style is None and node.value in _BOOLEANS:
         return _BOOLEANS[node.value]
     meant = _YES_NO.get(node.value.lower()) or _BOOLEANS.get(node.value)
@@ -71,7 +77,7 @@ def _boolean(_: FieldDescriptor, node: yaml.ScalarNode, __: bool) -> bool:
     raise ValueError(f"expects true or false; {describe(node)}{remedy}.")
 
 
-def _whole_number(field: FieldDescriptor, node: yaml.ScalarNode, _: bool) -> int:
+def _whole_number(field: FieldDescriptor, node: yaml.ScalarNode) -> int:
     # protobuf's own JSON writes 64-bit numbers in quotes.
     quoted_is_fine = field.type == FieldDescriptor.TYPE_INT64
     text = _number_text(node, "a whole number", quoted_is_fine=quoted_is_fine)
@@ -88,7 +94,7 @@ def _whole_number(field: FieldDescriptor, node: yaml.ScalarNode, _: bool) -> int
     return value
 
 
-def _number(_: FieldDescriptor, node: yaml.ScalarNode, __: bool) -> float:
+def _number(node: yaml.ScalarNode) -> float:
     value = float(_number_text(node, "a number", quoted_is_fine=False))
     if not math.isfinite(value):
         raise ValueError(f"expects a finite number; {node.value} is too large.")
@@ -106,24 +112,3 @@ def _number_text(node: yaml.ScalarNode, expected: str, *, quoted_is_fine: bool) 
     if _LEADING_ZERO.fullmatch(text):
         raise ValueError(f"expects {expected}; {text} begins with 0, which some readers take for octal.")
     return text.replace("_", "")
-
-
-def _joined(text: str) -> str:
-    """`text` with the halves of JSON's escapes such as \\ud83d\\ude00 made one character."""
-    try:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16")
-    except UnicodeDecodeError:
-        raise ValueError(f"{text!a} has half of a surrogate pair, which is no character.") from None
-
-
-def _shown(text: str) -> str:
-    return '"' + (text if len(text) <= 60 else text[:57] + "...") + '"'
-
-
-_READERS: dict[int, Callable[[FieldDescriptor, yaml.ScalarNode, bool], Value]] = {
-    FieldDescriptor.TYPE_STRING: _text,
-    FieldDescriptor.TYPE_BOOL: _boolean,
-    FieldDescriptor.TYPE_INT32: _whole_number,
-    FieldDescriptor.TYPE_INT64: _whole_number,
-    FieldDescriptor.TYPE_DOUBLE: _number,
-}

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from stillhouse.client.runfile.fields import spelled_like
+from stillhouse.client.runfile.fields import snake, spelled_like
 from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
 
 _SEGMENT = re.compile(r"\[(\d+)\]|([^.\[\]]+)")
@@ -42,31 +42,32 @@ class Problem:
 
 @dataclass(kw_only=True, slots=True)
 class SourceMap:
-    """Field path, such as "loss.terms[0].alpha", to its location and spelling in the file."""
+    """Field path, such as "loss.terms[0].alpha", in any spelling, to its location and spelling in the file."""
 
     root: SourceLocation
     camel_case: bool = False
     """True if the file spells its fields in lowerCamelCase."""
     _known: dict[str, tuple[SourceLocation, str]] = field(default_factory=dict)
 
-    def note(self, path: str, location: SourceLocation, spelled: str) -> None:
-        """Records the location of `path`."""
-        self._known[path] = location, spelled
+    def note(self, path: str, location: SourceLocation) -> None:
+        """Records the location of `path`, and its spelling."""
+        self._known[snake(path)] = location, path
 
     def forget_below(self, path: str) -> None:
         """Forgets everything under `path`, which an override replaces."""
-        for known in [each for each in self._known if each.startswith((f"{path}.", f"{path}["))]:
+        above = snake(path)
+        for known in [each for each in self._known if each.startswith((f"{above}.", f"{above}["))]:
             del self._known[known]
 
     def find(self, path: str) -> tuple[SourceLocation, str]:
         """Location and spelling of `path`; if it is not in the file, those of the nearest field around it."""
         segments = [match.group() for match in _SEGMENT.finditer(path)]
         for length in range(len(segments), 0, -1):
-            known = self._known.get(join(segments[:length]))
+            known = self._known.get(snake(_join(segments[:length])))
             if known is not None:
                 location, spelled = known
-                return location, join([spelled, *self._spelled(segments[length:])])
-        return self.root, join(self._spelled(segments))
+                return location, _join([spelled, *self._spelled(segments[length:])])
+        return self.root, _join(self._spelled(segments))
 
     def located(self, error: StillhouseError) -> StillhouseError:
         """`error` with the service's field violations as problems of the file."""
@@ -82,7 +83,7 @@ class SourceMap:
         return [spelled_like(each, "aA") if self.camel_case else each for each in segments]
 
 
-def join(segments: Sequence[str]) -> str:
+def _join(segments: Sequence[str]) -> str:
     """The path of `segments`, where "[0]" is an index: a.b[0].c."""
     path = ""
     for segment in segments:

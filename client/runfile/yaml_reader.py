@@ -13,7 +13,6 @@ from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
 from stillhouse.client.runfile.scalars import describe, is_null, read_value
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
-from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 _STANDARD_TAG = "tag:yaml.org,2002:"
 _MERGE_TAG = _STANDARD_TAG + "merge"
@@ -31,27 +30,25 @@ class RunFileReader:
 
     def compose(self, text: str) -> yaml.Node | None:
         """The tree of `text`; None, with a problem, where it is empty or no YAML."""
+        location = self.source_map.root
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            location = self._at(mark.line, mark.column) if mark else self.source_map.root
-            self._problem(location, "", f"this is no valid YAML: {error.problem or error.context}.")
-            return None
+            location = self._at(mark.line, mark.column) if mark else location
+            sentence = f"this is no valid YAML: {error.problem or error.context}."
         except yaml.reader.ReaderError as error:
             before = text[: error.position].split("\n")
             location = self._at(len(before) - 1, len(before[-1]))
-            self._problem(location, "", "this character must not stand in YAML.")
-            return None
+            sentence = "this character must not stand in YAML."
         except RecursionError:
-            self._problem(self.source_map.root, "", "the file is nested too deeply.")
-            return None
-        if root is None or is_null(root):
-            self._problem(
-                self.source_map.root, "", "the file is empty; a run needs student, teachers and data."
-            )
-            return None
-        return root
+            sentence = "the file is nested too deeply."
+        else:
+            if root is not None and not is_null(root):
+                return root
+            sentence = "the file is empty; a run needs student, teachers and data."
+        self.problems.append(Problem(location=location, path="", sentence=sentence))
+        return None
 
     def location(self, node: yaml.Node) -> SourceLocation:
         """Location of the start of `node`."""
@@ -59,172 +56,151 @@ class RunFileReader:
             return self.override
         return self._at(node.start_mark.line, node.start_mark.column)
 
-    def problem(self, node: yaml.Node, spelled: str, sentence: str) -> None:
+    def problem(self, node: yaml.Node, path: str, sentence: str) -> None:
         """Records a problem at `node`."""
-        self._problem(self.location(node), spelled, sentence)
+        self.problems.append(Problem(location=self.location(node), path=path, sentence=sentence))
 
-    def read_message(self, node: yaml.Node, message: Message, path: str, spelled: str) -> None:
-        """Reads the fields in the mapping `node` into `message`."""
+    def read_message(self, node: yaml.Node, message: Message, path: str) -> None:
+        """Reads the fields in the mapping `node` into `message`, which lies at `path` in the file's own spelling."""
         if not isinstance(node, yaml.MappingNode):
-            self.problem(node, spelled, f"expects fields, each as `name: value`; {describe(node)}.")
+            self.problem(node, path, f"expects fields, each as `name: value`; {describe(node)}.")
             return
-        seen: dict[str, tuple[str, yaml.Node]] = {}
-        prefix, spelled_prefix = (f"{path}.", f"{spelled}.") if path else ("", "")
-        for key, value in self._pairs(node, spelled):
+        seen: dict[str, yaml.ScalarNode] = {}
+        for key, value in self._pairs(node, path):
             name = key.value
+            below = f"{path}.{name}" if path else name
             field = find_field(message, name)
             if field is None:
-                sentence = unknown_field_sentence(message, name, spelled)
-                self.problem(key, f"{spelled_prefix}{name}", sentence)
-                continue
-            if self._is_conflict(field, key, seen, spelled_prefix):
-                continue
-            seen[field.name] = name, key
-            self.source_map.camel_case |= name != field.name
-            self.read_field(
-                field, key, value, message, path=prefix + field.name, spelled=spelled_prefix + name
-            )
+                self.problem(key, below, unknown_field_sentence(message, name, path))
+            elif not self._is_conflict(field, key, seen, below):
+                seen[field.name] = key
+                self.source_map.camel_case |= name != field.name
+                self.read_field(field, key, value, message, below)
 
     def read_field(
-        self,
-        field: FieldDescriptor,
-        key: yaml.Node,
-        value: yaml.Node,
-        message: Message,
-        *,
-        path: str,
-        spelled: str,
+        self, field: FieldDescriptor, key: yaml.Node, value: yaml.Node, message: Message, path: str
     ) -> None:
         """Reads `value` into `field` of `message`."""
         is_scalar = field.message_type is None and not field.is_repeated
-        self.source_map.note(path, self.location(value if is_scalar else key), spelled)
-        if not self._has_known_tag(value, spelled):
+        self.source_map.note(path, self.location(value if is_scalar else key))
+        if not self._has_known_tag(value, path):
             return
-        name = spelled.rpartition(".")[2]
+        name = path.rpartition(".")[2]
         if is_map(field):
-            self._read_map(value, getattr(message, field.name), path, spelled)
+            self._read_map(field, value, message, path)
         elif field.is_repeated:
-            self._read_list(field, value, message, path, spelled)
+            self._read_list(field, value, message, path)
         elif field.message_type is not None:
             if is_null(value):
-                self.problem(key, spelled, f"is empty; write `{name}: {{}}` for its defaults, or remove it.")
+                self.problem(key, path, f"is empty; write `{name}: {{}}` for its defaults, or remove it.")
                 return
             child: Message = getattr(message, field.name)
             child.SetInParent()
-            self.read_message(value, child, path, spelled)
+            self.read_message(value, child, path)
         elif not is_null(value):
-            scalar = self.read_scalar(field, value, spelled, verbatim=False)
+            scalar = self.read_scalar(field, value, path, verbatim=False)
             if scalar is not None:
                 setattr(message, field.name, scalar)
 
-    def read_scalar(self, field: FieldDescriptor, node: yaml.Node, spelled: str, *, verbatim: bool) -> Any:
+    def read_scalar(self, field: FieldDescriptor, node: yaml.Node, path: str, *, verbatim: bool) -> Any:
         """The value of `node` in the type of `field`; None, with a problem, if it has none."""
         if not isinstance(node, yaml.ScalarNode):
-            self.problem(node, spelled, f"expects one value; {describe(node)}.")
+            self.problem(node, path, f"expects one value; {describe(node)}.")
             return None
         try:
             return read_value(field, node, verbatim=verbatim)
         except ValueError as error:
-            self.problem(node, spelled, str(error))
+            self.problem(node, path, str(error))
             return None
 
-    def _read_list(
-        self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str, spelled: str
-    ) -> None:
+    def _read_list(self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str) -> None:
         """A list; one value where several may stand is a list of it alone."""
         alone = isinstance(node, yaml.ScalarNode) and field.message_type is None and not is_null(node)
         if not alone and not isinstance(node, yaml.SequenceNode):
-            name = spelled.rpartition(".")[2]
+            name = path.rpartition(".")[2]
             remedy = (
                 'put "- " before its first field' if isinstance(node, yaml.MappingNode) else "write [...]"
             )
             remedy = f"write `{name}: []` or remove it" if is_null(node) else remedy
-            self.problem(node, spelled, f"expects a list; {describe(node)}: {remedy}.")
+            self.problem(node, path, f"expects a list; {describe(node)}: {remedy}.")
             return
         items = getattr(message, field.name)
         for index, item in enumerate([node] if alone else node.value):
-            item_path, item_spelled = f"{path}[{index}]", f"{spelled}[{index}]"
-            self.source_map.note(item_path, self.location(item), item_spelled)
-            if not self._has_known_tag(item, item_spelled):
+            item_path = f"{path}[{index}]"
+            self.source_map.note(item_path, self.location(item))
+            if not self._has_known_tag(item, item_path):
                 continue
             if is_null(item):
-                self.problem(item, item_spelled, "is empty; give it a value or remove it.")
+                self.problem(item, item_path, "is empty; give it a value or remove it.")
             elif field.message_type is not None:
-                self.read_message(item, items.add(), item_path, item_spelled)
+                self.read_message(item, items.add(), item_path)
             else:
-                value = self.read_scalar(field, item, item_spelled, verbatim=False)
+                value = self.read_scalar(field, item, item_path, verbatim=False)
                 if value is not None:
                     items.append(value)
 
-    def _read_map(self, node: yaml.Node, target: Any, path: str, spelled: str) -> None:
+    def _read_map(self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str) -> None:
         if not isinstance(node, yaml.MappingNode):
-            self.problem(node, spelled, f"expects `name: text` pairs; {describe(node)}.")
+            self.problem(node, path, f"expects `name: text` pairs; {describe(node)}.")
             return
-        value_field = RunSpec.LabelsEntry.DESCRIPTOR.fields_by_name["value"]
+        value_field = field.message_type.fields_by_name["value"]
         seen = set()
-        for key, value in self._pairs(node, spelled):
-            item_spelled = f"{spelled}.{key.value}"
-            self.source_map.note(f"{path}.{key.value}", self.location(value), item_spelled)
+        for key, value in self._pairs(node, path):
+            item_path = f"{path}.{key.value}"
+            self.source_map.note(item_path, self.location(value))
             if key.value in seen:
-                self.problem(key, item_spelled, "is given twice; keep one.")
+                self.problem(key, item_path, "is given twice; keep one.")
             seen.add(key.value)
-            text = self.read_scalar(value_field, value, item_spelled, verbatim=False)
+            text = self.read_scalar(value_field, value, item_path, verbatim=False)
             if text is not None:
-                target[key.value] = text
+                getattr(message, field.name)[key.value] = text
 
-    def _pairs(self, node: yaml.MappingNode, spelled: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
+    def _pairs(self, node: yaml.MappingNode, path: str) -> Iterator[tuple[yaml.ScalarNode, yaml.Node]]:
         """Keys and values of `node`; those merged in by `<<` come last and yield to its own."""
         merged: list[tuple[yaml.ScalarNode, yaml.Node]] = []
         own = set()
         for key, value in node.value:
             if key.tag == _MERGE_TAG:
-                merged += self._merged(value, spelled)
+                merged += self._merged(value, path)
             elif isinstance(key, yaml.ScalarNode):
                 own.add(key.value)
                 yield key, value
             else:
-                self.problem(key, spelled, "expects a field name; this is a list or a set of fields.")
+                self.problem(key, path, "expects a field name; this is a list or a set of fields.")
         for key, value in merged:
             if key.value not in own:
                 own.add(key.value)
                 yield key, value
 
-    def _merged(self, node: yaml.Node, spelled: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
+    def _merged(self, node: yaml.Node, path: str) -> list[tuple[yaml.ScalarNode, yaml.Node]]:
         parts = node.value if isinstance(node, yaml.SequenceNode) else [node]
         pairs: list[tuple[yaml.ScalarNode, yaml.Node]] = []
         for part in parts:
             if isinstance(part, yaml.MappingNode) and all(key.tag != _MERGE_TAG for key, _ in part.value):
-                pairs += self._pairs(part, spelled)
+                pairs += self._pairs(part, path)
             else:
-                self.problem(
-                    part, spelled, "`<<` expects one set of fields, or a list of them, without `<<`."
-                )
+                self.problem(part, path, "`<<` expects one set of fields, or a list of them, without `<<`.")
         return pairs
 
     def _is_conflict(
-        self, field: FieldDescriptor, key: yaml.Node, seen: dict[str, tuple[str, yaml.Node]], prefix: str
+        self, field: FieldDescriptor, key: yaml.Node, seen: dict[str, yaml.ScalarNode], path: str
     ) -> bool:
+        oneof = field.containing_oneof.fields if field.containing_oneof else ()
+        rivals = [seen[each.name] for each in oneof if each.name in seen]
         if field.name in seen:
-            first = seen[field.name][1].start_mark.line + 1
-            self.problem(key, f"{prefix}{key.value}", f"is given twice, first in line {first}; keep one.")
-            return True
-        rivals = field.containing_oneof.fields if field.containing_oneof else ()
-        for rival in rivals:
-            if rival.name in seen:
-                self.problem(
-                    key, f"{prefix}{key.value}", f'excludes "{seen[rival.name][0]}" beside it; keep one.'
-                )
-                return True
-        return False
+            sentence = f"is given twice, first in line {seen[field.name].start_mark.line + 1}; keep one."
+        elif rivals:
+            sentence = f'excludes "{rivals[0].value}" beside it; keep one.'
+        else:
+            return False
+        self.problem(key, path, sentence)
+        return True
 
-    def _has_known_tag(self, node: yaml.Node, spelled: str) -> bool:
+    def _has_known_tag(self, node: yaml.Node, path: str) -> bool:
         if node.tag.startswith(_STANDARD_TAG) and not node.tag.startswith(_STANDARD_TAG + "python"):
             return True
-        self.problem(node, spelled, f"has the tag {node.tag}, which a run file does not know; remove it.")
+        self.problem(node, path, f"has the tag {node.tag}, which a run file does not know; remove it.")
         return False
 
     def _at(self, line: int, column: int) -> SourceLocation:
         return SourceLocation(source=self.source, line=line + 1, column=column + 1)
-
-    def _problem(self, location: SourceLocation, spelled: str, sentence: str) -> None:
-        self.problems.append(Problem(location=location, path=spelled, sentence=sentence))
