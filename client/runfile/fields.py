@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import cast
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
@@ -18,8 +19,8 @@ MAX_NAME_CHARS = 100
 
 def find_field(message: Message, name: str) -> FieldDescriptor | None:
     """The field of `message` that is spelled `name`, in snake_case or lowerCamelCase."""
-    known = message.DESCRIPTOR
-    return known.fields_by_name.get(name) or known.fields_by_camelcase_name.get(name)
+    fields = cast("Sequence[FieldDescriptor]", message.DESCRIPTOR.fields)
+    return next((each for each in fields if name in (each.name, each.json_name)), None)
 
 
 def spelled_like(name: str, sample: str) -> str:

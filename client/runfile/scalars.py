@@ -34,9 +34,10 @@ def describe(node: yaml.Node) -> str:
     text: str = node.value
     if is_null(node):
         return "this is empty"
-    if node.style is None and text in _BOOLEANS:
+    is_bare = isinstance(node, yaml.ScalarNode) and node.style is None
+    if is_bare and text in _BOOLEANS:
         return f"{text} is a boolean"
-    if node.style is None and (_NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text)):
+    if is_bare and (_NUMBER.fullmatch(text) or _NOT_FINITE.fullmatch(text)):
         return f"{text} is a number"
     return f'"{text if len(text) <= 60 else text[:57] + "..."}" is text'
 

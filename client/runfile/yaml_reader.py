@@ -13,6 +13,7 @@ from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
 from stillhouse.client.runfile.scalars import describe, is_null, read_value
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 _STANDARD_TAG = "tag:yaml.org,2002:"
 _MERGE_TAG = _STANDARD_TAG + "merge"
@@ -143,7 +144,7 @@ class RunFileReader:
         if not isinstance(node, yaml.MappingNode):
             self.problem(node, path, f"expects `name: text` pairs; {describe(node)}.")
             return
-        value_field = field.message_type.fields_by_name["value"]
+        value_field = RunSpec.LabelsEntry.DESCRIPTOR.fields_by_name["value"]
         seen = set()
         for key, value in self._pairs(node, path):
             item_path = f"{path}.{key.value}"

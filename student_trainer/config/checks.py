@@ -130,20 +130,15 @@ def _quoted(value: object) -> str:
 
 
 def _check_addresses(config: RunConfig) -> Iterator[FieldViolation]:
-    for i, teacher in enumerate(config.teachers):
-        yield from _check_targets(f"teachers[{i}].targets", teacher.targets)
+    named = {f"teachers[{i}].targets": each.targets for i, each in enumerate(config.teachers)}
     for i, context in enumerate(config.contexts):
         if context.student is not None:
-            yield from _check_targets(
-                f"contexts[{i}].student.rollout_targets", context.student.rollout_targets
-            )
-
-
-def _check_targets(path: str, targets: Sequence[str]) -> Iterator[FieldViolation]:
-    for i, target in enumerate(targets):
-        match = _TARGET.fullmatch(target)
-        if not match or int(match[2] or 0) > 65535:
-            yield FieldViolation(f"{path}[{i}]", f'"{target}" is no host:port or unix:PATH.')
+            named[f"contexts[{i}].student.rollout_targets"] = context.student.rollout_targets
+    for path, targets in named.items():
+        for i, target in enumerate(targets):
+            match = _TARGET.fullmatch(target)
+            if not match or int(match[2] or 0) > 65535:
+                yield FieldViolation(f"{path}[{i}]", f'"{target}" is no host:port or unix:PATH.')
 
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
@@ -155,22 +150,21 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         check_data,
         check_cache,
         check_cross_tokenizer,
+        _check_teachers,
+        _check_processes,
     ):
         yield from check_part(config)
-    yield from _check_teachers(config)
     for path, loss in run_losses(config):
         yield from check_loss(path, loss)
+
+
+def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
+    """Devices and processes: one for each device, and what several cannot share."""
     resources = config.resources
     if resources.gpus and resources.gpu_count is not None:
         yield FieldViolation("resources.gpu_count", "is set beside gpus; give one of the two.")
     if len(set(resources.gpus)) != len(resources.gpus):
         yield FieldViolation("resources.gpus", "names a device twice; name each once.")
-    yield from _check_processes(config)
-
-
-def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
-    """Several processes: one for each device, and what they cannot share."""
-    resources = config.resources
     num_gpus = len(resources.gpus) or resources.gpu_count or 0
     if num_gpus > MAX_PROCESSES:
         field = "gpus" if resources.gpus else "gpu_count"

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -40,22 +40,19 @@ NOT_NEGATIVE = Range(0)
 COUNT = Range(1)
 
 
-class Choices(tuple[str, ...]):
+class _Values(tuple[T, ...]):
+    __slots__ = ()
+
+    def __new__(cls, *values: T) -> Self:
+        return super().__new__(cls, values)
+
+
+class Choices(_Values[str]):
     """The words that a text field, or each item of a list, may hold."""
 
-    __slots__ = ()
 
-    def __new__(cls, *words: str) -> Choices:
-        return super().__new__(cls, words)
-
-
-class Supported(tuple[object, ...]):
+class Supported(_Values[object]):
     """The values that the training process implements, where those are fewer than the contract has."""
-
-    __slots__ = ()
-
-    def __new__(cls, *values: object) -> Supported:
-        return super().__new__(cls, values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,13 +112,6 @@ def fields_of(cls: type[Any]) -> Mapping[str, FieldInfo]:
         hints = typing.get_type_hints(cls, include_extras=True)
         _FIELDS[cls] = {field.name: _info(field, hints[field.name]) for field in dataclasses.fields(cls)}
     return _FIELDS[cls]
-
-
-def choices(cls: type[Any], name: str) -> Choices:
-    """The words that the field `name` of `cls` may hold."""
-    found = fields_of(cls)[name].rule(Choices)
-    assert found is not None, f"{cls.__name__}.{name} is free text"
-    return found
 
 
 def _info(field: dataclasses.Field[Any], hint: Any) -> FieldInfo:

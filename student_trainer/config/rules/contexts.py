@@ -222,16 +222,13 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of `cache`, and of a run whose task is to build one."""
     if config.task == "cache":
         yield from _check_build(config)
-    if config.cache is None:
-        return
-    if config.cache.mode == "only":
-        for i, context in enumerate(config.contexts):
-            if context.dataset is None:
-                yield FieldViolation(
-                    f"contexts[{i}]",
-                    "generates text during the run, and cache.mode: only queries no teacher. Build a cache of the teacher's "
-                    "texts with this context, then train on data.train: [{path: caches/...}], which holds them.",
-                )
+    for i, context in enumerate(config.contexts):
+        if config.is_offline and context.dataset is None:
+            yield FieldViolation(
+                f"contexts[{i}]",
+                "generates text during the run, and cache.mode: only queries no teacher. Build a cache of the teacher's "
+                "texts with this context, then train on data.train: [{path: caches/...}], which holds them.",
+            )
 
 
 def _check_build(config: RunConfig) -> Iterator[FieldViolation]:

@@ -18,14 +18,17 @@ _OF_TOKENS = ("kl", "agreement")
 
 def is_bridged(config: RunConfig) -> bool:
     """True if the run compares teacher and student by chunks of text."""
-    return any(loss.asks_teacher and loss.foreign_tokenizer == "alm" for _, loss in run_losses(config))
+    return any(_chunk_losses(config))
 
 
 def chunk_loss(config: RunConfig) -> LossConfig:
     """The loss by which held-out rows are compared in a cross-tokenizer run: the first of those that compare chunks."""
-    return next(
-        loss for _, loss in run_losses(config) if loss.asks_teacher and loss.foreign_tokenizer == "alm"
-    )
+    return next(_chunk_losses(config))
+
+
+def _chunk_losses(config: RunConfig) -> Iterator[LossConfig]:
+    losses = (loss for _, loss in run_losses(config))
+    return (loss for loss in losses if loss.asks_teacher and loss.foreign_tokenizer == "alm")
 
 
 def evaluation_top_k(config: RunConfig) -> int:

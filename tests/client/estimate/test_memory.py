@@ -17,7 +17,7 @@ from stillhouse.client.estimate.memory import MemoryPlan, student_bytes
 from stillhouse.client.estimate.model_shape import ModelShape
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config import proto
-from stillhouse.student_trainer.config.fields import choices
+from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.schema import OptimizerConfig
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, spec_of
@@ -94,7 +94,7 @@ def test_the_defaults_are_those_of_the_trainer() -> None:
 
 
 def test_every_optimizer_of_a_run_can_be_estimated() -> None:
-    assert set(memory.OPTIMIZER_BYTES) == set(choices(OptimizerConfig, "name"))
+    assert set(memory.OPTIMIZER_BYTES) == set(fields_of(OptimizerConfig)["name"].rule(Choices) or ())
 
 
 @pytest.mark.model

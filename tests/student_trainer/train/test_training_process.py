@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.student_trainer.config.fields import choices
+from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.schema import LossTermConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
@@ -182,7 +182,7 @@ def test_losses_of_a_run_file(
 def test_every_divergence_is_a_term_of_a_packed_run(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
-    names = choices(LossTermConfig, "divergence")
+    names = fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
     weights = {name: 0.1 * (number + 1) for number, name in enumerate(names)}
     terms = [{"divergence": name, "weight": weight} for name, weight in weights.items()]
     terms[0]["token_weighting"] = "teacher_entropy"
