@@ -101,3 +101,4 @@ def cli(ctx: click.Context, /, **shared: Any) -> None:
 
 
 cli.params.extend(shared_options(hidden=False))
+cli.commands.update({name: click.Command(name) for name in _COMMANDS})  # names to suggest for a misspelt one

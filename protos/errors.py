@@ -106,7 +106,7 @@ CATALOG: Mapping[Code, Mapping[Reason, str]] = {
     Code.FAILED_PRECONDITION: {
         Reason.RUN_STATE: "The run's state forbids it. See `stillhouse run show`.",
         Reason.TOKENIZER_MISMATCH: "Teacher and student have different tokenizers. Set loss.foreign_tokenizer: alm, or choose others.",
-        Reason.TEACHER_CHANGED: "Another model answers than before. Start the first one again, or begin anew.",
+        Reason.TEACHER_CHANGED: "Another model answers than before. Start the first one again, or create a new run.",
         Reason.CACHE_LOCKED: "Another process writes to the cache. Wait for it, or name another path.",
         Reason.CACHE_MISS: "The cache lacks an entry, and no teacher is queried. Build it with the same data and settings.",
     },

@@ -122,7 +122,7 @@ def generate_file(
     """Answers every row of `source` in `out`, in order, each exactly once, also over kills of either side.
 
     Several services of one teacher share the work, and one that is lost leaves its part to the others.
-    Calling it again goes on where it was killed, and does nothing where it was done. A row that fails is told in `out`.
+    Calling it again resumes a killed batch, and does nothing for a finished one. A failed row is reported in `out`.
 
     Raises StillhouseError: INVALID_REQUEST for files that cannot be read or written; REQUEST_CONFLICT if `out` was begun
     with other settings or another input; TEACHER_CHANGED, ADAPTER_NOT_FOUND; what makes a teacher refuse the whole batch.
@@ -143,7 +143,7 @@ class _Batch:
     ) -> None:
         if not source.is_file():
             raise usage_error(
-                f"{source} is no file. The input is read again when a batch goes on: give a file."
+                f"{source} is not a file. The input is read again when a batch resumes: give a file."
             )
         if out.exists() and out.samefile(source):
             raise usage_error(f"{out} is the input, too. Choose another --out.")
@@ -202,7 +202,7 @@ class _Batch:
             output = stack.enter_context(
                 Output(paths, header, overwrite=overwrite, has_failed_file=self._settings.as_dataset)
             )
-            # Ids and times of a batch that goes on are those that it was begun with.
+            # A resumed batch keeps its ids and times.
             header = output.journal.header
             teacher = BatchTeacher(self._teachers, paths.out, header, output.journal, self._tell.note)
             capture = None

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 def score(session: Session, *, path: str, out: Path | None, max_inflight: int | None, **options: Any) -> int:
     """Score sequences of token ids.
 
-    Each line of FILE is {"token_ids": [...]}, optionally with an `id`, a `start` (a prompt of P tokens needs nothing before
-    P) and an `adapter`. Prints the log-probability of the tokens from `start` on and their perplexity as they are ready;
+    Each line of FILE is {"token_ids": [...]}, optionally with an `id`, an `adapter` and the position to `start` at, which
+    is P to skip a prompt of P tokens. Prints the log-probability of the tokens from `start` on and their perplexity as they are ready;
     --json adds the values of each position. With --out FILE.npz all arrays go into one file: row `offsets[i]` is the first
     of sequence `ids[i]`. The exit code is 1 if a sequence could not be scored.
     """

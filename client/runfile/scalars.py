@@ -67,7 +67,7 @@ def _text(node: yaml.ScalarNode, *, verbatim: bool) -> str:
     try:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        raise ValueError(f"{text!a} has half of a surrogate pair, which is no character.") from None
+        raise ValueError(f"{text!a} has half of a surrogate pair, which is not a character.") from None
 
 
 def _boolean(node: yaml.ScalarNode) -> bool:

@@ -37,7 +37,7 @@ class RunFileReader:
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             location = self._at(mark.line, mark.column) if mark else location
-            sentence = f"this is no valid YAML: {error.problem or error.context}."
+            sentence = f"this is not valid YAML: {error.problem or error.context}."
         except yaml.reader.ReaderError as error:
             before = text[: error.position].split("\n")
             location = self._at(len(before) - 1, len(before[-1]))

@@ -21,7 +21,7 @@ PROGRAMS = {
 def page() -> str:
     """The page."""
     parts = [
-        f"{NOTE}\n# Command line\n\nAn option of `stillhouse-teacher` and `stillhouse-trainer` may also stand in the environment, "
+        f"{NOTE}\n# Command line\n\nAn option of `stillhouse-teacher` and `stillhouse-trainer` may also be set in the environment, "
         "in capitals after the program's name: `STILLHOUSE_TRAINER_CPU_SLOTS`.\n"
     ]
     for name, command in PROGRAMS.items():

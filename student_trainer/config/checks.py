@@ -138,7 +138,7 @@ def _check_addresses(config: RunConfig) -> Iterator[FieldViolation]:
         for i, target in enumerate(targets):
             match = _TARGET.fullmatch(target)
             if not match or int(match[2] or 0) > 65535:
-                yield FieldViolation(f"{path}[{i}]", f'"{target}" is no host:port or unix:PATH.')
+                yield FieldViolation(f"{path}[{i}]", f'"{target}" is neither host:port nor unix:PATH.')
 
 
 def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:

@@ -27,7 +27,7 @@ def _indices(
         return None
     parts = [part.strip() for part in value.split(",") if part.strip()]
     if not all(part.isdecimal() for part in parts):
-        raise click.BadParameter(f"{value!r} is no list of device indices such as 0,1.")
+        raise click.BadParameter(f"{value!r} is not a list of device indices such as 0,1.")
     return tuple(int(part) for part in parts)
 
 

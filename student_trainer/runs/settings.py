@@ -34,7 +34,7 @@ class RunServiceSettings:
     )
     cpu_slots: int = setting("Runs at once on the CPU.", 1, between=(0, 1 << 16))
     allow_roots: tuple[Path, ...] = setting(
-        "Folder below which specs may name models and datasets.  [default: / on loopback, else the data directory alone]",
+        "Folder below which run files may name models and datasets.  [default: / on loopback, else the data directory alone]",
         (),
         flag="--allow-root",
     )
@@ -62,13 +62,13 @@ class RunServiceSettings:
         "Metrics and events of a run; one that writes more is ended.", 2**30, between=_SIZE
     )
     max_silence_s: float = setting(
-        "End a run's process that sends no heartbeat for so many seconds; 0 for never. It sends one every 5 s.",
+        "Seconds without a heartbeat after which a run's process is killed; 0 for never. It sends one every 5 s.",
         900.0,
         between=_TIME,
     )
     max_queued_runs: int = setting("Runs that one client may have in the queue.", 1000, between=_SIZE)
     keep_ended_days: float | None = setting(
-        "Remove runs and their files so many days after they ended.  [default: never]", None, between=_TIME
+        "Days after which an ended run and its files are removed.  [default: never]", None, between=_TIME
     )
     tokens: Path | None = setting(
         "Tokens that calls need; `stillhouse token create` makes it.  [default: tokens.json in --data-dir, once there]",

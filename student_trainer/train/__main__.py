@@ -131,13 +131,13 @@ def _ensure_run_dir(run_dir: RunDir, spec: Path | None, given: RankInfo | None) 
     first = given is None or given.rank == 0
     while not run_dir.effective_spec_path.exists():
         if spec is None:
-            raise click.UsageError(f"{run_dir.path} is no run directory; make it with --spec FILE.")
+            raise click.UsageError(f"{run_dir.path} is not a run directory; make it with --spec FILE.")
         if first:
             try:
                 message = json_format.ParseDict(yaml.safe_load(spec.read_text()), RunSpec())
                 RunDir.create(run_dir.path, message, to_proto(from_proto(message)))
             except (yaml.YAMLError, json_format.ParseError, ValueError, TypeError, StillhouseError) as error:
-                raise click.UsageError(f"{spec} is no run file: {error}") from error
+                raise click.UsageError(f"{spec} is not a run file: {error}") from error
         elif time.monotonic() > deadline:
             raise click.UsageError(
                 f"{run_dir.path} does not appear on this host. Put it on a disk that all hosts share."

@@ -112,7 +112,7 @@ def _refuse_non_finite(run: RunContext) -> None:
     if run.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise StillhouseError(
             Reason.NON_FINITE,
-            f"The loss or its gradient was no number in {run.progress.skipped_in_a_row} steps in a row, up to step "
+            f"The loss or its gradient was NaN or infinite in {run.progress.skipped_in_a_row} steps in a row, up to step "
             f"{run.progress.step}. {checkpoint.last_good(run.scope.run_dir)} Lower optimizer.learning_rate, or "
             "use optimizer.precision: fp32.",
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("run")
 @click.option("--wait", is_flag=True, help="Return once the run has ended.")
 def stop(session: Session, run: str, wait: bool) -> None:
-    """Ask RUN to write a checkpoint and end; `run resume` goes on from there."""
+    """Ask RUN to write a checkpoint and stop; `run resume` continues."""
     handle = session.run(run)
     after = handle.stop()
     if wait:

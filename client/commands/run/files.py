@@ -15,7 +15,7 @@ from stillhouse.client.terminal.session import Session, command
 @click.argument("run")
 @click.option("-f", "--follow", is_flag=True, help="Stay until the run ends.")
 @click.option("--attempt", type=click.IntRange(0), default=0, help="Only this attempt; 0 means all of them.")
-@click.option("--tail-bytes", type=click.IntRange(1), default=None, help="Only the last so many bytes.")
+@click.option("--tail-bytes", type=click.IntRange(1), default=None, help="Only the last bytes, this many.")
 def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int | None) -> int:
     """Print RUN's log.
 
@@ -36,7 +36,7 @@ def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int
             else:
                 _write(text)
     except KeyboardInterrupt:
-        session.note(f"\nNo longer following; run {handle.id} goes on.")
+        session.note(f"\nNo longer following; run {handle.id} continues.")
         return 130
     return 0
 
@@ -51,7 +51,7 @@ def _write(text: str) -> None:
 @command(name="artifacts")
 @click.argument("run")
 def artifacts(session: Session, run: str) -> None:
-    """List the files that RUN left."""
+    """List the files that RUN produced."""
     from stillhouse.client.core.json_output import as_json
     from stillhouse.client.terminal.render import columns, size_text
 
@@ -59,7 +59,7 @@ def artifacts(session: Session, run: str) -> None:
     if session.as_json:
         session.emit({"artifacts": [as_json(each) for each in found]})
     elif not found:
-        session.say("The run has left nothing yet.")
+        session.say("The run has no files yet.")
     else:
         rows = [(each.path, size_text(each.size_bytes), each.sha256[:12]) for each in found]
         session.say(columns(rows, header=("PATH", "SIZE", "SHA-256")))
@@ -74,7 +74,7 @@ def artifacts(session: Session, run: str) -> None:
 def pull(session: Session, run: str, what: str, directory: Path | None) -> None:
     """Copy RUN's final model to this machine.
 
-    WHAT may also be "checkpoints/120", say, or one file of `run artifacts`. A broken download goes on where it broke; each file's SHA-256 is checked.
+    WHAT may also be "checkpoints/120", say, or one file of `run artifacts`. An interrupted download resumes; each file's SHA-256 is checked.
     """
     from stillhouse.client.terminal.render import printable
 

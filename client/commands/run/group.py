@@ -7,7 +7,7 @@ import click
 
 @click.group()
 def run() -> None:
-    """Create, watch, steer and read distillation runs.
+    """Create, watch, control and inspect distillation runs.
 
     RUN is a run's id, the beginning of one that no other run shares, or `latest`.
     """

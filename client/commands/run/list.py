@@ -19,7 +19,7 @@ STATES = ("pending", "starting", "running", "stopping", "stopped", "completed", 
     type=click.Choice(STATES, case_sensitive=False),
     help="Only runs in this state; may be repeated.",
 )
-@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Show at most so many.")
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Most runs to show.")
 def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
     """List runs, newest first."""
     from stillhouse.client.core.json_output import as_json

@@ -74,7 +74,7 @@ def _failure(run: Run) -> str:
 
     error = from_status(run.error)
     lines = [f"Why it failed ({error.reason})", f"  {error.message}"]
-    resume = f"`stillhouse run resume {run_id(run.name)}` goes on from {run.latest_checkpoint}"
+    resume = f"`stillhouse run resume {run_id(run.name)}` continues from {run.latest_checkpoint}"
     lines.append(f"  Its log: stillhouse run logs {run_id(run.name)}")
     if run.latest_checkpoint:
         lines.append(f"  {resume}")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def watch(session: Session, run: str, after_sequence: int) -> int:
     """Follow RUN until it ends: state changes, steps, evaluations.
 
-    A lost connection is taken up again. Ctrl-C stops watching, not the run. With --json each event is one line. The exit
+    A lost connection is made again. Ctrl-C stops watching, not the run. With --json each event is one line. The exit
     code is 0 if the run completed, 1 if it failed and 5 if it was stopped.
     """
     return follow(session, session.run(run), after_sequence)
@@ -44,7 +44,7 @@ def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
         return _code(state or run.get().state)
     except KeyboardInterrupt:
         session.note(
-            f"\nNo longer watching; run {run.id} goes on. To see it again: stillhouse run watch {run.id}. "
+            f"\nNo longer watching; run {run.id} continues. To see it again: stillhouse run watch {run.id}. "
             f"To end it: stillhouse run stop {run.id}."
         )
         return 130

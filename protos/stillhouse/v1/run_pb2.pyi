@@ -288,7 +288,7 @@ class RunSpec(_message.Message):
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
-    """"distil": train the student. "cache": query the teacher and store its outputs. "evaluate": measure only."""
+    """"distil": train the student. "cache": query the teacher and store its outputs. "evaluate": not implemented yet."""
     @_builtins.property
     def student(self) -> Global___StudentSpec:
         """The model to train or evaluate."""
@@ -1000,7 +1000,7 @@ class LossSpec(_message.Message):
     """
     chunks: _builtins.str
     """Ends of chunks with alm. "shortest": wherever tokens of both sides end. "words": only where white space follows, or a
-    completion ends, so that no side is judged amid a word that it would have cut otherwise.
+    completion ends, so that no side is judged inside a word that it would have cut otherwise.
     """
     @_builtins.property
     def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossTerm]:

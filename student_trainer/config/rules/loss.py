@@ -83,6 +83,6 @@ def _check_temperature(path: str, term: LossTermConfig, loss: LossConfig) -> Ite
     ):
         yield FieldViolation(
             f"{path}.divergence",
-            f'"{term.divergence}" is no f-divergence and does not split into "a kept token or not" and "which one". '
+            f'"{term.divergence}" is not an f-divergence and does not split into "a kept token or not" and "which one". '
             "Use temperature_mode exact, or temperature 1.",
         )

@@ -73,7 +73,7 @@ class _Resolver:
         if path is None or not path.exists():
             if path is not None and (_is_own(name) or not HUB_ID.fullmatch(name)):
                 self._refuse(
-                    where, f'"{name}" is no directory on the trainer\'s host and no Hugging Face id.'
+                    where, f'"{name}" is neither a directory on the trainer\'s host nor a Hugging Face id.'
                 )
             return name
         if not (path / needed).is_file():
@@ -100,7 +100,7 @@ class _Resolver:
         if (writes and not path.is_relative_to(own)) or path == own:
             self._refuse(
                 "cache.path",
-                f'"{cache.path}" is no place for a cache; name one below caches/, such as "caches/my-set".',
+                f'"{cache.path}" is not a path for a cache; name one below caches/, such as "caches/my-set".',
             )
         return replace(cache, path=str(path))
 
@@ -150,7 +150,7 @@ class _Resolver:
         try:
             path = (data_dir / name if _is_own(name) else Path(name)).resolve()
         except (OSError, RuntimeError, ValueError):
-            self._refuse(where, f'"{name}" is no path.')
+            self._refuse(where, f'"{name}" is not a path.')
             return None
         if path.is_relative_to(data_dir):
             if path.relative_to(data_dir).parts[:1] in {(folder,) for folder in OWN_FOLDERS}:

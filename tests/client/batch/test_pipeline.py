@@ -268,7 +268,7 @@ def test_one_process_at_a_time(teacher: Teacher, tmp_path: Path) -> None:
         (("--out", "x"), "need --in FILE"),
         (("--in", "x"), "--in FILE needs --out FILE"),
         (("Hello", "--in", "x", "--out", "y"), "excludes PROMPT"),
-        (("--in", "absent", "--out", "y"), "absent is no file."),
+        (("--in", "absent", "--out", "y"), "absent is not a file."),
         (("--in", "x", "--out", "y", "--top-k-logprobs", "3"), "--top-k-logprobs needs --capture DIR"),
     ],
 )

@@ -114,7 +114,7 @@ labels: {a: 1}
     ("text", "problem"),
     [
         ("", "run.yaml:1:1: the file is empty; a run needs student, teachers and data."),
-        ("a: [", "run.yaml:1:5: this is no valid YAML: expected the node content, but found '<stream end>'."),
+        ("a: [", "run.yaml:1:5: this is not valid YAML: expected the node content, but found '<stream end>'."),
         ("- a", 'run.yaml:1:1: expects fields, each as `name: value`; this is a list.'),
         ("student: base", 'run.yaml:1:10: student: expects fields, each as `name: value`; "base" is text.'),
         ("teachers: null", "run.yaml:1:11: teachers: expects a list; this is empty: write `teachers: []` or remove it."),

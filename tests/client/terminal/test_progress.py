@@ -83,7 +83,7 @@ def test_ctrl_c_leaves_the_run_and_says_how_to_watch_it_again() -> None:
     assert process.returncode == 130
     assert first + rest == "run abcabcabcabc: RUNNING at step 3/9\n"
     assert said.strip() == (
-        "No longer watching; run abcabcabcabc goes on. To see it again: stillhouse run watch abcabcabcabc. "
+        "No longer watching; run abcabcabcabc continues. To see it again: stillhouse run watch abcabcabcabc. "
         "To end it: stillhouse run stop abcabcabcabc."
     )
 
