@@ -10,7 +10,7 @@ import numpy as np
 
 from stillhouse.client.batch.dispatcher import RowResult
 from stillhouse.client.batch.teacher_identity import BatchTeacher
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_error, file_errors, usage_error
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions
@@ -40,10 +40,8 @@ class Capture:
         return self
 
     def __exit__(self, *_: object) -> None:
-        try:
+        with file_errors("write", self._path):
             self._writer.close()
-        except OSError as error:
-            raise file_error("write", self._path, error) from error
 
     @property
     def is_due(self) -> bool:
@@ -71,18 +69,14 @@ class Capture:
                 adapter_fingerprint=self._teacher.fingerprint(adapter),
             )
             sequence = np.concatenate([prompt_ids, completion.token_ids])
-            try:
+            with file_errors("write", self._path):
                 self._writer.add(meta, sequence, truncate_top_k(distributions, self._config.top_k))
-            except OSError as error:
-                raise file_error("write", self._path, error) from error
         self._waiting.append(kept)
 
     def flush(self) -> list[Any]:
         """Syncs the cache and returns the `kept` values of the rows that it now holds."""
-        try:
+        with file_errors("write", self._path):
             self._writer.flush()
-        except OSError as error:
-            raise file_error("write", self._path, error) from error
         self._since_s = time.monotonic()
         waiting, self._waiting = self._waiting, []
         return waiting

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_errors, usage_error
 from stillhouse.client.teacher.generate import as_ids
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
@@ -96,22 +96,19 @@ class PromptRow:
 def read_lines(path: Path) -> Iterator[InputLine]:
     """Yields the non-blank lines of `path`. Raises StillhouseError if it cannot be read."""
     number = end = 0
-    try:
-        with path.open("rb") as file:
-            for line_number, data in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-                if len(data) > MAX_LINE_BYTES:
-                    raise usage_error(
-                        f"{path}:{line_number}: the line is longer than {MAX_LINE_BYTES} bytes. Shorten it."
-                    )
-                end += len(data)
-                stripped = data.strip()
-                if not stripped:
-                    continue
-                digest = hashlib.blake2b(stripped, digest_size=8).hexdigest()
-                yield InputLine(number=number, line_number=line_number, data=stripped, digest=digest, end=end)
-                number += 1
-    except OSError as error:
-        raise file_error("read", path, error) from error
+    with file_errors("read", path), path.open("rb") as file:
+        for line_number, data in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            if len(data) > MAX_LINE_BYTES:
+                raise usage_error(
+                    f"{path}:{line_number}: the line is longer than {MAX_LINE_BYTES} bytes. Shorten it."
+                )
+            end += len(data)
+            stripped = data.strip()
+            if not stripped:
+                continue
+            digest = hashlib.blake2b(stripped, digest_size=8).hexdigest()
+            yield InputLine(number=number, line_number=line_number, data=stripped, digest=digest, end=end)
+            number += 1
 
 
 def detect_format(path: Path) -> Format:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.errors import file_error, file_errors
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import atomic_writer
 
@@ -129,14 +129,12 @@ class Journal:
     def create(cls, path: Path, header: Header, state: JournalState | None = None) -> Journal:
         """Writes a journal of `state`, replacing any other. Raises StillhouseError if it cannot be written."""
         state = state or JournalState()
-        try:
+        with file_errors("write", path):
             with atomic_writer(path) as written:
                 for record in _records(header, state):
                     written.write(_line(record))
             file = path.open("r+b")
             file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise file_error("write", path, error) from error
         return cls(path, header, state, file)
 
     def add_row(self, number: int, row: RowRecord) -> None:
@@ -173,11 +171,9 @@ class Journal:
         self._file = smaller._file
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        try:
+        with file_errors("write", self.path):
             self._file.write(_line(record))
             self._file.flush()
-        except OSError as error:
-            raise file_error("write", self.path, error) from error
 
 
 def extend_chain(chain: str, digest: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Self
 
 from stillhouse.client.batch.input_rows import InputLine
 from stillhouse.client.batch.journal import CHAIN_START, Header, Journal, Position, RowRecord, extend_chain
-from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.errors import file_errors
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.locks import try_lock
 
@@ -176,12 +176,10 @@ class Output:
 
     def _make_safe(self) -> None:
         """Syncs the output before the journal records its position."""
-        try:
+        with file_errors("write", self._paths.out):
             for file in (self._out, self._failed):
                 if file is not None:
                     os.fsync(file.fileno())
-        except OSError as error:
-            raise file_error("write", self._paths.out, error) from error
         self.journal.mark_synced(self._position)
         self._safe_at_s = time.monotonic()
 
@@ -202,7 +200,7 @@ def commit_retry(paths: OutputPaths) -> None:
     journal.close()
     if not journal.state.is_finished:
         return
-    try:
+    with file_errors("write", paths.out):
         # The journal goes last: as long as it exists, the rest is repeated.
         if retry.out.exists():
             retry.out.replace(paths.out)
@@ -211,17 +209,13 @@ def commit_retry(paths: OutputPaths) -> None:
         elif not journal.state.position.failed_bytes:
             paths.failed.unlink(missing_ok=True)
         retry.journal.replace(paths.journal)
-    except OSError as error:
-        raise file_error("write", paths.out, error) from error
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Locks the output at `path` for this process. Raises StillhouseError (REQUEST_CONFLICT) if another one writes it."""
-    try:
+    with file_errors("write", path):
         lock = try_lock(path)
-    except OSError as error:
-        raise file_error("write", path, error) from error
     if lock is None:
         raise StillhouseError(
             Reason.REQUEST_CONFLICT,
@@ -294,19 +288,15 @@ def require_same_teacher(out: Path, begun: Mapping[str, Any], now: Mapping[str, 
 
 def _cut(path: Path, num_bytes: int) -> BinaryIO:
     """Opens a file for appending, truncated to `num_bytes`."""
-    try:
+    with file_errors("write", path):
         file = path.open("ab")
         file.truncate(num_bytes)
-    except OSError as error:
-        raise file_error("write", path, error) from error
     return file
 
 
 def _append(file: BinaryIO, path: Path, data: bytes) -> None:
     if not data:
         return
-    try:
+    with file_errors("write", path):
         file.write(data)
         file.flush()
-    except OSError as error:
-        raise file_error("write", path, error) from error

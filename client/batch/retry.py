@@ -11,7 +11,7 @@ from stillhouse.client.batch.input_rows import InputLine, PromptRow
 from stillhouse.client.batch.journal import Position
 from stillhouse.client.batch.ordered_output import OutputPaths
 from stillhouse.client.batch.output_formats import OutputLines, is_failed
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_errors, usage_error
 
 
 class EarlierOutput:
@@ -24,11 +24,9 @@ class EarlierOutput:
         self._is_dataset = is_dataset
         self.digest = f"{position.chain} {position.out_bytes} {position.num_failed}"
         """Tells one state of an output from another."""
-        try:
+        with file_errors("read", paths.out):
             self._failed = set(_failed_lines(paths.failed)) if is_dataset else set()
             self._out: BinaryIO = paths.out.open("rb")
-        except OSError as error:
-            raise file_error("read", paths.out, error) from error
 
     def __enter__(self) -> Self:
         return self

@@ -71,15 +71,13 @@ def create(
     The client reads it from the file named by --token-file or STILLHOUSE_TOKEN_FILE, a training process from the
     token_file of its teacher's section in credentials.toml.
     """
-    from stillhouse.client.core.errors import file_error
+    from stillhouse.client.core.errors import file_errors
     from stillhouse.protos.rpc import tokens as auth_tokens
 
     descriptor = None
     if target is not None:
-        try:
+        with file_errors("create", target):
             descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except OSError as error:
-            raise file_error("create", target, error) from error
     try:
         secret, made = auth_tokens.create(
             file, name=name, scopes=[auth_tokens.Scope(each) for each in scopes], lifetime_s=expires

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntEnum
 
 import grpc
@@ -53,3 +55,12 @@ def usage_error(message: str) -> StillhouseError:
 def file_error(verb: str, path: object, error: OSError) -> StillhouseError:
     """Returns an error for a user's file that cannot be read or written."""
     return usage_error(f"cannot {verb} {path}: {error.strerror or error}.")
+
+
+@contextmanager
+def file_errors(verb: str, path: object) -> Iterator[None]:
+    """Raises an OSError of the block as file_error() does."""
+    try:
+        yield
+    except OSError as error:
+        raise file_error(verb, path, error) from error

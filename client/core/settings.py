@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_error, file_errors, usage_error
 
 DEFAULT_TRAINER = "127.0.0.1:7402"
 DEFAULT_TEACHER = "127.0.0.1:7401"
@@ -66,11 +66,8 @@ class Settings:
         """Reads the bearer token. Raises StillhouseError if its file cannot be read."""
         if self.token_file is None:
             return None
-        try:
-            with self.token_file.open("rb") as file:
-                content = file.read(MAX_TOKEN_BYTES + 1)
-        except OSError as error:
-            raise file_error("read the token in", self.token_file, error) from error
+        with file_errors("read the token in", self.token_file), self.token_file.open("rb") as file:
+            content = file.read(MAX_TOKEN_BYTES + 1)
         token = content.decode("ascii", "replace").strip()
         if not token or len(content) > MAX_TOKEN_BYTES or not token.isprintable() or not token.isascii():
             raise usage_error(f"{self.token_file} must hold one line of ASCII, the token, and nothing else.")

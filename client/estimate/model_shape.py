@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_errors, usage_error
 
 MAX_CONFIG_BYTES = 4 * 2**20
 _UNGATED = frozenset({"gpt2", "opt", "gpt_neox", "gptj", "gpt_neo", "bloom", "falcon", "phi", "gpt_bigcode"})
@@ -50,11 +50,8 @@ class ModelShape:
             StillhouseError: INVALID_REQUEST if it cannot be read or lacks a size.
         """
         path = model / "config.json" if model.is_dir() else model
-        try:
-            with path.open("rb") as file:
-                content = file.read(MAX_CONFIG_BYTES)
-        except OSError as error:
-            raise file_error("read", path, error) from error
+        with file_errors("read", path), path.open("rb") as file:
+            content = file.read(MAX_CONFIG_BYTES)
         try:
             values = json.loads(content)
             values = values.get("text_config", values)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.errors import file_errors
 from stillhouse.client.runfile.overrides import apply_override
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap, invalid
 from stillhouse.client.runfile.yaml_reader import RunFileReader
@@ -39,11 +39,8 @@ def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
     if str(path) == "-":
         return parse_run(sys.stdin.buffer.read(MAX_RUN_FILE_BYTES + 1), "<stdin>", overrides)
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            content = file.read(MAX_RUN_FILE_BYTES + 1)
-    except OSError as error:
-        raise file_error("read", path, error) from error
+    with file_errors("read", path), path.open("rb") as file:
+        content = file.read(MAX_RUN_FILE_BYTES + 1)
     return parse_run(content, str(path), overrides, directory=path.parent)
 
 

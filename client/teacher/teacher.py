@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
-from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.errors import file_errors
 from stillhouse.client.teacher.connection import TeacherConnection
 from stillhouse.client.teacher.generate import Completion, Gathering, Piece, Prompt, as_prompt, pieces
 from stillhouse.client.teacher.score import ScoreAnswer, Sequenced, score
@@ -31,11 +31,9 @@ class Teacher(TeacherConnection):
         paths = []
         for name, content in self.tokenizer().items():
             path = directory / name
-            try:
+            with file_errors("write", path):
                 directory.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
-            except OSError as error:
-                raise file_error("write", path, error) from error
             paths.append(path)
         return paths
 
@@ -132,9 +130,7 @@ class Teacher(TeacherConnection):
     ) -> teacher_pb2.UploadAdapterResponse:
         """Copies adapter_config.json and adapter_model.safetensors to the teacher's host, for load_adapter()."""
         for name in FILES:
-            try:
+            with file_errors("read", Path(directory) / name):
                 (Path(directory) / name).open("rb").close()
-            except OSError as error:
-                raise file_error("read", Path(directory) / name, error) from error
         requests = upload_requests(Path(directory), on_bytes or (lambda _: None))
         return self.call(self.stub.UploadAdapter, requests, timeout_s=LOAD_TIMEOUT_S)

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_error, file_errors, usage_error
 from stillhouse.client.teacher.score import ScoreItem
 
 if TYPE_CHECKING:
@@ -20,14 +20,12 @@ MAX_TEXT_BYTES = 64 << 20
 
 def read_text(path: str) -> str:
     """Reads a file, or standard input for "-". Raises StillhouseError if it cannot be read."""
-    try:
+    with file_errors("read", path):
         if path == "-":
             content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
         else:
             with Path(path).open("rb") as file:
                 content = file.read(MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise file_error("read", path, error) from error
     if len(content) > MAX_TEXT_BYTES:
         raise usage_error(f"{path} is larger than {MAX_TEXT_BYTES} bytes; split it.")
     try:

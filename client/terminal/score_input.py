@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stillhouse.client.core.errors import file_error, usage_error
+from stillhouse.client.core.errors import file_errors, usage_error
 from stillhouse.client.teacher.score import ScoreAnswer
 from stillhouse.protos.files.atomic import atomic_writer
 from stillhouse.protos.tensors.distributions import Distributions
@@ -51,8 +51,5 @@ class ScoreFile:
             parts = [part for each in self._distributions if (part := getattr(each, name)) is not None]
             if parts:
                 arrays[name] = np.concatenate(parts)
-        try:
-            with atomic_writer(self._path) as file:
-                np.savez(file, allow_pickle=False, **arrays)
-        except OSError as error:
-            raise file_error("write", self._path, error) from error
+        with file_errors("write", self._path), atomic_writer(self._path) as file:
+            np.savez(file, allow_pickle=False, **arrays)

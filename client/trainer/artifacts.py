@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from stillhouse.client.core.connection import resumed
-from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.errors import file_errors
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
@@ -62,7 +62,7 @@ def _below(path: str, what: str) -> PurePosixPath:
 
 
 def _fetch(download: Download, artifact: run_pb2.Artifact, path: Path, on_file: OnFile | None) -> None:
-    try:
+    with file_errors("write", path):
         if _is_same(path, artifact):
             _notify(on_file, artifact, artifact.size_bytes)
             return
@@ -80,8 +80,6 @@ def _fetch(download: Download, artifact: run_pb2.Artifact, path: Path, on_file: 
                     "Pull again; if it fails again, the file is damaged on the trainer's host.",
                 )
         part.replace(path)
-    except OSError as error:
-        raise file_error("write", path, error) from error
 
 
 def _is_same(path: Path, artifact: run_pb2.Artifact) -> bool:

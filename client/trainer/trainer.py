@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from google.protobuf.json_format import MessageToDict
 
 from stillhouse.client.core.connection import Connection
-from stillhouse.client.core.errors import file_error
+from stillhouse.client.core.errors import file_errors
 from stillhouse.client.core.settings import DEFAULT_TRAINER
 from stillhouse.client.runfile.load import RunFile, load_run_file, parse_fields
 from stillhouse.client.trainer.run_handle import RunHandle
@@ -95,10 +95,8 @@ class Trainer(Connection):
         """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error."""
         path = Path(path)
         digest = hashlib.sha256()
-        try:
+        with file_errors("read", path):
             file = path.open("rb")
-        except OSError as error:
-            raise file_error("read", path, error) from error
         with file:
             chunks = _chunks(file, path.name, digest.update, on_bytes)
             answer = self.call(self.stub.UploadDataset, chunks, timeout_s=UPLOAD_TIMEOUT_S)
