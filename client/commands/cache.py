@@ -99,12 +99,9 @@ def list_caches(session: Session) -> None:
         mode = "build" if run.effective_spec.task == "cache" else run.effective_spec.cache.mode
         found[path] = {"path": path, "run": run_id(run.name), "use": mode, "state": state_name(run)}
         rows.append((path, run_id(run.name), mode, state_name(run), time_text(run.create_time)))
-    if session.as_json:
-        session.emit({"caches": list(found.values())})
-    elif not rows:
-        session.say("No run has named a cache yet.")
-    else:
-        session.say(columns(rows, header=("CACHE", "LAST RUN", "USE", "STATE", "CREATED")))
+    header = ("CACHE", "LAST RUN", "USE", "STATE", "CREATED")
+    table = columns(rows, header, empty="No run has named a cache yet.")
+    session.show({"caches": list(found.values())}, table)
 
 
 @command(cache)
@@ -122,10 +119,7 @@ def info(session: Session, what: str) -> None:
         contents = summary(CacheReader(path, ignore_broken=path.is_dir()))
     else:
         contents = _summary_of(_build_of(session, what))
-    if session.as_json:
-        session.emit({"cache": what} | contents)
-    else:
-        session.say(summary_text(what, contents))
+    session.show({"cache": what} | contents, summary_text(what, contents))
 
 
 @command(cache)
@@ -153,15 +147,10 @@ def verify(session: Session, path: Path) -> int:
             sequences += reader.verify(shard)
         except StillhouseError as error:
             bad[shard.path.name] = error.message
-    if session.as_json:
-        session.emit(
-            {"files": len(reader.shards) + len(reader.broken), "sequences": sequences, "damaged": bad}
-        )
-    else:
-        for message in bad.values():
-            session.say(message)
-        good = len(reader.shards) + len(reader.broken) - len(bad)
-        session.say(f"{good} files with {sequences} sequences are intact; {len(bad)} are damaged.")
+    files = len(reader.shards) + len(reader.broken)
+    counted = f"{files - len(bad)} files with {sequences} sequences are intact; {len(bad)} are damaged."
+    document = {"files": files, "sequences": sequences, "damaged": bad}
+    session.show(document, "\n".join([*bad.values(), counted]))
     return 1 if bad else 0
 
 

@@ -27,8 +27,8 @@ def push(session: Session, files: tuple[Path, ...]) -> None:
     for file in files:
         stored = session.trainer.push_dataset(file)
         pushed.append({"file": str(file), "name": stored.name, "size_bytes": stored.size_bytes})
+        session.note(f"{file}: {size_text(stored.size_bytes)}")
         if not session.as_json:
-            session.note(f"{file}: {size_text(stored.size_bytes)}")
             session.say(stored.name)
     if session.as_json:
         session.emit({"datasets": pushed})

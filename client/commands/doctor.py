@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -38,16 +39,12 @@ def doctor(session: Session, *, student: Path | None, data_dir: Path | None, onl
     if only in ("all", "trainer"):
         findings += checks.trainer(session.settings)
     failed = any(each.state == "failed" for each in findings)
-    if session.as_json:
-        rows = [
-            {"check": each.check, "state": each.state, "found": each.found, "remedy": each.remedy or None}
-            for each in findings
-        ]
-        session.emit({"well": not failed, "findings": rows})
-    else:
-        width = max(len(each.check) for each in findings)
-        for each in findings:
-            session.say(f"{_MARKS[each.state]}  {each.check.ljust(width)}  {each.found}")
-            if each.remedy:
-                session.say(f"      {' ' * width}  → {each.remedy}")
+    rows = [asdict(each) | {"remedy": each.remedy or None} for each in findings]
+    width = max((len(each.check) for each in findings), default=0)
+    lines = []
+    for each in findings:
+        lines.append(f"{_MARKS[each.state]}  {each.check.ljust(width)}  {each.found}")
+        if each.remedy:
+            lines.append(f"      {' ' * width}  → {each.remedy}")
+    session.show({"well": not failed, "findings": rows}, "\n".join(lines))
     return EXIT_UNWELL if failed else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,24 +47,9 @@ def run_batch(session: Session, source: Path, out: Path, options: dict[str, Any]
         except KeyboardInterrupt:
             note("Interrupted; the same command resumes it.")
             return ExitCode.INTERRUPTED
-    if session.as_json:
-        session.emit(_as_json(summary))
-    else:
-        session.say(_text(summary))
+    files = {"out": str(summary.out), "failed_file": summary.failed_file and str(summary.failed_file)}
+    session.show(asdict(summary) | files | {"seconds": round(summary.seconds, 3)}, _text(summary))
     return 1 if summary.failed else 0
-
-
-def _as_json(summary: BatchSummary) -> dict[str, Any]:
-    return {
-        "out": str(summary.out),
-        "failed_file": None if summary.failed_file is None else str(summary.failed_file),
-        "format": summary.format,
-        "rows": summary.rows,
-        "failed": summary.failed,
-        "asked": summary.asked,
-        "tokens": summary.tokens,
-        "seconds": round(summary.seconds, 3),
-    }
 
 
 def _text(summary: BatchSummary) -> str:

@@ -34,8 +34,14 @@ def info(session: Session) -> None:
             session.say(("\n" if number else "") + service.target)
         session.say(columns(_facts(answer)))
         if answer.adapters:
-            rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
-            session.say("\n" + columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
+            session.say("\n" + _adapters(answer))
+
+
+def _adapters(answer: GetTeacherInfoResponse) -> str:
+    from stillhouse.client.terminal.render import columns
+
+    rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
+    return columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT"))
 
 
 def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
@@ -71,29 +77,19 @@ def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
 def tokenizer(session: Session, directory: Path) -> None:
     """Copy the tokenizer's files to this machine."""
     paths = session.teacher.save_tokenizer(directory)
-    if session.as_json:
-        session.emit({"files": [str(path) for path in paths]})
-    else:
-        for path in paths:
-            session.say(str(path))
+    files = [str(path) for path in paths]
+    session.show({"files": files}, "\n".join(files))
 
 
 @command(teacher, name="adapters")
 def adapters(session: Session) -> None:
     """List the loaded LoRA adapters."""
     from stillhouse.client.core.json_output import as_json
-    from stillhouse.client.terminal.render import columns
 
     answer = session.teacher.info()
-    if session.as_json:
-        session.emit(
-            {"adapters": [as_json(each) for each in answer.adapters], "max_adapters": answer.max_adapters}
-        )
-        return
-    if answer.adapters:
-        rows = [(each.name, str(each.rank), each.fingerprint[:12]) for each in answer.adapters]
-        session.say(columns(rows, header=("ADAPTER", "RANK", "FINGERPRINT")))
-    session.say(f"{len(answer.adapters)} of {answer.max_adapters} slots in use")
+    document = {"adapters": [as_json(each) for each in answer.adapters], "max_adapters": answer.max_adapters}
+    in_use = f"{len(answer.adapters)} of {answer.max_adapters} slots in use"
+    session.show(document, f"{_adapters(answer)}\n{in_use}".lstrip("\n"))
 
 
 @command(teacher, name="load-adapter")
@@ -107,10 +103,8 @@ def load_adapter(session: Session, name: str, path: str) -> None:
     from stillhouse.client.core.json_output import as_json
 
     adapter = session.only_teacher.load_adapter(name, path)
-    if session.as_json:
-        session.emit(as_json(adapter))
-    else:
-        session.say(f"{adapter.name} loaded: rank {adapter.rank}, fingerprint {adapter.fingerprint[:12]}")
+    text = f"{adapter.name} loaded: rank {adapter.rank}, fingerprint {adapter.fingerprint[:12]}"
+    session.show(as_json(adapter), text)
 
 
 @command(teacher, name="unload-adapter")
@@ -118,10 +112,7 @@ def load_adapter(session: Session, name: str, path: str) -> None:
 def unload_adapter(session: Session, name: str) -> None:
     """Unload the adapter NAME; calls that are using it finish first."""
     session.only_teacher.unload_adapter(name)
-    if session.as_json:
-        session.emit({"unloaded": name})
-    else:
-        session.say(f"{name} unloaded")
+    session.show({"unloaded": name}, f"{name} unloaded")
 
 
 @command(teacher, name="upload-adapter")
@@ -135,7 +126,5 @@ def upload_adapter(session: Session, directory: Path, name: str) -> None:
     answer = session.only_teacher.upload_adapter(directory)
     if name:
         session.only_teacher.load_adapter(name, answer.path)
-    if session.as_json:
-        session.emit({"path": answer.path, "fingerprint": answer.fingerprint, "loaded": name or None})
-    else:
-        session.say(f"{answer.path}{f' is loaded as {name}' if name else ''}")
+    document = {"path": answer.path, "fingerprint": answer.fingerprint, "loaded": name or None}
+    session.show(document, f"{answer.path}{f' is loaded as {name}' if name else ''}")

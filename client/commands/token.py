@@ -90,15 +90,12 @@ def create(
         with os.fdopen(descriptor, "w") as output:
             output.write(secret + "\n")
     end = None if made.expire_time_s is None else auth_tokens.time_text(made.expire_time_s)
-    if session.as_json:
-        shown = {"token": secret} if target is None else {"token_file": str(target)}
-        facts = {"id": made.id, "name": made.name, "scopes": sorted(made.scopes), "expire_time": end}
-        session.emit(shown | facts)
-        return
+    shown = {"token": secret} if target is None else {"token_file": str(target)}
+    facts = {"id": made.id, "name": made.name, "scopes": sorted(made.scopes), "expire_time": end}
     session.note(
         f"token {made.id} of {made.name}: {', '.join(sorted(made.scopes))}; expires {end or 'never'}"
     )
-    session.say(secret if target is None else str(target))
+    session.show(shown | facts, secret if target is None else str(target))
 
 
 @command(token, name="list")
@@ -108,35 +105,17 @@ def list_tokens(session: Session, file: Path) -> None:
     from stillhouse.client.terminal.render import columns
     from stillhouse.protos.rpc import tokens as auth_tokens
 
-    tokens = sorted(auth_tokens.read(file).values(), key=lambda each: each.create_time_s)
-    now_s = time.time()
-    rows = [
-        {
-            "id": each.id,
-            "name": each.name,
-            "scopes": sorted(each.scopes),
-            "create_time": auth_tokens.time_text(each.create_time_s),
-            "expire_time": None if each.expire_time_s is None else auth_tokens.time_text(each.expire_time_s),
-            "expired": each.expired(now_s),
-        }
-        for each in tokens
-    ]
-    if session.as_json:
-        session.emit({"tokens": rows})
-    elif not rows:
-        session.say("There are no tokens: the service refuses every call.")
-    else:
-        texts = [
-            (
-                str(row["id"]),
-                str(row["name"]),
-                ",".join(each for each in sorted(token.scopes)),
-                str(row["create_time"]),
-                f"{row['expire_time'] or 'never'}{' (expired)' if row['expired'] else ''}",
-            )
-            for row, token in zip(rows, tokens, strict=True)
-        ]
-        session.say(columns(texts, header=("ID", "NAME", "SCOPES", "CREATED", "EXPIRES")))
+    documents, rows = [], []
+    for each in sorted(auth_tokens.read(file).values(), key=lambda each: each.create_time_s):
+        facts = {"id": each.id, "name": each.name, "scopes": sorted(each.scopes)}
+        created, expired = auth_tokens.time_text(each.create_time_s), each.expired(time.time())
+        end = None if each.expire_time_s is None else auth_tokens.time_text(each.expire_time_s)
+        documents.append(facts | {"create_time": created, "expire_time": end, "expired": expired})
+        expires = f"{end or 'never'}{' (expired)' if expired else ''}"
+        rows.append((each.id, each.name, ",".join(sorted(each.scopes)), created, expires))
+    header = ("ID", "NAME", "SCOPES", "CREATED", "EXPIRES")
+    table = columns(rows, header, empty="There are no tokens: the service refuses every call.")
+    session.show({"tokens": documents}, table)
 
 
 @command(token, name="revoke")
@@ -147,8 +126,5 @@ def revoke(session: Session, file: Path, which: str) -> None:
     from stillhouse.protos.rpc import tokens as auth_tokens
 
     gone = auth_tokens.revoke(file, which)
-    if session.as_json:
-        session.emit({"revoked": [each.id for each in gone]})
-    else:
-        for each in gone:
-            session.say(f"{each.id} of {each.name} is revoked")
+    lines = [f"{each.id} of {each.name} is revoked" for each in gone]
+    session.show({"revoked": [each.id for each in gone]}, "\n".join(lines))

@@ -16,7 +16,8 @@ def version(session: Session) -> None:
         number = installed_version("stillhouse")
     except PackageNotFoundError:
         number = "not installed"
-    if session.as_json:
-        session.emit({"version": number, "contract": "stillhouse.v1", "python": platform.python_version()})
-    else:
-        session.say(f"stillhouse {number} (contract stillhouse.v1, Python {platform.python_version()})")
+    python = platform.python_version()
+    session.show(
+        {"version": number, "contract": "stillhouse.v1", "python": python},
+        f"stillhouse {number} (contract stillhouse.v1, Python {python})",
+    )

@@ -27,10 +27,12 @@ def _visible(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii") if character != "\r" else ""
 
 
-def columns(rows: Iterable[Sequence[str]], header: Sequence[str] = ()) -> str:
-    """Aligns the cells of each column, two spaces apart."""
-    table = [list(header)] if header else []
-    table += [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+def columns(rows: Iterable[Sequence[str]], header: Sequence[str] = (), *, empty: str = "") -> str:
+    """Aligns the cells of each column, two spaces apart; without rows the text is `empty`."""
+    cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    if not cells:
+        return empty
+    table = [list(header), *cells] if header else cells
     widths = [max(len(cell) for cell in column) for column in zip(*table, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -47,7 +47,7 @@ class Session:
         """The run service."""
         from stillhouse.client.trainer.trainer import Trainer
 
-        return self._stack.enter_context(Trainer(self.settings.trainer, **self._security()))
+        return self._stack.enter_context(Trainer(self.settings.trainer, **self.settings.security()))
 
     @functools.cached_property
     def teacher(self) -> Teacher:
@@ -64,10 +64,8 @@ class Session:
 
         if not self.settings.teachers:
             raise usage_error("--teacher names no service; give HOST:PORT, or several separated by commas.")
-        return tuple(
-            self._stack.enter_context(Teacher(target, **self._security()))
-            for target in self.settings.teachers
-        )
+        security = self.settings.security()
+        return tuple(self._stack.enter_context(Teacher(each, **security)) for each in self.settings.teachers)
 
     @property
     def only_teacher(self) -> Teacher:
@@ -97,15 +95,19 @@ class Session:
 
         click.echo(printable(text))
 
+    def show(self, document: object, text: str) -> None:
+        """Prints `document` with --json, else `text`."""
+        if self.as_json:
+            self.emit(document)
+        else:
+            self.say(text)
+
     def note(self, text: str) -> None:
         """Prints text for people on standard error, apart from results; nothing with --json."""
         from stillhouse.client.terminal.render import printable
 
         if not self.as_json:
             click.echo(printable(text), err=True)
-
-    def _security(self) -> dict[str, Any]:
-        return self.settings.security()
 
 
 def command(

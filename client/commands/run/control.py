@@ -22,9 +22,7 @@ def stop(session: Session, run: str, wait: bool) -> None:
     """Ask RUN to write a checkpoint and stop; `run resume` continues."""
     handle = session.run(run)
     after = handle.stop()
-    if wait:
-        after = handle.wait()
-    _tell(session, handle, after)
+    _tell(session, handle, handle.wait() if wait else after)
 
 
 @command(name="resume")
@@ -61,10 +59,4 @@ def _tell(session: Session, handle: RunHandle, run: Run) -> None:
     from stillhouse.client.core.json_output import as_json
     from stillhouse.client.terminal.run_progress import state_line
 
-    if session.as_json:
-        session.emit(as_json(run) | {"id": handle.id})
-    else:
-        session.say(state_line(run))
-
-
-COMMANDS = (stop, resume, delete)
+    session.show(as_json(run) | {"id": handle.id}, state_line(run))

@@ -69,10 +69,10 @@ def _validate(session: Session, file: RunFile) -> int:
     from stillhouse.client.terminal.render import spec_text
 
     run = session.trainer.validate(file)
-    if session.as_json:
-        session.emit({"valid": True, "effective_spec": as_json(run.effective_spec)})
-    else:
-        session.say(f"The run is valid. With every default it reads:\n\n{spec_text(run.effective_spec)}")
+    session.show(
+        {"valid": True, "effective_spec": as_json(run.effective_spec)},
+        f"The run is valid. With every default it reads:\n\n{spec_text(run.effective_spec)}",
+    )
     return 0
 
 
@@ -85,6 +85,3 @@ def schema(_session: Session) -> None:
     from stillhouse.client.runfile.schema import schema_text
 
     click.echo(schema_text(), nl=False)
-
-
-COMMANDS = (create, schema)

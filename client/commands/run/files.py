@@ -56,13 +56,9 @@ def artifacts(session: Session, run: str) -> None:
     from stillhouse.client.terminal.render import columns, size_text
 
     found = session.run(run).artifacts()
-    if session.as_json:
-        session.emit({"artifacts": [as_json(each) for each in found]})
-    elif not found:
-        session.say("The run has no files yet.")
-    else:
-        rows = [(each.path, size_text(each.size_bytes), each.sha256[:12]) for each in found]
-        session.say(columns(rows, header=("PATH", "SIZE", "SHA-256")))
+    rows = [(each.path, size_text(each.size_bytes), each.sha256[:12]) for each in found]
+    table = columns(rows, header=("PATH", "SIZE", "SHA-256"), empty="The run has no files yet.")
+    session.show({"artifacts": [as_json(each) for each in found]}, table)
 
 
 @command(name="pull")
@@ -88,10 +84,7 @@ def pull(session: Session, run: str, what: str, directory: Path | None) -> None:
         click.echo(f"\r{printable(path)} {share} %", nl=is_whole, err=True)
 
     paths = handle.pull(what, directory, on_file=on_file)
-    if session.as_json:
-        session.emit({"files": [str(path) for path in paths]})
-    else:
-        session.say(f"{len(paths)} files of run {handle.id} are in {directory or Path(handle.id, what)}")
-
-
-COMMANDS = (logs, artifacts, pull)
+    session.show(
+        {"files": [str(path) for path in paths]},
+        f"{len(paths)} files of run {handle.id} are in {directory or Path(handle.id, what)}",
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from stillhouse.client.commands.run import control, create, files, metrics, show, watch
+
 
 @click.group()
 def run() -> None:
@@ -13,10 +15,9 @@ def run() -> None:
     """
 
 
-from stillhouse.client.commands.run import control, create, files, show, watch  # noqa: E402
-from stillhouse.client.commands.run import list as run_list  # noqa: E402
-from stillhouse.client.commands.run import metrics as run_metrics  # noqa: E402
-
-for _module in (create, run_list, show, watch, files, control, run_metrics):
-    for _command in _module.COMMANDS:
-        run.add_command(_command)
+for _command in (
+    *(create.create, create.schema, show.list_runs, show.show, watch.watch),
+    *(files.logs, files.artifacts, files.pull, control.stop, control.resume, control.delete),
+    *(metrics.metrics, metrics.plot),
+):
+    run.add_command(_command)

@@ -143,6 +143,3 @@ def _curve(key: str, series: Series) -> str:
     figure.draw(curve).title(key).label("step").theme("colorless").plot_size(width, PLOT_LINES)
     drawn = str(figure.build())
     return drawn if sys.stdout.isatty() else str(plotext.uncolorize(drawn))
-
-
-COMMANDS = (metrics, plot)

@@ -1,7 +1,8 @@
-"""`stillhouse run show`: one run in full; above all why it failed, and what to do."""
+"""`stillhouse run list | show`: all runs, and one in full; above all why it failed, and what to do."""
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -12,6 +13,36 @@ from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
     from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, Run
+
+
+STATES = ("pending", "starting", "running", "stopping", "stopped", "completed", "failed")
+
+
+@command(name="list")
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    type=click.Choice(STATES, case_sensitive=False),
+    help="Only runs in this state; may be repeated.",
+)
+@click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Most runs to show.")
+def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
+    """List runs, newest first."""
+    from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.terminal.render import columns, progress_text, state_name, time_text
+    from stillhouse.client.trainer.run_lookup import run_id
+    from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+
+    wanted = [Run.State.Value(f"STATE_{state.upper()}") for state in states]
+    documents, rows = [], []
+    for run in itertools.islice(session.trainer.runs(wanted), limit):
+        documents.append(as_json(run) | {"id": run_id(run.name)})
+        progress, created = progress_text(run.progress), time_text(run.create_time)
+        rows.append((run_id(run.name), state_name(run), progress, created, run.spec.display_name))
+    empty = "There are no such runs." if states else "There are no runs yet."
+    table = columns(rows, header=("ID", "STATE", "STEP", "CREATED", "NAME"), empty=empty)
+    session.show({"runs": documents}, table)
 
 
 @command(name="show")
@@ -102,6 +133,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-COMMANDS = (show,)

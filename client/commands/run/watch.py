@@ -66,6 +66,3 @@ def _code(state: int) -> int:
 
     codes = {Run.STATE_FAILED: ExitCode.FAILED, Run.STATE_STOPPED: ExitCode.CONFLICT}
     return {int(each): int(code) for each, code in codes.items()}.get(state, int(ExitCode.OK))
-
-
-COMMANDS = (watch,)
