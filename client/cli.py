@@ -7,39 +7,21 @@ from typing import Any
 
 import click
 
-from stillhouse.client.terminal.options import shared_options
+from stillhouse.client.terminal.session import shared_options
 
-# Command to module and summary; a module is imported when its command is used, so that --help is quick.
 _COMMANDS = {
-    "run": (
-        "stillhouse.client.commands.run.group:run",
-        "Create, watch, control and inspect distillation runs.",
-    ),
-    "data": ("stillhouse.client.commands.data:data", "Copy data to the trainer."),
-    "cache": (
-        "stillhouse.client.commands.cache:cache",
-        "Cache teacher outputs, to train from them without a teacher.",
-    ),
-    "teacher": ("stillhouse.client.commands.teacher:teacher", "Query and manage a teacher service."),
-    "generate": ("stillhouse.client.commands.generate:generate", "Generate text with the teacher."),
-    "score": (
-        "stillhouse.client.commands.score:score",
-        "Score your token ids with the teacher's distributions.",
-    ),
-    "token": (
-        "stillhouse.client.commands.token:token",
-        "Create, list and revoke tokens on a service's host.",
-    ),
-    "estimate": (
-        "stillhouse.client.commands.estimate:estimate",
-        "Predict a run's memory before it is submitted.",
-    ),
-    "doctor": (
-        "stillhouse.client.commands.doctor:doctor",
-        "Check hosts, services and certificates, and suggest remedies.",
-    ),
-    "version": ("stillhouse.client.commands.version:version", "Show the version of this client."),
+    "run": "Create, watch, control and inspect distillation runs.",
+    "data": "Copy data to the trainer.",
+    "cache": "Cache teacher outputs, to train from them without a teacher.",
+    "teacher": "Query and manage a teacher service.",
+    "generate": "Generate text with the teacher.",
+    "score": "Score your token ids with the teacher's distributions.",
+    "token": "Create, list and revoke tokens on a service's host.",
+    "estimate": "Predict a run's memory before it is submitted.",
+    "doctor": "Check hosts, services and certificates, and suggest remedies.",
+    "version": "Show the version of this client.",
 }
+"""Summary by command; its module is imported when it is used, so that --help is quick."""
 
 EXIT_CODES = """
 \b
@@ -63,13 +45,15 @@ class LazyGroup(click.Group):
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        module = "run.group" if cmd_name == "run" else cmd_name
+        command: click.Command = getattr(
+            importlib.import_module(f"stillhouse.client.commands.{module}"), cmd_name
+        )
         return command
 
     def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
+            formatter.write_dl(list(_COMMANDS.items()))
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -43,9 +43,9 @@ def estimate(
     Student and teacher are estimated separately, as if each had the device to itself. No weights are opened.
     """
     from stillhouse.client.core.errors import usage_error
-    from stillhouse.client.doctor.machine import memory_bytes
     from stillhouse.client.estimate.memory import (
         MemoryPlan,
+        memory_bytes,
         remedies,
         student_bytes,
         teacher_bytes,

@@ -98,7 +98,8 @@ def load_settings(
 
     Raises StillhouseError for an unreadable file, an unknown name and an unknown context.
     """
-    config = config or _path(environment.get(ENVIRONMENT_PREFIX + "CONFIG"))
+    if config is None and (named := environment.get(ENVIRONMENT_PREFIX + "CONFIG")):
+        config = Path(named).expanduser()
     context = context or environment.get(ENVIRONMENT_PREFIX + "CONTEXT") or None
     values = _from_file(config, context, environment)
     for name in NAMES:
@@ -146,12 +147,10 @@ def _checked(path: Path, prefix: str, table: object) -> dict[str, Any]:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(sorted(known))}."
             raise usage_error(f"{path}: there is no setting {prefix}{key}; {hint}")
-        if key == "tls" and isinstance(value, bool):
-            values[key] = value
-            continue
         if key == "tls":
-            raise usage_error(f"{path}: {prefix}tls expects true or false, not {value!r}.")
-        if not isinstance(value, str) or not value:
+            if not isinstance(value, bool):
+                raise usage_error(f"{path}: {prefix}tls expects true or false, not {value!r}.")
+        elif not isinstance(value, str) or not value:
             raise usage_error(f"{path}: {prefix}{key} expects text in quotes, not {value!r}.")
         values[key] = path.parent / Path(value).expanduser() if key in _PATHS else value
     return values
@@ -165,7 +164,3 @@ def _typed(name: str, text: str) -> str | bool | Path:
     if text.lower() not in _BOOLEANS:
         raise usage_error(f'{ENVIRONMENT_PREFIX}TLS expects true or false, not "{text}".')
     return _BOOLEANS[text.lower()]
-
-
-def _path(text: str | None) -> Path | None:
-    return Path(text).expanduser() if text else None

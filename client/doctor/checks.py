@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.client.core.settings import Settings
-from stillhouse.client.doctor.machine import memory_bytes
+from stillhouse.client.estimate.memory import memory_bytes
 from stillhouse.client.teacher.teacher import Teacher
 from stillhouse.client.trainer.trainer import Trainer
 from stillhouse.protos.errors import Reason, StillhouseError

@@ -24,9 +24,10 @@ class TeacherConnection(Connection):
         super().__init__(target, **options)
         self.stub = TeacherServiceStub(self.channel)
 
-    def info(self) -> teacher_pb2.GetTeacherInfoResponse:
+    def info(self, *, timeout_s: float | None = None) -> teacher_pb2.GetTeacherInfoResponse:
         """Queries the loaded model, its fingerprints, limits, capabilities and adapters."""
-        return self.call(self.stub.GetTeacherInfo, teacher_pb2.GetTeacherInfoRequest())
+        request = teacher_pb2.GetTeacherInfoRequest()
+        return self.call(self.stub.GetTeacherInfo, request, timeout_s=timeout_s)
 
     @cached_property
     def limits(self) -> teacher_pb2.GetTeacherInfoResponse:
@@ -35,11 +36,8 @@ class TeacherConnection(Connection):
 
     def refresh(self, *, timeout_s: float | None = None) -> teacher_pb2.GetTeacherInfoResponse:
         """Queries info() again: after a teacher was lost it may be another."""
-        request = teacher_pb2.GetTeacherInfoRequest()
-        info: teacher_pb2.GetTeacherInfoResponse
-        info = self.call(self.stub.GetTeacherInfo, request, timeout_s=timeout_s)
-        self.__dict__["limits"] = info
-        return info
+        self.limits = self.info(timeout_s=timeout_s)
+        return self.limits
 
     @property
     def was_reached(self) -> bool:

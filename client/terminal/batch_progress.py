@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stillhouse.client.batch.pipeline import BatchProgress
@@ -63,34 +64,26 @@ class BatchProgressBar:
         return True
 
 
-class progress_bar(AbstractContextManager[BatchProgressBar]):  # noqa: N801 (used like a function)
-    """The bar on standard error, if that is a terminal and `visible`; a context manager."""
+@contextmanager
+def progress_bar(name: str, *, visible: bool) -> Iterator[BatchProgressBar]:
+    """The bar on standard error, if that is a terminal and `visible`."""
+    if not (visible and sys.stderr.isatty()):
+        yield BatchProgressBar(None, name)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    def __init__(self, name: str, *, visible: bool) -> None:
-        self._name = name
-        self._visible = visible and sys.stderr.isatty()
-        self._progress: Any = None
-        self._bar: BatchProgressBar
-
-    def __enter__(self) -> BatchProgressBar:
-        if self._visible:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-            self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[rows]}"),
-                TextColumn("{task.fields[speed]}"),
-                TimeRemainingColumn(),
-                console=Console(stderr=True),
-            )
-            self._progress.start()
-        self._bar = BatchProgressBar(self._progress, self._name)
-        return self._bar
-
-    def __exit__(self, *_: object) -> None:
-        if self._progress is not None:
-            self._bar.finish()
-            self._progress.stop()
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[rows]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    ) as progress:
+        bar = BatchProgressBar(progress, name)
+        try:
+            yield bar
+        finally:
+            bar.finish()

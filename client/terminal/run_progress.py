@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from stillhouse.client.terminal.render import duration_text, number_text, printable, progress_text, state_name
@@ -123,30 +124,23 @@ class TerminalView(RunView):
         )
 
 
-def run_view() -> AbstractContextManager[RunView]:
-    """Returns the view for standard output; a context manager."""
+@contextmanager
+def run_view() -> Iterator[RunView]:
+    """The view for standard output."""
     if not sys.stdout.isatty():
-        return nullcontext(PlainView())
-    return _terminal_view()
+        yield PlainView()
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-class _terminal_view(AbstractContextManager[RunView]):  # noqa: N801 (used like a function)
-    def __enter__(self) -> RunView:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[loss]}"),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        self._progress.start()
-        return TerminalView(self._progress)
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    ) as progress:
+        yield TerminalView(progress)
 
 
 def state_line(run: run_pb2.Run) -> str:

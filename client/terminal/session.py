@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stillhouse.client.terminal.options import shared_options
-
 if TYPE_CHECKING:
     from stillhouse.client.core.settings import Settings
     from stillhouse.client.teacher.teacher import Teacher
@@ -143,3 +141,34 @@ def command(
         return made
 
     return decorate
+
+
+def shared_options(*, hidden: bool) -> list[click.Option]:
+    """Returns the options that locate the services; every command takes them too, without listing them."""
+    described = {
+        "--trainer": ("HOST:PORT", "Run service. [default: 127.0.0.1:7402]"),
+        "--teacher": (
+            "HOST:PORT[,...]",
+            "Teacher service, or several of one teacher. [default: 127.0.0.1:7401]",
+        ),
+        "--context": ("NAME", "Section [contexts.NAME] of the config file."),
+        "--config": ("FILE", "Config file. [default: ~/.config/stillhouse/config.toml]"),
+        "--tls-ca": ("FILE", "Authorities to trust, PEM."),
+        "--tls-cert": ("FILE", "Certificate of this client, PEM."),
+        "--tls-key": ("FILE", "Key of that certificate, PEM."),
+        "--tls-server-name": ("NAME", "Name to expect in the service's certificate."),
+        "--token-file": ("FILE", "File that holds a bearer token."),
+    }
+    options = [
+        click.Option(
+            [flag, f"shared_{flag[2:].replace('-', '_')}"], metavar=metavar, help=text, hidden=hidden
+        )
+        for flag, (metavar, text) in described.items()
+    ]
+    tls = click.Option(
+        ["--tls/--no-tls", "shared_tls"],
+        default=None,
+        help="TLS with the system's authorities.",
+        hidden=hidden,
+    )
+    return [*options, tls]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +74,7 @@ class RunHandle:
         def open_stream() -> Iterator[run_pb2.WatchRunResponse]:
             nonlocal is_live
             request = run_pb2.WatchRunRequest(name=self.name, after_sequence=last)
-            for event in self._stream(self._stub.WatchRun, request):
+            for event in self._trainer.stream(self._stub.WatchRun, request):
                 if event.WhichOneof("event") == "run":
                     is_live = event.run.state not in ENDED
                 yield event
@@ -133,7 +132,7 @@ class RunHandle:
             request = run_pb2.StreamLogsRequest(
                 name=self.name, start_offset=offset, follow=follow, attempt=attempt
             )
-            return self._stream(self._stub.StreamLogs, request)
+            return self._trainer.stream(self._stub.StreamLogs, request)
 
         for chunk in resumed(open_stream, on_lost=on_lost):
             offset = chunk.next_offset
@@ -159,7 +158,4 @@ class RunHandle:
     def download(self, path: str, start_offset: int) -> Iterator[run_pb2.DownloadArtifactResponse]:
         """Yields one artifact from a byte offset on; the last message carries the SHA-256 of the complete file."""
         request = run_pb2.DownloadArtifactRequest(name=self.name, path=path, start_offset=start_offset)
-        return self._stream(self._stub.DownloadArtifact, request)
-
-    def _stream(self, method: Any, request: object) -> Iterator[Any]:
-        return self._trainer.stream(method, request)
+        return self._trainer.stream(self._stub.DownloadArtifact, request)
