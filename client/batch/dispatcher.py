@@ -45,12 +45,12 @@ Key = tuple[int, int]
 """Prompt of a row, and sample of that prompt."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class RowResult:
     """One row with all its samples."""
 
     row: PromptRow
-    completions: dict[Key, Completion]
+    completions: dict[Key, Completion] = field(default_factory=dict)
     """By prompt and sample; empty for a row that could not be asked for."""
 
     @property
@@ -61,19 +61,11 @@ class RowResult:
         return next((each.error for _, each in sorted(self.completions.items()) if each.error), None)
 
 
-@dataclass(eq=False, kw_only=True, slots=True)
-class _Pending:
-    """A row and its samples so far."""
-
-    row: PromptRow
-    completions: dict[Key, Completion] = field(default_factory=dict)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sample:
     """One sample of a prompt of a row: the pool's item."""
 
-    pending: _Pending
+    pending: RowResult
     prompt: int
     sample: int
 
@@ -149,9 +141,9 @@ class BatchDispatcher:
                 if row is None:
                     break
                 if row.num_completions == 0:
-                    yield RowResult(row=row, completions={})
+                    yield RowResult(row=row)
                     continue
-                pending = _Pending(row=row)
+                pending = RowResult(row=row)
                 for prompt, sample in itertools.product(range(len(row.prompts)), range(row.num_samples)):
                     samples[next(self._ids)] = _Sample(pending=pending, prompt=prompt, sample=sample)
             self._samples |= samples
@@ -201,7 +193,7 @@ class BatchDispatcher:
             request.distributions.logprob_dtype = (
                 Tensor.DATA_TYPE_FLOAT32 if self._top_k is None else Tensor.DATA_TYPE_FLOAT16
             )
-        indices: dict[tuple[_Pending, int], int] = {}
+        indices: dict[tuple[RowResult, int], int] = {}
         waiting: dict[Key, int] = {}
         for sample_id, each in samples.items():
             index = indices.setdefault((each.pending, each.prompt), len(indices))
@@ -226,7 +218,7 @@ class BatchDispatcher:
         pending = sample.pending
         pending.completions[sample.prompt, sample.sample] = result
         if len(pending.completions) == pending.row.num_completions:
-            yield RowResult(row=pending.row, completions=pending.completions)
+            yield pending
 
 
 class _Selection:
@@ -237,7 +229,7 @@ class _Selection:
         self._max_prompts = max(1, max_prompts)
         self._top_k = top_k
         self._first: _Sample | None = None
-        self._sizes: dict[tuple[_Pending, int], int] = {}
+        self._sizes: dict[tuple[RowResult, int], int] = {}
         """Bytes of the chosen prompts."""
 
     def __call__(self, sample: _Sample) -> bool:

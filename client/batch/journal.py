@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from stillhouse.client.core.errors import file_error, file_errors
+from stillhouse.client.core.errors import file_errors
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import atomic_writer
 
@@ -43,9 +43,9 @@ class RowRecord:
     digest: str
     """Digest of its input line."""
     out: str
-    """Its output lines; empty if there are none."""
+    """Its output lines, each with its end; empty if there are none."""
     failed: str = ""
-    """Its line in the file of failed rows; empty if there is none."""
+    """Its line in the file of failed rows, if the output cannot hold it; else empty."""
     is_failed: bool = False
     """True if the row failed."""
 
@@ -104,23 +104,19 @@ class Journal:
 
         Raises StillhouseError if it cannot be read, or was written by another version.
         """
-        try:
-            file = path.open("r+b")
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise file_error("read", path, error) from error
-        try:
-            header, state, end = _read(file, path)
-            if header is None:
-                file.close()
+        with file_errors("read", path):
+            if not path.exists():
                 return None
-            file.seek(end)
-            file.truncate()
-        except OSError as error:
-            file.close()
-            raise file_error("read", path, error) from error
-        except StillhouseError:
+            file = path.open("r+b")
+        try:
+            with file_errors("read", path):
+                header, state, end = _read(file, path)
+                if header is None:
+                    file.close()
+                    return None
+                file.seek(end)
+                file.truncate()
+        except BaseException:
             file.close()
             raise
         return cls(path, header, state, file)

@@ -132,13 +132,12 @@ class Output:
         if num_lines < completed:
             raise self._changed(f"it has {num_lines} rows, and {completed} were completed")
 
-    def add(self, line: InputLine, out: str, failed: str = "", *, is_failed: bool = False) -> None:
-        """Adds the lines of one row, and writes rows that are next in order. Raises StillhouseError if that fails."""
-        row = RowRecord(digest=line.digest, out=out, failed=failed, is_failed=is_failed)
-        self.journal.add_row(line.number, row)
-        self._waiting[line.number] = row
-        self._waiting_bytes += len(out) + len(failed)
-        self._waiting_failed += is_failed
+    def add(self, number: int, row: RowRecord) -> None:
+        """Adds row `number`, and writes rows that are next in order. Raises StillhouseError if that fails."""
+        self.journal.add_row(number, row)
+        self._waiting[number] = row
+        self._waiting_bytes += len(row.out) + len(row.failed)
+        self._waiting_failed += row.is_failed
         self._write()
 
     def finish(self) -> None:

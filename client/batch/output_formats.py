@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import grpc
 
 from stillhouse.client.batch.dispatcher import RowResult
 from stillhouse.client.batch.input_rows import INPUTS, SETTINGS, PromptRow, invalid
+from stillhouse.client.batch.journal import RowRecord
 from stillhouse.client.core.json_output import dumps, error_as_json
 from stillhouse.client.teacher.generate import Completion
-from stillhouse.client.teacher.token_texts import TokenTexts
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer_errors
 
 Output = Literal["plain", "dataset", "openai"]
 
@@ -30,19 +31,7 @@ _HTTP = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class OutputLines:
-    """Output of one row."""
-
-    out: str
-    """Its lines in the output, each with its end; empty if the format cannot hold it."""
-    failed: str = ""
-    """Its line in the file of failed rows, if the output cannot hold it."""
-    is_failed: bool = False
-    """True if the row failed."""
-
-
-def plain(answer: RowResult) -> OutputLines:
+def plain(answer: RowResult) -> RowRecord:
     """Copies the row with `completions` and `usage`, and `error` if it failed."""
     row = answer.row
     document: dict[str, Any] = {
@@ -56,7 +45,7 @@ def plain(answer: RowResult) -> OutputLines:
     document["usage"] = _usage(answer)
     if answer.error is not None:
         document["error"] = error_as_json(answer.error)
-    return OutputLines(out=_line(document), is_failed=answer.error is not None)
+    return RowRecord(digest=row.line.digest, out=_line(document), is_failed=answer.error is not None)
 
 
 def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, Any]:
@@ -68,7 +57,7 @@ def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, An
     return document
 
 
-def dataset(answer: RowResult) -> OutputLines:
+def dataset(answer: RowResult) -> RowRecord:
     """Formats training data, a row per sample: `prompt` and `completion`, or `messages` with the completion as last turn.
 
     A row with a failed sample yields none.
@@ -77,7 +66,7 @@ def dataset(answer: RowResult) -> OutputLines:
     source = _source(row)
     if answer.error is not None:
         failed = {"id": row.id, "line": row.line.line_number, "error": error_as_json(answer.error)}
-        return OutputLines(out="", failed=_line(failed), is_failed=True)
+        return RowRecord(digest=row.line.digest, out="", failed=_line(failed), is_failed=True)
     kept: dict[str, Any] = {"id": row.id}
     if not row.interface:
         kept |= {key: row.values[key] for key in row.values if key not in (*INPUTS, *SETTINGS)}
@@ -90,7 +79,7 @@ def dataset(answer: RowResult) -> OutputLines:
             texts = source["prompt"] if isinstance(source["prompt"], list) else [source["prompt"]]
             written = {"prompt": texts[prompt], "completion": completion.text}
         lines.append(_line({**kept, **written, "finish_reason": completion.finish}))
-    return OutputLines(out="".join(lines))
+    return RowRecord(digest=row.line.digest, out="".join(lines))
 
 
 def _source(row: PromptRow) -> Mapping[str, Any]:
@@ -117,6 +106,28 @@ def _has_text(source: Mapping[str, Any]) -> bool:
     return isinstance(prompt, list) and all(isinstance(each, str) for each in prompt)
 
 
+class TokenTexts:
+    """Bytes of every token of one tokenizer, from the tokenizer.json that a teacher sends; none of it is executed."""
+
+    def __init__(self, tokenizer_json: bytes) -> None:
+        """Raises StillhouseError (TOKENIZER_INVALID) for a file that does not describe a tokenizer."""
+        with tokenizer_errors(
+            "Token texts cannot be read from the teacher's tokenizer.json", "Request no logprobs."
+        ):
+            tokenizer = TokenizerJson(tokenizer_json)
+            self._bytes = tokenizer.vocab_bytes()
+            for token in tokenizer.added:
+                self._bytes[token.id] = token.content.encode("utf-8", "replace")
+
+    def text(self, token: int) -> str:
+        """Returns the text of one token; an incomplete character becomes U+FFFD."""
+        return self._bytes.get(token, b"").decode("utf-8", "replace")
+
+    def as_json(self, token: int, logprob: float) -> dict[str, Any]:
+        """Returns the token in OpenAI's format."""
+        return {"token": self.text(token), "logprob": logprob, "bytes": list(self._bytes.get(token, b""))}
+
+
 class OpenAi:
     """Formats OpenAI's batch output; `created` is the same for all rows, and ids are derived from the rows."""
 
@@ -129,7 +140,7 @@ class OpenAi:
         self._fingerprint = f"fp_{fingerprint[:10]}"
         self._token_texts = token_texts
 
-    def __call__(self, answer: RowResult) -> OutputLines:
+    def __call__(self, answer: RowResult) -> RowRecord:
         """Formats the line of one row."""
         row = answer.row
         digest = hashlib.blake2b(f"{row.line.number} {row.line.digest}".encode(), digest_size=12).hexdigest()
@@ -141,7 +152,7 @@ class OpenAi:
             "response": {"status_code": status, "request_id": f"req_{digest}", "body": body},
             "error": None if error is None else {"code": str(error.reason), "message": error.message},
         }
-        return OutputLines(out=_line(document), is_failed=error is not None)
+        return RowRecord(digest=row.line.digest, out=_line(document), is_failed=error is not None)
 
     def _body(self, answer: RowResult, digest: str) -> dict[str, Any]:
         row = answer.row

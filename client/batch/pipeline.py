@@ -20,15 +20,14 @@ from stillhouse.client.batch.input_rows import (
     plain_row,
     read_lines,
 )
-from stillhouse.client.batch.journal import Header, Position
+from stillhouse.client.batch.journal import Header, Position, RowRecord
 from stillhouse.client.batch.openai_input import openai_row
 from stillhouse.client.batch.ordered_output import RETRY, Output, OutputPaths, commit_retry, locked
-from stillhouse.client.batch.output_formats import OpenAi, OutputLines, dataset, plain, require_text
+from stillhouse.client.batch.output_formats import OpenAi, TokenTexts, dataset, plain, require_text
 from stillhouse.client.batch.retry import EarlierOutput
 from stillhouse.client.batch.teacher_identity import BatchTeacher, identity, matching_replicas
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
-from stillhouse.client.teacher.token_texts import TokenTexts
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 
@@ -215,7 +214,7 @@ class _Batch:
     def _answer_all(
         self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: EarlierOutput | None
     ) -> None:
-        lines_of = self._lines_of(output.journal.header)
+        record_of = self._record_of(output.journal.header)
         flow = BatchDispatcher(
             self._teachers,
             self._rows(output, teacher, capture, earlier),
@@ -229,11 +228,11 @@ class _Batch:
         for answer in flow.answers():
             self._asked += 1
             self._tokens = before + flow.tokens
-            lines = lines_of(answer)
+            done = answer.row.line.number, record_of(answer)
             if capture is None:
-                self._add(output, answer.row.line, lines)
+                self._add(output, *done)
                 continue
-            capture.add(answer, (answer.row.line, lines))
+            capture.add(answer, done)
             if capture.is_due:
                 self._flush(output, capture)
         if capture is not None:
@@ -241,11 +240,11 @@ class _Batch:
 
     def _flush(self, output: Output, capture: Capture) -> None:
         """A row counts as answered once its distributions are safe."""
-        for line, lines in capture.flush():
-            self._add(output, line, lines)
+        for number, row in capture.flush():
+            self._add(output, number, row)
 
-    def _add(self, output: Output, line: InputLine, lines: OutputLines) -> None:
-        output.add(line, lines.out, lines.failed, is_failed=lines.is_failed)
+    def _add(self, output: Output, number: int, row: RowRecord) -> None:
+        output.add(number, row)
         self._tell.progress(
             BatchProgress(
                 rows=output.num_answered,
@@ -274,7 +273,7 @@ class _Batch:
                     yield None
             self._read_bytes = line.end
             if kept is not None:
-                self._add(output, line, kept)
+                self._add(output, line.number, kept)
             else:
                 yield self._row(teacher, line)
         output.check_end(num_lines)
@@ -290,7 +289,7 @@ class _Batch:
             teacher.use(prompt.adapter)
         return require_text(row) if self._settings.as_dataset else row
 
-    def _lines_of(self, header: Header) -> Callable[[RowResult], OutputLines]:
+    def _record_of(self, header: Header) -> Callable[[RowResult], RowRecord]:
         if self._settings.as_dataset:
             return dataset
         if self._format == "plain":

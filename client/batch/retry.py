@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import BinaryIO, Self
 
 from stillhouse.client.batch.input_rows import InputLine, PromptRow
-from stillhouse.client.batch.journal import Position
+from stillhouse.client.batch.journal import Position, RowRecord
 from stillhouse.client.batch.ordered_output import OutputPaths
-from stillhouse.client.batch.output_formats import OutputLines, is_failed
+from stillhouse.client.batch.output_formats import is_failed
 from stillhouse.client.core.errors import file_errors, usage_error
 
 
@@ -34,17 +34,18 @@ class EarlierOutput:
     def __exit__(self, *_: object) -> None:
         self._out.close()
 
-    def next(self, line: InputLine, row_of: Callable[[InputLine], PromptRow]) -> OutputLines | None:
+    def next(self, line: InputLine, row_of: Callable[[InputLine], PromptRow]) -> RowRecord | None:
         """Returns the output's lines for the next row of the input; None for one that failed or is missing."""
         if self._left == 0:
             return None
         self._left -= 1
         if not self._is_dataset:
             text = self._read()
-            return None if is_failed(text) else OutputLines(out=text.decode())
+            return None if is_failed(text) else RowRecord(digest=line.digest, out=text.decode())
         if line.line_number in self._failed:
             return None
-        return OutputLines(out="".join(self._read().decode() for _ in range(row_of(line).num_completions)))
+        lines = [self._read().decode() for _ in range(row_of(line).num_completions)]
+        return RowRecord(digest=line.digest, out="".join(lines))
 
     def _read(self) -> bytes:
         text = self._out.readline()

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -307,7 +308,8 @@ def test_a_batch_resumes_from_every_cut_of_journal_and_output(tmp_path: Path) ->
         with Output(paths, HEADER) as output:
             left = {line.number for line in lines if not output.is_answered(line)}
             for number in numbers or sorted(left):
-                output.add(lines[number], f"answer {number} ä\n")
+                digest = lines[number].digest
+                output.add(number, RowRecord(digest=digest, out=f"answer {number} ä\n"))
             if not numbers:
                 output.finish()
             return left
@@ -331,14 +333,17 @@ def test_waiting_rows_are_counted_and_leave_the_journal_once_written(tmp_path: P
     source = tmp_path / "in.jsonl"
     source.write_text("1\n2\n3\n")
     lines = list(read_lines(source))
+    a, b, c = (
+        RowRecord(digest=line.digest, out=f"{name}\n") for line, name in zip(lines, "abc", strict=True)
+    )
     paths = OutputPaths(out=tmp_path / "out.jsonl")
     with Output(paths, HEADER) as output:
-        output.add(lines[2], "c\n", is_failed=True)
+        output.add(2, replace(c, is_failed=True))
         assert (output.position.rows, output.num_answered, output.num_failed) == (0, 1, 1)
     with Output(paths, HEADER) as output:
         assert [output.is_answered(line) for line in lines] == [False, False, True]
-        output.add(lines[0], "a\n")
-        output.add(lines[1], "b\n")
+        output.add(0, a)
+        output.add(1, b)
         assert output.position == Position(
             rows=3, chain=output.position.chain, out_bytes=6, failed_bytes=0, num_failed=1
         )
