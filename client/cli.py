@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stillhouse.client.terminal.session import shared_options
+
+if TYPE_CHECKING:
+    from stillhouse.protos.errors import StillhouseError
 
 _COMMANDS = {
     "run": "Create, watch, control and inspect distillation runs.",
@@ -64,12 +68,28 @@ class LazyGroup(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
         except Exception as error:
-            from stillhouse.client.terminal.error_report import report
+            from stillhouse.protos import errors
 
-            code = report(error, as_json=bool(ctx.obj and ctx.obj.get("as_json")))
-            if code is None:
-                raise
-            ctx.exit(code)
+            if not isinstance(error, errors.StillhouseError):
+                raise  # a bug keeps its traceback
+            ctx.exit(_report(error, as_json=bool(ctx.obj and ctx.obj.get("as_json"))))
+
+
+def _report(error: StillhouseError, *, as_json: bool) -> int:
+    """Prints a sentence, or with --json an object, on standard error, and returns the exit code."""
+    from stillhouse.client.core.errors import exit_code
+    from stillhouse.client.core.json_output import dumps, error_as_json
+    from stillhouse.client.terminal.render import printable
+    from stillhouse.protos.errors import Reason
+
+    text = printable(error.message)
+    if as_json:
+        text = dumps({"error": error_as_json(error)})
+    elif error.reason is not Reason.INVALID_SPEC:
+        text = f"Error: {text}"
+    click.echo(text, err=True)
+    sys.stderr.flush()
+    return int(exit_code(error))
 
 
 @click.group(

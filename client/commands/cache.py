@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stillhouse.client.commands.run.create import load, submit, submit_options
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from stillhouse.client.runfile.load import RunFile
     from stillhouse.client.trainer.run_handle import RunHandle
 
 SUMMARY = "exports/cache.json"
@@ -28,14 +28,8 @@ def cache() -> None:
 
 
 @command(cache)
-@click.argument("file", type=click.Path(allow_dash=True))
+@submit_options
 @click.option("--to", "place", metavar="caches/NAME", default="", help="Overrides the file's cache.path.")
-@click.option("--set", "overrides", multiple=True, metavar="PATH=VALUE", help="Override a field of the file.")
-@click.option("--watch", is_flag=True, help="Follow the build until it ends.")
-@click.option("--push", is_flag=True, help="Upload datasets that lie beside FILE to the trainer first.")
-@click.option(
-    "--request-id", default="", metavar="UUID4", help="Building again with it returns the same run."
-)
 def build(
     session: Session,
     *,
@@ -52,36 +46,15 @@ def build(
     with cache.mode: only trains from the cache. The build is a run with task: cache: `stillhouse run` watches, stops and
     resumes it, and stored outputs are never queried again.
     """
-    from stillhouse.client.commands.run.watch import follow
-    from stillhouse.client.core.json_output import as_json
-    from stillhouse.client.runfile.load import load_run_file
-
-    loaded = load_run_file(file, overrides)
-    _as_build(loaded, place)
-    if push:
-        session.trainer.push_datasets_of(
-            loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
-        )
-    run = session.trainer.create_run(loaded, request_id=request_id)
-    if session.as_json and not watch:
-        session.emit(as_json(run.get()) | {"id": run.id})
-    elif not session.as_json:
-        session.say(f"run {run.id} builds {loaded.spec.cache.path}")
-        if not watch:
-            session.say(f"To follow it: stillhouse run watch {run.id}")
-    code = follow(session, run) if watch else 0
+    loaded = load(session, file, overrides, push=push)
+    loaded.spec.task = "cache"
+    loaded.spec.cache.path = place or loaded.spec.cache.path
+    loaded.spec.cache.mode = "write_through"
+    said = f"builds {loaded.spec.cache.path}"
+    run, code = submit(session, loaded, said, watch=watch, request_id=request_id)
     if watch and not code and not session.as_json:
         session.say(summary_text(loaded.spec.cache.path, _summary_of(run)))
     return code
-
-
-def _as_build(file: RunFile, place: str) -> None:
-    """Turns the run in `file` into a cache build."""
-    spec = file.spec
-    spec.task = "cache"
-    if place:
-        spec.cache.path = place
-    spec.cache.mode = "write_through"
 
 
 @command(cache, name="list")

@@ -69,10 +69,8 @@ def _show(session: Session, answer: ScoreAnswer) -> None:
     distributions = answer.distributions
     if distributions is None:
         assert answer.error is not None
-        if session.as_json:
-            session.emit({"id": answer.id, "error": error_as_json(answer.error)})
-        else:
-            session.say(f"{answer.id}  Error: {answer.error.message}")
+        document = {"id": answer.id, "error": error_as_json(answer.error)}
+        session.show(document, f"{answer.id}  Error: {answer.error.message}")
         return
     total, perplexity = _summary(distributions.target_logprobs)
     if not session.as_json:
@@ -80,7 +78,7 @@ def _show(session: Session, answer: ScoreAnswer) -> None:
             f"{answer.id}  tokens {distributions.num_rows}  logprob {number_text(total)}  perplexity {number_text(perplexity)}"
         )
         return
-    document: dict[str, Any] = {
+    document = {
         "id": answer.id,
         "start": distributions.start,
         "num_tokens": distributions.num_rows,

@@ -10,6 +10,7 @@ import ssl
 import stat
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +43,11 @@ class Finding:
     remedy: str = ""
 
 
+def _judged(check: str, found: str, remedy: str) -> Finding:
+    """A warning if there is a remedy, else ok."""
+    return Finding(check=check, state="warning" if remedy else "ok", found=found, remedy=remedy)
+
+
 def machine(data_dir: Path | None) -> Iterator[Finding]:
     """Checks versions, memory, devices and disk of this machine."""
     python = platform.python_version()
@@ -63,12 +69,8 @@ def machine(data_dir: Path | None) -> Iterator[Finding]:
         free, total_gib = each.free_bytes / 2**30, each.total_bytes / 2**30
         text = f"{each.name}, {free:.0f} of {total_gib:.0f} GiB free, driver {each.driver}"
         busy = each.free_bytes < each.total_bytes / 10
-        yield Finding(
-            check=f"GPU {each.index}",
-            state="warning" if busy else "ok",
-            found=text,
-            remedy="Most of its memory is in use; `nvidia-smi` shows by which process." if busy else "",
-        )
+        remedy = "Most of its memory is in use; `nvidia-smi` shows by which process." if busy else ""
+        yield _judged(f"GPU {each.index}", text, remedy)
     yield _disk(data_dir)
     if data_dir is not None:
         yield from _secrets(data_dir)
@@ -92,7 +94,7 @@ def _disk(data_dir: Path | None) -> Finding:
         if low
         else ""
     )
-    return Finding(check="disk", state="warning" if low else "ok", found=text, remedy=remedy)
+    return _judged("disk", text, remedy)
 
 
 def _secrets(data_dir: Path) -> Iterator[Finding]:
@@ -145,12 +147,8 @@ def _validity(check: str, what: str, begins_s: float, ends_s: float, now_s: floa
             check=check, state="failed", found=f"{what} expired {-days:.0f} days ago", remedy=remedy
         )
     soon = days * _DAY_S < EXPIRES_SOON_S
-    return Finding(
-        check=check,
-        state="warning" if soon else "ok",
-        found=f"{what}, valid for {days:.0f} days",
-        remedy="Renew it soon; services read a renewed file without a restart." if soon else "",
-    )
+    remedy = "Renew it soon; services read a renewed file without a restart." if soon else ""
+    return _judged(check, f"{what}, valid for {days:.0f} days", remedy)
 
 
 def _served_certificate(check: str, target: str, settings: Settings) -> Iterator[Finding]:
@@ -197,13 +195,10 @@ def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[
             yield problem
             return
         took_s = time.monotonic() - began_s
+        text = f"{info.model} at {target} responds in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})"
         slow = took_s > _SLOW_S
-        yield Finding(
-            check="teacher",
-            state="warning" if slow else "ok",
-            found=f"{info.model} at {target} responds in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})",
-            remedy="It is overloaded or far away; prefetch hides some of that." if slow else "",
-        )
+        remedy = "It is overloaded or far away; prefetch hides some of that." if slow else ""
+        yield _judged("teacher", text, remedy)
         yield _versions("teacher", info.service_version)
         if student is not None:
             files, problem = _query("tokenizers", service.tokenizer)
@@ -230,22 +225,15 @@ def trainer(settings: Settings) -> Iterator[Finding]:
         yield Finding(check="trainer", state="ok", found=text)
         if page.runs:
             yield _versions("trainer", page.runs[0].created_by_version)
-        stuck = [each for each in working if each.condition == run.CONDITION_WAITING_FOR_TEACHER]
-        if stuck:
-            yield Finding(
-                check="trainer's runs",
-                state="warning",
-                found=f"{len(stuck)} wait for a teacher that does not respond",
-                remedy="Start that teacher; `stillhouse run show` names its address under teachers.",
-            )
-        silent = [each for each in working if each.condition == run.CONDITION_NOT_RESPONDING]
-        if silent:
-            yield Finding(
-                check="trainer's runs",
-                state="warning",
-                found=f"the processes of {len(silent)} send no heartbeat",
-                remedy="Check on the trainer's host whether its disk, its devices or the processes hang.",
-            )
+        conditions = Counter(each.condition for each in working)
+        if stuck := conditions[run.CONDITION_WAITING_FOR_TEACHER]:
+            found = f"{stuck} wait for a teacher that does not respond"
+            remedy = "Start that teacher; `stillhouse run show` names its address under teachers."
+            yield _judged("trainer's runs", found, remedy)
+        if silent := conditions[run.CONDITION_NOT_RESPONDING]:
+            found = f"the processes of {silent} send no heartbeat"
+            remedy = "Check on the trainer's host whether its disk, its devices or the processes hang."
+            yield _judged("trainer's runs", found, remedy)
 
 
 def _query(check: str, request: Callable[[], Any]) -> tuple[Any, Finding]:
@@ -267,23 +255,16 @@ def _query(check: str, request: Callable[[], Any]) -> tuple[Any, Finding]:
 
 def _exposure(check: str, target: str, settings: Settings) -> Iterator[Finding]:
     if not is_loopback(target) and not settings.uses_tls:
-        yield Finding(
-            check=check,
-            state="warning",
-            found=f"{target} is on another host, and nothing is encrypted",
-            remedy="Give the service --tls-cert and --tls-key, and this client --tls-ca.",
-        )
+        found = f"{target} is on another host, and nothing is encrypted"
+        yield _judged(check, found, "Give the service --tls-cert and --tls-key, and this client --tls-ca.")
 
 
 def _versions(check: str, theirs: str) -> Finding:
     ours = own_version()
-    same = theirs.split(".")[:2] == ours.split(".")[:2]
-    return Finding(
-        check=f"{check}'s version",
-        state="ok" if same else "warning",
-        found=theirs if same else f"{theirs}, and this client is {ours}",
-        remedy="" if same else "Bring both to the same version.",
-    )
+    if theirs.split(".")[:2] == ours.split(".")[:2]:
+        return _judged(f"{check}'s version", theirs, "")
+    found = f"{theirs}, and this client is {ours}"
+    return _judged(f"{check}'s version", found, "Bring both to the same version.")
 
 
 def _tokenizers(student: Path, theirs: Mapping[str, bytes]) -> Finding:

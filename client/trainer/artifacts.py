@@ -41,7 +41,7 @@ def pull(
         )
     targets = [(each, directory / _below(each.path, what)) for each in wanted]
     for artifact, path in targets:
-        _fetch(download, artifact, path, on_file)
+        _fetch(download, artifact, path, on_file or (lambda *_: None))
     return [path for _, path in targets]
 
 
@@ -61,10 +61,10 @@ def _below(path: str, what: str) -> PurePosixPath:
     return PurePosixPath(pure.name) if path == what else pure.relative_to(what or ".")
 
 
-def _fetch(download: Download, artifact: run_pb2.Artifact, path: Path, on_file: OnFile | None) -> None:
+def _fetch(download: Download, artifact: run_pb2.Artifact, path: Path, on_file: OnFile) -> None:
     with file_errors("write", path):
         if _is_same(path, artifact):
-            _notify(on_file, artifact, artifact.size_bytes)
+            on_file(artifact.path, artifact.size_bytes, artifact.size_bytes)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + PART_SUFFIX)
@@ -87,7 +87,7 @@ def _is_same(path: Path, artifact: run_pb2.Artifact) -> bool:
     return has_size and _sha256(path).hexdigest() == artifact.sha256
 
 
-def _download(download: Download, artifact: run_pb2.Artifact, part: Path, on_file: OnFile | None) -> bool:
+def _download(download: Download, artifact: run_pb2.Artifact, part: Path, on_file: OnFile) -> bool:
     """Returns True once `part` is complete and its SHA-256 is right."""
     digest = _sha256(part) if part.is_file() else hashlib.sha256()
     size = part.stat().st_size if part.is_file() else 0
@@ -106,13 +106,8 @@ def _download(download: Download, artifact: run_pb2.Artifact, part: Path, on_fil
             digest.update(chunk.data)
             file.write(chunk.data)
             stated = chunk.sha256 or stated
-            _notify(on_file, artifact, size)
+            on_file(artifact.path, size, artifact.size_bytes)
     return size == artifact.size_bytes and digest.hexdigest() == stated
-
-
-def _notify(on_file: OnFile | None, artifact: run_pb2.Artifact, size: int) -> None:
-    if on_file is not None:
-        on_file(artifact.path, size, artifact.size_bytes)
 
 
 def _sha256(path: Path) -> hashlib._Hash:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -11,24 +12,62 @@ from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
     from stillhouse.client.runfile.load import RunFile
+    from stillhouse.client.trainer.run_handle import RunHandle
+
+
+def submit_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds FILE and the options of a command that creates a run from it."""
+    for option in (
+        click.option(
+            "--request-id", default="", metavar="UUID4", help="Creating again with it returns the same run."
+        ),
+        click.option("--push", is_flag=True, help="Copy datasets that lie beside FILE to the trainer first."),
+        click.option("--watch", is_flag=True, help="Follow the run until it ends."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="PATH=VALUE",
+            help="Override a field, such as loss.terms[0].weight=2.",
+        ),
+        click.argument("file", type=click.Path(allow_dash=True)),
+    ):
+        function = option(function)
+    return function
+
+
+def load(session: Session, file: str, overrides: Sequence[str], *, push: bool) -> RunFile:
+    """The run in `file`; with `push` the datasets beside it are copied to the trainer."""
+    from stillhouse.client.runfile.load import load_run_file
+
+    loaded = load_run_file(file, overrides)
+    if push:
+        session.trainer.push_datasets_of(
+            loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
+        )
+    return loaded
+
+
+def submit(
+    session: Session, file: RunFile, said: str, *, watch: bool, request_id: str
+) -> tuple[RunHandle, int]:
+    """Creates the run in `file`, and with `watch` follows it; the run and the exit code."""
+    from stillhouse.client.core.json_output import as_json
+
+    run = session.trainer.create_run(file, request_id=request_id)
+    if session.as_json and not watch:
+        session.emit(as_json(run.get()) | {"id": run.id})
+    elif not session.as_json:
+        session.say(f"run {run.id} {said}")
+        if not watch:
+            session.say(f"To follow it: stillhouse run watch {run.id}")
+    return run, follow(session, run) if watch else 0
 
 
 @command(name="create")
-@click.argument("file", type=click.Path(allow_dash=True))
-@click.option(
-    "--set",
-    "overrides",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Override a field, such as loss.terms[0].weight=2.",
-)
-@click.option("--watch", is_flag=True, help="Follow the run until it ends.")
+@submit_options
 @click.option(
     "--validate", is_flag=True, help="Check the file and show the effective settings; create no run."
-)
-@click.option("--push", is_flag=True, help="Copy datasets that lie beside FILE to the trainer first.")
-@click.option(
-    "--request-id", default="", metavar="UUID4", help="Creating again with it returns the same run."
 )
 def create(
     session: Session,
@@ -44,24 +83,10 @@ def create(
 
     FILE is YAML or JSON with the fields of RunSpec; "-" reads standard input. Text in --set is taken as it stands; lists and sets of fields are YAML, as in --set 'student.lora={rank: 8}'.
     """
-    from stillhouse.client.core.json_output import as_json
-    from stillhouse.client.runfile.load import load_run_file
-
-    loaded = load_run_file(file, overrides)
-    if push:
-        session.trainer.push_datasets_of(
-            loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
-        )
+    loaded = load(session, file, overrides, push=push)
     if validate:
         return _validate(session, loaded)
-    run = session.trainer.create_run(loaded, request_id=request_id)
-    if session.as_json and not watch:
-        session.emit(as_json(run.get()) | {"id": run.id})
-    elif not session.as_json:
-        session.say(f"run {run.id} created")
-        if not watch:
-            session.say(f"To follow it: stillhouse run watch {run.id}")
-    return follow(session, run) if watch else 0
+    return submit(session, loaded, "created", watch=watch, request_id=request_id)[1]
 
 
 def _validate(session: Session, file: RunFile) -> int:

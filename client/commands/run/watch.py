@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -31,15 +32,19 @@ def watch(session: Session, run: str, after_sequence: int) -> int:
 
 def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
     """Shows the events of `run` until it ends; the exit code of the command that waits for it."""
+    from stillhouse.client.core.json_output import as_json
     from stillhouse.client.terminal.run_progress import run_view
 
+    state = 0
     try:
-        if session.as_json:
-            return _follow_json(session, run, after_sequence)
-        state = 0
-        with run_view() as view:
-            for event in run.watch(after_sequence=after_sequence, on_lost=view.lost):
-                view.show(event)
+        with nullcontext() if session.as_json else run_view() as view:
+            for event in run.watch(
+                after_sequence=after_sequence, on_lost=None if view is None else view.lost
+            ):
+                if view is None:
+                    session.emit(as_json(event))
+                else:
+                    view.show(event)
                 state = event.run.state if event.WhichOneof("event") == "run" else state
         return _code(state or run.get().state)
     except KeyboardInterrupt:
@@ -50,19 +55,9 @@ def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
         return 130
 
 
-def _follow_json(session: Session, run: RunHandle, after_sequence: int) -> int:
-    from stillhouse.client.core.json_output import as_json
-
-    state = 0
-    for event in run.watch(after_sequence=after_sequence):
-        session.emit(as_json(event))
-        state = event.run.state if event.WhichOneof("event") == "run" else state
-    return _code(state or run.get().state)
-
-
 def _code(state: int) -> int:
     from stillhouse.client.core.errors import ExitCode
     from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
-    codes = {Run.STATE_FAILED: ExitCode.FAILED, Run.STATE_STOPPED: ExitCode.CONFLICT}
-    return {int(each): int(code) for each, code in codes.items()}.get(state, int(ExitCode.OK))
+    codes: dict[int, ExitCode] = {Run.STATE_FAILED: ExitCode.FAILED, Run.STATE_STOPPED: ExitCode.CONFLICT}
+    return codes.get(state, ExitCode.OK)
