@@ -115,12 +115,10 @@ def _from_file(config: Path | None, context: str | None, environment: Mapping[st
     path = config or default_config_path(environment)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        if config is not None:
+    except OSError as error:
+        if config is not None or not isinstance(error, FileNotFoundError):
             raise file_error("read", path, error) from error
         content = {}
-    except OSError as error:
-        raise file_error("read", path, error) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise usage_error(f"{path} is not valid TOML: {error}.") from error
     contexts = content.get("contexts", {})

@@ -57,14 +57,13 @@ def machine(data_dir: Path | None) -> Iterator[Finding]:
         yield Finding(check="memory", state="ok", found=f"{total / 2**30:.0f} GiB")
     found = list_gpus()
     if not found:
-        text = "none; training and serving here would use the CPU"
         if shutil.which("nvidia-smi") is not None:
             remedy = (
                 "nvidia-smi is installed but reports no device: run it to see why, and repair the driver."
             )
             yield Finding(check="GPU", state="failed", found="nvidia-smi lists none", remedy=remedy)
         else:
-            yield Finding(check="GPU", state="ok", found=text)
+            yield _judged("GPU", "none; training and serving here would use the CPU", "")
     for each in found:
         free, total_gib = each.free_bytes / 2**30, each.total_bytes / 2**30
         text = f"{each.name}, {free:.0f} of {total_gib:.0f} GiB free, driver {each.driver}"
@@ -81,12 +80,8 @@ def _disk(data_dir: Path | None) -> Finding:
     try:
         usage = shutil.disk_usage(path)
     except OSError as error:
-        return Finding(
-            check="disk",
-            state="failed",
-            found=f"{path}: {error.strerror}",
-            remedy="Give a directory that exists.",
-        )
+        found, remedy = f"{path}: {error.strerror}", "Give a directory that exists."
+        return Finding(check="disk", state="failed", found=found, remedy=remedy)
     text = f"{usage.free / 2**30:.0f} of {usage.total / 2**30:.0f} GiB free at {path}"
     low = usage.free < LEAST_FREE_BYTES
     remedy = (
@@ -182,27 +177,25 @@ def _served_certificate(check: str, target: str, settings: Settings) -> Iterator
 def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
     """Checks each replica of the teacher: response time, version and tokenizer."""
     for target in settings.teachers:
-        yield from _teacher(settings, target, student)
-
-
-def _teacher(settings: Settings, target: str, student: Path | None) -> Iterator[Finding]:
-    yield from _exposure("teacher", target, settings)
-    yield from _served_certificate("teacher", target, settings)
-    with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
-        began_s = time.monotonic()
-        info, problem = _query("teacher", service.info)
-        if info is None:
-            yield problem
-            return
-        took_s = time.monotonic() - began_s
-        text = f"{info.model} at {target} responds in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})"
-        slow = took_s > _SLOW_S
-        remedy = "It is overloaded or far away; prefetch hides some of that." if slow else ""
-        yield _judged("teacher", text, remedy)
-        yield _versions("teacher", info.service_version)
-        if student is not None:
-            files, problem = _query("tokenizers", service.tokenizer)
-            yield problem if files is None else _tokenizers(student, files)
+        yield from _exposure("teacher", target, settings)
+        yield from _served_certificate("teacher", target, settings)
+        with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
+            began_s = time.monotonic()
+            info, problem = _query("teacher", service.info)
+            if info is None:
+                yield problem
+                continue
+            took_s = time.monotonic() - began_s
+            text = (
+                f"{info.model} at {target} responds in {1000 * took_s:.0f} ms ({info.engine}, {info.dtype})"
+            )
+            slow = took_s > _SLOW_S
+            remedy = "It is overloaded or far away; prefetch hides some of that." if slow else ""
+            yield _judged("teacher", text, remedy)
+            yield _versions("teacher", info.service_version)
+            if student is not None:
+                files, problem = _query("tokenizers", service.tokenizer)
+                yield problem if files is None else _tokenizers(student, files)
 
 
 def trainer(settings: Settings) -> Iterator[Finding]:
@@ -245,11 +238,10 @@ def _query(check: str, request: Callable[[], Any]) -> tuple[Any, Finding]:
             Reason.UNAUTHENTICATED: "Give a token with --token-file.",
             Reason.PERMISSION_DENIED: "Use a token with this scope.",
         }
-        state: Literal["warning", "failed"] = (
-            "warning" if error.reason is Reason.TEACHER_LOADING else "failed"
-        )
         remedy = remedies.get(error.reason, "")
-        return None, Finding(check=check, state=state, found=error.message, remedy=remedy)
+        if error.reason is Reason.TEACHER_LOADING:
+            return None, _judged(check, error.message, remedy)
+        return None, Finding(check=check, state="failed", found=error.message, remedy=remedy)
     return response, Finding(check=check, state="ok", found="")
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stillhouse.client.commands.run.watch import follow
+from stillhouse.client.commands.run.control import follow
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:

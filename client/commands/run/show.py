@@ -104,12 +104,11 @@ def _failure(run: Run) -> str:
     from stillhouse.protos.errors import from_status
 
     error = from_status(run.error)
-    lines = [f"Why it failed ({error.reason})", f"  {error.message}"]
-    resume = f"`stillhouse run resume {run_id(run.name)}` continues from {run.latest_checkpoint}"
-    lines.append(f"  Its log: stillhouse run logs {run_id(run.name)}")
+    run_name = run_id(run.name)
+    text = f"Why it failed ({error.reason})\n  {error.message}\n  Its log: stillhouse run logs {run_name}"
     if run.latest_checkpoint:
-        lines.append(f"  {resume}")
-    return "\n".join(lines)
+        text += f"\n  `stillhouse run resume {run_name}` continues from {run.latest_checkpoint}"
+    return text
 
 
 def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:
