@@ -145,38 +145,27 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo:
         """The loaded model and its limits."""
-        ...
 
     async def score(self, item: ScoreInput) -> Distributions:
         """Computes the distributions of the T - start positions of `item`; cancelling the task aborts the work.
 
         Raises `StillhouseError`: NON_FINITE for NaN or infinite logits, ADAPTER_NOT_FOUND, OUT_OF_MEMORY.
         """
-        ...
 
     def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """Streams the chunks of one sample; closing the iterator aborts the work."""
-        ...
 
     async def load_adapter(self, name: str, path: Path) -> LoadedAdapter:
         """Loads an adapter under an unused name.
 
         Raises `StillhouseError`: ADAPTER_INVALID for malformed files, ADAPTER_SLOTS when all slots are taken.
         """
-        ...
 
     async def unload_adapter(self, name: str) -> None:
         """Frees a loaded adapter that no request uses."""
-        ...
-
-    def adapters(self) -> tuple[LoadedAdapter, ...]:
-        """The loaded adapters, in the order of loading."""
-        ...
 
     async def check(self) -> None:
         """Raises `StillhouseError` if the engine is dead."""
-        ...
 
     async def close(self) -> None:
         """Aborts all work and frees the model."""
-        ...

@@ -13,13 +13,12 @@ from typing import Any, TypeVar
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.adapter import FILES
 from stillhouse.teacher_service.engine import Engine, LoadedAdapter
-from stillhouse.teacher_service.models.adapter_files import check_ranks
+from stillhouse.teacher_service.models.adapter_files import MAX_NAME_CHARS, adapter_not_found, check_ranks
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 
 Result = TypeVar("Result")
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*")
-MAX_NAME_CHARS = 128
 MAX_NAMES = 1 << 16
 """Names that a process remembers, about 20 MB."""
 
@@ -52,7 +51,7 @@ class AdapterRegistry:
             return
         adapter = self._loaded.get(name)
         if adapter is None or name in self._leaving:
-            raise self._not_found(name)
+            raise adapter_not_found(name, [each.name for each in self.adapters()])
         self._users[name] += 1
         try:
             yield adapter
@@ -96,7 +95,7 @@ class AdapterRegistry:
         """
         async with self._one_at_a_time:
             if name not in self._loaded:
-                raise self._not_found(name)
+                raise adapter_not_found(name, [each.name for each in self.adapters()])
             unused = self._leaving[name] = asyncio.Event()
             try:
                 if self._users[name]:
@@ -137,14 +136,16 @@ class AdapterRegistry:
 
     def _directory(self, name: str, path: str, trusted: bool) -> Path:
         """Resolves a path. The root is checked after links are followed."""
+        roots = (Path("/"),) if trusted else self._roots
+
+        def is_inside(path: Path) -> bool:
+            return any(path.is_relative_to(root) for root in roots)
+
         try:
-            directory = Path(path).expanduser().resolve() if trusted else Path(path).resolve()
-            allowed = trusted or any(directory.is_relative_to(root) for root in self._roots)
-            if (
-                allowed
-                and directory.is_dir()
-                and all(self._is_inside(directory / file, trusted) for file in FILES)
-            ):
+            directory = (Path(path).expanduser() if trusted else Path(path)).resolve()
+            allowed = is_inside(directory)
+            files = ((directory / file).resolve() for file in FILES)
+            if allowed and all(file.is_file() and is_inside(file) for file in files):
                 return directory
         except (OSError, ValueError, RuntimeError) as error:
             raise StillhouseError(
@@ -153,29 +154,16 @@ class AdapterRegistry:
                 resource=name,
             ) from error
         if not allowed:
-            roots = ", ".join(map(str, self._roots)) or "none"
+            known = ", ".join(map(str, self._roots)) or "none"
             raise StillhouseError(
                 Reason.PATH_NOT_ALLOWED,
-                f"{path} lies outside the directories that this teacher may read ({roots}). "
+                f"{path} lies outside the directories that this teacher may read ({known}). "
                 "Start the teacher with --allow-root for it.",
             )
         raise StillhouseError(
             Reason.ADAPTER_INVALID,
             f"{path} is not an adapter: a LoRA adapter is a directory with {' and '.join(FILES)}.",
             resource=name,
-        )
-
-    def _is_inside(self, file: Path, trusted: bool) -> bool:
-        real = file.resolve()
-        return real.is_file() and (trusted or any(real.is_relative_to(root) for root in self._roots))
-
-    def _not_found(self, name: str) -> StillhouseError:
-        loaded = ", ".join(adapter.name for adapter in self.adapters()) or "none"
-        return StillhouseError(
-            Reason.ADAPTER_NOT_FOUND,
-            f"There is no adapter {name[:MAX_NAME_CHARS]!r}; loaded are: {loaded}. Load it with LoadAdapter, or start the "
-            "teacher with --adapter NAME=PATH.",
-            resource=name[:MAX_NAME_CHARS],
         )
 
 

@@ -1,13 +1,16 @@
-"""Consistency of an adapter's two files: weights of a rank that the configuration does not name would be scaled wrongly."""
+"""An adapter's two files, and the refusals of adapters that both engines share: weights of a rank that the configuration
+does not name would be scaled wrongly."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
-from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.files.adapter import CONFIG, FILES
+
+MAX_NAME_CHARS = 128
 
 
 def check_ranks(name: str, directory: Path) -> None:
@@ -16,23 +19,73 @@ def check_ranks(name: str, directory: Path) -> None:
 
     config_path, weights_path = (directory / file for file in FILES)
     try:
-        named = _ranks(json.loads(config_path.read_bytes()))
+        config = json.loads(config_path.read_bytes())
+        named = {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
         with safe_open(weights_path, framework="numpy") as weights:
             shapes = {key: tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        raise _invalid(name, f"its files cannot be read ({first_line(error)})") from error
+        raise adapter_invalid(name, f"its files cannot be read ({first_line(error)})") from error
     if not shapes:
-        raise _invalid(name, f"its {FILES[1]} holds no weights")
+        raise adapter_invalid(name, f"its {FILES[1]} holds no weights")
     for key, shape in shapes.items():
         rank = _rank(key, shape)
         if rank is not None and rank not in named:
-            raise _invalid(
+            raise adapter_invalid(
                 name, f"its weight {key} has rank {rank}, and its configuration says {sorted(named)}"
             )
 
 
-def _ranks(config: dict[str, Any]) -> set[int]:
-    return {config.get("r", 8), *(config.get("rank_pattern") or {}).values()}
+def check_config(name: str, directory: Path, *, max_rank: int) -> int:
+    """Validates an adapter's configuration; returns its largest rank. Raises `StillhouseError` (ADAPTER_INVALID)."""
+    try:
+        config = json.loads((directory / CONFIG).read_bytes())
+    except (OSError, ValueError) as error:
+        raise adapter_invalid(name, f"its {CONFIG} cannot be read ({first_line(error)})") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else "no object"
+        raise adapter_invalid(name, f"its peft_type is {kind!r}, and only LORA is served")
+    if config.get("modules_to_save"):
+        raise adapter_invalid(
+            name, f"it replaces modules ({config['modules_to_save']}); train it without modules_to_save"
+        )
+    patterns = config.get("rank_pattern") or {}
+    ranks: list[int] = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    for rank in ranks:
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise adapter_invalid(name, f"its rank r is {rank!r}, which is not a positive integer")
+        if rank > max_rank:
+            raise adapter_invalid(
+                name, f"its rank is {rank}, and this teacher takes at most --max-lora-rank {max_rank}"
+            )
+    return max(ranks)
+
+
+def require_slot(loaded: Collection[str], max_adapters: int) -> None:
+    """Raises `StillhouseError` with ADAPTER_SLOTS where all slots are taken by the adapters of these names."""
+    if len(loaded) >= max_adapters:
+        raise StillhouseError(
+            Reason.ADAPTER_SLOTS,
+            f"All {max_adapters} adapter slots are taken by {', '.join(loaded) or 'nothing'}. "
+            "Unload one, or start the teacher with a larger --max-adapters.",
+        )
+
+
+def adapter_not_found(name: str, loaded: Collection[str]) -> StillhouseError:
+    """Builds the error for a name that is not among those loaded."""
+    name = name[:MAX_NAME_CHARS]
+    return StillhouseError(
+        Reason.ADAPTER_NOT_FOUND,
+        f"There is no adapter {name!r}; loaded are: {', '.join(loaded) or 'none'}. Load it with LoadAdapter, or start the "
+        "teacher with --adapter NAME=PATH.",
+        resource=name,
+    )
+
+
+def adapter_invalid(name: str, why: str) -> StillhouseError:
+    """Builds the error for an adapter that is not loaded."""
+    return StillhouseError(
+        Reason.ADAPTER_INVALID, f"Adapter {name!r} cannot be loaded: {why.rstrip('.')}.", resource=name
+    )
 
 
 def _rank(key: str, shape: tuple[int, ...]) -> int | None:
@@ -42,9 +95,3 @@ def _rank(key: str, shape: tuple[int, ...]) -> int | None:
     if key.endswith(".lora_A.weight"):
         return shape[0]
     return shape[1] if key.endswith(".lora_B.weight") else None
-
-
-def _invalid(name: str, why: str) -> StillhouseError:
-    return StillhouseError(
-        Reason.ADAPTER_INVALID, f"Adapter {name!r} cannot be loaded: {why}.", resource=name
-    )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.files.adapter import WEIGHTS
+from stillhouse.teacher_service.models.adapter_files import (
+    adapter_invalid,
+    adapter_not_found,
+    check_config,
+    require_slot,
+)
 
 
 class LoraSlots:
@@ -19,8 +25,8 @@ class LoraSlots:
         self._model = model
         self._max_adapters = max_adapters
         self._max_rank = max_rank
-        # torch forbids dots in module names, so slots have names of their own.
-        self._slots: dict[str, str] = {}
+        self.slots: dict[str, str] = {}
+        """Slot of each loaded adapter by name: torch forbids dots in module names, so slots have names of their own."""
         self._count = 0
         self._active_name: str | None = None
 
@@ -32,19 +38,18 @@ class LoraSlots:
         from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        if len(self._slots) >= self._max_adapters:
-            raise StillhouseError(
-                Reason.ADAPTER_SLOTS,
-                f"All {self._max_adapters} adapter slots are taken by {', '.join(self._slots) or 'nothing'}. "
-                "Unload one, or start the teacher with a larger --max-adapters.",
-            )
-        rank = self._checked_rank(name, path)
+        require_slot(self.slots, self._max_adapters)
+        rank = check_config(name, path, max_rank=self._max_rank)
         slot = f"slot{self._count}"
         self._count += 1
         try:
             lora = LoraConfig.from_pretrained(str(path))
             lora.inference_mode = True
-            weights = _strip_prefix(load_file(path / "adapter_model.safetensors"))
+            # From the keys of peft's wrapper to those of the model itself.
+            weights = {
+                key.removeprefix("base_model.model."): value
+                for key, value in load_file(path / WEIGHTS).items()
+            }
             _require_finite(name, weights)
             with warnings.catch_warnings():  # several adapters in one model are intended here
                 warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -53,65 +58,50 @@ class LoraSlots:
             _require_fit(
                 name, outcome.unexpected_keys, [key for key in outcome.missing_keys if f".{slot}" in key]
             )
-        except StillhouseError:
+        except Exception as error:  # libraries raise any type on malformed files
             self._remove(slot)
-            raise
-        # Libraries raise any type on malformed files.
-        except Exception as error:
-            self._remove(slot)
-            raise _invalid(name, _why(error)) from error
+            if isinstance(error, StillhouseError):
+                raise
+            raise adapter_invalid(name, _why(error)) from error
         self._model.eval()
-        self._slots[name] = slot
+        self.slots[name] = slot
         self._active_name = None
         return rank
 
     def unload(self, name: str) -> None:
         """Removes the adapter from the model."""
-        self._remove(self._slots.pop(name))
+        self._remove(self.slots.pop(name))
 
     def merge(self, name: str) -> None:
         """Merges the adapter into the weights that it changes, and removes all slots."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        slot = self._slots[name]
+        slot = self.slots[name]
         for module in list(self._model.modules()):
             for child_name, child in list(module.named_children()):
                 if isinstance(child, BaseTunerLayer):
                     child.merge(safe_merge=True, adapter_names=[slot])
                     setattr(module, child_name, child.get_base_layer())
-        self._slots.clear()
+        self.slots.clear()
         self._active_name = None
 
     def activate(self, name: str) -> None:
         """Activates an adapter for the next forward passes; an empty name selects the base model."""
         if name == self._active_name:
             return
-        if name and name not in self._slots:
-            raise StillhouseError(
-                Reason.ADAPTER_NOT_FOUND,
-                f"There is no adapter {name!r}; loaded are: {', '.join(self._slots) or 'none'}.",
-                resource=name,
-            )
+        if name and name not in self.slots:
+            raise adapter_not_found(name, self.slots)
         for layer in self._layers():
             if name:
-                layer.set_adapter(self._slots[name], inference_mode=True)
+                layer.set_adapter(self.slots[name], inference_mode=True)
             # The layer's own method would make frozen weights trainable again.
             layer._disable_adapters = not name
         self._active_name = name
 
-    def _checked_rank(self, name: str, path: Path) -> int:
-        rank = int(_read_config(name, path)["r"])
-        if rank > self._max_rank:
-            raise _invalid(
-                name, f"its rank is {rank}, and this teacher takes at most --max-lora-rank {self._max_rank}"
-            )
-        return rank
-
     def _remove(self, slot: str) -> None:
         for layer in self._layers():
             layer.delete_adapter(slot)
-        configs = getattr(self._model, "peft_config", {})
-        configs.pop(slot, None)
+        getattr(self._model, "peft_config", {}).pop(slot, None)
         self._active_name = None
 
     def _layers(self) -> list[Any]:
@@ -122,36 +112,13 @@ class LoraSlots:
 
 def _why(error: Exception) -> str:
     """First informative line of an exception; torch's for mismatched weights begins with a headline."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return next((line for line in lines if not line.endswith(":")), type(error).__name__)
-
-
-def _read_config(name: str, path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((path / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise _invalid(name, f"its adapter_config.json cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else "no object"
-        raise _invalid(name, f"its peft_type is {kind!r}, and only LORA is served")
-    if config.get("modules_to_save"):
-        raise _invalid(
-            name, f"it replaces modules ({config['modules_to_save']}); train it without modules_to_save"
-        )
-    rank = config.get("r")
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise _invalid(name, f"its rank r is {rank!r}, which is not a positive integer")
-    return config
-
-
-def _strip_prefix(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Renames keys from peft's wrapper to the model itself."""
-    return {key.removeprefix("base_model.model."): value for key, value in weights.items()}
 
 
 def _require_fit(name: str, unexpected: list[str], missing: list[str]) -> None:
     if unexpected or missing:
-        raise _invalid(
+        raise adapter_invalid(
             name, f"its weights do not fit its configuration or the model: {(*unexpected, *missing)[:3]}"
         )
 
@@ -159,10 +126,4 @@ def _require_fit(name: str, unexpected: list[str], missing: list[str]) -> None:
 def _require_finite(name: str, weights: dict[str, torch.Tensor]) -> None:
     for key, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
-            raise _invalid(name, f"its weight {key} holds NaN or infinite values")
-
-
-def _invalid(name: str, why: str) -> StillhouseError:
-    return StillhouseError(
-        Reason.ADAPTER_INVALID, f"Adapter {name!r} cannot be loaded: {why}.", resource=name
-    )
+            raise adapter_invalid(name, f"its weight {key} holds NaN or infinite values")

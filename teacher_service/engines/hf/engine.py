@@ -34,7 +34,7 @@ from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
 from stillhouse.teacher_service.engines.hf.model import HfModel
 from stillhouse.teacher_service.engines.hf.worker import SampleJob, ScoreJob, Worker
 from stillhouse.teacher_service.models import fingerprint
-from stillhouse.teacher_service.models.files import locate_model
+from stillhouse.teacher_service.models.files import ModelFiles, locate_model
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 
 _CPU_BATCH_TOKENS = 512
@@ -57,16 +57,13 @@ class HfEngine:
     take turns by one token, each with its own KV cache, on every device.
     """
 
-    def __init__(
-        self, config: TeacherConfig, model: HfModel, codec: TextCodec, directory: Path, revision: str
-    ) -> None:
+    def __init__(self, config: TeacherConfig, model: HfModel, codec: TextCodec, files: ModelFiles) -> None:
         self._model = model
         self._config = config
         self._slots = LoraSlots(model.model, max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
-        self._adapters: dict[str, LoadedAdapter] = {}
         self._seeds = np.random.default_rng(config.seed)
         self._shares_passes = model.device.type != "cpu"
-        self._info = _describe(config, model, codec, directory, revision)
+        self.info = _describe(config, model, codec, files)
         self._worker = Worker(
             score=self._score_batch,
             step=self._generate_token,
@@ -84,12 +81,7 @@ class HfEngine:
         torch.set_num_threads(config.num_threads)
         files = locate_model(config.model, config.revision)
         codec = TextCodec.load(config.model, config.revision)
-        return cls(config, HfModel.load(config, files.directory), codec, files.directory, files.revision)
-
-    @property
-    def info(self) -> EngineInfo:
-        """The loaded model and its limits."""
-        return self._info
+        return cls(config, HfModel.load(config, files.directory), codec, files)
 
     async def score(self, item: ScoreInput) -> Distributions:
         """Computes the distributions of one sequence."""
@@ -111,17 +103,11 @@ class HfEngine:
         """Loads an adapter between two passes of the model."""
         digest = await asyncio.to_thread(fingerprint.adapter_fingerprint, path)
         rank = await self._worker.call(partial(self._slots.load, name, path))
-        self._adapters[name] = LoadedAdapter(name=name, fingerprint=digest, rank=rank, path=path)
-        return self._adapters[name]
+        return LoadedAdapter(name=name, fingerprint=digest, rank=rank, path=path)
 
     async def unload_adapter(self, name: str) -> None:
         """Frees an adapter between two passes of the model."""
         await self._worker.call(partial(self._slots.unload, name))
-        del self._adapters[name]
-
-    def adapters(self) -> tuple[LoadedAdapter, ...]:
-        """The loaded adapters, in the order of loading."""
-        return tuple(self._adapters.values())
 
     async def check(self) -> None:
         """Raises `StillhouseError` if the thread that owns the model has ended."""
@@ -161,21 +147,19 @@ class HfEngine:
             worker.raise_if_fatal(error)
             if len(batch) > 1:
                 for job in batch:
-                    self._score_batch([job])
+                    if not job.future.done():
+                        self._score_batch([job])
             else:
                 batch[0].future.set_exception(worker.as_input_error(error))
 
     def _score_one(self, job: ScoreJob, rows_TH: torch.Tensor) -> None:
         item = job.item
         spec = RowSpec(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
+        head, vocab_size = self._model.head, self._model.vocab_size
         try:
-            result = distributions(
-                rows_TH, self._model.head, spec, item.options, vocab_size=self._model.vocab_size
-            )
+            job.future.set_result(distributions(rows_TH, head, spec, item.options, vocab_size=vocab_size))
         except StillhouseError as error:
             job.future.set_exception(error)
-        else:
-            job.future.set_result(result)
 
     def _generate_token(self, job: SampleJob) -> GeneratedChunk:
         item = job.item
@@ -194,7 +178,7 @@ class HfEngine:
                 temperature=item.temperature,
                 top_p=item.top_p,
                 top_k=item.top_k,
-                num_valid=self._info.tokenizer_size,
+                num_valid=self.info.tokenizer_size,
                 generator=state.generator,
             )
             state.generated.append(token)
@@ -221,7 +205,7 @@ class HfEngine:
         return _SampleState(cache=self._model.new_cache(), generator=generator, generated=[])
 
     def _finish(self, item: GenerateInput, state: _SampleState) -> Finish:
-        if state.generated[-1] in self._info.eos_token_ids:
+        if state.generated[-1] in self.info.eos_token_ids:
             return "stop"
         return "length" if len(state.generated) >= item.max_new_tokens else ""
 
@@ -230,9 +214,7 @@ def _num_rows(item: ScoreInput) -> int:
     return len(item.token_ids) - item.start
 
 
-def _describe(
-    config: TeacherConfig, model: HfModel, codec: TextCodec, directory: Path, revision: str
-) -> EngineInfo:
+def _describe(config: TeacherConfig, model: HfModel, codec: TextCodec, files: ModelFiles) -> EngineInfo:
     limit = config.max_sequence_tokens or model.max_sequence_tokens
     if limit > model.max_sequence_tokens:
         raise StillhouseError(
@@ -252,9 +234,9 @@ def _describe(
     quantization = hf_quantization.method_of(model.model, config.quantization)
     return EngineInfo(
         model=config.model,
-        revision=revision,
+        revision=files.revision,
         model_fingerprint=fingerprint.model_fingerprint(
-            directory, dtype=model.dtype, quantization=quantization
+            files.directory, dtype=model.dtype, quantization=quantization
         ),
         tokenizer_size=min(codec.tokenizer_size, model.vocab_size),
         vocab_size=model.vocab_size,

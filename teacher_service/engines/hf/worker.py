@@ -6,8 +6,9 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,49 +24,12 @@ MAX_UNREAD_CHUNKS = 64
 """Unread chunks of a sample at which its generation pauses."""
 
 
-class LoopFuture(Generic[Result]):
-    """Result handed from the worker's thread to a task on the event loop."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[Result] = self._loop.create_future()
-        self.cancelled = False
-        """Set by the task; the worker then skips the work."""
-
-    def set_result(self, result: Result) -> None:
-        """Called on the worker's thread."""
-        self._call(self._set, result, None)
-
-    def set_exception(self, error: BaseException) -> None:
-        """Called on the worker's thread."""
-        self._call(self._set, None, error)
-
-    def _call(self, *outcome: Any) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(*outcome)
-
-    def _set(self, result: Any, error: BaseException | None) -> None:
-        if self._future.done():
-            return
-        if error is not None:
-            self._future.set_exception(error)
-        else:
-            self._future.set_result(result)
-
-    async def get_result(self) -> Result:
-        """Waits for the result; cancelling drops the work."""
-        try:
-            return await self._future
-        finally:
-            self.cancelled = True
-
-
 @dataclass(eq=False, kw_only=True, slots=True)
 class ScoreJob:
     """A sequence to score."""
 
     item: ScoreInput
-    future: LoopFuture[Distributions]
+    future: Future[Distributions] = field(default_factory=Future)
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -73,7 +37,7 @@ class CallJob:
     """An action on the model, such as loading an adapter."""
 
     action: Callable[[], Any]
-    future: LoopFuture[Any]
+    future: Future[Any] = field(default_factory=Future)
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -87,6 +51,11 @@ class SampleJob:
     cancelled: bool = False
     state: Any = None
     """Generation state between tokens: KV cache and random generator."""
+
+    def send(self, chunk: GeneratedChunk | BaseException) -> None:
+        """Called on the worker's thread."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.chunks.put_nowait, chunk)
 
 
 class Worker:
@@ -109,7 +78,7 @@ class Worker:
         self._sequences: deque[ScoreJob] = deque()
         self._samples: deque[SampleJob] = deque()
         self._active: list[SampleJob] = []
-        self._in_progress: list[LoopFuture[Any]] = []
+        self._in_progress: list[ScoreJob | CallJob] = []
         self._closing = False
         self.death: BaseException | None = None
         """Exception that ended the thread."""
@@ -117,17 +86,17 @@ class Worker:
         self._thread.start()
 
     async def call(self, action: Callable[[], Result]) -> Result:
-        """Runs `action` on the worker's thread; returns its result."""
-        job = CallJob(action=action, future=LoopFuture())
+        """Runs `action` on the worker's thread; returns its result. Cancelling drops an action not begun."""
+        job = CallJob(action=action)
         self._submit(self._calls, job)
-        result: Result = await job.future.get_result()
+        result: Result = await asyncio.wrap_future(job.future)
         return result
 
     async def score(self, item: ScoreInput) -> Distributions:
-        """Computes the distributions of one sequence."""
-        job = ScoreJob(item=item, future=LoopFuture())
+        """Computes the distributions of one sequence. Cancelling drops a sequence not begun."""
+        job = ScoreJob(item=item)
         self._submit(self._sequences, job)
-        return await job.future.get_result()
+        return await asyncio.wrap_future(job.future)
 
     def start_sample(self, item: GenerateInput) -> SampleJob:
         """Queues a sample for generation."""
@@ -195,12 +164,15 @@ class Worker:
         with self._changed:
             calls = [self._calls.popleft() for _ in range(len(self._calls))]
             # In place: `_submit` refers to the queue before it holds the lock.
-            live = [job for job in self._sequences if not job.future.cancelled]
+            live = [job for job in self._sequences if not job.future.cancelled()]
             self._sequences.clear()
             self._sequences.extend(live)
             batch = self._select_batch(self._sequences) if self._sequences else []
             samples = self._runnable_samples()
-        self._in_progress = [*(call.future for call in calls), *(job.future for job in batch)]
+        # From here on a job is not cancelled.
+        calls = [job for job in calls if job.future.set_running_or_notify_cancel()]
+        batch = [job for job in batch if job.future.set_running_or_notify_cancel()]
+        self._in_progress = [*calls, *batch]
         for call in calls:
             self._run_call(call)
         if batch:
@@ -226,20 +198,19 @@ class Worker:
             if isinstance(chunk, BaseException) or chunk.finish:
                 self._active.remove(job)
                 job.state = None
-        if not job.loop.is_closed():
-            job.loop.call_soon_threadsafe(job.chunks.put_nowait, chunk)
+        job.send(chunk)
 
     def _fail_waiting(self, error: StillhouseError) -> None:
         with self._changed:
             self._closing = True
-            futures = [*self._in_progress, *(job.future for job in self._calls)]
-            futures += [job.future for job in self._sequences]
+            waiting: list[ScoreJob | CallJob] = [*self._calls, *self._sequences]
             samples = (*self._active, *self._samples)
-        for future in futures:
-            future.set_exception(error)
-        for job in samples:
-            if not job.loop.is_closed():
-                job.loop.call_soon_threadsafe(job.chunks.put_nowait, error)
+        jobs = [*self._in_progress, *(job for job in waiting if job.future.set_running_or_notify_cancel())]
+        for job in jobs:
+            if not job.future.done():
+                job.future.set_exception(error)
+        for sample in samples:
+            sample.send(error)
 
 
 def as_input_error(error: Exception) -> Exception:

@@ -25,7 +25,7 @@ from stillhouse.teacher_service.engine import (
     LoadedAdapter,
     ScoreInput,
 )
-from stillhouse.teacher_service.engines.vllm.adapter_validation import AdapterRules, matrix_shapes
+from stillhouse.teacher_service.engines.vllm.adapter_validation import matrix_shapes
 from stillhouse.teacher_service.engines.vllm.adapters import VllmAdapters
 from stillhouse.teacher_service.engines.vllm.engine_args import (
     engine_arguments,
@@ -74,7 +74,7 @@ class VllmEngine:
     ) -> None:
         """`processes` are those of `llm` and end with it; `guard` ends them if this process cannot."""
         self._llm = llm
-        self._info = info
+        self.info = info
         self._adapters = adapters
         self._tier = tier or PublicTier(info)
         self._numbers = count(1)
@@ -107,10 +107,10 @@ class VllmEngine:
         ]
         try:
             info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
-            rules = AdapterRules(
-                max_rank=config.max_lora_rank, shapes=await asyncio.to_thread(matrix_shapes, files.directory)
+            shapes = await asyncio.to_thread(matrix_shapes, files.directory)
+            adapters = VllmAdapters(
+                max_adapters=config.max_adapters, max_rank=config.max_lora_rank, shapes=shapes
             )
-            adapters = VllmAdapters(max_adapters=config.max_adapters, rules=rules)
             tier = await choose(config, llm, info, lambda tier: cls(llm, info, adapters, tier=tier))
             info = replace(
                 info,
@@ -126,11 +126,6 @@ class VllmEngine:
                 raise never_answered(config.model, str(llm.model_config.quantization or "")) from error
             raise
         return engine
-
-    @property
-    def info(self) -> EngineInfo:
-        """The loaded model and its limits."""
-        return self._info
 
     async def score(self, item: ScoreInput) -> Distributions:
         """Computes the distributions of one sequence; cancelling aborts it inside vLLM."""
@@ -163,10 +158,6 @@ class VllmEngine:
         """Frees the slot of an adapter."""
         with translated():
             await self._adapters.unload(self._alive(), name)
-
-    def adapters(self) -> tuple[LoadedAdapter, ...]:
-        """The loaded adapters, in the order of loading."""
-        return self._adapters.all()
 
     async def check(self) -> None:
         """Raises `StillhouseError` (TEACHER_UNREACHABLE) once a process of vLLM has died, from which it does not

@@ -43,11 +43,9 @@ class ProbedEngine(Protocol):
 
     async def score_once(self, item: ScoreInput, *, reuse: bool) -> Distributions:
         """Scores once, without a retry for missing rows."""
-        ...
 
     def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """Streams the chunks of one sample."""
-        ...
 
 
 class StepDownError(Exception):

@@ -84,7 +84,7 @@ async def test_a_cancelled_stream_leaves_no_work(models: Models, tmp_path: Path)
         writing.cancel()
         await asyncio.gather(reader, return_exceptions=True)
         worker = local.engine._worker
-        await until(lambda: all(job.future.cancelled for job in worker._sequences))
+        await until(lambda: all(job.future.cancelled() for job in worker._sequences))
         await until(lambda: worker._runnable_samples() == [])
         local.go_on.set()
         await paused

@@ -249,7 +249,7 @@ async def test_adapter_slots_run_out_and_are_freed(models: Models) -> None:
         assert caught.value.reason == Reason.ADAPTER_SLOTS
         await engine.unload_adapter("a")
         await engine.load_adapter("b", models.adapter_b)
-        assert [adapter.name for adapter in engine.adapters()] == ["b"]
+        assert list(engine._slots.slots) == ["b"]
         again = await engine.score(item(random_ids(9)))
     assert np.array_equal(base.logprobs, again.logprobs)
 
@@ -277,7 +277,7 @@ async def test_cancelled_work_is_skipped(models: Models) -> None:
         for task in (*scoring, *writing):
             task.cancel()
         await asyncio.gather(*scoring, *writing, return_exceptions=True)
-        assert all(job.future.cancelled for job in engine._worker._sequences)
+        assert all(job.future.cancelled() for job in engine._worker._sequences)
         assert engine._worker._runnable_samples() == []
 
 

@@ -231,7 +231,7 @@ async def test_adapters_in_mixed_batches_equal_peft_and_leave_the_base_alone(
         await engine.load_adapter("b/1", models.adapter_b),
     ]
     assert [adapter.rank for adapter in loaded] == [4, 8]
-    assert engine.adapters() == tuple(loaded)
+    assert list(engine._adapters.requests) == [adapter.name for adapter in loaded]
     models_by_name = {
         "": reference(models.teacher),
         "a/1": reference(models.teacher, models.adapter_a),
@@ -273,7 +273,7 @@ async def test_adapters_in_mixed_batches_equal_peft_and_leave_the_base_alone(
     assert_equal_to(models_by_name[""], prompt, await engine.score(base), 64)
     for name in ("a/1", "b/1"):
         await engine.unload_adapter(name)
-    assert engine.adapters() == ()
+    assert not engine._adapters.requests
 
 
 async def test_adapters_that_do_not_fit_are_refused_and_the_engine_lives(
@@ -296,7 +296,7 @@ async def test_adapters_that_do_not_fit_are_refused_and_the_engine_lives(
         with pytest.raises(StillhouseError, match=sentence) as caught:
             await engine.load_adapter("bad", path)
         assert caught.value.reason is Reason.ADAPTER_INVALID
-    assert engine.adapters() == ()
+    assert not engine._adapters.requests
     await engine.check()
     await engine.load_adapter("good", models.adapter_a)
     await engine.unload_adapter("good")
