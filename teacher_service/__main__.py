@@ -12,11 +12,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.settings import options_of
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing
-from stillhouse.teacher_service.config import (
-    DEFAULT_MAX_ADAPTERS,
-    TeacherConfig,
-    default_engine,
-)
+from stillhouse.teacher_service.config import DEFAULT_MAX_ADAPTERS, TeacherConfig, default_engine
 
 EXIT_SETTINGS = 2
 """Exit code for settings that cannot work, such as a missing model or a taken address."""
@@ -69,14 +65,10 @@ def merge_adapter(model: str, adapter: Path, out: Path, revision: str) -> None:
         from stillhouse.teacher_service.engines.hf.merge_adapter import merge_adapter as merge
 
         merge(model, adapter, out, revision=revision)
-    except ImportError as error:
-        click.echo(
-            f"stillhouse-teacher merge-adapter: needs the extra teacher-hf, which is not installed ({error}).",
-            err=True,
-        )
-        sys.exit(EXIT_SETTINGS)
-    except StillhouseError as error:
-        click.echo(f"stillhouse-teacher merge-adapter: {error.message}", err=True)
+    except (ImportError, StillhouseError) as error:
+        missing = f"needs the extra teacher-hf, which is not installed ({error})."
+        why = error.message if isinstance(error, StillhouseError) else missing
+        click.echo(f"stillhouse-teacher {MERGE}: {why}", err=True)
         sys.exit(EXIT_SETTINGS)
     click.echo(f"{out}: {model} with {adapter} merged")
 

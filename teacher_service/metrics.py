@@ -25,33 +25,19 @@ class TeacherMetrics:
         for name, text in COUNTERS.items():
             yield MetricSample(name=name, help=text, value=getattr(self._counters, name), kind="counter")
         serving = self._serving()
-        yield MetricSample(
-            name="model_loaded",
-            help="1 once the model answers, 0 while it loads.",
-            value=serving is not None,
-        )
-        if serving is None:
-            return
-        yield MetricSample(
-            name="engine_used",
-            help="Share of the engine's capacity in use, in [0, 1].",
-            value=1 - serving.admission.free / ENGINE_UNITS,
-        )
-        yield MetricSample(
-            name="items_waiting",
-            help="Sequences and samples that wait for the engine.",
-            value=serving.admission.total_waiting,
-        )
-        yield MetricSample(
-            name="items_running",
-            help="Sequences and samples in the engine.",
-            value=serving.admission.num_running,
-        )
-        yield MetricSample(
-            name="unread_answer_bytes",
-            help="Bytes of responses not yet read by their callers.",
-            value=serving.budget.num_bytes,
-        )
-        yield MetricSample(
-            name="adapters_loaded", help="Loaded adapters.", value=len(serving.adapters.adapters())
-        )
+        gauges = [("model_loaded", "1 once the model answers, 0 while it loads.", float(serving is not None))]
+        if serving is not None:
+            queue, used = serving.admission, 1 - serving.admission.free / ENGINE_UNITS
+            gauges += [
+                ("engine_used", "Share of the engine's capacity in use, in [0, 1].", used),
+                ("items_waiting", "Sequences and samples that wait for the engine.", queue.total_waiting),
+                ("items_running", "Sequences and samples in the engine.", queue.num_running),
+                (
+                    "unread_answer_bytes",
+                    "Bytes of responses not yet read by their callers.",
+                    serving.budget.num_bytes,
+                ),
+                ("adapters_loaded", "Loaded adapters.", len(serving.adapters.adapters())),
+            ]
+        for name, text, value in gauges:
+            yield MetricSample(name=name, help=text, value=value)

@@ -78,14 +78,10 @@ class FairQueue:
     def __init__(self) -> None:
         self._clients: dict[str, _Client] = {}
         self._round: deque[_Client] = deque()
-        self._free = ENGINE_UNITS
+        self.free = ENGINE_UNITS
+        """Unoccupied share of the engine, in [0, ENGINE_UNITS]."""
         self.num_running = 0
         """Items that occupy the engine."""
-
-    @property
-    def free(self) -> int:
-        """Unoccupied share of the engine, in [0, ENGINE_UNITS]."""
-        return self._free
 
     @property
     def total_waiting(self) -> int:
@@ -120,7 +116,7 @@ class FairQueue:
                 client.deficit_tokens = 0
         else:
             client.held -= waiter.cost.engine_units
-            self._free += waiter.cost.engine_units
+            self.free += waiter.cost.engine_units
             self.num_running -= 1
         if not client.waiting and client.held == 0:
             self._clients.pop(client.name, None)
@@ -130,14 +126,14 @@ class FairQueue:
         while num_passed < len(self._round):
             client = self._round[0]
             waiter = next(iter(client.waiting))
-            if client.held and client.held >= MULTIPLE * self._free:
+            if client.held and client.held >= MULTIPLE * self.free:
                 num_passed += 1  # the client has its share for now
                 self._round.rotate(-1)
             elif client.deficit_tokens < waiter.cost.tokens:
                 num_passed = 0
                 client.deficit_tokens += QUANTUM_TOKENS
                 self._round.rotate(-1)
-            elif waiter.cost.engine_units > self._free:
+            elif waiter.cost.engine_units > self.free:
                 return  # all wait, or a long item would never find room
             else:
                 num_passed = 0
@@ -147,7 +143,7 @@ class FairQueue:
         del client.waiting[waiter]
         client.deficit_tokens -= waiter.cost.tokens
         client.held += waiter.cost.engine_units
-        self._free -= waiter.cost.engine_units
+        self.free -= waiter.cost.engine_units
         self.num_running += 1
         if not client.waiting:
             self._round.popleft()

@@ -68,7 +68,7 @@ def distributions(
         rows(head(rows_TH), rows_TH, begin=index * chunk, spec=spec, options=options, uniforms_TR=uniforms_TR)
         for index, rows_TH in enumerate(torch.split(hidden_TH, chunk))
     ]
-    return parts[0] if len(parts) == 1 else Distributions.concat(parts)
+    return Distributions.concat(parts)
 
 
 def rows(
@@ -85,29 +85,19 @@ def rows(
     `uniforms_TR` are the `uniforms` of the complete spec. Raises `StillhouseError` with NON_FINITE.
     """
     size = max(1, GROUP_ELEMENTS // logits_TV.shape[1]) if logits_TV.device.type == "cpu" else len(logits_TV)
-    parts = [
-        _group(
-            logits_TV[row : row + size],
-            hidden_TH[row : row + size],
-            begin=begin + row,
-            spec=spec,
-            options=options,
-            uniforms_TR=uniforms_TR,
-        )
-        for row in range(0, len(logits_TV), size)
-    ]
-    return Distributions.concat(parts)
-
-
-def _group(
-    logits_TV: Tensor,
-    hidden_TH: Tensor,
-    *,
-    begin: int,
-    spec: RowSpec,
-    options: DistributionOptions,
-    uniforms_TR: Float64Array | None,
-) -> Distributions:
+    if len(logits_TV) > size:
+        parts = [
+            rows(
+                logits_TV[row : row + size],
+                hidden_TH[row : row + size],
+                begin=begin + row,
+                spec=spec,
+                options=options,
+                uniforms_TR=uniforms_TR,
+            )
+            for row in range(0, len(logits_TV), size)
+        ]
+        return Distributions.concat(parts)
     logits_TV = as_float32(logits_TV)
     num_rows = len(logits_TV)
     first = spec.start + begin

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import CONFIG, FILES
@@ -49,7 +50,7 @@ def check_config(name: str, directory: Path, *, max_rank: int) -> int:
             name, f"it replaces modules ({config['modules_to_save']}); train it without modules_to_save"
         )
     patterns = config.get("rank_pattern") or {}
-    ranks: list[int] = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
+    ranks: list[Any] = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
     for rank in ranks:
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise adapter_invalid(name, f"its rank r is {rank!r}, which is not a positive integer")
@@ -57,7 +58,7 @@ def check_config(name: str, directory: Path, *, max_rank: int) -> int:
             raise adapter_invalid(
                 name, f"its rank is {rank}, and this teacher takes at most --max-lora-rank {max_rank}"
             )
-    return max(ranks)
+    return int(max(ranks))
 
 
 def require_slot(loaded: Collection[str], max_adapters: int) -> None:

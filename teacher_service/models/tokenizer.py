@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.teacher_service.models.files import locate_model
 
@@ -70,7 +70,7 @@ class TextCodec:
         except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,
-                f"The tokenizer of {model} cannot be loaded: {_first_line(error)} "
+                f"The tokenizer of {model} cannot be loaded: {first_line(error).rstrip('.')}. "
                 "Put a tokenizer without custom code beside the model.",
             ) from error
         if getattr(tokenizer, "backend_tokenizer", None) is None:
@@ -106,7 +106,7 @@ class TextCodec:
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
-                f"The model's chat template refuses this conversation of {len(messages)} messages: {_first_line(error)} "
+                f"The model's chat template refuses this conversation of {len(messages)} messages: {first_line(error).rstrip('.')}. "
                 "Change the roles or their order.",
             ) from error
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
@@ -245,8 +245,3 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
             if isinstance(token, int) and token >= 0:
                 found[token] = None
     return tuple(found)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__ + "."

@@ -20,7 +20,6 @@ from stillhouse.teacher_service.engine import (
 )
 from stillhouse.teacher_service.rpc import sample_chunks
 from stillhouse.teacher_service.rpc.generate_validation import (
-    ValidatedSampling,
     check_call,
     check_prompt,
     check_samples,
@@ -43,7 +42,7 @@ _OVERHEAD_BYTES = 256
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Prompt:
     token_ids: Int32Array
-    sampling: ValidatedSampling
+    sampling: teacher_pb2.SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,11 +142,9 @@ class GenerateSession:
     def _check_prompt(self, index: int) -> _Prompt | StillhouseError:
         prompt = self._request.prompts[index]
         try:
-            own = prompt.sampling if prompt.HasField("sampling") else None
-            sampling = check_sampling(self._request.sampling, own)
-            return _Prompt(
-                token_ids=check_prompt(prompt, self._serving.codec, self._serving.info), sampling=sampling
-            )
+            sampling = check_sampling(self._request.sampling, prompt.sampling)
+            ids = check_prompt(prompt, self._serving.codec, self._serving.info)
+            return _Prompt(token_ids=ids, sampling=sampling)
         except StillhouseError as error:
             return error
 
@@ -202,21 +199,11 @@ class GenerateSession:
         beside_bytes = len(update.text.encode()) + (
             0 if update.prompt_ids is None else update.prompt_ids.nbytes
         )
-        for index, part in enumerate(
-            sample_chunks.cut(update.chunk, PART_BYTES - beside_bytes - _OVERHEAD_BYTES)
-        ):
-            one = _SampleUpdate(
-                key=update.key,
-                chunk=part,
-                text=update.text if index == 0 else "",
-                prompt_tokens=update.prompt_tokens if index == 0 else 0,
-                prompt_ids=update.prompt_ids if index == 0 else None,
-                adapter_fingerprint=update.adapter_fingerprint,
-                num_bytes=_OVERHEAD_BYTES
-                + (beside_bytes if index == 0 else 0)
-                + sample_chunks.num_bytes(part),
-            )
-            self._enqueue(one)
+        rest = replace(update, text="", prompt_tokens=0, prompt_ids=None)
+        for part in sample_chunks.cut(update.chunk, PART_BYTES - beside_bytes - _OVERHEAD_BYTES):
+            num_bytes = _OVERHEAD_BYTES + beside_bytes + sample_chunks.num_bytes(part)
+            self._enqueue(replace(update, chunk=part, num_bytes=num_bytes))
+            update, beside_bytes = rest, 0
 
     def _enqueue(self, update: _SampleUpdate) -> None:
         self._unread.charge(update.num_bytes)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.engine import EngineInfo, Int32Array
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-from stillhouse.teacher_service.rpc.score_validation import check_length, check_tokens
+from stillhouse.teacher_service.rpc.score_validation import check_length, check_tokens, invalid_request
 from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 MAX_SAMPLES_PER_PROMPT = 4096
@@ -20,32 +19,20 @@ MAX_TEMPERATURE = 1000.0
 DEFAULT_NEW_TOKENS = 256
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ValidatedSampling:
-    """Validated sampling parameters."""
-
-    temperature: float
-    top_p: float
-    top_k: int
-    max_new_tokens: int
-    seed: int | None
-    stop: tuple[str, ...]
-
-
 def check_call(request: teacher_pb2.GenerateRequest, serving: ServiceState) -> None:
     """Raises `StillhouseError` with INVALID_REQUEST for an invalid call."""
     if not request.prompts:
-        raise _invalid("The request has no prompts. Send at least one.")
+        raise invalid_request("The request has no prompts. Send at least one.")
     if len(request.prompts) > serving.config.max_prompts:
-        raise _invalid(
+        raise invalid_request(
             f"The request has {len(request.prompts)} prompts; this teacher takes {serving.config.max_prompts} in one call. "
             "Send several calls, or start the teacher with a larger --max-prompts."
         )
     if not 0 <= request.num_samples <= MAX_SAMPLES_PER_PROMPT:
-        raise _invalid(
+        raise invalid_request(
             f"num_samples is {request.num_samples}. Give a number in [1, {MAX_SAMPLES_PER_PROMPT}], or 0 for 1."
         )
-    check_sampling(request.sampling, None)
+    check_sampling(request.sampling, teacher_pb2.SamplingParams())
     for prompt in request.prompts:
         check_samples(prompt, request.num_samples)
 
@@ -58,7 +45,7 @@ def check_samples(prompt: teacher_pb2.Prompt, num_samples: int) -> tuple[int, ..
     if not (
         min(indices) >= 0 and max(indices) < MAX_SAMPLES_PER_PROMPT and len(set(indices)) == len(indices)
     ):
-        raise _invalid(
+        raise invalid_request(
             f"sample_indices has {len(indices)} numbers from {min(indices)} to {max(indices)}. Give each once, in "
             f"[0, {MAX_SAMPLES_PER_PROMPT - 1}]."
         )
@@ -66,38 +53,32 @@ def check_samples(prompt: teacher_pb2.Prompt, num_samples: int) -> tuple[int, ..
 
 
 def check_sampling(
-    common: teacher_pb2.SamplingParams, own: teacher_pb2.SamplingParams | None
-) -> ValidatedSampling:
-    """Merges and validates sampling parameters: fields set in `own` override those in `common`."""
-    params = teacher_pb2.SamplingParams()
-    params.CopyFrom(common)
-    if own is not None:
-        if own.stop:
-            del params.stop[:]
-        params.MergeFrom(own)
-    sampling = ValidatedSampling(
-        temperature=params.temperature if params.HasField("temperature") else 1.0,
-        top_p=params.top_p if params.HasField("top_p") else 1.0,
-        top_k=params.top_k,
-        max_new_tokens=params.max_new_tokens if params.HasField("max_new_tokens") else DEFAULT_NEW_TOKENS,
-        seed=params.seed if params.HasField("seed") else None,
-        stop=tuple(dict.fromkeys(params.stop)),
-    )
+    common: teacher_pb2.SamplingParams, own: teacher_pb2.SamplingParams
+) -> teacher_pb2.SamplingParams:
+    """Merges and validates sampling parameters: fields set in `own` override those in `common`, and these the defaults."""
+    sampling = teacher_pb2.SamplingParams(temperature=1.0, top_p=1.0, max_new_tokens=DEFAULT_NEW_TOKENS)
+    sampling.MergeFrom(common)
+    if own.stop:
+        del sampling.stop[:]
+    sampling.MergeFrom(own)
+    sampling.stop[:] = dict.fromkeys(sampling.stop)
     if not (math.isfinite(sampling.temperature) and 0 <= sampling.temperature <= MAX_TEMPERATURE):
-        raise _invalid(
+        raise invalid_request(
             f"temperature is {sampling.temperature}. Give a number in [0, {MAX_TEMPERATURE:g}]; 0 is greedy."
         )
     if not 0 < sampling.top_p <= 1:
-        raise _invalid(f"top_p is {sampling.top_p}. Give a number above 0, at most 1.")
+        raise invalid_request(f"top_p is {sampling.top_p}. Give a number above 0, at most 1.")
     if sampling.top_k < 0:
-        raise _invalid(f"top_k is {sampling.top_k}. Give a number above 0, or 0 for all tokens.")
+        raise invalid_request(f"top_k is {sampling.top_k}. Give a number above 0, or 0 for all tokens.")
     if sampling.max_new_tokens < 1:
-        raise _invalid(f"max_new_tokens is {sampling.max_new_tokens}. Give at least 1.")
+        raise invalid_request(f"max_new_tokens is {sampling.max_new_tokens}. Give at least 1.")
     if len(sampling.stop) > MAX_STOP_STRINGS:
-        raise _invalid(f"There are {len(sampling.stop)} stop strings; at most {MAX_STOP_STRINGS} are taken.")
+        raise invalid_request(
+            f"There are {len(sampling.stop)} stop strings; at most {MAX_STOP_STRINGS} are taken."
+        )
     for stop in sampling.stop:
         if not 0 < len(stop) <= MAX_STOP_CHARS:
-            raise _invalid(f"A stop string has {len(stop)} characters. Give 1 to {MAX_STOP_CHARS}.")
+            raise invalid_request(f"A stop string has {len(stop)} characters. Give 1 to {MAX_STOP_CHARS}.")
     return sampling
 
 
@@ -117,24 +98,20 @@ def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo)
             messages = [{"role": each.role, "content": each.content} for each in prompt.conversation.messages]
             ids = codec.render(messages)
         case _:
-            raise _invalid("A prompt needs token_ids, text or a conversation, and this one has none.")
+            raise invalid_request("A prompt needs token_ids, text or a conversation, and this one has none.")
     check_length(len(ids), longest)
     return ids
 
 
-def seed_of(sampling: ValidatedSampling, prompt_ids: Int32Array, sample_index: int) -> int | None:
+def seed_of(sampling: teacher_pb2.SamplingParams, prompt_ids: Int32Array, sample_index: int) -> int | None:
     """Derives the seed of one sample, in [0, 2^63), from the call's seed, the prompt and the sample's index.
 
     The prompt's position in the call is excluded, so that a prompt has the same completions in any batch.
     """
-    if sampling.seed is None:
+    if not sampling.HasField("seed"):
         return None
     hashed = hashlib.blake2b(digest_size=8)
     for number in (sampling.seed, sample_index):
         hashed.update(number.to_bytes(8, "little", signed=True))
     hashed.update(prompt_ids.astype("<i4").tobytes())
     return int.from_bytes(hashed.digest(), "little") >> 1
-
-
-def _invalid(sentence: str) -> StillhouseError:
-    return StillhouseError(Reason.INVALID_REQUEST, sentence)

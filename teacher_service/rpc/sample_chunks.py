@@ -10,8 +10,6 @@ import numpy as np
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.engine import Finish, GeneratedChunk
 
-_EMPTY = GeneratedChunk(token_ids=np.zeros(0, np.int32), sampling_logprobs=np.zeros(0, np.float32))
-
 
 def num_bytes(chunk: GeneratedChunk) -> int:
     """Upper bound of the arrays' bytes on the wire."""
@@ -29,9 +27,7 @@ def slice_chunk(chunk: GeneratedChunk, begin: int, end: int, finish: Finish) -> 
 
 
 def join(chunks: Sequence[GeneratedChunk]) -> GeneratedChunk:
-    """Joins adjacent chunks of one sample; the finish is the last one's."""
-    if not chunks:
-        return _EMPTY
+    """Joins adjacent chunks of one sample, at least one; the finish is the last one's."""
     if len(chunks) == 1:
         return chunks[0]
     parts = [chunk.distributions for chunk in chunks if chunk.distributions is not None]
@@ -50,7 +46,7 @@ def cut(chunk: GeneratedChunk, max_bytes: int) -> Iterator[GeneratedChunk]:
     if length <= step:
         yield chunk
         return
-    for begin in range(0, max(1, length), step):
+    for begin in range(0, length, step):
         end = min(begin + step, length)
         yield slice_chunk(chunk, begin, end, chunk.finish if end == length else "")
 

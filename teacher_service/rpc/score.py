@@ -14,7 +14,12 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.admission.response_budget import CallBudget, response_bytes
 from stillhouse.teacher_service.engine import DistributionOptions
 from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
-from stillhouse.teacher_service.rpc.score_validation import WireFormat, check_distributions, check_sequence
+from stillhouse.teacher_service.rpc.score_validation import (
+    WireFormat,
+    check_distributions,
+    check_sequence,
+    invalid_request,
+)
 from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 DEFAULT_TIMEOUT_MS = 300_000
@@ -81,8 +86,7 @@ class ScoreSession:
     async def _read_config(self) -> tuple[DistributionOptions, WireFormat]:
         first = await anext(self._requests, None)
         if first is None or first.WhichOneof("request") != "config":
-            raise StillhouseError(
-                Reason.INVALID_REQUEST,
+            raise invalid_request(
                 "The first message of a Score call must carry config, and this one does not.",
             )
         return check_distributions(first.config, self._serving.info)
@@ -94,8 +98,7 @@ class ScoreSession:
             if request is None:
                 return
             if request.WhichOneof("request") != "sequence":
-                raise StillhouseError(
-                    Reason.INVALID_REQUEST,
+                raise invalid_request(
                     "Every message of a Score call after the first must carry a sequence. Open another call for another "
                     "config.",
                 )
@@ -106,18 +109,21 @@ class ScoreSession:
 
     async def _next_request(self) -> teacher_pb2.ScoreRequest | None:
         """Reads the next message; None at the caller's end. Raises DRAINING when the service stops instead."""
-        if self._serving.draining.is_set():
-            raise _draining()
-        reading = asyncio.ensure_future(anext(self._requests, None))
-        draining = asyncio.create_task(self._serving.draining.wait())
-        try:
-            await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
-            if reading.done():
-                return reading.result()
-        finally:
-            reading.cancel()
-            draining.cancel()
-        raise _draining()
+        if not self._serving.draining.is_set():
+            reading = asyncio.ensure_future(anext(self._requests, None))
+            draining = asyncio.create_task(self._serving.draining.wait())
+            try:
+                await asyncio.wait({reading, draining}, return_when=asyncio.FIRST_COMPLETED)
+                if reading.done():
+                    return reading.result()
+            finally:
+                reading.cancel()
+                draining.cancel()
+        raise StillhouseError(
+            Reason.DRAINING,
+            "This teacher is stopping; every sequence that it read is answered. Send the others again when it is back.",
+            retry_after_s=DRAIN_RETRY_S,
+        )
 
     async def _handle(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, wire: WireFormat
@@ -130,7 +136,7 @@ class ScoreSession:
         # Outside the sequence's timeout: it does not run while the caller does not read.
         await self._unread.reserve(num_bytes)
         try:
-            rows = await (self._score(sequence, options) if owns_id else _refuse_id(sequence_id))
+            rows = await self._score(sequence, options, owns_id)
         except Exception as error:
             self._serving.counters.sequences_refused += 1
             result = teacher_pb2.ScoreResult(sequence_id=sequence_id, error=to_status(error), last=True)
@@ -161,12 +167,15 @@ class ScoreSession:
         return response_bytes(max(0, num_rows), options, num_queries=max(0, num_queries))
 
     async def _score(
-        self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions
+        self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, owns_id: bool
     ) -> Distributions:
+        if not owns_id:
+            raise invalid_request(
+                f"sequence_id {sequence.sequence_id} is still unanswered. Give concurrent sequences different ids."
+            )
         timeout_ms = sequence.timeout_ms or DEFAULT_TIMEOUT_MS
         if timeout_ms < 0:
-            raise StillhouseError(
-                Reason.INVALID_REQUEST,
+            raise invalid_request(
                 f"timeout_ms is {timeout_ms}. Give a number above 0, or 0 for the default.",
             )
         try:
@@ -185,18 +194,3 @@ class ScoreSession:
                 "longer timeout_ms.",
                 metadata={"timeout_ms": str(timeout_ms)},
             ) from error
-
-
-async def _refuse_id(sequence_id: int) -> Distributions:
-    raise StillhouseError(
-        Reason.INVALID_REQUEST,
-        f"sequence_id {sequence_id} is still unanswered. Give concurrent sequences different ids.",
-    )
-
-
-def _draining() -> StillhouseError:
-    return StillhouseError(
-        Reason.DRAINING,
-        "This teacher is stopping; every sequence that it read is answered. Send the others again when it is back.",
-        retry_after_s=DRAIN_RETRY_S,
-    )

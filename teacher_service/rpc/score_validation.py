@@ -19,7 +19,6 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_LOG_PARTITIONS: "log_partitions",
     teacher_pb2.CAPABILITY_QUERY_LOGPROBS: "query_logprobs",
     teacher_pb2.CAPABILITY_SAMPLED_TOKENS: "sampled_token_ids",
-    teacher_pb2.CAPABILITY_HOT_ADAPTERS: "loading of adapters while serving",
     teacher_pb2.CAPABILITY_ENTROPY: "entropy",
     teacher_pb2.CAPABILITY_HIDDEN_STATES: "hidden_states",
 }
@@ -41,19 +40,16 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
     """Raises `StillhouseError` with CAPABILITY where the engine lacks it."""
     if capability in info.capabilities:
         return
-    name = _OPTIONAL[capability]
+    metadata = {"capability": teacher_pb2.Capability.Name(capability)}
     if capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
-        raise StillhouseError(
-            Reason.CAPABILITY,
-            "This teacher serves the base model only. Start it with --max-adapters above 0.",
-            metadata={"capability": teacher_pb2.Capability.Name(capability)},
+        sentence = "This teacher serves the base model only. Start it with --max-adapters above 0."
+    else:
+        metadata["engine"] = "hf"
+        sentence = (
+            f"This teacher's engine ({info.engine}) has no {_OPTIONAL[capability]}. The hf engine has: start the teacher with "
+            "--engine hf, or do not request it."
         )
-    raise StillhouseError(
-        Reason.CAPABILITY,
-        f"This teacher's engine ({info.engine}) has no {name}. The hf engine has: start the teacher with --engine hf, "
-        "or do not request it.",
-        metadata={"capability": teacher_pb2.Capability.Name(capability), "engine": "hf"},
-    )
+    raise StillhouseError(Reason.CAPABILITY, sentence, metadata=metadata)
 
 
 def check_distributions(
@@ -64,7 +60,7 @@ def check_distributions(
     Raises `StillhouseError`: TOP_K_TOO_LARGE, INVALID_REQUEST, CAPABILITY.
     """
     if config.top_k < 0:
-        raise _invalid(f"top_k is {config.top_k}. Give a number in [0, {info.max_top_k}].")
+        raise invalid_request(f"top_k is {config.top_k}. Give a number in [0, {info.max_top_k}].")
     if config.top_k > info.max_top_k:
         raise StillhouseError(
             Reason.TOP_K_TOO_LARGE,
@@ -74,16 +70,16 @@ def check_distributions(
         )
     dtype = config.logprob_dtype or Tensor.DATA_TYPE_FLOAT16
     if dtype not in (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32):
-        raise _invalid(f"logprob_dtype is {dtype}. Log-probabilities travel as FLOAT16 or FLOAT32.")
+        raise invalid_request(f"logprob_dtype is {dtype}. Log-probabilities travel as FLOAT16 or FLOAT32.")
     if len(config.temperatures) > MAX_TEMPERATURES:
-        raise _invalid(
+        raise invalid_request(
             f"{len(config.temperatures)} temperatures are requested; the limit is {MAX_TEMPERATURES}. Send fewer."
         )
     for temperature in config.temperatures:
         if not (math.isfinite(temperature) and temperature > 0):
-            raise _invalid(f"A temperature is {temperature}. Each must be a finite number above 0.")
+            raise invalid_request(f"A temperature is {temperature}. Each must be a finite number above 0.")
     if not 0 <= config.num_sampled_tokens <= MAX_SAMPLED_TOKENS:
-        raise _invalid(
+        raise invalid_request(
             f"num_sampled_tokens is {config.num_sampled_tokens}. Give a number in [0, {MAX_SAMPLED_TOKENS}]."
         )
     for requested, capability in (
@@ -112,8 +108,8 @@ def check_tokens(tensor: Tensor, info: EngineInfo, *, longest: int) -> Int32Arra
     Raises `StillhouseError`: EMPTY_SEQUENCE, SEQUENCE_TOO_LONG, TOKEN_OUT_OF_RANGE, TENSOR_INVALID.
     """
     # Length first: a sequence that is too long is reported as such, whatever else is wrong with it.
-    length = tensor.shape[0] if len(tensor.shape) == 1 else 0
-    check_length(length, longest) if len(tensor.shape) == 1 else None
+    if len(tensor.shape) == 1:
+        check_length(tensor.shape[0], longest)
     ids: Int32Array = decode(tensor, field="token_ids", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,))
     outside = np.flatnonzero((ids < 0) | (ids >= info.tokenizer_size))
     if outside.size:
@@ -152,7 +148,7 @@ def check_sequence(
         )
     start = sequence.start or 1
     if not 1 <= start < len(ids):
-        raise _invalid(
+        raise invalid_request(
             f"start is {start}; a sequence of {len(ids)} tokens can be scored from 1 to {len(ids) - 1}."
         )
     query = None
@@ -167,7 +163,7 @@ def _check_query(tensor: Tensor, num_rows: int, info: EngineInfo) -> Int32Array:
     require(info, teacher_pb2.CAPABILITY_QUERY_LOGPROBS)
     width = tensor.shape[1] if len(tensor.shape) == 2 else 0
     if width > info.max_query_tokens:
-        raise _invalid(
+        raise invalid_request(
             f"query_token_ids has {width} ids per position; this teacher takes {info.max_query_tokens}."
         )
     ids: Int32Array = decode(
@@ -184,5 +180,6 @@ def _check_query(tensor: Tensor, num_rows: int, info: EngineInfo) -> Int32Array:
     return ids
 
 
-def _invalid(sentence: str) -> StillhouseError:
+def invalid_request(sentence: str) -> StillhouseError:
+    """Builds an error with INVALID_REQUEST."""
     return StillhouseError(Reason.INVALID_REQUEST, sentence)

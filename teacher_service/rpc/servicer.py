@@ -41,13 +41,14 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
-        self._serving: ServiceState | None = None
+        self.serving: ServiceState | None = None
+        """State of the loaded teacher; None while the model loads."""
         self.counters = Counters()
         """Totals since the start, for logs and tests."""
 
     def serve(self, engine: Engine, codec: TextCodec, adapters: AdapterRegistry) -> None:
         """Starts to serve calls with this engine."""
-        self._serving = ServiceState(
+        self.serving = ServiceState(
             config=self._config,
             engine=engine,
             info=engine.info,
@@ -61,15 +62,10 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             ),
         )
 
-    @property
-    def serving(self) -> ServiceState | None:
-        """State of the loaded teacher; None while the model loads."""
-        return self._serving
-
     async def drain(self) -> None:
         """Stops reading requests; each call ends once all it has read is answered."""
-        if self._serving is not None:
-            self._serving.draining.set()
+        if self.serving is not None:
+            self.serving.draining.set()
 
     async def GetTeacherInfo(
         self, request: teacher_pb2.GetTeacherInfoRequest, context: Any
@@ -133,8 +129,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request_iterator: AsyncIterator[teacher_pb2.UploadAdapterRequest], context: Any
     ) -> teacher_pb2.UploadAdapterResponse:
         """Stores an adapter on this host, under a path that LoadAdapter may read."""
-        serving = self._ready()
-        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        serving = self._ready(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
         in_use = {each.path for each in serving.adapters.adapters()}
         path, fingerprint = await serving.uploads.receive(aiter(request_iterator), in_use=in_use)
         log.info("adapter uploaded", fingerprint=fingerprint, path=str(path))
@@ -144,8 +139,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: teacher_pb2.LoadAdapterRequest, context: Any
     ) -> teacher_pb2.LoadAdapterResponse:
         """Makes an adapter usable by name."""
-        serving = self._ready()
-        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        serving = self._ready(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
         adapter = await serving.adapters.load(request.adapter, request.path)
         log.info("adapter loaded", adapter=adapter.name, fingerprint=adapter.fingerprint, rank=adapter.rank)
         return teacher_pb2.LoadAdapterResponse(adapter=_adapter(adapter))
@@ -154,20 +148,21 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         self, request: teacher_pb2.UnloadAdapterRequest, context: Any
     ) -> teacher_pb2.UnloadAdapterResponse:
         """Unloads an adapter once no request uses it."""
-        serving = self._ready()
-        require(serving.info, teacher_pb2.CAPABILITY_HOT_ADAPTERS)
+        serving = self._ready(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
         await serving.adapters.unload(request.adapter)
         log.info("adapter unloaded", adapter=request.adapter)
         return teacher_pb2.UnloadAdapterResponse()
 
-    def _ready(self) -> ServiceState:
-        if self._serving is None:
+    def _ready(self, needs: teacher_pb2.Capability.ValueType | None = None) -> ServiceState:
+        if self.serving is None:
             raise StillhouseError(
                 Reason.TEACHER_LOADING,
                 f"The teacher is loading {self._config.model}. Ask again in a few seconds.",
                 retry_after_s=LOADING_RETRY_S,
             )
-        return self._serving
+        if needs is not None:
+            require(self.serving.info, needs)
+        return self.serving
 
 
 def _adapter(loaded: LoadedAdapter) -> teacher_pb2.Adapter:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
 
 _FOUR_BIT = ("bitsandbytes", "bitsandbytes_4bit")
 _EIGHT_BIT = "bitsandbytes_8bit"
@@ -59,11 +59,9 @@ def keep_layout(model: Any) -> None:
 
 def refused(method: str, error: Exception) -> StillhouseError:
     """Builds the error for a method that transformers cannot load on this machine."""
-    lines = [line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()]
-    why = lines[0] if lines else type(error).__name__
     return StillhouseError(
         Reason.INVALID_CONFIG,
-        f"transformers does not quantise this model by {method} here: {why}. Choose another --quantization, or none.",
+        f"transformers does not quantise this model by {method} here: {first_line(error).rstrip('.')}. Choose another --quantization, or none.",
     )
 
 

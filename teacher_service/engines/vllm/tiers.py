@@ -16,8 +16,10 @@ from stillhouse.teacher_service.config import TierName
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
     EngineInfo,
+    Float32Array,
     GeneratedChunk,
     GenerateInput,
+    Int32Array,
     ScoreInput,
 )
 from stillhouse.teacher_service.engines.vllm import flat_logprobs
@@ -52,18 +54,17 @@ class PublicTier:
         """
         self._require(item.options, queries=item.query_token_ids is not None)
         ids, forced = self._prompt(item)
-        return ids, self._params.prompt_params(self._columns(item.options), forced)
+        return ids, self._params.prompt_params(self._params.columns(item.options), forced)
 
     def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
         """Reads the distributions from vLLM's output. Raises `StillhouseError` (NON_FINITE) and RowsMissingError."""
         ids, forced = self._prompt(item)
         parts = []
         if item.start < len(ids):
-            rows = output.prompt_logprobs
-            parts.append(self._prompt_rows(rows, item.start, len(ids) - item.start, item.options))
+            num_rows = len(ids) - item.start
+            parts.append(self._rows(output.prompt_logprobs, item.start, num_rows, item.options, prompt=True))
         if forced is not None:
-            rows = output.outputs[0].logprobs
-            parts.append(self._written_rows(rows, len(ids), 1, item.options))
+            parts.append(self._rows(output.outputs[0].logprobs, len(ids), 1, item.options))
         return Distributions.concat(parts)
 
     def generate_params(self, item: GenerateInput) -> Any:
@@ -78,19 +79,23 @@ class PublicTier:
         Raises `StillhouseError` (NON_FINITE, TOKEN_OUT_OF_RANGE).
         """
         token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-        self._params.require_known(token_ids)
-        options = item.options or DistributionOptions(top_k=0)
-        rows = (
-            self._written_rows(completion.logprobs, position, len(token_ids), options)
-            if len(token_ids)
-            else None
-        )
+        sampling, rows = self._read_sampled(item, completion, position, token_ids)
         return GeneratedChunk(
             token_ids=token_ids,
-            sampling_logprobs=self._params.sampling_logprobs(item, len(token_ids), rows),
+            sampling_logprobs=sampling,
             distributions=None if item.options is None else rows,
             finish=completion.finish_reason or "",
         )
+
+    def _read_sampled(
+        self, item: GenerateInput, completion: Any, position: int, token_ids: Int32Array
+    ) -> tuple[Float32Array, Distributions | None]:
+        self._params.require_known(token_ids)
+        num_tokens, rows = len(token_ids), None
+        if num_tokens:
+            options = item.options or DistributionOptions(top_k=0)
+            rows = self._rows(completion.logprobs, position, num_tokens, options)
+        return self._params.sampling_logprobs(item, num_tokens, rows), rows
 
     def _prompt(self, item: ScoreInput) -> tuple[list[int], int | None]:
         """Splits a sequence into (prompt, forced token).
@@ -101,31 +106,19 @@ class PublicTier:
         forced = ids.pop() if len(ids) == self._info.max_sequence_tokens else None
         return ids, forced
 
-    def _prompt_rows(
-        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
+    def _rows(
+        self, rows: Any, start: int, num_rows: int, options: DistributionOptions, *, prompt: bool = False
     ) -> Distributions:
-        # vLLM's first entry is of the first token, which nothing predicts.
-        return self._flat(rows, start, start, num_rows, options)
-
-    def _written_rows(
-        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
-    ) -> Distributions:
-        return self._flat(rows, 0, start, num_rows, options)
-
-    def _flat(
-        self, rows: Any, first_row: int, start: int, num_rows: int, options: DistributionOptions
-    ) -> Distributions:
+        """Converts rows of a prompt, from the one that predicts `start` on, or of generated tokens."""
         return flat_logprobs.to_distributions(
             rows,
-            first_row=first_row,
+            # vLLM's first entry of a prompt is of the first token, which nothing predicts.
+            first_row=start if prompt else 0,
             num_rows=num_rows,
-            top_k=self._columns(options),
+            top_k=self._params.columns(options),
             start=start,
             vocab_size=self._info.vocab_size,
         )
-
-    def _columns(self, options: DistributionOptions) -> int:
-        return self._params.columns(options)
 
     def _require(self, options: DistributionOptions, *, queries: bool) -> None:
         more = (
@@ -192,25 +185,14 @@ class RawTier(PublicTier):
         """Marks the public tier's request for the front end."""
         return self._params.keep_arrays(super().generate_params(item))
 
-    def _prompt_rows(
-        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
+    def _rows(
+        self, rows: Any, start: int, num_rows: int, options: DistributionOptions, *, prompt: bool = False
     ) -> Distributions:
-        ids, values = rows
-        return self._arrays(ids[start - 1 :], values[start - 1 :], start, num_rows, options)
-
-    def _written_rows(
-        self, rows: Any, start: int, num_rows: int, options: DistributionOptions
-    ) -> Distributions:
-        ids, values = rows.joined()
-        return self._arrays(ids, values, start, num_rows, options)
-
-    def _arrays(
-        self, ids: Any, values: Any, start: int, num_rows: int, options: DistributionOptions
-    ) -> Distributions:
-        top_k = self._columns(options)
+        ids, values = rows if prompt else rows.joined()
+        first_row, top_k = start - 1 if prompt else 0, self._params.columns(options)
         return flat_logprobs.from_arrays(
-            ids[:, : top_k + 1],
-            values[:, : top_k + 1],
+            ids[first_row:, : top_k + 1],
+            values[first_row:, : top_k + 1],
             num_rows=num_rows,
             top_k=top_k,
             start=start,
@@ -269,24 +251,19 @@ class WorkerTier(PublicTier):
         plan = SamplingPlan.from_input(item, seed=seed, num_valid=self._info.tokenizer_size)
         return self._params.planned_sample_params(item, plan.to_extra_args())
 
-    def read_chunk(self, item: GenerateInput, completion: Any, position: int) -> GeneratedChunk:
-        """Reads the next chunk, with the log-probabilities that its tokens were sampled with."""
-        token_ids = np.asarray(completion.token_ids, dtype=np.int32)
-        sampling, rows = np.zeros(0, np.float32), None
-        if len(token_ids):
-            unpacked = unpack(
-                *completion.logprobs.joined(),
-                start=position,
-                options=item.options,
-                vocab_size=self._info.vocab_size,
-                hidden_size=self._hidden_size,
-            )
-            sampling, rows = unpacked.sampling_logprobs, unpacked.rows
-            if len(sampling) != len(token_ids):
-                raise RuntimeError(f"vLLM gave {len(token_ids)} tokens with {len(sampling)} rows")
-        return GeneratedChunk(
-            token_ids=token_ids,
-            sampling_logprobs=sampling,
-            distributions=None if item.options is None else rows,
-            finish=completion.finish_reason or "",
+    def _read_sampled(
+        self, item: GenerateInput, completion: Any, position: int, token_ids: Int32Array
+    ) -> tuple[Float32Array, Distributions | None]:
+        if not len(token_ids):
+            return np.zeros(0, np.float32), None
+        unpacked = unpack(
+            *completion.logprobs.joined(),
+            start=position,
+            options=item.options,
+            vocab_size=self._info.vocab_size,
+            hidden_size=self._hidden_size,
         )
+        sampling = unpacked.sampling_logprobs
+        if len(sampling) != len(token_ids):
+            raise RuntimeError(f"vLLM gave {len(token_ids)} tokens with {len(sampling)} rows")
+        return sampling, unpacked.rows

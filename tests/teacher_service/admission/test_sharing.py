@@ -161,7 +161,7 @@ async def test_unread_responses_are_bounded_and_other_calls_continue(models: Mod
             yield to_score(number, 500)
 
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
-        memory = local.servicer._serving.budget  # type: ignore[union-attr]
+        memory = local.servicer.serving.budget  # type: ignore[union-attr]
         memory._max_bytes = 8 << 20
         slow = local.stub.Score(wide(200), metadata=FLOOD)
         responses = aiter(slow)
@@ -179,7 +179,7 @@ async def test_unread_responses_are_bounded_and_other_calls_continue(models: Mod
 
 async def test_unread_samples_are_bounded_and_free_their_slots(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path, max_inflight_sequences=64) as local:
-        memory = local.servicer._serving.budget  # type: ignore[union-attr]
+        memory = local.servicer.serving.budget  # type: ignore[union-attr]
         memory._max_bytes = 8 << 20
         request = teacher_pb2.GenerateRequest(
             prompts=[prompt(random_ids(8, seed=number)) for number in range(300)],
@@ -217,4 +217,4 @@ async def test_calls_of_one_client_leave_room_for_anothers(models: Models, tmp_p
 
 
 def admission(local: Local) -> Any:
-    return local.servicer._serving.admission  # type: ignore[union-attr]
+    return local.servicer.serving.admission  # type: ignore[union-attr]

@@ -51,11 +51,8 @@ def shared_output_layer(runner: Any) -> SharedHead | None:
         wanted_TV, found_TV = runner.model.compute_logits(probe_TH), head(probe_TH)
     if wanted_TV is None or wanted_TV.shape != found_TV.shape:
         return None
-    return (
-        head
-        if float((wanted_TV - found_TV).abs().max()) <= _rounding(probe_TH, head.weight, wanted_TV)
-        else None
-    )
+    difference = float((wanted_TV - found_TV).abs().max())
+    return head if difference <= _rounding(probe_TH, head.weight, wanted_TV) else None
 
 
 def _rounding(hidden_TH: Tensor, weight_VH: Tensor, logits_TV: Tensor) -> float:

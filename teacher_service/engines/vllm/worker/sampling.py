@@ -46,10 +46,8 @@ def sampler(
         unfinished = runner.discard_request_mask.np
         with helpers.sharing() as share:
             for rows in _row_groups(plans, unfinished, logits, helpers.count + 1):
-                chosen = _RowGroup(
-                    plans=[plans[row] for row in rows], requests=[requests[row] for row in rows]
-                )
-                share(partial(_write, step, rows, chosen, logits))
+                chosen = [plans[row] for row in rows], [requests[row] for row in rows]
+                share(partial(_sample_into, step, rows, *chosen, logits))
         released = _released_rows(step, requests, longest) if on_cpu else step.tensors(LogprobsTensors)
         return SamplerOutput(sampled_token_ids=step.tokens, logprobs_tensors=released)
 
@@ -74,18 +72,6 @@ def _released_rows(step: _Step, requests: list[Any], longest: int) -> OutgoingRo
             if is_due(request, tokens[row], longest):
                 blocks[row] = buffer.drain()
     return OutgoingRows(blocks)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _RowGroup:
-    """Rows of a batch with equal options."""
-
-    plans: list[SamplingPlan]
-    requests: list[Any]
-
-    @property
-    def options(self) -> DistributionOptions | None:
-        return self.plans[0].options
 
 
 @dataclass(kw_only=True, slots=True)
@@ -124,8 +110,10 @@ class _Step:
         return kind(ids, values, ranks)
 
 
-def _write(step: _Step, rows: list[int], chosen: _RowGroup, logits: Tensor) -> None:
-    step.add(rows, *_sample_and_pack(chosen, _select_rows(logits, rows)))
+def _sample_into(
+    step: _Step, rows: list[int], plans: list[SamplingPlan], requests: list[Any], logits: Tensor
+) -> None:
+    step.add(rows, *_sample_and_pack(plans, requests, _select_rows(logits, rows)))
 
 
 def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
@@ -150,10 +138,12 @@ def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
     return from_logits.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
 
 
-def _sample_and_pack(rows: _RowGroup, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples and packs (ids, values) in the columns of `request_plan.pack`; NaN first for non-finite logits."""
-    options = rows.options
-    sampled = sample_rows(logits_BV, rows.plans, [len(request.output_token_ids) for request in rows.requests])
+def _sample_and_pack(
+    plans: list[SamplingPlan], requests: list[Any], logits_BV: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Samples rows of equal options, and packs (ids, values) in the columns of `request_plan.pack`; NaN first for non-finite logits."""
+    options = plans[0].options
+    sampled = sample_rows(logits_BV, plans, [len(request.output_token_ids) for request in requests])
     token_B1, sampling_B1 = sampled.token_ids.unsqueeze(-1), sampled.logprobs.unsqueeze(-1)
     if options is None:
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
@@ -165,7 +155,7 @@ def _sample_and_pack(rows: _RowGroup, logits_BV: Tensor) -> tuple[Tensor, Tensor
     ids = [token_B1, top.token_ids]
     values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
     if options.num_sampled_tokens:
-        ids.append(from_logits.sampled_ids(logits_BV, _uniforms(rows, options)))
+        ids.append(from_logits.sampled_ids(logits_BV, _uniforms(requests, options)))
     if (partitions_BN := from_logits.log_partitions(logits_BV, lse_B1, options.temperatures)) is not None:
         values.append(partitions_BN)
     if options.entropy:
@@ -177,10 +167,10 @@ def _marked(target_B1: Tensor, finite_B: Tensor) -> Tensor:
     return target_B1.masked_fill(~finite_B.unsqueeze(-1), torch.nan)
 
 
-def _uniforms(rows: _RowGroup, options: DistributionOptions) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _uniforms(requests: list[Any], options: DistributionOptions) -> np.ndarray[Any, np.dtype[np.float64]]:
     """[B, R]: the uniforms that scoring the sample afterwards would use."""
     numbers = []
-    for request in rows.requests:
+    for request in requests:
         read = [*request.prompt_token_ids, *request.output_token_ids, 0]
         spec = RowSpec(start=len(read) - 1, sequence=np.array(read, np.int32))
         numbers.append(from_logits.uniforms(spec, options))

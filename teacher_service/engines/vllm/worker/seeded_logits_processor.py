@@ -50,21 +50,16 @@ class SeededSampling(AdapterLogitsProcessor):  # type: ignore[misc]
 
 
 class _RequestSampler:
-    def __init__(self, *, seed: int, temperature: float, top_p: float, top_k: int, num_valid: int) -> None:
+    def __init__(self, *, seed: int, **sampling: Any) -> None:
         self._seed = seed
-        self._how: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "num_valid": num_valid,
-        }
+        self._sampling = sampling
 
     def __call__(self, output_ids: list[int], logits_V: Tensor) -> Tensor:
         if not bool(torch.isfinite(logits_V.max())):
             return logits_V  # the engine detects this in the logprobs
         position = np.random.SeedSequence((self._seed, len(output_ids)))
         generator = torch.Generator().manual_seed(int(position.generate_state(1, np.uint64)[0] >> 1))
-        token, _ = sample_token(logits_V, **self._how, generator=generator)
+        token, _ = sample_token(logits_V, **self._sampling, generator=generator)
         chosen_V = torch.full_like(logits_V, -torch.inf)
         chosen_V[token] = 0.0
         return chosen_V
