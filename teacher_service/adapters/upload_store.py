@@ -51,30 +51,28 @@ class UploadStore:
                 "LoadAdapter with its path, or start the teacher with a larger --max-upload-bytes.",
                 metadata={"capability": "UploadAdapter"},
             )
-        async with self._room:
-            return await self._receive(chunks, in_use)
-
-    async def _receive(
-        self, chunks: AsyncIterator[UploadAdapterRequest], in_use: Collection[Path]
-    ) -> tuple[Path, str]:
         partial = self.directory / f"{_PARTIAL}{secrets.token_hex(8)}"
-        try:
-            await asyncio.to_thread(partial.mkdir, parents=True)
-            await _UploadWriter(partial, self._max_bytes).write(chunks)
-            return await asyncio.to_thread(self._keep, partial, in_use)
-        except OSError as error:
-            if is_full(error):
-                raise StillhouseError(
-                    Reason.DISK_FULL,
-                    f"The disk of this teacher's uploads ({self.directory}) is full. Free some space, or start the teacher "
-                    "with another --upload-dir.",
-                ) from error
-            raise StillhouseError(
-                Reason.INVALID_CONFIG,
-                f"This teacher cannot write to {self.directory} ({error.strerror}). Start it with another --upload-dir.",
-            ) from error
-        finally:
-            await asyncio.shield(asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True))
+        async with self._room:
+            try:
+                await asyncio.to_thread(partial.mkdir, parents=True)
+                await _UploadWriter(partial, self._max_bytes).write(chunks)
+                return await asyncio.to_thread(self._keep, partial, in_use)
+            except OSError as error:
+                raise self._not_written(error) from error
+            finally:
+                await asyncio.shield(asyncio.to_thread(shutil.rmtree, partial, ignore_errors=True))
+
+    def _not_written(self, error: OSError) -> StillhouseError:
+        if is_full(error):
+            return StillhouseError(
+                Reason.DISK_FULL,
+                f"The disk of this teacher's uploads ({self.directory}) is full. Free some space, or start the teacher "
+                "with another --upload-dir.",
+            )
+        return StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"This teacher cannot write to {self.directory} ({error.strerror}). Start it with another --upload-dir.",
+        )
 
     def _keep(self, partial: Path, in_use: Collection[Path]) -> tuple[Path, str]:
         check_ranks("upload", partial)
