@@ -151,7 +151,7 @@ def test_rows_survive_packing() -> None:
     assert got.sampling_logprobs.tolist() == [0, 0, 0]
     for name in Distributions.__slots__:
         assert np.array_equal(getattr(got.rows, name), getattr(rows, name)), name
-    with pytest.raises(RuntimeError, match="were asked for"):
+    with pytest.raises(RuntimeError, match="were requested"):
         unpack(ids, columns[:, :-1], start=5, options=options, **sizes)
     columns[1, 0] = np.nan
     with pytest.raises(StillhouseError, match="position 6 ") as caught:
