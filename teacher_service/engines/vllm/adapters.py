@@ -72,4 +72,6 @@ class VllmAdapters:
     async def unload(self, llm: Any, name: str) -> None:
         """Frees the slot of an adapter that no request uses."""
         async with self._changing:
-            await llm.remove_lora(self.requests.pop(name).lora_int_id)
+            request = self.request(name)
+            del self.requests[name]
+            await llm.remove_lora(request.lora_int_id)
