@@ -10,6 +10,14 @@ from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
 COUNTERS: dict[str, str] = {each.name: each.metadata["help"] for each in fields(Counters)}
+GAUGES = {
+    "model_loaded": "1 once the model answers, 0 while it loads.",
+    "engine_used": "Share of the engine's capacity in use, in [0, 1].",
+    "items_waiting": "Sequences and samples that wait for the engine.",
+    "items_running": "Sequences and samples in the engine.",
+    "unread_answer_bytes": "Bytes of responses not yet read by their callers.",
+    "adapters_loaded": "Loaded adapters.",
+}
 
 
 class TeacherMetrics:
@@ -25,19 +33,14 @@ class TeacherMetrics:
         for name, text in COUNTERS.items():
             yield MetricSample(name=name, help=text, value=getattr(self._counters, name), kind="counter")
         serving = self._serving()
-        gauges = [("model_loaded", "1 once the model answers, 0 while it loads.", float(serving is not None))]
+        gauges = {"model_loaded": float(serving is not None)}
         if serving is not None:
-            queue, used = serving.admission, 1 - serving.admission.free / ENGINE_UNITS
-            gauges += [
-                ("engine_used", "Share of the engine's capacity in use, in [0, 1].", used),
-                ("items_waiting", "Sequences and samples that wait for the engine.", queue.total_waiting),
-                ("items_running", "Sequences and samples in the engine.", queue.num_running),
-                (
-                    "unread_answer_bytes",
-                    "Bytes of responses not yet read by their callers.",
-                    serving.budget.num_bytes,
-                ),
-                ("adapters_loaded", "Loaded adapters.", len(serving.adapters.adapters())),
-            ]
-        for name, text, value in gauges:
-            yield MetricSample(name=name, help=text, value=value)
+            gauges |= {
+                "engine_used": 1 - serving.admission.free / ENGINE_UNITS,
+                "items_waiting": serving.admission.total_waiting,
+                "items_running": serving.admission.num_running,
+                "unread_answer_bytes": serving.budget.num_bytes,
+                "adapters_loaded": len(serving.adapters.adapters()),
+            }
+        for name, value in gauges.items():
+            yield MetricSample(name=name, help=GAUGES[name], value=value)

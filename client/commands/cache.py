@@ -121,7 +121,7 @@ def verify(session: Session, path: Path) -> int:
         except StillhouseError as error:
             bad[shard.path.name] = error.message
     files = len(reader.shards) + len(reader.broken)
-    counted = f"{files - len(bad)} files with {sequences} sequences are intact; {len(bad)} are damaged."
+    counted = f"Intact: {files - len(bad)} of {files} files, with {sequences} sequences."
     document = {"files": files, "sequences": sequences, "damaged": bad}
     session.show(document, "\n".join([*bad.values(), counted]))
     return 1 if bad else 0

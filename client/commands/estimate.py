@@ -64,8 +64,13 @@ def estimate(
     if limit is None:
         raise usage_error("this machine's memory is unknown; give --memory-gib.")
     source = student_model or Path(run.spec.student.model)
-    if student_model is None and not source.is_absolute():
-        source = source if source.exists() else run.directory / source
+    if not source.exists() and student_model is None:
+        beside = run.directory / source
+        if not beside.exists():
+            raise usage_error(
+                f"{source} is not on this machine; give its directory or config.json as --student-model."
+            )
+        source = beside
     shape, plan = ModelShape.read(source), MemoryPlan.from_spec(run.spec, device)
     parts: dict[str, dict[str, int]] = {"student": student_bytes(shape, plan)}
     if teacher_model is not None:

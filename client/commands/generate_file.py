@@ -58,4 +58,4 @@ def _text(summary: BatchSummary) -> str:
         where = f" (see {summary.failed_file})" if summary.failed_file is not None else ""
         text += f", {summary.failed} failed{where}"
     rate = summary.tokens / max(summary.seconds, 1e-9)
-    return f"{text}; {summary.asked} samples, {summary.tokens} tokens in {summary.seconds:.1f} s, {rate:.0f} tokens/s"
+    return f"{text}; {summary.asked} of them in this command, {summary.tokens} tokens in {summary.seconds:.1f} s, {rate:.0f} tokens/s"

@@ -214,7 +214,7 @@ def trainer(settings: Settings) -> Iterator[Finding]:
         live = {run.STATE_STARTING, run.STATE_RUNNING, run.STATE_STOPPING}
         working = [each for each in page.runs if each.state in live]
         waiting = sum(each.state == run.STATE_PENDING for each in page.runs)
-        text = f"{settings.trainer} responds: {len(working)} runs are live, {waiting} pending among the newest 100"
+        text = f"{settings.trainer} responds: {len(working)} live and {waiting} pending among the newest 100 runs"
         yield Finding(check="trainer", state="ok", found=text)
         if page.runs:
             yield _versions("trainer", page.runs[0].created_by_version)

@@ -75,10 +75,11 @@ def page() -> str:
     _compare()
     shared = [row for path in SHARED for row in _readings(ROOT / path)]
     of_teacher = [(name, "counter", text) for name, text in teacher.COUNTERS.items()]
+    of_teacher += [(name, "gauge", text) for name, text in teacher.GAUGES.items()]
     of_run = [(name, "gauge", f"{text} Label: run.") for name, text in trainer.RUN_READINGS.values()]
     pages = {
         "Both services": shared,
-        "Teacher": [*of_teacher, *_readings(Path(teacher.__file__))],
+        "Teacher": of_teacher,
         "Run service": [*_readings(Path(trainer.__file__)), *of_run],
     }
     parts = [

@@ -72,7 +72,7 @@ _HEAD = f"""{NOTE}
 # Run file
 
 A run file is YAML or JSON with these fields, in snake_case or lowerCamelCase. `stillhouse run create FILE --validate` shows
-every problem at once and the settings with all defaults; `stillhouse run schema` prints the JSON Schema (draft 2020-12) for
+the problems and the settings with all defaults; `stillhouse run schema` prints the JSON Schema (draft 2020-12) for
 editors. With the YAML language server, write it to a file once and name it in the first line of a run file:
 
 ```yaml

@@ -115,8 +115,8 @@ def _unknown_choice(value: str, choices: Sequence[str]) -> str:
 def _unsupported(value: object, supported: Collection[object]) -> str:
     what = "this" if dataclasses.is_dataclass(value) else _quoted(value)
     if not supported or set(supported) == {""}:
-        return f"{what} is in the contract, but the training process cannot do it; leave the field out."
-    return f"{what} is in the contract, but the training process cannot do it; use {_listed(supported)}."
+        return f"{what} is not implemented yet; leave the field out."
+    return f"{what} is not implemented yet; use {_listed(supported)}."
 
 
 def _listed(values: Collection[object]) -> str:

@@ -309,7 +309,7 @@ def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> Stil
     """The error for a foreign tokenizer, with its remedies."""
     return StillhouseError(
         Reason.TOKENIZER_MISMATCH,
-        f"The student's tokenizer ({student}) is foreign to the one of the teacher at {target} ({teacher}), so their token "
+        f"The student's tokenizer ({student}) differs from that of the teacher at {target} ({teacher}), so their token "
         f"ids stand for different text: {why}. Use a student and a teacher of one model family, or copy the teacher's "
         "tokenizer to a student that is trained from_config; or set loss.foreign_tokenizer: alm, which compares both by "
         "chunks of text (approximate likelihood matching).",

@@ -35,7 +35,7 @@ def test_healthy_services_and_a_student_of_the_same_tokenizer(
     assert code == 0, found
     assert str(models.teacher) in found["teacher"]["found"]
     assert found["tokenizers"]["state"] == "ok"
-    assert "0 runs are live, 0 pending" in found["trainer"]["found"]
+    assert "0 live and 0 pending" in found["trainer"]["found"]
     assert {"client", "memory", "disk", "GPU", "teacher's version"} <= set(found)
     code, found = doctor(*services, "--student", str(models.foreign), "--only", "teacher")
     assert (code, found["tokenizers"]["state"]) == (1, "failed")

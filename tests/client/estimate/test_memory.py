@@ -145,6 +145,12 @@ def test_an_impossible_run_is_refused_with_remedies(tmp_path: Path) -> None:
     assert (fits.exit_code, json.loads(fits.stdout)["student"]["fits"]) == (0, True)
 
 
+def test_a_student_on_the_hub_alone_is_refused_with_the_flag_to_give(tmp_path: Path) -> None:
+    result = estimate(tmp_path, {"student": {"model": "Qwen/Qwen2.5-0.5B"}})
+    assert result.exit_code == 2
+    assert "Qwen/Qwen2.5-0.5B is not on this machine; give its directory" in result.stderr
+
+
 def test_the_teacher_is_estimated_too(tmp_path: Path) -> None:
     shape_of(tmp_path, QWEN_05B)
     big = tmp_path / "big"
