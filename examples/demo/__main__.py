@@ -206,13 +206,16 @@ def show_results(results: dict[Method, dict[float, RunScores]], size: DemoSize) 
     """Prints the table, its conditions, and the next steps."""
     best = {method: results[method][best_learning_rate(results[method])] for method in METHODS}
     table = Table(title=f"Students on {size.held_out_stories} held-out stories")
-    table.add_column("student")
-    for column in ("KL to the teacher", "perplexity", "agreement", "learning rate", "run"):
+    table.add_column("student", no_wrap=True)
+    for column in ("KL to teacher", "perplexity", "agreement", "rate"):
         table.add_column(column, justify="right")
-    table.add_row("before training", *cells(best["distilled"].before), "", "")
+    table.add_column("run", no_wrap=True)
+    table.add_row("untrained", *cells(best["distilled"].before), "", "")
     for method in METHODS:
         rate = best_learning_rate(results[method])
-        table.add_row(method, *cells(best[method].after), f"{rate:g}", best[method].name)
+        table.add_row(
+            method, *cells(best[method].after), f"{rate:g}", best[method].name.removeprefix("runs/")
+        )
     console.print(table)
     console.print(
         f"Both students started from the same weights and saw the same {size.student_stories} stories in the same order "
