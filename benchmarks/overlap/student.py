@@ -34,7 +34,7 @@ from stillhouse.student_trainer.train.setup.scope import RunScope, open_scope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.step import Stepper
-from stillhouse.student_trainer.train.teacher.target_source import NoTeachers
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from tests.support.small_models import make_model
 
 VOCABULARY = 4096
@@ -176,7 +176,7 @@ class _Stages:
         scope = self._open("student", self.config(None))
         self._inputs = Inputs.load(scope)
         no_teachers = TeacherSide(
-            teachers=NoTeachers(),
+            teachers=OnlineTeachers({}, mixed=False, cache=None),
             corpus=self._inputs.corpus,
             held_out=HeldOutRows.lookup(scope, self._inputs.corpus),
         )

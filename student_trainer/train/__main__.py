@@ -45,7 +45,7 @@ from stillhouse.student_trainer.train.distributed.rank_env import RankInfo
 from stillhouse.student_trainer.train.process.heartbeat import heartbeats
 
 if TYPE_CHECKING:
-    from stillhouse.student_trainer.train.process.outcome import Outcome
+    from stillhouse.student_trainer.train.setup.scope import Outcome
 
 log = structlog.get_logger()
 

@@ -14,10 +14,9 @@ from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.distributed.ranks import Ranks, merge_metrics
-from stillhouse.student_trainer.train.process.outcome import Outcome
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.run_context import RunContext, set_up
-from stillhouse.student_trainer.train.setup.scope import open_scope
+from stillhouse.student_trainer.train.setup.scope import Outcome, open_scope
 from stillhouse.student_trainer.train.student.export import export
 
 log = structlog.get_logger()
@@ -47,9 +46,9 @@ def train(
             if progress.step == 0:
                 evaluated_step = _evaluate(run)
             for data in scope.ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested):
-                metrics = run.stepper.take_step(data, progress)
+                metrics = run.student_side.stepper.take_step(data, progress)
                 agreed = _agree(run, data, stop=stop_requested())
-                epoch = run.schedule.epochs(progress.step)
+                epoch = run.student_side.schedule.epochs(progress.step)
                 scope.reporter.metrics(progress.step, {**metrics, **agreed.metrics, "train/epoch": epoch})
                 _refuse_non_finite(run)
                 if run.triggers.should_evaluate(progress.step):
@@ -66,7 +65,7 @@ def train(
             run.checkpointer.save()
             return Outcome(kind="stopped", step=progress.step)
         if scope.ranks.is_first:
-            export(run.student, attempt)
+            export(run.student_side.student, attempt)
     return Outcome(kind="completed", step=progress.step)
 
 

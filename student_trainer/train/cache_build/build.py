@@ -10,9 +10,9 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
+from contextlib import closing, suppress
 
+import numpy as np
 import structlog
 
 from stillhouse.protos.cache.reader import shard_paths
@@ -22,14 +22,18 @@ from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import Attempt
-from stillhouse.student_trainer.train.cache_build.generate import FinishedPrompts, GenerateJob, generate
-from stillhouse.student_trainer.train.cache_build.plan import BuildPlan, ScoreJob
+from stillhouse.student_trainer.train.cache_build.plan import (
+    BuildPlan,
+    FinishedPrompts,
+    GenerateJob,
+    ScoreJob,
+)
 from stillhouse.student_trainer.train.contexts.source import Skips
+from stillhouse.student_trainer.train.data.context_mix import text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.process.outcome import Outcome
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.inputs import Inputs
-from stillhouse.student_trainer.train.setup.scope import RunScope, open_scope
+from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
 from stillhouse.student_trainer.train.setup.teacher_side import connect_teachers
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery, submit_ahead
@@ -39,6 +43,8 @@ log = structlog.get_logger()
 
 WINDOW_SEQUENCES = 128
 """Sequences in flight to a teacher at most."""
+WINDOW_PROMPTS = 64
+"""Prompts in flight to a teacher at most."""
 SUMMARY = "cache.json"
 """In exports/: what the cache holds; client/commands/cache.py shows it."""
 
@@ -107,18 +113,12 @@ class _Build:
 
     def query_all(self) -> None:
         """Queries what is missing. Raises Stopped, and StillhouseError as the streams' `take` does."""
-        for generate_job in self._plan.generate_jobs:
-            texts = TextStream(generate_job.teacher, generate_job.generation, generate_job.request)
-            try:
-                self._generate(generate_job, texts)
-            finally:
-                texts.close()
-        for job in self._plan.score_jobs:
-            stream = ScoreStream(job.teacher, job.request)
-            try:
-                self._score(job, stream)
-            finally:
-                stream.close()
+        for generate in self._plan.generate_jobs:
+            with closing(TextStream(generate.teacher, generate.generation, generate.request)) as texts:
+                self._generate(generate, texts)
+        for score in self._plan.score_jobs:
+            with closing(ScoreStream(score.teacher, score.request)) as targets:
+                self._score(score, targets)
 
     def finish(self) -> None:
         """Closes the last shards; puts a summary and links to all shards among the run's artifacts."""
@@ -130,7 +130,9 @@ class _Build:
         told = summary(self._writer.reader)
         write_atomic(folder / SUMMARY, json.dumps(told, indent=2).encode() + b"\n")
         for path in shard_paths(self._writer.path):
-            _link(path, shards / path.name)
+            # A link is not needed where the file system has none: the cache itself has the file.
+            with suppress(OSError):
+                os.link(path, shards / path.name)
         if told["bytes_per_token"] is not None:
             log.info(
                 "cache written",
@@ -147,11 +149,25 @@ class _Build:
         return -(-self._plan.num_all // self._rows_per_step)
 
     def _generate(self, job: GenerateJob, stream: TextStream) -> None:
-        for row, sequences in generate(job, stream, self._scope.patience):
+        def submit(_: int, numbered: tuple[int, Example]) -> None:
+            row, example = numbered
+            stream.submit(
+                row,
+                example.prompt,
+                seed=text_seed(job.seed, job.context, row),
+                max_new_tokens=min(job.generation.max_new_tokens, job.room - len(example.prompt)),
+                place=example.place,
+            )
+
+        for _, (row, example) in submit_ahead(job.missing, WINDOW_PROMPTS, submit):
+            self._scope.patience.check(None)
+            texts = stream.get_result(row, self._scope.patience)
             self._scope.attempt.check_fence()
-            for token_ids, answer in sequences:
-                self._writer.add(job.meta, token_ids, answer)
-                self._num_tokens += answer.num_rows
+            for text in texts:
+                if text.token_ids.size and text.distributions is not None:
+                    token_ids = np.concatenate([example.prompt, text.token_ids]).astype(np.int32)
+                    self._writer.add(job.meta, token_ids, text.distributions)
+                    self._num_tokens += text.distributions.num_rows
             self._just_finished.append((job.context, row))
             self._count()
 
@@ -159,7 +175,7 @@ class _Build:
         def submit(number: int, example: Example) -> None:
             stream.submit(number, TeacherQuery.from_example(example))
 
-        for number, example in submit_ahead(job.examples, WINDOW_SEQUENCES, submit):
+        for number, example in submit_ahead(job.missing, WINDOW_SEQUENCES, submit):
             self._scope.patience.check(None)
             try:
                 answer = stream.get_result(number, self._scope.patience)
@@ -188,17 +204,14 @@ class _Build:
         self._scope.attempt.check_fence()
         self._writer.flush()
         for context, row in self._just_finished:
-            self._finished.of_context(context).add(row)
+            self._finished.numbers[context].add(row)
         self._just_finished = []
         self._finished.save()
         self._flushed_at = time.monotonic()
 
     def _report(self) -> None:
         shards = self._writer.reader.shards
-        tokens, num_bytes = (
-            sum(shard.num_tokens for shard in shards),
-            sum(shard.num_bytes for shard in shards),
-        )
+        tokens, num_bytes = sum(each.num_tokens for each in shards), sum(each.num_bytes for each in shards)
         values = {
             "cache/sequences": float(self._num_done),
             "cache/tokens_per_second": self._num_tokens / max(time.monotonic() - self._since, 1e-9),
@@ -207,9 +220,3 @@ class _Build:
         if tokens:
             values["cache/bytes_per_token"] = num_bytes / tokens
         self._scope.reporter.metrics(self.step, values)
-
-
-def _link(path: Path, link: Path) -> None:
-    """Makes a hard link; without one where the file system has none, because the cache itself has the file."""
-    with suppress(OSError):
-        os.link(path, link)

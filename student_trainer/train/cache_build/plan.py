@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.cache.writer import CacheWriter
+from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
-from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.train.cache_build.generate import FinishedPrompts, GenerateJob
+from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
+from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
@@ -22,6 +26,50 @@ from stillhouse.student_trainer.train.teacher.target_requests import (
 )
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
+FINISHED = "texts_written.json"
+"""File in the run directory: prompts whose completions are in whole shards."""
+
+
+@dataclass(slots=True)
+class FinishedPrompts:
+    """Prompts that are done, across the attempts of a run: completions have no address before they are generated."""
+
+    run_dir: RunDir
+    numbers: defaultdict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
+    """Context to the numbers of its prompts."""
+
+    @classmethod
+    def load(cls, run_dir: RunDir) -> FinishedPrompts:
+        """Reads what earlier attempts stored; a damaged file counts as none, and prompts are continued again."""
+        finished = cls(run_dir)
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+            told = json.loads((run_dir.path / FINISHED).read_bytes())
+            finished.numbers |= {int(context): {int(each) for each in done} for context, done in told.items()}
+        return finished
+
+    def save(self) -> None:
+        """Writes the file; call it once the completions are in whole shards."""
+        told = {str(each): sorted(done) for each, done in self.numbers.items()}
+        if any(told.values()):
+            write_atomic(self.run_dir.path / FINISHED, json.dumps(told).encode())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerateJob:
+    """The prompts of one context that one teacher continues: completions with targets from the same pass, each prompt once."""
+
+    context: int
+    teacher: TeacherClient
+    request: DistributionConfig
+    meta: CacheMeta
+    generation: RolloutConfig
+    seed: int
+    room: int
+    """Tokens that prompt and completion may have together."""
+    missing: Sequence[tuple[int, Example]]
+    """Prompts without completions, with their number among the training rows."""
+    num_stored: int
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreJob:
@@ -30,8 +78,8 @@ class ScoreJob:
     teacher: TeacherClient
     request: DistributionConfig
     meta: CacheMeta
-    examples: Sequence[Example]
-    """Those that are not stored, each with another address."""
+    missing: Sequence[Example]
+    """Sequences that are not stored, each with another address."""
     num_stored: int
 
 
@@ -65,14 +113,16 @@ class BuildPlan:
     @property
     def num_stored(self) -> int:
         """Sequences and prompts that are stored."""
-        scored = sum(job.num_stored for job in self.score_jobs)
-        return scored + sum(job.num_stored for job in self.generate_jobs)
+        return sum(job.num_stored for job in self._jobs)
 
     @property
     def num_all(self) -> int:
         """Sequences and prompts of the whole cache."""
-        missing = sum(len(job.examples) for job in self.score_jobs)
-        return self.num_stored + missing + sum(len(job.prompts) for job in self.generate_jobs)
+        return self.num_stored + sum(len(job.missing) for job in self._jobs)
+
+    @property
+    def _jobs(self) -> list[GenerateJob | ScoreJob]:
+        return [*self.generate_jobs, *self.score_jobs]
 
 
 def _plan_scores(
@@ -86,7 +136,7 @@ def _plan_scores(
         teacher=teacher,
         request=config,
         meta=meta,
-        examples=missing,
+        missing=missing,
         num_stored=len(examples) - len(missing),
     )
 
@@ -100,7 +150,7 @@ def _plan_generation(
             loss = config.loss_of(context)
             request = training_request(loss, config.data.seed).to_config(teacher.config, teacher.info)
             room = min(config.data.max_sequence_tokens, teacher.info.max_sequence_tokens)
-            done = finished.of_context(number)
+            done = finished.numbers[number]
             prompts = [
                 (row, each)
                 for row, each in enumerate(corpus.train)
@@ -114,6 +164,6 @@ def _plan_generation(
                 generation=context.teacher.generation,
                 seed=config.data.seed,
                 room=room,
-                prompts=[(row, each) for row, each in prompts if row not in done],
+                missing=[(row, each) for row, each in prompts if row not in done],
                 num_stored=sum(row in done for row, _ in prompts),
             )

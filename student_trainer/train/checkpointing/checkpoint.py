@@ -12,7 +12,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ def _write_files(directory: Path, trained: TrainingState) -> None:
         "torch_rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
-    _write(directory / OPTIMIZER, lambda file: torch.save(state, file))
+    with (directory / OPTIMIZER).open("wb") as file:
+        torch.save(state, file)
     failpoints.reach("checkpoint.after_optimizer")
     generator, keys, position, has_gauss, cached = np.random.get_state()
     plain = {
@@ -173,7 +174,7 @@ def _write_files(directory: Path, trained: TrainingState) -> None:
         "python_rng": random.getstate(),
         "numpy_rng": [generator, np.asarray(keys).tolist(), position, has_gauss, cached],
     }
-    _write(directory / STATE, lambda file: file.write(json.dumps(plain).encode()))
+    (directory / STATE).write_bytes(json.dumps(plain).encode())
 
 
 def _write_manifest(directory: Path, step: int, facts: Mapping[str, str]) -> None:
@@ -182,7 +183,7 @@ def _write_manifest(directory: Path, step: int, facts: Mapping[str, str]) -> Non
         for name in (WEIGHTS, OPTIMIZER, STATE)
     }
     manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": files}
-    _write(directory / MANIFEST, lambda file: file.write(json.dumps(manifest, indent=1).encode()))
+    (directory / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
 
 
 def _read_files(directory: Path, trained: TrainingState) -> None:
@@ -228,11 +229,6 @@ def _discard(path: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
         path.rename(trash)
         shutil.rmtree(trash, ignore_errors=True)
-
-
-def _write(path: Path, write: Callable[[Any], Any]) -> None:
-    with path.open("wb") as file:
-        write(file)
 
 
 def _sha256(path: Path) -> str:

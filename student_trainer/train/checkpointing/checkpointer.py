@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import structlog
 from torch import Tensor
 
+from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
+from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState
@@ -48,6 +51,28 @@ class Checkpointer:
         self._saved_step = found
         self._triggers.mark_saved()
         return found
+
+    def agree_matmul_dtype(self, config: RunConfig, accelerator: Any) -> str | None:
+        """The run's matmul dtype: that of the checkpoint that was restored, else of `config`; None on a GPU.
+
+        Of several processes the first one's counts. So neither a resume nor another host chooses again, not even for a run
+        that is older than the setting. One exception: a type that the user has set in both specs of the run since that
+        checkpoint wins over it, and the log says so.
+        """
+        own = self._kept_matmul_dtype(config) if accelerator.device.type == "cpu" else None
+        agreed: str | None = self._ranks.exchange(own, patient=True)[0]
+        return agreed
+
+    def _kept_matmul_dtype(self, config: RunConfig) -> str | None:
+        if not self._ranks.is_first:
+            return None
+        run_dir, step = self._attempt.run_dir, self._saved_step
+        kept = checkpoint.facts_of(run_dir, step).get("matmul_dtype") if step is not None else None
+        chosen = settle(config.optimizer, Processor.read())
+        if kept in (None, "", chosen) or not run_dir.spec().optimizer.HasField("matmul_dtype"):
+            return kept or chosen
+        log.warning("optimizer.matmul_dtype was changed; other bits from here on", before=kept, now=chosen)
+        return chosen
 
     def record(self, facts: Mapping[str, str]) -> None:
         """Sets the facts that every manifest holds from now on."""

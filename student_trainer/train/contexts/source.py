@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TypeVar
 
+import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.context_mix import ContextMix, Slot
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
+from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
+from stillhouse.student_trainer.train.teacher.query import TargetStream
 
 log = structlog.get_logger()
+
+A = TypeVar("A")
 
 MAX_SKIPPED_SHARE = 0.01
 """A run fails once targets are non-finite for more sequences than this share, and than the next."""
@@ -53,25 +60,45 @@ class FeedSettings:
     patience: TeacherWait
 
 
-class Feed(Protocol):
+class Feed(abc.ABC):
     """The data source of one context: requests the rows of a step, and hands them over in that order."""
 
-    @property
-    def ahead(self) -> int:
+    def __init__(self, settings: FeedSettings, streams: Sequence[TargetStream | TextStream] = ()) -> None:
+        """`streams` go to teachers."""
+        self.ahead = settings.ahead
         """Steps that are requested beyond the present one."""
+        self.metrics: Mapping[str, float] = {}
+        """Metrics of the step that was collected last."""
+        self._settings = settings
+        self._streams = streams
+        self._skips = Skips()
 
     @property
     def num_asked(self) -> int:
         """Sequences that this process requested from teachers."""
+        return sum(stream.num_asked for stream in self._streams)
 
+    @abc.abstractmethod
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Begins with the rows of a step; called once for each step, in order."""
 
+    @abc.abstractmethod
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """Training sequences of the step. Raises StillhouseError(NON_FINITE) once too many are skipped."""
 
-    def metrics(self) -> Mapping[str, float]:
-        """Metrics of the step that was collected last."""
+    def _receive(self, get_result: Callable[[int, TeacherWait], A], sequence_id: int) -> A | None:
+        """A stream's result; None if its targets are non-finite. Raises as `collect` does."""
+        try:
+            return get_result(sequence_id, self._settings.patience)
+        except StillhouseError as error:
+            self._skips.count(error, self.num_asked)
+            return None
+
+
+def generated_example(token_ids: NDArray[np.int32], num_prompt: int, place: str, teacher: str) -> Example:
+    """A training sequence whose tokens behind the first `num_prompt` were generated."""
+    mask = np.arange(len(token_ids)) >= num_prompt
+    return Example(token_ids=token_ids, mask=mask, place=place, num_prompt=num_prompt, teacher=teacher)
 
 
 class StepSource:
@@ -108,7 +135,7 @@ class StepSource:
             began = time.monotonic()
             scored = [each for feed in self._feeds for each in feed.collect(step)]
             waited_s = time.monotonic() - began
-            metrics = {name: value for feed in self._feeds for name, value in feed.metrics().items()}
+            metrics = {name: value for feed in self._feeds for name, value in feed.metrics.items()}
             yield StepData(step=step, scored=scored, teacher_wait_s=waited_s, metrics=metrics)
 
 

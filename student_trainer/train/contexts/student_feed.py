@@ -7,91 +7,62 @@ are sampled after the restart with the weights and the seed that they would have
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import structlog
-from numpy.typing import NDArray
 
-from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.config.schema import RolloutConfig, StudentContextConfig
+from stillhouse.student_trainer.config.schema import StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.batching.supports import with_query
-from stillhouse.student_trainer.train.contexts.source import FeedSettings, Skips
+from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, generated_example
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
-from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import Rollout, RolloutBuffer
+from stillhouse.student_trainer.train.rollouts.sampler_pool import SamplerPool
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 
 log = structlog.get_logger()
 
 
-class TextWriter(Protocol):
-    """Samples with the student's present weights: `LocalSampler` in this process, `SamplerPool` elsewhere."""
-
-    def write(
-        self,
-        prompts: Sequence[NDArray[np.int32]],
-        generation: RolloutConfig,
-        *,
-        max_sequence_tokens: int,
-        seeds: Sequence[int],
-    ) -> list[list[SampledText]]:
-        """Completions of each prompt by its seed; prompt and completion have at most `max_sequence_tokens`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutState:
-    """State of a run that rollouts depend on."""
-
-    in_flight: RolloutBuffer
-    """Rollouts that no step has consumed yet."""
-    version: Callable[[], int]
-    """Number of updates that the student's weights have had."""
-    gate: WarmStart
-
-
-class StudentFeed:
+class StudentFeed(Feed):
     """Rollouts of one context."""
 
     def __init__(
         self,
         settings: FeedSettings,
         targets: TargetStream,
-        sampler: TextWriter,
+        sampler: LocalSampler | SamplerPool,
         config: StudentContextConfig,
-        state: RolloutState,
         *,
+        in_flight: RolloutBuffer,
+        version: Callable[[], int],
+        gate: WarmStart,
         queries_top_k: bool,
     ) -> None:
-        """With `queries_top_k` the teacher is queried about the student's top-k too.
+        """`in_flight` holds the rollouts that no step has consumed yet, `version` counts the updates of the weights.
 
-        At most `max_staleness` of the steps ahead are sampled before their turn.
+        With `queries_top_k` the teacher is queried about the student's top-k too. At most `max_staleness` of the steps
+        ahead are sampled before their turn.
         """
+        super().__init__(settings, [targets])
         self.ahead = min(settings.ahead, config.max_staleness)
-        self._settings = settings
         self._targets = targets
         self._sampler = sampler
         self._config = config
-        self._state = state
+        self._in_flight = in_flight
+        self._version = version
+        self._gate = gate
         self._queries_top_k = queries_top_k
-        self._skips = Skips()
         self._num_dropped = 0
         self._sampling_s = 0.0
-        self._metrics: dict[str, float] = {}
-
-    @property
-    def num_asked(self) -> int:
-        return self._targets.num_asked
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Samples the rollouts, unless a checkpoint had them, and queries their targets."""
-        rollouts = self._state.in_flight.rollouts
+        rollouts = self._in_flight.rollouts
         key = (self._settings.context, step)
         if key not in rollouts:
             rollouts[key] = self._sample(slots) if slots else []
@@ -107,50 +78,49 @@ class StudentFeed:
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """The rollouts with their targets; those that are too old are dropped and counted."""
-        version = self._state.version()
+        version = self._version()
         # They stay until the step is taken: a run that stops before that resumes with them.
-        rollouts = self._state.in_flight.rollouts[self._settings.context, step]
-        log_sums, seen = _Sums(), 0
+        rollouts = self._in_flight.rollouts[self._settings.context, step]
+        means, seen = _Means(), 0
         for number, rollout in enumerate(rollouts):
-            try:
-                answer = self._targets.get_result(self._id(step, number), self._settings.patience)
-            except StillhouseError as error:
-                self._skips.count(error, self.num_asked)
+            answer = self._receive(self._targets.get_result, self._id(step, number))
+            if answer is None:
                 self._num_dropped += 1
                 continue
             age = version - rollout.version
-            log_sums.add("rollout_staleness", age)
+            means.add(rollout_staleness=age)
             if age > self._config.max_staleness:
                 self._num_dropped += 1
                 continue
             seen += 1
-            log_sums.add("rollout_tokens", len(rollout.token_ids) - rollout.start)
-            log_sums.add("rollout_finished", float(rollout.finished))
+            num_tokens = len(rollout.token_ids) - rollout.start
+            means.add(rollout_tokens=num_tokens, rollout_finished=float(rollout.finished))
             if self._queries_top_k:
-                log_sums.add_all(_overlap(answer, rollout))
+                means.add(**_overlap(answer, rollout))
                 answer, clamped = with_query(answer, rollout.likeliest, rollout.token_ids)
-                log_sums.add("rollout_tail_clamped", clamped)
-            self._state.gate.see(answer.target_logprobs)
-            yield _scored(rollout, answer, self._settings.context)
-        self._state.gate.check(step)
-        self._metrics = {f"train/{name}": value for name, value in log_sums.means().items()}
-        self._metrics["train/rollouts_dropped"] = float(self._num_dropped)
-        self._metrics["train/rollout_time_s"] = self._sampling_s
+                means.add(rollout_tail_clamped=clamped)
+            self._gate.see(answer.target_logprobs)
+            yield ScoredExample(
+                example=generated_example(rollout.token_ids, rollout.start, rollout.place, rollout.teacher),
+                answer=answer,
+                context=self._settings.context,
+                behaviour_logprobs=rollout.behaviour_logprobs,
+                group=rollout.slot,
+            )
+        self._gate.check(step)
+        self.metrics = {f"train/{name}": value for name, value in means.means().items()} | {
+            # Over all steps of this process: too old, without targets, or with tokens unknown to the teacher.
+            "train/rollouts_dropped": float(self._num_dropped),
+            "train/rollout_time_s": self._sampling_s,
+        }
         if len(rollouts) > seen:
             log.warning("rollouts left out", step=step + 1, left_out=len(rollouts) - seen, of=len(rollouts))
-
-    def metrics(self) -> Mapping[str, float]:
-        """Means over the rollouts of the last step.
-
-        "rollouts_dropped" counts over all steps of this process: too old, without targets, or with tokens unknown to the teacher.
-        """
-        return self._metrics
 
     def _sample(self, slots: Sequence[Slot]) -> list[Rollout]:
         began = time.monotonic()
         examples = [self._settings.examples[slot.row] for slot in slots]
         # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
-        version = self._state.version()
+        version = self._version()
         texts = self._sampler.write(
             [example.prompt for example in examples],
             self._config.generation,
@@ -180,41 +150,20 @@ class StudentFeed:
         return step << 32 | number
 
 
-class _Sums:
+class _Means:
     """Means by name."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._counts: Counter[str] = Counter()
 
-    def add(self, name: str, value: float) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value
-        self._counts[name] = self._counts.get(name, 0) + 1
-
-    def add_all(self, values: Mapping[str, float]) -> None:
+    def add(self, **values: float) -> None:
         for name, value in values.items():
-            self.add(name, value)
+            self._sums[name] += value
+            self._counts[name] += 1
 
     def means(self) -> dict[str, float]:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
-
-
-def _scored(rollout: Rollout, answer: Distributions, context: int) -> ScoredExample:
-    length = len(rollout.token_ids)
-    example = Example(
-        token_ids=rollout.token_ids,
-        mask=np.arange(length) >= rollout.start,
-        place=rollout.place,
-        num_prompt=rollout.start,
-        teacher=rollout.teacher,
-    )
-    return ScoredExample(
-        example=example,
-        answer=answer,
-        context=context,
-        behaviour_logprobs=rollout.behaviour_logprobs,
-        group=rollout.slot,
-    )
 
 
 def _overlap(answer: Distributions, rollout: Rollout) -> dict[str, float]:

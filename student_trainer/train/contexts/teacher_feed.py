@@ -7,18 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import structlog
 
-from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
-from stillhouse.student_trainer.train.contexts.source import FeedSettings, Skips
+from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, generated_example
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.teacher.generate_stream import TeacherSample, TextStream
+from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 
 log = structlog.get_logger()
 
 
-class TeacherFeed:
+class TeacherFeed(Feed):
     """The teachers' completions of one context; each prompt is continued by its row's teacher."""
 
     def __init__(
@@ -30,18 +29,11 @@ class TeacherFeed:
         vocab_size: int,
     ) -> None:
         """`streams` by the teachers' names. `vocab_size`: only ids below it are known to the student."""
-        self.ahead = settings.ahead
-        self._settings = settings
-        self._streams = streams
+        super().__init__(settings, list(streams.values()))
+        self._stream_of = streams
         self._generation = generation
         self._vocab_size = vocab_size
-        self._skips = Skips()
         self._slots: dict[int, Sequence[Slot]] = {}
-        self._metrics: dict[str, float] = {}
-
-    @property
-    def num_asked(self) -> int:
-        return sum(stream.num_asked for stream in self._streams.values())
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         self._slots[step] = slots
@@ -60,51 +52,32 @@ class TeacherFeed:
         lengths, num_finished, num_foreign = [], 0, 0
         for slot in self._slots.pop(step):
             example = self._settings.examples[slot.row]
-            try:
-                texts = self._stream(example).get_result(slot.position, self._settings.patience)
-            except StillhouseError as error:
-                self._skips.count(error, self.num_asked)
-                continue
-            for text in texts:
+            for text in self._receive(self._stream(example).get_result, slot.position) or ():
                 # The student's tokenizer lacks the ids by which the teacher's one extends it.
                 if not text.token_ids.size or int(text.token_ids.max()) >= self._vocab_size:
                     num_foreign += 1
                     continue
                 lengths.append(len(text.token_ids))
                 num_finished += text.finished
-                yield _scored(example, text, self._settings.context)
+                token_ids = np.concatenate([example.prompt, text.token_ids])
+                yield ScoredExample(
+                    example=generated_example(token_ids, len(example.prompt), example.place, example.teacher),
+                    answer=text.distributions,
+                    context=self._settings.context,
+                )
         if num_foreign:
             log.warning("teacher's texts left out", step=step + 1, left_out=num_foreign)
         if not lengths:
-            self._metrics = {}
+            self.metrics = {}
             return
-        self._metrics = {
+        # Means over the completions of the step.
+        self.metrics = {
             "train/teacher_text_tokens": float(np.mean(lengths)),
             "train/teacher_text_finished": num_finished / len(lengths),
             "train/teacher_texts_dropped": float(num_foreign),
         }
 
-    def metrics(self) -> Mapping[str, float]:
-        """Means over the completions of the last step."""
-        return self._metrics
-
     def _stream(self, example: Example) -> TextStream:
-        if len(self._streams) == 1:
-            return next(iter(self._streams.values()))
-        return self._streams[example.teacher]
-
-
-def _scored(example: Example, text: TeacherSample, context: int) -> ScoredExample:
-    prompt = example.prompt
-    token_ids = np.concatenate([prompt, text.token_ids])
-    return ScoredExample(
-        example=Example(
-            token_ids=token_ids,
-            mask=np.arange(len(token_ids)) >= len(prompt),
-            place=example.place,
-            num_prompt=len(prompt),
-            teacher=example.teacher,
-        ),
-        answer=text.distributions,
-        context=context,
-    )
+        if len(self._stream_of) == 1:
+            return next(iter(self._stream_of.values()))
+        return self._stream_of[example.teacher]

@@ -12,9 +12,9 @@ from stillhouse.student_trainer.config.schema import (
     TeacherContextConfig,
 )
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState
-from stillhouse.student_trainer.train.contexts.dataset_feed import DatasetFeed, TextFeed
+from stillhouse.student_trainer.train.contexts.dataset_feed import DatasetFeed
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, StepSource
-from stillhouse.student_trainer.train.contexts.student_feed import RolloutState, StudentFeed, TextWriter
+from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
 from stillhouse.student_trainer.train.contexts.teacher_feed import TeacherFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import ContextMix
@@ -58,10 +58,10 @@ class FeedFactory:
         if context.student is not None:
             return self._make_student_feed(context, context.student, number)
         loss = self.scope.config.loss_of(context)
-        if not loss.asks_teacher:
-            return TextFeed(self._settings(number))
-        targets = self.teacher_side.teachers.open_stream(training_request(loss, self._seed))
-        self.scope.stack.callback(targets.close)
+        targets = None
+        if loss.asks_teacher:
+            targets = self.teacher_side.teachers.open_stream(training_request(loss, self._seed))
+            self.scope.stack.callback(targets.close)
         return DatasetFeed(self._settings(number), targets)
 
     def _make_teacher_feed(
@@ -97,11 +97,15 @@ class FeedFactory:
             targets,
             self._make_sampler(config, number, top_k),
             config,
-            RolloutState(in_flight=self.state.in_flight, version=self.state.progress.version, gate=gate),
+            in_flight=self.state.in_flight,
+            version=self.state.progress.version,
+            gate=gate,
             queries_top_k=queries_top_k,
         )
 
-    def _make_sampler(self, config: StudentContextConfig, number: int, top_k: int) -> TextWriter:
+    def _make_sampler(
+        self, config: StudentContextConfig, number: int, top_k: int
+    ) -> LocalSampler | SamplerPool:
         """The student's sampler: in this process, or on the rollout services of `config`."""
         targets, scope, side = rollout_services(config), self.scope, self.student_side
         if not targets:

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 
 import structlog
+import torch
 
 from stillhouse.student_trainer.config.rules.cross_tokenizer import chunk_loss, is_bridged
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
 from stillhouse.student_trainer.train.checkpointing.checkpointer import Checkpointer
-from stillhouse.student_trainer.train.checkpointing.matmul_dtype import kept_matmul_dtype
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.contexts.source import StepSource
-from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.evaluate import Evaluator
-from stillhouse.student_trainer.train.runtime_metrics import runtime_metrics
 from stillhouse.student_trainer.train.setup.feeds import FeedFactory
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
-from stillhouse.student_trainer.train.step import Stepper
 from stillhouse.student_trainer.train.student.device import precision_of
-from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
 
@@ -36,19 +30,26 @@ class RunContext:
 
     scope: RunScope
     state: TrainingState
-    student: Student
-    stepper: Stepper
-    schedule: Schedule
+    teacher_side: TeacherSide
+    student_side: StudentSide
     source: StepSource
     triggers: Triggers
     checkpointer: Checkpointer
     evaluator: Evaluator
-    runtime_metrics: Callable[[], Mapping[str, float]]
 
     @property
     def progress(self) -> Progress:
         """Steps taken so far; the stepper moves it on."""
         return self.state.progress
+
+    def runtime_metrics(self) -> dict[str, float]:
+        """Present values by metric name: outstanding teacher requests, failures, cache hits, GPU memory."""
+        found = self.teacher_side.teachers.metrics()
+        device = self.student_side.accelerator.device
+        if device.type == "cuda":
+            found["device/memory_bytes"] = float(torch.cuda.memory_reserved(device))
+            found["device/memory_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
+        return found
 
 
 def set_up(scope: RunScope, progress: Progress) -> RunContext:
@@ -69,8 +70,8 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     )
     triggers = Triggers(config.checkpoint, config.evaluation, student_side.schedule)
     checkpointer = Checkpointer(attempt, scope.ranks, state, triggers, keep=config.checkpoint.keep)
-    restored_step = checkpointer.restore(student_side.student.trainable_parameters().values())
-    matmul_dtype = _agree_matmul_dtype(scope, student_side, restored_step)
+    checkpointer.restore(student_side.student.trainable_parameters().values())
+    matmul_dtype = checkpointer.agree_matmul_dtype(config, student_side.accelerator)
     student_side.stepper.multiply_in(matmul_dtype)
     checkpointer.record(
         {
@@ -93,24 +94,13 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     return RunContext(
         scope=scope,
         state=state,
-        student=student_side.student,
-        stepper=student_side.stepper,
-        schedule=student_side.schedule,
+        teacher_side=teacher_side,
+        student_side=student_side,
         source=source,
         triggers=triggers,
         checkpointer=checkpointer,
         evaluator=evaluator,
-        runtime_metrics=partial(runtime_metrics, teacher_side.teachers, student_side.accelerator.device),
     )
-
-
-def _agree_matmul_dtype(scope: RunScope, student_side: StudentSide, restored_step: int | None) -> str | None:
-    """The matmul dtype that the first process finds, for all."""
-    kept = None
-    if scope.ranks.is_first:
-        kept = kept_matmul_dtype(scope.config, scope.attempt, restored_step, student_side.accelerator)
-    agreed: str | None = scope.ranks.exchange(kept, patient=True)[0]
-    return agreed
 
 
 def _make_evaluator(scope: RunScope, teacher_side: TeacherSide, student_side: StudentSide) -> Evaluator:

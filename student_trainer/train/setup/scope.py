@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import Attempt, RunDir
 from stillhouse.student_trainer.train.distributed.ranks import Ranks
 from stillhouse.student_trainer.train.process.reporter import Reporter
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """Result of an attempt that ended without an error, and its last step."""
+
+    kind: Literal["completed", "stopped"]
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from stillhouse.student_trainer.train.teacher.offline_teachers import OfflineTea
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.target_requests import evaluation_requests, training_requests
-from stillhouse.student_trainer.train.teacher.target_source import NoTeachers, TargetSource
+from stillhouse.student_trainer.train.teacher.target_source import TargetSource
 from stillhouse.student_trainer.train.teacher.teacher import Demands
 
 
@@ -36,7 +36,7 @@ class TeacherSide:
             corpus = translate_for_teachers(config, inputs.corpus, online.members, inputs.tokenizer)
             return cls(teachers=online, corpus=corpus, held_out=HeldOutRows.lookup(scope, corpus))
         held_out = HeldOutRows.lookup(scope, inputs.corpus)
-        teachers: TargetSource = NoTeachers()
+        teachers: TargetSource = OnlineTeachers({}, mixed=False, cache=None)
         if config.is_offline and (config.asks_teacher or held_out.must_query):
             teachers = ranks.after_first(lambda: _open_offline(scope, inputs, held_out))
         elif config.asks_teacher or held_out.must_query:

@@ -38,6 +38,7 @@ class CachedStream:
         """`live` answers queries that the cache misses, None without a teacher; `writer` stores its results."""
         self._meta = meta
         self._reader = reader
+        self._store = writer or reader
         self._live = live
         self._writer = writer
         self._pending: dict[int, _Pending] = {}
@@ -55,7 +56,11 @@ class CachedStream:
     def submit(self, sequence_id: int, query: TeacherQuery) -> None:
         """Looks the result up, and queries the teacher on a miss, unless an earlier query of the same key does."""
         key = self._meta.key(query.token_ids, query.start, query.query_token_ids)
-        reading = self._thread.submit(self._read, key) if self._has(key) else None
+        reading = (
+            self._thread.submit(self._store.get, key, self._meta)
+            if self._store.has(key, self._meta)
+            else None
+        )
         at_teacher = reading is None and self._live is not None and key not in self._in_flight
         if at_teacher and self._live:
             self._live.submit(sequence_id, query)
@@ -105,7 +110,7 @@ class CachedStream:
 
     def _lookup(self, pending: _Pending) -> Distributions | None:
         try:
-            found = pending.reading.result() if pending.reading else self._read(pending.key)
+            found = pending.reading.result() if pending.reading else self._store.get(pending.key, self._meta)
         except StillhouseError as error:
             if self._live is None or error.reason is not Reason.CACHE_INVALID:
                 raise
@@ -122,12 +127,6 @@ class CachedStream:
                 f"[{query.start}, {len(query.token_ids)}) was asked for. Find the file with `stillhouse cache verify`.",
             )
         return found
-
-    def _has(self, key: str) -> bool:
-        return (self._writer or self._reader).has(key, self._meta)
-
-    def _read(self, key: str) -> Distributions | None:
-        return (self._writer or self._reader).get(key, self._meta)
 
 
 def cache_metrics(streams: Sequence[CachedStream]) -> dict[str, float]:

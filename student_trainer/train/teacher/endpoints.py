@@ -111,23 +111,19 @@ class Endpoint:
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Raises a broken call of the block as StillhouseError."""
+        """Raises a broken call of the block as StillhouseError, with a remedy."""
         try:
             yield
         except grpc.RpcError as error:
-            raise self.error(error) from error
-
-    def error(self, error: grpc.RpcError) -> StillhouseError:
-        """Returns the error of a broken call, with a remedy."""
-        said = from_rpc_error(error, target=self.target, service="teacher")
-        if said.reason is not Reason.UNAUTHENTICATED:
-            return said
-        return StillhouseError(
-            said.reason,
-            f"The teacher at {self.target} refuses this run's credential ({said.message}) Put a valid token into the "
-            "token_file that the trainer's credentials.toml names for this teacher: it is read again before every try.",
-            metadata=said.metadata,
-        )
+            said = from_rpc_error(error, target=self.target, service="teacher")
+            if said.reason is not Reason.UNAUTHENTICATED:
+                raise said from error
+            raise StillhouseError(
+                said.reason,
+                f"The teacher at {self.target} refuses this run's credential ({said.message}) Put a valid token into the "
+                "token_file that the trainer's credentials.toml names for this teacher: it is read again before every try.",
+                metadata=said.metadata,
+            ) from error
 
     def close(self) -> None:
         """Closes its channels, and with them all calls."""

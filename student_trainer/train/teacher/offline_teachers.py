@@ -90,7 +90,10 @@ class OfflineTeachers:
             for name, teacher in self._configs.items()
         }
         weights = {name: teacher.weight for name, teacher in self._configs.items()}
-        streams = {name: self._cache.open_offline(meta) for name, meta in metas.items()}
+        streams = {
+            name: CachedStream(meta, self._cache.reader, live=None, writer=None)
+            for name, meta in metas.items()
+        }
         self._streams += streams.values()
         vocab_size = max(meta.vocab_size for meta in metas.values())
         return combine_streams(streams, weights if self._mixed else None, vocab_size=vocab_size)

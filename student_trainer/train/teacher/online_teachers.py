@@ -21,7 +21,7 @@ from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherCli
 
 
 class OnlineTeachers:
-    """The teachers of one run as services; a TargetSource."""
+    """The teachers of one run as services, none for a run on text alone; a TargetSource."""
 
     def __init__(self, members: Mapping[str, TeacherClient], *, mixed: bool, cache: RunCache | None) -> None:
         self.members = members
@@ -52,11 +52,11 @@ class OnlineTeachers:
         return cls(members, mixed=is_ensemble(config), cache=cache)
 
     def shared_vocab_size(self, student_size: int) -> int:
-        return min(student_size, *(teacher.shared_size for teacher in self.members.values()))
+        return min([student_size, *(teacher.shared_size for teacher in self.members.values())])
 
     @property
-    def max_sequence_tokens(self) -> int:
-        return min(teacher.info.max_sequence_tokens for teacher in self.members.values())
+    def max_sequence_tokens(self) -> int | None:
+        return min((each.info.max_sequence_tokens for each in self.members.values()), default=None)
 
     @property
     def fingerprint(self) -> str:
@@ -65,10 +65,12 @@ class OnlineTeachers:
     @property
     def prefetch_steps(self) -> int:
         """Steps that are requested ahead: as many as the most distant teacher needs."""
-        return max(teacher.config.prefetch_steps for teacher in self.members.values())
+        return max((teacher.config.prefetch_steps for teacher in self.members.values()), default=0)
 
     def metrics(self) -> dict[str, float]:
         """Outstanding, repeated and broken requests over all services, and of each service where there are several."""
+        if not self.members:
+            return {}
         loads = {
             f"{name or 'service'}{number}": each.load
             for name, teacher in self.members.items()
@@ -92,7 +94,7 @@ class OnlineTeachers:
     def max_query_tokens(self) -> int:
         if any(CAPABILITY_QUERY_LOGPROBS not in each.info.capabilities for each in self.members.values()):
             return 0
-        return min(teacher.info.max_query_tokens for teacher in self.members.values())
+        return min((teacher.info.max_query_tokens for teacher in self.members.values()), default=0)
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
         streams = {
@@ -117,5 +119,6 @@ class OnlineTeachers:
         live = ScoreStream(teacher, config)
         if self.cache is None or not cacheable:
             return live
-        self._cached.append(self.cache.wrap(live, teacher, config, held_out=request.held_out))
+        meta = self.cache.make_meta(teacher, config, held_out=request.held_out)
+        self._cached.append(CachedStream(meta, self.cache.reader, live=live, writer=self.cache.writer))
         return self._cached[-1]

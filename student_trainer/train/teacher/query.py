@@ -42,11 +42,6 @@ class TeacherQuery:
         """Number of positions whose distributions are wanted."""
         return len(self.token_ids) - self.start
 
-    @property
-    def cost(self) -> int:
-        """Tokens that a teacher reads for it."""
-        return len(self.token_ids)
-
 
 class TargetStream(Protocol):
     """Distributions for queries, by ids that the caller chooses; the caller bounds how much is in flight."""

@@ -1,29 +1,25 @@
-"""The run's cache of targets: opened once, and wrapped around every stream of queries about fixed text.
+"""The run's cache of targets: opened once, and put before every stream of queries about fixed text.
 
 Modes: "write_through" queries teachers on a miss and stores the result, "read" does not store it, "only" queries no teacher.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import structlog
 
-from stillhouse.protos.cache.format import CODECS, CacheMeta, Codec
+from stillhouse.protos.cache.format import CacheMeta, Codec
 from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.student_trainer.config.schema import CacheConfig
-from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream
-from stillhouse.student_trainer.train.teacher.query import TargetStream
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient, adapter_fingerprint
 
 log = structlog.get_logger()
-
-_CODECS: Mapping[str, Codec] = {codec: codec for codec in CODECS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +42,7 @@ class RunCache:
             return None
         path = data_dir / config.path
         if config.mode == "write_through":
-            writer = stack.enter_context(CacheWriter(path, codec=_CODECS[config.codec]))
+            writer = stack.enter_context(CacheWriter(path, codec=cast("Codec", config.codec)))
             reader = writer.reader
         else:
             writer = None
@@ -56,22 +52,6 @@ class RunCache:
             log.warning("a shard of the cache is left out", why=broken.error.message)
         log.info("cache opened", path=str(path), mode=config.mode, answers=len(reader))
         return cls(config, path, reader, writer)
-
-    def wrap(
-        self,
-        live: TargetStream,
-        teacher: TeacherClient,
-        request: DistributionConfig,
-        *,
-        held_out: bool = False,
-    ) -> CachedStream:
-        """A stream that queries `live` on a miss; `teacher` has been reached, `held_out` marks the text."""
-        meta = self.make_meta(teacher, request, held_out=held_out)
-        return CachedStream(meta, self.reader, live=live, writer=self.writer)
-
-    def open_offline(self, meta: CacheMeta) -> CachedStream:
-        """A stream that queries no teacher."""
-        return CachedStream(meta, self.reader, live=None, writer=None)
 
     @staticmethod
     def make_meta(

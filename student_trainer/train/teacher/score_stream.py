@@ -25,7 +25,7 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
     def __init__(self, teacher: TeacherClient, config: DistributionConfig) -> None:
         """Starts the threads; `teacher` has been reached once."""
         self._config = config
-        super().__init__(teacher, name="score-stream", cost_of=lambda query: query.cost)
+        super().__init__(teacher, name="score-stream", cost_of=lambda query: len(query.token_ids))
 
     def submit(self, sequence_id: int, asked: TeacherQuery) -> None:
         """Asks for the distributions of a sequence."""

@@ -43,32 +43,3 @@ class TargetSource(Protocol):
 
     def metrics(self) -> dict[str, float]:
         """Metrics of requests and cache hits at present."""
-
-
-class NoTeachers:
-    """The teachers of a run that trains and evaluates on text alone."""
-
-    fingerprint = ""
-    prefetch_steps = 0
-    max_sequence_tokens = None
-    max_query_tokens = 0
-
-    def shared_vocab_size(self, student_size: int) -> int:
-        """All ids of the student."""
-        return student_size
-
-    def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:  # noqa: ARG002
-        """Never called: the configuration's checks refuse a loss that needs a teacher."""
-        raise AssertionError("checked with the configuration")
-
-    def open_generators(
-        self,
-        generation: RolloutConfig,  # noqa: ARG002
-        request: TargetRequest | None,  # noqa: ARG002
-    ) -> Mapping[str, TextStream]:
-        """No teacher generates."""
-        return {}
-
-    def metrics(self) -> dict[str, float]:
-        """No metrics."""
-        return {}

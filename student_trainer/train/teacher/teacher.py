@@ -31,7 +31,7 @@ from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing
 from stillhouse.student_trainer.train.teacher.identity import changed, read_identity, write_identity
-from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare_with, fetch_tokenizer
+from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare, fetch_tokenizer
 
 log = structlog.get_logger()
 
@@ -210,12 +210,15 @@ class TeacherClient:
             return info.tokenizer_size
         if key == self._demands.tokenizer_fingerprint:
             return info.tokenizer_size
-        known = key in self._verdicts
-        verdict = compare_with(stub, self._demands.tokenizer_json, self._verdicts, key)
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            verdict = self._verdicts[key] = compare(self._demands.tokenizer_json, fetch_tokenizer(stub))
+            if verdict.kind != "foreign":
+                log.info(
+                    "tokenizers differ at their ends alone", shared_size=verdict.shared_size, target=target
+                )
         if verdict.kind == "foreign":
             raise foreign_tokenizer(self._demands.tokenizer_fingerprint, key, verdict.why, target)
-        if not known:
-            log.info("tokenizers differ at their ends alone", shared_size=verdict.shared_size, target=target)
         return min(verdict.shared_size, info.tokenizer_size)
 
 

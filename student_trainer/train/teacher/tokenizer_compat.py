@@ -72,14 +72,5 @@ def fetch_tokenizer(stub: TeacherServiceStub) -> bytes:
     return bytes(content)
 
 
-def compare_with(
-    stub: TeacherServiceStub, student_json: str, cached: dict[str, Verdict], key: str
-) -> Verdict:
-    """The verdict on the teacher behind `stub`, downloaded once for each fingerprint `key`. Raises as its parts do."""
-    if key not in cached:
-        cached[key] = compare(student_json, fetch_tokenizer(stub))
-    return cached[key]
-
-
 def _foreign(why: str) -> Verdict:
     return Verdict(kind="foreign", shared_size=0, why=why)

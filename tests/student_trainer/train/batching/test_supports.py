@@ -19,7 +19,7 @@ from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, StudentContextConfig
 from stillhouse.student_trainer.train.batching.supports import TAIL_FLOOR, mix, with_query
 from stillhouse.student_trainer.train.contexts.source import FeedSettings
-from stillhouse.student_trainer.train.contexts.student_feed import RolloutState, StudentFeed
+from stillhouse.student_trainer.train.contexts.student_feed import StudentFeed
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -217,7 +217,9 @@ def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
             targets,
             sampler,
             StudentContextConfig(max_staleness=1),
-            RolloutState(in_flight=restored, version=lambda: 6, gate=gate),
+            in_flight=restored,
+            version=lambda: 6,
+            gate=gate,
             queries_top_k=False,
         )
         assert feed.ahead == 1
@@ -226,8 +228,8 @@ def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
     assert [each.example.place for each in taken] == ["rollout 0"]
     # Only what was written counts: the prompt's tokens are no targets.
     assert [each.example.num_targets for each in taken] == [2]
-    assert feed.metrics()["train/rollouts_dropped"] == 2
-    assert feed.metrics()["train/rollout_staleness"] == pytest.approx((1 + 2 + 3) / 3)
+    assert feed.metrics["train/rollouts_dropped"] == 2
+    assert feed.metrics["train/rollout_staleness"] == pytest.approx((1 + 2 + 3) / 3)
 
 
 def _rollout(example: Example, number: int, version: int) -> Rollout:
