@@ -28,7 +28,8 @@ from benchmarks.distillation.report import paired_interval
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.batching.target_forms import TargetForm, target_rows
-from stillhouse.student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
+from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
+from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 
 ID_BITS, LOGPROB_BITS = 18, 16

@@ -132,7 +132,8 @@ def _full(_: int, sizes: Sizes) -> Loss:
 def _ours(chunk: int, sizes: Sizes) -> Loss:
     """Forward KL on top-k and tail, fused with the output layer, as in the training step."""
     from stillhouse.student_trainer.config.schema import LossConfig
-    from stillhouse.student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
+    from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
+    from stillhouse.student_trainer.train.loss.objective import Positions
     from stillhouse.student_trainer.train.loss.sparse import SparseTargets
     from stillhouse.student_trainer.train.loss.workspace import Workspace
 

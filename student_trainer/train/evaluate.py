@@ -14,8 +14,7 @@ from torch import Tensor
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch, ScoredExample, collate
 from stillhouse.student_trainer.train.loss.alm import chunk_objective
-from stillhouse.student_trainer.train.loss.fused import Positions
-from stillhouse.student_trainer.train.loss.objective import objective
+from stillhouse.student_trainer.train.loss.objective import Positions, objective
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs_of
 from stillhouse.student_trainer.train.student.lm_head import LmHead
@@ -80,16 +79,16 @@ class Evaluator:
 
     def _add_batch(self, sums: Counter[str], batch: MicroBatch) -> None:
         sums["tokens"] += batch.num_targets
-        sums["answers"] += batch.targets is not None
+        sums["answers"] += batch.positions.targets is not None
         text = torch.zeros(1, batch.num_targets, device=self.accelerator.device)
         with torch.no_grad(), self.accelerator.autocast():
             for rows, logits in self.head.logit_chunks(batch):
                 sums.update(self._sum_positions(logits, batch.positions.rows(rows)))
                 if batch.chunks is not None:
-                    text[:, rows] = text_logprobs_of(logits, batch.target_ids[:, rows])
+                    text[:, rows] = text_logprobs_of(logits, batch.positions.target_ids[:, rows])
         if batch.chunks is not None and self.chunk_loss is not None:
             loss = replace(self.chunk_loss, hard_weight=0)
-            summed = chunk_objective(text, batch.weights, batch.chunks, loss)
+            summed = chunk_objective(text, batch.positions.weights, batch.chunks, loss)
             sums.update({"alm": summed.loss_sum.item(), "chunks": batch.chunks.weights.sum().item()})
 
     def _sum_positions(self, logits: Tensor, here: Positions) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.distributed.ranks import Ranks
 from stillhouse.student_trainer.train.loss.alm import chunk_objective
-from stillhouse.student_trainer.train.loss.fused import Positions, fused_objective
-from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, objective
+from stillhouse.student_trainer.train.loss.fused import fused_objective
+from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, Positions, objective
 from stillhouse.student_trainer.train.loss.reduction import Reduction
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
 from stillhouse.student_trainer.train.loss.workspace import Workspace
@@ -194,7 +194,7 @@ class Stepper:
                 chunk_scale=chunk_scale,
             )
             summed = self._objective(batch, loss)
-            weight = batch.weights.sum().item() / denominator
+            weight = batch.positions.weights.sum().item() / denominator
             for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
                 sums[name] += value.item() / denominator  # type: ignore[assignment]  # a Counter of floats
                 shares[name] += 1.0 if name == "loss" else weight  # type: ignore[assignment]
@@ -243,7 +243,7 @@ class Stepper:
         """The objective of a micro-batch; fused with the output layer if that is plain."""
         layer = self._head.layer
         if batch.chunks is not None:
-            return chunk_objective(self._text_logprobs(batch), batch.weights, batch.chunks, loss)
+            return chunk_objective(self._text_logprobs(batch), batch.positions.weights, batch.chunks, loss)
         with self._accelerator.autocast():
             if layer is not None:
                 hidden = self._head.hidden(batch)
@@ -264,9 +264,9 @@ class Stepper:
         layer = self._head.layer
         with self._accelerator.autocast():
             if layer is not None:
-                return text_logprobs(self._head.hidden(batch), layer, batch.target_ids)
+                return text_logprobs(self._head.hidden(batch), layer, batch.positions.target_ids)
             logits = self._student.logits(batch)
-        return text_logprobs_of(logits, batch.target_ids, chunk_logits=CHUNK_LOGITS)
+        return text_logprobs_of(logits, batch.positions.target_ids, chunk_logits=CHUNK_LOGITS)
 
     def _chunked(self, logits: Tensor, positions: Positions, loss: LossConfig) -> ObjectiveSum:
         """The objective of a model's whole logits, a chunk of targets at a time."""

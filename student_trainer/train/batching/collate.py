@@ -7,8 +7,8 @@ teacher's answer speaks of it (protos/stillhouse/v1/tensor.proto).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from stillhouse.student_trainer.train.batching.target_forms import (
 )
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.loss.alm import ChunkTargets
-from stillhouse.student_trainer.train.loss.fused import Positions
+from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
 from stillhouse.student_trainer.train.loss.reduction import Reduction
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
@@ -61,29 +61,11 @@ class MicroBatch:
     """int64 [C]: positions whose output predicts a target in any sequence, ascending."""
     picks: Tensor
     """int64 [N]: each target's place in the outputs of `columns`, flattened from [B, C]."""
-    target_ids: Tensor
-    """int64 [1, N]."""
-    weights: Tensor
-    """float32 [1, N]: each target's weight in the objective."""
-    targets: SparseTargets | None
-    """The teacher's distributions, [1, N, K]; None without a teacher."""
-    sampled: SampledTokens | None = None
-    """[1, N]: the targets as the student sampled them; None unless they are rollouts."""
-    token_factors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Factor of each position's divergence by token weighting, float32 [1, N]."""
+    positions: Positions
+    """Targets, [1, N]: `weights` in the objective, `targets` (the teacher's distributions, [1, N, K]) None without a teacher,
+    `sampled` None unless they are rollouts."""
     chunks: ChunkTargets | None = None
-    """The teacher's log-probabilities of chunks if its tokenizer is foreign; `targets` is None then."""
-
-    @property
-    def positions(self) -> Positions:
-        """All that losses need of the targets but the student."""
-        return Positions(
-            target_ids=self.target_ids,
-            weights=self.weights,
-            targets=self.targets,
-            sampled=self.sampled,
-            token_factors=self.token_factors,
-        )
+    """The teacher's log-probabilities of chunks if its tokenizer is foreign; `positions.targets` is None then."""
 
     @property
     def num_targets(self) -> int:
@@ -123,17 +105,19 @@ def collate(
         position_ids=_optional(model_inputs.position_ids, device),
         columns=tensor(model_inputs.columns),
         picks=tensor(model_inputs.picks),
-        target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
-        weights=tensor(np.concatenate(weights)).unsqueeze(0),
-        targets=_targets(scored, positions, device, form) if answered and not foreign else None,
-        sampled=_sampled(scored, positions, device, max_importance_weight),
-        token_factors={
-            each.weighting: tensor(
-                np.concatenate([each.compute(*pair) for pair in zip(scored, positions, strict=True)])
-            ).unsqueeze(0)
-            for each in factors
-            if answered and not foreign
-        },
+        positions=Positions(
+            target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
+            weights=tensor(np.concatenate(weights)).unsqueeze(0),
+            targets=_targets(scored, positions, device, form) if answered and not foreign else None,
+            sampled=_sampled(scored, positions, device, max_importance_weight),
+            token_factors={
+                each.weighting: tensor(
+                    np.concatenate([each.compute(*pair) for pair in zip(scored, positions, strict=True)])
+                ).unsqueeze(0)
+                for each in factors
+                if answered and not foreign
+            },
+        ),
         chunks=_chunks(scored, positions, device, reduction, chunk_scale) if foreign else None,
     )
 

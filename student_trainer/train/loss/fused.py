@@ -15,21 +15,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig
 from stillhouse.student_trainer.train.loss.logit_chunk import LogitChunk
 from stillhouse.student_trainer.train.loss.objective import (
     ObjectiveSum,
-    TokenFactors,
+    Positions,
     objective_of,
     readout_temperature,
     teacher_side,
 )
-from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
 from stillhouse.student_trainer.train.loss.readout import Readout, read_out
-from stillhouse.student_trainer.train.loss.sparse import Targets, TeacherBuckets
+from stillhouse.student_trainer.train.loss.sparse import TeacherBuckets
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 
 CPU_CHUNK_LOGITS = 2**25
@@ -44,28 +43,6 @@ class OutputLayer:
 
     weight: Float[Tensor, "V H"]
     bias: Float[Tensor, " V"] | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Positions:
-    """Targets and weights of N positions, without the student; every tensor has one row, [1, N, ...]."""
-
-    target_ids: Int64[Tensor, "1 N"]
-    weights: Float[Tensor, "1 N"]
-    """0 for positions that do not count."""
-    targets: Targets | None
-    sampled: SampledTokens | None = None
-    token_factors: TokenFactors = field(default_factory=dict)
-
-    def rows(self, rows: slice) -> Positions:
-        """Selects positions."""
-        return Positions(
-            target_ids=self.target_ids[:, rows],
-            weights=self.weights[:, rows],
-            targets=None if self.targets is None else self.targets.rows(rows),
-            sampled=None if self.sampled is None else self.sampled.rows(rows),
-            token_factors={name: factor[:, rows] for name, factor in self.token_factors.items()},
-        )
 
 
 def fused_objective(
@@ -250,7 +227,7 @@ def _chunk_objective(
     leaves = [each.detach().requires_grad_(differentiate) for each in values if each is not None]
     with torch.set_grad_enabled(differentiate):
         readout = Readout(buckets=leaves[0] if teacher is not None else None, targets=leaves[-1])
-        summed = _objective(readout, teacher, positions, config)
+        summed = objective_of(readout, teacher, positions, config)
     row_factors = None
     if differentiate:
         grads = torch.autograd.grad(summed.loss_sum, leaves, allow_unused=True, materialize_grads=True)
@@ -272,22 +249,8 @@ def _dense_chunk_objective(
         readout = read_out(
             logits, positions.target_ids, positions.weights, teacher, temperature=readout_temperature(config)
         )
-        summed = _objective(readout, teacher, positions, config)
+        summed = objective_of(readout, teacher, positions, config)
     if differentiate:
         (gradient,) = torch.autograd.grad(summed.loss_sum, logits)
         chunk.logits.copy_(gradient[0])
     return ObjectiveSum(loss_sum=summed.loss_sum.detach(), parts=summed.parts)
-
-
-def _objective(
-    readout: Readout, teacher: TeacherBuckets | None, positions: Positions, config: LossConfig
-) -> ObjectiveSum:
-    return objective_of(
-        readout,
-        teacher,
-        positions.targets,
-        positions.weights,
-        config,
-        sampled=positions.sampled,
-        token_factors=positions.token_factors,
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias, cast
 
 import torch
@@ -54,6 +54,28 @@ class ObjectiveSum:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Positions:
+    """Targets and weights of N positions, without the student; every tensor has one row, [1, N, ...]."""
+
+    target_ids: Int64[Tensor, "1 N"]
+    weights: Float[Tensor, "1 N"]
+    """0 for positions that do not count."""
+    targets: Targets | None
+    sampled: SampledTokens | None = None
+    token_factors: TokenFactors = field(default_factory=dict)
+
+    def rows(self, rows: slice) -> Positions:
+        """Selects positions."""
+        return Positions(
+            target_ids=self.target_ids[:, rows],
+            weights=self.weights[:, rows],
+            targets=None if self.targets is None else self.targets.rows(rows),
+            sampled=None if self.sampled is None else self.sampled.rows(rows),
+            token_factors={name: factor[:, rows] for name, factor in self.token_factors.items()},
+        )
+
+
 def objective(
     student_logits: Float[Tensor, "B T V"],
     target_ids: Int64[Tensor, "B T"],
@@ -72,22 +94,21 @@ def objective(
     """
     teacher = teacher_side(targets, config, num_logits=student_logits.shape[-1], vocab_size=vocab_size)
     readout = read_out(student_logits, target_ids, weights, teacher, temperature=readout_temperature(config))
-    return objective_of(
-        readout, teacher, targets, weights, config, sampled=sampled, token_factors=token_factors or {}
+    positions = Positions(
+        target_ids=target_ids,
+        weights=weights,
+        targets=targets,
+        sampled=sampled,
+        token_factors=token_factors or {},
     )
+    return objective_of(readout, teacher, positions, config)
 
 
 def objective_of(
-    readout: Readout,
-    teacher: TeacherBuckets | None,
-    targets: Targets | None,
-    weights: Float[Tensor, "B T"],
-    config: LossConfig,
-    *,
-    sampled: SampledTokens | None,
-    token_factors: TokenFactors,
+    readout: Readout, teacher: TeacherBuckets | None, positions: Positions, config: LossConfig
 ) -> ObjectiveSum:
-    """Computes the objective from a readout of the logits."""
+    """Computes the objective from a readout of the logits at `positions`."""
+    weights, sampled, targets = positions.weights, positions.sampled, positions.targets
     parts: dict[str, Tensor] = {}
     hard = reduce(-readout.targets, weights).loss_sum
     parts["cross_entropy"] = hard.detach()
@@ -109,7 +130,7 @@ def objective_of(
             assert pair is not None, "a term has weight, but the teacher was not queried"
             name, loss = term.divergence, _term(term, pair, config)
         if term.token_weighting != "uniform":  # noqa: S105 (tokens of text)
-            loss = loss * token_factors[term.token_weighting].to(loss.dtype)
+            loss = loss * positions.token_factors[term.token_weighting].to(loss.dtype)
         summed = reduce(loss, weights).loss_sum
         parts[name] = parts.get(name, torch.zeros_like(summed)) + summed.detach()
         total = total + term.weight * summed

@@ -101,11 +101,11 @@ def test_a_baseline_reaches_the_loss_and_prompts_do_not() -> None:
     texts = [written([-1.0, -2.0], [-2.0, -1.0]), written([-1.0], [-4.0])]
     with_them = with_baselines(texts, {0: "group"}, {0: batch_sums(texts, 0)})
     batch = collate(with_them, reduction="token_mean", device=torch.device("cpu"))
-    assert batch.target_ids.tolist() == [[PROMPT, PROMPT + 1, PROMPT]]
-    assert batch.sampled is not None
-    assert batch.sampled.baseline is not None
-    assert batch.sampled.baseline.tolist() == [[3, 3, 0]]
-    assert batch.sampled.rows(slice(1, 3)).baseline.tolist() == [[3, 0]]  # type: ignore[union-attr]
+    assert batch.positions.target_ids.tolist() == [[PROMPT, PROMPT + 1, PROMPT]]
+    assert batch.positions.sampled is not None
+    assert batch.positions.sampled.baseline is not None
+    assert batch.positions.sampled.baseline.tolist() == [[3, 3, 0]]
+    assert batch.positions.sampled.rows(slice(1, 3)).baseline.tolist() == [[3, 0]]  # type: ignore[union-attr]
 
 
 def test_ending_early_is_no_way_to_a_smaller_loss() -> None:
@@ -150,8 +150,8 @@ def test_texts_of_all_lengths_with_equal_tokens_have_one_loss() -> None:
             reduction="token_mean",
             device=torch.device("cpu"),
         )
-        assert batch.sampled is not None
-        loss = policy_gradient(batch.sampled.behaviour_logprobs, batch.sampled)
-        summed = reduce(loss, batch.weights)
+        assert batch.positions.sampled is not None
+        loss = policy_gradient(batch.positions.sampled.behaviour_logprobs, batch.positions.sampled)
+        summed = reduce(loss, batch.positions.weights)
         losses.append(float(summed.loss_sum / summed.denominator))
     assert losses == pytest.approx([1.0] * 4)

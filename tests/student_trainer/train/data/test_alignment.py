@@ -79,7 +79,7 @@ def test_logits_are_those_before_each_target(student: Student) -> None:
     expected = torch.cat([_full_logprobs(student, each)[np.flatnonzero(each.mask) - 1] for each in examples])
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=1e-5)
     targets = np.concatenate([each.token_ids[each.mask] for each in examples])
-    assert batch.target_ids[0].tolist() == targets.tolist()
+    assert batch.positions.target_ids[0].tolist() == targets.tolist()
 
 
 def test_a_model_without_logits_to_keep_gives_the_same(student: Student) -> None:
@@ -99,11 +99,13 @@ def test_a_model_without_logits_to_keep_gives_the_same(student: Student) -> None
 def test_every_position_meets_its_own_answer(student: Student) -> None:
     scored = [ScoredExample(example=each, answer=_answer(student, each, 16)) for each in _examples()]
     batch = collate(scored, reduction="token_mean", device=CPU)
-    assert batch.targets is not None
+    assert batch.positions.targets is not None
     with torch.no_grad():
         logits = student.logits(batch)
-        total = forward_kl(logits, batch.targets, batch.weights).loss_sum.item()
-        shifted = forward_kl(logits.roll(1, dims=1), batch.targets, batch.weights).loss_sum.item()
+        total = forward_kl(logits, batch.positions.targets, batch.positions.weights).loss_sum.item()
+        shifted = forward_kl(
+            logits.roll(1, dims=1), batch.positions.targets, batch.positions.weights
+        ).loss_sum.item()
     assert abs(total) < 1e-4
     assert shifted > 1
 
@@ -114,5 +116,5 @@ def test_weights_sum_to_the_denominator(reduction: Any, expected: int) -> None:
     batch = collate(
         [ScoredExample(example=each, answer=None) for each in examples], reduction=reduction, device=CPU
     )
-    assert batch.weights.sum().item() == pytest.approx(expected)
+    assert batch.positions.weights.sum().item() == pytest.approx(expected)
     assert total_weight(examples, reduction) == pytest.approx(expected)

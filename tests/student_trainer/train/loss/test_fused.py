@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.train.loss.fused import OutputLayer, Positions, fused_objective
-from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, objective
+from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
+from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, Positions, objective
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 from stillhouse.student_trainer.train.loss.workspace import Workspace
