@@ -18,7 +18,7 @@ from stillhouse.student_trainer.train.loss.objective import Positions, objective
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs_of
 from stillhouse.student_trainer.train.student.lm_head import LmHead
-from stillhouse.student_trainer.train.student.student import Student
+from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 DIVERGENCE = LossConfig(terms=(LossTermConfig(divergence="forward_kl"),))
 """Objective of rows with targets."""
@@ -55,18 +55,11 @@ class Evaluator:
         if not self.num_rows:
             return {}
         sums: Counter[str] = Counter()
-        was_training = self.student.model.training
-        self.student.model.eval()
-        try:
+        with evaluation_mode(self.student.model):
             for first in range(0, len(self.rows), self.batch_size):
-                batch = collate(
-                    self.rows[first : first + self.batch_size],
-                    reduction="token_mean",
-                    device=self.accelerator.device,
-                )
+                rows = self.rows[first : first + self.batch_size]
+                batch = collate(rows, reduction="token_mean", device=self.accelerator.device)
                 self._add_batch(sums, batch)
-        finally:
-            self.student.model.train(was_training)
         whole = self.total({name: float(value) for name, value in sums.items()})
         names = ("cross_entropy", "kl", "agreement") if whole["answers"] else ("cross_entropy",)
         means = {f"eval/{name}": whole[name] / whole["tokens"] for name in names}

@@ -91,10 +91,11 @@ class Stepper:
             if term.weight > 0 and term.baseline != "none"
         }
         self._parameters = list(student.trainable_parameters().values())
-        self._head = LmHead(student)
+        self.head = LmHead(student)
+        """The student's output layer."""
         self._workspace = Workspace()
         self._matmul_dtype: torch.dtype | None = None
-        if self._head.layer is None:
+        if self.head.layer is None:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
         if config.data.packing:
             check_packing(student, accelerator.device)
@@ -103,11 +104,6 @@ class Stepper:
         """Sets the matmul dtype of the fused loss; None is that of autocast or weights."""
         self._matmul_dtype = getattr(torch, matmul_dtype) if matmul_dtype else None
         log.info("matmuls of the loss", dtype=matmul_dtype or "by precision")
-
-    @property
-    def head(self) -> LmHead:
-        """The student's output layer."""
-        return self._head
 
     def take_step(self, data: StepData, progress: Progress) -> dict[str, float]:
         """Takes a step and moves `progress` on; the metrics over all processes.
@@ -124,8 +120,12 @@ class Stepper:
         set_learning_rate(self._optimizer, rate)
         metrics = {"train/learning_rate": rate, "train/teacher_wait_s": data.teacher_wait_s}
         if num_tokens:
+            factors = [
+                plain.scaled(whole[f"{plain.weighting}/total"], whole[f"{plain.weighting}/denominator"])
+                for plain in self._weightings
+            ]
             chunk_scale = whole["chunks/targets"] / (whole["chunks/weight"] or 1.0)
-            means = self._accumulate(scored, whole["weight"], self._factors(whole), chunk_scale)
+            means = self._accumulate(scored, whole["weight"], factors, chunk_scale)
             norm = self._update(means["loss"])
             metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
             updated = math.isfinite(means["loss"]) and (
@@ -232,21 +232,14 @@ class Stepper:
         self._prepared.zero_grad()
         return norm
 
-    def _factors(self, whole: Mapping[str, float]) -> list[Factor]:
-        """Token weightings of all losses, with mean 1 over the whole step."""
-        return [
-            plain.scaled(whole[f"{plain.weighting}/total"], whole[f"{plain.weighting}/denominator"])
-            for plain in self._weightings
-        ]
-
     def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
         """The objective of a micro-batch; fused with the output layer if that is plain."""
-        layer = self._head.layer
+        layer = self.head.layer
         if batch.chunks is not None:
             return chunk_objective(self._text_logprobs(batch), batch.positions.weights, batch.chunks, loss)
         with self._accelerator.autocast():
             if layer is not None:
-                hidden = self._head.hidden(batch)
+                hidden = self.head.hidden(batch)
                 return fused_objective(
                     hidden,
                     layer,
@@ -261,10 +254,10 @@ class Stepper:
 
     def _text_logprobs(self, batch: MicroBatch) -> Tensor:
         """[1, N]: log-probabilities of the targets, with gradients."""
-        layer = self._head.layer
+        layer = self.head.layer
         with self._accelerator.autocast():
             if layer is not None:
-                return text_logprobs(self._head.hidden(batch), layer, batch.positions.target_ids)
+                return text_logprobs(self.head.hidden(batch), layer, batch.positions.target_ids)
             logits = self._student.logits(batch)
         return text_logprobs_of(logits, batch.positions.target_ids, chunk_logits=CHUNK_LOGITS)
 

@@ -123,19 +123,9 @@ class RankProcesses:
         if Path("/sys/class/net", _LOOPBACK).exists():
             os.environ.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK)
         self._errors = tempfile.TemporaryDirectory(prefix="stillhouse-ranks-")
-        module = [
-            sys.executable,
-            *(["-P"] if sys.flags.safe_path else []),
-            "-m",
-            "stillhouse.student_trainer.train",
-        ]
-        command = [
-            *module,
-            str(self._attempt.run_dir.path),
-            "--attempt",
-            str(self._attempt.number),
-            "--worker",
-        ]
+        python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
+        arguments = [str(self._attempt.run_dir.path), "--attempt", str(self._attempt.number), "--worker"]
+        command = [*python, "-m", "stillhouse.student_trainer.train", *arguments]
         for rank in range(1, self.rank_info.size):
             self._workers[rank] = subprocess.Popen(
                 command, env=self._environment(rank), stdin=subprocess.PIPE

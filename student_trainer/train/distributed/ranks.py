@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,7 +50,11 @@ class Ranks:
         bulk: Any = None,
     ) -> None:
         """Takes process groups, None for a single process: `patient` between steps, `swift` inside, `bulk` for gradients."""
-        self.rank_info = rank_info or RankInfo()
+        place = rank_info or RankInfo()
+        self.rank = place.rank
+        """Rank of this process, from 0."""
+        self.size = place.size
+        """Number of processes."""
         self._patient = patient
         self._swift = swift
         self._bulk = bulk
@@ -64,7 +69,7 @@ class Ranks:
         if on_gpus:
             _select_device(rank_info)
         swift_time = timedelta(seconds=timeout_s())
-        try:
+        with _connected():
             dist.init_process_group(
                 "gloo",
                 store=store,
@@ -74,28 +79,16 @@ class Ranks:
             )
             swift = dist.new_group(backend="gloo", timeout=swift_time)
             bulk = dist.new_group(backend="nccl", timeout=swift_time) if on_gpus else swift
-        except RuntimeError as error:
-            raise _lost(error) from error
         return cls(rank_info, patient=dist.group.WORLD, swift=swift, bulk=bulk)
-
-    @property
-    def rank(self) -> int:
-        """Rank of this process, from 0."""
-        return self.rank_info.rank
-
-    @property
-    def size(self) -> int:
-        """Number of processes."""
-        return self.rank_info.size
 
     @property
     def is_first(self) -> bool:
         """True in the process that writes the run directory."""
-        return self.rank_info.rank == 0
+        return self.rank == 0
 
     def is_mine(self, number: int) -> bool:
         """Returns True if item `number` of a global order is this process's."""
-        return number % self.rank_info.size == self.rank_info.rank
+        return number % self.size == self.rank
 
     def gather(self, data: bytes, *, patient: bool = False) -> list[bytes]:
         """Returns every process's bytes, by rank. `patient`: some may come late, because they wait for a teacher."""
@@ -103,15 +96,13 @@ class Ranks:
             return [data]
         group = self._patient if patient else self._swift
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        try:
+        with _connected():
             dist.all_gather(sizes, torch.tensor([len(data)]), group=group)
             longest = max(1, *(int(size) for size in sizes))
             own = torch.zeros(longest, dtype=torch.uint8)
             own[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else own[:0]
             parts = [torch.empty_like(own) for _ in range(self.size)]
             dist.all_gather(parts, own, group=group)
-        except RuntimeError as error:
-            raise _lost(error) from error
         return [part[: int(size)].numpy().tobytes() for part, size in zip(parts, sizes, strict=True)]
 
     def exchange(self, value: Any, *, patient: bool = False) -> list[Any]:
@@ -189,7 +180,7 @@ class Ranks:
         present = torch.tensor(
             [each.grad is not None for each in parameters], dtype=torch.int32, device=device
         )
-        try:
+        with _connected():
             dist.all_reduce(present, dist.ReduceOp.MAX, group=self._bulk)
             there = [each for each, flag in zip(parameters, present.tolist(), strict=True) if flag]
             for bucket in _buckets(there):
@@ -201,18 +192,13 @@ class Ranks:
                 parts = torch.split(flat, [each.numel() for each in gradients])
                 for each, part in zip(bucket, parts, strict=True):
                     each.grad = part.view_as(each)
-        except RuntimeError as error:
-            raise _lost(error) from error
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copies the first process's values of `tensors` to all, in place."""
         if self.size > 1:
-            try:
-                with torch.no_grad():
-                    for tensor in tensors:
-                        dist.broadcast(tensor, 0, group=self._bulk)
-            except RuntimeError as error:
-                raise _lost(error) from error
+            with _connected(), torch.no_grad():
+                for tensor in tensors:
+                    dist.broadcast(tensor, 0, group=self._bulk)
 
     def leave(self) -> None:
         """Closes the connections, as all processes do at the end."""
@@ -258,12 +244,17 @@ def _select_device(rank_info: RankInfo) -> None:
     torch.cuda.set_device(rank_info.local_rank)
 
 
-def _lost(error: RuntimeError) -> StillhouseError:
-    return StillhouseError(
-        Reason.PROCESS_DIED,
-        f"Another process of this run has ended, or did not respond for {timeout_s():g} s ({first_line(error)}). See its log; "
-        "`run resume` continues from the last checkpoint.",
-    )
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Raises a collective operation that fails in the block as StillhouseError(PROCESS_DIED)."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StillhouseError(
+            Reason.PROCESS_DIED,
+            f"Another process of this run has ended, or did not respond for {timeout_s():g} s ({first_line(error)}). See its log; "
+            "`run resume` continues from the last checkpoint.",
+        ) from error
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:

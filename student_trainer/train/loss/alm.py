@@ -62,22 +62,20 @@ def chunk_objective(
         "aligned": reduce((chunks.chunk_of >= 0).to(weights.dtype), weights).loss_sum,
         "chunk_gap": ((student.detach() - chunks.teacher_logprobs).abs() * chunks.weights).sum(),
     }
-    for name, parameters, weight in (
-        (each.divergence, each.parameters, each.weight) for each in config.terms
-    ):
-        if weight == 0:
+    for term in config.terms:
+        if term.weight == 0:
             continue
         loss = chunk_divergence(
-            name,
+            term.divergence,
             chunks.teacher_logprobs,
             student,
             temperature=config.chunk_temperature,
-            parameters=parameters,
+            parameters=term.parameters,
         )
         summed = (loss * chunks.weights).sum()
-        key = f"alm_{name}"
+        key = f"alm_{term.divergence}"
         parts[key] = parts.get(key, torch.zeros_like(summed)) + summed.detach()
-        total = total + weight * summed
+        total = total + term.weight * summed
     return ObjectiveSum(loss_sum=total, parts=parts)
 
 

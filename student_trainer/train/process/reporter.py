@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import structlog
 
@@ -13,7 +12,7 @@ from stillhouse.student_trainer.run_dir import Attempt
 
 
 class Reporter:
-    """Writes metrics of one attempt; a context manager."""
+    """Writes metrics of one attempt."""
 
     def __init__(self, attempt: Attempt) -> None:
         self._attempt = attempt
@@ -21,12 +20,8 @@ class Reporter:
         self._first_step = 0
         self._waits = TeacherWaitMonitor()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Closes the TensorBoard file."""
         if self._writer is not None:
             self._writer.close()
 

@@ -6,10 +6,10 @@ is that of the actual sampling distribution. Axes: B sequences, V vocabulary, Q 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +19,10 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
-from stillhouse.student_trainer.train.student.student import Student
+from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 BATCH_TEXTS = 64
 """Sequences sampled at a time."""
-
-
-class Autocast(Protocol):
-    """Enters the precision in which the student computes."""
-
-    def __call__(self) -> AbstractContextManager[object]: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,11 +47,11 @@ class LocalSampler:
         student: Student,
         *,
         device: torch.device,
-        autocast: Autocast,
+        autocast: Callable[[], AbstractContextManager[object]],
         vocab_size: int,
         num_likeliest: int,
     ) -> None:
-        """`vocab_size` is the effective vocabulary: only ids below it are sampled."""
+        """`autocast` enters the precision in which the student computes; only ids below `vocab_size`, the effective one, are sampled."""
         self._student = student
         self._device = device
         self._autocast = autocast
@@ -83,19 +77,15 @@ class LocalSampler:
             for prompt, seed in zip(prompts, seeds, strict=True)
             for sample in range(generation.samples_per_prompt)
         ]
-        was_training = self._student.model.training
-        self._student.model.eval()
-        try:
-            with torch.no_grad(), self._autocast(), _plain_settings(self._student.model):
-                texts = [
-                    text
-                    for first in range(0, len(copies), BATCH_TEXTS)
-                    for text in self._write_batch(
-                        copies[first : first + BATCH_TEXTS], generation, max_sequence_tokens
-                    )
-                ]
-        finally:
-            self._student.model.train(was_training)
+        model = self._student.model
+        with evaluation_mode(model), torch.no_grad(), self._autocast(), _plain_settings(model):
+            texts = [
+                text
+                for first in range(0, len(copies), BATCH_TEXTS)
+                for text in self._write_batch(
+                    copies[first : first + BATCH_TEXTS], generation, max_sequence_tokens
+                )
+            ]
         size = generation.samples_per_prompt
         return [texts[first : first + size] for first in range(0, len(texts), size)]
 

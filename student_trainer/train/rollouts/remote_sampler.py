@@ -59,11 +59,6 @@ class RolloutQuery:
     """Folder of its files."""
     version: int
 
-    @property
-    def cost(self) -> int:
-        """Tokens read and at most sampled for one text."""
-        return len(self.token_ids) + self.max_new_tokens
-
 
 class RemoteSampler(Endpoint):
     """Samples with the student's adapter on another host or GPU: one replica of a SamplerPool."""

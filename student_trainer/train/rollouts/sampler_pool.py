@@ -54,7 +54,7 @@ class SamplerPool:
         self._connect()
         options: PoolOptions[RolloutQuery] = PoolOptions(
             name="rollouts",
-            cost_of=lambda query: query.cost,
+            cost_of=lambda query: len(query.token_ids) + query.max_new_tokens,
             # A token that is replaced while the run goes on is read again before the next try.
             is_passing=lambda error, _: error.retryable or error.reason is Reason.UNAUTHENTICATED,
         )

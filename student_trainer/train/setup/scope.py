@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -56,7 +56,7 @@ def open_scope(
             config=config,
             attempt=attempt,
             ranks=ranks or Ranks(),
-            reporter=stack.enter_context(Reporter(attempt)),
+            reporter=stack.enter_context(closing(Reporter(attempt))),
             patience=TeacherWait(attempt, stop_requested, config.retry.teacher_wait_s),
             stack=stack,
         )

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
 from stillhouse.student_trainer.train.loss.fused import OutputLayer
-from stillhouse.student_trainer.train.student.student import Student
+from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 CHUNK_LOGITS = 2**27
 """Logits held at a time without gradients."""
@@ -62,15 +62,10 @@ def _plain_layer(model: Any) -> nn.Linear | None:
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return None
     token_ids = torch.tensor([[1, 0, 1]], device=layer.weight.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = model(input_ids=token_ids, use_cache=False).logits
-            with _bypassed(layer):
-                hidden = model(input_ids=token_ids, use_cache=False).logits
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.no_grad():
+        expected = model(input_ids=token_ids, use_cache=False).logits
+        with _bypassed(layer):
+            hidden = model(input_ids=token_ids, use_cache=False).logits
     if hidden.shape[-1] != layer.in_features:
         return None
     found = layer(hidden.to(layer.weight.dtype))

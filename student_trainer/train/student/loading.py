@@ -23,8 +23,14 @@ def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device
     if config.quantization == "none":
         model = keep_layers(load_base(config, data_dir, dtype), config)
     else:
-        model = keep_layers(_load_quantized(config, data_dir, dtype, device), config)
-        model = _prepare_quantized(model, config)
+        import peft
+
+        # Casts norms to float32 and, for gradient checkpointing, enables gradients at the input.
+        model = peft.prepare_model_for_kbit_training(
+            keep_layers(_load_quantized(config, data_dir, dtype, device), config),
+            use_gradient_checkpointing=config.gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
     if config.adapter:
         model = _load_adapter(model, config, data_dir)
     elif config.lora:
@@ -176,17 +182,6 @@ def _load_quantized(config: StudentConfig, data_dir: Path, dtype: torch.dtype, d
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
-
-
-def _prepare_quantized(model: Any, config: StudentConfig) -> Any:
-    """Casts norms to float32 and, for gradient checkpointing, enables gradients at the input."""
-    import peft
-
-    return peft.prepare_model_for_kbit_training(
-        model,
-        use_gradient_checkpointing=config.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
-    )
 
 
 def model_source(config: StudentConfig, data_dir: Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.student.student import Student
+from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 MAX_DIFFERENCE = 0.02
 """Largest difference of logits, packed against alone, as a share of their spread; bfloat16 rounding stays below it."""
@@ -35,18 +35,11 @@ def check_packing(student: Student, device: torch.device) -> None:
         )
         for length in (5, 3, 6)
     ]
-    was_training = student.model.training
-    student.model.eval()
-    try:
-        with torch.no_grad():
-            packed, apart = (
-                student.logits(
-                    collate(scored, reduction="token_mean", device=device, packing=packing)
-                ).float()
-                for packing in (True, False)
-            )
-    finally:
-        student.model.train(was_training)
+    with evaluation_mode(student.model), torch.no_grad():
+        packed, apart = (
+            student.logits(collate(scored, reduction="token_mean", device=device, packing=packing)).float()
+            for packing in (True, False)
+        )
     if (packed - apart).abs().max() > MAX_DIFFERENCE * apart.std():
         description = (
             f"{student.config.model} mixes sequences packed into one row: its logits differ from those of the sequences "

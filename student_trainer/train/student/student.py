@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,17 @@ def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
         raise model_not_found(
             config, source, f"has no tokenizer that can be read ({first_line(error)})"
         ) from error
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches dropout and the like off inside the block."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Student:
@@ -81,20 +93,10 @@ class Student:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         student = cls(model, tokenizer, config, data_dir)
-        log.info(
-            "student loaded", model=config.model, trained=student.num_trainable, of=student.num_parameters
-        )
+        trained = sum(each.numel() for each in student.trainable_parameters().values())
+        total = sum(each.numel() for each in student.model.parameters())
+        log.info("student loaded", model=config.model, trained=trained, of=total)
         return student
-
-    @property
-    def num_parameters(self) -> int:
-        """Total number of parameters."""
-        return sum(each.numel() for each in self.model.parameters())
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters."""
-        return sum(each.numel() for each in self.trainable_parameters().values())
 
     def trainable_parameters(self) -> Mapping[str, nn.Parameter]:
         """Returns the trainable parameters by name; shared ones once."""
