@@ -80,10 +80,10 @@ class _Agreement:
 
 def _agree(run: RunContext, data: StepData, *, stop: bool) -> _Agreement:
     """Exchanges stop requests, due checkpoints and metrics."""
-    run.state.in_flight.drop_before(run.progress.step)
+    run.state.in_flight.drop_before(run.state.progress.step)
     own = {
         "stop": stop,
-        "save": run.triggers.should_save(run.progress.step),
+        "save": run.triggers.should_save(run.state.progress.step),
         "weight": len(data.scored),
         "metrics": {"train/teacher_wait_s": data.teacher_wait_s, **data.metrics, **run.runtime_metrics()},
         "asked": run.source.num_asked,
@@ -99,7 +99,7 @@ def _agree(run: RunContext, data: StepData, *, stop: bool) -> _Agreement:
 
 def _evaluate(run: RunContext) -> int:
     """Evaluates on the held-out rows, if there are any, and reports; the step."""
-    step, metrics = run.progress.step, run.evaluator.evaluate()
+    step, metrics = run.state.progress.step, run.evaluator.evaluate()
     if metrics:
         run.scope.reporter.metrics(step, metrics)
         log.info("evaluated", step=step, **metrics)
@@ -108,10 +108,10 @@ def _evaluate(run: RunContext) -> int:
 
 def _refuse_non_finite(run: RunContext) -> None:
     """Raises StillhouseError(NON_FINITE) once too many consecutive steps changed no weight."""
-    if run.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    if run.state.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise StillhouseError(
             Reason.NON_FINITE,
-            f"The loss or its gradient was NaN or infinite in {run.progress.skipped_in_a_row} steps in a row, up to step "
-            f"{run.progress.step}. {checkpoint.last_good(run.scope.run_dir)} Lower optimizer.learning_rate, or "
+            f"The loss or its gradient was NaN or infinite in {run.state.progress.skipped_in_a_row} steps in a row, up to step "
+            f"{run.state.progress.step}. {checkpoint.last_good(run.scope.run_dir)} Lower optimizer.learning_rate, or "
             "use optimizer.precision: fp32.",
         )

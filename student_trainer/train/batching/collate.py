@@ -18,6 +18,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.batching.target_forms import (
     TargetForm,
+    TargetRows,
     TokenWeighting,
     entropy,
     target_rows,
@@ -222,23 +223,16 @@ def _packed(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) ->
 def _targets(
     scored: Sequence[ScoredExample], positions: Sequence[np.ndarray], device: torch.device, form: TargetForm
 ) -> SparseTargets:
-    token_ids: list[np.ndarray] = []
-    logprobs: list[np.ndarray] = []
-    log_tail: list[np.ndarray] = []
+    found: list[TargetRows] = []
     log_partition: list[np.ndarray] = []
     for each, at in zip(scored, positions, strict=True):
         answer = each.answer
         assert answer is not None
         rows = at - answer.start
-        found = target_rows(answer, rows, form)
-        token_ids.append(found.token_ids)
-        logprobs.append(found.logprobs)
-        log_tail.append(found.log_tail)
+        found.append(target_rows(answer, rows, form))
         if answer.log_partitions is not None and answer.log_partitions.shape[1]:
             log_partition.append(answer.log_partitions[rows, 0])
-    widest = max(array.shape[1] for array in token_ids)
-    token_ids = [_widened(array, widest, PAD_ID) for array in token_ids]
-    logprobs = [_widened(array, widest, -np.inf) for array in logprobs]
+    widest = max(each.token_ids.shape[1] for each in found)
     if 0 < len(log_partition) < len(scored):
         raise StillhouseError(
             Reason.TENSOR_INVALID, "The teacher sent log_partitions for some sequences only; see its log."
@@ -248,9 +242,9 @@ def _targets(
         return torch.from_numpy(np.concatenate(arrays).astype(dtype)).unsqueeze(0).to(device)
 
     return SparseTargets(
-        token_ids=joined(token_ids, np.int64),
-        logprobs=joined(logprobs, np.float32),
-        log_tail=joined(log_tail, np.float32),
+        token_ids=joined([_widened(each.token_ids, widest, PAD_ID) for each in found], np.int64),
+        logprobs=joined([_widened(each.logprobs, widest, -np.inf) for each in found], np.float32),
+        log_tail=joined([each.log_tail for each in found], np.float32),
         log_partition=joined(log_partition, np.float32) if log_partition else None,
     )
 

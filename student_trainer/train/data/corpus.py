@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,12 +62,12 @@ def load_corpus(
     Raises:
         StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also if no row is left to train on.
     """
-    encoder = RowEncoder(tokenizer, completion_only=data.completion_only)
-    parts = [_read(dataset, data, encoder, data_dir, teachers) for dataset in data.train]
+    reader = _DatasetReader(
+        data, RowEncoder(tokenizer, completion_only=data.completion_only), data_dir, teachers
+    )
+    parts = [reader.read(dataset) for dataset in data.train]
     train = [example for part in parts for example in part]
-    held_out = [
-        example for dataset in data.eval for example in _read(dataset, data, encoder, data_dir, teachers)
-    ]
+    held_out = [example for dataset in data.eval for example in reader.read(dataset)]
     if not data.eval:
         chosen = _held_out_rows(len(train), data)
         held_out = [example for index, example in enumerate(train) if index in chosen]
@@ -87,44 +88,39 @@ def load_corpus(
     return Corpus(train=train, eval=held_out[: evaluation.limit], dataset_sizes=sizes)
 
 
-def _read(
-    dataset: DatasetConfig, data: DataConfig, encoder: RowEncoder, data_dir: Path, teachers: Sequence[str]
-) -> list[Example]:
-    encoder_of_dataset = _DatasetEncoder(data, encoder, teachers)
-    examples = list(encoder_of_dataset.examples(dataset, data_dir))
-    if encoder_of_dataset.too_long or encoder_of_dataset.nothing_to_learn:
-        log.warning(
-            "rows left out",
-            path=dataset.path,
-            too_long=encoder_of_dataset.too_long,
-            nothing_to_learn=encoder_of_dataset.nothing_to_learn,
-        )
-    return examples
+class _DatasetReader:
+    """Reads and encodes datasets."""
 
-
-class _DatasetEncoder:
-    """Encodes one dataset and counts the rows that it leaves out."""
-
-    def __init__(self, data: DataConfig, encoder: RowEncoder, teachers: Sequence[str]) -> None:
+    def __init__(
+        self, data: DataConfig, encoder: RowEncoder, data_dir: Path, teachers: Sequence[str]
+    ) -> None:
         self._data = data
         self._encoder = encoder
+        self._data_dir = data_dir
         self._teachers = teachers
-        self.too_long = 0
-        self.nothing_to_learn = 0
+        self._left_out: Counter[str] = Counter()
 
-    def examples(self, dataset: DatasetConfig, data_dir: Path) -> Iterator[Example]:
-        path = resolve(dataset.path, data_dir)
+    def read(self, dataset: DatasetConfig) -> list[Example]:
+        """The examples of a dataset; logs the number of rows that are left out."""
+        self._left_out = Counter(too_long=0, nothing_to_learn=0)
+        examples = list(self._examples(dataset))
+        if self._left_out.total():
+            log.warning("rows left out", path=dataset.path, **self._left_out)
+        return examples
+
+    def _examples(self, dataset: DatasetConfig) -> Iterator[Example]:
+        path = resolve(dataset.path, self._data_dir)
         if is_cache(path):
             yield from self._cached(path, dataset.limit)
             return
         limit = self._data.max_sequence_tokens
-        for row in read_rows(dataset, data_dir):
+        for row in read_rows(dataset, self._data_dir):
             token_ids, completion_mask = self._encoder.encode_with_completion_mask(row)
             mask = self._encoder.target_mask(completion_mask)
             if len(token_ids) > limit and self._data.overflow == "drop":
-                self.too_long += 1
+                self._left_out["too_long"] += 1
             elif not any(mask[:limit]):
-                self.nothing_to_learn += 1
+                self._left_out["nothing_to_learn"] += 1
             else:
                 yield Example(
                     token_ids=np.asarray(token_ids[:limit], np.int32),
@@ -139,7 +135,7 @@ class _DatasetEncoder:
         found = cached_examples(path, self._encoder.fingerprint, routed=bool(self._data.teacher_field))
         for example in itertools.islice(found, limit):
             if len(example.token_ids) > self._data.max_sequence_tokens:
-                self.too_long += 1
+                self._left_out["too_long"] += 1
             else:
                 yield example
 

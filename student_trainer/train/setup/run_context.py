@@ -37,11 +37,6 @@ class RunContext:
     checkpointer: Checkpointer
     evaluator: Evaluator
 
-    @property
-    def progress(self) -> Progress:
-        """Steps taken so far; the stepper moves it on."""
-        return self.state.progress
-
     def runtime_metrics(self) -> dict[str, float]:
         """Present values by metric name: outstanding teacher requests, failures, cache hits, GPU memory."""
         found = self.teacher_side.teachers.metrics()

@@ -51,7 +51,6 @@ class _Prompt:
     seed: int
     max_new_tokens: int
     place: str
-    cost: int
     samples: dict[int, TeacherSample] = field(default_factory=dict)
     """Finished samples by index; they outlast a break."""
 
@@ -65,17 +64,17 @@ class TextStream(TeacherStream[_Prompt, list[TeacherSample]]):
         """Starts the threads; `teacher` has been reached once."""
         self._generation = generation
         self._distributions = distributions
-        super().__init__(teacher, name="text-stream", cost_of=lambda prompt: prompt.cost, max_calls=NUM_CALLS)
+        super().__init__(teacher, name="text-stream", cost_of=self._cost_of, max_calls=NUM_CALLS)
 
     def submit(
         self, prompt_id: int, token_ids: NDArray[np.int32], *, seed: int, max_new_tokens: int, place: str
     ) -> None:
         """Asks for `samples_per_prompt` completions of a prompt; `place` is named in errors."""
-        cost = len(token_ids) + max_new_tokens * self._generation.samples_per_prompt
-        prompt = _Prompt(
-            token_ids=token_ids, seed=seed, max_new_tokens=max_new_tokens, place=place, cost=cost
-        )
+        prompt = _Prompt(token_ids=token_ids, seed=seed, max_new_tokens=max_new_tokens, place=place)
         self._pool.put({prompt_id: prompt})
+
+    def _cost_of(self, prompt: _Prompt) -> int:
+        return len(prompt.token_ids) + prompt.max_new_tokens * self._generation.samples_per_prompt
 
     @property
     def num_asked(self) -> int:

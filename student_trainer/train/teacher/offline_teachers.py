@@ -27,6 +27,11 @@ from stillhouse.student_trainer.train.teacher.target_requests import TargetReque
 class OfflineTeachers:
     """The teachers of one run as a cache stored them; a TargetSource."""
 
+    max_sequence_tokens = None
+    """No limit: no text is generated."""
+    max_query_tokens = 0
+    """A cache answers no further queries."""
+
     def __init__(self, config: RunConfig, cache: RunCache, tokenizer_fingerprint: str) -> None:
         self._cache = cache
         self._configs = {each.name: each for each in config.teachers} or {"": TeacherConfig()}
@@ -69,16 +74,6 @@ class OfflineTeachers:
     def prefetch_steps(self) -> int:
         """Steps that are read ahead."""
         return max(each.prefetch_steps for each in self._configs.values())
-
-    @property
-    def max_sequence_tokens(self) -> int | None:
-        """No limit: no text is generated."""
-        return None
-
-    @property
-    def max_query_tokens(self) -> int:
-        """Zero: a cache answers no further queries."""
-        return 0
 
     def shared_vocab_size(self, student_size: int) -> int:
         return min(student_size, *(meta.shared_with(self._tokenizer) for meta in self._found.values()))
