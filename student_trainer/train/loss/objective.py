@@ -56,10 +56,10 @@ class ObjectiveSum:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positions:
-    """Targets and weights of N positions, without the student; every tensor has one row, [1, N, ...]."""
+    """Targets and weights of positions, without the student; one row, [1, N, ...], in a micro-batch."""
 
-    target_ids: Int64[Tensor, "1 N"]
-    weights: Float[Tensor, "1 N"]
+    target_ids: Int64[Tensor, "B T"]
+    weights: Float[Tensor, "B T"]
     """0 for positions that do not count."""
     targets: Targets | None
     sampled: SampledTokens | None = None
