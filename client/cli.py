@@ -98,6 +98,7 @@ def _report(error: StillhouseError, *, as_json: bool) -> int:
     epilog="Each option above may also follow the command, and be set in the environment as STILLHOUSE_TRAINER and so on.\n\n"
     + EXIT_CODES.strip("\n"),
 )
+@click.version_option(package_name="stillhouse", message="%(package)s %(version)s")
 @click.pass_context
 def cli(ctx: click.Context, /, **shared: Any) -> None:
     """Distil a large language model into a small one: submit runs, watch them, query the teacher."""

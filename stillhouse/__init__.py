@@ -25,4 +25,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *importlib.import_module(_API).__all__])
+    return sorted(
+        [*importlib.import_module(_API).__all__, "client", "protos", "student_trainer", "teacher_service"]
+    )

@@ -12,7 +12,7 @@ import grpc
 import grpc.aio
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rpc.call_metadata import MetadataChannel, MetadataInterceptor
+from stillhouse.protos.rpc.call_metadata import MetadataInterceptor
 from stillhouse.protos.telemetry import tracing
 
 MAX_MESSAGE_BYTES = 1024 * 1024
@@ -109,17 +109,6 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
         if metadata or tracing.enabled()
         else channel
     )
-
-
-def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
-    """An asyncio channel, as `connect`; call it from the loop that will use it."""
-    options = _as_options(options)
-    metadata, arguments = _metadata(options), _channel_arguments(options)
-    if _uses_tls(options):
-        channel = grpc.aio.secure_channel(options.target, _credentials(options), options=arguments)
-    else:
-        channel = grpc.aio.insecure_channel(options.target, options=arguments)
-    return MetadataChannel(channel, metadata) if metadata or tracing.enabled() else channel
 
 
 def is_loopback(address: str) -> bool:

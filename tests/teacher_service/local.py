@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stillhouse.protos.rpc.channel import connect_async
 from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.stillhouse.v1 import teacher_pb2_grpc
 from stillhouse.teacher_service.adapters.registry import AdapterRegistry
@@ -20,6 +19,7 @@ from stillhouse.teacher_service.lifecycle import SERVICE
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 from tests.conftest import Models
+from tests.support.async_channel import connect_async
 
 MAX_INFLIGHT = 5
 

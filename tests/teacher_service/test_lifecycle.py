@@ -16,11 +16,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
-from stillhouse.protos.rpc.channel import connect_async
 from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.lifecycle import SERVICE, _TeacherProcess
 from tests.conftest import Models
+from tests.support.async_channel import connect_async
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillhouse.protos.errors import FieldViolation
+from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.schema import DIVERGENCE_PARAMETERS, LossConfig, LossTermConfig
 
 DRAWN_TARGETS = ("sampled", "top_k_and_sampled")
 """Values of sparse_target whose ids the teacher draws."""
+DIVERGENCES = fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
 WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
 
 
@@ -21,7 +23,8 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
     for i, term in enumerate(loss.terms):
         here = f"{path}.terms[{i}]"
         yield from _check_parameters(here, term)
-        if term.weight > 0 and term.estimator == "full":
+        known = term.divergence in DIVERGENCES
+        if known and term.weight > 0 and term.estimator == "full":
             yield from _check_target(here, term, loss)
             yield from _check_temperature(here, term, loss)
     if loss.sparse_target in DRAWN_TARGETS and loss.temperature != 1 and loss.asks_teacher:

@@ -173,7 +173,7 @@ def chunk_sums(scored: Sequence[ScoredExample], reduction: Reduction) -> tuple[f
 
 
 def _weight(num_targets: int, reduction: Reduction) -> float:
-    """Weight of each target of a sequence; the same as reduction.token_weights."""
+    """Weight of each target of a sequence: the weights of a step sum to its tokens, or to its sequences."""
     return 1.0 if reduction == "token_mean" else 1.0 / num_targets
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import structlog
@@ -88,17 +88,17 @@ class StudentFeed(Feed):
                 self._num_dropped += 1
                 continue
             age = version - rollout.version
-            means.add(rollout_staleness=age)
+            means.add({"train/rollout_staleness": age})
             if age > self._config.max_staleness:
                 self._num_dropped += 1
                 continue
             seen += 1
             num_tokens = len(rollout.token_ids) - rollout.start
-            means.add(rollout_tokens=num_tokens, rollout_finished=float(rollout.finished))
+            means.add({"train/rollout_tokens": num_tokens, "train/rollout_finished": float(rollout.finished)})
             if self._queries_top_k:
-                means.add(**_overlap(answer, rollout))
+                means.add(_overlap(answer, rollout))
                 answer, clamped = with_query(answer, rollout.likeliest, rollout.token_ids)
-                means.add(rollout_tail_clamped=clamped)
+                means.add({"train/rollout_tail_clamped": clamped})
             self._gate.see(answer.target_logprobs)
             yield ScoredExample(
                 example=generated_example(rollout.token_ids, rollout.start, rollout.place, rollout.teacher),
@@ -108,7 +108,7 @@ class StudentFeed(Feed):
                 group=rollout.slot,
             )
         self._gate.check(step)
-        self.metrics = {f"train/{name}": value for name, value in means.means().items()} | {
+        self.metrics = means.means() | {
             # Over all steps of this process: too old, without targets, or with tokens unknown to the teacher.
             "train/rollouts_dropped": float(self._num_dropped),
             "train/rollout_time_s": self._sampling_s,
@@ -157,7 +157,7 @@ class _Means:
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._counts: Counter[str] = Counter()
 
-    def add(self, **values: float) -> None:
+    def add(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._sums[name] += value
             self._counts[name] += 1
@@ -173,6 +173,6 @@ def _overlap(answer: Distributions, rollout: Rollout) -> dict[str, float]:
     shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).mean()
     assert answer.query_logprobs is not None
     return {
-        "rollout_overlap": float(shared),
-        "rollout_teacher_mass": float(np.exp(answer.query_logprobs).sum(-1).mean()),
+        "train/rollout_overlap": float(shared),
+        "train/rollout_teacher_mass": float(np.exp(answer.query_logprobs).sum(-1).mean()),
     }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 Reduction = Literal["token_mean", "sequence_mean"]
@@ -22,18 +22,6 @@ class LossSum(NamedTuple):
     """Scalar, with the gradient: sum of weight x loss, in nats."""
     denominator: Tensor
     """Scalar, without gradient: sum of the weights."""
-
-
-def token_weights(mask: Bool[Tensor, "B T"], reduction: Reduction) -> Float[Tensor, "B T"]:
-    """Returns the weight of each position, 0 where it is masked out.
-
-    "token_mean" gives every token 1; the weights of all sequences sum to the number of tokens. "sequence_mean" gives
-    a token 1 / tokens of its sequence; they sum to the number of sequences that have any.
-    """
-    weights = mask.float()
-    if reduction == "token_mean":
-        return weights
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
 
 
 def reduce(loss_BT: Float[Tensor, "B T"], weights_BT: Float[Tensor, "B T"]) -> LossSum:

@@ -18,12 +18,13 @@ from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.rpc import tokens as auth_tokens
 from stillhouse.protos.rpc.audit import READS, AuditLog
 from stillhouse.protos.rpc.auth import SCOPES, TokenFile, current_caller
-from stillhouse.protos.rpc.channel import ChannelOptions, connect_async
+from stillhouse.protos.rpc.channel import ChannelOptions
 from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.stillhouse.v1 import run_pb2, teacher_pb2
 from stillhouse.protos.telemetry.call_record import Caller, CallRecord
+from tests.support.async_channel import connect_async
 from tests.support.certificates import Certificates, make_certificates
 
 SERVICES = [

@@ -14,10 +14,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
-from stillhouse.protos.rpc.channel import connect_async, is_loopback
+from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.protos.rpc.serving import SERVICE, Told, make_server, nothing, serving, stub_of
+from tests.support.async_channel import connect_async
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

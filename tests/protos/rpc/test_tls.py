@@ -9,10 +9,11 @@ import grpc
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
-from stillhouse.protos.rpc.channel import ChannelOptions, connect, connect_async
+from stillhouse.protos.rpc.channel import ChannelOptions, connect
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.protos.rpc.serving import Told, make_server, serving, stub_of
+from tests.support.async_channel import connect_async
 from tests.support.certificates import Certificates, Pair, make_certificate, make_certificates
 
 INFO = teacher_pb2.GetTeacherInfoRequest()

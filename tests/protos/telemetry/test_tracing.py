@@ -4,10 +4,11 @@ import asyncio
 
 import pytest
 
-from stillhouse.protos.rpc.channel import connect, connect_async
+from stillhouse.protos.rpc.channel import connect
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.telemetry import tracing
 from tests.protos.rpc.serving import Told, serving, stub_of
+from tests.support.async_channel import connect_async
 
 INFO = teacher_pb2.GetTeacherInfoRequest()
 

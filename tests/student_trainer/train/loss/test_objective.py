@@ -8,12 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.loss.objective import objective
-from stillhouse.student_trainer.train.loss.reduction import Reduction, token_weights
+from stillhouse.student_trainer.train.loss.reduction import Reduction
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
 from tests.student_trainer.train.loss.dense_reference import (
     dense_bucket_kl,
@@ -25,6 +26,18 @@ from tests.student_trainer.train.loss.single_losses import cross_entropy, forwar
 
 B, T, V = 2, 5, 12
 ONES = torch.ones(B, T)
+
+
+def token_weights(mask: Bool[Tensor, "B T"], reduction: Reduction) -> Float[Tensor, "B T"]:
+    """Returns the weight of each position, 0 where it is masked out.
+
+    "token_mean" gives every token 1; the weights of all sequences sum to the number of tokens. "sequence_mean" gives
+    a token 1 / tokens of its sequence; they sum to the number of sequences that have any.
+    """
+    weights = mask.float()
+    if reduction == "token_mean":
+        return weights
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1.0)
 
 
 def test_whole_vocabulary_equals_the_dense_kl() -> None:
