@@ -109,7 +109,7 @@ def test_a_run_whose_loss_is_no_number_fails_and_names_its_checkpoint(
         models.student, dataset_file, hf_teacher.target, optimizer=optimizer, checkpoint={"every_steps": 1}
     )
     run_dir = run(spec, code=EXIT_FAILED)
-    assert "no number in 3 steps in a row" in failure(run_dir)
+    assert "NaN or infinite in 3 steps in a row" in failure(run_dir)
     assert f"The last good checkpoint is that of step {run_dir.checkpoints()[-1]}." in failure(run_dir)
     assert "learning_rate" in failure(run_dir)
 
