@@ -184,7 +184,7 @@ def test_a_suspended_process_is_detected_and_replaced(
         run = wait_ended(stub, name)
     assert run.state == Run.STATE_STOPPED
     assert [attempt.signal for attempt in run.attempts] == [signal.SIGKILL, 0]
-    assert "no sign of life" in run.attempts[0].error.message
+    assert "sent no heartbeat" in run.attempts[0].error.message
     assert 1 < run.attempts[1].first_step <= run.attempts[0].last_step + 1
 
 
