@@ -137,7 +137,7 @@ class Maker:
     def _service(
         self, module: str, *options: str, environment: Mapping[str, str] | None = None
     ) -> Iterator[str]:
-        """Where a service listens that runs within the block."""
+        """Yields the address of a service that runs within the block."""
         address = self.root / f"{module}.address"
         address.unlink(missing_ok=True)
         place = ("--listen", "127.0.0.1:0", "--address-file", str(address))

@@ -161,7 +161,7 @@ def test_a_record_of_another_process_with_the_same_pid_is_not_taken_for_it(run_d
 
 
 def test_a_process_is_known_again_after_the_clock_was_set(run_dir: RunDir) -> None:
-    """Where the kernel says when it was booted, that time moves with the clock."""
+    """The kernel's boot time moves with the clock."""
     with run_dir.open_attempt(1):
         record = run_dir.process()
     assert record is not None
