@@ -5,7 +5,6 @@ mask[t] is True if token t is a target, predicted from the tokens before it; pos
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +15,9 @@ from numpy.typing import NDArray
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.train.data.alignment import AlignedText
+from stillhouse.student_trainer.train.data.chat.mask import ChatMasker
+from stillhouse.student_trainer.train.data.chat.template import Conversation
 from stillhouse.student_trainer.train.data.readers import DatasetRow
-
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,7 +81,7 @@ class RowEncoder:
             )
         self._tokenizer = tokenizer
         self._completion_only = completion_only
-        self._marks_generation = bool(_GENERATION_BLOCK.search(tokenizer.chat_template or ""))
+        self._chat = ChatMasker(tokenizer)
 
     @property
     def fingerprint(self) -> str:
@@ -104,7 +103,7 @@ class RowEncoder:
         """Returns token ids of a row and the mask of its completions. Raises as `encode`."""
         match row.kind:
             case "messages":
-                token_ids, mask = self._encode_messages(row)
+                token_ids, mask = self._chat.encode(Conversation(row=row, messages=_check_messages(row)))
             case "completion":
                 token_ids, mask = self._encode_completion(row)
             case _:
@@ -128,56 +127,6 @@ class RowEncoder:
             prompt = prompt[:-1] if prompt and prompt[-1] == end else prompt
             completion = completion if completion and completion[-1] == end else [*completion, end]
         return prompt + completion, [False] * len(prompt) + [True] * len(completion)
-
-    def _encode_messages(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
-        messages = _check_messages(row)
-        if not self._tokenizer.chat_template:
-            raise row.invalid(
-                "messages",
-                "needs a chat template, which the student's tokenizer lacks; give prompt and completion.",
-            )
-        if self._marks_generation:
-            encoded = self._render(
-                row, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            return list(encoded["input_ids"]), [bool(each) for each in encoded["assistant_masks"]]
-        text = self._render(row, messages, tokenize=False)
-        spans = [
-            self._turn_span(row, messages, index, text)
-            for index, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # Tokenizers may exclude white space from an offset's start, but never from its end, if it is all there is.
-        ends = [end for _, end in encoded["offset_mapping"]]
-        mask = [any(begin < end <= stop for begin, stop in spans) for end in ends]
-        return list(encoded["input_ids"]), mask
-
-    def _turn_span(
-        self, row: DatasetRow, messages: Sequence[Mapping[str, Any]], index: int, text: str
-    ) -> tuple[int, int]:
-        """Returns characters [begin, stop) of an assistant's turn in the rendered conversation, its end token included."""
-        before = (
-            self._render(row, messages[:index], tokenize=False, add_generation_prompt=True) if index else ""
-        )
-        until = self._render(row, messages[: index + 1], tokenize=False)
-        if not (text.startswith(until) and until.startswith(before)):
-            raise row.invalid(
-                f"messages[{index}]",
-                "is rendered differently when turns follow, so the assistant's part cannot be found. "
-                "Give one assistant turn per row, at the end, or a chat template with {% generation %} blocks.",
-            )
-        # The line break that templates put after the end token opens the next turn; no model generates it.
-        written = until.rstrip()
-        has_end_token = any(written.endswith(str(token)) for token in self._tokenizer.all_special_tokens)
-        return len(before), len(written) if has_end_token else len(until)
-
-    def _render(self, row: DatasetRow, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
-        # The template is Jinja code of the model's author and may raise anything about roles and their order.
-        try:
-            return self._tokenizer.apply_chat_template(list(messages), **options)
-        except Exception as error:
-            raise row.invalid("messages", f"is refused by the student's chat template: {error}") from error
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
