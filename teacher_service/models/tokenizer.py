@@ -12,6 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.rows.conversation import Turns
+from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.template_fields import TemplateFields
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.teacher_service.models.files import locate_model
 
@@ -53,6 +56,7 @@ class TextCodec:
         self.chat_template_fingerprint: str = (
             hashlib.sha256(str(template).encode()).hexdigest() if template else ""
         )
+        self._fields = TemplateFields(template, self._rendered)
 
     @classmethod
     def load(cls, model: str, revision: str = "") -> TextCodec:
@@ -85,14 +89,12 @@ class TextCodec:
         """Encodes `text` to INT32 [T], with the special tokens that the tokenizer adds."""
         return np.asarray(self._tokenizer.encode(text), dtype=np.int32)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> npt.NDArray[np.int32]:
-        """Renders a conversation of {"role", "content"} to INT32 [T] with the model's chat template and generation
-        prompt.
+    def render(self, turns: Turns) -> npt.NDArray[np.int32]:
+        """Renders a conversation to INT32 [T] with the model's chat template and generation prompt.
 
-        Raises `StillhouseError` (INVALID_REQUEST) if the model has no chat template or its template refuses.
+        Raises `StillhouseError` (INVALID_REQUEST) if the model has no chat template, or its template refuses the
+        conversation or leaves a field of it out.
         """
-        import jinja2
-
         if not self._tokenizer.chat_template:
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
@@ -100,16 +102,26 @@ class TextCodec:
                 "Send text or token ids, or serve a model with a template.",
             )
         try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            text = self._rendered(self._fields.resolve(turns), turns.tools)
+        except FieldError as error:
+            raise StillhouseError(Reason.INVALID_REQUEST, f"{error}") from error
+        except Exception as error:  # a template is the model author's program and may raise anything
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
-                f"The model's chat template refuses this conversation of {len(messages)} messages: {first_line(error).rstrip('.')}. "
+                f"The model's chat template refuses this conversation of {len(turns.messages)} messages: {first_line(error).rstrip('.')}. "
                 "Change the roles or their order.",
             ) from error
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        )
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Yields name and content of every tokenizer file; always includes tokenizer.json.

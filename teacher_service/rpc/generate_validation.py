@@ -6,6 +6,8 @@ import hashlib
 import math
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.wire import from_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.engine import EngineInfo, Int32Array
 from stillhouse.teacher_service.models.tokenizer import TextCodec
@@ -95,8 +97,11 @@ def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo)
                 raise StillhouseError(
                     Reason.EMPTY_SEQUENCE, "The conversation has no messages. Send at least one."
                 )
-            messages = [{"role": each.role, "content": each.content} for each in prompt.conversation.messages]
-            ids = codec.render(messages)
+            try:
+                turns = from_wire(prompt.conversation)
+            except FieldError as error:
+                raise invalid_request(str(error)) from error
+            ids = codec.render(turns)
         case _:
             raise invalid_request("A prompt needs token_ids, text or a conversation, and this one has none.")
     check_length(len(ids), longest)

@@ -128,12 +128,35 @@ def _config(rng: random.Random) -> teacher.DistributionConfig:
     )
 
 
+def _conversation(rng: random.Random) -> teacher.Conversation:
+    """A question, or one with reasoning, a call and its answer, which templates without tools refuse."""
+    messages = [teacher.Message(role="user", content="Count.")]
+    if rng.random() < 0.5:
+        return teacher.Conversation(messages=messages)
+    arguments = rng.choice(
+        ('{"to": 3}', "", "{", "[1]", '{"a": NaN}', '"{}"', '{"a": "\\ud800"}', "[" * 5000)
+    )
+    messages += [
+        teacher.Message(
+            role="assistant",
+            no_content=rng.random() < 0.5,
+            reasoning_content=rng.choice(("", "three")),
+            tool_calls=[teacher.ToolCall(id="1", name="count", arguments=arguments)],
+        ),
+        teacher.Message(role="tool", content="3", tool_call_id="1", name="count"),
+    ]
+    tools = rng.choice(
+        ("", "[]", '[{"type": "function", "function": {"name": "count"}}]', "{}", "[" * 5000, "[1e999]")
+    )
+    return teacher.Conversation(messages=messages, tools=tools)
+
+
 def _generate(rng: random.Random, known: Known) -> list[Any]:
     prompts = [
         teacher.Prompt(token_ids=_ids(rng, rng.randrange(1, 20))),
         teacher.Prompt(text="Ada has 3 apples", adapter=rng.choice(["", *known.words])),
         teacher.Prompt(
-            conversation=teacher.Conversation(messages=[teacher.Message(role="user", content="Count.")]),
+            conversation=_conversation(rng),
             sampling=teacher.SamplingParams(top_p=0.9, top_k=5, seed=1, stop=["."]),
             sample_indices=[0, 3],
         ),

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.conversation import parse_turns
 from stillhouse.teacher_service.models.tokenizer import TOKENIZER_FILES, TextCodec
+from tests.support.chat_templates import TOOLS
 from tests.support.small_models import END, TURN_END, make_tokenizer
 from tests.support.texts import sentences
 
@@ -123,7 +125,7 @@ def test_the_sample_completes_a_character_of_the_prompt(codec: TextCodec) -> Non
 
 
 def test_conversations_are_rendered_by_the_template(codec: TextCodec) -> None:
-    ids = codec.render([{"role": "user", "content": "hi"}])
+    ids = codec.render(parse_turns([{"role": "user", "content": "hi"}]))
     end = codec.encode(TURN_END).tolist()
     assert len(end) == 1
     assert end[0] in ids.tolist()
@@ -140,7 +142,7 @@ def test_a_model_without_a_template_takes_no_conversation(directory: Path, tmp_p
     codec = TextCodec.load(str(tmp_path))
     assert codec.chat_template_fingerprint == ""
     with pytest.raises(StillhouseError, match="no chat template") as caught:
-        codec.render([{"role": "user", "content": "hi"}])
+        codec.render(parse_turns([{"role": "user", "content": "hi"}]))
     assert caught.value.reason is Reason.INVALID_REQUEST
 
 
@@ -149,7 +151,50 @@ def test_a_template_that_refuses_is_a_bad_request(directory: Path, tmp_path: Pat
         (tmp_path / name).write_bytes((directory / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text("{{ raise_exception('Roles must alternate') }}")
     with pytest.raises(StillhouseError, match="Roles must alternate"):
-        TextCodec.load(str(tmp_path)).render([{"role": "user", "content": "hi"}])
+        TextCodec.load(str(tmp_path)).render(parse_turns([{"role": "user", "content": "hi"}]))
+
+
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {"type": "object", "properties": {}}}}
+CALLING = [
+    {"role": "user", "content": "hi"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "rain", "arguments": '{"in": "Köln"}'}}],
+    },
+    {"role": "tool", "content": "wet"},
+]
+
+
+def test_tools_and_calls_are_rendered_or_refused(directory: Path, codec: TextCodec, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text(TOOLS)
+    knowing = TextCodec.load(str(tmp_path))
+    text = knowing.stream_decoder().push(knowing.render(parse_turns(CALLING, [TOOL])), final=True).text
+    assert '{"name": "rain", "arguments": {"in": "Köln"}}' in text
+    assert '"parameters"' in text
+    for turns, field in (
+        (parse_turns(CALLING[:1], [TOOL]), "tools"),
+        (parse_turns(CALLING), "messages[1].tool_calls"),
+    ):
+        with pytest.raises(StillhouseError) as caught:
+            codec.render(turns)
+        assert caught.value.reason is Reason.INVALID_REQUEST
+        assert caught.value.message.startswith(f"{field} leaves no trace in the text")
+
+
+def test_any_failure_of_a_template_is_a_bad_request(directory: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((directory / name).read_bytes())
+    for template in (
+        "{{ messages[0].content / 0 }}",
+        "{{ 1 // 0 }}",
+        "{% for i in range(10**9) %}{% endfor %}",
+    ):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        with pytest.raises(StillhouseError, match="chat template refuses"):
+            TextCodec.load(str(tmp_path)).render(parse_turns(CALLING[:1]))
 
 
 def test_only_tokenizer_files_leave_the_host(directory: Path, codec: TextCodec) -> None:

@@ -1,0 +1,1 @@
+"""Rows of prompts and of training data: their fields, conversations and files, for every program alike."""

@@ -1,0 +1,272 @@
+"""Conversations of rows: messages, tool calls and tools in OpenAI's form, checked and brought to that of chat templates.
+
+Templates take arguments of a call as an object, which OpenAI writes as text: it is parsed once. A field is passed on or
+refused by name, never dropped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode, shown
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Names of an assistant's reasoning in rows and in templates; the first is that of the contract."""
+MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING, "weight")
+UNUSED_MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
+    "refusal": ("",),
+    "function_call": (),
+    "audio": (),
+    "annotations": ([],),
+    "images": ([],),
+    "prefix": (False,),
+    "partial": (False,),
+}
+"""Fields without effect at these values and at null; refused at any other."""
+MAX_TOOL_CALLS = 256
+MAX_JSON_DEPTH = 64
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turns:
+    """A checked conversation."""
+
+    messages: tuple[Message, ...]
+    """Messages as templates take them: `content` is text or None; `tool_calls` have `arguments` as objects."""
+    tools: tuple[Message, ...] = ()
+    """Tools that the model may call, as JSON Schema."""
+    trained: tuple[bool, ...] = ()
+    """For each message True if it is a turn of the assistant whose weight is not 0."""
+    extra: tuple[str, ...] = ()
+    """Paths of fields that no rule knows, in the order of the row."""
+
+
+def parse_turns(messages: Any, tools: Any = None, *, field: str = "messages") -> Turns:
+    """Checks messages and tools of a row; `tools` may be JSON text. Raises FieldError."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise FieldError(field, "must be a list of at least one message.")
+    parsed = [_message(each, f"{field}[{index}]") for index, each in enumerate(messages)]
+    extra = [
+        f"{field}[{index}].{name}"
+        for index, each in enumerate(messages)
+        for name, value in each.items()
+        if value is not None and name not in MESSAGE_FIELDS and name not in UNUSED_MESSAGE_FIELDS
+    ]
+    return Turns(
+        messages=tuple(message for message, _ in parsed),
+        tools=parse_tools(tools),
+        trained=tuple(message["role"] == "assistant" and weight > 0 for message, weight in parsed),
+        extra=tuple(extra),
+    )
+
+
+def parse_tools(tools: Any, field: str = "tools") -> tuple[Message, ...]:
+    """Checks a list of tools, which may be JSON text, as files of tables hold it. Raises FieldError."""
+    if isinstance(tools, str):
+        tools = parse_json(tools, field) if tools.strip() else None
+    if tools is None:
+        return ()
+    if not isinstance(tools, list | tuple):
+        raise FieldError(field, f"is {kind_of(tools)}; it must be a list of tools.")
+    for index, tool in enumerate(tools):
+        where = f"{field}[{index}]"
+        if not isinstance(tool, dict):
+            raise FieldError(where, f"is {kind_of(tool)}; it must be an object.")
+        function = tool.get("function", tool)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise FieldError(f"{where}.function.name", "is missing; a tool is a function with a name.")
+        if tool.get("type", "function") != "function":
+            raise FieldError(f"{where}.type", f'is {shown(tool["type"])}; it must be "function".')
+        _check_json(tool, where)
+    return tuple(tools)
+
+
+def parse_json(text: str, field: str) -> Any:
+    """Parses JSON text inside a row. Raises FieldError, also for what templates could not write again."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FieldError(field, f"is not JSON ({error}); write JSON, or the value itself.") from error
+    _check_json(value, field)
+    return value
+
+
+def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
+    """Returns a message for templates, and its weight."""
+    if not isinstance(message, dict):
+        raise FieldError(where, f"is {kind_of(message)}; it must be an object.")
+    given = {name: value for name, value in message.items() if value is not None}
+    role = given.pop("role", None)
+    if not isinstance(role, str) or not role:
+        raise FieldError(f"{where}.role", f"is {kind_of(role)}; it must be text.")
+    result: dict[str, Any] = {"role": require_unicode(role, f"{where}.role"), "content": None}
+    content = given.pop("content", None)
+    if content is not None:
+        result["content"] = _content(content, f"{where}.content")
+    calls = _tool_calls(given.pop("tool_calls", None), f"{where}.tool_calls")
+    reasoning = _reasoning(given, where)
+    own = {name: value for name, value in (("tool_calls", calls), (REASONING[0], reasoning)) if value}
+    if own and role != "assistant":
+        raise FieldError(
+            f"{where}.{next(iter(own))}", f'is of a turn of {shown(role)}; only "assistant" has it.'
+        )
+    result |= own
+    if result["content"] is None and not (calls or reasoning):
+        raise FieldError(f"{where}.content", "is missing; it must be text.")
+    for name in ("tool_call_id", "name"):
+        if text := given.pop(name, None):
+            if not isinstance(text, str):
+                raise FieldError(f"{where}.{name}", f"is {kind_of(text)}; it must be text.")
+            result[name] = require_unicode(text, f"{where}.{name}")
+    weight = _weight(given.pop("weight", None), role, f"{where}.weight")
+    for name, value in given.items():
+        allowed = UNUSED_MESSAGE_FIELDS.get(name)
+        if allowed is None:
+            result[name] = value
+        elif value not in allowed:
+            raise FieldError(f"{where}.{name}", "is not supported. Remove it.")
+    return result, weight
+
+
+def _content(content: Any, where: str) -> str:
+    """Returns text; parts of text are joined, anything else is refused by its type."""
+    if isinstance(content, list | tuple):
+        content = "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
+    if not isinstance(content, str):
+        raise FieldError(where, f"is {kind_of(content)}; it must be text.")
+    return require_unicode(content, where)
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise FieldError(where, f"is of type {shown(kind)}; only text is supported.")
+
+
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str):
+        calls = parse_json(calls, where) if calls.strip() else []
+    if calls is None:
+        return []
+    if not isinstance(calls, list | tuple):
+        raise FieldError(where, f"is {kind_of(calls)}; it must be a list of calls.")
+    if len(calls) > MAX_TOOL_CALLS:
+        raise FieldError(
+            where, f"has {len(calls)} calls; at most {MAX_TOOL_CALLS} are taken. Split the turn."
+        )
+    return [_tool_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
+
+
+def _tool_call(call: Any, where: str) -> dict[str, Any]:
+    """Returns a call as {"id", "type", "function": {"name", "arguments"}}; flat ones are brought to this form."""
+    if not isinstance(call, dict):
+        raise FieldError(where, f"is {kind_of(call)}; it must be an object.")
+    if (kind := call.get("type")) not in (None, "function"):
+        raise FieldError(f"{where}.type", f'is {shown(kind)}; it must be "function".')
+    is_flat = call.get("function") is None
+    function = call if is_flat else call["function"]
+    inside = where if is_flat else f"{where}.function"
+    if not isinstance(function, dict):
+        raise FieldError(inside, f"is {kind_of(function)}; it must be an object.")
+    outer = {"id", "type", "function", "index", *(("name", "arguments") if is_flat else ())}
+    for fields, allowed, place in ((call, outer, where), (function, outer | {"name", "arguments"}, inside)):
+        for name, value in fields.items():
+            if value is not None and name not in allowed:
+                raise FieldError(f"{place}.{name}", "is not supported in a tool call. Remove it.")
+    name = function.get("name")
+    if not isinstance(name, str) or not name:
+        raise FieldError(f"{inside}.name", f"is {kind_of(name)}; a tool call names its tool.")
+    arguments = parse_arguments(function.get("arguments"), f"{inside}.arguments")
+    result: dict[str, Any] = {
+        "type": "function",
+        "function": {"name": require_unicode(name, f"{inside}.name"), "arguments": arguments},
+    }
+    if call.get("id") is not None:
+        if not isinstance(call["id"], str):
+            raise FieldError(f"{where}.id", f"is {kind_of(call['id'])}; it must be text.")
+        result = {"id": require_unicode(call["id"], f"{where}.id"), **result}
+    return result
+
+
+def parse_arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """Returns arguments of a call as an object, parsed once if they are text. Raises FieldError."""
+    if isinstance(arguments, str):
+        arguments = parse_json(arguments, where) if arguments.strip() else None
+        if isinstance(arguments, str):
+            raise FieldError(where, "is JSON text inside JSON text; encode the arguments once.")
+    if arguments is None:
+        return {}
+    if not isinstance(arguments, dict):
+        raise FieldError(where, f"is {kind_of(arguments)}; it must be an object, or an object as JSON text.")
+    _check_json(arguments, where)
+    return arguments
+
+
+def _reasoning(given: dict[str, Any], where: str) -> str:
+    """Takes the reasoning out of a message's fields. Raises FieldError if two of its names differ."""
+    found: dict[str, str] = {}
+    for name in REASONING:
+        value = given.pop(name, None)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str):
+            raise FieldError(f"{where}.{name}", f"is {kind_of(value)}; it must be text.")
+        found[name] = require_unicode(value, f"{where}.{name}")
+    if len(set(found.values())) > 1:
+        raise FieldError(f"{where}.{list(found)[1]}", f"differs from {next(iter(found))}. Give one of them.")
+    return next(iter(found.values()), "")
+
+
+def _weight(weight: Any, role: str, where: str) -> float:
+    if weight is None:
+        return 1.0
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise FieldError(where, f"is {shown(weight)}; it must be 0, to leave the turn untrained, or 1.")
+    if role != "assistant":
+        raise FieldError(where, f'is of a turn of {shown(role)}; only "assistant" has it. Remove it.')
+    return float(weight)
+
+
+def _check_json(value: Any, field: str) -> None:
+    """Raises FieldError for values that no template could write as JSON text of a tokenizer."""
+    if _depth(value, MAX_JSON_DEPTH) > MAX_JSON_DEPTH:
+        raise FieldError(field, f"is nested more than {MAX_JSON_DEPTH} deep. Flatten it.")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise FieldError(
+            field, f"cannot be written as JSON ({error}). Give numbers, text, lists and objects."
+        ) from error
+    require_unicode(text, field)
+
+
+def _depth(value: Any, limit: int) -> int:
+    """Returns the nesting of lists and objects, counted at most to one more than `limit`."""
+    depth, level = 0, [value]
+    while level and depth <= limit:
+        level = [
+            child
+            for each in level
+            if isinstance(each, dict | list | tuple)
+            for child in (each.values() if isinstance(each, dict) else each)
+        ]
+        depth += 1
+    return depth
+
+
+def with_system(messages: Sequence[Any], system: Any) -> list[Any]:
+    """Puts a row's `system` before its messages. Raises FieldError if they begin with another system prompt."""
+    if not isinstance(system, str):
+        raise FieldError("system", f"is {kind_of(system)}; it must be text.")
+    first = messages[0] if messages else None
+    if isinstance(first, dict) and first.get("role") in ("system", "developer"):
+        if first.get("content") == system:
+            return list(messages)
+        raise FieldError("system", "differs from the system message of the row. Give one of them.")
+    return [{"role": "system", "content": system}, *messages]

@@ -1,0 +1,149 @@
+"""Brings a conversation to the fields that one chat template reads; a field without a trace in the text is refused.
+
+A template is a program: it is tried, not parsed. The text without a field is compared with the text that has it, once for
+each situation of a turn, so that long data costs no more than short.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from stillhouse.protos.rows.conversation import REASONING, Message, Turns
+from stillhouse.protos.rows.field_error import FieldError
+
+Render = Callable[[Sequence[Message], Sequence[Message]], str]
+"""Text of messages and tools; raises anything that the template raises."""
+
+MAX_SITUATIONS = 4096
+"""Situations that are remembered; above it they are forgotten and tried again."""
+
+
+class TemplateFields:
+    """Fields that one chat template reads."""
+
+    def __init__(self, source: object, render: Render) -> None:
+        """`source` is the template's text, or several by name; `render` applies it."""
+        text = str(source)
+        self._render = render
+        names = [name for name in REASONING if re.search(rf"\b{name}\b", text)]
+        self._reads_reasoning = bool(names)
+        self._reasoning_name = names[0] if names else REASONING[0]
+        self._read: set[object] = set()
+
+    def resolve(self, turns: Turns) -> list[Message]:
+        """Returns the messages as the template reads them.
+
+        Raises FieldError for a field that leaves no trace in the text, and what the template raises.
+        """
+        messages = [self._renamed(message) for message in turns.messages]
+        if not turns.tools and all(_is_plain(message) for message in turns.messages):
+            return messages
+        messages, text = self._with_content(messages, turns.tools)
+        for field, situation, changed, tools in self._without_each(messages, turns):
+            if situation in self._read:
+                continue
+            if self._has_trace(changed, tools, text):
+                if len(self._read) >= MAX_SITUATIONS:
+                    self._read.clear()
+                self._read.add(situation)
+            else:
+                raise FieldError(
+                    field,
+                    "leaves no trace in the text: the chat template does not render it. Remove it, or take a model whose "
+                    "template does.",
+                )
+        return messages
+
+    def _renamed(self, message: Message) -> Message:
+        if self._reasoning_name == REASONING[0] or REASONING[0] not in message:
+            return message
+        rest = {name: value for name, value in message.items() if name != REASONING[0]}
+        return {**rest, self._reasoning_name: message[REASONING[0]]}
+
+    def _with_content(self, messages: list[Message], tools: Sequence[Message]) -> tuple[list[Message], str]:
+        """Returns messages and their text; missing content is null unless the template would print or refuse it."""
+        if all(message["content"] is not None for message in messages):
+            return messages, self._render(messages, tools)
+        filled = [
+            message if message["content"] is not None else {**message, "content": ""} for message in messages
+        ]
+        try:
+            text = self._render(messages, tools)
+        except Exception:
+            return filled, self._render(filled, tools)
+        # Jinja prints null as "None".
+        with_empty = self._render(filled, tools) if "None" in text else text
+        return (filled, with_empty) if with_empty.count("None") < text.count("None") else (messages, text)
+
+    def _without_each(
+        self, messages: Sequence[Message], turns: Turns
+    ) -> Iterator[tuple[str, object, Sequence[Message], Sequence[Message]]]:
+        """Yields each field with its situation, and messages and tools without it."""
+        shapes = [_shape(message) for message in messages]
+        if turns.tools:
+            yield "tools", ("tools", len(turns.tools) > 1, shapes[0], shapes[-1]), messages, ()
+        last_user = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
+        for at, message in enumerate(messages):
+            situation = (
+                shapes[max(0, at - 1)],
+                shapes[at],
+                tuple(shapes[at + 1 : at + 2]),
+                at == 0,
+                at > last_user,
+                bool(turns.tools),
+            )
+            for name, kind, changed in self._reduced(message, is_history=at < last_user):
+                with_change = [*messages[:at], changed, *messages[at + 1 :]]
+                yield f"messages[{at}].{name}", (kind, situation), with_change, turns.tools
+
+    def _reduced(self, message: Message, *, is_history: bool) -> Iterator[tuple[str, object, Message]]:
+        """Yields each field of a message that has to leave a trace, its kind, and the message without it."""
+        calls = message.get("tool_calls", ())
+        if calls:
+            yield "tool_calls", "tool_calls", _without(message, "tool_calls")
+        for at, call in enumerate(calls):
+            place = (len(calls) > 1, at == 0, at == len(calls) - 1)
+            if len(calls) > 1:
+                fewer = {**message, "tool_calls": [*calls[:at], *calls[at + 1 :]]}
+                yield f"tool_calls[{at}]", ("call", place), fewer
+            if call["function"]["arguments"]:
+                bare = {**call, "function": {**call["function"], "arguments": {}}}
+                emptied = {**message, "tool_calls": [*calls[:at], bare, *calls[at + 1 :]]}
+                yield f"tool_calls[{at}].function.arguments", ("arguments", place), emptied
+        # Templates that know reasoning may leave that of earlier turns out, as their models were trained.
+        if self._reasoning_name in message and not (is_history and self._reads_reasoning):
+            yield REASONING[0], "reasoning", _without(message, self._reasoning_name)
+        if message.get("name") and message["role"] != "tool":
+            yield "name", "name", _without(message, "name")
+        content = message["content"] or ""
+        if (
+            content.strip()
+            and "</think>" not in content
+            and (message["role"] != "user" and (calls or message["role"] != "assistant"))
+        ):
+            yield "content", "content", {**message, "content": ""}
+
+    def _has_trace(self, messages: Sequence[Message], tools: Sequence[Message], text: str) -> bool:
+        try:
+            return self._render(messages, tools) != text
+        except Exception:
+            return True  # the template reads what it misses
+
+
+def _is_plain(message: Message) -> bool:
+    return message.keys() == {"role", "content"} and message["role"] in ("user", "assistant")
+
+
+def _without(message: Message, name: str) -> Message:
+    return {key: value for key, value in message.items() if key != name}
+
+
+def _shape(message: Message) -> object:
+    """Describes the fields that a message has."""
+    return (
+        message["role"],
+        bool(message["content"]),
+        len(message.get("tool_calls", ())),
+        tuple(sorted(message)),
+    )

@@ -1,0 +1,1 @@
+"""Rows shared by the programs."""
