@@ -42,6 +42,8 @@ class Turns:
     """Tools that the model may call, as JSON Schema."""
     trained: tuple[bool, ...] = ()
     """For each message True if it is a turn of the assistant whose weight is not 0."""
+    has_weight_0: bool = False
+    """A turn of the assistant has weight 0."""
     extra: tuple[str, ...] = ()
     """Paths of fields that no rule knows, in the order of the row."""
 
@@ -61,6 +63,7 @@ def parse_turns(messages: Any, tools: Any = None, *, field: str = "messages") ->
         messages=tuple(message for message, _ in parsed),
         tools=parse_tools(tools),
         trained=tuple(message["role"] == "assistant" and weight > 0 for message, weight in parsed),
+        has_weight_0=any(weight == 0 for _, weight in parsed),
         extra=tuple(extra),
     )
 

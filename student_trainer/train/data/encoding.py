@@ -5,18 +5,20 @@ mask[t] is True if token t is a target, predicted from the tokens before it; pos
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.known_fields import ExtraFields
+from stillhouse.protos.rows.training_row import TrainingRow
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.train.data.alignment import AlignedText
 from stillhouse.student_trainer.train.data.chat.mask import ChatMasker
-from stillhouse.student_trainer.train.data.chat.template import Conversation
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 
 
@@ -71,8 +73,19 @@ def num_prompt_tokens(completion_mask: Sequence[bool]) -> int:
 class RowEncoder:
     """Encodes rows with one tokenizer."""
 
-    def __init__(self, tokenizer: Any, *, completion_only: bool) -> None:
-        """Raises StillhouseError(TOKENIZER_INVALID) unless `tokenizer` is a fast tokenizer of transformers."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        completion_only: bool,
+        chat: bool = False,
+        extra_fields: ExtraFields = "keep",
+        own_fields: Collection[str] = (),
+    ) -> None:
+        """`chat`, `extra_fields` and `own_fields` are those of `parse_training_row`.
+
+        Raises StillhouseError(TOKENIZER_INVALID) unless `tokenizer` is a fast tokenizer of transformers.
+        """
         if not tokenizer.is_fast:
             raise StillhouseError(
                 Reason.TOKENIZER_INVALID,
@@ -81,6 +94,13 @@ class RowEncoder:
             )
         self._tokenizer = tokenizer
         self._completion_only = completion_only
+        self._parse = partial(
+            DatasetRow.parse,
+            chat=chat,
+            extra_fields=extra_fields,
+            own_fields=own_fields,
+            completion_only=completion_only,
+        )
         self._chat = ChatMasker(tokenizer)
 
     @property
@@ -101,26 +121,18 @@ class RowEncoder:
 
     def encode_with_completion_mask(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
         """Returns token ids of a row and the mask of its completions. Raises as `encode`."""
-        match row.kind:
-            case "messages":
-                token_ids, mask = self._chat.encode(Conversation(row=row, messages=_check_messages(row)))
-            case "completion":
-                token_ids, mask = self._encode_completion(row)
-            case _:
-                token_ids = self._encode_text(row)
-                mask = [True] * len(token_ids)
-        return token_ids, mask
+        content = self._parse(row)
+        if content.turns is not None:
+            return self._chat.encode(self._chat.template.conversation(row, content.turns))
+        if content.kind == "completion":
+            return self._encode_completion(content)
+        token_ids = self._ids(content.text, special=True)
+        return token_ids, [True] * len(token_ids)
 
-    def _encode_text(self, row: DatasetRow) -> list[int]:
-        text = row.text("text")
-        if not text:
-            raise row.invalid("text", "is empty; remove the row or fill it.")
-        return self._ids(text, special=True)
-
-    def _encode_completion(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
+    def _encode_completion(self, row: TrainingRow) -> tuple[list[int], list[bool]]:
         """Encodes prompt and completion separately, as at inference, and appends the end token."""
-        prompt = self._ids(row.text("prompt"), special=True)
-        completion = self._ids(row.text("completion"), special=False)
+        prompt = self._ids(row.prompt, special=True)
+        completion = self._ids(row.completion, special=False)
         end = self._tokenizer.eos_token_id
         if end is not None:
             # Some tokenizers end every text; an ended prompt cannot be continued.
@@ -130,16 +142,3 @@ class RowEncoder:
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
-
-
-def _check_messages(row: DatasetRow) -> list[Mapping[str, Any]]:
-    messages = row.values["messages"]
-    if not isinstance(messages, list) or not messages:
-        raise row.invalid("messages", "must be a list of at least one message.")
-    for index, message in enumerate(messages):
-        for name in ("role", "content"):
-            if not isinstance(message, dict) or not isinstance(message.get(name), str):
-                raise row.invalid(f"messages[{index}].{name}", "is missing or no string.")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise row.invalid("messages", 'has no turn with role "assistant", so there is nothing to train on.')
-    return messages

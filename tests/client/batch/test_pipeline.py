@@ -162,7 +162,7 @@ def test_a_run_reads_the_rows_of_a_data_set(teacher: Teacher, models: Models, tm
     encoder = RowEncoder(AutoTokenizer.from_pretrained(models.teacher), completion_only=True)
     kinds = []
     for row in read_rows(DatasetConfig(path=str(tmp_path / "out.jsonl")), tmp_path):
-        kinds.append(row.kind)
+        kinds.append(row.parse().kind)
         assert any(encoder.encode(row)[1])
     assert kinds == ["completion", "messages"]
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.conversation import parse_turns
+from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.conftest import Models
 from tests.teacher_service.calls import (
@@ -147,7 +149,7 @@ def test_text_and_conversations_go_through_the_models_tokenizer_and_template(
     chat_ids = tokenizer.encode(
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     )
-    conversation = teacher_pb2.Conversation(messages=[teacher_pb2.Message(**messages[0])])
+    conversation = to_wire(parse_turns(messages))
     samples = teacher.generate(
         [
             teacher_pb2.Prompt(text=models.texts[0]),

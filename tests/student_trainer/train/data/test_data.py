@@ -103,7 +103,7 @@ def test_without_completion_only_prompts_are_learnt_too(tokenizer: Any) -> None:
         ({"prompt": "a", "completion": 3}, "field completion: is a int; it must be a string"),
         ({"text": ""}, "field text: is empty"),
         ({"messages": []}, "field messages: must be a list of at least one message"),
-        ({"messages": [{"role": "user"}]}, "field messages[0].content: is missing or no string"),
+        ({"messages": [{"role": "user"}]}, "field messages[0].content: is missing; it must be text"),
         ({"messages": CONVERSATION[:1]}, 'no turn with role "assistant"'),
     ],
 )
