@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 
@@ -19,6 +20,11 @@ def schema_text() -> str:
 def _messages() -> dict[str, Any]:
     messages: dict[str, Any] = json.loads(schema_text())["$defs"]
     return messages
+
+
+def is_offered(message: Descriptor, field: str) -> bool:
+    """True if a run may set `field` of `message`: the contract also has some that are refused."""
+    return field in _messages()[message.name]["properties"]
 
 
 def setting(message: Message, field: str) -> Any:
