@@ -41,7 +41,9 @@ def unknown_field_sentence(message: Message, name: str, prefix: str) -> str:
 
     A slip of the pen is a field of the same section; else the name is another section's, or another trainer's.
     """
-    names = [field.name for field in message.DESCRIPTOR.fields if is_offered(message.DESCRIPTOR, field.name)]
+    names = [
+        field.name for field in message.DESCRIPTOR.fields if is_offered(message.DESCRIPTOR.name, field.name)
+    ]
     plain = name.lower() if name.isupper() else snake(name[:MAX_NAME_CHARS])
     near = difflib.get_close_matches(plain, names, n=1, cutoff=LEAST_SIMILARITY)
     near = near or [each for each in names if sorted(each) == sorted(plain)]
@@ -75,7 +77,7 @@ def all_paths() -> tuple[str, ...]:
 
 def _paths(message: Descriptor, prefix: str) -> Iterator[str]:
     for field in message.fields:
-        if not is_offered(message, field.name):
+        if not is_offered(message.name, field.name):
             continue
         path = f"{prefix}{field.name}"
         yield path

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 
@@ -22,9 +21,9 @@ def _messages() -> dict[str, Any]:
     return messages
 
 
-def is_offered(message: Descriptor, field: str) -> bool:
+def is_offered(message: str, field: str) -> bool:
     """True if a run may set `field` of `message`: the contract also has some that are refused."""
-    return field in _messages()[message.name]["properties"]
+    return field in _messages()[message]["properties"]
 
 
 def setting(message: Message, field: str) -> Any:
