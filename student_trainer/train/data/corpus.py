@@ -88,6 +88,16 @@ def load_corpus(
     return Corpus(train=train, eval=held_out[: evaluation.limit], dataset_sizes=sizes)
 
 
+_NOTES = {
+    "rewritten_turns": "turns are not learnt: the chat template writes them in another way once turns follow, such as without "
+    "their thoughts",
+    "unprompted_turns": "turns do not begin with the generation prompt of the chat template",
+    "unended_turns": "turns have no token at their end, so the student learns none there",
+    "doubled_openings": "texts spell the beginning-of-text token that is added to each: one of the two was dropped",
+}
+"""Sentences of the log about counts of RowEncoder.notes."""
+
+
 class _DatasetReader:
     """Reads and encodes datasets."""
 
@@ -99,6 +109,7 @@ class _DatasetReader:
         self._data_dir = data_dir
         self._teachers = teachers
         self._left_out: Counter[str] = Counter()
+        self._told: Counter[str] = Counter()
 
     def read(self, dataset: DatasetConfig) -> list[Example]:
         """The examples of a dataset; logs the number of rows that are left out."""
@@ -106,6 +117,10 @@ class _DatasetReader:
         examples = list(self._examples(dataset))
         if self._left_out.total():
             log.warning("rows left out", path=dataset.path, **self._left_out)
+        for name, count in self._encoder.notes.items():
+            if count > self._told[name]:
+                log.warning(_NOTES[name], path=dataset.path, number=count - self._told[name])
+                self._told[name] = count
         return examples
 
     def _examples(self, dataset: DatasetConfig) -> Iterator[Example]:

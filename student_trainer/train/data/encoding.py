@@ -5,8 +5,9 @@ mask[t] is True if token t is a target, predicted from the tokens before it; pos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,24 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.known_fields import ExtraFields
-from stillhouse.protos.rows.training_row import TrainingRow
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.train.data.alignment import AlignedText
+from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks
 from stillhouse.student_trainer.train.data.chat.mask import ChatMasker
 from stillhouse.student_trainer.train.data.readers import DatasetRow
+from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
+
+CUT_SHORT = (
+    "length",
+    "max_tokens",
+    "model_length",
+    "content_filter",
+    "abort",
+    "cancelled",
+    "error",
+    "timeout",
+)
+"""Values of a row's finish_reason with which a text has no end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,11 +92,15 @@ class RowEncoder:
         tokenizer: Any,
         *,
         completion_only: bool,
+        ends_text: bool = True,
+        today: date | None = None,
         chat: bool = False,
         extra_fields: ExtraFields = "keep",
         own_fields: Collection[str] = (),
     ) -> None:
-        """`chat`, `extra_fields` and `own_fields` are those of `parse_training_row`.
+        """Without `ends_text` rows of plain text have no end token; `today` is the date that chat templates are told.
+
+        `chat`, `extra_fields` and `own_fields` are those of `parse_training_row`.
 
         Raises StillhouseError(TOKENIZER_INVALID) unless `tokenizer` is a fast tokenizer of transformers.
         """
@@ -94,6 +112,7 @@ class RowEncoder:
             )
         self._tokenizer = tokenizer
         self._completion_only = completion_only
+        self._ends_text = ends_text
         self._parse = partial(
             DatasetRow.parse,
             chat=chat,
@@ -101,13 +120,28 @@ class RowEncoder:
             own_fields=own_fields,
             completion_only=completion_only,
         )
-        self._chat = ChatMasker(tokenizer)
+        self._encoder = TextEncoder(tokenizer)
+        self._marks = SpecialMarks(tokenizer)
+        self._chat = ChatMasker(tokenizer, self._encoder, self._marks, today=today)
+        self._end_ids: set[int] = set()
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the tokenizer."""
         tokenizer = self._tokenizer
         return tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that ended a text or a turn so far, ascending."""
+        return tuple(sorted(self._end_ids | self._chat.end_ids))
+
+    @property
+    def notes(self) -> Mapping[str, int]:
+        """Counts of what the user should know about the rows so far, by name, none of them 0."""
+        counts: dict[str, int] = {name: count for name, count in self._chat.notes.items() if count}
+        doubled = self._encoder.num_doubled_openings
+        return counts | ({"doubled_openings": doubled} if doubled else {})
 
     def encode(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
         """Returns token ids and target mask of a row, not truncated. Raises StillhouseError(DATASET_INVALID)."""
@@ -121,24 +155,28 @@ class RowEncoder:
 
     def encode_with_completion_mask(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
         """Returns token ids of a row and the mask of its completions. Raises as `encode`."""
-        content = self._parse(row)
+        content, is_cut = self._parse(row), _is_cut(row)
         if content.turns is not None:
-            return self._chat.encode(self._chat.template.conversation(row, content.turns))
+            return self._chat.encode(self._chat.template.conversation(row, content.turns), is_cut=is_cut)
         if content.kind == "completion":
-            return self._encode_completion(content)
-        token_ids = self._ids(content.text, special=True)
-        return token_ids, [True] * len(token_ids)
+            return self._encode_plain(content.prompt, content.completion, ends=not is_cut)
+        return self._encode_plain("", content.text, ends=self._ends_text and not is_cut)
 
-    def _encode_completion(self, row: TrainingRow) -> tuple[list[int], list[bool]]:
-        """Encodes prompt and completion separately, as at inference, and appends the end token."""
-        prompt = self._ids(row.prompt, special=True)
-        completion = self._ids(row.completion, special=False)
-        end = self._tokenizer.eos_token_id
-        if end is not None:
-            # Some tokenizers end every text; an ended prompt cannot be continued.
-            prompt = prompt[:-1] if prompt and prompt[-1] == end else prompt
-            completion = completion if completion and completion[-1] == end else [*completion, end]
-        return prompt + completion, [False] * len(prompt) + [True] * len(completion)
+    def _encode_plain(self, prompt: str, text: str, *, ends: bool) -> tuple[list[int], list[bool]]:
+        """Encodes the prompt as at inference and `text` as its continuation; with `ends` its end token follows."""
+        begin = len(prompt)
+        encoded = self._encoder.encode(prompt + text, special=True, cuts=[begin])
+        mask = encoded.mask([(begin, len(prompt + text))]) if prompt else [True] * len(encoded.token_ids)
+        # Text that closes its turn itself has its end.
+        mark, end = self._marks.at_end(text.rstrip()), self._tokenizer.eos_token_id
+        if mark:
+            self._end_ids.add(self._marks.token_id(mark))
+        elif ends and end is not None:
+            self._end_ids.add(end)
+            return [*encoded.token_ids, end], [*mask, True]
+        return encoded.token_ids, mask
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=special)["input_ids"])
+
+def _is_cut(row: DatasetRow) -> bool:
+    """Returns True if the row's text was truncated when it was generated: its last token is no end."""
+    return row.values.get("finish_reason") in CUT_SHORT

@@ -1,78 +1,254 @@
-"""Finds the tokens that the assistant writes in a rendered conversation: its turns, their end tokens included."""
+"""Masks conversations to what the assistant writes: its turns, each with the token that ends it.
+
+A turn is learnt only as it was written: one that the template rewrites once turns follow, such as by removing its
+thoughts, is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import date
+from typing import Any, Literal
 
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.student_trainer.train.data.chat.marks import STAND_IN, SpecialMarks, TurnEnds, common_length
 from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation
+from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
+
+OWN_STAND_IN = STAND_IN[::-1]
+"""Stand-in for the assistant's text."""
+_THOUGHTS_END = "</think>"
+Note = Literal["rewritten_turns", "unprompted_turns", "unended_turns"]
+Span = tuple[int, int]
 
 
 class ChatMasker:
     """Encodes conversations with one tokenizer and masks what others write."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` is a fast tokenizer of transformers."""
-        self._tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer)
+    def __init__(
+        self, tokenizer: Any, encoder: TextEncoder, marks: SpecialMarks, *, today: date | None = None
+    ) -> None:
+        """`tokenizer` is a fast tokenizer of transformers, `encoder` and `marks` are its own; templates are told `today`."""
+        self._encoder = encoder
+        self.template = ChatTemplate(tokenizer, today=today)
         """The tokenizer's chat template."""
+        self._marks = marks
+        self._eos: str = tokenizer.eos_token or ""
+        self._turn_ends: dict[str, TurnEnds] = {}
+        self.end_ids: set[int] = set()
+        """Tokens that ended a turn so far."""
+        self.notes: Counter[Note] = Counter()
+        """Turns so far that are left out since the template rewrites them, that do not begin with the template's
+        generation prompt, and that end with no token."""
 
-    def encode(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
-        """Returns token ids of a conversation and the mask of the assistant's. Raises StillhouseError(DATASET_INVALID)."""
-        if self.template.marks_generation:
-            encoded = self.template.render(
-                conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            mask = [bool(each) for each in encoded["assistant_masks"]]
-            return list(encoded["input_ids"]), self._without_untrained(conversation, mask)
-        text = self.template.render(conversation, tokenize=False)
-        spans = [
-            self._turn_span(conversation, index, text)
-            for index, is_trained in enumerate(conversation.trained)
-            if is_trained
-        ]
-        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        # Tokenizers may exclude white space from an offset's start, but never from its end, if it is all there is.
-        ends = [end for _, end in encoded["offset_mapping"]]
-        mask = [any(begin < end <= stop for begin, stop in spans) for end in ends]
-        return list(encoded["input_ids"]), mask
+    def encode(self, conversation: Conversation, *, is_cut: bool = False) -> tuple[list[int], list[bool]]:
+        """Returns token ids of a conversation and the mask of the assistant's.
 
-    def _without_untrained(self, conversation: Conversation, mask: Sequence[bool]) -> list[bool]:
-        """Returns the mask without the turns that are not to be learnt, which are its runs in order."""
-        trained = [
-            is_trained
-            for message, is_trained in zip(conversation.messages, conversation.trained, strict=True)
-            if message["role"] == "assistant"
-        ]
-        if all(trained):
-            return list(mask)
-        begins = [at for at, inside in enumerate(mask) if inside and not (at and mask[at - 1])]
-        if len(begins) != len(trained):
+        With `is_cut` the last turn was truncated when it was generated: it has no end. Raises
+        StillhouseError(DATASET_INVALID).
+        """
+        if self.template.marks_generation(conversation):
+            text, spans, has_last = self._marked(conversation)
+        else:
+            text, spans, has_last = self._found(conversation)
+        is_cut = is_cut and has_last
+        if is_cut:
+            spans[-1] = (spans[-1][0], self._without_end(text, spans[-1], self._ends_of(conversation)))
+            text = text[: spans[-1][1]]
+        for begin, stop in spans:
+            mark = self._marks.at_end(text[begin:stop].rstrip())
+            if mark:
+                self.end_ids.add(self._marks.token_id(mark))
+            elif not (is_cut and stop == len(text)):
+                self.notes["unended_turns"] += 1
+        encoded = self._encoder.encode(text, special=False, cuts=[begin for begin, _ in spans])
+        return encoded.token_ids, encoded.mask(spans)
+
+    def _marked(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
+        """Returns the text, the spans that the template's author marked, and True if the last turn is among them."""
+        text, found = self.template.render(conversation, marks=True)
+        self._check_marks(conversation)
+        spans = _joined([(begin, stop) for begin, stop in found if begin < stop])
+        lost = self._rewritten(conversation, text, spans) | self._untrained(conversation, spans)
+        learnt = [span for span in spans if span not in lost]
+        return text, learnt, bool(learnt) and learnt[-1] == spans[-1]
+
+    def _check_marks(self, conversation: Conversation) -> None:
+        """Returns if the blocks hold the assistant's text and nobody else's. Raises StillhouseError(DATASET_INVALID)."""
+        try:
+            text, spans = self.template.render(_with_stand_ins(conversation), marks=True)
+        except StillhouseError:  # it depends on these words
+            return
+        marked = "".join(text[begin:stop] for begin, stop in spans)
+        if STAND_IN in marked or (spans and OWN_STAND_IN in text and OWN_STAND_IN not in marked):
             raise conversation.row.invalid(
                 "messages",
-                f"has {len(trained)} turns of the assistant, of which the chat template marks {len(begins)}, so the turns "
+                "has text of another role inside a {% generation %} block of the student's chat template, which would be "
+                "learnt as the assistant's. Put the assistant's text alone into the blocks, and no block into a macro.",
+            )
+
+    def _rewritten(self, conversation: Conversation, text: str, spans: Sequence[Span]) -> set[Span]:
+        """Returns the spans of turns that had another text when they were the last."""
+        turns = _assistant_turns(conversation)
+        if len(turns) < 2:
+            return set()
+        written: set[str] = set()
+        for index in turns:
+            rendered, found = text, spans
+            if index < len(conversation.messages) - 1:
+                rendered, found = self.template.render(conversation.first(index + 1), marks=True)
+            history = self.template.render(conversation.first(index)).text if index else ""
+            own = common_length(rendered, history)
+            written |= {rendered[begin:stop] for begin, stop in _joined(found) if begin >= own}
+        lost = {(begin, stop) for begin, stop in spans if text[begin:stop] not in written}
+        self.notes["rewritten_turns"] += len(lost)
+        return lost
+
+    def _untrained(self, conversation: Conversation, spans: Sequence[Span]) -> set[Span]:
+        """Returns the spans of turns that are not to be learnt."""
+        trained = [conversation.trained[index] for index in _assistant_turns(conversation)]
+        if all(trained):
+            return set()
+        if len(spans) != len(trained):
+            raise conversation.row.invalid(
+                "messages",
+                f"has {len(trained)} turns of the assistant, of which the chat template marks {len(spans)}, so the turns "
                 "of weight 0 cannot be told apart. Give one assistant turn per row.",
             )
-        kept, run = [], -1
-        for at, inside in enumerate(mask):
-            run += inside and not (at and mask[at - 1])
-            kept.append(inside and trained[run])
-        return kept
+        return {span for span, is_trained in zip(spans, trained, strict=True) if not is_trained}
 
-    def _turn_span(self, conversation: Conversation, index: int, text: str) -> tuple[int, int]:
-        """Returns characters [begin, stop) of an assistant's turn in the rendered conversation, its end token included."""
-        render = self.template.render
-        before = (
-            render(conversation.first(index), tokenize=False, add_generation_prompt=True) if index else ""
-        )
-        until = render(conversation.first(index + 1), tokenize=False)
-        if not (text.startswith(until) and until.startswith(before)):
-            raise conversation.row.invalid(
-                f"messages[{index}]",
-                "is rendered differently when turns follow, so the assistant's part cannot be found. "
-                "Give one assistant turn per row, at the end, or a chat template with {% generation %} blocks.",
-            )
+    def _found(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
+        """Returns the text, the spans of the turns, found by rendering the conversation up to each, and True if the last of
+        them is the assistant's last."""
+        text, ends = self.template.render(conversation).text, self._ends_of(conversation)
+        spans, last, turns = [], len(conversation.messages) - 1, _assistant_turns(conversation)
+        has_last = False
+        for index in (each for each in turns if conversation.trained[each]):
+            until = text if index == last else self.template.render(conversation.first(index + 1)).text
+            until = until.removesuffix(ends.tail) if ends.tail else until
+            if not text.startswith(until):
+                self.notes["rewritten_turns"] += 1
+                continue
+            begin = self._begin(conversation, index, text, len(until))
+            if begin is None:
+                if index < last:
+                    self.notes["rewritten_turns"] += 1
+                    continue
+                raise conversation.row.invalid(
+                    f"messages[{index}]",
+                    "cannot be found in the rendered conversation, since the student's chat template rewrites the turns before "
+                    "it. Give a chat template with {% generation %} blocks, or prompt and completion.",
+                )
+            if index == last and not self._ending(text, begin, len(until)):
+                text = until + self._end_to_append(conversation, until, ends)
+            spans.append((begin, self._ending(text, begin, len(until)) or len(until)))
+            has_last = index == turns[-1]
+        return text, spans, has_last
+
+    def _begin(self, conversation: Conversation, index: int, text: str, until: int) -> int | None:
+        """Returns the offset of an assistant's first character, after its prompt; None if it cannot be found."""
+        if index:
+            before = self.template.render(conversation.first(index), generation_prompt=True).text
+            if text.startswith(before) and len(before) <= until:
+                if self._ends_of(conversation).has_prompt:
+                    return len(before)
+                # A template without generation prompt has a role's name, or nothing, before the assistant's text.
+                begin = self._content_begin(conversation, index, text)
+                is_name = begin is not None and text[len(before) : begin].strip()
+                return begin if is_name else len(before)
+        begin = self._content_begin(conversation, index, text)
+        if begin is not None and index:
+            self.notes["unprompted_turns"] += 1
+        return begin
+
+    def _content_begin(self, conversation: Conversation, index: int, text: str) -> int | None:
+        """Returns the offset of a turn's content in `text`; None if the template does not copy it."""
+        content = conversation.messages[index].get("content")
+        if not isinstance(content, str):
+            return None
+        # Some templates drop thoughts, with all that is before their end.
+        for before in dict.fromkeys(("", content[: content.rfind(_THOUGHTS_END) + len(_THOUGHTS_END)])):
+            changed = before + STAND_IN + content[len(before) :]
+            begin, found, _ = self.template.render(
+                _with_content(conversation, index, changed)
+            ).text.partition(STAND_IN)
+            if found and text.startswith(begin):
+                return len(begin)
+        return None
+
+    def _ending(self, text: str, begin: int, until: int) -> int:
+        """Returns the offset behind the token that ends the turn in [begin, until), or behind the next one; 0 if none does."""
         # The line break that templates put after the end token opens the next turn; no model generates it.
-        written = until.rstrip()
-        has_end_token = any(written.endswith(str(token)) for token in self._tokenizer.all_special_tokens)
-        return len(before), len(written) if has_end_token else len(until)
+        written = text[begin:until].rstrip()
+        if self._marks.at_end(written):
+            return begin + len(written)
+        following = text[until:]
+        opening = following.lstrip()
+        mark = self._marks.at_start(opening)
+        return until + len(following) - len(opening) + len(mark) if mark else 0
+
+    def _end_to_append(self, conversation: Conversation, text: str, ends: TurnEnds) -> str:
+        """Returns the text that ends a last turn which the template leaves open: the next turn's opening, or the end token."""
+        calls = conversation.messages[-1].get("tool_calls")
+        following = {"role": "tool" if calls else "user", "content": STAND_IN}
+        try:
+            longer = replace(conversation, messages=[*conversation.messages, following])
+            rendered = self.template.render(longer).text
+        except StillhouseError:  # it refuses such a turn
+            rendered = ""
+        after = rendered[len(text) :] if rendered.startswith(text) else ends.next_opening
+        mark = self._marks.at_start(after.lstrip())
+        return after[: after.index(mark) + len(mark)] if mark else self._eos
+
+    def _without_end(self, text: str, span: Span, ends: TurnEnds) -> int:
+        """Returns the offset behind the last character that the assistant wrote itself."""
+        written = text[span[0] : span[1]]
+        mark = self._marks.at_end(written.rstrip())
+        if not mark:
+            closing = ends.closing
+            return span[1] - (len(closing) if closing and written.endswith(closing) else 0)
+        written = written.rstrip().removesuffix(mark)
+        # Some templates put a space before the end token.
+        space = ends.closing[: len(ends.closing) - len(ends.closing.lstrip())]
+        return span[0] + len(written.removesuffix(space))
+
+    def _ends_of(self, conversation: Conversation) -> TurnEnds:
+        source = self.template.source(conversation.tools)
+        if source not in self._turn_ends:
+            self._turn_ends[source] = TurnEnds.probe(self.template, conversation, self._marks)
+        return self._turn_ends[source]
+
+
+def _assistant_turns(conversation: Conversation) -> list[int]:
+    return [index for index, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Joins spans that touch: parts of one turn."""
+    joined: list[Span] = []
+    for begin, stop in spans:
+        if joined and joined[-1][1] == begin:
+            joined[-1] = (joined[-1][0], stop)
+        else:
+            joined.append((begin, stop))
+    return joined
+
+
+def _with_content(conversation: Conversation, index: int, content: str) -> Conversation:
+    messages: list[Mapping[str, Any]] = list(conversation.messages)
+    messages[index] = {**messages[index], "content": content}
+    return replace(conversation, messages=messages)
+
+
+def _with_stand_ins(conversation: Conversation) -> Conversation:
+    """Puts a stand-in into the middle of every turn's text, another one for the assistant's."""
+    changed = conversation
+    for index, message in enumerate(conversation.messages):
+        content = message.get("content")
+        if isinstance(content, str):
+            middle = len(content) // 2
+            stand_in = OWN_STAND_IN if message["role"] == "assistant" else STAND_IN
+            changed = _with_content(changed, index, content[:middle] + stand_in + content[middle:])
+    return changed

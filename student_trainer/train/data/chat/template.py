@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from datetime import date
+from typing import Any, NamedTuple
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.conversation import Turns
@@ -13,7 +14,7 @@ from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 
-_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,23 +34,34 @@ class Conversation:
         return replace(self, messages=self.messages[:num_messages])
 
 
-class ChatTemplate:
-    """The chat template of one tokenizer."""
+class Rendered(NamedTuple):
+    """A rendered conversation."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """`tokenizer` is a fast tokenizer of transformers, with or without a template."""
-        self._tokenizer = tokenizer
-        self.marks_generation = bool(_GENERATION_BLOCK.search(tokenizer.chat_template or ""))
-        """True if the template marks the assistant's text with {% generation %} blocks."""
-        self._fields = TemplateFields(tokenizer.chat_template, self._text)
+    text: str
+    spans: Sequence[tuple[int, int]] = ()
+    """Characters [begin, stop) inside {% generation %} blocks, in order."""
+
+
+class ChatTemplate:
+    """The chat template of one tokenizer, or its several named ones."""
+
+    def __init__(self, tokenizer: Any, *, today: date | None = None) -> None:
+        """`tokenizer` is a fast tokenizer of transformers; templates that ask for the date are told `today`."""
+        self._template = tokenizer.chat_template
+        self._names: dict[str, Any] = {**tokenizer.special_tokens_map}
+        if today is not None:
+            self._names["strftime_now"] = today.strftime
+        self._fields = TemplateFields(
+            self._template, lambda messages, tools: self._apply(messages, tools).text
+        )
 
     def conversation(self, row: DatasetRow, turns: Turns) -> Conversation:
         """Returns the turns of a row as the template reads them.
 
         Raises StillhouseError(DATASET_INVALID), also for a field that the template leaves out.
         """
-        self._require(row)
         try:
+            self.source(turns.tools)
             messages = self._fields.resolve(turns)
         except FieldError as error:
             raise row.invalid(error.field, error.problem) from error
@@ -57,28 +69,65 @@ class ChatTemplate:
             raise _refused(row, error) from error
         return Conversation(row=row, messages=messages, tools=turns.tools, trained=turns.trained)
 
-    def render(self, conversation: Conversation, **options: Any) -> Any:
-        """Renders a conversation; `options` are those of `apply_chat_template`. Raises StillhouseError(DATASET_INVALID)."""
-        self._require(conversation.row)
-        try:
-            return self._apply(conversation.messages, conversation.tools, **options)
-        except Exception as error:
-            raise _refused(conversation.row, error) from error
+    def source(self, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Returns the template's source: of several "tool_use" for a row with tools, else "default", if they exist.
 
-    def _require(self, row: DatasetRow) -> None:
-        if not self._tokenizer.chat_template:
-            raise row.invalid(
+        Raises FieldError if none fits.
+        """
+        template = self._template
+        if isinstance(template, Mapping):
+            wanted = ("tool_use", "default") if tools else ("default", "tool_use")
+            names = [name for name in wanted if name in template] or list(template)
+            if len(names) > 1 and names[0] not in wanted:
+                raise FieldError(
+                    "messages",
+                    f"needs a chat template named default or tool_use, and those of the student's tokenizer are named "
+                    f"{', '.join(template)}; rename one of them.",
+                )
+            template = template[names[0]] if names else None
+        if not template:
+            raise FieldError(
                 "messages",
                 "needs a chat template, which the student's tokenizer lacks; give prompt and completion.",
             )
+        return str(template)
 
-    def _text(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        return str(self._apply(messages, tools, tokenize=False))
+    def marks_generation(self, conversation: Conversation) -> bool:
+        """Returns True if the template marks the assistant's text with {% generation %} blocks."""
+        return bool(_GENERATION_BLOCK.search(self.source(conversation.tools)))
+
+    def render(
+        self, conversation: Conversation, *, generation_prompt: bool = False, marks: bool = False
+    ) -> Rendered:
+        """Renders a conversation, with `marks` also the spans of its blocks. Raises StillhouseError(DATASET_INVALID)."""
+        try:
+            return self._apply(
+                conversation.messages, conversation.tools, generation_prompt=generation_prompt, marks=marks
+            )
+        except FieldError as error:
+            raise conversation.row.invalid(error.field, error.problem) from error
+        except Exception as error:
+            raise _refused(conversation.row, error) from error
 
     def _apply(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]], **options: Any
-    ) -> Any:
-        return self._tokenizer.apply_chat_template(list(messages), tools=list(tools) or None, **options)
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> Rendered:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        texts, spans = render_jinja_template(
+            [[dict(message) for message in messages]],
+            tools=[dict(tool) for tool in tools] or None,
+            chat_template=self.source(tools),
+            add_generation_prompt=generation_prompt,
+            return_assistant_tokens_mask=marks,
+            **self._names,
+        )
+        return Rendered(texts[0], spans[0] if marks else ())
 
 
 def _refused(row: DatasetRow, error: Exception) -> StillhouseError:

@@ -58,6 +58,7 @@ def test_prompt_is_encoded_as_at_inference(tokenizer: Any) -> None:
 def test_text_learns_all_tokens_but_the_first(tokenizer: Any) -> None:
     token_ids, mask = RowEncoder(tokenizer, completion_only=True).encode(_row(text="Ada has 3 apples."))
     assert mask == [False] + [True] * (len(token_ids) - 1)
+    assert tokenizer.decode(token_ids) == "Ada has 3 apples.<|endoftext|>"
 
 
 CONVERSATION = [
@@ -113,17 +114,6 @@ def test_bad_rows_are_named(tokenizer: Any, values: dict[str, Any], sentence: st
     assert error.value.reason is Reason.DATASET_INVALID
     assert error.value.message.startswith("rows.jsonl, row 3, field ")
     assert sentence in error.value.message
-
-
-def test_a_template_that_rewrites_earlier_turns_is_refused(models: Models) -> None:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(models.student)
-    tokenizer.chat_template = (
-        "{{ messages | length }}{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    )
-    with pytest.raises(StillhouseError, match="Give one assistant turn per row"):
-        RowEncoder(tokenizer, completion_only=True).encode(_row(messages=CONVERSATION))
 
 
 def _write(path: Path, count: int) -> Path:

@@ -1,0 +1,101 @@
+"""Special tokens in rendered text, and the way in which a chat template ends the assistant's turns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation
+
+STAND_IN = "\U000f5a17\U000f5a18"
+"""Text that no row has, to find where a template puts what it is given."""
+
+
+class SpecialMarks:
+    """Special tokens by their text; those without a role of the tokenizer, such as a model's own turn marks, count too."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._ids: dict[str, int] = dict(
+            zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        )
+        added = tokenizer.added_tokens_decoder
+        self._ids |= {str(token): number for number, token in added.items() if token.special}
+        self._added = {str(token): number for number, token in added.items()}
+        self._opening = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
+        self._set_lengths()
+
+    def at_end(self, text: str) -> str:
+        """Returns the longest mark that `text` ends with; empty if there is none."""
+        return next((text[-n:] for n in self._lengths if text[-n:] in self._ids), "")
+
+    def at_start(self, text: str) -> str:
+        """Returns the longest mark that `text` begins with, except for that of a text's beginning; empty if none."""
+        found = next((text[:n] for n in self._lengths if text[:n] in self._ids), "")
+        return "" if found == self._opening else found
+
+    def token_id(self, mark: str) -> int:
+        """Returns the token id of a mark."""
+        return self._ids[mark]
+
+    def border_before(self, text: str, at: int) -> int:
+        """Returns `at`, or the beginning of the mark that it would cut."""
+        for begin in range(max(0, at - self._lengths[0] + 1) if self._lengths else at, at):
+            if any(text[begin : begin + n] in self._ids and begin + n > at for n in self._lengths):
+                return begin
+        return at
+
+    def learn_end(self, closing: str) -> None:
+        """Counts the token that `closing` begins with as a mark, though the tokenizer does not call it special."""
+        written = closing.lstrip()
+        found = max((each for each in self._added if written.startswith(each)), key=len, default="")
+        if found and not found.isspace():
+            self._ids[found] = self._added[found]
+            self._set_lengths()
+
+    def _set_lengths(self) -> None:
+        self._lengths = sorted({len(each) for each in self._ids}, reverse=True)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnEnds:
+    """The text that a template puts behind an assistant's turn."""
+
+    closing: str = ""
+    """Belongs to the turn; empty if the next turn's opening ends it, or nothing does."""
+    tail: str = ""
+    """Follows only the last turn of a conversation."""
+    next_opening: str = ""
+    """From the end of an assistant's text to the user's next."""
+    has_prompt: bool = True
+    """The template opens the assistant's turn where it is asked for a generation prompt."""
+
+    @classmethod
+    def probe(cls, template: ChatTemplate, conversation: Conversation, marks: SpecialMarks) -> TurnEnds:
+        """Finds them with a short conversation; all empty if the template refuses it."""
+        own, user = f"{STAND_IN}a", f"{STAND_IN}u"
+        turns = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": own},
+            {"role": "user", "content": user},
+        ]
+        row = conversation.row
+        try:
+            last = template.render(Conversation(row=row, messages=turns[:2])).text
+            followed = template.render(Conversation(row=row, messages=turns)).text
+            question = Conversation(row=row, messages=turns[:1])
+            has_prompt = template.render(question, generation_prompt=True) != template.render(question)
+        except StillhouseError:
+            return cls()
+        if own not in last or own not in followed or user not in followed.partition(own)[2]:
+            return cls()
+        after, between = last.partition(own)[2], followed.partition(own)[2].partition(user)[0]
+        marks.learn_end(between)
+        common = marks.border_before(after, common_length(after, between))
+        return cls(closing=after[:common], tail=after[common:], next_opening=between, has_prompt=has_prompt)
+
+
+def common_length(one: str, other: str) -> int:
+    """Returns the number of characters with which both begin."""
+    shorter = min(len(one), len(other))
+    return next((at for at in range(shorter) if one[at] != other[at]), shorter)

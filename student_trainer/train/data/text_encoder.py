@@ -1,0 +1,96 @@
+"""Encodes text as a model reads and continues it: its own part goes on from the tokens of the prompt, as when it is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+_ANCHORS = (".", "\n", "a", "0", "(", "\u00e9")
+"""Texts to continue from: the first one whose tokens stay apart from the continuation's serves."""
+
+
+class Encoded(NamedTuple):
+    """Tokens of a text."""
+
+    token_ids: list[int]
+    offsets: list[tuple[int, int]]
+    """Characters [begin, end) of each token; equal for a token that stands for none, or for white space left out."""
+
+    def mask(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Returns True for the tokens of the characters [begin, stop) of `spans`.
+
+        A tokenizer may leave white space out of the offsets of a token, even if there is nothing else.
+        """
+        return [
+            any(
+                (begin < end and start < stop) if start < end else begin < end <= stop
+                for begin, stop in spans
+            )
+            for start, end in self.offsets
+        ]
+
+
+class TextEncoder:
+    """Encodes with one fast tokenizer of transformers."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.num_doubled_openings = 0
+        """Texts so far that spelled out the beginning-of-text token that is added to each; one of the two was dropped."""
+        # SentencePiece tokenizers, and some others, put a space before a text; a continuation has none.
+        plain, anchor = self._run("a").token_ids, self._run(".").token_ids
+        self._opens_with_space = self._run(".a").token_ids != anchor + plain
+
+    def encode(self, text: str, *, special: bool, cuts: Sequence[int] = ()) -> Encoded:
+        """Encodes `text`; with `special` as the tokenizer opens a text, yet without an end token that it adds.
+
+        At `cuts`, ascending offsets, a model is prompted with the text before and writes the text after: there the tokens
+        are those of the prompt alone, and their continuation.
+        """
+        encoded = self._encode(text, cuts, self._open if special else self._run)
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        if bos is not None and encoded.token_ids[:2] == [bos, bos] and (special or bos != eos):
+            self.num_doubled_openings += 1
+            return Encoded(encoded.token_ids[1:], encoded.offsets[1:])
+        return encoded
+
+    def _encode(self, text: str, cuts: Sequence[int], run: Callable[[str], Encoded]) -> Encoded:
+        encoded = run(text)
+        for number, cut in enumerate(cuts):
+            if not 0 < cut < len(text) or _is_border(encoded, cut):
+                continue
+            head = run(text[:cut])
+            later = [each - cut for each in cuts[number + 1 :]]
+            tail = self._encode(text[cut:], later, self._continue)
+            shifted = [(begin + cut, end + cut) for begin, end in tail.offsets]
+            return Encoded(head.token_ids + tail.token_ids, head.offsets + shifted)
+        return encoded
+
+    def _run(self, text: str) -> Encoded:
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return Encoded(list(found["input_ids"]), [tuple(each) for each in found["offset_mapping"]])
+
+    def _open(self, text: str) -> Encoded:
+        found = self._tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = list(found["input_ids"]), [tuple(each) for each in found["offset_mapping"]]
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        # Some tokenizers end every text; an ended prompt cannot be continued.
+        if ids and ids[-1] == eos and offsets[-1] == (0, 0) and (len(ids) > 1 or bos != eos):
+            ids, offsets = ids[:-1], offsets[:-1]
+        return Encoded(ids, offsets)
+
+    def _continue(self, text: str) -> Encoded:
+        """Encodes text that goes on from another."""
+        for anchor in _ANCHORS if self._opens_with_space else ():
+            before, both = self._run(anchor), self._run(anchor + text)
+            count = len(before.token_ids)
+            if both.token_ids[:count] == before.token_ids and _is_border(both, len(anchor)):
+                shifted = [(begin - len(anchor), end - len(anchor)) for begin, end in both.offsets[count:]]
+                return Encoded(both.token_ids[count:], shifted)
+        return self._run(text)
+
+
+def _is_border(encoded: Encoded, cut: int) -> bool:
+    """Returns True if a token ends at `cut` and the next one begins there."""
+    before = max((end for _, end in encoded.offsets if end <= cut), default=0)
+    return before == cut and all(begin >= cut or end <= cut for begin, end in encoded.offsets)
