@@ -29,6 +29,7 @@ HISTORY = {"docs/log.md", "CHANGELOG.md"}
 """Texts about the past, whose names were true at their time."""
 OTHER_FLAGS = {"--nnodes", "--attempt", "--spec", "--strict"}
 """Flags in running text that belong to torchrun, to the training process and to mkdocs."""
+PLACE = "\0"
 _FENCE = re.compile(r"^( *)```([\w-]*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+)`")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -49,6 +50,23 @@ def product_code() -> str:
     return "".join(
         read(each) for each in tracked() if each.startswith(rooms) and each.endswith((".py", ".proto"))
     )
+
+
+@cache
+def sentences() -> tuple[str, ...]:
+    """Every text in the product's code, with PLACE where a value is put in."""
+    found = []
+    for name in tracked():
+        if name.startswith(("client/", "protos/", "student_trainer/", "teacher_service/")) and (
+            name.endswith(".py") and "_pb2" not in name
+        ):
+            for node in ast.walk(ast.parse(read(name))):
+                if isinstance(node, ast.JoinedStr):
+                    parts = [each.value if isinstance(each, ast.Constant) else PLACE for each in node.values]
+                    found.append("".join(map(str, parts)))
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+    return tuple(found)
 
 
 def texts() -> list[str]:
@@ -153,6 +171,21 @@ def test_every_name_in_capitals_occurs_in_the_code(name: str) -> None:
         for who in ("TEACHER", "TRAINER")
     }
     assert not [each for each in names - of_flags if each not in product_code()]
+
+
+def test_every_sentence_that_troubleshooting_quotes_is_in_the_code() -> None:
+    quotes = re.findall(r"(?<!\*)\*([^*\n]+)\*(?!\*)", read("docs/guides/troubleshooting.md"))
+    assert len(quotes) > 20
+    unknown = []
+    for quote in quotes:
+        parts = [
+            " ".join(f"(?:{re.escape(word)}|{PLACE})" for word in part.split())
+            for part in quote.split("…")
+            if part.strip()
+        ]
+        if not any(re.search(".*".join(parts), each, re.DOTALL) for each in sentences()):
+            unknown.append(quote)
+    assert not unknown
 
 
 @pytest.mark.parametrize("name", texts())

@@ -16,6 +16,8 @@ DEFAULT_TRAINER = "127.0.0.1:7402"
 DEFAULT_TEACHER = "127.0.0.1:7401"
 ENVIRONMENT_PREFIX = "STILLHOUSE_"
 MAX_TOKEN_BYTES = 8192
+LEAST_SIMILARITY = 0.82
+"""Of a slip of the pen in a name."""
 _PATHS = {"tls_ca", "tls_cert", "tls_key", "token_file"}
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 
@@ -142,7 +144,7 @@ def _checked(path: Path, prefix: str, table: object) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(key, known, n=1, cutoff=LEAST_SIMILARITY)
             hint = f'did you mean "{near[0]}"?' if near else f"there are: {', '.join(sorted(known))}."
             raise usage_error(f"{path}: there is no setting {prefix}{key}; {hint}")
         if key == "tls":

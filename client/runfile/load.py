@@ -29,6 +29,8 @@ class RunFile:
     """Source location of each field."""
     directory: Path
     """The file's directory; relative datasets are looked up there."""
+    problems: tuple[Problem, ...] = ()
+    """Parts that could not be read, which `spec` lacks."""
 
 
 def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
@@ -36,18 +38,39 @@ def load_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
 
     Raises StillhouseError(INVALID_SPEC) with every problem, one a line.
     """
+    return _readable(read_run_file(path, overrides))
+
+
+def read_run_file(path: Path | str, overrides: Sequence[str] = ()) -> RunFile:
+    """As load_run_file, but problems of single fields are kept beside the rest of the run."""
     if str(path) == "-":
-        return parse_run(sys.stdin.buffer.read(MAX_RUN_FILE_BYTES + 1), "<stdin>", overrides)
+        return read_run(sys.stdin.buffer.read(MAX_RUN_FILE_BYTES + 1), "<stdin>", overrides)
     path = Path(path)
     with file_errors("read", path), path.open("rb") as file:
         content = file.read(MAX_RUN_FILE_BYTES + 1)
-    return parse_run(content, str(path), overrides, directory=path.parent)
+    return read_run(content, str(path), overrides, directory=path.parent)
 
 
 def parse_run(
     content: bytes, source: str, overrides: Sequence[str] = (), *, directory: Path | None = None
 ) -> RunFile:
     """The run in `content`, which errors call `source`; without one they name fields alone."""
+    return _readable(read_run(content, source, overrides, directory=directory))
+
+
+def _readable(file: RunFile) -> RunFile:
+    if file.problems:
+        raise invalid(file.problems)
+    return file
+
+
+def read_run(
+    content: bytes, source: str, overrides: Sequence[str] = (), *, directory: Path | None = None
+) -> RunFile:
+    """As parse_run, but problems of single fields are kept beside the rest of the run.
+
+    Raises StillhouseError(INVALID_SPEC) if nothing of it can be read.
+    """
     reader = RunFileReader(source)
     spec = RunSpec()
     root = reader.compose(_decoded(content, source))
@@ -56,9 +79,14 @@ def parse_run(
         reader.read_message(root, spec, "")
     for override in overrides:
         apply_override(override, spec, reader)
-    if reader.problems:
+    if any(not each.path for each in reader.problems):
         raise invalid(reader.problems)
-    return RunFile(spec=spec, source_map=reader.source_map, directory=directory or Path.cwd())
+    return RunFile(
+        spec=spec,
+        source_map=reader.source_map,
+        directory=directory or Path.cwd(),
+        problems=tuple(reader.problems),
+    )
 
 
 def parse_fields(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:

@@ -21,6 +21,11 @@ def _messages() -> dict[str, Any]:
     return messages
 
 
+def is_offered(message: str, field: str) -> bool:
+    """True if a run may set `field` of `message`: the contract also has some that are refused."""
+    return field in _messages()[message]["properties"]
+
+
 def setting(message: Message, field: str) -> Any:
     """Value of a field of a run's settings, or its default; KeyError if the default depends on other fields."""
     if message.HasField(field):

@@ -73,14 +73,34 @@ class SourceMap:
         """`error` with the service's field violations as problems of the file."""
         if error.reason is not Reason.INVALID_SPEC or not error.violations:
             return error
+        return invalid(self.problems_of(error.violations))
+
+    def problems_of(
+        self, violations: Sequence[FieldViolation], known: Sequence[Problem] = ()
+    ) -> list[Problem]:
+        """The service's field violations as problems of the file, without those that follow from `known` problems.
+
+        Such are those of a field that could not be read, and of an absent one in a section that could not.
+        """
+        unread = [snake(each.path) for each in known]
+        sections = {_parent(path) for path in unread}
         problems = []
-        for violation in error.violations:
-            location, spelled = self.find(violation.field.removeprefix("spec."))
-            problems.append(Problem(location=location, path=spelled, sentence=violation.description))
-        return invalid(problems)
+        for violation in violations:
+            path = violation.field.removeprefix("spec.")
+            location, spelled = self.find(path)
+            is_within = any(path == each or path.startswith((f"{each}.", f"{each}[")) for each in unread)
+            is_absent = path not in self._known and _parent(path) in sections
+            if not is_within and not is_absent:
+                problems.append(Problem(location=location, path=spelled, sentence=violation.description))
+        return problems
 
     def _spelled(self, segments: Sequence[str]) -> list[str]:
         return [spelled_like(each, "aA") if self.camel_case else each for each in segments]
+
+
+def _parent(path: str) -> str:
+    """The path of the section that a field or an item is in."""
+    return path[: max(path.rfind("."), path.rfind("["), 0)]
 
 
 def _join(segments: Sequence[str]) -> str:

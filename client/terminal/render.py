@@ -46,8 +46,6 @@ def state_name(run: run_pb2.Run) -> str:
     condition = enum_name(_CONDITIONS, run.condition)
     if condition is not None:
         return f"{state}, {condition.lower().replace('_', ' ')}"
-    if run.state == run_pb2.Run.STATE_PENDING and run.queue_position:
-        return f"{state}, {run.queue_position} ahead of it"
     return state
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from stillhouse.client.terminal.render import duration_text, number_text, printable, progress_text, state_name
+from stillhouse.client.terminal.run_advice import waits_for
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.protos.errors import StillhouseError, from_status
@@ -54,7 +55,7 @@ class RunView(ABC):
 
     def _show_run(self, run: run_pb2.Run) -> None:
         self._progress.CopyFrom(run.progress)
-        state = state_name(run)
+        state = f"{state_name(run)} {waits_for(run)}"
         if state != self._state or len(run.attempts) != self._attempts:
             self._state, self._attempts = state, len(run.attempts)
             self.line(state_line(run))
@@ -143,9 +144,17 @@ def run_view() -> Iterator[RunView]:
         yield TerminalView(progress)
 
 
+def state_text(run: run_pb2.Run) -> str:
+    """Formats a run's state and what it waits for, e.g. "PENDING, waiting for a free CPU slot, behind 2 runs"."""
+    needed = waits_for(run)
+    if not needed:
+        return state_name(run)
+    return f"{state_name(run).partition(',')[0]}, waiting for {needed}"
+
+
 def state_line(run: run_pb2.Run) -> str:
     """Formats a run's state in one line; with its duration once it has ended, and its error if it failed."""
-    text = f"run {run_id(run.name)}: {state_name(run)}"
+    text = f"run {run_id(run.name)}: {state_text(run)}"
     if run.progress.step:
         text += f" at step {progress_text(run.progress).partition(' ')[0]}"
     if len(run.attempts) > 1:

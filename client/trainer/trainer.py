@@ -15,6 +15,7 @@ from stillhouse.client.core.connection import Connection
 from stillhouse.client.core.errors import file_errors
 from stillhouse.client.core.settings import DEFAULT_TRAINER
 from stillhouse.client.runfile.load import RunFile, load_run_file, parse_fields
+from stillhouse.client.runfile.source_map import invalid
 from stillhouse.client.trainer.run_handle import RunHandle
 from stillhouse.client.trainer.run_lookup import find_run
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -64,8 +65,21 @@ class Trainer(Connection):
         return RunHandle(self, run.name)
 
     def validate(self, spec: Spec, *, overrides: Sequence[str] = ()) -> run_pb2.Run:
-        """Returns the run that `spec` would create, with `effective_spec`; nothing is queued. Raises as create_run does."""
-        return self._create(spec, overrides, "", validate_only=True)
+        """Returns the run that `spec` would create, with `effective_spec`; nothing is queued. Raises as create_run does.
+
+        The problems of a RunFile that was read in part are reported together with those that the service finds.
+        """
+        if not isinstance(spec, RunFile) or not spec.problems:
+            return self._create(spec, overrides, "", validate_only=True)
+        problems = list(spec.problems)
+        try:
+            request = run_pb2.CreateRunRequest(spec=spec.spec, validate_only=True)
+            self.call(self.stub.CreateRun, request)
+        except (
+            StillhouseError
+        ) as error:  # also of a service that does not respond: the file's own problems stand
+            problems += spec.source_map.problems_of(error.violations, spec.problems)
+        raise invalid(problems)
 
     def _create(
         self, spec: Spec, overrides: Sequence[str], request_id: str, *, validate_only: bool

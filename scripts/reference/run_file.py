@@ -62,6 +62,7 @@ def page() -> str:
                 told[f"{message.name}.{name}"],
             )
             for name, info in fields_of(cls).items()
+            if not _is_unsupported(info)
         ]
         body = table(("Field", "Type", "Default", "Values", "Meaning"), rows) if rows else "No fields.\n"
         parts.append(f"\n## {message.name}\n\n{where}\n\n{told[message.name]}\n\n{body}")
@@ -170,7 +171,7 @@ def _value(info: FieldInfo) -> dict[str, Any]:
     schema: dict[str, Any] = {"type": TYPES[info.python_type]}
     words, span, longest = info.rule(Choices), info.rule(Range), info.rule(MaxLength)
     if words is not None:
-        schema["enum"] = _words(info)
+        schema["enum"] = list(words)
     if span is not None:
         schema["exclusiveMinimum" if span.open_low else "minimum"] = span.low
         if span.high != float("inf"):
@@ -185,11 +186,6 @@ def _value(info: FieldInfo) -> dict[str, Any]:
 def _least(info: FieldInfo) -> dict[str, int]:
     required = info.rule(Required)
     return {"minItems": 1} if required and not required.unless_offline else {}
-
-
-def _words(info: FieldInfo) -> list[object]:
-    supported = info.rule(Supported)
-    return [word for word in info.rule(Choices) or () if supported is None or word in supported]
 
 
 def _is_unsupported(info: FieldInfo) -> bool:
@@ -212,7 +208,9 @@ def _type_text(info: FieldInfo) -> str:
         text = f"[{name}](#{name.lower()})"
     else:
         text = {str: "text", bool: "true or false", int: "integer", float: "number"}[info.python_type]
-    return f"list of {text}" if info.repeated else text
+    if not info.repeated:
+        return text
+    return f"list of {text}" if info.nested else f"{text}, or list of {text}"
 
 
 def _default_text(info: FieldInfo) -> str:
@@ -227,9 +225,7 @@ def _default_text(info: FieldInfo) -> str:
 
 
 def _rule_text(info: FieldInfo) -> str:
-    if _is_unsupported(info):
-        return "not implemented yet"
     if info.rule(Choices):
-        return ", ".join(f"`{word}`" for word in _words(info))
+        return ", ".join(f"`{word}`" for word in info.rule(Choices) or ())
     span, longest = info.rule(Range), info.rule(MaxLength)
     return str(span or (f"at most {longest.characters} characters" if longest else ""))

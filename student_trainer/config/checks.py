@@ -29,9 +29,12 @@ from stillhouse.student_trainer.config.rules.contexts import (
 from stillhouse.student_trainer.config.rules.cross_tokenizer import check_cross_tokenizer
 from stillhouse.student_trainer.config.rules.loss import check_loss
 from stillhouse.student_trainer.config.schema import MAX_PROCESSES, RunConfig
+from stillhouse.student_trainer.config.value_synonyms import nearest_value
 
 MAX_COMPARED_CHARACTERS = 200
 """Compared characters of an unknown word."""
+LEAST_SIMILARITY = 0.82
+"""Of a slip of the pen: "adamax" is none for "adam"."""
 
 TEACHER_METRICS = frozenset({"kl", "agreement", "alm"})
 """Evaluation metrics that need a teacher's outputs."""
@@ -44,9 +47,14 @@ def check(config: RunConfig) -> None:
     Raises:
         StillhouseError: INVALID_SPEC with one violation for each problem.
     """
-    violations = [*_check_fields(config), *_check_addresses(config), *_check_combinations(config)]
+    violations = problems_of(config)
     if violations:
         raise invalid_spec(violations)
+
+
+def problems_of(config: RunConfig) -> list[FieldViolation]:
+    """One violation for each problem of `config`."""
+    return [*_check_fields(config), *_check_addresses(config), *_check_combinations(config)]
 
 
 def invalid_spec(violations: Sequence[FieldViolation]) -> StillhouseError:
@@ -107,9 +115,16 @@ def _problem(info: FieldInfo, value: Any) -> str | None:
 
 def _unknown_choice(value: str, choices: Sequence[str]) -> str:
     spelled = value[:MAX_COMPARED_CHARACTERS].lower().replace("-", "_")
-    nearest = difflib.get_close_matches(spelled, choices, n=1)
-    hint = f'; did you mean "{nearest[0]}"?' if nearest else "."
+    nearest = spelled if spelled in choices else nearest_value(spelled, choices) or _slip(spelled, choices)
+    hint = f'; did you mean "{nearest}"?' if nearest else "."
     return f'"{value}" is not known{hint} Possible: {_listed(choices)}.'
+
+
+def _slip(value: str, choices: Sequence[str]) -> str | None:
+    """Returns the choice that `value` is a slip of the pen for: another number in it, such as int4 for int8, is none."""
+    near = difflib.get_close_matches(value, choices, n=1, cutoff=LEAST_SIMILARITY)
+    digits = re.findall(r"\d+", value)
+    return next((each for each in near if re.findall(r"\d+", each) == digits), None)
 
 
 def _unsupported(value: object, supported: Collection[object]) -> str:

@@ -60,9 +60,14 @@ def from_proto(spec: RunSpec) -> RunConfig:
     Raises:
         StillhouseError: INVALID_SPEC with every violation at once, each with the field's path.
     """
-    config = fill_defaults(read(RunConfig, spec), spec)
+    config = with_defaults(spec)
     check(config)
     return config
+
+
+def with_defaults(spec: RunSpec) -> RunConfig:
+    """The configuration that `spec` asks for, with every default set; nothing is checked."""
+    return fill_defaults(read(RunConfig, spec), spec)
 
 
 def to_proto(config: RunConfig) -> RunSpec:

@@ -285,8 +285,7 @@ class EvaluationConfig:
     every_epochs: Annotated[float | None, POSITIVE] = None
     metrics: Annotated[
         tuple[str, ...],
-        Choices("kl", "perplexity", "agreement", "cross_entropy", "alm", "bleu", "rouge", "accuracy"),
-        Supported("kl", "perplexity", "agreement", "cross_entropy", "alm"),
+        Choices("kl", "perplexity", "agreement", "cross_entropy", "alm"),
         DefaultText(
             "kl, perplexity and agreement; alm and perplexity across tokenizers; perplexity without a teacher"
         ),
@@ -327,7 +326,7 @@ class RunConfig:
     """The whole configuration of a run."""
 
     display_name: Annotated[str, NAME] = ""
-    task: Annotated[str, Choices("distil", "cache", "evaluate"), Supported("distil", "cache")] = "distil"
+    task: Annotated[str, Choices("distil", "cache")] = "distil"
     student: StudentConfig = field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)

@@ -33,11 +33,12 @@ def watch(session: Session, run: str, after_sequence: int) -> int:
 
 
 def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
-    """Shows the events of `run` until it ends; the exit code of the command that waits for it."""
+    """Shows the events of `run` until it ends, and what to do then; the exit code of the command that waits for it."""
     from stillhouse.client.core.json_output import as_json
+    from stillhouse.client.terminal.run_advice import next_step
     from stillhouse.client.terminal.run_progress import run_view
 
-    state = 0
+    last: Run | None = None
     try:
         with nullcontext() if session.as_json else run_view() as view:
             for event in run.watch(
@@ -47,14 +48,22 @@ def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
                     session.emit(as_json(event))
                 else:
                     view.show(event)
-                state = event.run.state if event.WhichOneof("event") == "run" else state
-        return _code(state or run.get().state)
+                if event.WhichOneof("event") == "run":
+                    last = event.run
+        last = last or run.get()
+        if not session.as_json:
+            session.say(_capitalised(next_step(last)))
+        return _code(last.state)
     except KeyboardInterrupt:
         session.note(
             f"\nNo longer watching; run {run.id} continues. To see it again: stillhouse run watch {run.id}. "
             f"To end it: stillhouse run stop {run.id}."
         )
         return 130
+
+
+def _capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:] + "."
 
 
 def _code(state: int) -> int:

@@ -36,11 +36,16 @@ def submit_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def load(session: Session, file: str, overrides: Sequence[str], *, push: bool) -> RunFile:
-    """The run in `file`; with `push` the datasets beside it are copied to the trainer."""
-    from stillhouse.client.runfile.load import load_run_file
+def load(
+    session: Session, file: str, overrides: Sequence[str], *, push: bool, in_part: bool = False
+) -> RunFile:
+    """The run in `file`; with `push` the datasets beside it are copied to the trainer.
 
-    loaded = load_run_file(file, overrides)
+    With `in_part` it may have problems, which the service's are shown with.
+    """
+    from stillhouse.client.runfile.load import load_run_file, read_run_file
+
+    loaded = (read_run_file if in_part else load_run_file)(file, overrides)
     if push:
         session.trainer.push_datasets_of(
             loaded, on_push=lambda path: session.note(f"copying {path} to the trainer")
@@ -83,7 +88,7 @@ def create(
 
     FILE is YAML or JSON with the fields of RunSpec; "-" reads standard input. Text in --set is taken as it stands; lists and sets of fields are YAML, as in --set 'student.lora={rank: 8}'.
     """
-    loaded = load(session, file, overrides, push=push)
+    loaded = load(session, file, overrides, push=push, in_part=validate)
     if validate:
         return _validate(session, loaded)
     return submit(session, loaded, "created", watch=watch, request_id=request_id)[1]

@@ -30,7 +30,8 @@ STATES = ("pending", "starting", "running", "stopping", "stopped", "completed", 
 def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
     """List runs, newest first."""
     from stillhouse.client.core.json_output import as_json
-    from stillhouse.client.terminal.render import columns, progress_text, state_name, time_text
+    from stillhouse.client.terminal.render import columns, progress_text, time_text
+    from stillhouse.client.terminal.run_progress import state_text
     from stillhouse.client.trainer.run_lookup import run_id
     from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
@@ -39,7 +40,7 @@ def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
     for run in itertools.islice(session.trainer.runs(wanted), limit):
         documents.append(as_json(run) | {"id": run_id(run.name)})
         progress, created = progress_text(run.progress), time_text(run.create_time)
-        rows.append((run_id(run.name), state_name(run), progress, created, run.spec.display_name))
+        rows.append((run_id(run.name), state_text(run), progress, created, run.spec.display_name))
     empty = "There are no such runs." if states else "There are no runs yet."
     table = columns(rows, header=("ID", "STATE", "STEP", "CREATED", "NAME"), empty=empty)
     session.show({"runs": documents}, table)
@@ -47,11 +48,11 @@ def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
 
 @command(name="show")
 @click.argument("run")
-def show(session: Session, run: str) -> None:
-    """Show RUN in full, and why it failed.
-
-    State, reason of a failure and what to do, attempts, latest metrics, effective settings.
-    """
+@click.option(
+    "--settings", is_flag=True, help="Show the effective settings, with every default, as a run file."
+)
+def show(session: Session, run: str, settings: bool) -> None:
+    """Show RUN's state, the reason of a failure and what to do, then attempts and latest metrics."""
     from stillhouse.client.core.json_output import as_json
     from stillhouse.client.terminal.render import columns, number_text, spec_text
 
@@ -66,25 +67,37 @@ def show(session: Session, run: str) -> None:
         metrics = {key: {"step": step, "value": value} for key, (step, value) in latest.items()}
         session.emit(as_json(found) | {"id": handle.id, "latest_metrics": metrics})
         return
-    session.say(columns(_facts(found)))
-    if found.HasField("error"):
-        session.say(f"\n{_failure(found)}")
+    session.say(columns((*_condition(found), *_facts(found))))
     if found.attempts:
         session.say("\nAttempts\n" + columns(_attempt(each) for each in found.attempts))
     if latest:
         rows = [(key, number_text(value), f"step {step}") for key, (step, value) in latest.items()]
         session.say("\nLatest metrics\n" + columns(rows))
-    session.say("\nEffective settings\n" + spec_text(found.effective_spec).rstrip())
+    if settings:
+        session.say("\nEffective settings\n" + spec_text(found.effective_spec).rstrip())
+
+
+def _condition(run: Run) -> Iterator[tuple[str, str]]:
+    """State, reason of a failure, and what to do."""
+    from stillhouse.client.terminal.run_advice import next_step
+    from stillhouse.client.terminal.run_progress import state_text
+    from stillhouse.protos.errors import from_status
+
+    yield "state", state_text(run)
+    if run.HasField("error"):
+        error = from_status(run.error)
+        yield "reason", str(error.reason)
+        yield "why", error.message
+    yield "next", next_step(run)
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    from stillhouse.client.terminal.render import number_text, progress_text, state_name, time_text
+    from stillhouse.client.terminal.render import number_text, progress_text, time_text
     from stillhouse.client.trainer.run_lookup import run_id
 
     yield "run", run_id(run.name)
     if run.spec.display_name:
         yield "name", run.spec.display_name
-    yield "state", state_name(run)
     yield "step", progress_text(run.progress)
     if run.progress.trained_tokens:
         speed = f", {number_text(run.progress.tokens_per_second)} a second lately"
@@ -97,18 +110,6 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
             yield name, time_text(time)
     for key, value in sorted(run.spec.labels.items()):
         yield f"label {key}", value
-
-
-def _failure(run: Run) -> str:
-    from stillhouse.client.trainer.run_lookup import run_id
-    from stillhouse.protos.errors import from_status
-
-    error = from_status(run.error)
-    run_name = run_id(run.name)
-    text = f"Why it failed ({error.reason})\n  {error.message}\n  Its log: stillhouse run logs {run_name}"
-    if run.latest_checkpoint:
-        text += f"\n  `stillhouse run resume {run_name}` continues from {run.latest_checkpoint}"
-    return text
 
 
 def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:

@@ -288,10 +288,10 @@ class RunSpec(_message.Message):
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
-    """"distil": train the student. "cache": query the teacher and store its outputs. "evaluate": not implemented yet."""
+    """"distil": train the student. "cache": query the teacher and store its outputs."""
     @_builtins.property
     def student(self) -> Global___StudentSpec:
-        """The model to train or evaluate."""
+        """The model to train."""
 
     @_builtins.property
     def teachers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TeacherSpec]:
@@ -1355,7 +1355,7 @@ class EvaluationSpec(_message.Message):
     limit: _builtins.int
     """Rows to use at most, from the first. Unset means all."""
     best_metric: _builtins.str
-    """Metric by which the best checkpoint is kept."""
+    """Reserved for the metric by which the best checkpoint is kept; refused."""
     top_k: _builtins.int
     """Top-k of the teacher's tokens to query on held-out rows."""
     @_builtins.property
@@ -1364,7 +1364,7 @@ class EvaluationSpec(_message.Message):
 
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
-        """Sampling of the student's text, for metrics of text."""
+        """Reserved for metrics of text; refused."""
 
     def __init__(
         self,

@@ -22,7 +22,10 @@ from stillhouse.protos.rpc.auth import current_caller
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
 from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
+from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.runs.api import dataset_uploads
+from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
 from stillhouse.student_trainer.runs.api.metric_series import to_series
 from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve
 from stillhouse.student_trainer.runs.api.streams import RunStreams
@@ -87,8 +90,7 @@ class RunServicer(RunServiceServicer):
             earlier = await self._db(self._store.find_request, request.request_id, request.spec)
             if earlier is not None:
                 return earlier  # even if its files are gone by now
-        asked = await asyncio.to_thread(proto.from_proto, request.spec)
-        effective = proto.to_proto(await self._db(resolve, asked, self._host))
+        effective = proto.to_proto(await self._checked(request.spec))
         if request.validate_only:
             return pb.Run(spec=request.spec, effective_spec=effective)
         run, created = await self._db(
@@ -104,6 +106,20 @@ class RunServicer(RunServiceServicer):
         if created:
             self._supervisor.wake()
         return run
+
+    async def _checked(self, spec: pb.RunSpec) -> RunConfig:
+        """The configuration that `spec` means on this host, with absolute paths.
+
+        Raises:
+            StillhouseError: INVALID_SPEC with every violation at once, of its values, its files and its hub ids.
+        """
+        config = await asyncio.to_thread(proto.with_defaults, spec)
+        problems = await asyncio.to_thread(problems_of, config)
+        found = await self._db(resolve, config, self._host, problems)
+        problems = [*found.problems, *await asyncio.to_thread(hub_problems, found.hub_models)]
+        if problems:
+            raise invalid_spec(problems)
+        return found.config
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:
         """Returns one run."""

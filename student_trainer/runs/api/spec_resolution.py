@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
+from stillhouse.student_trainer.runs.api.hub_lookup import HubModel
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 
 RUN_ID = re.compile(r"[a-z2-7]{12}")
@@ -33,21 +33,27 @@ class Host:
     processor: Processor
 
 
-def resolve(config: RunConfig, host: Host) -> RunConfig:
-    """`config` with absolute paths, its device count and its numeric types. Blocks: it looks at files.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resolution:
+    """A configuration on this host, and what is left to look up or to refuse."""
 
-    Raises:
-        StillhouseError: INVALID_SPEC with every violation at once.
-    """
-    resolver = _Resolver(host)
+    config: RunConfig
+    """With absolute paths, its device count and its numeric types."""
+    problems: Sequence[FieldViolation]
+    hub_models: Sequence[HubModel]
+    """Names that are no directory of this host, and may be hub ids."""
+
+
+def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = ()) -> Resolution:
+    """Looks at the files and devices that `config` names; a field that is in `problems` already gets no second one."""
+    resolver = _Resolver(host, revision=config.student.revision)
     data = config.data
     resolved = replace(
         config,
         student=replace(
             config.student,
-            model=resolver.model("student.model", config.student.model),
-            adapter=config.student.adapter
-            and resolver.model("student.adapter", config.student.adapter, needed="adapter_config.json"),
+            model=config.student.model and resolver.model("student.model", config.student.model),
+            adapter=config.student.adapter and resolver.adapter("student.adapter", config.student.adapter),
         ),
         data=replace(
             data,
@@ -57,25 +63,48 @@ def resolve(config: RunConfig, host: Host) -> RunConfig:
         cache=resolver.cache(config.cache),
     )
     resolved = resolver.devices(resolved)
-    if resolver.violations:
-        raise invalid_spec(resolver.violations)
-    return resolved
+    named = {each.field for each in problems}
+    return Resolution(
+        config=resolved,
+        problems=[*problems, *(each for each in resolver.violations if each.field not in named)],
+        hub_models=[each for each in resolver.hub_models if each.field not in named],
+    )
 
 
 @dataclass(slots=True)
 class _Resolver:
     host: Host
+    revision: str
     violations: list[FieldViolation] = field(default_factory=list)
+    hub_models: list[HubModel] = field(default_factory=list)
 
-    def model(self, where: str, name: str, *, needed: str = "config.json") -> str:
-        """An absolute path, or a hub id as it is."""
+    def model(self, where: str, name: str) -> str:
+        """An absolute path, or a name that may be a hub id as it is."""
         path = self._local(where, name)
-        if path is None or not path.exists():
-            if path is not None and (_is_own(name) or not HUB_ID.fullmatch(name)):
-                self._refuse(
-                    where, f'"{name}" is neither a directory on the trainer\'s host nor a Hugging Face id.'
-                )
-            return name
+        if path is not None and path.exists():
+            return self._directory_with("config.json", where, name, path)
+        if _is_hub_id(name):
+            self.hub_models.append(HubModel(field=where, name=name, revision=self.revision))
+        elif path is not None:
+            self._refuse(
+                where, f'"{name}" is neither a directory on the trainer\'s host nor a Hugging Face id.'
+            )
+        return name
+
+    def adapter(self, where: str, name: str) -> str:
+        """An absolute path."""
+        path = self._local(where, name)
+        if path is not None and path.exists():
+            return self._directory_with("adapter_config.json", where, name, path)
+        if path is not None or _is_hub_id(name):
+            self._refuse(
+                where,
+                f'"{name}" is not a directory on the trainer\'s host; name that of a LoRA adapter, such as '
+                '"runs/…/final/adapter".',
+            )
+        return name
+
+    def _directory_with(self, needed: str, where: str, name: str, path: Path) -> str:
         if not (path / needed).is_file():
             self._refuse(where, f'"{name}" holds no {needed}; give a directory in Hugging Face layout.')
         return str(path)
@@ -157,7 +186,7 @@ class _Resolver:
                 return self._readable(where, name, path)
         elif any(path.is_relative_to(root.resolve()) for root in self.host.roots):
             return self._readable(where, name, path)
-        if HUB_ID.fullmatch(name) and not _is_own(name):
+        if _is_hub_id(name):
             return None  # a hub id is never looked for outside of the roots
         self._refuse(
             where,
@@ -176,6 +205,10 @@ class _Resolver:
 
     def _refuse(self, where: str, description: str) -> None:
         self.violations.append(FieldViolation(where, description))
+
+
+def _is_hub_id(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not _is_own(name)
 
 
 def _is_own(name: str) -> bool:

@@ -25,6 +25,8 @@ class TeacherWait(BoundedWait):
     def __init__(self, attempt: Attempt, stop_requested: Callable[[], bool], wait_s: float) -> None:
         """`check` and `pause` raise Stopped once `stop_requested`, and TEACHER_UNREACHABLE after `wait_s`."""
         super().__init__(wait_s)
+        self.reported_limit_s = wait_s
+        """Limit in the log: shorter than `limit_s` for a teacher that the run never reached."""
         self._run_attempt = attempt
         self._stop_requested = stop_requested
         self._reported = False
@@ -39,11 +41,14 @@ class TeacherWait(BoundedWait):
         if not self._reported:
             self._reported = True
             self._run_attempt.report("condition", condition=WAITING)
-            log.warning("waiting for the teacher", why=error and error.message, at_most_s=self.limit_s)
+            log.warning(
+                "waiting for the teacher", why=error and error.message, at_most_s=self.reported_limit_s
+            )
 
     def answered(self) -> None:
         """Reports that the teacher answers."""
         super().answered()
+        self.reported_limit_s = self.limit_s
         if self._reported:
             self._reported = False
             self._run_attempt.report("condition", condition="")

@@ -144,7 +144,13 @@ class TeacherClient:
             error = errors[-1]
             silent = error.reason is Reason.TEACHER_UNREACHABLE
             if silent and not known_before and time.monotonic() - since > FIRST_CONTACT_S:
-                raise error
+                raise StillhouseError(
+                    Reason.TEACHER_UNREACHABLE,
+                    f"No teacher was reached within {FIRST_CONTACT_S:g} s, the longest wait of a run for one that it never "
+                    f"had. {error.message} Start the teacher first, then `stillhouse run resume` the run.",
+                )
+            if silent and not known_before:
+                patience.reported_limit_s = min(FIRST_CONTACT_S, patience.limit_s)
             patience.pause(error)
 
     @property

@@ -53,6 +53,11 @@ def service_accepts(tmp_path: Path, values: dict[str, Any]) -> bool:
     return True
 
 
+def test_nothing_is_offered_that_is_refused() -> None:
+    for text in (run_file.json_schema(), run_file.page()):
+        assert not re.search("not implemented|evaluate\\b.*not|bleu|rouge|best_metric", text)
+
+
 def test_the_command_prints_a_schema_of_draft_2020_12() -> None:
     printed = CliRunner().invoke(cli, ["run", "schema"])
     assert printed.exit_code == 0
@@ -79,6 +84,7 @@ def test_every_example_keeps_the_schema_and_names_it_for_editors(path: Path) -> 
         ("optimizer.maxSteps", None),
         ("data.eval_fraction", 0),
         ("student.lora", {"targetModules": "q_proj"}),
+        ("teachers", [{"targets": "host:7401"}]),
         ("student.lora", {"target_modules": ["q_proj", "v_proj"]}),
         ("labels", {"team": "a"}),
         ("contexts", [{"dataset": {}}, {"teacher": {"generation": {"maxNewTokens": 8}}}]),

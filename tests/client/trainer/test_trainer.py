@@ -56,7 +56,10 @@ def test_a_run_from_its_file_to_its_model(
     told = watched.stdout.splitlines()
     run_id = told[0].split()[1]
     assert told[0] == f"run {run_id} created"
-    assert told[-1].startswith(f"run {run_id}: COMPLETED at step {STEPS}/{STEPS} after ")
+    assert told[-2].startswith(f"run {run_id}: COMPLETED at step {STEPS}/{STEPS} after ")
+    assert told[-1] == (
+        f"The model is runs/{run_id}/final on the trainer's host; `stillhouse run pull {run_id}` copies it here."
+    )
     assert any(line.startswith(f"step {STEPS}  evaluation:") for line in told)
     assert f"copying {tmp_path / 'rows.jsonl'} to the trainer" in watched.stderr
 
@@ -74,7 +77,10 @@ def test_a_run_from_its_file_to_its_model(
     assert shown["spec"]["data"]["train"][0]["path"].startswith("datasets/")
     assert shown["latest_metrics"]["train/loss"]["step"] == STEPS
     text = command(target, "run", "show", "latest").stdout
-    assert "state       COMPLETED" in text
+    first = [line.split()[0] for line in text.splitlines()[:3]]
+    assert (text.startswith("state       COMPLETED\n"), first) == (True, ["state", "next", "run"])
+    assert "Effective settings" not in text
+    assert "  grad_accum_steps: 1\n" in command(target, "run", "show", "latest", "--settings").stdout
     assert "label kind  test" in text
     assert "\nAttempts\n  1  " in text
     listed = command(target, "run", "list", "--state", "completed").stdout
@@ -127,22 +133,31 @@ def test_problems_that_the_service_finds_point_into_the_file(
     result = command(target, "run", "create", str(path), "--set", "optimizer.name=adamx")
     assert result.exit_code == 2
     problems = result.stderr.splitlines()
-    assert problems[0].startswith(f"{path}:13:13: optimizer.maxSteps: 0 ")
-    assert problems[1].startswith(
+    assert problems[0].startswith(f'{path}:3:10: student.model: "/absent/model" ')
+    assert problems[1].startswith(f"{path}:13:13: optimizer.maxSteps: 0 ")
+    assert problems[2].startswith(
         f'{path}:20:29: loss.terms[0].divergence: "forward_lk" is not known; did you mean "forward_kl"?'
     )
-    assert problems[2].startswith(
+    assert problems[3].startswith(
         '--set optimizer.name=adamx: optimizer.name: "adamx" is not known; did you mean "adam'
     )
 
-    path.write_text(text.replace("maxSteps: 0", "maxSteps: 4").replace(str(dataset_file), "absent.jsonl"))
-    result = command(target, "run", "create", str(path))
+    # Files and values are checked together, and --validate shows even what the file cannot say with them.
+    path.write_text(
+        text.replace(str(dataset_file), "absent.jsonl").replace("limit: 4", "limit: four\n  ppl: 1")
+    )
+    expected = [
+        f'{path}:3:10: student.model: "/absent/model" ',
+        f'{path}:9:11: data.train[0].path: "absent.jsonl" does not exist on the trainer\'s host',
+        f"{path}:13:13: optimizer.maxSteps: 0 ",
+        f'{path}:17:10: evaluation.limit: expects a whole number; "four" is text.',
+        f'{path}:18:3: evaluation.ppl: there is no such field; "evaluation.metrics" is its name here',
+    ]
+    result = command(target, "run", "create", str(path), "--validate")
     assert result.exit_code == 2
     problems = result.stderr.splitlines()
-    assert problems[0].startswith(f'{path}:3:10: student.model: "/absent/model" ')
-    assert problems[1].startswith(
-        f'{path}:9:11: data.train[0].path: "absent.jsonl" does not exist on the trainer\'s host'
-    )
+    assert [each.startswith(start) for each, start in zip(problems, expected, strict=True)] == [True] * 5
+    assert len(command("127.0.0.1:1", "run", "create", str(path), "--validate").stderr.splitlines()) == 2
     assert command(target, "run", "list").stdout == "There are no runs yet.\n"
 
 
@@ -159,10 +174,11 @@ def test_a_failed_run_says_why_and_what_to_do(
     assert watched.exit_code == 1, watched.output
     shown = command(target, "run", "show", "latest")
     assert shown.exit_code == 0
-    assert "Why it failed (TOKENIZER_MISMATCH)" in shown.stdout
-    assert "Its log: stillhouse run logs " in shown.stdout
-    why = shown.stdout.split("Why it failed")[1].split("\n\n")[0].splitlines()
-    assert len(why) == len(set(why)) == 3, "the reason, its sentence once, and where the log is"
+    names, words = zip(*(line.split(maxsplit=1) for line in shown.stdout.splitlines()[:5]), strict=True)
+    assert names == ("state", "reason", "why", "next", "run")
+    assert words[:2] == ("FAILED", "TOKENIZER_MISMATCH")
+    assert "`stillhouse run logs " in words[3]
+    assert words[2] not in words[3]
     told = json.loads(command(target, "run", "show", "latest", "--json").stdout)
     assert told["error"]["reason"] == "TOKENIZER_MISMATCH"
     assert told["error"]["message"] in watched.stdout

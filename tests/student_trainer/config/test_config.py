@@ -172,6 +172,31 @@ def test_all_problems_are_reported_at_once_with_the_path_of_the_file() -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "value", "meant"),
+    [
+        ("loss.terms", [{"divergence": "kl_div"}], "forward_kl"),
+        ("loss.terms", [{"divergence": "KL"}], "forward_kl"),
+        ("evaluation.metrics", ["ppl"], "perplexity"),
+        ("optimizer.precision", "bfloat16", "bf16"),
+        ("optimizer.name", "adamw_torch", "adamw"),
+        ("student.quantization", "bitsandbytes_4bit", "nf4"),
+        ("student.quantization", "int4", "nf4"),
+        ("optimizer.name", "adamax", None),
+        ("student.quantization", "fp8", None),
+        ("evaluation.metrics", ["bleu"], None),
+        ("task", "evaluate", None),
+    ],
+)
+def test_a_value_of_another_trainer_leads_to_the_one_that_means_the_same(
+    path: str, value: Any, meant: str | None
+) -> None:
+    (found,) = [each for field, each in violations(changed(path, value)).items() if field.startswith(path)]
+    assert (f'did you mean "{meant}"?' in found) if meant else "did you mean" not in found
+    offered = found.partition("Possible")[2]
+    assert not {"evaluate", "bleu", "rouge", "accuracy"} & set(offered.replace('"', " ").split())
+
+
+@pytest.mark.parametrize(
     ("path", "value", "field"),
     [
         ("task", "evaluate", "task"),

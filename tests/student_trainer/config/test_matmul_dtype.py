@@ -77,11 +77,11 @@ def resolved(
     (tmp_path / "rows.jsonl").write_text("{}\n")
     data = {"train": [{"path": str(tmp_path / "rows.jsonl")}]}
     config = from_proto(spec_of({**SMALLEST, "data": data, "optimizer": optimizer}))
-    found = resolve(config, host)
+    found = resolve(config, host).config
     again = from_proto(to_proto(found))
     assert again == found
     # Another service does not choose again.
-    assert resolve(again, replace(host, processor=Processor())) == found
+    assert resolve(again, replace(host, processor=Processor())).config == found
     return found.optimizer
 
 

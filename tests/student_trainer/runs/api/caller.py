@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,14 @@ from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 from stillhouse.student_trainer.runs.store.run_state import ENDED
 
 PATIENCE_S = 120.0
+
+
+def model_of_no_kind(folder: Path) -> Path:
+    """Makes a model directory below `folder` that a run can name and no process can load."""
+    path = folder / "unknown"
+    path.mkdir(exist_ok=True)
+    (path / "config.json").write_text('{"model_type": "nothing"}')
+    return path
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 from tests.student_trainer.config.specs import spec_of
-from tests.student_trainer.runs.api.caller import PATIENCE_S, refused, wait_ended
+from tests.student_trainer.runs.api.caller import PATIENCE_S, model_of_no_kind, refused, wait_ended
 from tests.support.programs import Program
 
 
@@ -39,11 +39,11 @@ def free_port() -> int:
 
 
 def doomed_spec(folder: Path) -> RunSpec:
-    """A run that fails at once: its student does not exist."""
+    """A run that fails at once: its student is of no known kind."""
     (folder / "rows.jsonl").write_text('{"text": "a"}\n' * 8)
     return spec_of(
         {
-            "student": {"model": "nobody/nothing"},
+            "student": {"model": str(model_of_no_kind(folder))},
             "data": {"train": [{"path": str(folder / "rows.jsonl")}]},
             "loss": {"terms": [{"weight": 0}], "hard_weight": 1},
         }

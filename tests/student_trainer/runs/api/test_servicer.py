@@ -1,4 +1,4 @@
-"""Rpcs of a real run service, whose runs fail at once because their student does not exist."""
+"""Rpcs of a real run service, whose runs fail at once because their student is of no known kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 from stillhouse.student_trainer.runs.api.servicer import MAX_SPEC_BYTES, run_id_of
 from tests.student_trainer.config.specs import spec_of
-from tests.student_trainer.runs.api.caller import refused, stub_for, wait_ended
+from tests.student_trainer.runs.api.caller import model_of_no_kind, refused, stub_for, wait_ended
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_trainer
 
@@ -30,10 +30,10 @@ class Service:
     rows: Path
     """A dataset file on the service's host."""
 
-    def spec(self, *, student: str = "nobody/nothing", path: str | None = None) -> RunSpec:
+    def spec(self, *, student: str | None = None, path: str | None = None) -> RunSpec:
         return spec_of(
             {
-                "student": {"model": student},
+                "student": {"model": student or str(model_of_no_kind(self.rows.parent))},
                 "data": {"train": [{"path": path or str(self.rows)}]},
                 "loss": {"terms": [{"weight": 0}], "hard_weight": 1},
             }
@@ -83,7 +83,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def failed(service: Service) -> Run:
-    """A failed run whose student does not exist; retries are allowed, and would not help."""
+    """A failed run whose student is of no known kind; retries are allowed, and would not help."""
     spec = service.spec()
     spec.retry.max_attempts = 3
     return wait_ended(service.stub, service.create(spec).name)
@@ -107,6 +107,16 @@ def test_every_problem_of_a_spec_is_reported_with_its_path(service: Service) -> 
         service.create(spec)
     fields = {each.field for each in caught[0].violations}
     assert fields == {"student.model", "data.train[0].path", "resources.gpus"}
+    # Values, combinations of fields, files and hub ids in one answer.
+    spec.loss.top_k = 999
+    spec.optimizer.lr_scheduler = "cosin"
+    spec.student.model, spec.student.adapter = "nobody/nothing", "nobody/adapter"
+    with refused(Reason.INVALID_SPEC) as caught:
+        service.create(spec)
+    assert {each.field for each in caught[0].violations} == {
+        *("loss.top_k", "optimizer.lr_scheduler", "student.model", "student.adapter"),
+        *("data.train[0].path", "resources.gpus"),
+    }
     with refused(Reason.INVALID_SPEC) as caught:
         service.create(RunSpec())
     assert {each.field for each in caught[0].violations} >= {"student.model", "data.train", "teachers"}
@@ -185,7 +195,7 @@ def test_a_directory_without_a_model_is_refused(service: Service) -> None:
 
 def test_a_failed_run_has_its_error(service: Service, failed: Run) -> None:
     assert failed.state == Run.STATE_FAILED
-    assert "nobody/nothing" in failed.error.message
+    assert "unknown" in failed.error.message
     assert [(each.number, each.exit_code) for each in failed.attempts] == [(1, 3)]
     assert failed.HasField("end_time")
     assert failed.error == failed.attempts[0].error

@@ -107,5 +107,5 @@ def test_devices_that_are_not_named_follow_the_processes(
             "resources": asked,
         }
     )
-    resolved = resolve(from_proto(spec), host).resources
+    resolved = resolve(from_proto(spec), host).config.resources
     assert (resolved.gpu_count, resolved.processes) == (count, count)

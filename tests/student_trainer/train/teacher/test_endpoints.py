@@ -28,6 +28,7 @@ from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 from stillhouse.student_trainer.train.teacher import credentials, endpoints
+from stillhouse.student_trainer.train.teacher import teacher as client
 from stillhouse.student_trainer.train.teacher.generate_stream import TeacherSample, TextStream
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
@@ -332,3 +333,14 @@ def wait_for(happened: Callable[[], bool]) -> None:
     while not happened():
         assert time.monotonic() < deadline, "did not happen"
         time.sleep(0.02)
+
+
+def test_a_teacher_that_was_never_reached_is_given_up_with_the_time_that_it_had(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "FIRST_CONTACT_S", 0.3)
+    with pytest.raises(StillhouseError) as caught:
+        world.connect(["127.0.0.1:9"])
+    assert caught.value.reason is Reason.TEACHER_UNREACHABLE
+    assert str(caught.value).startswith("No teacher was reached within 0.3 s, the longest wait of a run")
+    assert "No teacher answers at 127.0.0.1:9" in str(caught.value)

@@ -1,0 +1,60 @@
+"""Next steps of a run in each state: what it waits for, where its model is, and the command."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillhouse.client.terminal.run_advice import next_step, waits_for
+from stillhouse.client.terminal.run_progress import state_line
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.train.teacher.teacher import FIRST_CONTACT_S
+
+NAME = "runs/abcabcabcabc"
+
+
+def run(state: Run.State.ValueType, **fields: object) -> Run:
+    made = Run(name=NAME, state=state)
+    for name, value in fields.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("gpus", "count", "ahead", "text"),
+    [
+        ((), 0, 0, "a free CPU slot"),
+        ((), 0, 2, "a free CPU slot, behind 2 runs"),
+        ((), 1, 1, "a free GPU, behind 1 run"),
+        ((), 4, 0, "4 free GPUs"),
+        ((1, 3), 0, 0, "device 1, 3 of the trainer"),
+    ],
+)
+def test_a_pending_run_names_what_it_waits_for(
+    gpus: tuple[int, ...], count: int, ahead: int, text: str
+) -> None:
+    pending = run(Run.STATE_PENDING, queue_position=ahead)
+    pending.effective_spec.resources.gpus.extend(gpus)
+    pending.effective_spec.resources.gpu_count = count
+    assert state_line(pending) == f"run abcabcabcabc: PENDING, waiting for {text}"
+
+
+def test_a_run_without_a_teacher_names_its_address_and_the_limit() -> None:
+    waiting = run(Run.STATE_RUNNING, condition=Run.CONDITION_WAITING_FOR_TEACHER)
+    waiting.effective_spec.teachers.add(targets=["a:1", "b:2"])
+    waiting.effective_spec.retry.teacher_wait_s = 600
+    assert waits_for(waiting) == "a teacher at a:1 or b:2"
+    assert "600 s (retry.teacher_wait_s)" in next_step(waiting)
+    assert f"never reached it {FIRST_CONTACT_S:g} s" in next_step(waiting)
+
+
+def test_an_ended_run_names_its_model_or_how_it_continues() -> None:
+    assert next_step(run(Run.STATE_COMPLETED)) == (
+        "the model is runs/abcabcabcabc/final on the trainer's host; `stillhouse run pull abcabcabcabc` copies it here"
+    )
+    stopped = run(Run.STATE_STOPPED, latest_checkpoint=f"{NAME}/checkpoints/40")
+    assert next_step(stopped) == "`stillhouse run resume abcabcabcabc` continues from checkpoints/40"
+    assert "starts it again" in next_step(run(Run.STATE_FAILED))
+    build = run(Run.STATE_COMPLETED)
+    build.effective_spec.task = "cache"
+    build.spec.cache.path = "caches/set"
+    assert next_step(build).startswith("the cache is caches/set")
