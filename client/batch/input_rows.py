@@ -11,9 +11,24 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stillhouse.client.core.errors import file_errors, usage_error
+from stillhouse.client.core.errors import field_errors, file_errors, usage_error
 from stillhouse.client.teacher.generate import as_ids
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.conversation import parse_tools, parse_turns, with_system
+from stillhouse.protos.rows.field_error import FieldError, kind_of
+from stillhouse.protos.rows.known_fields import (
+    CONTEXT,
+    LABELS,
+    PROMPTS,
+    SETTINGS,
+    SYNONYMS,
+    TRAINING,
+    ExtraFields,
+    check_fields,
+    unknown,
+    without_effect,
+)
+from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.layout import encode
 
@@ -21,11 +36,7 @@ Format = Literal["plain", "openai"]
 
 MAX_LINE_BYTES = 64 << 20
 MAX_SAMPLES = 4096
-INPUTS = ("prompt", "messages", "token_ids")
-"""Fields of a plain row, exactly one of which is its input."""
-SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
-SETTINGS = (*SAMPLING, "num_samples", "adapter")
-"""Settings of a plain row; all other fields belong to the caller and are copied to the output."""
+_KNOWN = {*TRAINING, *SETTINGS, *LABELS}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +91,8 @@ class PromptRow:
     """Prompts, each with its own sampling."""
     num_samples: int = 1
     """Samples of each prompt."""
+    content: tuple[Mapping[str, Any] | None, ...] = ()
+    """For each prompt its fields in a training row: `messages` or `prompt`, and `tools`; None for token ids."""
     top_logprobs: int | None = None
     """Top-k tokens to report at each position; None reports nothing."""
     interface: Literal["", "chat", "completions"] = ""
@@ -133,23 +146,32 @@ def parse_object(line: InputLine) -> dict[str, Any]:
     return values
 
 
-def plain_row(line: InputLine, sampling: Sampling) -> PromptRow:
-    """Parses a row with `prompt`, `messages` or `token_ids`, and optionally SETTINGS."""
+def plain_row(
+    line: InputLine, sampling: Sampling, *, chat: bool = False, extra_fields: ExtraFields = "keep"
+) -> PromptRow:
+    """Parses a row with `prompt`, `messages` or `token_ids`, and optionally CONTEXT and SETTINGS.
+
+    `chat` makes a user's turn of a prompt of text; `system` and `tools` do so as well.
+    """
     values: dict[str, Any] = {}
     name: Any = None
     try:
         values = parse_object(line)
         name = values.get("id", line.line_number)
-        given = [each for each in INPUTS if values.get(each) is not None]
+        given = [each for each in PROMPTS if values.get(each) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise invalid(
-                f"Line {line.line_number}: a row has one of {', '.join(INPUTS)}; this one has {found}."
+                f"Line {line.line_number}: a row has one of {', '.join(PROMPTS)}; this one has {found}."
             )
-        num_samples = parse_integer(values, "num_samples", 1, MAX_SAMPLES)
-        message = parse_prompt(values[given[0]], given[0])
+        with field_errors():
+            no_effect = without_effect(has_tools=bool(values.get("tools")))
+            check_fields(values, known=_KNOWN, no_effect=no_effect, extra=extra_fields)
+            settings = _with_synonyms(values)
+            message, content = _plain_prompt(values, given[0], chat=chat, extra_fields=extra_fields)
+        num_samples = parse_integer(settings, "num_samples", 1, MAX_SAMPLES)
         message.adapter = _text(values, "adapter") or sampling.adapter
-        message.sampling.CopyFrom(parse_sampling(values, sampling))
+        message.sampling.CopyFrom(parse_sampling(settings, sampling))
     except StillhouseError as error:
         return PromptRow(line=line, id=name, values=values, error=error)
     return PromptRow(
@@ -157,43 +179,65 @@ def plain_row(line: InputLine, sampling: Sampling) -> PromptRow:
         id=name,
         values=values,
         prompts=(message,),
+        content=(content,),
         num_samples=sampling.num_samples if num_samples is None else num_samples,
     )
 
 
+def _plain_prompt(
+    values: Mapping[str, Any], field_name: str, *, chat: bool, extra_fields: ExtraFields
+) -> tuple[teacher_pb2.Prompt, Mapping[str, Any] | None]:
+    """Returns the prompt of a row, and its fields in a training row. Raises FieldError and StillhouseError."""
+    value, system, tools = values[field_name], values.get("system"), parse_tools(values.get("tools"))
+    is_text = field_name == "prompt" and isinstance(value, str)
+    if field_name == "token_ids" or (is_text and not (chat or system or tools)):
+        for name in CONTEXT:
+            if values.get(name):
+                raise FieldError(name, "has no effect on token ids. Give messages or a prompt.")
+        return parse_prompt(value, field_name), None if field_name == "token_ids" else {"prompt": value}
+    if field_name == "prompt" and not is_text and not _is_messages(value):
+        raise FieldError("prompt", f"is {kind_of(value)}; it must be text. A list of messages is taken, too.")
+    messages = [{"role": "user", "content": value}] if is_text else value
+    content = {"messages" if is_text and chat else field_name: messages if chat or not is_text else value}
+    turns = parse_turns(messages, tools, field=field_name)
+    if system:
+        turns = parse_turns(with_system(messages, system), tools)
+    if turns.extra and extra_fields == "refuse":
+        raise unknown(turns.extra[0])
+    return teacher_pb2.Prompt(conversation=to_wire(turns)), content
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def _with_synonyms(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the fields with OpenAI's names of settings replaced. Raises FieldError if two names of one differ."""
+    settings = dict(values)
+    for name, setting in SYNONYMS.items():
+        number = parse_integer(values, name, 1, MAX_SAMPLES if setting == "num_samples" else 2**31 - 1)
+        if number is None:
+            continue
+        if settings.get(setting) not in (None, number):
+            raise FieldError(name, f"differs from {setting}. Give one of them.")
+        settings[setting] = number
+    return settings
+
+
 def parse_prompt(value: Any, field_name: str) -> teacher_pb2.Prompt:
-    """Parses text, a list of messages, or token ids as a prompt. Raises StillhouseError."""
+    """Parses text or token ids as a prompt. Raises StillhouseError."""
     try:
-        match field_name:
-            case "prompt":
-                if not isinstance(value, str):
-                    raise invalid(f"prompt is {_kind(value)}; it must be text.")
-                return teacher_pb2.Prompt(text=value)
-            case "messages":
-                conversation = teacher_pb2.Conversation(messages=_messages(value))
-                return teacher_pb2.Prompt(conversation=conversation)
-            case _:
-                if not isinstance(value, list) or not all(type(each) is int for each in value):
-                    raise invalid(f"{field_name} must be a list of whole numbers.")
-                return teacher_pb2.Prompt(token_ids=encode(as_ids(np.asarray(value, dtype=np.int64))))
+        if field_name == "prompt":
+            if not isinstance(value, str):
+                raise invalid(f"prompt is {kind_of(value)}; it must be text.")
+            return teacher_pb2.Prompt(text=value)
+        if not isinstance(value, list) or not all(type(each) is int for each in value):
+            raise invalid(f"{field_name} must be a list of whole numbers.")
+        return teacher_pb2.Prompt(token_ids=encode(as_ids(np.asarray(value, dtype=np.int64))))
     except UnicodeError as error:
         raise invalid(f"{field_name} has text that is not Unicode: {error}.") from error
     except OverflowError as error:
         raise invalid(f"{field_name} has a number that is not a token id.") from error
-
-
-def _messages(value: Any) -> list[teacher_pb2.Message]:
-    if not isinstance(value, list) or not value:
-        raise invalid("messages must be a list of at least one message.")
-    messages = []
-    for index, each in enumerate(value):
-        if not isinstance(each, dict):
-            raise invalid(f"messages[{index}] is {_kind(each)}; it must be an object.")
-        for name in ("role", "content"):
-            if not isinstance(each.get(name), str):
-                raise invalid(f"messages[{index}].{name} is {_kind(each.get(name))}; it must be text.")
-        messages.append(teacher_pb2.Message(role=each["role"], content=each["content"]))
-    return messages
 
 
 def parse_sampling(values: Mapping[str, Any], common: Sampling) -> teacher_pb2.SamplingParams:
@@ -213,7 +257,7 @@ def parse_sampling(values: Mapping[str, Any], common: Sampling) -> teacher_pb2.S
         if value is None:
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise invalid(f"{name} is {_kind(value)}; it must be a number.")
+            raise invalid(f"{name} is {kind_of(value)}; it must be a number.")
         setattr(params, name, float(value))
     for name, low, high in (
         ("top_k", 0, 2**31 - 1),
@@ -245,7 +289,7 @@ def parse_integer(values: Mapping[str, Any], name: str, low: int, high: int) -> 
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int or not low <= value <= high:
-        shown = value if isinstance(value, int | float) else _kind(value)
+        shown = value if isinstance(value, int | float) else kind_of(value)
         raise invalid(f"{name} is {shown}; it must be a whole number in [{low}, {high}].")
     return value
 
@@ -253,12 +297,8 @@ def parse_integer(values: Mapping[str, Any], name: str, low: int, high: int) -> 
 def _text(values: Mapping[str, Any], name: str) -> str:
     value = values.get(name)
     if value is not None and not isinstance(value, str):
-        raise invalid(f"{name} is {_kind(value)}; it must be text.")
+        raise invalid(f"{name} is {kind_of(value)}; it must be text.")
     return value or ""
-
-
-def _kind(value: object) -> str:
-    return "missing" if value is None else f"a {type(value).__name__}"
 
 
 def invalid(sentence: str) -> StillhouseError:

@@ -1,4 +1,4 @@
-"""Parses rows of OpenAI's batch files; fields without effect are ignored, unsupported ones are refused by name."""
+"""Parses rows of OpenAI's batch files; fields of a body that would change the text and cannot are refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from stillhouse.client.batch.input_rows import (
     parse_prompt,
     parse_sampling,
 )
+from stillhouse.client.core.errors import field_errors
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rows.conversation import parse_turns
+from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.known_fields import ExtraFields, check_fields, has_no_effect, without_effect
+from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 
 INTERFACES = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -29,46 +34,24 @@ _SHARED = {
     *("model", "n", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed", "stop"),
     "logprobs",
 }
-_OWN = {"chat": {"messages", "top_logprobs"}, "completions": {"prompt"}}
+_OWN = {"chat": {"messages", "tools", "top_logprobs"}, "completions": {"prompt"}}
 # Fields without effect on the text, whatever their value.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
-    *("prompt_cache_retention", "stream_options", "parallel_tool_calls", "request_id", "priority"),
+    *("prompt_cache_retention", "stream_options", "request_id", "priority"),
     *("return_tokens_as_token_ids", "skip_special_tokens"),
 }
-# Fields without effect at these values; null never has an effect.
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "stream": (False,),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "repetition_penalty": (1,),
-    "length_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "logit_bias": ({},),
-    "response_format": ({"type": "text"},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "use_beam_search": (False,),
-    "ignore_eos": (False,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
-    "chat_template_kwargs": ({},),
-}
+_ENVELOPE = {"custom_id", "method", "url", "body"}
 _ROLES = {"developer": "system"}
-_TURN = {"role", "content", "name"}
 
 
 def openai_row(
-    line: InputLine, sampling: Sampling, *, max_tokens: int, resolve_adapter: Callable[[str], str]
+    line: InputLine,
+    sampling: Sampling,
+    *,
+    max_tokens: int,
+    resolve_adapter: Callable[[str], str],
+    extra_fields: ExtraFields = "keep",
 ) -> PromptRow:
     """Parses a row with `custom_id`, `method`, `url` and `body`.
 
@@ -79,12 +62,15 @@ def openai_row(
     try:
         values = parse_object(line)
         interface, body = _envelope(values)
+        with field_errors():
+            check_fields(values, known=_ENVELOPE, no_effect={}, extra=extra_fields)
         _check_fields(body, interface)
         n = parse_integer(body, "n", 1, MAX_SAMPLES)
         num_samples = sampling.num_samples if n is None else n
         params = _params(body, sampling, interface, max_tokens)
         adapter = resolve_adapter(_model(body)) or sampling.adapter
-        prompts = _prompts(body, interface)
+        with field_errors():
+            prompts, content = _prompts(body, interface)
         for prompt in prompts:
             prompt.adapter = adapter
             prompt.sampling.CopyFrom(params)
@@ -93,6 +79,7 @@ def openai_row(
             id=values.get("custom_id"),
             values=values,
             prompts=prompts,
+            content=content,
             num_samples=num_samples,
             interface=interface,
             top_logprobs=_top_logprobs(body, interface),
@@ -116,18 +103,15 @@ def _envelope(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 def _check_fields(body: Mapping[str, Any], interface: str) -> None:
     """Raises StillhouseError for the first field that would have to change the text and cannot."""
+    no_effect = {**without_effect(has_tools=bool(body.get("tools"))), "tools": ([],)}
     for name, value in body.items():
-        if name in _SHARED or name in _OWN[interface] or name in _IGNORED or value is None:
+        if name in _SHARED or name in _OWN[interface] or name in _IGNORED:
             continue
-        if not any(_same(value, each) for each in _HARMLESS.get(name, ())):
+        if not has_no_effect(name, value, no_effect):
             raise invalid(
                 f"body.{name} is not supported: this teacher samples by temperature, top_p, top_k, max_tokens, seed "
                 f"and stop. Remove {name}."
             )
-
-
-def _same(value: Any, harmless: Any) -> bool:
-    return bool(value == harmless) and isinstance(value, bool) == isinstance(harmless, bool)
 
 
 def _model(body: Mapping[str, Any]) -> str:
@@ -148,45 +132,40 @@ def _params(
     return parse_sampling({**body, "max_new_tokens": given}, sampling)
 
 
-def _prompts(body: Mapping[str, Any], interface: str) -> tuple[teacher_pb2.Prompt, ...]:
+def _prompts(
+    body: Mapping[str, Any], interface: str
+) -> tuple[tuple[teacher_pb2.Prompt, ...], tuple[Mapping[str, Any] | None, ...]]:
+    """Returns the prompts of a body, and for each its fields in a training row. Raises FieldError and StillhouseError."""
     if interface == "chat":
-        return (parse_prompt(_turns(body.get("messages")), "messages"),)
+        messages = _with_roles(body.get("messages"))
+        turns = parse_turns(messages, body.get("tools"))
+        if turns.extra:
+            raise FieldError(turns.extra[0], "is not supported. Remove it.")
+        content = {"messages": messages} | ({"tools": list(turns.tools)} if turns.tools else {})
+        return (teacher_pb2.Prompt(conversation=to_wire(turns)),), (content,)
     prompt = body.get("prompt")
-    if isinstance(prompt, list) and prompt:
-        if all(type(each) is int for each in prompt):
-            return (parse_prompt(prompt, "prompt of token ids"),)
-        return tuple(
-            parse_prompt(each, "prompt" if isinstance(each, str) else "prompt of token ids")
-            for each in prompt
-        )
-    return (parse_prompt(prompt, "prompt"),)
+    texts = [prompt]
+    if isinstance(prompt, list) and prompt and not all(type(each) is int for each in prompt):
+        texts = prompt
+    return (
+        tuple(
+            parse_prompt(each, "prompt of token ids" if isinstance(each, list) else "prompt")
+            for each in texts
+        ),
+        tuple({"prompt": each} if isinstance(each, str) else None for each in texts),
+    )
 
 
-def _turns(messages: Any) -> Any:
-    """Reduces messages to text: parts of text are joined, anything else is refused by name."""
+def _with_roles(messages: Any) -> Any:
+    """Returns messages with the roles that templates know; what is no list of messages is reported later."""
     if not isinstance(messages, list):
         return messages
-    turns = []
-    for index, each in enumerate(messages):
-        if not isinstance(each, dict):
-            return messages  # parse_prompt reports it
-        for name, value in each.items():
-            if name not in _TURN and value not in (None, [], ""):
-                raise invalid(f"messages[{index}].{name} is not supported; a message has role and content.")
-        role, content = each.get("role"), each.get("content")
-        if isinstance(content, list):
-            content = "".join(
-                _part(part, f"messages[{index}].content[{at}]") for at, part in enumerate(content)
-            )
-        turns.append({"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content})
-    return turns
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise invalid(f"{where} is of type {kind!r:.40}; this teacher supports text.")
+    return [
+        {**each, "role": _ROLES.get(each["role"], each["role"])}
+        if isinstance(each, dict) and isinstance(each.get("role"), str)
+        else each
+        for each in messages
+    ]
 
 
 def _top_logprobs(body: Mapping[str, Any], interface: str) -> int | None:

@@ -11,11 +11,12 @@ from typing import Any, Literal
 import grpc
 
 from stillhouse.client.batch.dispatcher import RowResult
-from stillhouse.client.batch.input_rows import INPUTS, SETTINGS, PromptRow, invalid
+from stillhouse.client.batch.input_rows import PromptRow, invalid
 from stillhouse.client.batch.journal import RowRecord
 from stillhouse.client.core.json_output import dumps, error_as_json
 from stillhouse.client.teacher.generate import Completion
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rows.known_fields import PROMPTS, SETTINGS
 from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer_errors
 
 Output = Literal["plain", "dataset", "openai"]
@@ -63,47 +64,33 @@ def dataset(answer: RowResult) -> RowRecord:
     A row with a failed sample yields none.
     """
     row = answer.row
-    source = _source(row)
     if answer.error is not None:
         failed = {"id": row.id, "line": row.line.line_number, "error": error_as_json(answer.error)}
         return RowRecord(digest=row.line.digest, out="", failed=_line(failed), is_failed=True)
     kept: dict[str, Any] = {"id": row.id}
     if not row.interface:
-        kept |= {key: row.values[key] for key in row.values if key not in (*INPUTS, *SETTINGS)}
+        kept |= {key: row.values[key] for key in row.values if key not in (*PROMPTS, *SETTINGS)}
     lines = []
     for (prompt, _), completion in sorted(answer.completions.items()):
-        if source.get("messages") is not None:
-            turn = {"role": "assistant", "content": completion.text}
-            written: dict[str, Any] = {"messages": [*source["messages"], turn]}
+        written = {**(row.content[prompt] or {})}
+        turn = {"role": "assistant", "content": completion.text}
+        if "messages" in written:
+            written["messages"] = [*written["messages"], turn]
         else:
-            texts = source["prompt"] if isinstance(source["prompt"], list) else [source["prompt"]]
-            written = {"prompt": texts[prompt], "completion": completion.text}
+            written["completion"] = completion.text if isinstance(written["prompt"], str) else [turn]
         lines.append(_line({**kept, **written, "finish_reason": completion.finish}))
     return RowRecord(digest=row.line.digest, out="".join(lines))
 
 
-def _source(row: PromptRow) -> Mapping[str, Any]:
-    """Returns the object that holds prompt or messages."""
-    source: Mapping[str, Any] = row.values["body"] if row.interface else row.values
-    return source
-
-
 def require_text(row: PromptRow) -> PromptRow:
     """Returns the row, with an error if it has no text for training data."""
-    if row.error is not None or _has_text(_source(row)):
+    if row.error is not None or None not in row.content:
         return row
     error = invalid(
         f"Line {row.line.line_number} has token ids, but training data needs text. Give prompt or messages, or write "
         "plain rows."
     )
     return replace(row, error=error)
-
-
-def _has_text(source: Mapping[str, Any]) -> bool:
-    prompt = source.get("prompt")
-    if source.get("messages") is not None or isinstance(prompt, str):
-        return True
-    return isinstance(prompt, list) and all(isinstance(each, str) for each in prompt)
 
 
 class TokenTexts:

@@ -29,6 +29,7 @@ from stillhouse.client.batch.teacher_identity import BatchTeacher, identity, mat
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.known_fields import ExtraFields
 from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class BatchSettings:
     """For rows that do not say it themselves."""
     format: Literal["auto", "plain", "openai"] = "auto"
     """Format of the input; "auto" looks at its first row."""
+    chat: bool = False
+    """Make a user's turn of each plain row's prompt of text."""
+    extra_fields: ExtraFields = "keep"
+    """Copy fields that no rule knows to the output, or refuse their rows."""
     as_dataset: bool = False
     """Write rows of training data instead of the format of the input."""
     capture: Path | None = None
@@ -282,9 +287,16 @@ class _Batch:
         sampling = self._settings.sampling
         if self._format == "openai":
             longest = teacher.info.max_sequence_tokens
-            row = openai_row(line, sampling, max_tokens=longest, resolve_adapter=teacher.resolve_adapter)
+            row = openai_row(
+                line,
+                sampling,
+                max_tokens=longest,
+                resolve_adapter=teacher.resolve_adapter,
+                extra_fields=self._settings.extra_fields,
+            )
         else:
-            row = plain_row(line, sampling)
+            settings = self._settings
+            row = plain_row(line, sampling, chat=settings.chat, extra_fields=settings.extra_fields)
         for prompt in row.prompts:
             teacher.use(prompt.adapter)
         return require_text(row) if self._settings.as_dataset else row
@@ -306,6 +318,11 @@ class _Batch:
         settings["output"] = "dataset" if self._settings.as_dataset else self._format
         settings |= asdict(self._settings.sampling)
         settings["stop"] = list(self._settings.sampling.stop)
+        # Only where they differ from the default, so that batches of older versions resume.
+        if self._settings.chat:
+            settings["chat"] = True
+        if self._settings.extra_fields != "keep":
+            settings["extra_fields"] = self._settings.extra_fields
         if self._settings.capture is not None:
             settings |= {"capture": str(self._settings.capture), "capture's top_k": self._settings.top_k}
         if earlier is not None:

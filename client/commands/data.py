@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from stillhouse.client.terminal.session import Session, command
+from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
 
 
 @click.group()
@@ -15,9 +16,17 @@ def data() -> None:
 
 
 @command(data, name="push")
+@click.option(
+    "--extra-fields",
+    type=click.Choice(EXTRA_FIELDS),
+    default="keep",
+    help="Take or refuse rows with fields that no row has.  [default: keep]",
+)
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-def push(session: Session, files: tuple[Path, ...]) -> None:
+def push(session: Session, files: tuple[Path, ...], extra_fields: ExtraFields) -> None:
     """Copy each FILE, JSONL or Parquet, to the trainer.
+
+    A file with a row that cannot be trained on is refused before it is sent, with row and field.
 
     Prints `datasets/...`, a path for run files. A file is stored by its content: pushing it again changes nothing.
     """
@@ -25,7 +34,7 @@ def push(session: Session, files: tuple[Path, ...]) -> None:
 
     pushed = []
     for file in files:
-        stored = session.trainer.push_dataset(file)
+        stored = session.trainer.push_dataset(file, extra_fields=extra_fields)
         pushed.append({"file": str(file), "name": stored.name, "size_bytes": stored.size_bytes})
         session.note(f"{file}: {size_text(stored.size_bytes)}")
         if not session.as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stillhouse.client.terminal.session import Session, command
+from stillhouse.protos.rows.known_fields import EXTRA_FIELDS
 
 if TYPE_CHECKING:
     from stillhouse.client.teacher.generate import Completion, Prompt
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     "--file", "files", multiple=True, metavar="FILE", help='File with one prompt; "-" is standard input.'
 )
 @click.option(
-    "--chat", is_flag=True, help="Prompts are conversations: text of a user, or JSON messages in --file."
+    "--chat",
+    is_flag=True,
+    help="Prompts are conversations: text of a user, or JSON messages in --file or --in.",
 )
 @click.option(
     "-n", "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Samples per prompt."
@@ -55,6 +58,12 @@ if TYPE_CHECKING:
     help="Write the input's format, or training data.  [default: rows]",
 )
 @click.option(
+    "--extra-fields",
+    type=click.Choice(EXTRA_FIELDS),
+    default="keep",
+    help="Copy fields that no row has to --out, or refuse their rows.  [default: keep]",
+)
+@click.option(
     "--capture",
     type=click.Path(path_type=Path),
     help="Cache the teacher's distributions of the completions here; --top-k-logprobs tokens each, or 64.",
@@ -77,6 +86,7 @@ def generate(
     out: Path | None,
     file_format: str,
     output: str,
+    extra_fields: str,
     capture: Path | None,
     retry_failed: bool,
     overwrite: bool,
@@ -88,30 +98,33 @@ def generate(
     Without PROMPT, --file and --in the prompt is read from standard input. A single sample is streamed, several are shown
     as they finish. With --json each finished sample is one line.
 
-    With --in FILE --out FILE each row is completed, in order. A row is a JSON object with `prompt` (text), `messages` or
-    `token_ids`, and optionally `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`, `num_samples` and
-    `adapter`; or a row of OpenAI's batch format, whose `model` may name an adapter. The same command resumes a killed
-    batch. A failed row is reported in --out, and the exit code is 1.
+    With --in FILE --out FILE each row is completed, in order. A row is a JSON object with `prompt`, `messages` or
+    `token_ids`, and optionally `system`, `tools`, `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`,
+    `num_samples` and `adapter`; or a row of OpenAI's batch format, whose `model` may name an adapter. The chat template is
+    applied to messages, and to a prompt beside `system` or `tools` or with --chat. The same command resumes a killed batch.
+    A failed row is reported in --out, and the exit code is 1.
     """
     from stillhouse.client.terminal.prompt_input import chat_prompts, text_prompts
 
     for_files = (out, capture, retry_failed, overwrite, max_inflight, file_format != "auto", output != "rows")
-    if source is None and any(for_files):
+    if source is None and (any(for_files) or extra_fields != "keep"):
         raise click.UsageError(
-            "--out, --format, --as, --capture, --retry-failed, --overwrite and --max-inflight need --in FILE."
+            "--out, --format, --as, --extra-fields, --capture, --retry-failed, --overwrite and --max-inflight need --in FILE."
         )
     if source is not None:
-        if prompts or files or chat or out is None:
-            raise click.UsageError("--in FILE needs --out FILE, and excludes PROMPT, --file and --chat.")
+        if prompts or files or out is None:
+            raise click.UsageError("--in FILE needs --out FILE, and excludes PROMPT and --file.")
         from stillhouse.client.commands.generate_file import run_batch
 
         flags = {"retry_failed": retry_failed, "overwrite": overwrite, "as_dataset": output == "dataset"}
+        flags["chat"] = chat
         return run_batch(
             session,
             source,
             out,
             options,
             format=file_format,
+            extra_fields=extra_fields,
             capture=capture,
             max_inflight=max_inflight,
             **flags,

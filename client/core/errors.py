@@ -9,6 +9,7 @@ from enum import IntEnum
 import grpc
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.field_error import FieldError
 
 
 class ExitCode(IntEnum):
@@ -64,3 +65,12 @@ def file_errors(verb: str, path: object) -> Iterator[None]:
         yield
     except OSError as error:
         raise file_error(verb, path, error) from error
+
+
+@contextmanager
+def field_errors(where: str = "") -> Iterator[None]:
+    """Raises a FieldError of the block as a usage error; `where` precedes its sentence."""
+    try:
+        yield
+    except FieldError as error:
+        raise usage_error(f"{where}{error}") from error

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.client.core.errors import usage_error
+from stillhouse.client.core.errors import field_errors, usage_error
 from stillhouse.client.teacher.connection import TeacherConnection
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
+from stillhouse.protos.rows.conversation import parse_turns
+from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions
 from stillhouse.protos.tensors.layout import decode, encode
 
-Prompt = str | Sequence[int] | Sequence[Mapping[str, str]] | teacher_pb2.Prompt
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | teacher_pb2.Prompt
+"""Text, token ids, messages, or an object with `messages` and `tools`."""
 
 _FINISH = {
     teacher_pb2.SampleChunk.FINISH_REASON_UNSPECIFIED: "",
@@ -95,8 +98,19 @@ def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
         message.MergeFrom(prompt)
     elif isinstance(prompt, str):
         message.text = prompt
+    elif isinstance(prompt, Mapping):
+        unknown = sorted(map(str, prompt.keys() - {"messages", "tools"}))
+        if unknown:
+            raise usage_error(
+                f'a conversation has no field "{unknown[0]}"; its fields are messages and tools.'
+            )
+        with field_errors():
+            message.conversation.CopyFrom(to_wire(parse_turns(prompt.get("messages"), prompt.get("tools"))))
     elif len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):
-        message.conversation.messages.extend(_turn(turn) for turn in prompt if isinstance(turn, Mapping))
+        with field_errors():
+            message.conversation.CopyFrom(
+                to_wire(parse_turns([dict(turn) for turn in prompt if isinstance(turn, Mapping)]))
+            )
     else:
         message.token_ids.CopyFrom(encode(as_ids(prompt)))
     return message
@@ -113,13 +127,6 @@ def as_ids(ids: object) -> NDArray[np.int32]:
     if array.ndim != 1 or array.dtype.kind not in "iu" or (array.size and abs(int(array.max())) >= 2**31):
         raise usage_error(f"token ids are a list of whole numbers in [0, 2^31), not {ids!r:.60}.")
     return array.astype(np.int32)
-
-
-def _turn(turn: Mapping[str, str]) -> teacher_pb2.Message:
-    role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise usage_error(f'a message needs "role" and "content", both text; got {dict(turn)!r:.80}.')
-    return teacher_pb2.Message(role=role, content=content)
 
 
 def pieces(

@@ -9,8 +9,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stillhouse.client.core.errors import file_error, file_errors, usage_error
+from stillhouse.client.core.errors import field_errors, file_error, file_errors, usage_error
 from stillhouse.client.teacher.score import ScoreItem
+from stillhouse.protos.rows.conversation import parse_turns
 
 if TYPE_CHECKING:
     from stillhouse.client.teacher.generate import Prompt
@@ -42,7 +43,7 @@ def text_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]
 def chat_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]:
     """Makes a conversation of each argument, as a user's message; each file is JSON or JSON lines of conversations.
 
-    A conversation is a list of messages with `role` and `content`, or an object with such a list as `messages`.
+    A conversation is a list of messages, or an object with such a list as `messages`, and optionally `tools`.
     """
     prompts: list[Prompt] = [[{"role": "user", "content": each}] for each in arguments]
     for path in files:
@@ -50,7 +51,7 @@ def chat_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]
     return prompts
 
 
-def _conversations(text: str, path: str) -> Iterator[list[dict[str, str]]]:
+def _conversations(text: str, path: str) -> Iterator[Prompt]:
     try:
         parsed = json.loads(text)
     except ValueError:
@@ -63,21 +64,16 @@ def _conversations(text: str, path: str) -> Iterator[list[dict[str, str]]]:
             yield _conversation(_json(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def _conversation(value: object, where: str) -> list[dict[str, str]]:
-    messages = value.get("messages") if isinstance(value, Mapping) else value
+def _conversation(value: object, where: str) -> Prompt:
+    given = value if isinstance(value, Mapping) else {"messages": value}
+    messages = given.get("messages")
     if not isinstance(messages, list) or not messages:
         raise usage_error(
             f'{where}: expects a list of messages, such as [{{"role": "user", "content": "Hello"}}].'
         )
-    for message in messages:
-        has = isinstance(message, dict) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        )
-        if not has:
-            raise usage_error(
-                f'{where}: a message needs "role" and "content", both text; got {message!r:.80}.'
-            )
-    return [{"role": each["role"], "content": each["content"]} for each in messages]
+    with field_errors(f"{where}: "):
+        parse_turns(messages, given.get("tools"))
+    return {name: given[name] for name in ("messages", "tools") if given.get(name)}
 
 
 def score_items(path: str, adapter: str) -> Iterator[ScoreItem]:

@@ -19,6 +19,8 @@ from stillhouse.client.runfile.source_map import invalid
 from stillhouse.client.trainer.run_handle import RunHandle
 from stillhouse.client.trainer.run_lookup import find_run
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.files import check_file
+from stillhouse.protos.rows.known_fields import ExtraFields
 from stillhouse.protos.stillhouse.v1 import run_pb2
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 
@@ -105,11 +107,18 @@ class Trainer(Connection):
                 return
             request.page_token = page.next_page_token
 
-    def push_dataset(self, path: Path | str, *, on_bytes: OnBytes | None = None) -> PushedDataset:
-        """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error."""
+    def push_dataset(
+        self, path: Path | str, *, extra_fields: ExtraFields = "keep", on_bytes: OnBytes | None = None
+    ) -> PushedDataset:
+        """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error.
+
+        Raises StillhouseError(DATASET_INVALID) for a row that cannot be trained on, before anything is sent; with
+        `extra_fields` "refuse" also for one with a field that no row has.
+        """
         path = Path(path)
         digest = hashlib.sha256()
         with file_errors("read", path):
+            check_file(path, extra_fields=extra_fields)
             file = path.open("rb")
         with file:
             chunks = _chunks(file, path.name, digest.update, on_bytes)

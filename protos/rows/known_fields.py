@@ -67,6 +67,16 @@ NO_EFFECT_ON_TEXT: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change a row's text or its part in training, and the values at which they do not."""
 
 
+def without_effect(*, has_tools: bool) -> Mapping[str, tuple[Any, ...]]:
+    """Returns the fields that a batch refuses unless they have no effect: with tools, no choice between them is forced."""
+    return {
+        **NO_EFFECT_ON_SAMPLING,
+        **NO_EFFECT_ON_TEXT,
+        "tool_choice": ("auto",) if has_tools else ("none", "auto"),
+        "parallel_tool_calls": (True,) if has_tools else (True, False),
+    }
+
+
 def check_fields(
     values: Mapping[str, Any],
     *,
@@ -79,10 +89,15 @@ def check_fields(
         if value is None or name in known:
             continue
         if name in no_effect:
-            if not any(_same(value, each) for each in no_effect[name]):
+            if not has_no_effect(name, value, no_effect):
                 raise FieldError(name, "is not supported, and would change what the row means. Remove it.")
         elif extra == "refuse":
             raise unknown(name)
+
+
+def has_no_effect(name: str, value: Any, no_effect: Mapping[str, tuple[Any, ...]]) -> bool:
+    """Returns True if a field has a value at which it does nothing."""
+    return value is None or any(_same(value, each) for each in no_effect.get(name, ()))
 
 
 def unknown(name: str) -> FieldError:

@@ -116,8 +116,8 @@ def as_messages(values: Mapping[str, Any], field: str, role: str) -> list[Any]:
 
 
 def _turns(values: Mapping[str, Any], messages: Any, *, trained_from: int) -> Turns:
-    if values.get("system") and isinstance(messages, list):
-        before = len(messages)
+    if values.get("system"):
+        before = len(parse_turns(messages).messages)
         messages = with_system(messages, values["system"])
         trained_from += (len(messages) - before) if trained_from else 0
     turns = parse_turns(messages, values.get("tools"))

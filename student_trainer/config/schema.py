@@ -232,6 +232,8 @@ class DataConfig:
     completion_only: bool = True
     packing: bool = False
     seed: Annotated[int, NOT_NEGATIVE, DefaultText("optimizer.seed")] = 0
+    chat: bool = False
+    extra_fields: Annotated[str, Choices("keep", "refuse")] = "keep"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

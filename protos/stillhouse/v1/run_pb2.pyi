@@ -783,6 +783,8 @@ class DataSpec(_message.Message):
     COMPLETION_ONLY_FIELD_NUMBER: _builtins.int
     PACKING_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
+    EXTRA_FIELDS_FIELD_NUMBER: _builtins.int
     eval_fraction: _builtins.float
     """Share of `train` held out for evaluation if `eval` is empty."""
     max_sequence_tokens: _builtins.int
@@ -799,6 +801,12 @@ class DataSpec(_message.Message):
     """
     seed: _builtins.int
     """Seed of the split and of the order of rows."""
+    chat: _builtins.bool
+    """Render `prompt` and `completion` of text with the chat template, as turns of user and assistant. Rows with `system` or
+    `tools`, or with lists of messages, always are.
+    """
+    extra_fields: _builtins.str
+    """Treatment of fields that no row has: keep reads over them, refuse ends the run."""
     @_builtins.property
     def train(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetSpec]:
         """Required. Training rows, mixed in proportion to the weights."""
@@ -819,15 +827,21 @@ class DataSpec(_message.Message):
         completion_only: _builtins.bool | None = ...,
         packing: _builtins.bool | None = ...,
         seed: _builtins.int | None = ...,
+        chat: _builtins.bool | None = ...,
+        extra_fields: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_completion_only", b"_completion_only", "_eval_fraction", b"_eval_fraction", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "completion_only", b"completion_only", "eval_fraction", b"eval_fraction", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_completion_only", b"_completion_only", "_eval_fraction", b"_eval_fraction", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "completion_only", b"completion_only", "eval", b"eval", "eval_fraction", b"eval_fraction", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chat: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
+    _WhichOneofArgType__chat: _TypeAlias = _typing.Literal["_chat", b"_chat"]  # noqa: Y015
     _WhichOneofReturnType__completion_only: _TypeAlias = _typing.Literal["completion_only"]  # noqa: Y015
     _WhichOneofArgType__completion_only: _TypeAlias = _typing.Literal["_completion_only", b"_completion_only"]  # noqa: Y015
     _WhichOneofReturnType__eval_fraction: _TypeAlias = _typing.Literal["eval_fraction"]  # noqa: Y015
     _WhichOneofArgType__eval_fraction: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction"]  # noqa: Y015
+    _WhichOneofReturnType__extra_fields: _TypeAlias = _typing.Literal["extra_fields"]  # noqa: Y015
+    _WhichOneofArgType__extra_fields: _TypeAlias = _typing.Literal["_extra_fields", b"_extra_fields"]  # noqa: Y015
     _WhichOneofReturnType__max_sequence_tokens: _TypeAlias = _typing.Literal["max_sequence_tokens"]  # noqa: Y015
     _WhichOneofArgType__max_sequence_tokens: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens"]  # noqa: Y015
     _WhichOneofReturnType__overflow: _TypeAlias = _typing.Literal["overflow"]  # noqa: Y015
@@ -839,9 +853,13 @@ class DataSpec(_message.Message):
     _WhichOneofReturnType__teacher_field: _TypeAlias = _typing.Literal["teacher_field"]  # noqa: Y015
     _WhichOneofArgType__teacher_field: _TypeAlias = _typing.Literal["_teacher_field", b"_teacher_field"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chat) -> _WhichOneofReturnType__chat | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_only) -> _WhichOneofReturnType__completion_only | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_fraction) -> _WhichOneofReturnType__eval_fraction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__extra_fields) -> _WhichOneofReturnType__extra_fields | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_tokens) -> _WhichOneofReturnType__max_sequence_tokens | None: ...
     @_typing.overload

@@ -62,9 +62,14 @@ def load_corpus(
     Raises:
         StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also if no row is left to train on.
     """
-    reader = _DatasetReader(
-        data, RowEncoder(tokenizer, completion_only=data.completion_only), data_dir, teachers
+    encoder = RowEncoder(
+        tokenizer,
+        completion_only=data.completion_only,
+        chat=data.chat,
+        extra_fields="refuse" if data.extra_fields == "refuse" else "keep",
+        own_fields=[data.teacher_field] if data.teacher_field else (),
     )
+    reader = _DatasetReader(data, encoder, data_dir, teachers)
     parts = [reader.read(dataset) for dataset in data.train]
     train = [example for part in parts for example in part]
     held_out = [example for dataset in data.eval for example in reader.read(dataset)]

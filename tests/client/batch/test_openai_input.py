@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from stillhouse.client.api import Listeners, Teacher, generate_file
+from stillhouse.client.api import BatchSettings, Listeners, Teacher, generate_file
 from tests.client.batch.batches import alone, read, write
+
+TOOL = {"type": "function", "function": {"name": "rain", "parameters": {}}}
 
 
 def openai(name: str, body: dict[str, Any], url: str = "/v1/chat/completions") -> dict[str, Any]:
@@ -66,7 +68,11 @@ def test_openais_batch_files_are_read_and_written(teacher: Teacher, adapted: str
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"tools": [{"type": "function"}]}, "body.tools is not supported"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function.name is missing"),
+        ({"tools": [TOOL]}, "tools leaves no trace in the text"),
+        ({"tools": [TOOL], "tool_choice": "none"}, "body.tool_choice is not supported"),
+        ({"tools": [TOOL], "parallel_tool_calls": False}, "body.parallel_tool_calls is not supported"),
+        ({"tool_choice": "required"}, "body.tool_choice is not supported"),
         ({"functions": [{}]}, "body.functions is not supported"),
         ({"logit_bias": {"5": 1}}, "body.logit_bias is not supported"),
         ({"stream": True}, "body.stream is not supported"),
@@ -80,8 +86,13 @@ def test_openais_batch_files_are_read_and_written(teacher: Teacher, adapted: str
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
-            "messages[0].tool_calls is not supported",
+            "messages[0].tool_calls[0] is a int; it must be an object.",
         ),
+        (
+            {"messages": [{"role": "user", "content": "x", "mood": "mild"}]},
+            "messages[0].mood is not supported.",
+        ),
+        ({"messages": [{"role": "user", "content": "x", "name": "Ada"}]}, "messages[0].name leaves no trace"),
         ({"temperature": 3000}, "temperature is 3000.0."),
     ],
 )
@@ -103,3 +114,14 @@ def test_other_interfaces_fail_by_name(teacher: Teacher, tmp_path: Path) -> None
     source = write(tmp_path / "in.jsonl", openai("x", {"input": "a"}, "/v1/embeddings"))
     generate_file(teacher, source, tmp_path / "out.jsonl")
     assert "url is '/v1/embeddings'" in read(tmp_path / "out.jsonl")[0]["error"]["message"]
+
+
+def test_a_data_set_of_openais_rows_keeps_what_the_template_was_given(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    turns = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    source = write(tmp_path / "in.jsonl", openai("a", {"messages": turns, "max_tokens": 4, "seed": 5}))
+    generate_file(teacher, source, tmp_path / "out.jsonl", BatchSettings(as_dataset=True))
+    (row,) = read(tmp_path / "out.jsonl")
+    assert row["messages"][:2] == [{"role": "system", "content": "Be brief."}, turns[1]]
+    assert row["messages"][2]["content"] == alone(teacher, row["messages"][:2], max_new_tokens=4).text

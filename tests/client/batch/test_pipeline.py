@@ -167,6 +167,69 @@ def test_a_run_reads_the_rows_of_a_data_set(teacher: Teacher, models: Models, tm
     assert kinds == ["completion", "messages"]
 
 
+def test_fields_that_change_what_a_row_means_are_honoured_or_refused(
+    teacher: Teacher, tmp_path: Path
+) -> None:
+    system, turn = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+    }
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    source = write(
+        tmp_path / "in.jsonl",
+        {"id": 1, "prompt": "Hello", "system": "Be brief."},
+        {"id": 2, "prompt": [system, turn]},
+        {"id": 3, "messages": [turn], "system": "Be brief.", "max_tokens": 3, "n": 2},
+        {"id": 4, "messages": [turn], "tools": [tool]},
+        {"id": 5, "messages": [turn, called, {"role": "tool", "content": "x"}]},
+        {"id": 6, "token_ids": [5], "system": "Be brief."},
+        {"id": 7, "messages": [turn], "max_tokens": 3, "max_new_tokens": 4},
+        {"id": 8, "prompt": "Hello", "n": 0},
+        {"id": 9, "prompt": "Hello", "logit_bias": {"5": 1}},
+        {"id": 10, "prompt": "Hello", "chat_template_kwargs": {"enable_thinking": False}},
+        {"id": 11, "prompt": "Hello", "label": "kept"},
+    )
+    generate_file(teacher, source, tmp_path / "rows.jsonl", BatchSettings(sampling=FIXED))
+    rows = {row["id"]: row for row in read(tmp_path / "rows.jsonl")}
+    asked = alone(teacher, [system, turn])
+    assert [rows[number]["completions"][0]["text"] for number in (1, 2)] == [asked.text] * 2
+    assert rows[1]["usage"]["prompt_tokens"] == asked.prompt_tokens
+    assert [len(rows[3]["completions"]), rows[3]["usage"]["completion_tokens"]] == [2, 6]
+    assert asked.text.startswith(rows[3]["completions"][0]["text"])
+    told = {number: row["error"]["message"] for number, row in rows.items() if "error" in row}
+    wanted = {
+        4: "tools leaves no trace in the text: the chat template does not render it.",
+        5: "messages[1].tool_calls leaves no trace in the text",
+        6: "system has no effect on token ids.",
+        7: "max_tokens differs from max_new_tokens.",
+        8: "n is 0; it must be a whole number in [1, 4096].",
+        9: "logit_bias is not supported, and would change what the row means.",
+        10: "chat_template_kwargs is not supported",
+    }
+    assert told.keys() == wanted.keys()
+    assert all(told[number].startswith(sentence) for number, sentence in wanted.items())
+    assert rows[11]["label"] == "kept"
+
+    source = write(
+        tmp_path / "in.jsonl",
+        {"id": 1, "prompt": "Hello", "system": "Be brief."},
+        {"id": 2, "prompt": [turn], "max_tokens": 3},
+        {"id": 3, "prompt": "Hello", "lable": "typed wrongly"},
+        {"id": 4, "messages": [{**turn, "mood": "mild"}]},
+    )
+    settings = BatchSettings(sampling=FIXED, as_dataset=True, chat=True, extra_fields="refuse")
+    generate_file(teacher, source, tmp_path / "data.jsonl", settings)
+    first, second = read(tmp_path / "data.jsonl")
+    answer = {"role": "assistant", "content": asked.text}
+    assert (first["system"], first["messages"]) == ("Be brief.", [turn, answer])
+    answer = {"role": "assistant", "content": alone(teacher, [turn], max_new_tokens=3).text}
+    assert (second["prompt"], second["completion"]) == ([turn], [answer])
+    refused = [row["error"]["message"].split(".")[0] for row in read(tmp_path / "data.jsonl.failed")]
+    assert refused == ["lable is no field of a row", "messages[0]"]
+
+
 def test_distributions_of_a_batch_are_captured(teacher: Teacher, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "Ada has", "num_samples": 2}, {"token_ids": [5, 6]})
     settings = BatchSettings(sampling=FIXED, capture=tmp_path / "cache", top_k=4)

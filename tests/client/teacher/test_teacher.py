@@ -136,7 +136,7 @@ def test_generate_takes_conversations(hf_teacher: Program, tmp_path: Path) -> No
     ("text", "sentence"),
     [
         ('{"a": 1}', 'expects a list of messages, such as [{"role": "user", "content": "Hello"}].'),
-        ('[{"role": "user"}]', "a message needs \"role\" and \"content\", both text; got {'role': 'user'}."),
+        ('[{"role": "user"}]', "chat.json: messages[0].content is missing; it must be text."),
         ("[]\n[", "2: this line is not JSON: Expecting value: line 1 column 2 (char 1)."),
     ],
 )

@@ -190,6 +190,16 @@ def test_pushing_and_creating_twice_changes_nothing(
     target = trainer_service().target
     names = [command(target, "data", "push", str(dataset_file)).stdout.strip() for _ in range(2)]
     assert names[0] == names[1]
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(dataset_file.read_text() + '{"prompt": "Ada has"}\n')
+    refused = command(target, "data", "push", str(bad))
+    assert refused.exit_code == 2
+    assert f"bad.jsonl, row {bad.read_text().count(chr(10))}, field completion: is missing" in refused.stderr
+    bad.write_text('{"text": "Ada", "txet": "Ben"}\n')
+    assert (
+        "field txet: is no field of a row"
+        in command(target, "data", "push", "--extra-fields", "refuse", str(bad)).stderr
+    )
     path = run_file(tmp_path, models, "127.0.0.1:1", names[0])
     request = ("--request-id", "0b5b7a52-64b6-4a3c-9a77-1c1a4a4a7d10", "--json")
     made = [json.loads(command(target, "run", "create", str(path), *request).stdout)["id"] for _ in range(2)]

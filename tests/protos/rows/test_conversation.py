@@ -14,7 +14,7 @@ from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
 from stillhouse.protos.rows.wire import MAX_JSON_BYTES, from_wire, to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
-from tests.support.chat_templates import ONE_CALL, PLAIN, THINKING, TOOLS, WITHOUT_SYSTEM
+from tests.protos.rows.chat_templates import ONE_CALL, PLAIN, THINKING, TOOLS, WITHOUT_SYSTEM
 
 WEATHER = {
     "type": "function",

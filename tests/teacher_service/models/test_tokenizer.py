@@ -11,7 +11,7 @@ import pytest
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.conversation import parse_turns
 from stillhouse.teacher_service.models.tokenizer import TOKENIZER_FILES, TextCodec
-from tests.support.chat_templates import TOOLS
+from tests.protos.rows.chat_templates import TOOLS
 from tests.support.small_models import END, TURN_END, make_tokenizer
 from tests.support.texts import sentences
 
