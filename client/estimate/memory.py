@@ -13,9 +13,13 @@ from pathlib import Path
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.estimate.model_shape import ModelShape
 from stillhouse.client.runfile.schema import setting
-from stillhouse.protos.stillhouse.v1.run_pb2 import LoraSpec, RunSpec
+from stillhouse.protos.stillhouse.v1.run_pb2 import LoraSpec, OptimizerSpec, RunSpec
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
+ROWS = 8
+"""Rows of an update, or of a forward pass in a file that cuts by rows, where the file does not say."""
+AUTO_TOKENS: Mapping[str, int] = {"cpu": 4096, "gpu": 16384}
+"""Tokens of a forward pass at most, where the file leaves them to the training process."""
 CPU_CHUNK_LOGITS, GPU_CHUNK_LOGITS = 2**25, 2**28
 PROCESS_BYTES: Mapping[str, int] = {"cpu": 600 * 2**20, "gpu": 900 * 2**20}
 """Bytes of a training process without a model: libraries, and on a GPU its context."""
@@ -31,7 +35,10 @@ class MemoryPlan:
 
     device: str
     """ "cpu" or "gpu"."""
-    micro_batch_size: int
+    pass_tokens: int
+    """Tokens of the largest forward pass, padding included."""
+    rows_per_pass: int | None
+    """Rows of a pass in a file that cuts by rows; None where passes are cut by tokens."""
     sequence_tokens: int
     lora_rank: int | None
     """None trains every weight."""
@@ -52,7 +59,8 @@ class MemoryPlan:
         precision = optimizer.precision or ("bf16" if device == "gpu" else "fp32")
         return cls(
             device=device,
-            micro_batch_size=setting(optimizer, "micro_batch_size"),
+            pass_tokens=_pass_tokens(spec, device),
+            rows_per_pass=_rows_per_pass(optimizer),
             sequence_tokens=setting(spec.data, "max_sequence_tokens"),
             lora_rank=setting(student.lora, "rank") if adapter else None,
             quantization=setting(student, "quantization"),
@@ -60,6 +68,21 @@ class MemoryPlan:
             optimizer=name,
             half=precision != "fp32",
         )
+
+
+def _rows_per_pass(optimizer: OptimizerSpec) -> int | None:
+    if optimizer.HasField("micro_batch_size") or optimizer.HasField("grad_accum_steps"):
+        return optimizer.micro_batch_size or ROWS
+    return None
+
+
+def _pass_tokens(spec: RunSpec, device: str) -> int:
+    longest = int(setting(spec.data, "max_sequence_tokens"))
+    rows = _rows_per_pass(spec.optimizer)
+    if rows is not None:
+        return rows * longest
+    tokens = spec.optimizer.micro_batch_tokens or AUTO_TOKENS[device]
+    return max(1, min(tokens // longest, spec.optimizer.batch_size or ROWS)) * longest
 
 
 def student_bytes(shape: ModelShape, plan: MemoryPlan) -> dict[str, int]:
@@ -92,7 +115,7 @@ def _activations(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
     A layer keeps for each token: its input, both norms' inputs and outputs (6 hidden), queries, keys, values and the
     output of attention, and of the feed-forward part its inner vectors: gate, up, activation and product where gated.
     """
-    tokens = plan.micro_batch_size * plan.sequence_tokens
+    tokens = plan.pass_tokens
     heads = 2 * shape.head_dim * (shape.heads + shape.kv_heads)
     inner = (shape.matrices + 1) * shape.inner * shape.active_experts
     layer = element * tokens * (6 * shape.hidden + heads + inner)
@@ -104,7 +127,7 @@ def _activations(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
 def _logits(shape: ModelShape, plan: MemoryPlan, element: int) -> int:
     """One chunk's logits, which their gradient overwrites; on a GPU also their float32 exponentials."""
     chunk = CPU_CHUNK_LOGITS if plan.device == "cpu" else GPU_CHUNK_LOGITS
-    number = min(plan.micro_batch_size * plan.sequence_tokens * shape.vocab, chunk)
+    number = min(plan.pass_tokens * shape.vocab, chunk)
     return number * (element if plan.device == "cpu" else element + FLOAT_BYTES)
 
 
@@ -124,13 +147,20 @@ def teacher_bytes(shape: ModelShape, *, dtype_bytes: float, sequence_tokens: int
 def remedies(shape: ModelShape, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
     """Changes that lower the student's memory, and the bytes that it then takes; each alone."""
     now = sum(student_bytes(shape, plan).values())
-    half = replace(plan, micro_batch_size=max(1, plan.micro_batch_size // 2))
+    shorter = plan.sequence_tokens // 2
+    fewer = max(1, plan.pass_tokens // plan.sequence_tokens // 2)
+    half = replace(plan, pass_tokens=fewer * plan.sequence_tokens)
+    named = f"optimizer.micro_batch_tokens: {half.pass_tokens}"
+    if plan.rows_per_pass is not None:
+        named = f"optimizer.micro_batch_size: {fewer}, with twice optimizer.grad_accum_steps"
     lora = replace(plan, lora_rank=plan.lora_rank or setting(LoraSpec(), "rank"))
     tried = {
-        f"optimizer.micro_batch_size: {half.micro_batch_size}, with twice optimizer.grad_accum_steps": half,
+        named: half,
         "student.gradient_checkpointing: true": replace(plan, checkpointing=True),
-        f"data.max_sequence_tokens: {plan.sequence_tokens // 2}": replace(
-            plan, sequence_tokens=plan.sequence_tokens // 2
+        f"data.max_sequence_tokens: {shorter}": replace(
+            plan,
+            sequence_tokens=shorter,
+            pass_tokens=plan.pass_tokens if plan.pass_tokens > plan.sequence_tokens else shorter,
         ),
         "student.lora: {}": lora,
         "student.lora: {} and student.quantization: nf4": replace(lora, quantization="nf4"),

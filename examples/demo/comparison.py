@@ -88,7 +88,7 @@ def run_spec(
         spec.loss.hard_weight = 1.0
     spec.optimizer.learning_rate = learning_rate
     spec.optimizer.max_steps = recipe.steps
-    spec.optimizer.micro_batch_size = recipe.batch_size
+    spec.optimizer.batch_size = recipe.batch_size
     spec.optimizer.seed = seed
     if recipe.precision is not None:
         spec.optimizer.precision = recipe.precision

@@ -32,6 +32,7 @@ RUN_METRICS = {
     "train/rollout_overlap": "Share of the student's top-k that is in the teacher's.",
     "train/rollout_teacher_mass": "Teacher's mass on the student's top-k.",
     "train/learning_rate": "Learning rate of the step.",
+    "train/padding": "Tokens that the step's forward passes compute, padding included, over the tokens of its rows.",
     "train/grad_norm": "Norm of the gradient before clipping.",
     "train/epoch": "Epochs trained so far.",
     "train/trained_tokens": "Completion tokens trained on so far.",

@@ -167,6 +167,7 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         check_cross_tokenizer,
         _check_teachers,
         _check_processes,
+        _check_passes,
     ):
         yield from check_part(config)
     for path, loss in run_losses(config):
@@ -202,6 +203,21 @@ def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
             "cache.mode",
             f'"write_through" has one writer, and this run has {resources.processes} processes. Build the cache first, '
             'with `stillhouse cache build`, and use "read" or "only".',
+        )
+
+
+def _check_passes(config: RunConfig) -> Iterator[FieldViolation]:
+    """Rows and tokens of an update: two ways to say them, of which a file takes one."""
+    optimizer = config.optimizer
+    by_tokens = [
+        name for name in ("batch_size", "micro_batch_tokens") if getattr(optimizer, name) is not None
+    ]
+    if optimizer.cuts_by_rows and by_tokens:
+        given = " and ".join(by_tokens)
+        yield FieldViolation(
+            f"optimizer.{by_tokens[0]}",
+            f"is set beside micro_batch_size or grad_accum_steps, which count rows of a pass. Keep {given} and leave those two "
+            f"out; optimizer.batch_size: {optimizer.rows_per_update} is the update that they describe.",
         )
 
 

@@ -22,8 +22,19 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
     checkpoint, evaluation = config.checkpoint, config.evaluation
     if config.student.trains_adapter and not spec.optimizer.HasField("learning_rate"):
         optimizer = replace(optimizer, learning_rate=LORA_LEARNING_RATE)
+    if optimizer.cuts_by_rows:
+        # batch_size stays as it is, so that the checks see both ways side by side.
+        optimizer = replace(
+            optimizer,
+            micro_batch_size=optimizer.rows_per_pass,
+            grad_accum_steps=optimizer.grad_accum_steps or 1,
+        )
+    else:
+        optimizer = replace(optimizer, batch_size=optimizer.rows_per_update)
     if not spec.data.HasField("seed"):
         data = replace(data, seed=optimizer.seed)
+    if data.packing is None and optimizer.cuts_by_rows:
+        data = replace(data, packing=False)
     if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
         checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
     if not spec.evaluation.HasField("top_k"):

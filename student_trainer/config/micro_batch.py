@@ -1,7 +1,9 @@
-"""The same optimizer steps in less memory: half the micro-batch and twice the accumulation, after a run has run out of it."""
+"""The same optimizer steps in less memory: half the tokens, or rows, of a forward pass, after a run has run out of it."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 from stillhouse.student_trainer.config.schema import RunConfig
@@ -10,11 +12,28 @@ HALVE_VARIABLE = "STILLHOUSE_HALVE_MICRO_BATCH"
 """Environment variable that the run service sets to 1 to halve the micro-batch of a training process."""
 
 
+AUTO_TOKENS: Mapping[str, int] = {"cpu": 4096, "gpu": 16384}
+"""Tokens of a forward pass by kind of device where memory sets no lower limit: larger ones are no faster."""
+
+
+def auto_tokens(kind: str) -> int:
+    """AUTO_TOKENS of a device, or half of it in a process that is to take less memory."""
+    return AUTO_TOKENS[kind] // (2 if os.environ.get(HALVE_VARIABLE) == "1" else 1)
+
+
 def smaller_micro_batch(config: RunConfig) -> RunConfig | None:
-    """`config` with at most half the micro-batch and as many sequences in a step; None if it is 1 already."""
+    """`config` with at most half the tokens, or rows, in a pass and as many rows in a step; None if it is 1 already.
+
+    A limit that the file leaves to the process is halved by `auto_tokens`.
+    """
     optimizer = config.optimizer
-    rows = optimizer.micro_batch_size * optimizer.grad_accum_steps
-    half = optimizer.micro_batch_size // 2
+    if not optimizer.cuts_by_rows:
+        tokens = optimizer.micro_batch_tokens
+        if tokens is None:
+            return config
+        smaller = replace(optimizer, micro_batch_tokens=max(1, tokens // 2))
+        return replace(config, optimizer=smaller) if tokens > 1 else None
+    rows, half = optimizer.rows_per_update, optimizer.rows_per_pass // 2
     if half < 1:
         return None
     size = next(each for each in range(half, 0, -1) if rows % each == 0)

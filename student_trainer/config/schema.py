@@ -32,6 +32,10 @@ DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
 """The parameters of each divergence that has any, with their defaults."""
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
+BATCH_SIZE = 8
+"""Rows of an update."""
+MICRO_BATCH_SIZE = 8
+"""Rows of a forward pass that is cut by rows."""
 CHECKPOINT_EVERY_STEPS = 500
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
@@ -230,7 +234,9 @@ class DataConfig:
     overflow: Annotated[str, Choices("truncate", "drop")] = "truncate"
     teacher_field: str = ""
     completion_only: bool = True
-    packing: bool = False
+    packing: Annotated[
+        bool | None, DefaultText("where it is cheaper; false with optimizer.micro_batch_size")
+    ] = None
     seed: Annotated[int, NOT_NEGATIVE, DefaultText("optimizer.seed")] = 0
     chat: bool = False
     extra_fields: Annotated[str, Choices("keep", "refuse")] = "keep"
@@ -249,8 +255,16 @@ class OptimizerConfig:
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.01
     lr_scheduler: Annotated[str, Choices("cosine", "linear", "constant")] = "cosine"
     warmup_fraction: Annotated[float, Range(0, 1)] = 0.03
-    micro_batch_size: Annotated[int, COUNT] = 8
-    grad_accum_steps: Annotated[int, COUNT] = 1
+    batch_size: Annotated[
+        int | None, COUNT, DefaultText(f"{BATCH_SIZE}; else micro_batch_size x grad_accum_steps")
+    ] = None
+    micro_batch_tokens: Annotated[
+        int | None, COUNT, DefaultText("auto, from a trial of the run's largest pass")
+    ] = None
+    micro_batch_size: Annotated[
+        int | None, COUNT, DefaultText(f"unset; {MICRO_BATCH_SIZE} with grad_accum_steps")
+    ] = None
+    grad_accum_steps: Annotated[int | None, COUNT, DefaultText("unset; 1 with micro_batch_size")] = None
     max_grad_norm: Annotated[float, NOT_NEGATIVE] = 1.0
     epochs: Annotated[float, POSITIVE] = 1.0
     max_steps: Annotated[int | None, COUNT] = None
@@ -263,6 +277,23 @@ class OptimizerConfig:
         Choices("bfloat16", "float32"),
         DefaultText("with fp32 float32, with bf16 the faster one on the run's processor"),
     ] = None
+
+    @property
+    def cuts_by_rows(self) -> bool:
+        """True if a forward pass is given by its rows, as run files before batch_size did."""
+        return self.micro_batch_size is not None or self.grad_accum_steps is not None
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of a forward pass that is cut by rows."""
+        return self.micro_batch_size or MICRO_BATCH_SIZE
+
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of one update, over all processes."""
+        if self.cuts_by_rows:
+            return self.rows_per_pass * (self.grad_accum_steps or 1)
+        return self.batch_size or BATCH_SIZE
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

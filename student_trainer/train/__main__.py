@@ -108,7 +108,12 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: R
         config = from_proto(attempt.run_dir.effective_spec())
         if os.environ.get(HALVE_VARIABLE) == "1":
             config = smaller_micro_batch(config) or config
-            log.info("micro-batch halved", micro_batch_size=config.optimizer.micro_batch_size)
+            optimizer = config.optimizer
+            log.info(
+                "passes halved",
+                micro_batch_size=optimizer.micro_batch_size,
+                micro_batch_tokens=optimizer.micro_batch_tokens or "auto",
+            )
         with RankProcesses(config, attempt, stopped, given) as processes:
             outcome = _run_task(config, attempt, stop_requested, processes)
     except Exception as caught:  # every failure is reported in the run directory

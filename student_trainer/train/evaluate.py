@@ -13,6 +13,7 @@ from torch import Tensor
 
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch, ScoredExample, collate
+from stillhouse.student_trainer.train.batching.passes import Pass
 from stillhouse.student_trainer.train.loss.alm import chunk_objective
 from stillhouse.student_trainer.train.loss.objective import Positions, objective
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
@@ -37,7 +38,8 @@ class Evaluator:
     num_rows: int
     """Held-out rows of all processes."""
     accelerator: Any
-    batch_size: int
+    cut: Callable[[Sequence[ScoredExample]], Sequence[Pass]]
+    """Cuts rows into passes."""
     vocab_size: int
     """Effective vocabulary of teacher and student."""
     chunk_loss: LossConfig | None = None
@@ -56,9 +58,11 @@ class Evaluator:
             return {}
         sums: Counter[str] = Counter()
         with evaluation_mode(self.student.model):
-            for first in range(0, len(self.rows), self.batch_size):
-                rows = self.rows[first : first + self.batch_size]
-                batch = collate(rows, reduction="token_mean", device=self.accelerator.device)
+            for each in self.cut(self.rows) if self.rows else ():
+                rows = [self.rows[place] for place in each.rows]
+                batch = collate(
+                    rows, reduction="token_mean", device=self.accelerator.device, packing=each.packed
+                )
                 self._add_batch(sums, batch)
         whole = self.total({name: float(value) for name, value in sums.items()})
         names = ("cross_entropy", "kl", "agreement") if whole["answers"] else ("cross_entropy",)

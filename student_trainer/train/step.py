@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -25,6 +24,7 @@ from stillhouse.student_trainer.train.batching.collate import (
     collate,
     total_weight,
 )
+from stillhouse.student_trainer.train.batching.passes import Pass
 from stillhouse.student_trainer.train.batching.target_forms import TargetForm, TokenWeighting
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
@@ -37,7 +37,7 @@ from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, t
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
 from stillhouse.student_trainer.train.student.lm_head import LmHead
-from stillhouse.student_trainer.train.student.packing_check import check_packing
+from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
@@ -97,13 +97,18 @@ class Stepper:
         self._matmul_dtype: torch.dtype | None = None
         if self.head.layer is None:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
-        if config.data.packing:
-            check_packing(student, accelerator.device)
+        self.cutter = cutter_of(config, student, accelerator.device)
+        """Cuts a step, and evaluations, into passes."""
 
     def multiply_in(self, matmul_dtype: str | None) -> None:
         """Sets the matmul dtype of the fused loss; None is that of autocast or weights."""
         self._matmul_dtype = getattr(torch, matmul_dtype) if matmul_dtype else None
         log.info("matmuls of the loss", dtype=matmul_dtype or "by precision")
+
+    def cut(self, scored: Sequence[ScoredExample]) -> list[Pass]:
+        """Cuts rows into passes, each of one context."""
+        lengths = [len(each.example.token_ids) for each in scored]
+        return self.cutter.cut(lengths, [each.context for each in scored])
 
     def take_step(self, data: StepData, progress: Progress) -> dict[str, float]:
         """Takes a step and moves `progress` on; the metrics over all processes.
@@ -112,7 +117,8 @@ class Stepper:
         """
         began = time.monotonic()
         self._seed_dropout(data.step)
-        whole = self._sum_step(data.scored)
+        passes = self.cut(data.scored)
+        whole = self._sum_step(data.scored, passes)
         sums = {number: (whole[f"{number}/total"], whole[f"{number}/count"]) for number in self._baselines}
         scored = with_baselines(data.scored, self._baselines, sums)
         num_tokens = int(whole["tokens"])
@@ -120,12 +126,13 @@ class Stepper:
         set_learning_rate(self._optimizer, rate)
         metrics = {"train/learning_rate": rate, "train/teacher_wait_s": data.teacher_wait_s}
         if num_tokens:
+            metrics["train/padding"] = whole["computed"] / whole["needed"]
             factors = [
                 plain.scaled(whole[f"{plain.weighting}/total"], whole[f"{plain.weighting}/denominator"])
                 for plain in self._weightings
             ]
             chunk_scale = whole["chunks/targets"] / (whole["chunks/weight"] or 1.0)
-            means = self._accumulate(scored, whole["weight"], factors, chunk_scale)
+            means = self._accumulate(scored, passes, whole["weight"], factors, chunk_scale)
             norm = self._update(means["loss"])
             metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
             updated = math.isfinite(means["loss"]) and (
@@ -154,10 +161,17 @@ class Stepper:
             )
             torch.manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
 
-    def _sum_step(self, scored: Sequence[ScoredExample]) -> dict[str, float]:
-        """Sums over the step in all processes: "tokens", "weight" (its denominator), and those of weightings and baselines."""
+    def _sum_step(self, scored: Sequence[ScoredExample], passes: Sequence[Pass]) -> dict[str, float]:
+        """Sums over the step in all processes.
+
+        "tokens", "weight" (its denominator), "needed" and "computed" (tokens without and with padding), and those of
+        weightings and baselines.
+        """
         examples = [each.example for each in scored]
+        lengths = [len(each.token_ids) for each in examples]
         own = {
+            "needed": float(sum(lengths)),
+            "computed": float(sum(each.computed_tokens(lengths) for each in passes)),
             "tokens": float(sum(each.num_targets for each in examples)),
             "weight": total_weight(examples, self._reduction),
         }
@@ -173,6 +187,7 @@ class Stepper:
     def _accumulate(
         self,
         scored: Sequence[ScoredExample],
+        passes: Sequence[Pass],
         denominator: float,
         factors: Sequence[Factor],
         chunk_scale: float,
@@ -180,7 +195,8 @@ class Stepper:
         """Adds up the gradients of a step; means of the objective and its parts. Ends at a non-finite loss."""
         sums: Counter[str] = Counter()
         shares: Counter[str] = Counter()
-        for group in _groups(scored, self._config.optimizer.micro_batch_size):
+        for each in passes:
+            group = [scored[row] for row in each.rows]
             context = group[0].context
             loss, student = self._losses[context], self._config.contexts[context].student
             batch = collate(
@@ -190,7 +206,7 @@ class Stepper:
                 max_importance_weight=student.max_importance_weight if student else math.inf,
                 form=cast("TargetForm", loss.sparse_target),
                 factors=factors,
-                packing=self._config.data.packing,
+                packing=each.packed,
                 chunk_scale=chunk_scale,
             )
             summed = self._objective(batch, loss)
@@ -296,13 +312,3 @@ class Stepper:
             sampled=here.sampled,
             token_factors=here.token_factors,
         )
-
-
-def _groups(scored: Sequence[ScoredExample], size: int) -> Iterator[Sequence[ScoredExample]]:
-    """Groups of at most `size` sequences of one context."""
-    for _, of_context in itertools.groupby(
-        sorted(scored, key=lambda each: each.context), key=lambda each: each.context
-    ):
-        group = list(of_context)
-        for first in range(0, len(group), size):
-            yield group[first : first + size]

@@ -796,8 +796,9 @@ class DataSpec(_message.Message):
     completion_only: _builtins.bool
     """Train on completions only, not on prompts."""
     packing: _builtins.bool
-    """Concatenate the rows of a micro-batch without padding; the loss stays the same. Saves time with attention kernels
-    that skip masked positions, as on GPUs. A model that would mix the rows is refused.
+    """Concatenate the rows of a forward pass without padding; the loss stays the same. True: always, and a model that would
+    mix the rows is refused. False: never. Unset: where a trial shows that the model keeps them apart, and only those
+    passes that it makes cheaper.
     """
     seed: _builtins.int
     """Seed of the split and of the order of rows."""
@@ -1192,6 +1193,8 @@ class OptimizerSpec(_message.Message):
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
     LR_SCHEDULER_FIELD_NUMBER: _builtins.int
     WARMUP_FRACTION_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    MICRO_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     MICRO_BATCH_SIZE_FIELD_NUMBER: _builtins.int
     GRAD_ACCUM_STEPS_FIELD_NUMBER: _builtins.int
     MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
@@ -1210,10 +1213,20 @@ class OptimizerSpec(_message.Message):
     """Decay of the learning rate after the warm-up."""
     warmup_fraction: _builtins.float
     """Share of the steps over which the learning rate rises from 0."""
+    batch_size: _builtins.int
+    """Rows of one update, over all processes. The forward passes that compute them are cut by tokens: rows of like length
+    together, and packed where that is cheaper. No cut changes the gradient.
+    """
+    micro_batch_tokens: _builtins.int
+    """Tokens with padding of one forward pass of one process, at most; a row that is longer has a pass of its own. May differ
+    between attempts of a run.
+    """
     micro_batch_size: _builtins.int
-    """Sequences in one forward pass of one process."""
+    """Rows in one forward pass of one process, which grad_accum_steps multiplies to the rows of an update. Kept for run files
+    that cut by rows; use batch_size.
+    """
     grad_accum_steps: _builtins.int
-    """Forward passes in one update, of all processes together."""
+    """Forward passes in one update, of all processes together; goes with micro_batch_size."""
     max_grad_norm: _builtins.float
     """Gradients are scaled down to this norm. 0 means no clipping."""
     epochs: _builtins.float
@@ -1236,6 +1249,8 @@ class OptimizerSpec(_message.Message):
         weight_decay: _builtins.float | None = ...,
         lr_scheduler: _builtins.str | None = ...,
         warmup_fraction: _builtins.float | None = ...,
+        batch_size: _builtins.int | None = ...,
+        micro_batch_tokens: _builtins.int | None = ...,
         micro_batch_size: _builtins.int | None = ...,
         grad_accum_steps: _builtins.int | None = ...,
         max_grad_norm: _builtins.float | None = ...,
@@ -1245,10 +1260,12 @@ class OptimizerSpec(_message.Message):
         seed: _builtins.int | None = ...,
         matmul_dtype: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_matmul_dtype", b"_matmul_dtype", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "matmul_dtype", b"matmul_dtype", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_matmul_dtype", b"_matmul_dtype", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_micro_batch_tokens", b"_micro_batch_tokens", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "matmul_dtype", b"matmul_dtype", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "micro_batch_tokens", b"micro_batch_tokens", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_matmul_dtype", b"_matmul_dtype", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "matmul_dtype", b"matmul_dtype", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_epochs", b"_epochs", "_grad_accum_steps", b"_grad_accum_steps", "_learning_rate", b"_learning_rate", "_lr_scheduler", b"_lr_scheduler", "_matmul_dtype", b"_matmul_dtype", "_max_grad_norm", b"_max_grad_norm", "_max_steps", b"_max_steps", "_micro_batch_size", b"_micro_batch_size", "_micro_batch_tokens", b"_micro_batch_tokens", "_name", b"_name", "_precision", b"_precision", "_seed", b"_seed", "_warmup_fraction", b"_warmup_fraction", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "epochs", b"epochs", "grad_accum_steps", b"grad_accum_steps", "learning_rate", b"learning_rate", "lr_scheduler", b"lr_scheduler", "matmul_dtype", b"matmul_dtype", "max_grad_norm", b"max_grad_norm", "max_steps", b"max_steps", "micro_batch_size", b"micro_batch_size", "micro_batch_tokens", b"micro_batch_tokens", "name", b"name", "precision", b"precision", "seed", b"seed", "warmup_fraction", b"warmup_fraction", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
+    _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__epochs: _TypeAlias = _typing.Literal["epochs"]  # noqa: Y015
     _WhichOneofArgType__epochs: _TypeAlias = _typing.Literal["_epochs", b"_epochs"]  # noqa: Y015
     _WhichOneofReturnType__grad_accum_steps: _TypeAlias = _typing.Literal["grad_accum_steps"]  # noqa: Y015
@@ -1265,6 +1282,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__max_steps: _TypeAlias = _typing.Literal["_max_steps", b"_max_steps"]  # noqa: Y015
     _WhichOneofReturnType__micro_batch_size: _TypeAlias = _typing.Literal["micro_batch_size"]  # noqa: Y015
     _WhichOneofArgType__micro_batch_size: _TypeAlias = _typing.Literal["_micro_batch_size", b"_micro_batch_size"]  # noqa: Y015
+    _WhichOneofReturnType__micro_batch_tokens: _TypeAlias = _typing.Literal["micro_batch_tokens"]  # noqa: Y015
+    _WhichOneofArgType__micro_batch_tokens: _TypeAlias = _typing.Literal["_micro_batch_tokens", b"_micro_batch_tokens"]  # noqa: Y015
     _WhichOneofReturnType__name: _TypeAlias = _typing.Literal["name"]  # noqa: Y015
     _WhichOneofArgType__name: _TypeAlias = _typing.Literal["_name", b"_name"]  # noqa: Y015
     _WhichOneofReturnType__precision: _TypeAlias = _typing.Literal["precision"]  # noqa: Y015
@@ -1275,6 +1294,8 @@ class OptimizerSpec(_message.Message):
     _WhichOneofArgType__warmup_fraction: _TypeAlias = _typing.Literal["_warmup_fraction", b"_warmup_fraction"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epochs) -> _WhichOneofReturnType__epochs | None: ...
     @_typing.overload
@@ -1291,6 +1312,8 @@ class OptimizerSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_steps) -> _WhichOneofReturnType__max_steps | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_size) -> _WhichOneofReturnType__micro_batch_size | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__micro_batch_tokens) -> _WhichOneofReturnType__micro_batch_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__name) -> _WhichOneofReturnType__name | None: ...
     @_typing.overload

@@ -82,7 +82,7 @@ class _Build:
         self._just_finished: list[tuple[int, int]] = []
         self._skips = Skips()
         optimizer = scope.config.optimizer
-        self._rows_per_step = optimizer.micro_batch_size * optimizer.grad_accum_steps
+        self._rows_per_step = optimizer.rows_per_update
         self._num_done = plan.num_stored
         self._num_asked = 0
         self._num_tokens = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
+from stillhouse.student_trainer.train.batching.passes import deal
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings
 from stillhouse.student_trainer.train.data.context_mix import Slot
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
@@ -17,6 +18,11 @@ class DatasetFeed(Feed):
         super().__init__(settings, [targets] if targets else [])
         self._targets = targets
         self._slots: dict[int, Sequence[Slot]] = {}
+
+    def own(self, slots: Sequence[Slot], rank: int, size: int) -> list[Slot]:
+        """The rows of a step that are those of process `rank`: all have about as many tokens."""
+        lengths = [len(self._settings.examples[slot.row].token_ids) for slot in slots]
+        return [slots[at] for at in deal(lengths, size)[rank]]
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         self._slots[step] = slots

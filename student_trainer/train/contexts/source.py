@@ -78,6 +78,10 @@ class Feed(abc.ABC):
         """Sequences that this process requested from teachers."""
         return sum(stream.num_asked for stream in self._streams)
 
+    def own(self, slots: Sequence[Slot], rank: int, size: int) -> list[Slot]:
+        """The rows of a step that are those of process `rank` of `size`, by their place in the run."""
+        return [slot for slot in slots if slot.position % size == rank]
+
     @abc.abstractmethod
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         """Begins with the rows of a step; called once for each step, in order."""
@@ -104,13 +108,11 @@ def generated_example(token_ids: NDArray[np.int32], num_prompt: int, place: str,
 class StepSource:
     """The contexts of a run, mixed."""
 
-    def __init__(
-        self, feeds: Sequence[Feed], mix: ContextMix, is_mine: Callable[[int], bool] = lambda _: True
-    ) -> None:
-        """`is_mine` tells by its place in the run if a row belongs to this process, where several share every step."""
+    def __init__(self, feeds: Sequence[Feed], mix: ContextMix, rank: int = 0, size: int = 1) -> None:
+        """`rank` is that of this process among `size` that share every step."""
         self._feeds = feeds
         self._mix = mix
-        self._is_mine = is_mine
+        self._rank, self._size = rank, size
 
     @property
     def num_asked(self) -> int:
@@ -130,7 +132,7 @@ class StepSource:
             for number, feed in enumerate(self._feeds):
                 while requested[number] < min(step + 1 + feed.ahead, total):
                     slots = self._mix.slots(requested[number])[number]
-                    feed.request(requested[number], [slot for slot in slots if self._is_mine(slot.position)])
+                    feed.request(requested[number], feed.own(slots, self._rank, self._size))
                     requested[number] += 1
             began = time.monotonic()
             scored = [each for feed in self._feeds for each in feed.collect(step)]

@@ -47,7 +47,7 @@ class Schedule:
         weights: Sequence[float] = (),
     ) -> Schedule:
         """Makes the schedule of a run over `num_rows` examples."""
-        rows_per_step = optimizer.micro_batch_size * optimizer.grad_accum_steps
+        rows_per_step = optimizer.rows_per_update
         if optimizer.max_steps is None:
             num_taken = max(1, math.floor(optimizer.epochs * num_rows + 1e-9))
         else:

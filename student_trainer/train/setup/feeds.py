@@ -49,7 +49,7 @@ class FeedFactory:
         )
         feeds = [self.make_feed(context, number) for number, context in enumerate(config.contexts)]
         ranks.exchange(None, patient=True)  # an earlier attempt's leftovers on services are gone for all
-        return StepSource(feeds, mix, ranks.is_mine)
+        return StepSource(feeds, mix, ranks.rank, ranks.size)
 
     def make_feed(self, context: ContextConfig, number: int) -> Feed:
         """The feed of `contexts[number]`."""

@@ -9,6 +9,7 @@ import structlog
 import torch
 
 from stillhouse.student_trainer.config.rules.cross_tokenizer import chunk_loss, is_bridged
+from stillhouse.student_trainer.train.batching.passes import deal
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
 from stillhouse.student_trainer.train.checkpointing.checkpointer import Checkpointer
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
@@ -101,13 +102,14 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
 def _make_evaluator(scope: RunScope, teacher_side: TeacherSide, student_side: StudentSide) -> Evaluator:
     """Queries the targets of held-out rows, unless an earlier attempt did."""
     rows = teacher_side.held_out.score(scope, teacher_side.teachers)
+    lengths = [len(each.example.token_ids) for each in rows]
     return Evaluator(
         student=student_side.student,
         head=student_side.stepper.head,
-        rows=[each for number, each in enumerate(rows) if scope.ranks.is_mine(number)],
+        rows=[rows[place] for place in deal(lengths, scope.ranks.size)[scope.ranks.rank]],
         num_rows=len(rows),
         accelerator=student_side.accelerator,
-        batch_size=scope.config.optimizer.micro_batch_size,
+        cut=student_side.stepper.cut,
         vocab_size=student_side.vocab_size,
         chunk_loss=chunk_loss(scope.config) if is_bridged(scope.config) else None,
         total=scope.ranks.sum,

@@ -1,20 +1,66 @@
-"""Checks that a model keeps packed sequences apart: several in one row of a micro-batch.
+"""Checks that a model keeps packed sequences apart: several in one row of a forward pass.
 
-Positions restart with each sequence, and the model must mask attention there; a trial batch tests it.
+Positions restart with each sequence, and the model must mask attention there. A trial batch tests it; a model is
+packed unasked only if its configuration and modules show nothing but attention, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import numpy as np
+import structlog
 import torch
+from torch import Tensor, nn
 
 from stillhouse.student_trainer.config.checks import invalid_field
+from stillhouse.student_trainer.config.micro_batch import auto_tokens
+from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate
+from stillhouse.student_trainer.train.batching.passes import (
+    CPU_PASS_TOKENS,
+    GPU_PASS_TOKENS,
+    Packing,
+    PassCutter,
+)
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
+log = structlog.get_logger()
+
 MAX_DIFFERENCE = 0.02
 """Largest difference of logits, packed against alone, as a share of their spread; bfloat16 rounding stays below it."""
+MAX_LEAK = 1e-5
+"""Largest difference of logits when the tokens of the other sequences change: rounding of other orders of the same sums."""
+ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
+"""Kinds of layers in which a mask keeps sequences apart."""
+FLASH_KERNELS = ("sdpa", "flash", "flex")
+"""Beginnings of the names of attention kernels that keep no matrix of weights for the backward pass."""
+ATTENTION_WIDTHS = 6
+"""Length of a row, in hidden widths, at which attention takes as long as all other layers: 4 l h against 24 h h."""
+
+
+def cutter_of(config: RunConfig, student: Student, device: torch.device) -> PassCutter:
+    """The cutter of a run's steps, packing included. Raises StillhouseError as `check_packing` does."""
+    optimizer, packing = config.optimizer, config.data.packing
+    kind: Packing = "never"
+    if packing:
+        check_packing(student, device)
+        kind = "always"
+    elif packing is None and not optimizer.cuts_by_rows:
+        mixing = next(_mixing_parts(student, device), None)
+        kind = "never" if mixing else "cheaper"
+        log.info("packing", packed="where it is cheaper" if not mixing else f"never: {mixing}")
+    on_gpu = device.type != "cpu"
+    by_tokens = optimizer.micro_batch_tokens or auto_tokens("gpu" if on_gpu else "cpu")
+    return PassCutter(
+        max_tokens=None if optimizer.cuts_by_rows else by_tokens,
+        max_rows=optimizer.rows_per_pass,
+        packing=kind,
+        pass_tokens=GPU_PASS_TOKENS if on_gpu else CPU_PASS_TOKENS,
+        attention_tokens=ATTENTION_WIDTHS * student.model.get_input_embeddings().weight.shape[1],  # type: ignore[operator]
+    )
 
 
 def check_packing(student: Student, device: torch.device) -> None:
@@ -22,9 +68,39 @@ def check_packing(student: Student, device: torch.device) -> None:
 
     Raises StillhouseError(INVALID_SPEC) if its attention or state leaks from one sequence into the next.
     """
+    if _differs(student, device):
+        description = (
+            f"{student.config.model} mixes sequences packed into one row: its logits differ from those of the sequences "
+            "alone. Leave data.packing out."
+        )
+        raise invalid_field("data.packing", description)
+
+
+def _mixing_parts(student: Student, device: torch.device) -> Iterator[str]:
+    """Yields what speaks against packing a model unasked; nothing if a trial too shows that it keeps sequences apart."""
+    settings: Any = student.plain.config
+    settings = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    kernel = str(getattr(settings, "_attn_implementation", None) or "eager")
+    if not kernel.startswith(FLASH_KERNELS):
+        yield f"its attention ({kernel}) keeps a matrix of weights, which packing enlarges"
+    others = set(getattr(settings, "layer_types", None) or ()) - ATTENTION_LAYERS
+    if others:
+        yield f"it has layers of the kind {', '.join(sorted(others))}"
+    if getattr(settings, "attention_chunk_size", None):
+        yield "its attention is cut by places in the row"
+    carrying = (nn.Conv1d, nn.Conv2d, nn.RNNBase)
+    found = next((name for name, each in student.model.named_modules() if isinstance(each, carrying)), None)
+    if found:
+        yield f"{found} carries values from token to token"
+    if _leaks(student, device) or _differs(student, device):
+        yield "a trial mixed the sequences"
+
+
+def _trial(student: Student, lengths: Sequence[int], seed: int = 0) -> list[ScoredExample]:
+    """Sequences of random tokens, the last one the same for every seed."""
     size = student.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]  # of transformers' models
-    generator = np.random.default_rng(0)
-    scored = [
+    generators = [np.random.default_rng(seed)] * (len(lengths) - 1) + [np.random.default_rng(1)]
+    return [
         ScoredExample(
             example=Example(
                 token_ids=generator.integers(0, size, length).astype(np.int32),
@@ -33,16 +109,30 @@ def check_packing(student: Student, device: torch.device) -> None:
             ),
             answer=None,
         )
-        for length in (5, 3, 6)
+        for length, generator in zip(lengths, generators, strict=True)
     ]
+
+
+def _logits(
+    student: Student, scored: Sequence[ScoredExample], device: torch.device, *, packing: bool
+) -> Tensor:
     with evaluation_mode(student.model), torch.no_grad():
-        packed, apart = (
-            student.logits(collate(scored, reduction="token_mean", device=device, packing=packing)).float()
-            for packing in (True, False)
-        )
-    if (packed - apart).abs().max() > MAX_DIFFERENCE * apart.std():
-        description = (
-            f"{student.config.model} mixes sequences packed into one row: its logits differ from those of the sequences "
-            "alone. Leave data.packing out."
-        )
-        raise invalid_field("data.packing", description)
+        batch = collate(scored, reduction="token_mean", device=device, packing=packing)
+        return student.logits(batch).float()
+
+
+def _differs(student: Student, device: torch.device) -> bool:
+    """True if packed sequences have other logits than single ones."""
+    scored = _trial(student, (5, 3, 6))
+    packed, apart = (_logits(student, scored, device, packing=packing) for packing in (True, False))
+    return bool((packed - apart).abs().max() > MAX_DIFFERENCE * apart.std())
+
+
+def _leaks(student: Student, device: torch.device) -> bool:
+    """True if the logits of a packed sequence depend on the tokens of those before it."""
+    own = 5
+    one, other = (
+        _logits(student, _trial(student, (5, 3, own + 1), seed), device, packing=True)[0, -own:]
+        for seed in (2, 3)
+    )
+    return bool((one - other).abs().max() > MAX_LEAK * one.std())

@@ -16,8 +16,9 @@ from stillhouse.client.estimate import memory
 from stillhouse.client.estimate.memory import MemoryPlan, student_bytes
 from stillhouse.client.estimate.model_shape import ModelShape
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.config import proto, schema
 from stillhouse.student_trainer.config.fields import Choices, fields_of
+from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS
 from stillhouse.student_trainer.config.schema import OptimizerConfig
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, spec_of
@@ -83,7 +84,8 @@ def test_the_defaults_are_those_of_the_trainer() -> None:
     assert run.student.lora is not None
     assert plan == MemoryPlan(
         device="cpu",
-        micro_batch_size=run.optimizer.micro_batch_size,
+        pass_tokens=AUTO_TOKENS["cpu"],
+        rows_per_pass=None,
         sequence_tokens=run.data.max_sequence_tokens,
         lora_rank=run.student.lora.rank,
         quantization=run.student.quantization,
@@ -91,6 +93,22 @@ def test_the_defaults_are_those_of_the_trainer() -> None:
         optimizer=run.optimizer.name,
         half=False,
     )
+
+
+def test_a_pass_is_counted_by_tokens_or_by_rows() -> None:
+    def pass_tokens(**optimizer: int) -> int:
+        spec = spec_of({**SMALLEST, "data": {**SMALLEST["data"], "max_sequence_tokens": 100}})
+        for name, value in optimizer.items():
+            setattr(spec.optimizer, name, value)
+        return MemoryPlan.from_spec(spec, "cpu").pass_tokens
+
+    assert memory.AUTO_TOKENS == AUTO_TOKENS
+    assert memory.ROWS == schema.BATCH_SIZE == schema.MICRO_BATCH_SIZE
+    assert pass_tokens() == pass_tokens(grad_accum_steps=3) == 800
+    assert pass_tokens(batch_size=64) == 4000
+    assert pass_tokens(batch_size=64, micro_batch_tokens=250) == 200
+    assert pass_tokens(batch_size=64, micro_batch_tokens=7) == 100
+    assert pass_tokens(micro_batch_size=3) == 300
 
 
 def test_every_optimizer_of_a_run_can_be_estimated() -> None:

@@ -355,3 +355,30 @@ def test_parameters_of_divergences_have_defaults_in_the_effective_spec() -> None
     assert [(each.alpha, each.beta) for each in written] == [(0.1, 0), (0.2, 0.8)]
     assert not written[0].HasField("beta")
     assert from_proto(to_proto(run)) == run
+
+
+def test_rows_and_tokens_of_a_pass_are_given_in_one_way() -> None:
+    def optimizer(**values: int) -> schema.OptimizerConfig:
+        return from_proto(spec_of({**SMALLEST, "optimizer": values})).optimizer
+
+    plain = optimizer()
+    assert (plain.batch_size, plain.micro_batch_size, plain.rows_per_update, plain.cuts_by_rows) == (
+        8,
+        None,
+        8,
+        False,
+    )
+    older = optimizer(micro_batch_size=4, grad_accum_steps=3)
+    assert (older.rows_per_update, older.rows_per_pass, older.batch_size, older.cuts_by_rows) == (
+        12,
+        4,
+        None,
+        True,
+    )
+    assert optimizer(grad_accum_steps=3).rows_per_update == 24
+    assert optimizer(micro_batch_size=3).rows_per_update == 3
+    for name in ("batch_size", "micro_batch_tokens"):
+        with pytest.raises(
+            StillhouseError, match=rf"optimizer\.{name}: is set beside micro_batch_size .* 16 is the update"
+        ):
+            optimizer(**{name: 64, "grad_accum_steps": 2})

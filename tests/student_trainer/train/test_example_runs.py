@@ -44,7 +44,7 @@ def _spec(name: str, models: Models, data: Path, target: str) -> dict[str, Any]:
     for teacher in spec["teachers"]:
         teacher["targets"] = [target]
     spec["data"]["train"] = [{"path": str(data)}]
-    optimizer = {"max_steps": STEPS, "micro_batch_size": 4, "learning_rate": 1e-3}
+    optimizer = {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3}
     spec["optimizer"] = {**spec.get("optimizer", {}), **optimizer}
     for context in spec.get("contexts", []):
         for kind in ("student", "teacher"):

@@ -14,7 +14,7 @@ import pytest
 from stillhouse.protos.errors import Reason, from_status
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
-from stillhouse.student_trainer.config.micro_batch import smaller_micro_batch
+from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, auto_tokens, smaller_micro_batch
 from stillhouse.student_trainer.config.schema import OptimizerConfig, RunConfig
 from tests.conftest import Models
 from tests.student_trainer.config.specs import cross_entropy_spec
@@ -44,6 +44,18 @@ def test_a_step_has_as_many_sequences_as_before(
     else:
         optimizer = replace(config.optimizer, micro_batch_size=smaller[0], grad_accum_steps=smaller[1])
         assert found == replace(config, optimizer=optimizer)
+
+
+def test_a_pass_that_is_cut_by_tokens_has_half_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(tokens: int | None) -> RunConfig | None:
+        return smaller_micro_batch(RunConfig(optimizer=OptimizerConfig(micro_batch_tokens=tokens)))
+
+    assert halved(1000) == RunConfig(optimizer=OptimizerConfig(micro_batch_tokens=500))
+    assert halved(1) is None
+    assert halved(None) == RunConfig()
+    whole = auto_tokens("gpu")
+    monkeypatch.setenv(HALVE_VARIABLE, "1")
+    assert auto_tokens("gpu") == whole // 2
 
 
 @pytest.mark.model
