@@ -1,7 +1,7 @@
-"""Rows through the teacher: a bounded number of samples in flight over a few Generate calls, answered as they finish.
+"""Rows through the teacher: a bounded number of samples in flight over a few Generate calls, yielded as they finish.
 
-A call that breaks off costs nothing but time: what it had not answered is asked for again, on a service that is checked
-to be the same teacher, and no sample twice.
+A call that breaks off costs nothing but time: its missing samples are requested again, from a service that is checked to
+be the same teacher, and no sample twice.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RowResult:
 
     row: PromptRow
     completions: dict[Key, Completion] = field(default_factory=dict)
-    """By prompt and sample; empty for a row that could not be asked for."""
+    """By prompt and sample; empty for a row that cannot be sent."""
 
     @property
     def error(self) -> StillhouseError | None:
@@ -71,7 +71,7 @@ class _Sample:
 
 
 class BatchDispatcher:
-    """Answers to rows, in the order in which they are ready."""
+    """Results of rows, in the order in which they are ready."""
 
     def __init__(
         self,
@@ -86,8 +86,8 @@ class BatchDispatcher:
     ) -> None:
         """`teachers` are services of one teacher. `rows` are read in the caller's thread; None: there are none at the moment.
 
-        With `top_k` all are asked for that many candidates at each position, as float16, and for their prompts' ids.
-        `verify` runs before a lost service is asked again, and raises if it is another teacher.
+        With `top_k` every request has that many candidates at each position, as float16, and its prompts' ids.
+        `verify` runs before a lost service is used again, and raises if it is another teacher.
         """
         self._rows: Iterator[PromptRow | None] | None = rows
         self._top_k = top_k
@@ -112,11 +112,11 @@ class BatchDispatcher:
         self.tokens = 0
         """Tokens that were generated."""
 
-    def answers(self) -> Iterator[RowResult]:
-        """Yields the answers; closing the iterator aborts what is in flight.
+    def results(self) -> Iterator[RowResult]:
+        """Yields the results; closing the iterator aborts what is in flight.
 
         Raises StillhouseError for what concerns the batch as a whole: a teacher that refuses the calls, that does not
-        answer for `patience_s` seconds, or that is another one than before.
+        respond for `patience_s` seconds, or that is another one than before.
         """
         try:
             while not self._pool.is_done:
@@ -128,7 +128,7 @@ class BatchDispatcher:
             self._pool.close()
 
     def _read(self) -> Iterator[RowResult]:
-        """Reads rows while a service has room for another call; rows without a prompt are answered at once."""
+        """Reads rows while a service has room for another call; rows without a prompt are results at once."""
         while self._rows is not None and self._pool.has_room(self._share):
             samples: dict[int, _Sample] = {}
             row: PromptRow | None = None
@@ -172,7 +172,7 @@ class BatchDispatcher:
                     if key not in waiting:
                         raise StillhouseError(
                             Reason.TENSOR_INVALID,
-                            f"the teacher answered sample {key[1]} of prompt {key[0]}, which is not waiting for an answer.",
+                            f"the teacher sent sample {key[1]} of prompt {key[0]}, which was not requested or is complete.",
                         )
                     completion = gathering.add(piece_of(chunk, limits, request))
                     if completion is None:

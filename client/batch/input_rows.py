@@ -124,6 +124,12 @@ def read_lines(path: Path) -> Iterator[InputLine]:
             number += 1
 
 
+def count_rows(path: Path) -> int:
+    """Counts the non-blank lines of `path`. Raises StillhouseError if it cannot be read."""
+    with file_errors("read", path), path.open("rb") as file:
+        return sum(1 for line in file if not line.isspace())
+
+
 def detect_format(path: Path) -> Format:
     """Detects the format by the first row: OpenAI's has `custom_id` or `body`."""
     for line in read_lines(path):

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from stillhouse.client.batch.input_rows import (
     InputLine,
     PromptRow,
     Sampling,
+    count_rows,
     detect_format,
     plain_row,
     read_lines,
@@ -43,7 +44,7 @@ class BatchSettings:
     """Settings for one file of prompts."""
 
     sampling: Sampling = field(default_factory=Sampling)
-    """For rows that do not say it themselves."""
+    """Defaults of rows that do not set their own."""
     format: Literal["auto", "plain", "openai"] = "auto"
     """Format of the input; "auto" looks at its first row."""
     chat: bool = False
@@ -57,13 +58,13 @@ class BatchSettings:
     top_k: int = CAPTURE_TOP_K
     """Candidates at each position of `capture`."""
     retry_failed: bool = False
-    """Ask again for the rows that failed, once all others are answered."""
+    """Repeat the rows that failed, once all others are completed."""
     overwrite: bool = False
-    """Start again, whatever the output holds."""
+    """Start from scratch, whatever the output holds."""
     max_inflight: int = MAX_INFLIGHT
     """Samples in flight."""
     patience_s: float = PATIENCE_S
-    """Time without an answer after which a lost teacher is given up."""
+    """Time without a response after which a lost teacher is given up."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,15 +72,13 @@ class BatchProgress:
     """Progress of a batch."""
 
     rows: int
-    """Rows that were answered, also by earlier commands."""
+    """Completed rows, also of earlier commands."""
+    total_rows: int
+    """Rows of the input."""
     failed: int
     """Rows of the output that failed."""
     tokens: int
-    """Tokens that this command got."""
-    input_bytes: int
-    """Bytes of the input that were read."""
-    total_bytes: int
-    """Its size."""
+    """Tokens that this command generated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,15 +92,15 @@ class BatchSummary:
     format: Literal["plain", "openai"]
     """Format of the input."""
     rows: int
-    """Rows of the output, whichever command they were answered by."""
+    """Rows of the output, whichever command completed them."""
     failed: int
     """Rows of these that failed."""
     asked: int
-    """Rows that this command asked for."""
+    """Rows that this command sent to a teacher."""
     tokens: int
-    """Tokens that it got."""
+    """Tokens that it generated."""
     seconds: float
-    """Time that it took."""
+    """Duration of the command."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,11 +108,11 @@ class Listeners:
     """Callbacks for events on the way."""
 
     progress: Callable[[BatchProgress], None] = lambda _: None
-    """Told after every row."""
+    """Called after every row."""
     note: Callable[[str], None] = lambda _: None
-    """Told what people should know."""
+    """Called with a sentence for people."""
     lost: OnLost | None = None
-    """Told why a teacher was lost, and how many seconds later it is asked again."""
+    """Called with the error of a lost teacher and the seconds until the next attempt."""
 
 
 def generate_file(
@@ -123,7 +122,7 @@ def generate_file(
     settings: BatchSettings | None = None,
     listeners: Listeners | None = None,
 ) -> BatchSummary:
-    """Answers every row of `source` in `out`, in order, each exactly once, also over kills of either side.
+    """Completes every row of `source` in `out`, in order, each exactly once, also over kills of either side.
 
     Several services of one teacher share the work, and one that is lost leaves its part to the others.
     Calling it again resumes a killed batch, and does nothing for a finished one. A failed row is reported in `out`.
@@ -157,9 +156,7 @@ class _Batch:
         self._settings = settings
         self._tell = listeners
         self._format = detect_format(source) if settings.format == "auto" else settings.format
-        self._total_bytes = source.stat().st_size
-        self._read_bytes = 0
-        self._asked = 0
+        self._num_sent = 0
         self._tokens = 0
 
     def run(self) -> BatchSummary:
@@ -181,13 +178,17 @@ class _Batch:
             format=self._format,
             rows=position.rows,
             failed=position.num_failed,
-            asked=self._asked,
+            asked=self._num_sent,
             tokens=self._tokens,
             seconds=time.monotonic() - began_s,
         )
 
+    @cached_property
+    def _total_rows(self) -> int:
+        return count_rows(self._source)
+
     def _wait_until_loaded(self) -> None:
-        """A teacher that nobody reaches is told of at once; one that loads its model is waited for."""
+        """Raises at once if no teacher is reached; waits for one that loads its model."""
         wait = BoundedWait(self._settings.patience_s, on_pause=self._tell.lost)
         while True:
             try:
@@ -200,7 +201,7 @@ class _Batch:
                 return
 
     def _pass(self, paths: OutputPaths, *, overwrite: bool, earlier: EarlierOutput | None) -> Position:
-        """Answers all rows into `paths`; those that `earlier` holds are taken from there."""
+        """Completes all rows into `paths`; those that `earlier` holds are taken from there."""
         header = self._header(earlier)
         with ExitStack() as stack:
             output = stack.enter_context(
@@ -212,11 +213,11 @@ class _Batch:
             capture = None
             if self._settings.capture is not None:
                 capture = stack.enter_context(Capture(self._settings.capture, self._settings.top_k, teacher))
-            self._answer_all(output, teacher, capture, earlier)
+            self._complete_all(output, teacher, capture, earlier)
             output.finish()
             return output.position
 
-    def _answer_all(
+    def _complete_all(
         self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: EarlierOutput | None
     ) -> None:
         record_of = self._record_of(output.journal.header)
@@ -230,21 +231,21 @@ class _Batch:
             patience_s=self._settings.patience_s,
         )
         before = self._tokens
-        for answer in flow.answers():
-            self._asked += 1
+        for result in flow.results():
+            self._num_sent += 1
             self._tokens = before + flow.tokens
-            done = answer.row.line.number, record_of(answer)
+            done = result.row.line.number, record_of(result)
             if capture is None:
                 self._add(output, *done)
                 continue
-            capture.add(answer, done)
+            capture.add(result, done)
             if capture.is_due:
                 self._flush(output, capture)
         if capture is not None:
             self._flush(output, capture)
 
     def _flush(self, output: Output, capture: Capture) -> None:
-        """A row counts as answered once its distributions are safe."""
+        """Adds the rows whose distributions are on the disk: only these count as completed."""
         for number, row in capture.flush():
             self._add(output, number, row)
 
@@ -253,17 +254,16 @@ class _Batch:
         self._tell.progress(
             BatchProgress(
                 rows=output.num_answered,
+                total_rows=self._total_rows,
                 failed=output.num_failed,
                 tokens=self._tokens,
-                input_bytes=self._read_bytes,
-                total_bytes=self._total_bytes,
             )
         )
 
     def _rows(
         self, output: Output, teacher: BatchTeacher, capture: Capture | None, earlier: EarlierOutput | None
     ) -> Iterator[PromptRow | None]:
-        """Rows to ask for; None while so much waits for an earlier row that nothing more should be."""
+        """Yields the rows to complete, and None while so many wait for an earlier one that no more may be sent."""
         num_lines = 0
         for line in read_lines(self._source):
             num_lines += 1
@@ -276,7 +276,6 @@ class _Batch:
                     self._flush(output, capture)
                 if output.is_full:
                     yield None
-            self._read_bytes = line.end
             if kept is not None:
                 self._add(output, line.number, kept)
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,10 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=None, help="Fixes the text of each sample.")
 @click.option("--adapter", default="", help="Adapter to apply.")
 @click.option(
-    "--top-k-logprobs", type=click.IntRange(0), default=0, help="Top-k tokens to report per position."
+    "--top-k-logprobs",
+    type=click.IntRange(0),
+    default=0,
+    help="Top-k tokens to report per position, by id and text.",
 )
 @click.option("--in", "source", type=click.Path(path_type=Path), help="Complete each row of this JSONL file.")
 @click.option("--out", type=click.Path(path_type=Path), help="Output file of --in.")
@@ -151,7 +155,7 @@ def _one(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> in
         whole = gathering.add(piece)
         if whole is not None:
             sys.stdout.write("\n")
-            _show_top(session, whole)
+            _show_top(session, whole, _texts(session, options))
             if whole.error is not None:
                 raise whole.error
     return 0
@@ -159,18 +163,33 @@ def _one(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> in
 
 def _several(session: Session, prompts: list[Prompt], options: dict[str, Any]) -> int:
     failed = 0
+    texts = _texts(session, options)
     for completion in session.teacher.complete(prompts, **options):
         failed += completion.error is not None
         if session.as_json:
-            session.emit(_as_json(completion))
+            session.emit(_as_json(completion, texts))
             continue
         session.say(f"--- prompt {completion.prompt_index}, sample {completion.sample_index}")
         session.say(completion.text if completion.error is None else f"Error: {completion.error.message}")
-        _show_top(session, completion)
+        _show_top(session, completion, texts)
     return 1 if failed else 0
 
 
-def _as_json(completion: Completion) -> dict[str, Any]:
+def _texts(session: Session, options: dict[str, Any]) -> Callable[[int], str] | None:
+    """Returns the text of a token by its id; None if no top-k tokens are shown, or the teacher's tokenizer has no texts."""
+    from stillhouse.client.batch.output_formats import TokenTexts
+    from stillhouse.protos.errors import StillhouseError
+
+    if not options["top_k_logprobs"]:
+        return None
+    try:
+        return TokenTexts(session.teacher.tokenizer().get("tokenizer.json", b"")).text
+    except StillhouseError as error:
+        session.note(f"{error.message} Tokens are shown by their ids.")
+        return None
+
+
+def _as_json(completion: Completion, texts: Callable[[int], str] | None) -> dict[str, Any]:
     from stillhouse.client.core.json_output import error_as_json
 
     drawn = completion.sampling_logprobs
@@ -185,6 +204,10 @@ def _as_json(completion: Completion) -> dict[str, Any]:
     }
     if completion.distributions is not None:
         document |= distributions_as_json(completion.distributions)
+        if texts is not None:
+            top_ids = document["top_token_ids"]
+            document["tokens"] = [texts(each) for each in document["token_ids"]]
+            document["top_tokens"] = [[texts(each) for each in position] for position in top_ids]
     if completion.error is not None:
         document["error"] = error_as_json(completion.error)
     return document
@@ -199,23 +222,30 @@ def distributions_as_json(distributions: Distributions) -> dict[str, Any]:
     }
 
 
-def _show_top(session: Session, completion: Completion) -> None:
+def _show_top(session: Session, completion: Completion, texts: Callable[[int], str] | None) -> None:
     from stillhouse.client.terminal.render import columns, number_text
 
     distributions = completion.distributions
     if distributions is None or distributions.token_ids.shape[1] == 0:
         return
+
+    def shown(token: int) -> str:
+        return str(token) if texts is None else f"{token} {texts(token)!r}"
+
     rows = [
         (
-            str(token),
+            shown(token),
             *(
-                f"{other}: {number_text(float(logprob))}"
+                f"{shown(other)}: {number_text(logprob)}"
                 for other, logprob in zip(ids, logprobs, strict=True)
             ),
         )
         for token, ids, logprobs in zip(
-            completion.token_ids, distributions.token_ids, distributions.logprobs, strict=True
+            completion.token_ids.tolist(),
+            distributions.token_ids.tolist(),
+            distributions.logprobs.tolist(),
+            strict=True,
         )
     ]
-    header = ("token id", *(f"top {rank + 1}" for rank in range(distributions.token_ids.shape[1])))
+    header = ("token", *(f"top {rank + 1}" for rank in range(distributions.token_ids.shape[1])))
     session.say(columns(rows, header=header))

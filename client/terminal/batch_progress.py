@@ -50,9 +50,9 @@ class BatchProgressBar:
         failed = f", {now.failed} failed" if now.failed else ""
         self._progress.update(
             self._task,
-            completed=now.input_bytes,
-            total=now.total_bytes,
-            rows=f"{now.rows} rows{failed}",
+            completed=now.rows,
+            total=now.total_rows,
+            rows=f"{now.rows}/{now.total_rows} rows{failed}",
             speed=f"{(now.tokens - begin) / max(at_s - begin_s, 1e-9):.0f} tokens/s",
         )
 

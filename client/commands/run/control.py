@@ -99,7 +99,7 @@ def resume(session: Session, run: str, watch: bool) -> int:
 
 @command(name="delete")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--yes", is_flag=True, help="Do not ask. It is only asked on a terminal.")
+@click.option("--yes", is_flag=True, help="Skip the confirmation, which only a terminal shows.")
 def delete(session: Session, runs: tuple[str, ...], yes: bool) -> None:
     """Remove ended runs with their checkpoints, models and logs."""
     handles = [session.run(run) for run in runs]

@@ -310,6 +310,19 @@ def test_another_teacher_does_not_resume_a_batch(teacher: Teacher, tmp_path: Pat
     assert caught.value.reason is Reason.TEACHER_CHANGED
 
 
+def test_progress_counts_completed_rows_and_not_rows_that_were_read(teacher: Teacher, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", *({"prompt": name} for name in ("Ada", "Ben", "Cleo")), "")
+    told: list[BatchProgress] = []
+    generate_file(
+        teacher,
+        source,
+        tmp_path / "out.jsonl",
+        BatchSettings(sampling=FIXED),
+        Listeners(progress=told.append),
+    )
+    assert [(each.rows, each.total_rows) for each in told] == [(1, 3), (2, 3), (3, 3)]
+
+
 def test_one_process_at_a_time(teacher: Teacher, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", {"prompt": "Ada"}, {"prompt": "Ben"})
     second: list[StillhouseError] = []

@@ -122,7 +122,7 @@ def test_a_batch_shows_a_bar_on_a_terminal_and_nothing_elsewhere(tmp_path: Path)
             [*arguments, "--json", "--overwrite"], capture_output=True, text=True, check=False
         )
     os.close(ours)
-    for part in ("out.jsonl", "100%", "2 rows, 1 failed", "tokens/s"):
+    for part in ("out.jsonl", "100%", "2/2 rows, 1 failed", "tokens/s"):
         assert part in shown
     summary = f"{tmp_path}/out.jsonl: 2 rows, 1 failed; 2 of them in this command, 2 tokens in"
     assert said.startswith(summary)
