@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shutil
 import socket
@@ -29,6 +30,8 @@ from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 LEAST_FREE_BYTES = 10 * 2**30
 EXPIRES_SOON_S = 14 * 86400
 TIMEOUT_S = 10.0
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""Variables that gRPC looks at, the first that is set."""
 _SLOW_S = 1.0
 _DAY_S = 86400
 
@@ -178,6 +181,7 @@ def teacher(settings: Settings, student: Path | None) -> Iterator[Finding]:
     """Checks each replica of the teacher: response time, version and tokenizer."""
     for target in settings.teachers:
         yield from _exposure("teacher", target, settings)
+        yield from proxy("teacher", target)
         yield from _served_certificate("teacher", target, settings)
         with Teacher(target, **settings.security(), timeout_s=TIMEOUT_S) as service:
             began_s = time.monotonic()
@@ -203,6 +207,7 @@ def trainer(settings: Settings) -> Iterator[Finding]:
     from stillhouse.protos.stillhouse.v1 import run_pb2
 
     yield from _exposure("trainer", settings.trainer, settings)
+    yield from proxy("trainer", settings.trainer)
     yield from _served_certificate("trainer", settings.trainer, settings)
     with Trainer(settings.trainer, **settings.security(), timeout_s=TIMEOUT_S) as service:
         request = run_pb2.ListRunsRequest(page_size=100)
@@ -249,6 +254,22 @@ def _exposure(check: str, target: str, settings: Settings) -> Iterator[Finding]:
     if not is_loopback(target) and not settings.uses_tls:
         found = f"{target} is on another host, and nothing is encrypted"
         yield _judged(check, found, "Give the service --tls-cert and --tls-key, and this client --tls-ca.")
+
+
+def proxy(check: str, target: str, environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Reports the HTTP proxy that calls to `target` pass, by gRPC's rules: variables in small letters, ends of names."""
+    variable = next((each for each in _PROXIES if environment.get(each)), None)
+    if variable is None or is_loopback(target):
+        return
+    excluded = environment.get("no_grpc_proxy") or environment.get("no_proxy") or ""
+    host = target.rpartition(":")[0].strip("[]")
+    if any(host.endswith(each.strip()) for each in excluded.split(",") if each.strip()):
+        return
+    address = environment[variable].rpartition("@")[2]
+    found = f"calls to {target} go through the proxy {address.removeprefix('http://')} of {variable}"
+    yield _judged(
+        f"{check}'s proxy", found, f"If that is not meant: export no_proxy={host}, in small letters."
+    )
 
 
 def _versions(check: str, theirs: str) -> Finding:

@@ -13,6 +13,7 @@ from pathlib import Path
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.estimate.model_shape import ModelShape
 from stillhouse.client.runfile.schema import setting
+from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.stillhouse.v1.run_pb2 import LoraSpec, OptimizerSpec, RunSpec
 
 FLOAT_BYTES, HALF_BYTES = 4, 2
@@ -142,6 +143,17 @@ def teacher_bytes(shape: ModelShape, *, dtype_bytes: float, sequence_tokens: int
         "process": PROCESS_BYTES["gpu"],
     }
     return parts | {"slack": round(SLACK * (sum(parts.values()) - parts["process"]))}
+
+
+def num_sharing(spec: RunSpec, device: str) -> int:
+    """Training processes that share one device: all of them on a CPU, one on a GPU."""
+    return max(1, spec.resources.num_processes) if device == "cpu" else 1
+
+
+def is_beside_trainer(spec: RunSpec) -> bool:
+    """True if a teacher of the run is on the trainer's host, as far as the addresses tell; also if there are none."""
+    targets = [target for each in spec.teachers for target in each.targets]
+    return not targets or any(map(is_loopback, targets))
 
 
 def remedies(shape: ModelShape, plan: MemoryPlan) -> Iterator[tuple[str, int]]:

@@ -26,6 +26,8 @@ from stillhouse.protos.telemetry.call_record import OK, CallRecord, Observer, re
 from stillhouse.protos.telemetry.tracing import server_span
 
 DRAIN_RETRY_S = 2.0
+LONGEST_PUSHBACK_S = 2.0
+"""Longest pause that the channel makes by itself; a teacher that loads for longer is reported, and callers wait if they want."""
 _PUSHBACK_KEY = "grpc-retry-pushback-ms"
 
 log = structlog.get_logger(__name__)
@@ -157,8 +159,8 @@ async def _abort(context: Any, status: status_pb2.Status) -> None:
         log.info("call refused", reason=error.reason.value, message=error.message)
     answer = rpc_status.to_status(status)
     metadata = list(answer.trailing_metadata)
-    if error.retry_after_s is not None:
+    if error.retry_after_s is not None and error.retry_after_s <= LONGEST_PUSHBACK_S:
         metadata.append((_PUSHBACK_KEY, str(round(error.retry_after_s * 1000))))
-    elif not error.retryable:
-        metadata.append((_PUSHBACK_KEY, "-1"))  # a retry cannot help
+    elif error.retry_after_s is not None or not error.retryable:
+        metadata.append((_PUSHBACK_KEY, "-1"))  # a retry cannot help, or only one that the caller knows of
     await context.abort(answer.code, answer.details, tuple(metadata))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Callable
@@ -11,9 +12,12 @@ import pytest
 from click.testing import CliRunner
 
 from stillhouse.client.cli import cli
-from stillhouse.client.doctor.checks import certificate
+from stillhouse.client.core.settings import Settings
+from stillhouse.client.doctor.checks import certificate, proxy, teacher
 from stillhouse.protos.rpc import tokens
 from stillhouse.protos.rpc.tokens import Scope
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.lifecycle import _TeacherProcess
 from tests.conftest import Models
 from tests.support.certificates import make_certificates
 from tests.support.programs import Program
@@ -103,9 +107,44 @@ def test_the_certificate_that_a_service_presents_is_checked(
 def test_a_target_elsewhere_without_tls_is_marked() -> None:
     _, found = doctor("--teacher", "192.0.2.1:7401", "--trainer", "127.0.0.1:1", "--only", "trainer")
     assert found["trainer"]["state"] == "failed"
-    from stillhouse.client.core.settings import Settings
     from stillhouse.client.doctor import checks
 
     (finding,) = checks._exposure("teacher", "192.0.2.1:7401", Settings(teacher="192.0.2.1:7401"))
     assert finding.state == "warning"
     assert "--tls-cert" in finding.remedy
+
+
+async def test_a_teacher_that_loads_is_no_failure(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    config = TeacherConfig(model=str(tmp_path), listen="127.0.0.1:0", metrics_port=0)
+    server = _TeacherProcess(config)._make_server()
+    target = await server.start()
+    began = time.monotonic()
+    try:
+        (finding,) = await asyncio.to_thread(lambda: list(teacher(Settings(teacher=target), None)))
+    finally:
+        await server.stop(0)
+    assert (finding.check, finding.state) == ("teacher", "warning"), finding
+    assert f"The teacher is loading {tmp_path}" in finding.found
+    assert finding.remedy == "Wait until it has loaded."
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        ({"https_proxy": "http://ada:secret@proxy:3128"}, "the proxy proxy:3128 of https_proxy"),
+        ({"https_proxy": "http://a:1", "grpc_proxy": "http://b:2"}, "the proxy b:2 of grpc_proxy"),
+        ({"http_proxy": "http://a:1", "no_proxy": "other, .lab.example"}, None),
+        ({"http_proxy": "http://a:1", "no_proxy": "other"}, "the proxy a:1 of http_proxy"),
+        ({"http_proxy": "http://a:1", "no_proxy": "gpu", "no_grpc_proxy": "x"}, "the proxy a:1"),
+        ({"HTTPS_PROXY": "http://a:1"}, None),
+    ],
+)
+def test_a_proxy_on_the_way_is_told(environment: dict[str, str], found: str | None) -> None:
+    findings = list(proxy("teacher", "gpu.lab.example:7401", environment))
+    assert [found in each.found for each in findings if found] == [True] * bool(found)
+    assert len(findings) == bool(found)
+    assert not [each for each in findings if "secret" in each.found]
+    assert not list(proxy("teacher", "127.0.0.1:7401", environment))

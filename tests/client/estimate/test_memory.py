@@ -175,13 +175,48 @@ def test_the_teacher_is_estimated_too(tmp_path: Path) -> None:
     big.mkdir()
     shape_of(big, LLAMA_8B)
     spec = {"student": {"model": str(tmp_path)}, "optimizer": {"micro_batch_size": 1}}
-    flags = ["--device", "gpu", "--memory-gib", "24", "--teacher-model", str(big), "--json"]
+    flags = [
+        "--device",
+        "gpu",
+        "--memory-gib",
+        "24",
+        "--teacher-model",
+        str(big),
+        "--json",
+        "--teacher-apart",
+    ]
     whole = json.loads(estimate(tmp_path, spec, *flags).stdout)["teacher"]
     assert whole["parts_bytes"]["weights"] == pytest.approx(16.06e9, rel=0.01)
     assert whole["fits"]
     assert not json.loads(estimate(tmp_path, spec, *flags, "--teacher-dtype", "float32").stdout)["teacher"][
         "fits"
     ]
+
+
+def test_what_shares_a_device_is_summed(tmp_path: Path) -> None:
+    shape_of(tmp_path, QWEN_05B)
+    spec = {"student": {"model": str(tmp_path)}, "optimizer": {"micro_batch_size": 1}}
+    flags = ["--memory-gib", "15", "--teacher-model", str(tmp_path), "--teacher-dtype", "float32", "--json"]
+
+    def told(spec: dict[str, Any], *more: str) -> tuple[int, dict[str, Any]]:
+        result = estimate(tmp_path, spec, *flags, *more)
+        return result.exit_code, json.loads(result.stdout)
+
+    code, both = told(spec, "--device", "gpu")
+    each = [both[name]["total_bytes"] for name in ("student", "teacher")]
+    assert both["student"]["fits"]
+    assert both["teacher"]["fits"]
+    assert (code, both["fits"], both["together"]["total_bytes"]) == (1, False, sum(each))
+    away = spec | {"teachers": [{"targets": ["gpu-host:7401"]}]}
+    here = spec | {"teachers": [{"targets": ["127.0.0.1:7401"]}]}
+    assert told(away, "--device", "gpu")[0] == told(here, "--device", "gpu", "--teacher-apart")[0] == 0
+    assert told(here, "--device", "cpu")[0] == 1
+    two = away | {"resources": {"num_processes": 2, "gpu_count": 0}}
+    code, document = told(two, "--device", "cpu")
+    assert (code, document["together"]["total_bytes"]) == (1, 2 * document["student"]["total_bytes"])
+    text = estimate(tmp_path, two, "--device", "cpu", "--memory-gib", "14").stdout
+    assert "2 training processes on one device: " in text
+    assert "They cannot fit: " in text
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"hidden_size": -1}', '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "vocab_size": 3}'])  # fmt: skip

@@ -119,7 +119,9 @@ def test_generate_streams_text_or_prints_samples(hf_teacher: Program) -> None:
     assert f"{first['text']}\n" == streamed.stdout
     several = command(hf_teacher.target, "generate", "Ada", "Ben", "--top-k-logprobs", "2", *fixed).stdout
     assert "--- prompt 1, sample 0" in several
-    top = lines(command(hf_teacher.target, "generate", "Ada", "--top-k-logprobs", "2", "--json", *fixed))[0]
+    top: Any = lines(
+        command(hf_teacher.target, "generate", "Ada", "--top-k-logprobs", "2", "--json", *fixed)
+    )[0]
     assert "".join(top["tokens"]).strip() == top["text"].strip()
     assert [len(each) for each in top["top_tokens"]] == [2] * len(top["token_ids"])
     assert f"{top['token_ids'][0]} {top['tokens'][0]!r}" in several

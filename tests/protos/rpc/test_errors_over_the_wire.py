@@ -168,9 +168,11 @@ async def test_an_idempotent_call_is_repeated_while_the_service_loads() -> None:
     assert servicer.num_calls == 3
 
 
-@pytest.mark.parametrize("reason", [Reason.DISK_FULL, Reason.QUOTA])
-async def test_lasting_errors_are_not_retried(reason: Reason) -> None:
-    servicer = Told(raising(StillhouseError(reason, "Full.")))
+@pytest.mark.parametrize(
+    ("reason", "retry_after_s"), [(Reason.DISK_FULL, None), (Reason.QUOTA, None), (Reason.TEACHER_LOADING, 5)]
+)
+async def test_lasting_errors_are_not_retried(reason: Reason, retry_after_s: float | None) -> None:
+    servicer = Told(raising(StillhouseError(reason, "Full.", retry_after_s=retry_after_s)))
     async with serving(servicer) as address, connect_async(address) as channel:
         error = await caught(lambda: stub_of(channel).GetTeacherInfo(INFO, timeout=60), address)
     assert error.reason == reason
