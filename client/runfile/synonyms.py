@@ -5,6 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
+_ROWS_OF_A_DEVICE = (
+    *("per_device_train_batch_size", "per_device_batch_size", "per_gpu_train_batch_size", "micro_batch"),
+    *("micro_bsz", "train_micro_batch_size_per_gpu", "device_batch_size", "gradient_accumulation_steps"),
+    *("gradient_accumulation", "grad_accumulation_steps", "grad_accum", "accumulate_grad_batches"),
+    "accumulation_steps",
+)
+"""Parts of the product that `batch_size` is."""
+
 _FIELDS: Mapping[str, tuple[str, ...]] = {
     "display_name": ("run_name", "experiment_name", "wandb_run_name"),
     "labels": ("tags",),
@@ -80,14 +88,11 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
         *("lr_scheduler_type", "scheduler", "schedule", "lr_schedule", "scheduler_type", "lr_decay_style"),
     ),
     "optimizer.warmup_fraction": ("warmup_ratio", "warmup", "warmup_steps", "num_warmup_steps"),
-    "optimizer.micro_batch_size": (
-        *("per_device_train_batch_size", "per_device_batch_size", "per_gpu_train_batch_size"),
-        *("micro_batch", "micro_bsz", "train_micro_batch_size_per_gpu", "device_batch_size"),
+    "optimizer.batch_size": (
+        *("train_batch_size", "global_batch_size", "total_batch_size", "effective_batch_size"),
+        *_ROWS_OF_A_DEVICE,
     ),
-    "optimizer.grad_accum_steps": (
-        *("gradient_accumulation_steps", "gradient_accumulation", "grad_accumulation_steps", "grad_accum"),
-        *("accumulate_grad_batches", "accumulation_steps"),
-    ),
+    "optimizer.micro_batch_tokens": ("max_tokens_per_batch", "max_batch_tokens", "tokens_per_batch"),
     "optimizer.max_grad_norm": (
         *("gradient_clipping", "gradient_clip_val", "grad_clip", "clip_grad", "clip_grad_norm"),
         *("max_gradient_norm", "grad_norm"),
@@ -116,6 +121,7 @@ _FIELDS: Mapping[str, tuple[str, ...]] = {
 """Field, with [] after lists, to the other names of it."""
 
 _NOTES: Mapping[str, tuple[str, ...]] = {
+    "it is the rows of one update: those of a device times devices times accumulated passes": _ROWS_OF_A_DEVICE,
     "it is the share of all steps, not their number": ("warmup_steps", "num_warmup_steps"),
     "it lists the sources of text, each with a weight": (
         *("lmbda", "on_policy", "on_policy_fraction", "seq_kd", "student_data_fraction"),
@@ -148,12 +154,6 @@ _HERE: Mapping[tuple[str, str], str] = {
         '"loss.terms[].alpha" is the parameter of a divergence'
     ),
     ("loss", "top_p"): 'targets are cut by "loss.top_k" alone; top_p is one of sampling, in contexts[]',
-    **{
-        (section, "batch_size"): (
-            'the rows of one update are "optimizer.micro_batch_size" times "optimizer.grad_accum_steps" on each device'
-        )
-        for section in ("", "optimizer", "data")
-    },
     ("", "steps"): 'it is "optimizer.max_steps" here',
     ("optimizer", "steps"): 'it is "max_steps" here',
     ("evaluation", "steps"): 'it is "every_steps" here',
