@@ -7,15 +7,21 @@ from pathlib import Path
 
 from scripts.reference.markdown import NOTE, table
 from stillhouse.protos.telemetry.metrics import MetricSample
+from stillhouse.student_trainer.config.fields import Choices, fields_of
+from stillhouse.student_trainer.config.schema import LossTermConfig
 from stillhouse.student_trainer.runs import metrics as trainer
 from stillhouse.teacher_service import metrics as teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("protos/telemetry/metrics.py", "protos/telemetry/gpu_memory.py")
 KEY = re.compile(r"(train|eval|teacher|cache|device)/[a-z_]+")
+_DIVERGENCES = ", ".join(
+    f"`train/{name}`" for name in fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
+)
 RUN_METRICS = {
-    "train/loss": "Objective of the step: the weighted sum of its terms and of the cross-entropy.",
-    "train/DIVERGENCE": "Each divergence of the objective without its weight, by its name; train/alm_DIVERGENCE between chunks.",
+    "train/loss": "Objective of the step: the weighted sum of its terms, times T² at a temperature T, and of the cross-entropy.",
+    "train/DIVERGENCE": f"Each divergence in nats per token, by its name ({_DIVERGENCES}): without its weight, and without the "
+    "factor T² (with temperature_mode conditional as in the objective); train/alm_DIVERGENCE between chunks.",
     "train/cross_entropy": "Cross-entropy against the text, in nats per token.",
     "train/policy_gradient": "The policy gradient's term.",
     "train/teacher_mass": "Mass of the teacher's top-k.",

@@ -30,6 +30,7 @@ from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.distributed.ranks import Ranks
 from stillhouse.student_trainer.train.loss.alm import chunk_objective
+from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES
 from stillhouse.student_trainer.train.loss.fused import fused_objective
 from stillhouse.student_trainer.train.loss.objective import ObjectiveSum, Positions, objective
 from stillhouse.student_trainer.train.loss.reduction import Reduction
@@ -212,7 +213,7 @@ class Stepper:
             summed = self._objective(batch, loss)
             weight = batch.positions.weights.sum().item() / denominator
             for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
-                sums[name] += value.item() / denominator  # type: ignore[assignment]  # a Counter of floats
+                sums[name] += value.item() / _gradient_scale(name, loss) / denominator  # type: ignore[assignment]  # a Counter of floats
                 shares[name] += 1.0 if name == "loss" else weight  # type: ignore[assignment]
             if not math.isfinite(sums["loss"]):
                 break
@@ -312,3 +313,11 @@ class Stepper:
             sampled=here.sampled,
             token_factors=here.token_factors,
         )
+
+
+def _gradient_scale(name: str, loss: LossConfig) -> float:
+    """The factor T² of a divergence at a temperature, which keeps gradients and is no part of its metric.
+
+    In mode conditional only one of two summands has it: that metric is the objective's.
+    """
+    return loss.temperature**2 if name in DIVERGENCES and loss.temperature_mode == "exact" else 1.0
