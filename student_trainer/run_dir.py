@@ -155,7 +155,11 @@ class RunDir:
         Raises:
             StillhouseError: INVALID_SPEC if the file is missing or not a RunSpec.
         """
-        return _read_spec(self.effective_spec_path)
+        spec = _read_spec(self.effective_spec_path)
+        # Every field is set but those that are newer than the run: its text had no end.
+        if not spec.data.HasField("end_text"):
+            spec.data.end_text = False
+        return spec
 
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, ascending: those with a manifest, which is written last."""

@@ -58,6 +58,7 @@ _TEXTS = (
     "tokenizer_fingerprint",
     "name",
     "student_tokenizer_fingerprint",
+    "template_date",
 )
 
 
@@ -97,6 +98,8 @@ class CacheMeta:
     """Fingerprint of the student's tokenizer, if it differs from the teacher's but is compatible."""
     shared_size: int = 0
     """Ids below it stand for the same tokens in both tokenizers; 0 without such a student."""
+    template_date: str = ""
+    """Day that the chat template wrote into the text, such as 2025-01-31; empty if it wrote none."""
 
     @classmethod
     def from_config(
@@ -220,7 +223,8 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a CacheMeta from JSON. Raises ValueError for invalid values."""
     checked: dict[str, Any] = {}
     for name in _TEXTS:
-        text = values.get(name)
+        # Shards of earlier versions have no date.
+        text = values.get(name, "" if name == "template_date" else None)
         if not isinstance(text, str) or len(text) > _NAME_CHARACTERS or not text.isprintable():
             raise ValueError(f"its {name} is not printable text")
         checked[name] = text

@@ -240,6 +240,8 @@ class DataConfig:
     seed: Annotated[int, NOT_NEGATIVE, DefaultText("optimizer.seed")] = 0
     chat: bool = False
     extra_fields: Annotated[str, Choices("keep", "refuse")] = "keep"
+    end_text: bool = True
+    date: Annotated[str, DefaultText("that of the cache, else the day of the run's creation, in UTC")] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

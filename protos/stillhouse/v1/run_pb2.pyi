@@ -785,6 +785,8 @@ class DataSpec(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     EXTRA_FIELDS_FIELD_NUMBER: _builtins.int
+    END_TEXT_FIELD_NUMBER: _builtins.int
+    DATE_FIELD_NUMBER: _builtins.int
     eval_fraction: _builtins.float
     """Share of `train` held out for evaluation if `eval` is empty."""
     max_sequence_tokens: _builtins.int
@@ -808,6 +810,14 @@ class DataSpec(_message.Message):
     """
     extra_fields: _builtins.str
     """Treatment of fields that no row has: keep reads over them, refuse ends the run."""
+    end_text: _builtins.bool
+    """End rows of plain `text` with the tokenizer's end token, unless they have one or finish_reason "length". False for text
+    that goes on elsewhere, such as parts of a book. Completions and turns of conversations always end.
+    """
+    date: _builtins.str
+    """Day that chat templates are told if they ask for it, such as 2025-01-31. Only with the same day do they render the same
+    text again, so it is kept with the run, and with a cache whose text has it.
+    """
     @_builtins.property
     def train(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetSpec]:
         """Required. Training rows, mixed in proportion to the weights."""
@@ -830,15 +840,21 @@ class DataSpec(_message.Message):
         seed: _builtins.int | None = ...,
         chat: _builtins.bool | None = ...,
         extra_fields: _builtins.str | None = ...,
+        end_text: _builtins.bool | None = ...,
+        date: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chat: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
     _WhichOneofArgType__chat: _TypeAlias = _typing.Literal["_chat", b"_chat"]  # noqa: Y015
     _WhichOneofReturnType__completion_only: _TypeAlias = _typing.Literal["completion_only"]  # noqa: Y015
     _WhichOneofArgType__completion_only: _TypeAlias = _typing.Literal["_completion_only", b"_completion_only"]  # noqa: Y015
+    _WhichOneofReturnType__date: _TypeAlias = _typing.Literal["date"]  # noqa: Y015
+    _WhichOneofArgType__date: _TypeAlias = _typing.Literal["_date", b"_date"]  # noqa: Y015
+    _WhichOneofReturnType__end_text: _TypeAlias = _typing.Literal["end_text"]  # noqa: Y015
+    _WhichOneofArgType__end_text: _TypeAlias = _typing.Literal["_end_text", b"_end_text"]  # noqa: Y015
     _WhichOneofReturnType__eval_fraction: _TypeAlias = _typing.Literal["eval_fraction"]  # noqa: Y015
     _WhichOneofArgType__eval_fraction: _TypeAlias = _typing.Literal["_eval_fraction", b"_eval_fraction"]  # noqa: Y015
     _WhichOneofReturnType__extra_fields: _TypeAlias = _typing.Literal["extra_fields"]  # noqa: Y015
@@ -857,6 +873,10 @@ class DataSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat) -> _WhichOneofReturnType__chat | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_only) -> _WhichOneofReturnType__completion_only | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__date) -> _WhichOneofReturnType__date | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__end_text) -> _WhichOneofReturnType__end_text | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__eval_fraction) -> _WhichOneofReturnType__eval_fraction | None: ...
     @_typing.overload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from datetime import date
 
 from stillhouse.protos.errors import FieldViolation
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
@@ -125,6 +126,8 @@ def check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
                 yield FieldViolation(
                     f"teachers[{i}].name", f'"{teacher.name}" is given twice; each needs its own.'
                 )
+    if config.data.date and not _is_date(config.data.date):
+        yield FieldViolation("data.date", f'"{config.data.date[:20]}" is no day such as 2025-01-31.')
     if config.data.teacher_field and not config.teachers:
         yield FieldViolation("data.teacher_field", "names the teacher of a row, but teachers is empty.")
     if not is_ensemble(config):
@@ -246,3 +249,10 @@ def _check_build(config: RunConfig) -> Iterator[FieldViolation]:
                 f"contexts[{i}]",
                 "is text of a student that changes as it trains, which task: cache cannot keep; leave it out.",
             )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
-from stillhouse.protos.errors import FieldViolation
+from stillhouse.protos.cache.reader import CacheReader, shard_paths
+from stillhouse.protos.errors import FieldViolation, StillhouseError
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.runs.api.hub_lookup import HubModel
@@ -59,6 +62,7 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
             data,
             train=resolver.datasets("data.train", data.train),
             eval=resolver.datasets("data.eval", data.eval),
+            date=data.date or resolver.date(config.cache),
         ),
         cache=resolver.cache(config.cache),
     )
@@ -132,6 +136,16 @@ class _Resolver:
                 f'"{cache.path}" is not a path for a cache; name one below caches/, such as "caches/my-set".',
             )
         return replace(cache, path=str(path))
+
+    def date(self, cache: CacheConfig | None) -> str:
+        """The day that templates are told: the cache's, so that the text is found in it, or today."""
+        path = self._local("cache.path", cache.path) if cache else None
+        with suppress(StillhouseError):  # there is none yet, or the run itself reports what is wrong with it
+            for shard in shard_paths(path)[-1:] if path else ():
+                with closing(CacheReader(shard)) as reader:
+                    if reader.metas[0].template_date:
+                        return reader.metas[0].template_date
+        return datetime.now(UTC).date().isoformat()
 
     def devices(self, config: RunConfig) -> RunConfig:
         """`config` with its device count, precision and matmul dtype settled."""

@@ -76,7 +76,7 @@ def translate_corpus(
             "data.train has no row with two common token boundaries of student and teacher within its targets. "
             "Give rows with longer completions, or set loss.chunks: shortest.",
         )
-    return Corpus(train=train, eval=held_out, dataset_sizes=sizes)
+    return replace(corpus, train=train, eval=held_out, dataset_sizes=sizes)
 
 
 class _RowTranslator:

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ class Corpus:
     """May be empty."""
     dataset_sizes: Sequence[int]
     """Number of rows of `train` from each dataset, in order."""
+    end_ids: Sequence[int] = ()
+    """Tokens that end a text or a turn in the data, ascending."""
+    template_date: str = ""
+    """Day that the chat template wrote into the text, such as 2025-01-31; empty if it wrote none."""
 
     @property
     def longest(self) -> Example:
@@ -68,6 +73,9 @@ def load_corpus(
         chat=data.chat,
         extra_fields="refuse" if data.extra_fields == "refuse" else "keep",
         own_fields=[data.teacher_field] if data.teacher_field else (),
+        ends_text=data.end_text,
+        # Runs of earlier versions have none: their templates are told the day of the attempt.
+        today=date.fromisoformat(data.date) if data.date else None,
     )
     reader = _DatasetReader(data, encoder, data_dir, teachers)
     parts = [reader.read(dataset) for dataset in data.train]
@@ -90,7 +98,13 @@ def load_corpus(
         )
     log.info("data read", train_rows=len(train), eval_rows=len(held_out))
     sizes = [len(part) for part in parts]
-    return Corpus(train=train, eval=held_out[: evaluation.limit], dataset_sizes=sizes)
+    return Corpus(
+        train=train,
+        eval=held_out[: evaluation.limit],
+        dataset_sizes=sizes,
+        end_ids=encoder.end_ids,
+        template_date=data.date if encoder.wrote_date else "",
+    )
 
 
 _NOTES = {
@@ -157,6 +171,7 @@ class _DatasetReader:
             if len(example.token_ids) > self._data.max_sequence_tokens:
                 self._left_out["too_long"] += 1
             else:
+                self._encoder.see_end(example.token_ids.tolist())
                 yield example
 
     def _teacher(self, row: DatasetRow) -> str:

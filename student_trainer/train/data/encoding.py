@@ -137,6 +137,16 @@ class RowEncoder:
         return tuple(sorted(self._end_ids | self._chat.end_ids))
 
     @property
+    def wrote_date(self) -> bool:
+        """True if a chat template asked for the date so far."""
+        return self._chat.template.asked_date
+
+    def see_end(self, token_ids: Sequence[int]) -> None:
+        """Counts the last token of a text that was encoded elsewhere among the ends if it is a special one."""
+        if self._marks.holds(int(token_ids[-1])):
+            self._end_ids.add(int(token_ids[-1]))
+
+    @property
     def notes(self) -> Mapping[str, int]:
         """Counts of what the user should know about the rows so far, by name, none of them 0."""
         counts: dict[str, int] = {name: count for name, count in self._chat.notes.items() if count}

@@ -57,7 +57,7 @@ class LocalSampler:
         self._autocast = autocast
         self._vocab_size = vocab_size
         self._num_likeliest = min(num_likeliest, vocab_size)
-        self._end_ids = end_token_ids(student)
+        self._end_ids = sorted(student.end_ids)
 
     def write(
         self,
@@ -144,13 +144,6 @@ class LocalSampler:
             likeliest=likeliest[:length],
             finished=bool(ends.size),
         )
-
-
-def end_token_ids(student: Student) -> list[int]:
-    """Returns the ids that end a text: the tokenizer's end token, and those of the model's generation config."""
-    named = getattr(student.plain.generation_config, "eos_token_id", None)
-    ids = [student.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
-    return sorted({int(each) for each in ids if each is not None})
 
 
 @contextmanager

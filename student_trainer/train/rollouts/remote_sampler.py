@@ -72,9 +72,10 @@ class RemoteSampler(Endpoint):
         tokenizer_fingerprint: str,
         vocab_size: int,
         num_likeliest: int,
+        end_ids: Sequence[int],
         clean: bool,
     ) -> None:
-        """The service is the only target of `service`; `field` is its context in the run file.
+        """The service is the only target of `service`; `field` is its context in the run file; `end_ids` end a text.
 
         With `clean` the first probe unloads what a killed attempt of this run has left there. A probe raises
         TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, or why the service does not answer.
@@ -84,6 +85,7 @@ class RemoteSampler(Endpoint):
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
         self._num_likeliest = num_likeliest
+        self._end_ids = list(end_ids)
         self._clean = clean
         self._loaded = ""
         self.info = GetTeacherInfoResponse()
@@ -237,11 +239,15 @@ class RemoteSampler(Endpoint):
                 Reason.TENSOR_INVALID,
                 f"The service at {self.target} sent a text whose parts differ in length.",
             )
+        # The service knows the base's end tokens alone, and the data may have others.
+        ends = np.flatnonzero(np.isin(token_ids, self._end_ids))
+        length = int(ends[0]) + 1 if ends.size else len(token_ids)
+        likeliest = likeliest[:length]
         return SampledText(
-            token_ids=token_ids.astype(np.int32),
-            logprobs=logprobs.astype(np.float32),
+            token_ids=token_ids[:length].astype(np.int32),
+            logprobs=logprobs[:length].astype(np.float32),
             likeliest=np.where(likeliest < self._vocab_size, likeliest, -1).astype(np.int32),
-            finished=parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
+            finished=bool(ends.size) or parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
         )
 
 

@@ -129,6 +129,7 @@ class FeedFactory:
                 tokenizer_fingerprint=self.inputs.tokenizer_fingerprint,
                 vocab_size=side.vocab_size,
                 num_likeliest=top_k,
+                end_ids=side.student.end_ids,
                 clean=scope.ranks.is_first,
             )
             for target in targets

@@ -45,6 +45,7 @@ class StudentSide:
             precision=device.precision_of(accelerator),
             seed=config.optimizer.seed,
         )
+        student.add_end_ids(_end_ids(scope, corpus, teacher_side))
         _check_length(corpus, student)
         vocab_size = len(inputs.tokenizer)
         if not is_bridged(config):
@@ -71,6 +72,13 @@ class StudentSide:
             vocab_size=vocab_size,
             stepper=stepper,
         )
+
+
+def _end_ids(scope: RunScope, corpus: Corpus, teacher_side: TeacherSide) -> list[int]:
+    """Returns the tokens that end texts to learn: in the data, and in what teachers generate."""
+    generates = any(context.teacher for context in scope.config.contexts) and not is_bridged(scope.config)
+    ends = [*corpus.end_ids, *(teacher_side.teachers.end_ids if generates else ())]
+    return list(dict.fromkeys(ends))
 
 
 def _check_length(corpus: Corpus, student: Student) -> None:

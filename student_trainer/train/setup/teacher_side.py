@@ -47,7 +47,11 @@ class TeacherSide:
 def connect_teachers(scope: RunScope, inputs: Inputs) -> OnlineTeachers:
     """Opens the run's cache, if it has one, and reaches its teachers. Raises Stopped, StillhouseError."""
     demands = Demands.from_config(
-        scope.config, inputs.tokenizer_fingerprint, inputs.tokenizer_json, inputs.corpus
+        scope.config,
+        inputs.tokenizer_fingerprint,
+        inputs.tokenizer_json,
+        inputs.corpus,
+        inputs.tokenizer.eos_token_id,
     )
     cache = RunCache.open(scope.config.cache, scope.data_dir, scope.stack)
     return OnlineTeachers.connect(

@@ -140,6 +140,7 @@ def merge_adapter(model: Any, config: StudentConfig, data_dir: Path, adapter: Pa
 
     quantized = _load_quantized(config, data_dir, torch.float32, torch.device("cpu"))
     base = keep_layers(quantized, config).dequantize()
+    base.generation_config = model.get_base_model().generation_config
     return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
 
 

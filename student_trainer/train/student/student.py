@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,22 @@ class Student:
         total = sum(each.numel() for each in student.model.parameters())
         log.info("student loaded", model=config.model, trained=trained, of=total)
         return student
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end a text: those of the model's generation settings, and the tokenizer's end token."""
+        named = getattr(self.plain.generation_config, "eos_token_id", None)
+        ids = [*(named if isinstance(named, list | tuple) else [named]), self.tokenizer.eos_token_id]
+        return list(dict.fromkeys(int(each) for each in ids if each is not None))
+
+    def add_end_ids(self, token_ids: Iterable[int]) -> None:
+        """Lets these tokens end a text too, in rollouts and in the generation settings that are exported."""
+        known, settings = self.end_ids, self.plain.generation_config
+        added = [each for each in token_ids if each not in known]
+        if added and settings is not None:
+            settings.eos_token_id = [*known, *added]
+            names = self.tokenizer.convert_ids_to_tokens(added)
+            log.info("tokens that end turns in the data end the student's texts too", tokens=names)
 
     def trainable_parameters(self) -> Mapping[str, nn.Parameter]:
         """Returns the trainable parameters by name; shared ones once."""

@@ -29,6 +29,7 @@ class OfflineTeachers:
 
     max_sequence_tokens = None
     """No limit: no text is generated."""
+    end_ids: Sequence[int] = ()
     max_query_tokens = 0
     """A cache answers no further queries."""
 
@@ -134,7 +135,7 @@ class OfflineTeachers:
             raise StillhouseError(
                 Reason.CACHE_MISS,
                 f"The cache {self._cache.config.path} lacks the answers to {len(lacking)} of {len(examples)} sequences, first "
-                f"{lacking[0].place}. Build it with the same data, tokenizer and data.max_sequence_tokens by "
+                f"{lacking[0].place}. Build it with the same data, tokenizer, data.date and data.max_sequence_tokens by "
                 "`stillhouse cache build`, or use cache.mode: write_through with a teacher.",
                 metadata={"missing": str(len(lacking)), "wanted": str(len(examples))},
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_QUERY_LOGPROBS
@@ -61,6 +61,10 @@ class OnlineTeachers:
     @property
     def fingerprint(self) -> str:
         return " ".join(teacher.info.model_fingerprint for teacher in self.members.values())
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        return sorted({token for teacher in self.members.values() for token in teacher.info.eos_token_ids})
 
     @property
     def prefetch_steps(self) -> int:

@@ -73,4 +73,5 @@ class RunCache:
             name=config.name,
             student_tokenizer_fingerprint=student if other else "",
             shared_size=teacher.shared_size if other else 0,
+            template_date=teacher.template_date,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from stillhouse.student_trainer.config.schema import RolloutConfig
@@ -17,6 +17,10 @@ class TargetSource(Protocol):
     @property
     def fingerprint(self) -> str:
         """Fingerprints of their models, in the order of the run file."""
+
+    @property
+    def end_ids(self) -> Sequence[int]:
+        """Tokens that end the texts that they generate, ascending; empty if they generate none."""
 
     @property
     def prefetch_steps(self) -> int:

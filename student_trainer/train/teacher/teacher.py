@@ -21,6 +21,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
+from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
 from stillhouse.student_trainer.config.rules.contexts import query_loss_path, run_losses
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
@@ -64,12 +65,21 @@ class Demands:
     """The longest example."""
     largest: Example
     """The example with the largest token id."""
+    end_ids: Sequence[int] = ()
+    """Tokens that end a text of the student, ascending."""
+    template_date: str = ""
+    """Corpus.template_date."""
 
     @classmethod
     def from_config(
-        cls, config: RunConfig, tokenizer_fingerprint: str, tokenizer_json: str, corpus: Corpus
+        cls,
+        config: RunConfig,
+        tokenizer_fingerprint: str,
+        tokenizer_json: str,
+        corpus: Corpus,
+        eos_token_id: int | None = None,
     ) -> Demands:
-        """The requirements of `config`."""
+        """The requirements of `config`; `eos_token_id` is the end token of the student's tokenizer."""
         bridged = is_bridged(config)
         asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
@@ -93,6 +103,8 @@ class Demands:
             draws_field=drawn[-1],
             longest=corpus.longest,
             largest=corpus.largest,
+            template_date=corpus.template_date,
+            end_ids=sorted({*corpus.end_ids, *([] if eos_token_id is None else [eos_token_id])}),
         )
 
 
@@ -160,6 +172,11 @@ class TeacherClient:
         return self.info.tokenizer_fingerprint if demands.bridged else demands.tokenizer_fingerprint
 
     @property
+    def template_date(self) -> str:
+        """Day that the chat template wrote into the run's text; empty if it wrote none."""
+        return self._demands.template_date
+
+    @property
     def tokenizer_json(self) -> bytes:
         """Its tokenizer.json, which a foreign teacher has sent."""
         return self._tokenizers[self.info.tokenizer_fingerprint]
@@ -204,8 +221,22 @@ class TeacherClient:
                 )
             if target not in self._seen:
                 log.info("teacher reached", target=target, model=info.model, engine=info.engine)
+                self._tell_ends(info, target)
             self._seen[target] = info
             self.info, self.shared_size = common(list(self._seen.values())), shared_size
+
+    def _tell_ends(self, info: GetTeacherInfoResponse, target: str) -> None:
+        """Logs the tokens that end a text of one side alone: the other writes on behind them."""
+        ours, theirs = set(self._demands.end_ids), set(info.eos_token_ids)
+        if self._demands.bridged or not theirs or ours == theirs:
+            return
+        texts = TokenizerJson(self._demands.tokenizer_json).tokens
+        log.warning(
+            "student and teacher end their texts with different tokens",
+            target=target,
+            student_alone=[texts.get(each, each) for each in sorted(ours - theirs)],
+            teacher_alone=[texts.get(each, each) for each in sorted(theirs - ours)],
+        )
 
     def _shared_size(self, stub: TeacherServiceStub, info: GetTeacherInfoResponse, target: str) -> int:
         """Number of ids that mean the same to both. Raises grpc.RpcError, or StillhouseError(TOKENIZER_MISMATCH)."""

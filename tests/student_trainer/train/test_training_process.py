@@ -83,7 +83,8 @@ def test_tokens_are_weighed_by_the_entropy_that_the_teacher_tells(
     data.write_text(json.dumps({"text": text}) + "\n")
     term = {"divergence": "forward_kl", "token_weighting": "teacher_entropy"}
     loss = {"top_k": top_k, "terms": [term]}
-    run_dir = run(spec_of(models.student, data, hf_teacher.target, data={"eval_fraction": 0}, loss=loss))
+    settings = {"eval_fraction": 0, "end_text": False}
+    run_dir = run(spec_of(models.student, data, hf_teacher.target, data=settings, loss=loss))
     tokenizer = AutoTokenizer.from_pretrained(models.student)
     token_ids = tokenizer(text, return_tensors="pt")["input_ids"]
     with torch.no_grad():

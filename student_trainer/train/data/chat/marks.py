@@ -13,7 +13,7 @@ STAND_IN = "\U000f5a17\U000f5a18"
 
 
 class SpecialMarks:
-    """Special tokens by their text; those without a role of the tokenizer, such as a model's own turn marks, count too."""
+    """Special tokens by their text that may end one: also those without a role of the tokenizer, such as a model's own turn marks."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._ids: dict[str, int] = dict(
@@ -21,22 +21,28 @@ class SpecialMarks:
         )
         added = tokenizer.added_tokens_decoder
         self._ids |= {str(token): number for number, token in added.items() if token.special}
-        self._added = {str(token): number for number, token in added.items()}
-        self._opening = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
-        self._set_lengths()
+        # These begin texts or stand for nothing; they end none, unless the tokenizer ends texts with the same token.
+        roles = (getattr(tokenizer, f"{role}_token", None) for role in ("bos", "unk", "cls", "mask"))
+        never = {"", *(str(role) for role in roles if role)} - {str(tokenizer.eos_token)}
+        self._ids = {token: number for token, number in self._ids.items() if token not in never}
+        self._added = {str(token): number for number, token in added.items() if str(token) not in never}
+        self._index()
 
     def at_end(self, text: str) -> str:
         """Returns the longest mark that `text` ends with; empty if there is none."""
         return next((text[-n:] for n in self._lengths if text[-n:] in self._ids), "")
 
     def at_start(self, text: str) -> str:
-        """Returns the longest mark that `text` begins with, except for that of a text's beginning; empty if none."""
-        found = next((text[:n] for n in self._lengths if text[:n] in self._ids), "")
-        return "" if found == self._opening else found
+        """Returns the longest mark that `text` begins with; empty if there is none."""
+        return next((text[:n] for n in self._lengths if text[:n] in self._ids), "")
 
     def token_id(self, mark: str) -> int:
         """Returns the token id of a mark."""
         return self._ids[mark]
+
+    def holds(self, token_id: int) -> bool:
+        """Returns True for the id of a mark."""
+        return token_id in self._known
 
     def border_before(self, text: str, at: int) -> int:
         """Returns `at`, or the beginning of the mark that it would cut."""
@@ -49,11 +55,12 @@ class SpecialMarks:
         """Counts the token that `closing` begins with as a mark, though the tokenizer does not call it special."""
         written = closing.lstrip()
         found = max((each for each in self._added if written.startswith(each)), key=len, default="")
-        if found and not found.isspace():
+        if found:
             self._ids[found] = self._added[found]
-            self._set_lengths()
+            self._index()
 
-    def _set_lengths(self) -> None:
+    def _index(self) -> None:
+        self._known = frozenset(self._ids.values())
         self._lengths = sorted({len(each) for each in self._ids}, reverse=True)
 
 

@@ -49,11 +49,18 @@ class ChatTemplate:
         """`tokenizer` is a fast tokenizer of transformers; templates that ask for the date are told `today`."""
         self._template = tokenizer.chat_template
         self._names: dict[str, Any] = {**tokenizer.special_tokens_map}
+        self.asked_date = False
+        """A template asked for the date so far."""
         if today is not None:
-            self._names["strftime_now"] = today.strftime
+            self._today = today
+            self._names["strftime_now"] = self._tell_date
         self._fields = TemplateFields(
             self._template, lambda messages, tools: self._apply(messages, tools).text
         )
+
+    def _tell_date(self, form: str) -> str:
+        self.asked_date = True
+        return self._today.strftime(form)
 
     def conversation(self, row: DatasetRow, turns: Turns) -> Conversation:
         """Returns the turns of a row as the template reads them.

@@ -10,7 +10,7 @@ import pytest
 from stillhouse.student_trainer.train.data.encoding import RowEncoder
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-from tests.support.tiny_tokenizers import Space, byte_level, sentence_piece
+from tests.student_trainer.train.data.tiny_tokenizers import Space, byte_level, sentence_piece
 
 TOKENIZERS = (*get_args(Space), "byte_level")
 PAIRS = (

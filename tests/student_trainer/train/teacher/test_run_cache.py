@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from stillhouse.protos.cache.reader import CacheReader
+from stillhouse.student_trainer.config.matmul_dtype import Processor
+from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
+from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
+from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from tests.conftest import Models
+from tests.student_trainer.config.specs import spec_of as spec_message
 from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of, start
 from tests.support.counting_proxy import counting_proxy
 from tests.support.programs import Program
@@ -264,3 +274,38 @@ def test_reading_asks_for_what_is_missing_and_keeps_nothing(
     # The row that came along and those that were held out, in each of two epochs.
     assert counts.asked(TOP_K) == 2 * (1 + NUM_EVAL)
     assert len(CacheReader(built / "caches" / "set")) == before
+
+
+def test_a_cache_keeps_the_day_that_its_chat_template_wrote(
+    models: Models, hf_teacher: Program, tmp_path: Path
+) -> None:
+    student = shutil.copytree(models.student, tmp_path / "student")
+    dated = "{{ strftime_now('%d %b %Y') }}\n"
+    (student / "chat_template.jinja").write_text(dated + (student / "chat_template.jinja").read_text())
+    turns = [{"role": "user", "content": "Ada has"}, {"role": "assistant", "content": "3 apples."}]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text((json.dumps({"messages": turns}) + "\n") * 3)
+
+    def values(mode: str, target: str | None, **data: Any) -> dict[str, Any]:
+        own = {"student": {"model": str(student)}, "optimizer": {"max_steps": 1}, "data": data}
+        return spec(models, rows, target, mode, **own)
+
+    run(tmp_path, "build", {**values("write_through", hf_teacher.target, date="2024-07-26"), "task": "cache"})
+    with closing(CacheReader(tmp_path / "caches" / "set")) as reader:
+        assert [meta.template_date for meta in reader.metas] == ["2024-07-26"] * len(reader.metas)
+        text = AutoTokenizer.from_pretrained(student).decode(next(reader.texts(reader.shards[0]))[0])
+    assert text.startswith("26 Jul 2024\n")
+    host = Host(
+        data_dir=tmp_path,
+        roots=[tmp_path],
+        slots=DeviceSlots(gpus=[], cpu_slots=1),
+        dataset_suffix=lambda _: None,
+        processor=Processor(),
+    )
+    asked = from_proto(spec_message(values("only", None)))
+    settled = resolve(asked, host).config.data.date
+    assert settled == "2024-07-26"
+    assert resolve(replace(asked, cache=None), host).config.data.date == datetime.now(UTC).date().isoformat()
+    run(tmp_path, "found", values("only", None, date=settled))
+    missed = run(tmp_path, "missed", values("only", None, date="2024-07-27"), EXIT_FAILED)
+    assert "with the same data, tokenizer, data.date" in failure(missed)

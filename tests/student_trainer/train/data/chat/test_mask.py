@@ -11,7 +11,7 @@ import pytest
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.train.data.encoding import RowEncoder
 from stillhouse.student_trainer.train.data.readers import DatasetRow
-from tests.support.tiny_tokenizers import byte_level, sentence_piece
+from tests.student_trainer.train.data.tiny_tokenizers import byte_level, sentence_piece
 
 MARKS = (
     "<|im_start|>",

@@ -1,0 +1,115 @@
+"""The tokens that end turns in the data end the student's texts: in rollouts, in its exported settings, and in the log."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import SampleChunk
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors.distributions import Distributions, encode, encode_distributions
+from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, TeacherConfig
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
+from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
+from stillhouse.student_trainer.train.student.student import Student
+from tests.conftest import Models
+from tests.student_trainer.train.runs import events, finish_here, make_run, spec_of
+from tests.support.programs import Program
+
+END, TURN_END = "<|endoftext|>", "<|im_end|>"
+
+
+@pytest.fixture
+def conversations(tmp_path: Path) -> Path:
+    turns = [{"role": "user", "content": "Ada has"}, {"role": "assistant", "content": "3 apples."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def test_a_turns_end_is_exported_and_told(
+    models: Models,
+    conversations: Path,
+    hf_teacher: Program,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    optimizer = {"max_steps": 1, "micro_batch_size": 2, "grad_accum_steps": 1}
+    spec = spec_of(models.student, conversations, hf_teacher.target, optimizer=optimizer)
+    run_dir = make_run(tmp_path, "run", spec)
+    assert finish_here(run_dir) == 0, events(run_dir)
+    tokenizer = AutoTokenizer.from_pretrained(models.student)
+    exported = GenerationConfig.from_pretrained(run_dir.final_path)
+    assert tokenizer.convert_ids_to_tokens(exported.eos_token_id) == [END, TURN_END]
+    told = [
+        line
+        for line in capfd.readouterr().out.splitlines()
+        if "end their texts with different tokens" in line
+    ]
+    assert len(told) == 1
+    assert TURN_END in told[0]
+    assert END not in told[0]
+
+
+def _student(models: Models) -> Student:
+    tokenizer = AutoTokenizer.from_pretrained(models.student)
+    config = StudentConfig(model=str(models.student))
+    return Student.load(
+        config, tokenizer, data_dir=Path(), device=torch.device("cpu"), precision="fp32", seed=0
+    )
+
+
+def test_rollouts_end_with_a_turn(models: Models) -> None:
+    student = _student(models)
+    ends = [int(each) for each in student.tokenizer.convert_tokens_to_ids([END, TURN_END])]
+    student.add_end_ids(ends[1:])
+    assert student.end_ids == ends
+    sampler = LocalSampler(
+        student,
+        device=torch.device("cpu"),
+        autocast=contextlib.nullcontext,
+        vocab_size=len(student.tokenizer),
+        num_likeliest=1,
+    )
+    generation = RolloutConfig(max_new_tokens=200, samples_per_prompt=16, temperature=5.0)
+    (texts,) = sampler.write([np.array([5, 6], np.int32)], generation, max_sequence_tokens=256, seeds=[0])
+    assert any(text.token_ids[-1] == ends[1] for text in texts)
+    for text in texts:
+        assert text.finished == (text.token_ids[-1] in ends)
+        assert not np.isin(text.token_ids[:-1], ends).any()
+
+
+def test_texts_of_a_service_that_knows_the_bases_ends_alone_are_cut() -> None:
+    service = TeacherConfig(targets=("127.0.0.1:1",))
+    options: dict[str, Any] = {"field": "f", "run_name": "r", "tokenizer_fingerprint": "t", "clean": False}
+    sampler = RemoteSampler(service, vocab_size=9, num_likeliest=1, end_ids=[0, 3], **options)
+    sampler.info.vocab_size = 9
+    ids = np.array([4, 3, 5, 6], np.int32)
+    rows = Distributions(
+        start=1,
+        token_ids=ids[:, None],
+        logprobs=np.zeros((4, 1), np.float32),
+        target_logprobs=np.zeros(4, np.float32),
+        log_tail=np.full(4, -np.inf, np.float32),
+    )
+    chunk = SampleChunk(
+        token_ids=encode(ids, dtype=Tensor.DATA_TYPE_INT32),
+        sampling_logprobs=encode(np.zeros(4, np.float32), dtype=Tensor.DATA_TYPE_FLOAT32),
+        distributions=encode_distributions(rows, logprob_dtype=Tensor.DATA_TYPE_FLOAT32),
+        finish_reason=SampleChunk.FINISH_REASON_LENGTH,
+    )
+    text = sampler._text([chunk])
+    sampler.close()
+    assert (text.token_ids.tolist(), len(text.logprobs), len(text.likeliest), text.finished) == (
+        [4, 3],
+        2,
+        2,
+        True,
+    )
