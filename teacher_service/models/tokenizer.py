@@ -16,6 +16,7 @@ from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.protos.tokenizers.prompt import encode_prompt
 from stillhouse.teacher_service.models.files import locate_model
 
 # Files that a trainer may fetch; nothing else of the model's directory leaves the host.
@@ -86,8 +87,8 @@ class TextCodec:
         return cls(tokenizer, directory, eos_token_ids(directory))
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
-        """Encodes `text` to INT32 [T], with the special tokens that the tokenizer adds."""
-        return np.asarray(self._tokenizer.encode(text), dtype=np.int32)
+        """Encodes a prompt to INT32 [T], with the special tokens that the tokenizer puts before it, each once."""
+        return np.asarray(encode_prompt(self._tokenizer, text).token_ids, dtype=np.int32)
 
     def render(self, turns: Turns) -> npt.NDArray[np.int32]:
         """Renders a conversation to INT32 [T] with the model's chat template and generation prompt.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from stillhouse.protos.tokenizers.prompt import encode_prompt
+
 _ANCHORS = (".", "\n", "a", "0", "(", "\u00e9")
 """Texts to continue from: the first one whose tokens stay apart from the continuation's serves."""
 
@@ -35,6 +37,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._is_doubled = False
         self.num_doubled_openings = 0
         """Texts so far that spelled out the beginning-of-text token that is added to each; one of the two was dropped."""
         # SentencePiece tokenizers, and some others, put a space before a text; a continuation has none.
@@ -47,11 +50,13 @@ class TextEncoder:
         At `cuts`, ascending offsets, a model is prompted with the text before and writes the text after: there the tokens
         are those of the prompt alone, and their continuation.
         """
+        self._is_doubled = False
         encoded = self._encode(text, cuts, self._open if special else self._run)
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        if bos is not None and encoded.token_ids[:2] == [bos, bos] and (special or bos != eos):
-            self.num_doubled_openings += 1
-            return Encoded(encoded.token_ids[1:], encoded.offsets[1:])
+        bos = self._tokenizer.bos_token_id
+        if not special and bos is not None and bos != self._tokenizer.eos_token_id:
+            self._is_doubled = encoded.token_ids[:2] == [bos, bos]
+            encoded = Encoded(encoded.token_ids[self._is_doubled :], encoded.offsets[self._is_doubled :])
+        self.num_doubled_openings += self._is_doubled
         return encoded
 
     def _encode(self, text: str, cuts: Sequence[int], run: Callable[[str], Encoded]) -> Encoded:
@@ -71,13 +76,9 @@ class TextEncoder:
         return Encoded(list(found["input_ids"]), [tuple(each) for each in found["offset_mapping"]])
 
     def _open(self, text: str) -> Encoded:
-        found = self._tokenizer(text, return_offsets_mapping=True)
-        ids, offsets = list(found["input_ids"]), [tuple(each) for each in found["offset_mapping"]]
-        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        # Some tokenizers end every text; an ended prompt cannot be continued.
-        if ids and ids[-1] == eos and offsets[-1] == (0, 0) and (len(ids) > 1 or bos != eos):
-            ids, offsets = ids[:-1], offsets[:-1]
-        return Encoded(ids, offsets)
+        prompt = encode_prompt(self._tokenizer, text)
+        self._is_doubled = prompt.is_doubled
+        return Encoded(prompt.token_ids, prompt.offsets)
 
     def _continue(self, text: str) -> Encoded:
         """Encodes text that goes on from another."""

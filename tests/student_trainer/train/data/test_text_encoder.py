@@ -84,3 +84,19 @@ def test_a_doubled_beginning_is_noticed_and_dropped() -> None:
     assert texts[0] == texts[1]
     assert [text.count(tokenizer.bos_token_id) for text in texts] == [1, 1, 1]
     assert encoder.notes == {"doubled_openings": 2}
+    assert TextCodec(tokenizer, Path()).encode("<s>Ada has").tolist() == texts[0][:-1]
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt() -> None:
+    from tokenizers import processors
+
+    tokenizer = byte_level()
+    ends_all = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)]
+    )
+    tokenizer.backend_tokenizer.post_processor = ends_all
+    bare = tokenizer.encode("Ada has", add_special_tokens=False)
+    assert tokenizer.encode("Ada has") == [*bare, tokenizer.eos_token_id]
+    assert TextCodec(tokenizer, Path()).encode("Ada has").tolist() == bare
+    assert _encode(tokenizer, text="Ada has")[0] == [*bare, tokenizer.eos_token_id]
+    assert _encode(tokenizer, prompt="Ada has", completion=" 3")[0][: len(bare)] == bare
