@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from stillhouse.protos.rows.conversation import REASONING, Message, Turns
 from stillhouse.protos.rows.field_error import FieldError
@@ -15,8 +17,23 @@ from stillhouse.protos.rows.field_error import FieldError
 Render = Callable[[Sequence[Message], Sequence[Message]], str]
 """Text of messages and tools; raises anything that the template raises."""
 
+Changed = tuple[Sequence[Message], Sequence[Message]]
+"""Messages and tools with another value of one field."""
+
 MAX_SITUATIONS = 4096
 """Situations that are remembered; above it they are forgotten and tried again."""
+MAX_TRIALS = 256
+"""Renderings for one conversation."""
+_ROLES = ("system", "user", "assistant", "tool")
+
+
+class _Trial(NamedTuple):
+    """A field that has to leave a trace."""
+
+    field: str
+    situation: object
+    """Trials of equal situations have equal results."""
+    changed: Callable[[], Changed]
 
 
 class TemplateFields:
@@ -40,19 +57,25 @@ class TemplateFields:
         if not turns.tools and all(_is_plain(message) for message in turns.messages):
             return messages
         messages, text = self._with_content(messages, turns.tools)
-        for field, situation, changed, tools in self._without_each(messages, turns):
-            if situation in self._read:
+        num_trials = 0
+        for trial in self._trials(messages, turns):
+            if trial.situation in self._read:
                 continue
-            if self._has_trace(changed, tools, text):
-                if len(self._read) >= MAX_SITUATIONS:
-                    self._read.clear()
-                self._read.add(situation)
-            else:
+            num_trials += 1
+            if num_trials > MAX_TRIALS:
                 raise FieldError(
-                    field,
+                    "messages",
+                    f"has more than {MAX_TRIALS} fields in situations of their own. Split the conversation.",
+                )
+            if not self._has_trace(*trial.changed(), text):
+                raise FieldError(
+                    trial.field,
                     "leaves no trace in the text: the chat template does not render it. Remove it, or take a model whose "
                     "template does.",
                 )
+            if len(self._read) >= MAX_SITUATIONS:
+                self._read.clear()
+            self._read.add(trial.situation)
         return messages
 
     def _renamed(self, message: Message) -> Message:
@@ -76,53 +99,46 @@ class TemplateFields:
         with_empty = self._render(filled, tools) if "None" in text else text
         return (filled, with_empty) if with_empty.count("None") < text.count("None") else (messages, text)
 
-    def _without_each(
-        self, messages: Sequence[Message], turns: Turns
-    ) -> Iterator[tuple[str, object, Sequence[Message], Sequence[Message]]]:
-        """Yields each field with its situation, and messages and tools without it."""
+    def _trials(self, messages: Sequence[Message], turns: Turns) -> Iterator[_Trial]:
+        """Yields a trial for each field that has to leave a trace."""
         shapes = [_shape(message) for message in messages]
         if turns.tools:
-            yield "tools", ("tools", len(turns.tools) > 1, shapes[0], shapes[-1]), messages, ()
+            yield _Trial("tools", ("tools", shapes[0], shapes[-1]), lambda: (messages, ()))
         last_user = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
         for at, message in enumerate(messages):
-            situation = (
-                shapes[max(0, at - 1)],
-                shapes[at],
-                tuple(shapes[at + 1 : at + 2]),
-                at == 0,
-                at > last_user,
-                bool(turns.tools),
-            )
-            for name, kind, changed in self._reduced(message, is_history=at < last_user):
-                with_change = [*messages[:at], changed, *messages[at + 1 :]]
-                yield f"messages[{at}].{name}", (kind, situation), with_change, turns.tools
+            around = shapes[max(0, at - 1) : at + 2]
+            situation = (*around, at == 0, at > last_user, bool(turns.tools))
+            for field, kind, change in self._changes(message, is_history=at < last_user):
 
-    def _reduced(self, message: Message, *, is_history: bool) -> Iterator[tuple[str, object, Message]]:
-        """Yields each field of a message that has to leave a trace, its kind, and the message without it."""
+                def changed(at: int = at, change: Callable[[], Message] = change) -> Changed:
+                    return [*messages[:at], change(), *messages[at + 1 :]], turns.tools
+
+                yield _Trial(f"messages[{at}].{field}", (kind, situation), changed)
+
+    def _changes(
+        self, message: Message, *, is_history: bool
+    ) -> Iterator[tuple[str, object, Callable[[], Message]]]:
+        """Yields each field of a message that has to leave a trace, its kind, and the message with another value of it."""
         calls = message.get("tool_calls", ())
         if calls:
-            yield "tool_calls", "tool_calls", _without(message, "tool_calls")
+            yield "tool_calls", "tool_calls", lambda: _without(message, "tool_calls")
         for at, call in enumerate(calls):
-            place = (len(calls) > 1, at == 0, at == len(calls) - 1)
+            place = (at == 0, at == len(calls) - 1)
             if len(calls) > 1:
-                fewer = {**message, "tool_calls": [*calls[:at], *calls[at + 1 :]]}
-                yield f"tool_calls[{at}]", ("call", place), fewer
+                yield f"tool_calls[{at}]", ("call", place), partial(_with_call, message, at)
             if call["function"]["arguments"]:
                 bare = {**call, "function": {**call["function"], "arguments": {}}}
-                emptied = {**message, "tool_calls": [*calls[:at], bare, *calls[at + 1 :]]}
-                yield f"tool_calls[{at}].function.arguments", ("arguments", place), emptied
+                field = f"tool_calls[{at}].function.arguments"
+                yield field, ("arguments", place), partial(_with_call, message, at, bare)
         # Templates that know reasoning may leave that of earlier turns out, as their models were trained.
-        if self._reasoning_name in message and not (is_history and self._reads_reasoning):
-            yield REASONING[0], "reasoning", _without(message, self._reasoning_name)
+        name = self._reasoning_name
+        if name in message and not (is_history and self._reads_reasoning):
+            yield REASONING[0], "reasoning", partial(_longer, message, name)
         if message.get("name") and message["role"] != "tool":
-            yield "name", "name", _without(message, "name")
-        content = message["content"] or ""
-        if (
-            content.strip()
-            and "</think>" not in content
-            and (message["role"] != "user" and (calls or message["role"] != "assistant"))
-        ):
-            yield "content", "content", {**message, "content": ""}
+            yield "name", "name", partial(_longer, message, "name")
+        # That of users, and of assistants that only write, is what every template is for.
+        if message["content"] and message["role"] != "user" and (calls or message["role"] != "assistant"):
+            yield "content", "content", partial(_longer, message, "content")
 
     def _has_trace(self, messages: Sequence[Message], tools: Sequence[Message], text: str) -> bool:
         try:
@@ -139,11 +155,19 @@ def _without(message: Message, name: str) -> Message:
     return {key: value for key, value in message.items() if key != name}
 
 
+def _with_call(message: Message, at: int, *calls: Message) -> Message:
+    """Returns a message with `calls` in the place of one."""
+    given = message["tool_calls"]
+    return {**message, "tool_calls": [*given[:at], *calls, *given[at + 1 :]]}
+
+
+def _longer(message: Message, name: str) -> Message:
+    """Returns a message with more text in a field, at its end, which no template cuts off."""
+    return {**message, name: f"{message[name]} x"}
+
+
 def _shape(message: Message) -> object:
     """Describes the fields that a message has."""
-    return (
-        message["role"],
-        bool(message["content"]),
-        len(message.get("tool_calls", ())),
-        tuple(sorted(message)),
-    )
+    role = message["role"] if message["role"] in _ROLES else ""
+    num_calls = min(2, len(message.get("tool_calls", ())))
+    return role, bool(message["content"]), num_calls, tuple(sorted(message))
