@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -167,8 +167,8 @@ def train_students(
         for method, rate in grid
     ]
     results: dict[Method, dict[float, RunScores]] = {method: {} for method in METHODS}
-    with RunBars() as bars:
-        for index, result in complete(client, specs, report=bars.show):
+    with RunBars() as bars, closing(complete(client, specs, report=bars.show)) as completed:
+        for index, result in completed:
             method, rate = grid[index]
             results[method][rate] = result
     return results

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from stillhouse.client.api import RunHandle, Trainer
+from stillhouse.client.api import RunHandle, StillhouseError, Trainer
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 
@@ -97,27 +98,35 @@ def run_spec(
 
 def complete(
     trainer: Trainer, specs: Sequence[RunSpec], *, report: Callable[[Run], None] = lambda _run: None
-) -> Iterator[tuple[int, RunScores]]:
+) -> Generator[tuple[int, RunScores], None, None]:
     """Yields (index in `specs`, scores of that run) as runs complete.
 
     The service trains as many at once as it has slots. `report` is called with each run repeatedly until it has ended.
-    Raises `RunFailedError` for the first run that ends without completing.
+    Raises `RunFailedError` for the first run that ends without completing. Runs that are left are stopped.
     """
-    unfinished = dict(enumerate([trainer.create_run(spec) for spec in specs]))
-    while unfinished:
-        for index, handle in list(unfinished.items()):
-            run = handle.get()
-            report(run)
-            if run.state not in ENDED:
-                continue
-            if run.state != Run.STATE_COMPLETED:
-                raise RunFailedError(
-                    f"{run.name} ({run.spec.display_name}) ended as "
-                    f"{Run.State.Name(run.state).removeprefix('STATE_')}: {run.error.message}"
-                )
-            del unfinished[index]
-            yield index, run_scores(handle)
-        time.sleep(POLL_S if unfinished else 0)
+    unfinished: dict[int, RunHandle] = {}
+    try:
+        for index, spec in enumerate(specs):
+            unfinished[index] = trainer.create_run(spec)
+        while unfinished:
+            for index, handle in list(unfinished.items()):
+                run = handle.get()
+                report(run)
+                if run.state not in ENDED:
+                    continue
+                if run.state != Run.STATE_COMPLETED:
+                    raise RunFailedError(
+                        f"{run.name} ({run.spec.display_name}) ended as "
+                        f"{Run.State.Name(run.state).removeprefix('STATE_')}: {run.error.message}"
+                    )
+                del unfinished[index]
+                yield index, run_scores(handle)
+            time.sleep(POLL_S if unfinished else 0)
+    finally:
+        # A run that waits would start with the next service on this data.
+        for handle in reversed(unfinished.values()):
+            with suppress(StillhouseError):
+                handle.stop()
 
 
 def run_scores(handle: RunHandle) -> RunScores:

@@ -1,17 +1,20 @@
-"""Ctrl-C while the demo trains: it ends at once, and so does everything that it started."""
+"""Ctrl-C while the demo trains: it ends at once, and so does everything that it started; no run is left to wait."""
 
 from __future__ import annotations
 
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from tests.support.processes import MARK, marked_processes, no_process_left
 from tests.support.programs import start_program
 from tests.support.runs import wait_until
 
 
-def test_an_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
+def test_an_interrupted_demo_leaves_no_process_and_no_waiting_run(tmp_path: Path) -> None:
     with (
         no_process_left(patience_s=0.5) as mark,
         start_program(
@@ -40,3 +43,6 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path) -> None:
         assert demo.process.wait(60) == 130, demo.log()
         assert time.monotonic() - interrupted < 45
         assert "interrupted" in demo.log()
+    with closing(sqlite3.connect(tmp_path / "trainer" / "stillhouse.db")) as database:
+        states = [state for (state,) in database.execute("SELECT state FROM runs")]
+    assert states == [Run.STATE_STOPPED] * 6, "the next service on this data starts nothing"
