@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from stillhouse.protos.errors import Reason, StillhouseError
+
+SHARED: Mapping[str, str] = {
+    "listen": "HOST:PORT or unix:PATH; port 0 is any free one.",
+    "address_file": "Written with the bound address once the service is ready.",
+    "shutdown_grace_s": "Seconds for running calls after SIGTERM.",
+    "tokens": "Tokens required of callers; `stillhouse token create` makes the file.",
+    "audit_log": "Audit log of calls, as JSON lines.",
+    "metrics_host": "Address of the Prometheus metrics.",
+    "metrics_port": "Port of the metrics; 0 for none.  [default: 100 above that of --listen]",
+    "insecure": "Allow an address beyond loopback without TLS, or without tokens or client certificates.",
+    "tls_cert": "Certificate chain of the service, PEM.",
+    "tls_key": "Private key of that certificate, PEM.",
+    "tls_client_ca": "Authority of client certificates, which it makes required, PEM.",
+    "reflection": "Server reflection.  [default: on loopback]",
+    "log_level": "Lowest level logged.",
+}
+"""Help of the settings that both services have, by name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.settings import bad_setting, check_settings, setting
+from stillhouse.protos.settings import SHARED, bad_setting, check_settings, setting
 
 EngineName = Literal["vllm", "hf"]
 TierName = Literal["worker", "raw", "public"]
 
 BATCH_TOKENS = 8192
 """Tokens per engine batch, unless set or bounded by the engine."""
-DEFAULT_MAX_ADAPTERS = 4
+DEFAULT_MAX_ADAPTERS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class TeacherConfig:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     quantization: str = setting(
-        "Quantisation method, as the engine names it, such as fp8 (vLLM) or bitsandbytes_4bit (hf); "
+        "Quantisation: nf4 or int8, as in a run file, or a method as the engine names it, such as fp8 (vLLM); "
         "empty takes the checkpoint's.",
         "",
     )
@@ -58,7 +58,7 @@ class TeacherConfig:
     )
     max_prompts: int = setting("Prompts per Generate call.", 1024, between=(1, 65536))
     max_calls: int = setting(
-        "Concurrent Score and Generate calls; a single client gets at most three quarters.",
+        "Score and Generate calls at once, of which one client gets three quarters; more are refused.",
         256,
         between=(1, 65536),
     )
@@ -83,7 +83,7 @@ class TeacherConfig:
     )
     seed: int = setting("Seed of samples that name none.", 0)
     allow_roots: tuple[Path, ...] = setting(
-        "Directory under which LoadAdapter may read.  [default: any on loopback, else none]",
+        "Folder below which LoadAdapter may read.  [default: / on loopback, else none]",
         (),
         flag="--allow-root",
     )
@@ -91,31 +91,21 @@ class TeacherConfig:
         "Directory of uploaded adapters.  [default: ~/.cache/stillhouse/adapters]", None
     )
     max_upload_bytes: int = setting(
-        "Largest adapter to upload, of which four are kept; 0 refuses uploads.", 2 << 30, between=(0, 1 << 50)
+        "Largest uploaded adapter, of which four are kept; 0 refuses uploads.", 2 << 30, between=(0, 1 << 50)
     )
-    listen: str = setting("HOST:PORT or unix:PATH; port 0 is any free one.", "127.0.0.1:7401")
-    address_file: Path | None = setting("Written with the bound address once the model answers.", None)
-    tokens: Path | None = setting(
-        "Tokens required of callers; `stillhouse token create` makes the file.", None
-    )
-    audit_log: Path | None = setting("Audit log of calls, as JSON lines.", None)
-    metrics_host: str = setting("Address of the Prometheus metrics.", "127.0.0.1")
-    metrics_port: int | None = setting(
-        "Port of the metrics; 0 for none.  [default: 100 above that of --listen]", None, between=(0, 65535)
-    )
-    insecure: bool = setting(
-        "Allow an address beyond loopback without TLS, or without tokens or client certificates.", False
-    )
-    tls_cert: Path | None = setting("Certificate chain, PEM.", None)
-    tls_key: Path | None = setting("Private key, PEM.", None)
-    tls_client_ca: Path | None = setting(
-        "Authority of client certificates, which it makes required, PEM.", None
-    )
-    reflection: bool | None = setting(
-        "Server reflection.  [default: on loopback]", None, flag="--reflection/--no-reflection"
-    )
-    shutdown_grace_s: float = setting("Seconds for running calls after SIGTERM.", 30.0, between=(0, 86400))
-    log_level: str = setting("Lowest level logged.", "info", choices=("debug", "info", "warning", "error"))
+    listen: str = setting(SHARED["listen"], "127.0.0.1:7401")
+    address_file: Path | None = setting(SHARED["address_file"], None)
+    tokens: Path | None = setting(SHARED["tokens"], None)
+    audit_log: Path | None = setting(SHARED["audit_log"], None)
+    metrics_host: str = setting(SHARED["metrics_host"], "127.0.0.1")
+    metrics_port: int | None = setting(SHARED["metrics_port"], None, between=(0, 65535))
+    insecure: bool = setting(SHARED["insecure"], False)
+    tls_cert: Path | None = setting(SHARED["tls_cert"], None)
+    tls_key: Path | None = setting(SHARED["tls_key"], None)
+    tls_client_ca: Path | None = setting(SHARED["tls_client_ca"], None)
+    reflection: bool | None = setting(SHARED["reflection"], None, flag="--reflection/--no-reflection")
+    shutdown_grace_s: float = setting(SHARED["shutdown_grace_s"], 30.0, between=(0, 86400))
+    log_level: str = setting(SHARED["log_level"], "info", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         """Raises `StillhouseError` with INVALID_CONFIG or MODEL_NOT_FOUND, naming flag, value and remedy."""

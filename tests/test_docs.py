@@ -125,6 +125,16 @@ def test_every_command_in_the_code_exists() -> None:
     assert not [problem for line in named if (problem := problem_of(line))]
 
 
+def test_the_services_word_the_same_option_alike() -> None:
+    own = {"--allow-root", "--max-upload-bytes", "--max-calls"}
+    teacher, trainer = (
+        {each.opts[0]: each.help for each in PROGRAMS[name].params if isinstance(each, click.Option)}
+        for name in ("stillhouse-teacher", "stillhouse-trainer")
+    )
+    for flag in (teacher.keys() & trainer.keys()) - own:
+        assert (teacher[flag] or "").split("  [")[0] == (trainer[flag] or "").split("  [")[0], flag
+
+
 @pytest.mark.parametrize("name", texts())
 def test_every_target_of_make_exists(name: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))

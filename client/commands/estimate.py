@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from stillhouse.protos.telemetry.gpus import Gpu
 
 _PATH = click.Path(path_type=Path)
-_DTYPE_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "int8": 1.0, "int4": 0.56}
+_DTYPE_BYTES = {
+    "float32": 4.0,
+    "bfloat16": 2.0,
+    "float16": 2.0,
+    "fp8": 1.0,
+    "int8": 1.0,
+    "nf4": 0.56,
+    "int4": 0.56,
+}
 EXIT_IMPOSSIBLE = 1
 GIB = 2**30
 

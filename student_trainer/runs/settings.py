@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stillhouse.protos.rpc.tls import ServerTls
-from stillhouse.protos.settings import bad_setting, check_settings, setting
+from stillhouse.protos.settings import SHARED, bad_setting, check_settings, setting
 from stillhouse.protos.telemetry.metrics import LOOPBACK
 
 LEAST_SILENCE_S = 15.0
@@ -27,8 +27,8 @@ class RunServiceSettings:
         "--data-dir]",
         None,
     )
-    listen: str = setting("HOST:PORT or unix:PATH; port 0 means any free one.", "127.0.0.1:7402")
-    address_file: Path | None = setting("Written with the bound address once the service is ready.", None)
+    listen: str = setting(SHARED["listen"], "127.0.0.1:7402")
+    address_file: Path | None = setting(SHARED["address_file"], None)
     gpus: tuple[int, ...] | None = setting(
         'Devices for runs, such as "0,1"; "" for none.  [default: visible ones]', None
     )
@@ -48,9 +48,7 @@ class RunServiceSettings:
         "Stop live runs when the service ends. Without it they continue, and the next start takes them over.",
         False,
     )
-    shutdown_grace_s: float = setting(
-        "Seconds that calls in progress have when the service ends.", 30.0, between=_TIME
-    )
+    shutdown_grace_s: float = setting(SHARED["shutdown_grace_s"], 30.0, between=_TIME)
     max_upload_bytes: int = setting("Largest uploaded dataset.", 64 * 2**30, between=_SIZE)
     max_calls: int = setting(
         "Calls at once, of which one client gets three quarters; more are refused.", 256, between=(1, 1 << 16)
@@ -71,26 +69,18 @@ class RunServiceSettings:
         "Days after which an ended run and its files are removed.  [default: never]", None, between=_TIME
     )
     tokens: Path | None = setting(
-        "Tokens that calls need; `stillhouse token create` makes it.  [default: tokens.json in --data-dir, once there]",
+        SHARED["tokens"] + "  [default: tokens.json in --data-dir, once there]",
         None,
     )
-    audit_log: Path | None = setting(
-        "Audit log of calls, as JSON lines.  [default: audit.jsonl in --data-dir]", None
-    )
-    metrics_host: str = setting("Address of the Prometheus metrics.", LOOPBACK)
-    metrics_port: int | None = setting(
-        "Port of the metrics; 0 for none.  [default: 100 above that of --listen]", None, between=(0, 65535)
-    )
-    insecure: bool = setting(
-        "Listen beyond this machine without TLS, or without tokens or certificates of callers.", False
-    )
-    tls_cert: Path | None = setting("PEM certificate of the service.", None)
-    tls_key: Path | None = setting("PEM key of the service.", None)
-    tls_client_ca: Path | None = setting("PEM authority that callers' certificates must be signed by.", None)
-    reflection: bool | None = setting(
-        "Server reflection.  [default: on loopback]", None, flag="--reflection/--no-reflection"
-    )
-    log_level: str = setting("Lowest level logged.", "info", choices=("debug", "info", "warning", "error"))
+    audit_log: Path | None = setting(SHARED["audit_log"] + "  [default: audit.jsonl in --data-dir]", None)
+    metrics_host: str = setting(SHARED["metrics_host"], LOOPBACK)
+    metrics_port: int | None = setting(SHARED["metrics_port"], None, between=(0, 65535))
+    insecure: bool = setting(SHARED["insecure"], False)
+    tls_cert: Path | None = setting(SHARED["tls_cert"], None)
+    tls_key: Path | None = setting(SHARED["tls_key"], None)
+    tls_client_ca: Path | None = setting(SHARED["tls_client_ca"], None)
+    reflection: bool | None = setting(SHARED["reflection"], None, flag="--reflection/--no-reflection")
+    log_level: str = setting(SHARED["log_level"], "info", choices=("debug", "info", "warning", "error"))
 
     def __post_init__(self) -> None:
         """Raises `StillhouseError` with INVALID_CONFIG, naming flag, value and remedy."""

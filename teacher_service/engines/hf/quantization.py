@@ -10,6 +10,8 @@ from stillhouse.protos.errors import Reason, StillhouseError, first_line
 
 _FOUR_BIT = ("bitsandbytes", "bitsandbytes_4bit")
 _EIGHT_BIT = "bitsandbytes_8bit"
+_RUN_FILE = {"nf4": _FOUR_BIT[1], "int8": _EIGHT_BIT}
+"""Words of `student.quantization` in a run file."""
 
 
 def method_of(model: Any, method: str) -> str:
@@ -42,7 +44,7 @@ def configuration(method: str, dtype: Any) -> Any:
         raise refused(method, error) from error
     raise StillhouseError(
         Reason.INVALID_CONFIG,
-        f"--quantization is {method}; transformers knows {', '.join(sorted(METHODS))}. Choose one of these, or --engine vllm.",
+        f"--quantization is {method}; known are {', '.join(_RUN_FILE)}, and to transformers {', '.join(sorted(METHODS))}. Choose one of these, or --engine vllm.",
     )
 
 
@@ -66,4 +68,5 @@ def refused(method: str, error: Exception) -> StillhouseError:
 
 
 def _normal(method: str) -> str:
-    return method.lower().replace("-", "_")
+    name = method.lower().replace("-", "_")
+    return _RUN_FILE.get(name, name)

@@ -171,13 +171,20 @@ def _adapter_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]
     return {"enable_lora": True, "max_loras": slots, "max_cpu_loras": slots, "max_lora_rank": rank}
 
 
-_SAME = {"bitsandbytes_4bit": "bitsandbytes"}
-"""Methods with other names in the reference engine: vLLM quantises to 4 bits while it loads."""
+_SAME = {"bitsandbytes_4bit": "bitsandbytes", "nf4": "bitsandbytes"}
+"""Methods with other names in the reference engine and in run files: vLLM quantises to 4 bits while it loads."""
+_EIGHT_BIT = frozenset({"bitsandbytes_8bit", "int8"})
 
 
 def method_argument(method: str) -> str:
-    """Maps a quantisation method to vLLM's name."""
-    return _SAME.get(method.lower().replace("-", "_"), method)
+    """Maps a quantisation method to vLLM's name. Raises `StillhouseError` (INVALID_CONFIG) for one that it lacks."""
+    name = method.lower().replace("-", "_")
+    if name in _EIGHT_BIT:
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--quantization is {method}; vLLM does not quantise to int8 while it loads. Choose nf4 or fp8, or --engine hf.",
+        )
+    return _SAME.get(name, method)
 
 
 def dtype_argument(config: TeacherConfig, directory: Path, *, on_cpu: bool) -> str:

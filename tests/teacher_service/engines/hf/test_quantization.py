@@ -13,6 +13,7 @@ import torch
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import DistributionOptions, ScoreInput
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
+from stillhouse.teacher_service.engines.hf.quantization import configuration
 from tests.conftest import Models
 from tests.teacher_service.calls import random_ids
 
@@ -59,8 +60,8 @@ async def test_a_quantised_checkpoint_is_served_unchanged(models: Models, tmp_pa
 @pytest.mark.parametrize(
     ("asked", "reported", "options"),
     [
-        ("bitsandbytes-4bit", "bitsandbytes_4bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
-        ("bitsandbytes_8bit", "bitsandbytes_8bit", {"load_in_8bit": True}),
+        ("nf4", "bitsandbytes_4bit", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+        ("int8", "bitsandbytes_8bit", {"load_in_8bit": True}),
     ],
 )
 async def test_a_quantised_teacher_scores_like_transformers(
@@ -75,7 +76,7 @@ async def test_a_quantised_teacher_scores_like_transformers(
         assert engine.info.model_fingerprint != plain_print
         item = ScoreInput(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
         answer = (await engine.score(item)).target_logprobs
-        compute = {"bnb_4bit_compute_dtype": torch.float32} if "4bit" in asked else {}
+        compute = {"bnb_4bit_compute_dtype": torch.float32} if asked == "nf4" else {}
         # On some CPUs bitsandbytes itself computes 4-bit matmuls in bfloat16, which the engine prevents.
         assert np.abs(answer - direct(models, **options, **compute)).mean() < 0.06
         assert np.abs(answer - direct(models)).max() > 0.1
@@ -85,3 +86,10 @@ async def test_a_quantised_teacher_scores_like_transformers(
         assert np.array_equal((await engine.score(item)).target_logprobs, answer)
     finally:
         await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("word", "name"), [("nf4", "bitsandbytes-4bit"), ("NF4", "bitsandbytes"), ("int8", "bitsandbytes_8bit")]
+)
+def test_words_of_run_files_are_the_methods_of_transformers(word: str, name: str) -> None:
+    assert configuration(word, torch.float32).to_dict() == configuration(name, torch.float32).to_dict()

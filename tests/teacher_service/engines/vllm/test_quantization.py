@@ -133,5 +133,7 @@ def test_dtypes_and_method_names_follow_the_engine(models: Models, tmp_path: Pat
     assert dtype_argument(asked, models.teacher, on_cpu=True) == "auto"
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
     assert dtype_argument(config, tmp_path, on_cpu=True) == "auto"
-    assert method_argument("bitsandbytes-4bit") == "bitsandbytes"
+    assert method_argument("bitsandbytes-4bit") == method_argument("nf4") == "bitsandbytes"
+    with pytest.raises(StillhouseError, match="vLLM does not quantise to int8 while it loads"):
+        method_argument("int8")
     assert method_argument("fp8") == "fp8"
