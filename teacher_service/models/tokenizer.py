@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
@@ -58,6 +59,7 @@ class TextCodec:
             hashlib.sha256(str(template).encode()).hexdigest() if template else ""
         )
         self._fields = TemplateFields(template, self._rendered)
+        self._form = ContentForm(self._applied)
 
     @classmethod
     def load(cls, model: str, revision: str = "") -> TextCodec:
@@ -115,10 +117,14 @@ class TextCodec:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+        return self._applied(self._form.apply(messages), tools)
+
+    def _applied(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         return str(
             self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                list(messages),
                 tools=[dict(tool) for tool in tools] or None,
+                chat_template=select_template(self._tokenizer.chat_template, tools),
                 tokenize=False,
                 add_generation_prompt=True,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -195,6 +196,25 @@ def test_any_failure_of_a_template_is_a_bad_request(directory: Path, tmp_path: P
         (tmp_path / "chat_template.jinja").write_text(template)
         with pytest.raises(StillhouseError, match="chat template refuses"):
             TextCodec.load(str(tmp_path)).render(parse_turns(CALLING[:1]))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"rag": "", "default": "U:{{ messages[0].content }} A:", "tool_use": "T:"},
+        {"tool_use": "U:{{ messages[0].content }} A:", "rag": ""},
+        "U:{% for part in messages[0].content %}{{ part.text }}{% endfor %} A:",
+    ],
+    ids=["several", "no default", "text in parts"],
+)
+def test_templates_by_name_and_templates_of_parts_are_rendered(directory: Path, template: Any) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = template
+    codec = TextCodec(tokenizer, directory)
+    ids = codec.render(parse_turns([{"role": "user", "content": "Hello"}]))
+    assert tokenizer.decode(ids) == "U:Hello A:"
 
 
 def test_only_tokenizer_files_leave_the_host(directory: Path, codec: TextCodec) -> None:

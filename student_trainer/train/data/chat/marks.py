@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rows.chat_template import STAND_IN
 from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation
-
-STAND_IN = "\U000f5a17\U000f5a18"
-"""Text that no row has, to find where a template puts what it is given."""
 
 
 class SpecialMarks:
@@ -47,9 +45,18 @@ class SpecialMarks:
     def border_before(self, text: str, at: int) -> int:
         """Returns `at`, or the beginning of the mark that it would cut."""
         for begin in range(max(0, at - self._lengths[0] + 1) if self._lengths else at, at):
-            if any(text[begin : begin + n] in self._ids and begin + n > at for n in self._lengths):
+            if any(
+                at < begin + n <= len(text) and text[begin : begin + n] in self._ids for n in self._lengths
+            ):
                 return begin
         return at
+
+    def without(self, text: str) -> str:
+        """Returns `text` without the marks and the white space at its end."""
+        text = text.rstrip()
+        while mark := self.at_end(text):
+            text = text.removesuffix(mark).rstrip()
+        return text
 
     def learn_end(self, closing: str) -> None:
         """Counts the token that `closing` begins with as a mark, though the tokenizer does not call it special."""
@@ -74,8 +81,13 @@ class TurnEnds:
     """Follows only the last turn of a conversation."""
     next_opening: str = ""
     """From the end of an assistant's text to the user's next."""
-    has_prompt: bool = True
-    """The template opens the assistant's turn where it is asked for a generation prompt."""
+
+    def written(self, text: str, eos: str) -> str:
+        """Returns a turn's `text` without its end, of which `eos` may be a part that the template does not have."""
+        for end in (self.closing + self.tail, self.closing + eos, self.closing, self.closing.rstrip()):
+            if end and text.endswith(end):
+                return text.removesuffix(end)
+        return text
 
     @classmethod
     def probe(cls, template: ChatTemplate, conversation: Conversation, marks: SpecialMarks) -> TurnEnds:
@@ -90,8 +102,6 @@ class TurnEnds:
         try:
             last = template.render(Conversation(row=row, messages=turns[:2])).text
             followed = template.render(Conversation(row=row, messages=turns)).text
-            question = Conversation(row=row, messages=turns[:1])
-            has_prompt = template.render(question, generation_prompt=True) != template.render(question)
         except StillhouseError:
             return cls()
         if own not in last or own not in followed or user not in followed.partition(own)[2]:
@@ -99,7 +109,7 @@ class TurnEnds:
         after, between = last.partition(own)[2], followed.partition(own)[2].partition(user)[0]
         marks.learn_end(between)
         common = marks.border_before(after, common_length(after, between))
-        return cls(closing=after[:common], tail=after[common:], next_opening=between, has_prompt=has_prompt)
+        return cls(closing=after[:common], tail=after[common:], next_opening=between)
 
 
 def common_length(one: str, other: str) -> int:

@@ -13,7 +13,8 @@ from datetime import date
 from typing import Any, Literal
 
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.student_trainer.train.data.chat.marks import STAND_IN, SpecialMarks, TurnEnds, common_length
+from stillhouse.protos.rows.chat_template import STAND_IN
+from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks, TurnEnds, common_length
 from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation
 from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
 
@@ -101,8 +102,10 @@ class ChatMasker:
                 rendered, found = self.template.render(conversation.first(index + 1), marks=True)
             history = self.template.render(conversation.first(index)).text if index else ""
             own = common_length(rendered, history)
-            written |= {rendered[begin:stop] for begin, stop in _joined(found) if begin >= own}
-        lost = {(begin, stop) for begin, stop in spans if text[begin:stop] not in written}
+            # A turn may end in another way where it is the last.
+            texts = (rendered[begin:stop] for begin, stop in _joined(found) if begin >= own)
+            written |= {self._marks.without(each) for each in texts}
+        lost = {span for span in spans if self._marks.without(text[slice(*span)]) not in written}
         self.notes["rewritten_turns"] += len(lost)
         return lost
 
@@ -141,27 +144,43 @@ class ChatMasker:
                     "cannot be found in the rendered conversation, since the student's chat template rewrites the turns before "
                     "it. Give a chat template with {% generation %} blocks, or prompt and completion.",
                 )
+            self._check_content(conversation, index, text, text[begin : len(until)])
             if index == last and not self._ending(text, begin, len(until)):
                 text = until + self._end_to_append(conversation, until, ends)
             spans.append((begin, self._ending(text, begin, len(until)) or len(until)))
             has_last = index == turns[-1]
         return text, spans, has_last
 
+    def _check_content(self, conversation: Conversation, index: int, text: str, turn: str) -> None:
+        """Returns if a turn holds its content. Raises StillhouseError(DATASET_INVALID)."""
+        content = str(conversation.messages[index].get("content") or "").strip()
+        if content and content not in turn and self._content_begin(conversation, index, text) is None:
+            raise conversation.row.invalid(
+                f"messages[{index}].content",
+                "leaves no trace in the text: the student's chat template does not render it. Remove it, or take a model whose "
+                "template does.",
+            )
+
     def _begin(self, conversation: Conversation, index: int, text: str, until: int) -> int | None:
         """Returns the offset of an assistant's first character, after its prompt; None if it cannot be found."""
-        if index:
-            before = self.template.render(conversation.first(index), generation_prompt=True).text
-            if text.startswith(before) and len(before) <= until:
-                if self._ends_of(conversation).has_prompt:
-                    return len(before)
-                # A template without generation prompt has a role's name, or nothing, before the assistant's text.
-                begin = self._content_begin(conversation, index, text)
-                is_name = begin is not None and text[len(before) : begin].strip()
-                return begin if is_name else len(before)
-        begin = self._content_begin(conversation, index, text)
-        if begin is not None and index:
-            self.notes["unprompted_turns"] += 1
-        return begin
+        if not index:
+            return self._content_begin(conversation, index, text)
+        history = self.template.render(conversation.first(index)).text
+        history = history.removesuffix(self._ends_of(conversation).tail)
+        before = self.template.render(conversation.first(index), generation_prompt=True).text
+        if text.startswith(before) and len(before) <= until:
+            if before != history or not text[len(before) : until].strip():
+                return len(before)
+            # Without a generation prompt there is a role's name, or nothing, before the assistant's text.
+            begin = self._content_begin(conversation, index, text)
+            is_name = begin is not None and text[len(before) : begin].strip()
+            return begin if is_name else len(before)
+        begins = [self._content_begin(conversation, index, text)]
+        if text.startswith(history):
+            # The prompt begins as the turn does, and goes on in another way, such as with an empty thought.
+            begins.append(self._marks.border_before(text, min(common_length(before, text), until)))
+        self.notes["unprompted_turns"] += 1
+        return min((begin for begin in begins if begin is not None), default=None)
 
     def _content_begin(self, conversation: Conversation, index: int, text: str) -> int | None:
         """Returns the offset of a turn's content in `text`; None if the template does not copy it."""
@@ -204,15 +223,10 @@ class ChatMasker:
 
     def _without_end(self, text: str, span: Span, ends: TurnEnds) -> int:
         """Returns the offset behind the last character that the assistant wrote itself."""
-        written = text[span[0] : span[1]]
-        mark = self._marks.at_end(written.rstrip())
-        if not mark:
-            closing = ends.closing
-            return span[1] - (len(closing) if closing and written.endswith(closing) else 0)
-        written = written.rstrip().removesuffix(mark)
-        # Some templates put a space before the end token.
-        space = ends.closing[: len(ends.closing) - len(ends.closing.lstrip())]
-        return span[0] + len(written.removesuffix(space))
+        whole = text[span[0] : span[1]]
+        written = ends.written(whole, self._eos)
+        mark = self._marks.at_end(written.rstrip()) if written == whole else ""
+        return span[0] + len(written.rstrip().removesuffix(mark) if mark else written)
 
     def _ends_of(self, conversation: Conversation) -> TurnEnds:
         source = self.template.source(conversation.tools)

@@ -9,6 +9,7 @@ from datetime import date
 from typing import Any, NamedTuple
 
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
@@ -49,6 +50,7 @@ class ChatTemplate:
         """`tokenizer` is a fast tokenizer of transformers; templates that ask for the date are told `today`."""
         self._template = tokenizer.chat_template
         self._names: dict[str, Any] = {**tokenizer.special_tokens_map}
+        self._forms: dict[str, ContentForm] = {}
         self.asked_date = False
         """A template asked for the date so far."""
         if today is not None:
@@ -77,27 +79,8 @@ class ChatTemplate:
         return Conversation(row=row, messages=messages, tools=turns.tools, trained=turns.trained)
 
     def source(self, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Returns the template's source: of several "tool_use" for a row with tools, else "default", if they exist.
-
-        Raises FieldError if none fits.
-        """
-        template = self._template
-        if isinstance(template, Mapping):
-            wanted = ("tool_use", "default") if tools else ("default", "tool_use")
-            names = [name for name in wanted if name in template] or list(template)
-            if len(names) > 1 and names[0] not in wanted:
-                raise FieldError(
-                    "messages",
-                    f"needs a chat template named default or tool_use, and those of the student's tokenizer are named "
-                    f"{', '.join(template)}; rename one of them.",
-                )
-            template = template[names[0]] if names else None
-        if not template:
-            raise FieldError(
-                "messages",
-                "needs a chat template, which the student's tokenizer lacks; give prompt and completion.",
-            )
-        return str(template)
+        """Returns the source of the template for a row with `tools`. Raises FieldError if none fits."""
+        return select_template(self._template, tools)
 
     def marks_generation(self, conversation: Conversation) -> bool:
         """Returns True if the template marks the assistant's text with {% generation %} blocks."""
@@ -124,12 +107,27 @@ class ChatTemplate:
         generation_prompt: bool = False,
         marks: bool = False,
     ) -> Rendered:
+        source = self.source(tools)
+        form = self._forms.setdefault(source, ContentForm(lambda tried: self._run(source, tried).text))
+        return self._run(
+            source, form.apply(messages), tools, generation_prompt=generation_prompt, marks=marks
+        )
+
+    def _run(
+        self,
+        source: str,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        generation_prompt: bool = False,
+        marks: bool = False,
+    ) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         texts, spans = render_jinja_template(
             [[dict(message) for message in messages]],
             tools=[dict(tool) for tool in tools] or None,
-            chat_template=self.source(tools),
+            chat_template=source,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marks,
             **self._names,

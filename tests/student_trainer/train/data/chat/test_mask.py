@@ -51,6 +51,24 @@ OPENS_THOUGHT = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content.split('</think>')[-1] }}{{ eos_token }}"
     "{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
+AFTER_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>"
+    "{% if m.reasoning_content %}\n{{ m.reasoning_content }}\n{% endif %}</think>{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+TWO_ENDS = (
+    "{% for m in messages %}<|{{ m.role }}|><|im_start|>{{ m.content }}<|im_end|><|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><|im_start|>{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}" + PROMPT
+)
+OTHER_LAST_END = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% if loop.last %}<|end|>{% else %}<|im_end|>{% endif %}{% endgeneration %}{% else %}{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}"
+)
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant\n{% generation %}{{ m.content }}"
     "<|im_end|>{% endgeneration %}\n{% else %}" + CHATML_TURN + "{% endif %}{% endfor %}"
@@ -136,7 +154,9 @@ def test_turns_that_the_template_rewrites_are_counted() -> None:
     assert encoder.notes == {"rewritten_turns": 1}
 
 
-@pytest.mark.parametrize("template", [MARKED, CHATML, NEXT_OPENING, INST, END_OF_ALL, TEXT_ONLY])
+@pytest.mark.parametrize(
+    "template", [MARKED, CHATML, NEXT_OPENING, INST, END_OF_ALL, TEXT_ONLY, TWO_ENDS, OTHER_LAST_END]
+)
 def test_a_truncated_turn_teaches_no_end(template: str) -> None:
     *_, last = _learnt(_encoder(template), finish_reason="length")
     assert last.lstrip() == "I am."
@@ -173,6 +193,29 @@ def test_a_mask_that_covers_others_is_refused(template: str) -> None:
         _learnt(_encoder(template))
     assert error.value.reason is Reason.DATASET_INVALID
     assert error.value.message.startswith("rows.jsonl, row 3, field messages")
+
+
+def test_a_template_that_drops_the_answer_is_refused() -> None:
+    dropped = CHATML.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}")
+    with pytest.raises(StillhouseError, match=r"messages\[1\].content: leaves no trace in the text"):
+        _learnt(_encoder(dropped + PROMPT))
+
+
+def test_a_role_name_without_a_generation_prompt_is_not_learnt() -> None:
+    after_tool = (
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}<|im_start|>assistant\n{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "7"},
+        TURNS[3],
+    ]
+    template = CHATML.replace("{{ m.content }}", "{{ m.content or m.tool_calls | tojson }}") + after_tool
+    called, answered = _learnt(_encoder(template), turns)
+    assert '"arguments": {"x": 1}' in called
+    assert answered == "I am.<|im_end|>"
 
 
 def test_conversations_meet_sentencepiece_without_a_space() -> None:
