@@ -15,6 +15,7 @@ from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.distributed.ranks import Ranks, merge_metrics
 from stillhouse.student_trainer.train.process.waiting import Stopped
+from stillhouse.student_trainer.train.setup.pass_trial import fit_passes
 from stillhouse.student_trainer.train.setup.run_context import RunContext, set_up
 from stillhouse.student_trainer.train.setup.scope import Outcome, open_scope
 from stillhouse.student_trainer.train.student.export import export
@@ -41,11 +42,14 @@ def train(
             run = set_up(scope, progress)
         except Stopped:
             return Outcome(kind="stopped", step=progress.step)
-        evaluated_step = None
+        evaluated_step, fitted = None, False
         try:
             if progress.step == 0:
                 evaluated_step = _evaluate(run)
             for data in scope.ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested):
+                if not fitted:
+                    fit_passes(run, data)
+                    fitted = True
                 metrics = run.student_side.stepper.take_step(data, progress)
                 agreed = _agree(run, data, stop=stop_requested())
                 epoch = run.student_side.schedule.epochs(progress.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -47,6 +47,7 @@ CHUNK_LOGITS = 2**27
 """Logits whose float32 log-probabilities exist at a time where the loss is not fused; the backward pass recomputes them."""
 
 
+_TEXT_ALONE = LossConfig(terms=(), hard_weight=1.0)
 _DROPOUT_STREAM = 6
 """Separates these random numbers from those of orders, contexts and texts."""
 
@@ -91,7 +92,10 @@ class Stepper:
             for term in loss.terms
             if term.weight > 0 and term.baseline != "none"
         }
-        self._parameters = list(student.trainable_parameters().values())
+        self.device: torch.device = accelerator.device
+        """Device of the student."""
+        self.parameters = list(student.trainable_parameters().values())
+        """The trained weights."""
         self.head = LmHead(student)
         """The student's output layer."""
         self._workspace = Workspace()
@@ -105,6 +109,16 @@ class Stepper:
         """Sets the matmul dtype of the fused loss; None is that of autocast or weights."""
         self._matmul_dtype = getattr(torch, matmul_dtype) if matmul_dtype else None
         log.info("matmuls of the loss", dtype=matmul_dtype or "by precision")
+
+    @property
+    def has_optimizer_state(self) -> bool:
+        """True once an update has made the optimizer's states, or a checkpoint has brought them."""
+        return bool(self._optimizer.state)
+
+    def weights(self) -> Iterator[Tensor]:
+        """All weights and buffers of the student."""
+        yield from self._student.model.parameters()
+        yield from self._student.model.buffers()
 
     def cut(self, scored: Sequence[ScoredExample]) -> list[Pass]:
         """Cuts rows into passes, each of one context."""
@@ -198,18 +212,8 @@ class Stepper:
         shares: Counter[str] = Counter()
         for each in passes:
             group = [scored[row] for row in each.rows]
-            context = group[0].context
-            loss, student = self._losses[context], self._config.contexts[context].student
-            batch = collate(
-                group,
-                reduction=self._reduction,
-                device=self._accelerator.device,
-                max_importance_weight=student.max_importance_weight if student else math.inf,
-                form=cast("TargetForm", loss.sparse_target),
-                factors=factors,
-                packing=each.packed,
-                chunk_scale=chunk_scale,
-            )
+            loss = self._losses[group[0].context]
+            batch = self._collate(group, factors, chunk_scale, packed=each.packed)
             summed = self._objective(batch, loss)
             weight = batch.positions.weights.sum().item() / denominator
             for name, value in {"loss": summed.loss_sum.detach(), **summed.parts}.items():
@@ -219,6 +223,33 @@ class Stepper:
                 break
             self._accelerator.backward(summed.loss_sum / denominator)
         return self._means(sums, shares)
+
+    def _collate(
+        self, group: Sequence[ScoredExample], factors: Sequence[Factor], chunk_scale: float, *, packed: bool
+    ) -> MicroBatch:
+        context = group[0].context
+        student = self._config.contexts[context].student
+        return collate(
+            group,
+            reduction=self._reduction,
+            device=self.device,
+            max_importance_weight=student.max_importance_weight if student else math.inf,
+            form=cast("TargetForm", self._losses[context].sparse_target),
+            factors=factors,
+            packing=packed,
+            chunk_scale=chunk_scale,
+        )
+
+    def rehearse(self, group: Sequence[ScoredExample]) -> None:
+        """Computes a padded pass and its gradients, and drops them; a loss that lacks its targets is cross-entropy."""
+        loss = self._losses[group[0].context]
+        try:
+            batch = self._collate(group, self._weightings, 1.0, packed=False)
+            lacks = batch.positions.targets is None and batch.positions.sampled is None
+            summed = self._objective(batch, _TEXT_ALONE if lacks else loss)
+            self._accelerator.backward(summed.loss_sum / max(1, batch.num_targets))
+        finally:
+            self._prepared.zero_grad()
 
     def _means(self, sums: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
         """Means over all processes; each part over the tokens of the contexts that have it."""
@@ -240,9 +271,9 @@ class Stepper:
         """Changes the weights if it can; the norm of the gradient before clipping, 0 where there is none."""
         norm = math.nan
         if math.isfinite(loss):
-            self._ranks.sum_gradients(self._parameters)
+            self._ranks.sum_gradients(self.parameters)
             self._accelerator.unscale_gradients()
-            norm = clip_gradients(self._parameters, self._config.optimizer.max_grad_norm)
+            norm = clip_gradients(self.parameters, self._config.optimizer.max_grad_norm)
             # With fp16 an infinite gradient is part of finding the scale: the scaler skips the step.
             if math.isfinite(norm) or self._accelerator.scaler is not None:
                 self._prepared.step()

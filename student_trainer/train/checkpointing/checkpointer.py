@@ -74,9 +74,17 @@ class Checkpointer:
         log.warning("optimizer.matmul_dtype was changed; other bits from here on", before=kept, now=chosen)
         return chosen
 
+    def kept_fact(self, name: str) -> str | None:
+        """A fact of the checkpoint that was restored, in every rank; None without one."""
+        own = None
+        if self._ranks.is_first and self._saved_step is not None:
+            own = checkpoint.facts_of(self._attempt.run_dir, self._saved_step).get(name)
+        kept: str | None = self._ranks.exchange(own, patient=True)[0]
+        return kept
+
     def record(self, facts: Mapping[str, str]) -> None:
-        """Sets the facts that every manifest holds from now on."""
-        self._facts = facts
+        """Adds facts that every manifest holds from now on."""
+        self._facts = {**self._facts, **facts}
 
     def save(self) -> None:
         """Writes a checkpoint, unless this step has one or none is taken yet."""

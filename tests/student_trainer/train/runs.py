@@ -41,6 +41,8 @@ def spec_of(
         spec["teachers"] = [{"targets": [target], "logprob_dtype": "float32"}]
     for section, values in further.items():
         spec[section] = {**spec.get(section, {}), **values} if isinstance(values, Mapping) else values
+    if "batch_size" in spec["optimizer"]:  # passes cut by tokens instead
+        del spec["optimizer"]["micro_batch_size"], spec["optimizer"]["grad_accum_steps"]
     return spec
 
 

@@ -21,6 +21,7 @@ from stillhouse.student_trainer.train.batching.passes import PassCutter
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.setup.pass_trial import stretched
 from stillhouse.student_trainer.train.step import Stepper
 from stillhouse.student_trainer.train.student.device import make_accelerator
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
@@ -152,6 +153,8 @@ def test_any_cut_gives_the_same_gradient(
             vocab_size=len(student.tokenizer),
         )
         rows = scored_rows(len(student.tokenizer), rollouts=rollouts)
+        stepper.rehearse([stretched(rows[0], 50), stretched(rows[-1], 2)])
+        assert all(each.grad is None for each in stepper.parameters), name
         expected = None
         for cut, cutter in CUTS.items():
             stepper.cutter = cutter

@@ -56,7 +56,7 @@ def spec(models: Models, dataset_file: Path, hf_teacher: Program) -> Callable[..
 
     def make(*contexts: dict[str, Any], **further: Any) -> dict[str, Any]:
         sections: dict[str, Any] = {
-            "optimizer": {"max_steps": STEPS, "grad_accum_steps": 1, "learning_rate": 1e-3},
+            "optimizer": {"max_steps": STEPS, "batch_size": 4, "learning_rate": 1e-3},
             "data": {"eval_fraction": 0.05},
             "checkpoint": {"every_steps": 1, "keep": 10},
         } | further

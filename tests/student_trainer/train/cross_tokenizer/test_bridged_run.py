@@ -45,7 +45,7 @@ def test_a_student_learns_from_a_foreign_teacher(
         models,
         dataset_file,
         hf_teacher,
-        optimizer={"max_steps": 12, "learning_rate": 1e-2},
+        optimizer={"max_steps": 12, "learning_rate": 1e-2, "batch_size": 8},
         data={"packing": packing},
     )
     run_dir = run(spec)

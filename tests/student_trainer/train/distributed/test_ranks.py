@@ -51,7 +51,7 @@ def spec(models: Models, dataset_file: Path, hf_teacher: Program) -> Callable[..
             dataset_file,
             hf_teacher.target,
             **{
-                "optimizer": {"max_steps": STEPS, "micro_batch_size": 2, "grad_accum_steps": 3},
+                "optimizer": {"max_steps": STEPS, "batch_size": 6},
                 "resources": {"num_processes": num_processes},
                 "checkpoint": {"every_steps": 2, "keep": 10},
             }
@@ -98,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
             "hard_weight": 0.3,
         },
         "data": {"packing": True},
+        "optimizer": {"max_steps": STEPS, "micro_batch_size": 2, "grad_accum_steps": 3},
     },
     "foreign": {
         "loss": {

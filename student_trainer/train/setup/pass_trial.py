@@ -1,0 +1,263 @@
+"""Trial of a run's largest forward pass before its first step: a pass that cannot fit fails at once, with the figures.
+
+The activations that a pass keeps for its backward pass grow with its tokens; two short passes tell by how much. So a
+pass that would not fit is mostly known before it is tried. No trial changes weights, gradients or random numbers.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import structlog
+import torch
+from torch import Tensor
+
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
+from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.train.batching.collate import ScoredExample
+from stillhouse.student_trainer.train.contexts.source import StepData
+from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.setup.run_context import RunContext
+from stillhouse.student_trainer.train.step import Stepper
+
+log = structlog.get_logger()
+
+FACT = "micro_batch_tokens"
+"""Name of the limit among the facts of a checkpoint."""
+SHORT_LENGTHS = (16, 48)
+"""Lengths of the rows by which the activations of a token are measured."""
+SHARE = 0.9
+"""Share of the free memory that a pass may be expected to take."""
+STATE_BYTES = {"sgd": 0, "adamw_8bit": 2, "paged_adamw_8bit": 2}
+"""Bytes of an optimizer's states for each trained weight; 8 for all others."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LargestPass:
+    """Sizes of the largest pass of a context."""
+
+    sample: ScoredExample
+    """One of its rows, whose shape the trial's rows have."""
+    longest: int
+    """Tokens of its longest row."""
+    rows: int
+    """Rows of an update at most."""
+
+    def rows_within(self, max_tokens: int) -> int:
+        """Rows of the largest pass under this limit."""
+        return max(1, min(self.rows, max_tokens // self.longest))
+
+
+def fit_passes(run: RunContext, data: StepData) -> None:
+    """Tries the largest pass of every context in the first step's `data`, and sets the limit of passes that fits.
+
+    Runs that cut by rows are left alone. Raises StillhouseError(OUT_OF_MEMORY) if a pass of one row, or of the tokens that
+    the run file gives, does not fit.
+    """
+    stepper, config, ranks = run.student_side.stepper, run.scope.config, run.scope.ranks
+    limit = stepper.cutter.max_tokens
+    if limit is None:
+        return
+    is_auto = config.optimizer.micro_batch_tokens is None
+    kept = run.checkpointer.kept_fact(FACT) if is_auto else None
+    if kept:
+        halved = os.environ.get(HALVE_VARIABLE) == "1"
+        limit = max(1, min(limit, int(kept) // (2 if halved else 1)))
+    trial = PassTrial(stepper=stepper, is_auto=is_auto, state_bytes=STATE_BYTES.get(config.optimizer.name, 8))
+    examples = run.teacher_side.corpus.train
+    largest = [_largest(number, data, config, examples) for number in range(len(config.contexts))]
+
+    def fitting() -> int:
+        found = limit
+        for each in filter(None, largest):
+            found = trial.fit(each, found)
+        return found
+
+    agreed = min(ranks.exchange(ranks.agree(fitting), patient=True))
+    stepper.cutter = replace(stepper.cutter, max_tokens=agreed)
+    run.checkpointer.record({FACT: str(agreed)})
+    log.info("forward passes", max_tokens=agreed, by="trial" if is_auto else "optimizer.micro_batch_tokens")
+
+
+def _largest(
+    number: int, data: StepData, config: RunConfig, examples: Sequence[Example]
+) -> LargestPass | None:
+    """The largest pass of a context; None if the first step has no row of it here."""
+    sample = next((each for each in data.scored if each.context == number), None)
+    if sample is None:
+        return None
+    context = config.contexts[number]
+    source = context.teacher or context.student
+    rows = config.optimizer.rows_per_update
+    if source is None:
+        return LargestPass(sample=sample, longest=max(len(each.token_ids) for each in examples), rows=rows)
+    longest = max(len(each.prompt) for each in examples) + source.generation.max_new_tokens
+    most = max(config.data.max_sequence_tokens, len(sample.example.token_ids))
+    return LargestPass(
+        sample=sample, longest=min(longest, most), rows=rows * source.generation.samples_per_prompt
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassTrial:
+    """Tries passes of a run, with its own loss."""
+
+    stepper: Stepper
+    is_auto: bool
+    """True if the limit may be lowered."""
+    state_bytes: int
+    """Bytes of the optimizer's states for each trained weight."""
+    free_bytes: Callable[[torch.device], int] | None = None
+    """Reads the memory that is free; None reads the device."""
+
+    def fit(self, largest: LargestPass, max_tokens: int) -> int:
+        """The highest limit up to `max_tokens` under which the largest pass fits. Raises as `fit_passes` does."""
+        per_token = self._bytes_per_token(largest.sample) if largest.longest > max(SHORT_LENGTHS) else 0.0
+        while True:
+            rows = largest.rows_within(max_tokens)
+            problem = self._problem(largest, rows, per_token)
+            if not problem:
+                return max_tokens
+            if rows == 1 or not self.is_auto:
+                raise StillhouseError(Reason.OUT_OF_MEMORY, problem)
+            max_tokens = rows // 2 * largest.longest
+            log.info("a largest pass does not fit", rows=rows, row_tokens=largest.longest, tried=max_tokens)
+
+    def _problem(self, largest: LargestPass, rows: int, per_token: float) -> str:
+        """The sentence about a pass that does not fit; empty if it does."""
+        device = self.stepper.device
+        tokens = rows * largest.longest
+        free = (self.free_bytes or free_bytes)(device)
+        needed = per_token * tokens + self._update_bytes()
+        told = (
+            f"The run's largest forward and backward pass has {rows} {'row' if rows == 1 else 'rows'} of {largest.longest} "
+            f"tokens, {tokens} tokens in all"
+        )
+        remedy = "Lower data.max_sequence_tokens, set student.gradient_checkpointing: true, train an adapter, or use more memory."
+        if rows > 1:
+            remedy = "Lower optimizer.micro_batch_tokens, or leave it out so that the run finds what fits."
+        if per_token and needed > SHARE * free:
+            return f"{told}, for which it needs about {_said(needed)} of memory; {_said(free)} are free. {remedy}"
+        try:
+            with _same_draws(device):
+                self.stepper.rehearse([stretched(largest.sample, largest.longest)] * rows)
+        except Exception as error:
+            if not _is_exhausted(error):
+                raise
+            about = f"about {_said(needed)} for it" if per_token else "its activations"
+            return f"{told}, and memory ran out ({first_line(error)}): {_said(free)} were free, {about}. {remedy}"
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return ""
+
+    def _update_bytes(self) -> int:
+        """Bytes of gradients and, before the first update, of the optimizer's states."""
+        weights = sum(each.numel() for each in self.stepper.parameters)
+        return weights * (4 + (0 if self.stepper.has_optimizer_state else self.state_bytes))
+
+    def _bytes_per_token(self, sample: ScoredExample) -> float:
+        """Bytes of activations that the backward pass of one more token needs."""
+        short, long = (self._kept_bytes(stretched(sample, length)) for length in SHORT_LENGTHS)
+        return max(0.0, (long - short) / (SHORT_LENGTHS[1] - SHORT_LENGTHS[0]))
+
+    def _kept_bytes(self, row: ScoredExample) -> int:
+        """Bytes that a pass keeps for its backward pass, weights left out."""
+        weights = {each.untyped_storage().data_ptr() for each in self.stepper.weights()}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            _same_draws(self.stepper.device),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda each: each),
+        ):
+            self.stepper.rehearse([row])
+        return sum(kept.values())
+
+
+def stretched(scored: ScoredExample, length: int) -> ScoredExample:
+    """The row with its tokens, and all that is known of them, repeated to `length` tokens, or cut there.
+
+    The text of another tokenizer's teacher is left out.
+    """
+    example, bridged = scored.example, scored.example.aligned is not None
+    start = min(example.start, length - 1)
+    mask = np.concatenate([example.mask[:start], np.resize(example.mask[example.start :], length - start)])
+    row = replace(
+        example,
+        token_ids=np.resize(example.token_ids, length),
+        mask=mask.astype(np.bool_),
+        num_prompt=None,
+        aligned=None,
+    )
+    answer, first = scored.answer, 0
+    if answer is not None and not bridged:
+        first = min(answer.start, start)
+        parts: dict[str, Any] = {each.name: getattr(answer, each.name) for each in fields(Distributions)}
+        arrays: dict[str, Any] = {
+            name: _repeated(part, length - first) for name, part in parts.items() if name != "start"
+        }
+        answer = Distributions(start=first, **arrays)
+    return replace(
+        scored,
+        example=row,
+        answer=None if bridged else answer,
+        behaviour_logprobs=_repeated(scored.behaviour_logprobs, length - start),
+        baseline=_repeated(scored.baseline, length - start),
+    )
+
+
+def _repeated(array: np.ndarray | None, number: int) -> np.ndarray | None:
+    return None if array is None else array[np.arange(number) % len(array)]
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a process may still take on a device: that of the machine, its control group and its own limit."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    found = [int(psutil.virtual_memory().available)]
+    group = Path("/sys/fs/cgroup")
+    try:
+        most, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        # Pages of files can be dropped.
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        found.append(most - used + int(cached.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        pass  # no control group of version 2, or none with a limit
+    own, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if own != resource.RLIM_INFINITY:
+        found.append(own - int(psutil.Process().memory_info().vms))
+    return max(0, min(found))
+
+
+@contextmanager
+def _same_draws(device: torch.device) -> Iterator[None]:
+    """Leaves the random numbers behind the block as they were."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _is_exhausted(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def _said(size_bytes: float) -> str:
+    if size_bytes < 2**30:
+        return f"{size_bytes / 2**20:.0f} MiB"
+    return f"{size_bytes / 2**30:.1f} GiB"
