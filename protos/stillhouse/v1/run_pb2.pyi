@@ -79,7 +79,7 @@ class Run(_message.Message):
         CONDITION_UNSPECIFIED: Run._Condition.ValueType  # 0
         """It makes progress."""
         CONDITION_WAITING_FOR_TEACHER: Run._Condition.ValueType  # 1
-        """No teacher answers; it waits up to retry.teacher_wait_s."""
+        """No teacher answers; it waits up to retry.teacher_wait_s, or 15 s for one that it never reached."""
         CONDITION_RETRYING: Run._Condition.ValueType  # 2
         """Its process died; a new attempt starts."""
         CONDITION_ADOPTING: Run._Condition.ValueType  # 3
@@ -93,7 +93,7 @@ class Run(_message.Message):
     CONDITION_UNSPECIFIED: Run.Condition.ValueType  # 0
     """It makes progress."""
     CONDITION_WAITING_FOR_TEACHER: Run.Condition.ValueType  # 1
-    """No teacher answers; it waits up to retry.teacher_wait_s."""
+    """No teacher answers; it waits up to retry.teacher_wait_s, or 15 s for one that it never reached."""
     CONDITION_RETRYING: Run.Condition.ValueType  # 2
     """Its process died; a new attempt starts."""
     CONDITION_ADOPTING: Run.Condition.ValueType  # 3

@@ -34,7 +34,11 @@ def _problem(model: HubModel) -> str | None:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     name, revision = model.name, model.revision or None
-    if isinstance(try_to_load_from_cache(name, CONFIG, revision=revision), str):
+    try:
+        is_cached = isinstance(try_to_load_from_cache(name, CONFIG, revision=revision), str)
+    except (ValueError, OSError) as error:
+        return f'"{name}" is neither a directory on the trainer\'s host nor a Hugging Face id ({first_line(error)}); correct it.'
+    if is_cached:
         return None
     neither = (
         f'"{name}" is neither a directory on the trainer\'s host nor in its cache of Hugging Face models'

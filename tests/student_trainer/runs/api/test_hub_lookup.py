@@ -79,6 +79,11 @@ def test_offline_a_name_that_is_not_in_the_cache_is_refused_at_once(name: str) -
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.parametrize(("name", "revision"), [("a--b", ""), ("a..b/c", ""), ("org/model", "x\0y")])
+def test_a_name_that_the_hub_cannot_have_is_refused(name: str, revision: str) -> None:
+    assert f'"{name}" is neither a directory on the trainer\'s host nor ' in problem(name, revision)
+
+
 def test_a_model_in_the_cache_is_taken_offline() -> None:
     assert problem("org/cached") == ""
     assert problem("org/cached", "v9") != ""
