@@ -14,10 +14,9 @@ import numpy as np
 from stillhouse.client.core.errors import field_errors, file_errors, usage_error
 from stillhouse.client.teacher.generate import as_ids
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rows.conversation import parse_tools, parse_turns, with_system
+from stillhouse.protos.rows.conversation import OPTIONS, parse_tools, parse_turns, with_system
 from stillhouse.protos.rows.field_error import FieldError, kind_of
 from stillhouse.protos.rows.known_fields import (
-    CONTEXT,
     LABELS,
     PROMPTS,
     SETTINGS,
@@ -28,6 +27,7 @@ from stillhouse.protos.rows.known_fields import (
     unknown,
     without_effect,
 )
+from stillhouse.protos.rows.training_row import context_of
 from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.layout import encode
@@ -171,7 +171,7 @@ def plain_row(
                 f"Line {line.line_number}: a row has one of {', '.join(PROMPTS)}; this one has {found}."
             )
         with field_errors():
-            no_effect = without_effect(has_tools=bool(values.get("tools")))
+            no_effect = without_effect(has_tools=bool(parse_tools(values.get("tools"))))
             check_fields(values, known=_KNOWN, no_effect=no_effect, extra=extra_fields)
             settings = _with_synonyms(values)
             message, content = _plain_prompt(values, given[0], chat=chat, extra_fields=extra_fields)
@@ -194,20 +194,20 @@ def _plain_prompt(
     values: Mapping[str, Any], field_name: str, *, chat: bool, extra_fields: ExtraFields
 ) -> tuple[teacher_pb2.Prompt, Mapping[str, Any] | None]:
     """Returns the prompt of a row, and its fields in a training row. Raises FieldError and StillhouseError."""
-    value, system, tools = values[field_name], values.get("system"), parse_tools(values.get("tools"))
+    value, system = values[field_name], values.get("system")
     is_text = field_name == "prompt" and isinstance(value, str)
-    if field_name == "token_ids" or (is_text and not (chat or system or tools)):
-        for name in CONTEXT:
-            if values.get(name):
-                raise FieldError(name, "has no effect on token ids. Give messages or a prompt.")
+    if field_name == "token_ids" or (is_text and not (chat or context_of(values))):
+        if name := context_of(values):
+            raise FieldError(name, "has no effect on token ids. Give messages or a prompt.")
         return parse_prompt(value, field_name), None if field_name == "token_ids" else {"prompt": value}
     if field_name == "prompt" and not is_text and not _is_messages(value):
         raise FieldError("prompt", f"is {kind_of(value)}; it must be text. A list of messages is taken, too.")
     messages = [{"role": "user", "content": value}] if is_text else value
     content = {"messages" if is_text and chat else field_name: messages if chat or not is_text else value}
-    turns = parse_turns(messages, tools, field=field_name)
+    tools, options = values.get("tools"), values.get(OPTIONS)
+    turns = parse_turns(messages, tools, options, name=field_name)
     if system:
-        turns = parse_turns(with_system(messages, system), tools)
+        turns = parse_turns(with_system(messages, system), tools, options)
     if turns.extra and extra_fields == "refuse":
         raise unknown(turns.extra[0])
     return teacher_pb2.Prompt(conversation=to_wire(turns)), content

@@ -18,7 +18,7 @@ from stillhouse.client.batch.input_rows import (
 )
 from stillhouse.client.core.errors import field_errors
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.protos.rows.conversation import parse_turns
+from stillhouse.protos.rows.conversation import OPTIONS, parse_turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.known_fields import ExtraFields, check_fields, has_no_effect, without_effect
 from stillhouse.protos.rows.wire import to_wire
@@ -34,7 +34,7 @@ _SHARED = {
     *("model", "n", "temperature", "top_p", "top_k", "max_tokens", "max_completion_tokens", "seed", "stop"),
     "logprobs",
 }
-_OWN = {"chat": {"messages", "tools", "top_logprobs"}, "completions": {"prompt"}}
+_OWN = {"chat": {"messages", "tools", OPTIONS, "top_logprobs"}, "completions": {"prompt"}}
 # Fields without effect on the text, whatever their value.
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
@@ -103,7 +103,7 @@ def _envelope(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 def _check_fields(body: Mapping[str, Any], interface: str) -> None:
     """Raises StillhouseError for the first field that would have to change the text and cannot."""
-    no_effect = {**without_effect(has_tools=bool(body.get("tools"))), "tools": ([],)}
+    no_effect = {**without_effect(has_tools=bool(body.get("tools"))), "tools": ([],), OPTIONS: ({},)}
     for name, value in body.items():
         if name in _SHARED or name in _OWN[interface] or name in _IGNORED:
             continue
@@ -138,10 +138,11 @@ def _prompts(
     """Returns the prompts of a body, and for each its fields in a training row. Raises FieldError and StillhouseError."""
     if interface == "chat":
         messages = _with_roles(body.get("messages"))
-        turns = parse_turns(messages, body.get("tools"))
+        turns = parse_turns(messages, body.get("tools"), body.get(OPTIONS))
         if turns.extra:
             raise FieldError(turns.extra[0], "is not supported. Remove it.")
-        content = {"messages": messages} | ({"tools": list(turns.tools)} if turns.tools else {})
+        content = {"messages": messages}
+        content |= {name: body[name] for name in ("tools", OPTIONS) if body.get(name)}
         return (teacher_pb2.Prompt(conversation=to_wire(turns)),), (content,)
     prompt = body.get("prompt")
     texts = [prompt]

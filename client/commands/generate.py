@@ -103,7 +103,7 @@ def generate(
     as they finish. With --json each finished sample is one line.
 
     With --in FILE --out FILE each row is completed, in order. A row is a JSON object with `prompt`, `messages` or
-    `token_ids`, and optionally `system`, `tools`, `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`,
+    `token_ids`, and optionally `system`, `tools`, `chat_template_kwargs`, `id`, `temperature`, `top_p`, `top_k`, `max_new_tokens`, `seed`, `stop`,
     `num_samples` and `adapter`; or a row of OpenAI's batch format, whose `model` may name an adapter. The chat template is
     applied to messages, and to a prompt beside `system` or `tools` or with --chat. The same command resumes a killed batch.
     A failed row is reported in --out, and the exit code is 1.

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from stillhouse.client.core.errors import field_errors, usage_error
 from stillhouse.client.teacher.connection import TeacherConnection
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
-from stillhouse.protos.rows.conversation import parse_turns
+from stillhouse.protos.rows.conversation import OPTIONS, parse_turns
 from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
@@ -21,7 +21,7 @@ from stillhouse.protos.tensors.distributions import Distributions, decode_distri
 from stillhouse.protos.tensors.layout import decode, encode
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]] | Mapping[str, Any] | teacher_pb2.Prompt
-"""Text, token ids, messages, or an object with `messages` and `tools`."""
+"""Text, token ids, messages, or an object with `messages`, `tools` and `chat_template_kwargs`."""
 
 _FINISH = {
     teacher_pb2.SampleChunk.FINISH_REASON_UNSPECIFIED: "",
@@ -99,13 +99,15 @@ def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
     elif isinstance(prompt, str):
         message.text = prompt
     elif isinstance(prompt, Mapping):
-        unknown = sorted(map(str, prompt.keys() - {"messages", "tools"}))
+        unknown = sorted(map(str, prompt.keys() - {"messages", "tools", OPTIONS}))
         if unknown:
             raise usage_error(
-                f'a conversation has no field "{unknown[0]}"; its fields are messages and tools.'
+                f'a conversation has no field "{unknown[0]}"; its fields are messages, tools and {OPTIONS}.'
             )
         with field_errors():
-            message.conversation.CopyFrom(to_wire(parse_turns(prompt.get("messages"), prompt.get("tools"))))
+            message.conversation.CopyFrom(
+                to_wire(parse_turns(prompt.get("messages"), prompt.get("tools"), prompt.get(OPTIONS)))
+            )
     elif len(prompt) and all(isinstance(turn, Mapping) for turn in prompt):
         with field_errors():
             message.conversation.CopyFrom(

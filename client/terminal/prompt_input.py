@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from stillhouse.client.core.errors import field_errors, file_error, file_errors, usage_error
 from stillhouse.client.teacher.score import ScoreItem
-from stillhouse.protos.rows.conversation import parse_turns
+from stillhouse.protos.rows.conversation import OPTIONS, parse_turns
 
 if TYPE_CHECKING:
     from stillhouse.client.teacher.generate import Prompt
@@ -43,7 +43,8 @@ def text_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]
 def chat_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]:
     """Makes a conversation of each argument, as a user's message; each file is JSON or JSON lines of conversations.
 
-    A conversation is a list of messages, or an object with such a list as `messages`, and optionally `tools`.
+    A conversation is a list of messages, or an object with such a list as `messages`, and optionally `tools` and
+    `chat_template_kwargs`.
     """
     prompts: list[Prompt] = [[{"role": "user", "content": each}] for each in arguments]
     for path in files:
@@ -72,8 +73,8 @@ def _conversation(value: object, where: str) -> Prompt:
             f'{where}: expects a list of messages, such as [{{"role": "user", "content": "Hello"}}].'
         )
     with field_errors(f"{where}: "):
-        parse_turns(messages, given.get("tools"))
-    return {name: given[name] for name in ("messages", "tools") if given.get(name)}
+        parse_turns(messages, given.get("tools"), given.get(OPTIONS))
+    return {name: given[name] for name in ("messages", "tools", OPTIONS) if given.get(name)}
 
 
 def score_items(path: str, adapter: str) -> Iterator[ScoreItem]:

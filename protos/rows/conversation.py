@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode, shown
@@ -26,6 +26,40 @@ UNUSED_MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "partial": (False,),
 }
 """Fields without effect at these values and at null; refused at any other."""
+OPTIONS = "chat_template_kwargs"
+"""The field of a row that holds further variables of the template."""
+RESERVED_OPTIONS = frozenset(
+    {
+        *(
+            "messages",
+            "tools",
+            "documents",
+            "conversation",
+            "conversations",
+            "chat_template",
+            "tokenize",
+            "padding",
+        ),
+        *(
+            "truncation",
+            "max_length",
+            "return_tensors",
+            "return_dict",
+            "return_assistant_tokens_mask",
+            "self",
+        ),
+        *(
+            "tokenizer_kwargs",
+            "add_generation_prompt",
+            "continue_final_message",
+            "strftime_now",
+            "raise_exception",
+        ),
+        *("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"),
+        *("additional_special_tokens", "compiled_template"),
+    }
+)
+"""Variables that the program or the tokenizer sets."""
 MAX_TOOL_CALLS = 256
 MAX_JSON_DEPTH = 64
 
@@ -40,6 +74,8 @@ class Turns:
     """Messages as templates take them: `content` is text or None; `tool_calls` have `arguments` as objects."""
     tools: tuple[Message, ...] = ()
     """Tools that the model may call, as JSON Schema."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as enable_thinking."""
     trained: tuple[bool, ...] = ()
     """For each message True if it is a turn of the assistant whose weight is not 0."""
     has_weight_0: bool = False
@@ -48,20 +84,21 @@ class Turns:
     """Paths of fields that no rule knows, in the order of the row."""
 
 
-def parse_turns(messages: Any, tools: Any = None, *, field: str = "messages") -> Turns:
-    """Checks messages and tools of a row; `tools` may be JSON text. Raises FieldError."""
+def parse_turns(messages: Any, tools: Any = None, options: Any = None, *, name: str = "messages") -> Turns:
+    """Checks messages, tools and template options of a row; the latter two may be JSON text. Raises FieldError."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise FieldError(field, "must be a list of at least one message.")
-    parsed = [_message(each, f"{field}[{index}]") for index, each in enumerate(messages)]
+        raise FieldError(name, "must be a list of at least one message.")
+    parsed = [_message(each, f"{name}[{index}]") for index, each in enumerate(messages)]
     extra = [
-        f"{field}[{index}].{name}"
+        f"{name}[{index}].{key}"
         for index, each in enumerate(messages)
-        for name, value in each.items()
-        if value is not None and name not in MESSAGE_FIELDS and name not in UNUSED_MESSAGE_FIELDS
+        for key, value in each.items()
+        if value is not None and key not in MESSAGE_FIELDS and key not in UNUSED_MESSAGE_FIELDS
     ]
     return Turns(
         messages=tuple(message for message, _ in parsed),
         tools=parse_tools(tools),
+        options=parse_options(options),
         trained=tuple(message["role"] == "assistant" and weight > 0 for message, weight in parsed),
         has_weight_0=any(weight == 0 for _, weight in parsed),
         extra=tuple(extra),
@@ -87,6 +124,21 @@ def parse_tools(tools: Any, field: str = "tools") -> tuple[Message, ...]:
             raise FieldError(f"{where}.type", f'is {shown(tool["type"])}; it must be "function".')
         _check_json(tool, where)
     return tuple(tools)
+
+
+def parse_options(options: Any, field: str = OPTIONS) -> Mapping[str, Any]:
+    """Checks further variables of a template, which may be JSON text. Raises FieldError."""
+    if isinstance(options, str):
+        options = parse_json(options, field) if options.strip() else None
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise FieldError(field, f"is {kind_of(options)}; it must be an object.")
+    for name in options:
+        if not str(name).isidentifier() or name in RESERVED_OPTIONS:
+            raise FieldError(field, f"has {shown(name)}, which is no variable of a row's own. Remove it.")
+    _check_json(options, field)
+    return dict(options)
 
 
 def parse_json(text: str, field: str) -> Any:

@@ -12,7 +12,7 @@ EXTRA_FIELDS: tuple[ExtraFields, ...] = ("keep", "refuse")
 
 PROMPTS = ("prompt", "messages", "token_ids")
 """Inputs of a batch row, exactly one of which it has."""
-CONTEXT = ("system", "tools")
+CONTEXT = ("system", "tools", "chat_template_kwargs")
 """Fields that make a conversation of a prompt."""
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
 SYNONYMS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens", "n": "num_samples"}
@@ -54,7 +54,6 @@ NO_EFFECT_ON_TEXT: Mapping[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "continue_final_message": (False,),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "image": (),
     "images": ([],),

@@ -6,19 +6,21 @@ each situation of a turn, so that long data costs no more than short.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from stillhouse.protos.rows.conversation import REASONING, Message, Turns
+from stillhouse.protos.rows.conversation import OPTIONS, REASONING, Message, Turns
 from stillhouse.protos.rows.field_error import FieldError
 
-Render = Callable[[Sequence[Message], Sequence[Message]], str]
-"""Text of messages and tools; raises anything that the template raises."""
+Render = Callable[[Sequence[Message], Turns], str]
+"""Text of messages, with the tools and the options of a conversation; raises anything that the template raises."""
 
-Changed = tuple[Sequence[Message], Sequence[Message]]
-"""Messages and tools with another value of one field."""
+Changed = tuple[Sequence[Message], Turns]
+"""Messages, tools and options with another value of one field."""
 
 MAX_SITUATIONS = 4096
 """Situations that are remembered; above it they are forgotten and tried again."""
@@ -41,7 +43,7 @@ class TemplateFields:
 
     def __init__(self, source: object, render: Render) -> None:
         """`source` is the template's text, or several by name; `render` applies it."""
-        text = str(source)
+        self._source = text = str(source)
         self._render = render
         names = [name for name in REASONING if re.search(rf"\b{name}\b", text)]
         self._reads_reasoning = bool(names)
@@ -53,10 +55,16 @@ class TemplateFields:
 
         Raises FieldError for a field that leaves no trace in the text, and what the template raises.
         """
+        for name in turns.options:
+            # A value may be the template's own default, so that the text tells nothing.
+            if not re.search(rf"\b{re.escape(name)}\b", self._source):
+                raise FieldError(
+                    f"{OPTIONS}.{name}", "is not read by the chat template. Remove it, or correct its name."
+                )
         messages = [self._renamed(message) for message in turns.messages]
         if not turns.tools and all(_is_plain(message) for message in turns.messages):
             return messages
-        messages, text = self._with_content(messages, turns.tools)
+        messages, text = self._fitting(messages, turns)
         num_trials = 0
         for trial in self._trials(messages, turns):
             if trial.situation in self._read:
@@ -84,34 +92,44 @@ class TemplateFields:
         rest = {name: value for name, value in message.items() if name != REASONING[0]}
         return {**rest, self._reasoning_name: message[REASONING[0]]}
 
-    def _with_content(self, messages: list[Message], tools: Sequence[Message]) -> tuple[list[Message], str]:
-        """Returns messages and their text; missing content is null unless the template would print or refuse it."""
-        if all(message["content"] is not None for message in messages):
-            return messages, self._render(messages, tools)
-        filled = [
-            message if message["content"] is not None else {**message, "content": ""} for message in messages
-        ]
-        try:
-            text = self._render(messages, tools)
-        except Exception:
-            return filled, self._render(filled, tools)
-        # Jinja prints null as "None".
-        with_empty = self._render(filled, tools) if "None" in text else text
-        return (filled, with_empty) if with_empty.count("None") < text.count("None") else (messages, text)
+    def _fitting(self, messages: list[Message], turns: Turns) -> tuple[list[Message], str]:
+        """Returns messages and their text in the form that the template takes and writes as it is meant.
+
+        Missing content is null, or else empty; arguments are an object, or else JSON text. Jinja prints null as "None" and
+        an object in Python's way. Raises what the template raises if it takes no form.
+        """
+        best: tuple[int, list[Message], str] | None = None
+        refusal: Exception | None = None
+        for form in _forms(messages):
+            try:
+                text = self._render(form, turns)
+            except Exception as error:
+                refusal = refusal or error
+                continue
+            num_spoilt = sum(text.count(each) for each in _spoilt(messages))
+            if best is None or num_spoilt < best[0]:
+                best = num_spoilt, form, text
+            if num_spoilt == 0:
+                break
+        if best is None:
+            raise refusal or AssertionError
+        return best[1], best[2]
 
     def _trials(self, messages: Sequence[Message], turns: Turns) -> Iterator[_Trial]:
         """Yields a trial for each field that has to leave a trace."""
         shapes = [_shape(message) for message in messages]
         if turns.tools:
-            yield _Trial("tools", ("tools", shapes[0], shapes[-1]), lambda: (messages, ()))
-        last_user = max((at for at, each in enumerate(messages) if each["role"] == "user"), default=-1)
+            yield _Trial(
+                "tools", ("tools", shapes[0], shapes[-1]), lambda: (messages, replace(turns, tools=()))
+            )
+        last_user, last_own = (_last(messages, role) for role in ("user", "assistant"))
         for at, message in enumerate(messages):
             around = shapes[max(0, at - 1) : at + 2]
             situation = (*around, at == 0, at > last_user, bool(turns.tools))
-            for field, kind, change in self._changes(message, is_history=at < last_user):
+            for field, kind, change in self._changes(message, is_history=at < max(last_user, last_own)):
 
                 def changed(at: int = at, change: Callable[[], Message] = change) -> Changed:
-                    return [*messages[:at], change(), *messages[at + 1 :]], turns.tools
+                    return [*messages[:at], change(), *messages[at + 1 :]], turns
 
                 yield _Trial(f"messages[{at}].{field}", (kind, situation), changed)
 
@@ -126,8 +144,10 @@ class TemplateFields:
             place = (at == 0, at == len(calls) - 1)
             if len(calls) > 1:
                 yield f"tool_calls[{at}]", ("call", place), partial(_with_call, message, at)
-            if call["function"]["arguments"]:
-                bare = {**call, "function": {**call["function"], "arguments": {}}}
+            arguments = call["function"]["arguments"]
+            if arguments not in ({}, "{}"):
+                other: object = "{}" if isinstance(arguments, str) else {}
+                bare = {**call, "function": {**call["function"], "arguments": other}}
                 field = f"tool_calls[{at}].function.arguments"
                 yield field, ("arguments", place), partial(_with_call, message, at, bare)
         # Templates that know reasoning may leave that of earlier turns out, as their models were trained.
@@ -140,11 +160,16 @@ class TemplateFields:
         if message["content"] and message["role"] != "user" and (calls or message["role"] != "assistant"):
             yield "content", "content", partial(_longer, message, "content")
 
-    def _has_trace(self, messages: Sequence[Message], tools: Sequence[Message], text: str) -> bool:
+    def _has_trace(self, messages: Sequence[Message], turns: Turns, text: str) -> bool:
         try:
-            return self._render(messages, tools) != text
+            return self._render(messages, turns) != text
         except Exception:
             return True  # the template reads what it misses
+
+
+def _last(messages: Sequence[Message], role: str) -> int:
+    """Returns the index of the last message of a role, or -1."""
+    return max((at for at, each in enumerate(messages) if each["role"] == role), default=-1)
 
 
 def _is_plain(message: Message) -> bool:
@@ -153,6 +178,40 @@ def _is_plain(message: Message) -> bool:
 
 def _without(message: Message, name: str) -> Message:
     return {key: value for key, value in message.items() if key != name}
+
+
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yields the messages, then with empty content where it is missing, with arguments as text, and with both."""
+    has_null = any(message["content"] is None for message in messages)
+    has_calls = any(message.get("tool_calls") for message in messages)
+    filled = [
+        message if message["content"] is not None else {**message, "content": ""} for message in messages
+    ]
+    for form in (messages, filled) if has_null else (messages,):
+        yield form
+    for form in ((messages, filled) if has_null else (messages,)) if has_calls else ():
+        yield [_with_text_arguments(message) for message in form]
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**message, "tool_calls": calls}
+
+
+def _spoilt(messages: Sequence[Message]) -> list[str]:
+    """Lists the texts that a template writes if it prints a value that it should have written as JSON, or left out."""
+    printed = [
+        str(call["function"]["arguments"])
+        for message in messages
+        for call in message.get("tool_calls", ())
+        if call["function"]["arguments"]
+    ]
+    return [*printed, *(["None"] if any(message["content"] is None for message in messages) else [])]
 
 
 def _with_call(message: Message, at: int, *calls: Message) -> Message:

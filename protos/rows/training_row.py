@@ -6,9 +6,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from stillhouse.protos.rows.conversation import Turns, parse_tools, parse_turns, with_system
+from stillhouse.protos.rows.conversation import (
+    OPTIONS,
+    Turns,
+    parse_options,
+    parse_tools,
+    parse_turns,
+    with_system,
+)
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode
 from stillhouse.protos.rows.known_fields import (
+    CONTEXT,
     LABELS,
     NO_EFFECT_ON_SAMPLING,
     NO_EFFECT_ON_TEXT,
@@ -84,11 +92,8 @@ def kind_of_row(values: Mapping[str, Any]) -> Kind:
 def _content(values: Mapping[str, Any], *, chat: bool) -> TrainingRow:
     kind = kind_of_row(values)
     if kind == "text":
-        for name in ("system", "tools"):
-            if values.get(name):
-                raise FieldError(
-                    name, "has no effect on a row of text. Give messages, or prompt and completion."
-                )
+        if name := context_of(values):
+            raise FieldError(name, "has no effect on a row of text. Give messages, or prompt and completion.")
         text = _text(values, "text")
         if not text:
             raise FieldError("text", "is empty; remove the row or fill it.")
@@ -99,7 +104,7 @@ def _content(values: Mapping[str, Any], *, chat: bool) -> TrainingRow:
         return TrainingRow(kind=kind, turns=_turns(values, messages, trained_from=0))
     prompt, completion = values["prompt"], values["completion"]
     is_chat = chat or any(isinstance(each, list) for each in (prompt, completion))
-    if not (is_chat or values.get("system") or parse_tools(values.get("tools"))):
+    if not (is_chat or context_of(values)):
         return TrainingRow(kind=kind, prompt=_text(values, "prompt"), completion=_text(values, "completion"))
     before = as_messages(values, "prompt", "user")
     messages = [*before, *as_messages(values, "completion", "assistant")]
@@ -110,9 +115,19 @@ def as_messages(values: Mapping[str, Any], field: str, role: str) -> list[Any]:
     """Returns messages of a field that holds a list of them, or the text of one turn of `role`. Raises FieldError."""
     value = values[field]
     if isinstance(value, list):
-        parse_turns(value, field=field)
+        parse_turns(value, name=field)
         return value
     return [{"role": role, "content": _text(values, field)}]
+
+
+def context_of(values: Mapping[str, Any]) -> str:
+    """Returns the name of a field that only conversations have, or nothing if all are empty. Raises FieldError."""
+    given = {
+        "system": values.get("system"),
+        "tools": parse_tools(values.get("tools")),
+        OPTIONS: parse_options(values.get(OPTIONS)),
+    }
+    return next((name for name in CONTEXT if given[name]), "")
 
 
 def _turns(values: Mapping[str, Any], messages: Any, *, trained_from: int) -> Turns:
@@ -120,7 +135,7 @@ def _turns(values: Mapping[str, Any], messages: Any, *, trained_from: int) -> Tu
         before = len(parse_turns(messages).messages)
         messages = with_system(messages, values["system"])
         trained_from += (len(messages) - before) if trained_from else 0
-    turns = parse_turns(messages, values.get("tools"))
+    turns = parse_turns(messages, values.get("tools"), values.get(OPTIONS))
     if not any(message["role"] == "assistant" for message in turns.messages[trained_from:]):
         raise FieldError(
             "messages", 'has no turn with role "assistant", so there is nothing to train on. Add the answer.'

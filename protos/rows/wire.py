@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from stillhouse.protos.rows.conversation import Turns, parse_turns
+from stillhouse.protos.rows.conversation import OPTIONS, Turns, parse_turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 
 MAX_JSON_BYTES = 1 << 20
-"""Size of `tools`, and of the arguments of a call."""
+"""Size of tools, of options, and of the arguments of a call."""
 
 
 def to_wire(turns: Turns) -> teacher_pb2.Conversation:
@@ -19,12 +19,14 @@ def to_wire(turns: Turns) -> teacher_pb2.Conversation:
     return teacher_pb2.Conversation(
         messages=[_message(message, f"messages[{at}]") for at, message in enumerate(turns.messages)],
         tools=tools,
+        chat_template_kwargs=_json(dict(turns.options), OPTIONS) if turns.options else "",
     )
 
 
 def from_wire(conversation: teacher_pb2.Conversation) -> Turns:
     """Decodes and checks a conversation of at least one message. Raises FieldError."""
     _check_size(conversation.tools, "tools")
+    _check_size(conversation.chat_template_kwargs, OPTIONS)
     messages = []
     for at, message in enumerate(conversation.messages):
         if message.no_content and message.content:
@@ -40,7 +42,7 @@ def from_wire(conversation: teacher_pb2.Conversation) -> Turns:
             function = {"name": call.name, "arguments": call.arguments}
             values["tool_calls"].append({"id": call.id or None, "type": "function", "function": function})
         messages.append(values)
-    return parse_turns(messages, conversation.tools)
+    return parse_turns(messages, conversation.tools, conversation.chat_template_kwargs)
 
 
 def _message(message: Any, where: str) -> teacher_pb2.Message:

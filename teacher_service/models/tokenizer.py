@@ -105,7 +105,7 @@ class TextCodec:
                 "Send text or token ids, or serve a model with a template.",
             )
         try:
-            text = self._rendered(self._fields.resolve(turns), turns.tools)
+            text = self._rendered(self._fields.resolve(turns), turns)
         except FieldError as error:
             raise StillhouseError(Reason.INVALID_REQUEST, f"{error}") from error
         except Exception as error:  # a template is the model author's program and may raise anything
@@ -116,10 +116,15 @@ class TextCodec:
             ) from error
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        return self._applied(self._form.apply(messages), tools)
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], turns: Turns) -> str:
+        return self._applied(self._form.apply(messages), turns.tools, turns.options)
 
-    def _applied(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+    def _applied(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
         return str(
             self._tokenizer.apply_chat_template(
                 list(messages),
@@ -127,6 +132,7 @@ class TextCodec:
                 chat_template=select_template(self._tokenizer.chat_template, tools),
                 tokenize=False,
                 add_generation_prompt=True,
+                **(options or {}),
             )
         )
 

@@ -148,7 +148,8 @@ def _conversation(rng: random.Random) -> teacher.Conversation:
     tools = rng.choice(
         ("", "[]", '[{"type": "function", "function": {"name": "count"}}]', "{}", "[" * 5000, "[1e999]")
     )
-    return teacher.Conversation(messages=messages, tools=tools)
+    options = rng.choice(("", "", "{}", '{"x": 1}', '{"messages": []}', '{"tools": 1}', "[]", "{"))
+    return teacher.Conversation(messages=messages, tools=tools, chat_template_kwargs=options)
 
 
 def _generate(rng: random.Random, known: Known) -> list[Any]:

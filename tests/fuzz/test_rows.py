@@ -38,6 +38,7 @@ GOOD: tuple[dict[str, Any], ...] = (
             {"role": "assistant", "content": "b", "reasoning_content": "r", "refusal": None},
         ],
         "tools": json.dumps([TOOL]),
+        "chat_template_kwargs": {"message": True},
         "max_tokens": 3,
         "n": 2,
         "finish_reason": "length",

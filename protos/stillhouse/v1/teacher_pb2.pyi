@@ -423,9 +423,14 @@ class Conversation(_message.Message):
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     tools: _builtins.str
     """Tools that the model may call: a JSON array of objects with `type` and `function`, as in OpenAI's API, of at most
     1 MiB. Empty means none. A template that does not render them refuses the conversation.
+    """
+    chat_template_kwargs: _builtins.str
+    """Further variables of the chat template, such as enable_thinking: a JSON object of at most 1 MiB. Empty means none. A
+    template that does not read one of them refuses the conversation.
     """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
@@ -436,10 +441,11 @@ class Conversation(_message.Message):
         *,
         messages: _abc.Iterable[Global___Message] | None = ...,
         tools: _builtins.str = ...,
+        chat_template_kwargs: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "messages", b"messages", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

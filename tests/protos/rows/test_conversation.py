@@ -41,10 +41,12 @@ def rendered(template: str, turns: Turns) -> str:
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     compiled = environment.from_string(template)
 
-    def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
-        return compiled.render(messages=messages, tools=list(tools) or None, add_generation_prompt=True)
+    def render(messages: Sequence[Mapping[str, Any]], turns: Turns) -> str:
+        return compiled.render(
+            messages=messages, tools=list(turns.tools) or None, add_generation_prompt=True, **turns.options
+        )
 
-    return render(TemplateFields(template, render).resolve(turns), turns.tools)
+    return render(TemplateFields(template, render).resolve(turns), turns)
 
 
 def test_arguments_as_text_are_parsed_once_and_null_content_is_not_printed() -> None:
@@ -135,17 +137,62 @@ def test_reasoning_goes_by_the_templates_own_name_and_may_be_left_out_of_earlier
 def test_each_situation_of_a_turn_is_tried_once() -> None:
     count = 0
 
-    def render(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
+    def render(messages: Sequence[Mapping[str, Any]], turns: Turns) -> str:
         nonlocal count
         count += 1
-        return f"{messages}{tools}"
+        return json.dumps([messages, turns.tools])
 
     fields = TemplateFields(TOOLS, render)
     fields.resolve(parse_turns([USER, *DIALOGUE[1:] * 40], [WEATHER]))
     assert count < 40
     before = count
     fields.resolve(parse_turns([USER, *DIALOGUE[1:] * 40], [WEATHER]))
-    assert count <= before + 3
+    assert count == before + 1
+
+
+def test_arguments_are_text_where_the_template_takes_or_prints_them_so() -> None:
+    for write in ("{{ '<' + call.function.arguments + '>' }}", "<{{ call.function.arguments }}>"):
+        template = (
+            "{% for m in messages %}{{ m.content or '' }}{% for call in m.tool_calls or [] %}{{ call.function.name }}"
+            + write
+            + "{% endfor %}{% endfor %}"
+        )
+        assert rendered(template, parse_turns(DIALOGUE)) == 'Rain?weather<{"city": "Köln"}>wet'
+
+
+def test_a_template_may_forget_reasoning_before_the_assistants_last_turn() -> None:
+    turns = parse_turns(
+        [
+            USER,
+            {**CALLS, "reasoning": "Look."},
+            ANSWER,
+            {"role": "assistant", "content": "Wet.", "reasoning": "So."},
+        ]
+    )
+    text = rendered(TOOLS, turns)
+    assert "So." in text
+    assert "Look." not in text
+
+
+def test_options_of_a_template_are_given_to_one_that_reads_them() -> None:
+    template = (
+        PLAIN + "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    )
+    options = {"enable_thinking": False}
+    assert rendered(template, parse_turns([USER], None, options)).endswith("<think></think>")
+    assert from_wire(to_wire(parse_turns([USER], None, json.dumps(options)))).options == options
+    for given, sentence in (
+        ({"enable_thinkin": False}, "chat_template_kwargs.enable_thinkin is not read by the chat template."),
+        (
+            {"add_generation_prompt": False},
+            "chat_template_kwargs has 'add_generation_prompt', which is no variable",
+        ),
+        ({"eos_token": ""}, "chat_template_kwargs has 'eos_token', which is no variable"),
+        ([1], "chat_template_kwargs is a list; it must be an object."),
+    ):
+        with pytest.raises(FieldError) as caught:
+            rendered(template, parse_turns([USER], None, given))
+        assert str(caught.value).startswith(sentence)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_rows_of_text_stay_text() -> None:
         {"prompt": "a", "completion": "b", "system": None, "tools": [], "temperature": 1.0}
     )
     assert (row.kind, row.turns, row.prompt, row.completion) == ("completion", None, "a", "b")
-    assert parse_training_row({"text": "t", "id": 1}).text == "t"
+    assert parse_training_row({"text": "t", "id": 1, "tools": "[]", "chat_template_kwargs": "{}"}).text == "t"
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_rows_of_text_stay_text() -> None:
         ({"prompt": "a", "completion": "b", "weight": 0}, "weight is not supported, and would change"),
         ({"prompt": "a", "completion": "b", "functions": [{}]}, "functions is not supported"),
         (
-            {"messages": [ASK, ANSWER], "chat_template_kwargs": {"enable_thinking": False}},
-            "chat_template_kwargs is not",
+            {"text": "t", "chat_template_kwargs": {"enable_thinking": False}},
+            "chat_template_kwargs has no effect on a row of text.",
         ),
         ({"messages": [ASK, ANSWER], "images": ["a.png"]}, "images is not supported"),
         ({"messages": [ASK, ANSWER], "tools": "["}, "tools is not JSON"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ class Conversation:
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] = ()
     """Tools that the assistant may call."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template."""
     trained: Sequence[bool] = ()
     """For each message True if it is a turn of the assistant to learn; the others have weight 0, or are a prompt's."""
 
@@ -57,7 +59,7 @@ class ChatTemplate:
             self._today = today
             self._names["strftime_now"] = self._tell_date
         self._fields = TemplateFields(
-            self._template, lambda messages, tools: self._apply(messages, tools).text
+            self._template, lambda messages, turns: self._apply(messages, turns.tools, turns.options).text
         )
 
     def _tell_date(self, form: str) -> str:
@@ -76,7 +78,9 @@ class ChatTemplate:
             raise row.invalid(error.field, error.problem) from error
         except Exception as error:
             raise _refused(row, error) from error
-        return Conversation(row=row, messages=messages, tools=turns.tools, trained=turns.trained)
+        return Conversation(
+            row=row, messages=messages, tools=turns.tools, options=turns.options, trained=turns.trained
+        )
 
     def source(self, tools: Sequence[Mapping[str, Any]]) -> str:
         """Returns the source of the template for a row with `tools`. Raises FieldError if none fits."""
@@ -92,7 +96,11 @@ class ChatTemplate:
         """Renders a conversation, with `marks` also the spans of its blocks. Raises StillhouseError(DATASET_INVALID)."""
         try:
             return self._apply(
-                conversation.messages, conversation.tools, generation_prompt=generation_prompt, marks=marks
+                conversation.messages,
+                conversation.tools,
+                conversation.options,
+                generation_prompt=generation_prompt,
+                marks=marks,
             )
         except FieldError as error:
             raise conversation.row.invalid(error.field, error.problem) from error
@@ -103,6 +111,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
+        options: Mapping[str, Any],
         *,
         generation_prompt: bool = False,
         marks: bool = False,
@@ -110,7 +119,7 @@ class ChatTemplate:
         source = self.source(tools)
         form = self._forms.setdefault(source, ContentForm(lambda tried: self._run(source, tried).text))
         return self._run(
-            source, form.apply(messages), tools, generation_prompt=generation_prompt, marks=marks
+            source, form.apply(messages), tools, options, generation_prompt=generation_prompt, marks=marks
         )
 
     def _run(
@@ -118,6 +127,7 @@ class ChatTemplate:
         source: str,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
         *,
         generation_prompt: bool = False,
         marks: bool = False,
@@ -130,7 +140,7 @@ class ChatTemplate:
             chat_template=source,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marks,
-            **self._names,
+            **{**self._names, **(options or {})},
         )
         return Rendered(texts[0], spans[0] if marks else ())
 

@@ -86,6 +86,21 @@ def test_system_makes_turns_of_prompt_and_completion(directory: Path) -> None:
     assert learnt(tokenizer, {"prompt": "a", "completion": "b"})[0] == "ab<|endoftext|>"
 
 
+def test_options_of_the_template_hold_for_their_row(directory: Path) -> None:
+    switched = (
+        "<|im_start|>assistant\n{% if thinking is defined and not thinking %}<think></think>{% endif %}"
+    )
+    template = PLAIN.replace(
+        "<|im_start|>{{ message['role'] }}\n",
+        "{% if message['role'] == 'user' %}<|im_start|>user\n{% else %}" + switched + "{% endif %}",
+    ).replace("<|im_start|>assistant\n{% endif %}", switched + "{% endif %}")
+    tokenizer, row = load(directory, template), {"messages": [ASK, ANSWER]}
+    assert learnt(tokenizer, row)[0].endswith("assistant\nYes.<|im_end|>\n")
+    text, kept = learnt(tokenizer, row | {"chat_template_kwargs": {"thinking": False}})
+    assert text.endswith("assistant\n<think></think>Yes.<|im_end|>\n")
+    assert kept == "Yes.<|im_end|>"
+
+
 @pytest.mark.parametrize("marked", [False, True])
 def test_a_turn_of_weight_0_is_context(directory: Path, marked: bool) -> None:
     template = PLAIN
