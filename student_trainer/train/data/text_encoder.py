@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from stillhouse.protos.tokenizers.prompt import encode_prompt
 
 _ANCHORS = (".", "\n", "a", "0", "(", "\u00e9")
@@ -23,13 +25,16 @@ class Encoded(NamedTuple):
 
         A tokenizer may leave white space out of the offsets of a token, even if there is nothing else.
         """
-        return [
-            any(
-                (begin < end and start < stop) if start < end else begin < end <= stop
-                for begin, stop in spans
-            )
-            for start, end in self.offsets
-        ]
+        starts, ends = np.array(self.offsets, np.int64).reshape(-1, 2).T
+        inside = np.zeros(len(ends), np.bool_)
+        for begin, stop in spans:
+            inside |= (begin < ends) & np.where(starts < ends, starts < stop, ends <= stop)
+        return [bool(each) for each in inside]
+
+    def has_border(self, cut: int) -> bool:
+        """Returns True if a token ends at `cut` and the next one begins there."""
+        starts, ends = np.array(self.offsets, np.int64).reshape(-1, 2).T
+        return bool((ends == cut).any()) and not ((starts < cut) & (ends > cut)).any()
 
 
 class TextEncoder:
@@ -62,7 +67,7 @@ class TextEncoder:
     def _encode(self, text: str, cuts: Sequence[int], run: Callable[[str], Encoded]) -> Encoded:
         encoded = run(text)
         for number, cut in enumerate(cuts):
-            if not 0 < cut < len(text) or _is_border(encoded, cut):
+            if not 0 < cut < len(text) or encoded.has_border(cut):
                 continue
             head = run(text[:cut])
             later = [each - cut for each in cuts[number + 1 :]]
@@ -85,13 +90,7 @@ class TextEncoder:
         for anchor in _ANCHORS if self._opens_with_space else ():
             before, both = self._run(anchor), self._run(anchor + text)
             count = len(before.token_ids)
-            if both.token_ids[:count] == before.token_ids and _is_border(both, len(anchor)):
+            if both.token_ids[:count] == before.token_ids and both.has_border(len(anchor)):
                 shifted = [(begin - len(anchor), end - len(anchor)) for begin, end in both.offsets[count:]]
                 return Encoded(both.token_ids[count:], shifted)
         return self._run(text)
-
-
-def _is_border(encoded: Encoded, cut: int) -> bool:
-    """Returns True if a token ends at `cut` and the next one begins there."""
-    before = max((end for _, end in encoded.offsets if end <= cut), default=0)
-    return before == cut and all(begin >= cut or end <= cut for begin, end in encoded.offsets)

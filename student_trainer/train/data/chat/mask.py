@@ -20,6 +20,8 @@ from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
 
 OWN_STAND_IN = STAND_IN[::-1]
 """Stand-in for the assistant's text."""
+MAX_CHECKED = 4096
+"""Shapes of conversations whose blocks are checked once; those beyond are checked each time."""
 _THOUGHTS_END = "</think>"
 Note = Literal["rewritten_turns", "unprompted_turns", "unended_turns"]
 Span = tuple[int, int]
@@ -38,6 +40,7 @@ class ChatMasker:
         self._marks = marks
         self._eos: str = tokenizer.eos_token or ""
         self._turn_ends: dict[str, TurnEnds] = {}
+        self._checked: set[object] = set()
         self.end_ids: set[int] = set()
         """Tokens that ended a turn so far."""
         self.notes: Counter[Note] = Counter()
@@ -78,6 +81,9 @@ class ChatMasker:
 
     def _check_marks(self, conversation: Conversation) -> None:
         """Returns if the blocks hold the assistant's text and nobody else's. Raises StillhouseError(DATASET_INVALID)."""
+        shape = tuple((each["role"], each.get("content") is None) for each in conversation.messages)
+        if (shape, bool(conversation.tools)) in self._checked:
+            return
         try:
             text, spans = self.template.render(_with_stand_ins(conversation), marks=True)
         except StillhouseError:  # it depends on these words
@@ -89,6 +95,8 @@ class ChatMasker:
                 "has text of another role inside a {% generation %} block of the student's chat template, which would be "
                 "learnt as the assistant's. Put the assistant's text alone into the blocks, and no block into a macro.",
             )
+        if len(self._checked) < MAX_CHECKED:
+            self._checked.add((shape, bool(conversation.tools)))
 
     def _rewritten(self, conversation: Conversation, text: str, spans: Sequence[Span]) -> set[Span]:
         """Returns the spans of turns that had another text when they were the last."""
