@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,23 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for index in range(batch.num_rows):
                     number += 1
+                    with unicode_rows(path, number):
+                        (values,) = batch.slice(index, 1).to_pylist()
                     yield number, without_nulls(values)
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, "Parquet", error) from error
+
+
+@contextmanager
+def unicode_rows(path: Path, number: int) -> Iterator[None]:
+    """Raises StillhouseError(DATASET_INVALID) for a row of a table whose text is not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        problem = f"has text that is not UTF-8 ({error}). Write it again in UTF-8."
+        raise row_error(path, number, "(the row)", problem) from error
 
 
 def without_nulls(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rows.field_error import FieldError, kind_of
-from stillhouse.protos.rows.files import read_file, row_error, unreadable, without_nulls
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode
+from stillhouse.protos.rows.files import read_file, row_error, unicode_rows, unreadable, without_nulls
 from stillhouse.protos.rows.training_row import TrainingRow, parse_training_row
 from stillhouse.student_trainer.config.schema import DatasetConfig
 
@@ -36,7 +36,10 @@ class DatasetRow:
         value = self.values.get(field)
         if not isinstance(value, str):
             raise self.invalid(field, f"is {kind_of(value)}; it must be a string.")
-        return value
+        try:
+            return require_unicode(value, field)
+        except FieldError as error:
+            raise self.invalid(error.field, error.problem) from error
 
     def parse(self, **options: Any) -> TrainingRow:
         """Returns the row's content; `options` are those of `parse_training_row`. Raises StillhouseError(DATASET_INVALID)."""
@@ -83,5 +86,7 @@ def _read_saved(path: Path) -> Iterator[DatasetRow]:
             Reason.DATASET_INVALID,
             f"{path} holds several splits ({', '.join(loaded)}); name one of them, such as {path / next(iter(loaded), 'train')}.",
         )
-    for number, values in enumerate(loaded, start=1):
+    for number in range(1, len(loaded) + 1):
+        with unicode_rows(path, number):
+            values = loaded[number - 1]
         yield DatasetRow(path=path, number=number, values=without_nulls(values))

@@ -181,6 +181,42 @@ def test_files_that_are_no_json_lines_are_refused(
     assert sentence in error.value.message
 
 
+def test_text_that_is_no_unicode_names_its_row(tokenizer: Any, tmp_path: Path) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    raw = pa.array([b"fine", b"\xff\xfe"])
+    table = pa.table({"text": pa.Array.from_buffers(pa.utf8(), 2, raw.buffers())})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "saved"))
+    for name in ("rows.parquet", "saved"):
+        with pytest.raises(
+            StillhouseError, match=rf"{name}, row 2, field \(the row\): has text that is not UTF-8"
+        ):
+            _load(tmp_path / name, tokenizer)
+    half = tmp_path / "half.jsonl"
+    half.write_text('{"text": "a", "by": "\\ud800"}\n')
+    with pytest.raises(StillhouseError, match=r"row 1, field by: has text that is not Unicode"):
+        _load(half, tokenizer, teacher_field="by")
+
+
+def test_the_log_says_what_is_not_learnt(models: Models, tmp_path: Path) -> None:
+    from structlog.testing import capture_logs
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(models.student)
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "{{ message['content'] }}", "{% if loop.last %}<think></think>{% endif %}{{ message['content'] }}"
+    )
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps({"messages": CONVERSATION}) + "\n") * 3)
+    with capture_logs() as lines:
+        _load(path, tokenizer, eval_fraction=0.0)
+    told = [line for line in lines if "are not learnt: the chat template writes them" in line["event"]]
+    assert [line["number"] for line in told] == [3]
+
+
 def test_names_of_the_service_lie_in_its_data_directory(tokenizer: Any, tmp_path: Path) -> None:
     (tmp_path / "datasets").mkdir()
     _write(tmp_path / "datasets" / "abc", 3)
