@@ -69,6 +69,7 @@ class Reason(StrEnum):
     CURSOR_EXPIRED = "CURSOR_EXPIRED"
     NON_FINITE = "NON_FINITE"
     CHECKPOINT_CORRUPT = "CHECKPOINT_CORRUPT"
+    EXPORT_FAILED = "EXPORT_FAILED"
     CACHE_INVALID = "CACHE_INVALID"
     CACHE_NOT_FOUND = "CACHE_NOT_FOUND"
     CACHE_LOCKED = "CACHE_LOCKED"
@@ -143,6 +144,7 @@ CATALOG: Mapping[Code, Mapping[Reason, str]] = {
     Code.DATA_LOSS: {
         Reason.NON_FINITE: "A loss, gradient or logit is NaN or infinite. Lower optimizer.learning_rate, or use a wider type.",
         Reason.CHECKPOINT_CORRUPT: "A file's digest or content is wrong. Copy it again, or resume from an earlier checkpoint.",
+        Reason.EXPORT_FAILED: "A trained student cannot be written so that it computes the same. Its checkpoint is kept; resume exports again.",
         Reason.CACHE_INVALID: "A cache's file is damaged. Find it with `stillhouse cache verify`, and build it again.",
     },
     Code.ABORTED: {Reason.PROCESS_DIED: "A process ended unexpectedly. See its log, then resume or restart."},

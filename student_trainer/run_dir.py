@@ -125,6 +125,11 @@ class RunDir:
         return self.path / "final"
 
     @property
+    def trained_path(self) -> Path:
+        """Step of the checkpoint with which training ended; written once the last evaluation is done."""
+        return self.path / "trained.json"
+
+    @property
     def tensorboard_path(self) -> Path:
         return self.path / "tensorboard"
 
@@ -167,6 +172,11 @@ class RunDir:
             return []
         names = (entry.name for entry in self.checkpoints_path.iterdir() if (entry / MANIFEST).is_file())
         return sorted(int(name) for name in names if name.isdecimal())
+
+    def trained_step(self) -> int | None:
+        """Step at which training ended, if it did and only the export is left; its checkpoint may be gone."""
+        value = _read_json(self.trained_path)
+        return int(value["step"]) if value else None
 
     def control(self) -> Control | None:
         """The service's last instructions; None before the first attempt."""
@@ -276,6 +286,11 @@ class Attempt:
     def report_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Appends the metrics of a step."""
         self._append("metrics.jsonl", {"step": step, "values": dict(values)}, sync=False)
+
+    def mark_trained(self, step: int) -> None:
+        """Records that training ended with `step`. Raises as `check_fence` does."""
+        self.check_fence()
+        write_atomic(self.run_dir.trained_path, json.dumps({"step": step}).encode())
 
     def cut_torn_lines(self) -> None:
         """Truncates the partial line of a killed process, and continues the sequence after the last complete line."""

@@ -203,7 +203,7 @@ class _Stages:
         """The data of a run's steps, as its loop gets them."""
         scope = self._open(name, config)
         state = TrainingState(
-            model=self._student.student.model,
+            student=self._student.student,
             optimizer=self._student.optimizer,
             scaler=None,
             progress=Progress(),

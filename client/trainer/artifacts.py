@@ -19,6 +19,10 @@ OnFile = Callable[[str, int, int], None]
 
 PART_SUFFIX = ".part"
 _READ_BYTES = 1 << 20
+_CHECKPOINT = re.compile(r"checkpoints/\d+")
+_MODEL_CONFIGS = ("config.json", "adapter_config.json")
+_TRAINING_STATE = ("weights.safetensors", "optimizer.pt", "state.json", "MANIFEST.json")
+"""Files of a checkpoint that only a resume needs; the optimizer's are twice as large as the model."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -33,6 +37,8 @@ def pull(
 ) -> list[Path]:
     """Downloads those `artifacts` of `run` that `what` names into `directory`; see RunHandle.pull."""
     wanted = [each for each in artifacts if each.path == what or each.path.startswith(what + "/") or not what]
+    if _CHECKPOINT.fullmatch(what):
+        wanted = _without_training_state(wanted, what)
     if not wanted:
         tops = sorted({_top(each.path) for each in artifacts})
         has = f"it has: {', '.join(tops)}" if tops else "it has none yet"
@@ -43,6 +49,13 @@ def pull(
     for artifact, path in targets:
         _fetch(download, artifact, path, on_file or (lambda *_: None))
     return [path for _, path in targets]
+
+
+def _without_training_state(artifacts: Sequence[run_pb2.Artifact], checkpoint: str) -> list[run_pb2.Artifact]:
+    """Returns the model's files of a checkpoint, all files if an older version wrote it without a model."""
+    state = {f"{checkpoint}/{name}" for name in _TRAINING_STATE}
+    is_model = any(each.path.removeprefix(f"{checkpoint}/") in _MODEL_CONFIGS for each in artifacts)
+    return [each for each in artifacts if not (is_model and each.path in state)]
 
 
 def _top(path: str) -> str:

@@ -30,6 +30,8 @@ DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "adaptive_kl": {"mu": 0.5},
 }
 """The parameters of each divergence that has any, with their defaults."""
+ALL_LINEAR = "all-linear"
+"""Word of PEFT for every linear layer but the output layer."""
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
 BATCH_SIZE = 8

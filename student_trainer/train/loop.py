@@ -18,6 +18,7 @@ from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.pass_trial import fit_passes
 from stillhouse.student_trainer.train.setup.run_context import RunContext, set_up
 from stillhouse.student_trainer.train.setup.scope import Outcome, open_scope
+from stillhouse.student_trainer.train.setup.trained import load_trained
 from stillhouse.student_trainer.train.student.export import export
 
 log = structlog.get_logger()
@@ -29,7 +30,7 @@ MAX_SKIPPED_IN_A_ROW = 3
 def train(
     config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], ranks: Ranks | None = None
 ) -> Outcome:
-    """Runs `config` from its last checkpoint to its end, or until it is asked to stop.
+    """Runs `config` from its last checkpoint to its end, or until it is asked to stop; exports alone if all steps are taken.
 
     Every one of several `ranks` calls this; they take each step together and end together.
 
@@ -38,6 +39,11 @@ def train(
     """
     progress = Progress()
     with open_scope(config, attempt, stop_requested, ranks) as scope:
+        trained = load_trained(scope)
+        if trained is not None:
+            if scope.ranks.is_first:
+                export(trained.student, attempt)
+            return Outcome(kind="completed", step=trained.step)
         try:
             run = set_up(scope, progress)
         except Stopped:
@@ -69,6 +75,7 @@ def train(
             run.checkpointer.save()
             return Outcome(kind="stopped", step=progress.step)
         if scope.ranks.is_first:
+            attempt.mark_trained(progress.step)
             export(run.student_side.student, attempt)
     return Outcome(kind="completed", step=progress.step)
 

@@ -70,7 +70,7 @@ def artifacts(session: Session, run: str) -> None:
 def pull(session: Session, run: str, what: str, directory: Path | None) -> None:
     """Copy RUN's final model to this machine.
 
-    WHAT may also be "checkpoints/120", say, or one file of `run artifacts`. An interrupted download resumes; each file's SHA-256 is checked.
+    WHAT may also be "checkpoints/120", say, whose model is copied without the optimizer, or one file of `run artifacts`. An interrupted download resumes; each file's SHA-256 is checked.
     """
     from stillhouse.client.terminal.render import printable
 

@@ -393,7 +393,9 @@ class StudentSpec(_message.Message):
     adapter: _builtins.str
     """Directory of an adapter to resume from, with its own rank and modules; lora must be unset then."""
     output: _builtins.str
-    """Weights saved at the end: the adapter, the merged model or both. Without lora all weights, which is "merged"."""
+    """Weights saved at the end: the adapter, the merged model or both. Without lora all weights, which is "merged". An
+    adapter on a base that keep_layers or from_config made has that base beside it, under base/.
+    """
     @_builtins.property
     def lora(self) -> Global___LoraSpec:
         """Train an adapter instead of every weight."""
@@ -464,7 +466,7 @@ class LoraSpec(_message.Message):
     """Biases to train: none, those of all layers, or those of adapted layers."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Module names such as "q_proj". Empty means all linear layers."""
+        """Module names such as "q_proj", or "all-linear". Empty means all linear layers but the output layer."""
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from stillhouse.protos.cache.reader import CacheReader, shard_paths
 from stillhouse.protos.errors import FieldViolation, StillhouseError
+from stillhouse.protos.files.adapter import FILES
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
-from stillhouse.student_trainer.config.schema import CacheConfig, DatasetConfig, RunConfig
+from stillhouse.student_trainer.config.schema import ALL_LINEAR, CacheConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.runs.api.hub_lookup import HubModel
+from stillhouse.student_trainer.runs.api.module_names import unknown_modules
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 
 RUN_ID = re.compile(r"[a-z2-7]{12}")
@@ -66,6 +68,7 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
         ),
         cache=resolver.cache(config.cache),
     )
+    resolver.lora_modules(resolved)
     resolved = resolver.devices(resolved)
     named = {each.field for each in problems}
     return Resolution(
@@ -86,7 +89,7 @@ class _Resolver:
         """An absolute path, or a name that may be a hub id as it is."""
         path = self._local(where, name)
         if path is not None and path.exists():
-            return self._directory_with("config.json", where, name, path)
+            return self._directory_with(["config.json"], where, name, path)
         if _is_hub_id(name):
             self.hub_models.append(HubModel(field=where, name=name, revision=self.revision))
         elif path is not None:
@@ -99,7 +102,7 @@ class _Resolver:
         """An absolute path."""
         path = self._local(where, name)
         if path is not None and path.exists():
-            return self._directory_with("adapter_config.json", where, name, path)
+            return self._directory_with(FILES, where, name, path)
         if path is not None or _is_hub_id(name):
             self._refuse(
                 where,
@@ -108,10 +111,22 @@ class _Resolver:
             )
         return name
 
-    def _directory_with(self, needed: str, where: str, name: str, path: Path) -> str:
-        if not (path / needed).is_file():
-            self._refuse(where, f'"{name}" holds no {needed}; give a directory in Hugging Face layout.')
+    def _directory_with(self, needed: Sequence[str], where: str, name: str, path: Path) -> str:
+        missing = [each for each in needed if not (path / each).is_file()]
+        if missing:
+            self._refuse(
+                where,
+                f'"{name}" holds no {" and no ".join(missing)}; give a directory in Hugging Face layout.',
+            )
         return str(path)
+
+    def lora_modules(self, config: RunConfig) -> None:
+        """Refuses names of modules that a model on this host does not have."""
+        student = config.student
+        names = [each for each in (student.lora.target_modules if student.lora else ()) if each != ALL_LINEAR]
+        problem = unknown_modules(Path(student.model), names) if names else None
+        if problem:
+            self._refuse("student.lora.target_modules", f'{problem} "{ALL_LINEAR}" takes every linear layer.')
 
     def datasets(self, where: str, datasets: Sequence[DatasetConfig]) -> tuple[DatasetConfig, ...]:
         """The datasets with absolute paths."""
@@ -162,6 +177,11 @@ class _Resolver:
         elif optimizer.precision == "fp16" and need.on_cpu:
             self._refuse(
                 "optimizer.precision", '"fp16" needs a GPU, and this run uses the CPU; use bf16 or fp32.'
+            )
+        if optimizer.name == "paged_adamw_8bit" and need.on_cpu:
+            self._refuse(
+                "optimizer.name",
+                '"paged_adamw_8bit" moves its moments between GPU and host, and this run uses the CPU; use "adamw_8bit".',
             )
         matmul_dtype = settle(optimizer, self.host.processor) if need.on_cpu else None
         optimizer = replace(optimizer, matmul_dtype=matmul_dtype)

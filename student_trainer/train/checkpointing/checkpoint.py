@@ -1,4 +1,4 @@
-"""Checkpoints with everything that a run needs to resume bit for bit; a reader never sees half of one.
+"""Checkpoints: loadable models with everything else that a run needs to resume bit for bit; a reader never sees half of one.
 
 Order of writing: files into a temporary directory, MANIFEST.json with their SHA-256, fsync of all, rename, fsync of
 the parent; old ones go last. A kill or a power cut at any point leaves the
@@ -28,11 +28,17 @@ from stillhouse.protos.files.atomic import sync_directory, sync_tree
 from stillhouse.student_trainer.run_dir import MANIFEST, Attempt, RunDir
 from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuffer
+from stillhouse.student_trainer.train.student.saving import unchanged_names
+from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
+"""Version 1 has all weights in WEIGHTS, and no model beside them."""
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
+"""WEIGHTS holds the trained weights that the model's own files hold under other names, as those of an adapter."""
+MODEL = "model*.safetensors"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -57,7 +63,7 @@ class Progress:
 class TrainingState:
     """State that a checkpoint saves and restores in place, besides the random generators."""
 
-    model: nn.Module
+    student: Student
     optimizer: torch.optim.Optimizer
     scaler: Any
     """torch's GradScaler with fp16, else None."""
@@ -141,9 +147,9 @@ def find_damage(path: Path) -> str | None:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         files = manifest["files"]
-        if manifest["format_version"] != FORMAT_VERSION:
+        if manifest["format_version"] not in READ_VERSIONS:
             return f"its format is {manifest['format_version']}; this version reads {FORMAT_VERSION}"
-        for name in (WEIGHTS, OPTIMIZER, STATE):
+        for name in (*files, OPTIMIZER, STATE):
             size = (path / name).stat().st_size
             if size != files[name]["size_bytes"]:
                 return f"{name} has {size} bytes; {files[name]['size_bytes']} were written"
@@ -155,8 +161,15 @@ def find_damage(path: Path) -> str | None:
 
 
 def _write_files(directory: Path, trained: TrainingState) -> None:
-    weights = {name: each.detach().contiguous() for name, each in _saved_tensors(trained.model).items()}
-    save_file(weights, directory / WEIGHTS)
+    trained.student.save(directory)
+    stored = set() if trained.student.config.trains_adapter else unchanged_names(trained.student.model)
+    weights = {
+        name: each.detach().contiguous()
+        for name, each in _saved_tensors(trained.student.model).items()
+        if name not in stored
+    }
+    if weights:
+        save_file(weights, directory / WEIGHTS)
     failpoints.reach("checkpoint.after_weights")
     state = {
         "optimizer": trained.optimizer.state_dict(),
@@ -179,17 +192,29 @@ def _write_files(directory: Path, trained: TrainingState) -> None:
 
 def _write_manifest(directory: Path, step: int, facts: Mapping[str, str]) -> None:
     files = {
-        name: {"sha256": _sha256(directory / name), "size_bytes": (directory / name).stat().st_size}
-        for name in (WEIGHTS, OPTIMIZER, STATE)
+        path.relative_to(directory).as_posix(): {
+            "sha256": _sha256(path),
+            "size_bytes": path.stat().st_size,
+        }
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
     }
     manifest = {"format_version": FORMAT_VERSION, "step": step, **facts, "files": files}
     (directory / MANIFEST).write_bytes(json.dumps(manifest, indent=1).encode())
 
 
-def _read_files(directory: Path, trained: TrainingState) -> None:
-    weights = load_file(directory / WEIGHTS)
-    tensors = _saved_tensors(trained.model)
-    if weights.keys() != tensors.keys():
+def restore_weights(run_dir: RunDir, step: int, model: nn.Module) -> None:
+    """Restores the weights alone of the checkpoint of `step`, which is whole, in place."""
+    _read_weights(run_dir.checkpoint_path(step), model)
+
+
+def _read_weights(directory: Path, model: nn.Module) -> None:
+    weights: dict[str, Tensor] = {}
+    for path in (*sorted(directory.glob(MODEL)), directory / WEIGHTS):
+        if path.is_file():
+            weights |= load_file(path)
+    tensors = _saved_tensors(model)
+    if any(name not in weights or weights[name].shape != each.shape for name, each in tensors.items()):
         raise StillhouseError(
             Reason.CHECKPOINT_CORRUPT,
             f"{directory} holds other weights than student.model has. The model's files were changed under the run; "
@@ -198,6 +223,10 @@ def _read_files(directory: Path, trained: TrainingState) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             tensor.copy_(weights[name])
+
+
+def _read_files(directory: Path, trained: TrainingState) -> None:
+    _read_weights(directory, trained.student.model)
     state = torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True)
     trained.optimizer.load_state_dict(state["optimizer"])
     if trained.scaler and state["scaler"]:

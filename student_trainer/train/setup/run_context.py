@@ -21,6 +21,7 @@ from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.student.device import precision_of
+from stillhouse.student_trainer.train.student.export import try_export
 
 log = structlog.get_logger()
 
@@ -57,9 +58,11 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     inputs = Inputs.load(scope)
     teacher_side = TeacherSide.connect(scope, inputs)
     student_side = StudentSide.load(scope, inputs, teacher_side)
+    if scope.ranks.is_first:
+        try_export(student_side.student, scope.run_dir)
 
     state = TrainingState(
-        model=student_side.student.model,
+        student=student_side.student,
         optimizer=student_side.optimizer,
         scaler=student_side.accelerator.scaler,
         progress=progress,

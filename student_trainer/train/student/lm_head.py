@@ -1,12 +1,12 @@
 """The student's output layer (LM head): losses are fused with it if it is plain, so that its logits never exist at once.
 
-A layer is plain if the model without it returns exactly the layer's input, which is tested and not read from a name.
-Models that cap or scale their logits, and adapters on the layer itself, are not plain.
+A layer is plain if the model returns exactly its output, and without it exactly its input, which is tried and read
+from the configuration. Models that cap or scale their logits, and adapters on the layer itself, are not plain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,19 @@ from stillhouse.student_trainer.train.student.student import Student, evaluation
 
 CHUNK_LOGITS = 2**27
 """Logits held at a time without gradients."""
+TRIAL_LOGITS = 1000.0
+"""Spread of the outputs of a trial: far above any cap."""
+_LOGIT_SETTINGS: Mapping[str, float] = {
+    "final_logit_softcapping": 0.0,
+    "logit_scale": 1.0,
+    "logits_scaling": 1.0,
+    "lm_head_multiplier": 1.0,
+    "logits_mup_width_multiplier": 1.0,
+    "logits_soft_cap": 0.0,
+    "output_logit_soft_cap": 0.0,
+    "output_multiplier": 1.0,
+}
+"""Settings by which architectures cap or scale logits, with the value that leaves them."""
 
 
 class LmHead:
@@ -39,7 +52,7 @@ class LmHead:
     def hidden(self, batch: MicroBatch) -> Tensor:
         """Returns the input of the plain layer for each target of `batch`, [N, H]."""
         assert self._linear is not None, "only a plain layer can be bypassed"
-        with _bypassed(self._linear):
+        with _replaced(self._linear, _identity):
             return self._student.logits(batch)[0]
 
     def logit_chunks(self, batch: MicroBatch) -> Iterator[tuple[slice, Tensor]]:
@@ -55,27 +68,56 @@ class LmHead:
 
 
 def _plain_layer(model: Any) -> nn.Linear | None:
-    """Returns the output layer of a causal language model if the logits are its plain output, else None."""
+    """Returns the output layer of a causal language model if the logits are its plain output, else None.
+
+    Configuration and structure decide, and a trial in which the layer puts out large numbers: weights do not, which may
+    be random and small at first, so a resumed run decides as it did before.
+    """
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     layer = plain.get_output_embeddings()
     # Subclasses are quantised or adapted layers, with another matmul.
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         return None
-    token_ids = torch.tensor([[1, 0, 1]], device=layer.weight.device)
-    with evaluation_mode(model), torch.no_grad():
-        expected = model(input_ids=token_ids, use_cache=False).logits
-        with _bypassed(layer):
-            hidden = model(input_ids=token_ids, use_cache=False).logits
-    if hidden.shape[-1] != layer.in_features:
+    if _changes_logits(plain.config) or _changes_logits(plain.config.get_text_config()):
         return None
-    found = layer(hidden.to(layer.weight.dtype))
-    return layer if torch.allclose(found.float(), expected.float(), rtol=1e-2, atol=1e-3) else None
+    device, dtype = layer.weight.device, layer.weight.dtype
+    token_ids = torch.tensor([[1, 0, 1]], device=device)
+    generator = torch.Generator().manual_seed(0)
+    large = torch.randn(1, token_ids.shape[1], layer.out_features, generator=generator) * TRIAL_LOGITS
+    large = large.to(device, dtype)
+    inputs: list[Tensor] = []
+
+    def put_out_large(hidden: Tensor) -> Tensor:
+        inputs.append(hidden)
+        return large
+
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            with _replaced(layer, put_out_large):
+                logits = model(input_ids=token_ids, use_cache=False).logits
+            with _replaced(layer, _identity):
+                hidden = model(input_ids=token_ids, use_cache=False).logits
+    except (RuntimeError, ValueError, TypeError, IndexError):  # what follows the layer needs its real shape
+        return None
+    if len(inputs) != 1 or not torch.equal(logits.float(), large.float()):
+        return None
+    same = hidden.shape == inputs[0].shape and torch.allclose(
+        hidden.float(), inputs[0].float(), rtol=1e-2, atol=1e-2
+    )
+    return layer if same else None
+
+
+def _changes_logits(config: Any) -> bool:
+    """Returns True if a model of `config` caps or scales its logits."""
+    return any(
+        getattr(config, name, None) not in (None, neutral) for name, neutral in _LOGIT_SETTINGS.items()
+    )
 
 
 @contextmanager
-def _bypassed(layer: nn.Linear) -> Iterator[None]:
-    """Makes the layer return its input inside the block."""
-    vars(layer)["forward"] = _identity
+def _replaced(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Makes the layer compute `forward` inside the block."""
+    vars(layer)["forward"] = forward
     try:
         yield
     finally:

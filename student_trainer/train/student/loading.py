@@ -1,4 +1,4 @@
-"""Loads the student's model: optionally quantised, with a subset of layers, and with a new or an existing LoRA adapter."""
+"""Loads the student's model: whole or a subset of its layers, optionally quantised, and with a LoRA adapter if one is trained."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
-from stillhouse.protos.files.adapter import FILES
 from stillhouse.student_trainer.config.checks import invalid_field
-from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
+from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.data.readers import resolve
+from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter, merge
+from stillhouse.student_trainer.train.student.pretrained import UnfitModelError, check_causal, load_pretrained
 
 
 def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -20,22 +21,40 @@ def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device
 
     Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC, CAPABILITY.
     """
-    if config.quantization == "none":
-        model = keep_layers(load_base(config, data_dir, dtype), config)
-    else:
+    is_quantized = config.quantization != "none"
+    base = (
+        _load_quantized(config, data_dir, dtype, device)
+        if is_quantized
+        else load_base(config, data_dir, dtype)
+    )
+    _check_base(base, config, data_dir)
+    model = keep_layers(base, config)
+    if is_quantized:
         import peft
 
         # Casts norms to float32 and, for gradient checkpointing, enables gradients at the input.
         model = peft.prepare_model_for_kbit_training(
-            keep_layers(_load_quantized(config, data_dir, dtype, device), config),
+            model,
             use_gradient_checkpointing=config.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False},
         )
     if config.adapter:
-        model = _load_adapter(model, config, data_dir)
+        model = load_adapter(model, config, data_dir)
     elif config.lora:
         model = add_adapter(model, config.lora)
-    return model if config.quantization != "none" else model.to(device)
+    return model if is_quantized else model.to(device)
+
+
+def _check_base(base: Any, config: StudentConfig, data_dir: Path) -> None:
+    try:
+        check_causal(base)
+    except torch.OutOfMemoryError:
+        raise
+    except UnfitModelError as error:
+        raise model_not_found(config, model_source(config, data_dir), str(error)) from error
+    except Exception as error:  # sizes that do not match show in the first pass
+        problem = f"loads, but cannot compute a pass over eight tokens ({first_line(error)})"
+        raise model_not_found(config, model_source(config, data_dir), problem) from error
 
 
 def load_base(
@@ -49,17 +68,19 @@ def load_base(
     try:
         if config.from_config:
             settings = AutoConfig.from_pretrained(source, **common)
-            return AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
-        if quantization is not None:
-            common["quantization_config"] = quantization
-        return AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, **common, **where
-        )
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype, trust_remote_code=False)
+        else:
+            if quantization is not None:
+                common["quantization_config"] = quantization
+            model = load_pretrained(source, dtype=dtype, **common, **where)
     except torch.OutOfMemoryError:
         raise
+    except UnfitModelError as error:
+        raise model_not_found(config, source, str(error)) from error
     except Exception as error:  # loaders raise whatever their file formats raise
         problem = f"cannot be loaded as a causal language model from safetensors ({first_line(error)})"
         raise model_not_found(config, source, problem) from error
+    return model
 
 
 def keep_layers(model: Any, config: StudentConfig) -> Any:
@@ -97,71 +118,19 @@ def keep_layers(model: Any, config: StudentConfig) -> Any:
     return model
 
 
-def add_adapter(model: Any, config: LoraConfig) -> Any:
-    """Adds a new adapter. Raises StillhouseError(INVALID_SPEC) if no module matches."""
-    import peft
-
-    output = model.get_output_embeddings()
-    linear = sorted(
-        {
-            name.rsplit(".", 1)[-1]
-            for name, each in model.named_modules()
-            if isinstance(each, nn.Linear) and each is not output
-        }
-    )
-    settings = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.target_modules) or linear,
-        layers_to_transform=list(config.layers) or None,
-        bias=config.bias,
-        task_type="CAUSAL_LM",
-    )
-    try:
-        return peft.get_peft_model(model, settings)
-    except ValueError as error:
-        names = ", ".join(config.target_modules) or "all linear layers"
-        layers = f" of layers {list(config.layers)}" if config.layers else ""
-        raise invalid_field(
-            "student.lora.target_modules",
-            f"{names}{layers}: no module of this model matches. Its linear layers are {', '.join(linear)}.",
-        ) from error
-
-
 def merge_adapter(model: Any, config: StudentConfig, data_dir: Path, adapter: Path) -> Any:
     """Merges base and adapter in full precision; `adapter` is the saved adapter.
 
     A quantised base is dequantised to the weights that the adapter was trained with, not those of its checkpoint.
     """
     if config.quantization == "none":
-        return model.merge_and_unload(safe_merge=True)
+        return merge(model)
     import peft
 
     quantized = _load_quantized(config, data_dir, torch.float32, torch.device("cpu"))
     base = keep_layers(quantized, config).dequantize()
     base.generation_config = model.get_base_model().generation_config
-    return peft.PeftModel.from_pretrained(base, adapter).merge_and_unload(safe_merge=True)
-
-
-def _load_adapter(model: Any, config: StudentConfig, data_dir: Path) -> Any:
-    import peft
-
-    path = resolve(config.adapter, data_dir)
-    missing = [name for name in FILES if not (path / name).is_file()]
-    if missing:
-        raise StillhouseError(
-            Reason.MODEL_NOT_FOUND,
-            f"student.adapter {path} has no {' and no '.join(missing)}. Name the directory of a LoRA adapter, such as "
-            "runs/…/final/adapter.",
-            resource=config.adapter,
-        )
-    try:
-        return peft.PeftModel.from_pretrained(model, path, is_trainable=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise invalid_field(
-            "student.adapter", f"{path} does not fit {config.model} ({first_line(error)})."
-        ) from error
+    return merge(peft.PeftModel.from_pretrained(base, adapter))
 
 
 def _load_quantized(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -16,6 +16,7 @@ from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
 from stillhouse.student_trainer.train.student.loading import load_model, model_not_found, model_source
+from stillhouse.student_trainer.train.student.saving import save_adapter, save_model
 
 log = structlog.get_logger()
 
@@ -117,6 +118,14 @@ class Student:
     def trainable_parameters(self) -> Mapping[str, nn.Parameter]:
         """Returns the trainable parameters by name; shared ones once."""
         return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+
+    def save(self, directory: Path) -> None:
+        """Writes the student as it is in Hugging Face layout: the complete model or the adapter, and the tokenizer."""
+        if self.config.trains_adapter:
+            save_adapter(self.model, self.config, directory)
+        else:
+            save_model(self.model, directory)
+        self.tokenizer.save_pretrained(directory)
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """Returns the logits of each target of `batch`, in order, [1, N, V]."""

@@ -229,3 +229,13 @@ def test_an_absent_artifact_is_named_with_the_existing_ones(tmp_path: Path) -> N
         StillhouseError, match=r'has no artifact "finale"; it has: checkpoints/10, final, spec\.json'
     ):
         files.pull(tmp_path, what="finale")
+
+
+def test_a_checkpoint_is_pulled_as_a_model_without_what_only_a_resume_needs(tmp_path: Path) -> None:
+    model = ["model.safetensors", "config.json", "base/config.json"]
+    state = ["weights.safetensors", "optimizer.pt", "state.json", "MANIFEST.json"]
+    files = Files({f"checkpoints/10/{name}": b"0" for name in (*model, *state)})
+    assert files.pull(tmp_path / "new", what="checkpoints/10") == [tmp_path / "new" / each for each in model]
+    assert files.pull(tmp_path / "one", what="checkpoints/10/optimizer.pt")
+    older = Files({f"checkpoints/10/{name}": b"0" for name in state})
+    assert len(older.pull(tmp_path / "old", what="checkpoints/10")) == len(state)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, MANIFEST, RunDir
-from stillhouse.student_trainer.train.checkpointing.checkpoint import OPTIMIZER, STATE, WEIGHTS, find_damage
+from stillhouse.student_trainer.train.checkpointing.checkpoint import OPTIMIZER, STATE, find_damage
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
     assert_same_end,
@@ -23,6 +23,8 @@ from tests.student_trainer.train.runs import (
 from tests.support.programs import Program
 
 STEPS = 12
+MODEL = "model.safetensors"
+"""The trained weights of a checkpoint, in which all are trained."""
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "first byte": lambda data: bytes([data[0] ^ 1]) + data[1:],
     "middle byte": lambda data: (
@@ -56,7 +58,7 @@ def whole(
 
 
 @pytest.mark.faults(row=7)
-@pytest.mark.parametrize("name", [WEIGHTS, OPTIMIZER, STATE, MANIFEST])
+@pytest.mark.parametrize("name", [MODEL, OPTIMIZER, STATE, MANIFEST])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_to_any_file_is_noticed(whole: RunDir, tmp_path: Path, name: str, damage: str) -> None:
     copy = tmp_path / "9"
@@ -78,7 +80,7 @@ def test_a_run_goes_on_from_the_newest_whole_one_of_several(whole: RunDir, tmp_p
     run_dir = RunDir(tmp_path / "runs" / "damaged")
     shutil.copytree(whole.path, run_dir.path)
     shutil.rmtree(run_dir.final_path)
-    for step, name, damage in ((12, WEIGHTS, "cut"), (9, OPTIMIZER, "middle byte"), (6, MANIFEST, "empty")):
+    for step, name, damage in ((12, MODEL, "cut"), (9, OPTIMIZER, "middle byte"), (6, MANIFEST, "empty")):
         path = run_dir.checkpoint_path(step) / name
         path.write_bytes(DAMAGE[damage](path.read_bytes()))
     assert finish_here(run_dir, 2) == 0

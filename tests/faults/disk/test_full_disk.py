@@ -18,7 +18,7 @@ from stillhouse.protos.errors import Reason, from_rpc_error, from_status
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
-from stillhouse.student_trainer.train.checkpointing.checkpoint import WEIGHTS, find_damage
+from stillhouse.student_trainer.train.checkpointing.checkpoint import find_damage
 from tests.conftest import Models
 from tests.faults.world import World, get_run, insist, world
 from tests.student_trainer.runs.api.caller import stub_for
@@ -37,6 +37,7 @@ from tests.support.programs import Program
 from tests.support.runs import wait_until
 
 STEPS = 200
+MODEL = "model.safetensors"
 DISK_BYTES = 24 * 2**20
 
 
@@ -143,7 +144,7 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_the_run_goes_on
     run_dir = make_run(tmp_path, "short", spec(models, dataset_file, hf_teacher.target))
 
     def limit(pid: int) -> None:
-        size = (run_dir.checkpoint_path(run_dir.checkpoints()[-1]) / WEIGHTS).stat().st_size // 2
+        size = (run_dir.checkpoint_path(run_dir.checkpoints()[-1]) / MODEL).stat().st_size // 2
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, size))
 
     error = error_of(run_dir, environment, limit)

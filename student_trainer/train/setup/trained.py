@@ -1,0 +1,55 @@
+"""Set-up of an attempt that only exports: an earlier one has taken every step, and its export failed or was cut off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import structlog
+
+from stillhouse.student_trainer.train.checkpointing import checkpoint
+from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.student import device
+from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trained:
+    """A student after its last step."""
+
+    student: Student
+    step: int
+
+
+def load_trained(scope: RunScope) -> Trained | None:
+    """Loads the student that training ended with, without data and teacher; None if steps are left to take.
+
+    Raises StillhouseError, as `Student.load` does.
+    """
+    own = _trained_step(scope) if scope.ranks.is_first else None
+    step: int | None = scope.ranks.exchange(own, patient=True)[0]
+    if step is None:
+        return None
+    config = scope.config
+    accelerator = device.make_accelerator(config.optimizer)
+    student = Student.load(
+        config.student,
+        load_tokenizer(config.student, scope.data_dir),
+        data_dir=scope.data_dir,
+        device=accelerator.device,
+        precision=device.precision_of(accelerator),
+        seed=config.optimizer.seed,
+    )
+    checkpoint.restore_weights(scope.run_dir, step, student.model)
+    if scope.ranks.is_first:
+        scope.attempt.report("started", total_steps=step, step=step)
+    log.info("exporting again; every step was taken before", step=step)
+    return Trained(student=student, step=step)
+
+
+def _trained_step(scope: RunScope) -> int | None:
+    step = scope.run_dir.trained_step()
+    if step is None or step not in scope.run_dir.checkpoints():
+        return None
+    return step if checkpoint.find_damage(scope.run_dir.checkpoint_path(step)) is None else None

@@ -1,0 +1,201 @@
+"""LoRA adapters of a student: a new one, an existing one that is trained further, and their merge into the base."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import structlog
+from torch import nn
+
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.files.weight_names import listed
+from stillhouse.student_trainer.config.checks import invalid_field
+from stillhouse.student_trainer.config.schema import ALL_LINEAR, LoraConfig, StudentConfig
+from stillhouse.student_trainer.train.data.readers import resolve
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+log = structlog.get_logger()
+
+
+def add_adapter(model: Any, config: LoraConfig) -> Any:
+    """Adds a new adapter; the log says how much of the model it reaches.
+
+    Raises StillhouseError(INVALID_SPEC) for a module or a layer that the model does not have.
+    """
+    import peft
+
+    linear = _linear_modules(model)
+    names = [each for each in config.target_modules if each != ALL_LINEAR]
+    if len(names) < len(config.target_modules) or not names:
+        names += sorted({name.rpartition(".")[2] for name in linear})
+    _check_names(model, names, linear)
+    _check_layers(model, config.layers)
+    targets = [each for name, each in model.named_modules() if _matches(name, names)]
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=names,
+        layers_to_transform=list(config.layers) or None,
+        bias=config.bias,
+        # transformers' Conv1D, the layer of GPT-2, holds its weight transposed.
+        fan_in_fan_out=any(type(each).__name__ == "Conv1D" for each in targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with _warnings_handled():
+            adapted = peft.get_peft_model(model, settings)
+    except ValueError as error:
+        layers = f" of layers {list(config.layers)}" if config.layers else ""
+        raise invalid_field(
+            "student.lora.target_modules",
+            f"{', '.join(names)}{layers}: no LoRA can be added there ({first_line(error)}). This model's linear layers are "
+            f"{_listed(linear)}.",
+        ) from error
+    _log_reach(adapted)
+    return adapted
+
+
+def load_adapter(model: Any, config: StudentConfig, data_dir: Path) -> Any:
+    """Loads the adapter `config.adapter`, to be trained further. Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC."""
+    import peft
+
+    path = resolve(config.adapter, data_dir)
+    missing = [name for name in FILES if not (path / name).is_file()]
+    if missing:
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"student.adapter {path} has no {' and no '.join(missing)}. Name the directory of a LoRA adapter, such as "
+            "runs/…/final/adapter.",
+            resource=config.adapter,
+        )
+    try:
+        with _warnings_handled():
+            adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise invalid_field(
+            "student.adapter", f"{path} does not fit {config.model} ({first_line(error)})."
+        ) from error
+    _check_tensors(adapted, path, config)
+    _log_reach(adapted)
+    return adapted
+
+
+def merge(model: Any) -> Any:
+    """Returns the base of a PEFT model with the adapter in its weights; ends that shared one get one each."""
+    _untie(model.get_base_model())
+    with _warnings_handled():
+        return model.merge_and_unload(safe_merge=True)
+
+
+def _linear_modules(model: Any) -> list[str]:
+    """Returns the names of all linear layers but the output layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    return [
+        name
+        for name, each in model.named_modules()
+        if isinstance(each, (nn.Linear, Conv1D)) and each is not output
+    ]
+
+
+def _matches(module: str, names: Sequence[str]) -> bool:
+    """Returns True as PEFT matches names of modules."""
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _check_names(model: Any, names: Sequence[str], linear: Sequence[str]) -> None:
+    modules = [name for name, _ in model.named_modules()]
+    unknown = [name for name in names if not any(_matches(module, [name]) for module in modules)]
+    if unknown:
+        raise invalid_field(
+            "student.lora.target_modules",
+            f"{', '.join(unknown)}: no module of this model matches. Its linear layers are {_listed(linear)}; "
+            f'"{ALL_LINEAR}" takes all of them.',
+        )
+
+
+def _check_layers(model: Any, layers: Sequence[int]) -> None:
+    total = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    unknown = [each for each in layers if total is not None and each >= total]
+    if unknown:
+        raise invalid_field(
+            "student.lora.layers",
+            f"{', '.join(map(str, unknown))}: this model has {total} layers, which count from 0.",
+        )
+
+
+def _listed(linear: Sequence[str]) -> str:
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+
+
+def _check_tensors(adapted: Any, path: Path, config: StudentConfig) -> None:
+    """Refuses an adapter whose file lacks tensors, which PEFT would begin anew."""
+    import peft
+    from safetensors import safe_open
+
+    with safe_open(path / FILES[1], "pt") as file:
+        held = set(file.keys())
+    missing = sorted(set(peft.get_peft_model_state_dict(adapted, save_embedding_layers=False)) - held)
+    if missing:
+        raise invalid_field(
+            "student.adapter",
+            f"{path} lacks tensors that its configuration names for {config.model} ({listed(missing)}); "
+            "they would begin at their first values. Save the adapter again with the PEFT version that made it.",
+        )
+
+
+def _log_reach(adapted: Any) -> None:
+    """Logs how many modules the adapter changes, and the experts that it leaves as they are."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    reached = [name for name, each in adapted.named_modules() if isinstance(each, BaseTunerLayer)]
+    facts: dict[str, Any] = {"modules": len(reached)}
+    experts = _unreached_experts(adapted)
+    if experts:
+        total = sum(each.numel() for each in adapted.parameters())
+        share = sum(experts.values()) / total
+        kinds = sorted({name.rpartition(".")[2] for name in experts})
+        facts |= {"experts_left_as_they_are": ", ".join(kinds), "share_of_weights": round(share, 3)}
+    log.info("adapter added", **facts)
+
+
+def _unreached_experts(adapted: Any) -> Mapping[str, int]:
+    """Returns the sizes of experts' weights that are no modules, which LoRA cannot wrap, by name."""
+    return {
+        name: each.numel()
+        for name, each in adapted.named_parameters()
+        if ".experts." in name and each.ndim == 3 and ".lora_" not in name and not each.requires_grad
+    }
+
+
+def _untie(plain: Any) -> None:
+    """Gives every adapted layer a weight of its own: a merge into a shared one would change the other end too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    uses = Counter(id(each) for module in plain.modules() for each in module._parameters.values())
+    for module in plain.modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        base = module.get_base_layer()
+        weight = base.weight
+        if uses[id(weight)] > 1:
+            uses[id(weight)] -= 1
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+@contextmanager
+def _warnings_handled() -> Iterator[None]:
+    """Silences PEFT's warnings of tied embeddings, which `merge` unties, and of missing tensors, which are refused."""
+    with warnings.catch_warnings():
+        said = ".*(tie_word_embeddings|no longer tied|tied layer|missing adapter keys)"
+        warnings.filterwarnings("ignore", message=said, category=UserWarning)
+        yield

@@ -1,0 +1,72 @@
+"""Adapters: the layers that they reach, and those that they are refused for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
+from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter
+from tests.support.tiny_architectures import tiny_model
+
+RANK_2 = LoraConfig(rank=2)
+
+
+def _adapted(model: Any) -> set[str]:
+    """Returns the last names of modules that the adapter changes."""
+    return {
+        name.partition(".lora_")[0].rpartition(".")[2]
+        for name, _ in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+def test_all_linear_is_the_word_for_every_layer_but_the_output() -> None:
+    default = add_adapter(tiny_model("qwen2"), RANK_2)
+    named = add_adapter(tiny_model("qwen2"), replace(RANK_2, target_modules=("all-linear",)))
+    assert _adapted(named) == _adapted(default) >= {"q_proj", "down_proj"}
+    with_head = add_adapter(
+        tiny_model("qwen2"), replace(RANK_2, target_modules=("all-linear", "embed_tokens"))
+    )
+    assert _adapted(with_head) == _adapted(default) | {"embed_tokens"}
+
+
+def test_gpt2_has_linear_layers_of_another_type() -> None:
+    assert _adapted(add_adapter(tiny_model("gpt2"), RANK_2)) == {"c_attn", "c_proj", "c_fc"}
+
+
+@pytest.mark.parametrize(
+    ("lora", "sentence"),
+    [
+        ({"target_modules": ("q_proj", "query")}, "query: no module of this model matches"),
+        ({"layers": (0, 7)}, "7: this model has 2 layers"),
+        ({"target_modules": ("input_layernorm",)}, "no LoRA can be added there"),
+    ],
+)
+def test_what_no_adapter_can_reach_is_refused_by_name(lora: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(StillhouseError, match=sentence):
+        add_adapter(tiny_model("qwen2"), replace(RANK_2, **lora))
+
+
+def test_experts_that_an_adapter_leaves_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    add_adapter(tiny_model("mixtral"), RANK_2)
+    said = capsys.readouterr().out
+    assert "experts_left_as_they_are" in said
+    assert "gate_up_proj" in said
+
+
+def test_an_adapter_that_lacks_tensors_is_refused_by_their_names(tmp_path: Path) -> None:
+    add_adapter(tiny_model("qwen2"), RANK_2).save_pretrained(tmp_path)
+    config = StudentConfig(model="tiny", adapter=str(tmp_path))
+    load_adapter(tiny_model("qwen2"), config, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    weights = load_file(path)
+    lost = next(name for name in weights if "layers.1" in name and "lora_B" in name)
+    save_file({name: weights[name] for name in weights.keys() - {lost}}, path)
+    with pytest.raises(StillhouseError, match=lost.replace(".", r"\.")):
+        load_adapter(tiny_model("qwen2"), config, tmp_path)

@@ -1,0 +1,207 @@
+"""Exports: each model that a run leaves computes what was trained, can be loaded, and never costs the trained weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
+from stillhouse.student_trainer.train.student.export import export, try_export
+from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
+from tests.conftest import Models
+from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of
+
+IDS = torch.arange(5, 25)[None]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def make_student(models: Models, tmp_path: Path) -> Callable[..., Student]:
+    """Loads a student whose trained weights are random, as after some steps."""
+
+    def make(**settings: Any) -> Student:
+        config = StudentConfig(**{"model": str(models.student), **settings})
+        tokenizer = load_tokenizer(config, tmp_path)
+        student = Student.load(config, tokenizer, data_dir=tmp_path, device=CPU, precision="fp32", seed=1)
+        generator = torch.Generator().manual_seed(2)
+        with torch.no_grad():
+            for each in student.trainable_parameters().values():
+                each.add_(torch.randn(each.shape, generator=generator) * 0.05)
+        return student
+
+    return make
+
+
+@pytest.fixture
+def export_of(tmp_path: Path) -> Callable[[Student], Path]:
+    """Exports a student and returns its directory."""
+
+    def make(student: Student) -> Path:
+        run_dir = _run_dir(tmp_path)
+        run_dir.write_control(1, stop=False)
+        with run_dir.open_attempt(1) as attempt:
+            try_export(student, run_dir)
+            return export(student, attempt)
+
+    return make
+
+
+def _run_dir(tmp_path: Path) -> RunDir:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir(exist_ok=True)
+    return run_dir
+
+
+def _logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model.eval()(IDS).logits
+    return logits
+
+
+def _loaded(directory: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not found["missing_keys"]
+    return model
+
+
+@pytest.mark.parametrize("modules", [("lm_head",), ("embed_tokens",), ("embed_tokens", "lm_head", "q_proj")])
+@pytest.mark.parametrize("output", ["both", "adapter"])
+def test_an_adapter_on_one_of_two_tied_ends_is_exported_as_it_was_trained(
+    models: Models,
+    make_student: Callable[..., Student],
+    export_of: Callable[[Student], Path],
+    modules: tuple[str, ...],
+    output: str,
+) -> None:
+    from peft import PeftModel
+
+    student = make_student(lora=LoraConfig(rank=4, target_modules=modules), output=output)
+    expected = _logits(student.model)
+    final = export_of(student)
+    adapter = final / "adapter" if output == "both" else final
+    with pytest.warns(UserWarning, match="tie_word_embeddings|tied"):
+        adapted = PeftModel.from_pretrained(_loaded(models.student), adapter)
+    torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
+    if output == "both":
+        merged = _loaded(final)
+        assert not merged.config.tie_word_embeddings
+        torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{"keep_layers": (1,)}, {"from_config": True}])
+def test_an_adapter_whose_base_is_nowhere_else_has_it_beside_it(
+    models: Models,
+    make_student: Callable[..., Student],
+    export_of: Callable[[Student], Path],
+    settings: dict[str, Any],
+) -> None:
+    from peft import PeftModel
+
+    student = make_student(model=str(models.teacher), lora=LoraConfig(rank=4), output="adapter", **settings)
+    expected = _logits(student.model)
+    final = export_of(student)
+    adapted = PeftModel.from_pretrained(_loaded(final / "base"), final)
+    torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.9, "top_p": 0.6},
+    {"temperature": 0.0},
+    {"do_sample": False, "top_k": 20},
+    {"min_p": 0.1},
+    {"typical_p": 0.9},
+    {"epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+    {"early_stopping": True, "num_beams": 1},
+    {"length_penalty": 2.0},
+    {"pad_token_id": -1},
+    {"return_dict_in_generate": False, "output_scores": True},
+    {"max_new_tokens": 5, "eos_token_id": [1, 2]},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=json.dumps)
+def test_generation_settings_that_load_are_exported_as_they_are(
+    models: Models,
+    make_student: Callable[..., Student],
+    export_of: Callable[[Student], Path],
+    tmp_path: Path,
+    settings: dict[str, Any],
+) -> None:
+    from transformers import GenerationConfig
+
+    model = tmp_path / "model"
+    shutil.copytree(models.student, model)
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    final = export_of(make_student(model=str(model)))
+    _loaded(final)
+    found = GenerationConfig.from_pretrained(final).to_dict()
+    assert {name: found[name] for name in settings} == settings
+
+
+def test_settings_of_generation_in_the_model_configuration_are_exported_too(
+    models: Models, make_student: Callable[..., Student], export_of: Callable[[Student], Path], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(models.student, model)
+    (model / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((model / "config.json").read_bytes())
+    (model / "config.json").write_text(json.dumps(config | {"temperature": 0.9, "top_p": 0.6}))
+    assert _loaded(export_of(make_student(model=str(model)))).generation_config.temperature == 0.9
+
+
+def test_an_export_that_differs_is_refused_and_removes_nothing(
+    make_student: Callable[..., Student], export_of: Callable[[Student], Path], tmp_path: Path
+) -> None:
+    kept = export_of(make_student()) / "config.json"
+    student = make_student()
+    student.plain.config.rms_norm_eps = 0.5  # a setting that the layers were not built with
+    with pytest.raises(StillhouseError, match=r"differs from the trained student") as raised:
+        export_of(student)
+    assert raised.value.reason is Reason.EXPORT_FAILED
+    assert kept.is_file()
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+@pytest.mark.parametrize("student", [{}, {"lora": {"rank": 2}, "output": "merged"}])
+def test_a_failed_export_leaves_a_loadable_checkpoint_and_is_done_again_without_data_or_steps(
+    models: Models, dataset_file: Path, tmp_path: Path, student: dict[str, Any]
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(dataset_file.read_text().splitlines(keepends=True)[:16]))
+    spec = spec_of(
+        models.student,
+        data,
+        None,
+        student={"model": str(models.student), **student},
+        loss={"terms": [{"weight": 0}], "hard_weight": 1},
+        data={"eval_fraction": 0},
+        optimizer={"max_steps": 2},
+    )
+    run_dir = make_run(tmp_path, "run", spec)
+    run_dir.final_path.write_bytes(b"in the way of the export")
+    assert finish_here(run_dir) == EXIT_FAILED
+    assert run_dir.checkpoints() == [2]
+    path = run_dir.checkpoint_path(2)
+    left = AutoPeftModelForCausalLM.from_pretrained(path) if student else _loaded(path)
+    assert AutoTokenizer.from_pretrained(path).chat_template
+
+    run_dir.final_path.unlink()
+    data.unlink()
+    assert finish_here(run_dir, 2) == 0, failure(run_dir)
+    assert [each["step"] for each in events(run_dir, "started")] == [0, 2]
+    assert len(metric(run_dir, "train/loss")) == 2
+    torch.testing.assert_close(_logits(_loaded(run_dir.final_path)), _logits(left), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,99 @@
+"""Models that are loaded whole or refused: no weight is random without a word."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from stillhouse.student_trainer.train.student.pretrained import (
+    UnfitModelError,
+    check_causal,
+    load_pretrained,
+)
+from tests.support.tiny_architectures import tiny_model
+
+Change = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+LOST = "model.layers.1.mlp.up_proj.weight"
+
+
+def _saved(directory: Path, change: Change, kind: str = "qwen2", **settings: Any) -> Any:
+    """Saves a tiny model, with its weights changed; returns the model."""
+    model = tiny_model(kind, **settings)
+    model.save_pretrained(directory)
+    path = directory / "model.safetensors"
+    save_file(dict(change(load_file(path))), path, metadata={"format": "pt"})
+    return model
+
+
+def _renamed(pattern: str, by: str) -> Change:
+    return lambda weights: {re.sub(pattern, by, name): each for name, each in weights.items()}
+
+
+INCOMPLETE: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "lost": (lambda weights: {name: weights[name] for name in weights.keys() - {LOST}}, {}, LOST),
+    "untied head": (
+        lambda weights: {name: weights[name] for name in weights.keys() - {"lm_head.weight"}},
+        {"tie_word_embeddings": False},
+        "lm_head.weight",
+    ),
+    "renamed": (_renamed("up_proj", "upper"), {}, LOST.replace("1", "0")),
+    "lost behind a prefix": (
+        lambda weights: {f"module.{name}": weights[name] for name in weights.keys() - {LOST}},
+        {},
+        f"lacks one weight of a Qwen2ForCausalLM in its files ({LOST})",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", INCOMPLETE)
+def test_a_model_that_lacks_weights_is_refused_by_their_names(tmp_path: Path, case: str) -> None:
+    change, settings, named = INCOMPLETE[case]
+    _saved(tmp_path, change, **settings)
+    with pytest.raises(UnfitModelError, match=re.escape(named)):
+        load_pretrained(str(tmp_path))
+
+
+def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    from tests.support.tiny_architectures import tiny_config
+
+    AutoModelForSequenceClassification.from_config(tiny_config("bert")).save_pretrained(tmp_path)
+    with pytest.raises(UnfitModelError, match=r"cls\.predictions"):
+        load_pretrained(str(tmp_path))
+
+
+def test_an_encoder_with_all_its_weights_is_refused_too() -> None:
+    check_causal(tiny_model("bert", is_decoder=True))
+    with pytest.raises(UnfitModelError, match="later tokens"):
+        check_causal(tiny_model("bert", is_decoder=False))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "by"),
+    [
+        ("^", "module."),
+        ("^", "_orig_mod."),
+        ("^", "module._orig_mod."),
+        ("^", "student.wrapped."),
+        (r"layers\.(\d)\.", r"layers.\1._orig_mod."),
+        (r"^model\.", "module."),
+    ],
+)
+def test_a_pure_prefix_is_taken_off(tmp_path: Path, pattern: str, by: str) -> None:
+    model = _saved(tmp_path / "wrapped", _renamed(pattern, by))
+    found = load_pretrained(str(tmp_path / "wrapped"))
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(ids).logits, model(ids).logits)
+    found.save_pretrained(tmp_path / "again")
+    model.save_pretrained(tmp_path / "plain")
+    names = [set(load_file(tmp_path / each / "model.safetensors")) for each in ("again", "plain")]
+    assert names[0] == names[1]
