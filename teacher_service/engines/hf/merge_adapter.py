@@ -13,6 +13,7 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.files.weight_names import listed
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
 from stillhouse.teacher_service.models.adapter_files import check_ranks
 from stillhouse.teacher_service.models.files import locate_model
@@ -38,7 +39,7 @@ def merge_adapter(model: str, adapter: Path, out: Path, *, revision: str = "") -
     partial = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        merged.save_pretrained(partial, safe_serialization=True)
+        _save(merged, partial)
         _copy_others(base, partial)
         partial.rename(out)
     except OSError as error:
@@ -76,16 +77,23 @@ def _merged(base: Path, adapter: Path) -> Any:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(base), dtype="auto", trust_remote_code=False
-        ).eval()
+        model: Any
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            str(base), dtype="auto", trust_remote_code=False, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as error:
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,
             f"transformers cannot load a language model from {base}: {first_line(error)}",
         ) from error
+    if found["missing_keys"]:
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"{base} lacks weights of a {type(model).__name__} in its files ({listed(found['missing_keys'])}), which would be "
+            "random numbers in the merged model. Save the base again with all its weights.",
+        )
     types = {name: weight.dtype for name, weight in model.state_dict().items()}
-    model = model.float().requires_grad_(False)
+    model = model.float().requires_grad_(False).eval()
     slots = LoraSlots(model, max_adapters=1, max_rank=1 << 20)
     slots.load(_NAME, adapter)
     slots.activate(_NAME)
@@ -101,6 +109,15 @@ def _merged(base: Path, adapter: Path) -> Any:
     for name, weight in model.state_dict(keep_vars=True).items():
         weight.data = weight.data.to(types[name])
     return model
+
+
+def _save(model: Any, directory: Path) -> None:
+    """Writes weights and settings, those of generation as they are: save_pretrained refuses some that it loads."""
+    from transformers import GenerationConfig
+
+    settings, model.generation_config = model.generation_config, GenerationConfig()
+    model.save_pretrained(directory)
+    settings.to_json_file(directory / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
 
 
 def _probe(model: Any) -> torch.Tensor:

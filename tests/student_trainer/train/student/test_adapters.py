@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
 from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter
-from tests.support.tiny_architectures import tiny_model
+from tests.student_trainer.train.student.tiny_architectures import tiny_model
 
 RANK_2 = LoraConfig(rank=2)
 

@@ -17,7 +17,7 @@ from stillhouse.student_trainer.train.student.pretrained import (
     check_causal,
     load_pretrained,
 )
-from tests.support.tiny_architectures import tiny_model
+from tests.student_trainer.train.student.tiny_architectures import tiny_model
 
 Change = Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 LOST = "model.layers.1.mlp.up_proj.weight"
@@ -63,7 +63,7 @@ def test_a_model_that_lacks_weights_is_refused_by_their_names(tmp_path: Path, ca
 def test_a_classifier_is_no_language_model(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    from tests.support.tiny_architectures import tiny_config
+    from tests.student_trainer.train.student.tiny_architectures import tiny_config
 
     AutoModelForSequenceClassification.from_config(tiny_config("bert")).save_pretrained(tmp_path)
     with pytest.raises(UnfitModelError, match=r"cls\.predictions"):

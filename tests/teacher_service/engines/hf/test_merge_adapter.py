@@ -41,6 +41,9 @@ def test_a_merged_model_scores_like_base_plus_adapter(
     shutil.copytree(models.teacher, base)
     AutoModelForCausalLM.from_pretrained(models.teacher, dtype=dtype).save_pretrained(base)
     (base / "NOTICE.txt").write_text("kept")
+    (base / "generation_config.json").write_text(
+        '{"temperature": 0.9}'
+    )  # loads, and save_pretrained refuses it
     out = tmp_path / "deep" / "merged"
     if dtype == torch.float32:
         merge_adapter(str(base), models.adapter_a, out)
@@ -77,11 +80,21 @@ def test_a_refused_merge_has_a_reason_and_leaves_nothing(models: Models, tmp_pat
     shutil.copytree(models.adapter_a, cut)
     weights = load_file(cut / "adapter_model.safetensors")
     save_file(dict(list(weights.items())[1:]), cut / "adapter_model.safetensors")
+    partial = tmp_path / "partial"
+    shutil.copytree(models.teacher, partial)
+    weights = load_file(partial / "model.safetensors")
+    lost = "model.layers.1.mlp.up_proj.weight"
+    save_file(
+        {name: weights[name] for name in weights.keys() - {lost}},
+        partial / "model.safetensors",
+        {"format": "pt"},
+    )
     taken = tmp_path / "taken"
     taken.mkdir()
     out = tmp_path / "out"
     for model, adapter, to, part in (
         (quantised, models.adapter_a, out, "is quantised (gptq)"),
+        (partial, models.adapter_a, out, f"lacks weights of a Qwen2ForCausalLM in its files ({lost})"),
         (models.teacher, misfit, out, "size mismatch"),
         (models.teacher, cut, out, "do not fit its configuration"),
         (models.teacher, models.teacher, out, "is not an adapter"),
@@ -94,4 +107,4 @@ def test_a_refused_merge_has_a_reason_and_leaves_nothing(models: Models, tmp_pat
     assert done.returncode == 2
     assert done.stderr.startswith("stillhouse-teacher merge-adapter: ")
     assert done.stderr.strip().count("\n") == 0, done.stderr
-    assert {path.name for path in tmp_path.iterdir()} == {"quantised", "misfit", "cut", "taken"}
+    assert {path.name for path in tmp_path.iterdir()} == {"quantised", "misfit", "cut", "partial", "taken"}
