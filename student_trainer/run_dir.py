@@ -7,6 +7,7 @@ truncated when the next attempt opens them.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -62,6 +63,15 @@ class Control:
 
     attempt: int
     stop: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedRecord:
+    """The end of training, by which a later attempt exports without the data."""
+
+    step: int
+    end_ids: tuple[int, ...]
+    """Ids that end the student's texts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +183,10 @@ class RunDir:
         names = (entry.name for entry in self.checkpoints_path.iterdir() if (entry / MANIFEST).is_file())
         return sorted(int(name) for name in names if name.isdecimal())
 
-    def trained_step(self) -> int | None:
-        """Step at which training ended, if it did and only the export is left; its checkpoint may be gone."""
+    def trained(self) -> TrainedRecord | None:
+        """The end of training, if only the export is left; its checkpoint may be gone."""
         value = _read_json(self.trained_path)
-        return int(value["step"]) if value else None
+        return TrainedRecord(step=int(value["step"]), end_ids=tuple(value["end_ids"])) if value else None
 
     def control(self) -> Control | None:
         """The service's last instructions; None before the first attempt."""
@@ -287,10 +297,10 @@ class Attempt:
         """Appends the metrics of a step."""
         self._append("metrics.jsonl", {"step": step, "values": dict(values)}, sync=False)
 
-    def mark_trained(self, step: int) -> None:
-        """Records that training ended with `step`. Raises as `check_fence` does."""
+    def mark_trained(self, record: TrainedRecord) -> None:
+        """Records that training ended. Raises as `check_fence` does."""
         self.check_fence()
-        write_atomic(self.run_dir.trained_path, json.dumps({"step": step}).encode())
+        write_atomic(self.run_dir.trained_path, json.dumps(dataclasses.asdict(record)).encode())
 
     def cut_torn_lines(self) -> None:
         """Truncates the partial line of a killed process, and continues the sequence after the last complete line."""

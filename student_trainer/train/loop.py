@@ -9,7 +9,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.run_dir import Attempt
+from stillhouse.student_trainer.run_dir import Attempt, TrainedRecord
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
@@ -75,7 +75,8 @@ def train(
             run.checkpointer.save()
             return Outcome(kind="stopped", step=progress.step)
         if scope.ranks.is_first:
-            attempt.mark_trained(progress.step)
+            end_ids = tuple(run.student_side.student.end_ids)
+            attempt.mark_trained(TrainedRecord(step=progress.step, end_ids=end_ids))
             export(run.student_side.student, attempt)
     return Outcome(kind="completed", step=progress.step)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import structlog
 
+from stillhouse.student_trainer.run_dir import TrainedRecord
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.student import device
@@ -27,10 +29,11 @@ def load_trained(scope: RunScope) -> Trained | None:
 
     Raises StillhouseError, as `Student.load` does.
     """
-    own = _trained_step(scope) if scope.ranks.is_first else None
-    step: int | None = scope.ranks.exchange(own, patient=True)[0]
-    if step is None:
+    own = _whole_record(scope) if scope.ranks.is_first else None
+    record = scope.ranks.exchange(own and dataclasses.asdict(own), patient=True)[0]
+    if record is None:
         return None
+    step = record["step"]
     config = scope.config
     accelerator = device.make_accelerator(config.optimizer)
     student = Student.load(
@@ -42,14 +45,15 @@ def load_trained(scope: RunScope) -> Trained | None:
         seed=config.optimizer.seed,
     )
     checkpoint.restore_weights(scope.run_dir, step, student.model)
+    student.add_end_ids(record["end_ids"])
     if scope.ranks.is_first:
         scope.attempt.report("started", total_steps=step, step=step)
     log.info("exporting again; every step was taken before", step=step)
     return Trained(student=student, step=step)
 
 
-def _trained_step(scope: RunScope) -> int | None:
-    step = scope.run_dir.trained_step()
-    if step is None or step not in scope.run_dir.checkpoints():
+def _whole_record(scope: RunScope) -> TrainedRecord | None:
+    record = scope.run_dir.trained()
+    if record is None or record.step not in scope.run_dir.checkpoints():
         return None
-    return step if checkpoint.find_damage(scope.run_dir.checkpoint_path(step)) is None else None
+    return record if checkpoint.find_damage(scope.run_dir.checkpoint_path(record.step)) is None else None

@@ -12,8 +12,8 @@ from stillhouse.student_trainer.train.student.student import evaluation_mode
 
 FULL_TOLERANCE = 1e-3
 """Largest difference in float32, as a share of the spread of the logits."""
-HALF_TOLERANCE = 0.1
-"""The same where either copy has weights of 16 bits or fewer."""
+HALF_TOLERANCE = 0.25
+"""The same where either copy has weights of 16 bits or fewer: rounding adds up over layers, and experts change."""
 ROWS, TOKENS = 2, 16
 
 

@@ -10,15 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.student.export import export, try_export
+from stillhouse.student_trainer.train.student.saving import save_model, unchanged_names
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of
+from tests.student_trainer.train.student.tiny_architectures import tiny_model
 
 IDS = torch.arange(5, 25)[None]
 CPU = torch.device("cpu")
@@ -75,28 +78,36 @@ def _loaded(directory: Path) -> Any:
     return model
 
 
-@pytest.mark.parametrize("modules", [("lm_head",), ("embed_tokens",), ("embed_tokens", "lm_head", "q_proj")])
+ADAPTERS = (
+    {"target_modules": ("lm_head",)},
+    {"target_modules": ("embed_tokens",)},
+    {"target_modules": ("embed_tokens", "lm_head", "q_proj")},
+    {"bias": "all"},
+)
+
+
+@pytest.mark.parametrize("lora", ADAPTERS, ids=str)
 @pytest.mark.parametrize("output", ["both", "adapter"])
+@pytest.mark.filterwarnings(
+    "ignore:.*(tie_word_embeddings|tied layer):UserWarning"
+)  # of PEFT, about any such adapter
 def test_an_adapter_on_one_of_two_tied_ends_is_exported_as_it_was_trained(
     models: Models,
     make_student: Callable[..., Student],
     export_of: Callable[[Student], Path],
-    modules: tuple[str, ...],
+    lora: dict[str, Any],
     output: str,
 ) -> None:
     from peft import PeftModel
 
-    student = make_student(lora=LoraConfig(rank=4, target_modules=modules), output=output)
+    student = make_student(lora=LoraConfig(rank=4, **lora), output=output)
     expected = _logits(student.model)
     final = export_of(student)
     adapter = final / "adapter" if output == "both" else final
-    with pytest.warns(UserWarning, match="tie_word_embeddings|tied"):
-        adapted = PeftModel.from_pretrained(_loaded(models.student), adapter)
+    adapted = PeftModel.from_pretrained(_loaded(models.student), adapter)
     torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
     if output == "both":
-        merged = _loaded(final)
-        assert not merged.config.tie_word_embeddings
-        torch.testing.assert_close(_logits(merged), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(_logits(_loaded(final)), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("settings", [{"keep_layers": (1,)}, {"from_config": True}])
@@ -113,6 +124,18 @@ def test_an_adapter_whose_base_is_nowhere_else_has_it_beside_it(
     final = export_of(student)
     adapted = PeftModel.from_pretrained(_loaded(final / "base"), final)
     torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mixtral", "qwen2_moe"])
+def test_a_saved_model_says_which_of_its_weights_are_stored_as_they_are(tmp_path: Path, kind: str) -> None:
+    model = tiny_model(kind)
+    save_model(model, tmp_path)
+    stored, state = load_file(tmp_path / "model.safetensors"), model.state_dict()
+    names = unchanged_names(model)
+    assert all(torch.equal(stored[name], state[name]) for name in names)
+    assert "model.norm.weight" in names or "transformer.ln_f.weight" in names
+    assert any(".experts." in name for name in state.keys() - names) == ("mix" in kind or "moe" in kind)
+    torch.testing.assert_close(_logits(_loaded(tmp_path)), _logits(model))
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (
@@ -199,9 +222,16 @@ def test_a_failed_export_leaves_a_loadable_checkpoint_and_is_done_again_without_
     left = AutoPeftModelForCausalLM.from_pretrained(path) if student else _loaded(path)
     assert AutoTokenizer.from_pretrained(path).chat_template
 
+    ends = run_dir.trained()
+    assert ends is not None
+    run_dir.trained_path.write_text(
+        json.dumps({"step": 2, "end_ids": [*ends.end_ids, 7]})
+    )  # as the data may add
     run_dir.final_path.unlink()
     data.unlink()
     assert finish_here(run_dir, 2) == 0, failure(run_dir)
     assert [each["step"] for each in events(run_dir, "started")] == [0, 2]
     assert len(metric(run_dir, "train/loss")) == 2
-    torch.testing.assert_close(_logits(_loaded(run_dir.final_path)), _logits(left), rtol=1e-4, atol=1e-4)
+    final = _loaded(run_dir.final_path)
+    assert 7 in final.generation_config.eos_token_id
+    torch.testing.assert_close(_logits(final), _logits(left), rtol=1e-4, atol=1e-4)
