@@ -183,6 +183,16 @@ def test_settings_of_generation_in_the_model_configuration_are_exported_too(
     assert _loaded(export_of(make_student(model=str(model)))).generation_config.temperature == 0.9
 
 
+def test_what_cannot_be_written_is_refused_before_the_first_step(
+    make_student: Callable[..., Student], tmp_path: Path
+) -> None:
+    student = make_student()
+    student.plain.config.odd = object()  # no JSON
+    with pytest.raises(StillhouseError, match="could not be exported after training"):
+        try_export(student, _run_dir(tmp_path))
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_an_export_that_differs_is_refused_and_removes_nothing(
     make_student: Callable[..., Student], export_of: Callable[[Student], Path], tmp_path: Path
 ) -> None:
