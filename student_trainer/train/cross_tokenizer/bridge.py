@@ -50,9 +50,11 @@ class Bridge:
         *,
         student_roles: Mapping[str, Any],
         teacher_end_ids: Sequence[int],
+        student_end_ids: Sequence[int] = (),
         words: bool = False,
     ) -> None:
-        """Loads both tokenizers. `student_roles` maps roles such as "eos_token" to tokens; `teacher_end_ids` end a text of the teacher.
+        """Loads both tokenizers. `student_roles` maps roles such as "eos_token" to tokens; `teacher_end_ids` end a text of the teacher, and
+        `student_end_ids` one of the student.
 
         With `words` chunks end only before white space. Raises StillhouseError(TOKENIZER_INVALID).
         """
@@ -62,7 +64,7 @@ class Bridge:
         """Number of the teacher's token ids."""
         self._words = words
         self._special_tokens = _shared_special_tokens(
-            self._student, self._teacher, student_roles, teacher_end_ids
+            self._student, self._teacher, student_roles, teacher_end_ids, student_end_ids
         )
         self.stats = AlignmentStats()
 
@@ -279,12 +281,15 @@ def _shared_special_tokens(
     teacher: _TeacherEncoder,
     student_roles: Mapping[str, Any],
     teacher_end_ids: Sequence[int],
+    student_end_ids: Sequence[int],
 ) -> dict[int, int]:
-    """Maps the student's special tokens to the teacher's ids: by content, else by role."""
+    """Maps the student's special tokens to the teacher's ids: by content, else by role, which an end of turns has too."""
     by_content = {content: number for number, content in teacher.bytes.special_tokens.items()}
     by_role = {}
     if teacher_end_ids:
-        by_role[str(student_roles.get("eos_token"))] = int(teacher_end_ids[0])
+        ends = (student.special_tokens.get(each) for each in student_end_ids)
+        for content in (student_roles.get("eos_token"), *ends):
+            by_role[str(content)] = int(teacher_end_ids[0])
     if teacher.prefix:
         by_role[str(student_roles.get("bos_token"))] = teacher.prefix[0]
     found = {}

@@ -38,6 +38,7 @@ def translate_for_teachers(
             teacher.tokenizer_json,
             student_roles=roles,
             teacher_end_ids=teacher.info.eos_token_ids,
+            student_end_ids=corpus.end_ids,
             words=chunk_loss(config).chunks == "words",
         )
         for name, teacher in teachers.items()

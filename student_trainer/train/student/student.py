@@ -114,6 +114,11 @@ class Student:
             settings.eos_token_id = [*known, *added]
             names = self.tokenizer.convert_ids_to_tokens(added)
             log.info("tokens that end turns in the data end the student's texts too", tokens=names)
+            if self.config.trains_adapter and self.config.output == "adapter":
+                log.warning(
+                    "the adapter's base does not end texts with them: name them where it is served",
+                    tokens=names,
+                )
 
     def trainable_parameters(self) -> Mapping[str, nn.Parameter]:
         """Returns the trainable parameters by name; shared ones once."""

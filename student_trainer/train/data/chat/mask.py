@@ -15,7 +15,7 @@ from typing import Any, Literal
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.chat_template import STAND_IN
 from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks, TurnEnds, common_length
-from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation
+from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation, Rendered
 from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
 
 OWN_STAND_IN = STAND_IN[::-1]
@@ -84,10 +84,10 @@ class ChatMasker:
         shape = tuple((each["role"], each.get("content") is None) for each in conversation.messages)
         if (shape, bool(conversation.tools)) in self._checked:
             return
-        try:
-            text, spans = self.template.render(_with_stand_ins(conversation), marks=True)
-        except StillhouseError:  # it depends on these words
+        probe = self._try(_with_stand_ins(conversation), marks=True)
+        if probe is None:  # it depends on these words
             return
+        text, spans = probe
         marked = "".join(text[begin:stop] for begin, stop in spans)
         if STAND_IN in marked or (spans and OWN_STAND_IN in text and OWN_STAND_IN not in marked):
             raise conversation.row.invalid(
@@ -105,11 +105,14 @@ class ChatMasker:
             return set()
         written: set[str] = set()
         for index in turns:
-            rendered, found = text, spans
+            until: Rendered | None = Rendered(text, spans)
             if index < len(conversation.messages) - 1:
-                rendered, found = self.template.render(conversation.first(index + 1), marks=True)
-            history = self.template.render(conversation.first(index)).text if index else ""
-            own = common_length(rendered, history)
+                until = self._try(conversation.first(index + 1), marks=True)
+            before = self._try(conversation.first(index)) if index else Rendered("")
+            if until is None or before is None:
+                return set()  # the template renders whole conversations alone
+            rendered, found = until
+            own = common_length(rendered, before.text)
             # A turn may end in another way where it is the last.
             texts = (rendered[begin:stop] for begin, stop in _joined(found) if begin >= own)
             written |= {self._marks.without(each) for each in texts}
@@ -137,9 +140,9 @@ class ChatMasker:
         spans, last, turns = [], len(conversation.messages) - 1, _assistant_turns(conversation)
         has_last = False
         for index in (each for each in turns if conversation.trained[each]):
-            until = text if index == last else self.template.render(conversation.first(index + 1)).text
-            until = until.removesuffix(ends.tail) if ends.tail else until
-            if not text.startswith(until):
+            part = Rendered(text) if index == last else self._try(conversation.first(index + 1))
+            until = part.text.removesuffix(ends.tail) if part else ""
+            if not part or not text.startswith(until):
                 self.notes["rewritten_turns"] += 1
                 continue
             begin = self._begin(conversation, index, text, len(until))
@@ -173,10 +176,11 @@ class ChatMasker:
         """Returns the offset of an assistant's first character, after its prompt; None if it cannot be found."""
         if not index:
             return self._content_begin(conversation, index, text)
-        history = self.template.render(conversation.first(index)).text
-        history = history.removesuffix(self._ends_of(conversation).tail)
-        before = self.template.render(conversation.first(index), generation_prompt=True).text
-        if text.startswith(before) and len(before) <= until:
+        earlier = self._try(conversation.first(index))
+        history = earlier.text.removesuffix(self._ends_of(conversation).tail) if earlier else None
+        prompt = self._try(conversation.first(index), generation_prompt=True)
+        before = prompt.text if prompt else None
+        if before is not None and text.startswith(before) and len(before) <= until:
             if before != history or not text[len(before) : until].strip():
                 return len(before)
             # Without a generation prompt there is a role's name, or nothing, before the assistant's text.
@@ -184,11 +188,18 @@ class ChatMasker:
             is_name = begin is not None and text[len(before) : begin].strip()
             return begin if is_name else len(before)
         begins = [self._content_begin(conversation, index, text)]
-        if text.startswith(history):
+        if before is not None and history is not None and text.startswith(history):
             # The prompt begins as the turn does, and goes on in another way, such as with an empty thought.
             begins.append(self._marks.border_before(text, min(common_length(before, text), until)))
         self.notes["unprompted_turns"] += 1
         return min((begin for begin in begins if begin is not None), default=None)
+
+    def _try(self, conversation: Conversation, **options: bool) -> Rendered | None:
+        """Renders a part of a conversation, or a changed one; None if the template refuses it."""
+        try:
+            return self.template.render(conversation, **options)
+        except StillhouseError:
+            return None
 
     def _content_begin(self, conversation: Conversation, index: int, text: str) -> int | None:
         """Returns the offset of a turn's content in `text`; None if the template does not copy it."""
@@ -198,9 +209,8 @@ class ChatMasker:
         # Some templates drop thoughts, with all that is before their end.
         for before in dict.fromkeys(("", content[: content.rfind(_THOUGHTS_END) + len(_THOUGHTS_END)])):
             changed = before + STAND_IN + content[len(before) :]
-            begin, found, _ = self.template.render(
-                _with_content(conversation, index, changed)
-            ).text.partition(STAND_IN)
+            rendered = self._try(_with_content(conversation, index, changed))
+            begin, found, _ = rendered.text.partition(STAND_IN) if rendered else ("", "", "")
             if found and text.startswith(begin):
                 return len(begin)
         return None
@@ -220,11 +230,8 @@ class ChatMasker:
         """Returns the text that ends a last turn which the template leaves open: the next turn's opening, or the end token."""
         calls = conversation.messages[-1].get("tool_calls")
         following = {"role": "tool" if calls else "user", "content": STAND_IN}
-        try:
-            longer = replace(conversation, messages=[*conversation.messages, following])
-            rendered = self.template.render(longer).text
-        except StillhouseError:  # it refuses such a turn
-            rendered = ""
+        longer = self._try(replace(conversation, messages=[*conversation.messages, following]))
+        rendered = longer.text if longer else ""
         after = rendered[len(text) :] if rendered.startswith(text) else ends.next_opening
         mark = self._marks.at_start(after.lstrip())
         return after[: after.index(mark) + len(mark)] if mark else self._eos

@@ -240,6 +240,24 @@ def test_special_tokens_are_not_text_and_text_that_spells_one_stays_text(
     assert found.chunks.student[-1] == -1
 
 
+def test_a_token_that_ends_turns_of_the_student_becomes_the_teachers_end(
+    student: Tokenizer, teacher: Tokenizer
+) -> None:
+    stop = student.token_to_id("<|im_end|>")
+    assert stop is not None
+    ids = [*student.encode("hi", add_special_tokens=False).ids, stop]
+    example = Example(
+        token_ids=np.array(ids, np.int32), mask=np.arange(len(ids)) >= 1, place="row", num_prompt=1
+    )
+    bridge = Bridge(
+        student.to_str(), teacher.to_str(), student_roles=ROLES, teacher_end_ids=(0,), student_end_ids=(stop,)
+    )
+    found = bridge.translate(example)
+    assert found is not None
+    assert _bytes(teacher, found.token_ids) == b"hi[<|end|>]"
+    assert bridge.stats.dropped_special_tokens == {}
+
+
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_any_ids_are_safe(student: Tokenizer, teacher: Tokenizer, data: Any) -> None:
