@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,11 @@ def estimate(
             session.say(f"{what}: {size_text(together)} of {size_text(limit)}")
             if together > limit:
                 session.say(f"  They cannot fit: {size_text(together - limit)} too much.")
+            elif is_beside and device == "gpu":
+                share = math.floor(100 * (1 - copies * totals["student"] / limit)) / 100
+                session.say(
+                    f"  vLLM takes 0.9 of a GPU by default: start the teacher with --gpu-memory-utilization {share:g} at most."
+                )
         for text, then in helps:
             fitting = ", which fits" if copies * then + others <= limit else ""
             session.say(f"  {text} would take {size_text(then)}{fitting}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,9 @@ def test_what_shares_a_device_is_summed(tmp_path: Path) -> None:
     assert both["student"]["fits"]
     assert both["teacher"]["fits"]
     assert (code, both["fits"], both["together"]["total_bytes"]) == (1, False, sum(each))
+    larger = ("--device", "gpu", "--memory-gib", "24", "--teacher-model", str(tmp_path))
+    fitting = estimate(tmp_path, spec, *larger).stdout
+    assert re.search(r"start the teacher with --gpu-memory-utilization 0\.[34]\d? at most", fitting), fitting
     away = spec | {"teachers": [{"targets": ["gpu-host:7401"]}]}
     here = spec | {"teachers": [{"targets": ["127.0.0.1:7401"]}]}
     assert told(away, "--device", "gpu")[0] == told(here, "--device", "gpu", "--teacher-apart")[0] == 0
