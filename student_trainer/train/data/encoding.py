@@ -181,7 +181,7 @@ class RowEncoder:
         mark, end = self._marks.at_end(text.rstrip()), self._tokenizer.eos_token_id
         if mark:
             self._end_ids.add(self._marks.token_id(mark))
-        elif ends and end is not None:
+        elif ends and self._marks.holds(end):
             self._end_ids.add(end)
             return [*encoded.token_ids, end], [*mask, True]
         return encoded.token_ids, mask

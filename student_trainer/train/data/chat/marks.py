@@ -14,9 +14,11 @@ class SpecialMarks:
     """Special tokens by their text that may end one: also those without a role of the tokenizer, such as a model's own turn marks."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self._ids: dict[str, int] = dict(
-            zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
-        )
+        # A settings file may name special tokens that the vocabulary lacks.
+        vocabulary = tokenizer.get_vocab()
+        self._ids: dict[str, int] = {
+            token: vocabulary[token] for token in tokenizer.all_special_tokens if token in vocabulary
+        }
         added = tokenizer.added_tokens_decoder
         self._ids |= {str(token): number for number, token in added.items() if token.special}
         # These begin texts or stand for nothing; they end none, unless the tokenizer ends texts with the same token.
@@ -38,7 +40,7 @@ class SpecialMarks:
         """Returns the token id of a mark."""
         return self._ids[mark]
 
-    def holds(self, token_id: int) -> bool:
+    def holds(self, token_id: int | None) -> bool:
         """Returns True for the id of a mark."""
         return token_id in self._known
 

@@ -38,7 +38,7 @@ class ChatMasker:
         self.template = ChatTemplate(tokenizer, today=today)
         """The tokenizer's chat template."""
         self._marks = marks
-        self._eos: str = tokenizer.eos_token or ""
+        self._eos: str = tokenizer.eos_token if marks.holds(tokenizer.eos_token_id) else ""
         self._turn_ends: dict[str, TurnEnds] = {}
         self._checked: set[object] = set()
         self.end_ids: set[int] = set()
@@ -92,8 +92,8 @@ class ChatMasker:
         if STAND_IN in marked or (spans and OWN_STAND_IN in text and OWN_STAND_IN not in marked):
             raise conversation.row.invalid(
                 "messages",
-                "has text of another role inside a {% generation %} block of the student's chat template, which would be "
-                "learnt as the assistant's. Put the assistant's text alone into the blocks, and no block into a macro.",
+                "is rendered with {% generation %} blocks around other text than the assistant's, which would be learnt in its place. "
+                "Put the assistant's text alone into the blocks of the student's chat template, and no block into a macro.",
             )
         if len(self._checked) < MAX_CHECKED:
             self._checked.add((shape, bool(conversation.tools)))
@@ -192,7 +192,19 @@ class ChatMasker:
             # The prompt begins as the turn does, and goes on in another way, such as with an empty thought.
             begins.append(self._marks.border_before(text, min(common_length(before, text), until)))
         self.notes["unprompted_turns"] += 1
+        self._check_order(conversation.first(index + 1))
         return min((begin for begin in begins if begin is not None), default=None)
+
+    def _check_order(self, conversation: Conversation) -> None:
+        """Returns if no other turn stands behind the last one. Raises StillhouseError(DATASET_INVALID)."""
+        has_text = isinstance(conversation.messages[-1].get("content"), str)
+        probe = self._try(_with_stand_ins(conversation)) if has_text else None
+        if probe and OWN_STAND_IN in probe.text and STAND_IN in probe.text.rpartition(OWN_STAND_IN)[2]:
+            raise conversation.row.invalid(
+                f"messages[{len(conversation.messages) - 1}]",
+                "is rendered before turns that precede it, so their text would be learnt with it. Correct the student's chat "
+                "template, or give prompt and completion.",
+            )
 
     def _try(self, conversation: Conversation, **options: bool) -> Rendered | None:
         """Renders a part of a conversation, or a changed one; None if the template refuses it."""

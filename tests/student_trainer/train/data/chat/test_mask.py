@@ -184,11 +184,12 @@ def test_a_block_that_ends_on_dropped_white_space_masks_nothing_behind_it() -> N
         "{% macro turn(m) %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
         "{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endmacro %}"
         "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+        "{% for m in messages | reverse %}" + CHATML_TURN + "{% endfor %}",
     ],
 )
 def test_a_mask_that_covers_others_is_refused(template: str) -> None:
     with pytest.raises(
-        StillhouseError, match=r"text of another role inside a \{% generation %\} block"
+        StillhouseError, match=r"other text than the assistant's|before turns that precede it"
     ) as error:
         _learnt(_encoder(template))
     assert error.value.reason is Reason.DATASET_INVALID
