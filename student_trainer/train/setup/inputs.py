@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
 from stillhouse.student_trainer.train.setup.scope import RunScope
-from stillhouse.student_trainer.train.student.student import load_tokenizer
+from stillhouse.student_trainer.train.student.student import configured_end_ids, load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,6 +20,8 @@ class Inputs:
     """The student's tokenizer."""
     tokenizer_json: str
     tokenizer_fingerprint: str
+    end_ids: Sequence[int]
+    """Tokens that end a text of the student before training."""
     corpus: Corpus
 
     @classmethod
@@ -32,5 +35,6 @@ class Inputs:
             tokenizer=tokenizer,
             tokenizer_json=tokenizer_json,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer_json, tokenizer.special_tokens_map),
+            end_ids=configured_end_ids(config.student, tokenizer, scope.data_dir),
             corpus=load_corpus(config.data, config.evaluation, tokenizer, scope.data_dir, names),
         )

@@ -51,7 +51,7 @@ def connect_teachers(scope: RunScope, inputs: Inputs) -> OnlineTeachers:
         inputs.tokenizer_fingerprint,
         inputs.tokenizer_json,
         inputs.corpus,
-        inputs.tokenizer.eos_token_id,
+        inputs.end_ids,
     )
     cache = RunCache.open(scope.config.cache, scope.data_dir, scope.stack)
     return OnlineTeachers.connect(

@@ -36,6 +36,22 @@ def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
         ) from error
 
 
+def configured_end_ids(config: StudentConfig, tokenizer: Any, data_dir: Path) -> list[int]:
+    """Reads the tokens that end a text of the student before training: the tokenizer's, and those of its generation settings."""
+    from transformers import AutoConfig, GenerationConfig
+
+    source = model_source(config, data_dir)
+    found = [tokenizer.eos_token_id]
+    for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+        try:
+            named = getattr(load(source, revision=config.revision or None), "eos_token_id", None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # none, or broken ones, which loading the model reports; the configuration has ends too
+        found += named if isinstance(named, list | tuple) else [named]
+        break
+    return list(dict.fromkeys(int(each) for each in found if each is not None))
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Switches dropout and the like off inside the block."""

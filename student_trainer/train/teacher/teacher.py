@@ -77,9 +77,9 @@ class Demands:
         tokenizer_fingerprint: str,
         tokenizer_json: str,
         corpus: Corpus,
-        eos_token_id: int | None = None,
+        end_ids: Sequence[int] = (),
     ) -> Demands:
-        """The requirements of `config`; `eos_token_id` is the end token of the student's tokenizer."""
+        """The requirements of `config`; `end_ids` end a text of the student besides those of the data."""
         bridged = is_bridged(config)
         asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
@@ -104,7 +104,7 @@ class Demands:
             longest=corpus.longest,
             largest=corpus.largest,
             template_date=corpus.template_date,
-            end_ids=sorted({*corpus.end_ids, *([] if eos_token_id is None else [eos_token_id])}),
+            end_ids=sorted({*corpus.end_ids, *end_ids}),
         )
 
 

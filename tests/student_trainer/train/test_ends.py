@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,27 @@ def test_a_turns_end_is_exported_and_told(
     assert len(told) == 1
     assert TURN_END in told[0]
     assert END not in told[0]
+
+
+def test_the_same_ends_are_not_told(
+    models: Models,
+    conversations: Path,
+    hf_teacher: Program,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    student = shutil.copytree(models.student, tmp_path / "student")
+    settings = student / "generation_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_bytes()), "eos_token_id": 5}))
+    rows = tmp_path / "plain.jsonl"
+    rows.write_text(json.dumps({"prompt": "Ada has", "completion": " 3 apples."}) + "\n")
+    optimizer = {"max_steps": 1, "micro_batch_size": 2, "grad_accum_steps": 1}
+    told = []
+    for name, model in (("same", models.student), ("other", student)):
+        run_dir = make_run(tmp_path, name, spec_of(model, rows, hf_teacher.target, optimizer=optimizer))
+        assert finish_here(run_dir) == 0, events(run_dir)
+        told.append("end their texts with different tokens" in capfd.readouterr().out)
+    assert told == [False, True]
 
 
 def _student(models: Models) -> Student:
