@@ -52,7 +52,7 @@ class Resolution:
 def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = ()) -> Resolution:
     """Looks at the files and devices that `config` names; a field that is in `problems` already gets no second one."""
     resolver = _Resolver(host, revision=config.student.revision)
-    data = config.data
+    data, cache = config.data, resolver.cache(config.cache)
     resolved = replace(
         config,
         student=replace(
@@ -64,9 +64,9 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
             data,
             train=resolver.datasets("data.train", data.train),
             eval=resolver.datasets("data.eval", data.eval),
-            date=data.date or resolver.date(config.cache),
+            date=data.date or _date(None if resolver.violations else cache),
         ),
-        cache=resolver.cache(config.cache),
+        cache=cache,
     )
     resolver.lora_modules(resolved)
     resolved = resolver.devices(resolved)
@@ -151,16 +151,6 @@ class _Resolver:
                 f'"{cache.path}" is not a path for a cache; name one below caches/, such as "caches/my-set".',
             )
         return replace(cache, path=str(path))
-
-    def date(self, cache: CacheConfig | None) -> str:
-        """The day that templates are told: the cache's, so that the text is found in it, or today."""
-        path = self._local("cache.path", cache.path) if cache else None
-        with suppress(StillhouseError):  # there is none yet, or the run itself reports what is wrong with it
-            for shard in shard_paths(path)[-1:] if path else ():
-                with closing(CacheReader(shard)) as reader:
-                    if reader.metas[0].template_date:
-                        return reader.metas[0].template_date
-        return datetime.now(UTC).date().isoformat()
 
     def devices(self, config: RunConfig) -> RunConfig:
         """`config` with its device count, precision and matmul dtype settled."""
@@ -248,3 +238,13 @@ def _is_hub_id(name: str) -> bool:
 def _is_own(name: str) -> bool:
     """True if `name` is a path of the data directory."""
     return name.partition("/")[0] in OWN_FOLDERS and "/" in name
+
+
+def _date(cache: CacheConfig | None) -> str:
+    """Returns the day that templates are told: the cache's, so that the text is found in it, or today."""
+    with suppress(StillhouseError):  # there is none yet, or the run itself reports what is wrong with it
+        for shard in shard_paths(Path(cache.path))[-1:] if cache else ():
+            with closing(CacheReader(shard)) as reader:
+                if reader.metas[0].template_date:
+                    return reader.metas[0].template_date
+    return datetime.now(UTC).date().isoformat()
