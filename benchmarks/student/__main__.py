@@ -2,6 +2,8 @@
 
 Prints two rows, each for one setting of ours in one run: the smallest memory, and the fastest of the chunk sizes
 tried. Beside the speeds stands their bound: a step of the student's body and the matmuls of an exact loss alone.
+A third row needs no clock: the tokens that forward passes compute, cut by tokens and cut by rows, over those that are
+needed, on rows as long as those of question-and-answer data.
 Every pass is a fresh process; passes of a round follow one another, and a method's time is its fastest step of all
 rounds, since disturbances of a machine only add. Peers are installed into their own directory; one that cannot be is
 shown as n/a.
@@ -24,6 +26,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.student.padding import MAX_RATIO, padding_ratios
 from benchmarks.student.sizes import DEFAULT, Sizes
 
 PEERS = ("trl==1.16.0", "liger-kernel==0.8.5")
@@ -172,6 +175,8 @@ def main(  # noqa: PLR0917 (click passes them by name)
             for name in names
         )
         console.print(f"{row}: {said}", soft_wrap=True)
+    said = ", ".join(f"{name} {ratio:.3f}" for name, ratio in padding_ratios().items())
+    console.print(f"computed over needed tokens (<= {MAX_RATIO:.2f} by tokens): {said}", soft_wrap=True)
 
 
 def _of_matmuls() -> str:
@@ -204,6 +209,7 @@ def _content(
             "required": REQUIRED,
             "body_and_products_alone": _limits(best),
             "sizes": asdict(sizes),
+            "computed_over_needed_tokens": padding_ratios(),
             "passes": {str(each): asdict(one) for each, one in best.items()},
             "not_available": {str(each): why for each, why in missing.items()},
         },

@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
+from stillhouse.client.runfile.scalars import is_auto
 from stillhouse.client.runfile.source_map import Problem, SourceLocation
 from stillhouse.client.runfile.yaml_reader import RunFileReader
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
@@ -101,6 +102,10 @@ class _Setting:
 
     def _set_field(self, found: FieldDescriptor, message: Message) -> None:
         self.reader.source_map.forget_below(self.path)
+        if is_auto(found, yaml.ScalarNode("", self.text)):
+            self._note()
+            message.ClearField(found.name)
+            return
         if found.message_type is None and not found.is_repeated:
             value = self._scalar(found)
             if value is not None:

@@ -14,6 +14,8 @@ _NOT_FINITE = re.compile(r"[-+]?\.?(inf|infinity|nan)", re.IGNORECASE)
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _YES_NO = {"yes": "true", "on": "true", "y": "true", "no": "false", "off": "false", "n": "false"}
+AUTOMATIC = frozenset({"micro_batch_tokens"})
+"""Fields of numbers that the word auto leaves to the training process."""
 _LIMITS = {
     FieldDescriptor.TYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.TYPE_INT64: (-(2**63), 2**63 - 1),
@@ -23,6 +25,11 @@ _LIMITS = {
 def is_null(node: yaml.Node) -> bool:
     """True if `node` is empty: nothing, `~` or `null`, outside quotes."""
     return isinstance(node, yaml.ScalarNode) and node.style is None and node.value in _NULLS
+
+
+def is_auto(field: FieldDescriptor, node: yaml.Node) -> bool:
+    """True if `node` is the word auto for a field of AUTOMATIC, which is like leaving the field out."""
+    return field.name in AUTOMATIC and isinstance(node, yaml.ScalarNode) and node.value == "auto"
 
 
 def describe(node: yaml.Node) -> str:

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
-from stillhouse.client.runfile.scalars import describe, is_null, read_value
+from stillhouse.client.runfile.scalars import describe, is_auto, is_null, read_value
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
@@ -98,6 +98,8 @@ class RunFileReader:
             child: Message = getattr(message, field.name)
             child.SetInParent()
             self.read_message(value, child, path)
+        elif is_auto(field, value):
+            message.ClearField(field.name)
         elif not is_null(value):
             scalar = self.read_scalar(field, value, path, verbatim=False)
             if scalar is not None:

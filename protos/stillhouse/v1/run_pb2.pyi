@@ -1241,7 +1241,7 @@ class OptimizerSpec(_message.Message):
     """
     micro_batch_tokens: _builtins.int
     """Tokens with padding of one forward pass of one process, at most; a row that is longer has a pass of its own. May differ
-    between attempts of a run.
+    between attempts of a run. In a run file, auto is like leaving it out.
     """
     micro_batch_size: _builtins.int
     """Rows in one forward pass of one process, which grad_accum_steps multiplies to the rows of an update. Kept for run files
@@ -1522,7 +1522,7 @@ class RetrySpec(_message.Message):
     teacher_wait_s: _builtins.float
     """Seconds that the run waits for a teacher that does not answer."""
     halve_micro_batch: _builtins.bool
-    """After running out of memory, try once with half the micro-batch and twice the accumulation."""
+    """After running out of memory, try once with half the tokens, or rows, in a forward pass; updates stay as they are."""
     def __init__(
         self,
         *,

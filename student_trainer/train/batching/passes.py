@@ -39,11 +39,12 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PassCutter:
-    """Cuts updates into passes of at most `max_tokens`, padding included, or of `max_rows` in their order."""
+    """Cuts updates into passes of at most `max_tokens`, padding included, or, without it, of `max_rows` in their order."""
 
     max_tokens: int | None = None
     """A longer row has a pass of its own."""
     max_rows: int | None = None
+    """Rows of a pass at most."""
     packing: Packing = "never"
     pass_tokens: int = CPU_PASS_TOKENS
     """Tokens whose computation takes as long as the constant part of a pass."""
@@ -73,7 +74,7 @@ class PassCutter:
         """Ends of the cheapest cut of rows of falling length into neighbours, and if each part is packed."""
         assert self.max_tokens is not None
         sums = np.concatenate([[0], np.cumsum(lengths)])
-        widest = self.max_tokens // int(lengths[-1]) + 1
+        widest = min(self.max_tokens // int(lengths[-1]) + 1, self.max_rows or len(lengths))
         best = np.zeros(len(lengths) + 1)
         begin_of, packs = np.zeros(len(lengths) + 1, np.int64), np.zeros(len(lengths) + 1, np.bool_)
         for end in range(1, len(lengths) + 1):

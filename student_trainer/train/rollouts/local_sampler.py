@@ -19,10 +19,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
+from stillhouse.student_trainer.train.batching.passes import PassCutter
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 BATCH_TEXTS = 64
-"""Sequences sampled at a time."""
+"""Sequences sampled at a time at most."""
+SAMPLED_TOKENS = 16
+"""Tokens that are sampled at a time, prompts included, for each one of a training pass: keys and values take far less."""
+_WORTH_TOKENS = 2**20
+"""Constant part of a batch's cost, in tokens, by which fewer batches come before less padding."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,8 +55,13 @@ class LocalSampler:
         autocast: Callable[[], AbstractContextManager[object]],
         vocab_size: int,
         num_likeliest: int,
+        pass_tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """`autocast` enters the precision in which the student computes; only ids below `vocab_size`, the effective one, are sampled."""
+        """`autocast` enters the precision in which the student computes; only ids below `vocab_size`, the effective one, are sampled.
+
+        `pass_tokens` reads the present limit of a training pass in tokens, if it has one.
+        """
+        self._pass_tokens = pass_tokens
         self._student = student
         self._device = device
         self._autocast = autocast
@@ -79,15 +89,23 @@ class LocalSampler:
         ]
         model = self._student.model
         with evaluation_mode(model), torch.no_grad(), self._autocast(), _plain_settings(model):
-            texts = [
-                text
-                for first in range(0, len(copies), BATCH_TEXTS)
-                for text in self._write_batch(
-                    copies[first : first + BATCH_TEXTS], generation, max_sequence_tokens
-                )
+            lengths = [
+                min(len(prompt) + generation.max_new_tokens, max_sequence_tokens) for prompt, _ in copies
             ]
+            texts: dict[int, SampledText] = {}
+            for each in self._cutter().cut(lengths):
+                batch = [copies[row] for row in each.rows]
+                written = self._write_batch(batch, generation, max_sequence_tokens)
+                texts |= zip(each.rows, written, strict=True)
         size = generation.samples_per_prompt
-        return [texts[first : first + size] for first in range(0, len(texts), size)]
+        return [[texts[row] for row in range(first, first + size)] for first in range(0, len(texts), size)]
+
+    def _cutter(self) -> PassCutter:
+        """Cuts texts into batches: those of like length together, so that few tokens are padding."""
+        tokens = self._pass_tokens()
+        return PassCutter(
+            max_tokens=tokens and tokens * SAMPLED_TOKENS, max_rows=BATCH_TEXTS, pass_tokens=_WORTH_TOKENS
+        )
 
     def _write_batch(
         self,

@@ -115,6 +115,7 @@ class FeedFactory:
                 autocast=side.accelerator.autocast,
                 vocab_size=side.vocab_size,
                 num_likeliest=top_k,
+                pass_tokens=lambda: side.stepper.cutter.max_tokens,
             )
 
         samplers = [

@@ -59,7 +59,7 @@ def cutter_of(config: RunConfig, student: Student, device: torch.device) -> Pass
     by_tokens = optimizer.micro_batch_tokens or auto_tokens("gpu" if on_gpu else "cpu")
     return PassCutter(
         max_tokens=None if optimizer.cuts_by_rows else by_tokens,
-        max_rows=optimizer.rows_per_pass,
+        max_rows=optimizer.rows_per_pass if optimizer.cuts_by_rows else None,
         packing=kind,
         pass_tokens=GPU_PASS_TOKENS if on_gpu else CPU_PASS_TOKENS,
         attention_tokens=ATTENTION_WIDTHS * student.model.get_input_embeddings().weight.shape[1],  # type: ignore[operator]

@@ -60,6 +60,14 @@ def test_values_take_the_type_of_their_field() -> None:
     assert spec.contexts[0].student.max_staleness == 2
 
 
+def test_a_number_that_the_run_finds_may_be_given_as_auto() -> None:
+    spec = with_overrides("optimizer={micro_batch_tokens: auto, batch_size: 32}")
+    assert not spec.optimizer.HasField("micro_batch_tokens")
+    assert spec.optimizer.batch_size == 32
+    spec = with_overrides("optimizer.micro_batch_tokens=512", "optimizer.micro_batch_tokens=auto")
+    assert not spec.optimizer.HasField("micro_batch_tokens")
+
+
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [

@@ -179,6 +179,28 @@ def test_a_rollout_records_what_it_was_drawn_from(sampler: LocalSampler) -> None
             assert text.likeliest[:, 0].tolist() == logits.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("pass_tokens", [1, 2, 4096])
+def test_any_cut_of_rollouts_draws_the_same(sampler: LocalSampler, pass_tokens: int) -> None:
+    prompts = [np.arange(4, 4 + length, dtype=np.int32) for length in (3, 20, 1, 9, 20)]
+    generation = RolloutConfig(max_new_tokens=6, samples_per_prompt=2)
+    rooms, seeds = {"max_sequence_tokens": 22}, [1, 2, 3, 4, 5]
+    expected = sampler.write(prompts, generation, **rooms, seeds=seeds)
+    by_tokens = LocalSampler(
+        sampler._student,
+        device=torch.device("cpu"),
+        autocast=torch.no_grad,
+        vocab_size=len(sampler._student.tokenizer),
+        num_likeliest=4,
+        pass_tokens=lambda: pass_tokens,
+    )
+    for several, others in zip(
+        by_tokens.write(prompts, generation, **rooms, seeds=seeds), expected, strict=True
+    ):
+        for text, other in zip(several, others, strict=True):
+            assert text.token_ids.tolist() == other.token_ids.tolist()
+            np.testing.assert_allclose(text.logprobs, other.logprobs, atol=2e-5)
+
+
 def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
     sampler: LocalSampler, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:
