@@ -41,8 +41,8 @@ ROWS = tuple(
             ("hostile paths, ids and weights", "refused before they are opened"),
             ("no token, a wrong one, a wrong authority", "refused with the right code"),
             ("another tokenizer or vocabulary", "refused at the start, or its shared prefix is used"),
-            ("the teacher's logits are no numbers", "that item alone fails; the run skips and counts it"),
-            ("the student's loss is no number", "skipped; after three in a row FAILED with the checkpoint"),
+            ("the teacher's logits are non-finite", "that item alone fails; the run skips and counts it"),
+            ("the student's loss is non-finite", "skipped; after three in a row FAILED with the checkpoint"),
             ("token ids that cannot be", "refused with their index; the engine lives"),
             ("two trainers, one teacher", "fair shares; one's flood or cancellation leaves the other alone"),
             (

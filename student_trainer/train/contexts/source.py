@@ -156,6 +156,6 @@ class Skips:
         if self.number > max(MAX_SKIPPED_ANYWAY, MAX_SKIPPED_SHARE * num_asked):
             raise StillhouseError(
                 Reason.NON_FINITE,
-                f"The teacher's answers were no numbers for {self.number} of {num_asked} sequences; at most 1 % "
+                f"The teacher's answers were non-finite for {self.number} of {num_asked} sequences; at most 1 % "
                 f"are left out. Look at the teacher's weights and precision. The last one: {error.message}",
             ) from error

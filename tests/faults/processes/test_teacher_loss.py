@@ -242,7 +242,7 @@ def test_a_teacher_that_comes_back_as_another_is_refused_amid_the_run(
 
 @pytest.mark.faults(row=17)
 @pytest.mark.parametrize("many", [False, True])
-def test_answers_that_are_no_numbers_are_left_out_counted_and_too_many_end_the_run(
+def test_non_finite_answers_are_left_out_counted_and_too_many_end_the_run(
     many: bool, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:
     class Damage:
@@ -261,7 +261,7 @@ def test_answers_that_are_no_numbers_are_left_out_counted_and_too_many_end_the_r
 
     from stillhouse.protos.errors import Reason, StillhouseError, to_status
 
-    damage = to_status(StillhouseError(Reason.NON_FINITE, "Logits at position 3 are no numbers."))
+    damage = to_status(StillhouseError(Reason.NON_FINITE, "Logits at position 3 are non-finite."))
     with TeacherProxy(hf_teacher.target, Damage) as proxy:
         run_dir = make_run(tmp_path, "damaged", spec(models, dataset_file, proxy.target))
         code = finish_here(run_dir)

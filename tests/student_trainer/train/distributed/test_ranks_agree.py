@@ -69,9 +69,9 @@ def check_errors(ranks: Ranks) -> None:
     def fail_in_second() -> None:
         done.append(ranks.rank)
         if ranks.rank == 1:
-            raise StillhouseError(Reason.NON_FINITE, "no number.")
+            raise StillhouseError(Reason.NON_FINITE, "non-finite.")
 
-    expected = "^no number" if ranks.rank else r"^Process 1 of 2 \(from 0\): no number"
+    expected = "^non-finite" if ranks.rank else r"^Process 1 of 2 \(from 0\): non-finite"
     with pytest.raises(StillhouseError, match=expected) as caught:
         ranks.after_first(fail_in_second)
     assert caught.value.reason is Reason.NON_FINITE
