@@ -176,6 +176,12 @@ class RunDir:
             spec.data.end_text = False
         return spec
 
+    def write_effective_spec(self, effective: RunSpec) -> None:
+        """Replaces the spec that training uses, if it is another one, as after a resume with changes."""
+        content = _spec_json(effective)
+        if self.effective_spec_path.read_bytes() != content:
+            write_atomic(self.effective_spec_path, content)
+
     def checkpoints(self) -> list[int]:
         """Steps of the complete checkpoints, ascending: those with a manifest, which is written last."""
         if not self.checkpoints_path.is_dir():

@@ -170,6 +170,9 @@ class _TeacherProcess:
 
 async def _load(config: TeacherConfig) -> Engine:
     module, name = _ENGINES[config.engine]
+    if config.engine == "hf":
+        # On a CPU its threads would spin while they wait, on cores that a trainer beside it needs.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         # In a thread: importing torch takes seconds, in which the loop refuses calls and handles signals.
         engine = getattr(await asyncio.to_thread(import_module, module), name)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.client.core.connection import PATIENCE_S, Connection, OnLost, resumed
+from stillhouse.client.runfile.load import parse_fields
 from stillhouse.client.trainer.artifacts import OnFile, pull
 from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -53,9 +54,15 @@ class RunHandle:
         """Requests a checkpoint and a stop; returns the run as it is then, usually STOPPING."""
         return self._trainer.call(self._stub.StopRun, run_pb2.StopRunRequest(name=self.name))
 
-    def resume(self) -> run_pb2.Run:
-        """Queues the run again, from its last checkpoint. Raises RUN_STATE unless it is STOPPED or FAILED."""
-        return self._trainer.call(self._stub.ResumeRun, run_pb2.ResumeRunRequest(name=self.name))
+    def resume(self, *changes: str) -> run_pb2.Run:
+        """Queues the run again, from its last checkpoint, with `changes` such as "optimizer.micro_batch_tokens=2048".
+
+        Raises RUN_STATE unless it is STOPPED or FAILED, and INVALID_SPEC for changes of what is learnt.
+        """
+        request = run_pb2.ResumeRunRequest(name=self.name)
+        if changes:
+            request.changes.CopyFrom(parse_fields({}, changes).spec)
+        return self._trainer.call(self._stub.ResumeRun, request)
 
     def delete(self) -> None:
         """Deletes the run and its files. Raises RUN_STATE unless it has ended."""

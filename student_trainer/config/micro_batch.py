@@ -11,6 +11,14 @@ from stillhouse.student_trainer.config.schema import RunConfig
 HALVE_VARIABLE = "STILLHOUSE_HALVE_MICRO_BATCH"
 """Environment variable that the run service sets to 1 to halve the micro-batch of a training process."""
 
+MEMORY_ADVICE = (
+    "Continue in smaller passes with the same updates: `stillhouse run resume RUN --set optimizer.micro_batch_tokens=N`, or "
+    "optimizer.micro_batch_size=N in a run that sets it, which raises optimizer.grad_accum_steps alike; "
+    "retry.halve_micro_batch does so by itself, and `--set student.gradient_checkpointing=true` saves memory too. Else give "
+    "the process more memory, or create a run with student.quantization or a lower data.max_sequence_tokens."
+)
+"""Remedies for a training process that ran out of memory."""
+
 
 AUTO_TOKENS: Mapping[str, int] = {"cpu": 4096, "gpu": 16384}
 """Tokens of a forward pass by kind of device where memory sets no lower limit: larger ones are no faster."""

@@ -26,14 +26,14 @@ import yaml
 from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
-from stillhouse.protos.files.disk_errors import is_broken, is_full, is_too_long
+from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.protos.telemetry.logs import configure_logging
 from stillhouse.protos.telemetry.tracing import configure_tracing, process_span
+from stillhouse.student_trainer.config.cpu_threads import yield_cores
 from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, smaller_micro_batch
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.disk_errors import broken_sentence, full_sentence, too_long_sentence
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from stillhouse.student_trainer.train.distributed.follower import Follower
 from stillhouse.student_trainer.train.distributed.launcher import (
@@ -42,6 +42,7 @@ from stillhouse.student_trainer.train.distributed.launcher import (
     report_failure,
 )
 from stillhouse.student_trainer.train.distributed.rank_env import RankInfo
+from stillhouse.student_trainer.train.process.causes import explain
 from stillhouse.student_trainer.train.process.heartbeat import heartbeats
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: R
                 micro_batch_size=optimizer.micro_batch_size,
                 micro_batch_tokens=optimizer.micro_batch_tokens or "auto",
             )
+        yield_cores(config)
         with RankProcesses(config, attempt, stopped, given) as processes:
             outcome = _run_task(config, attempt, stop_requested, processes)
     except Exception as caught:  # every failure is reported in the run directory
@@ -170,26 +172,6 @@ def _run_task(
     from stillhouse.student_trainer.train.loop import train
 
     return train(config, attempt, stop_requested, processes.ranks())
-
-
-def explain(error: BaseException, run_path: Path) -> BaseException:
-    """The error of the catalog for a cause that a user can remedy; else `error` itself."""
-    import torch
-
-    if is_too_long(error):
-        return StillhouseError(Reason.DISK_FULL, too_long_sentence(run_path))
-    if is_full(error):
-        return StillhouseError(Reason.DISK_FULL, full_sentence(run_path))
-    if is_broken(error):
-        return StillhouseError(Reason.CHECKPOINT_CORRUPT, broken_sentence(run_path, error))
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return StillhouseError(
-            Reason.OUT_OF_MEMORY,
-            f"The training process ran out of memory ({str(error).splitlines()[0] if str(error) else 'host memory'}). Halve "
-            "optimizer.micro_batch_size and double optimizer.grad_accum_steps, set student.gradient_checkpointing: true, "
-            "or lower data.max_sequence_tokens.",
-        )
-    return error
 
 
 def _quieten_libraries() -> None:

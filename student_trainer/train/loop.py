@@ -14,6 +14,7 @@ from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.distributed.ranks import Ranks, merge_metrics
+from stillhouse.student_trainer.train.process.memory import memory_of
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.pass_trial import fit_passes
 from stillhouse.student_trainer.train.setup.run_context import RunContext, set_up
@@ -77,7 +78,8 @@ def train(
         if scope.ranks.is_first:
             end_ids = tuple(run.student_side.student.end_ids)
             attempt.mark_trained(TrainedRecord(step=progress.step, end_ids=end_ids))
-            export(run.student_side.student, attempt)
+            with memory_of(lambda: "The export of the trained model"):
+                export(run.student_side.student, attempt)
     return Outcome(kind="completed", step=progress.step)
 
 
@@ -111,7 +113,9 @@ def _agree(run: RunContext, data: StepData, *, stop: bool) -> _Agreement:
 
 def _evaluate(run: RunContext) -> int:
     """Evaluates on the held-out rows, if there are any, and reports; the step."""
-    step, metrics = run.state.progress.step, run.evaluator.evaluate()
+    step = run.state.progress.step
+    with memory_of(lambda: f"The evaluation at step {step}"):
+        metrics = run.evaluator.evaluate()
     if metrics:
         run.scope.reporter.metrics(step, metrics)
         log.info("evaluated", step=step, **metrics)

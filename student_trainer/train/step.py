@@ -37,6 +37,7 @@ from stillhouse.student_trainer.train.loss.reduction import Reduction
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, text_logprobs_of
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
+from stillhouse.student_trainer.train.process.memory import memory_of
 from stillhouse.student_trainer.train.student.lm_head import LmHead
 from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student
@@ -99,6 +100,9 @@ class Stepper:
         self.head = LmHead(student)
         """The student's output layer."""
         self._workspace = Workspace()
+        self._in_pass: Sequence[ScoredExample] = ()
+        """Sequences of the current pass, for the error of one that runs out of memory."""
+        self._packed = False
         self._matmul_dtype: torch.dtype | None = None
         if self.head.layer is None:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
@@ -147,8 +151,9 @@ class Stepper:
                 for plain in self._weightings
             ]
             chunk_scale = whole["chunks/targets"] / (whole["chunks/weight"] or 1.0)
-            means = self._accumulate(scored, passes, whole["weight"], factors, chunk_scale)
-            norm = self._update(means["loss"])
+            with memory_of(lambda: self._describe_work(data.step + 1)):
+                means = self._accumulate(scored, passes, whole["weight"], factors, chunk_scale)
+                norm = self._update(means["loss"])
             metrics |= {f"train/{name}": value for name, value in means.items()} | {"train/grad_norm": norm}
             updated = math.isfinite(means["loss"]) and (
                 math.isfinite(norm) or self._accelerator.scaler is not None
@@ -167,6 +172,17 @@ class Stepper:
             "train/tokens_per_second": num_tokens / max(step_time_s, 1e-9),
             "train/step_time_s": step_time_s,
         }
+
+    def _describe_work(self, step: int) -> str:
+        """The current pass with its size, or the update after the last one: a subject of a sentence."""
+        if not self._in_pass:
+            return f"The update of step {step}"
+        lengths = [len(each.example.token_ids) for each in self._in_pass]
+        rows = f"{len(lengths)} {'row' if len(lengths) == 1 else 'rows'}"
+        size = f"{sum(lengths)} tokens, packed"
+        if not self._packed:
+            size = f"{len(lengths) * max(lengths)} tokens with padding, the longest row {max(lengths)}"
+        return f"A forward and backward pass of step {step} ({rows}, {size})"
 
     def _seed_dropout(self, step: int) -> None:
         """Makes the random numbers of several processes a function of seed, step and rank, which no checkpoint holds."""
@@ -212,6 +228,7 @@ class Stepper:
         shares: Counter[str] = Counter()
         for each in passes:
             group = [scored[row] for row in each.rows]
+            self._in_pass, self._packed = group, each.packed
             loss = self._losses[group[0].context]
             batch = self._collate(group, factors, chunk_scale, packed=each.packed)
             summed = self._objective(batch, loss)
@@ -222,6 +239,7 @@ class Stepper:
             if not math.isfinite(sums["loss"]):
                 break
             self._accelerator.backward(summed.loss_sum / denominator)
+        self._in_pass = ()
         return self._means(sums, shares)
 
     def _collate(

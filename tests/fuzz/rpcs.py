@@ -248,7 +248,14 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
         run.WatchRunRequest(name=_name(rng, known), after_sequence=rng.randrange(9))
     ],
     "StopRun": lambda rng, known: [run.StopRunRequest(name=_name(rng, known))],
-    "ResumeRun": lambda rng, known: [run.ResumeRunRequest(name=_name(rng, known))],
+    "ResumeRun": lambda rng, known: [
+        run.ResumeRunRequest(
+            name=_name(rng, known),
+            changes=run.RunSpec(checkpoint=run.CheckpointSpec(keep=rng.randrange(1, 4)))
+            if rng.random() < 0.5
+            else None,
+        )
+    ],
     "DeleteRun": lambda rng, known: [run.DeleteRunRequest(name=_name(rng, known))],
     "QueryMetrics": lambda rng, known: [
         run.QueryMetricsRequest(name=_name(rng, known), keys=["train/loss"], end_step=5, max_points=3)

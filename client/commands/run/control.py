@@ -87,10 +87,21 @@ def stop(session: Session, run: str, wait: bool) -> None:
 @command(name="resume")
 @click.argument("run")
 @click.option("--watch", is_flag=True, help="Follow the run until it ends.")
-def resume(session: Session, run: str, watch: bool) -> int:
-    """Queue a stopped or failed RUN again, from its last checkpoint."""
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Change a setting from here on, such as optimizer.micro_batch_tokens=2048.",
+)
+def resume(session: Session, run: str, watch: bool, changes: tuple[str, ...]) -> int:
+    """Queue a stopped or failed RUN again, from its last checkpoint.
+
+    With --set it continues with other settings of passes, checkpoints, retries and devices; what changes the model
+    that is learnt is refused. An update keeps its rows, however it is cut into passes.
+    """
     handle = session.run(run)
-    after = handle.resume()
+    after = handle.resume(*changes)
     if watch:
         return follow(session, handle)
     _tell(session, handle, after)

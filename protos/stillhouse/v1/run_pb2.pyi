@@ -1841,21 +1841,31 @@ Global___StopRunRequest: _TypeAlias = StopRunRequest  # noqa: Y015
 
 @_typing.final
 class ResumeRunRequest(_message.Message):
-    """ResumeRunRequest names a run."""
+    """ResumeRunRequest names a run and the settings to change."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    CHANGES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. `runs/{run}`."""
+    @_builtins.property
+    def changes(self) -> Global___RunSpec:
+        """Settings from this attempt on, of those that do not change what is learnt: optimizer.micro_batch_tokens, or
+        optimizer.micro_batch_size and optimizer.grad_accum_steps, whose product stays; student.gradient_checkpointing,
+        checkpoint, retry and resources. Any other is refused with INVALID_SPEC. A field that is not set stays as it is; a list
+        replaces the former one. The run's effective_spec has the result, its spec stays as it was submitted.
+        """
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        changes: Global___RunSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changes", b"changes", "name", b"name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

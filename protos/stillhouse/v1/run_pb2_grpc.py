@@ -143,7 +143,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResumeRun(self, request, context):
-        """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint.
+        """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint, and may change settings that do not change
+        what is learnt.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

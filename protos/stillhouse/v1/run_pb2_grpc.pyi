@@ -51,7 +51,9 @@ class RunServiceStub:
     StopRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.StopRunRequest, _run_pb2.Run]
     """StopRun asks a run to write a checkpoint and end. Stopping twice is not an error."""
     ResumeRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.ResumeRunRequest, _run_pb2.Run]
-    """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint."""
+    """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint, and may change settings that do not change
+    what is learnt.
+    """
     DeleteRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.DeleteRunRequest, _run_pb2.DeleteRunResponse]
     """DeleteRun removes an ended run and its files."""
     QueryMetrics: _grpc.UnaryUnaryMultiCallable[_run_pb2.QueryMetricsRequest, _run_pb2.QueryMetricsResponse]
@@ -88,7 +90,9 @@ class RunServiceAsyncStub(RunServiceStub):
     StopRun: _aio.UnaryUnaryMultiCallable[_run_pb2.StopRunRequest, _run_pb2.Run]  # type: ignore[assignment]
     """StopRun asks a run to write a checkpoint and end. Stopping twice is not an error."""
     ResumeRun: _aio.UnaryUnaryMultiCallable[_run_pb2.ResumeRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint."""
+    """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint, and may change settings that do not change
+    what is learnt.
+    """
     DeleteRun: _aio.UnaryUnaryMultiCallable[_run_pb2.DeleteRunRequest, _run_pb2.DeleteRunResponse]  # type: ignore[assignment]
     """DeleteRun removes an ended run and its files."""
     QueryMetrics: _aio.UnaryUnaryMultiCallable[_run_pb2.QueryMetricsRequest, _run_pb2.QueryMetricsResponse]  # type: ignore[assignment]
@@ -158,7 +162,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.ResumeRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint."""
+        """ResumeRun queues a STOPPED or FAILED run again, from its last checkpoint, and may change settings that do not change
+        what is learnt.
+        """
 
     @_abc_1.abstractmethod
     def DeleteRun(

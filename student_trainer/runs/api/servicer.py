@@ -11,6 +11,7 @@ import secrets
 import shutil
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
 from stillhouse.student_trainer.config import proto
 from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
+from stillhouse.student_trainer.config.resume_changes import changed_spec, changes_passes
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
 from stillhouse.student_trainer.runs.api.metric_series import to_series
-from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve
+from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve, resolve_devices
 from stillhouse.student_trainer.runs.api.streams import RunStreams
-from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
@@ -144,20 +145,24 @@ class RunServicer(RunServiceServicer):
         return await self._supervisor.stop_run(run_id)
 
     async def ResumeRun(self, request: pb.ResumeRunRequest, context: Context) -> pb.Run:
-        """Queues a STOPPED or FAILED run again."""
+        """Queues a STOPPED or FAILED run again, with the changes that are asked for."""
         run_id = run_id_of(request.name)
         await self._check_owner(run_id, "resume")
         run = await self._db(
-            self._store.transition,
+            self._store.resume,
             run_id,
-            "resume",
-            run_state.PENDING,
-            allowed=frozenset({run_state.STOPPED, run_state.FAILED}),
+            partial(self._changed, request.changes) if request.changes.ListFields() else None,
             max_queued=self._max_queued_runs,
+            whole_micro_batch=changes_passes(request.changes),
         )
         self._notifier.notify(run_id)
         self._supervisor.wake()
         return run
+
+    def _changed(self, changes: pb.RunSpec, effective: pb.RunSpec) -> pb.RunSpec:
+        """The effective spec of a run that is resumed with `changes`. Raises StillhouseError(INVALID_SPEC)."""
+        config = proto.from_proto(changed_spec(effective, changes))
+        return proto.to_proto(resolve_devices(config, self._host))
 
     async def DeleteRun(self, request: pb.DeleteRunRequest, context: Context) -> pb.DeleteRunResponse:
         """Deletes an ended run and its files."""

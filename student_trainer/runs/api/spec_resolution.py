@@ -12,6 +12,7 @@ from pathlib import Path
 from stillhouse.protos.cache.reader import CacheReader, shard_paths
 from stillhouse.protos.errors import FieldViolation, StillhouseError
 from stillhouse.protos.files.adapter import FILES
+from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import ALL_LINEAR, CacheConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.runs.api.hub_lookup import HubModel
@@ -76,6 +77,15 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
         problems=[*problems, *(each for each in resolver.violations if each.field not in named)],
         hub_models=[each for each in resolver.hub_models if each.field not in named],
     )
+
+
+def resolve_devices(config: RunConfig, host: Host) -> RunConfig:
+    """`config` with its device count and numeric types, and everything else as it is. Raises as `resolve` does."""
+    resolver = _Resolver(host, revision=config.student.revision)
+    resolved = resolver.devices(config)
+    if resolver.violations:
+        raise invalid_spec(resolver.violations)
+    return resolved
 
 
 @dataclass(slots=True)

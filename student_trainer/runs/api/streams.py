@@ -43,7 +43,6 @@ class RunStreams:
         """
         with self._notifier.subscribe(run_id) as news:
             run, newest = await self._db(self._store.get_with_sequence, run_id)
-            spec, effective = run.spec, run.effective_spec
             if not 0 <= after <= newest:
                 raise StillhouseError(
                     Reason.INVALID_REQUEST,
@@ -55,13 +54,13 @@ class RunStreams:
             while True:
                 news.clear()
                 events = await self._db(self._store.events, run_id, after=after, limit=EVENTS_AT_ONCE)
+                run, newest = await self._db(self._store.get_with_sequence, run_id)
                 for event in events:
                     if event.HasField("run"):
-                        event.run.spec.CopyFrom(spec)
-                        event.run.effective_spec.CopyFrom(effective)
+                        event.run.spec.CopyFrom(run.spec)
+                        event.run.effective_spec.CopyFrom(run.effective_spec)
                     yield event
                     after = event.sequence
-                run, newest = await self._db(self._store.get_with_sequence, run_id)
                 if after < newest:
                     continue
                 if run.state in ENDED:

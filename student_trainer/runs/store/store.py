@@ -6,7 +6,7 @@ while a database server does not respond.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
 from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
 from stillhouse.student_trainer.runs.store.schema import attempts, datasets, events, requests, runs
 
+RESUMABLE = frozenset({run_state.STOPPED, run_state.FAILED})
 MAX_PAGE_BYTES = 8 * 2**20
 """Limit on a page of runs; a single run may exceed it."""
 
@@ -127,37 +128,46 @@ class Store:
         with transaction(self._engine) as db:
             return set(db.execute(select(runs.c.id)).scalars())
 
-    def transition(
+    def refuse(self, run_id: str, error: Status) -> None:
+        """Makes a queued run FAILED, since it can never start. Raises StillhouseError(RUN_STATE) if it is not PENDING."""
+        with transaction(self._engine) as db:
+            row = queries.run_row(db, run_id)
+            if row["state"] != PENDING:
+                raise run_state.state_error(run_id, row["state"], "fail", frozenset({PENDING}))
+            values = {"condition": Run.CONDITION_UNSPECIFIED, "error": to_bytes(error)}
+            queries.set_state(db, row, run_state.FAILED, values)
+
+    def resume(
         self,
         run_id: str,
-        verb: str,
-        following: State,
+        change: Callable[[RunSpec], RunSpec] | None = None,
         *,
-        allowed: frozenset[State],
-        error: Status | None = None,
-        condition: Run.Condition.ValueType = Run.CONDITION_UNSPECIFIED,
         max_queued: int | None = None,
+        whole_micro_batch: bool = False,
     ) -> Run:
-        """Changes the run's state to `following` on request `verb`; returns the run.
+        """Queues a STOPPED or FAILED run again, with `change` applied to its effective spec; returns the run.
 
-        Raises:
-            StillhouseError: RUN_STATE unless its state is in `allowed`; QUOTA if its owner has `max_queued` runs in the
-                queue.
+        `whole_micro_batch` undoes a halving. Nothing changes if it raises StillhouseError: RUN_STATE for another state, QUOTA
+        if its owner has `max_queued` runs in the queue, or what `change` raises.
         """
         with transaction(self._engine) as db:
             row = queries.run_row(db, run_id)
-            if row["state"] not in allowed:
-                raise run_state.state_error(run_id, row["state"], verb, allowed)
-            values: dict[str, Any] = {"condition": condition}
-            if following == PENDING:
-                queries.check_quota(db, row["owner"], max_queued)
-                values |= {"queue_number": queries.next_queue_number(db), "end_us": None, "error": None}
-                values["step"] = row["latest_checkpoint"] or 0  # the next attempt's first step
-            if verb == "resume":
-                values["asked_attempt"] = queries.last_attempt(db, run_id)
-            if error is not None:
-                values["error"] = to_bytes(error)
-            queries.set_state(db, row, following, values)
+            if row["state"] not in RESUMABLE:
+                raise run_state.state_error(run_id, row["state"], "resume", RESUMABLE)
+            queries.check_quota(db, row["owner"], max_queued)
+            values: dict[str, Any] = {
+                "condition": Run.CONDITION_UNSPECIFIED,
+                "queue_number": queries.next_queue_number(db),
+                "end_us": None,
+                "error": None,
+                "step": row["latest_checkpoint"] or 0,  # the next attempt's first step
+                "asked_attempt": queries.last_attempt(db, run_id),
+            }
+            if change is not None:
+                values["effective_spec"] = to_bytes(change(RunSpec.FromString(row["effective_spec"])))
+            if whole_micro_batch:
+                values["halved"] = False
+            queries.set_state(db, row, PENDING, values)
             return queries.to_run(db, queries.run_row(db, run_id))
 
     def set_condition(

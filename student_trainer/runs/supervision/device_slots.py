@@ -86,7 +86,9 @@ class DeviceSlots:
         else:
             self._free_cpu += 1
 
-    def threads(self, devices: tuple[int, ...]) -> int:
-        """CPU threads of a process: its share of the cores."""
+    def threads(self, devices: tuple[int, ...], *, beside_teacher: bool = False) -> int:
+        """CPU threads of a process: its share of the cores, of which a teacher on this machine keeps one on the CPU."""
         cores = len(os.sched_getaffinity(0))
-        return max(1, cores // max(1, len(self.gpus) if devices else self.cpu_slots))
+        if devices:
+            return max(1, cores // len(self.gpus))
+        return max(1, (cores - int(beside_teacher)) // max(1, self.cpu_slots))

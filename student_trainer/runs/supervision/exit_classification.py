@@ -10,6 +10,7 @@ from typing import Literal
 from google.rpc.status_pb2 import Status
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
+from stillhouse.student_trainer.config.micro_batch import MEMORY_ADVICE
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.run_state import State
@@ -18,11 +19,6 @@ from stillhouse.student_trainer.runs.supervision.training_process import Exit
 NO_RETRY = frozenset({Reason.OUT_OF_MEMORY, Reason.RUN_STATE})
 """Reasons for which a retry would fail the same way."""
 KILLED_CODE = 128 + signal.SIGKILL
-MEMORY_ADVICE = (
-    "Lower optimizer.micro_batch_size and raise optimizer.grad_accum_steps by the same factor, which "
-    "retry.halve_micro_batch does automatically, set student.gradient_checkpointing, quantise the base with "
-    "student.quantization, or give the host more memory; `run resume` continues from the last checkpoint."
-)
 
 
 Overflow = Literal["log", "metrics"]

@@ -9,6 +9,9 @@ import structlog
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.config.cpu_threads import has_teacher_beside
+from stillhouse.student_trainer.config.proto import read
+from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
@@ -153,10 +156,7 @@ class Supervisor:
     async def _refuse(self, run: Run, lack: str) -> None:
         run_id = run.name.removeprefix("runs/")
         error = StillhouseError(Reason.RUN_STATE, f"Run {run_id} cannot start: {lack}.")
-        waiting = frozenset({run_state.PENDING})
-        await self._db(
-            self._store.transition, run_id, "fail", run_state.FAILED, allowed=waiting, error=to_status(error)
-        )
+        await self._db(self._store.refuse, run_id, to_status(error))
         self._notifier.notify(run_id)
 
     async def _launch(self, run: Run, devices: tuple[int, ...]) -> None:
@@ -190,13 +190,16 @@ class Supervisor:
         """Fences off earlier attempts, then starts the process."""
         if not run_dir.effective_spec_path.exists():
             RunDir.create(run_dir.path, run.spec, run.effective_spec)
+        run_dir.write_effective_spec(run.effective_spec)
         run_dir.write_control(attempt, stop=False)
         training_process.end_leftover(run_dir)
         return training_process.start(
             run_dir,
             attempt,
             devices=devices,
-            threads=self.slots.threads(devices),
+            threads=self.slots.threads(
+                devices, beside_teacher=has_teacher_beside(read(RunConfig, run.effective_spec))
+            ),
             credentials=self._data_dir.credentials_path,
             halve=halve,
         )

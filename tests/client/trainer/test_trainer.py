@@ -112,6 +112,8 @@ def test_a_run_from_its_file_to_its_model(
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= final
     assert command(target, "run", "pull", "latest", "nothing").exit_code == 4
 
+    unlearnt = command(target, "run", "resume", run_id, "--set", "optimizer.precison=bf16")
+    assert (unlearnt.exit_code, "precision" in unlearnt.stderr) == (2, True), unlearnt.output
     for verb, code in (("stop", 5), ("resume", 5), ("delete", 0), ("show", 4)):
         result = command(target, "run", verb, run_id)
         assert result.exit_code == code, result.output

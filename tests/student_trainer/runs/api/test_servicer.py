@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,78 +14,11 @@ import pytest
 from stillhouse.protos.errors import Reason
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
-from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.api.servicer import MAX_SPEC_BYTES, run_id_of
-from tests.student_trainer.config.specs import spec_of
-from tests.student_trainer.runs.api.caller import model_of_no_kind, refused, stub_for, wait_ended
-from tests.support.processes import no_process_left
+from tests.student_trainer.runs.api.caller import refused, stub_for, wait_ended
+from tests.student_trainer.runs.api.conftest import Service
 from tests.support.programs import Program, start_trainer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Service:
-    stub: RunServiceStub
-    data_dir: Path
-    rows: Path
-    """A dataset file on the service's host."""
-
-    def spec(self, *, student: str | None = None, path: str | None = None) -> RunSpec:
-        return spec_of(
-            {
-                "student": {"model": student or str(model_of_no_kind(self.rows.parent))},
-                "data": {"train": [{"path": path or str(self.rows)}]},
-                "loss": {"terms": [{"weight": 0}], "hard_weight": 1},
-            }
-        )
-
-    def create(self, spec: RunSpec | None = None, **fields: Any) -> Run:
-        return self.stub.CreateRun(pb.CreateRunRequest(spec=spec or self.spec(), **fields))
-
-    def create_waiting(self, **fields: Any) -> Run:
-        """A queued run, while another one has the only slot."""
-        live = [Run.STATE_STARTING, Run.STATE_RUNNING]
-        while True:
-            run = self.create(**fields)
-            others = {each.name for each in self.stub.ListRuns(pb.ListRunsRequest(states=live)).runs}
-            if others - {run.name}:
-                return run
-
-    def upload(self, name: str, *pieces: bytes) -> pb.UploadDatasetResponse:
-        requests = [
-            pb.UploadDatasetRequest(file_name=name),
-            *(pb.UploadDatasetRequest(data=each) for each in pieces),
-        ]
-        return self.stub.UploadDataset(iter(requests))
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    root = tmp_path_factory.mktemp("service")
-    (root / "rows.jsonl").write_text('{"text": "a"}\n' * 8)
-    (root / "outside").mkdir()
-    options = [
-        "--stop-runs-on-exit",
-        "--stop-grace-s",
-        "1",
-        "--max-upload-bytes",
-        "1000000",
-        "--allow-root",
-        str(root),
-    ]
-    with (
-        no_process_left() as mark,
-        start_trainer(root / "data", directory=root, options=options, environment=mark) as program,
-        stub_for(program.target) as stub,
-    ):
-        yield Service(stub=stub, data_dir=root / "data", rows=root / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def failed(service: Service) -> Run:
-    """A failed run whose student is of no known kind; retries are allowed, and would not help."""
-    spec = service.spec()
-    spec.retry.max_attempts = 3
-    return wait_ended(service.stub, service.create(spec).name)
 
 
 def test_validate_only_changes_nothing_and_returns_the_effective_spec(service: Service) -> None:
@@ -204,12 +136,32 @@ def test_a_failed_run_has_its_error(service: Service, failed: Run) -> None:
     assert failed.spec.student == service.spec().student
 
 
-def test_a_failed_run_does_not_stop_but_resumes_with_another_attempt(service: Service, failed: Run) -> None:
+def test_a_failed_run_does_not_stop_but_resumes_with_changes_of_what_is_not_learnt(
+    service: Service, failed: Run
+) -> None:
     with refused(Reason.RUN_STATE):
         service.stub.StopRun(pb.StopRunRequest(name=failed.name))
-    service.stub.ResumeRun(pb.ResumeRunRequest(name=failed.name))
+    changes = RunSpec()
+    changes.optimizer.micro_batch_tokens = 512
+    changes.checkpoint.keep = 7
+    refusals = {"optimizer.precision": "bf16", "data.seed": 3, "resources.gpu_count": 5}
+    for path, value in refusals.items():
+        section, name = path.split(".")
+        wrong = RunSpec()
+        setattr(getattr(wrong, section), name, value)
+        wrong.MergeFrom(changes)
+        with refused(Reason.INVALID_SPEC) as caught:
+            service.stub.ResumeRun(pb.ResumeRunRequest(name=failed.name, changes=wrong))
+        assert [each.field for each in caught[0].violations] == [path]
+    before = service.stub.GetRun(pb.GetRunRequest(name=failed.name))
+    assert before.state == Run.STATE_FAILED
+    service.stub.ResumeRun(pb.ResumeRunRequest(name=failed.name, changes=changes))
     run = wait_ended(service.stub, failed.name)
     assert [attempt.number for attempt in run.attempts][-1] == len(failed.attempts) + 1
+    assert (run.spec, run.error.message) == (before.spec, before.error.message)
+    assert run.effective_spec.optimizer.micro_batch_tokens == 512
+    assert RunDir(service.data_dir / failed.name).effective_spec() == run.effective_spec
+    assert run.effective_spec.checkpoint.keep == 7
 
 
 def test_many_equal_requests_make_one_run_and_another_spec_is_refused(service: Service) -> None:

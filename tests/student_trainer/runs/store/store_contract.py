@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
-from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch, ReportedOutcome
 from stillhouse.student_trainer.runs.store.queries import now_us
@@ -73,10 +73,9 @@ class StoreContract:
         create("dddddddddddd", "ada")
         store.stop("bbbbbbbbbbbb")
         create("ffffffffffff", "ada")
-        ended = frozenset({run_state.STOPPED})
         with pytest.raises(StillhouseError, match="are queued"):
-            store.transition("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=2)
-        store.transition("bbbbbbbbbbbb", "resume", run_state.PENDING, allowed=ended, max_queued=3)
+            store.resume("bbbbbbbbbbbb", max_queued=2)
+        store.resume("bbbbbbbbbbbb", max_queued=3)
 
     def test_a_run_is_halved_once_and_for_good(self, store: Store) -> None:
         new_run(store)
@@ -87,6 +86,31 @@ class StoreContract:
         assert store.begin_attempt("aaaaaaaaaaaa", ()) == 2
         store.end_attempt("aaaaaaaaaaaa", 2, run_state.FAILED, **end)  # type: ignore[arg-type]
         assert store.halved("aaaaaaaaaaaa")
+        store.resume("aaaaaaaaaaaa")
+        assert store.halved("aaaaaaaaaaaa")
+
+    def test_a_resume_changes_the_effective_spec_or_nothing(self, store: Store) -> None:
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        store.end_attempt(
+            "aaaaaaaaaaaa", 1, run_state.PENDING, exit_code=137, signal=9, error=None, halve=True
+        )
+        before = store.stop("aaaaaaaaaaaa")
+
+        def refuse(_: RunSpec) -> RunSpec:
+            raise StillhouseError(Reason.INVALID_SPEC, "Not so.")
+
+        def rename(effective: RunSpec) -> RunSpec:
+            effective.display_name = "changed"
+            return effective
+
+        with pytest.raises(StillhouseError, match="Not so"):
+            store.resume("aaaaaaaaaaaa", refuse, whole_micro_batch=True)
+        assert store.get("aaaaaaaaaaaa") == before
+        assert store.halved("aaaaaaaaaaaa")
+        run = store.resume("aaaaaaaaaaaa", rename, whole_micro_batch=True)
+        assert (run.spec, run.effective_spec.display_name) == (before.spec, "changed")
+        assert not store.halved("aaaaaaaaaaaa")
 
     def test_old_ended_runs_are_found_and_sums_are_right(self, store: Store) -> None:
         for letter in "abcd":
@@ -168,9 +192,7 @@ class StoreContract:
     def test_only_an_allowed_state_is_changed(self, store: Store) -> None:
         new_run(store)
         with pytest.raises(StillhouseError) as caught:
-            store.transition(
-                "aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED})
-            )
+            store.resume("aaaaaaaaaaaa")
         assert caught.value.reason is Reason.RUN_STATE
         with pytest.raises(StillhouseError, match="delete needs one of"):
             store.delete("aaaaaaaaaaaa")
@@ -179,7 +201,7 @@ class StoreContract:
         run_id = "aaaaaaaaaaaa"
         new_run(store)
         assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPED
-        store.transition(run_id, "resume", run_state.PENDING, allowed=frozenset({run_state.STOPPED}))
+        store.resume(run_id)
         store.begin_attempt(run_id, ())
         assert store.stop(run_id).state == store.stop(run_id).state == Run.STATE_STOPPING
         store.end_attempt(run_id, 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
@@ -205,8 +227,7 @@ class StoreContract:
         store.begin_attempt("aaaaaaaaaaaa", ())
         run = store.end_attempt("aaaaaaaaaaaa", 2, run_state.FAILED, exit_code=1, signal=0, error=error)
         assert run.error.message == "It died."
-        allowed = frozenset({run_state.FAILED})
-        run = store.transition("aaaaaaaaaaaa", "resume", run_state.PENDING, allowed=allowed)
+        run = store.resume("aaaaaaaaaaaa")
         assert (run.queue_position, run.HasField("error"), run.HasField("end_time")) == (1, False, False)
         assert store.attempts_since_request("aaaaaaaaaaaa") == 0
 

@@ -76,7 +76,7 @@ def test_between_attempts_the_step_is_the_checkpoints(store: Store, run_dir: Run
         attempt.report_metrics(4, {"train/loss": 1.0})
     JournalTail(store, RUN, run_dir, 2).ingest()
     assert store.end_attempt(RUN, 2, run_state.FAILED, exit_code=1, signal=0, error=None).progress.step == 4
-    resumed = store.transition(RUN, "resume", run_state.PENDING, allowed=frozenset({run_state.FAILED}))
+    resumed = store.resume(RUN)
     assert resumed.progress.step == 2
 
 

@@ -63,6 +63,8 @@ def test_cores_are_shared_between_slots() -> None:
     assert DeviceSlots(gpus=(), cpu_slots=1).threads(()) == cores
     assert DeviceSlots(gpus=(0, 1), cpu_slots=1).threads((0,)) == max(1, cores // 2)
     assert DeviceSlots(gpus=(), cpu_slots=1000).threads(()) == 1
+    assert DeviceSlots(gpus=(), cpu_slots=1).threads((), beside_teacher=True) == max(1, cores - 1)
+    assert DeviceSlots(gpus=(0,), cpu_slots=1).threads((0,), beside_teacher=True) == cores
 
 
 def test_an_effective_spec_determines_the_request() -> None:

@@ -61,9 +61,15 @@ def test_a_pass_that_is_cut_by_tokens_has_half_of_them(monkeypatch: pytest.Monke
 @pytest.mark.model
 @pytest.mark.faults(row=8)
 def test_a_killed_run_is_halved_once_and_then_fails_with_advice(
-    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+    trainer_service: Callable[..., Program],
+    models: Models,
+    dataset_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data_dir = tmp_path / "trainer-data"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")
 
     def kill(name: str) -> None:
         process = json.loads((data_dir / name / "process.json").read_text())
@@ -76,6 +82,8 @@ def test_a_killed_run_is_halved_once_and_then_fails_with_advice(
         name = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
         wait_step(stub, name, 2)
         kill(name)
+        log = (data_dir / name / "attempts/1/log").read_text()
+        assert "OMP_WAIT_POLICY = 'PASSIVE'" in log, "set before torch loads OpenMP"
         wait_step(stub, name, 2, attempt=2)
         assert '"micro_batch_size": 2' in (data_dir / name / "attempts/2/log").read_text()
         kill(name)

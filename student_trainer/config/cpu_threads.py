@@ -1,0 +1,37 @@
+"""CPU threads of a process that trains on a CPU: they sleep while they wait, and leave a core to a teacher on the same machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, MutableMapping
+
+from stillhouse.protos.rpc.channel import is_loopback
+from stillhouse.student_trainer.config.schema import RunConfig
+
+PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
+"""Environment in which OpenMP's threads (GNU's, and LLVM's or Intel's) sleep between two tasks. By default they spin, which
+slows other programs on the same cores, and themselves, several times over."""
+
+
+def has_teacher_beside(config: RunConfig) -> bool:
+    """True if a service on this machine computes while the run trains: a teacher, or one that samples rollouts."""
+    return any(is_loopback(target) for target in _busy_targets(config))
+
+
+def yield_cores(config: RunConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Sets the threads of this process where the operator, or the run service, has not. Call before torch is imported."""
+    if environ.get("CUDA_VISIBLE_DEVICES"):
+        return
+    for name, value in PASSIVE_WAITING.items():
+        environ[name] = environ.get(name) or value
+    if not environ.get("OMP_NUM_THREADS") and has_teacher_beside(config):
+        environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) - 1))
+
+
+def _busy_targets(config: RunConfig) -> Iterator[str]:
+    if config.task == "cache" or (config.asks_teacher and not config.is_offline):
+        for teacher in config.teachers:
+            yield from teacher.targets
+    for context in config.contexts:
+        if context.student is not None:
+            yield from (*context.student.rollout_targets, context.student.rollout_target)
