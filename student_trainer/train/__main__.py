@@ -27,8 +27,13 @@ from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
 from stillhouse.protos.files.disk_errors import is_full
+from stillhouse.protos.library_errors import is_failure
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.protos.telemetry.logs import configure_logging
+from stillhouse.protos.telemetry.logs import (
+    configure_logging,
+    end_output_with_handlers,
+    quieten_libraries,
+)
 from stillhouse.protos.telemetry.tracing import configure_tracing, process_span
 from stillhouse.student_trainer.config.cpu_threads import yield_cores
 from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, smaller_micro_batch
@@ -69,7 +74,9 @@ EXIT_NOT_OWNER = 4
 @click.option("--worker", is_flag=True, hidden=True, help="Started by the first process of the attempt.")
 def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> None:
     """Train the run in RUN_DIR, alone or as one of several processes that torchrun has started."""
+    end_output_with_handlers()
     configure_logging("info")
+    quieten_libraries()
     given = RankInfo.from_environment()
     if worker:
         exit_with_first_process()
@@ -118,7 +125,9 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: R
         yield_cores(config)
         with RankProcesses(config, attempt, stopped, given) as processes:
             outcome = _run_task(config, attempt, stop_requested, processes)
-    except Exception as caught:  # every failure is reported in the run directory
+    except BaseException as caught:  # every failure is reported in the run directory
+        if not is_failure(caught):
+            raise
         error = explain(caught, attempt.run_dir.path)
         if isinstance(error, StillhouseError) and error.reason is Reason.RUN_STATE:
             raise error from caught

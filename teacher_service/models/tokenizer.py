@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
+from stillhouse.protos.tokenizers.bounded_rendering import bounded_rendering, checked_length
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.protos.tokenizers.prompt import encode_prompt
 from stillhouse.teacher_service.models.files import locate_model
@@ -70,16 +72,20 @@ class TextCodec:
         from transformers import AutoTokenizer
 
         directory = locate_model(model, revision).directory
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-        except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError) as error:
-            raise StillhouseError(
+
+        def refused(error: BaseException) -> StillhouseError:
+            return StillhouseError(
                 Reason.MODEL_NOT_FOUND,
                 f"The tokenizer of {model} cannot be loaded: {first_line(error).rstrip('.')}. "
                 "Put a tokenizer without custom code beside the model.",
-            ) from error
+            )
+
+        with reported_as(refused):
+            tokenizer = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=False, local_files_only=True
+            )
+            # A broken one may load and fail at its first text.
+            tokenizer("a")
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,
@@ -125,16 +131,17 @@ class TextCodec:
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
     ) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
+        template = checked_template(select_template(self._tokenizer.chat_template, tools))
+        with bounded_rendering():
+            text = self._tokenizer.apply_chat_template(
                 list(messages),
                 tools=[dict(tool) for tool in tools] or None,
-                chat_template=select_template(self._tokenizer.chat_template, tools),
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=True,
                 **(options or {}),
             )
-        )
+        return checked_length(str(text))
 
     def files(self) -> Iterator[tuple[str, bytes]]:
         """Yields name and content of every tokenizer file; always includes tokenizer.json.
@@ -264,8 +271,8 @@ def eos_token_ids(directory: Path) -> tuple[int, ...]:
     for load in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
         try:
             value = getattr(load(directory, local_files_only=True), "eos_token_id", None)
-        except (OSError, ValueError, KeyError):
-            continue  # both are optional; the tokenizer names its own
+        except Exception:  # noqa: S112 - both are optional, and loaders raise anything; the tokenizer names its own
+            continue
         for token in value if isinstance(value, list | tuple) else [value]:
             if isinstance(token, int) and token >= 0:
                 found[token] = None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.library_errors import reported_as
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
 from stillhouse.student_trainer.train.student.loading import load_model, model_not_found, model_source
@@ -26,14 +27,17 @@ def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
     from transformers import AutoTokenizer
 
     source = model_source(config, data_dir)
-    try:
-        return AutoTokenizer.from_pretrained(
+
+    def refused(error: BaseException) -> StillhouseError:
+        return model_not_found(config, source, f"has no tokenizer that can be read ({first_line(error)})")
+
+    with reported_as(refused):
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=config.revision or None, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise model_not_found(
-            config, source, f"has no tokenizer that can be read ({first_line(error)})"
-        ) from error
+        # A broken one may load and fail at its first text.
+        tokenizer("a")
+    return tokenizer
 
 
 def configured_end_ids(config: StudentConfig, tokenizer: Any, data_dir: Path) -> list[int]:
@@ -108,6 +112,7 @@ class Student:
             )
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _try_pass(model, config)
         model.train()
         student = cls(model, tokenizer, config, data_dir)
         trained = sum(each.numel() for each in student.trainable_parameters().values())
@@ -161,3 +166,20 @@ class Student:
             logits_BCV = self.model(**arguments).logits.index_select(1, batch.columns)
         flat: Tensor = logits_BCV.flatten(0, 1)
         return flat.index_select(0, batch.picks).unsqueeze(0)
+
+
+def _try_pass(model: Any, config: StudentConfig) -> None:
+    """Raises StillhouseError(MODEL_NOT_FOUND) for a model that loads and cannot compute, as with sizes that do not match."""
+
+    def refused(error: BaseException) -> StillhouseError:
+        problem = f"loads, but cannot compute a pass over two tokens ({first_line(error)})"
+        return model_not_found(config, config.model, problem)
+
+    with reported_as(refused), evaluation_mode(model), torch.no_grad():
+        embeddings = model.get_input_embeddings().weight
+        token_ids = torch.zeros(1, 2, dtype=torch.int64, device=embeddings.device)
+        logits = model(input_ids=token_ids, use_cache=False).logits
+        if logits.shape[:2] != token_ids.shape:
+            raise ValueError(f"its logits have shape {list(logits.shape)}")
+        if logits.isnan().any():
+            raise ValueError("its logits are NaN: weights are damaged, or overflow")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.library_errors import reported_as
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Int32Array
 from stillhouse.teacher_service.engines.hf import quantization
@@ -54,20 +55,31 @@ class HfModel:
             options["quantization_config"] = quantization.configuration(config.quantization, dtype)
         if quantised:
             options["device_map"] = {"": device}
-        try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
-            if config.quantization:
-                raise quantization.refused(config.quantization, error) from error
-            raise StillhouseError(
+
+        def refused(error: BaseException) -> StillhouseError:
+            if config.quantization and isinstance(error, Exception):
+                return quantization.refused(config.quantization, error)
+            return StillhouseError(
                 Reason.MODEL_NOT_FOUND,
                 f"transformers cannot load a language model from {config.model}: {first_line(error)}",
-            ) from error
+            )
+
+        with reported_as(refused):
+            model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
         if quantised:
             quantization.keep_layout(model)
         else:
             model = model.to(device)
-        return cls(model.eval().requires_grad_(False), device)
+
+        def fails(error: BaseException) -> StillhouseError:
+            return StillhouseError(
+                Reason.MODEL_NOT_FOUND,
+                f"{config.model} loads, but cannot compute a pass over four tokens: {first_line(error)}. Save a configuration "
+                "that fits the weights.",
+            )
+
+        with reported_as(fails):
+            return cls(model.eval().requires_grad_(False), device)
 
     @property
     def dtype(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.library_errors import memory_cause
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.engine import GeneratedChunk, GenerateInput, ScoreInput
 
@@ -215,7 +216,7 @@ class Worker:
 
 def as_input_error(error: Exception) -> Exception:
     """Maps out-of-memory errors of one input to a StillhouseError."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if memory_cause(error) is not None:
         return StillhouseError(
             Reason.OUT_OF_MEMORY, "The teacher has too little memory for this sequence. Send a shorter one."
         )

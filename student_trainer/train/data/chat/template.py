@@ -13,6 +13,11 @@ from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
+from stillhouse.protos.tokenizers.bounded_rendering import (
+    bounded_rendering,
+    checked_length,
+    checked_template,
+)
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -134,15 +139,17 @@ class ChatTemplate:
     ) -> Rendered:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        texts, spans = render_jinja_template(
-            [[dict(message) for message in messages]],
-            tools=[dict(tool) for tool in tools] or None,
-            chat_template=source,
-            add_generation_prompt=generation_prompt,
-            return_assistant_tokens_mask=marks,
-            **{**self._names, **(options or {})},
-        )
-        return Rendered(texts[0], spans[0] if marks else ())
+        checked_template(source)
+        with bounded_rendering():
+            texts, spans = render_jinja_template(
+                [[dict(message) for message in messages]],
+                tools=[dict(tool) for tool in tools] or None,
+                chat_template=source,
+                add_generation_prompt=generation_prompt,
+                return_assistant_tokens_mask=marks,
+                **{**self._names, **(options or {})},
+            )
+        return Rendered(checked_length(texts[0]), spans[0] if marks else ())
 
 
 def _refused(row: DatasetRow, error: Exception) -> StillhouseError:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.engine import DistributionOptions, ScoreInput
-from stillhouse.teacher_service.engines.hf.worker import ScoreJob, Worker
+from stillhouse.teacher_service.engines.hf.worker import ScoreJob, Worker, as_input_error
 
 
 @pytest.fixture
@@ -47,3 +49,13 @@ async def test_every_sequence_is_scored_while_others_arrive() -> None:
             assert not unanswered
     finally:
         worker.close()
+
+
+def test_a_cpu_without_memory_refuses_the_sequence_alone() -> None:
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 46)
+    refused = as_input_error(caught.value)
+    assert isinstance(refused, StillhouseError)
+    assert refused.reason is Reason.OUT_OF_MEMORY
+    bug = RuntimeError("shapes do not match")
+    assert as_input_error(bug) is bug

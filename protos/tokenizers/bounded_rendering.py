@@ -1,0 +1,98 @@
+"""Bounds the rendering of a chat template, a program of the model's author that may loop: in CPU time and in length."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+RENDER_S = 10.0
+"""CPU time for one conversation; a usual template takes milliseconds."""
+MAX_RENDERED_CHARACTERS = 1 << 24
+MAX_TEMPLATE_CHARACTERS = 1 << 20
+_POLL_S = 0.1
+
+_lock = threading.Lock()
+_running: dict[int, tuple[int, float]] = {}
+"""Thread to the clock of its CPU time, and the time on it at which its rendering is to be ended."""
+_watcher: threading.Thread | None = None
+
+
+class RenderingTooLarge(ValueError):  # noqa: N818 - the other half of a sentence that its caller begins
+    """A template that takes too long, or that is or writes too much; its text completes a sentence about it."""
+
+
+@contextmanager
+def bounded_rendering(limit_s: float | None = None) -> Iterator[None]:
+    """Raises RenderingTooLarge in the block once this thread has computed in it for `limit_s`, by default RENDER_S."""
+    if not hasattr(time, "pthread_getcpuclockid"):  # as on macOS
+        yield
+        return
+    thread = threading.get_ident()
+    clock = time.pthread_getcpuclockid(thread)
+    _watch(thread, clock, time.clock_gettime(clock) + (RENDER_S if limit_s is None else limit_s))
+    try:
+        yield
+    except _TookTooLong:
+        raise RenderingTooLarge(f"it still runs after {limit_s or RENDER_S:g} s of computing") from None
+    finally:
+        with _lock:
+            if _running.pop(thread, None) is None:
+                _interrupt(thread, None)  # asked for, and perhaps not yet raised
+
+
+def checked_length(text: str) -> str:
+    """Returns a rendered text. Raises RenderingTooLarge for one that is too long."""
+    if len(text) > MAX_RENDERED_CHARACTERS:
+        raise RenderingTooLarge(
+            f"it writes {len(text)} characters; at most {MAX_RENDERED_CHARACTERS} are read"
+        )
+    return text
+
+
+def checked_template(template: str) -> str:
+    """Returns the source of a template. Raises RenderingTooLarge for one that is too long."""
+    if len(template) > MAX_TEMPLATE_CHARACTERS:
+        raise RenderingTooLarge(
+            f"it has {len(template)} characters; at most {MAX_TEMPLATE_CHARACTERS} are read"
+        )
+    return template
+
+
+class _TookTooLong(Exception):  # noqa: N818 - never leaves this file
+    """Raised in the thread that renders."""
+
+
+def _watch(thread: int, clock: int, end: float) -> None:
+    global _watcher  # noqa: PLW0603 - one thread watches all others, for it would cost more than most renderings
+    with _lock:
+        _running[thread] = (clock, end)
+        if _watcher is None or not _watcher.is_alive():
+            _watcher = threading.Thread(target=_end_long_ones, name="rendering", daemon=True)
+            _watcher.start()
+
+
+def _end_long_ones() -> None:
+    """Interrupts renderings at their end; returns when there was none for some time."""
+    global _watcher  # noqa: PLW0603
+    idle_s = 0.0
+    while True:
+        time.sleep(_POLL_S)
+        with _lock:
+            idle_s = 0.0 if _running else idle_s + _POLL_S
+            for thread, (clock, end) in list(_running.items()):
+                if time.clock_gettime(clock) > end:
+                    del _running[thread]
+                    _interrupt(thread, _TookTooLong)
+            if idle_s > RENDER_S:
+                _watcher = None
+                return
+
+
+def _interrupt(thread: int, error: type[BaseException] | None) -> None:
+    """Has `error` raised in a thread at its next instruction; None takes back one that was not raised yet."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(error) if error is not None else None
+    )

@@ -1,0 +1,55 @@
+"""The bounds of a rendering: a loop ends, whatever it catches, and nothing is left to interrupt others."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import jinja2
+import pytest
+
+from stillhouse.protos.tokenizers import bounded_rendering as bounds
+from stillhouse.protos.tokenizers.bounded_rendering import RenderingTooLarge, bounded_rendering
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_template_that_loops_is_ended() -> None:
+    began = time.thread_time()
+    with pytest.raises(RenderingTooLarge, match=r"still runs after 0\.2 s"), bounded_rendering(0.2):
+        jinja2.Template(LOOP).render()
+    assert time.thread_time() - began < 5
+
+
+def test_threads_have_bounds_of_their_own() -> None:
+    ended: list[str] = []
+
+    def loop() -> None:
+        try:
+            with bounded_rendering(0.2):
+                jinja2.Template(LOOP).render()
+        except RenderingTooLarge as error:
+            ended.append(str(error))
+
+    other = threading.Thread(target=loop)
+    other.start()
+    for _ in range(1000):
+        with bounded_rendering():
+            assert jinja2.Template("a").render() == "a"
+    other.join(20)
+    assert len(ended) == 1
+
+
+def test_a_rendering_that_waits_is_not_interrupted() -> None:
+    with bounded_rendering(0.05):
+        time.sleep(0.4)
+    with bounded_rendering(0.3):
+        sum(range(100))
+
+
+def test_long_texts_and_templates_are_refused() -> None:
+    assert bounds.checked_length("a") == bounds.checked_template("a") == "a"
+    with pytest.raises(RenderingTooLarge, match="writes 16777217 characters"):
+        bounds.checked_length("a" * (bounds.MAX_RENDERED_CHARACTERS + 1))
+    with pytest.raises(RenderingTooLarge, match="has 1048577 characters"):
+        bounds.checked_template("a" * (bounds.MAX_TEMPLATE_CHARACTERS + 1))
