@@ -93,6 +93,16 @@ def duration_text(seconds: float) -> str:
     return f"{whole} s"
 
 
+def worked_s(run: run_pb2.Run) -> float:
+    """Returns the seconds that the run's processes took, without the time between a stop or a failure and the next attempt."""
+    ended = [each for each in run.attempts if each.HasField("end_time")]
+    return sum(_seconds(each.end_time) - _seconds(each.start_time) for each in ended)
+
+
+def _seconds(time: Timestamp) -> float:
+    return time.seconds + time.nanos / 1e9
+
+
 def spec_text(spec: run_pb2.RunSpec) -> str:
     """Formats `spec` as a run file in YAML."""
     import yaml

@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from stillhouse.client.terminal.render import duration_text, number_text, printable, progress_text, state_name
+from stillhouse.client.terminal.render import (
+    duration_text,
+    number_text,
+    printable,
+    progress_text,
+    state_name,
+    worked_s,
+)
 from stillhouse.client.terminal.run_advice import waits_for
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.client.trainer.run_lookup import run_id
@@ -159,8 +166,8 @@ def state_line(run: run_pb2.Run) -> str:
         text += f" at step {progress_text(run.progress).partition(' ')[0]}"
     if len(run.attempts) > 1:
         text += f", attempt {len(run.attempts)}"
-    if run.state in ENDED and run.HasField("start_time") and run.HasField("end_time"):
-        text += f" after {duration_text(run.end_time.seconds - run.start_time.seconds)}"
+    if run.state in ENDED and run.attempts:
+        text += f" after {duration_text(worked_s(run))}"
     if run.state == run_pb2.Run.STATE_FAILED and run.HasField("error"):
         text += f"\n{from_status(run.error).message}"
     return text

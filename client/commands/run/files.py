@@ -17,10 +17,13 @@ from stillhouse.client.terminal.session import Session, command
 @click.option("--attempt", type=click.IntRange(0), default=0, help="Only this attempt; 0 means all of them.")
 @click.option("--tail-bytes", type=click.IntRange(1), default=None, help="Only the last bytes, this many.")
 def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int | None) -> int:
-    """Print RUN's log.
+    """Print RUN's log: for reading on a terminal, else as it was written, one JSON object a line.
 
     With --json each piece is one line with its text and `next_offset`, the byte after it.
     """
+    from stillhouse.client.terminal.log_text import LogText
+
+    shown = LogText() if sys.stdout.isatty() else None
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     handle = session.run(run)
 
@@ -34,7 +37,9 @@ def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int
             if session.as_json:
                 session.emit({"text": text, "next_offset": piece.next_offset})
             else:
-                _write(text)
+                _write(shown.add(text) if shown else text)
+        if shown:
+            _write(shown.end())
     except KeyboardInterrupt:
         session.note(f"\nNo longer following; run {handle.id} continues.")
         return 130
@@ -42,9 +47,7 @@ def logs(session: Session, run: str, follow: bool, attempt: int, tail_bytes: int
 
 
 def _write(text: str) -> None:
-    from stillhouse.client.terminal.render import printable
-
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+    sys.stdout.write(text)
     sys.stdout.flush()
 
 

@@ -92,7 +92,13 @@ def _condition(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _facts(run: Run) -> Iterator[tuple[str, str]]:
-    from stillhouse.client.terminal.render import number_text, progress_text, time_text
+    from stillhouse.client.terminal.render import (
+        duration_text,
+        number_text,
+        progress_text,
+        time_text,
+        worked_s,
+    )
     from stillhouse.client.trainer.run_lookup import run_id
 
     yield "run", run_id(run.name)
@@ -108,6 +114,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     for name, time in (("started", run.start_time), ("ended", run.end_time)):
         if time_text(time):
             yield name, time_text(time)
+    if len(run.attempts) > 1:
+        yield "worked", f"{duration_text(worked_s(run))} in {len(run.attempts)} attempts"
     for key, value in sorted(run.spec.labels.items()):
         yield f"label {key}", value
 

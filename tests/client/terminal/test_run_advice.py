@@ -58,3 +58,14 @@ def test_an_ended_run_names_its_model_or_how_it_continues() -> None:
     build.effective_spec.task = "cache"
     build.spec.cache.path = "caches/set"
     assert next_step(build).startswith("the cache is caches/set")
+
+
+def test_a_duration_leaves_out_the_time_in_which_the_run_was_stopped() -> None:
+    made = run(Run.STATE_COMPLETED)
+    made.start_time.FromSeconds(1000)
+    made.end_time.FromSeconds(90_000)
+    for start, end in ((1000, 1065), (89_990, 90_000)):
+        attempt = made.attempts.add()
+        attempt.start_time.FromSeconds(start)
+        attempt.end_time.FromSeconds(end)
+    assert state_line(made) == "run abcabcabcabc: COMPLETED, attempt 2 after 1 min 15 s"
