@@ -1,5 +1,5 @@
 """Overlap of teacher and student: step time with online or cached targets, against the same steps with targets in
-memory.
+memory; with --shared-cores, both on the same cores.
 
 The teacher is a real service pinned to one core; steps are those of the training process, pinned to another, with its
 own streams, cache, batches and optimizer. Steps from memory and from the cache alternate, and so do blocks of them
@@ -27,6 +27,8 @@ from tests.support.programs import start_teacher
 KINDS = ("alone", "online", "cached")
 REQUIRED = {"online_step_over_student_alone": 1.1, "cached_step_over_student_alone": 1.02}
 """Largest upper end of each interval."""
+SHARED_CORES_REQUIRED = 0.8
+"""Largest upper end of the interval with --shared-cores."""
 TEACHER_LAYERS = (6, 4, 2, 1)
 """Teacher depths, tried in this order until the teacher is faster than the student by MARGIN."""
 MARGIN = 1.15
@@ -58,11 +60,21 @@ class StepTimes:
 @click.option("--steps", default=3, show_default=True, help="Timed steps of a block.")
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="hf", show_default=True)
 @click.option(
+    "--shared-cores",
+    is_flag=True,
+    help="Measure a run and its teacher on the same cores, as a run sets its threads and as OpenMP does.",
+)
+@click.option(
     "--cores", default="", help="Two cores, teacher's first; by default the first two that this process has."
 )
-def main(json_file: Path | None, pairs: int, steps: int, engine: str, cores: str) -> None:
+def main(
+    *, json_file: Path | None, pairs: int, steps: int, engine: str, shared_cores: bool, cores: str
+) -> None:
     """Measure the cost of online and cached teachers for a student's step."""
     console = Console()
+    if shared_cores:
+        _share_cores(json_file, engine, pairs=pairs, steps=steps, console=console)
+        return
     every = os.sched_getaffinity(0)
     named = [int(core) for core in cores.split(",") if core] or sorted(every)[:2]
     if len(set(named)) != 2:
@@ -86,19 +98,44 @@ def main(json_file: Path | None, pairs: int, steps: int, engine: str, cores: str
         f"{statistics.median(times['alone']):.3f} s; waited for the teacher {found.waited_s:.3f} s in all",
         soft_wrap=True,
     )
+    details = {
+        "required": REQUIRED,
+        "engine": engine,
+        "teacher_tokens_per_s": found.teacher_rate,
+        "student_tokens_per_s": found.student_rate,
+        "teacher_layers": found.teacher_layers,
+        "teacher_wait_s": found.waited_s,
+        "step_s": {kind: list(each) for kind, each in times.items()},
+    }
+    _write(json_file, "overlap", ratios, details)
+
+
+def _share_cores(json_file: Path | None, engine: str, *, pairs: int, steps: int, console: Console) -> None:
+    """Measures and prints steps of a run that shares its cores with its teacher."""
+    from benchmarks.overlap.shared_cores import KINDS, step_times
+
+    with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-overlap-") as directory:
+        times = step_times(Path(directory), engine, pairs=pairs, steps=steps, console=console)
+    own, spinning = (times[kind] for kind in KINDS)
+    low, middle, high = interval(own, spinning)
+    name = "shared_cores_step_over_spinning"
+    console.print(
+        f"{name}: median {middle:.3f}, 95 % interval [{low:.3f}, {high:.3f}] of {pairs} pairs "
+        f"(<= {SHARED_CORES_REQUIRED:g})",
+        soft_wrap=True,
+    )
+    details = {"required": SHARED_CORES_REQUIRED, "engine": engine, "step_s": times}
+    _write(json_file, "shared_cores", {name: high}, details)
+
+
+def _write(
+    json_file: Path | None, name: str, ratios: Mapping[str, float], details: Mapping[str, object]
+) -> None:
+    """Adds ratios and details to the file, if one is asked for."""
     if json_file is not None:
         content = json.loads(json_file.read_text()) if json_file.exists() else {}
-        details = content.setdefault("details", {})
-        details["overlap"] = {
-            "required": REQUIRED,
-            "engine": engine,
-            "teacher_tokens_per_s": found.teacher_rate,
-            "student_tokens_per_s": found.student_rate,
-            "teacher_layers": found.teacher_layers,
-            "teacher_wait_s": found.waited_s,
-            "step_s": {kind: list(each) for kind, each in times.items()},
-        }
-        json_file.write_text(json.dumps({**content, **ratios, "details": details}, indent=2) + "\n")
+        every = {**content.get("details", {}), name: details}
+        json_file.write_text(json.dumps({**content, **ratios, "details": every}, indent=2) + "\n")
 
 
 def interval(times: Sequence[float], alone: Sequence[float]) -> tuple[float, float, float]:
