@@ -10,7 +10,11 @@ import click
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.settings import options_of
-from stillhouse.protos.telemetry.logs import configure_logging
+from stillhouse.protos.telemetry.logs import (
+    configure_logging,
+    end_output_with_handlers,
+    quieten_libraries,
+)
 from stillhouse.protos.telemetry.tracing import configure_tracing
 from stillhouse.teacher_service.config import DEFAULT_MAX_ADAPTERS, TeacherConfig, default_engine
 
@@ -83,7 +87,10 @@ def main() -> None:
 
 def run(options: dict[str, Any]) -> int:
     """Serves with these options; returns the exit code."""
+    end_output_with_handlers()
     configure_logging(options["log_level"])
+    if options["log_level"] != "debug":
+        quieten_libraries()
     configure_tracing("stillhouse-teacher")
     try:
         config = _config(options)

@@ -1,8 +1,11 @@
 """Logging set-up of every program: one event a line, JSON unless a person reads it on a terminal."""
 
+import atexit
 import contextlib
 import logging
+import os
 import sys
+import warnings
 from typing import TextIO, cast
 
 import structlog
@@ -40,6 +43,38 @@ def configure_logging(level: str = "info", *, stream: TextIO | None = None) -> N
         )
     )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[handler], force=True)
+
+
+def quieten_libraries() -> None:
+    """Keeps warnings of libraries out of this program's output: they tell programmers about calls that no user can change.
+
+    Errors stay. Python's -W, PYTHONWARNINGS and the libraries' own variables bring warnings back. Call before the libraries
+    are imported.
+    """
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if sys.warnoptions:
+        logging.captureWarnings(True)
+        return
+    warnings.simplefilter("ignore")
+    logging.getLogger().setLevel(logging.ERROR)
+
+
+def end_output_with_handlers() -> None:
+    """Ends this process's output with its last exit handler; call first, since handlers run in reverse order.
+
+    What follows are reports of extension modules about their own memory, such as nanobind's of leaked instances.
+    """
+
+    def end() -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
+
+    atexit.register(end)
 
 
 class _Lossy:

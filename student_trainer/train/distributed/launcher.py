@@ -257,7 +257,9 @@ def exit_with_first_process() -> None:
     """Exits this process as soon as the first one has ended: at the end of standard input."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not through sys.stdin, whose lock the interpreter takes at its end: it would abort.
+        while os.read(sys.stdin.fileno(), 1024):
+            pass
         os._exit(EXIT_FAILED)
 
     threading.Thread(target=wait, name="orphan", daemon=True).start()

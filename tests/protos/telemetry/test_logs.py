@@ -59,3 +59,46 @@ def test_a_line_that_cannot_be_written_raises_nothing() -> None:
             check=True,
         )
     assert done.stdout == "went on\n"
+
+
+QUIET = """
+import logging, warnings
+from stillhouse.protos.telemetry.logs import configure_logging, quieten_libraries
+configure_logging("info")
+quieten_libraries()
+warnings.warn("deprecated", DeprecationWarning)
+warnings.warn("careful", UserWarning)
+logging.getLogger("library").warning("unusual")
+logging.getLogger("library").error("broken")
+"""
+
+
+def test_warnings_of_libraries_are_shown_where_somebody_asks() -> None:
+    for options, expected in (
+        ([], ["broken"]),
+        (["-W", "default"], ["deprecated", "careful", "unusual", "broken"]),
+    ):
+        python = [sys.executable, *options, "-c", QUIET]
+        done = subprocess.run(python, capture_output=True, text=True, check=True)
+        lines = [json.loads(line) for line in done.stderr.splitlines()]
+        assert len(lines) == len(expected)
+        assert all(word in line["event"] for word, line in zip(expected, lines, strict=True))
+
+
+ENDING = """
+import atexit, ctypes, sys
+{call}
+ctypes.pythonapi.Py_AtExit(ctypes.CDLL(None).malloc_stats)  # writes to stderr, as extension modules' reports do
+atexit.register(lambda: print("handler", file=sys.stderr))
+sys.exit(3)
+"""
+
+
+def test_output_ends_with_the_last_handler() -> None:
+    import_ = "from stillhouse.protos.telemetry.logs import end_output_with_handlers"
+    for call, goes_on in (("", True), (f"{import_}; end_output_with_handlers()", False)):
+        python = [sys.executable, "-c", ENDING.format(call=call)]
+        done = subprocess.run(python, capture_output=True, text=True, check=False)
+        assert done.returncode == 3
+        assert done.stderr.startswith("handler\n")
+        assert ("Arena 0" in done.stderr) is goes_on

@@ -71,8 +71,11 @@ def start(
 
 
 def finish(run_dir: RunDir, attempt: int = 1, environment: Mapping[str, str] | None = None) -> int:
-    """Exit code of a whole attempt."""
-    return start(run_dir, attempt, environment).wait(timeout=200)
+    """Exit code of a whole attempt, whose log has events of ours alone."""
+    code = start(run_dir, attempt, environment).wait(timeout=200)
+    foreign = [each for each in run_dir.log_path(attempt).read_text().splitlines() if '"event":' not in each]
+    assert not foreign, foreign
+    return code
 
 
 def assert_ends(
