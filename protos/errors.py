@@ -132,7 +132,7 @@ CATALOG: Mapping[Code, Mapping[Reason, str]] = {
         Reason.QUOTA: "A client or an upload takes more than the service allows. Take less, or raise the limit.",
         Reason.ADAPTER_SLOTS: "All adapter slots are taken. Unload one, or raise --max-adapters.",
         Reason.DISK_FULL: "The disk is full. Free some space, then resume.",
-        Reason.OUT_OF_MEMORY: "Memory ran out. Lower optimizer.micro_batch_tokens, or follow `stillhouse estimate`.",
+        Reason.OUT_OF_MEMORY: "Memory ran out. Resume with smaller passes: `run resume RUN --set optimizer.micro_batch_tokens=N`.",
         Reason.MESSAGE_TOO_LARGE: "A message exceeds gRPC's limit. Send fewer items at once.",
     },
     Code.UNIMPLEMENTED: {Reason.CAPABILITY: "This engine lacks the ability. See `stillhouse teacher info`."},

@@ -33,11 +33,27 @@ WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = (
     "tokenizer.json",
     "chat_template.jinja",
 )
-WRONG = (None, "", "x", [], {}, [[]], {"a": 1}, True, -1, 0, 1.5, 10**30, "1", ["a", None], float("nan"))
+WRONG: tuple[Any, ...] = (
+    None,
+    "",
+    "x",
+    [],
+    {},
+    [[]],
+    {"a": 1},
+    True,
+    -1,
+    0,
+    1.5,
+    10**30,
+    "1",
+    ["a", None],
+    float("nan"),
+)
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-def weights(change: Callable[[dict[str, torch.Tensor], str], None]) -> Damage:
+def weights(change: Callable[[dict[str, torch.Tensor], str], object]) -> Damage:
     """Changes a tensor of the model."""
 
     def damage(model: Path, rng: random.Random) -> None:
