@@ -17,7 +17,11 @@ from stillhouse.protos.rows.chat_template import ContentForm, select_template
 from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.template_fields import TemplateFields
-from stillhouse.protos.tokenizers.bounded_rendering import bounded_rendering, checked_length
+from stillhouse.protos.tokenizers.bounded_rendering import (
+    bounded_rendering,
+    checked_length,
+    checked_template,
+)
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.protos.tokenizers.prompt import encode_prompt
 from stillhouse.teacher_service.models.files import locate_model

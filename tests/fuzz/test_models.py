@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_json, from_status
 from stillhouse.protos.tokenizers import bounded_rendering
+from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
 from tests.conftest import Models
@@ -194,9 +196,21 @@ def test_a_damaged_student_is_trained_as_it_is_or_refused(
             reason = str(error.reason)
             assert error.reason is not Reason.INTERNAL, case.name
             assert "\n" not in error.message, (case.name, error.message)
+        else:
+            assert_exported(run_dir, case.name)
         outcomes[case.name, reason] += 1
     show("students", (f"{name:24} {reason:20} {count}" for (name, reason), count in sorted(outcomes.items())))
     assert {reason for _, reason in outcomes} - {"completed"} <= set(Reason)
+
+
+def assert_exported(run_dir: RunDir, name: str) -> None:
+    """The exported model is the trained one: weight for weight that of the last checkpoint, loaded as others load it."""
+    exported = AutoModelForCausalLM.from_pretrained(run_dir.final_path).state_dict()
+    (weights_file,) = run_dir.checkpoint_path(run_dir.checkpoints()[-1]).glob("*.safetensors")
+    trained = load_file(weights_file)
+    assert trained
+    for key, tensor in trained.items():
+        assert torch.equal(exported[key].to(tensor.dtype), tensor), (name, key)
 
 
 def test_a_damaged_teacher_is_served_or_refused(

@@ -70,6 +70,7 @@ class Program:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(grace_s)
         self._end(descendants)
+        assert "nanobind" not in self.log(), "reports of extension modules follow the service's own lines"
         return self.process.returncode
 
     def kill(self) -> None:
