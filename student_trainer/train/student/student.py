@@ -169,7 +169,10 @@ class Student:
 
 
 def _try_pass(model: Any, config: StudentConfig) -> None:
-    """Raises StillhouseError(MODEL_NOT_FOUND) for a model that loads and cannot compute, as with sizes that do not match."""
+    """Raises StillhouseError(MODEL_NOT_FOUND) for a model that loads and cannot compute, as with sizes that do not match.
+
+    Attention may hide NaN in weights from the logits.
+    """
 
     def refused(error: BaseException) -> StillhouseError:
         problem = f"loads, but cannot compute a pass over two tokens ({first_line(error)})"
@@ -181,5 +184,8 @@ def _try_pass(model: Any, config: StudentConfig) -> None:
         logits = model(input_ids=token_ids, use_cache=False).logits
         if logits.shape[:2] != token_ids.shape:
             raise ValueError(f"its logits have shape {list(logits.shape)}")
+        for name, weight in model.named_parameters():
+            if weight.is_floating_point() and not weight.isfinite().all():
+                raise ValueError(f"{name} holds NaN or infinite values")
         if logits.isnan().any():
-            raise ValueError("its logits are NaN: weights are damaged, or overflow")
+            raise ValueError("its logits are NaN")
