@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.library_errors import memory_cause
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.config.schema import RunConfig
@@ -152,7 +153,7 @@ class PassTrial:
             with _same_draws(device):
                 self.stepper.rehearse([stretched(largest.sample, largest.longest)] * rows)
         except Exception as error:
-            if not _is_exhausted(error):
+            if memory_cause(error) is None:
                 raise
             about = f"about {_said(needed)} for it" if per_token else "its activations"
             return f"{told}, and memory ran out ({first_line(error)}): {_said(free)} were free, {about}. {remedy}"
@@ -251,10 +252,6 @@ def _same_draws(device: torch.device) -> Iterator[None]:
     """Leaves the random numbers behind the block as they were."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-def _is_exhausted(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
 def _said(size_bytes: float) -> str:
