@@ -72,7 +72,7 @@ def start_with(*options: str) -> tuple[int, str]:
         (["--model", "MODEL", "--tls-cert", "x.pem"], "--tls-key"),
         (["--model", "MODEL", "--max-sequence-tokens", "4096"], "512"),
         (["--model", "MODEL", "--quantization", "awq"], "does require the model to be pre-quantized"),
-        (["--model", "MODEL", "--quantization", "nonsense"], "transformers knows"),
+        (["--model", "MODEL", "--quantization", "nonsense"], "to transformers"),
         (["--model", "MODEL", "--adapter", "a=/no/such/adapter"], "/no/such/adapter"),
     ],
 )
