@@ -219,7 +219,8 @@ class ChatMasker:
         if not isinstance(content, str):
             return None
         # Some templates drop thoughts, with all that is before their end.
-        for before in dict.fromkeys(("", content[: content.rfind(_THOUGHTS_END) + len(_THOUGHTS_END)])):
+        thoughts, end, _ = content.rpartition(_THOUGHTS_END)
+        for before in dict.fromkeys(("", thoughts + end)):
             changed = before + STAND_IN + content[len(before) :]
             rendered = self._try(_with_content(conversation, index, changed))
             begin, found, _ = rendered.text.partition(STAND_IN) if rendered else ("", "", "")
