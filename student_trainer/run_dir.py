@@ -177,7 +177,7 @@ class RunDir:
         return spec
 
     def write_effective_spec(self, effective: RunSpec) -> None:
-        """Replaces the spec that training uses, if it is another one, as after a resume with changes."""
+        """Replaces the spec that training uses, if it is another one, as after a resume with changes, or once `auto` is settled."""
         content = _spec_json(effective)
         if self.effective_spec_path.read_bytes() != content:
             write_atomic(self.effective_spec_path, content)

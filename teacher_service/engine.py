@@ -71,6 +71,12 @@ class DistributionOptions:
     """Report the entropy, in nats."""
     hidden_states: bool = False
     """Report the final hidden states."""
+    sample_tail: bool = False
+    """Sample from the tokens outside the top k alone."""
+    sample_temperature: float = 1.0
+    """Temperature of these samples, > 0."""
+    sampled_logprobs: bool = False
+    """Report the log-probabilities of the samples."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,14 +35,18 @@ CROSS_ENTROPY = Arm(
     name="cross-entropy",
     loss={"terms": [{"divergence": "forward_kl", "weight": 0}], "hard_weight": 1, "top_k": ALL_TOKENS},
 )
-FULL = Arm(name="full vocabulary", loss={"top_k": ALL_TOKENS})
-TAIL = Arm(name="top-8 + tail", loss={"top_k": FEW_TOKENS})
+FULL = Arm(name="full vocabulary", loss={"top_k": ALL_TOKENS, "sparse_target": "tail_bucket"})
+TAIL = Arm(name="top-8 + tail", loss={"top_k": FEW_TOKENS, "sparse_target": "tail_bucket"})
 RENORMALISED = Arm(name="top-8 renormalised", loss={"top_k": FEW_TOKENS, "sparse_target": "renormalise"})
 SAMPLED = Arm(
     name="random sampling, 8 draws",
     loss={"top_k": 1, "sparse_target": "sampled", "num_samples": FEW_TOKENS},
 )
-SHUFFLED = Arm(name="control: rows shuffled", loss={"top_k": SHUFFLED_TOP_K}, shuffled=True)
+SHUFFLED = Arm(
+    name="control: rows shuffled",
+    loss={"top_k": SHUFFLED_TOP_K, "sparse_target": "tail_bucket"},
+    shuffled=True,
+)
 REVERSE_KL = Arm(
     name="reverse KL on the student's top-8",
     loss={"terms": [{"divergence": "reverse_kl"}], "top_k": FEW_TOKENS},

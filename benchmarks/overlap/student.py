@@ -179,6 +179,7 @@ class _Stages:
             teachers=OnlineTeachers({}, mixed=False, cache=None),
             corpus=self._inputs.corpus,
             held_out=HeldOutRows.lookup(scope, self._inputs.corpus),
+            config=scope.config,
         )
         self._student = StudentSide.load(scope, self._inputs, no_teachers)
         self.stepper = self._student.stepper
@@ -191,7 +192,7 @@ class _Stages:
         spec.data.train.add(path=str(self._data))
         spec.data.max_sequence_tokens = LENGTH
         spec.data.eval_fraction = 0.0
-        spec.loss.top_k = TOP_K
+        spec.loss.top_k, spec.loss.sparse_target = TOP_K, "tail_bucket"
         spec.optimizer.learning_rate = 1e-4
         spec.optimizer.max_steps = STEPS
         spec.optimizer.micro_batch_size = BATCH

@@ -136,7 +136,7 @@ def run_spec(student: Path, teacher: str, data: Path, seed: int) -> RunSpec:
     spec.teachers.add(targets=[teacher])
     spec.data.train.add(path=str(data))
     spec.data.max_sequence_tokens = 2 * ROW_TOKENS
-    spec.loss.top_k = 64
+    spec.loss.top_k, spec.loss.sparse_target = 64, "tail_bucket"
     spec.optimizer.learning_rate = 1e-3
     spec.optimizer.max_steps = STEPS
     spec.optimizer.micro_batch_size = 8

@@ -11,7 +11,7 @@ from stillhouse.client.teacher.score import ScoreAnswer
 from stillhouse.protos.files.atomic import atomic_writer
 from stillhouse.protos.tensors.distributions import Distributions
 
-_OPTIONAL = ("entropy", "log_partitions", "sampled_token_ids")
+_OPTIONAL = ("entropy", "log_partitions", "sampled_token_ids", "sampled_logprobs")
 
 
 class ScoreFile:

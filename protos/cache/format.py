@@ -11,6 +11,7 @@ is. A row is one sequence; every column is plain:
 | top_token_ids, logprobs | list<int32>, list<float> | [T, K], row-major: `reshape(T, -1)` |
 | target_logprobs, log_tail | list<float> | [T] |
 | log_partitions, sampled_token_ids, query_token_ids, query_logprobs | lists, optional | [T, N], [T, R], [T, Q], [T, Q] |
+| sampled_logprobs | list<float>, optional | [T, R] |
 | entropy | list<float>, optional | [T] |
 
 Their meaning is defined in protos/stillhouse/v1/tensor.proto. Codec "lossless" keeps every bit of the wire: logprobs
@@ -215,7 +216,8 @@ def _sampling(config: DistributionConfig) -> dict[str, Any] | None:
     for name in ("top_k", "logprob_dtype", "pack_token_ids", "temperatures", "entropy"):
         rest.ClearField(name)
     if not rest.num_sampled_tokens:
-        rest.ClearField("seed")
+        for of_draws in ("seed", "sample_tail", "sample_temperature", "sampled_logprobs"):
+            rest.ClearField(of_draws)
     return json_format.MessageToDict(rest, preserving_proto_field_name=True) or None
 
 

@@ -17,7 +17,18 @@ MAX_VALUES = 32 * 1024 * 1024
 MAX_COMPACT_SUM = 1.1
 """Largest sum of probabilities after the rounding of codec "compact", before renormalization."""
 _REQUIRED_LISTS = ("token_ids", "top_token_ids", "logprobs", "target_logprobs", "log_tail")
-_OPTIONAL_LISTS = ("log_partitions", "sampled_token_ids", "query_token_ids", "query_logprobs", "entropy")
+_OPTIONAL_LISTS = (
+    *(
+        "log_partitions",
+        "sampled_token_ids",
+        "sampled_logprobs",
+        "query_token_ids",
+        "query_logprobs",
+        "entropy",
+    ),
+)
+_WIRE_LOGPROBS = frozenset({"logprobs", "sampled_logprobs"})
+"""Log-probabilities that travel in the type that the caller chose."""
 _IDS = frozenset({"token_ids", "top_token_ids", "sampled_token_ids", "query_token_ids"})
 _FLAT = frozenset({"target_logprobs", "log_tail", "entropy"})
 """Columns with one value per position."""
@@ -67,7 +78,7 @@ def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:
 
     def listed(name: str) -> Any:
         kind = pa.int32() if name in _IDS else rest
-        if name == "logprobs":
+        if name in _WIRE_LOGPROBS:
             kind = pa.float16() if half else pa.float32()
         return pa.field(name, pa.list_(pa.field("element", kind, nullable=False)), nullable=False)
 
@@ -120,7 +131,7 @@ def _typed(flat: NDArray[Any], column: Any, codec: Codec) -> NDArray[Any]:
     with np.errstate(over="ignore"):  # below -65504 a float16 is -inf
         typed = flat.astype(wanted)
     if codec == "compact":
-        return _rounded(typed) if column.name == "logprobs" else typed
+        return _rounded(typed) if column.name in _WIRE_LOGPROBS else typed
     if wanted == np.float16 and not np.array_equal(typed.astype(np.float32), flat):
         raise ValueError(f"{column.name} are not float16 values; describe them as float32")
     return typed
@@ -230,7 +241,13 @@ def _normalised(answer: Distributions) -> Distributions:
     """Renormalizes probabilities to sum to 1 at each position, after rounding."""
     tail = np.exp(answer.log_tail.astype(np.float64))
     log_sum = np.log(np.exp(answer.logprobs.astype(np.float64)).sum(axis=1) + tail).astype(np.float32)
-    return replace(answer, logprobs=answer.logprobs - log_sum[:, None], log_tail=answer.log_tail - log_sum)
+    drawn = answer.sampled_logprobs
+    return replace(
+        answer,
+        logprobs=answer.logprobs - log_sum[:, None],
+        log_tail=answer.log_tail - log_sum,
+        sampled_logprobs=None if drawn is None else drawn - log_sum[:, None],
+    )
 
 
 def check_answer(answer: Distributions, vocab_size: int, *, max_sum: float = MAX_ROW_SUM) -> None:
@@ -242,7 +259,7 @@ def check_answer(answer: Distributions, vocab_size: int, *, max_sum: float = MAX
     ordered = np.sort(answer.token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         raise ValueError("a token occurs twice at one position")
-    for name in ("logprobs", "target_logprobs", "log_tail", "query_logprobs"):
+    for name in ("logprobs", "target_logprobs", "log_tail", "query_logprobs", "sampled_logprobs"):
         logprobs = getattr(answer, name)
         if logprobs is not None and logprobs.size and not logprobs.max() <= MAX_LOGPROB:  # also false for NaN
             raise ValueError(f"{name} hold {logprobs.max():.4g}; a log-probability is at most 0")

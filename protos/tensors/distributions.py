@@ -50,6 +50,8 @@ class Distributions:
     """[T, Q], logprobs of the queried tokens; -inf where the caller padded with -1."""
     sampled_token_ids: NDArray[np.int32] | None = None
     """[T, R], sampled with replacement."""
+    sampled_logprobs: NDArray[np.float32] | None = None
+    """[T, R], logprobs of the sampled tokens, as `logprobs`."""
     entropy: NDArray[np.float32] | None = None
     """[T], nats."""
     hidden_states: NDArray[np.float32] | None = None
@@ -125,7 +127,10 @@ def encode_distributions(
         array = getattr(distributions, name)
         if array is not None:
             bits = pack_bits if name == "sampled_token_ids" else None
-            getattr(message, name).CopyFrom(encode(array, bits=bits))
+            encoded = (
+                encode(array, dtype=logprob_dtype) if name == "sampled_logprobs" else encode(array, bits=bits)
+            )
+            getattr(message, name).CopyFrom(encoded)
     return message
 
 
@@ -160,6 +165,8 @@ def decode_distributions(
             "distributions.logprobs", f"sum to {sums.max():.4g} at one position; probabilities sum to 1"
         )
     query, samples = message.HasField("query_logprobs"), message.HasField("sampled_token_ids")
+    sampled = _ids(message, "sampled_token_ids", vocab_size, (num_rows, None)) if samples else None
+    has_logprobs = sampled is not None and message.HasField("sampled_logprobs")
     return Distributions(
         start=message.start,
         token_ids=token_ids,
@@ -168,8 +175,9 @@ def decode_distributions(
         log_tail=log_tail,
         log_partitions=_finite(message, "log_partitions", (num_rows, None)),
         query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,
-        sampled_token_ids=_ids(message, "sampled_token_ids", vocab_size, (num_rows, None))
-        if samples
+        sampled_token_ids=sampled,
+        sampled_logprobs=_logprobs(message, "sampled_logprobs", sampled.shape, _HALF_OR_FULL)
+        if sampled is not None and has_logprobs
         else None,
         entropy=_finite(message, "entropy", (num_rows,)),
         hidden_states=_finite(message, "hidden_states", (num_rows, None)),

@@ -8,12 +8,14 @@ from typing import Any
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.schema import (
+    BUCKET_TOP_K,
     CHECKPOINT_EVERY_STEPS,
     LORA_LEARNING_RATE,
     MAX_TOP_K,
     LossConfig,
     RunConfig,
 )
+from stillhouse.student_trainer.config.target_choice import settle_by_file
 
 
 def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
@@ -39,7 +41,8 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
     if not spec.evaluation.HasField("top_k"):
         # Within its range, so that a loss.top_k outside of it is reported once.
-        evaluation = replace(evaluation, top_k=max(1, min(config.loss.top_k, MAX_TOP_K)))
+        top_k = BUCKET_TOP_K if config.loss.top_k is None else config.loss.top_k
+        evaluation = replace(evaluation, top_k=max(1, min(top_k, MAX_TOP_K)))
     if not evaluation.metrics:
         of_teacher = ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
         evaluation = replace(evaluation, metrics=of_teacher if config.has_teacher else ("perplexity",))
@@ -47,7 +50,9 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
     if student.trains_adapter and not spec.student.HasField("output"):
         student = replace(student, output="both")
     contexts = tuple(
-        replace(context, loss=_with_parameters(context.loss)) if context.loss else context
+        replace(context, loss=settle_by_file(config, _with_parameters(context.loss)))
+        if context.loss
+        else context
         for context in config.contexts
     )
     return replace(
@@ -56,7 +61,7 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         optimizer=optimizer,
         data=data,
         contexts=contexts,
-        loss=_with_parameters(config.loss),
+        loss=settle_by_file(config, _with_parameters(config.loss)),
         checkpoint=checkpoint,
         evaluation=evaluation,
     )

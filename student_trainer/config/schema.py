@@ -42,6 +42,10 @@ CHECKPOINT_EVERY_STEPS = 500
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
 MAX_TOP_K = 256
+BUCKET_TOP_K = 64
+"""Default of top_k where one bucket stands for all other tokens."""
+DRAWN_TOP_K = 16
+"""Default of top_k where `auto` takes draws."""
 MAX_PROCESSES = 64
 NAME = MaxLength(200)
 
@@ -178,14 +182,30 @@ class LossConfig:
     temperature: Annotated[float, POSITIVE] = 1.0
     temperature_mode: Annotated[str, Choices("exact", "conditional")] = "exact"
     reduction: Annotated[str, Choices("token_mean", "sequence_mean")] = "token_mean"
-    top_k: Annotated[int, Range(1, MAX_TOP_K)] = 64
-    sparse_target: Annotated[str, Choices("tail_bucket", "sampled", "top_k_and_sampled", "renormalise")] = (
-        "tail_bucket"
-    )
-    num_samples: Annotated[int, COUNT] = 50
+    top_k: Annotated[
+        int | None,
+        Range(1, MAX_TOP_K),
+        DefaultText(f"{DRAWN_TOP_K} where auto takes draws, else {BUCKET_TOP_K}"),
+    ] = None
+    sparse_target: Annotated[
+        str, Choices("auto", "tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise")
+    ] = "auto"
+    num_samples: Annotated[
+        int | None,
+        COUNT,
+        DefaultText(
+            "where auto takes draws as many as fit into 272 bytes beside top_k, and 48 at least; else 50"
+        ),
+    ] = None
     foreign_tokenizer: Annotated[str, Choices("refuse", "alm")] = "refuse"
     chunk_temperature: Annotated[float, POSITIVE] = 100.0
     chunks: Annotated[str, Choices("shortest", "words")] = "shortest"
+    sparse_target_reason: Annotated[str, MaxLength(1000)] = ""
+
+    @property
+    def least_top_k(self) -> int:
+        """Top-k of the tokens to query; the smaller default while `auto` is not settled."""
+        return DRAWN_TOP_K if self.top_k is None else self.top_k
 
     @property
     def asks_teacher(self) -> bool:

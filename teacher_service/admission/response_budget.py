@@ -16,7 +16,8 @@ _FRACTION = 8
 def response_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
     """Estimates the bytes of a response before it is computed, without hidden states, whose width the request does
     not tell."""
-    columns = 2 * options.top_k + 3 + len(options.temperatures) + options.num_sampled_tokens + num_queries
+    sampled = options.num_sampled_tokens * (1 + options.sampled_logprobs)
+    columns = 2 * options.top_k + 3 + len(options.temperatures) + sampled + num_queries
     return 4 * num_rows * columns
 
 

@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +106,9 @@ def rows(
     lse_T1 = top.lse.float()
     target_T1 = _to(spec.sequence[first : first + num_rows], logits_TV).unsqueeze(-1)
     query_TQ = None if spec.query_token_ids is None else spec.query_token_ids[begin : begin + num_rows]
+    drawn = None
+    if uniforms_TR is not None:
+        drawn = samples(logits_TV, top, uniforms_TR[begin : begin + num_rows], options)
     return Distributions(
         start=first,
         token_ids=_numpy(top.token_ids.int()),
@@ -114,9 +117,8 @@ def rows(
         log_tail=_numpy(top.log_tail),
         log_partitions=_numpy_or_none(log_partitions(logits_TV, lse_T1, options.temperatures)),
         query_logprobs=None if query_TQ is None else _query_logprobs(logits_TV, lse_T1, query_TQ),
-        sampled_token_ids=None
-        if uniforms_TR is None
-        else _numpy(sampled_ids(logits_TV, uniforms_TR[begin : begin + num_rows])),
+        sampled_token_ids=None if drawn is None else _numpy(drawn.token_ids),
+        sampled_logprobs=None if drawn is None else _numpy_or_none(drawn.logprobs),
         entropy=_numpy(entropies(logits_TV, lse_T1)) if options.entropy else None,
         hidden_states=_numpy(hidden_TH.float()) if options.hidden_states else None,
     )
@@ -272,6 +274,32 @@ def entropies(logits_TV: Tensor, lse_T1: Tensor) -> Tensor:
     """[T] in nats."""
     logprobs_TV = logits_TV - lse_T1
     return -(logprobs_TV.exp() * logprobs_TV).sum(dim=-1)
+
+
+class Samples(NamedTuple):
+    """Samples of T rows, and their log-probabilities where they are requested."""
+
+    token_ids: Tensor
+    """INT32 [T, R]."""
+    logprobs: Tensor | None
+    """FLOAT32 [T, R], at temperature 1."""
+
+
+def samples(
+    logits_TV: Tensor, top: Normalised, uniforms_TR: Float64Array, options: DistributionOptions
+) -> Samples:
+    """Samples as `options` say, from rows whose top k are `top`."""
+    sampled_TV = logits_TV
+    if options.sample_tail and top.token_ids.shape[1] < logits_TV.shape[1]:
+        sampled_TV = scratch("tail", logits_TV.shape, logits_TV.device).copy_(logits_TV)
+        sampled_TV.scatter_(-1, top.token_ids.long(), -torch.inf)
+    if options.sample_temperature != 1:
+        sampled_TV = sampled_TV / options.sample_temperature
+    ids_TR = sampled_ids(sampled_TV, uniforms_TR)
+    logprobs_TR = None
+    if options.sampled_logprobs:
+        logprobs_TR = (logits_TV.gather(-1, ids_TR.long()) - top.lse).float()
+    return Samples(ids_TR, logprobs_TR)
 
 
 def sampled_ids(logits_TV: Tensor, uniforms_TR: Float64Array) -> Tensor:

@@ -21,6 +21,7 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_SAMPLED_TOKENS: "sampled_token_ids",
     teacher_pb2.CAPABILITY_ENTROPY: "entropy",
     teacher_pb2.CAPABILITY_HIDDEN_STATES: "hidden_states",
+    teacher_pb2.CAPABILITY_TAIL_SAMPLES: "sample_tail, sample_temperature or sampled_logprobs",
 }
 
 
@@ -82,11 +83,20 @@ def check_distributions(
         raise invalid_request(
             f"num_sampled_tokens is {config.num_sampled_tokens}. Give a number in [0, {MAX_SAMPLED_TOKENS}]."
         )
+    if not (math.isfinite(config.sample_temperature) and config.sample_temperature >= 0):
+        raise invalid_request(
+            f"sample_temperature is {config.sample_temperature}. Give a finite number above 0, or 0 for 1."
+        )
+    temperature = config.sample_temperature or 1.0
     for requested, capability in (
         (bool(config.temperatures), teacher_pb2.CAPABILITY_LOG_PARTITIONS),
         (config.num_sampled_tokens > 0, teacher_pb2.CAPABILITY_SAMPLED_TOKENS),
         (config.entropy, teacher_pb2.CAPABILITY_ENTROPY),
         (config.hidden_states, teacher_pb2.CAPABILITY_HIDDEN_STATES),
+        (
+            config.sample_tail or temperature != 1 or config.sampled_logprobs,
+            teacher_pb2.CAPABILITY_TAIL_SAMPLES,
+        ),
     ):
         if requested:
             require(info, capability)
@@ -97,6 +107,9 @@ def check_distributions(
         seed=config.seed,
         entropy=config.entropy,
         hidden_states=config.hidden_states,
+        sample_tail=config.sample_tail,
+        sample_temperature=temperature,
+        sampled_logprobs=config.sampled_logprobs,
     )
     bits = packed_bits(info.vocab_size) if config.pack_token_ids else None
     return options, WireFormat(logprob_dtype=dtype, pack_bits=bits)

@@ -12,7 +12,7 @@ import click
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, Run
+    from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, LossSpec, Run
 
 
 STATES = ("pending", "starting", "running", "stopping", "stopped", "completed", "failed")
@@ -105,6 +105,7 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if run.spec.display_name:
         yield "name", run.spec.display_name
     yield "step", progress_text(run.progress)
+    yield from _targets(run)
     if run.progress.trained_tokens:
         speed = f", {number_text(run.progress.tokens_per_second)} a second lately"
         yield "tokens", f"{run.progress.trained_tokens:,} trained on" + speed
@@ -118,6 +119,22 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
         yield "worked", f"{duration_text(worked_s(run))} in {len(run.attempts)} attempts"
     for key, value in sorted(run.spec.labels.items()):
         yield f"label {key}", value
+
+
+def _targets(run: Run) -> Iterator[tuple[str, str]]:
+    """The target of each loss that `auto` was settled for, with its reason."""
+    spec = run.effective_spec
+    own = [context.loss for context in spec.contexts if context.HasField("loss")]
+    for loss in dict.fromkeys(_target(each) for each in [spec.loss, *own]):
+        if loss:
+            yield "target", loss
+
+
+def _target(loss: LossSpec) -> str:
+    if not loss.sparse_target_reason:
+        return ""
+    draws = f" and {loss.num_samples} draws" if "sampled" in loss.sparse_target else ""
+    return f"{loss.sparse_target}, top-{loss.top_k}{draws}: {loss.sparse_target_reason}"
 
 
 def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:

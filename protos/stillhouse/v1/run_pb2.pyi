@@ -999,11 +999,12 @@ class LossSpec(_message.Message):
     FOREIGN_TOKENIZER_FIELD_NUMBER: _builtins.int
     CHUNK_TEMPERATURE_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
+    SPARSE_TARGET_REASON_FIELD_NUMBER: _builtins.int
     hard_weight: _builtins.float
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
     """Softmax temperature of the terms, on both sides, whose gradients are scaled by its square. The divergence mse does not
-    change with it. Other than 1 it needs sparse_target tail_bucket or renormalise.
+    change with it. Other than 1 it needs sparse_target auto, tail_bucket, sampled_tail or renormalise.
     """
     temperature_mode: _builtins.str
     """"exact": the teacher sends its log-partition, with which the kept tokens and the tail are exact at any temperature.
@@ -1017,17 +1018,22 @@ class LossSpec(_message.Message):
     top_k: _builtins.int
     """Top-k of the teacher's tokens to query."""
     sparse_target: _builtins.str
-    """Target for the tokens beyond top_k. "tail_bucket": one bucket with all their mass; a lower bound of the
-    divergence over the vocabulary, least for a student that equals its teacher, but nothing shapes the student within
-    the bucket. "sampled": random-sampling distillation, num_samples draws of the teacher in place of its top_k, which
-    then may be 1; unbiased. "top_k_and_sampled": the top_k exactly, and the draws that fell outside share the tail's
-    mass; recommended for forward_kl with top_k 16, num_samples 90 and evaluation.top_k 64, which take the bytes of
-    top_k 64 with one bucket and keep far more of what the whole vocabulary teaches (`make bench-sparse`).
-    "renormalise": the top_k as if they were all, as many programs do; it makes students over-confident. All but the
-    first are for forward_kl alone, and draws need a teacher with CAPABILITY_SAMPLED_TOKENS.
+    """Target for the tokens beyond top_k. "auto": sampled_tail where the divergences have an estimate of bounded variance
+    from draws, and every teacher gives them; top_k_and_sampled for forward_kl at temperature 1 where teachers draw but not
+    from the tail alone; else tail_bucket; and what the run's cache holds, if it holds any. It is settled once, when the
+    teachers are reached or the cache is opened, and stands in the run's effective settings with its reason.
+    "tail_bucket": one bucket with all their mass; a lower bound of the divergence over the vocabulary, least for a student
+    that equals its teacher, but nothing shapes the student within the bucket. "sampled": random-sampling distillation,
+    num_samples draws of the teacher in place of its top_k, which then may be 1; unbiased. "top_k_and_sampled": the top_k
+    exactly, and the draws that fell outside share the tail's mass. "sampled_tail": the top_k exactly, and num_samples draws
+    from outside it at the loss's temperature, with their log-probabilities: values and gradients of the whole vocabulary in
+    expectation, for all divergences but reverse_kl, adaptive_kl, mse and those that come near reverse_kl. "renormalise":
+    the top_k as if they were all, as many programs do; it makes students over-confident. sampled, top_k_and_sampled and
+    renormalise are for forward_kl alone; sampled_tail needs a teacher with CAPABILITY_TAIL_SAMPLES, the other draws one
+    with CAPABILITY_SAMPLED_TOKENS.
     """
     num_samples: _builtins.int
-    """Draws per position for sparse_target sampled and top_k_and_sampled."""
+    """Draws per position, for the targets with draws."""
     foreign_tokenizer: _builtins.str
     """Distillation across tokenizers. "refuse": the teacher's tokenizer must be the student's. "alm": approximate likelihood
     matching. The text is tokenised for the teacher too, and cut into chunks where tokens of both sides end; each term
@@ -1043,6 +1049,8 @@ class LossSpec(_message.Message):
     """Ends of chunks with alm. "shortest": wherever tokens of both sides end. "words": only where white space follows, or a
     completion ends, so that no side is judged inside a word that it would have cut otherwise.
     """
+    sparse_target_reason: _builtins.str
+    """Reason of the target that auto became. Set by the trainer; leave it out."""
     @_builtins.property
     def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossTerm]:
         """Divergences between teacher and student. Empty means forward KL with weight 1."""
@@ -1061,10 +1069,11 @@ class LossSpec(_message.Message):
         foreign_tokenizer: _builtins.str | None = ...,
         chunk_temperature: _builtins.float | None = ...,
         chunks: _builtins.str | None = ...,
+        sparse_target_reason: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chunk_temperature: _TypeAlias = _typing.Literal["chunk_temperature"]  # noqa: Y015
     _WhichOneofArgType__chunk_temperature: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature"]  # noqa: Y015
@@ -1080,6 +1089,8 @@ class LossSpec(_message.Message):
     _WhichOneofArgType__reduction: _TypeAlias = _typing.Literal["_reduction", b"_reduction"]  # noqa: Y015
     _WhichOneofReturnType__sparse_target: _TypeAlias = _typing.Literal["sparse_target"]  # noqa: Y015
     _WhichOneofArgType__sparse_target: _TypeAlias = _typing.Literal["_sparse_target", b"_sparse_target"]  # noqa: Y015
+    _WhichOneofReturnType__sparse_target_reason: _TypeAlias = _typing.Literal["sparse_target_reason"]  # noqa: Y015
+    _WhichOneofArgType__sparse_target_reason: _TypeAlias = _typing.Literal["_sparse_target_reason", b"_sparse_target_reason"]  # noqa: Y015
     _WhichOneofReturnType__temperature: _TypeAlias = _typing.Literal["temperature"]  # noqa: Y015
     _WhichOneofArgType__temperature: _TypeAlias = _typing.Literal["_temperature", b"_temperature"]  # noqa: Y015
     _WhichOneofReturnType__temperature_mode: _TypeAlias = _typing.Literal["temperature_mode"]  # noqa: Y015
@@ -1100,6 +1111,8 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reduction) -> _WhichOneofReturnType__reduction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__sparse_target) -> _WhichOneofReturnType__sparse_target | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sparse_target_reason) -> _WhichOneofReturnType__sparse_target_reason | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature) -> _WhichOneofReturnType__temperature | None: ...
     @_typing.overload

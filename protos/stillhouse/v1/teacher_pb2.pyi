@@ -41,6 +41,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """entropy."""
     CAPABILITY_HIDDEN_STATES: _Capability.ValueType  # 6
     """hidden_states."""
+    CAPABILITY_TAIL_SAMPLES: _Capability.ValueType  # 7
+    """sample_tail, sample_temperature and sampled_logprobs."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -59,6 +61,8 @@ CAPABILITY_ENTROPY: Capability.ValueType  # 5
 """entropy."""
 CAPABILITY_HIDDEN_STATES: Capability.ValueType  # 6
 """hidden_states."""
+CAPABILITY_TAIL_SAMPLES: Capability.ValueType  # 7
+"""sample_tail, sample_temperature and sampled_logprobs."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -275,6 +279,9 @@ class DistributionConfig(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     ENTROPY_FIELD_NUMBER: _builtins.int
     HIDDEN_STATES_FIELD_NUMBER: _builtins.int
+    SAMPLE_TAIL_FIELD_NUMBER: _builtins.int
+    SAMPLE_TEMPERATURE_FIELD_NUMBER: _builtins.int
+    SAMPLED_LOGPROBS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
@@ -289,6 +296,12 @@ class DistributionConfig(_message.Message):
     """Report entropy."""
     hidden_states: _builtins.bool
     """Report hidden_states."""
+    sample_tail: _builtins.bool
+    """Draw from the tokens outside the top_k alone. Where there are none, draws are of all tokens and mean nothing."""
+    sample_temperature: _builtins.float
+    """Temperature of the draws, > 0. 0 means 1."""
+    sampled_logprobs: _builtins.bool
+    """Report sampled_logprobs."""
     @_builtins.property
     def temperatures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Temperatures to report log_partitions for, each > 0."""
@@ -304,10 +317,13 @@ class DistributionConfig(_message.Message):
         seed: _builtins.int = ...,
         entropy: _builtins.bool = ...,
         hidden_states: _builtins.bool = ...,
+        sample_tail: _builtins.bool = ...,
+        sample_temperature: _builtins.float = ...,
+        sampled_logprobs: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "seed", b"seed", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

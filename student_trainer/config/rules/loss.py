@@ -8,8 +8,10 @@ from stillhouse.protos.errors import FieldViolation
 from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.schema import DIVERGENCE_PARAMETERS, LossConfig, LossTermConfig
 
-DRAWN_TARGETS = ("sampled", "top_k_and_sampled")
+DRAWN_TARGETS = ("sampled", "top_k_and_sampled", "sampled_tail")
 """Values of sparse_target whose ids the teacher draws."""
+MAX_DRAWN_BETA = 0.5
+"""Largest beta of alpha_beta at which an estimate from draws has a bounded variance."""
 DIVERGENCES = fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
 WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
 
@@ -27,12 +29,34 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
         if known and term.weight > 0 and term.estimator == "full":
             yield from _check_target(here, term, loss)
             yield from _check_temperature(here, term, loss)
-    if loss.sparse_target in DRAWN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
+    if loss.sparse_target == "sampled_tail" and loss.temperature != 1 and loss.temperature_mode != "exact":
+        yield FieldViolation(
+            f"{path}.temperature_mode",
+            f'is "{loss.temperature_mode}", but sparse_target "sampled_tail" compares at the temperature of its draws, '
+            'which needs "exact". Use this, or sparse_target tail_bucket.',
+        )
+    elif loss.sparse_target in DRAWN_TARGETS[:2] and loss.temperature != 1 and loss.asks_teacher:
         yield FieldViolation(
             f"{path}.temperature",
             f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are sampled at temperature 1 '
             "and are not exact at another. Use temperature 1, or sparse_target tail_bucket.",
         )
+
+
+def why_no_tail_draws(term: LossTermConfig) -> str:
+    """The reason that keeps a term from an estimate by draws from the tail; empty if it has one of bounded variance."""
+    parameters = term.parameters
+    reverse = f"{term.divergence} weighs tokens by the student, and draws of the teacher would estimate it without bound"
+    if term.divergence in ("adaptive_kl", "mse"):
+        return f"{term.divergence} is no f-divergence, and has no unbiased estimate from draws"
+    if (
+        term.divergence == "reverse_kl"
+        or (term.divergence.startswith("jsd") and parameters["beta"] == 1)
+        or (term.divergence == "skew_reverse_kl" and parameters["alpha"] == 0)
+        or (term.divergence == "alpha_beta" and parameters["beta"] > MAX_DRAWN_BETA)
+    ):
+        return reverse
+    return ""
 
 
 def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolation]:
@@ -63,8 +87,16 @@ def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolatio
 
 
 def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
-    """Targets without a tail fit forward KL alone."""
-    if loss.sparse_target == "tail_bucket" or term.divergence == "forward_kl":
+    """Targets without a tail fit forward KL alone, and draws from the tail what they estimate with a bounded variance."""
+    if loss.sparse_target == "sampled_tail":
+        why = why_no_tail_draws(term)
+        if why:
+            yield FieldViolation(
+                f"{path}.divergence",
+                f'does not go with sparse_target "sampled_tail": {why}. Use sparse_target tail_bucket.',
+            )
+        return
+    if loss.sparse_target in ("auto", "tail_bucket") or term.divergence == "forward_kl":
         return
     why = (
         "whose ids are sampled: unbiased only for a loss that is linear in the teacher"

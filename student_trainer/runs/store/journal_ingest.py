@@ -15,9 +15,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
 
 from stillhouse.protos.errors import from_json
-from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec
+from stillhouse.student_trainer.config.target_choice import TargetChoice, settle_spec
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.runs.store.queries import STEP_METRICS
+from stillhouse.student_trainer.runs.store.queries import STEP_METRICS, to_bytes
 
 log = structlog.get_logger(__name__)
 
@@ -43,6 +44,8 @@ class JournalBatch:
     """True if the process has started to train."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Columns whose change is an event of the run."""
+    choices: dict[str, TargetChoice] = field(default_factory=dict)
+    """Targets that the run settled, by the path of their loss."""
     progress: dict[str, Any] = field(default_factory=dict)
     """Columns derived from metrics."""
     metrics: list[tuple[int, MetricPoint]] = field(default_factory=list)
@@ -53,7 +56,13 @@ class JournalBatch:
     @property
     def empty(self) -> bool:
         """True if only offsets changed."""
-        return not (self.started or self.changes or self.metrics or self.outcomes)
+        return not (self.started or self.changes or self.choices or self.metrics or self.outcomes)
+
+    def settled(self, effective_spec: bytes) -> bytes:
+        """An effective spec, serialised, with the targets of `choices`."""
+        spec = RunSpec.FromString(effective_spec)
+        settle_spec(spec, self.choices)
+        return to_bytes(spec)
 
 
 def read_batch(run_dir: RunDir, offsets: tuple[int, int], attempt: int) -> JournalBatch:
@@ -94,6 +103,8 @@ def _take_event(line: Mapping[str, Any], batch: JournalBatch) -> None:
         batch.progress["step"] = step
     elif kind == "checkpoint":
         batch.changes["latest_checkpoint"] = _count(line["step"])
+    elif kind == "settled":
+        batch.choices |= {str(path): TargetChoice.from_json(value) for path, value in line["targets"].items()}
     elif kind == "condition":
         batch.changes["condition"] = _condition(line["condition"])
     elif kind in OUTCOMES:

@@ -324,6 +324,8 @@ class Store:
                 queries.count_step(db, run_id, number, point)
             values: dict[str, Any] = {**batch.offsets, **batch.progress}
             changed = {name: value for name, value in batch.changes.items() if row[name] != value}
+            if batch.choices:
+                changed["effective_spec"] = batch.settled(row["effective_spec"])
             if row["state"] == STARTING and batch.started:
                 changed["state"] = RUNNING
             db.execute(update(runs).where(runs.c.id == run_id).values(**values, **changed))

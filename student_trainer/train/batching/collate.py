@@ -233,6 +233,7 @@ def _targets(
         if answer.log_partitions is not None and answer.log_partitions.shape[1]:
             log_partition.append(answer.log_partitions[rows, 0])
     widest = max(each.token_ids.shape[1] for each in found)
+    shares = [each.draw_shares for each in found if each.draw_shares is not None]
     if 0 < len(log_partition) < len(scored):
         raise StillhouseError(
             Reason.TENSOR_INVALID, "The teacher sent log_partitions for some sequences only; see its log."
@@ -246,6 +247,7 @@ def _targets(
         logprobs=joined([_widened(each.logprobs, widest, -np.inf) for each in found], np.float32),
         log_tail=joined([each.log_tail for each in found], np.float32),
         log_partition=joined(log_partition, np.float32) if log_partition else None,
+        draw_shares=joined([_widened(each, widest, 0.0) for each in shares], np.float32) if shares else None,
     )
 
 

@@ -17,7 +17,7 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.batching.supports import in_rows
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
-TargetForm = Literal["tail_bucket", "sampled", "top_k_and_sampled", "renormalise"]
+TargetForm = Literal["tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise"]
 TokenWeighting = Literal["teacher_entropy", "teacher_confidence"]
 
 
@@ -30,6 +30,8 @@ class TargetRows(NamedTuple):
     """[T, K], -inf at PAD_ID."""
     log_tail: NDArray[np.float64]
     """[T], -inf where nothing is left."""
+    draw_shares: NDArray[np.float64] | None = None
+    """[T, K]: share of each token in its row's draws from the tail, 0 for kept tokens; None in forms without such."""
 
 
 def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm) -> TargetRows:
@@ -39,7 +41,8 @@ def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm
     which biases the student towards them. sampled: draw i counts 1 / R for its token (random-sampling distillation,
     2503.16870), whose expectation is the teacher, so that the gradient of a loss that is linear in it is unbiased.
     top_k_and_sampled: the top-k exactly, and the tail's mass shared by the draws that fell into it; a row of which
-    none did, a share of (1 - tail)^R of such rows, keeps the bucket. Raises StillhouseError(CAPABILITY) without draws.
+    none did, a share of (1 - tail)^R of such rows, keeps the bucket. sampled_tail: the top-k exactly, the tail's mass,
+    and draws from outside the top-k with their own log-probabilities. Raises StillhouseError(CAPABILITY) without draws.
     """
     ids, logprobs = answer.token_ids[rows], answer.logprobs[rows].astype(np.float64)
     log_tail = answer.log_tail[rows].astype(np.float64)
@@ -47,14 +50,17 @@ def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm
         return TargetRows(ids, logprobs, log_tail)
     if form == "renormalise":
         return TargetRows(ids, logprobs, np.full_like(log_tail, -np.inf))
-    if answer.sampled_token_ids is None:
+    needs = answer.sampled_logprobs if form == "sampled_tail" else answer.sampled_token_ids
+    if needs is None or answer.sampled_token_ids is None:
         raise StillhouseError(
             Reason.CAPABILITY,
-            f'loss.sparse_target is "{form}", but the teacher\'s answer holds no draws. Use "tail_bucket", or a teacher '
+            f'loss.sparse_target is "{form}", but the teacher\'s answer holds no such draws. Use "tail_bucket", or a teacher '
             "whose capabilities have CAPABILITY_SAMPLED_TOKENS, such as one started with --engine hf.",
             metadata={"capability": "CAPABILITY_SAMPLED_TOKENS"},
         )
     draws = answer.sampled_token_ids[rows]
+    if form == "sampled_tail":
+        return _with_tail(ids, logprobs, log_tail, draws, needs[rows].astype(np.float64))
     if form == "sampled":
         drawn, share = _counted(draws)
         return TargetRows(drawn, share, np.full_like(log_tail, -np.inf))
@@ -86,6 +92,34 @@ def token_factor(
     if weighting == "teacher_entropy":
         return entropies
     return np.maximum(1.0 - entropies / math.log(vocab_size), 0.0)
+
+
+def _with_tail(
+    ids: NDArray[np.int32],
+    logprobs: NDArray[np.float64],
+    log_tail: NDArray[np.float64],
+    draws: NDArray[np.int32],
+    draw_logprobs: NDArray[np.float64],
+) -> TargetRows:
+    """Kept tokens, and behind them the distinct draws [T, R] with the share of each; none where no tail is left."""
+    draws = np.where(in_rows(draws, ids) | np.isneginf(log_tail)[:, None], PAD_ID, draws)
+    drawn, log_share = _counted(draws)
+    order = np.argsort(draws, axis=1, kind="stable")
+    ordered = np.take_along_axis(draws, order, axis=1)
+    values = np.take_along_axis(draw_logprobs, order, axis=1)
+    first = np.concatenate(
+        [np.ones_like(ordered[:, :1], np.bool_), ordered[:, 1:] != ordered[:, :-1]], axis=1
+    )
+    own = np.full(drawn.shape, -np.inf)
+    row, place = np.nonzero(first)
+    own[row, (np.cumsum(first, axis=1) - 1)[row, place]] = values[row, place]
+    own[drawn < 0] = -np.inf
+    return TargetRows(
+        np.concatenate([ids, drawn], axis=1),
+        np.concatenate([logprobs, own], axis=1),
+        log_tail,
+        np.concatenate([np.zeros_like(logprobs), np.exp(log_share)], axis=1),
+    )
 
 
 def _counted(draws: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import replace
 
 import numpy as np
 import structlog
@@ -34,7 +35,7 @@ from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
-from stillhouse.student_trainer.train.setup.teacher_side import connect_teachers
+from stillhouse.student_trainer.train.setup.teacher_side import connect_teachers, settle_online
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery, submit_ahead
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
@@ -93,6 +94,7 @@ class _Build:
         """Reads the data, reaches the teachers and finds what is stored."""
         inputs = Inputs.load(scope)
         teachers = connect_teachers(scope, inputs)
+        scope = replace(scope, config=settle_online(scope, inputs, teachers))
         cache = teachers.cache
         assert cache is not None, "checked with the configuration"
         assert cache.writer is not None, "checked with the configuration"

@@ -20,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from stillhouse.student_trainer.train.loss import tail_draws
+
 Divergence = Callable[[Tensor, Tensor], Tensor]
 """(teacher_logprobs_BTS, student_logprobs_BTS) -> loss_BT, in nats except `tvd` (a probability) and `mse`."""
 
@@ -210,6 +212,8 @@ class DivergenceSpec:
     """Never grows when buckets are merged, so the tail bucket gives a lower bound of the divergence over the vocabulary."""
     linear_in_teacher: bool = False
     """Linear in the teacher's probabilities up to a constant: sampled targets give an unbiased gradient."""
+    generator: Callable[..., Tensor] | None = None
+    """f(r) - c r as a function of (log r, **parameters), for estimates from draws (tail_draws.py); None if it has none."""
 
     def bind(self, parameters: Mapping[str, float]) -> Divergence:
         """Returns the divergence with its parameters bound."""
@@ -217,14 +221,20 @@ class DivergenceSpec:
 
 
 DIVERGENCES: Mapping[str, DivergenceSpec] = {
-    "forward_kl": DivergenceSpec(function=forward_kl_divergence, linear_in_teacher=True),
+    "forward_kl": DivergenceSpec(
+        function=forward_kl_divergence, linear_in_teacher=True, generator=tail_draws.forward_kl_generator
+    ),
     "reverse_kl": DivergenceSpec(function=reverse_kl_divergence),
-    "jsd": DivergenceSpec(function=jsd_divergence),
-    "jsd_normalised": DivergenceSpec(function=jsd_normalised_divergence),
-    "tvd": DivergenceSpec(function=total_variation),
-    "skew_kl": DivergenceSpec(function=skew_kl_divergence),
-    "skew_reverse_kl": DivergenceSpec(function=skew_reverse_kl_divergence),
-    "alpha_beta": DivergenceSpec(function=alpha_beta_divergence),
+    "jsd": DivergenceSpec(function=jsd_divergence, generator=tail_draws.jsd_generator),
+    "jsd_normalised": DivergenceSpec(
+        function=jsd_normalised_divergence, generator=tail_draws.jsd_normalised_generator
+    ),
+    "tvd": DivergenceSpec(function=total_variation, generator=tail_draws.total_variation_generator),
+    "skew_kl": DivergenceSpec(function=skew_kl_divergence, generator=tail_draws.skew_kl_generator),
+    "skew_reverse_kl": DivergenceSpec(
+        function=skew_reverse_kl_divergence, generator=tail_draws.skew_reverse_kl_generator
+    ),
+    "alpha_beta": DivergenceSpec(function=alpha_beta_divergence, generator=tail_draws.alpha_beta_generator),
     "adaptive_kl": DivergenceSpec(function=adaptive_kl_divergence, is_f_divergence=False),
     "mse": DivergenceSpec(function=centred_mse, is_f_divergence=False),
 }

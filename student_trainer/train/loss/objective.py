@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias, cast
 
 import torch
@@ -20,8 +21,10 @@ from stillhouse.student_trainer.train.loss.sparse import (
     SparseTargets,
     Targets,
     TeacherBuckets,
+    bucket_pair,
     teacher_buckets,
 )
+from stillhouse.student_trainer.train.loss.tail_draws import tail_divergence
 from stillhouse.student_trainer.train.loss.temperature import (
     TemperatureMode,
     bucket_temperature,
@@ -117,9 +120,7 @@ def objective_of(
         parts |= drift(readout.targets, sampled, weights)
     pair = None
     if teacher is not None and readout.buckets is not None:
-        pair = BucketPair(
-            teacher_logprobs=teacher.logprobs.to(readout.buckets.dtype), student_logprobs=readout.buckets
-        )
+        pair = bucket_pair(teacher, readout.buckets)
     for term in config.terms:
         if term.weight == 0:
             continue
@@ -158,10 +159,13 @@ def readout_temperature(config: LossConfig) -> float:
 
 
 def _term(term: LossTermConfig, pair: BucketPair, config: LossConfig) -> Float[Tensor, "B T"]:
-    """Computes one divergence at the run's temperature."""
-    mode = cast("TemperatureMode", config.temperature_mode)
-    return tempered_divergence(
-        DIVERGENCES[term.divergence].bind(term.parameters), pair, temperature=config.temperature, mode=mode
+    """Computes one divergence at the run's temperature; with draws, of all tokens in expectation."""
+    mode, spec = cast("TemperatureMode", config.temperature_mode), DIVERGENCES[term.divergence]
+    loss = tempered_divergence(spec.bind(term.parameters), pair, temperature=config.temperature, mode=mode)
+    if pair.drawn is None or spec.generator is None:
+        return loss
+    return loss + config.temperature**2 * tail_divergence(
+        partial(spec.generator, **term.parameters), pair.drawn
     )
 
 

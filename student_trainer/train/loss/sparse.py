@@ -34,10 +34,13 @@ class SparseTargets:
     """Log of the mass outside the K tokens; -inf if there is none."""
     log_partition: Float[Tensor, "B T"] | None = None
     """log sum_v p_v^(1/temperature) at the run's temperature; None if the teacher did not send it."""
+    draw_shares: Float[Tensor, "B T K"] | None = None
+    """Share of a row's draws that each token has, 0 for tokens that are kept; None without draws. Drawn tokens have an id
+    and a logprob of their own and belong to the tail: they estimate how it is distributed, at the run's temperature."""
 
     def __post_init__(self) -> None:
         """Raises StillhouseError(NON_FINITE) if a field holds NaN or +inf."""
-        for name in ("logprobs", "log_tail", "log_partition"):
+        for name in ("logprobs", "log_tail", "log_partition", "draw_shares"):
             values: Tensor | None = getattr(self, name)
             if values is not None and bool((values.isnan() | values.isposinf()).any()):
                 raise StillhouseError(
@@ -48,12 +51,13 @@ class SparseTargets:
 
     def rows(self, rows: slice | Tensor) -> SparseTargets:
         """Selects positions: a slice of T, or indices into it."""
-        partition = self.log_partition
+        partition, shares = self.log_partition, self.draw_shares
         return SparseTargets(
             token_ids=self.token_ids[:, rows],
             logprobs=self.logprobs[:, rows],
             log_tail=self.log_tail[:, rows],
             log_partition=None if partition is None else partition[:, rows],
+            draw_shares=None if shares is None else shares[:, rows],
         )
 
 
@@ -81,7 +85,24 @@ class TeacherBuckets:
     kept: Bool[Tensor, "B T K"] | None
     """True for ids with a bucket of their own; others are pads or belong to the tail."""
     logprobs: Float[Tensor, "B T S"]
-    """Float64; rows sum to 1; -inf marks an empty bucket; a row without mass is -inf throughout."""
+    """Float64; rows sum to 1; -inf marks an empty bucket; a row without mass is -inf throughout. With draws, rows sum to 1
+    over kept tokens and the tail; a drawn token's own is in addition."""
+    draw_shares: Float[Tensor, "B T K"] | None = None
+    """Float64: share of the row's draws that each token has, 0 for kept tokens; None without draws."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrawnTail:
+    """The student's and the teacher's probabilities of drawn tokens, and of the tail that they were drawn from."""
+
+    shares: Float[Tensor, "B T K"]
+    """Share of each token in the row's draws; 0 where it counts for nothing."""
+    log_ratios: Float[Tensor, "B T K"]
+    """log q - log p of the token, with gradient; 0 where the share is 0."""
+    log_tail: Float[Tensor, "B T 1"]
+    """The teacher's tail; -inf where it is empty."""
+    log_tail_ratio: Float[Tensor, "B T 1"]
+    """log Q - log P of the tail, with gradient; 0 where it is empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +113,49 @@ class BucketPair:
     """Without gradient, in the student's dtype."""
     student_logprobs: Float[Tensor, "B T S"]
     """Float32 or wider, with gradient."""
+    drawn: DrawnTail | None = None
+    """Draws from the tail, if there are any."""
+
+
+def bucket_pair(teacher: TeacherBuckets, student_logprobs: Float[Tensor, "B T S"]) -> BucketPair:
+    """Pairs the teacher's buckets with the student's, in which drawn tokens are apart; in the pair they are in the tail."""
+    logprobs = teacher.logprobs.to(student_logprobs.dtype)
+    if teacher.draw_shares is None or teacher.kept is None:
+        return BucketPair(teacher_logprobs=logprobs, student_logprobs=student_logprobs)
+    is_drawn = teacher.draw_shares > 0
+    shares = teacher.draw_shares.masked_fill(~teacher.kept, 0.0).to(student_logprobs.dtype)
+    student_draws = student_logprobs[..., :-1].masked_fill(~is_drawn, -torch.inf)
+    student_tail = _log_sum(torch.cat([student_draws, student_logprobs[..., -1:]], dim=-1))
+    log_tail = logprobs[..., -1:]
+    has_none = torch.isneginf(log_tail)
+    counts = (shares > 0) & ~has_none & torch.isfinite(logprobs[..., :-1])
+    log_ratios = torch.where(
+        counts,
+        student_logprobs[..., :-1].masked_fill(~counts, 0.0) - logprobs[..., :-1].masked_fill(~counts, 0.0),
+        torch.zeros_like(shares),
+    )
+    tail_ratio = torch.where(
+        has_none, torch.zeros_like(log_tail), student_tail - log_tail.masked_fill(has_none, 0.0)
+    )
+    return BucketPair(
+        teacher_logprobs=torch.cat([logprobs[..., :-1].masked_fill(is_drawn, -torch.inf), log_tail], dim=-1),
+        student_logprobs=torch.cat(
+            [student_logprobs[..., :-1].masked_fill(is_drawn, -torch.inf), student_tail], dim=-1
+        ),
+        drawn=DrawnTail(
+            shares=shares.masked_fill(~counts, 0.0),
+            log_ratios=log_ratios,
+            log_tail=log_tail,
+            log_tail_ratio=tail_ratio.masked_fill(torch.isneginf(student_tail), 0.0),
+        ),
+    )
+
+
+def _log_sum(logprobs: Float[Tensor, "B T S"]) -> Float[Tensor, "B T 1"]:
+    """Returns log sum exp of the last axis; -inf, without a gradient, where all are."""
+    empty = torch.isneginf(logprobs).all(-1, keepdim=True)
+    total = logprobs.masked_fill(empty, 0.0).logsumexp(-1, keepdim=True)
+    return total.masked_fill(empty, -torch.inf)
 
 
 def teacher_buckets(
@@ -109,19 +173,26 @@ def teacher_buckets(
         logprobs = _first_ids_and_rest(tempered, min(limit, tempered.shape[-1]), has_rest=limit < num_logits)
         return TeacherBuckets(token_ids=None, kept=None, logprobs=normalise(logprobs))
     logprobs, log_tail = targets.logprobs.double(), targets.log_tail.double()
+    shares = targets.draw_shares
+    is_drawn = torch.zeros_like(targets.token_ids, dtype=torch.bool) if shares is None else shares > 0
     if temperature != 1.0:
-        logprobs, log_tail = _tempered(targets, logprobs, temperature)
+        logprobs, log_tail = _tempered(targets, logprobs, temperature, is_drawn)
     kept = (targets.token_ids >= 0) & (targets.token_ids < limit)
-    out_of_range = targets.token_ids >= limit
+    out_of_range = (targets.token_ids >= limit) & ~is_drawn
     beyond = logprobs.masked_fill(~out_of_range, -torch.inf)
     log_tail = torch.cat([log_tail.unsqueeze(-1), beyond], dim=-1).logsumexp(-1)
-    has_tail = kept.sum(-1) < num_logits
+    has_tail = (kept & ~is_drawn).sum(-1) < num_logits
     log_tail = log_tail.masked_fill(~has_tail, -torch.inf)
-    known = logprobs.masked_fill(~kept, -torch.inf)
+    known = logprobs.masked_fill(~kept | is_drawn, -torch.inf)
+    buckets = normalise(torch.cat([known, log_tail.unsqueeze(-1)], dim=-1))
+    if shares is not None:
+        own = torch.where(is_drawn, logprobs.masked_fill(~kept, -torch.inf), buckets[..., :-1])
+        buckets = torch.cat([own, buckets[..., -1:]], dim=-1)
     return TeacherBuckets(
         token_ids=targets.token_ids,
         kept=kept,
-        logprobs=normalise(torch.cat([known, log_tail.unsqueeze(-1)], dim=-1)),
+        logprobs=buckets,
+        draw_shares=None if shares is None else shares.double(),
     )
 
 
@@ -188,12 +259,15 @@ def _first_ids_and_rest(
 
 
 def _tempered(
-    targets: SparseTargets, logprobs: Float[Tensor, "B T K"], temperature: float
+    targets: SparseTargets,
+    logprobs: Float[Tensor, "B T K"],
+    temperature: float,
+    is_drawn: Bool[Tensor, "B T K"],
 ) -> tuple[Float[Tensor, "B T K"], Float[Tensor, "B T"]]:
     """Returns kept tokens and tail at `temperature`: the tail is 1 - sum in float64, and stays empty if it was."""
     if targets.log_partition is None:
         raise ValueError(f"temperature {temperature:g} in mode exact needs the teacher's log_partition")
     tempered = logprobs / temperature - targets.log_partition.double().unsqueeze(-1)
-    kept_mass = tempered.masked_fill(targets.token_ids < 0, -torch.inf).exp().sum(-1)
+    kept_mass = tempered.masked_fill((targets.token_ids < 0) | is_drawn, -torch.inf).exp().sum(-1)
     log_tail = (1.0 - kept_mass).clamp(min=0.0).log()
     return tempered, log_tail.masked_fill(torch.isneginf(targets.log_tail), -torch.inf)

@@ -84,7 +84,7 @@ class FeedFactory:
         queries_top_k = needs_query(loss)
         targets = teachers.open_stream(training_request(loss, self._seed), cacheable=False)
         self.scope.stack.callback(targets.close)
-        top_k = min(loss.top_k, teachers.max_query_tokens) if queries_top_k else 0
+        top_k = min(loss.least_top_k, teachers.max_query_tokens) if queries_top_k else 0
         gate = WarmStart(
             config.min_teacher_logprob,
             vocab_size=self.student_side.vocab_size,

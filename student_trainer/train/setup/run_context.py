@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import torch
@@ -54,9 +54,11 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
 
     `progress` becomes that of the checkpoint. Raises Stopped, or StillhouseError for all that a user can cause.
     """
-    config, attempt = scope.config, scope.attempt
+    attempt = scope.attempt
     inputs = Inputs.load(scope)
     teacher_side = TeacherSide.connect(scope, inputs)
+    config = teacher_side.config
+    scope = replace(scope, config=config)
     student_side = StudentSide.load(scope, inputs, teacher_side)
     if scope.ranks.is_first:
         try_export(student_side.student, scope.run_dir)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -51,17 +49,14 @@ class OfflineTeachers:
         tokenizer_fingerprint: str,
         *,
         run_dir: RunDir,
-        data_dir: Path,
-        stack: ExitStack,
+        cache: RunCache,
     ) -> OfflineTeachers:
-        """Opens the run's cache, closed with `stack`; it holds the targets of all `requests` for `corpus`.
+        """The teachers behind `cache`, once it is found to hold the targets of all `requests` for `corpus`.
 
         Raises:
-            StillhouseError: CACHE_NOT_FOUND, CACHE_INVALID; CACHE_MISS, which counts what is missing or names what is
-                stored instead; TOKENIZER_MISMATCH; TEACHER_CHANGED.
+            StillhouseError: CACHE_INVALID; CACHE_MISS, which counts what is missing or names what is stored instead;
+                TOKENIZER_MISMATCH; TEACHER_CHANGED.
         """
-        cache = RunCache.open(config.cache, data_dir, stack)
-        assert cache is not None, "the configuration names a cache"
         teachers = cls(config, cache, tokenizer_fingerprint)
         for request in requests:
             teachers._require(request, corpus, run_dir)

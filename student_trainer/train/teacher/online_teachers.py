@@ -51,6 +51,11 @@ class OnlineTeachers:
             members[each.name] = teacher
         return cls(members, mixed=is_ensemble(config), cache=cache)
 
+    def demand(self, demands: Demands) -> None:
+        """Checks every teacher against `demands`, now and at every later contact. Raises StillhouseError."""
+        for teacher in self.members.values():
+            teacher.demand(demands)
+
     def shared_vocab_size(self, student_size: int) -> int:
         return min([student_size, *(teacher.shared_size for teacher in self.members.values())])
 

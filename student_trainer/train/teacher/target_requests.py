@@ -28,6 +28,9 @@ class TargetRequest:
     """Tokens that the teacher samples at each position."""
     seed: int = 0
     """Seed of these samples."""
+    sample_tail: bool = False
+    """Samples are of the tokens outside top_k, at `sample_temperature`, and come with their log-probabilities."""
+    sample_temperature: float = 1.0
     entropy: bool = False
     field: str = "loss.top_k"
     """Place of `top_k` in the run file."""
@@ -49,6 +52,9 @@ class TargetRequest:
             temperatures=[] if self.temperature is None else [self.temperature],
             num_sampled_tokens=self.num_samples,
             seed=self.seed,
+            sample_tail=self.sample_tail,
+            sample_temperature=self.sample_temperature if self.sample_temperature != 1 else 0,
+            sampled_logprobs=self.sample_tail,
             entropy=self.entropy and (info is None or CAPABILITY_ENTROPY in info.capabilities),
         )
 
@@ -63,10 +69,12 @@ def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") 
     tempered = loss.temperature != 1 and loss.temperature_mode == "exact"
     samples = loss.sparse_target in DRAWN_TARGETS
     return TargetRequest(
-        top_k=0 if loss.foreign_tokenizer == "alm" else loss.top_k,
+        top_k=0 if loss.foreign_tokenizer == "alm" else loss.least_top_k,
         temperature=loss.temperature if tempered else None,
-        num_samples=loss.num_samples if samples else 0,
+        num_samples=loss.num_samples or 0 if samples else 0,
         seed=seed if samples else 0,
+        sample_tail=loss.sparse_target == "sampled_tail",
+        sample_temperature=loss.temperature if loss.sparse_target == "sampled_tail" else 1.0,
         entropy=any(term.weight > 0 and term.token_weighting != "uniform" for term in loss.terms),  # noqa: S105 (of text)
         field=field,
     )

@@ -18,6 +18,8 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
+    CAPABILITY_TAIL_SAMPLES,
+    Capability,
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
@@ -61,6 +63,8 @@ class Demands:
     """Place in the run file of a loss that needs query_logprobs; empty if none does."""
     draws_field: str
     """Place in the run file of a loss whose targets the teacher samples; empty if none has such."""
+    samples_tail: bool
+    """True if these are samples of the tail alone."""
     longest: Example
     """The longest example."""
     largest: Example
@@ -83,12 +87,13 @@ class Demands:
         bridged = is_bridged(config)
         asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
-        drawn = [""]
+        drawn, tails = [""], False
         for path, loss in run_losses(config):
             if loss.asks_teacher:
                 if loss.sparse_target in DRAWN_TARGETS:
                     drawn.append(f"{path}.sparse_target")
-                asked[f"{path}.top_k"] = 0 if bridged else loss.top_k
+                    tails = tails or loss.sparse_target == "sampled_tail"
+                asked[f"{path}.top_k"] = 0 if bridged else loss.least_top_k
                 if loss.temperature != 1 and loss.temperature_mode == "exact":
                     tempered.append(loss.temperature)
         field = max(asked, key=lambda name: (asked[name], name != "evaluation.top_k"))
@@ -101,6 +106,7 @@ class Demands:
             temperature=tempered[-1],
             query_field=query_loss_path(config),
             draws_field=drawn[-1],
+            samples_tail=tails,
             longest=corpus.longest,
             largest=corpus.largest,
             template_date=corpus.template_date,
@@ -128,6 +134,14 @@ class TeacherClient:
         """Ids below it mean the same to the student and to the teacher."""
         self.info = GetTeacherInfoResponse()
         """Common information of all services reached: the least of each limit, and the capabilities of all."""
+
+    def demand(self, demands: Demands) -> None:
+        """Checks every later contact, and the services reached so far, against `demands`. Raises StillhouseError."""
+        with self._lock:
+            self._demands = demands
+            seen = dict(self._seen)
+        for target, info in seen.items():
+            check_demands(demands, info, target)
 
     def connect(self, patience: TeacherWait) -> None:
         """Reaches and checks the teacher for the first time in this process: one service at least, and each that answers.
@@ -297,12 +311,13 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -
             "to policy_gradient, which every engine serves, or start the teacher with --engine hf.",
             metadata={"capability": "CAPABILITY_QUERY_LOGPROBS"},
         )
-    if demands.draws_field and CAPABILITY_SAMPLED_TOKENS not in info.capabilities:
+    draws = CAPABILITY_TAIL_SAMPLES if demands.samples_tail else CAPABILITY_SAMPLED_TOKENS
+    if demands.draws_field and draws not in info.capabilities:
         raise StillhouseError(
             Reason.CAPABILITY,
             f"{demands.draws_field} has targets that the teacher draws, which the engine of the teacher at {target} "
             f"({info.engine}) does not do. Set it to tail_bucket, or start the teacher with --engine hf.",
-            metadata={"capability": "CAPABILITY_SAMPLED_TOKENS"},
+            metadata={"capability": Capability.Name(draws)},
         )
     if demands.top_k > info.max_top_k:
         raise StillhouseError(

@@ -41,6 +41,7 @@ EVERYTHING = CacheMeta.from_config(
         temperatures=[2.0, 0.5],
         num_sampled_tokens=6,
         seed=3,
+        sampled_logprobs=True,
         entropy=True,
     ),
 )
@@ -69,6 +70,7 @@ def answer(meta: CacheMeta, number: int = 0, start: int = 3, length: int = 12) -
         if meta.temperatures
         else None,
         sampled_token_ids=rng.integers(0, VOCAB_SIZE, (rows, 6)).astype(np.int32) if meta.sampling else None,
+        sampled_logprobs=np.full((rows, 6), -1.5, np.float32) if meta.sampling else None,
         entropy=np.ones(rows, np.float32) if meta.entropy else None,
     )
 

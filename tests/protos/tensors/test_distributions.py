@@ -36,6 +36,7 @@ def sample(num_rows: int = 5, top_k: int = 4, *, everything: bool = True, seed: 
         "log_partitions": rng.normal(size=(num_rows, 2)).astype(np.float32),
         "query_logprobs": np.full((num_rows, 3), -np.inf, dtype=np.float32),
         "sampled_token_ids": rng.integers(0, VOCAB_SIZE, (num_rows, 6)).astype(np.int32),
+        "sampled_logprobs": rng.normal(-3, 0.5, (num_rows, 6)).astype(np.float32),
         "entropy": np.ones(num_rows, dtype=np.float32),
         "hidden_states": rng.normal(size=(num_rows, 8)).astype(np.float32),
     }

@@ -103,7 +103,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
     assert run.loss == schema.LossConfig()
     assert (run.loss.terms[0].divergence, run.loss.top_k, run.loss.temperature_mode) == (
         "forward_kl",
-        64,
+        None,
         "exact",
     )
     assert (run.optimizer.name, run.optimizer.learning_rate, run.optimizer.seed) == ("adamw", 1e-5, 0)

@@ -59,7 +59,13 @@ def test_a_noisy_student_has_the_loss_of_a_dense_computation(
     tokenizer.save_pretrained(tmp_path / "noisy")
 
     run_dir = run(
-        spec_of(tmp_path / "noisy", data, hf_teacher.target, data={"eval_fraction": 0}, loss={"top_k": 64})
+        spec_of(
+            tmp_path / "noisy",
+            data,
+            hf_teacher.target,
+            data={"eval_fraction": 0},
+            loss={"top_k": 64, "sparse_target": "tail_bucket"},
+        )
     )
     token_ids = tokenizer(text, return_tensors="pt")["input_ids"]
     teacher = AutoModelForCausalLM.from_pretrained(models.teacher)
@@ -164,6 +170,7 @@ def test_lora_runs_leave_what_output_says(
         {"hard_weight": 0.5, "reduction": "sequence_mean"},
         {"sparse_target": "sampled", "num_samples": 20, "top_k": 1},
         {"sparse_target": "top_k_and_sampled", "num_samples": 12, "top_k": 8},
+        {"sparse_target": "sampled_tail", "num_samples": 12, "top_k": 8, "temperature": 2.0},
         {"sparse_target": "renormalise", "top_k": 8},
     ],
 )

@@ -154,6 +154,42 @@ def test_samples_follow_the_distribution() -> None:
     assert (np.abs(shares - probs) < 5 * np.sqrt(probs * (1 - probs) / 20_000) + 1e-9).all()
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_samples_of_the_tail_follow_it_at_their_temperature(temperature: float, scale: float) -> None:
+    """Also where the tail is far below the top k, whose exponentials would be 0 beside it."""
+    rows, top_k, number = logits(scale=scale)[:1], 6, 20_000
+    rows[0, rows[0].topk(top_k).indices] += scale
+    got = distributions(
+        rows,
+        identity,
+        RowSpec(start=1, sequence=np.array([1, 3], np.int32)),
+        DistributionOptions(
+            top_k=top_k,
+            num_sampled_tokens=number,
+            sample_tail=True,
+            sample_temperature=temperature,
+            sampled_logprobs=True,
+        ),
+        vocab_size=V,
+    )
+    assert got.sampled_token_ids is not None
+    assert got.sampled_logprobs is not None
+    logprobs = rows[0].double().log_softmax(-1)
+    np.testing.assert_allclose(got.sampled_logprobs[0], logprobs[got.sampled_token_ids[0]], rtol=1e-5)
+    tail = (logprobs / temperature).index_fill(0, torch.from_numpy(got.token_ids[0]).long(), -torch.inf)
+    probs = tail.softmax(-1).numpy()
+    shares = np.bincount(got.sampled_token_ids[0], minlength=V) / number
+    assert (np.abs(shares - probs) <= 5 * np.sqrt(probs * (1 - probs) / number) + 1e-9).all()
+
+
+def test_without_a_tail_samples_are_of_all_tokens() -> None:
+    options = DistributionOptions(top_k=V, num_sampled_tokens=3, sample_tail=True)
+    got = run(logits(), options)
+    assert got.sampled_token_ids is not None
+    assert ((got.sampled_token_ids >= 0) & (got.sampled_token_ids < V)).all()
+
+
 @pytest.mark.parametrize(("size", "top_k"), [(4099, 64), (1 << 16, 256), (70_001, 100), (4096, 1)])
 def test_the_top_k_of_a_folded_vocabulary_is_that_of_the_complete_one(size: int, top_k: int) -> None:
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size))

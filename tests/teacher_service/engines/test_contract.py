@@ -210,6 +210,12 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
     asked: dict[int, dict[str, Any]] = {
         teacher_pb2.CAPABILITY_LOG_PARTITIONS: {"temperatures": [0.5, 2.0]},
         teacher_pb2.CAPABILITY_SAMPLED_TOKENS: {"num_sampled_tokens": 8},
+        teacher_pb2.CAPABILITY_TAIL_SAMPLES: {
+            "num_sampled_tokens": 8,
+            "sample_tail": True,
+            "sample_temperature": 2.0,
+            "sampled_logprobs": True,
+        },
         teacher_pb2.CAPABILITY_ENTROPY: {"entropy": True},
         teacher_pb2.CAPABILITY_HIDDEN_STATES: {"hidden_states": True},
     }
@@ -227,6 +233,10 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
             assert np.abs(answer.entropy + (np.exp(wanted) * wanted).sum(axis=1)).max() < 1e-4
         if answer.sampled_token_ids is not None:
             assert answer.sampled_token_ids.shape == (20, 8)
+        if answer.sampled_logprobs is not None:
+            assert answer.sampled_token_ids is not None
+            drawn = np.take_along_axis(wanted, answer.sampled_token_ids.astype(np.int64), axis=1)
+            assert np.abs(answer.sampled_logprobs - drawn).max() < 1e-4
         if answer.hidden_states is not None:
             assert answer.hidden_states.shape == (20, 64)
 

@@ -133,7 +133,7 @@ def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32A
     """Packs rows of a prompt into (ids [T, 1 + K + R], values [T, 3 + K + ...]).
 
     Ids: the token itself, the top K, the samples. Values: the token's logprob (NaN for non-finite logits), those of
-    the top K, tail, sampling logprob, then as requested partitions, entropy, queries, hidden states. The first 1 + K
+    the top K, tail, sampling logprob, then as requested partitions, entropy, queries, hidden states, samples. The first 1 + K
     columns are those of vLLM's own rows.
     """
     ids = [targets[:, None], rows.token_ids, rows.sampled_token_ids]
@@ -146,6 +146,7 @@ def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32A
         None if rows.entropy is None else rows.entropy[:, None],
         rows.query_logprobs,
         rows.hidden_states,
+        rows.sampled_logprobs,
     ]
     return _joined(ids, np.int32), _joined(values, np.float32)
 
@@ -158,7 +159,8 @@ def column_counts(
         return 1, 3
     top_k = min(options.top_k, vocab_size)
     hidden = hidden_size if options.hidden_states else 0
-    optional = len(options.temperatures) + options.entropy + num_queries + hidden
+    drawn = options.num_sampled_tokens if options.sampled_logprobs else 0
+    optional = len(options.temperatures) + options.entropy + num_queries + hidden + drawn
     return 1 + top_k + options.num_sampled_tokens, 3 + top_k + optional
 
 
@@ -220,6 +222,9 @@ def unpack(
         hidden_states=next_columns(hidden_size) if options.hidden_states else None,
         sampled_token_ids=np.ascontiguousarray(ids[:, 1 + top_k : num_ids])
         if options.num_sampled_tokens
+        else None,
+        sampled_logprobs=next_columns(options.num_sampled_tokens)
+        if options.num_sampled_tokens and options.sampled_logprobs
         else None,
     )
     return Unpacked(rows=rows, sampling_logprobs=sampling, missing=missing)

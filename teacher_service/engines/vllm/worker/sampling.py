@@ -154,12 +154,16 @@ def _sample_and_pack(
     target_B1 = (logits_BV.gather(-1, token_B1) - top.lse).float()
     ids = [token_B1, top.token_ids]
     values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
+    drawn = None
     if options.num_sampled_tokens:
-        ids.append(from_logits.sampled_ids(logits_BV, _uniforms(requests, options)))
+        drawn = from_logits.samples(logits_BV, top, _uniforms(requests, options), options)
+        ids.append(drawn.token_ids)
     if (partitions_BN := from_logits.log_partitions(logits_BV, lse_B1, options.temperatures)) is not None:
         values.append(partitions_BN)
     if options.entropy:
         values.append(from_logits.entropies(logits_BV, lse_B1).unsqueeze(-1))
+    if drawn is not None and drawn.logprobs is not None:
+        values.append(drawn.logprobs)
     return torch.cat([each.int() for each in ids], dim=1), torch.cat(values, dim=1)
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.config.target_choice import TargetChoice
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.api.metric_series import thin, to_series
 from stillhouse.student_trainer.runs.store import run_state
@@ -39,6 +41,8 @@ def test_reports_of_a_process_are_stored(store: Store, run_dir: RunDir) -> None:
     tail = JournalTail(store, RUN, run_dir, 1)
     assert not tail.ingest()
     with run_dir.open_attempt(1) as attempt:
+        choice = TargetChoice.draws(LossConfig(), "the teacher draws", tail=False)
+        attempt.report("settled", targets={"loss": choice.to_json()})
         attempt.report("started", total_steps=9, step=0)
         attempt.report_metrics(0, {"eval/kl": 2.0})
         attempt.report_metrics(
@@ -49,6 +53,11 @@ def test_reports_of_a_process_are_stored(store: Store, run_dir: RunDir) -> None:
         assert tail.ingest()
         run = store.get(RUN)
         assert run.state == Run.STATE_RUNNING
+        assert (run.effective_spec.loss.sparse_target, run.effective_spec.loss.top_k) == (
+            "top_k_and_sampled",
+            16,
+        )
+        assert run.effective_spec.loss.sparse_target_reason == "the teacher draws"
         assert run.condition == Run.CONDITION_WAITING_FOR_TEACHER
         assert (run.progress.step, run.progress.total_steps, run.progress.trained_tokens) == (1, 9, 40)
         assert run.progress.tokens_per_second == 8.5

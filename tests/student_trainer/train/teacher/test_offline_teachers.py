@@ -20,6 +20,7 @@ from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.offline_teachers import OfflineTeachers
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery, submit_ahead
+from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.target_requests import training_request, training_requests
 from tests.protos.cache.test_format import PLAIN, VOCAB_SIZE, answer, assert_equal, sequence
 from tests.student_trainer.train.runs import make_run
@@ -45,21 +46,22 @@ def opened(root: Path, rows: list[Example], **further: Any) -> Iterator[tuple[Ta
         "student": {"model": "unused"},
         "teachers": teachers,
         "data": {"train": [{"path": "unused.jsonl"}], **further},
-        "loss": {"top_k": PLAIN.top_k},
+        "loss": {"top_k": PLAIN.top_k, "sparse_target": "tail_bucket"},
         "cache": {"path": "caches/set", "mode": "only"},
     }
     run_dir = make_run(root, "offline", spec)
     config = from_proto(run_dir.effective_spec())
     with ExitStack() as stack:
         attempt = stack.enter_context(run_dir.open_attempt(1))
+        cache = RunCache.open(config.cache, root, stack)
+        assert cache is not None
         source = OfflineTeachers.open(
             config,
             training_requests(config),
             Corpus(train=rows, eval=[], dataset_sizes=[len(rows)]),
             STUDENT,
             run_dir=run_dir,
-            data_dir=root,
-            stack=stack,
+            cache=cache,
         )
         stream = source.open_stream(training_request(config.loss, 0))
         stack.callback(stream.close)

@@ -35,7 +35,15 @@ pytestmark = [pytest.mark.model, pytest.mark.asyncio(loop_scope="session")]
 
 BLOCK = CPU_BLOCK_TOKENS
 EVERYTHING = DistributionOptions(
-    top_k=16, temperatures=(0.5, 2.0), num_sampled_tokens=5, seed=-3, entropy=True, hidden_states=True
+    top_k=16,
+    temperatures=(0.5, 2.0),
+    num_sampled_tokens=5,
+    seed=-3,
+    entropy=True,
+    hidden_states=True,
+    sample_tail=True,
+    sample_temperature=2.0,
+    sampled_logprobs=True,
 )
 
 
@@ -70,6 +78,8 @@ def assert_same(got: Distributions, wanted: Distributions) -> None:
         elif part.name == "sampled_token_ids":
             # A uniform between two tokens may fall on either side by the last bit of a probability.
             assert (one == other).sum() >= 0.99 * other.size
+        elif part.name == "sampled_logprobs":
+            assert (np.abs(one - other) < 1e-4).sum() >= 0.99 * other.size
         elif part.name != "start":
             assert one.dtype == other.dtype
             np.testing.assert_allclose(one, other, atol=1e-4, err_msg=part.name)
@@ -272,6 +282,7 @@ async def test_the_engine_reports_its_tier_and_capabilities(worker_engine: VllmE
         teacher_pb2.CAPABILITY_LOG_PARTITIONS,
         teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
         teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
+        teacher_pb2.CAPABILITY_TAIL_SAMPLES,
         teacher_pb2.CAPABILITY_ENTROPY,
         teacher_pb2.CAPABILITY_HIDDEN_STATES,
     } <= worker_engine.info.capabilities

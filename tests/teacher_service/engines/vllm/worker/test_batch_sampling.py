@@ -129,7 +129,12 @@ def test_rows_survive_packing() -> None:
         return generator.normal(size=(3, *shape)).astype(np.float32)
 
     options = DistributionOptions(
-        top_k=4, temperatures=(0.5, 2.0), num_sampled_tokens=2, entropy=True, hidden_states=True
+        top_k=4,
+        temperatures=(0.5, 2.0),
+        num_sampled_tokens=2,
+        entropy=True,
+        hidden_states=True,
+        sampled_logprobs=True,
     )
     rows = Distributions(
         start=5,
@@ -140,6 +145,7 @@ def test_rows_survive_packing() -> None:
         log_partitions=values(2),
         query_logprobs=values(3),
         sampled_token_ids=generator.integers(0, 50, (3, 2)).astype(np.int32),
+        sampled_logprobs=values(2),
         entropy=values(),
         hidden_states=values(6),
     )

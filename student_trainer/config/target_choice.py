@@ -1,0 +1,153 @@
+"""The target that `sparse_target: auto` becomes, with its reason: by the run file where it decides, else by what teachers give.
+
+It is settled once. The effective spec then holds it like any other setting, so that every later attempt trains on the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from stillhouse.protos.stillhouse.v1.run_pb2 import LossSpec, RunSpec
+from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_losses
+from stillhouse.student_trainer.config.rules.loss import DIVERGENCES, why_no_tail_draws
+from stillhouse.student_trainer.config.schema import (
+    BUCKET_TOP_K,
+    LossConfig,
+    RunConfig,
+)
+
+AUTO = "auto"
+LEAST_SAMPLES, NAMED_SAMPLES = 48, 50
+"""Draws beside a top_k of the user's own that leaves no room for more; and with a named target."""
+_TARGET_BITS, _ID_BITS, _LOGPROB_BITS = 272 * 8, 18, 16
+"""Bits of a token's target, of an id of a vocabulary of 151,936, and of a log-probability."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TargetChoice:
+    """The settled target of one loss."""
+
+    sparse_target: str
+    top_k: int
+    num_samples: int
+    sparse_target_reason: str
+
+    @classmethod
+    def draws(cls, loss: LossConfig, why: str, *, tail: bool) -> TargetChoice:
+        """The top-k exactly and draws for the rest, in the bytes of 64 tokens and a bucket; `tail`: of the tail alone."""
+        top_k, token_bits = loss.least_top_k, _ID_BITS + _LOGPROB_BITS
+        room = (_TARGET_BITS - top_k * token_bits) // (token_bits if tail else _ID_BITS)
+        return cls(
+            sparse_target="sampled_tail" if tail else "top_k_and_sampled",
+            top_k=top_k,
+            num_samples=max(room, LEAST_SAMPLES) if loss.num_samples is None else loss.num_samples,
+            sparse_target_reason=why,
+        )
+
+    @classmethod
+    def bucket(cls, loss: LossConfig, why: str, *, max_top_k: int = BUCKET_TOP_K) -> TargetChoice:
+        """The top-k, and one bucket for the rest; `max_top_k` is the most that the teacher gives."""
+        return cls(
+            sparse_target="tail_bucket",
+            top_k=min(BUCKET_TOP_K, max_top_k) if loss.top_k is None else loss.top_k,
+            num_samples=NAMED_SAMPLES if loss.num_samples is None else loss.num_samples,
+            sparse_target_reason=why,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields by their names in the run file."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TargetChoice:
+        """The choice that `to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+        return cls(
+            sparse_target=str(value["sparse_target"]),
+            top_k=int(value["top_k"]),
+            num_samples=int(value["num_samples"]),
+            sparse_target_reason=str(value["sparse_target_reason"]),
+        )
+
+
+def why_no_draws(config: RunConfig, loss: LossConfig) -> str:
+    """The reason in the run file that keeps `loss` from targets that the teacher draws; empty if only teachers decide."""
+    terms = [term for term in loss.terms if term.weight > 0]
+    # An unknown divergence is reported by the checks.
+    full = [term for term in terms if term.estimator == "full" and term.divergence in DIVERGENCES]
+    if not terms:
+        return "no term has a weight, so that no teacher is queried for targets"
+    if loss.foreign_tokenizer == "alm":
+        return "foreign_tokenizer alm compares the text's own tokens alone"
+    if not full:
+        return "the policy gradient needs the text's own tokens alone"
+    unsuited = next((why for term in full if (why := why_no_tail_draws(term))), "")
+    if unsuited:
+        return unsuited
+    if loss.temperature != 1 and loss.temperature_mode != "exact":
+        return f"temperature_mode {loss.temperature_mode} compares the kept tokens alone"
+    if is_ensemble(config):
+        return "several teachers are mixed, and their draws are not those of the mixture"
+    return ""
+
+
+def suits_plain_draws(loss: LossConfig) -> bool:
+    """True if draws of all tokens, without their log-probabilities, give an unbiased gradient."""
+    terms = (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
+    return loss.temperature == 1 and all(term.divergence == "forward_kl" for term in terms)
+
+
+def settle_by_file(config: RunConfig, loss: LossConfig) -> LossConfig:
+    """`loss` with the target that the run file alone decides, and the defaults that belong to it; `auto` may remain."""
+    if loss.sparse_target != AUTO:
+        return replace(
+            loss,
+            top_k=BUCKET_TOP_K if loss.top_k is None else loss.top_k,
+            num_samples=NAMED_SAMPLES if loss.num_samples is None else loss.num_samples,
+        )
+    why = why_no_draws(config, loss)
+    return settle(loss, TargetChoice.bucket(loss, why)) if why else loss
+
+
+def unsettled(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:
+    """Losses whose target the teachers, or the cache, still have to decide, with their paths."""
+    return ((path, loss) for path, loss in run_losses(config) if loss.sparse_target == AUTO)
+
+
+def settle(loss: LossConfig, choice: TargetChoice) -> LossConfig:
+    """`loss` with its target settled."""
+    return replace(loss, **choice.to_json())
+
+
+def settle_config(config: RunConfig, choices: Mapping[str, TargetChoice]) -> RunConfig:
+    """`config` with the losses at the paths of `choices` settled."""
+    main = settle(config.loss, choices["loss"]) if "loss" in choices else config.loss
+    contexts = tuple(
+        replace(context, loss=settle(context.loss, choices[_path(number)]))
+        if context.loss is not None and _path(number) in choices
+        else context
+        for number, context in enumerate(config.contexts)
+    )
+    return replace(config, loss=main, contexts=contexts)
+
+
+def settle_spec(spec: RunSpec, choices: Mapping[str, TargetChoice]) -> None:
+    """Does the same to an effective spec, in place."""
+    for path, loss in _loss_specs(spec):
+        if path in choices:
+            for name, value in choices[path].to_json().items():
+                setattr(loss, name, value)
+
+
+def _loss_specs(spec: RunSpec) -> Sequence[tuple[str, LossSpec]]:
+    own = [
+        (_path(number), context.loss)
+        for number, context in enumerate(spec.contexts)
+        if context.HasField("loss")
+    ]
+    return [("loss", spec.loss), *own]
+
+
+def _path(context: int) -> str:
+    return f"contexts[{context}].loss"

@@ -1,0 +1,159 @@
+"""Settles `sparse_target: auto` at the first handshake, or from a cache's columns, and keeps the outcome with the run.
+
+The first process decides; the effective spec, in the run directory and in the service's store, then holds the outcome.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import structlog
+
+from stillhouse.protos.cache.format import CacheMeta
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_SAMPLED_TOKENS, CAPABILITY_TAIL_SAMPLES
+from stillhouse.student_trainer.config.rules.contexts import run_losses
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
+from stillhouse.student_trainer.config.target_choice import (
+    TargetChoice,
+    settle,
+    settle_config,
+    settle_spec,
+    suits_plain_draws,
+    unsettled,
+)
+from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
+from stillhouse.student_trainer.train.teacher.run_cache import RunCache
+from stillhouse.student_trainer.train.teacher.target_requests import training_request
+
+log = structlog.get_logger()
+
+EMPTY_CACHE = "the cache holds no targets that fit yet"
+"""Reason of a run that a cache alone feeds, and that cannot train with what it holds: nothing is settled by it."""
+
+
+def settle_targets(
+    scope: RunScope, *, teachers: OnlineTeachers | None = None, cache: RunCache | None = None
+) -> RunConfig:
+    """The run's configuration without `auto`: as `cache` holds targets already, else as `teachers` can draw.
+
+    Writes what the first process decides to the run directory and reports it. All processes call this together.
+    """
+    config = scope.config
+    open_losses = dict(unsettled(config))
+    if open_losses:
+        own = {path: _choose(config, loss, teachers, cache).to_json() for path, loss in open_losses.items()}
+        told = scope.ranks.exchange(own, patient=True)[0]
+        choices = {path: TargetChoice.from_json(value) for path, value in told.items()}
+        config = settle_config(config, choices)
+        if scope.attempt.writes and all(
+            each.sparse_target_reason != EMPTY_CACHE for each in choices.values()
+        ):
+            # Reported first: what is in the file is not decided, nor reported, again.
+            scope.attempt.report("settled", targets=told)
+            effective = scope.run_dir.effective_spec()
+            settle_spec(effective, choices)
+            scope.run_dir.write_effective_spec(effective)
+    log_targets(config)
+    return config
+
+
+def log_targets(config: RunConfig) -> None:
+    """Logs the target of every loss that counts, with the reason."""
+    for path, loss in run_losses(config):
+        if loss.asks_teacher:
+            log.info(
+                "target of the tokens beyond top_k",
+                loss=path,
+                sparse_target=loss.sparse_target,
+                top_k=loss.top_k,
+                num_samples=loss.num_samples if loss.sparse_target in DRAWN_TARGETS else 0,
+                why=loss.sparse_target_reason or "the run file says so",
+            )
+
+
+def _choose(
+    config: RunConfig, loss: LossConfig, teachers: OnlineTeachers | None, cache: RunCache | None
+) -> TargetChoice:
+    """The target of a loss that draws would suit."""
+    stored = None if cache is None else _stored_choice(config, loss, cache, teachers)
+    if stored is not None:
+        return stored
+    if teachers is None:
+        return TargetChoice.bucket(loss, EMPTY_CACHE)
+    members = teachers.members
+    names = ", ".join(
+        dict.fromkeys(term.divergence for term in loss.terms if term.weight > 0 and term.estimator == "full")
+    )
+    unbiased = f"{names} at temperature {loss.temperature:g} has an unbiased estimate from that"
+    without = {
+        capability: [
+            f"{name or each.endpoints[0].target} ({each.info.engine})"
+            for name, each in members.items()
+            if capability not in each.info.capabilities
+        ]
+        for capability in (CAPABILITY_TAIL_SAMPLES, CAPABILITY_SAMPLED_TOKENS)
+    }
+    if not without[CAPABILITY_TAIL_SAMPLES]:
+        return TargetChoice.draws(loss, f"the teacher draws from its tail, and {unbiased}", tail=True)
+    if not without[CAPABILITY_SAMPLED_TOKENS] and suits_plain_draws(loss):
+        return TargetChoice.draws(loss, f"the teacher draws, and {unbiased}", tail=False)
+    max_top_k = min(each.info.max_top_k for each in members.values())
+    why = f"the teacher {', '.join(without[CAPABILITY_TAIL_SAMPLES])} does not draw from its tail"
+    return TargetChoice.bucket(loss, why, max_top_k=max_top_k)
+
+
+def _stored_choice(
+    config: RunConfig, loss: LossConfig, cache: RunCache, teachers: OnlineTeachers | None
+) -> TargetChoice | None:
+    """The target that a cache holds for every teacher of the run; draws before a bucket, None if neither.
+
+    A setting of the user's own is kept: targets with another one do not count.
+    """
+    models = {each.info.model_fingerprint for each in teachers.members.values()} if teachers else None
+    kinds = [
+        meta
+        for meta in cache.reader.metas
+        if not meta.held_out and (models is None or meta.teacher_fingerprint in models)
+    ]
+    named = [each.name for each in config.teachers if any(meta.name == each.name for meta in kinds)]
+    groups = [[meta for meta in kinds if meta.name == name] for name in named] or [kinds]
+    for form in ("sampled_tail", "top_k_and_sampled", "tail_bucket"):
+        found = [_stored_kinds(config, loss, group, form) for group in groups]
+        common = set.intersection(*map(set, found))
+        if common:
+            top_k, num_samples = max(common)
+            held = f"{num_samples} draws" if num_samples else "no draws"
+            if form == "sampled_tail":
+                held += " from the tail"
+            why = f"the cache {cache.config.path} holds top-{top_k} and {held}"
+            return _stored_form(loss, form, top_k, num_samples, why)
+    return None
+
+
+def _stored_form(loss: LossConfig, form: str, top_k: int, num_samples: int, why: str = "") -> TargetChoice:
+    made = TargetChoice.bucket(loss, why)
+    return replace(made, sparse_target=form, top_k=top_k, num_samples=num_samples or made.num_samples)
+
+
+def _stored_kinds(
+    config: RunConfig, loss: LossConfig, kinds: Sequence[CacheMeta], form: str
+) -> list[tuple[int, int]]:
+    """Top-k and number of draws of the stored targets that are what the loss would request in this form."""
+    if form == "top_k_and_sampled" and not suits_plain_draws(loss):
+        return []
+    fitting = []
+    for meta in kinds:
+        num_samples = int((meta.sampling or {}).get("num_sampled_tokens", 0))
+        if loss.top_k not in (None, meta.top_k) or loss.num_samples not in (
+            None,
+            num_samples or loss.num_samples,
+        ):
+            continue
+        settled = settle(loss, _stored_form(loss, form, meta.top_k, num_samples))
+        wanted = meta.for_config(training_request(settled, config.data.seed).to_config(TeacherConfig()))
+        if wanted.sampling == meta.sampling and replace(meta, entropy=True).serves(wanted):
+            fitting.append((meta.top_k, num_samples))
+    return fitting

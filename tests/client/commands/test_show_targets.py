@@ -1,0 +1,16 @@
+"""`stillhouse run show` tells the targets that `auto` became."""
+
+from __future__ import annotations
+
+from stillhouse.client.commands.run.show import _facts
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+
+
+def test_a_run_shows_its_targets_with_their_reason() -> None:
+    run = Run(name="runs/aaaaaaaaaaaa")
+    run.effective_spec.loss.sparse_target = "top_k_and_sampled"
+    assert "target" not in dict(_facts(run))
+    run.effective_spec.loss.sparse_target_reason = "the teacher draws"
+    run.effective_spec.loss.top_k, run.effective_spec.loss.num_samples = 16, 90
+    run.effective_spec.contexts.add().student.SetInParent()
+    assert dict(_facts(run))["target"] == "top_k_and_sampled, top-16 and 90 draws: the teacher draws"

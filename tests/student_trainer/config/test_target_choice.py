@@ -1,0 +1,96 @@
+"""The target that `auto` becomes by the run file alone, and the settings that a user gave beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.config.target_choice import (
+    TargetChoice,
+    settle_config,
+    settle_spec,
+    unsettled,
+)
+from tests.student_trainer.config.specs import changed
+
+TWO_TEACHERS = [{"name": "a", "targets": ["a:1"]}, {"name": "b", "targets": ["b:1"]}]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "why"),
+    [
+        ("loss.terms", [{"divergence": "reverse_kl"}], "reverse_kl weighs tokens by the student"),
+        ("loss.terms", [{}, {"divergence": "mse", "weight": 0.1}], "mse is no f-divergence"),
+        ("loss.terms", [{"divergence": "adaptive_kl"}], "adaptive_kl is no f-divergence"),
+        ("loss.terms", [{"divergence": "jsd", "beta": 1}], "jsd weighs tokens by the student"),
+        ("loss.terms", [{"divergence": "skew_reverse_kl", "alpha": 0}], "weighs tokens by the student"),
+        ("loss.terms", [{"divergence": "alpha_beta", "alpha": 0.4, "beta": 0.6}], "by the student"),
+        ("loss", {"temperature": 2, "temperature_mode": "conditional"}, "compares the kept tokens alone"),
+        ("teachers", TWO_TEACHERS, "several teachers are mixed"),
+        ("loss", {"terms": [{"weight": 0}], "hard_weight": 1}, "no term has a weight"),
+        ("loss.foreign_tokenizer", "alm", "the text's own tokens alone"),
+    ],
+)
+def test_a_run_file_that_draws_do_not_suit_is_settled_at_once(path: str, value: Any, why: str) -> None:
+    loss = from_proto(changed(path, value)).loss
+    assert (loss.sparse_target, loss.top_k) == ("tail_bucket", 64)
+    assert why in loss.sparse_target_reason
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {},
+        {"hard_weight": 0.5, "temperature": 2},
+        {"terms": [{}, {"divergence": "mse", "weight": 0}]},
+        {"terms": [{"divergence": "jsd"}, {"divergence": "tvd"}, {"divergence": "skew_kl"}]},
+        {"terms": [{"divergence": "skew_reverse_kl"}, {"divergence": "alpha_beta"}]},
+    ],
+)
+def test_all_others_wait_for_the_teacher(loss: dict[str, Any]) -> None:
+    config = from_proto(changed("loss", loss))
+    assert [path for path, _ in unsettled(config)] == ["loss"]
+    assert config.loss.top_k is None
+    assert config.evaluation.top_k == 64
+
+
+@pytest.mark.parametrize(
+    ("loss", "tail", "top_k", "num_samples"),
+    [
+        (LossConfig(), False, 16, 90),
+        (LossConfig(), True, 16, 48),
+        (LossConfig(top_k=32), False, 32, 60),
+        (LossConfig(top_k=8), True, 8, 56),
+        (LossConfig(top_k=64), True, 64, 48),
+        (LossConfig(num_samples=7), True, 16, 7),
+    ],
+)
+def test_draws_take_the_bytes_of_64_tokens_and_keep_what_the_user_gave(
+    loss: LossConfig, tail: bool, top_k: int, num_samples: int
+) -> None:
+    choice = TargetChoice.draws(loss, "why", tail=tail)
+    assert (choice.top_k, choice.num_samples) == (top_k, num_samples)
+    if loss.top_k is None:
+        assert (choice.top_k * 34 + choice.num_samples * (34 if tail else 18)) / 8 <= 272
+
+
+def test_named_targets_keep_their_defaults() -> None:
+    for target in ("tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise"):
+        loss = from_proto(changed("loss.sparse_target", target)).loss
+        assert (loss.sparse_target, loss.top_k, loss.num_samples) == (target, 64, 50)
+        assert loss.sparse_target_reason == ""
+
+
+def test_configuration_and_effective_spec_are_settled_alike() -> None:
+    spec = changed("contexts", [{"dataset": {}}, {"dataset": {}, "loss": {"hard_weight": 1}}])
+    config = from_proto(spec)
+    choices = {path: TargetChoice.draws(loss, f"of {path}", tail=True) for path, loss in unsettled(config)}
+    assert set(choices) == {"loss", "contexts[1].loss"}
+    effective = to_proto(config)
+    settle_spec(effective, choices)
+    assert from_proto(effective) == settle_config(config, choices)
+    assert effective.contexts[1].loss.sparse_target_reason == "of contexts[1].loss"
+    assert {path: TargetChoice.from_json(each.to_json()) for path, each in choices.items()} == choices

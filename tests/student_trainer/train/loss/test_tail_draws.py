@@ -1,0 +1,171 @@
+"""Estimates from draws of the tail: their means are the dense float64 values and gradients, and their draws are bounded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
+from stillhouse.student_trainer.train.batching.target_forms import target_rows
+from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES
+from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
+from stillhouse.student_trainer.train.loss.objective import Positions, objective
+from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets, Targets
+from tests.student_trainer.train.loss.dense_reference import random_logits
+
+V, K, R, ROWS = 30, 3, 5, 6000
+CASES: dict[str, dict[str, Any]] = {
+    "forward_kl": {},
+    "jsd": {"beta": 0.5},
+    "jsd, beta 0.9": {"beta": 0.9},
+    "jsd_normalised": {"beta": 0.1},
+    "tvd": {},
+    "skew_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.1},
+    "alpha_beta": {"alpha": 0.5, "beta": 0.5},
+}
+
+
+def term_of(case: str) -> LossTermConfig:
+    return LossTermConfig(divergence=case.partition(",")[0], **CASES[case])
+
+
+def drawn_targets(
+    teacher_logits: Tensor, temperature: float, *, rows: int = ROWS, seed: int = 0
+) -> SparseTargets:
+    """Rows of one teacher, [V], each with draws of its own from outside the top-k, as a service sends them."""
+    logprobs = teacher_logits.double().log_softmax(-1)
+    top = logprobs.topk(K)
+    tail = logprobs.index_fill(0, top.indices, -torch.inf)
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.multinomial(
+        (tail / temperature).softmax(-1), rows * R, replacement=True, generator=generator
+    )
+    answer = Distributions(
+        start=1,
+        token_ids=top.indices.int().expand(rows, K).numpy(),
+        logprobs=top.values.float().expand(rows, K).numpy(),
+        target_logprobs=np.zeros(rows, np.float32),
+        log_tail=tail.logsumexp(-1).float().expand(rows).numpy(),
+        sampled_token_ids=draws.int().view(rows, R).numpy(),
+        sampled_logprobs=logprobs[draws].float().view(rows, R).numpy(),
+    )
+    found = target_rows(answer, np.arange(rows), "sampled_tail")
+    assert found.draw_shares is not None
+    np.testing.assert_allclose(found.draw_shares.sum(1), 1)
+    assert np.exp(found.logprobs[:, :K]).sum(1) + np.exp(found.log_tail) == pytest.approx(1, abs=1e-6)
+    partition = (logprobs / temperature).logsumexp(-1).expand(1, rows)
+    return SparseTargets(
+        token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
+        logprobs=torch.from_numpy(found.logprobs).unsqueeze(0),
+        log_tail=torch.from_numpy(found.log_tail).unsqueeze(0),
+        log_partition=None if temperature == 1 else partition,
+        draw_shares=torch.from_numpy(found.draw_shares).unsqueeze(0),
+    )
+
+
+def value_and_gradients(logits: Tensor, targets: Targets, loss: LossConfig) -> tuple[float, Tensor]:
+    """Sum over rows, and [rows, V]."""
+    leaf = logits.clone().requires_grad_()
+    shape = leaf.shape[:2]
+    summed = objective(leaf, torch.zeros(shape, dtype=torch.long), targets, torch.ones(shape), loss)
+    summed.loss_sum.backward()
+    assert leaf.grad is not None
+    return summed.loss_sum.item(), leaf.grad[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_over_draws_is_the_dense_value_and_gradient(
+    case: str, same: bool, temperature: float
+) -> None:
+    """With the student as its teacher the gradient's mean is 0, and the value is 0 for every draw."""
+    teacher = random_logits(V, seed=4, dtype=torch.float64)
+    student = teacher if same else random_logits(V, seed=5, dtype=torch.float64)
+    loss = LossConfig(terms=(term_of(case),), temperature=temperature)
+    dense = DenseTargets(logprobs=teacher.log_softmax(-1).view(1, 1, V))
+    expected, gradient = value_and_gradients(student.view(1, 1, V), dense, loss)
+    value, gradients = value_and_gradients(
+        student.expand(1, ROWS, V), drawn_targets(teacher, temperature), loss
+    )
+    tolerance = 1e-6 if same else 0.02 * temperature * max(expected, 0.1)
+    assert value / ROWS == pytest.approx(expected, abs=tolerance)
+    if same and case == "tvd":
+        return  # it has a kink there: its gradient is the signs of rounding errors
+    error = gradients.std(0) / ROWS**0.5
+    assert ((gradients.mean(0) - gradient[0]).abs() < 5 * error + 1e-6).all()
+    assert error.max() < 0.02 * temperature  # what was averaged tells something
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_draw_has_a_gradient_without_bound(case: str) -> None:
+    """r (f'(r) - c) of a token that the student likes e^40 times as much, and of one that it likes as much less."""
+    spec, term = DIVERGENCES[term_of(case).divergence], term_of(case)
+    assert spec.generator is not None
+    ratios = torch.linspace(-40, 40, 801, dtype=torch.float64).requires_grad_()
+    values = partial(spec.generator, **term.parameters)(ratios)
+    (gradient,) = torch.autograd.grad(values.sum(), ratios)
+    if case == "alpha_beta":  # its square is, in the mean: E[r] = Q / P
+        assert (gradient.square() <= 4.001 * ratios.detach().exp()).all()
+        return
+    scale = {"jsd_normalised": 1 / 0.09, "skew_reverse_kl": 2.0}.get(case, 1.0)
+    assert torch.isfinite(values).all()
+    assert (gradient.abs() <= scale + 1e-9).all()
+    half = values.detach().float()
+    single = partial(spec.generator, **term.parameters)(ratios.detach().float())
+    torch.testing.assert_close(single, half, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("case", CASES)
+def test_the_fused_objective_estimates_the_same(case: str, temperature: float) -> None:
+    rows, width = 7, 6
+    loss = LossConfig(terms=(term_of(case),), temperature=temperature, hard_weight=0.3)
+    targets = drawn_targets(random_logits(V, seed=6, dtype=torch.float64), temperature, rows=rows)
+    weight = random_logits(V, width, seed=7, dtype=torch.float64).requires_grad_()
+    hidden = random_logits(rows, width, seed=8, dtype=torch.float64).requires_grad_()
+    positions = Positions(
+        target_ids=torch.arange(rows).unsqueeze(0), weights=torch.ones(1, rows), targets=targets
+    )
+    found = []
+    for fused in (True, False):
+        summed = (
+            fused_objective(hidden, OutputLayer(weight=weight), positions, loss, chunk_logits=3 * V)
+            if fused
+            else objective(
+                (hidden @ weight.T).unsqueeze(0), positions.target_ids, targets, positions.weights, loss
+            )
+        )
+        found.append((summed.loss_sum.detach(), *torch.autograd.grad(summed.loss_sum, (hidden, weight))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_draws_beyond_the_shared_vocabulary_and_rows_without_a_tail_count_for_nothing() -> None:
+    """Values stay finite, and a student that equals its teacher has loss 0 there too."""
+    teacher = random_logits(V, seed=4, dtype=torch.float64)
+    targets = drawn_targets(teacher, 1.0, rows=4)
+    leaf = teacher.expand(1, 4, V).clone().requires_grad_()
+    weights, ids = torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.long)
+    summed = objective(leaf, ids, targets, weights, LossConfig(), vocab_size=V // 2)
+    assert summed.loss_sum.item() == pytest.approx(0, abs=1e-6)
+    (gradient,) = torch.autograd.grad(summed.loss_sum, leaf)
+    assert torch.isfinite(gradient).all()
+
+    empty = SparseTargets(
+        token_ids=torch.arange(V).view(1, 1, V),
+        logprobs=teacher.log_softmax(-1).view(1, 1, V),
+        log_tail=torch.full((1, 1), -torch.inf),
+        draw_shares=torch.zeros(1, 1, V),
+    )
+    leaf = random_logits(1, 1, V, seed=9, dtype=torch.float64).requires_grad_()
+    summed = objective(leaf, ids[:, :1], empty, weights[:, :1], LossConfig())
+    (gradient,) = torch.autograd.grad(summed.loss_sum, leaf)
+    torch.testing.assert_close(gradient[0, 0], leaf.detach()[0, 0].softmax(-1) - teacher.softmax(-1))
