@@ -18,6 +18,7 @@ from stillhouse.student_trainer.config.fields import (
     Supported,
     fields_of,
 )
+from stillhouse.student_trainer.config.resources import MAX_PROCESSES
 from stillhouse.student_trainer.config.rules.contexts import (
     check_cache,
     check_contexts,
@@ -28,7 +29,7 @@ from stillhouse.student_trainer.config.rules.contexts import (
 )
 from stillhouse.student_trainer.config.rules.cross_tokenizer import check_cross_tokenizer
 from stillhouse.student_trainer.config.rules.loss import check_loss
-from stillhouse.student_trainer.config.schema import MAX_PROCESSES, RunConfig
+from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.config.value_synonyms import nearest_value
 
 MAX_COMPARED_CHARACTERS = 200

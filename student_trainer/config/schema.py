@@ -20,6 +20,7 @@ from stillhouse.student_trainer.config.fields import (
     Required,
     Supported,
 )
+from stillhouse.student_trainer.config.resources import ResourceConfig, RetryConfig
 
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "jsd": {"beta": 0.5},
@@ -46,7 +47,6 @@ BUCKET_TOP_K = 64
 """Default of top_k where one bucket stands for all other tokens."""
 DRAWN_TOP_K = 16
 """Default of top_k where `auto` takes draws."""
-MAX_PROCESSES = 64
 NAME = MaxLength(200)
 
 
@@ -351,31 +351,6 @@ class EvaluationConfig:
     generation: Annotated[RolloutConfig | None, Supported()] = None
     best_metric: Annotated[str, Supported("")] = ""
     top_k: Annotated[int, Range(1, MAX_TOP_K), DefaultText("loss.top_k")] = 64
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ResourceConfig:
-    """Devices and processes of the run."""
-
-    gpus: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
-    gpu_count: Annotated[
-        int | None, NOT_NEGATIVE, DefaultText("1 where the service has any, else the CPU is used")
-    ] = None
-    num_processes: Annotated[int, Range(0, MAX_PROCESSES)] = 0
-
-    @property
-    def processes(self) -> int:
-        """Training processes of the run."""
-        return self.num_processes or max(1, len(self.gpus) or self.gpu_count or 0)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetryConfig:
-    """Recovery from failures."""
-
-    max_attempts: Annotated[int, COUNT] = 1
-    teacher_wait_s: Annotated[float, NOT_NEGATIVE] = 3600.0
-    halve_micro_batch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -77,7 +77,7 @@ def _config(models: Models, **further: object) -> RunConfig:
         "student": {"model": str(models.student)},
         "teachers": [{"targets": ["127.0.0.1:1"]}],
         "data": {"train": [{"path": "unused.jsonl"}]},
-        "loss": {"top_k": TOP_K, "hard_weight": 0.5},
+        "loss": {"top_k": TOP_K, "sparse_target": "tail_bucket", "hard_weight": 0.5},
         "optimizer": {"name": "sgd", "learning_rate": 0.1, "warmup_fraction": 0, "lr_scheduler": "constant"},
     }
     for path, value in further.items():

@@ -1,0 +1,35 @@
+"""The sections `resources` and `retry` of a run's configuration (schema.py)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from stillhouse.student_trainer.config.fields import COUNT, NOT_NEGATIVE, DefaultText, Range
+
+MAX_PROCESSES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ResourceConfig:
+    """Devices and processes of the run."""
+
+    gpus: Annotated[tuple[int, ...], NOT_NEGATIVE] = ()
+    gpu_count: Annotated[
+        int | None, NOT_NEGATIVE, DefaultText("1 where the service has any, else the CPU is used")
+    ] = None
+    num_processes: Annotated[int, Range(0, MAX_PROCESSES)] = 0
+
+    @property
+    def processes(self) -> int:
+        """Training processes of the run."""
+        return self.num_processes or max(1, len(self.gpus) or self.gpu_count or 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryConfig:
+    """Recovery from failures."""
+
+    max_attempts: Annotated[int, COUNT] = 1
+    teacher_wait_s: Annotated[float, NOT_NEGATIVE] = 3600.0
+    halve_micro_batch: bool = False
