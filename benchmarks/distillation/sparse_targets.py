@@ -2,18 +2,24 @@
 bytes.
 
 Trains a small teacher on a text file in this process, then students of several seeds with each form; start, rows and
-order are shared within a seed. The metric is KL(teacher || student) over the complete vocabulary on held-out text. A
-form's gain is its student's over cross-entropy's; shares are of the full form's gain. Bytes count ids of 18 bits, as
-for a vocabulary of 151,936, and float16 log-probabilities.
+order are shared within a seed. The metric is the divergence that is trained, at its temperature, over the complete
+vocabulary on held-out text. A form's gain is its student's over cross-entropy's; shares are of the full form's gain.
+Bytes count ids of 18 bits, as for a vocabulary of 151,936, and float16 log-probabilities. Every student's results are
+kept in the work folder, so that seeds, divergences and temperatures may be run in parts.
+
+A second table, of forward KL at temperature 1 along the full student's training: the cosine of each form's gradient with
+the full one, and the share of positions and steps in which a truncated, unnormalised loss is clamped at 0.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -24,17 +30,31 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.distillation.held_out_metrics import gradient_cosines, held_out_metrics, truncated_kl
 from benchmarks.distillation.report import paired_interval
+from benchmarks.distillation.small_teacher import (
+    Setting,
+    batches,
+    make_model,
+    make_optimizer,
+    open_setting,
+    take_step,
+)
 from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.rules.loss import why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
+from stillhouse.student_trainer.config.target_choice import suits_plain_draws
 from stillhouse.student_trainer.train.batching.target_forms import TargetForm, target_rows
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
 
 ID_BITS, LOGPROB_BITS = 18, 16
-LENGTH, TEACHER_BATCH = 128, 8
-Kind = Literal["cross_entropy", "full", "tail_bucket", "sampled", "top_k_and_sampled", "renormalise"]
+Kind = Literal[
+    "cross_entropy", "full", "tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise"
+]
+GRADIENTS_EVERY = 20
+"""Steps between two comparisons of gradients."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +68,14 @@ class Form:
     @property
     def num_bytes(self) -> float:
         """Bytes of one token's target; its tail and the text's own token take 8 more."""
-        return (self.top_k * (ID_BITS + LOGPROB_BITS) + self.num_samples * ID_BITS) / 8
+        draw_bits = ID_BITS + LOGPROB_BITS if self.kind == "sampled_tail" else ID_BITS
+        return (self.top_k * (ID_BITS + LOGPROB_BITS) + self.num_samples * draw_bits) / 8
+
+    def suits(self, loss: LossConfig) -> bool:
+        """True if the form goes with the loss."""
+        if self.kind == "sampled_tail":
+            return not any(why_no_tail_draws(term) for term in loss.terms)
+        return self.kind in ("cross_entropy", "full", "tail_bucket") or suits_plain_draws(loss)
 
     def __str__(self) -> str:
         parts = [
@@ -62,10 +89,8 @@ class Form:
 CROSS_ENTROPY, FULL = Form(kind="cross_entropy"), Form(kind="full")
 FORMS = (
     Form(kind="tail_bucket", top_k=64),
-    Form(kind="sampled", top_k=1, num_samples=119),
-    Form(kind="sampled", top_k=1, num_samples=50),
     Form(kind="top_k_and_sampled", top_k=16, num_samples=90),
-    Form(kind="top_k_and_sampled", top_k=32, num_samples=60),
+    Form(kind="sampled_tail", top_k=16, num_samples=48),
 )
 
 
@@ -85,7 +110,13 @@ def _form(text: str) -> Form:
     "--work-dir", required=True, type=click.Path(path_type=Path), help="Work folder; name it again to resume."
 )
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="JSON file of results.")
-@click.option("--form", "forms", multiple=True, help="kind:k:n; default: five of at most 272 bytes.")
+@click.option("--form", "forms", multiple=True, help="kind:k:n; default: three of at most 272 bytes.")
+@click.option("--divergence", "divergences", multiple=True, default=["forward_kl"], show_default=True)
+@click.option("--temperature", "temperatures", multiple=True, type=float, default=[1.0], show_default=True)
+@click.option("--sharpness", default=1.0, show_default=True, help="Factor of the teacher's logits.")
+@click.option(
+    "--gradients/--no-gradients", default=True, help="Compare gradients along the first full student."
+)
 @click.option("--vocabulary", default=4096, show_default=True)
 @click.option("--teacher-steps", default=600, show_default=True)
 @click.option("--steps", default=300, show_default=True, help="Steps of each student.")
@@ -94,178 +125,187 @@ def _form(text: str) -> Form:
 @click.option("--teacher-width", default=256, show_default=True)
 @click.option("--student-width", default=128, show_default=True)
 def main(
-    text: Path, work_dir: Path, json_file: Path | None, forms: Sequence[str], seeds: int, **sizes: int
+    *,
+    text: Path,
+    work_dir: Path,
+    json_file: Path | None,
+    forms: Sequence[str],
+    divergences: Sequence[str],
+    temperatures: Sequence[float],
+    sharpness: float,
+    gradients: bool,
+    seeds: int,
+    **sizes: int,
 ) -> None:
     """Measure the forms."""
     console = Console()
     torch.set_num_threads(1)
-    chosen = [CROSS_ENTROPY, FULL, *(map(_form, forms) if forms else FORMS)]
-    found: dict[Form, list[float]] = {form: [] for form in chosen}
-    setting = _setting(text, work_dir, sizes)
-    for seed in range(seeds):
-        for form, kl in _students(setting, chosen, seed).items():
-            found[form].append(kl)
-            console.print(f"seed {seed}: {form}: {kl:.4f}", highlight=False)
-    shares = {form: _shares(found, form) for form in chosen}
-    table = Table("form", "bytes a token", "held-out KL", "share of the gain", "95 %")
-    for form in chosen:
-        mean, half = shares[form]
+    setting = open_setting(text, work_dir, sizes, sharpness)
+    content: dict[str, Any] = {"sizes": sizes, "sharpness": sharpness, "losses": {}}
+    for divergence, temperature in itertools.product(divergences, temperatures):
+        loss = LossConfig(terms=(LossTermConfig(divergence=divergence),), temperature=temperature)
+        chosen = [form for form in (*map(_form, forms), *(() if forms else FORMS)) if form.suits(loss)]
+        chosen = [CROSS_ENTROPY, FULL, *chosen]
+        found: dict[Form, list[Mapping[str, float]]] = {form: [] for form in chosen}
+        for seed in range(seeds):
+            for form, metrics in _students(setting, chosen, seed, loss).items():
+                found[form].append(metrics)
+                console.print(f"seed {seed}: {form}: {metrics['divergence']:.4f}", highlight=False)
+        name = f"{divergence} at temperature {temperature:g}"
+        content["losses"][name] = _show(console, name, found)
+        if json_file is not None:
+            json_file.write_text(json.dumps(content, indent=2) + "\n")
+    if gradients:
+        content["gradients"] = _compare_gradients(setting, console)
+        if json_file is not None:
+            json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _show(console: Console, name: str, found: Mapping[Form, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
+    """Prints the table of one loss; its content."""
+    values = {form: [each["divergence"] for each in metrics] for form, metrics in found.items()}
+    table = Table(
+        *("form", "bytes a token", "held-out divergence", "share of the gain", "95 %"),
+        *("KL", "accepted", "ECE"),
+        title=name,
+    )
+    content: dict[str, Any] = {}
+    for form, metrics in found.items():
+        mean, half = _shares(values, form)
+        means = {key: statistics.mean(each[key] for each in metrics) for key in metrics[0]}
         table.add_row(
-            *(str(form), f"{form.num_bytes:.0f}", f"{statistics.mean(found[form]):.4f}"),
-            *(f"{mean:.1%}", f"± {half:.1%}"),
+            *(
+                str(form),
+                f"{form.num_bytes:.0f}",
+                f"{means['divergence']:.4f}",
+                f"{mean:.1%}",
+                f"± {half:.1%}",
+            ),
+            *(f"{means['kl']:.4f}", f"{means['accepted']:.3f}", f"{means['ece']:.3f}"),
         )
+        content[str(form)] = {"bytes": form.num_bytes, "share": (mean, half), "seeds": list(metrics)}
     console.print(table)
-    if json_file is not None:
-        content = {
-            str(form): {"bytes": form.num_bytes, "kl": found[form], "share": shares[form]} for form in chosen
-        }
-        json_file.write_text(json.dumps({"sizes": sizes, "forms": content}, indent=2) + "\n")
+    return content
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
-    """Settings shared by students of all seeds and forms."""
-
-    teacher: Any
-    train: Tensor
-    held_out: Tensor
-    results: Path
-    """Folder with one file per student."""
-    sizes: Mapping[str, int]
-
-
-def _setting(text: Path, work_dir: Path, sizes: Mapping[str, int]) -> Setting:
-    """Trains the teacher, once per work folder."""
-    train, held_out = _blocks(text, sizes["vocabulary"])
-    torch.manual_seed(0)
-    teacher = _model(sizes["teacher_width"], 4, sizes["vocabulary"])
-    path = work_dir / "teacher-{teacher_width}-{vocabulary}-{teacher_steps}.pt".format(**sizes)
-    results = path.with_suffix("") / "students-{student_width}-{student_batch}-{steps}".format(**sizes)
-    results.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        teacher.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        optimizer, schedule = _optimizer(teacher, sizes["teacher_steps"])
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(sizes["teacher_steps"]):
-            batch = train[torch.randint(len(train), (TEACHER_BATCH,), generator=generator)]
-            _step(teacher, batch, None, optimizer, schedule)
-        torch.save(teacher.state_dict(), path)
-    return Setting(teacher=teacher, train=train, held_out=held_out, results=results, sizes=sizes)
-
-
-def _students(setting: Setting, forms: Sequence[Form], seed: int) -> dict[Form, float]:
-    """Held-out KL of one student per form, trained together: the teacher scores a batch once."""
-    sizes, train = setting.sizes, setting.train
+def _students(
+    setting: Setting, forms: Sequence[Form], seed: int, loss: LossConfig
+) -> dict[Form, Mapping[str, float]]:
+    """Held-out metrics of one student per form, trained together: the teacher scores a batch once."""
+    sizes, name = setting.sizes, f"{loss.terms[0].divergence}-{loss.temperature:g}"
     files = {
-        form: setting.results / f"{form.kind}-{form.top_k}-{form.num_samples}-{seed}.json" for form in forms
+        form: setting.results / f"{name}-{form.kind}-{form.top_k}-{form.num_samples}-{seed}.json"
+        for form in forms
     }
     students = {}
     for form in (form for form, file in files.items() if not file.exists()):
         torch.manual_seed(seed)
-        student = _model(sizes["student_width"], 2, sizes["vocabulary"])
+        student = make_model(sizes["student_width"], 2, sizes["vocabulary"])
         draws = torch.Generator().manual_seed(1000 + seed)
-        students[form] = (student, *_optimizer(student, sizes["steps"]), draws)
-    rows = torch.Generator().manual_seed(seed)
-    for _ in range(sizes["steps"] if students else 0):
-        batch = train[torch.randint(len(train), (sizes["student_batch"],), generator=rows)]
-        with torch.no_grad():
-            logits = setting.teacher(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
-            logprobs = logits.log_softmax(-1)
+        students[form] = (student, *make_optimizer(student, sizes["steps"]), draws)
+    for batch, logprobs in batches(setting, seed) if students else ():
         for form, (student, optimizer, schedule, draws) in students.items():
-            targets = None if form == CROSS_ENTROPY else _targets(logprobs, form, draws)
-            _step(student, batch, targets, optimizer, schedule)
+            targets = None if form == CROSS_ENTROPY else _targets(logprobs, form, draws, loss.temperature)
+            summed = _loss(student, batch, targets, loss)
+            take_step(summed / batch[:, 1:].numel(), student, optimizer, schedule)
     for form, (student, *_) in students.items():
-        files[form].write_text(json.dumps(_held_out_kl(setting.teacher, student, setting.held_out)))
+        found = held_out_metrics(setting.teacher, student, setting.held_out, loss)
+        files[form].write_text(json.dumps(found))
     return {form: json.loads(file.read_text()) for form, file in files.items()}
 
 
-def _blocks(text: Path, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Rows of LENGTH ids of a byte-level BPE trained on the text; the last tenth is held out."""
-    from tokenizers import ByteLevelBPETokenizer
-
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train([str(text)], vocab_size=vocabulary, show_progress=False)
-    ids = torch.tensor(tokenizer.encode(text.read_text()).ids)
-    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-    num_held_out = max(1, min(len(rows) // 10, 64))
-    return rows[:-num_held_out], rows[-num_held_out:]
-
-
-def _model(width: int, num_layers: int, vocabulary: int) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
+def _compare_gradients(setting: Setting, console: Console) -> dict[str, Any]:
+    """Cosines of the forms' gradients with the full one along a full student, and how often a truncated loss is clamped."""
+    torch.manual_seed(0)
+    loss, student = LossConfig(), make_model(setting.sizes["student_width"], 2, setting.sizes["vocabulary"])
+    optimizer, schedule = make_optimizer(student, setting.sizes["steps"])
+    draws = torch.Generator().manual_seed(1000)
+    cosines: dict[str, list[float]] = {}
+    positions_below, steps_below = [], []
+    for step, (batch, logprobs) in enumerate(batches(setting, 0)):
+        full = _targets(logprobs, FULL, draws, 1.0)
+        if step % GRADIENTS_EVERY == 0:
+            log_q = student(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+            truncated, below = truncated_kl(log_q.detach(), logprobs, 64, clamp=False)
+            positions_below.append(float(below))
+            steps_below.append(float(truncated < 0))
+            losses: dict[str, Callable[[], Tensor]] = {
+                str(form): partial(_loss, student, batch, _targets(logprobs, form, draws, 1.0), loss)
+                for form in FORMS
+            }
+            for clamp, name in ((False, "truncated k=64"), (True, "truncated k=64, clamped")):
+                losses[name] = partial(_truncated, student, batch, logprobs, clamp=clamp)
+            found = gradient_cosines(
+                list(student.parameters()), partial(_loss, student, batch, full, loss), losses
+            )
+            for name, cosine in found.items():
+                cosines.setdefault(name, []).append(cosine)
+        summed = _loss(student, batch, full, loss)
+        take_step(summed / batch[:, 1:].numel(), student, optimizer, schedule)
+    table = Table("form", "cosine with the full gradient: mean", "least", title="gradients")
+    for name, values in cosines.items():
+        table.add_row(name, f"{statistics.mean(values):.3f}", f"{min(values):.3f}")
+    console.print(table)
+    clamped = {
+        "positions": statistics.mean(positions_below),
+        "steps": statistics.mean(steps_below),
+    }
+    console.print(
+        f"truncated, unnormalised loss of the top 64: below 0, and so clamped, at {clamped['positions']:.1%} of positions and, "
+        f"as a sum, in {clamped['steps']:.1%} of {len(steps_below)} steps",
+        highlight=False,
     )
-    return LlamaForCausalLM(settings)
+    return {"cosines": cosines, "clamped": clamped}
 
 
-def _optimizer(model: Any, steps: int) -> tuple[Any, Any]:
-    """AdamW with a cosine schedule."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+def _truncated(model: Any, batch: Tensor, logprobs: Tensor, *, clamp: bool) -> Tensor:
+    log_q = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    return truncated_kl(log_q, logprobs, 64, clamp=clamp)[0]
 
 
-def _step(
-    model: Any, batch: Tensor, targets: DenseTargets | SparseTargets | None, optimizer: Any, schedule: Any
-) -> None:
-    """Takes one step towards the targets, or the text without targets."""
-    weight = 0.0 if targets is None else 1.0
-    loss = LossConfig(terms=(LossTermConfig(weight=weight),), hard_weight=1.0 - weight)
+def _loss(
+    model: Any, batch: Tensor, targets: DenseTargets | SparseTargets | None, loss: LossConfig
+) -> Tensor:
+    """Sum over the tokens of a batch."""
+    if targets is None:
+        loss = LossConfig(terms=(LossTermConfig(weight=0.0),), hard_weight=1.0)
     text = batch[:, 1:].reshape(1, -1)
     positions = Positions(target_ids=text, weights=torch.ones(text.shape), targets=targets)
     hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    total = fused_objective(hidden, OutputLayer(weight=model.lm_head.weight), positions, loss)
-    (total.loss_sum / text.numel()).backward()  # type: ignore[no-untyped-call]
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad()
+    return fused_objective(hidden, OutputLayer(weight=model.lm_head.weight), positions, loss).loss_sum
 
 
-def _targets(logprobs: Tensor, form: Form, generator: torch.Generator) -> DenseTargets | SparseTargets:
-    """Teacher targets of each next token, [N, V], in the given form."""
+def _targets(
+    logprobs: Tensor, form: Form, generator: torch.Generator, temperature: float
+) -> DenseTargets | SparseTargets:
+    """Teacher targets of each next token, [N, V], in the given form, as a service sends them."""
     if form.kind == "full":
         return DenseTargets(logprobs=logprobs.unsqueeze(0))
     top = logprobs.topk(form.top_k, -1)
-    tail = logprobs.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
-    draws = None
+    tail = logprobs.scatter(-1, top.indices, -torch.inf)
+    draws = draw_logprobs = None
     if form.num_samples:
-        draws = torch.multinomial(logprobs.exp(), form.num_samples, replacement=True, generator=generator)
+        drawn = (tail / temperature).softmax(-1) if form.kind == "sampled_tail" else logprobs.exp()
+        draws = torch.multinomial(drawn, form.num_samples, replacement=True, generator=generator)
+        draw_logprobs = logprobs.gather(-1, draws).half().float().numpy()
     answer = Distributions(
         start=1,
         token_ids=top.indices.int().numpy(),
         logprobs=top.values.half().float().numpy(),
         target_logprobs=np.zeros(len(logprobs), np.float32),
-        log_tail=tail.numpy(),
+        log_tail=tail.logsumexp(-1).numpy(),
         sampled_token_ids=None if draws is None else draws.int().numpy(),
+        sampled_logprobs=draw_logprobs,
     )
     found = target_rows(answer, np.arange(len(logprobs)), cast("TargetForm", form.kind))
+    shares = found.draw_shares
     return SparseTargets(
         token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
         logprobs=torch.from_numpy(found.logprobs).float().unsqueeze(0),
         log_tail=torch.from_numpy(found.log_tail).float().unsqueeze(0),
+        log_partition=None if temperature == 1 else (logprobs / temperature).logsumexp(-1).unsqueeze(0),
+        draw_shares=None if shares is None else torch.from_numpy(shares).float().unsqueeze(0),
     )
-
-
-def _held_out_kl(teacher: Any, student: Any, rows: Tensor) -> float:
-    """Mean over tokens of KL(teacher || student) over the complete vocabulary, in nats."""
-    total = 0.0
-    with torch.no_grad():
-        for batch in torch.split(rows, 8):
-            log_p, log_q = (
-                model(input_ids=batch, use_cache=False).logits[:, :-1].log_softmax(-1)
-                for model in (teacher, student)
-            )
-            total += (log_p.exp() * (log_p - log_q)).sum().item()
-    return total / (rows.shape[0] * (LENGTH - 1))
 
 
 def _shares(found: Mapping[Form, Sequence[float]], form: Form) -> tuple[float, float]:
