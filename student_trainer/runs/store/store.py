@@ -333,10 +333,7 @@ class Store:
                 db.execute(
                     update(attempts)
                     .where(attempts.c.run_id == run_id, attempts.c.number == number)
-                    .values(
-                        outcome=outcome.kind,
-                        error=to_bytes(outcome.error) if outcome.error is not None else None,
-                    )
+                    .values(outcome=outcome.kind, error=outcome.error and to_bytes(outcome.error))
                 )
             if changed:
                 queries.append_run_event(db, run_id)
