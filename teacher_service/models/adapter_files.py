@@ -12,6 +12,17 @@ from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import CONFIG, FILES
 
 MAX_NAME_CHARS = 128
+# An adapter with one of these belongs to another base, or needs another forward pass, than the one that is served.
+_UNSERVED = (
+    "layer_replication",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq")
 
 
 def check_ranks(name: str, directory: Path) -> None:
@@ -45,10 +56,7 @@ def check_config(name: str, directory: Path, *, max_rank: int) -> int:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else "no object"
         raise adapter_invalid(name, f"its peft_type is {kind!r}, and only LORA is served")
-    if config.get("modules_to_save"):
-        raise adapter_invalid(
-            name, f"it replaces modules ({config['modules_to_save']}); train it without modules_to_save"
-        )
+    _require_served(name, config)
     patterns = config.get("rank_pattern") or {}
     ranks: list[Any] = [config.get("r"), *(patterns.values() if isinstance(patterns, dict) else [patterns])]
     for rank in ranks:
@@ -59,6 +67,34 @@ def check_config(name: str, directory: Path, *, max_rank: int) -> int:
                 name, f"its rank is {rank}, and this teacher takes at most --max-lora-rank {max_rank}"
             )
     return int(max(ranks))
+
+
+def check_matrices_only(name: str, directory: Path) -> None:
+    """Raises `StillhouseError` (ADAPTER_INVALID) for an adapter that trains more of the base than LoRA matrices."""
+    config = json.loads((directory / CONFIG).read_bytes())
+    for field in ("modules_to_save", "trainable_token_indices", "bias", "lora_bias", "use_dora"):
+        value = config.get(field)
+        if value and value != "none":
+            raise adapter_invalid(
+                name,
+                f"its {field} is {value!r}, which the vllm engine does not apply. Serve it with --engine hf, merge it with "
+                f"`stillhouse-teacher merge-adapter`, or train it without {field}",
+            )
+
+
+def _require_served(name: str, config: dict[str, Any]) -> None:
+    for field in _UNSERVED:
+        if config.get(field):
+            raise adapter_invalid(
+                name, f"its {field} is {config[field]!r}, which no engine serves; train it without {field}"
+            )
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGING_INITS):
+        raise adapter_invalid(
+            name,
+            f"its init_lora_weights is {init!r}: it was trained on a changed base. Convert it with peft's "
+            "path_initial_model_for_weight_conversion; or set init_lora_weights to true, if --model is that changed base",
+        )
 
 
 def require_slot(loaded: Collection[str], max_adapters: int) -> None:

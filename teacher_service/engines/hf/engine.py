@@ -54,7 +54,8 @@ class HfEngine:
     """Engine on transformers. One thread owns the model; on a GPU, sequences of one length and adapter share a pass.
 
     On a CPU each sequence has its own pass, since kernels sum in an order that depends on the batch. Active samples
-    take turns by one token, each with its own KV cache, on every device.
+    take turns by one token, each with its own cache, on every device; a model without a cache that can be trusted
+    reads the whole sample for each token.
     """
 
     def __init__(self, config: TeacherConfig, model: HfModel, codec: TextCodec, files: ModelFiles) -> None:
@@ -166,7 +167,10 @@ class HfEngine:
         if job.state is None:
             job.state = self._begin(item)
         state: _SampleState = job.state
-        unread = np.array(state.generated[-1:], np.int32) if state.generated else item.token_ids
+        generated = np.array(state.generated, np.int32)
+        unread = (
+            generated[-1:] if len(generated) and state.cache else np.concatenate([item.token_ids, generated])
+        )
         with torch.inference_mode():
             self._slots.activate(item.adapter)
             row_1H = self._model.last_rows([unread], 1, state.cache)[0]

@@ -13,8 +13,8 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import FILES
-from stillhouse.protos.files.weight_names import listed
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
+from stillhouse.teacher_service.engines.hf.loading import load_causal_lm
 from stillhouse.teacher_service.models.adapter_files import check_ranks
 from stillhouse.teacher_service.models.files import locate_model
 from stillhouse.teacher_service.models.fingerprint import weight_files
@@ -77,30 +77,24 @@ def _merged(base: Path, adapter: Path) -> Any:
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        model: Any
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            str(base), dtype="auto", trust_remote_code=False, output_loading_info=True
-        )
+        model: Any = load_causal_lm(base, str(base), dtype="auto").eval()
     except (OSError, ValueError, KeyError) as error:
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,
             f"transformers cannot load a language model from {base}: {first_line(error)}",
         ) from error
-    if found["missing_keys"]:
-        raise StillhouseError(
-            Reason.MODEL_NOT_FOUND,
-            f"{base} lacks weights of a {type(model).__name__} in its files ({listed(found['missing_keys'])}), which would be "
-            "random numbers in the merged model. Save the base again with all its weights.",
-        )
     types = {name: weight.dtype for name, weight in model.state_dict().items()}
     model = model.float().requires_grad_(False).eval()
     slots = LoraSlots(model, max_adapters=1, max_rank=1 << 20)
     slots.load(_NAME, adapter)
+    slots.activate("")
+    tied = _is_tied(model)
     slots.activate(_NAME)
     wanted = _probe(model)
     slots.merge(_NAME)
     largest = float(wanted.abs().max())
-    if not float((_probe(model) - wanted).abs().max()) <= TOLERANCE * max(largest, 1.0):
+    differs = not float((_probe(model) - wanted).abs().max()) <= TOLERANCE * max(largest, 1.0)
+    if differs or tied != _is_tied(model):
         raise StillhouseError(
             Reason.ADAPTER_INVALID,
             "The merged model does not say what base and adapter say together: the adapter changes a weight that the model "
@@ -118,6 +112,11 @@ def _save(model: Any, directory: Path) -> None:
     settings, model.generation_config = model.generation_config, GenerationConfig()
     model.save_pretrained(directory)
     settings.to_json_file(directory / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+
+
+def _is_tied(model: Any) -> bool:
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is model.get_input_embeddings().weight
 
 
 def _probe(model: Any) -> torch.Tensor:

@@ -15,6 +15,8 @@ from stillhouse.protos.library_errors import reported_as
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Int32Array
 from stillhouse.teacher_service.engines.hf import quantization
+from stillhouse.teacher_service.engines.hf.loading import load_causal_lm, require_causal
+from stillhouse.teacher_service.engines.hf.sample_cache import SampleCache, cache_name, new_cache
 from stillhouse.teacher_service.models.files import is_quantised
 
 FALLBACK_SEQUENCE_TOKENS = 32768
@@ -33,6 +35,8 @@ class HfModel:
             self.vocab_size = int(logits.shape[-1])
             self.splits = self._head_explains(probe, logits)
             """True if logits are the output layer over the last hidden states; false for scaled or capped logits."""
+        self.cache_name = cache_name(model, self._logits)
+        """Name of the cache that generation uses; empty if each token needs a pass over all before it."""
 
     @classmethod
     def load(cls, config: TeacherConfig, path: Path) -> HfModel:
@@ -49,7 +53,7 @@ class HfModel:
         dtype: Any = config.dtype
         if dtype == "auto" and device.type == "cpu":
             dtype = "float32"
-        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "use_safetensors": True}
+        options: dict[str, Any] = {"dtype": dtype}
         quantised = bool(config.quantization) or is_quantised(path)
         if config.quantization:
             options["quantization_config"] = quantization.configuration(config.quantization, dtype)
@@ -65,7 +69,7 @@ class HfModel:
             )
 
         with reported_as(refused):
-            model = transformers.AutoModelForCausalLM.from_pretrained(str(path), **options)
+            model = load_causal_lm(path, config.model, **options)
         if quantised:
             quantization.keep_layout(model)
         else:
@@ -79,7 +83,9 @@ class HfModel:
             )
 
         with reported_as(fails):
-            return cls(model.eval().requires_grad_(False), device)
+            model.eval().requires_grad_(False)
+            require_causal(model, config.model)
+            return cls(model, device)
 
     @property
     def dtype(self) -> str:
@@ -92,28 +98,34 @@ class HfModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         return int(limit or FALLBACK_SEQUENCE_TOKENS)
 
-    def last_rows(self, sequences: list[Int32Array], keep: int, cache: Any = None) -> Tensor:
+    def last_rows(self, sequences: list[Int32Array], keep: int, cache: SampleCache | None = None) -> Tensor:
         """[B, keep, H]: hidden states of the last `keep` tokens of sequences of one length.
 
         With a cache, the tokens continue those already in it. Where `splits` is false, H is the vocabulary.
         """
         ids_BT = torch.from_numpy(np.stack(sequences).astype(np.int64)).to(self.device)
-        options = {"past_key_values": cache, "use_cache": cache is not None}
-        if not self.splits:
-            logits_BTV: Tensor = self.model(ids_BT, logits_to_keep=keep, **options).logits
-            return logits_BTV[:, -keep:]
-        hidden_BTH: Tensor = self.model.base_model(ids_BT, **options).last_hidden_state
-        return hidden_BTH[:, -keep:]
+        options: dict[str, Any] = {"use_cache": False} if cache is None else cache.options()
+        if self.splits:
+            output = self.model.base_model(ids_BT, **options)
+            rows_BTH: Tensor = output.last_hidden_state
+        else:
+            output = self.model(ids_BT, logits_to_keep=keep, **options)
+            rows_BTH = output.logits
+        if cache is not None:
+            cache.keep(output)
+        return rows_BTH[:, -keep:]
 
     def head(self, rows_TH: Tensor) -> Tensor:
         """[T, V]: logits of rows from `last_rows`."""
         return self.model.get_output_embeddings()(rows_TH) if self.splits else rows_TH
 
-    def new_cache(self) -> Any:
-        """An empty KV cache for one sequence."""
-        from transformers import DynamicCache
+    def new_cache(self) -> SampleCache | None:
+        """An empty cache for one sample; None where samples have none."""
+        return new_cache(self.cache_name, self.model) if self.cache_name else None
 
-        return DynamicCache(config=self.model.config)
+    def _logits(self, sequences: list[Int32Array], keep: int, cache: SampleCache | None) -> Tensor:
+        """[B, keep, V]: logits after the last `keep` tokens of sequences."""
+        return self.head(self.last_rows(sequences, keep, cache))
 
     def _head_explains(self, probe: Tensor, logits: Tensor) -> bool:
         output = self.model.get_output_embeddings()

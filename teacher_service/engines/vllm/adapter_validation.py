@@ -15,8 +15,9 @@ Shapes = Mapping[str, frozenset[tuple[int, ...]]]
 """Shapes of the model's matrices by module, such as "layers.0.self_attn.q_proj"; empty where they are packed."""
 
 
-def check_weights(name: str, path: Path, shapes: Shapes) -> None:
-    """Raises `StillhouseError` (ADAPTER_INVALID) for weights that are not finite, or of no matrix in `shapes`."""
+def check_weights(name: str, path: Path, shapes: Shapes, model_files: Iterable[Path]) -> None:
+    """Raises `StillhouseError` (ADAPTER_INVALID) for weights that are not finite, or of no matrix in `shapes`, or that
+    replace one in `model_files`, which vLLM ignores."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -26,8 +27,27 @@ def check_weights(name: str, path: Path, shapes: Shapes) -> None:
                 if not bool(tensor.isfinite().all()):
                     raise adapter_invalid(name, f"its weight {key} holds NaN or infinite values")
                 _check_fit(name, key, tuple(tensor.shape), shapes)
+                if ".lora_" not in key and not _is_in(model_files, key, tensor):
+                    raise adapter_invalid(
+                        name,
+                        f"it replaces a weight of the model, {key}, and the vllm engine applies LoRA matrices alone",
+                    )
     except (OSError, SafetensorError) as error:
         raise adapter_invalid(name, f"its {path.name} cannot be read ({first_line(error)})") from error
+
+
+def _is_in(model_files: Iterable[Path], key: str, tensor: Any) -> bool:
+    """True for a copy of the model's own weight, which peft saves beside an adapted embedding."""
+    from safetensors import safe_open
+
+    plain = key.removeprefix("base_model.model.").replace(".base_layer", "")
+    for path in model_files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as weights:
+                if plain in weights.keys():  # noqa: SIM118 - it is no mapping
+                    base = weights.get_tensor(plain)
+                    return bool(base.equal(tensor.to(base.dtype)))
+    return False
 
 
 def _check_fit(name: str, key: str, shape: tuple[int, ...], shapes: Shapes) -> None:

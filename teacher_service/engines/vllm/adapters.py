@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stillhouse.teacher_service.models.adapter_files import (
     adapter_invalid,
     adapter_not_found,
     check_config,
+    check_matrices_only,
     require_slot,
 )
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
@@ -27,11 +29,14 @@ class VllmAdapters:
     cached for one adapter serves another.
     """
 
-    def __init__(self, *, max_adapters: int, max_rank: int, shapes: Shapes) -> None:
-        """`shapes` are the `matrix_shapes` of the model."""
+    def __init__(
+        self, *, max_adapters: int, max_rank: int, shapes: Shapes, weight_files: Sequence[Path]
+    ) -> None:
+        """`shapes` are the `matrix_shapes` of the model in `weight_files`."""
         self._max_adapters = max_adapters
         self._max_rank = max_rank
         self._shapes = shapes
+        self._weight_files = tuple(weight_files)
         self._numbers = count(1)
         self.requests: dict[str, Any] = {}
         """vLLM's `LoRARequest` of each loaded adapter by name, in the order of loading."""
@@ -52,7 +57,8 @@ class VllmAdapters:
         async with self._changing:
             require_slot(self.requests, self._max_adapters)
             rank = await asyncio.to_thread(check_config, name, path, max_rank=self._max_rank)
-            await asyncio.to_thread(check_weights, name, path / WEIGHTS, self._shapes)
+            await asyncio.to_thread(check_matrices_only, name, path)
+            await asyncio.to_thread(check_weights, name, path / WEIGHTS, self._shapes, self._weight_files)
             directory = str(await asyncio.to_thread(path.resolve))
             fingerprint = await asyncio.to_thread(adapter_fingerprint, path)
             number = next(self._numbers)

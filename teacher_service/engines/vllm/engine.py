@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.config import TeacherConfig
@@ -48,6 +49,7 @@ from stillhouse.teacher_service.engines.vllm.worker.plugin import switched_on
 from stillhouse.teacher_service.models.files import ModelFiles, locate_model
 from stillhouse.teacher_service.models.fingerprint import model_fingerprint
 from stillhouse.teacher_service.models.tokenizer import TextCodec
+from stillhouse.teacher_service.models.weight_names import check_weight_names
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time for vLLM's processes to exit before they are killed."""
@@ -93,6 +95,9 @@ class VllmEngine:
         set_environment(config)
         files = await asyncio.to_thread(locate_model, config.model, config.revision)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        with reported_as(lambda error: not_started(config.model, error)):
+            names = await asyncio.to_thread(check_weight_names, files.directory, config.model)
+        names.require_plain(config.model)
         guard = await asyncio.to_thread(OrphanGuard)
         others = set(psutil.Process().children(recursive=True))
         try:
@@ -109,7 +114,10 @@ class VllmEngine:
             info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
             shapes = await asyncio.to_thread(matrix_shapes, files.directory)
             adapters = VllmAdapters(
-                max_adapters=config.max_adapters, max_rank=config.max_lora_rank, shapes=shapes
+                max_adapters=config.max_adapters,
+                max_rank=config.max_lora_rank,
+                shapes=shapes,
+                weight_files=names.files,
             )
             tier = await choose(config, llm, info, lambda tier: cls(llm, info, adapters, tier=tier))
             info = replace(

@@ -124,6 +124,7 @@ def engine_arguments(
         batch_tokens = min(batch_tokens, max(_CPU_MIN_BATCH_TOKENS, _CPU_LOGITS_ELEMENTS // vocab_size))
     arguments: dict[str, Any] = {
         "model": str(directory),
+        "runner": "generate",  # an encoder is refused, not served as one
         "skip_tokenizer_init": True,  # token ids in, token ids out
         "trust_remote_code": False,
         "generation_config": "vllm",  # sampling parameters come from requests alone
