@@ -20,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.passes import PassCutter
+from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 BATCH_TEXTS = 64
@@ -68,6 +69,7 @@ class LocalSampler:
         self._vocab_size = vocab_size
         self._num_likeliest = min(num_likeliest, vocab_size)
         self._end_ids = sorted(student.end_ids)
+        self._mode: GenerationMode | None = None
 
     def write(
         self,
@@ -88,15 +90,24 @@ class LocalSampler:
             for sample in range(generation.samples_per_prompt)
         ]
         model = self._student.model
+        with evaluation_mode(model), torch.no_grad(), _plain_settings(model):
+            self._mode = self._mode or select_mode(model, self._device, self._autocast)
         with evaluation_mode(model), torch.no_grad(), self._autocast(), _plain_settings(model):
             lengths = [
                 min(len(prompt) + generation.max_new_tokens, max_sequence_tokens) for prompt, _ in copies
             ]
             texts: dict[int, SampledText] = {}
-            for each in self._cutter().cut(lengths):
-                batch = [copies[row] for row in each.rows]
-                written = self._write_batch(batch, generation, max_sequence_tokens)
-                texts |= zip(each.rows, written, strict=True)
+            cutter = self._cutter()
+            for group in batches([len(prompt) for prompt, _ in copies], self._mode.batch):
+                for each in cutter.cut([lengths[row] for row in group]):
+                    rows = [group[place] for place in each.rows]
+                    written = self._write_batch(
+                        [copies[row] for row in rows],
+                        generation,
+                        max_sequence_tokens,
+                        use_cache=self._mode.use_cache,
+                    )
+                    texts |= zip(rows, written, strict=True)
         size = generation.samples_per_prompt
         return [[texts[row] for row in range(first, first + size)] for first in range(0, len(texts), size)]
 
@@ -112,6 +123,8 @@ class LocalSampler:
         copies: Sequence[tuple[NDArray[np.int32], np.random.Generator]],
         generation: RolloutConfig,
         max_sequence_tokens: int,
+        *,
+        use_cache: bool,
     ) -> Iterator[SampledText]:
         prompts = [prompt for prompt, _ in copies]
         rooms = [min(generation.max_new_tokens, max_sequence_tokens - len(prompt)) for prompt in prompts]
@@ -139,7 +152,7 @@ class LocalSampler:
                 max_new_tokens=max(rooms),
                 eos_token_id=self._end_ids or None,
                 pad_token_id=self._end_ids[0] if self._end_ids else 0,
-                use_cache=True,
+                use_cache=use_cache,
             ),
         )
         tokens, logprobs, likeliest = sampler.rows()

@@ -1,0 +1,135 @@
+"""How a student generates rollouts: with a cache and padding where its logits are then those of whole passes, without where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import structlog
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+log = structlog.get_logger()
+_PROBES = (6, 3, 3)
+"""Tokens of each probe; the shorter are padded where prompts are."""
+_NEW_TOKENS = 4
+_TOLERANCE = (1e-3, 1e-5)
+_HALF_TOLERANCE = (0.05, 0.03)
+"""Shares of the logits' spread: the most by which equal passes of other shapes differ, and what never matters."""
+
+
+Batch = Literal["padded", "equal", "single"]
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationMode:
+    """Arguments of generation that must not change what is computed."""
+
+    use_cache: bool
+    batch: Batch
+    """Prompts that share a pass: all, padded on the left; those of one length; or none."""
+
+
+MODES = tuple(GenerationMode(cache, batch) for cache in (True, False) for batch in get_args(Batch))
+"""By rising cost; the last one is a whole pass for each token."""
+
+
+def batches(lengths: Sequence[int], batch: Batch) -> Iterator[list[int]]:
+    """Yields the indices of prompts that share a pass."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        groups.setdefault({"padded": 0, "equal": length, "single": index}[batch], []).append(index)
+    yield from groups.values()
+
+
+def select_mode(
+    model: Any, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
+) -> GenerationMode:
+    """Selects the cheapest mode whose logits agree with passes over whole sequences, by a short trial.
+
+    The trial is in float32 where all weights are, so that rounding does not hide the memory of fresh weights, and a resumed
+    run decides as before.
+    """
+    dtypes = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
+    is_exact = dtypes <= {torch.float32, torch.float64}
+    vocab_size = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(vocab_size, (length,), generator=generator) for length in _PROBES]
+    with nullcontext() if is_exact else autocast():
+        for mode in MODES[:-1]:
+            try:
+                agrees = _agrees(model, prompts, mode, device, _TOLERANCE if is_exact else _HALF_TOLERANCE)
+            except (
+                AttributeError,
+                IndexError,
+                KeyError,
+                NotImplementedError,
+                RuntimeError,
+                TypeError,
+                ValueError,
+            ):
+                agrees = False  # a mode that the model does not take
+            if agrees:
+                break
+        else:
+            mode = MODES[-1]
+    if mode != MODES[0]:
+        log.warning(
+            "rollouts are slower",
+            use_cache=mode.use_cache,
+            batch=mode.batch,
+            reason="with a cache and padded batches this model does not compute what it computes in whole passes",
+        )
+    return mode
+
+
+def _agrees(
+    model: Any,
+    prompts: Sequence[Tensor],
+    mode: GenerationMode,
+    device: torch.device,
+    tolerance: tuple[float, float],
+) -> bool:
+    for indices in batches(list(map(len, prompts)), mode.batch):
+        batch = [prompts[each] for each in indices]
+        found, sequences = _generate(model, batch, mode, device)
+        for prompt, found_TV, new in zip(batch, found, sequences, strict=True):
+            ids = torch.cat([prompt.to(device), new])[None, :-1]
+            rows = slice(len(prompt) - 1, None)
+            exact_TV = model(ids, use_cache=False).logits[0, rows].double()
+            forgotten_TV = model(ids[0, rows, None], use_cache=False).logits[:, 0].double()
+            most, least = tolerance
+            spread = float(exact_TV.std(dim=-1).mean())
+            limit = min(most * spread, max(0.1 * _error(forgotten_TV, exact_TV), least * spread))
+            if not _error(found_TV.double(), exact_TV) <= limit:
+                return False
+    return True
+
+
+def _generate(
+    model: Any, prompts: Sequence[Tensor], mode: GenerationMode, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Continues prompts greedily; returns logits [B, T, V] and tokens [B, T]."""
+    longest = max(map(len, prompts))
+    ids = torch.stack([torch.nn.functional.pad(prompt, (longest - len(prompt), 0)) for prompt in prompts])
+    mask = torch.stack([torch.arange(longest) >= longest - len(prompt) for prompt in prompts]).long()
+    outcome = model.generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=_NEW_TOKENS,
+            pad_token_id=0,
+            use_cache=mode.use_cache,
+            output_logits=True,
+            return_dict_in_generate=True,
+        ),
+    )
+    return torch.stack(outcome.logits, dim=1), outcome.sequences[:, longest:]
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).square().mean().sqrt())
