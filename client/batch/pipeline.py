@@ -156,6 +156,10 @@ class _Batch:
         self._settings = settings
         self._tell = listeners
         self._format = detect_format(source) if settings.format == "auto" else settings.format
+        if settings.chat and self._format == "openai":
+            raise usage_error(
+                f"{source} has rows of OpenAI's format, whose url says if they are chats. Leave --chat out."
+            )
         self._num_sent = 0
         self._tokens = 0
 

@@ -63,6 +63,8 @@ RESERVED_OPTIONS = frozenset(
 MAX_TOOL_CALLS = 256
 MAX_JSON_DEPTH = 64
 
+_PLAIN = {"role", "content"}
+
 Message = Mapping[str, Any]
 
 
@@ -156,6 +158,9 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
     if not isinstance(message, dict):
         raise FieldError(where, f"is {kind_of(message)}; it must be an object.")
     given = {name: value for name, value in message.items() if value is not None}
+    if given.keys() == _PLAIN and all(isinstance(value, str) and value for value in given.values()):
+        require_unicode(given["role"] + given["content"], f"{where}.content")
+        return given, 1.0
     role = given.pop("role", None)
     if not isinstance(role, str) or not role:
         raise FieldError(f"{where}.role", f"is {kind_of(role)}; it must be text.")

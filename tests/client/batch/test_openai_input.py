@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.client.api import BatchSettings, Listeners, Teacher, generate_file
+from stillhouse.client.api import BatchSettings, Listeners, StillhouseError, Teacher, generate_file
 from tests.client.batch.batches import alone, read, write
 
 TOOL = {"type": "function", "function": {"name": "rain", "parameters": {}}}
@@ -124,4 +124,6 @@ def test_a_data_set_of_openais_rows_keeps_what_the_template_was_given(
     generate_file(teacher, source, tmp_path / "out.jsonl", BatchSettings(as_dataset=True))
     (row,) = read(tmp_path / "out.jsonl")
     assert row["messages"][:2] == [{"role": "system", "content": "Be brief."}, turns[1]]
+    with pytest.raises(StillhouseError, match="whose url says if they are chats"):
+        generate_file(teacher, source, tmp_path / "other.jsonl", BatchSettings(chat=True))
     assert row["messages"][2]["content"] == alone(teacher, row["messages"][:2], max_new_tokens=4).text
