@@ -39,7 +39,7 @@ _OWN = {"chat": {"messages", "tools", OPTIONS, "top_logprobs"}, "completions": {
 _IGNORED = {
     *("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"),
     *("prompt_cache_retention", "stream_options", "request_id", "priority"),
-    *("return_tokens_as_token_ids", "skip_special_tokens"),
+    "return_tokens_as_token_ids",
 }
 _ENVELOPE = {"custom_id", "method", "url", "body"}
 _ROLES = {"developer": "system"}

@@ -43,6 +43,7 @@ NO_EFFECT_ON_SAMPLING: Mapping[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "stop_token_ids": ([],),
     "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
     "logprobs": (False,),
     "top_logprobs": (0,),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,11 @@ class TextCodec:
         self._directory = directory
         self.tokenizer_size: int = max(tokenizer.get_vocab().values()) + 1
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+        self._special_ids = {
+            str(token): token_id
+            for token_id, token in tokenizer.added_tokens_decoder.items()
+            if token.special
+        }
         self.eos_token_ids: tuple[int, ...] = tuple(dict.fromkeys((*own, *extra_eos_token_ids)))
         self.tokenizer_fingerprint: str = tokenizer_fingerprint(
             tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map
@@ -162,7 +167,25 @@ class TextCodec:
 
     def stream_decoder(self, stop: Sequence[str] = (), context: Sequence[int] = ()) -> StreamDecoder:
         """Creates the decoder of one sample; `context` is the end of its prompt, which decides on a leading space."""
-        return StreamDecoder(self._tokenizer, stop, context)
+        return StreamDecoder(
+            self._tokenizer,
+            [each for each in stop if each not in self._special_ids],
+            context,
+            # An end token ends a sample by itself, and belongs to it.
+            stop_ids={self._special_ids[each] for each in stop if each in self._special_ids}
+            - set(self.eos_token_ids),
+        )
+
+    def check_stop(self, stop: Iterable[str]) -> None:
+        """Raises `StillhouseError` (INVALID_REQUEST) for stop strings in which special tokens stand beside text."""
+        for each in stop:
+            inside = next((token for token in self._special_ids if token in each and token != each), None)
+            if inside is not None and each not in self._special_ids:
+                raise StillhouseError(
+                    Reason.INVALID_REQUEST,
+                    f"The stop string {each!r} would never match: it contains {inside!r}, a special token, which has no text in a "
+                    "sample. Give the special token alone; it ends a sample by its id.",
+                )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -181,11 +204,20 @@ class Decoded:
 class StreamDecoder:
     """Detokenizes one sample incrementally; special tokens have no text."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], context: Sequence[int] = ()) -> None:
-        """`stop` holds no empty string."""
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        context: Sequence[int] = (),
+        *,
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        """`stop` holds no empty string; `stop_ids` end the sample as a stop string does."""
         assert all(stop), "an empty stop string ends every text"
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._stop_ids = frozenset(stop_ids)
+        self._reads_one_by_one = bool(stop or stop_ids)
         self._read = [int(token) for token in context[-_CONTEXT_IDS:]]  # context for decoding the next
         self._unread: list[int] = []  # incomplete: they end in the middle of a character
         # A prompt may end so too; its character then belongs to the sample.
@@ -202,13 +234,15 @@ class StreamDecoder:
         self._done = final
         ids = [int(token) for token in token_ids]
         # With stop strings ids are read one by one, since the text of each decides whether it is kept.
-        parts = [[token] for token in ids] if self._stop else [ids]
+        parts = [[token] for token in ids] if self._reads_one_by_one else [ids]
         for index, part in enumerate(parts or [[]]):
+            if self._stop_ids.intersection(part):
+                return self._end_before_stop_id()
             self._take(part, final=final and index >= len(parts) - 1)
             if (start := self._find_stop()) is not None:
                 return self._end_at(start)
         text = self._give(len(self._pending) - (0 if final else self._num_held()))
-        if not self._stop:
+        if not self._reads_one_by_one:
             self._num_kept += len(ids)
         while self._num_kept < len(self._spans) and self._spans[self._num_kept][1] <= self._num_given:
             self._num_kept += 1
@@ -231,7 +265,7 @@ class StreamDecoder:
                 whole = self._decode(self._read + self._unread)
         begin = self._num_given + len(self._pending)
         self._pending += whole[len(self._read_text) :]
-        if self._stop:
+        if self._reads_one_by_one:
             end = self._num_given + len(self._pending)
             self._spans.extend([(begin, end)] * num_read)
         self._read = [*self._read, *self._unread[:num_read]][-_CONTEXT_IDS:]
@@ -260,6 +294,13 @@ class StreamDecoder:
         return Decoded(
             text=self._give(start), matched_stop=True, num_ids_kept=max(self._num_kept, num_before)
         )
+
+    def _end_before_stop_id(self) -> Decoded:
+        self._take([], final=True)
+        if (start := self._find_stop()) is not None:
+            return self._end_at(start)
+        self._done = True
+        return Decoded(text=self._give(len(self._pending)), matched_stop=True, num_ids_kept=len(self._spans))
 
     def _give(self, length: int) -> str:
         text, self._pending = self._pending[:length], self._pending[length:]

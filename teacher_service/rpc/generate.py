@@ -143,6 +143,7 @@ class GenerateSession:
         prompt = self._request.prompts[index]
         try:
             sampling = check_sampling(self._request.sampling, prompt.sampling)
+            self._serving.codec.check_stop(sampling.stop)
             ids = check_prompt(prompt, self._serving.codec, self._serving.info)
             return _Prompt(token_ids=ids, sampling=sampling)
         except StillhouseError as error:

@@ -569,7 +569,7 @@ class SamplingParams(_message.Message):
     """Fixes the text of each (prompt, sample), however requests are batched or repeated."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Strings that end a sample; not part of it."""
+        """Strings that end a sample; not part of it. A special token, which has no text, ends it by its id."""
 
     def __init__(
         self,

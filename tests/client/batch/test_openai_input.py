@@ -75,6 +75,7 @@ def test_openais_batch_files_are_read_and_written(teacher: Teacher, adapted: str
         ({"tool_choice": "required"}, "body.tool_choice is not supported"),
         ({"functions": [{}]}, "body.functions is not supported"),
         ({"logit_bias": {"5": 1}}, "body.logit_bias is not supported"),
+        ({"skip_special_tokens": False}, "body.skip_special_tokens is not supported"),
         ({"stream": True}, "body.stream is not supported"),
         ({"frequency_penalty": 0.5}, "body.frequency_penalty is not supported"),
         ({"response_format": {"type": "json_object"}}, "body.response_format is not supported"),

@@ -96,6 +96,34 @@ def test_ids_of_a_possible_stop_string_are_withheld_until_it_is_none(codec: Text
     assert decoded.num_ids_kept == len(ids)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_a_special_token_stops_by_its_id(codec: TextCodec, directory: Path, chunk: int) -> None:
+    before, after = codec.encode("one two thi🙂").tolist(), codec.encode(" never").tolist()
+    turn_end = int(codec.encode(TURN_END)[0])
+    ids = [*before[:-1], turn_end, *after]  # it cuts a character
+    for stop in ((TURN_END,), (TURN_END, "two thirteen"), ("not there", TURN_END)):
+        decoder, text, kept = codec.stream_decoder(stop), "", 0
+        for begin in range(0, len(ids), chunk):
+            decoded = decoder.push(ids[begin : begin + chunk])
+            text, kept = text + decoded.text, decoded.num_ids_kept
+            if decoded.matched_stop:
+                break
+        assert (text.rstrip("\N{REPLACEMENT CHARACTER}"), kept) == ("one two thi", len(before) - 1)
+        assert decoded.matched_stop
+    decoder = codec.stream_decoder((TURN_END, "two"))
+    assert decoder.push(ids).text == "one "
+    # The end token ends a sample by itself, and stays in its ids.
+    end = int(codec.encode(END)[0])
+    assert codec.stream_decoder((END,)).push([*before, end], final=True).num_ids_kept == len(before) + 1
+
+
+def test_a_special_token_beside_text_in_a_stop_string_is_refused(codec: TextCodec) -> None:
+    codec.check_stop([TURN_END, END, "text", "<|im"])
+    with pytest.raises(StillhouseError, match="special token") as refused:
+        codec.check_stop(["text", f"{TURN_END}\n"])
+    assert refused.value.reason is Reason.INVALID_REQUEST
+
+
 def test_an_incomplete_character_at_the_end_is_emitted_as_replacement(codec: TextCodec) -> None:
     ids = codec.encode("a🙂").tolist()
     assert len(ids) > 2
