@@ -50,11 +50,12 @@ class WeightNames:
             )
 
 
-def check_weight_names(directory: Path, model: str) -> WeightNames:
+def check_weight_names(directory: Path, model: str, *, whole: bool = False) -> WeightNames:
     """Compares a checkpoint with the model of its configuration, from the headers of its files.
 
     Raises `StillhouseError` (MODEL_NOT_FOUND), naming tensors, where the model has weights that tying does not explain
-    and the files lack, or the files have a bias that the model lacks. `model` is what the operator named.
+    and the files lack, or the files have a bias that the model lacks. `model` is what the operator named; with `whole` the
+    engine loads a multimodal model with all its parts, not its language model alone.
     """
     if (directory / "adapter_config.json").is_file():
         raise _refused(
@@ -64,7 +65,7 @@ def check_weight_names(directory: Path, model: str) -> WeightNames:
         )
     files = _files(directory, model)
     shapes = _shapes(files, model)
-    empty = _empty_model(directory)
+    empty = _empty_model(directory, whole=whole)
     if empty is None:
         _log.warning("weights not checked by name", model=model, reason="transformers does not know its type")
         return WeightNames(files=files, renamed={})
@@ -87,7 +88,7 @@ def check_weight_names(directory: Path, model: str) -> WeightNames:
             _remedy(missing, unexpected, type(empty).__name__),
         )
     _require_no_lost_bias(empty, files, renamed, unexpected, model)
-    if unexpected:
+    if unexpected and not quantised:
         _log.warning("weights not used", model=model, weights=listed(unexpected))
     return WeightNames(files=files, renamed=renamed, untied=_untied(empty, files, shapes))
 
@@ -132,7 +133,7 @@ def _shapes(files: Iterable[Path], model: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _empty_model(directory: Path) -> Any:
+def _empty_model(directory: Path, *, whole: bool) -> Any:
     """The model of a configuration, without weights; None where transformers has no class for it."""
     import torch
     import transformers
@@ -145,7 +146,8 @@ def _empty_model(directory: Path) -> Any:
             del config.quantization_config
         mapping = transformers.AutoModelForCausalLM._model_mapping
         with torch.device("meta"):
-            if type(config) in mapping:
+            has_parts = config.get_text_config() is not config
+            if type(config) in mapping and not (whole and has_parts):
                 return transformers.AutoModelForCausalLM.from_config(config)
             cls = getattr(transformers, (config.architectures or [""])[0], None)
             return None if cls is None else cls(config)
@@ -223,6 +225,8 @@ def _untied(empty: Any, files: Iterable[Path], names: Mapping[str, tuple[int, ..
         if target in names and source in names:
             found = []
             for path in files:
+                if path.suffix != ".safetensors":
+                    return ""
                 with safe_open(path, framework="pt") as weights:
                     found += [
                         weights.get_tensor(key) for key in {target, source}.intersection(weights.keys())

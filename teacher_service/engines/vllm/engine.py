@@ -96,7 +96,7 @@ class VllmEngine:
         files = await asyncio.to_thread(locate_model, config.model, config.revision)
         codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
         with reported_as(lambda error: not_started(config.model, error)):
-            names = await asyncio.to_thread(check_weight_names, files.directory, config.model)
+            names = await asyncio.to_thread(check_weight_names, files.directory, config.model, whole=True)
         names.require_plain(config.model)
         guard = await asyncio.to_thread(OrphanGuard)
         others = set(psutil.Process().children(recursive=True))
