@@ -15,6 +15,7 @@ import structlog
 import torch
 from torch import Tensor, nn
 
+from stillhouse.protos.errors import first_line
 from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.micro_batch import auto_tokens
 from stillhouse.student_trainer.config.schema import RunConfig
@@ -52,7 +53,7 @@ def cutter_of(config: RunConfig, student: Student, device: torch.device) -> Pass
         check_packing(student, device)
         kind = "always"
     elif packing is None and not optimizer.cuts_by_rows:
-        mixing = _cost(student) or next(_mixing_parts(student, device), None)
+        mixing = _cost(student) or _found_mixing(student, device)
         kind = "never" if mixing else "cheaper"
         log.info("packing", packed="where it is cheaper" if not mixing else f"never: {mixing}")
     on_gpu = device.type != "cpu"
@@ -77,6 +78,14 @@ def check_packing(student: Student, device: torch.device) -> None:
             f"{student.config.model} mixes sequences packed into one row: {mixing}. Leave data.packing out."
         )
         raise invalid_field("data.packing", description)
+
+
+def _found_mixing(student: Student, device: torch.device) -> str | None:
+    """Says why the model is not packed unasked; a trial that fails is a reason too."""
+    try:
+        return next(_mixing_parts(student, device), None)
+    except Exception as error:  # models raise whatever their forward passes raise
+        return f"a trial of packed sequences failed ({first_line(error)})"
 
 
 def _cost(student: Student) -> str | None:

@@ -24,6 +24,7 @@ from stillhouse.student_trainer.train.loss import fused
 from stillhouse.student_trainer.train.optim import make_optimizer
 from stillhouse.student_trainer.train.student import lm_head
 from stillhouse.student_trainer.train.student.device import make_accelerator
+from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
 
@@ -165,3 +166,38 @@ def test_a_model_that_mixes_packed_sequences_is_refused(
     monkeypatch.setattr(Student, "logits", without_positions)
     with pytest.raises(StillhouseError, match=r"data\.packing: .* mixes sequences"):
         _take(_config(models, data__packing=True), tmp_path)
+
+
+def test_a_model_is_packed_unasked_where_a_trial_keeps_rows_apart(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, cpu = _config(models), torch.device("cpu")
+    student = Student.load(
+        config.student,
+        load_tokenizer(config.student, tmp_path),
+        data_dir=tmp_path,
+        device=cpu,
+        precision="fp32",
+        seed=0,
+    )
+    logits = Student.logits
+
+    def without_positions(self: Student, batch: MicroBatch) -> torch.Tensor:
+        return logits(self, replace(batch, position_ids=None))
+
+    def failing(self: Student, batch: MicroBatch) -> torch.Tensor:
+        raise TypeError("unexpected keyword argument 'position_ids'")
+
+    def packing() -> str:
+        return cutter_of(config, student, cpu).packing
+
+    assert packing() == "cheaper"
+    for forward in (without_positions, failing):
+        monkeypatch.setattr(Student, "logits", forward)
+        assert packing() == "never"
+    monkeypatch.undo()
+    assert cutter_of(_config(models, data__packing=False), student, cpu).packing == "never"
+    by_rows = cutter_of(_config(models, optimizer__micro_batch_size=2), student, cpu)
+    assert (by_rows.packing, by_rows.max_tokens, by_rows.max_rows) == ("never", None, 2)
+    student.plain.config._attn_implementation = "eager"
+    assert packing() == "never"

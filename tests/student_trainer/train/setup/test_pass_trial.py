@@ -17,7 +17,7 @@ from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS
+from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS, HALVE_VARIABLE
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
@@ -157,6 +157,24 @@ def test_a_run_keeps_its_limit_and_resumes_to_the_same_bits(
     assert events(stopped)[-1]["kind"] == "stopped"
     assert finish_here(stopped, attempt=2) == 0
     assert metric(stopped, "train/loss") == metric(whole, "train/loss")
+
+
+def test_a_resume_in_half_the_tokens_takes_the_same_steps(
+    models: Models, tmp_path: Path, run: Callable[..., RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(AUTO_TOKENS, "cpu", 1000)
+    spec = spec_with_a_long_row(models, tmp_path)
+    whole = run(spec)
+    halved = make_run(tmp_path, "halved", spec)
+    assert finish_here(halved, stopped=lambda: len(metric(halved, "train/loss")) > 1) == 0
+    monkeypatch.setenv(HALVE_VARIABLE, "1")
+    assert finish_here(halved, attempt=2) == 0
+    kept = [
+        facts_of(each, step)["micro_batch_tokens"] for each, step in ((whole, 4), (halved, 2), (halved, 4))
+    ]
+    assert kept == ["1000", "1000", "500"]
+    assert metric(halved, "train/loss") == pytest.approx(metric(whole, "train/loss"), rel=1e-5)
+    assert metric(halved, "train/learning_rate") == metric(whole, "train/learning_rate")
 
 
 def test_a_run_without_room_for_its_longest_row_fails_before_its_first_step(
