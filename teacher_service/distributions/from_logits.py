@@ -32,7 +32,7 @@ COMPILED_VOCAB = 2048
 """Smallest vocabulary that repays the seconds of compilation."""
 IDS_PER_TOKEN = 16
 """Smallest ratio of vocabulary to top-k at which compiled code is faster."""
-SAMPLE_BLOCK = 128
+SAMPLE_BLOCK = 32
 """Ids whose probabilities are summed together when sampling."""
 _SCRATCH = threading.local()
 
