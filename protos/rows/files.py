@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.rows.field_error import FieldError, kind_of
 from stillhouse.protos.rows.known_fields import ExtraFields
 from stillhouse.protos.rows.training_row import parse_training_row
@@ -45,11 +45,11 @@ def row_error(path: Path, number: int, field: str, problem: str) -> StillhouseEr
     )
 
 
-def unreadable(path: Path, what: str, error: Exception) -> StillhouseError:
+def unreadable(path: Path, what: str, error: BaseException) -> StillhouseError:
     """Returns the DATASET_INVALID error for a file that is not what it seems to be."""
     return StillhouseError(
         Reason.DATASET_INVALID,
-        f"{path} cannot be read as a {what} ({error}). Write it again, or give a JSONL file.",
+        f"{path} cannot be read as a {what} ({first_line(error)}). Write it again, or give a JSONL file.",
     )
 
 

@@ -35,6 +35,7 @@ WEIGHTS, CONFIG, TOKENIZER, TEMPLATE = (
     "tokenizer.json",
     "chat_template.jinja",
 )
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WRONG: tuple[Any, ...] = (
     None,
     "",
@@ -55,13 +56,13 @@ WRONG: tuple[Any, ...] = (
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-def weights(change: Callable[[dict[str, torch.Tensor], str], object]) -> Damage:
-    """Changes a tensor of the model."""
+def weights(change: Callable[[dict[str, torch.Tensor], str], object], name: str = WEIGHTS) -> Damage:
+    """Changes a tensor of a file."""
 
     def damage(model: Path, rng: random.Random) -> None:
-        tensors = load_file(model / WEIGHTS)
+        tensors = load_file(model / name)
         change(tensors, rng.choice(sorted(tensors)))
-        save_file(tensors, model / WEIGHTS, {"format": "pt"})
+        save_file(tensors, model / name, {"format": "pt"})
 
     return damage
 
@@ -140,7 +141,26 @@ DAMAGES: Mapping[str, Damage] = {
     "template: generation": template("{% generation %}{% generation %}a{% endgeneration %}"),
 }
 """What is done to a model, by the file that it is done to."""
-MANY = ("config: value", "tokenizer: value", "tokenizer: model", "tokenizer: added", "tokenizer: config")
+ADAPTER_DAMAGES: Mapping[str, Damage] = {
+    "adapter: cut": bytes_of(ADAPTER_WEIGHTS, lambda data, rng: data[: rng.randrange(len(data))]),
+    "adapter: header": bytes_of(ADAPTER_WEIGHTS, flip),
+    "adapter: empty": bytes_of(ADAPTER_WEIGHTS, lambda _data, _: b""),
+    "adapter: lost": weights(lambda tensors, name: tensors.__delitem__(name), ADAPTER_WEIGHTS),
+    "adapter: shape": weights(
+        lambda tensors, name: tensors.update({name: torch.zeros(3, 5)}), ADAPTER_WEIGHTS
+    ),
+    "adapter: not finite": weights(lambda tensors, name: tensors[name].fill_(torch.nan), ADAPTER_WEIGHTS),
+    "adapter: a list": bytes_of(ADAPTER_CONFIG, lambda _data, _: b"[]"),
+    "adapter: value": value_of(ADAPTER_CONFIG),
+}
+MANY = (
+    "adapter: value",
+    "config: value",
+    "tokenizer: value",
+    "tokenizer: model",
+    "tokenizer: added",
+    "tokenizer: config",
+)
 """Damages with many cases."""
 
 
@@ -152,9 +172,11 @@ class Case:
     path: Path
 
 
-def damaged(model: Path, directory: Path, few: int, many: int) -> Iterator[Case]:
+def damaged(
+    model: Path, directory: Path, few: int, many: int, damages: Mapping[str, Damage] = DAMAGES
+) -> Iterator[Case]:
     """Copies of `model`, each with one damage; several of those that vary."""
-    for name, damage in DAMAGES.items():
+    for name, damage in damages.items():
         for number in range(scaled(few, many) if name in MANY else 1):
             path = directory / f"{name.replace(': ', '-').replace(' ', '-')}-{number}"
             shutil.copytree(model, path)
@@ -173,34 +195,54 @@ def conversations(models: Models, tmp_path: Path) -> Path:
     return path
 
 
+def trained(case: Case, run_dir: RunDir) -> str:
+    """The outcome of a run of one step: the reason of its error, or that it completed with what it has trained."""
+    finish_here(run_dir)
+    end = events(run_dir)[-1]
+    if end["kind"] == "completed":
+        if not case.name.startswith("adapter"):
+            assert_exported(run_dir, case.name)
+        return "completed"
+    error = from_status(from_json(end["error"]))
+    assert error.reason is not Reason.INTERNAL, case.name
+    assert "\n" not in error.message, (case.name, error.message)
+    return str(error.reason)
+
+
+def one_step(student: Mapping[str, Any], data: Path) -> dict[str, Any]:
+    """A run of one step that asks no teacher."""
+    spec = spec_of(
+        Path(),
+        data,
+        None,
+        data={"eval_fraction": 0, "max_sequence_tokens": 64},
+        loss={"terms": [{"weight": 0}], "hard_weight": 1},
+        optimizer={"max_steps": 1},
+    )
+    return {**spec, "student": dict(student)}
+
+
 def test_a_damaged_student_is_trained_as_it_is_or_refused(
     models: Models, conversations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bounded_rendering, "RENDER_S", 0.3)
     outcomes: Counter[tuple[str, str]] = Counter()
     for number, case in enumerate(damaged(models.student, tmp_path / "students", 2, 60)):
-        spec = spec_of(
-            case.path,
-            conversations,
-            None,
-            data={"eval_fraction": 0, "max_sequence_tokens": 64},
-            loss={"terms": [{"weight": 0}], "hard_weight": 1},
-            optimizer={"max_steps": 1},
-        )
-        run_dir = make_run(tmp_path, f"run{number}", spec)
-        finish_here(run_dir)
-        end = events(run_dir)[-1]
-        reason = "completed"
-        if end["kind"] == "failed":
-            error = from_status(from_json(end["error"]))
-            reason = str(error.reason)
-            assert error.reason is not Reason.INTERNAL, case.name
-            assert "\n" not in error.message, (case.name, error.message)
-        else:
-            assert_exported(run_dir, case.name)
-        outcomes[case.name, reason] += 1
+        run_dir = make_run(tmp_path, f"run{number}", one_step({"model": str(case.path)}, conversations))
+        outcomes[case.name, trained(case, run_dir)] += 1
     show("students", (f"{name:24} {reason:20} {count}" for (name, reason), count in sorted(outcomes.items())))
-    assert {reason for _, reason in outcomes} - {"completed"} <= set(Reason)
+
+
+def test_a_damaged_adapter_is_trained_as_it_is_or_refused(
+    models: Models, conversations: Path, tmp_path: Path
+) -> None:
+    outcomes: Counter[tuple[str, str]] = Counter()
+    cases = damaged(models.adapter_a, tmp_path / "adapters", 4, 100, ADAPTER_DAMAGES)
+    for number, case in enumerate(cases):
+        student = {"model": str(models.teacher), "adapter": str(case.path), "output": "merged"}
+        run_dir = make_run(tmp_path, f"run{number}", one_step(student, conversations))
+        outcomes[case.name, trained(case, run_dir)] += 1
+    show("adapters", (f"{name:24} {reason:20} {count}" for (name, reason), count in sorted(outcomes.items())))
 
 
 def assert_exported(run_dir: RunDir, name: str) -> None:

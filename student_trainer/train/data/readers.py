@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode
 from stillhouse.protos.rows.files import read_file, row_error, unicode_rows, unreadable, without_nulls
 from stillhouse.protos.rows.training_row import TrainingRow, parse_training_row
@@ -77,16 +78,17 @@ def read_rows(dataset: DatasetConfig, data_dir: Path) -> Iterator[DatasetRow]:
 def _read_saved(path: Path) -> Iterator[DatasetRow]:
     import datasets
 
-    try:
+    def refused(error: BaseException) -> StillhouseError:
+        return unreadable(path, "directory saved by Hugging Face datasets", error)
+
+    with reported_as(refused):
         loaded = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreadable(path, "directory saved by Hugging Face datasets", error) from error
     if isinstance(loaded, datasets.DatasetDict):
         raise StillhouseError(
             Reason.DATASET_INVALID,
             f"{path} holds several splits ({', '.join(loaded)}); name one of them, such as {path / next(iter(loaded), 'train')}.",
         )
     for number in range(1, len(loaded) + 1):
-        with unicode_rows(path, number):
+        with reported_as(refused), unicode_rows(path, number):
             values = loaded[number - 1]
         yield DatasetRow(path=path, number=number, values=without_nulls(values))

@@ -14,6 +14,7 @@ from torch import nn
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import FILES
 from stillhouse.protos.files.weight_names import listed
+from stillhouse.protos.library_errors import reported_as
 from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.schema import ALL_LINEAR, LoraConfig, StudentConfig
 from stillhouse.student_trainer.train.data.readers import resolve
@@ -76,14 +77,13 @@ def load_adapter(model: Any, config: StudentConfig, data_dir: Path) -> Any:
             "runs/…/final/adapter.",
             resource=config.adapter,
         )
-    try:
-        with _warnings_handled():
-            adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=True)
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise invalid_field(
-            "student.adapter", f"{path} does not fit {config.model} ({first_line(error)})."
-        ) from error
-    _check_tensors(adapted, path, config)
+
+    def refused(error: BaseException) -> StillhouseError:
+        return invalid_field("student.adapter", f"{path} does not fit {config.model} ({first_line(error)}).")
+
+    with reported_as(refused), _warnings_handled():
+        adapted = peft.PeftModel.from_pretrained(model, path, is_trainable=True)
+        _check_tensors(adapted, path, config)
     _log_reach(adapted)
     return adapted
 
