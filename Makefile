@@ -79,7 +79,7 @@ bench-student: setup ## a student's step, time and memory, against full logits, 
 	$(PY) -m benchmarks.student $(if $(JSON),--json $(JSON)) $(ARGS)
 
 .PHONY: bench-overlap
-bench-overlap: setup ## what a teacher costs a student's step, online and from the cache, a core for each; JSON=FILE
+bench-overlap: setup ## what a teacher costs a student's step, a core for each, or with ARGS=--shared-cores on the same ones; JSON=FILE
 	$(PY) -m benchmarks.overlap $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory

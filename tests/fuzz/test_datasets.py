@@ -104,6 +104,7 @@ def table(path: Path, rng: random.Random) -> None:
     """A Parquet file with columns of any type, possibly damaged."""
     column = rng.choice(
         (
+            pa.array(["a house", "a garden", "by a river"]),
             pa.array(["a house", None, "by a river"]),
             pa.array([1, 2, None]),
             pa.array([[{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]] * 3),
