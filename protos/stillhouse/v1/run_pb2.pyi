@@ -1018,9 +1018,9 @@ class LossSpec(_message.Message):
     top_k: _builtins.int
     """Top-k of the teacher's tokens to query."""
     sparse_target: _builtins.str
-    """Target for the tokens beyond top_k. "auto": sampled_tail where the divergences have an estimate of bounded variance
-    from draws, and every teacher gives them; top_k_and_sampled for forward_kl at temperature 1 where teachers draw but not
-    from the tail alone; else tail_bucket; and what the run's cache holds, if it holds any. It is settled once, when the
+    """Target for the tokens beyond top_k. "auto": top_k_and_sampled for forward_kl at temperature 1, and
+    sampled_tail for other divergences and temperatures that have an estimate of bounded variance from it, where every
+    teacher draws so; else tail_bucket; and what the run's cache holds, if it holds any. It is settled once, when the
     teachers are reached or the cache is opened, and stands in the run's effective settings with its reason.
     "tail_bucket": one bucket with all their mass; a lower bound of the divergence over the vocabulary, least for a student
     that equals its teacher, but nothing shapes the student within the bucket. "sampled": random-sampling distillation,

@@ -96,10 +96,11 @@ def _choose(
         ]
         for capability in (CAPABILITY_TAIL_SAMPLES, CAPABILITY_SAMPLED_TOKENS)
     }
+    if suits_plain_draws(loss) and not without[CAPABILITY_SAMPLED_TOKENS]:
+        # Twice as many draws in the same bytes: they need no log-probabilities here.
+        return TargetChoice.draws(loss, f"the teacher draws, and {unbiased}", tail=False)
     if not without[CAPABILITY_TAIL_SAMPLES]:
         return TargetChoice.draws(loss, f"the teacher draws from its tail, and {unbiased}", tail=True)
-    if not without[CAPABILITY_SAMPLED_TOKENS] and suits_plain_draws(loss):
-        return TargetChoice.draws(loss, f"the teacher draws, and {unbiased}", tail=False)
     max_top_k = min(each.info.max_top_k for each in members.values())
     why = f"the teacher {', '.join(without[CAPABILITY_TAIL_SAMPLES])} does not draw from its tail"
     return TargetChoice.bucket(loss, why, max_top_k=max_top_k)

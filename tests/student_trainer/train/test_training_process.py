@@ -32,7 +32,13 @@ def test_a_student_that_is_its_teacher_has_loss_zero(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program
 ) -> None:
     run_dir = run(
-        spec_of(models.teacher, dataset_file, hf_teacher.target, optimizer={"learning_rate": 1e-12})
+        spec_of(
+            models.teacher,
+            dataset_file,
+            hf_teacher.target,
+            optimizer={"learning_rate": 1e-12},
+            loss={"sparse_target": "tail_bucket"},
+        )
     )
     losses = metric(run_dir, "train/loss")
     assert sorted(losses) == list(range(1, 9))

@@ -41,12 +41,12 @@ def test_auto_takes_draws_once_and_a_resume_decides_the_same(
     run_dir = make_run(tmp_path, "run", spec(models, dataset_file, hf_teacher.target))
     assert settled(run_dir).sparse_target == "auto"
     assert finish_here(run_dir) == 0, events(run_dir)
-    assert taken(settled(run_dir)) == ("sampled_tail", 16, 48)
-    assert "the teacher draws from its tail" in settled(run_dir).sparse_target_reason
+    assert taken(settled(run_dir)) == ("top_k_and_sampled", 16, 90)
+    assert "the teacher draws, and forward_kl" in settled(run_dir).sparse_target_reason
     (event,) = events(run_dir, "settled")
-    assert event["targets"]["loss"]["sparse_target"] == "sampled_tail"
+    assert event["targets"]["loss"]["sparse_target"] == "top_k_and_sampled"
     said = capsys.readouterr().out.partition("training")[0]
-    assert "sparse_target=sampled_tail" in said
+    assert "sparse_target=top_k_and_sampled" in said
     assert "why='the teacher draws" in said
 
     with TeacherWithoutDraws(hf_teacher.target) as other:
@@ -96,7 +96,8 @@ def test_a_student_that_is_its_teacher_has_loss_zero_from_draws_too(
 
 
 BUILT: dict[str, tuple[dict[str, Any], tuple[str, int, int]]] = {
-    "by default": ({}, ("sampled_tail", 16, 48)),
+    "by default": ({}, ("top_k_and_sampled", 16, 90)),
+    "of the tail": ({"sparse_target": "sampled_tail", "top_k": 8}, ("sampled_tail", 8, 50)),
     "of all tokens": (
         {"top_k": 8, "num_samples": 5, "sparse_target": "top_k_and_sampled"},
         ("top_k_and_sampled", 8, 5),
@@ -146,4 +147,4 @@ def test_a_cache_that_fits_nothing_settles_nothing(
     build = {**spec(models, dataset_file, hf_teacher.target), "task": "cache", "cache": cache}
     assert finish_here(make_run(tmp_path, "build", build)) == 0
     assert finish_here(alone, attempt=2) == 0, events(alone)
-    assert taken(settled(alone)) == ("sampled_tail", 16, 48)
+    assert taken(settled(alone)) == ("top_k_and_sampled", 16, 90)
