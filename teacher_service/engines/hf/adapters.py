@@ -95,13 +95,19 @@ class LoraSlots:
         self._remove(self.slots.pop(name))
 
     def merge(self, name: str) -> None:
-        """Merges the adapter into the weights that it changes, and removes all slots."""
+        """Merges the adapter into the weights that it changes, and removes all slots.
+
+        Raises `StillhouseError` (ADAPTER_INVALID) for an adapter that its base has no place for; the model is then spoilt.
+        """
         self.activate(name)
         slot = self.slots[name]
         for module in list(self._model.modules()):
             for child_name, child in list(module.named_children()):
                 if _is_adapted(child):
-                    child.merge(safe_merge=True, adapter_names=[slot])
+                    try:
+                        child.merge(safe_merge=True, adapter_names=[slot])
+                    except (NotImplementedError, RuntimeError, ValueError) as error:
+                        raise adapter_invalid(name, f"it cannot be merged ({_why(error)})") from error
                     setattr(module, child_name, child.get_base_layer())
         self.slots.clear()
         self._replaced.clear()

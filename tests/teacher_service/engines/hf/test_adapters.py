@@ -204,6 +204,13 @@ def test_an_adapter_speaks_as_peft_does_and_leaves_the_others_as_they_were(
     watched.slots.unload("first")
     assert torch.equal(logits(watched.model), watched.base)
     assert not any("base_layer" in key for key in watched.model.state_dict())
+    watched.slots.load("other", adapter)
+    if change.get("lora_bias"):
+        with pytest.raises(StillhouseError, match=r"cannot be merged.*no bias"):
+            watched.slots.merge("other")
+    elif "tied" not in name:  # which merging cannot keep apart
+        watched.slots.merge("other")
+        assert torch.allclose(logits(watched.model), wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", REFUSED)

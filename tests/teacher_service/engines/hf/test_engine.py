@@ -120,6 +120,38 @@ async def test_scoring_the_end_of_a_sequence_equals_scoring_all_of_it(models: Mo
     assert np.abs(end.logprobs - rest.logprobs).max() < 1e-5
 
 
+async def test_a_model_without_a_cache_to_trust_generates_by_whole_passes(
+    models: Models, tmp_path: Path
+) -> None:
+    """RecurrentGemma keeps the state of one sample in its modules, where samples in turns would share it."""
+    from transformers import AutoTokenizer, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(models.teacher)
+    config = RecurrentGemmaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        lru_width=32,
+        attention_window_size=16,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    save_model(RecurrentGemmaForCausalLM(config), tokenizer, tmp_path / "recurrent")
+    prompts = [random_ids(9), random_ids(5)]
+    async with loaded(tmp_path / "recurrent") as engine:
+        texts = await asyncio.gather(
+            *(
+                text_of(engine, GenerateInput(token_ids=ids, temperature=0, max_new_tokens=6))
+                for ids in prompts
+            )
+        )
+        for ids, text in zip(prompts, texts, strict=True):
+            scored = await engine.score(item([*ids, *text], start=len(ids)))
+            assert scored.token_ids[:, 0].tolist() == text
+
+
 async def test_every_row_predicts_the_token_that_the_contract_says(models: Models, tmp_path: Path) -> None:
     """A bigram model: the successor of token a is distributed as softmax(table[a]), so every row is known in closed
     form."""
