@@ -21,7 +21,7 @@ MEMORY_ADVICE = (
 
 
 AUTO_TOKENS: Mapping[str, int] = {"cpu": 4096, "gpu": 16384}
-"""Tokens of a forward pass by kind of device where memory sets no lower limit: larger ones are no faster."""
+"""Tokens of a forward pass by kind of device where memory sets no lower limit: enough to keep it busy."""
 
 
 def auto_tokens(kind: str) -> int:
