@@ -15,6 +15,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.rules.loss import why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig, RunConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.batching.passes import PassCutter
@@ -50,8 +51,20 @@ def losses() -> Iterator[tuple[str, Mapping[str, Any]]]:
     for weighting in choices(LossTermConfig, "token_weighting"):
         terms = [{"token_weighting": weighting, "weight": 0.7}, {"divergence": "tvd", "weight": 0.2}]
         yield weighting, {"terms": terms, "hard_weight": 0.4, "reduction": "sequence_mean"}
-    for form in choices(LossConfig, "sparse_target"):
+    for form in sorted({*choices(LossConfig, "sparse_target")} - {"auto"}):  # which a run settles first
         yield form, {"sparse_target": form, "num_samples": NUM_DRAWS}
+    drawable = [
+        each
+        for each in choices(LossTermConfig, "divergence")
+        if not why_no_tail_draws(LossTermConfig(divergence=each))
+    ]
+    for divergence in drawable:
+        loss = {
+            "terms": [{"divergence": divergence}],
+            "sparse_target": "sampled_tail",
+            "num_samples": NUM_DRAWS,
+        }
+        yield f"sampled_tail, {divergence}", loss
     for mode in choices(LossConfig, "temperature_mode"):
         yield mode, {"temperature": TEMPERATURE, "temperature_mode": mode}
     for baseline in choices(LossTermConfig, "baseline"):
@@ -67,6 +80,9 @@ def scored_rows(vocab_size: int, *, rollouts: bool) -> list[ScoredExample]:
     for number, length in enumerate(LENGTHS):
         logits = torch.from_numpy(random.normal(size=(length - 1, vocab_size)) * 3)
         top = logits.log_softmax(-1).topk(TOP_K, -1)
+        draws = torch.multinomial(
+            logits.softmax(-1), NUM_DRAWS, replacement=True, generator=torch.Generator().manual_seed(0)
+        )
         answer = Distributions(
             start=1,
             token_ids=top.indices.int().numpy(),
@@ -74,11 +90,8 @@ def scored_rows(vocab_size: int, *, rollouts: bool) -> list[ScoredExample]:
             target_logprobs=random.normal(-3, 1, length - 1).astype(np.float32),
             log_tail=torch.log1p(-top.values.exp().sum(-1)).float().numpy(),
             log_partitions=((logits.log_softmax(-1) / TEMPERATURE).logsumexp(-1)).float().numpy()[:, None],
-            sampled_token_ids=torch.multinomial(
-                logits.softmax(-1), NUM_DRAWS, replacement=True, generator=torch.Generator().manual_seed(0)
-            )
-            .int()
-            .numpy(),
+            sampled_token_ids=draws.int().numpy(),
+            sampled_logprobs=logits.log_softmax(-1).gather(-1, draws).float().numpy(),
         )
         example = Example(
             token_ids=random.integers(4, vocab_size, length, dtype=np.int32),
@@ -126,7 +139,7 @@ def config_of(models: Models, loss: Mapping[str, Any], *, rollouts: bool = False
         "teachers": [{"targets": ["127.0.0.1:1"]}],
         "data": {"train": [{"path": "unused.jsonl"}]},
         "contexts": [{"student": {}}] if rollouts else [{"dataset": {}}],
-        "loss": {"top_k": TOP_K, **loss},
+        "loss": {"top_k": TOP_K, "sparse_target": "tail_bucket", **loss},
         "optimizer": {"max_grad_norm": 0},
     }
     return from_proto(json_format.ParseDict(spec, RunSpec()))
