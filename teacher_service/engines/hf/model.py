@@ -16,9 +16,11 @@ from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Int32Array
 from stillhouse.teacher_service.engines.hf import quantization
 from stillhouse.teacher_service.engines.hf.loading import load_causal_lm, require_causal
-from stillhouse.teacher_service.engines.hf.sample_cache import SampleCache, cache_name, new_cache
+from stillhouse.teacher_service.engines.hf.sample_cache import SampleCache, cache_name
 from stillhouse.teacher_service.models.files import is_quantised
 
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names of a cap on logits in transformers' configurations."""
 FALLBACK_SEQUENCE_TOKENS = 32768
 """Limit of a model whose configuration names none."""
 
@@ -117,11 +119,18 @@ class HfModel:
 
     def head(self, rows_TH: Tensor) -> Tensor:
         """[T, V]: logits of rows from `last_rows`."""
-        return self.model.get_output_embeddings()(rows_TH) if self.splits else rows_TH
+        return self._output_layer(rows_TH) if self.splits else rows_TH
+
+    def _output_layer(self, rows_TH: Tensor) -> Tensor:
+        layer = self.model.get_output_embeddings()
+        if layer.weight.is_floating_point():  # a residual in float32 ends in a layer of another type
+            rows_TH = rows_TH.to(layer.weight.dtype)
+        logits_TV: Tensor = layer(rows_TH)
+        return logits_TV
 
     def new_cache(self) -> SampleCache | None:
         """An empty cache for one sample; None where samples have none."""
-        return new_cache(self.cache_name, self.model) if self.cache_name else None
+        return SampleCache(self.cache_name) if self.cache_name else None
 
     def _logits(self, sequences: list[Int32Array], keep: int, cache: SampleCache | None) -> Tensor:
         """[B, keep, V]: logits after the last `keep` tokens of sequences."""
@@ -129,9 +138,12 @@ class HfModel:
 
     def _head_explains(self, probe: Tensor, logits: Tensor) -> bool:
         output = self.model.get_output_embeddings()
+        text_config = self.model.config.get_text_config()
         if output is None or self.model.base_model is self.model:
             return False
+        if any(getattr(text_config, name, None) for name in _CAPS):
+            return False  # a cap does not show in the small logits of some probes
         hidden = getattr(self.model.base_model(probe, use_cache=False), "last_hidden_state", None)
         if hidden is None or hidden.shape[-1] != output.weight.shape[-1]:
             return False
-        return torch.allclose(output(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)
+        return torch.allclose(self._output_layer(hidden).float(), logits.float(), rtol=1e-5, atol=1e-5)

@@ -24,10 +24,11 @@ _PROBES = ((5, 3), (3, 2))
 
 @dataclass(slots=True)
 class SampleCache:
-    """Cache of one sample; `value` is what the model returned with its last token."""
+    """Cache of one sample: nothing before its first pass, in which the model makes one of its own kind."""
 
     name: str
     value: Any = None
+    """What the model returned with the last token."""
 
     def options(self) -> dict[str, Any]:
         """Arguments of the next pass."""
@@ -59,7 +60,7 @@ def cache_name(model: Any, logits_of: Logits) -> str:
             if name not in inspect.signature(model.forward).parameters:
                 continue
             try:
-                found = _generated(name, probes, logits_of, model)
+                found = _generated(name, probes, logits_of)
             except (
                 AttributeError,
                 IndexError,
@@ -80,9 +81,9 @@ def cache_name(model: Any, logits_of: Logits) -> str:
     return ""
 
 
-def _generated(name: str, probes: Sequence[Int32Array], logits_of: Logits, model: Any) -> Tensor:
+def _generated(name: str, probes: Sequence[Int32Array], logits_of: Logits) -> Tensor:
     """Computes the same rows token by token, the probes in turns: some models keep a state of their own."""
-    caches = [new_cache(name, model) for _ in probes]
+    caches = [SampleCache(name) for _ in probes]
     rows = [
         [logits_of([ids[:prompt]], 1, cache)[0]]
         for ids, cache, (prompt, _) in zip(probes, caches, _PROBES, strict=True)
@@ -92,10 +93,3 @@ def _generated(name: str, probes: Sequence[Int32Array], logits_of: Logits, model
             if step < rest:
                 own.append(logits_of([ids[prompt + step : prompt + step + 1]], 1, cache)[0])
     return torch.cat([row for own in rows for row in own])
-
-
-def new_cache(name: str, model: Any) -> SampleCache:
-    """An empty cache for one sample."""
-    from transformers import DynamicCache
-
-    return SampleCache(name, DynamicCache(config=model.config) if name == NAMES[0] else None)
