@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from contextlib import aclosing
 from dataclasses import replace
 from importlib.util import find_spec
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import DistributionOptions, GeneratedChunk, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
 from tests.conftest import Models
@@ -300,3 +303,16 @@ async def test_adapters_that_do_not_fit_are_refused_and_the_engine_lives(
     await engine.check()
     await engine.load_adapter("good", models.adapter_a)
     await engine.unload_adapter("good")
+
+
+async def test_a_lost_weight_is_named_before_vllm_starts(models: Models, tmp_path: Path) -> None:
+    """vLLM itself counts a fused matrix as loaded once one of its parts is."""
+    shutil.copytree(models.teacher, tmp_path / "lost")
+    weights = load_file(tmp_path / "lost" / "model.safetensors")
+    kept = {
+        key: each for key, each in weights.items() if not key.endswith("layers.0.self_attn.k_proj.weight")
+    }
+    save_file(kept, tmp_path / "lost" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(StillhouseError, match=r"layers\.0\.self_attn\.k_proj\.weight") as refused:
+        await VllmEngine.load(TeacherConfig(model=str(tmp_path / "lost"), engine="vllm"))
+    assert refused.value.reason is Reason.MODEL_NOT_FOUND
