@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -18,9 +19,10 @@ from stillhouse.student_trainer.train.process.memory import memory_of
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.pass_trial import fit_passes
 from stillhouse.student_trainer.train.setup.run_context import RunContext, set_up
-from stillhouse.student_trainer.train.setup.scope import Outcome, open_scope
+from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
 from stillhouse.student_trainer.train.setup.trained import load_trained
 from stillhouse.student_trainer.train.student.export import export
+from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
 
@@ -42,8 +44,7 @@ def train(
     with open_scope(config, attempt, stop_requested, ranks) as scope:
         trained = load_trained(scope)
         if trained is not None:
-            if scope.ranks.is_first:
-                export(trained.student, attempt)
+            _export(scope, trained.student)
             return Outcome(kind="completed", step=trained.step)
         try:
             run = set_up(scope, progress)
@@ -53,7 +54,7 @@ def train(
         try:
             if progress.step == 0:
                 evaluated_step = _evaluate(run)
-            for data in scope.ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested):
+            for data in _steps(run, stop_requested):
                 if not fitted:
                     fit_passes(run, data)
                     fitted = True
@@ -78,9 +79,27 @@ def train(
         if scope.ranks.is_first:
             end_ids = tuple(run.student_side.student.end_ids)
             attempt.mark_trained(TrainedRecord(step=progress.step, end_ids=end_ids))
-            with memory_of(lambda: "The export of the trained model"):
-                export(run.student_side.student, attempt)
+        _export(scope, run.student_side.student)
     return Outcome(kind="completed", step=progress.step)
+
+
+def _export(scope: RunScope, student: Student) -> None:
+    if scope.ranks.is_first:
+        with memory_of(lambda: "The export of the trained model"):
+            export(student, scope.attempt)
+
+
+def _steps(run: RunContext, stop_requested: Callable[[], bool]) -> Iterator[StepData]:
+    """Yields the data of each step; an error of a wait for it, such as that of a lost teacher, costs no step taken."""
+    ranks, progress = run.scope.ranks, run.state.progress
+    try:
+        yield from ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested)
+    except StillhouseError:
+        # Of several processes others may be gone, and a save needs all.
+        if ranks.size == 1 and not progress.skipped_in_a_row:
+            with contextlib.suppress(OSError, StillhouseError):
+                run.checkpointer.save()
+        raise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,7 +13,7 @@ from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.data.readers import resolve
 from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter, merge
-from stillhouse.student_trainer.train.student.pretrained import UnfitModelError, check_causal, load_pretrained
+from stillhouse.student_trainer.train.student.pretrained import UnfitModelError, load_pretrained
 
 
 def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -27,7 +27,6 @@ def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device
         if is_quantized
         else load_base(config, data_dir, dtype)
     )
-    _check_base(base, config, data_dir)
     model = keep_layers(base, config)
     if is_quantized:
         import peft
@@ -43,18 +42,6 @@ def load_model(config: StudentConfig, data_dir: Path, dtype: torch.dtype, device
     elif config.lora:
         model = add_adapter(model, config.lora)
     return model if is_quantized else model.to(device)
-
-
-def _check_base(base: Any, config: StudentConfig, data_dir: Path) -> None:
-    try:
-        check_causal(base)
-    except torch.OutOfMemoryError:
-        raise
-    except UnfitModelError as error:
-        raise model_not_found(config, model_source(config, data_dir), str(error)) from error
-    except Exception as error:  # sizes that do not match show in the first pass
-        problem = f"loads, but cannot compute a pass over eight tokens ({first_line(error)})"
-        raise model_not_found(config, model_source(config, data_dir), problem) from error
 
 
 def load_base(

@@ -63,15 +63,12 @@ def load_pretrained(source: str, **options: Any) -> Any:
 
 
 def check_causal(model: Any) -> None:
-    """Returns if no logits depend on a later token. Raises UnfitModelError otherwise."""
+    """Returns if no logits of `model`, which is in evaluation mode, depend on a later token; else raises UnfitModelError."""
     weight = model.get_input_embeddings().weight
     one = torch.arange(8, device=weight.device) * 7 % weight.shape[0]
     other = one.clone()
     other[-1] = (other[-1] + 1) % weight.shape[0]
-    was_training = model.training
-    with torch.no_grad():
-        logits = model.eval()(input_ids=torch.stack([one, other]), use_cache=False).logits.float()
-    model.train(was_training)
+    logits = model(input_ids=torch.stack([one, other]), use_cache=False).logits.float()
     before, spread = logits[:, :-1], logits.std()
     if (before[0] - before[1]).abs().max() > MAX_LOOKAHEAD.get(weight.dtype, HALF_LOOKAHEAD) * spread:
         raise UnfitModelError(

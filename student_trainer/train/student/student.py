@@ -17,6 +17,7 @@ from stillhouse.protos.library_errors import reported_as
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
 from stillhouse.student_trainer.train.student.loading import load_model, model_not_found, model_source
+from stillhouse.student_trainer.train.student.pretrained import UnfitModelError, check_causal
 from stillhouse.student_trainer.train.student.saving import save_adapter, save_model
 
 log = structlog.get_logger()
@@ -169,12 +170,15 @@ class Student:
 
 
 def _try_pass(model: Any, config: StudentConfig) -> None:
-    """Raises StillhouseError(MODEL_NOT_FOUND) for a model that loads and cannot compute, as with sizes that do not match.
+    """Raises StillhouseError(MODEL_NOT_FOUND) for a model that loads and cannot compute, as with sizes that do not match,
+    or computes no language model.
 
     Attention may hide NaN in weights from the logits.
     """
 
     def refused(error: BaseException) -> StillhouseError:
+        if isinstance(error, UnfitModelError):
+            return model_not_found(config, config.model, str(error))
         problem = f"loads, but cannot compute a pass over two tokens ({first_line(error)})"
         return model_not_found(config, config.model, problem)
 
@@ -189,3 +193,4 @@ def _try_pass(model: Any, config: StudentConfig) -> None:
                 raise ValueError(f"{name} holds NaN or infinite values")
         if logits.isnan().any():
             raise ValueError("its logits are NaN")
+        check_causal(model)

@@ -237,7 +237,7 @@ def test_a_teacher_that_comes_back_as_another_is_refused_amid_the_run(
     assert "is not the one that this run began with" in failure(run_dir)
     error = events(run_dir, "failed")[-1]["error"]
     assert error["code"] == 9, "FAILED_PRECONDITION"
-    assert run_dir.checkpoints()
+    assert run_dir.checkpoints()[-1] == max(metric(run_dir, "train/loss"))
 
 
 @pytest.mark.faults(row=17)
@@ -268,6 +268,7 @@ def test_non_finite_answers_are_left_out_counted_and_too_many_end_the_run(
     if many:
         assert code == EXIT_FAILED
         assert "are left out" in failure(run_dir)
+        assert run_dir.checkpoints()[-1:] == list(metric(run_dir, "train/loss"))[-1:]
     else:
         assert code == 0
         assert len(metric(run_dir, "train/loss")) == STEPS
