@@ -21,7 +21,7 @@ setup: ## make the virtual environment (.venv) with everything in it
 demo: setup ## distil a small model end to end, with all three programs
 	@$(PY) -m examples.demo $(ARGS)
 
-test: check-static ## set up and run everything that CI runs; prints the coverage, unless ARGS chooses tests
+test: check-static-parallel ## set up and run everything that CI runs; prints the coverage, unless ARGS chooses tests
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(or $(ARGS),--cov --cov-report=)
 
 test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
@@ -30,11 +30,14 @@ test-faults: setup ## every row of the fault matrix, injected into real processe
 test-fuzz: setup ## hostile bytes, messages, files and connections; LONG=1 for more than 100,000 cases, FUZZ_SEED=2 for others
 	LONG=$(LONG) $(PY) -m pytest --timeout 3600 tests/fuzz $(ARGS)
 
-check: check-static ## the static checks, and the tests that start no model
+check: check-static-parallel ## the static checks, and the tests that start no model
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not model and not slow" $(ARGS)
 
-.PHONY: check-static
+.PHONY: check-static check-static-parallel
 check-static: lint lint-protos types imports drift locked docs
+
+check-static-parallel: setup
+	@$(MAKE) --no-print-directory -j2 --output-sync=target check-static
 
 lint: setup ## ruff: style, and the formatter's opinion
 	$(VENV)/bin/ruff check $(CODE)
