@@ -43,7 +43,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "faults(row): injects the fault of this row of tests/faults/matrix.py."
     )
-    config.addinivalue_line("markers", "slow: only in `make test-faults`.")
+    config.addinivalue_line(
+        "markers", "slow: only in `make test-slow` and, with `faults`, in `make test-faults`."
+    )
     # By default SIGTERM would end pytest before its fixtures have ended the services that they started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     inherit_interrupts()

@@ -13,6 +13,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
 
 @pytest.mark.model
+@pytest.mark.slow
 def test_a_service_that_is_killed_loses_no_run(tmp_path: Path) -> None:
     outcome = soak(tmp_path, runs=5, kills=1, slots=2, seed=1)
     assert outcome.faults == []

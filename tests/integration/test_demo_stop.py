@@ -8,12 +8,15 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from tests.support.processes import MARK, marked_processes, no_process_left
 from tests.support.programs import start_program
 from tests.support.runs import wait_until
 
 
+@pytest.mark.slow
 def test_an_interrupted_demo_leaves_no_process_and_no_waiting_run(tmp_path: Path) -> None:
     with (
         no_process_left(patience_s=0.5) as mark,

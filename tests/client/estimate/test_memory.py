@@ -117,7 +117,7 @@ def test_every_optimizer_of_a_run_can_be_estimated() -> None:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_real_run_uses_the_predicted_memory(tmp_path: Path, models: Models, *, checkpointing: bool) -> None:
     from tests.support.small_models import make_model
 

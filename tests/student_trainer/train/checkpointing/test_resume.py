@@ -67,10 +67,11 @@ def undisturbed(
 
 FAILPOINTS = [
     "checkpoint.after_weights",
-    "checkpoint.after_optimizer:2",
     "checkpoint.before_rename:3",
-    "checkpoint.after_rename",
-    "checkpoint.after_prune",
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in ("checkpoint.after_optimizer:2", "checkpoint.after_rename", "checkpoint.after_prune")
+    ),
     "export.before_rename",
 ]
 

@@ -128,7 +128,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(name, marks=pytest.mark.slow) if name == "foreign" else name for name in CASES]
+)
 def test_two_processes_train_what_one_trains(spec: Any, tmp_path: Path, case: str) -> None:
     with no_process_left() as mark:
         alone = run_with(tmp_path, mark, spec(1, **CASES[case]))

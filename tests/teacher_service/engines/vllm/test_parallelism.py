@@ -47,6 +47,7 @@ def test_sizes_reach_vllm_and_stages_are_refused_where_it_would_die() -> None:
         parallel_arguments(config, on_cpu=True)
 
 
+@pytest.mark.slow
 def test_two_workers_score_like_one(models: Models, vllm_teacher: Program, tmp_path: Path) -> None:
     ids = [random_ids(length) for length in (2, 33, 200)]
     with (
