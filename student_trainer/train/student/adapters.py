@@ -32,9 +32,10 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
     """
     import peft
 
-    linear = _linear_modules(model)
+    linear = [each for each in _linear_modules(model) if _takes_lora(model, each.rpartition(".")[2])]
     names = [each for each in config.target_modules if each != ALL_LINEAR]
-    if len(names) < len(config.target_modules) or not names:
+    takes_all = len(names) < len(config.target_modules) or not names
+    if takes_all:
         names += sorted({name.rpartition(".")[2] for name in linear})
     _check_names(model, names, linear)
     _check_layers(model, config.layers)
@@ -60,7 +61,7 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
             f"{', '.join(names)}{layers}: no LoRA can be added there ({first_line(error)}). This model's linear layers are "
             f"{_listed(linear)}.",
         ) from error
-    _log_reach(adapted)
+    _log_reach(adapted, takes_all=takes_all)
     return adapted
 
 
@@ -96,15 +97,30 @@ def merge(model: Any) -> Any:
 
 
 def _linear_modules(model: Any) -> list[str]:
-    """Returns the names of all linear layers but the output layer."""
+    """Returns the names of all linear layers but the output layer, and but those of a model's own kind, such as routers that
+    return more than a product."""
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings()
     return [
         name
         for name, each in model.named_modules()
-        if isinstance(each, (nn.Linear, Conv1D)) and each is not output
+        if isinstance(each, (nn.Linear, Conv1D))
+        and each is not output
+        and not type(each).__module__.startswith("transformers.models.")
     ]
+
+
+def _takes_lora(model: Any, name: str) -> bool:
+    """Returns False for a layer whose weight the model reads past the layer, as Mamba's fused kernels do: PEFT refuses those."""
+    import peft
+    from peft.tuners import tuners_utils
+
+    try:
+        tuners_utils._check_lora_target_modules_mamba(peft.LoraConfig(), model, name)
+    except ValueError:
+        return False
+    return True
 
 
 def _matches(module: str, names: Sequence[str]) -> bool:
@@ -153,12 +169,15 @@ def _check_tensors(adapted: Any, path: Path, config: StudentConfig) -> None:
         )
 
 
-def _log_reach(adapted: Any) -> None:
-    """Logs how many modules the adapter changes, and the experts that it leaves as they are."""
+def _log_reach(adapted: Any, *, takes_all: bool = False) -> None:
+    """Logs how many modules the adapter changes, and the experts and, of all, the layers that it leaves as they are."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     reached = [name for name, each in adapted.named_modules() if isinstance(each, BaseTunerLayer)]
     facts: dict[str, Any] = {"modules": len(reached)}
+    left = [] if not takes_all else [each for each in _linear_modules(adapted) if not _is_adapted(each)]
+    if left:
+        facts["linear_left_as_they_are"] = _listed(left)
     experts = _unreached_experts(adapted)
     if experts:
         total = sum(each.numel() for each in adapted.parameters())
@@ -169,12 +188,27 @@ def _log_reach(adapted: Any) -> None:
 
 
 def _unreached_experts(adapted: Any) -> Mapping[str, int]:
-    """Returns the sizes of experts' weights that are no modules, which LoRA cannot wrap, by name."""
+    """Returns the sizes of experts' weights that are no modules and have no LoRA of their own, by name.
+
+    In some mixtures of experts PEFT puts the LoRA of layers named as the experts' former parts on these weights instead.
+    """
+    from peft.tuners.lora.layer import ParamWrapper
+
+    wrapped = {id(each.get_param()) for each in adapted.modules() if isinstance(each, ParamWrapper)}
     return {
         name: each.numel()
         for name, each in adapted.named_parameters()
-        if ".experts." in name and each.ndim == 3 and ".lora_" not in name and not each.requires_grad
+        if ".experts." in name
+        and each.ndim == 3
+        and ".lora_" not in name
+        and not each.requires_grad
+        and id(each) not in wrapped
     }
+
+
+def _is_adapted(module: str) -> bool:
+    """Returns True for a layer under an adapter's, and for those of the adapter."""
+    return ".lora_" in module or module.endswith(".base_layer")
 
 
 def _untie(plain: Any) -> None:
@@ -186,16 +220,19 @@ def _untie(plain: Any) -> None:
         if not isinstance(module, BaseTunerLayer):
             continue
         base = module.get_base_layer()
-        weight = base.weight
-        if uses[id(weight)] > 1:
+        weight = getattr(base, "weight", None)  # experts have weights of other names, which nothing shares
+        if weight is not None and uses[id(weight)] > 1:
             uses[id(weight)] -= 1
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
 
 
 @contextmanager
 def _warnings_handled() -> Iterator[None]:
-    """Silences PEFT's warnings of tied embeddings, which `merge` unties, and of missing tensors, which are refused."""
+    """Silences PEFT's warnings of tied embeddings, which `merge` unties, of missing tensors, which are refused, and of
+    patterns of its own for experts."""
     with warnings.catch_warnings():
+        patterns = "The following (rank|alpha)_pattern keys did not match"
+        warnings.filterwarnings("ignore", message=patterns, category=RuntimeWarning)
         said = ".*(tie_word_embeddings|no longer tied|tied layer|missing adapter keys)"
         warnings.filterwarnings("ignore", message=said, category=UserWarning)
         yield

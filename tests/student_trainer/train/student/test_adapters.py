@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
-from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter
+from stillhouse.student_trainer.train.student.adapters import add_adapter, load_adapter, merge
 from tests.student_trainer.train.student.tiny_architectures import tiny_model
 
 RANK_2 = LoraConfig(rank=2)
@@ -58,6 +59,34 @@ def test_experts_that_an_adapter_leaves_are_said(capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().out
     assert "experts_left_as_they_are" in said
     assert "gate_up_proj" in said
+
+
+def test_layers_that_mamba_reads_past_are_left_and_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _adapted(add_adapter(tiny_model("mamba"), RANK_2)) == {"in_proj", "x_proj", "dt_proj"}
+    assert "linear_left_as_they_are=out_proj" in capsys.readouterr().out
+
+
+def test_a_router_that_is_a_kind_of_linear_layer_is_left() -> None:
+    assert _adapted(add_adapter(tiny_model("phimoe"), RANK_2)) == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_an_adapter_that_peft_puts_on_experts_is_merged(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where layers named as the experts' former parts are asked for, PEFT adapts the experts instead of them."""
+    model = add_adapter(tiny_model(kind), RANK_2)
+    said = capsys.readouterr().out
+    assert "experts_left_as_they_are" not in said
+    assert "linear_left_as_they_are='down_proj, gate_proj, up_proj'" in said
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for each in model.parameters():
+            if each.requires_grad:
+                each.copy_(torch.randn(each.shape, generator=generator) * 0.1)
+        ids = torch.arange(8)[None]
+        expected = model.eval()(ids).logits
+        torch.testing.assert_close(merge(model)(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_that_lacks_tensors_is_refused_by_their_names(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ def tiny_model(kind: str, *, seed: int = 0, **further: Any) -> Any:
         return AutoModelForCausalLM.from_config(tiny_config(kind, **further)).eval()
 
 
+_ROUTED: dict[str, int] = {
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _OWN_SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "mamba": {"state_size": 4, "num_heads": 2},
@@ -48,4 +57,10 @@ _OWN_SIZES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 16,
     },
     "mixtral": {"num_local_experts": 4},
+    "glm4_moe": _ROUTED,
+    "deepseek_v3": {
+        **_ROUTED,
+        **{"q_lora_rank": 16, "kv_lora_rank": 16},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16, "head_dim": 8},
+    },
 }
