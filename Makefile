@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slow test-fuzz check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache lock hooks release clean
+.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache lock hooks release clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -27,8 +27,11 @@ test: check-static-parallel ## set up and run everything that CI runs; prints th
 test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
 	LONG=$(LONG) STILLHOUSE_TEST_KILLS=$(or $(STILLHOUSE_TEST_KILLS),20) $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m faults -p tests.faults.report $(ARGS)
 
-test-slow: setup ## what `make test` leaves out for its time, but for the faults
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not faults" $(ARGS)
+test-slow: setup ## what `make test` leaves out for its time, but for faults and architectures
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not faults" --ignore tests/compat $(ARGS)
+
+test-compat: setup ## every architecture of transformers through all stages, as a table; ARGS="-k mamba" for some
+	$(PY) -m pytest -n 2 tests/compat $(ARGS)
 
 test-fuzz: setup ## hostile bytes, messages, files and connections; LONG=1 for more than 100,000 cases, FUZZ_SEED=2 for others
 	LONG=$(LONG) $(PY) -m pytest --timeout 3600 tests/fuzz $(ARGS)

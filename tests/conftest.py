@@ -44,7 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "markers", "faults(row): injects the fault of this row of tests/faults/matrix.py."
     )
     config.addinivalue_line(
-        "markers", "slow: only in `make test-slow` and, with `faults`, in `make test-faults`."
+        "markers",
+        "slow: only in `make test-slow`, `make test-compat` and, with `faults`, in `make test-faults`.",
     )
     # By default SIGTERM would end pytest before its fixtures have ended the services that they started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
