@@ -53,6 +53,30 @@ def changed_spec(effective: RunSpec, changes: RunSpec) -> RunSpec:
     return to_proto(from_proto(spec))
 
 
+def with_changeable(kept: RunSpec, stored: RunSpec) -> RunSpec:
+    """The effective spec `kept` of a run directory, with all that a resume may change as `stored` has it.
+
+    Everything else stays, such as paths that were edited after the directory had moved.
+    """
+    spec = RunSpec()
+    spec.CopyFrom(kept)
+    for path in (*CHANGEABLE, "optimizer.batch_size"):
+        *parents, name = path.split(".")
+        target: Any = spec
+        source: Any = stored
+        for parent in parents:
+            target, source = getattr(target, parent), getattr(source, parent)
+        target.ClearField(name)
+        if not source.HasField(name):
+            continue
+        value = getattr(source, name)
+        if isinstance(value, Message):
+            getattr(target, name).CopyFrom(value)
+        else:
+            setattr(target, name, value)
+    return spec
+
+
 def changes_passes(changes: RunSpec) -> bool:
     """True if `changes` says how an update is cut into passes."""
     return any(path.startswith("optimizer.") for path in _paths(changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import structlog
 
@@ -11,6 +12,7 @@ from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.config.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.config.proto import read
+from stillhouse.student_trainer.config.resume_changes import with_changeable
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.data_dir import DataDir
@@ -190,7 +192,10 @@ class Supervisor:
         """Fences off earlier attempts, then starts the process."""
         if not run_dir.effective_spec_path.exists():
             RunDir.create(run_dir.path, run.spec, run.effective_spec)
-        run_dir.write_effective_spec(run.effective_spec)
+        effective = run.effective_spec
+        with contextlib.suppress(StillhouseError):  # a damaged file is replaced
+            effective = with_changeable(run_dir.effective_spec(), effective)
+        run_dir.write_effective_spec(effective)
         run_dir.write_control(attempt, stop=False)
         training_process.end_leftover(run_dir)
         return training_process.start(
