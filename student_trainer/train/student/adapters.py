@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import structlog
+import torch
 from torch import nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
@@ -97,18 +98,26 @@ def merge(model: Any) -> Any:
 
 
 def _linear_modules(model: Any) -> list[str]:
-    """Returns the names of all linear layers but the output layer, and but those of a model's own kind, such as routers that
-    return more than a product."""
+    """Returns the names of all linear layers but the output layer and those that are more, such as some routers."""
     from transformers.pytorch_utils import Conv1D
 
     output = model.get_output_embeddings()
     return [
         name
         for name, each in model.named_modules()
-        if isinstance(each, (nn.Linear, Conv1D))
-        and each is not output
-        and not type(each).__module__.startswith("transformers.models.")
+        if isinstance(each, (nn.Linear, Conv1D)) and each is not output and _gives_a_product(each)
     ]
+
+
+def _gives_a_product(layer: Any) -> bool:
+    """Returns False for an architecture's own kind of linear layer that returns something else, to which LoRA cannot add."""
+    if not type(layer).__module__.startswith("transformers.models."):
+        return True
+    try:
+        with torch.no_grad():
+            return isinstance(layer(layer.weight.new_zeros(1, layer.in_features)), torch.Tensor)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # it wants other inputs
+        return False
 
 
 def _takes_lora(model: Any, name: str) -> bool:

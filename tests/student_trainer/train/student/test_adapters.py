@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
@@ -66,7 +67,10 @@ def test_layers_that_mamba_reads_past_are_left_and_said(capsys: pytest.CaptureFi
     assert "linear_left_as_they_are=out_proj" in capsys.readouterr().out
 
 
-def test_a_router_that_is_a_kind_of_linear_layer_is_left() -> None:
+def test_an_architectures_own_linear_layers_are_reached_and_its_router_is_left() -> None:
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    falcon = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **sizes))
+    assert _adapted(add_adapter(falcon, RANK_2)) >= {"query_key_value", "dense_4h_to_h"}
     assert _adapted(add_adapter(tiny_model("phimoe"), RANK_2)) == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
