@@ -298,7 +298,7 @@ def test_an_adapter_is_uploaded_loaded_listed_and_unloaded(hf_teacher: Program, 
     try:
         listed = command(target, "teacher", "adapters")
         assert f"{name}  " in listed.stdout
-        assert "1 of 4 slots in use" in listed.stdout
+        assert "1 of 8 slots in use" in listed.stdout
         assert json.loads(command(target, "teacher", "adapters", "--json").stdout)["max_adapters"] == 8
     finally:
         assert command(target, "teacher", "unload-adapter", name).exit_code == 0
