@@ -131,6 +131,7 @@ def test_watch_shows_changes_steps_and_evaluations_as_lines() -> None:
         "step 9  evaluation:  agreement 0.5  kl 0.25",
         "run abcabcabcabc: FAILED at step 9/9",
         r"Out of \x1b[31mmemory. Halve optimizer.micro_batch_size.",
+        "`stillhouse run logs abcabcabcabc` shows its log; `stillhouse run resume abcabcabcabc` starts it again.",
     ]
 
 

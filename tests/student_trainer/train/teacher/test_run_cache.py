@@ -277,13 +277,14 @@ def test_reading_asks_for_what_is_missing_and_keeps_nothing(
 
 
 def test_a_cache_keeps_the_day_that_its_chat_template_wrote(
-    models: Models, hf_teacher: Program, tmp_path: Path
+    models: Models, hf_teacher: Program, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    student = shutil.copytree(models.student, tmp_path / "student")
+    allowed = tmp_path_factory.mktemp("allowed")
+    student = shutil.copytree(models.student, allowed / "student")
     dated = "{{ strftime_now('%d %b %Y') }}\n"
     (student / "chat_template.jinja").write_text(dated + (student / "chat_template.jinja").read_text())
     turns = [{"role": "user", "content": "Ada has"}, {"role": "assistant", "content": "3 apples."}]
-    rows = tmp_path / "rows.jsonl"
+    rows = allowed / "rows.jsonl"
     rows.write_text((json.dumps({"messages": turns}) + "\n") * 3)
 
     def values(mode: str, target: str | None, **data: Any) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def test_a_cache_keeps_the_day_that_its_chat_template_wrote(
     assert text.startswith("26 Jul 2024\n")
     host = Host(
         data_dir=tmp_path,
-        roots=[tmp_path],
+        roots=[allowed],
         slots=DeviceSlots(gpus=[], cpu_slots=1),
         dataset_suffix=lambda _: None,
         processor=Processor(),

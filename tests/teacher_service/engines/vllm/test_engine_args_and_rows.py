@@ -110,7 +110,7 @@ def test_a_cpu_keeps_the_last_adapter_slot_empty_and_a_gpu_needs_not(
 ) -> None:
     on_cpu = engine_arguments(config, tmp_path, on_cpu=True, vocab_size=1000)
     on_gpu = engine_arguments(config, tmp_path, on_cpu=False, vocab_size=1000)
-    assert (on_cpu["max_loras"], on_gpu["max_loras"]) == (5, 4)
+    assert (on_cpu["max_loras"], on_gpu["max_loras"]) == (config.max_adapters + 1, config.max_adapters)
     assert on_cpu["enforce_eager"]
     assert "enforce_eager" not in on_gpu
     assert "kv_cache_memory_bytes" not in on_gpu
