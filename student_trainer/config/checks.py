@@ -29,7 +29,7 @@ from stillhouse.student_trainer.config.rules.contexts import (
 )
 from stillhouse.student_trainer.config.rules.cross_tokenizer import check_cross_tokenizer
 from stillhouse.student_trainer.config.rules.loss import check_loss
-from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.schema import MAX_BATCH_SIZE, RunConfig
 from stillhouse.student_trainer.config.value_synonyms import nearest_value
 
 MAX_COMPARED_CHARACTERS = 200
@@ -219,6 +219,12 @@ def _check_passes(config: RunConfig) -> Iterator[FieldViolation]:
             f"optimizer.{by_tokens[0]}",
             f"is set beside micro_batch_size or grad_accum_steps, which count rows of a pass. Keep {given} and leave those two "
             f"out; optimizer.batch_size: {optimizer.rows_per_update} is the update that they describe.",
+        )
+    elif optimizer.cuts_by_rows and optimizer.rows_per_update > MAX_BATCH_SIZE:
+        yield FieldViolation(
+            "optimizer.grad_accum_steps",
+            f"{optimizer.grad_accum_steps} x micro_batch_size {optimizer.rows_per_pass} is {optimizer.rows_per_update:,} rows "
+            f"of one update; it must be at most {MAX_BATCH_SIZE:,}.",
         )
 
 

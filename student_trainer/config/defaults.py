@@ -29,7 +29,7 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         optimizer = replace(
             optimizer,
             micro_batch_size=optimizer.rows_per_pass,
-            grad_accum_steps=optimizer.grad_accum_steps or 1,
+            grad_accum_steps=1 if optimizer.grad_accum_steps is None else optimizer.grad_accum_steps,
         )
     else:
         optimizer = replace(optimizer, batch_size=optimizer.rows_per_update)

@@ -37,6 +37,12 @@ def changed_spec(effective: RunSpec, changes: RunSpec) -> RunSpec:
         StillhouseError: INVALID_SPEC with every field that may not change, or whose value cannot be.
     """
     paths = list(_paths(changes))
+    if "optimizer" in paths:
+        # A client leaves this of "micro_batch_tokens: auto", as it does in the file of a new run.
+        raise invalid_field(
+            "optimizer.micro_batch_tokens",
+            "has no number; auto is found when a run begins. Give tokens of a pass, such as 2048, or leave it out.",
+        )
     forbidden = [path for path in paths if not _may_change(path)]
     if forbidden:
         rule = f"is not changed by a resume; leave it out, or create a new run. A resume changes {', '.join(CHANGEABLE)}."

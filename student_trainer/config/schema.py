@@ -37,6 +37,8 @@ LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
 BATCH_SIZE = 8
 """Rows of an update."""
+MAX_BATCH_SIZE = 65_536
+"""Most rows of an update: a process holds all of them, and their targets, at once."""
 MICRO_BATCH_SIZE = 8
 """Rows of a forward pass that is cut by rows."""
 CHECKPOINT_EVERY_STEPS = 500
@@ -280,7 +282,9 @@ class OptimizerConfig:
     lr_scheduler: Annotated[str, Choices("cosine", "linear", "constant")] = "cosine"
     warmup_fraction: Annotated[float, Range(0, 1)] = 0.03
     batch_size: Annotated[
-        int | None, COUNT, DefaultText(f"{BATCH_SIZE}; else micro_batch_size x grad_accum_steps")
+        int | None,
+        Range(1, MAX_BATCH_SIZE),
+        DefaultText(f"{BATCH_SIZE}; else micro_batch_size x grad_accum_steps"),
     ] = None
     micro_batch_tokens: Annotated[
         int | None, COUNT, DefaultText("auto, from a trial of the run's largest pass")
@@ -310,14 +314,14 @@ class OptimizerConfig:
     @property
     def rows_per_pass(self) -> int:
         """Rows of a forward pass that is cut by rows."""
-        return self.micro_batch_size or MICRO_BATCH_SIZE
+        return MICRO_BATCH_SIZE if self.micro_batch_size is None else self.micro_batch_size
 
     @property
     def rows_per_update(self) -> int:
         """Rows of one update, over all processes."""
         if self.cuts_by_rows:
-            return self.rows_per_pass * (self.grad_accum_steps or 1)
-        return self.batch_size or BATCH_SIZE
+            return self.rows_per_pass * (1 if self.grad_accum_steps is None else self.grad_accum_steps)
+        return BATCH_SIZE if self.batch_size is None else self.batch_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

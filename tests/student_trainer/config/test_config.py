@@ -383,3 +383,10 @@ def test_rows_and_tokens_of_a_pass_are_given_in_one_way() -> None:
             StillhouseError, match=rf"optimizer\.{name}: is set beside micro_batch_size .* 16 is the update"
         ):
             optimizer(**{name: 64, "grad_accum_steps": 2})
+
+
+@pytest.mark.parametrize("name", ["batch_size", "micro_batch_size", "grad_accum_steps"])
+def test_no_rows_and_more_rows_than_a_process_holds_are_refused(name: str) -> None:
+    for value in (0, 10**9):
+        with pytest.raises(StillhouseError, match=rf"optimizer\..*{value}.* must be (at least 1|.*65,?536)"):
+            from_proto(spec_of({**SMALLEST, "optimizer": {name: value}}))

@@ -114,3 +114,9 @@ def test_everything_else_is_refused_by_name() -> None:
 def test_what_may_change_exists() -> None:
     known = {path for path, _, _ in walk(schema.RunConfig())}
     assert set(CHANGEABLE) <= known
+
+
+def test_a_resume_takes_a_number_for_the_tokens_of_a_pass_and_not_auto() -> None:
+    with pytest.raises(StillhouseError, match="Give tokens of a pass, such as 2048") as caught:
+        changed_spec(effective(), spec_of({"optimizer": {}}))
+    assert caught.value.violations[0].field == "optimizer.micro_batch_tokens"
