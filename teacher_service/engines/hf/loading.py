@@ -43,7 +43,7 @@ def load_causal_lm(directory: Path, model: str, **options: Any) -> Any:
 
 def require_causal(model: Any, name: str) -> None:
     """Raises `StillhouseError` (MODEL_NOT_FOUND) for a model, such as an encoder, whose logits at a position depend on
-    later tokens."""
+    later tokens, and for one whose logits are not finite."""
     vocab_size = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (1, _PROBE_TOKENS), generator=generator).to(model.device)
@@ -52,6 +52,13 @@ def require_causal(model: Any, name: str) -> None:
     others[:, half:] = (ids[:, half:] + 1) % vocab_size
     with torch.inference_mode():
         one, other = model(torch.cat([ids, others])).logits[:, :half]
+    if not torch.isfinite(one).all():
+        broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+        why = f"{broken[0]} holds such values; fetch the model again" if broken else "choose another --dtype"
+        raise StillhouseError(
+            Reason.MODEL_NOT_FOUND,
+            f"{name} computes NaN or infinite logits in {str(model.dtype).removeprefix('torch.')}: {why}.",
+        )
     if not agree(other, one, model.dtype):
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,

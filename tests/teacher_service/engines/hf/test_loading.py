@@ -79,6 +79,14 @@ def test_a_lost_weight_is_named(qwen: Path, lost: str, named: str) -> None:
     assert refused.value.reason == Reason.MODEL_NOT_FOUND
 
 
+def test_a_weight_that_is_not_a_number_is_named_and_the_model_not_taken_for_an_encoder(qwen: Path) -> None:
+    key = f"{LAYER}o_proj.weight"
+    change(qwen, lambda weights: {**weights, key: weights[key] * float("nan")})
+    with pytest.raises(StillhouseError, match=rf"NaN or infinite logits in float32: {key} holds") as refused:
+        load(qwen)
+    assert refused.value.reason == Reason.MODEL_NOT_FOUND
+
+
 def test_a_renamed_weight_is_named_with_its_new_name(qwen: Path) -> None:
     change(qwen, lambda weights: {key.replace("k_proj", "key"): each for key, each in weights.items()})
     with pytest.raises(StillhouseError, match=r"k_proj.*self_attn\.key\.") as refused:
