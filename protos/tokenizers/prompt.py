@@ -29,3 +29,9 @@ def encode_prompt(tokenizer: Any, text: str) -> Prompt:
         ids, offsets = ids[:-1], offsets[:-1]
     is_doubled = bos is not None and ids[:2] == [bos, bos] and offsets[0] == UNPLACED != offsets[1]
     return Prompt(ids[is_doubled:], offsets[is_doubled:], is_doubled)
+
+
+def require_vocabulary(tokenizer: Any) -> None:
+    """Raises ValueError for a tokenizer of special tokens alone, which transformers makes up where the files hold none."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.get_added_vocab()):
+        raise ValueError("its files hold no vocabulary")

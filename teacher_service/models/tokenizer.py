@@ -23,7 +23,7 @@ from stillhouse.protos.tokenizers.bounded_rendering import (
     checked_template,
 )
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
-from stillhouse.protos.tokenizers.prompt import encode_prompt
+from stillhouse.protos.tokenizers.prompt import encode_prompt, require_vocabulary
 from stillhouse.teacher_service.models.files import locate_model
 
 # Files that a trainer may fetch; nothing else of the model's directory leaves the host.
@@ -95,6 +95,7 @@ class TextCodec:
             )
             # A broken one may load and fail at its first text.
             tokenizer("a")
+            require_vocabulary(tokenizer)
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,

@@ -84,11 +84,11 @@ def _write(student: Student, directory: Path) -> None:
         save_model(model, directory)
         _check(probe, load_pretrained(str(directory), dtype="auto"), "final/")
     elif config.output == "adapter":
-        save_adapter(model, config, directory)
+        save_adapter(model, config, directory, student.tokenizer)
         _check(probe, _load_adapter(student, directory), "the adapter in final/")
     else:
         adapter = directory / ADAPTER_FOLDER
-        save_adapter(model, config, adapter)
+        save_adapter(model, config, adapter, student.tokenizer)
         if config.output == "both":
             _check(probe, _load_adapter(student, adapter), "the adapter in final/adapter/")
         save_model(merge_adapter(model, config, student.data_dir, adapter), directory)

@@ -32,12 +32,13 @@ def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None =
         settings.to_json_file(directory / GENERATION_CONFIG, use_diff=True, keys_to_pop=["compile_config"])
 
 
-def save_adapter(model: Any, config: StudentConfig, directory: Path) -> None:
-    """Writes the adapter of a PEFT model, and its base under base/ if `config.model` does not hold that."""
+def save_adapter(model: Any, config: StudentConfig, directory: Path, tokenizer: Any) -> None:
+    """Writes the adapter of a PEFT model, and its base with the tokenizer under base/ if `config.model` does not hold that."""
     model.save_pretrained(directory, save_embedding_layers=False)
     if not (config.keep_layers or config.from_config):
         return
     save_model(model.get_base_model(), directory / BASE_FOLDER, base_state(model))
+    tokenizer.save_pretrained(directory / BASE_FOLDER)
     path = directory / "adapter_config.json"
     # Else loaders would put the adapter on the whole model, whose layers have other numbers.
     path.write_text(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import reported_as
+from stillhouse.protos.tokenizers.prompt import require_vocabulary
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
 from stillhouse.student_trainer.train.student.loading import load_model, model_not_found, model_source
@@ -38,6 +39,7 @@ def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
         )
         # A broken one may load and fail at its first text.
         tokenizer("a")
+        require_vocabulary(tokenizer)
     return tokenizer
 
 
@@ -149,7 +151,7 @@ class Student:
     def save(self, directory: Path) -> None:
         """Writes the student as it is in Hugging Face layout: the complete model or the adapter, and the tokenizer."""
         if self.config.trains_adapter:
-            save_adapter(self.model, self.config, directory)
+            save_adapter(self.model, self.config, directory, self.tokenizer)
         else:
             save_model(self.model, directory)
         self.tokenizer.save_pretrained(directory)

@@ -265,3 +265,11 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
     with pytest.raises(StillhouseError) as caught:
         TextCodec.load("nobody/no-such-model")
     assert caught.value.reason is Reason.MODEL_NOT_FOUND
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gpt2", "gemma"])
+def test_a_tokenizer_that_transformers_makes_up_is_none(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(StillhouseError, match="its files hold no vocabulary") as refused:
+        TextCodec.load(str(tmp_path))
+    assert refused.value.reason is Reason.MODEL_NOT_FOUND

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def test_an_adapter_whose_base_is_nowhere_else_has_it_beside_it(
     student = make_student(model=str(models.teacher), lora=LoraConfig(rank=4), output="adapter", **settings)
     expected = _logits(student.model)
     final = export_of(student)
+    load_tokenizer(replace(student.config, model=str(final / "base")), student.data_dir)
     adapted = PeftModel.from_pretrained(_loaded(final / "base"), final)
     torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
 
