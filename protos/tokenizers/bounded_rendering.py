@@ -34,13 +34,16 @@ def bounded_rendering(limit_s: float | None = None) -> Iterator[None]:
     clock = time.pthread_getcpuclockid(thread)
     _watch(thread, clock, time.clock_gettime(clock) + (RENDER_S if limit_s is None else limit_s))
     try:
-        yield
+        try:
+            yield
+        finally:
+            with _lock:
+                ended = _running.pop(thread, None) is None
+            if ended:
+                _wait_for_interrupt()
+                raise _TookTooLong
     except _TookTooLong:
         raise RenderingTooLarge(f"it still runs after {limit_s or RENDER_S:g} s of computing") from None
-    finally:
-        with _lock:
-            if _running.pop(thread, None) is None:
-                _interrupt(thread, None)  # asked for, and perhaps not yet raised
 
 
 def checked_length(text: str) -> str:
@@ -85,14 +88,22 @@ def _end_long_ones() -> None:
             for thread, (clock, end) in list(_running.items()):
                 if time.clock_gettime(clock) > end:
                     del _running[thread]
-                    _interrupt(thread, _TookTooLong)
+                    _interrupt(thread)
             if idle_s > RENDER_S:
                 _watcher = None
                 return
 
 
-def _interrupt(thread: int, error: type[BaseException] | None) -> None:
-    """Has `error` raised in a thread at its next instruction; None takes back one that was not raised yet."""
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread), ctypes.py_object(error) if error is not None else None
-    )
+def _interrupt(thread: int) -> None:
+    """Has _TookTooLong raised in a thread at one of its next instructions."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(_TookTooLong))
+
+
+def _wait_for_interrupt() -> None:
+    """Lets an exception that was requested for this thread be raised here, and not later in another place.
+
+    Taking it back (a request for NULL) would leave CPython 3.11 looking for it at every call, for ever, and would hang a
+    thread that is traced.
+    """
+    for _ in range(1000):  # it is raised at the end of a round, if it was not yet
+        pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import threading
 import time
 
@@ -19,6 +21,20 @@ def test_a_template_that_loops_is_ended() -> None:
     with pytest.raises(RenderingTooLarge, match=r"still runs after 0\.2 s"), bounded_rendering(0.2):
         jinja2.Template(LOOP).render()
     assert time.thread_time() - began < 5
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_an_end_that_comes_late_or_is_caught_is_told_once(*, traced: bool) -> None:
+    before = sys.gettrace()
+    sys.settrace((lambda *_: None) if traced else None)
+    try:
+        for _ in range(3):
+            with pytest.raises(RenderingTooLarge), bounded_rendering(0.1), contextlib.suppress(Exception):
+                jinja2.Template(LOOP).render()
+        for _ in range(1000):
+            assert jinja2.Template("a").render() == "a"
+    finally:
+        sys.settrace(before)
 
 
 def test_threads_have_bounds_of_their_own() -> None:
