@@ -11,6 +11,7 @@ import hashlib
 import secrets
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -111,7 +112,8 @@ class CacheWriter:
             shard = self._open.get(kind)
             if shard is None:
                 shard = self._open[kind] = _OpenShard(self.path, meta, self._codec, kind[1])
-            shard.add(row)
+            with self._discarded_on_error(kind):
+                shard.add(row)
             self.num_added += 1
             if shard.num_bytes >= self._shard_bytes or shard.age_s >= self._shard_age_s:
                 self._close_shard(kind)
@@ -151,10 +153,19 @@ class CacheWriter:
         return any(key in shard.keys and shard.meta.serves(asked) for shard in self._open.values())
 
     def _close_shard(self, kind: _Kind) -> None:
-        shard = self._open[kind]
-        path = shard.finish(self._next_number())
+        with self._discarded_on_error(kind) as shard:
+            path = shard.finish(self._next_number())
         del self._open[kind]
         self.reader.add_shard(path)
+
+    @contextlib.contextmanager
+    def _discarded_on_error(self, kind: _Kind) -> Iterator[_OpenShard]:
+        """The open shard. One that could not be written to lacks bytes: it is removed, and never gets a name."""
+        try:
+            yield self._open[kind]
+        except BaseException:
+            self._open.pop(kind).discard()
+            raise
 
     def _next_number(self) -> int:
         matches = (SHARD.fullmatch(each.name) for each in self.path.iterdir())
@@ -251,6 +262,9 @@ class _OpenShard:
 
     def discard(self) -> None:
         """Removes an unfinished shard."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._writer.is_open = False  # else its finalizer would write to the closed file
         with contextlib.suppress(OSError):
             self._sink.file.close()
         self._path.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -230,6 +232,28 @@ def test_after_a_kill_complete_shards_remain_and_partial_ones_are_removed(tmp_pa
     with CacheWriter(tmp_path) as writer:
         assert not list(tmp_path.glob(".writing-*"))
         assert [writer.has(PLAIN.key(sequence(number), 3), PLAIN) for number in (3, 4)] == [True, False]
+
+
+@pytest.mark.parametrize("limit_bytes", [4096, 20_000, 40_000])
+def test_a_shard_that_could_not_be_written_whole_never_gets_a_name(tmp_path: Path, limit_bytes: int) -> None:
+    whole = write(tmp_path, PLAIN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = CacheWriter(tmp_path)
+
+    def fill() -> None:
+        for number in range(5, 2000):
+            writer.add(EVERYTHING, sequence(number), answer(EVERYTHING, number))
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            fill()
+        writer.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [each.name for each in tmp_path.iterdir() if each.name != ".lock"] == [whole.name]
+    assert len(CacheReader(tmp_path)) == 5
+    gc.collect()
 
 
 def test_hugging_face_datasets_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
