@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stillhouse.protos.errors import StillhouseError
@@ -55,16 +56,18 @@ def test_what_no_adapter_can_reach_is_refused_by_name(lora: dict[str, Any], sent
         add_adapter(tiny_model("qwen2"), replace(RANK_2, **lora))
 
 
-def test_experts_that_an_adapter_leaves_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    add_adapter(tiny_model("mixtral"), RANK_2)
-    said = capsys.readouterr().out
-    assert "experts_left_as_they_are" in said
-    assert "gate_up_proj" in said
+def test_experts_that_an_adapter_leaves_are_said() -> None:
+    with capture_logs() as logs:
+        add_adapter(tiny_model("mixtral"), RANK_2)
+    assert "experts_left_as_they_are" in str(logs)
+    assert "gate_up_proj" in str(logs)
 
 
-def test_layers_that_mamba_reads_past_are_left_and_said(capsys: pytest.CaptureFixture[str]) -> None:
-    assert _adapted(add_adapter(tiny_model("mamba"), RANK_2)) == {"in_proj", "x_proj", "dt_proj"}
-    assert "linear_left_as_they_are=out_proj" in capsys.readouterr().out
+def test_layers_that_mamba_reads_past_are_left_and_said() -> None:
+    with capture_logs() as logs:
+        model = add_adapter(tiny_model("mamba"), RANK_2)
+    assert _adapted(model) == {"in_proj", "x_proj", "dt_proj"}
+    assert "'linear_left_as_they_are': 'out_proj'" in str(logs)
 
 
 def test_an_architectures_own_linear_layers_are_reached_and_its_router_is_left() -> None:
@@ -75,14 +78,12 @@ def test_an_architectures_own_linear_layers_are_reached_and_its_router_is_left()
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
-def test_an_adapter_that_peft_puts_on_experts_is_merged(
-    kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_adapter_that_peft_puts_on_experts_is_merged(kind: str) -> None:
     """Where layers named as the experts' former parts are asked for, PEFT adapts the experts instead of them."""
-    model = add_adapter(tiny_model(kind), RANK_2)
-    said = capsys.readouterr().out
-    assert "experts_left_as_they_are" not in said
-    assert "linear_left_as_they_are='down_proj, gate_proj, up_proj'" in said
+    with capture_logs() as logs:
+        model = add_adapter(tiny_model(kind), RANK_2)
+    assert "experts_left_as_they_are" not in str(logs)
+    assert "'linear_left_as_they_are': 'down_proj, gate_proj, up_proj'" in str(logs)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for each in model.parameters():

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.errors import Reason
@@ -36,18 +37,19 @@ def test_auto_takes_draws_once_and_a_resume_decides_the_same(
     dataset_file: Path,
     hf_teacher: Program,
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = make_run(tmp_path, "run", spec(models, dataset_file, hf_teacher.target))
     assert settled(run_dir).sparse_target == "auto"
-    assert finish_here(run_dir) == 0, events(run_dir)
+    with capture_logs() as logs:
+        assert finish_here(run_dir) == 0, events(run_dir)
     assert taken(settled(run_dir)) == ("top_k_and_sampled", 16, 90)
     assert "the teacher draws, and forward_kl" in settled(run_dir).sparse_target_reason
     (event,) = events(run_dir, "settled")
     assert event["targets"]["loss"]["sparse_target"] == "top_k_and_sampled"
-    said = capsys.readouterr().out.partition("training")[0]
-    assert "sparse_target=top_k_and_sampled" in said
-    assert "why='the teacher draws" in said
+    (said,) = (each for each in logs if "sparse_target" in each)
+    assert said["sparse_target"] == "top_k_and_sampled"
+    assert "the teacher draws" in said["why"]
+    assert logs.index(said) < next(number for number, each in enumerate(logs) if each["event"] == "training")
 
     with TeacherWithoutDraws(hf_teacher.target) as other:
         later = make_run(tmp_path, "later", spec(models, dataset_file, other.target))
