@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 from transformers import AutoTokenizer, GenerationConfig
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import SampleChunk
@@ -40,20 +41,16 @@ def test_a_turns_end_is_exported_and_told(
     conversations: Path,
     hf_teacher: Program,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     optimizer = {"max_steps": 1, "micro_batch_size": 2, "grad_accum_steps": 1}
     spec = spec_of(models.student, conversations, hf_teacher.target, optimizer=optimizer)
     run_dir = make_run(tmp_path, "run", spec)
-    assert finish_here(run_dir) == 0, events(run_dir)
+    with capture_logs() as logs:
+        assert finish_here(run_dir) == 0, events(run_dir)
     tokenizer = AutoTokenizer.from_pretrained(models.student)
     exported = GenerationConfig.from_pretrained(run_dir.final_path)
     assert tokenizer.convert_ids_to_tokens(exported.eos_token_id) == [END, TURN_END]
-    told = [
-        line
-        for line in capfd.readouterr().out.splitlines()
-        if "end their texts with different tokens" in line
-    ]
+    told = [str(each) for each in logs if "end their texts with different tokens" in str(each)]
     assert len(told) == 1
     assert TURN_END in told[0]
     assert END not in told[0]
@@ -64,7 +61,6 @@ def test_the_same_ends_are_not_told(
     conversations: Path,
     hf_teacher: Program,
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     student = shutil.copytree(models.student, tmp_path / "student")
     settings = student / "generation_config.json"
@@ -75,8 +71,9 @@ def test_the_same_ends_are_not_told(
     told = []
     for name, model in (("same", models.student), ("other", student)):
         run_dir = make_run(tmp_path, name, spec_of(model, rows, hf_teacher.target, optimizer=optimizer))
-        assert finish_here(run_dir) == 0, events(run_dir)
-        told.append("end their texts with different tokens" in capfd.readouterr().out)
+        with capture_logs() as logs:
+            assert finish_here(run_dir) == 0, events(run_dir)
+        told.append("end their texts with different tokens" in str(logs))
     assert told == [False, True]
 
 
