@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ _INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightNames:
-    """Where the tensors of a model are, under the names that transformers reads."""
+    """Files of a model's tensors, and the names under which transformers reads them."""
 
     files: tuple[Path, ...]
     renamed: Mapping[str, str]
@@ -219,32 +219,28 @@ def _require_no_lost_bias(
 
 
 def _untied(empty: Any, files: Iterable[Path], names: Mapping[str, tuple[int, ...]]) -> str:
-    from safetensors import safe_open
-
+    if any(path.suffix != ".safetensors" for path in files):
+        return ""
     for target, source in empty.all_tied_weights_keys.items():
         if target in names and source in names:
-            found = []
-            for path in files:
-                if path.suffix != ".safetensors":
-                    return ""
-                with safe_open(path, framework="pt") as weights:
-                    found += [
-                        weights.get_tensor(key) for key in {target, source}.intersection(weights.keys())
-                    ]
-            if not found[0].equal(found[1]):
+            one, other, *_ = _tensors(files, {target, source})
+            if not one.equal(other):
                 return str(target)
     return ""
 
 
 def _is_not_zero(files: Iterable[Path], names: set[str]) -> bool:
+    return any(bool(each.any()) for each in _tensors(files, names))
+
+
+def _tensors(files: Iterable[Path], names: set[str]) -> Iterator[Any]:
+    """Yields the tensors of these names from the safetensors among the files."""
     from safetensors import safe_open
 
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as weights:
-                if any(bool(weights.get_tensor(key).any()) for key in names.intersection(weights.keys())):
-                    return True
-    return False
+                yield from (weights.get_tensor(key) for key in names.intersection(weights.keys()))
 
 
 def _remedy(missing: list[str], unexpected: list[str], name: str) -> str:

@@ -245,7 +245,7 @@ class Teacher:
     loop: asyncio.AbstractEventLoop
 
     def call(self, action: Coroutine[Any, Any, Result]) -> Result:
-        """What the engine's coroutine returns."""
+        """Result of the engine's coroutine."""
         return asyncio.run_coroutine_threadsafe(action, self.loop).result(60)
 
     async def write(self, prompts: list[list[int]]) -> list[list[GeneratedChunk]]:

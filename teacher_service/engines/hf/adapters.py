@@ -106,7 +106,7 @@ class LoraSlots:
                 if _is_adapted(child):
                     try:
                         child.merge(safe_merge=True, adapter_names=[slot])
-                    except (NotImplementedError, RuntimeError, ValueError) as error:
+                    except (RuntimeError, ValueError) as error:
                         raise adapter_invalid(name, f"it cannot be merged ({_why(error)})") from error
                     setattr(module, child_name, child.get_base_layer())
         self.slots.clear()

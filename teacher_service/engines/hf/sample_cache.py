@@ -61,15 +61,7 @@ def cache_name(model: Any, logits_of: Logits) -> str:
                 continue
             try:
                 found = _generated(name, probes, logits_of)
-            except (
-                AttributeError,
-                IndexError,
-                KeyError,
-                NotImplementedError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ):
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 continue  # a cache that the model does not take so
             if agree(found, torch.cat(wholes), model.dtype, without=forgotten):
                 return name

@@ -79,7 +79,7 @@ def test_an_architectures_own_linear_layers_are_reached_and_its_router_is_left()
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
 def test_an_adapter_that_peft_puts_on_experts_is_merged(kind: str) -> None:
-    """Where layers named as the experts' former parts are asked for, PEFT adapts the experts instead of them."""
+    """PEFT adapts the experts instead of layers that are named as the experts' former parts."""
     with capture_logs() as logs:
         model = add_adapter(tiny_model(kind), RANK_2)
     assert "experts_left_as_they_are" not in str(logs)
