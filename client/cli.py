@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _COMMANDS = {
     "run": "Create, watch, control and inspect distillation runs.",
-    "data": "Copy data to the trainer.",
+    "data": "Prepare files of rows, and copy them to the trainer.",
     "cache": "Cache teacher outputs, to train from them without a teacher.",
     "teacher": "Query and manage a teacher service.",
     "generate": "Generate text with the teacher.",
@@ -26,6 +26,8 @@ _COMMANDS = {
     "version": "Show the version of this client.",
 }
 """Summary by command; its module is imported when it is used, so that --help is quick."""
+_ROOMS = frozenset({"run", "data"})
+"""Commands that have a folder of their own, with their group in it."""
 
 EXIT_CODES = """
 \b
@@ -49,7 +51,7 @@ class LazyGroup(click.Group):
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = "run.group" if cmd_name == "run" else cmd_name
+        module = f"{cmd_name}.group" if cmd_name in _ROOMS else cmd_name
         command: click.Command = getattr(
             importlib.import_module(f"stillhouse.client.commands.{module}"), cmd_name
         )

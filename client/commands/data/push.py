@@ -1,4 +1,4 @@
-"""`stillhouse data`: copies data to the trainer."""
+"""`stillhouse data push`: copies files of rows to the trainer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from stillhouse.client.terminal.session import Session, command
 from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
 
 
-@click.group()
-def data() -> None:
-    """Copy data to the trainer."""
-
-
-@command(data, name="push")
+@command(name="push")
 @click.option(
     "--extra-fields",
     type=click.Choice(EXTRA_FIELDS),
