@@ -62,13 +62,13 @@ def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm
     if form == "sampled_tail":
         return _with_tail(ids, logprobs, log_tail, draws, needs[rows].astype(np.float64))
     if form == "sampled":
-        drawn, share = _counted(draws)
-        return TargetRows(drawn, share, np.full_like(log_tail, -np.inf))
-    drawn, share = _counted(np.where(in_rows(draws, ids), PAD_ID, draws))
-    some = (drawn >= 0).any(axis=1)
+        drawn = _distinct(draws)
+        return TargetRows(drawn.token_ids, drawn.log_shares, np.full_like(log_tail, -np.inf))
+    drawn = _distinct(np.where(in_rows(draws, ids), PAD_ID, draws))
+    some = (drawn.token_ids >= 0).any(axis=1)
     return TargetRows(
-        np.concatenate([ids, drawn], axis=1),
-        np.concatenate([logprobs, share + log_tail[:, None]], axis=1),
+        np.concatenate([ids, drawn.token_ids], axis=1),
+        np.concatenate([logprobs, drawn.log_shares + log_tail[:, None]], axis=1),
         np.where(some, -np.inf, log_tail),
     )
 
@@ -102,40 +102,45 @@ def _with_tail(
     draw_logprobs: NDArray[np.float64],
 ) -> TargetRows:
     """Kept tokens, and behind them the distinct draws [T, R] with the share of each; none where no tail is left."""
-    draws = np.where(in_rows(draws, ids) | np.isneginf(log_tail)[:, None], PAD_ID, draws)
-    drawn, log_share = _counted(draws)
-    order = np.argsort(draws, axis=1, kind="stable")
-    ordered = np.take_along_axis(draws, order, axis=1)
-    values = np.take_along_axis(draw_logprobs, order, axis=1)
-    first = np.concatenate(
-        [np.ones_like(ordered[:, :1], np.bool_), ordered[:, 1:] != ordered[:, :-1]], axis=1
-    )
-    own = np.full(drawn.shape, -np.inf)
-    row, place = np.nonzero(first)
-    own[row, (np.cumsum(first, axis=1) - 1)[row, place]] = values[row, place]
-    own[drawn < 0] = -np.inf
+    drawn = _distinct(np.where(in_rows(draws, ids) | np.isneginf(log_tail)[:, None], PAD_ID, draws))
+    own = np.take_along_axis(draw_logprobs, drawn.draws, axis=1)
     return TargetRows(
-        np.concatenate([ids, drawn], axis=1),
-        np.concatenate([logprobs, own], axis=1),
+        np.concatenate([ids, drawn.token_ids], axis=1),
+        np.concatenate([logprobs, np.where(drawn.token_ids < 0, -np.inf, own)], axis=1),
         log_tail,
-        np.concatenate([np.zeros_like(logprobs), np.exp(log_share)], axis=1),
+        np.concatenate([np.zeros_like(logprobs), np.exp(drawn.log_shares)], axis=1),
     )
 
 
-def _counted(draws: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Distinct ids of each row of [T, R] and the log of their share of the row's draws; PAD_ID is no draw."""
-    ordered = np.sort(draws, axis=1)
+class _DistinctDraws(NamedTuple):
+    """Distinct draws [T, D] of each row in ascending order; PAD_ID, with share 0, where there are fewer."""
+
+    token_ids: NDArray[np.int32]
+    log_shares: NDArray[np.float64]
+    draws: NDArray[np.int64]
+    """Index of one draw of the token among the row's."""
+
+
+def _distinct(draws: NDArray[np.int32]) -> _DistinctDraws:
+    """Counts the distinct ids of each row of draws [T, R]; PAD_ID is no draw."""
+    # One key sorts ids and carries the place of each: faster than argsort.
+    keys = np.sort((draws.astype(np.int64) << 32) | np.arange(draws.shape[1]), axis=1)
+    ordered = (keys >> 32).astype(np.int32)
     first = np.ones_like(ordered, np.bool_)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    column = np.cumsum(first, axis=1) - 1
-    num_rows, num_draws = draws.shape
-    place = np.arange(num_rows)[:, None] * num_draws + column
-    counts = np.bincount(place.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
-    flat = np.full(draws.size, PAD_ID, np.int32)
-    flat[place.ravel()] = ordered.ravel()
-    ids = flat.reshape(draws.shape)
-    counts = np.where(ids < 0, 0.0, counts)
+    # A row's first column begins a run, so no run crosses rows.
+    starts = np.flatnonzero(first)
+    row = starts // max(1, draws.shape[1])
+    per_row = np.bincount(row, minlength=len(draws))
+    place = np.arange(len(starts)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
+    shape = len(draws), int(per_row.max(initial=0))
+    ids = np.full(shape, PAD_ID, np.int32)
+    ids[row, place] = ordered.ravel()[starts]
+    index = np.zeros(shape, np.int64)
+    index[row, place] = keys.ravel()[starts] & 0xFFFFFFFF
+    counts = np.zeros(shape)
+    counts[row, place] = np.diff(starts, append=draws.size)
+    counts[ids < 0] = 0.0
     with np.errstate(divide="ignore"):
-        share = np.log(counts) - np.log(np.maximum(counts.sum(axis=1, keepdims=True), 1.0))
-    widest = max(1, int(first.sum(axis=1).max(initial=1)))
-    return ids[:, :widest], share[:, :widest]
+        log_shares = np.log(counts) - np.log(np.maximum(counts.sum(axis=1, keepdims=True), 1.0))
+    return _DistinctDraws(ids, log_shares, index)

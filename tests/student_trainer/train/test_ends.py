@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from structlog.testing import capture_logs
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -20,9 +19,9 @@ from stillhouse.protos.tensors.distributions import Distributions, encode, encod
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, TeacherConfig
 from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
-from stillhouse.student_trainer.train.student.student import Student
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, finish_here, make_run, spec_of
+from tests.student_trainer.train.students import CPU, load_student
 from tests.support.programs import Program
 
 END, TURN_END = "<|endoftext|>", "<|im_end|>"
@@ -77,22 +76,14 @@ def test_the_same_ends_are_not_told(
     assert told == [False, True]
 
 
-def _student(models: Models) -> Student:
-    tokenizer = AutoTokenizer.from_pretrained(models.student)
-    config = StudentConfig(model=str(models.student))
-    return Student.load(
-        config, tokenizer, data_dir=Path(), device=torch.device("cpu"), precision="fp32", seed=0
-    )
-
-
 def test_rollouts_end_with_a_turn(models: Models) -> None:
-    student = _student(models)
+    student = load_student(StudentConfig(model=str(models.student)), models.student)
     ends = [int(each) for each in student.tokenizer.convert_tokens_to_ids([END, TURN_END])]
     student.add_end_ids(ends[1:])
     assert student.end_ids == ends
     sampler = LocalSampler(
         student,
-        device=torch.device("cpu"),
+        device=CPU,
         autocast=contextlib.nullcontext,
         vocab_size=len(student.tokenizer),
         num_likeliest=1,

@@ -21,12 +21,11 @@ from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.loss import fused
-from stillhouse.student_trainer.train.optim import make_optimizer
 from stillhouse.student_trainer.train.student import lm_head
-from stillhouse.student_trainer.train.student.device import make_accelerator
 from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
+from tests.student_trainer.train.students import CPU, load_student, make_stepper
 
 TOP_K = 8
 
@@ -56,20 +55,9 @@ def _scored(vocab_size: int) -> list[ScoredExample]:
 
 
 def _take(config: RunConfig, data_dir: Path) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    tokenizer = load_tokenizer(config.student, data_dir)
-    student = Student.load(
-        config.student, tokenizer, data_dir=data_dir, device=torch.device("cpu"), precision="fp32", seed=0
-    )
-    stepper = step.Stepper(
-        student,
-        make_optimizer(student.trainable_parameters(), config.optimizer),
-        make_accelerator(config.optimizer),
-        config,
-        total_steps=1,
-        vocab_size=len(tokenizer),
-    )
-    data = StepData(step=0, scored=_scored(len(tokenizer)), teacher_wait_s=0.0)
-    metrics = stepper.take_step(data, Progress())
+    student = load_student(config.student, data_dir)
+    data = StepData(step=0, scored=_scored(len(student.tokenizer)), teacher_wait_s=0.0)
+    metrics = make_stepper(config, student, total_steps=1).take_step(data, Progress())
     return metrics, {name: weight.detach().clone() for name, weight in student.trainable_parameters().items()}
 
 
@@ -144,11 +132,7 @@ def test_token_weightings_have_mean_one_over_the_step(models: Models, tmp_path: 
 
 
 def test_only_a_layer_whose_matmul_is_the_logits_is_fused(models: Models, tmp_path: Path) -> None:
-    config = _config(models).student
-    tokenizer = load_tokenizer(config, tmp_path)
-    student = Student.load(
-        config, tokenizer, data_dir=tmp_path, device=torch.device("cpu"), precision="fp32", seed=0
-    )
+    student = load_student(_config(models).student, tmp_path)
     assert lm_head.LmHead(student).layer is not None
     student.model.get_output_embeddings().register_forward_hook(  # type: ignore[operator]
         lambda module, inputs, output: output.tanh()
@@ -171,15 +155,8 @@ def test_a_model_that_mixes_packed_sequences_is_refused(
 def test_a_model_is_packed_unasked_where_a_trial_keeps_rows_apart(
     models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, cpu = _config(models), torch.device("cpu")
-    student = Student.load(
-        config.student,
-        load_tokenizer(config.student, tmp_path),
-        data_dir=tmp_path,
-        device=cpu,
-        precision="fp32",
-        seed=0,
-    )
+    config = _config(models)
+    student = load_student(config.student, tmp_path)
     logits = Student.logits
 
     def without_positions(self: Student, batch: MicroBatch) -> torch.Tensor:
@@ -189,15 +166,15 @@ def test_a_model_is_packed_unasked_where_a_trial_keeps_rows_apart(
         raise TypeError("unexpected keyword argument 'position_ids'")
 
     def packing() -> str:
-        return cutter_of(config, student, cpu).packing
+        return cutter_of(config, student, CPU).packing
 
     assert packing() == "cheaper"
     for forward in (without_positions, failing):
         monkeypatch.setattr(Student, "logits", forward)
         assert packing() == "never"
     monkeypatch.undo()
-    assert cutter_of(_config(models, data__packing=False), student, cpu).packing == "never"
-    by_rows = cutter_of(_config(models, optimizer__micro_batch_size=2), student, cpu)
+    assert cutter_of(_config(models, data__packing=False), student, CPU).packing == "never"
+    by_rows = cutter_of(_config(models, optimizer__micro_batch_size=2), student, CPU)
     assert (by_rows.packing, by_rows.max_tokens, by_rows.max_rows) == ("never", None, 2)
     student.plain.config._attn_implementation = "eager"
     assert packing() == "never"

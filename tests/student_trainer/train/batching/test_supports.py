@@ -26,13 +26,13 @@ from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import Rollout, RolloutBuffer
-from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import compare
 from tests.conftest import Models
 from tests.student_trainer.train.runs import make_run, spec_of
+from tests.student_trainer.train.students import CPU, load_student
 from tests.support.programs import Program
 
 T, V = 6, 40
@@ -143,16 +143,12 @@ def test_a_tokenizer_that_is_none_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def sampler(models: Models) -> LocalSampler:
-    config = StudentConfig(model=str(models.student))
-    tokenizer = load_tokenizer(config, models.student)
-    student = Student.load(
-        config, tokenizer, data_dir=models.student, device=torch.device("cpu"), precision="fp32", seed=0
-    )
+    student = load_student(StudentConfig(model=str(models.student)), models.student)
     return LocalSampler(
         student,
-        device=torch.device("cpu"),
+        device=CPU,
         autocast=torch.no_grad,
-        vocab_size=len(tokenizer),
+        vocab_size=len(student.tokenizer),
         num_likeliest=4,
     )
 
@@ -187,7 +183,7 @@ def test_any_cut_of_rollouts_draws_the_same(sampler: LocalSampler, pass_tokens: 
     expected = sampler.write(prompts, generation, **rooms, seeds=seeds)
     by_tokens = LocalSampler(
         sampler._student,
-        device=torch.device("cpu"),
+        device=CPU,
         autocast=torch.no_grad,
         vocab_size=len(sampler._student.tokenizer),
         num_likeliest=4,

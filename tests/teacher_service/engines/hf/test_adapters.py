@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
+from tests.support.small_models import TINY_SIZES
 
 IDS = torch.arange(3, 15).unsqueeze(0)
 GPT2: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
@@ -68,15 +69,6 @@ def make_base(kind: str) -> Any:
         Qwen3MoeForCausalLM,
     )
 
-    sizes = {
-        "vocab_size": 64,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         model: Any
@@ -85,11 +77,11 @@ def make_base(kind: str) -> Any:
         elif kind == "moe":
             model = Qwen3MoeForCausalLM(
                 Qwen3MoeConfig(
-                    **sizes, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16
+                    **TINY_SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=16
                 )
             )
         else:
-            model = Qwen2ForCausalLM(Qwen2Config(**sizes, tie_word_embeddings=kind == "qwen2"))
+            model = Qwen2ForCausalLM(Qwen2Config(**TINY_SIZES, tie_word_embeddings=kind == "qwen2"))
         with torch.no_grad():
             for name, weight in model.named_parameters():
                 if weight.dim() == 1:

@@ -19,16 +19,8 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engines.hf.model import HfModel
 from stillhouse.teacher_service.models.weight_names import check_weight_names
+from tests.support.small_models import TINY_SIZES
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.2,
-}
 LAYER = "model.layers.1.self_attn."
 
 
@@ -41,7 +33,7 @@ def save(model: Any, directory: Path) -> Path:
 def qwen(tmp_path: Path) -> Path:
     """An untied model with biases."""
     torch.manual_seed(0)
-    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SIZES, tie_word_embeddings=False))
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TINY_SIZES, tie_word_embeddings=False))
     for weight in model.parameters():
         if weight.dim() == 1:
             weight.data += 0.1
@@ -113,7 +105,7 @@ def test_a_pure_prefix_is_read_without_it(qwen: Path, rename: Callable[[str], st
 
 
 def test_a_bias_that_the_configuration_leaves_out_is_named(tmp_path: Path) -> None:
-    config = transformers.LlamaConfig(**SIZES, attention_bias=True)
+    config = transformers.LlamaConfig(**TINY_SIZES, attention_bias=True)
     model = transformers.LlamaForCausalLM(config)
     directory = save(model, tmp_path / "model")
     settings = json.loads((directory / "config.json").read_text())
@@ -151,7 +143,7 @@ def test_a_missing_shard_is_named(qwen: Path) -> None:
 def test_a_model_that_is_no_language_model_is_refused(tmp_path: Path, kind: str, named: str) -> None:
     config_type = transformers.BertConfig if kind.startswith("Bert") else transformers.Qwen2Config
     extra = {} if kind.startswith("Bert") else {"tie_word_embeddings": False, "pad_token_id": 0}
-    config = config_type(**{**SIZES, **extra})
+    config = config_type(**{**TINY_SIZES, **extra})
     with pytest.raises(StillhouseError, match=named) as refused:
         load(save(getattr(transformers, kind)(config), tmp_path / "model"))
     assert refused.value.reason == Reason.MODEL_NOT_FOUND
@@ -171,12 +163,15 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         "state",
         {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32},
     ),
-    "RecurrentGemma": ("", {**SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8}),
-    "Qwen2": ("past_key_values", SIZES),
+    "RecurrentGemma": (
+        "",
+        {**TINY_SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
+    ),
+    "Qwen2": ("past_key_values", TINY_SIZES),
     "MiniMax": (
         "",
         {
-            **SIZES,
+            **TINY_SIZES,
             "num_local_experts": 2,
             "head_dim": 16,
             "layer_types": ["linear_attention", "full_attention"],
@@ -209,7 +204,7 @@ def test_samples_in_turns_are_those_of_whole_passes(family: str) -> None:
 
 
 def test_a_cap_on_logits_is_kept_where_a_probe_does_not_show_it() -> None:
-    config = transformers.Gemma2Config(**{**SIZES, "initializer_range": 0.02}, head_dim=16)
+    config = transformers.Gemma2Config(**{**TINY_SIZES, "initializer_range": 0.02}, head_dim=16)
     model = HfModel(transformers.Gemma2ForCausalLM(config).eval(), torch.device("cpu"))
     assert not model.splits
 
