@@ -1,8 +1,9 @@
-"""The two files of a LoRA adapter, and their upload in chunks."""
+"""The two files of a LoRA adapter, the base beside them, and their upload in chunks."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
 """In the order in which they are uploaded."""
+BASE = "base"
+"""Folder beside them with the adapter's base, where that was cut or began as random numbers and is nowhere else."""
 CHUNK_BYTES = 512 * 1024
 
 
@@ -27,3 +30,16 @@ def upload_requests(
             while data := file.read(CHUNK_BYTES):
                 yield UploadAdapterRequest(data=data)
                 on_bytes(len(data))
+
+
+def base_beside(directory: Path) -> Path | None:
+    """Returns the directory of the base that lies beside an adapter, if there is one."""
+    base = directory / BASE
+    return base if (base / "config.json").is_file() else None
+
+
+def name_base(directory: Path, place: Path) -> None:
+    """Names the base beside an adapter in its configuration, by the absolute path that it has once `directory` is at `place`."""
+    path = directory / CONFIG
+    values = json.loads(path.read_bytes()) | {"base_model_name_or_path": str(place.resolve() / BASE)}
+    path.write_text(json.dumps(values, indent=2))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.files.adapter import FILES, base_beside
 from stillhouse.teacher_service.engine import Engine, LoadedAdapter
+from stillhouse.teacher_service.models.adapter_base import check_base
 from stillhouse.teacher_service.models.adapter_files import MAX_NAME_CHARS, adapter_not_found, check_ranks
+from stillhouse.teacher_service.models.files import locate_model
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 
 Result = TypeVar("Result")
@@ -105,7 +107,7 @@ class AdapterRegistry:
                 del self._leaving[name]
 
     async def _take_in(self, name: str, directory: Path, digest: str) -> LoadedAdapter:
-        await asyncio.to_thread(check_ranks, name, directory)
+        await asyncio.to_thread(self._check, name, directory)
         adapter = await self._engine.load_adapter(name, directory)
         if adapter.fingerprint != digest:
             await self._engine.unload_adapter(name)
@@ -133,6 +135,13 @@ class AdapterRegistry:
         except asyncio.CancelledError:
             await asyncio.gather(task, return_exceptions=True)
             raise
+
+    def _check(self, name: str, directory: Path) -> None:
+        check_ranks(name, directory)
+        base = base_beside(directory)
+        if base is not None and base.resolve().is_relative_to(directory):
+            info = self._engine.info
+            check_base(name, directory, locate_model(info.model, info.revision).directory)
 
     def _directory(self, name: str, path: str, trusted: bool) -> Path:
         """Resolves a path. The root is checked after links are followed."""

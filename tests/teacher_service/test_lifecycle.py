@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.stillhouse.v1 import teacher_pb2, teacher_pb2_grpc
 from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engines.hf.engine import HfEngine
 from stillhouse.teacher_service.lifecycle import SERVICE, _TeacherProcess
 from tests.conftest import Models
 from tests.support.async_channel import connect_async
@@ -95,6 +97,8 @@ def test_sigterm_lets_running_calls_finish_and_refuses_others(program: Program) 
             teacher_pb2.GenerateRequest(
                 prompts=[prompt(random_ids(4))] * 4,
                 sampling=teacher_pb2.SamplingParams(max_new_tokens=500, seed=1),
+                # More than the transport holds: the call runs until its responses are read.
+                distributions=distribution_config(256),
             )
         )
     )
@@ -170,16 +174,22 @@ def test_a_second_signal_does_not_wait_for_calls(program: Program) -> None:
 
 @pytest.mark.faults(row=2)
 async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serving(
-    models: Models, tmp_path: Path
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address_file = tmp_path / "address"
     socket = f"unix:{tmp_path / 'socket'}"
     config = TeacherConfig(
         model=str(models.teacher), threads=1, listen=socket, address_file=address_file, shutdown_grace_s=5
     )
+    load, may_load = HfEngine._load, threading.Event()
+
+    def gated(config: TeacherConfig) -> HfEngine:
+        assert may_load.wait(60)
+        return load(config)
+
+    monkeypatch.setattr(HfEngine, "_load", gated)
     teacher = _TeacherProcess(config)
     living = asyncio.create_task(teacher.live())
-    # A failed channel waits a second before it tries again, and by then this small model is loaded.
     while not (tmp_path / "socket").exists():  # noqa: ASYNC110 - a file has no event
         await asyncio.sleep(0.001)
     async with connect_async(socket) as channel:
@@ -189,11 +199,11 @@ async def test_a_teacher_that_loads_refuses_and_one_whose_engine_dies_stops_serv
         with pytest.raises(grpc.aio.AioRpcError) as loading:
             await anext(aiter(stub.GetTokenizer(teacher_pb2.GetTokenizerRequest())))
         assert from_rpc_error(loading.value, target="", service="teacher").reason == Reason.TEACHER_LOADING
-        states = [
-            state.status
-            async for state in watch(health)
-            if state.status != health_pb2.HealthCheckResponse.UNKNOWN
-        ]
+        states = []
+        async for state in watch(health):
+            if state.status != health_pb2.HealthCheckResponse.UNKNOWN:
+                states.append(state.status)
+                may_load.set()
         assert states == [
             health_pb2.HealthCheckResponse.NOT_SERVING,
             health_pb2.HealthCheckResponse.SERVING,

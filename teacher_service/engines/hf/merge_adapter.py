@@ -15,6 +15,7 @@ from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.files.adapter import FILES
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
 from stillhouse.teacher_service.engines.hf.loading import load_causal_lm
+from stillhouse.teacher_service.models.adapter_base import check_base
 from stillhouse.teacher_service.models.adapter_files import check_ranks
 from stillhouse.teacher_service.models.files import locate_model
 from stillhouse.teacher_service.models.fingerprint import weight_files
@@ -61,6 +62,7 @@ def _check(base: Path, adapter: Path, out: Path) -> None:
             f"{' and '.join(FILES)}.",
         )
     check_ranks(_NAME, adapter)
+    check_base(_NAME, adapter, base)
     weight_files(base)
     quantization = json.loads((base / "config.json").read_bytes()).get("quantization_config")
     if quantization:

@@ -135,23 +135,6 @@ def test_a_top_k_above_the_limit_is_refused_by_name(teacher: Teacher) -> None:
     assert caught.value.reason == Reason.TOP_K_TOO_LARGE
 
 
-def test_unanswered_ids_are_unique(teacher: Teacher) -> None:
-    long = random_ids(512)
-    requests = [teacher_pb2.ScoreRequest(config=distribution_config())]
-    for _ in range(2):
-        one = sequence(long)
-        one.sequence_id = 7
-        requests.append(teacher_pb2.ScoreRequest(sequence=one))
-    results = [
-        result
-        for response in teacher.stub.Score(iter(requests))
-        for result in response.results
-        if result.last
-    ]
-    assert [result.sequence_id for result in results] == [7, 7]
-    assert sum(result.HasField("error") for result in results) == 1
-
-
 def test_a_slow_sequence_times_out_alone(teacher: Teacher) -> None:
     long = random_ids(512)
     crowd = {number: sequence(long) for number in range(24)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,17 +25,13 @@ async def scores(count: int, adapter: str = "") -> AsyncIterator[teacher_pb2.Sco
         yield teacher_pb2.ScoreRequest(sequence=one)
 
 
-async def settled(local: Local) -> int:
-    """Number of sequences read, once some were and reading has stopped."""
-    async with asyncio.timeout(60):
-        while local.servicer.counters.sequences_received == 0:  # noqa: ASYNC110 - a counter wakes nobody
-            await asyncio.sleep(0.01)
-    last, unchanged = -1, 0
-    while unchanged < 10:
-        now = local.servicer.counters.sequences_received
-        last, unchanged = now, unchanged + 1 if now == last else 0
-        await asyncio.sleep(0.1)
-    return last
+async def settled(local: Local, least: int) -> int:
+    """Number of sequences read, once at least `least` were and reading has stopped."""
+    received = 0
+    await until(lambda: local.servicer.counters.sequences_received >= least)
+    while received < (received := local.servicer.counters.sequences_received):  # noqa: ASYNC110 - as `until`
+        await asyncio.sleep(1)
+    return received
 
 
 async def test_a_stream_is_read_up_to_the_limit_of_unanswered_sequences(
@@ -43,12 +40,38 @@ async def test_a_stream_is_read_up_to_the_limit_of_unanswered_sequences(
     async with serving(models, tmp_path) as local:
         paused = await local.pause()
         call = local.stub.Score(scores(40))
-        assert await settled(local) == MAX_INFLIGHT
+        assert await settled(local, MAX_INFLIGHT) == MAX_INFLIGHT
         local.go_on.set()
         await paused
         answered = [result.sequence_id async for response in call for result in response.results]
         assert sorted(answered) == list(range(40))
         assert local.servicer.counters.tokens_scored == 40 * 8
+
+
+async def test_ids_of_unanswered_sequences_are_unique(models: Models, tmp_path: Path) -> None:
+    first, second, third = (sequence(random_ids(9, seed=number)) for number in range(3))
+    for each in (first, second, third):
+        each.sequence_id = 7
+    may_reuse = asyncio.Event()
+
+    async def requests() -> AsyncIterator[teacher_pb2.ScoreRequest]:
+        yield teacher_pb2.ScoreRequest(config=distribution_config())
+        for each in (first, second):
+            yield teacher_pb2.ScoreRequest(sequence=each)
+        await may_reuse.wait()
+        yield teacher_pb2.ScoreRequest(sequence=third)
+
+    async with serving(models, tmp_path) as local:
+        paused = await local.pause()
+        results = (result async for response in local.stub.Score(requests()) for result in response.results)
+        refused = await anext(results)
+        assert refused.sequence_id == 7
+        assert "sequence_id 7 is still unanswered" in refused.error.message
+        local.go_on.set()
+        await paused
+        assert not (await anext(results)).HasField("error")
+        may_reuse.set()
+        assert [result.HasField("error") async for result in results] == [False]
 
 
 async def test_a_caller_that_does_not_read_pauses_its_own_stream(models: Models, tmp_path: Path) -> None:
@@ -65,7 +88,7 @@ async def test_a_caller_that_does_not_read_pauses_its_own_stream(models: Models,
         first = await anext(responses)
         assert first.results
         # About 1 MB a response: buffers of the transport and the stream's own bounds stay small.
-        assert await settled(local) < 40
+        assert await settled(local, MAX_INFLIGHT) < 40
         answered = {result.sequence_id async for response in responses for result in response.results}
         assert answered | {result.sequence_id for result in first.results} == set(range(100))
 
@@ -79,7 +102,7 @@ async def test_a_cancelled_stream_leaves_no_work(models: Models, tmp_path: Path)
         )
         writing = local.stub.Generate(request)
         reader = asyncio.create_task(writing.read())
-        assert await settled(local) == MAX_INFLIGHT
+        assert await settled(local, MAX_INFLIGHT) == MAX_INFLIGHT
         scoring.cancel()
         writing.cancel()
         await asyncio.gather(reader, return_exceptions=True)
@@ -100,7 +123,7 @@ async def test_an_adapter_in_use_leaves_only_when_its_users_have_ended(
         await local.stub.LoadAdapter(load)
         paused = await local.pause()
         using = local.stub.Score(scores(2, adapter="a/1"))
-        await settled(local)
+        await until(lambda: local.servicer.counters.sequences_received == 2)
         unloading = asyncio.ensure_future(
             local.stub.UnloadAdapter(teacher_pb2.UnloadAdapterRequest(adapter="a/1"))
         )
@@ -136,11 +159,29 @@ async def test_adapters_are_read_only_below_the_allowed_roots(models: Models, tm
         assert loaded.rank == 4
 
 
+async def test_an_adapter_with_its_base_beside_it_is_served_on_no_other_model(
+    models: Models, tmp_path: Path
+) -> None:
+    adapter = models.adapter_a.parent / "with-base"
+    shutil.copytree(models.adapter_a, adapter)
+    shutil.copytree(models.student, adapter / "base")
+    try:
+        async with serving(models, tmp_path) as local:
+            with pytest.raises(StillhouseError, match=r"its base is the model in .*with-base/base") as caught:
+                await local.adapters.load("x", str(adapter))
+            assert caught.value.reason == Reason.ADAPTER_INVALID
+            shutil.rmtree(adapter / "base")
+            shutil.copytree(models.teacher, adapter / "base")
+            assert (await local.adapters.load("x", str(adapter))).rank == 4
+    finally:
+        shutil.rmtree(adapter)
+
+
 async def test_calls_above_the_limit_are_told_when_to_retry(models: Models, tmp_path: Path) -> None:
     async with serving(models, tmp_path, max_calls=1) as local:
         paused = await local.pause()
         first = local.stub.Score(scores(1))
-        await settled(local)
+        await until(lambda: local.servicer.counters.sequences_received == 1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             # No write: one that meets the end of its call makes grpc.aio report INTERNAL.
             await local.stub.Score().read()

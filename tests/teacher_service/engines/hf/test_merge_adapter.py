@@ -108,3 +108,16 @@ def test_a_refused_merge_has_a_reason_and_leaves_nothing(models: Models, tmp_pat
     assert done.stderr.startswith("stillhouse-teacher merge-adapter: ")
     assert done.stderr.strip().count("\n") == 0, done.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"quantised", "misfit", "cut", "partial", "taken"}
+
+
+def test_an_adapter_is_merged_into_the_base_beside_it_or_a_copy(models: Models, tmp_path: Path) -> None:
+    adapter, base = tmp_path / "adapter", tmp_path / "adapter" / "base"
+    shutil.copytree(models.adapter_a, adapter)
+    shutil.copytree(models.teacher, base)
+    merge_adapter(str(base), adapter, tmp_path / "merged")
+    merge_adapter(str(models.teacher), adapter, tmp_path / "of a copy")
+    weights = load_file(base / "model.safetensors")
+    save_file({**weights, "model.norm.weight": weights["model.norm.weight"] + 1}, base / "model.safetensors")
+    with pytest.raises(StillhouseError, match=re.escape(f"other weights; give {base} as --model")):
+        merge_adapter(str(models.teacher), adapter, tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
