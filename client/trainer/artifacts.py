@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from stillhouse.client.core.connection import resumed
 from stillhouse.client.core.errors import file_errors
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.adapter import CONFIG, base_beside, name_base
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
 Download = Callable[[str, int], Iterator[run_pb2.DownloadArtifactResponse]]
@@ -31,31 +32,57 @@ def pull(
     artifacts: Sequence[run_pb2.Artifact],
     download: Download,
     what: str,
-    directory: Path,
+    to: Path | str | None,
     *,
     on_file: OnFile | None,
 ) -> list[Path]:
-    """Downloads those `artifacts` of `run` that `what` names into `directory`; see RunHandle.pull."""
+    """Downloads those `artifacts` of `run` that `what` names; see RunHandle.pull."""
+    what = "/".join(part for part in what.split("/") if part not in ("", "."))
     wanted = [each for each in artifacts if each.path == what or each.path.startswith(what + "/") or not what]
-    if _CHECKPOINT.fullmatch(what):
-        wanted = _without_training_state(wanted, what)
     if not wanted:
         tops = sorted({_top(each.path) for each in artifacts})
         has = f"it has: {', '.join(tops)}" if tops else "it has none yet"
         raise StillhouseError(
             Reason.ARTIFACT_NOT_FOUND, f'run {run} has no artifact "{what}"; {has}.', resource=what
         )
-    targets = [(each, directory / _below(each.path, what)) for each in wanted]
+    target = Path(to) if to else Path(run, what)
+    if wanted[0].path == what and not (target.is_dir() or str(to).endswith("/")):
+        _below(what, what)  # refuses a name that leaves the default directory
+        targets = [(wanted[0], target)]
+    else:
+        wanted = _without_training_state(wanted, what)
+        targets = [(each, target / _below(each.path, what)) for each in wanted]
     for artifact, path in targets:
         _fetch(download, artifact, path, on_file or (lambda *_: None))
+    for _, path in targets:
+        if path.name == CONFIG and base_beside(path.parent) is not None:
+            _name_base(path)
     return [path for _, path in targets]
 
 
-def _without_training_state(artifacts: Sequence[run_pb2.Artifact], checkpoint: str) -> list[run_pb2.Artifact]:
-    """Returns the model's files of a checkpoint, all files if an older version wrote it without a model."""
-    state = {f"{checkpoint}/{name}" for name in _TRAINING_STATE}
-    is_model = any(each.path.removeprefix(f"{checkpoint}/") in _MODEL_CONFIGS for each in artifacts)
-    return [each for each in artifacts if not (is_model and each.path in state)]
+def _name_base(config: Path) -> None:
+    """Lets an adapter's configuration name the base beside it by its path on this machine."""
+    try:
+        with file_errors("write", config):
+            name_base(config.parent, config.parent)
+    except (ValueError, TypeError) as error:
+        raise StillhouseError(
+            Reason.CHECKPOINT_CORRUPT,
+            f"{config} is not the configuration of an adapter ({error}); pull it again.",
+        ) from error
+
+
+def _without_training_state(artifacts: Sequence[run_pb2.Artifact], what: str) -> list[run_pb2.Artifact]:
+    """Leaves out what only a resume needs, but for a file that `what` names; an older version's checkpoint holds no model."""
+    folders = [each.path.rpartition("/") for each in artifacts]
+    models = {
+        folder for folder, _, name in folders if name in _MODEL_CONFIGS and _CHECKPOINT.fullmatch(folder)
+    }
+    return [
+        each
+        for each, (folder, _, name) in zip(artifacts, folders, strict=True)
+        if each.path == what or folder not in models or name not in _TRAINING_STATE
+    ]
 
 
 def _top(path: str) -> str:

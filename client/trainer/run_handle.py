@@ -155,12 +155,12 @@ class RunHandle:
     ) -> list[Path]:
         """Downloads `what`, a path of artifacts() or a directory of some, into `directory`, and returns the files.
 
-        `directory` is `{run}/{what}` by default; paths below it are relative to `what`. A broken download is resumed, a file
-        that exists already is kept, and every file's SHA-256 is checked.
-        Raises ARTIFACT_NOT_FOUND if nothing matches.
+        `directory` is `{run}/{what}` by default; paths below it are relative to `what`. One file is stored as `directory`
+        itself unless that is a directory, or text that ends with "/". Of checkpoints the model is copied; a file that only a
+        resume needs is copied by its own path. A broken download is resumed, a file that exists already is kept, and every
+        file's SHA-256 is checked. Raises ARTIFACT_NOT_FOUND if nothing matches.
         """
-        target = Path(directory) if directory else Path(self.id, what)
-        return pull(self.id, self.artifacts(), self.download, what.strip("/"), target, on_file=on_file)
+        return pull(self.id, self.artifacts(), self.download, what, directory, on_file=on_file)
 
     def download(self, path: str, start_offset: int) -> Iterator[run_pb2.DownloadArtifactResponse]:
         """Yields one artifact from a byte offset on; the last message carries the SHA-256 of the complete file."""

@@ -68,9 +68,13 @@ def artifacts(session: Session, run: str) -> None:
 @click.argument("run")
 @click.argument("what", default="final")
 @click.option(
-    "--to", "directory", type=click.Path(path_type=Path), default=None, help="[default: ./RUN/WHAT]"
+    "--to",
+    "directory",
+    type=click.Path(),
+    default=None,
+    help="Directory; of one file its name, or with a / at the end its directory.  [default: ./RUN/WHAT]",
 )
-def pull(session: Session, run: str, what: str, directory: Path | None) -> None:
+def pull(session: Session, run: str, what: str, directory: str | None) -> None:
     """Copy RUN's final model to this machine.
 
     WHAT may also be "checkpoints/120", say, whose model is copied without the optimizer, or one file of `run artifacts`. An interrupted download resumes; each file's SHA-256 is checked.
@@ -87,7 +91,8 @@ def pull(session: Session, run: str, what: str, directory: Path | None) -> None:
         click.echo(f"\r{printable(path)} {share} %", nl=is_whole, err=True)
 
     paths = handle.pull(what, directory, on_file=on_file)
+    many = f"{len(paths)} files of run {handle.id} are in {directory or Path(handle.id, what)}"
     session.show(
         {"files": [str(path) for path in paths]},
-        f"{len(paths)} files of run {handle.id} are in {directory or Path(handle.id, what)}",
+        many if len(paths) > 1 else f"{paths[0]} is a copy from run {handle.id}",
     )

@@ -84,7 +84,7 @@ def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_files(temporary, trained)
+        _write_files(temporary, target, trained)
         _write_manifest(temporary, step, facts)
         sync_tree(temporary)
         failpoints.reach("checkpoint.before_rename")
@@ -160,8 +160,8 @@ def find_damage(path: Path) -> str | None:
     return None
 
 
-def _write_files(directory: Path, trained: TrainingState) -> None:
-    trained.student.save(directory)
+def _write_files(directory: Path, target: Path, trained: TrainingState) -> None:
+    trained.student.save(directory, target)
     stored = set() if trained.student.config.trains_adapter else unchanged_names(trained.student.model)
     weights = {
         name: each.detach().contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
-from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.files.adapter import FILES, base_beside
 from stillhouse.protos.files.weight_names import listed
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.student_trainer.config.checks import invalid_field
@@ -79,6 +80,10 @@ def load_adapter(model: Any, config: StudentConfig, data_dir: Path) -> Any:
             "runs/…/final/adapter.",
             resource=config.adapter,
         )
+
+    base = base_beside(path)
+    if base is not None and base.resolve() != resolve(config.model, data_dir).resolve():
+        _check_base(model, base, config)
 
     def refused(error: BaseException) -> StillhouseError:
         return invalid_field("student.adapter", f"{path} does not fit {config.model} ({first_line(error)}).")
@@ -176,6 +181,41 @@ def _check_tensors(adapted: Any, path: Path, config: StudentConfig) -> None:
             f"{path} lacks tensors that its configuration names for {config.model} ({listed(missing)}); "
             "they would begin at their first values. Save the adapter again with the PEFT version that made it.",
         )
+
+
+def _check_base(model: Any, base: Path, config: StudentConfig) -> None:
+    """Refuses a model with other weights than the base that lies beside the adapter."""
+    from safetensors import safe_open
+
+    layers = json.loads((base / "config.json").read_bytes()).get("num_hidden_layers")
+    if layers != getattr(model.config.get_text_config(), "num_hidden_layers", layers):
+        raise _other_base(base, config, f"{layers} layers")
+    own = model.state_dict()
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                weight = own.get(name)
+                if (
+                    weight is not None
+                    and weight.is_floating_point()
+                    and not _is_close(weight, tensors.get_tensor(name))
+                ):
+                    raise _other_base(base, config, name)
+
+
+def _other_base(base: Path, config: StudentConfig, what: str) -> StillhouseError:
+    return invalid_field(
+        "student.model",
+        f"{config.model} has other weights than the base that lies beside student.adapter ({what}). Set student.model: {base}, "
+        "and leave student.keep_layers and student.from_config out.",
+    )
+
+
+def _is_close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Returns True for equal tensors, one of which may have been rounded to half precision."""
+    if one.shape != other.shape:
+        return False
+    return torch.allclose(one.detach().float().cpu(), other.float(), rtol=1e-2, atol=1e-5)
 
 
 def _log_reach(adapted: Any, *, takes_all: bool = False) -> None:

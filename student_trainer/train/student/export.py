@@ -11,6 +11,7 @@ import structlog
 import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.files.adapter import base_beside
 from stillhouse.protos.files.atomic import sync_directory, sync_tree
 from stillhouse.protos.files.disk_errors import is_broken, is_full
 from stillhouse.student_trainer.config.checks import invalid_field
@@ -20,7 +21,7 @@ from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.student.comparison import Probe
 from stillhouse.student_trainer.train.student.loading import load_model, merge_adapter
 from stillhouse.student_trainer.train.student.pretrained import load_pretrained
-from stillhouse.student_trainer.train.student.saving import BASE_FOLDER, save_adapter, save_model, try_saving
+from stillhouse.student_trainer.train.student.saving import save_adapter, save_model, try_saving
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
@@ -41,7 +42,7 @@ def export(student: Student, attempt: Attempt) -> Path:
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         try:
-            _write(student, temporary)
+            _write(student, temporary, target)
         except (OSError, MemoryError, torch.OutOfMemoryError, StillhouseError):
             raise
         except Exception as error:  # transformers and peft raise whatever their formats raise
@@ -77,18 +78,18 @@ def try_export(student: Student, run_dir: RunDir) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(student: Student, directory: Path) -> None:
+def _write(student: Student, directory: Path, target: Path) -> None:
     model, config = student.model, student.config
     probe = Probe.of(student.model, len(student.tokenizer))
     if not config.trains_adapter:
         save_model(model, directory)
         _check(probe, load_pretrained(str(directory), dtype="auto"), "final/")
     elif config.output == "adapter":
-        save_adapter(model, config, directory, student.tokenizer)
+        save_adapter(model, config, directory, student.tokenizer, target)
         _check(probe, _load_adapter(student, directory), "the adapter in final/")
     else:
         adapter = directory / ADAPTER_FOLDER
-        save_adapter(model, config, adapter, student.tokenizer)
+        save_adapter(model, config, adapter, student.tokenizer, target / ADAPTER_FOLDER)
         if config.output == "both":
             _check(probe, _load_adapter(student, adapter), "the adapter in final/adapter/")
         save_model(merge_adapter(model, config, student.data_dir, adapter), directory)
@@ -101,8 +102,8 @@ def _write(student: Student, directory: Path) -> None:
 def _load_adapter(student: Student, directory: Path) -> Any:
     """Loads an exported adapter on its base, as another run would."""
     config: StudentConfig = replace(student.config, lora=None, adapter=str(directory.resolve()))
-    base = directory / BASE_FOLDER
-    if base.is_dir():
+    base = base_beside(directory)
+    if base is not None:
         config = replace(config, model=str(base.resolve()), keep_layers=(), from_config=False)
     weight = student.model.get_input_embeddings().weight  # type: ignore[operator]  # of transformers' models
     return load_model(config, student.data_dir, weight.dtype, weight.device)

@@ -5,7 +5,6 @@ Settings that transformers loads but refuses to save, such as a temperature with
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stillhouse.protos.files.adapter import BASE, name_base
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.schema import StudentConfig
 
-BASE_FOLDER = "base"
-"""Folder beside an adapter with its base, where that was cut or began as random numbers."""
 GENERATION_CONFIG = "generation_config.json"
+_CARD = """---
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+---
+
+# LoRA adapter
+
+Its base is the model in `base/`: {origin}. No other model fits it.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("DIR/base"), "DIR")
+```
+
+`DIR` is this directory. `AutoPeftModelForCausalLM.from_pretrained("DIR")` does the same while `base_model_name_or_path` in
+`adapter_config.json` is the absolute path of `base/`: it is where the directory was written, or copied to by `stillhouse run pull`.
+"""
 
 
 def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -32,18 +51,31 @@ def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None =
         settings.to_json_file(directory / GENERATION_CONFIG, use_diff=True, keys_to_pop=["compile_config"])
 
 
-def save_adapter(model: Any, config: StudentConfig, directory: Path, tokenizer: Any) -> None:
-    """Writes the adapter of a PEFT model, and its base with the tokenizer under base/ if `config.model` does not hold that."""
+def save_adapter(
+    model: Any, config: StudentConfig, directory: Path, tokenizer: Any, place: Path | None = None
+) -> None:
+    """Writes the adapter of a PEFT model, and its base with the tokenizer under base/ if `config.model` does not hold that.
+
+    `place` is where `directory` will be once it is complete. PEFT takes the base's path from the adapter's configuration
+    and looks a relative one up in the working directory, or on the hub; so it is absolute.
+    """
     model.save_pretrained(directory, save_embedding_layers=False)
     if not (config.keep_layers or config.from_config):
         return
-    save_model(model.get_base_model(), directory / BASE_FOLDER, base_state(model))
-    tokenizer.save_pretrained(directory / BASE_FOLDER)
-    path = directory / "adapter_config.json"
-    # Else loaders would put the adapter on the whole model, whose layers have other numbers.
-    path.write_text(
-        json.dumps(json.loads(path.read_bytes()) | {"base_model_name_or_path": BASE_FOLDER}, indent=2)
-    )
+    save_model(model.get_base_model(), directory / BASE, base_state(model))
+    tokenizer.save_pretrained(directory / BASE)
+    name_base(directory, place or directory)
+    (directory / "README.md").write_text(_card(config))
+
+
+def _card(config: StudentConfig) -> str:
+    """Returns the model card of an adapter with its base beside it; PEFT's own names the model that the base was made of."""
+    if config.from_config:
+        origin = f"a model with the configuration of `{config.model}` that began as random numbers"
+    else:
+        layers = ", ".join(map(str, config.keep_layers))
+        origin = f"layers {layers} of `{config.model}`, counted from 0, with its embeddings and output layer"
+    return _CARD.format(origin=origin)
 
 
 def unchanged_names(model: Any) -> set[str]:

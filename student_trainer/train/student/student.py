@@ -148,10 +148,13 @@ class Student:
         """Returns the trainable parameters by name; shared ones once."""
         return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
-    def save(self, directory: Path) -> None:
-        """Writes the student as it is in Hugging Face layout: the complete model or the adapter, and the tokenizer."""
+    def save(self, directory: Path, place: Path) -> None:
+        """Writes the student as it is in Hugging Face layout: the complete model or the adapter, and the tokenizer.
+
+        `place` is where `directory` will be once it is complete.
+        """
         if self.config.trains_adapter:
-            save_adapter(self.model, self.config, directory, self.tokenizer)
+            save_adapter(self.model, self.config, directory, self.tokenizer, place)
         else:
             save_model(self.model, directory)
         self.tokenizer.save_pretrained(directory)

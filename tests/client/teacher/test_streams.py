@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,7 +132,7 @@ def test_watch_shows_changes_steps_and_evaluations_as_lines() -> None:
         "step 9  evaluation:  agreement 0.5  kl 0.25",
         "run abcabcabcabc: FAILED at step 9/9",
         r"Out of \x1b[31mmemory. Halve optimizer.micro_batch_size.",
-        "`stillhouse run logs abcabcabcabc` shows its log; `stillhouse run resume abcabcabcabc` starts it again.",
+        "`stillhouse run logs abcabcabcabc` shows its log; it has no checkpoint yet, so `stillhouse run resume abcabcabcabc` starts it again from the first step.",
     ]
 
 
@@ -177,7 +178,7 @@ class Files:
             raise GONE
         yield run_pb2.DownloadArtifactResponse(sha256=self.sha256(request.path))
 
-    def pull(self, directory: Path, what: str = "final") -> list[Path]:
+    def pull(self, directory: Path | str, what: str = "final") -> list[Path]:
         with (
             odd_service(ListArtifacts=self.artifacts, DownloadArtifact=self.download) as target,
             Trainer(target) as trainer,
@@ -238,5 +239,31 @@ def test_a_checkpoint_is_pulled_as_a_model_without_what_only_a_resume_needs(tmp_
     files = Files({f"checkpoints/10/{name}": b"0" for name in (*model, *state)})
     assert files.pull(tmp_path / "new", what="checkpoints/10") == [tmp_path / "new" / each for each in model]
     assert files.pull(tmp_path / "one", what="checkpoints/10/optimizer.pt")
+    for what in ("checkpoints", "checkpoints/", "checkpoints/10/", "./checkpoints//10", ""):
+        pulled = files.pull(tmp_path / "again", what=what)
+        assert sorted(each.name for each in pulled) == sorted(Path(each).name for each in model), what
     older = Files({f"checkpoints/10/{name}": b"0" for name in state})
     assert len(older.pull(tmp_path / "old", what="checkpoints/10")) == len(state)
+
+
+def test_one_file_is_pulled_under_the_name_that_is_given(tmp_path: Path) -> None:
+    files = Files({"spec.json": b"{}", "final/config.json": b"0"})
+    assert files.pull(tmp_path / "cc.json", what="spec.json") == [tmp_path / "cc.json"]
+    assert (tmp_path / "cc.json").read_bytes() == b"{}"
+    (tmp_path / "there").mkdir()
+    assert files.pull(tmp_path / "there", what="spec.json") == [tmp_path / "there" / "spec.json"]
+    assert files.pull(f"{tmp_path}/new/", what="spec.json") == [tmp_path / "new" / "spec.json"]
+    assert files.pull(tmp_path / "model.d", what="final") == [tmp_path / "model.d" / "config.json"]
+
+
+def test_a_pulled_adapter_names_the_base_beside_it(tmp_path: Path) -> None:
+    config = json.dumps({"r": 4, "base_model_name_or_path": "/elsewhere/final/base"}).encode()
+    files = {"final/adapter_config.json": config, "final/base/config.json": b"{}"}
+    for _ in range(2):
+        Files(files).pull(tmp_path / "student")
+        found = json.loads((tmp_path / "student" / "adapter_config.json").read_bytes())
+        assert found == {"r": 4, "base_model_name_or_path": str(tmp_path / "student" / "base")}
+    with pytest.raises(StillhouseError, match="is not the configuration of an adapter"):
+        Files({**files, "final/adapter_config.json": b"["}).pull(tmp_path / "odd")
+    Files({"final/adapter_config.json": config}).pull(tmp_path / "alone")
+    assert (tmp_path / "alone" / "adapter_config.json").read_bytes() == config

@@ -6,6 +6,7 @@ import pytest
 
 from stillhouse.client.terminal.run_advice import next_step, waits_for
 from stillhouse.client.terminal.run_progress import state_line
+from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.train.teacher.teacher import FIRST_CONTACT_S
 
@@ -53,11 +54,35 @@ def test_an_ended_run_names_its_model_or_how_it_continues() -> None:
     )
     stopped = run(Run.STATE_STOPPED, latest_checkpoint=f"{NAME}/checkpoints/40")
     assert next_step(stopped) == "`stillhouse run resume abcabcabcabc` continues from checkpoints/40"
-    assert "starts it again" in next_step(run(Run.STATE_FAILED))
+    assert next_step(run(Run.STATE_STOPPED)) == (
+        "it has no checkpoint yet, so `stillhouse run resume abcabcabcabc` starts it again from the first step"
+    )
     build = run(Run.STATE_COMPLETED)
     build.effective_spec.task = "cache"
     build.spec.cache.path = "caches/set"
     assert next_step(build).startswith("the cache is caches/set")
+
+
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        (Reason.PROCESS_DIED, "continues from checkpoints/40"),
+        (Reason.INVALID_SPEC, "`stillhouse run create` begins another run"),
+        (
+            Reason.MODEL_NOT_FOUND,
+            "correct the files where they are, then `stillhouse run resume abcabcabcabc`",
+        ),
+        (Reason.DATASET_INVALID, "other paths need a new run"),
+    ],
+)
+def test_a_failed_run_is_resumed_only_where_that_helps(reason: Reason, advice: str) -> None:
+    failed = run(Run.STATE_FAILED, latest_checkpoint=f"{NAME}/checkpoints/40")
+    failed.error.CopyFrom(to_status(StillhouseError(reason, "It failed.")))
+    assert next_step(failed).startswith("`stillhouse run logs abcabcabcabc` shows its log; ")
+    assert advice in next_step(failed)
+    failed.effective_spec.task = "cache"
+    if reason is Reason.PROCESS_DIED:
+        assert next_step(failed).endswith("what the cache holds is kept")
 
 
 def test_a_duration_leaves_out_the_time_in_which_the_run_was_stopped() -> None:

@@ -18,6 +18,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import LoraConfig, StudentConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.student.export import export, try_export
+from stillhouse.student_trainer.train.student.loading import load_model
 from stillhouse.student_trainer.train.student.saving import save_model, unchanged_names
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
@@ -116,16 +117,53 @@ def test_an_adapter_whose_base_is_nowhere_else_has_it_beside_it(
     models: Models,
     make_student: Callable[..., Student],
     export_of: Callable[[Student], Path],
+    tmp_path: Path,
     settings: dict[str, Any],
 ) -> None:
-    from peft import PeftModel
+    from peft import AutoPeftModelForCausalLM, PeftModel
 
     student = make_student(model=str(models.teacher), lora=LoraConfig(rank=4), output="adapter", **settings)
     expected = _logits(student.model)
     final = export_of(student)
     load_tokenizer(replace(student.config, model=str(final / "base")), student.data_dir)
-    adapted = PeftModel.from_pretrained(_loaded(final / "base"), final)
+    for adapted in (
+        PeftModel.from_pretrained(_loaded(final / "base"), final),
+        AutoPeftModelForCausalLM.from_pretrained(final),
+        _loaded(final),
+    ):
+        torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
+    # As its card says for a directory that was moved by other means.
+    moved = shutil.move(final, tmp_path / "moved")
+    card = (moved / "README.md").read_text()
+    assert "base_model:" not in card
+    assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("DIR/base"), "DIR")' in card
+    adapted = PeftModel.from_pretrained(_loaded(moved / "base"), moved)
     torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_adapter_is_trained_further_on_the_base_beside_it_and_no_other(
+    models: Models, make_student: Callable[..., Student], export_of: Callable[[Student], Path]
+) -> None:
+    cut: dict[str, Any] = {"model": str(models.teacher), "keep_layers": (1,)}
+    student = make_student(**cut, lora=LoraConfig(rank=4), output="adapter")
+    expected, final = _logits(student.model), export_of(student)
+
+    def loaded(**settings: Any) -> Any:
+        config = StudentConfig(**settings, adapter=str(final))
+        return load_model(config, student.data_dir, torch.float32, CPU)
+
+    for settings in ({"model": str(final / "base")}, cut):
+        torch.testing.assert_close(_logits(loaded(**settings)), expected, rtol=1e-4, atol=1e-4)
+    for settings in (
+        {"model": str(models.teacher)},
+        {**cut, "keep_layers": (0,)},
+        {**cut, "from_config": True},
+    ):
+        with pytest.raises(
+            StillhouseError, match=rf"has other weights than the base .* Set student.model: {final}/base"
+        ) as refused:
+            loaded(**settings)
+        assert refused.value.reason is Reason.INVALID_SPEC
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "gpt2", "mixtral", "qwen2_moe"])
