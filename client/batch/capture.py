@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +62,14 @@ class Capture:
                 or not distributions.num_rows
             ):
                 continue
-            adapter = answer.row.prompts[prompt].adapter
+            message = answer.row.prompts[prompt]
             meta = CacheMeta.from_config(
                 self._teacher.info,
                 self._config,
-                adapter=adapter,
-                adapter_fingerprint=self._teacher.fingerprint(adapter),
+                adapter=message.adapter,
+                adapter_fingerprint=self._teacher.fingerprint(message.adapter),
             )
+            meta = replace(meta, template_date=message.conversation.date)
             sequence = np.concatenate([prompt_ids, completion.token_ids])
             with file_errors("write", self._path):
                 self._writer.add(meta, sequence, truncate_top_k(distributions, self._config.top_k))

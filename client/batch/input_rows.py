@@ -15,7 +15,7 @@ from stillhouse.client.core.errors import field_errors, file_errors, usage_error
 from stillhouse.client.teacher.generate import as_ids
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.conversation import OPTIONS, parse_tools, parse_turns, with_system
-from stillhouse.protos.rows.field_error import FieldError, kind_of
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode, shown
 from stillhouse.protos.rows.known_fields import (
     LABELS,
     PROMPTS,
@@ -176,7 +176,7 @@ def plain_row(
             settings = _with_synonyms(values)
             message, content = _plain_prompt(values, given[0], chat=chat, extra_fields=extra_fields)
         num_samples = parse_integer(settings, "num_samples", 1, MAX_SAMPLES)
-        message.adapter = _text(values, "adapter") or sampling.adapter
+        message.adapter = text_field(values, "adapter") or sampling.adapter
         message.sampling.CopyFrom(parse_sampling(settings, sampling))
     except StillhouseError as error:
         return PromptRow(line=line, id=name, values=values, error=error)
@@ -201,7 +201,7 @@ def _plain_prompt(
             raise FieldError(name, "has no effect on token ids. Give messages or a prompt.")
         return parse_prompt(value, field_name), None if field_name == "token_ids" else {"prompt": value}
     if field_name == "prompt" and not is_text and not _is_messages(value):
-        raise FieldError("prompt", f"is {kind_of(value)}; it must be text. A list of messages is taken, too.")
+        raise FieldError("prompt", f"is {kind_of(value)}; it must be a string, or an array of messages.")
     messages = [{"role": "user", "content": value}] if is_text else value
     content = {"messages" if is_text and chat else field_name: messages if chat or not is_text else value}
     tools, options = values.get("tools"), values.get(OPTIONS)
@@ -231,17 +231,16 @@ def _with_synonyms(values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def parse_prompt(value: Any, field_name: str) -> teacher_pb2.Prompt:
-    """Parses text or token ids as a prompt. Raises StillhouseError."""
+    """Parses text or token ids as a prompt. Raises FieldError and StillhouseError."""
     try:
         if field_name == "prompt":
-            if not isinstance(value, str):
-                raise invalid(f"prompt is {kind_of(value)}; it must be text.")
-            return teacher_pb2.Prompt(text=value)
-        if not isinstance(value, list) or not all(type(each) is int for each in value):
-            raise invalid(f"{field_name} must be a list of whole numbers.")
+            return teacher_pb2.Prompt(text=_string(value, field_name))
+        if not isinstance(value, list):
+            raise FieldError(field_name, f"is {kind_of(value)}; it must be an array of whole numbers.")
+        for index, each in enumerate(value):
+            if type(each) is not int:
+                raise FieldError(f"{field_name}[{index}]", f"is {kind_of(each)}; it must be a whole number.")
         return teacher_pb2.Prompt(token_ids=encode(as_ids(np.asarray(value, dtype=np.int64))))
-    except UnicodeError as error:
-        raise invalid(f"{field_name} has text that is not Unicode: {error}.") from error
     except OverflowError as error:
         raise invalid(f"{field_name} has a number that is not a token id.") from error
 
@@ -282,9 +281,13 @@ def parse_stop(value: Any, common: Sequence[str]) -> Sequence[str]:
     if value is None:
         return common
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(each, str) and each for each in texts):
-        raise invalid("stop must be text, or a list of texts, none of them empty.")
-    return texts
+    if not isinstance(texts, list):
+        raise invalid(f"stop is {kind_of(value)}; it must be a string, or an array of strings.")
+    with field_errors():
+        stops = [_string(each, f"stop[{index}]") for index, each in enumerate(texts)]
+    if not all(stops):
+        raise invalid("stop has an empty string, which every text ends with. Remove it.")
+    return stops
 
 
 def parse_integer(values: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
@@ -295,16 +298,22 @@ def parse_integer(values: Mapping[str, Any], name: str, low: int, high: int) -> 
     if type(value) is float and value.is_integer():
         value = int(value)
     if type(value) is not int or not low <= value <= high:
-        shown = value if isinstance(value, int | float) else kind_of(value)
-        raise invalid(f"{name} is {shown}; it must be a whole number in [{low}, {high}].")
+        given = shown(value) if isinstance(value, int | float) else kind_of(value)
+        raise invalid(f"{name} is {given}; it must be a whole number in [{low}, {high}].")
     return value
 
 
-def _text(values: Mapping[str, Any], name: str) -> str:
+def text_field(values: Mapping[str, Any], name: str) -> str:
+    """Returns a field of text, empty if it is absent. Raises StillhouseError."""
     value = values.get(name)
-    if value is not None and not isinstance(value, str):
-        raise invalid(f"{name} is {kind_of(value)}; it must be text.")
-    return value or ""
+    with field_errors():
+        return "" if value is None else _string(value, name)
+
+
+def _string(value: Any, field_name: str) -> str:
+    if not isinstance(value, str):
+        raise FieldError(field_name, f"is {kind_of(value)}; it must be a string.")
+    return require_unicode(value, field_name)
 
 
 def invalid(sentence: str) -> StillhouseError:

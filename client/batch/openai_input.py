@@ -15,11 +15,12 @@ from stillhouse.client.batch.input_rows import (
     parse_object,
     parse_prompt,
     parse_sampling,
+    text_field,
 )
 from stillhouse.client.core.errors import field_errors
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.conversation import OPTIONS, parse_turns
-from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.field_error import FieldError, kind_of
 from stillhouse.protos.rows.known_fields import ExtraFields, check_fields, has_no_effect, without_effect
 from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
@@ -68,7 +69,7 @@ def openai_row(
         n = parse_integer(body, "n", 1, MAX_SAMPLES)
         num_samples = sampling.num_samples if n is None else n
         params = _params(body, sampling, interface, max_tokens)
-        adapter = resolve_adapter(_model(body)) or sampling.adapter
+        adapter = resolve_adapter(text_field(body, "model")) or sampling.adapter
         with field_errors():
             prompts, content = _prompts(body, interface)
         for prompt in prompts:
@@ -92,12 +93,14 @@ def openai_row(
 
 def _envelope(values: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     if values.get("method", "POST") != "POST":
-        raise invalid(f"method is {values['method']!r:.40}; it must be POST.")
+        raise invalid(f"method is {kind_of(values['method'])}; it must be POST.")
     interface = INTERFACES.get(str(values.get("url")))
     if interface is None:
-        raise invalid(f"url is {values.get('url')!r:.80}; this teacher supports {' and '.join(INTERFACES)}.")
+        raise invalid(
+            f"url is {kind_of(values.get('url'))}; this teacher supports {' and '.join(INTERFACES)}."
+        )
     if not isinstance(values.get("body"), dict):
-        raise invalid("body is missing; it must be an object.")
+        raise invalid(f"body is {kind_of(values.get('body'))}; it must be an object.")
     return interface, values["body"]
 
 
@@ -112,13 +115,6 @@ def _check_fields(body: Mapping[str, Any], interface: str) -> None:
                 f"body.{name} is not supported: this teacher samples by temperature, top_p, top_k, max_tokens, seed "
                 f"and stop. Remove {name}."
             )
-
-
-def _model(body: Mapping[str, Any]) -> str:
-    model = body.get("model")
-    if model is not None and not isinstance(model, str):
-        raise invalid("body.model must be text.")
-    return model or ""
 
 
 def _params(
@@ -179,7 +175,7 @@ def _top_logprobs(body: Mapping[str, Any], interface: str) -> int | None:
         )
     logprobs = body.get("logprobs")
     if logprobs not in (None, False, True):
-        raise invalid("body.logprobs must be true or false.")
+        raise invalid(f"body.logprobs is {kind_of(logprobs)}; it must be true or false.")
     top = parse_integer(body, "top_logprobs", 0, MAX_TOP_LOGPROBS)
     if top and not logprobs:
         raise invalid("body.top_logprobs needs logprobs: true.")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,6 +50,8 @@ class BatchSettings:
     """Format of the input; "auto" looks at its first row."""
     chat: bool = False
     """Make a user's turn of each plain row's prompt of text."""
+    date: str = ""
+    """Day that chat templates are told; empty means that of the batch's begin, in UTC, also where it resumes."""
     extra_fields: ExtraFields = "keep"
     """Copy fields that no rule knows to the output, or refuse their rows."""
     as_dataset: bool = False
@@ -160,6 +163,7 @@ class _Batch:
             raise usage_error(
                 f"{source} has rows of OpenAI's format, whose url says if they are chats. Leave --chat out."
             )
+        self._date = ""
         self._num_sent = 0
         self._tokens = 0
 
@@ -213,6 +217,9 @@ class _Batch:
             )
             # A resumed batch keeps its ids and times.
             header = output.journal.header
+            begun = datetime.fromtimestamp(header.started_s, UTC).date()
+            # A retry is told the day of the rows that it repeats.
+            self._date = self._date or self._settings.date or begun.isoformat()
             teacher = BatchTeacher(self._teachers, paths.out, header, output.journal, self._tell.note)
             capture = None
             if self._settings.capture is not None:
@@ -302,6 +309,8 @@ class _Batch:
             row = plain_row(line, sampling, chat=settings.chat, extra_fields=settings.extra_fields)
         for prompt in row.prompts:
             teacher.use(prompt.adapter)
+            if prompt.HasField("conversation"):
+                prompt.conversation.date = self._date
         return require_text(row) if self._settings.as_dataset else row
 
     def _record_of(self, header: Header) -> Callable[[RowResult], RowRecord]:
@@ -324,6 +333,8 @@ class _Batch:
         # Only where they differ from the default, so that batches of older versions resume.
         if self._settings.chat:
             settings["chat"] = True
+        if self._settings.date:
+            settings["date"] = self._settings.date
         if self._settings.extra_fields != "keep":
             settings["extra_fields"] = self._settings.extra_fields
         if self._settings.capture is not None:

@@ -72,10 +72,12 @@ def estimate(
     )
     from stillhouse.client.estimate.model_shape import ModelShape
     from stillhouse.client.runfile.load import load_run_file
+    from stillhouse.client.runfile.values import check_values
     from stillhouse.client.terminal.render import columns, size_text
     from stillhouse.protos.telemetry.gpus import list_gpus
 
     run = load_run_file(file, overrides)
+    check_values(run)
     found = list_gpus()
     device = device or ("gpu" if found else "cpu")
     limit = round(memory_gib * GIB) if memory_gib else _memory(device, found)

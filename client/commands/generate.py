@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="Text that ends a sample; may be repeated.")
 @click.option("--seed", type=int, default=None, help="Fixes the text of each sample.")
 @click.option("--adapter", default="", help="Adapter to apply.")
+@click.option(
+    "--date",
+    metavar="DAY",
+    type=click.DateTime(["%Y-%m-%d"]),
+    default=None,
+    help="Day that the chat template is told, such as 2025-01-31.  [default: today, of a batch that of its begin]",
+)
 @click.option(
     "--top-k-logprobs",
     type=click.IntRange(0),
@@ -95,6 +103,7 @@ def generate(
     retry_failed: bool,
     overwrite: bool,
     max_inflight: int | None,
+    date: datetime | None,
     **options: Any,
 ) -> int:
     """Complete each PROMPT with the teacher, or each row of a file.
@@ -110,6 +119,7 @@ def generate(
     """
     from stillhouse.client.terminal.prompt_input import chat_prompts, text_prompts
 
+    day = "" if date is None else date.date().isoformat()
     for_files = (out, capture, retry_failed, overwrite, max_inflight, file_format != "auto", output != "rows")
     if source is None and (any(for_files) or extra_fields != "keep"):
         raise click.UsageError(
@@ -131,9 +141,11 @@ def generate(
             extra_fields=extra_fields,
             capture=capture,
             max_inflight=max_inflight,
+            date=day,
             **flags,
         )
 
+    options["date"] = day
     if not prompts and not files:
         if sys.stdin.isatty():
             raise click.UsageError("give a PROMPT, --file FILE, or text on standard input.")

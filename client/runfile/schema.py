@@ -26,6 +26,12 @@ def is_offered(message: str, field: str) -> bool:
     return field in _messages()[message]["properties"]
 
 
+def rules(message: str, field: str) -> dict[str, Any]:
+    """JSON Schema of a value of a field, or of an item of its list; empty for a field that is not offered."""
+    found: dict[str, Any] = _messages()[message]["properties"].get(field, {})
+    return next((each["items"] for each in found.get("anyOf", ()) if "items" in each), found)
+
+
 def setting(message: Message, field: str) -> Any:
     """Value of a field of a run's settings, or its default; KeyError if the default depends on other fields."""
     if message.HasField(field):

@@ -91,8 +91,11 @@ class Gathering:
         )
 
 
-def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
-    """Converts text, token ids or messages to a message. Raises StillhouseError for anything else."""
+def as_prompt(prompt: Prompt, adapter: str, date: str = "") -> teacher_pb2.Prompt:
+    """Converts text, token ids or messages, whose template is told `date`, to a message.
+
+    Raises StillhouseError for anything else.
+    """
     message = teacher_pb2.Prompt(adapter=adapter)
     if isinstance(prompt, teacher_pb2.Prompt):
         message.MergeFrom(prompt)
@@ -115,6 +118,8 @@ def as_prompt(prompt: Prompt, adapter: str) -> teacher_pb2.Prompt:
             )
     else:
         message.token_ids.CopyFrom(encode(as_ids(prompt)))
+    if date and message.HasField("conversation"):
+        message.conversation.date = date
     return message
 
 

@@ -50,10 +50,12 @@ class Teacher(TeacherConnection):
         stop: Sequence[str] = (),
         adapter: str = "",
         top_k_logprobs: int = 0,
+        date: str = "",
     ) -> Iterator[Piece]:
         """Streams pieces of samples as they are generated; in order within a sample, interleaved between samples.
 
         A prompt is text, token ids, or messages with `role` and `content`, which the teacher's chat template renders.
+        A template that asks for the date is told `date`, such as "2025-01-31"; empty means the teacher's own day.
         With `top_k_logprobs` each piece has the distributions of its tokens. None takes the contract's default:
         temperature 1, top_p 1, all tokens, 256 new tokens. At most `max_prompts` of the teacher are in flight.
         Closing the iterator aborts the remaining samples.
@@ -70,7 +72,7 @@ class Teacher(TeacherConnection):
         if top_k_logprobs:
             request.distributions.top_k = top_k_logprobs
             request.distributions.logprob_dtype = Tensor.DATA_TYPE_FLOAT32
-        return pieces(self, (as_prompt(each, adapter) for each in prompts), request)
+        return pieces(self, (as_prompt(each, adapter, date) for each in prompts), request)
 
     def complete(self, prompts: Iterable[Prompt], **options: Any) -> Iterator[Completion]:
         """Yields complete samples as they finish; options as for generate()."""

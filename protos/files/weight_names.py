@@ -16,7 +16,7 @@ def wrapper_patterns(
     missing: Collection[str], unexpected: Collection[str], base_prefix: str
 ) -> Mapping[str, str]:
     """Returns patterns that, taken off the names in the files, explain the most missing weights; empty if none does."""
-    plain = {_WRAPPERS.sub("", name) for name in unexpected}
+    plain = {without_wrappers(name) for name in unexpected}
     patterns = {_WRAPPERS.pattern: ""} if plain != set(unexpected) else {}
     best, found = 0, dict[str, str]()
     for parts in range(MAX_PREFIX_PARTS + 1):
@@ -30,6 +30,11 @@ def wrapper_patterns(
         if explained > best:
             best, found = explained, patterns | ({f"^{re.escape(prefix)}": ""} if prefix else {})
     return found
+
+
+def without_wrappers(name: str) -> str:
+    """Returns a name without what torch's wrappers put into it."""
+    return _WRAPPERS.sub("", name)
 
 
 def listed(names: Collection[str]) -> str:

@@ -89,7 +89,8 @@ class Turns:
 def parse_turns(messages: Any, tools: Any = None, options: Any = None, *, name: str = "messages") -> Turns:
     """Checks messages, tools and template options of a row; the latter two may be JSON text. Raises FieldError."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise FieldError(name, "must be a list of at least one message.")
+        given = "empty" if isinstance(messages, list | tuple) else kind_of(messages)
+        raise FieldError(name, f"is {given}; it must be an array of at least one message.")
     parsed = [_message(each, f"{name}[{index}]") for index, each in enumerate(messages)]
     extra = [
         f"{name}[{index}].{key}"
@@ -114,7 +115,7 @@ def parse_tools(tools: Any, field: str = "tools") -> tuple[Message, ...]:
     if tools is None:
         return ()
     if not isinstance(tools, list | tuple):
-        raise FieldError(field, f"is {kind_of(tools)}; it must be a list of tools.")
+        raise FieldError(field, f"is {kind_of(tools)}; it must be an array of tools.")
     for index, tool in enumerate(tools):
         where = f"{field}[{index}]"
         if not isinstance(tool, dict):
@@ -163,7 +164,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
         return given, 1.0
     role = given.pop("role", None)
     if not isinstance(role, str) or not role:
-        raise FieldError(f"{where}.role", f"is {kind_of(role)}; it must be text.")
+        raise FieldError(f"{where}.role", f"is {kind_of(role)}; it must be a string.")
     result: dict[str, Any] = {"role": require_unicode(role, f"{where}.role"), "content": None}
     content = given.pop("content", None)
     if content is not None:
@@ -177,11 +178,11 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
         )
     result |= own
     if result["content"] is None and not (calls or reasoning):
-        raise FieldError(f"{where}.content", "is missing; it must be text.")
+        raise FieldError(f"{where}.content", "is missing; it must be a string.")
     for name in ("tool_call_id", "name"):
         if text := given.pop(name, None):
             if not isinstance(text, str):
-                raise FieldError(f"{where}.{name}", f"is {kind_of(text)}; it must be text.")
+                raise FieldError(f"{where}.{name}", f"is {kind_of(text)}; it must be a string.")
             result[name] = require_unicode(text, f"{where}.{name}")
     weight = _weight(given.pop("weight", None), role, f"{where}.weight")
     for name, value in given.items():
@@ -198,15 +199,16 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, list | tuple):
         content = "".join(_part(part, f"{where}[{index}]") for index, part in enumerate(content))
     if not isinstance(content, str):
-        raise FieldError(where, f"is {kind_of(content)}; it must be text.")
+        raise FieldError(where, f"is {kind_of(content)}; it must be a string.")
     return require_unicode(content, where)
 
 
 def _part(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise FieldError(where, f"is of type {shown(kind)}; only text is supported.")
+    if not isinstance(part, dict):
+        raise FieldError(where, f'is {kind_of(part)}; it must be an object of type "text".')
+    raise FieldError(where, f"is of type {shown(part.get('type'))}; only text is supported.")
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -215,7 +217,7 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if calls is None:
         return []
     if not isinstance(calls, list | tuple):
-        raise FieldError(where, f"is {kind_of(calls)}; it must be a list of calls.")
+        raise FieldError(where, f"is {kind_of(calls)}; it must be an array of calls.")
     if len(calls) > MAX_TOOL_CALLS:
         raise FieldError(
             where, f"has {len(calls)} calls; at most {MAX_TOOL_CALLS} are taken. Split the turn."
@@ -249,7 +251,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     }
     if call.get("id") is not None:
         if not isinstance(call["id"], str):
-            raise FieldError(f"{where}.id", f"is {kind_of(call['id'])}; it must be text.")
+            raise FieldError(f"{where}.id", f"is {kind_of(call['id'])}; it must be a string.")
         result = {"id": require_unicode(call["id"], f"{where}.id"), **result}
     return result
 
@@ -276,7 +278,7 @@ def _reasoning(given: dict[str, Any], where: str) -> str:
         if value is None or value == "":
             continue
         if not isinstance(value, str):
-            raise FieldError(f"{where}.{name}", f"is {kind_of(value)}; it must be text.")
+            raise FieldError(f"{where}.{name}", f"is {kind_of(value)}; it must be a string.")
         found[name] = require_unicode(value, f"{where}.{name}")
     if len(set(found.values())) > 1:
         raise FieldError(f"{where}.{list(found)[1]}", f"differs from {next(iter(found))}. Give one of them.")
@@ -323,7 +325,7 @@ def _depth(value: Any, limit: int) -> int:
 def with_system(messages: Sequence[Any], system: Any) -> list[Any]:
     """Puts a row's `system` before its messages. Raises FieldError if they begin with another system prompt."""
     if not isinstance(system, str):
-        raise FieldError("system", f"is {kind_of(system)}; it must be text.")
+        raise FieldError("system", f"is {kind_of(system)}; it must be a string.")
     first = messages[0] if messages else None
     if isinstance(first, dict) and first.get("role") in ("system", "developer"):
         if first.get("content") == system:

@@ -1,6 +1,8 @@
-"""The error of one field of a row, before a program adds the place of the row."""
+"""The error of one field of a row, before a program adds the place of the row; it names values in JSON's words."""
 
 from __future__ import annotations
+
+import json
 
 MAX_SHOWN_CHARS = 40
 
@@ -16,13 +18,30 @@ class FieldError(Exception):
 
 
 def kind_of(value: object) -> str:
-    """Returns the type of a value in words, for errors."""
-    return "missing" if value is None else f"a {type(value).__name__}"
+    """Returns a value for a sentence: missing, the string "a", the number 3, true, an array, an object."""
+    if value is None:
+        return "missing"
+    if isinstance(value, bool):
+        return shown(value)
+    if isinstance(value, str):
+        return f"the string {shown(value)}"
+    if isinstance(value, int | float):
+        return f"the number {shown(value)}"
+    if isinstance(value, list | tuple):
+        return "an array"
+    # Tables have values that JSON has not, such as dates.
+    return "an object" if isinstance(value, dict) else f"of type {type(value).__name__}"
 
 
-def shown(name: object) -> str:
-    """Returns a name from a file, short enough for a sentence."""
-    return repr(name)[:MAX_SHOWN_CHARS]
+def shown(value: object) -> str:
+    """Returns a value from a file as JSON, short enough for a sentence; an array or an object by its kind."""
+    if isinstance(value, list | tuple | dict):
+        return kind_of(value)
+    cut = value[: MAX_SHOWN_CHARS + 1] if isinstance(value, str) else value
+    text = json.dumps(cut, ensure_ascii=False, default=str)
+    # Half of a surrogate pair could not be printed.
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
 def require_unicode(text: str, field: str) -> str:
@@ -30,7 +49,10 @@ def require_unicode(text: str, field: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
         raise FieldError(
-            field, f"has text that is not Unicode: {error}. Write whole characters, not half of a pair."
+            field,
+            f"has {half} without its other half: a pair such as \\ud83d\\ude00 is one character, half of it is none. "
+            "Write both, or the character itself.",
         ) from error
     return text

@@ -9,6 +9,7 @@ from google.protobuf.descriptor import Descriptor
 
 from scripts.reference.contract_text import comments
 from scripts.reference.markdown import NOTE, table
+from stillhouse.client.runfile.scalars import AUTOMATIC
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.fields import (
     Choices,
@@ -159,8 +160,11 @@ def _property(info: FieldInfo, comment: str, message: Descriptor | None) -> dict
         return schema | {"anyOf": [{"type": "array", "items": value} | _least(info), value]}
     if found is None and info.default not in (None, ""):
         schema["default"] = info.default
+    is_auto = info.name in AUTOMATIC
     # An empty value is the default.
-    value["type"] = [value["type"], "null"]
+    value["type"] = [value["type"], *(["string"] if is_auto else []), "null"]
+    if is_auto:
+        value["pattern"] = "^auto$"
     if "enum" in value:
         value["enum"] = [*value["enum"], None]
     return schema | value
@@ -208,6 +212,7 @@ def _type_text(info: FieldInfo) -> str:
         text = f"[{name}](#{name.lower()})"
     else:
         text = {str: "text", bool: "true or false", int: "integer", float: "number"}[info.python_type]
+        text += ", or auto" if info.name in AUTOMATIC else ""
     if not info.repeated:
         return text
     return f"list of {text}" if info.nested else f"{text}, or list of {text}"

@@ -9,6 +9,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.schema import (
     BUCKET_TOP_K,
+    CHECKPOINT_EVERY_SECONDS,
     CHECKPOINT_EVERY_STEPS,
     LORA_LEARNING_RATE,
     MAX_TOP_K,
@@ -38,7 +39,9 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
     if data.packing is None and optimizer.cuts_by_rows:
         data = replace(data, packing=False)
     if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
-        checkpoint = replace(checkpoint, every_steps=CHECKPOINT_EVERY_STEPS)
+        checkpoint = replace(
+            checkpoint, every_steps=CHECKPOINT_EVERY_STEPS, every_seconds=CHECKPOINT_EVERY_SECONDS
+        )
     if not spec.evaluation.HasField("top_k"):
         # Within its range, so that a loss.top_k outside of it is reported once.
         top_k = BUCKET_TOP_K if config.loss.top_k is None else config.loss.top_k

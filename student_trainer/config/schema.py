@@ -42,6 +42,8 @@ MAX_BATCH_SIZE = 65_536
 MICRO_BATCH_SIZE = 8
 """Rows of a forward pass that is cut by rows."""
 CHECKPOINT_EVERY_STEPS = 500
+CHECKPOINT_EVERY_SECONDS = 1800.0
+"""Longest time that a run killed in its first steps has lost."""
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
 MAX_TOP_K = 256
@@ -334,7 +336,11 @@ class CheckpointConfig:
         DefaultText(f"{CHECKPOINT_EVERY_STEPS}, if every_epochs and every_seconds are unset too"),
     ] = None
     every_epochs: Annotated[float | None, POSITIVE] = None
-    every_seconds: Annotated[float | None, POSITIVE] = None
+    every_seconds: Annotated[
+        float | None,
+        POSITIVE,
+        DefaultText(f"{CHECKPOINT_EVERY_SECONDS:g}, if every_steps and every_epochs are unset too"),
+    ] = None
     keep: Annotated[int, COUNT] = 2
 
 

@@ -263,7 +263,9 @@ class Stepper:
         loss = self._losses[group[0].context]
         try:
             batch = self._collate(group, self._weightings, 1.0, packed=False)
-            lacks = batch.positions.targets is None and batch.positions.sampled is None
+            lacks = (
+                batch.chunks is None and batch.positions.targets is None and batch.positions.sampled is None
+            )
             summed = self._objective(batch, _TEXT_ALONE if lacks else loss)
             self._accelerator.backward(summed.loss_sum / max(1, batch.num_targets))
         finally:

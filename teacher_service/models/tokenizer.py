@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_TELLS_DATE = "strftime_now"
+"""The function by which templates ask for the date."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character has at most four bytes: at most this many ids end in the middle of it.
 _MAX_SPLIT_IDS = 3
@@ -108,8 +111,10 @@ class TextCodec:
         """Encodes a prompt to INT32 [T], with the special tokens that the tokenizer puts before it, each once."""
         return np.asarray(encode_prompt(self._tokenizer, text).token_ids, dtype=np.int32)
 
-    def render(self, turns: Turns) -> npt.NDArray[np.int32]:
+    def render(self, turns: Turns, *, today: date | None = None) -> npt.NDArray[np.int32]:
         """Renders a conversation to INT32 [T] with the model's chat template and generation prompt.
+
+        A template that asks for the date is told `today`; without it, the day of this host.
 
         Raises `StillhouseError` (INVALID_REQUEST) if the model has no chat template, or its template refuses the
         conversation or leaves a field of it out.
@@ -121,6 +126,10 @@ class TextCodec:
                 "Send text or token ids, or serve a model with a template.",
             )
         try:
+            if today is not None and _TELLS_DATE in select_template(
+                self._tokenizer.chat_template, turns.tools
+            ):
+                turns = replace(turns, options={**turns.options, _TELLS_DATE: today.strftime})
             text = self._rendered(self._fields.resolve(turns), turns)
         except FieldError as error:
             raise StillhouseError(Reason.INVALID_REQUEST, f"{error}") from error

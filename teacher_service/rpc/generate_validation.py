@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+from datetime import date, datetime
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.field_error import FieldError, shown
 from stillhouse.protos.rows.wire import from_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.engine import EngineInfo, Int32Array
@@ -101,11 +102,22 @@ def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo)
                 turns = from_wire(prompt.conversation)
             except FieldError as error:
                 raise invalid_request(str(error)) from error
-            ids = codec.render(turns)
+            ids = codec.render(turns, today=_day(prompt.conversation.date))
         case _:
             raise invalid_request("A prompt needs token_ids, text or a conversation, and this one has none.")
     check_length(len(ids), longest)
     return ids
+
+
+def _day(text: str) -> date | None:
+    if not text:
+        return None
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").date()
+    except ValueError as error:
+        raise invalid_request(
+            f"date is {shown(text)}; it must be a day such as 2025-01-31, or empty."
+        ) from error
 
 
 def seed_of(sampling: teacher_pb2.SamplingParams, prompt_ids: Int32Array, sample_index: int) -> int | None:

@@ -440,6 +440,7 @@ class Conversation(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    DATE_FIELD_NUMBER: _builtins.int
     tools: _builtins.str
     """Tools that the model may call: a JSON array of objects with `type` and `function`, as in OpenAI's API, of at most
     1 MiB. Empty means none. A template that does not render them refuses the conversation.
@@ -448,6 +449,8 @@ class Conversation(_message.Message):
     """Further variables of the chat template, such as enable_thinking: a JSON object of at most 1 MiB. Empty means none. A
     template that does not read one of them refuses the conversation.
     """
+    date: _builtins.str
+    """Day that the chat template is told if it asks for the date, such as 2025-01-31. Empty means the day of the service."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]:
         """Required. Turns, oldest first."""
@@ -458,10 +461,11 @@ class Conversation(_message.Message):
         messages: _abc.Iterable[Global___Message] | None = ...,
         tools: _builtins.str = ...,
         chat_template_kwargs: _builtins.str = ...,
+        date: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "messages", b"messages", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_kwargs", b"chat_template_kwargs", "date", b"date", "messages", b"messages", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

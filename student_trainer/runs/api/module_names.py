@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, tensor_names
 
-INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 OUTPUT_LAYERS = frozenset({"lm_head", "embed_out", "output"})
 """Modules that may have no weight of their own in the files, because they share the input's."""
 MAX_LISTED = 20
@@ -36,11 +34,7 @@ def unknown_modules(directory: Path, names: Sequence[str]) -> str | None:
 
 def _modules(directory: Path) -> set[str]:
     try:
-        if (directory / INDEX).is_file():
-            tensors = list(json.loads((directory / INDEX).read_bytes())["weight_map"])
-        else:
-            with safe_open(directory / WEIGHTS, "numpy") as file:
-                tensors = list(file.keys())
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError):
-        return set()  # the training process says what is wrong
+        tensors = tensor_names(directory)
+    except WeightFilesError:
+        return set()  # refused elsewhere, or a model without weights
     return {name.rpartition(".")[0] for name in tensors}

@@ -17,6 +17,7 @@ from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import ALL_LINEAR, CacheConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.runs.api.hub_lookup import HubModel
 from stillhouse.student_trainer.runs.api.module_names import unknown_modules
+from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, check_weights
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 
 RUN_ID = re.compile(r"[a-z2-7]{12}")
@@ -69,6 +70,7 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
         ),
         cache=cache,
     )
+    resolver.weights(resolved)
     resolver.lora_modules(resolved)
     resolved = resolver.devices(resolved)
     named = {each.field for each in problems}
@@ -129,6 +131,20 @@ class _Resolver:
                 f'"{name}" holds no {" and no ".join(missing)}; give a directory in Hugging Face layout.',
             )
         return str(path)
+
+    def weights(self, config: RunConfig) -> None:
+        """Refuses a model on this host whose files lack weights."""
+        directory = Path(config.student.model)
+        if (
+            config.student.from_config
+            or not directory.is_absolute()
+            or not (directory / "config.json").is_file()
+        ):
+            return
+        try:
+            check_weights(directory)
+        except WeightFilesError as error:
+            self._refuse("student.model", f'"{directory}" {error}')
 
     def lora_modules(self, config: RunConfig) -> None:
         """Refuses names of modules that a model on this host does not have."""

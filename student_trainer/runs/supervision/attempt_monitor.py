@@ -198,6 +198,7 @@ class AttemptMonitor:
                 may_retry=used < run.effective_spec.retry.max_attempts,
                 overflowed=self._overflowed,
                 may_halve=may_halve,
+                resumes_from=_resumes_from(run),
                 full_disk=full_sentence(self._run_dir.path) if ended.code == EXIT_DISK_FULL else "",
             )
         )
@@ -221,6 +222,12 @@ class AttemptMonitor:
         )
         self._context.notifier.notify(self._run_id)
         return run
+
+
+def _resumes_from(run: Run) -> str:
+    if run.effective_spec.task == "cache":
+        return "what the cache holds"
+    return run.latest_checkpoint.removeprefix(f"{run.name}/")
 
 
 def _size(path: Path) -> int:

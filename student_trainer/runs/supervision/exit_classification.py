@@ -55,6 +55,8 @@ class AttemptEnd:
     """The size limit for which the service killed it, if any."""
     may_halve: bool = False
     """True if a retry with half the micro-batch is allowed after running out of memory."""
+    resumes_from: str = ""
+    """What another attempt continues from, such as checkpoints/40; empty if there is nothing yet."""
     full_disk: str = ""
     """Message for a full disk, if the process could not report it."""
 
@@ -108,16 +110,17 @@ def _death(ending: AttemptEnd) -> StillhouseError:
     may_log = number not in (signal.SIGKILL, signal.SIGTERM)
     tail = f" Last log lines: {ending.log_tail}" if ending.log_tail and may_log else ""
     metadata = {"exit_code": str(code), "signal": str(number)}
+    resume = f"`run resume` {_start_of_resume(ending)}."
     if ending.overflowed:
         sentence = f"{_TOO_MUCH[ending.overflowed]} Last log lines: {ending.log_tail}"
         return StillhouseError(Reason.QUOTA, sentence, metadata=metadata)
     if ending.killed_for_stop:
-        sentence = "The process did not exit in time after a stop request and was killed; `run resume` continues from the last checkpoint."
+        sentence = f"The process did not exit in time after a stop request and was killed; {resume}"
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
     if ending.killed_for_silence:
         sentence = (
             "The process sent no heartbeat for longer than the service's --max-silence-s and was killed; "
-            "check whether its host or disk hangs. `run resume` continues from the last checkpoint."
+            f"check whether its host or disk hangs. {resume}"
         )
         return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
     if ending.outcome == "stopped":
@@ -126,15 +129,23 @@ def _death(ending: AttemptEnd) -> StillhouseError:
     if code == EXIT_DISK_FULL:
         return StillhouseError(Reason.DISK_FULL, ending.full_disk, metadata=metadata)
     if number == signal.SIGKILL and ending.killed_for_memory:
-        sentence = f"The kernel's OOM killer killed the process (exit 137). {MEMORY_ADVICE}"
+        sentence = f"The kernel's OOM killer killed the process (exit 137). {MEMORY_ADVICE} {resume}"
         return StillhouseError(Reason.OUT_OF_MEMORY, sentence + tail, metadata=metadata)
     if code == KILLED_CODE:
-        sentence = f"The process was killed (exit 137), most likely for lack of memory. {MEMORY_ADVICE}"
+        sentence = (
+            f"The process was killed (exit 137), most likely for lack of memory. {MEMORY_ADVICE} {resume}"
+        )
     elif number:
         name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
-        sentence = f"The process was ended by {name}; `run resume` continues from the last checkpoint."
+        sentence = f"The process was ended by {name}; {resume}"
     elif code is None:
-        sentence = "The process ended while the service was not running; `run resume` continues from the last checkpoint."
+        sentence = f"The process ended while the service was not running; {resume}"
     else:
-        sentence = f"The process ended with code {code} and reported no error; `run resume` tries again."
+        sentence = f"The process ended with code {code} and reported no error; {resume}"
     return StillhouseError(Reason.PROCESS_DIED, sentence + tail, metadata=metadata)
+
+
+def _start_of_resume(ending: AttemptEnd) -> str:
+    if ending.resumes_from:
+        return f"continues from {ending.resumes_from}"
+    return "begins again at the first step, because the run has no checkpoint yet"

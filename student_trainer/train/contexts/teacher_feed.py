@@ -9,6 +9,7 @@ import structlog
 
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
+from stillhouse.student_trainer.train.batching.passes import deal
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, generated_example
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -35,16 +36,21 @@ class TeacherFeed(Feed):
         self._vocab_size = vocab_size
         self._slots: dict[int, Sequence[Slot]] = {}
 
+    def own(self, slots: Sequence[Slot], rank: int, size: int) -> list[Slot]:
+        """The rows of a step that are those of process `rank`: all may become about as many tokens."""
+        examples = [self._settings.examples[slot.row] for slot in slots]
+        lengths = [len(each.prompt) + self._max_new_tokens(each) for each in examples]
+        return [slots[at] for at in deal(lengths, size)[rank]]
+
     def request(self, step: int, slots: Sequence[Slot]) -> None:
         self._slots[step] = slots
         for slot in slots:
             example = self._settings.examples[slot.row]
-            room = self._settings.max_sequence_tokens - len(example.prompt)
             self._stream(example).submit(
                 slot.position,
                 example.prompt,
                 seed=text_seed(self._settings.seed, self._settings.context, slot.position),
-                max_new_tokens=min(self._generation.max_new_tokens, room),
+                max_new_tokens=self._max_new_tokens(example),
                 place=example.place,
             )
 
@@ -76,6 +82,10 @@ class TeacherFeed(Feed):
             "train/teacher_text_finished": num_finished / len(lengths),
             "train/teacher_texts_dropped": float(num_foreign),
         }
+
+    def _max_new_tokens(self, example: Example) -> int:
+        room = self._settings.max_sequence_tokens - len(example.prompt)
+        return min(self._generation.max_new_tokens, room)
 
     def _stream(self, example: Example) -> TextStream:
         if len(self._stream_of) == 1:

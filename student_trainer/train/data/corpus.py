@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import structlog
@@ -80,6 +80,7 @@ def load_corpus(
     reader = _DatasetReader(data, encoder, data_dir, teachers)
     parts = [reader.read(dataset) for dataset in data.train]
     train = [example for part in parts for example in part]
+    left_out = reader.left_out.copy()
     held_out = [example for dataset in data.eval for example in reader.read(dataset)]
     if not data.eval:
         chosen = _held_out_rows(len(train), data)
@@ -91,11 +92,7 @@ def load_corpus(
         ]
         train = [example for part in parts for example in part]
     if not train:
-        raise StillhouseError(
-            Reason.DATASET_INVALID,
-            f"data.train has no row with a target within {data.max_sequence_tokens} tokens. "
-            "Raise data.max_sequence_tokens, or give rows with completions.",
-        )
+        raise StillhouseError(Reason.DATASET_INVALID, _nothing_left(left_out, data.max_sequence_tokens))
     log.info("data read", train_rows=len(train), eval_rows=len(held_out))
     sizes = [len(part) for part in parts]
     return Corpus(
@@ -127,15 +124,16 @@ class _DatasetReader:
         self._encoder = encoder
         self._data_dir = data_dir
         self._teachers = teachers
-        self._left_out: Counter[str] = Counter()
+        self.left_out: Counter[_LeftOut] = Counter()
+        """Rows so far without an example, by cause."""
         self._told: Counter[str] = Counter()
 
     def read(self, dataset: DatasetConfig) -> list[Example]:
         """The examples of a dataset; logs the number of rows that are left out."""
-        self._left_out = Counter(too_long=0, nothing_to_learn=0)
+        before = self.left_out.copy()
         examples = list(self._examples(dataset))
-        if self._left_out.total():
-            log.warning("rows left out", path=dataset.path, **self._left_out)
+        if left_out := self.left_out - before:
+            log.warning("rows left out", path=dataset.path, **left_out)
         for name, count in self._encoder.notes.items():
             if count > self._told[name]:
                 log.warning(_NOTES[name], path=dataset.path, number=count - self._told[name])
@@ -152,9 +150,9 @@ class _DatasetReader:
             token_ids, completion_mask = self._encoder.encode_with_completion_mask(row)
             mask = self._encoder.target_mask(completion_mask)
             if len(token_ids) > limit and self._data.overflow == "drop":
-                self._left_out["too_long"] += 1
+                self.left_out["too_long"] += 1
             elif not any(mask[:limit]):
-                self._left_out["nothing_to_learn"] += 1
+                self.left_out[_why_left_out(row, mask)] += 1
             else:
                 yield Example(
                     token_ids=np.asarray(token_ids[:limit], np.int32),
@@ -169,7 +167,7 @@ class _DatasetReader:
         found = cached_examples(path, self._encoder.fingerprint, routed=bool(self._data.teacher_field))
         for example in itertools.islice(found, limit):
             if len(example.token_ids) > self._data.max_sequence_tokens:
-                self._left_out["too_long"] += 1
+                self.left_out["too_long"] += 1
             else:
                 self._encoder.see_end(example.token_ids.tolist())
                 yield example
@@ -185,6 +183,36 @@ class _DatasetReader:
                 field, f'is "{name}", which no teacher is called; there are {", ".join(self._teachers)}.'
             )
         return name
+
+
+_LeftOut = Literal["weight_0", "too_long", "first_target_beyond_limit", "nothing_to_learn"]
+_CAUSES: Mapping[_LeftOut, str] = {
+    "weight_0": "have weight 0 on every turn of the assistant: leave weight out of a turn to learn",
+    "too_long": "have more than {limit} tokens: raise data.max_sequence_tokens, or set data.overflow: truncate",
+    "first_target_beyond_limit": "have no target within {limit} tokens: raise data.max_sequence_tokens",
+    "nothing_to_learn": "have no text to learn: give rows with completions",
+}
+"""Clauses about rows that are left out, each with its remedy."""
+
+
+def _why_left_out(row: DatasetRow, mask: Sequence[bool]) -> _LeftOut:
+    """Returns the cause for which a row has no target within the limit."""
+    if any(mask):
+        return "first_target_beyond_limit"
+    lists = [value for value in row.values.values() if isinstance(value, list)]
+    turns = [each for messages in lists for each in messages if isinstance(each, dict)]
+    return "weight_0" if any(each.get("weight") == 0 for each in turns) else "nothing_to_learn"
+
+
+def _nothing_left(left_out: Counter[_LeftOut], limit: int) -> str:
+    """Returns the sentence about training data of which every row is left out."""
+    total = left_out.total()
+    if not total:
+        return "data.train has no rows. Give files with rows, or raise their limit."
+    causes = "; ".join(
+        f"{count} {_CAUSES[cause].format(limit=limit)}" for cause, count in left_out.most_common()
+    )
+    return f"data.train has nothing to train on: of its {total} rows {causes}."
 
 
 def _held_out_rows(num_rows: int, data: DataConfig) -> set[int]:

@@ -216,8 +216,8 @@ class RankProcesses:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
             return StillhouseError(
                 Reason.PROCESS_DIED,
-                f"Process {rank} of {self.rank_info.size} (from 0) {how} without an error message; `run resume` continues from "
-                "the last checkpoint.",
+                f"Process {rank} of {self.rank_info.size} (from 0) {how} without an error message; `run resume` continues from the last "
+                "checkpoint, or begins again if there is none.",
                 metadata={"exit_code": str(code if code >= 0 else 128 - code), "signal": str(max(0, -code))},
             )
         noticed = told.reason is Reason.PROCESS_DIED

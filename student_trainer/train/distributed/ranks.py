@@ -253,7 +253,7 @@ def _connected() -> Iterator[None]:
         raise StillhouseError(
             Reason.PROCESS_DIED,
             f"Another process of this run has ended, or did not respond for {timeout_s():g} s ({first_line(error)}). See its log; "
-            "`run resume` continues from the last checkpoint.",
+            "`run resume` continues from the last checkpoint, or begins again if there is none.",
         ) from error
 
 

@@ -10,11 +10,9 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 import structlog
 import torch
@@ -22,13 +20,13 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import memory_cause
-from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.setup.run_context import RunContext
+from stillhouse.student_trainer.train.setup.stretched_rows import stretched
 from stillhouse.student_trainer.train.step import Stepper
 
 log = structlog.get_logger()
@@ -189,42 +187,6 @@ class PassTrial:
         ):
             self.stepper.rehearse([row])
         return sum(kept.values())
-
-
-def stretched(scored: ScoredExample, length: int) -> ScoredExample:
-    """The row with its tokens, and all that is known of them, repeated to `length` tokens, or cut there.
-
-    The text of another tokenizer's teacher is left out.
-    """
-    example, bridged = scored.example, scored.example.aligned is not None
-    start = min(example.start, length - 1)
-    mask = np.concatenate([example.mask[:start], np.resize(example.mask[example.start :], length - start)])
-    row = replace(
-        example,
-        token_ids=np.resize(example.token_ids, length),
-        mask=mask.astype(np.bool_),
-        num_prompt=None,
-        aligned=None,
-    )
-    answer, first = scored.answer, 0
-    if answer is not None and not bridged:
-        first = min(answer.start, start)
-        parts: dict[str, Any] = {each.name: getattr(answer, each.name) for each in fields(Distributions)}
-        arrays: dict[str, Any] = {
-            name: _repeated(part, length - first) for name, part in parts.items() if name != "start"
-        }
-        answer = Distributions(start=first, **arrays)
-    return replace(
-        scored,
-        example=row,
-        answer=None if bridged else answer,
-        behaviour_logprobs=_repeated(scored.behaviour_logprobs, length - start),
-        baseline=_repeated(scored.baseline, length - start),
-    )
-
-
-def _repeated(array: np.ndarray | None, number: int) -> np.ndarray | None:
-    return None if array is None else array[np.arange(number) % len(array)]
 
 
 def free_bytes(device: torch.device) -> int:

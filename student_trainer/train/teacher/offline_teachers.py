@@ -130,8 +130,9 @@ class OfflineTeachers:
             raise StillhouseError(
                 Reason.CACHE_MISS,
                 f"The cache {self._cache.config.path} lacks the answers to {len(lacking)} of {len(examples)} sequences, first "
-                f"{lacking[0].place}. Build it with the same data, tokenizer, data.date and data.max_sequence_tokens by "
-                "`stillhouse cache build`, or use cache.mode: write_through with a teacher.",
+                f"{lacking[0].place}. Build it with the same rows, tokenizer and data section, of which data.date, data.end_text, "
+                "data.chat and data.max_sequence_tokens decide on the tokens, by `stillhouse cache build`; or use cache.mode: "
+                "write_through with a teacher.",
                 metadata={"missing": str(len(lacking)), "wanted": str(len(examples))},
             )
         return best

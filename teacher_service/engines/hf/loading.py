@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.teacher_service.models.finite_weights import non_finite_logits
 from stillhouse.teacher_service.models.weight_names import check_weight_names
 
 _PROBE_TOKENS = 8
@@ -54,11 +55,7 @@ def require_causal(model: Any, name: str) -> None:
         one, other = model(torch.cat([ids, others])).logits[:, :half]
     if not torch.isfinite(one).all():
         broken = [key for key, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-        why = f"{broken[0]} holds such values; fetch the model again" if broken else "choose another --dtype"
-        raise StillhouseError(
-            Reason.MODEL_NOT_FOUND,
-            f"{name} computes NaN or infinite logits in {str(model.dtype).removeprefix('torch.')}: {why}.",
-        )
+        raise non_finite_logits(name, str(model.dtype).removeprefix("torch."), next(iter(broken), ""))
     if not agree(other, one, model.dtype):
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,

@@ -48,11 +48,13 @@ from stillhouse.teacher_service.engines.vllm.tiers import PublicTier, RowsMissin
 from stillhouse.teacher_service.engines.vllm.worker.plugin import switched_on
 from stillhouse.teacher_service.models.files import ModelFiles, locate_model
 from stillhouse.teacher_service.models.fingerprint import model_fingerprint
+from stillhouse.teacher_service.models.finite_weights import broken_weight, non_finite_logits
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.models.weight_names import check_weight_names
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time for vLLM's processes to exit before they are killed."""
+_PROBE_TOKENS = 8
 
 
 class VllmEngine:
@@ -119,6 +121,7 @@ class VllmEngine:
                 shapes=shapes,
                 weight_files=names.files,
             )
+            await cls(llm, info, adapters)._require_finite(names.files)
             tier = await choose(config, llm, info, lambda tier: cls(llm, info, adapters, tier=tier))
             info = replace(
                 info,
@@ -182,6 +185,18 @@ class VllmEngine:
             with suppress(Exception):  # it ends in any case
                 await llm.abort(list(self._running))
         await asyncio.to_thread(_stop, llm, self._processes, self._guard)
+
+    async def _require_finite(self, files: Sequence[Path]) -> None:
+        """Raises `StillhouseError` (MODEL_NOT_FOUND) for a model whose logits are NaN or infinite, with a weight that is."""
+        size = min(_PROBE_TOKENS, self.info.max_sequence_tokens)
+        ids = np.random.default_rng(0).integers(0, self.info.tokenizer_size, size, dtype=np.int32)
+        try:
+            await self.score(ScoreInput(token_ids=ids, start=1, options=DistributionOptions(top_k=1)))
+        except StillhouseError as error:
+            if error.reason is not Reason.NON_FINITE:
+                raise
+            broken = await asyncio.to_thread(broken_weight, files)
+            raise non_finite_logits(self.info.model, self.info.dtype, broken) from error
 
     async def _warm_up(self) -> None:
         """Scores and generates once, so that no request pays for lazy initialisation."""

@@ -83,11 +83,11 @@ def test_openais_batch_files_are_read_and_written(teacher: Teacher, adapted: str
         ({"top_logprobs": 2}, "body.top_logprobs needs logprobs: true."),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
-            "messages[0].content[0] is of type 'image_url'",
+            'messages[0].content[0] is of type "image_url"',
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]},
-            "messages[0].tool_calls[0] is a int; it must be an object.",
+            "messages[0].tool_calls[0] is the number 1; it must be an object.",
         ),
         (
             {"messages": [{"role": "user", "content": "x", "mood": "mild"}]},
@@ -114,7 +114,7 @@ def test_an_unsupported_field_fails_its_row_by_name(
 def test_other_interfaces_fail_by_name(teacher: Teacher, tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", openai("x", {"input": "a"}, "/v1/embeddings"))
     generate_file(teacher, source, tmp_path / "out.jsonl")
-    assert "url is '/v1/embeddings'" in read(tmp_path / "out.jsonl")[0]["error"]["message"]
+    assert 'url is the string "/v1/embeddings"' in read(tmp_path / "out.jsonl")[0]["error"]["message"]
 
 
 def test_a_data_set_of_openais_rows_keeps_what_the_template_was_given(

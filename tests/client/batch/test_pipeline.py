@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -88,13 +89,13 @@ def test_failures_stay_in_their_rows_and_are_retried(
         1: "",
         2: "There is no adapter 'batch-test/late'",
         None: "Line 3 is not JSON",
-        4: "prompt is a list; it must be text.",
+        4: "prompt is an array; it must be a string, or an array of messages.",
         5: "Line 5: a row has one of prompt, messages, token_ids; this one has prompt and messages.",
         6: "token_ids[0] is 999",
-        7: "messages[0].content is missing; it must be text.",
-        8: "temperature is a str; it must be a number.",
+        7: "messages[0].content is missing; it must be a string.",
+        8: 'temperature is the string "hot"; it must be a number.',
         9: "top_p is 2.0.",
-        10: "prompt has text that is not Unicode",
+        10: "prompt has \\ud800 without its other half",
         11: "",
     }
     assert errors.keys() == wanted.keys()
@@ -352,3 +353,23 @@ def test_options_that_do_not_fit_are_refused(arguments: tuple[str, ...], sentenc
     result = command("127.0.0.1:1", *arguments)
     assert result.exit_code == 2
     assert sentence in result.stderr
+
+
+@pytest.mark.parametrize("date", ["", "2024-07-26"])
+def test_templates_are_told_one_day_in_the_whole_batch_and_its_cache_has_it(
+    teacher: Teacher, tmp_path: Path, date: str
+) -> None:
+    source = write(tmp_path / "in.jsonl", {"messages": [{"role": "user", "content": "Hello"}]})
+    settings = BatchSettings(sampling=FIXED, capture=tmp_path / "cache", date=date)
+    generate_file(teacher, source, tmp_path / "out.jsonl", settings)
+    header = json.loads((tmp_path / "out.jsonl.journal").read_text().splitlines()[0])
+    begun = datetime.fromtimestamp(header["started_s"], UTC).date().isoformat()
+    assert {meta.template_date for meta in CacheReader(tmp_path / "cache").metas} == {date or begun}
+    assert header["settings"].get("date", "") == date
+
+
+def test_a_day_that_is_none_is_refused_before_the_batch(hf_teacher: Program, tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", {"prompt": "Hello"})
+    result = command(hf_teacher.target, "--in", source, "--out", tmp_path / "out.jsonl", "--date", "26 Jul")
+    assert result.exit_code == 2
+    assert "--date" in result.stderr

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from google.protobuf import json_format
 
 from stillhouse.client.cli import cli
 from stillhouse.client.estimate import memory
 from stillhouse.client.estimate.memory import MemoryPlan, student_bytes
 from stillhouse.client.estimate.model_shape import ModelShape
+from stillhouse.client.runfile import load
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config import proto, schema
 from stillhouse.student_trainer.config.fields import Choices, fields_of
@@ -228,3 +230,44 @@ def test_a_file_that_is_not_a_model_is_named(tmp_path: Path, content: str) -> No
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(StillhouseError, match="does not tell the model's sizes"):
         ModelShape.read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("optimizer.batch_size=0", "optimizer.batch_size: 0 is out of range; it must be in [1, 65536]."),
+        (
+            "optimizer.micro_batch_tokens=-5",
+            "optimizer.micro_batch_tokens: -5 is out of range; it must be at least 1.",
+        ),
+        (
+            "optimizer.micro_batch_size=0",
+            "optimizer.micro_batch_size: 0 is out of range; it must be at least 1.",
+        ),
+        ("data.max_sequence_tokens=0", "data.max_sequence_tokens: 0 is out of range; it must be at least 2."),
+        ("student.lora.rank=0", "student.lora.rank: 0 is out of range; it must be in [1, 1024]."),
+        (
+            "student.quantization=int4",
+            'student.quantization: "int4" is not known. Possible: none, int8, nf4.',
+        ),
+        ("optimizer.precision=half", 'optimizer.precision: "half" is not known. Possible: bf16, fp16, fp32.'),
+        ("optimizer.learning_rate=0", "optimizer.learning_rate: 0.0 is out of range; it must be above 0."),
+        ("data.eval_fraction=1", "data.eval_fraction: 1.0 is out of range; it must be in [0, 1)."),
+        ("loss.terms[0].weight=-1", "loss.terms[0].weight: -1.0 is out of range; it must be at least 0."),
+        ("resources.num_processes=-2", "resources.num_processes: -2 is out of range; it must be in [0, "),
+    ],
+)
+def test_a_value_out_of_range_is_refused_as_the_service_does(
+    tmp_path: Path, given: str, sentence: str
+) -> None:
+    shape_of(tmp_path, QWEN_05B)
+    result = estimate(tmp_path, {"student": {"model": str(tmp_path)}}, "--set", given)
+    assert result.exit_code == 2, result.output
+    assert f"--set {given}: {sentence}" in result.stderr
+    spec = spec_of({**SMALLEST, "student": {"model": "m"}})
+    apply = load.parse_fields(json_format.MessageToDict(spec, preserving_proto_field_name=True), [given]).spec
+    with pytest.raises(StillhouseError) as refused:
+        proto.from_proto(apply)
+    path, _, problem = sentence.partition(": ")
+    told = {each.field: each.description for each in refused.value.violations}[path]
+    assert problem.partition(" Possible")[0].rstrip(".") in told

@@ -78,6 +78,8 @@ def test_every_example_keeps_the_schema_and_names_it_for_editors(path: Path) -> 
 @pytest.mark.parametrize(
     ("path", "value"),
     [
+        ("optimizer.micro_batch_tokens", "auto"),
+        ("optimizer.microBatchTokens", 512),
         ("loss.top_k", 256),
         ("loss.topK", 1),
         ("optimizer.learning_rate", 1e-4),
@@ -99,6 +101,8 @@ def test_the_schema_takes_what_a_run_file_may_hold(tmp_path: Path, path: str, va
 @pytest.mark.parametrize(
     ("path", "value"),
     [
+        ("optimizer.micro_batch_tokens", "many"),
+        ("optimizer.micro_batch_tokens", 0),
         ("loss.top_k", 257),
         ("loss.topK", 0),
         ("loss.topk", 8),

@@ -142,7 +142,7 @@ def test_generate_takes_conversations(hf_teacher: Program, tmp_path: Path) -> No
     ("text", "sentence"),
     [
         ('{"a": 1}', 'expects a list of messages, such as [{"role": "user", "content": "Hello"}].'),
-        ('[{"role": "user"}]', "chat.json: messages[0].content is missing; it must be text."),
+        ('[{"role": "user"}]', "chat.json: messages[0].content is missing; it must be a string."),
         ("[]\n[", "2: this line is not JSON: Expecting value: line 1 column 2 (char 1)."),
     ],
 )

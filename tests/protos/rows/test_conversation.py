@@ -185,10 +185,10 @@ def test_options_of_a_template_are_given_to_one_that_reads_them() -> None:
         ({"enable_thinkin": False}, "chat_template_kwargs.enable_thinkin is not read by the chat template."),
         (
             {"add_generation_prompt": False},
-            "chat_template_kwargs has 'add_generation_prompt', which is no variable",
+            'chat_template_kwargs has "add_generation_prompt", which is no variable',
         ),
-        ({"eos_token": ""}, "chat_template_kwargs has 'eos_token', which is no variable"),
-        ([1], "chat_template_kwargs is a list; it must be an object."),
+        ({"eos_token": ""}, 'chat_template_kwargs has "eos_token", which is no variable'),
+        ([1], "chat_template_kwargs is an array; it must be an object."),
     ):
         with pytest.raises(FieldError) as caught:
             rendered(template, parse_turns([USER], None, given))
@@ -198,18 +198,18 @@ def test_options_of_a_template_are_given_to_one_that_reads_them() -> None:
 @pytest.mark.parametrize(
     ("message", "sentence"),
     [
-        ({"role": "user"}, "messages[0].content is missing; it must be text."),
-        ({"role": "assistant", "content": None}, "messages[0].content is missing; it must be text."),
-        ({"role": "user", "content": 3}, "messages[0].content is a int; it must be text."),
-        ({"content": "a"}, "messages[0].role is missing; it must be text."),
-        ({"role": "user", "content": "a\ud800"}, "messages[0].content has text that is not Unicode"),
+        ({"role": "user"}, "messages[0].content is missing; it must be a string."),
+        ({"role": "assistant", "content": None}, "messages[0].content is missing; it must be a string."),
+        ({"role": "user", "content": 3}, "messages[0].content is the number 3; it must be a string."),
+        ({"content": "a"}, "messages[0].role is missing; it must be a string."),
+        ({"role": "user", "content": "a\ud800"}, "messages[0].content has \\ud800 without its other half"),
         (
             {"role": "user", "content": [{"type": "image_url"}]},
-            "messages[0].content[0] is of type 'image_url'; only text",
+            'messages[0].content[0] is of type "image_url"; only text',
         ),
         (
             {"role": "user", "content": "a", "tool_calls": [call()]},
-            "messages[0].tool_calls is of a turn of 'user'",
+            'messages[0].tool_calls is of a turn of "user"',
         ),
         (
             CALLS | {"tool_calls": [call(arguments="{")]},
@@ -221,7 +221,7 @@ def test_options_of_a_template_are_given_to_one_that_reads_them() -> None:
         ),
         (
             CALLS | {"tool_calls": [call(arguments="[1]")]},
-            "messages[0].tool_calls[0].function.arguments is a list",
+            "messages[0].tool_calls[0].function.arguments is an array",
         ),
         (
             CALLS | {"tool_calls": [call(arguments='{"a": NaN}')]},
@@ -229,17 +229,17 @@ def test_options_of_a_template_are_given_to_one_that_reads_them() -> None:
         ),
         (
             CALLS | {"tool_calls": [call(arguments='{"a": "\\ud800"}')]},
-            "messages[0].tool_calls[0].function.arguments has text",
+            "messages[0].tool_calls[0].function.arguments has \\ud800",
         ),
         (
             CALLS | {"tool_calls": [call(arguments={"a": json.loads("[" * 70 + "]" * 70)})]},
             "messages[0].tool_calls[0].function.arguments is nested",
         ),
-        (CALLS | {"tool_calls": [call(name="")]}, "messages[0].tool_calls[0].function.name is a str"),
-        (CALLS | {"tool_calls": [call(type="custom")]}, "messages[0].tool_calls[0].type is 'custom'"),
+        (CALLS | {"tool_calls": [call(name="")]}, "messages[0].tool_calls[0].function.name is the string"),
+        (CALLS | {"tool_calls": [call(type="custom")]}, 'messages[0].tool_calls[0].type is "custom"'),
         (CALLS | {"tool_calls": [call(custom={})]}, "messages[0].tool_calls[0].custom is not supported"),
         ({"role": "assistant", "content": "a", "weight": 0.5}, "messages[0].weight is 0.5; it must be 0"),
-        ({"role": "user", "content": "a", "weight": 0}, "messages[0].weight is of a turn of 'user'"),
+        ({"role": "user", "content": "a", "weight": 0}, 'messages[0].weight is of a turn of "user"'),
         ({"role": "assistant", "content": "a", "prefix": True}, "messages[0].prefix is not supported"),
         (
             {"role": "assistant", "content": "a", "reasoning": "b", "thinking": "c"},
@@ -257,9 +257,9 @@ def test_bad_messages_are_refused_by_name(message: Any, sentence: str) -> None:
     ("tools", "sentence"),
     [
         ("[", "tools is not JSON"),
-        ({"type": "function"}, "tools is a dict; it must be a list"),
+        ({"type": "function"}, "tools is an object; it must be an array"),
         ([{"type": "function", "function": {}}], "tools[0].function.name is missing"),
-        ([{"type": "web_search", "name": "x"}], "tools[0].type is 'web_search'"),
+        ([{"type": "web_search", "name": "x"}], 'tools[0].type is "web_search"'),
         ([{**WEATHER, "x": float("nan")}], "tools[0] cannot be written as JSON"),
     ],
 )

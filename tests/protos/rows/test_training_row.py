@@ -54,7 +54,7 @@ def test_rows_of_text_stay_text() -> None:
     [
         ({"text": "t", "system": "s"}, "system has no effect on a row of text."),
         ({"text": "t", "tools": [TOOL]}, "tools has no effect on a row of text."),
-        ({"text": "\ud800"}, "text has text that is not Unicode"),
+        ({"text": "\ud800"}, "text has \\ud800 without its other half"),
         (
             {"messages": [ASK, ANSWER], "prompt": "other"},
             "prompt is given beside messages and is no part of them.",
@@ -63,8 +63,8 @@ def test_rows_of_text_stay_text() -> None:
         ({"messages": [SYSTEM, ASK, ANSWER], "system": "other"}, "system differs from the system message"),
         ({"messages": [ASK]}, 'messages has no turn with role "assistant"'),
         ({"prompt": [ASK, ANSWER], "completion": [ASK]}, 'messages has no turn with role "assistant"'),
-        ({"prompt": ["a"], "completion": "b"}, "prompt[0] is a str; it must be an object."),
-        ({"prompt": "a", "completion": "b", "system": 3}, "system is a int; it must be text."),
+        ({"prompt": ["a"], "completion": "b"}, 'prompt[0] is the string "a"; it must be an object.'),
+        ({"prompt": "a", "completion": "b", "system": 3}, "system is the number 3; it must be a string."),
         ({"prompt": "a", "completion": "b", "weight": 0}, "weight is not supported, and would change"),
         ({"prompt": "a", "completion": "b", "functions": [{}]}, "functions is not supported"),
         (

@@ -113,7 +113,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         0.02,
         True,
     )
-    assert (run.checkpoint.every_steps, run.checkpoint.keep) == (500, 2)
+    assert (run.checkpoint.every_steps, run.checkpoint.every_seconds, run.checkpoint.keep) == (500, 1800, 2)
     assert (run.retry.max_attempts, run.retry.teacher_wait_s) == (1, 3600)
     assert run.evaluation.metrics == ("kl", "perplexity", "agreement")
     assert run.student.output == "merged"

@@ -22,11 +22,12 @@ from stillhouse.student_trainer.train.batching.passes import PassCutter
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.setup.pass_trial import stretched
+from stillhouse.student_trainer.train.setup.stretched_rows import stretched
 from stillhouse.student_trainer.train.step import Stepper
 from stillhouse.student_trainer.train.student.device import make_accelerator
-from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
+from stillhouse.student_trainer.train.student.student import Student
 from tests.conftest import Models
+from tests.student_trainer.train.students import load_student
 
 TOP_K, NUM_DRAWS = 8, 6
 TEMPERATURE = 2.0
@@ -119,16 +120,7 @@ class Recorder(torch.optim.SGD):
 @pytest.fixture(scope="module")
 def student(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Student:
     """A tiny student in float64."""
-    config = config_of(models, {}).student
-    data_dir = tmp_path_factory.mktemp("data")
-    found = Student.load(
-        config,
-        load_tokenizer(config, data_dir),
-        data_dir=data_dir,
-        device=torch.device("cpu"),
-        precision="fp32",
-        seed=0,
-    )
+    found = load_student(config_of(models, {}).student, tmp_path_factory.mktemp("data"))
     found.model.double()
     return found
 

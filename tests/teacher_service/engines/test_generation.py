@@ -177,7 +177,9 @@ def test_each_bad_prompt_gets_its_own_error(teacher: Teacher) -> None:
         teacher_pb2.Prompt(),
         prompt(random_ids(4), adapter="nobody"),
         prompt(random_ids(4), sampling=teacher_pb2.SamplingParams(top_p=1.5)),
+        teacher_pb2.Prompt(conversation=to_wire(parse_turns([{"role": "user", "content": "a"}]))),
     ]
+    prompts[-1].conversation.date = "26 Jul 2024"
     samples = teacher.generate(prompts, num_samples=2, max_new_tokens=4)
     reasons = {key: sample.error.reason if sample.error else None for key, sample in samples.items()}
     wanted = [
@@ -187,6 +189,7 @@ def test_each_bad_prompt_gets_its_own_error(teacher: Teacher) -> None:
         Reason.TOKEN_OUT_OF_RANGE,
         Reason.INVALID_REQUEST,
         Reason.ADAPTER_NOT_FOUND,
+        Reason.INVALID_REQUEST,
         Reason.INVALID_REQUEST,
     ]
     assert reasons == {(index, sample): reason for index, reason in enumerate(wanted) for sample in (0, 1)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,14 @@ def test_a_tokenizer_that_transformers_makes_up_is_none(tmp_path: Path, kind: st
     with pytest.raises(StillhouseError, match="its files hold no vocabulary") as refused:
         TextCodec.load(str(tmp_path))
     assert refused.value.reason is Reason.MODEL_NOT_FOUND
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_day_of_the_request(directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}|{{ messages[0].content }}"
+    turns, day = parse_turns([{"role": "user", "content": "Hello"}]), date(2024, 7, 26)
+    assert tokenizer.decode(TextCodec(tokenizer, directory).render(turns, today=day)) == "26 Jul 2024|Hello"
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert tokenizer.decode(TextCodec(tokenizer, directory).render(turns, today=day)) == "Hello"

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
 from stillhouse.protos.rpc.channel import connect
@@ -24,6 +26,7 @@ def model_of_no_kind(folder: Path) -> Path:
     path = folder / "unknown"
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text('{"model_type": "nothing"}')
+    save_file({"weight": np.zeros(1)}, path / "model.safetensors")
     return path
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from stillhouse.protos.errors import Reason
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.api.servicer import MAX_SPEC_BYTES, run_id_of
+from tests.conftest import Models
 from tests.student_trainer.runs.api.caller import refused, stub_for, wait_ended
 from tests.student_trainer.runs.api.conftest import Service
 from tests.support.programs import Program, start_trainer
@@ -125,6 +128,22 @@ def test_a_directory_without_a_model_is_refused(service: Service) -> None:
     with refused(Reason.INVALID_SPEC) as caught:
         service.create(service.spec(student=str(service.rows.parent)))
     assert "config.json" in str(caught[0])
+
+
+def test_a_student_that_lost_a_weight_is_refused_at_create(service: Service, models: Models) -> None:
+    model = service.rows.parent / "lost"
+    shutil.copytree(models.student, model)
+    weights = load_file(model / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with refused(Reason.INVALID_SPEC) as caught:
+        service.create(service.spec(student=str(model)), validate_only=True)
+    (violation,) = caught[0].violations
+    assert violation.field == "student.model"
+    assert "lacks weights in its files (layer 1: mlp.up_proj.weight)" in violation.description
+    fresh = service.spec(student=str(model))
+    fresh.student.from_config = True
+    service.create(fresh, validate_only=True)
 
 
 def test_a_failed_run_has_its_error(service: Service, failed: Run) -> None:

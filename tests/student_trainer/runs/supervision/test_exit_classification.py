@@ -106,6 +106,25 @@ def test_an_unreported_death_shows_the_last_log_lines() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "seen",
+    [
+        {"exit": KILLED, "killed_for_silence": True},
+        {"exit": KILLED, "killed_for_stop": True, "state": STOPPING},
+        {"exit": KILLED, "killed_for_memory": True},
+        {"exit": KILLED},
+        {"exit": Exit(code=143, signal=signal.SIGTERM)},
+        {"exit": Exit(code=None)},
+        {"exit": Exit(code=1)},
+    ],
+)
+def test_a_death_says_where_a_resume_begins(seen: dict[str, Any]) -> None:
+    lost = ended(**seen)[2]
+    assert "`run resume` begins again at the first step, because the run has no checkpoint yet." in lost
+    assert "last checkpoint" not in lost
+    assert "`run resume` continues from checkpoints/40." in ended(**seen, resumes_from="checkpoints/40")[2]
+
+
 def test_the_next_state_is_always_a_transition() -> None:
     for state in LIVE:
         for outcome in ("completed", "stopped", "failed", None):

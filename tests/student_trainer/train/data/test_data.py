@@ -101,10 +101,10 @@ def test_without_completion_only_prompts_are_learnt_too(tokenizer: Any) -> None:
             "field text: is missing: a row needs messages, or prompt and completion, or text",
         ),
         ({"completion": "b"}, "field prompt: is missing"),
-        ({"prompt": "a", "completion": 3}, "field completion: is a int; it must be a string"),
+        ({"prompt": "a", "completion": 3}, "field completion: is the number 3; it must be a string"),
         ({"text": ""}, "field text: is empty"),
-        ({"messages": []}, "field messages: must be a list of at least one message"),
-        ({"messages": [{"role": "user"}]}, "field messages[0].content: is missing; it must be text"),
+        ({"messages": []}, "field messages: is empty; it must be an array of at least one message"),
+        ({"messages": [{"role": "user"}]}, "field messages[0].content: is missing; it must be a string"),
         ({"messages": CONVERSATION[:1]}, 'no turn with role "assistant"'),
     ],
 )
@@ -167,8 +167,8 @@ def test_parquet_and_saved_datasets_give_the_same_rows(tokenizer: Any, tmp_path:
     ("content", "sentence"),
     [
         ('{"text": "a b c"}\n{"text": \n', "row 2, field (the line): is not JSON"),
-        ('["text"]\n', "row 1, field (the line): is a list"),
-        ("", "no row with a target within"),
+        ('["text"]\n', "row 1, field (the line): is an array"),
+        ("", "data.train has no rows"),
     ],
 )
 def test_files_that_are_no_json_lines_are_refused(
@@ -179,6 +179,39 @@ def test_files_that_are_no_json_lines_are_refused(
     with pytest.raises(StillhouseError) as error:
         _load(path, tokenizer)
     assert sentence in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "causes"),
+    [
+        (
+            {"messages": [*CONVERSATION[:-1], {**CONVERSATION[-1], "weight": 0}]},
+            {},
+            ["3 have weight 0 on every turn"],
+        ),
+        (
+            {"text": "a b c d e"},
+            {"max_sequence_tokens": 2, "overflow": "drop"},
+            ["3 have more than 2 tokens"],
+        ),
+        (
+            {"prompt": "a b c d e", "completion": " f"},
+            {"max_sequence_tokens": 2},
+            ["3 have no target within 2 tokens"],
+        ),
+        ({"prompt": "a", "completion": "", "finish_reason": "length"}, {}, ["3 have no text to learn"]),
+    ],
+)
+def test_a_run_without_targets_names_the_cause(
+    models: Models, tmp_path: Path, row: dict[str, Any], options: dict[str, Any], causes: list[str]
+) -> None:
+    from transformers import AutoTokenizer
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text((json.dumps(row) + "\n") * 3)
+    with pytest.raises(StillhouseError, match="nothing to train on: of its 3 rows") as error:
+        _load(path, AutoTokenizer.from_pretrained(models.student), **options)
+    assert all(cause in error.value.message for cause in causes)
 
 
 def test_text_that_is_no_unicode_names_its_row(tokenizer: Any, tmp_path: Path) -> None:
@@ -197,7 +230,7 @@ def test_text_that_is_no_unicode_names_its_row(tokenizer: Any, tmp_path: Path) -
             _load(tmp_path / name, tokenizer)
     half = tmp_path / "half.jsonl"
     half.write_text('{"text": "a", "by": "\\ud800"}\n')
-    with pytest.raises(StillhouseError, match=r"row 1, field by: has text that is not Unicode"):
+    with pytest.raises(StillhouseError, match=r"row 1, field by: has .ud800 without its other half"):
         _load(half, tokenizer, teacher_field="by")
 
 

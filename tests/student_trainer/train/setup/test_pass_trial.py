@@ -17,23 +17,23 @@ from google.protobuf import json_format
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS, HALVE_VARIABLE
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
+from stillhouse.student_trainer.train import step
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, facts_of
 from stillhouse.student_trainer.train.contexts.source import StepData
+from stillhouse.student_trainer.train.data.alignment import AlignedText, Chunks
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.optim import make_optimizer
 from stillhouse.student_trainer.train.setup import pass_trial
-from stillhouse.student_trainer.train.setup.pass_trial import LargestPass, PassTrial, free_bytes, stretched
+from stillhouse.student_trainer.train.setup.pass_trial import LargestPass, PassTrial, free_bytes
+from stillhouse.student_trainer.train.setup.stretched_rows import stretched
 from stillhouse.student_trainer.train.step import Stepper
-from stillhouse.student_trainer.train.student.device import make_accelerator
-from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric
-
-CPU = torch.device("cpu")
+from tests.student_trainer.train.students import CPU, load_student, make_stepper
 
 
 def row(length: int) -> ScoredExample:
@@ -52,22 +52,7 @@ def stepper(models: Models, tmp_path: Path) -> Stepper:
         "optimizer": {"learning_rate": 1e-3},
     }
     config = from_proto(json_format.ParseDict(spec, RunSpec()))
-    student = Student.load(
-        config.student,
-        load_tokenizer(config.student, tmp_path),
-        data_dir=tmp_path,
-        device=CPU,
-        precision="fp32",
-        seed=0,
-    )
-    return Stepper(
-        student,
-        make_optimizer(student.trainable_parameters(), config.optimizer),
-        make_accelerator(config.optimizer),
-        config,
-        total_steps=4,
-        vocab_size=len(student.tokenizer),
-    )
+    return make_stepper(config, load_student(config.student, tmp_path), total_steps=4)
 
 
 def trial(stepper: Stepper, free: int, *, is_auto: bool = True) -> PassTrial:
@@ -194,3 +179,43 @@ def test_passes_of_rows_are_not_tried(
     spec = spec_with_a_long_row(models, tmp_path)
     spec["optimizer"] = {"max_steps": 1, "micro_batch_size": 2}
     assert metric(run(spec), "train/loss").keys() == {1}
+
+
+def bridged_row() -> ScoredExample:
+    """A row of eight tokens, three chunks of whose five last ones a teacher with another tokenizer has scored."""
+    student, teacher = [-1, -1, -1, 0, 0, 1, 2, 2], [-1, 0, 1, 1, 2, -1]
+    aligned = AlignedText(
+        token_ids=np.arange(6, dtype=np.int32),
+        chunks=Chunks(np.array(student, np.int32), np.array(teacher, np.int32), 3),
+    )
+    example = Example(
+        token_ids=np.arange(4, 12, dtype=np.int32), mask=np.arange(8) > 2, place="row", aligned=aligned
+    )
+    targets = -np.arange(1, 6, dtype=np.float32)
+    answer = Distributions(
+        start=1,
+        token_ids=np.zeros((5, 0), np.int32),
+        logprobs=np.zeros((5, 0), np.float32),
+        target_logprobs=targets,
+        log_tail=np.zeros(5, np.float32),
+    )
+    return ScoredExample(example=example, answer=answer)
+
+
+@pytest.mark.parametrize(("length", "times"), [(8, 1), (5, 1), (13, 2), (40, 8)])
+def test_a_stretched_row_keeps_the_chunks_of_another_tokenizer(length: int, times: int) -> None:
+    found = stretched(bridged_row(), length)
+    aligned, answer = found.example.aligned, found.answer
+    assert aligned is not None
+    assert answer is not None
+    expected = [-1, -1, -1, *(3 * each + at for each in range(times) for at in (0, 0, 1, 2, 2))]
+    assert aligned.chunks.student.tolist() == expected[:length]
+    assert aligned.start == 1
+    assert aligned.logprobs(answer.target_logprobs).tolist() == [-1, -5, -4] * times
+
+
+def test_a_bridged_run_is_tried_with_its_own_loss(stepper: Stepper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_TEXT_ALONE", None)  # what would be computed in its place
+    stepper.rehearse([stretched(bridged_row(), 40), stretched(bridged_row(), 5)])
+    with pytest.raises(Exception, match="config"):
+        stepper.rehearse([row(8)])

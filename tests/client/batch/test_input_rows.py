@@ -1,0 +1,48 @@
+"""Rows that cannot be used: the error names field and value in JSON's words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from stillhouse.client.batch.input_rows import InputLine, Sampling, plain_row
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"prompt": 3}, "prompt is the number 3; it must be a string, or an array of messages."),
+        ({"prompt": "a", "temperature": "hot"}, 'temperature is the string "hot"; it must be a number.'),
+        ({"prompt": "a", "temperature": True}, "temperature is true; it must be a number."),
+        ({"prompt": "a", "top_p": [1]}, "top_p is an array; it must be a number."),
+        ({"prompt": "a", "top_k": 1.5}, "top_k is 1.5; it must be a whole number in [0, 2147483647]."),
+        (
+            {"prompt": "a", "seed": "1"},
+            'seed is the string "1"; it must be a whole number in [-9223372036854775808,',
+        ),
+        ({"prompt": "a", "adapter": {}}, "adapter is an object; it must be a string."),
+        ({"prompt": "a", "stop": 5}, "stop is the number 5; it must be a string, or an array of strings."),
+        ({"prompt": "a", "stop": ["b", None]}, "stop[1] is missing; it must be a string."),
+        (
+            {"prompt": "a", "stop": ["b", ""]},
+            "stop has an empty string, which every text ends with. Remove it.",
+        ),
+        ({"prompt": "a", "stop": "\ud83d"}, r"stop[0] has \ud83d without its other half: a pair such as"),
+        ({"prompt": "a", "adapter": "\ude00b"}, r"adapter has \ude00 without its other half"),
+        ({"prompt": "a\ud83d"}, r"prompt has \ud83d without its other half"),
+        ({"messages": [{"role": "user", "content": "\ud83d"}]}, r"messages[0].content has \ud83d without"),
+        ({"token_ids": "5"}, 'token_ids is the string "5"; it must be an array of whole numbers.'),
+        ({"token_ids": [5, "6"]}, 'token_ids[1] is the string "6"; it must be a whole number.'),
+        ({"token_ids": [2**70]}, "token_ids has a number that is not a token id."),
+        ({"messages": []}, "messages is empty; it must be an array of at least one message."),
+        ({"messages": {}}, "messages is an object; it must be an array of at least one message."),
+        ({"messages": ["a" * 90]}, f'messages[0] is the string "{"a" * 39}…; it must be an object.'),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(row: dict[str, Any], sentence: str) -> None:
+    data = json.dumps(row).encode()
+    parsed = plain_row(InputLine(number=0, line_number=1, data=data, digest="", end=len(data)), Sampling())
+    assert parsed.error is not None
+    assert parsed.error.message.startswith(sentence)
