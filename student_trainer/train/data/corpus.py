@@ -133,7 +133,8 @@ class _DatasetReader:
         before = self.left_out.copy()
         examples = list(self._examples(dataset))
         if left_out := self.left_out - before:
-            log.warning("rows left out", path=dataset.path, **left_out)
+            counts = {str(cause): count for cause, count in left_out.items()}
+            log.warning("rows left out", path=dataset.path, **counts)
         for name, count in self._encoder.notes.items():
             if count > self._told[name]:
                 log.warning(_NOTES[name], path=dataset.path, number=count - self._told[name])

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def test_lost_layers_and_files_are_named(models: Models, tmp_path: Path) -> None
     (model / "model-00001-of-00001.safetensors").write_bytes(b"no tensors")
     with pytest.raises(WeightFilesError, match=r"has an unreadable model-00001-of-00001\.safetensors"):
         check_weights(model)
-    for index in ({"weight_map": {"a": "../../etc/passwd"}}, {"weight_map": ["a"]}, []):
+    indices: list[Any] = [{"weight_map": {"a": "../../etc/passwd"}}, {"weight_map": ["a"]}, []]
+    for index in indices:
         (model / INDEX).write_text(json.dumps(index))
         with pytest.raises(WeightFilesError, match="has an unreadable"):
             check_weights(model)

@@ -185,7 +185,7 @@ def test_files_that_are_no_json_lines_are_refused(
     ("row", "options", "causes"),
     [
         (
-            {"messages": [*CONVERSATION[:-1], {**CONVERSATION[-1], "weight": 0}]},
+            {"messages": [*CONVERSATION[:1], {**CONVERSATION[1], "weight": 0}]},
             {},
             ["3 have weight 0 on every turn"],
         ),

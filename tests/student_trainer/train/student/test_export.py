@@ -133,7 +133,7 @@ def test_an_adapter_whose_base_is_nowhere_else_has_it_beside_it(
     ):
         torch.testing.assert_close(_logits(adapted), expected, rtol=1e-4, atol=1e-4)
     # As its card says for a directory that was moved by other means.
-    moved = shutil.move(final, tmp_path / "moved")
+    moved = final.rename(tmp_path / "moved")
     card = (moved / "README.md").read_text()
     assert "base_model:" not in card
     assert 'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("DIR/base"), "DIR")' in card

@@ -167,7 +167,7 @@ RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         "",
         {**TINY_SIZES, "num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 8},
     ),
-    "Qwen2": ("past_key_values", TINY_SIZES),
+    "Qwen2": ("past_key_values", dict(TINY_SIZES)),
     "MiniMax": (
         "",
         {
