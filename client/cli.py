@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _COMMANDS = {
     "run": "Create, watch, control and inspect distillation runs.",
     "data": "Prepare files of rows, and copy them to the trainer.",
+    "pipeline": "Run several stages, from prompts to a judged student, as one thing.",
     "cache": "Cache teacher outputs, to train from them without a teacher.",
     "teacher": "Query and manage a teacher service.",
     "generate": "Generate text with the teacher.",

@@ -13,6 +13,7 @@ import yaml
 from stillhouse.client.core.errors import file_errors
 from stillhouse.client.runfile.overrides import apply_override
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap, invalid
+from stillhouse.client.runfile.task_form import translated
 from stillhouse.client.runfile.yaml_reader import RunFileReader
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
@@ -75,6 +76,7 @@ def read_run(
     spec = RunSpec()
     root = reader.compose(_decoded(content, source))
     if root is not None:
+        root = translated(root)
         reader.source_map.root = reader.location(root)
         reader.read_message(root, spec, "")
     for override in overrides:

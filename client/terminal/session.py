@@ -76,6 +76,17 @@ class Session:
             )
         return self.teachers[0]
 
+    def shared_arguments(self) -> list[str]:
+        """Returns the command's shared options as arguments, for a command of the client in another process."""
+        arguments = []
+        for name, value in self._flags.items():
+            flag = name.replace("_", "-")
+            if name == "tls" and value is not None:
+                arguments.append("--tls" if value else "--no-tls")
+            elif value is not None:
+                arguments += [f"--{flag}", str(value)]
+        return arguments
+
     def run(self, name: str) -> RunHandle:
         """Looks a run up by id, prefix or `latest`."""
         return self.trainer.run(name)

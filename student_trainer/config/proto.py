@@ -10,6 +10,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.checks import check
 from stillhouse.student_trainer.config.defaults import fill_defaults
 from stillhouse.student_trainer.config.fields import fields_of
+from stillhouse.student_trainer.config.presets import with_preset
 from stillhouse.student_trainer.config.schema import RunConfig
 
 T = TypeVar("T")
@@ -67,6 +68,7 @@ def from_proto(spec: RunSpec) -> RunConfig:
 
 def with_defaults(spec: RunSpec) -> RunConfig:
     """The configuration that `spec` asks for, with every default set; nothing is checked."""
+    spec = with_preset(spec)
     return fill_defaults(read(RunConfig, spec), spec)
 
 

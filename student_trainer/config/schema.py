@@ -381,6 +381,7 @@ class RunConfig:
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     retry: RetryConfig = field(default_factory=RetryConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
+    preset: Annotated[str, Choices("none", "system0", "system4")] = "none"
 
     @property
     def has_teacher(self) -> bool:

@@ -285,10 +285,13 @@ class RunSpec(_message.Message):
     RESOURCES_FIELD_NUMBER: _builtins.int
     RETRY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    PRESET_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
     """"distil": train the student. "cache": query the teacher and store its outputs."""
+    preset: _builtins.str
+    """Named set of values for the fields that are not written."""
     @_builtins.property
     def student(self) -> Global___StudentSpec:
         """The model to train."""
@@ -354,13 +357,19 @@ class RunSpec(_message.Message):
         resources: Global___ResourceSpec | None = ...,
         retry: Global___RetrySpec | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        preset: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "optimizer", b"optimizer", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "contexts", b"contexts", "data", b"data", "display_name", b"display_name", "evaluation", b"evaluation", "labels", b"labels", "loss", b"loss", "optimizer", b"optimizer", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task", "teachers", b"teachers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "contexts", b"contexts", "data", b"data", "display_name", b"display_name", "evaluation", b"evaluation", "labels", b"labels", "loss", b"loss", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task", "teachers", b"teachers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__preset: _TypeAlias = _typing.Literal["preset"]  # noqa: Y015
+    _WhichOneofArgType__preset: _TypeAlias = _typing.Literal["_preset", b"_preset"]  # noqa: Y015
     _WhichOneofReturnType__task: _TypeAlias = _typing.Literal["task"]  # noqa: Y015
     _WhichOneofArgType__task: _TypeAlias = _typing.Literal["_task", b"_task"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__preset) -> _WhichOneofReturnType__preset | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__task) -> _WhichOneofReturnType__task | None: ...
 
 Global___RunSpec: _TypeAlias = RunSpec  # noqa: Y015

@@ -1,0 +1,181 @@
+"""Pipeline files: every problem at once with its line, references that are checked before anything runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stillhouse.client.pipeline.definition import load_pipeline
+from stillhouse.client.pipeline.references import Reference, parse_reference, substituted
+from stillhouse.client.pipeline.resolution import argv, resolved
+from stillhouse.client.pipeline.state import PipelineState
+from stillhouse.protos.errors import StillhouseError
+
+
+def written(directory: Path, text: str) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def problems(directory: Path, text: str) -> str:
+    with pytest.raises(StillhouseError) as raised:
+        load_pipeline(written(directory, text))
+    return raised.value.message
+
+
+CATEGORIES = """
+variables:
+  category: [banks, households]
+stages:
+  - name: label
+    for_each: category
+    inputs: {prompts: "prompts/${category}.jsonl"}
+    outputs: {rows: "labels-${category}.jsonl"}
+    generate: {in: "${inputs.prompts}", out: "${outputs.rows}", adapter: "${category}", max_new_tokens: 8, chat: true}
+  - name: clean
+    for_each: category
+    outputs: {rows: "clean-${category}.jsonl"}
+    filter: {files: "${label.rows}", out: "${outputs.rows}"}
+  - name: all
+    outputs: {rows: all.jsonl}
+    command: [cat, "${clean.rows}", "${clean[banks].rows}"]
+  - name: student
+    distil:
+      data:
+        train: [{path: "${clean.rows}", weight: 1}]
+"""
+
+
+def test_a_stage_stands_for_each_value_of_its_variable(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, CATEGORIES))
+    ids = [stage.id for stage in pipeline.stages]
+    assert ids == [
+        "label[banks]",
+        "label[households]",
+        "clean[banks]",
+        "clean[households]",
+        "all",
+        "student",
+    ]
+    assert pipeline.stages[1].outputs == {"rows": "labels-households.jsonl"}
+    assert pipeline.stages[1].inputs == {"prompts": "prompts/households.jsonl"}
+
+
+def test_options_become_the_command_of_the_client(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, CATEGORIES))
+    state = PipelineState(pipeline.work)
+    work = tmp_path / "recipe.work"
+    assert argv(resolved(pipeline, pipeline.stages[1], state)) == [
+        "generate",
+        f"--in={tmp_path}/prompts/households.jsonl",
+        f"--out={work}/labels-households.jsonl",
+        "--adapter=households",
+        "--max-new-tokens=8",
+        "--chat",
+    ]
+    assert argv(resolved(pipeline, pipeline.stages[3], state)) == [
+        "data",
+        "filter",
+        f"--out={work}/clean-households.jsonl",
+        "--",
+        f"{work}/labels-households.jsonl",
+    ]
+
+
+def test_a_reference_to_several_values_becomes_as_many_items(tmp_path: Path) -> None:
+    pipeline = load_pipeline(written(tmp_path, CATEGORIES))
+    state = PipelineState(pipeline.work)
+    work = tmp_path / "recipe.work"
+    everything = argv(resolved(pipeline, pipeline.stages[4], state))
+    assert everything == [
+        "cat",
+        f"{work}/clean-banks.jsonl",
+        f"{work}/clean-households.jsonl",
+        f"{work}/clean-banks.jsonl",
+    ]
+    run = resolved(pipeline, pipeline.stages[5], state).plain_value()
+    assert run == {
+        "data": {
+            "train": [
+                {"path": f"{work}/clean-banks.jsonl", "weight": 1},
+                {"path": f"{work}/clean-households.jsonl", "weight": 1},
+            ]
+        }
+    }
+
+
+def test_every_problem_is_reported_with_its_line(tmp_path: Path) -> None:
+    text = problems(
+        tmp_path,
+        """stages:
+  - name: a
+    genrate: {in: x}
+  - name: b
+    generate: {in: "${a.rows}"}
+  - name: b
+    command: [ls]
+  - name: c
+    command: "ls -l"
+  - name: d
+    outputs: {rows: ../../etc/passwd}
+    command: [touch, "${outputs.lines}", "${e.rows}", "${no such}"]
+  - name: e
+    cache: {}
+    distil: {}
+""",
+    )
+    lines = text.splitlines()
+    assert [line.split("recipe.yaml:")[1].split(":")[0] for line in lines] == [
+        *("2", "3", "5", "6", "9", "11", "12", "12", "12", "13"),
+    ]
+    for part in (
+        "stages[0].genrate: there is no such field",
+        'names "a", which is no earlier stage',
+        'another stage is named "b"',
+        "expects a list: the program, then its arguments",
+        '"../../etc/passwd" is no path inside the work folder',
+        "${outputs.lines} is not known here; known names: rows",
+        "${no such} is no reference",
+        "has cache and distil; a stage has one of",
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    "text", ["", "stages: []", "stages: 3", "- a", "stages:\n  - name: inputs\n    command: [ls]"]
+)
+def test_a_file_without_stages_is_refused(tmp_path: Path, text: str) -> None:
+    assert problems(tmp_path, text)
+
+
+def test_two_values_that_write_one_file_are_refused(tmp_path: Path) -> None:
+    text = """
+variables: {n: [1, 2]}
+stages:
+  - {name: a, for_each: n, outputs: {x: same}, command: [touch, "${outputs.x}"]}
+"""
+    assert "a[2] writes same, as a[1] does" in problems(tmp_path, text)
+
+
+def test_dollars_and_keys_of_references() -> None:
+    node = yaml.compose('["$${x}", "$$5", "a${s[k].n}b"]')
+    seen: list[Reference] = []
+
+    def values(reference: Reference) -> list[str]:
+        seen.append(reference)
+        return ["V"]
+
+    replaced = substituted(node, values)
+    assert [item.value for item in replaced.value] == ["${x}", "$5", "aVb"]
+    assert set(seen) == {Reference(stage="s", key="k", name="n")}
+    assert parse_reference("a.b.c") is None
+
+
+def test_different_numbers_of_values_in_one_item_are_refused() -> None:
+    node = yaml.compose('["${a.x} ${b.x}"]')
+    counts = {"a": ["1", "2"], "b": ["1", "2", "3"]}
+    with pytest.raises(ValueError, match=r"\$\{a.x\} 2, \$\{b.x\} 3"):
+        substituted(node, lambda reference: counts[reference.stage])
