@@ -79,7 +79,7 @@ def _moved(name: str, value: yaml.Node) -> list[tuple[str, yaml.Node]]:
     if name in _SPECIAL:
         return _SPECIAL[name](value)
     if name == "lossType" and isinstance(value, yaml.ScalarNode):
-        value = _scalar(value, _DIVERGENCES.get(value.value, value.value))
+        value = _scalar(value, _DIVERGENCES.get(str(value.value), str(value.value)))
     return [(FIELDS[name], value)]
 
 

@@ -51,7 +51,7 @@ def with_preset(spec: RunSpec) -> RunSpec:
     """
     if spec.preset not in PRESETS:
         return spec
-    merged = ParseDict(PRESETS[spec.preset], RunSpec())
+    merged = ParseDict(dict(PRESETS[spec.preset]), RunSpec())
     if spec.optimizer.HasField("micro_batch_size") or spec.optimizer.HasField("grad_accum_steps"):
         merged.optimizer.ClearField("batch_size")
     if spec.optimizer.HasField("max_steps"):

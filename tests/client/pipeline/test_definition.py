@@ -162,6 +162,7 @@ stages:
 
 def test_dollars_and_keys_of_references() -> None:
     node = yaml.compose('["$${x}", "$$5", "a${s[k].n}b"]')
+    assert node is not None
     seen: list[Reference] = []
 
     def values(reference: Reference) -> list[str]:
@@ -176,6 +177,7 @@ def test_dollars_and_keys_of_references() -> None:
 
 def test_different_numbers_of_values_in_one_item_are_refused() -> None:
     node = yaml.compose('["${a.x} ${b.x}"]')
+    assert node is not None
     counts = {"a": ["1", "2"], "b": ["1", "2", "3"]}
     with pytest.raises(ValueError, match=r"\$\{a.x\} 2, \$\{b.x\} 3"):
         substituted(node, lambda reference: counts[reference.stage])
