@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from stillhouse.client.core.errors import field_errors, file_errors, usage_error
+from stillhouse.client.core.errors import field_errors, file_errors
 from stillhouse.client.teacher.generate import as_ids
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.conversation import OPTIONS, parse_tools, parse_turns, with_system
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode, shown
+from stillhouse.protos.rows.files import read_file
 from stillhouse.protos.rows.known_fields import (
     LABELS,
     PROMPTS,
@@ -27,6 +28,8 @@ from stillhouse.protos.rows.known_fields import (
     unknown,
     without_effect,
 )
+from stillhouse.protos.rows.reading.open_file import bounded_lines, opened
+from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of
 from stillhouse.protos.rows.wire import to_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
@@ -34,7 +37,6 @@ from stillhouse.protos.tensors.layout import encode
 
 Format = Literal["plain", "openai"]
 
-MAX_LINE_BYTES = 64 << 20
 MAX_SAMPLES = 4096
 _KNOWN = {*TRAINING, *SETTINGS, *LABELS}
 
@@ -107,14 +109,10 @@ class PromptRow:
 
 
 def read_lines(path: Path) -> Iterator[InputLine]:
-    """Yields the non-blank lines of `path`. Raises StillhouseError if it cannot be read."""
+    """Yields the non-blank lines of `path`, or its rows as JSON lines. Raises StillhouseError if it cannot be read."""
     number = end = 0
-    with file_errors("read", path), path.open("rb") as file:
-        for line_number, data in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), start=1):
-            if len(data) > MAX_LINE_BYTES:
-                raise usage_error(
-                    f"{path}:{line_number}: the line is longer than {MAX_LINE_BYTES} bytes. Shorten it."
-                )
+    with file_errors("read", path):
+        for line_number, data in _numbered_lines(path):
             end += len(data)
             stripped = data.strip()
             if not stripped:
@@ -124,10 +122,20 @@ def read_lines(path: Path) -> Iterator[InputLine]:
             number += 1
 
 
+def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    rows = read_file(path)
+    if rows.container == "JSONL":
+        with opened(path) as file:
+            yield from bounded_lines(path, file)
+        return
+    for number, values in rows.raw():
+        yield number, json.dumps(values, separators=(",", ":")).encode()
+
+
 def count_rows(path: Path) -> int:
     """Counts the non-blank lines of `path`. Raises StillhouseError if it cannot be read."""
-    with file_errors("read", path), path.open("rb") as file:
-        return sum(1 for line in file if not line.isspace())
+    with file_errors("read", path):
+        return sum(1 for _, line in _numbered_lines(path) if not line.isspace())
 
 
 def detect_format(path: Path) -> Format:
@@ -164,6 +172,8 @@ def plain_row(
     try:
         values = parse_object(line)
         name = values.get("id", line.line_number)
+        with field_errors(f"Line {line.line_number}: "):
+            values = dict(known_fields(values))
         given = [each for each in PROMPTS if values.get(each) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"

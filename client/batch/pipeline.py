@@ -32,6 +32,7 @@ from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.known_fields import ExtraFields
+from stillhouse.protos.rows.reading.line_pairs import pair_of
 from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 
 if TYPE_CHECKING:
@@ -147,11 +148,11 @@ class _Batch:
         settings: BatchSettings,
         listeners: Listeners,
     ) -> None:
-        if not source.is_file():
+        if not source.is_file() and pair_of(source) is None:
             raise usage_error(
                 f"{source} is not a file. The input is read again when a batch resumes: give a file."
             )
-        if out.exists() and out.samefile(source):
+        if out.exists() and source.exists() and out.samefile(source):
             raise usage_error(f"{out} is the input, too. Choose another --out.")
         self._teachers = teachers
         self._source = source

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from stillhouse.client.runfile.overrides import apply_override
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap, invalid
 from stillhouse.client.runfile.task_form import translated
 from stillhouse.client.runfile.yaml_reader import RunFileReader
-from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.rows.conversation import is_json_list
+from stillhouse.protos.rows.named_templates import is_file_name, read_setting
+from stillhouse.protos.stillhouse.v1.run_pb2 import DataSpec, RunSpec
 
 MAX_RUN_FILE_BYTES = 1 << 20
 
@@ -83,12 +85,32 @@ def read_run(
         apply_override(override, spec, reader)
     if any(not each.path for each in reader.problems):
         raise invalid(reader.problems)
+    directory = directory or Path.cwd()
+    for field, is_file in (("chat_template", is_file_name), ("tools", lambda text: not is_json_list(text))):
+        _inline(spec.data, field, is_file, directory, reader)
     return RunFile(
         spec=spec,
         source_map=reader.source_map,
-        directory=directory or Path.cwd(),
+        directory=directory,
         problems=tuple(reader.problems),
     )
+
+
+def _inline(
+    data: DataSpec, field: str, is_file: Callable[[str], bool], directory: Path, reader: RunFileReader
+) -> None:
+    """Puts the text of a small file beside the run file in the place of its name; other names are the trainer's."""
+    name = getattr(data, field)
+    if not is_file(name) or not (directory / name).is_file():
+        return
+    path = f"data.{field}"
+    try:
+        setattr(data, field, read_setting(directory / name))
+    except (OSError, ValueError) as error:
+        location = reader.source_map.find(path)[0]
+        reader.problems.append(
+            Problem(location=location, path=path, sentence=f"{name} cannot be read ({error}).")
+        )
 
 
 def parse_fields(values: Mapping[str, Any], overrides: Sequence[str] = ()) -> RunFile:

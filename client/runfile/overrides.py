@@ -85,6 +85,12 @@ class _Setting:
                     self._set_element(message)
                     return
                 self._note()
+            elif is_map(found):
+                key = ".".join(segments)
+                self.path += f".{key}"
+                getattr(message, found.name)[key] = self.text
+                self._note()
+                return
             elif found.message_type is not None:
                 message = getattr(message, found.name)
                 message.SetInParent()

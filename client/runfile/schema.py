@@ -32,6 +32,12 @@ def rules(message: str, field: str) -> dict[str, Any]:
     return next((each["items"] for each in found.get("anyOf", ()) if "items" in each), found)
 
 
+def holds_json(message: str, field: str) -> bool:
+    """True if `field` of `message` is JSON text, in whose place a run file may have the value itself."""
+    properties = _messages().get(message, {}).get("properties", {})
+    return "contentMediaType" in properties.get(field, {})
+
+
 def setting(message: Message, field: str) -> Any:
     """Value of a field of a run's settings, or its default; KeyError if the default depends on other fields."""
     if message.HasField(field):

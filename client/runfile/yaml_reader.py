@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -12,6 +14,7 @@ from google.protobuf.message import Message
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
 from stillhouse.client.runfile.scalars import describe, is_auto, is_null, read_value
+from stillhouse.client.runfile.schema import holds_json
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
@@ -107,6 +110,9 @@ class RunFileReader:
 
     def read_scalar(self, field: FieldDescriptor, node: yaml.Node, path: str, *, verbatim: bool) -> Any:
         """The value of `node` in the type of `field`; None, with a problem, if it has none."""
+        holder = field.containing_type
+        if holder is not None and holds_json(holder.name, field.name):
+            return self._read_json(node, path, verbatim=verbatim)
         if not isinstance(node, yaml.ScalarNode):
             self.problem(node, path, f"expects one value; {describe(node)}.")
             return None
@@ -114,6 +120,25 @@ class RunFileReader:
             return read_value(field, node, verbatim=verbatim)
         except ValueError as error:
             self.problem(node, path, str(error))
+            return None
+
+    def _read_json(self, node: yaml.Node, path: str, *, verbatim: bool) -> str | None:
+        """JSON text of a set of fields or a list, which the command line writes as YAML; other text as it stands."""
+        if isinstance(node, yaml.ScalarNode) and verbatim:
+            with suppress(yaml.YAMLError, RecursionError):
+                node = yaml.compose(node.value, Loader=yaml.SafeLoader) or node
+        if isinstance(node, yaml.ScalarNode):
+            return str(node.value)
+        try:
+            return json.dumps(
+                yaml.SafeLoader("").construct_document(node), ensure_ascii=False, allow_nan=False
+            )
+        except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
+            self.problem(
+                node,
+                path,
+                f"cannot be written as JSON ({error}); give numbers, text, lists and sets of fields.",
+            )
             return None
 
     def _read_list(self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str) -> None:

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 
@@ -16,17 +16,20 @@ from stillhouse.client.core.errors import file_errors
 from stillhouse.client.core.settings import DEFAULT_TRAINER
 from stillhouse.client.runfile.load import RunFile, load_run_file, parse_fields
 from stillhouse.client.runfile.source_map import invalid
+from stillhouse.client.trainer.dataset_upload import upload_of
 from stillhouse.client.trainer.run_handle import RunHandle
 from stillhouse.client.trainer.run_lookup import find_run
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rows.files import check_file
+from stillhouse.protos.rows.files import check_rows
 from stillhouse.protos.rows.known_fields import ExtraFields
+from stillhouse.protos.rows.reading.line_pairs import pair_of
+from stillhouse.protos.rows.reading.source import RowReader, RowSource
 from stillhouse.protos.stillhouse.v1 import run_pb2
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
 
-CHUNK_BYTES = 512 * 1024
 PAGE_SIZE = 500
 UPLOAD_TIMEOUT_S = 24 * 3600.0
+INSPECTION_TIMEOUT_S = 600.0
 
 Spec = run_pb2.RunSpec | RunFile | Mapping[str, Any] | str | Path
 OnBytes = Callable[[int], None]
@@ -108,20 +111,26 @@ class Trainer(Connection):
             request.page_token = page.next_page_token
 
     def push_dataset(
-        self, path: Path | str, *, extra_fields: ExtraFields = "keep", on_bytes: OnBytes | None = None
+        self,
+        path: Path | str | RowSource,
+        *,
+        extra_fields: ExtraFields = "keep",
+        on_bytes: OnBytes | None = None,
     ) -> PushedDataset:
         """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error.
 
-        Raises StillhouseError(DATASET_INVALID) for a row that cannot be trained on, before anything is sent; with
-        `extra_fields` "refuse" also for one with a field that no row has.
+        Rows that lie in several files, such as pairs and saved datasets, travel as JSONL. Raises
+        StillhouseError(DATASET_INVALID) for a row that cannot be trained on, before anything is sent; with `extra_fields`
+        "refuse" also for one with a field that no row has.
         """
-        path = Path(path)
+        source = path if isinstance(path, RowSource) else RowSource(location=str(path))
+        path = Path(source.location)
         digest = hashlib.sha256()
         with file_errors("read", path):
-            check_file(path, extra_fields=extra_fields)
-            file = path.open("rb")
-        with file:
-            chunks = _chunks(file, path.name, digest.update, on_bytes)
+            rows = RowReader(source)
+            check_rows(rows, extra_fields=extra_fields)
+            name, pieces = upload_of(rows)
+            chunks = _chunks(pieces, name, digest.update, on_bytes)
             answer = self.call(self.stub.UploadDataset, chunks, timeout_s=UPLOAD_TIMEOUT_S)
         if answer.name != f"datasets/{digest.hexdigest()}":
             raise StillhouseError(
@@ -130,6 +139,26 @@ class Trainer(Connection):
             )
         return PushedDataset(name=answer.name, size_bytes=answer.size_bytes)
 
+    def inspect_rows(
+        self, spec: Spec, rows: Iterable[tuple[int, str]], *, in_full: int | None = None
+    ) -> run_pb2.InspectRowsResponse:
+        """Returns how a run with the settings of `spec` would train on rows: number and JSON text of each.
+
+        The row with the number `in_full` comes with its tokens. Raises StillhouseError, INVALID_SPEC for the settings.
+        """
+        file = as_run_file(spec)
+        request = run_pb2.InspectRowsRequest(
+            spec=file.spec,
+            rows=[
+                run_pb2.InspectedRow(number=number, json=text, in_full=number == in_full)
+                for number, text in rows
+            ],
+        )
+        try:
+            return self.call(self.stub.InspectRows, request, timeout_s=INSPECTION_TIMEOUT_S)
+        except StillhouseError as error:
+            raise file.source_map.located(error) from error
+
     def push_datasets_of(self, file: RunFile, *, on_push: Callable[[Path], None] | None = None) -> RunFile:
         """Uploads every dataset next to `file` and renames it `datasets/{sha256}` in it.
 
@@ -137,10 +166,13 @@ class Trainer(Connection):
         """
         for dataset in (*file.spec.data.train, *file.spec.data.eval):
             local = file.directory / dataset.path
-            if dataset.path and local.is_file():
+            if dataset.path and (local.is_file() or pair_of(local)):
                 if on_push is not None:
                     on_push(local)
-                dataset.path = self.push_dataset(local).name
+                source = RowSource(
+                    location=str(local), format=dataset.format or "auto", columns=dict(dataset.columns)
+                )
+                dataset.path = self.push_dataset(source).name
         return file
 
 
@@ -158,10 +190,10 @@ def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:
 
 
 def _chunks(
-    file: BinaryIO, name: str, digest: Callable[[bytes], None], on_bytes: OnBytes | None
+    pieces: Iterator[bytes], name: str, digest: Callable[[bytes], None], on_bytes: OnBytes | None
 ) -> Iterator[run_pb2.UploadDatasetRequest]:
     yield run_pb2.UploadDatasetRequest(file_name=name)
-    while data := file.read(CHUNK_BYTES):
+    for data in pieces:
         digest(data)
         yield run_pb2.UploadDatasetRequest(data=data)
         if on_bytes is not None:

@@ -15,10 +15,21 @@ from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unic
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Names of an assistant's reasoning in rows and in templates; the first is that of the contract."""
-MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *REASONING, "weight")
+MESSAGE_FIELDS = (
+    *(
+        "role",
+        "content",
+        "name",
+        "tool_calls",
+        "function_call",
+        "tool_call_id",
+        *REASONING,
+        "weight",
+        "train",
+    ),
+)
 UNUSED_MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "refusal": ("",),
-    "function_call": (),
     "audio": (),
     "annotations": ([],),
     "images": ([],),
@@ -129,6 +140,11 @@ def parse_tools(tools: Any, field: str = "tools") -> tuple[Message, ...]:
     return tuple(tools)
 
 
+def is_json_list(text: str) -> bool:
+    """Returns True for text that is meant as a JSON list, and not as the name of a file with one; an empty text is one."""
+    return not text.strip() or text.lstrip().startswith("[")
+
+
 def parse_options(options: Any, field: str = OPTIONS) -> Mapping[str, Any]:
     """Checks further variables of a template, which may be JSON text. Raises FieldError."""
     if isinstance(options, str):
@@ -156,9 +172,7 @@ def parse_json(text: str, field: str) -> Any:
 
 def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
     """Returns a message for templates, and its weight."""
-    if not isinstance(message, dict):
-        raise FieldError(where, f"is {kind_of(message)}; it must be an object.")
-    given = {name: value for name, value in message.items() if value is not None}
+    given = _given(message, where)
     if given.keys() == _PLAIN and all(isinstance(value, str) and value for value in given.values()):
         require_unicode(given["role"] + given["content"], f"{where}.content")
         return given, 1.0
@@ -169,7 +183,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
     content = given.pop("content", None)
     if content is not None:
         result["content"] = _content(content, f"{where}.content")
-    calls = _tool_calls(given.pop("tool_calls", None), f"{where}.tool_calls")
+    calls = _calls(given, where)
     reasoning = _reasoning(given, where)
     own = {name: value for name, value in (("tool_calls", calls), (REASONING[0], reasoning)) if value}
     if own and role != "assistant":
@@ -185,6 +199,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
                 raise FieldError(f"{where}.{name}", f"is {kind_of(text)}; it must be a string.")
             result[name] = require_unicode(text, f"{where}.{name}")
     weight = _weight(given.pop("weight", None), role, f"{where}.weight")
+    weight = _train(given.pop("train", None), role, weight, f"{where}.train")
     for name, value in given.items():
         allowed = UNUSED_MESSAGE_FIELDS.get(name)
         if allowed is None:
@@ -192,6 +207,16 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], float]:
         elif value not in allowed:
             raise FieldError(f"{where}.{name}", "is not supported. Remove it.")
     return result, weight
+
+
+def _given(message: Any, where: str) -> dict[str, Any]:
+    """Returns the fields of a message that are not null."""
+    if not isinstance(message, dict):
+        raise FieldError(where, f"is {kind_of(message)}; it must be an object.")
+    given = {name: value for name, value in message.items() if value is not None}
+    if given.get("role") == "function":  # OpenAI's former name
+        given["role"] = "tool"
+    return given
 
 
 def _content(content: Any, where: str) -> str:
@@ -209,6 +234,17 @@ def _part(part: Any, where: str) -> str:
     if not isinstance(part, dict):
         raise FieldError(where, f'is {kind_of(part)}; it must be an object of type "text".')
     raise FieldError(where, f"is of type {shown(part.get('type'))}; only text is supported.")
+
+
+def _calls(given: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Takes the calls out of a message's fields; `function_call` is OpenAI's former name of a single one."""
+    calls = _tool_calls(given.pop("tool_calls", None), f"{where}.tool_calls")
+    call = given.pop("function_call", None)
+    if call is None:
+        return calls
+    if calls:
+        raise FieldError(f"{where}.function_call", "is given beside tool_calls. Give one of them.")
+    return [_tool_call(call, f"{where}.function_call")]
 
 
 def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
@@ -293,6 +329,23 @@ def _weight(weight: Any, role: str, where: str) -> float:
     if role != "assistant":
         raise FieldError(where, f'is of a turn of {shown(role)}; only "assistant" has it. Remove it.')
     return float(weight)
+
+
+def _train(train: Any, role: str, weight: float, where: str) -> float:
+    """Returns the weight of a turn that says itself if it is learnt."""
+    if train is None:
+        return weight
+    if train not in (0, 1):
+        raise FieldError(where, f"is {shown(train)}; it must be true or false.")
+    if role != "assistant":
+        if train:
+            raise FieldError(
+                where, f'is true in a turn of {shown(role)}; only "assistant" is learnt. Remove it.'
+            )
+        return weight
+    if train and weight == 0:
+        raise FieldError(where, "is true beside weight 0. Give one of them.")
+    return float(train)
 
 
 def _check_json(value: Any, field: str) -> None:

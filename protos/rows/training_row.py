@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from stillhouse.protos.rows.conversation import (
     OPTIONS,
+    REASONING,
     Turns,
     parse_options,
     parse_tools,
@@ -54,12 +55,15 @@ def parse_training_row(
     extra_fields: ExtraFields = "keep",
     own_fields: Collection[str] = (),
     completion_only: bool = True,
+    tools: Sequence[Any] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> TrainingRow:
     """Parses a row; `chat` makes turns of prompts and completions of text, and `own_fields` are known besides.
 
-    Without `completion_only` a run trains on every token. Raises FieldError, for the first field that is not usable.
+    `tools` and `options` are those of conversations that have none; an option of the row itself takes precedence. Without
+    `completion_only` a run trains on every token. Raises FieldError, for the first field that is not usable.
     """
-    row = _content(values, chat=chat)
+    row = _content(_with_defaults(values, tools, options) if tools or options else values, chat=chat)
     check_fields(values, known=_KNOWN | {*own_fields}, no_effect=NO_EFFECT_ON_TEXT, extra=extra_fields)
     if row.turns is not None and row.turns.extra and extra_fields == "refuse":
         raise unknown(row.turns.extra[0])
@@ -69,6 +73,20 @@ def parse_training_row(
             "has a turn of weight 0, but data.completion_only is false, which trains on every token. Remove one of them.",
         )
     return row
+
+
+def _with_defaults(
+    values: Mapping[str, Any], tools: Sequence[Any], options: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """Returns a row with the tools and options of its run, unless it is text, which has none."""
+    if kind_of_row(values) == "text":
+        return values
+    own = values.get("tools")
+    return {
+        **values,
+        "tools": list(tools) if own is None else own,
+        OPTIONS: {**(options or {}), **parse_options(values.get(OPTIONS))},
+    }
 
 
 def kind_of_row(values: Mapping[str, Any]) -> Kind:
@@ -105,7 +123,12 @@ def _content(values: Mapping[str, Any], *, chat: bool) -> TrainingRow:
     prompt, completion = values["prompt"], values["completion"]
     is_chat = chat or any(isinstance(each, list) for each in (prompt, completion))
     if not (is_chat or context_of(values)):
-        return TrainingRow(kind=kind, prompt=_text(values, "prompt"), completion=_text(values, "completion"))
+        row = TrainingRow(kind=kind, prompt=_text(values, "prompt"), completion=_text(values, "completion"))
+        if not row.completion and not values.get("finish_reason"):
+            raise FieldError(
+                "completion", "is empty, so there is nothing to learn. Remove the row or fill it."
+            )
+        return row
     before = as_messages(values, "prompt", "user")
     messages = [*before, *as_messages(values, "completion", "assistant")]
     return TrainingRow(kind="messages", turns=_turns(values, messages, trained_from=len(before)))
@@ -141,6 +164,13 @@ def _turns(values: Mapping[str, Any], messages: Any, *, trained_from: int) -> Tu
             "messages", 'has no turn with role "assistant", so there is nothing to train on. Add the answer.'
         )
     trained = tuple(each and at >= trained_from for at, each in enumerate(turns.trained))
+    # A teacher may well end a text at once; finish_reason says that one did.
+    for at, message in enumerate(turns.messages if not values.get("finish_reason") else ()):
+        if trained[at] and not any(message.get(name) for name in ("content", "tool_calls", REASONING[0])):
+            raise FieldError(
+                f"messages[{at}].content",
+                "is empty, so there is nothing to learn. Remove the row, fill it, or give the turn weight 0.",
+            )
     return replace(turns, trained=trained)
 
 

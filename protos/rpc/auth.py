@@ -36,6 +36,7 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "DeleteRun": Scope.SUBMIT,
     _RUNS + "QueryMetrics": Scope.SUBMIT,
     _RUNS + "UploadDataset": Scope.SUBMIT,
+    _RUNS + "InspectRows": Scope.SUBMIT,
     _RUNS + "ListArtifacts": Scope.SUBMIT,
     _RUNS + "DownloadArtifact": Scope.SUBMIT,
     _RUNS + "StreamLogs": Scope.SUBMIT,

@@ -15,6 +15,7 @@ from stillhouse.student_trainer.config.fields import (
     Choices,
     DefaultText,
     FieldInfo,
+    JsonText,
     MaxLength,
     Range,
     Required,
@@ -162,7 +163,13 @@ def _property(info: FieldInfo, comment: str, message: Descriptor | None) -> dict
         schema["default"] = info.default
     is_auto = info.name in AUTOMATIC
     # An empty value is the default.
-    value["type"] = [value["type"], *(["string"] if is_auto else []), "null"]
+    of_json = info.rule(JsonText)
+    value["type"] = [
+        value["type"],
+        *(["string"] if is_auto else []),
+        *([of_json.kind] if of_json else ()),
+        "null",
+    ]
     if is_auto:
         value["pattern"] = "^auto$"
     if "enum" in value:
@@ -182,6 +189,8 @@ def _value(info: FieldInfo) -> dict[str, Any]:
             schema["exclusiveMaximum" if span.open_high else "maximum"] = span.high
     if longest is not None:
         schema["maxLength"] = longest.characters
+    if info.rule(JsonText):
+        schema["contentMediaType"] = "application/json"
     if info.rule(Required) and not info.repeated:
         schema["minLength"] = 1
     return schema
@@ -213,6 +222,8 @@ def _type_text(info: FieldInfo) -> str:
     else:
         text = {str: "text", bool: "true or false", int: "integer", float: "number"}[info.python_type]
         text += ", or auto" if info.name in AUTOMATIC else ""
+        if of_json := info.rule(JsonText):
+            text = {"object": "fields", "array": "list"}[of_json.kind] + ", or JSON text"
     if not info.repeated:
         return text
     return f"list of {text}" if info.nested else f"{text}, or list of {text}"

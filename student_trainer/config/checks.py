@@ -12,6 +12,8 @@ from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
 from stillhouse.student_trainer.config.fields import (
     Choices,
     FieldInfo,
+    JsonText,
+    Lines,
     MaxLength,
     Range,
     Required,
@@ -107,7 +109,8 @@ def _problem(info: FieldInfo, value: Any) -> str | None:
         return _unsupported(value, supported)
     if span is not None and not span.holds(value):
         return f"{value} is out of range; it must be {span}."
-    if isinstance(value, str) and not value.isprintable():
+    is_one_line = not (info.rule(Lines) or info.rule(JsonText))
+    if isinstance(value, str) and is_one_line and not value.isprintable():
         return f"{value!r} holds a control character; remove it."
     if longest is not None and len(value) > longest.characters:
         return f"has {len(value)} characters; at most {longest.characters} are kept. Shorten it."

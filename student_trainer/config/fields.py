@@ -79,6 +79,19 @@ class MaxLength:
     characters: int
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lines:
+    """Text that may have line breaks."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class JsonText:
+    """JSON text; a run file may have the value itself in its place."""
+
+    kind: str
+    """JSON Schema's name of its type: object or array."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FieldInfo:
     """Type, default and rules of one field of a configuration dataclass."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from stillhouse.student_trainer.config.data import DataConfig as DataConfig  # noqa: PLC0414 - re-exported
+from stillhouse.student_trainer.config.data import DatasetConfig as DatasetConfig  # noqa: PLC0414 - re-exported
 from stillhouse.student_trainer.config.fields import (
     COUNT,
     NOT_NEGATIVE,
@@ -235,39 +237,6 @@ class CacheConfig:
     path: Annotated[str, Required('is required, such as "caches/my-set".')] = ""
     mode: Annotated[str, Choices("read", "write_through", "only")] = "write_through"
     codec: Annotated[str, Choices("lossless", "compact")] = "lossless"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DatasetConfig:
-    """One source of rows."""
-
-    path: Annotated[str, Required("is required: a file on the trainer's host.")] = ""
-    weight: Annotated[float | None, POSITIVE] = None
-    limit: Annotated[int | None, COUNT] = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """The text to train and evaluate on."""
-
-    train: Annotated[
-        tuple[DatasetConfig, ...],
-        Required('is required: a list of datasets, such as [{path: "datasets/..."}].'),
-    ] = ()
-    eval: tuple[DatasetConfig, ...] = ()
-    eval_fraction: Annotated[float, Range(0, 1, open_high=True)] = 0.02
-    max_sequence_tokens: Annotated[int, Range(2)] = 2048
-    overflow: Annotated[str, Choices("truncate", "drop")] = "truncate"
-    teacher_field: str = ""
-    completion_only: bool = True
-    packing: Annotated[
-        bool | None, DefaultText("where it is cheaper; false with optimizer.micro_batch_size")
-    ] = None
-    seed: Annotated[int, NOT_NEGATIVE, DefaultText("optimizer.seed")] = 0
-    chat: bool = False
-    extra_fields: Annotated[str, Choices("keep", "refuse")] = "keep"
-    end_text: bool = True
-    date: Annotated[str, DefaultText("that of the cache, else the day of the run's creation, in UTC")] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

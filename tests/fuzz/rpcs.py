@@ -264,6 +264,16 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
         run.QueryMetricsRequest(name=_name(rng, known), keys=["train/loss"], end_step=5, max_points=3)
     ],
     "UploadDataset": _upload_dataset,
+    "InspectRows": lambda rng, known: [
+        run.InspectRowsRequest(
+            spec=known.spec,
+            rows=[
+                run.InspectedRow(
+                    number=1, json=rng.choice(('{"text": "a"}', "{", "[]", '{"messages": 1}')), in_full=True
+                )
+            ],
+        )
+    ],
     "ListArtifacts": lambda rng, known: [run.ListArtifactsRequest(name=_name(rng, known))],
     "DownloadArtifact": lambda rng, known: [
         run.DownloadArtifactRequest(name=_name(rng, known), path=_word(rng, known), start_offset=1)

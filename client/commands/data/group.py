@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from stillhouse.client.commands.data import push
+from stillhouse.client.commands.data import inspect, push
 
 
 @click.group()
@@ -12,5 +12,5 @@ def data() -> None:
     """Prepare files of rows, and copy them to the trainer."""
 
 
-for _command in (push.push,):
+for _command in (inspect.inspect, push.push):
     data.add_command(_command)

@@ -19,7 +19,7 @@ from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
 )
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 def push(session: Session, files: tuple[Path, ...], extra_fields: ExtraFields) -> None:
-    """Copy each FILE, JSONL or Parquet, to the trainer.
+    """Copy each FILE to the trainer.
 
     A file with a row that cannot be trained on is refused before it is sent, with row and field.
 

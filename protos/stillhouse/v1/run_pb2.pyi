@@ -798,6 +798,9 @@ class DataSpec(_message.Message):
     EXTRA_FIELDS_FIELD_NUMBER: _builtins.int
     END_TEXT_FIELD_NUMBER: _builtins.int
     DATE_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     eval_fraction: _builtins.float
     """Share of `train` held out for evaluation if `eval` is empty."""
     max_sequence_tokens: _builtins.int
@@ -829,6 +832,14 @@ class DataSpec(_message.Message):
     """Day that chat templates are told if they ask for it, such as 2025-01-31. Only with the same day do they render the same
     text again, so it is kept with the run, and with a cache whose text has it.
     """
+    chat_template: _builtins.str
+    """Chat template in place of the tokenizer's: its text, the path of a file, or a name: one of the tokenizer's own templates,
+    "chatml" or "alpaca". The student is exported with it.
+    """
+    chat_template_kwargs: _builtins.str
+    """Variables of the chat template, such as {enable_thinking: false}, as a JSON object. A row's own take precedence."""
+    tools: _builtins.str
+    """Tools that conversations without tools of their own may call: a JSON list, or the path of a file with one."""
     @_builtins.property
     def train(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetSpec]:
         """Required. Training rows, mixed in proportion to the weights."""
@@ -853,13 +864,20 @@ class DataSpec(_message.Message):
         extra_fields: _builtins.str | None = ...,
         end_text: _builtins.bool | None = ...,
         date: _builtins.str | None = ...,
+        chat_template: _builtins.str | None = ...,
+        chat_template_kwargs: _builtins.str | None = ...,
+        tools: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_chat_template", b"_chat_template", "_chat_template_kwargs", b"_chat_template_kwargs", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "_tools", b"_tools", "chat", b"chat", "chat_template", b"chat_template", "chat_template_kwargs", b"chat_template_kwargs", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "chat", b"chat", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_chat_template", b"_chat_template", "_chat_template_kwargs", b"_chat_template_kwargs", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "_tools", b"_tools", "chat", b"chat", "chat_template", b"chat_template", "chat_template_kwargs", b"chat_template_kwargs", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "tools", b"tools", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chat: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
     _WhichOneofArgType__chat: _TypeAlias = _typing.Literal["_chat", b"_chat"]  # noqa: Y015
+    _WhichOneofReturnType__chat_template: _TypeAlias = _typing.Literal["chat_template"]  # noqa: Y015
+    _WhichOneofArgType__chat_template: _TypeAlias = _typing.Literal["_chat_template", b"_chat_template"]  # noqa: Y015
+    _WhichOneofReturnType__chat_template_kwargs: _TypeAlias = _typing.Literal["chat_template_kwargs"]  # noqa: Y015
+    _WhichOneofArgType__chat_template_kwargs: _TypeAlias = _typing.Literal["_chat_template_kwargs", b"_chat_template_kwargs"]  # noqa: Y015
     _WhichOneofReturnType__completion_only: _TypeAlias = _typing.Literal["completion_only"]  # noqa: Y015
     _WhichOneofArgType__completion_only: _TypeAlias = _typing.Literal["_completion_only", b"_completion_only"]  # noqa: Y015
     _WhichOneofReturnType__date: _TypeAlias = _typing.Literal["date"]  # noqa: Y015
@@ -880,8 +898,14 @@ class DataSpec(_message.Message):
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__teacher_field: _TypeAlias = _typing.Literal["teacher_field"]  # noqa: Y015
     _WhichOneofArgType__teacher_field: _TypeAlias = _typing.Literal["_teacher_field", b"_teacher_field"]  # noqa: Y015
+    _WhichOneofReturnType__tools: _TypeAlias = _typing.Literal["tools"]  # noqa: Y015
+    _WhichOneofArgType__tools: _TypeAlias = _typing.Literal["_tools", b"_tools"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chat) -> _WhichOneofReturnType__chat | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template) -> _WhichOneofReturnType__chat_template | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chat_template_kwargs) -> _WhichOneofReturnType__chat_template_kwargs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__completion_only) -> _WhichOneofReturnType__completion_only | None: ...
     @_typing.overload
@@ -902,41 +926,98 @@ class DataSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_field) -> _WhichOneofReturnType__teacher_field | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__tools) -> _WhichOneofReturnType__tools | None: ...
 
 Global___DataSpec: _TypeAlias = DataSpec  # noqa: Y015
 
 @_typing.final
 class DatasetSpec(_message.Message):
-    """DatasetSpec is one source of rows: `messages`, or `prompt` and `completion`, or `text`."""
+    """DatasetSpec is one source of rows, whose format is found from the first of them."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ColumnsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     PATH_FIELD_NUMBER: _builtins.int
     WEIGHT_FIELD_NUMBER: _builtins.int
     LIMIT_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    SPLIT_FIELD_NUMBER: _builtins.int
+    CONFIG_FIELD_NUMBER: _builtins.int
+    COLUMNS_FIELD_NUMBER: _builtins.int
     path: _builtins.str
-    """Required. JSONL or Parquet file, or a directory saved by Hugging Face datasets."""
+    """Required. A file (JSONL, JSON, CSV, TSV, Parquet, a pair of .source and .target; compressed by gzip or zstd), a directory
+    of Hugging Face datasets, the id of one on the hub, or source:argument of another package.
+    """
     weight: _builtins.float
     """Share of this source among the rows. Unset: every row of every source once an epoch."""
     limit: _builtins.int
     """Rows to use at most, from the first. Unset means all."""
+    format: _builtins.str
+    """Form of the rows. "auto": that of the first. "messages": conversations, OpenAI's among them. "prompt_completion": two
+    texts or lists of messages. "text": text alone. "alpaca": instruction, input and output. "sharegpt": conversations of
+    from and value.
+    """
+    split: _builtins.str
+    """Split of a directory or of a dataset on the hub that has several."""
+    config: _builtins.str
+    """Configuration of a dataset on the hub."""
+    @_builtins.property
+    def columns(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Field to the name of the column that holds it, such as {prompt: question, completion: answer}."""
+
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         weight: _builtins.float | None = ...,
         limit: _builtins.int | None = ...,
+        format: _builtins.str | None = ...,
+        split: _builtins.str | None = ...,
+        config: _builtins.str | None = ...,
+        columns: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_weight", b"_weight", "limit", b"limit", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_config", b"_config", "_format", b"_format", "_limit", b"_limit", "_split", b"_split", "_weight", b"_weight", "config", b"config", "format", b"format", "limit", b"limit", "split", b"split", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_weight", b"_weight", "limit", b"limit", "path", b"path", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_config", b"_config", "_format", b"_format", "_limit", b"_limit", "_split", b"_split", "_weight", b"_weight", "columns", b"columns", "config", b"config", "format", b"format", "limit", b"limit", "path", b"path", "split", b"split", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__config: _TypeAlias = _typing.Literal["config"]  # noqa: Y015
+    _WhichOneofArgType__config: _TypeAlias = _typing.Literal["_config", b"_config"]  # noqa: Y015
+    _WhichOneofReturnType__format: _TypeAlias = _typing.Literal["format"]  # noqa: Y015
+    _WhichOneofArgType__format: _TypeAlias = _typing.Literal["_format", b"_format"]  # noqa: Y015
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    _WhichOneofReturnType__split: _TypeAlias = _typing.Literal["split"]  # noqa: Y015
+    _WhichOneofArgType__split: _TypeAlias = _typing.Literal["_split", b"_split"]  # noqa: Y015
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__config) -> _WhichOneofReturnType__config | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__format) -> _WhichOneofReturnType__format | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__split) -> _WhichOneofReturnType__split | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
@@ -2141,6 +2222,176 @@ class UploadDatasetResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadDatasetResponse: _TypeAlias = UploadDatasetResponse  # noqa: Y015
+
+@_typing.final
+class InspectRowsRequest(_message.Message):
+    """InspectRowsRequest is a sample of rows, with the settings of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def spec(self) -> Global___RunSpec:
+        """Its student names the tokenizer, and its data say how rows are encoded; the datasets themselves are not read."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___InspectedRow]:
+        """Rows to encode, in the fields that a run knows."""
+
+    def __init__(
+        self,
+        *,
+        spec: Global___RunSpec | None = ...,
+        rows: _abc.Iterable[Global___InspectedRow] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rows", b"rows", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectRowsRequest: _TypeAlias = InspectRowsRequest  # noqa: Y015
+
+@_typing.final
+class InspectedRow(_message.Message):
+    """InspectedRow is one row of a dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
+    IN_FULL_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Line of a text file, or row of a table, from 1."""
+    json: _builtins.str
+    """Its fields as a JSON object."""
+    in_full: _builtins.bool
+    """Return its tokens, too."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        json: _builtins.str = ...,
+        in_full: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["in_full", b"in_full", "json", b"json", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectedRow: _TypeAlias = InspectedRow  # noqa: Y015
+
+@_typing.final
+class InspectRowsResponse(_message.Message):
+    """InspectRowsResponse tells what becomes of each row, in their order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NotesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROWS_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    NOTES_FIELD_NUMBER: _builtins.int
+    max_sequence_tokens: _builtins.int
+    """Longest row, in tokens, that the settings leave whole."""
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowEncoding]:
+        """One for each row of the request."""
+
+    @_builtins.property
+    def notes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Counts of turns and texts that are learnt in another way than one might expect, by the name of the reason."""
+
+    def __init__(
+        self,
+        *,
+        rows: _abc.Iterable[Global___RowEncoding] | None = ...,
+        max_sequence_tokens: _builtins.int = ...,
+        notes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_sequence_tokens", b"max_sequence_tokens", "notes", b"notes", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectRowsResponse: _TypeAlias = InspectRowsResponse  # noqa: Y015
+
+@_typing.final
+class RowEncoding(_message.Message):
+    """RowEncoding is a row as it is trained on, or the reason for which it is refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    NUM_TARGETS_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    TOKEN_BYTES_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """That of the request."""
+    num_tokens: _builtins.int
+    """Length in tokens before it is cut."""
+    num_targets: _builtins.int
+    """Tokens that count in the loss, after it is cut."""
+    field: _builtins.str
+    """Field for which the row is refused. Empty if it is not."""
+    problem: _builtins.str
+    """Continues a sentence that begins with the field, and ends with the remedy."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Its tokens, with in_full."""
+
+    @_builtins.property
+    def token_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Text of each token: bytes that may end inside a character."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """For each token true if it counts in the loss."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        num_tokens: _builtins.int = ...,
+        num_targets: _builtins.int = ...,
+        field: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        token_bytes: _abc.Iterable[_builtins.bytes] | None = ...,
+        targets: _abc.Iterable[_builtins.bool] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "num_targets", b"num_targets", "num_tokens", b"num_tokens", "number", b"number", "problem", b"problem", "targets", b"targets", "token_bytes", b"token_bytes", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowEncoding: _TypeAlias = RowEncoding  # noqa: Y015
 
 @_typing.final
 class ListArtifactsRequest(_message.Message):

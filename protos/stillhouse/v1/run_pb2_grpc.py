@@ -82,6 +82,11 @@ class RunServiceStub(object):
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.UploadDatasetRequest.SerializeToString,
                 response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.UploadDatasetResponse.FromString,
                 _registered_method=True)
+        self.InspectRows = channel.unary_unary(
+                '/stillhouse.v1.RunService/InspectRows',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.FromString,
+                _registered_method=True)
         self.ListArtifacts = channel.unary_unary(
                 '/stillhouse.v1.RunService/ListArtifacts',
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListArtifactsRequest.SerializeToString,
@@ -171,6 +176,13 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InspectRows(self, request, context):
+        """InspectRows encodes rows as a run would train on them, and trains nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListArtifacts(self, request, context):
         """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs.
         """
@@ -239,6 +251,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.UploadDataset,
                     request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.UploadDatasetRequest.FromString,
                     response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.UploadDatasetResponse.SerializeToString,
+            ),
+            'InspectRows': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectRows,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.SerializeToString,
             ),
             'ListArtifacts': grpc.unary_unary_rpc_method_handler(
                     servicer.ListArtifacts,
@@ -502,6 +519,33 @@ class RunService(object):
             '/stillhouse.v1.RunService/UploadDataset',
             protos_dot_stillhouse_dot_v1_dot_run__pb2.UploadDatasetRequest.SerializeToString,
             protos_dot_stillhouse_dot_v1_dot_run__pb2.UploadDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectRows(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/InspectRows',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.FromString,
             options,
             channel_credentials,
             insecure,

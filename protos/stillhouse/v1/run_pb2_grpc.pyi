@@ -60,6 +60,8 @@ class RunServiceStub:
     """QueryMetrics returns metric history, thinned to what a plot can show."""
     UploadDataset: _grpc.StreamUnaryMultiCallable[_run_pb2.UploadDatasetRequest, _run_pb2.UploadDatasetResponse]
     """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
+    InspectRows: _grpc.UnaryUnaryMultiCallable[_run_pb2.InspectRowsRequest, _run_pb2.InspectRowsResponse]
+    """InspectRows encodes rows as a run would train on them, and trains nothing."""
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]
@@ -99,6 +101,8 @@ class RunServiceAsyncStub(RunServiceStub):
     """QueryMetrics returns metric history, thinned to what a plot can show."""
     UploadDataset: _aio.StreamUnaryMultiCallable[_run_pb2.UploadDatasetRequest, _run_pb2.UploadDatasetResponse]  # type: ignore[assignment]
     """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
+    InspectRows: _aio.UnaryUnaryMultiCallable[_run_pb2.InspectRowsRequest, _run_pb2.InspectRowsResponse]  # type: ignore[assignment]
+    """InspectRows encodes rows as a run would train on them, and trains nothing."""
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
@@ -189,6 +193,14 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.UploadDatasetResponse, _abc.Awaitable[_run_pb2.UploadDatasetResponse]]:
         """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
+
+    @_abc_1.abstractmethod
+    def InspectRows(
+        self,
+        request: _run_pb2.InspectRowsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.InspectRowsResponse, _abc.Awaitable[_run_pb2.InspectRowsResponse]]:
+        """InspectRows encodes rows as a run would train on them, and trains nothing."""
 
     @_abc_1.abstractmethod
     def ListArtifacts(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from datetime import date
 
 from stillhouse.protos.errors import FieldViolation
+from stillhouse.protos.rows.conversation import is_json_list, parse_options, parse_tools
+from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import (
     ContextConfig,
@@ -182,6 +184,19 @@ def check_data(config: RunConfig) -> Iterator[FieldViolation]:
             yield FieldViolation(
                 f"data.eval[{i}].weight", "has no meaning: every held-out row counts once. Leave it out."
             )
+    try:
+        parse_options(config.data.chat_template_kwargs)
+        if is_json_list(config.data.tools):  # else the path of a file
+            parse_tools(config.data.tools)
+    except FieldError as error:
+        yield FieldViolation(f"data.{error.field}", error.problem)
+    for where, datasets in (("train", config.data.train), ("eval", config.data.eval)):
+        for i, dataset in enumerate(datasets):
+            if "" in dataset.columns.values() or len(set(dataset.columns.values())) < len(dataset.columns):
+                yield FieldViolation(
+                    f"data.{where}[{i}].columns",
+                    "maps each field to a column of its own, such as {prompt: question}; give each one another name.",
+                )
 
 
 def run_losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:

@@ -13,10 +13,11 @@ from typing import BinaryIO
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import sync_directory, sync_file
 from stillhouse.protos.files.disk_errors import is_full
+from stillhouse.protos.rows.reading.open_file import COMPRESSED, plain_suffix
 from stillhouse.protos.stillhouse.v1.run_pb2 import UploadDatasetRequest
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-"""Formats that the training process reads; the file keeps its suffix."""
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Formats that the training process reads; the file keeps its suffix, and that of its compression."""
 MAX_FILE_NAME_CHARACTERS = 255
 _TEMPORARY = ".upload-"
 
@@ -42,7 +43,7 @@ async def receive(folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, 
         with temporary.open("xb") as file:
             file_name, digest, size = await _write(file, chunks, max_bytes)
             await asyncio.to_thread(sync_file, file)
-        suffix = Path(file_name).suffix
+        suffix = _suffix(file_name)
         temporary.rename(folder / f"{digest}{suffix}")
         await asyncio.to_thread(sync_directory, folder)
     except OSError as error:
@@ -92,12 +93,17 @@ def _checked(name: str) -> str:
             Reason.INVALID_REQUEST,
             f"{name[:80]!r} is not a file name; the first chunk needs one such as 'train.jsonl'.",
         )
-    if Path(name).suffix not in SUFFIXES:
+    if plain_suffix(Path(name)) not in SUFFIXES:
         raise StillhouseError(
             Reason.DATASET_INVALID,
             f"{name!r} does not end in one of {', '.join(SUFFIXES)}, by which its format is known; rename or convert it.",
         )
     return name
+
+
+def _suffix(name: str) -> str:
+    packed = Path(name).suffix if Path(name).suffix in COMPRESSED else ""
+    return plain_suffix(Path(name)) + packed
 
 
 def remove_leftovers(folder: Path) -> None:

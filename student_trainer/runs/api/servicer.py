@@ -29,6 +29,7 @@ from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
 from stillhouse.student_trainer.runs.api.metric_series import to_series
+from stillhouse.student_trainer.runs.api.row_inspection import RowInspection
 from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve, resolve_devices
 from stillhouse.student_trainer.runs.api.streams import RunStreams
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
@@ -72,6 +73,7 @@ class RunServicer(RunServiceServicer):
         self._max_upload_bytes = parts.max_upload_bytes
         self._max_queued_runs = parts.max_queued_runs
         self._uploads = parts.host.data_dir / "datasets"
+        self._inspection = RowInspection(parts.host)
         self._streams = RunStreams(parts.store, parts.db, parts.notifier, parts.supervisor.run_dir)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.Run:
@@ -117,7 +119,7 @@ class RunServicer(RunServiceServicer):
         config = await asyncio.to_thread(proto.with_defaults, spec)
         problems = await asyncio.to_thread(problems_of, config)
         found = await self._db(resolve, config, self._host, problems)
-        problems = [*found.problems, *await asyncio.to_thread(hub_problems, found.hub_models)]
+        problems = [*found.problems, *await asyncio.to_thread(hub_problems, found.hub_ids)]
         if problems:
             raise invalid_spec(problems)
         return found.config
@@ -202,6 +204,10 @@ class RunServicer(RunServiceServicer):
             self._store.add_dataset, upload.sha256, upload.suffix, upload.file_name, upload.size_bytes
         )
         return pb.UploadDatasetResponse(name=f"datasets/{upload.sha256}", size_bytes=upload.size_bytes)
+
+    async def InspectRows(self, request: pb.InspectRowsRequest, context: Context) -> pb.InspectRowsResponse:
+        """Encodes rows as a run would."""
+        return await self._inspection.inspect(request)
 
     async def ListArtifacts(
         self, request: pb.ListArtifactsRequest, context: Context

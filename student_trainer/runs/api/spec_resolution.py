@@ -10,12 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from stillhouse.protos.cache.reader import CacheReader, shard_paths
-from stillhouse.protos.errors import FieldViolation, StillhouseError
+from stillhouse.protos.errors import FieldViolation, StillhouseError, first_line
 from stillhouse.protos.files.adapter import FILES
+from stillhouse.protos.rows.conversation import is_json_list, parse_tools
+from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.named_templates import is_file_name, read_setting
+from stillhouse.protos.rows.reading.line_pairs import pair_of
+from stillhouse.protos.rows.reading.plugins import plugin_of
+from stillhouse.protos.rows.reading.tables import is_hub_id as is_hub_dataset
 from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import ALL_LINEAR, CacheConfig, DatasetConfig, RunConfig
-from stillhouse.student_trainer.runs.api.hub_lookup import HubModel
+from stillhouse.student_trainer.runs.api.hub_lookup import HubId
 from stillhouse.student_trainer.runs.api.module_names import unknown_modules
 from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, check_weights
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
@@ -47,7 +53,7 @@ class Resolution:
     config: RunConfig
     """With absolute paths, its device count and its numeric types."""
     problems: Sequence[FieldViolation]
-    hub_models: Sequence[HubModel]
+    hub_ids: Sequence[HubId]
     """Names that are no directory of this host, and may be hub ids."""
 
 
@@ -67,18 +73,32 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
             train=resolver.datasets("data.train", data.train),
             eval=resolver.datasets("data.eval", data.eval),
             date=data.date or _date(None if resolver.violations else cache),
+            chat_template=resolver.text("data.chat_template", data.chat_template, is_file_name),
+            tools=resolver.text("data.tools", data.tools, lambda text: not is_json_list(text)),
         ),
         cache=cache,
     )
     resolver.weights(resolved)
     resolver.lora_modules(resolved)
     resolved = resolver.devices(resolved)
-    named = {each.field for each in problems}
-    return Resolution(
-        config=resolved,
-        problems=[*problems, *(each for each in resolver.violations if each.field not in named)],
-        hub_models=[each for each in resolver.hub_models if each.field not in named],
+    return resolver.resolution(resolved, problems)
+
+
+def resolve_rendering(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = ()) -> Resolution:
+    """As `resolve`, for what decides on the encoding of rows alone: tokenizer, chat template and tools."""
+    resolver = _Resolver(host, revision=config.student.revision)
+    data, model = config.data, config.student.model
+    resolved = replace(
+        config,
+        student=replace(config.student, model=model and resolver.model("student.model", model)),
+        data=replace(
+            data,
+            date=data.date or _date(None),
+            chat_template=resolver.text("data.chat_template", data.chat_template, is_file_name),
+            tools=resolver.text("data.tools", data.tools, lambda text: not is_json_list(text)),
+        ),
     )
+    return resolver.resolution(resolved, problems)
 
 
 def resolve_devices(config: RunConfig, host: Host) -> RunConfig:
@@ -95,7 +115,16 @@ class _Resolver:
     host: Host
     revision: str
     violations: list[FieldViolation] = field(default_factory=list)
-    hub_models: list[HubModel] = field(default_factory=list)
+    hub_ids: list[HubId] = field(default_factory=list)
+
+    def resolution(self, config: RunConfig, problems: Sequence[FieldViolation]) -> Resolution:
+        """The outcome; a field that is in `problems` already gets no second one."""
+        named = {each.field for each in problems}
+        return Resolution(
+            config=config,
+            problems=[*problems, *(each for each in self.violations if each.field not in named)],
+            hub_ids=[each for each in self.hub_ids if each.field not in named],
+        )
 
     def model(self, where: str, name: str) -> str:
         """An absolute path, or a name that may be a hub id as it is."""
@@ -103,7 +132,7 @@ class _Resolver:
         if path is not None and path.exists():
             return self._directory_with(["config.json"], where, name, path)
         if _is_hub_id(name):
-            self.hub_models.append(HubModel(field=where, name=name, revision=self.revision))
+            self.hub_ids.append(HubId(field=where, name=name, revision=self.revision))
         elif path is not None:
             self._refuse(
                 where, f'"{name}" is neither a directory on the trainer\'s host nor a Hugging Face id.'
@@ -162,6 +191,33 @@ class _Resolver:
             for place, each in zip(places, datasets, strict=True)
         )
 
+    def text(self, where: str, value: str, is_file: Callable[[str], bool]) -> str:
+        """The text of a small file that a setting names; the setting itself if it is no file's name."""
+        if not is_file(value):
+            return value
+        path = self._local(where, value)
+        if path is None or not path.is_file():
+            if path is not None or _is_hub_id(value):
+                self._refuse(
+                    where,
+                    f'"{value[:200]}" is no file on the trainer\'s host; give its text, or lay it beside the run file.',
+                )
+            return value
+        try:
+            text = read_setting(path)
+        except (OSError, ValueError) as error:
+            self._refuse(where, f'"{value[:200]}" cannot be read ({first_line(error)}); correct the file.')
+            return value
+        if where == "data.tools":
+            self._check_tools(where, text)
+        return text
+
+    def _check_tools(self, where: str, text: str) -> None:
+        try:
+            parse_tools(text)
+        except FieldError as error:
+            self._refuse(where, f"{error.field} {error.problem}")
+
     def cache(self, cache: CacheConfig | None) -> CacheConfig | None:
         """The cache with an absolute path. One that is written lies below caches/: roots are there to be read."""
         if cache is None:
@@ -213,15 +269,19 @@ class _Resolver:
                 )
                 return name
             name = f"{name}{suffix}"
-        path = self._local(where, name)
-        if path is None:
+        if plugin_of(name) is not None:
             return name
-        if not path.exists():
+        path = self._local(where, name)
+        if path is not None and (path.exists() or pair_of(path)):
+            return str(path)
+        if is_hub_dataset(name) and not _is_own(name):
+            self.hub_ids.append(HubId(field=where, name=name, kind="dataset"))
+        elif path is not None or _is_hub_id(name):
             self._refuse(
                 where,
                 f'"{name}" does not exist on the trainer\'s host; upload it with `stillhouse data push`.',
             )
-        return str(path)
+        return name
 
     def _local(self, where: str, name: str) -> Path | None:
         """The real path that `name` means; None, and a violation, if it is out of bounds."""

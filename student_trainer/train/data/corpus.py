@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,16 +66,7 @@ def load_corpus(
     Raises:
         StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also if no row is left to train on.
     """
-    encoder = RowEncoder(
-        tokenizer,
-        completion_only=data.completion_only,
-        chat=data.chat,
-        extra_fields="refuse" if data.extra_fields == "refuse" else "keep",
-        own_fields=[data.teacher_field] if data.teacher_field else (),
-        ends_text=data.end_text,
-        # Runs of earlier versions have none: their templates are told the day of the attempt.
-        today=date.fromisoformat(data.date) if data.date else None,
-    )
+    encoder = RowEncoder.of(data, tokenizer)
     reader = _DatasetReader(data, encoder, data_dir, teachers)
     parts = [reader.read(dataset) for dataset in data.train]
     train = [example for part in parts for example in part]

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.conversation import parse_options, parse_tools
 from stillhouse.protos.rows.known_fields import ExtraFields
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.student_trainer.config.schema import DataConfig
 from stillhouse.student_trainer.train.data.alignment import AlignedText
 from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks
 from stillhouse.student_trainer.train.data.chat.mask import ChatMasker
@@ -97,10 +99,12 @@ class RowEncoder:
         chat: bool = False,
         extra_fields: ExtraFields = "keep",
         own_fields: Collection[str] = (),
+        tools: Sequence[Any] = (),
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         """Without `ends_text` rows of plain text have no end token; `today` is the date that chat templates are told.
 
-        `chat`, `extra_fields` and `own_fields` are those of `parse_training_row`.
+        `chat`, `extra_fields`, `own_fields`, `tools` and `options` are those of `parse_training_row`.
 
         Raises StillhouseError(TOKENIZER_INVALID) unless `tokenizer` is a fast tokenizer of transformers.
         """
@@ -119,11 +123,29 @@ class RowEncoder:
             extra_fields=extra_fields,
             own_fields=own_fields,
             completion_only=completion_only,
+            tools=tools,
+            options=options,
         )
         self._encoder = TextEncoder(tokenizer)
         self._marks = SpecialMarks(tokenizer)
         self._chat = ChatMasker(tokenizer, self._encoder, self._marks, today=today)
         self._end_ids: set[int] = set()
+
+    @classmethod
+    def of(cls, data: DataConfig, tokenizer: Any) -> RowEncoder:
+        """Returns the encoder of a run's rows. Raises StillhouseError(TOKENIZER_INVALID)."""
+        return cls(
+            tokenizer,
+            completion_only=data.completion_only,
+            chat=data.chat,
+            extra_fields="refuse" if data.extra_fields == "refuse" else "keep",
+            own_fields=[data.teacher_field] if data.teacher_field else (),
+            ends_text=data.end_text,
+            # Runs of earlier versions have none: their templates are told the day of the attempt.
+            today=date.fromisoformat(data.date) if data.date else None,
+            tools=parse_tools(data.tools),
+            options=parse_options(data.chat_template_kwargs),
+        )
 
     @property
     def fingerprint(self) -> str:

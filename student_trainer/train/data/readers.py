@@ -1,4 +1,4 @@
-"""Reads rows of text from JSONL, Parquet or saved Hugging Face datasets, without a network; errors name file, row and field."""
+"""Reads the rows of a run's datasets; errors name file, row and field."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.library_errors import reported_as
+from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_unicode
-from stillhouse.protos.rows.files import read_file, row_error, unicode_rows, unreadable, without_nulls
+from stillhouse.protos.rows.reading.row_error import row_error
+from stillhouse.protos.rows.reading.source import RowReader, RowSource
 from stillhouse.protos.rows.training_row import TrainingRow, parse_training_row
 from stillhouse.student_trainer.config.schema import DatasetConfig
 
@@ -61,34 +61,21 @@ def read_rows(dataset: DatasetConfig, data_dir: Path) -> Iterator[DatasetRow]:
     Raises:
         StillhouseError: DATASET_NOT_FOUND, or DATASET_INVALID naming file and row.
     """
-    path = resolve(dataset.path, data_dir)
-    if path.is_dir():
-        rows = _read_saved(path)
-    elif not path.is_file():
-        raise StillhouseError(
-            Reason.DATASET_NOT_FOUND,
-            f"There is no dataset at {path}. Correct data.train or data.eval, or upload it with `stillhouse data push`.",
-            resource=str(path),
-        )
-    else:
-        rows = (DatasetRow(path=path, number=number, values=values) for number, values in read_file(path))
-    return islice(rows, dataset.limit)
+    rows = RowReader(source_of(dataset, data_dir))
+    return islice(
+        (DatasetRow(path=rows.path, number=number, values=values) for number, values in rows), dataset.limit
+    )
 
 
-def _read_saved(path: Path) -> Iterator[DatasetRow]:
-    import datasets
-
-    def refused(error: BaseException) -> StillhouseError:
-        return unreadable(path, "directory saved by Hugging Face datasets", error)
-
-    with reported_as(refused):
-        loaded = datasets.load_from_disk(str(path))
-    if isinstance(loaded, datasets.DatasetDict):
-        raise StillhouseError(
-            Reason.DATASET_INVALID,
-            f"{path} holds several splits ({', '.join(loaded)}); name one of them, such as {path / next(iter(loaded), 'train')}.",
-        )
-    for number in range(1, len(loaded) + 1):
-        with reported_as(refused), unicode_rows(path, number):
-            values = loaded[number - 1]
-        yield DatasetRow(path=path, number=number, values=without_nulls(values))
+def source_of(dataset: DatasetConfig, data_dir: Path) -> RowSource:
+    """Returns the place and format of a dataset's rows."""
+    is_held = _HELD_BY_SERVICE.fullmatch(dataset.path) is not None
+    return RowSource(
+        location=str(resolve(dataset.path, data_dir))
+        if is_held or dataset.path.startswith("~")
+        else dataset.path,
+        format=dataset.format,
+        split=dataset.split,
+        config=dataset.config,
+        columns=dataset.columns,
+    )

@@ -28,7 +28,7 @@ class Inputs:
     def load(cls, scope: RunScope) -> Inputs:
         """Reads tokenizer and data. Raises StillhouseError, as `load_tokenizer` and `load_corpus` do."""
         config = scope.config
-        tokenizer = load_tokenizer(config.student, scope.data_dir)
+        tokenizer = load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template)
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
         names = [teacher.name for teacher in config.teachers]
         return cls(

@@ -38,7 +38,7 @@ def load_trained(scope: RunScope) -> Trained | None:
     accelerator = device.make_accelerator(config.optimizer)
     student = Student.load(
         config.student,
-        load_tokenizer(config.student, scope.data_dir),
+        load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template),
         data_dir=scope.data_dir,
         device=accelerator.device,
         precision=device.precision_of(accelerator),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import reported_as
+from stillhouse.protos.rows.named_templates import template_source
 from stillhouse.protos.tokenizers.prompt import require_vocabulary
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
@@ -24,8 +25,11 @@ from stillhouse.student_trainer.train.student.saving import save_adapter, save_m
 log = structlog.get_logger()
 
 
-def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
-    """Loads the student's tokenizer. Raises StillhouseError(MODEL_NOT_FOUND)."""
+def load_tokenizer(config: StudentConfig, data_dir: Path, *, chat_template: str = "") -> Any:
+    """Loads the student's tokenizer, with another chat template if one is given.
+
+    Raises StillhouseError: MODEL_NOT_FOUND, or INVALID_SPEC for a template by a name that none has.
+    """
     from transformers import AutoTokenizer
 
     source = model_source(config, data_dir)
@@ -40,6 +44,11 @@ def load_tokenizer(config: StudentConfig, data_dir: Path) -> Any:
         # A broken one may load and fail at its first text.
         tokenizer("a")
         require_vocabulary(tokenizer)
+    if chat_template:
+        try:
+            tokenizer.chat_template = template_source(tokenizer.chat_template, chat_template)
+        except ValueError as error:
+            raise StillhouseError(Reason.INVALID_SPEC, str(error)) from error
     return tokenizer
 
 

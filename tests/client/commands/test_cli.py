@@ -31,6 +31,7 @@ VERBS = {
     "RunService.DeleteRun": "run delete",
     "RunService.QueryMetrics": "run metrics",
     "RunService.UploadDataset": "data push",
+    "RunService.InspectRows": "data inspect",
     "RunService.ListArtifacts": "run artifacts",
     "RunService.DownloadArtifact": "run pull",
     "RunService.StreamLogs": "run logs",

@@ -200,3 +200,31 @@ def test_fields_from_python_are_checked_without_lines() -> None:
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(StillhouseError, match=r"cannot read .*absent\.yaml: No such file or directory\."):
         load_run_file(tmp_path / "absent.yaml")
+
+
+def test_json_settings_are_given_as_values_or_as_text(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text("{{ messages }}\n")
+    (tmp_path / "tools.json").write_text('[{"name": "f"}]')
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "data:\n  chat_template: chat.jinja\n  tools: tools.json\n"
+        "  chat_template_kwargs: {enable_thinking: false, effort: low}\n"
+        "  train: [{path: a, columns: {prompt: question}}]\n"
+    )
+    data = load_run_file(path).spec.data
+    assert (data.chat_template, data.tools) == ("{{ messages }}\n", '[{"name": "f"}]')
+    assert data.chat_template_kwargs == '{"enable_thinking": false, "effort": "low"}'
+    assert dict(data.train[0].columns) == {"prompt": "question"}
+    changes = [
+        "data.chat_template_kwargs={enable_thinking: true}",
+        "data.tools=[]",
+        "data.train[0].columns.completion=answer",
+        "data.chat_template=chatml",
+    ]
+    data = load_run_file(path, changes).spec.data
+    assert (data.chat_template, data.tools, data.chat_template_kwargs) == (
+        "chatml",
+        "[]",
+        '{"enable_thinking": true}',
+    )
+    assert dict(data.train[0].columns) == {"prompt": "question", "completion": "answer"}

@@ -12,10 +12,14 @@ from threading import Thread
 import pytest
 from huggingface_hub import constants
 
-from stillhouse.student_trainer.runs.api.hub_lookup import HubModel, hub_problems
+from stillhouse.student_trainer.runs.api.hub_lookup import HubId, hub_problems
 
 REVISION = "0" * 40
-FILES = {"org/model": ["config.json", "model.safetensors"], "org/gguf": ["model.gguf"]}
+FILES = {
+    "org/rows": ["train.jsonl"],
+    "org/model": ["config.json", "model.safetensors"],
+    "org/gguf": ["model.gguf"],
+}
 CODES = {"org/private": "GatedRepo", "org/model/revision/v9": "RevisionNotFound"}
 
 
@@ -23,8 +27,9 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the hub's API that tells of models."""
 
     def do_GET(self) -> None:
-        name = self.path.removeprefix("/api/models/")
+        kind, _, name = self.path.removeprefix("/api/").partition("/")
         known = FILES.get(name.partition("/revision/")[0]) if name not in CODES else None
+        known = known if (kind == "datasets") == name.startswith("org/rows") else None
         self.send_response(404 if known is None else 200)
         if known is None:
             self.send_header("X-Error-Code", CODES.get(name, "RepoNotFound"))
@@ -63,7 +68,7 @@ def online(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
 
 def problem(name: str, revision: str = "") -> str:
     """The only problem of a model; empty if it has none."""
-    found = hub_problems([HubModel(field="student.model", name=name, revision=revision)])
+    found = hub_problems([HubId(field="student.model", name=name, revision=revision)])
     assert all(each.field == "student.model" for each in found)
     return found[0].description if found else ""
 
@@ -101,3 +106,28 @@ def test_the_hub_has_what_the_cache_lacks_or_the_name_is_refused() -> None:
 def test_a_hub_that_is_not_reached_is_a_refusal_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     online(monkeypatch, "http://127.0.0.1:9")
     assert "and Hugging Face cannot be reached from there (" in problem("nobody/nothing")
+
+
+def dataset_problem(name: str) -> str:
+    found = hub_problems([HubId(field="data.train[0].path", name=name, kind="dataset")])
+    return found[0].description if found else ""
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_dataset_is_taken_from_a_hub_that_has_it() -> None:
+    assert dataset_problem("org/rows") == ""
+    assert "nor a dataset that Hugging Face shows it; correct the path or the id" in dataset_problem(
+        "org/model"
+    )
+
+
+def test_a_dataset_that_was_prepared_before_is_taken_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "datasets" / "org___my_rows").mkdir(parents=True)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    assert dataset_problem("org/MyRows") == ""
+    assert dataset_problem("org/rows") == (
+        '"org/rows" is neither a path on the trainer\'s host nor in its cache of Hugging Face datasets, and HF_HUB_OFFLINE '
+        "keeps it from looking further; give a path, or download the dataset there."
+    )

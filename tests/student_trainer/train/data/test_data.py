@@ -167,7 +167,7 @@ def test_parquet_and_saved_datasets_give_the_same_rows(tokenizer: Any, tmp_path:
     ("content", "sentence"),
     [
         ('{"text": "a b c"}\n{"text": \n', "row 2, field (the line): is not JSON"),
-        ('["text"]\n', "row 1, field (the line): is an array"),
+        ('["text"]\n', 'row 1, field (the line): is the string "text"'),
         ("", "data.train has no rows"),
     ],
 )

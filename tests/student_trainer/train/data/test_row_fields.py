@@ -130,7 +130,7 @@ def test_a_run_applies_its_rule_for_unknown_fields(directory: Path, tmp_path: Pa
     tokenizer = load(directory, PLAIN)
     rows: list[dict[str, Any]] = [
         {"prompt": "a", "completion": "b", "teacher": "t", "topic": "x"},
-        {"messages": [ASK, {**ANSWER, "weight": 0}]},
+        {"prompt": "a", "completion": [{**ANSWER, "weight": 0}]},
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"teacher": "t"} | row) + "\n" for row in rows))

@@ -1,0 +1,246 @@
+"""`stillhouse data inspect`: what a dataset holds, and what a run would make of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stillhouse.client.terminal.session import Session, command
+from stillhouse.protos.rows.row_forms import FORMATS
+
+if TYPE_CHECKING:
+    from stillhouse.client.inspection.scan import Scan
+    from stillhouse.client.runfile.load import RunFile
+    from stillhouse.protos.rows.reading.source import RowSource
+    from stillhouse.protos.stillhouse.v1 import run_pb2
+
+SAMPLE_ROWS = 1000
+
+
+@command(name="inspect")
+@click.option("--row", type=click.IntRange(1), metavar="N", help="Show this row.  [default: the first]")
+@click.option(
+    "--tokenizer",
+    metavar="MODEL",
+    help="Encode rows with the tokenizer and the chat template of a model, by its path on the trainer's host or its hub id.",
+)
+@click.option(
+    "--run",
+    "run_file",
+    type=click.Path(path_type=Path),
+    help="Encode rows with student and data settings of a run file.",
+)
+@click.option(
+    "--sample",
+    type=click.IntRange(1, 4096),
+    default=SAMPLE_ROWS,
+    show_default=True,
+    metavar="N",
+    help="Rows to encode, drawn at random if there are more.",
+)
+@click.option("--limit", type=click.IntRange(1), metavar="N", help="Read at most N rows.")
+@click.option(
+    "--format", "form", type=click.Choice(FORMATS), default="auto", help="Form of the rows.  [default: auto]"
+)
+@click.option("--split", default="", metavar="NAME", help="Split of a dataset that has several.")
+@click.option("--subset", default="", metavar="NAME", help="Configuration of a dataset on the hub.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="FIELD=NAME",
+    help="Take a field from the column of this name.",
+)
+@click.option(
+    "--color",
+    type=click.Choice(["auto", "always", "never"]),
+    default="auto",
+    help="Colour what counts in the loss; auto does on a terminal.  [default: auto]",
+)
+@click.argument("file", metavar="FILE")
+def inspect(
+    session: Session,
+    file: str,
+    *,
+    row: int | None,
+    tokenizer: str | None,
+    run_file: Path | None,
+    sample: int,
+    limit: int | None,
+    form: str,
+    split: str,
+    subset: str,
+    columns: tuple[str, ...],
+    color: str,
+) -> int:
+    """Show what FILE holds: format, fields, rows, lengths, refused rows, and one row as it is trained on.
+
+    FILE is all that `data.train[].path` may be, on this host. Every row is checked; with --tokenizer or --run a sample of
+    them is encoded by the trainer, with the code that encodes them for training.
+
+    Ends with exit code 1 if a row is refused.
+    """
+    from stillhouse.client.core.errors import file_errors, usage_error
+    from stillhouse.client.inspection.scan import scan
+    from stillhouse.client.terminal.inspection import scan_text
+
+    if tokenizer is not None and run_file is not None:
+        raise click.UsageError("--tokenizer and --run exclude each other: a run file names its student.")
+    spec = _spec(tokenizer, run_file)
+    source = _source(file, spec, form=form, split=split, config=subset, columns=_columns(columns))
+    with file_errors("read", file):
+        found = scan(
+            source, sample_rows=sample, row=row, limit=limit, on_rows=_progress(session), **_parsing(spec)
+        )
+    if row is not None and found.chosen is None:
+        refused = next((each for each in found.refused if each.metadata.get("row") == str(row)), None)
+        raise refused or usage_error(f"{file} has no row {row} that is read. Correct --row.")
+    answer = _encoded(session, spec, found) if spec is not None and found.sample else None
+    if session.as_json:
+        session.emit(_document(found, answer))
+    else:
+        click.echo(scan_text(found))
+        _show_row(found, answer, color)
+    return int(bool(found.num_refused) or (answer is not None and any(each.problem for each in answer.rows)))
+
+
+def _columns(given: tuple[str, ...]) -> dict[str, str]:
+    pairs = [each.partition("=") for each in given]
+    wrong = next((each for each, pair in zip(given, pairs, strict=True) if not (pair[0] and pair[2])), None)
+    if wrong is not None:
+        raise click.UsageError(f'--column expects FIELD=NAME, such as prompt=question; "{wrong}" is none.')
+    return {field: name for field, _, name in pairs}
+
+
+def _spec(tokenizer: str | None, run_file: Path | None) -> RunFile | None:
+    from stillhouse.client.runfile.load import load_run_file, parse_fields
+
+    if run_file is not None:
+        return load_run_file(run_file)
+    return None if tokenizer is None else parse_fields({"student": {"model": tokenizer}})
+
+
+def _source(file: str, spec: RunFile | None, **given: Any) -> RowSource:
+    """The rows of FILE, read as the run's own dataset of this path is, unless options say otherwise."""
+    from stillhouse.protos.rows.reading.source import RowSource
+
+    path = str(Path(file).expanduser()) if file.startswith("~") else file
+    datasets = () if spec is None else (*spec.spec.data.train, *spec.spec.data.eval)
+    directory = Path() if spec is None else spec.directory
+    for dataset in datasets:
+        if dataset.path and Path(file).resolve() == (directory / dataset.path).resolve():
+            given["form"] = given["form"] if given["form"] != "auto" else dataset.format or "auto"
+            given["split"] = given["split"] or dataset.split
+            given["config"] = given["config"] or dataset.config
+            given["columns"] = given["columns"] or dict(dataset.columns)
+    return RowSource(
+        location=path,
+        format=given["form"],
+        split=given["split"],
+        config=given["config"],
+        columns=given["columns"],
+    )
+
+
+def _parsing(spec: RunFile | None) -> dict[str, Any]:
+    """Options of `parse_training_row`, as the run's settings have them."""
+    if spec is None:
+        return {}
+    data = spec.spec.data
+    return {
+        "chat": data.chat,
+        "completion_only": not data.HasField("completion_only") or data.completion_only,
+        "extra_fields": "refuse" if data.extra_fields == "refuse" else "keep",
+        "own_fields": [data.teacher_field] if data.teacher_field else (),
+    }
+
+
+def _progress(session: Session) -> Any:
+    """Shows the number of rows on a terminal while they are read."""
+    import sys
+
+    if session.as_json or not sys.stderr.isatty():
+        return lambda _: None
+    return lambda rows: click.echo(f"\r{rows:,} rows ", nl=False, err=True)
+
+
+def _encoded(session: Session, spec: RunFile, found: Scan) -> run_pb2.InspectRowsResponse:
+    from stillhouse.client.inspection.scan import as_sent
+
+    chosen = found.chosen
+    rest = [each for each in found.sample if chosen is None or each.number != chosen.number]
+    rows = as_sent(rest) + (as_sent([chosen]) if chosen else [])
+    return session.trainer.inspect_rows(
+        spec, sorted(rows), in_full=chosen.number if chosen is not None else None
+    )
+
+
+def _show_row(found: Scan, answer: run_pb2.InspectRowsResponse | None, color: str) -> None:
+    import json
+
+    from stillhouse.client.terminal.inspection import lengths_text, row_text, uses_colour
+    from stillhouse.client.terminal.render import printable
+
+    if found.chosen is None:
+        return
+    if answer is None:
+        text = json.dumps(found.chosen.values, ensure_ascii=False, indent=1, default=str)
+        click.echo(printable(f"\nrow {found.chosen.number}\n{text}"))
+        click.echo("\nGive --tokenizer or --run for lengths in tokens, and for what is learnt.")
+        return
+    click.echo(lengths_text(found, answer))
+    shown = next(each for each in answer.rows if each.number == found.chosen.number)
+    colour = uses_colour(color)
+    click.echo(row_text(shown, limit=answer.max_sequence_tokens, colour=colour), color=colour)
+
+
+def _document(found: Scan, answer: run_pb2.InspectRowsResponse | None) -> dict[str, Any]:
+    from stillhouse.client.core.json_output import error_as_json
+    from stillhouse.client.inspection.lengths import histogram, percentiles
+
+    document: dict[str, Any] = {
+        "source": found.source.location,
+        "container": found.container,
+        "format": found.form or None,
+        "rows": found.num_rows,
+        "is_complete": found.is_complete,
+        "fields": {
+            name: {"rows": use.rows, "types": dict(use.kinds), "example": use.example}
+            for name, use in found.fields.items()
+        },
+        "refused": found.num_refused,
+        "refusals": [error_as_json(each) for each in found.refused],
+    }
+    if found.chosen is not None:
+        document["row"] = {"number": found.chosen.number, "values": found.chosen.values}
+    if answer is None:
+        return document
+    taken = [each for each in answer.rows if not each.problem]
+    lengths = [each.num_tokens for each in taken]
+    limit = answer.max_sequence_tokens
+    document["tokens"] = {
+        "sampled_rows": len(answer.rows),
+        "percentiles": percentiles(lengths) if lengths else {},
+        "histogram": [each._asdict() for each in histogram(lengths)] if lengths else [],
+        "targets": sum(each.num_targets for each in taken),
+        "total": sum(lengths),
+        "max_sequence_tokens": limit,
+        "longer": [each.number for each in taken if each.num_tokens > limit],
+        "nothing_to_learn": [each.number for each in taken if not each.num_targets],
+        "notes": dict(answer.notes),
+        "refusals": [
+            {"row": each.number, "field": each.field, "problem": each.problem}
+            for each in answer.rows
+            if each.problem
+        ],
+    }
+    shown = next((each for each in answer.rows if found.chosen and each.number == found.chosen.number), None)
+    if shown is not None and not shown.problem:
+        document["row"] |= {
+            "token_ids": list(shown.token_ids),
+            "tokens": [each.decode(errors="backslashreplace") for each in shown.token_bytes],
+            "targets": list(shown.targets),
+        }
+    return document

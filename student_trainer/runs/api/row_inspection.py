@@ -1,0 +1,112 @@
+"""Encodes a sample of rows in a process of its own, which has the tokenizer; one at a time, bounded in size and in time."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import structlog
+from google.rpc import status_pb2
+
+from stillhouse.protos.errors import Reason, StillhouseError, from_status
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.student_trainer.config import proto
+from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
+from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
+from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve_rendering
+from stillhouse.student_trainer.runs.supervision.training_process import environment
+
+log = structlog.get_logger()
+
+MAX_ROWS = 4096
+MAX_ROWS_BYTES = 8 << 20
+"""Rows of one request."""
+TIMEOUT_S = 300.0
+_FAILED = 3
+"""Exit code of a refusal: that of train/inspect_rows.py."""
+_MODULE = "stillhouse.student_trainer.train.inspect_rows"
+
+
+class RowInspection:
+    """Encodes rows for clients."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._turn = asyncio.Semaphore(1)
+
+    async def inspect(self, request: pb.InspectRowsRequest) -> pb.InspectRowsResponse:
+        """Returns what a run with the request's settings would train on.
+
+        Raises StillhouseError: INVALID_REQUEST above the limits, INVALID_SPEC for the settings, MODEL_NOT_FOUND,
+        TOKENIZER_INVALID.
+        """
+        size = sum(len(row.json) for row in request.rows)
+        if len(request.rows) > MAX_ROWS or size > MAX_ROWS_BYTES:
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"The request has {len(request.rows)} rows of {size} characters; at most {MAX_ROWS} rows of "
+                f"{MAX_ROWS_BYTES} characters are inspected at once. Send fewer.",
+            )
+        resolved = pb.InspectRowsRequest(spec=await self._settled(request.spec), rows=request.rows)
+        async with self._turn:
+            return await self._encoded(resolved.SerializeToString())
+
+    async def _settled(self, spec: pb.RunSpec) -> pb.RunSpec:
+        """Returns the settings with paths of this host. Raises StillhouseError(INVALID_SPEC)."""
+        config = await asyncio.to_thread(proto.with_defaults, spec)
+        # Only what decides on the encoding: a run file may lack the rest so far.
+        about = ("student.model", "student.revision", "data.")
+        problems = [
+            each
+            for each in await asyncio.to_thread(problems_of, config)
+            if each.field.startswith(about) and not each.field.startswith(("data.train", "data.eval"))
+        ]
+        found = await asyncio.to_thread(resolve_rendering, config, self._host, problems)
+        problems = [*found.problems, *await asyncio.to_thread(hub_problems, found.hub_ids)]
+        if problems:
+            raise invalid_spec(problems)
+        student, data = found.config.student, replace(found.config.data, train=(), eval=())
+        settled = pb.RunSpec()
+        proto.write(replace(found.config, student=student, data=data), settled)
+        return settled
+
+    async def _encoded(self, request: bytes) -> pb.InspectRowsResponse:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", _MODULE, str(self._host.data_dir)),
+            cwd=self._host.data_dir,
+            env=environment(devices=(), threads=1, credentials=Path(os.devnull)),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            out, said = await asyncio.wait_for(process.communicate(request), TIMEOUT_S)
+        except TimeoutError as error:
+            raise StillhouseError(
+                Reason.INVALID_REQUEST,
+                f"The rows were not encoded within {TIMEOUT_S:g} s. Send fewer, or shorter ones.",
+            ) from error
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+        if process.returncode == _FAILED:
+            raise from_status(status_pb2.Status.FromString(out))
+        if process.returncode:
+            tail = said.decode(errors="replace").strip().splitlines()[-1:]
+            log.error(
+                "rows were not inspected", exit=process.returncode, said=said.decode(errors="replace")[-2000:]
+            )
+            raise StillhouseError(
+                Reason.INTERNAL,
+                f"The process that encodes rows ended with exit code {process.returncode} ({' '.join(tail)}); see the "
+                "service's log.",
+            )
+        return pb.InspectRowsResponse.FromString(out)

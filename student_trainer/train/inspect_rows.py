@@ -1,0 +1,95 @@
+"""Encodes rows for `stillhouse data inspect` with the code that encodes them for training; a process of its own.
+
+Reads an InspectRowsRequest on standard input and writes an InspectRowsResponse, or on failure a google.rpc.Status with exit
+code FAILED. The run service, which never imports torch or a tokenizer, starts it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from stillhouse.protos.errors import StillhouseError, to_status
+from stillhouse.protos.rows.field_error import kind_of
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
+from stillhouse.student_trainer.config.proto import with_defaults
+from stillhouse.student_trainer.config.schema import DataConfig
+from stillhouse.student_trainer.train.data.encoding import RowEncoder
+from stillhouse.student_trainer.train.data.readers import DatasetRow
+from stillhouse.student_trainer.train.student.student import load_tokenizer
+
+FAILED = 3
+"""Exit code of a refusal; any other but 0 is a crash."""
+
+
+def main() -> int:
+    """Answers the request on standard input; libraries that print go to standard error."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with out:
+        try:
+            request = pb.InspectRowsRequest.FromString(sys.stdin.buffer.read())
+            out.write(inspect(request, Path(sys.argv[1])).SerializeToString())
+        except StillhouseError as error:
+            out.write(to_status(error).SerializeToString())
+            return FAILED
+    return 0
+
+
+def inspect(request: pb.InspectRowsRequest, data_dir: Path) -> pb.InspectRowsResponse:
+    """Encodes the rows of a request with the tokenizer of its student. Raises StillhouseError for the whole of it."""
+    config = with_defaults(request.spec)
+    tokenizer = load_tokenizer(config.student, data_dir, chat_template=config.data.chat_template)
+    encoder = RowEncoder.of(config.data, tokenizer)
+    texts = _token_texts(tokenizer) if any(row.in_full for row in request.rows) else {}
+    return pb.InspectRowsResponse(
+        rows=[_encode(row, encoder, config.data, texts) for row in request.rows],
+        max_sequence_tokens=config.data.max_sequence_tokens,
+        notes=encoder.notes,
+    )
+
+
+def _encode(
+    row: pb.InspectedRow, encoder: RowEncoder, data: DataConfig, texts: dict[int, bytes]
+) -> pb.RowEncoding:
+    answer = pb.RowEncoding(number=row.number)
+    try:
+        token_ids, mask = encoder.encode(_parsed(row))
+    except StillhouseError as error:
+        answer.field = error.metadata.get("field", "(the row)")
+        answer.problem = error.message.partition(f"field {answer.field}: ")[2] or error.message
+        return answer
+    limit = data.max_sequence_tokens
+    answer.num_tokens = len(token_ids)
+    answer.num_targets = sum(mask[:limit])
+    if row.in_full:
+        answer.token_ids.extend(token_ids)
+        answer.token_bytes.extend(texts.get(each, b"") for each in token_ids)
+        answer.targets.extend(each and at < limit for at, each in enumerate(mask))
+    return answer
+
+
+def _parsed(row: pb.InspectedRow) -> DatasetRow:
+    """Returns the row to encode. Raises StillhouseError(DATASET_INVALID)."""
+    read = DatasetRow(path=Path("rows"), number=row.number, values={})
+    try:
+        values = json.loads(row.json)
+    except (ValueError, RecursionError) as error:
+        raise read.invalid("(the row)", f"is not JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise read.invalid("(the row)", f"is {kind_of(values)}; it must be a JSON object.")
+    return DatasetRow(path=read.path, number=row.number, values=values)
+
+
+def _token_texts(tokenizer: Any) -> dict[int, bytes]:
+    """Returns the text of each token id: that which is in the vocabulary, or that of an added token."""
+    described = TokenizerJson(tokenizer.backend_tokenizer.to_str())
+    return described.vocab_bytes() | {each.id: each.content.encode() for each in described.added}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

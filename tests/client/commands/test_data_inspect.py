@@ -1,0 +1,156 @@
+"""`stillhouse data inspect`: what a file holds, without a service and with one that encodes its rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from stillhouse.client.cli import cli
+from stillhouse.client.inspection.lengths import histogram, percentiles
+from stillhouse.client.inspection.scan import scan
+from stillhouse.protos.rows.reading.source import RowSource
+from tests.conftest import Models
+from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_trainer
+
+ASK = {"role": "user", "content": "How many?"}
+ROWS = [{"messages": [ASK, {"role": "assistant", "content": "apple " * count}]} for count in (1, 2, 3, 60)]
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["data", "inspect", *arguments])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trainer(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    folder = tmp_path_factory.mktemp("trainer")
+    with (
+        no_process_left() as mark,
+        start_trainer(
+            folder / "data",
+            directory=folder,
+            options=["--allow-root", str(models.student)],
+            environment=mark,
+        ) as program,
+    ):
+        yield program
+
+
+def test_without_a_tokenizer_format_fields_and_rows_are_told(file: Path) -> None:
+    result = invoke(str(file))
+    assert result.exit_code == 0, result.output
+    assert f"{file}: JSONL, rows of messages\n4 rows\n" in result.stdout
+    assert "messages  100 %  list" in result.stdout
+    assert '"content": "How many?"' in result.stdout
+    assert invoke(str(file), "--row", "4", "--json").stdout.count("apple") == 60
+
+
+def test_refused_rows_are_told_with_line_and_remedy_and_set_the_exit_code(file: Path) -> None:
+    with file.open("a") as rows:
+        rows.write('{"text": "a"}\n{"messages": []}\n{\n')
+    result = invoke(str(file))
+    assert result.exit_code == 1
+    assert "4 rows, 3 more refused" in result.stdout
+    assert f"{file}, row 5, field text: makes it a row of text amid rows of messages." in result.stdout
+    assert f"{file}, row 6, field messages: must be a list of at least one message." in result.stdout
+    assert f"{file}, row 7, field (the line): is not JSON" in result.stdout
+    assert "row 5, field text: makes it" in invoke(str(file), "--row", "5").output
+    document = json.loads(invoke(str(file), "--json").stdout)
+    assert (document["rows"], document["refused"], len(document["refusals"])) == (4, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (["--row", "9"], 2, "has no row 9 that is read"),
+        (["--column", "prompt"], 2, "--column expects FIELD=NAME"),
+        (["--tokenizer", "a", "--run", "b"], 2, "exclude each other"),
+        (["--format", "alpaca"], 2, "row 1, field instruction: is missing in a row of alpaca"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_sentence(
+    arguments: list[str], code: int, sentence: str, file: Path
+) -> None:
+    result = invoke(str(file), *arguments, *(["--row", "1"] if "--format" in arguments else []))
+    assert (result.exit_code, sentence in result.output) == (code, True), result.output
+    assert invoke(str(file.with_name("none.jsonl"))).exit_code == 4
+
+
+@pytest.mark.model
+def test_with_a_tokenizer_lengths_and_what_is_learnt_are_shown(
+    file: Path, trainer: Program, models: Models
+) -> None:
+    run = file.with_name("run.yaml")
+    run.write_text(
+        f"student: {{model: {models.student}}}\ndata: {{train: [{{path: rows.jsonl}}], max_sequence_tokens: 40}}\n"
+    )
+    common = ["--trainer", trainer.target]
+    result = invoke(str(file), "--run", str(run), "--row", "2", *common)
+    assert result.exit_code == 0, result.output
+    assert "lengths in tokens, of all 4 rows" in result.stdout
+    assert "longer than data.max_sequence_tokens, 40: 1 of 4 (rows 4)" in result.stdout
+    assert (
+        "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n⟦apple apple <|im_end|>⟧"
+        in result.stdout
+    )
+    coloured = invoke(str(file), "--run", str(run), "--row", "2", "--color", "always", *common).stdout
+    assert "\x1b[32m\x1b[1mapple apple <|im_end|>\x1b[0m" in coloured
+    assert "⟦" not in coloured
+
+    tokens = json.loads(invoke(str(file), "--tokenizer", str(models.student), "--json", *common).stdout)
+    assert tokens["tokens"]["longer"] == []
+    assert (tokens["tokens"]["sampled_rows"], tokens["tokens"]["percentiles"]["100"]) == (
+        4,
+        max(each["high"] for each in tokens["tokens"]["histogram"])
+        and tokens["tokens"]["percentiles"]["100"],
+    )
+    learnt = "".join(
+        text
+        for text, is_target in zip(tokens["row"]["tokens"], tokens["row"]["targets"], strict=True)
+        if is_target
+    )
+    assert learnt == "apple <|im_end|>"
+
+
+@pytest.mark.model
+def test_the_service_encodes_with_models_that_it_may_read(file: Path, trainer: Program) -> None:
+    for model in ("/etc", str(file.parent), "../outside"):
+        result = invoke(str(file), "--tokenizer", model, "--trainer", trainer.target)
+        assert (result.exit_code, "student.model" in result.output) == (2, True), result.output
+
+
+def test_a_sample_is_uniform_bounded_and_the_same_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(1, 4001)))
+    source = RowSource(location=str(path))
+    found = scan(source, sample_rows=400)
+    numbers = [each.number for each in found.sample]
+    assert (found.num_rows, len(numbers), numbers == sorted(set(numbers))) == (4000, 400, True)
+    assert abs(sum(numbers) / 400 - 2000) < 200
+    assert [each.number for each in scan(source, sample_rows=400).sample] == numbers
+    part = scan(source, sample_rows=400, limit=10)
+    assert (part.num_rows, part.is_complete) == (10, False)
+
+
+@pytest.mark.parametrize("lengths", [[7], [0, 1], [3, 3, 3], [1, 94, 2048], list(range(0, 100_000, 7))])
+def test_bins_hold_every_length_once(lengths: list[int]) -> None:
+    bins = histogram(lengths)
+    assert len(bins) <= 12
+    for each in bins:
+        assert each.rows == sum(each.low <= length < each.high for length in lengths)
+    assert sum(each.rows for each in bins) == len(lengths)
+    found: dict[int, Any] = percentiles(lengths)
+    assert (found[0], found[100]) == (min(lengths), max(lengths))
+    assert set(found.values()) <= set(lengths)

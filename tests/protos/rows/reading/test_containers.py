@@ -1,0 +1,233 @@
+"""Files of rows: the same rows come out of every container, and damage is told by file and row."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.files import read_file
+from stillhouse.protos.rows.reading import json_rows
+from stillhouse.protos.rows.reading.line_pairs import escape_line, unescape_line
+from stillhouse.protos.rows.reading.source import RowReader, RowSource
+
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "How many? 🍎", "completion": 'Drei Äpfel, "so".'},
+    {"prompt": "a\tb, c", "completion": "d"},
+]
+
+
+def json_text(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def write_zstd(path: Path, data: bytes) -> None:
+    import pyarrow
+
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as stream:
+        stream.write(data)
+
+
+def write_table(path: Path, delimiter: str) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_pair(path: Path) -> None:
+    for name, side in (("prompt", "source"), ("completion", "target")):
+        path.with_suffix(f".{side}").write_text("".join(f"{row[name]}\n" for row in ROWS), encoding="utf-8")
+
+
+def write_parquet(path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+def write_saved(path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(path))
+
+
+CONTAINERS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "JSONL": ("rows.jsonl", lambda path: path.write_text(json_text(ROWS), encoding="utf-8")),
+    "JSON array": ("rows.json", lambda path: path.write_text(json.dumps(ROWS, indent=2))),
+    "CSV": ("rows.csv", lambda path: write_table(path, ",")),
+    "TSV": ("rows.tsv", lambda path: write_table(path, "\t")),
+    "Parquet": ("rows.parquet", write_parquet),
+    "line pairs": ("rows.source", write_pair),
+    "saved dataset": ("saved", write_saved),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_the_same_rows_come_out_of_every_container(container: str, tmp_path: Path) -> None:
+    name, write = CONTAINERS[container]
+    write(tmp_path / name)
+    reader = read_file(tmp_path / name)
+    assert (reader.container, [row for _, row in reader]) == (container, ROWS)
+    assert reader.form == "prompt_completion"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv", ""])
+@pytest.mark.parametrize("packed", ["gzip", "zstd"])
+def test_compression_is_found_by_its_first_bytes(suffix: str, packed: str, tmp_path: Path) -> None:
+    plain = tmp_path / f"rows{suffix}"
+    delimiters = {".csv": ",", ".tsv": "\t"}
+    if suffix in delimiters:
+        write_table(plain, delimiters[suffix])
+    else:
+        plain.write_text(json.dumps(ROWS) if suffix == ".json" else json_text(ROWS), encoding="utf-8")
+    path = tmp_path / f"packed{suffix}{'.gz' if packed == 'gzip' else '.zst'}"
+    if packed == "gzip":
+        # Files that were put together have several members.
+        half = len(plain.read_bytes()) // 2
+        path.write_bytes(gzip.compress(plain.read_bytes()[:half]) + gzip.compress(plain.read_bytes()[half:]))
+    else:
+        write_zstd(path, plain.read_bytes())
+    assert [row for _, row in read_file(path)] == ROWS
+    whole = path.read_bytes()
+    for damaged in (whole[:-3], whole[: len(whole) // 3]):
+        path.write_bytes(damaged)
+        with pytest.raises(StillhouseError, match=r"cannot be read as a (gzip|zstd) file") as caught:
+            list(read_file(path))
+        assert caught.value.reason is Reason.DATASET_INVALID
+
+
+def test_an_array_is_read_row_by_row_wherever_its_bytes_are_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"text": "Äpfel 🍎 " * at, "n": [at, {"a": None}], "half": "\ud83d"} for at in range(1, 40)]
+    path = tmp_path / "rows.json"
+    for text in (
+        json.dumps(rows, indent=1),
+        "\ufeff" + json.dumps(rows),
+        json.dumps(rows, separators=(",", ":")),
+    ):
+        path.write_text(text, encoding="utf-8")
+        for size in (1, 7, 64, 1 << 20):
+            monkeypatch.setattr(json_rows, "_CHUNK_BYTES", size)
+            assert list(read_file(path).raw()) == list(enumerate(rows, start=1))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.json", '[{"text": "a"}, {"text": ]', "row 2, field (the line): is not JSON"),
+        (
+            "a.json",
+            '[{"text": "a"} {"text": "b"}]',
+            'row 1, field (the line): is followed by "{" in place of ","',
+        ),
+        ("a.json", '[{"text": "a"}', "row 1, field (the line): is followed by the end of the file"),
+        ("a.json", '[{"text": "a"}] x', "row 1, field (the line): is followed by text behind the array"),
+        ("a.json", "[1]", "row 1, field (the line): is the number 1; it must be a JSON object"),
+        ("a.jsonl", '{"text": "a"}\n\n{"text": }\n', "row 3, field (the line): is not JSON"),
+        (
+            "a.csv",
+            'text\n"a\nb"\nc,d\n',
+            "row 4, field (the line): has 2 cells, and the first line names 1 columns",
+        ),
+        ("a.csv", "text,text\na,b\n", "row 1, field (the line): names the column 'text' twice"),
+        ("a.csv", "text,\na,b\n", "row 1, field (the line): has a column without a name"),
+        (
+            "a.csv",
+            "prompt;completion\na;b\n",
+            "row 1, field (the line): names one column, 'prompt;completion'",
+        ),
+        ("a.csv", 'text\n"a" b\n', "row 2, field (the line): is not CSV"),
+        ("a.csv", "prompt,completion\na,\n", "row 2"),
+        ("a.jsonl", "BZh91AY", "it is compressed by bzip2; gzip and zstd are read"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_told_by_file_and_line(
+    name: str, text: str, sentence: str, tmp_path: Path
+) -> None:
+    from stillhouse.protos.rows.files import check_file
+
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(StillhouseError) as caught:
+        check_file(path, extra_fields="keep")
+    assert str(path) in caught.value.message
+    assert sentence in caught.value.message
+    assert caught.value.reason is Reason.DATASET_INVALID
+
+
+def test_the_other_rows_are_read_if_bad_ones_are_counted(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n{\n[]\n{"txt": "b"}\n{"text": "c"}\n')
+    refused: list[StillhouseError] = []
+    rows = list(RowReader(RowSource(location=str(path)), refuse=refused.append))
+    assert rows == [(1, {"text": "a"}), (5, {"text": "c"})]
+    assert [each.metadata["row"] for each in refused] == ["2", "3", "4"]
+
+
+def test_cells_are_text_but_for_settings_and_an_empty_one_is_absent(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,completion,temperature,seed,id,system\n7,8,0.5,3,12,\n")
+    assert [row for _, row in read_file(path)] == [
+        {"prompt": "7", "completion": "8", "temperature": 0.5, "seed": 3, "id": "12"}
+    ]
+
+
+@pytest.mark.parametrize("name", ["rows.source", "rows.target", "rows"])
+def test_a_pair_is_found_from_either_name_and_from_their_stem(name: str, tmp_path: Path) -> None:
+    write_pair(tmp_path / "rows.source")
+    assert [row for _, row in read_file(tmp_path / name)] == ROWS
+
+
+def test_a_pair_needs_both_files_and_equal_counts_of_lines(tmp_path: Path) -> None:
+    source, target = tmp_path / "rows.source", tmp_path / "rows.target"
+    source.write_text("a\nb\nc")
+    with pytest.raises(StillhouseError, match=r"There is no dataset at .*rows\.target") as caught:
+        list(read_file(source))
+    assert caught.value.reason is Reason.DATASET_NOT_FOUND
+    target.write_text("a\nb\n")
+    with pytest.raises(StillhouseError, match=r"rows\.source has 3 lines and .*rows\.target has 2"):
+        next(iter(read_file(source)))
+
+
+@given(st.text())
+def test_an_escaped_line_is_one_line_and_comes_back(text: str) -> None:
+    line = escape_line(text)
+    assert "\n" not in line
+    assert "\r" not in line
+    assert unescape_line(line) == text
+
+
+def test_lines_are_unescaped_where_a_file_beside_them_says_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.source").write_text("a\\nb \\\\nabla\n")
+    (tmp_path / "rows.target").write_text("c\n")
+    assert next(iter(read_file(tmp_path / "rows")))[1]["prompt"] == "a\\nb \\\\nabla"
+    (tmp_path / "rows.escaped").touch()
+    assert next(iter(read_file(tmp_path / "rows")))[1]["prompt"] == "a\nb \\nabla"
+
+
+def test_a_dataset_of_several_splits_needs_a_name(tmp_path: Path) -> None:
+    import datasets
+
+    split = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": split, "test": split.select([1])}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(StillhouseError, match=r"holds several splits; name one of train, test with split"):
+        list(read_file(tmp_path / "saved"))
+    source = RowSource(location=str(tmp_path / "saved"), split="test")
+    assert [row for _, row in RowReader(source)] == ROWS[1:]
+
+
+def test_what_is_nowhere_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(StillhouseError, match="There is no dataset at") as caught:
+        read_file(tmp_path / "rows.jsonl")
+    assert caught.value.reason is Reason.DATASET_NOT_FOUND
