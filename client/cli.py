@@ -19,6 +19,7 @@ _COMMANDS = {
     "pipeline": "Run several stages, from prompts to a judged student, as one thing.",
     "cache": "Cache teacher outputs, to train from them without a teacher.",
     "teacher": "Query and manage a teacher service.",
+    "eval": "Score a run, a checkpoint or a model, or texts in files.",
     "generate": "Generate text with the teacher.",
     "score": "Score your token ids with the teacher's distributions.",
     "token": "Create, list and revoke tokens on a service's host.",
@@ -29,6 +30,8 @@ _COMMANDS = {
 """Summary by command; its module is imported when it is used, so that --help is quick."""
 _ROOMS = frozenset({"run", "data"})
 """Commands that have a folder of their own, with their group in it."""
+_NAMES = {"eval": "evaluate"}
+"""Modules and functions of commands whose names are those of built-ins."""
 
 EXIT_CODES = """
 \b
@@ -52,9 +55,10 @@ class LazyGroup(click.Group):
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _COMMANDS:
             return None
-        module = f"{cmd_name}.group" if cmd_name in _ROOMS else cmd_name
+        name = _NAMES.get(cmd_name, cmd_name)
+        module = f"{name}.group" if cmd_name in _ROOMS else name
         command: click.Command = getattr(
-            importlib.import_module(f"stillhouse.client.commands.{module}"), cmd_name
+            importlib.import_module(f"stillhouse.client.commands.{module}"), name
         )
         return command
 

@@ -70,8 +70,11 @@ class TrainedRecord:
     """The end of training, by which a later attempt exports without the data."""
 
     step: int
+    """Step of the checkpoint that is exported."""
     end_ids: tuple[int, ...]
     """Ids that end the student's texts."""
+    last_step: int
+    """Steps taken; more than `step` if an earlier checkpoint was the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,12 @@ class RunDir:
     def trained(self) -> TrainedRecord | None:
         """The end of training, if only the export is left; its checkpoint may be gone."""
         value = _read_json(self.trained_path)
-        return TrainedRecord(step=int(value["step"]), end_ids=tuple(value["end_ids"])) if value else None
+        if not value:
+            return None
+        step = int(value["step"])
+        return TrainedRecord(
+            step=step, end_ids=tuple(value["end_ids"]), last_step=int(value.get("last_step", step))
+        )
 
     def control(self) -> Control | None:
         """The service's last instructions; None before the first attempt."""

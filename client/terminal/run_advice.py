@@ -48,6 +48,8 @@ def next_step(run: Run) -> str:
     if run.state == Run.STATE_COMPLETED:
         if run.effective_spec.task == "cache":
             return f"the cache is {run.spec.cache.path}, which run files of this trainer may name"
+        if run.effective_spec.task == "evaluate":
+            return f"`stillhouse eval {name} --report` shows its report"
         return f"the model is {run.name}/final on the trainer's host; `stillhouse run pull {name}` copies it here"
     if run.state == Run.STATE_STOPPED:
         return _continuation(run)

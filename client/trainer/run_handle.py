@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.client.core.connection import PATIENCE_S, Connection, OnLost, resumed
+from stillhouse.client.core.errors import file_errors
 from stillhouse.client.runfile.load import parse_fields
 from stillhouse.client.trainer.artifacts import OnFile, pull
 from stillhouse.client.trainer.run_lookup import run_id
@@ -161,6 +162,17 @@ class RunHandle:
         file's SHA-256 is checked. Raises ARTIFACT_NOT_FOUND if nothing matches.
         """
         return pull(self.id, self.artifacts(), self.download, what, directory, on_file=on_file)
+
+    def attach(self, path: Path | str) -> run_pb2.Artifact:
+        """Stores the JSON file at `path`, a result that was computed elsewhere, with the run; returns it as an artifact.
+
+        Raises INVALID_REQUEST for what is no JSON object, or too large.
+        """
+        path = Path(path)
+        with file_errors("read", path):
+            data = path.read_bytes()
+        request = run_pb2.AttachResultRequest(name=self.name, file_name=path.name, data=data)
+        return self._trainer.call(self._stub.AttachResult, request).artifact
 
     def download(self, path: str, start_offset: int) -> Iterator[run_pb2.DownloadArtifactResponse]:
         """Yields one artifact from a byte offset on; the last message carries the SHA-256 of the complete file."""

@@ -115,20 +115,23 @@ class Trainer(Connection):
         path: Path | str | RowSource,
         *,
         extra_fields: ExtraFields = "keep",
+        checked: bool = True,
         on_bytes: OnBytes | None = None,
     ) -> PushedDataset:
         """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error.
 
         Rows that lie in several files, such as pairs and saved datasets, travel as JSONL. Raises
         StillhouseError(DATASET_INVALID) for a row that cannot be trained on, before anything is sent; with `extra_fields`
-        "refuse" also for one with a field that no row has.
+        "refuse" also for one with a field that no row has. Not `checked`, as rows of an evaluation's choices are not, they are
+        sent as they are.
         """
         source = path if isinstance(path, RowSource) else RowSource(location=str(path))
         path = Path(source.location)
         digest = hashlib.sha256()
         with file_errors("read", path):
             rows = RowReader(source)
-            check_rows(rows, extra_fields=extra_fields)
+            if checked:
+                check_rows(rows, extra_fields=extra_fields)
             name, pieces = upload_of(rows)
             chunks = _chunks(pieces, name, digest.update, on_bytes)
             answer = self.call(self.stub.UploadDataset, chunks, timeout_s=UPLOAD_TIMEOUT_S)
@@ -164,16 +167,25 @@ class Trainer(Connection):
 
         Paths that do not exist next to it are unchanged: they are the trainer's.
         """
-        for dataset in (*file.spec.data.train, *file.spec.data.eval):
+        sets: Iterable[run_pb2.DatasetSpec | run_pb2.EvaluationSetSpec] = (
+            *file.spec.data.train,
+            *file.spec.data.eval,
+            *file.spec.evaluation.sets,
+        )
+        for dataset in sets:
             local = file.directory / dataset.path
             if dataset.path and (local.is_file() or pair_of(local)):
                 if on_push is not None:
                     on_push(local)
-                source = RowSource(
-                    location=str(local), format=dataset.format or "auto", columns=dict(dataset.columns)
-                )
-                dataset.path = self.push_dataset(source).name
+                dataset.path = self._push(local, dataset).name
         return file
+
+    def _push(self, local: Path, named: run_pb2.DatasetSpec | run_pb2.EvaluationSetSpec) -> PushedDataset:
+        if isinstance(named, run_pb2.EvaluationSetSpec):
+            return self.push_dataset(local, checked=named.match != "choices")
+        return self.push_dataset(
+            RowSource(location=str(local), format=named.format or "auto", columns=dict(named.columns))
+        )
 
 
 def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:

@@ -30,10 +30,11 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "GetRun": Scope.SUBMIT,
     _RUNS + "ListRuns": Scope.SUBMIT,
     _RUNS + "WatchRun": Scope.SUBMIT,
-    # A token without admin controls its own runs only in these three; the servicer checks that.
+    # A token without admin controls its own runs only in these four; the servicer checks that.
     _RUNS + "StopRun": Scope.SUBMIT,
     _RUNS + "ResumeRun": Scope.SUBMIT,
     _RUNS + "DeleteRun": Scope.SUBMIT,
+    _RUNS + "AttachResult": Scope.SUBMIT,
     _RUNS + "QueryMetrics": Scope.SUBMIT,
     _RUNS + "UploadDataset": Scope.SUBMIT,
     _RUNS + "InspectRows": Scope.SUBMIT,

@@ -58,6 +58,16 @@ RUN_METRICS = {
     "eval/alm": "The cross-tokenizer terms, as a mean over chunks.",
     "eval/cross_entropy": "Cross-entropy against the text, in nats per token.",
     "eval/perplexity": "Exponential of eval/cross_entropy.",
+    "eval/acceptance": "Share of the student's tokens that speculative decoding with the teacher keeps, 1 - TVD: an upper bound.",
+    "eval/overlap": "Share of the teacher's top-k that is in the student's.",
+    "eval/ece": "Expected calibration error of the likeliest token, or of the likeliest choice.",
+    "eval/bleu": "BLEU of written text against the rows' completions, 0 to 100, by sacrebleu.",
+    "eval/chrf": "chrF likewise.",
+    "eval/rouge_1": "ROUGE-1 of written text, mean F-measure of the rows, 0 to 1, by rouge-score.",
+    "eval/rouge_2": "ROUGE-2 likewise.",
+    "eval/rouge_l": "ROUGE-L likewise.",
+    "eval/accuracy": "Share of right answers by evaluation.match.",
+    "eval/SET/METRIC": "The same of the set of this name in evaluation.sets.",
     "eval/tokens": "Held-out tokens of the evaluation.",
     "teacher/sequences_asked": "Sequences sent to teachers so far.",
     "teacher/outstanding": "Sequences and prompts that teachers have not answered.",
@@ -129,7 +139,8 @@ def _compare() -> None:
     """Raises SystemExit if RUN_METRICS has not just the names in the code of the training process."""
     strings = {
         node.value
-        for path in sorted((ROOT / "student_trainer" / "train").rglob("*.py"))
+        for room in ("student_trainer/train", "protos/evaluation")
+        for path in sorted((ROOT / room).rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
@@ -138,7 +149,7 @@ def _compare() -> None:
     gone = [
         name
         for name in RUN_METRICS
-        if name.rpartition("/")[2] not in ends and not name.endswith("DIVERGENCE")
+        if name.rpartition("/")[2] not in ends and not name.endswith(("DIVERGENCE", "SET/METRIC"))
     ]
     if lacking or gone:
         raise SystemExit(

@@ -198,7 +198,7 @@ def _value(info: FieldInfo) -> dict[str, Any]:
 
 def _least(info: FieldInfo) -> dict[str, int]:
     required = info.rule(Required)
-    return {"minItems": 1} if required and not required.unless_offline else {}
+    return {"minItems": 1} if required and not (required.unless_offline or required.unless_task) else {}
 
 
 def _is_unsupported(info: FieldInfo) -> bool:
@@ -210,7 +210,7 @@ def _is_required(info: FieldInfo) -> bool:
     required = info.rule(Required)
     if info.nested is not None and info.default is dataclasses.MISSING and not info.repeated:
         return any(map(_is_required, fields_of(info.nested).values()))
-    return required is not None and not required.unless_offline
+    return required is not None and not (required.unless_offline or required.unless_task)
 
 
 def _type_text(info: FieldInfo) -> str:

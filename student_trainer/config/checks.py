@@ -30,6 +30,7 @@ from stillhouse.student_trainer.config.rules.contexts import (
     run_losses,
 )
 from stillhouse.student_trainer.config.rules.cross_tokenizer import check_cross_tokenizer
+from stillhouse.student_trainer.config.rules.evaluation import check_evaluation, teacher_metrics
 from stillhouse.student_trainer.config.rules.loss import check_loss
 from stillhouse.student_trainer.config.schema import MAX_BATCH_SIZE, RunConfig
 from stillhouse.student_trainer.config.value_synonyms import nearest_value
@@ -39,8 +40,7 @@ MAX_COMPARED_CHARACTERS = 200
 LEAST_SIMILARITY = 0.82
 """Of a slip of the pen: "adamax" is none for "adam"."""
 
-TEACHER_METRICS = frozenset({"kl", "agreement", "alm"})
-"""Evaluation metrics that need a teacher's outputs."""
+
 _TARGET = re.compile(r"unix:.+|(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 
 
@@ -93,11 +93,15 @@ def _check_fields(config: RunConfig) -> Iterator[FieldViolation]:
     """Checks each value against the rules of its field alone."""
     for path, info, value in walk(config):
         required = info.rule(Required)
-        if required is not None and not value and not (required.unless_offline and config.is_offline):
+        if required is not None and not value and not _may_lack(required, config):
             yield FieldViolation(path, required.sentence)
         problem = None if value is None or isinstance(value, tuple) else _problem(info, value)
         if problem:
             yield FieldViolation(path, problem)
+
+
+def _may_lack(required: Required, config: RunConfig) -> bool:
+    return (required.unless_offline and config.is_offline) or required.unless_task == config.task
 
 
 def _problem(info: FieldInfo, value: Any) -> str | None:
@@ -169,13 +173,15 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         check_data,
         check_cache,
         check_cross_tokenizer,
+        check_evaluation,
         _check_teachers,
         _check_processes,
         _check_passes,
     ):
         yield from check_part(config)
-    for path, loss in run_losses(config):
-        yield from check_loss(path, loss)
+    if config.task != "evaluate":
+        for path, loss in run_losses(config):
+            yield from check_loss(path, loss)
 
 
 def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
@@ -198,10 +204,9 @@ def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
         )
     if resources.processes == 1:
         return
-    if config.task == "cache":
-        yield FieldViolation(
-            "resources.num_processes", "is above 1, but one process builds a cache. Leave it out."
-        )
+    if config.task in ("cache", "evaluate"):
+        work = "builds a cache" if config.task == "cache" else "evaluates"
+        yield FieldViolation("resources.num_processes", f"is above 1, but one process {work}. Leave it out.")
     if config.cache is not None and config.cache.mode == "write_through":
         yield FieldViolation(
             "cache.mode",
@@ -234,14 +239,14 @@ def _check_passes(config: RunConfig) -> Iterator[FieldViolation]:
 def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
     if config.has_teacher or config.task == "cache":
         return
-    teacher_metrics = sorted(TEACHER_METRICS.intersection(config.evaluation.metrics))
+    compared = teacher_metrics(config)
     if config.asks_teacher:
         yield FieldViolation(
             "teachers",
             "is empty, but the loss needs a teacher; name one, or set every loss.terms weight to 0.",
         )
-    elif teacher_metrics:
+    elif compared:
         yield FieldViolation(
             "teachers",
-            f"is empty, but evaluation.metrics has {_listed(teacher_metrics)}; name one, or leave these out.",
+            f"is empty, but evaluation.metrics has {_listed(compared)}; name one, or leave these out.",
         )

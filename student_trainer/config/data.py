@@ -39,7 +39,9 @@ class DataConfig:
 
     train: Annotated[
         tuple[DatasetConfig, ...],
-        Required('is required: a list of datasets, such as [{path: "datasets/..."}].'),
+        Required(
+            'is required: a list of datasets, such as [{path: "datasets/..."}].', unless_task="evaluate"
+        ),
     ] = ()
     eval: tuple[DatasetConfig, ...] = ()
     eval_fraction: Annotated[float, Range(0, 1, open_high=True)] = 0.02

@@ -6,11 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config.resources import CHECKPOINT_EVERY_SECONDS, CHECKPOINT_EVERY_STEPS
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.schema import (
     BUCKET_TOP_K,
-    CHECKPOINT_EVERY_SECONDS,
-    CHECKPOINT_EVERY_STEPS,
     LORA_LEARNING_RATE,
     MAX_TOP_K,
     LossConfig,
@@ -46,6 +45,8 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         # Within its range, so that a loss.top_k outside of it is reported once.
         top_k = BUCKET_TOP_K if config.loss.top_k is None else config.loss.top_k
         evaluation = replace(evaluation, top_k=max(1, min(top_k, MAX_TOP_K)))
+    if evaluation.generation is not None and not spec.evaluation.generation.HasField("samples_per_prompt"):
+        evaluation = replace(evaluation, generation=replace(evaluation.generation, samples_per_prompt=1))
     if not evaluation.metrics:
         of_teacher = ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
         evaluation = replace(evaluation, metrics=of_teacher if config.has_teacher else ("perplexity",))
@@ -58,13 +59,16 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         else context
         for context in config.contexts
     )
+    loss = settle_by_file(config, _with_parameters(config.loss))
+    if config.task == "evaluate":  # nothing is trained: whatever loss the file has for that is left out
+        loss, contexts = LossConfig(terms=(), sparse_target="tail_bucket"), RunConfig().contexts
     return replace(
         config,
         student=student,
         optimizer=optimizer,
         data=data,
         contexts=contexts,
-        loss=settle_by_file(config, _with_parameters(config.loss)),
+        loss=loss,
         checkpoint=checkpoint,
         evaluation=evaluation,
     )

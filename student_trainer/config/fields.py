@@ -63,6 +63,8 @@ class Required:
     """Follows the field's path in the error, and says what to write."""
     unless_offline: bool = False
     """True if a run without a teacher service may leave it out."""
+    unless_task: str = ""
+    """Task of which a run may leave it out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,13 +1,34 @@
-"""The sections `resources` and `retry` of a run's configuration (schema.py)."""
+"""The sections `checkpoint`, `resources` and `retry` of a run's configuration (schema.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from stillhouse.student_trainer.config.fields import COUNT, NOT_NEGATIVE, DefaultText, Range
+from stillhouse.student_trainer.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, DefaultText, Range
 
+CHECKPOINT_EVERY_STEPS = 500
+CHECKPOINT_EVERY_SECONDS = 1800.0
+"""Longest time that a run killed in its first steps has lost."""
 MAX_PROCESSES = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """Intervals between checkpoints, besides the one at the end; each that is set counts separately."""
+
+    every_steps: Annotated[
+        int | None,
+        COUNT,
+        DefaultText(f"{CHECKPOINT_EVERY_STEPS}, if every_epochs and every_seconds are unset too"),
+    ] = None
+    every_epochs: Annotated[float | None, POSITIVE] = None
+    every_seconds: Annotated[
+        float | None,
+        POSITIVE,
+        DefaultText(f"{CHECKPOINT_EVERY_SECONDS:g}, if every_steps and every_epochs are unset too"),
+    ] = None
+    keep: Annotated[int, COUNT] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

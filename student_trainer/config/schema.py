@@ -9,8 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated
 
+from stillhouse.protos.evaluation.names import MATCHES, METRICS
 from stillhouse.student_trainer.config.data import DataConfig as DataConfig  # noqa: PLC0414 - re-exported
 from stillhouse.student_trainer.config.data import DatasetConfig as DatasetConfig  # noqa: PLC0414 - re-exported
+from stillhouse.student_trainer.config.evaluation_set import EvaluationSetConfig
 from stillhouse.student_trainer.config.fields import (
     COUNT,
     NOT_NEGATIVE,
@@ -20,9 +22,8 @@ from stillhouse.student_trainer.config.fields import (
     MaxLength,
     Range,
     Required,
-    Supported,
 )
-from stillhouse.student_trainer.config.resources import ResourceConfig, RetryConfig
+from stillhouse.student_trainer.config.resources import CheckpointConfig, ResourceConfig, RetryConfig
 
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "jsd": {"beta": 0.5},
@@ -43,9 +44,6 @@ MAX_BATCH_SIZE = 65_536
 """Most rows of an update: a process holds all of them, and their targets, at once."""
 MICRO_BATCH_SIZE = 8
 """Rows of a forward pass that is cut by rows."""
-CHECKPOINT_EVERY_STEPS = 500
-CHECKPOINT_EVERY_SECONDS = 1800.0
-"""Longest time that a run killed in its first steps has lost."""
 MAX_SPLIT_ROWS = 512
 """Rows that `data.eval_fraction` holds out at most."""
 MAX_TOP_K = 256
@@ -296,24 +294,6 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CheckpointConfig:
-    """Intervals between checkpoints, besides the one at the end; each that is set counts separately."""
-
-    every_steps: Annotated[
-        int | None,
-        COUNT,
-        DefaultText(f"{CHECKPOINT_EVERY_STEPS}, if every_epochs and every_seconds are unset too"),
-    ] = None
-    every_epochs: Annotated[float | None, POSITIVE] = None
-    every_seconds: Annotated[
-        float | None,
-        POSITIVE,
-        DefaultText(f"{CHECKPOINT_EVERY_SECONDS:g}, if every_steps and every_epochs are unset too"),
-    ] = None
-    keep: Annotated[int, COUNT] = 2
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationConfig:
     """Evaluation of the student, besides the start and the end."""
 
@@ -321,15 +301,18 @@ class EvaluationConfig:
     every_epochs: Annotated[float | None, POSITIVE] = None
     metrics: Annotated[
         tuple[str, ...],
-        Choices("kl", "perplexity", "agreement", "cross_entropy", "alm"),
+        Choices(*METRICS),
         DefaultText(
             "kl, perplexity and agreement; alm and perplexity across tokenizers; perplexity without a teacher"
         ),
     ] = ()
     limit: Annotated[int | None, COUNT] = None
-    generation: Annotated[RolloutConfig | None, Supported()] = None
-    best_metric: Annotated[str, Supported("")] = ""
+    generation: RolloutConfig | None = None
+    best_metric: Annotated[str, MaxLength(200)] = ""
     top_k: Annotated[int, Range(1, MAX_TOP_K), DefaultText("loss.top_k")] = 64
+    sets: tuple[EvaluationSetConfig, ...] = ()
+    match: Annotated[str, Choices(*MATCHES)] = "exact"
+    baseline: StudentConfig | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,7 +320,7 @@ class RunConfig:
     """The whole configuration of a run."""
 
     display_name: Annotated[str, NAME] = ""
-    task: Annotated[str, Choices("distil", "cache")] = "distil"
+    task: Annotated[str, Choices("distil", "cache", "evaluate")] = "distil"
     student: StudentConfig = field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)

@@ -178,6 +178,10 @@ def _run_task(
         from stillhouse.student_trainer.train.cache_build.build import build
 
         return build(config, attempt, stop_requested)
+    if config.task == "evaluate":
+        from stillhouse.student_trainer.train.evaluation_run.run import evaluate
+
+        return evaluate(config, attempt, stop_requested)
     from stillhouse.student_trainer.train.loop import train
 
     return train(config, attempt, stop_requested, processes.ranks())

@@ -70,6 +70,8 @@ def train(
                 # No run should resume amid steps that failed.
                 if agreed.save and not progress.skipped_in_a_row:
                     run.checkpointer.save()
+            if evaluated_step != progress.step and run.best.is_wanted:
+                evaluated_step = _evaluate(run)  # first, so that the checkpoint knows which one is the best
             run.checkpointer.save()
             if evaluated_step != progress.step:
                 _evaluate(run)
@@ -77,10 +79,20 @@ def train(
             run.checkpointer.save()
             return Outcome(kind="stopped", step=progress.step)
         if scope.ranks.is_first:
-            end_ids = tuple(run.student_side.student.end_ids)
-            attempt.mark_trained(TrainedRecord(step=progress.step, end_ids=end_ids))
+            _finish(run)
         _export(scope, run.student_side.student)
     return Outcome(kind="completed", step=progress.step)
+
+
+def _finish(run: RunContext) -> None:
+    """Gives the student the weights that are exported, and records that every step was taken."""
+    last, student, attempt = run.state.progress.step, run.student_side.student, run.scope.attempt
+    step = run.best.exported_step(last)
+    if step != last:
+        log.info("the best checkpoint is exported", step=step, last_step=last)
+        checkpoint.restore_weights(run.scope.run_dir, step, student.model)
+    run.report.write(step)
+    attempt.mark_trained(TrainedRecord(step=step, end_ids=tuple(student.end_ids), last_step=last))
 
 
 def _export(scope: RunScope, student: Student) -> None:
@@ -132,12 +144,22 @@ def _agree(run: RunContext, data: StepData, *, stop: bool) -> _Agreement:
 
 def _evaluate(run: RunContext) -> int:
     """Evaluates on the held-out rows, if there are any, and reports; the step."""
-    step = run.state.progress.step
+    progress = run.state.progress
+    step = progress.step
     with memory_of(lambda: f"The evaluation at step {step}"):
-        metrics = run.evaluator.evaluate()
+        evaluation = run.evaluator.evaluate()
+    metrics = evaluation.metrics
     if metrics:
         run.scope.reporter.metrics(step, metrics)
         log.info("evaluated", step=step, **metrics)
+    if step == 0:
+        run.report.keep("before", step, evaluation)
+    # No run should resume amid steps that failed.
+    elif run.best.is_wanted:
+        if not progress.skipped_in_a_row and run.best.see(step, metrics):
+            run.report.keep("after", step, evaluation)
+    elif step == run.student_side.schedule.total_steps:
+        run.report.keep("after", step, evaluation)
     return step
 
 

@@ -260,6 +260,9 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
         )
     ],
     "DeleteRun": lambda rng, known: [run.DeleteRunRequest(name=_name(rng, known))],
+    "AttachResult": lambda rng, known: [
+        run.AttachResultRequest(name=_name(rng, known), file_name="results.json", data=b'{"acc": 1}')
+    ],
     "QueryMetrics": lambda rng, known: [
         run.QueryMetricsRequest(name=_name(rng, known), keys=["train/loss"], end_step=5, max_points=3)
     ],

@@ -1,4 +1,4 @@
-"""`stillhouse run logs | artifacts | pull`: what a run wrote."""
+"""`stillhouse run logs | artifacts | pull | attach`: a run's log and files."""
 
 from __future__ import annotations
 
@@ -96,3 +96,18 @@ def pull(session: Session, run: str, what: str, directory: str | None) -> None:
         {"files": [str(path) for path in paths]},
         many if len(paths) > 1 else f"{paths[0]} is a copy from run {handle.id}",
     )
+
+
+@command(name="attach")
+@click.argument("run")
+@click.argument("file", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+def attach(session: Session, run: str, file: Path) -> None:
+    """Store FILE, a JSON object such as the results of lm-evaluation-harness, with RUN.
+
+    It becomes evaluations/attached/FILE among the run's artifacts, and replaces an earlier one of this name.
+    """
+    from stillhouse.client.core.json_output import as_json
+
+    handle = session.run(run)
+    stored = handle.attach(file)
+    session.show(as_json(stored) | {"id": handle.id}, f"{stored.path} is with run {handle.id}")

@@ -289,7 +289,9 @@ class RunSpec(_message.Message):
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
-    """"distil": train the student. "cache": query the teacher and store its outputs."""
+    """"distil": train the student. "cache": query the teacher and store its outputs. "evaluate": compute the evaluation of a
+    student that stays as it is.
+    """
     preset: _builtins.str
     """Named set of values for the fields that are not written."""
     @_builtins.property
@@ -1514,6 +1516,9 @@ class EvaluationSpec(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     BEST_METRIC_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    SETS_FIELD_NUMBER: _builtins.int
+    MATCH_FIELD_NUMBER: _builtins.int
+    BASELINE_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Steps between two evaluations. Unset: at the start and at the end alone."""
     every_epochs: _builtins.float
@@ -1521,16 +1526,35 @@ class EvaluationSpec(_message.Message):
     limit: _builtins.int
     """Rows to use at most, from the first. Unset means all."""
     best_metric: _builtins.str
-    """Reserved for the metric by which the best checkpoint is kept; refused."""
+    """Metric, such as kl, or SET/bleu of a set, by which checkpoints are compared: a better one is written at its evaluation,
+    kept beside the newest, and exported in the end. Empty: the last one is exported.
+    """
     top_k: _builtins.int
     """Top-k of the teacher's tokens to query on held-out rows."""
+    match: _builtins.str
+    """Comparison for accuracy, of the held-out rows and of sets that name none. "exact": the same text, but for white space
+    around it. "numeric": the same last number. "fields": JSON objects, field by field. "choices": the completion of a set's
+    row that the model finds most likely among its `choices`.
+    """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Metrics to compute; alm with loss.foreign_tokenizer: alm alone."""
+        """Metrics to compute. kl, agreement, acceptance and overlap compare with the teacher; alm with loss.foreign_tokenizer: alm
+        alone. bleu, chrf, rouge and accuracy compare text that the student writes with the completions of the rows.
+        """
 
     @_builtins.property
     def generation(self) -> Global___RolloutSpec:
-        """Reserved for metrics of text; refused."""
+        """Sampling of the text for bleu, chrf, rouge and accuracy. Unset: the student's own generation settings, as its files
+        have them.
+        """
+
+    @_builtins.property
+    def sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___EvaluationSetSpec]:
+        """Further sets of rows, each reported under its own name, such as tasks that the student must not forget."""
+
+    @_builtins.property
+    def baseline(self) -> Global___StudentSpec:
+        """With task: evaluate, the model before: evaluated on the same rows, with paired intervals of the difference."""
 
     def __init__(
         self,
@@ -1542,10 +1566,13 @@ class EvaluationSpec(_message.Message):
         generation: Global___RolloutSpec | None = ...,
         best_metric: _builtins.str | None = ...,
         top_k: _builtins.int | None = ...,
+        sets: _abc.Iterable[Global___EvaluationSetSpec] | None = ...,
+        match: _builtins.str | None = ...,
+        baseline: Global___StudentSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_top_k", b"_top_k", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_top_k", b"_top_k", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "metrics", b"metrics", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "metrics", b"metrics", "sets", b"sets", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_metric: _TypeAlias = _typing.Literal["best_metric"]  # noqa: Y015
     _WhichOneofArgType__best_metric: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric"]  # noqa: Y015
@@ -1555,6 +1582,8 @@ class EvaluationSpec(_message.Message):
     _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    _WhichOneofReturnType__match: _TypeAlias = _typing.Literal["match"]  # noqa: Y015
+    _WhichOneofArgType__match: _TypeAlias = _typing.Literal["_match", b"_match"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     @_typing.overload
@@ -1566,9 +1595,58 @@ class EvaluationSpec(_message.Message):
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__match) -> _WhichOneofReturnType__match | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 
 Global___EvaluationSpec: _TypeAlias = EvaluationSpec  # noqa: Y015
+
+@_typing.final
+class EvaluationSetSpec(_message.Message):
+    """EvaluationSetSpec is one named set of rows to evaluate on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    MATCH_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Required. Letters, digits, ".", "_" and "-"; metrics are eval/NAME/METRIC."""
+    path: _builtins.str
+    """Required. As data.train[].path."""
+    limit: _builtins.int
+    """Rows to use at most, from the first. Unset means all."""
+    match: _builtins.str
+    """As evaluation.match."""
+    @_builtins.property
+    def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Metrics of this set. Empty means evaluation.metrics, and with choices accuracy."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        path: _builtins.str = ...,
+        limit: _builtins.int | None = ...,
+        metrics: _abc.Iterable[_builtins.str] | None = ...,
+        match: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_match", b"_match", "limit", b"limit", "match", b"match"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_limit", b"_limit", "_match", b"_match", "limit", b"limit", "match", b"match", "metrics", b"metrics", "name", b"name", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
+    _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
+    _WhichOneofReturnType__match: _TypeAlias = _typing.Literal["match"]  # noqa: Y015
+    _WhichOneofArgType__match: _TypeAlias = _typing.Literal["_match", b"_match"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__match) -> _WhichOneofReturnType__match | None: ...
+
+Global___EvaluationSetSpec: _TypeAlias = EvaluationSetSpec  # noqa: Y015
 
 @_typing.final
 class ResourceSpec(_message.Message):
@@ -2468,6 +2546,62 @@ class Artifact(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Artifact: _TypeAlias = Artifact  # noqa: Y015
+
+@_typing.final
+class AttachResultRequest(_message.Message):
+    """AttachResultRequest is a result for a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    FILE_NAME_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Required. `runs/{run}`."""
+    file_name: _builtins.str
+    """Required. Letters, digits, ".", "_" and "-", ending in ".json"; the result becomes evaluations/attached/{file_name} among the
+    run's artifacts, and replaces an earlier one of this name.
+    """
+    data: _builtins.bytes
+    """Required. A JSON object, UTF-8, of at most 512 KiB."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        file_name: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file_name", b"file_name", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachResultRequest: _TypeAlias = AttachResultRequest  # noqa: Y015
+
+@_typing.final
+class AttachResultResponse(_message.Message):
+    """AttachResultResponse names the stored result."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def artifact(self) -> Global___Artifact:
+        """It, among the run's artifacts."""
+
+    def __init__(
+        self,
+        *,
+        artifact: Global___Artifact | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AttachResultResponse: _TypeAlias = AttachResultResponse  # noqa: Y015
 
 @_typing.final
 class DownloadArtifactRequest(_message.Message):

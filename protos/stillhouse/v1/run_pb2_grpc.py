@@ -97,6 +97,11 @@ class RunServiceStub(object):
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DownloadArtifactRequest.SerializeToString,
                 response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DownloadArtifactResponse.FromString,
                 _registered_method=True)
+        self.AttachResult = channel.unary_unary(
+                '/stillhouse.v1.RunService/AttachResult',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.AttachResultRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.AttachResultResponse.FromString,
+                _registered_method=True)
         self.StreamLogs = channel.unary_stream(
                 '/stillhouse.v1.RunService/StreamLogs',
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.StreamLogsRequest.SerializeToString,
@@ -197,6 +202,13 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AttachResult(self, request, context):
+        """AttachResult stores a result that was computed elsewhere, such as that of another evaluation program, with a run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StreamLogs(self, request, context):
         """StreamLogs sends a run's log from a byte offset and, if asked, follows it.
         """
@@ -266,6 +278,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.DownloadArtifact,
                     request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DownloadArtifactRequest.FromString,
                     response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DownloadArtifactResponse.SerializeToString,
+            ),
+            'AttachResult': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttachResult,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.AttachResultRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.AttachResultResponse.SerializeToString,
             ),
             'StreamLogs': grpc.unary_stream_rpc_method_handler(
                     servicer.StreamLogs,
@@ -600,6 +617,33 @@ class RunService(object):
             '/stillhouse.v1.RunService/DownloadArtifact',
             protos_dot_stillhouse_dot_v1_dot_run__pb2.DownloadArtifactRequest.SerializeToString,
             protos_dot_stillhouse_dot_v1_dot_run__pb2.DownloadArtifactResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttachResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/AttachResult',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.AttachResultRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.AttachResultResponse.FromString,
             options,
             channel_credentials,
             insecure,

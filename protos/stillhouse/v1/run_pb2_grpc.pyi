@@ -66,6 +66,8 @@ class RunServiceStub:
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]
     """DownloadArtifact sends a file from a byte offset, with its SHA-256."""
+    AttachResult: _grpc.UnaryUnaryMultiCallable[_run_pb2.AttachResultRequest, _run_pb2.AttachResultResponse]
+    """AttachResult stores a result that was computed elsewhere, such as that of another evaluation program, with a run."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_run_pb2.StreamLogsRequest, _run_pb2.StreamLogsResponse]
     """StreamLogs sends a run's log from a byte offset and, if asked, follows it."""
 
@@ -107,6 +109,8 @@ class RunServiceAsyncStub(RunServiceStub):
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
     """DownloadArtifact sends a file from a byte offset, with its SHA-256."""
+    AttachResult: _aio.UnaryUnaryMultiCallable[_run_pb2.AttachResultRequest, _run_pb2.AttachResultResponse]  # type: ignore[assignment]
+    """AttachResult stores a result that was computed elsewhere, such as that of another evaluation program, with a run."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_run_pb2.StreamLogsRequest, _run_pb2.StreamLogsResponse]  # type: ignore[assignment]
     """StreamLogs sends a run's log from a byte offset and, if asked, follows it."""
 
@@ -217,6 +221,14 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_pb2.DownloadArtifactResponse], _abc.AsyncIterator[_run_pb2.DownloadArtifactResponse]]:
         """DownloadArtifact sends a file from a byte offset, with its SHA-256."""
+
+    @_abc_1.abstractmethod
+    def AttachResult(
+        self,
+        request: _run_pb2.AttachResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.AttachResultResponse, _abc.Awaitable[_run_pb2.AttachResultResponse]]:
+        """AttachResult stores a result that was computed elsewhere, such as that of another evaluation program, with a run."""
 
     @_abc_1.abstractmethod
     def StreamLogs(

@@ -27,6 +27,7 @@ from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
 from stillhouse.student_trainer.config.resume_changes import changed_spec, changes_passes
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.runs.api import dataset_uploads
+from stillhouse.student_trainer.runs.api.attached_results import attach
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
 from stillhouse.student_trainer.runs.api.metric_series import to_series
 from stillhouse.student_trainer.runs.api.row_inspection import RowInspection
@@ -220,6 +221,16 @@ class RunServicer(RunServiceServicer):
     ) -> AsyncIterator[pb.DownloadArtifactResponse]:
         """Streams a file from a byte offset."""
         return self._streams.download(run_id_of(request.name), request.path, request.start_offset)
+
+    async def AttachResult(
+        self, request: pb.AttachResultRequest, context: Context
+    ) -> pb.AttachResultResponse:
+        """Stores a result that was computed elsewhere with a run."""
+        run_id = run_id_of(request.name)
+        await self._db(self._store.get, run_id)
+        await self._check_owner(run_id, "attach a result to")
+        stored = await asyncio.to_thread(attach, self._supervisor.run_dir(run_id).path, request)
+        return pb.AttachResultResponse(artifact=stored)
 
     def StreamLogs(
         self, request: pb.StreamLogsRequest, context: Context

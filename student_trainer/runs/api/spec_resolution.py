@@ -19,8 +19,15 @@ from stillhouse.protos.rows.reading.line_pairs import pair_of
 from stillhouse.protos.rows.reading.plugins import plugin_of
 from stillhouse.protos.rows.reading.tables import is_hub_id as is_hub_dataset
 from stillhouse.student_trainer.config.checks import invalid_spec
+from stillhouse.student_trainer.config.evaluation_set import EvaluationSetConfig
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
-from stillhouse.student_trainer.config.schema import ALL_LINEAR, CacheConfig, DatasetConfig, RunConfig
+from stillhouse.student_trainer.config.schema import (
+    ALL_LINEAR,
+    CacheConfig,
+    DatasetConfig,
+    RunConfig,
+    StudentConfig,
+)
 from stillhouse.student_trainer.runs.api.hub_lookup import HubId
 from stillhouse.student_trainer.runs.api.module_names import unknown_modules
 from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, check_weights
@@ -60,14 +67,10 @@ class Resolution:
 def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = ()) -> Resolution:
     """Looks at the files and devices that `config` names; a field that is in `problems` already gets no second one."""
     resolver = _Resolver(host, revision=config.student.revision)
-    data, cache = config.data, resolver.cache(config.cache)
+    data, cache, baseline = config.data, resolver.cache(config.cache), config.evaluation.baseline
     resolved = replace(
         config,
-        student=replace(
-            config.student,
-            model=config.student.model and resolver.model("student.model", config.student.model),
-            adapter=config.student.adapter and resolver.adapter("student.adapter", config.student.adapter),
-        ),
+        student=resolver.student("student", config.student),
         data=replace(
             data,
             train=resolver.datasets("data.train", data.train),
@@ -77,6 +80,11 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
             tools=resolver.text("data.tools", data.tools, lambda text: not is_json_list(text)),
         ),
         cache=cache,
+        evaluation=replace(
+            config.evaluation,
+            sets=resolver.evaluation_sets(config.evaluation.sets),
+            baseline=baseline and resolver.student("evaluation.baseline", baseline),
+        ),
     )
     resolver.weights(resolved)
     resolver.lora_modules(resolved)
@@ -124,6 +132,14 @@ class _Resolver:
             config=config,
             problems=[*problems, *(each for each in self.violations if each.field not in named)],
             hub_ids=[each for each in self.hub_ids if each.field not in named],
+        )
+
+    def student(self, where: str, student: StudentConfig) -> StudentConfig:
+        """The student with absolute paths."""
+        return replace(
+            student,
+            model=student.model and self.model(f"{where}.model", student.model),
+            adapter=student.adapter and self.adapter(f"{where}.adapter", student.adapter),
         )
 
     def model(self, where: str, name: str) -> str:
@@ -217,6 +233,13 @@ class _Resolver:
             parse_tools(text)
         except FieldError as error:
             self._refuse(where, f"{error.field} {error.problem}")
+
+    def evaluation_sets(self, sets: Sequence[EvaluationSetConfig]) -> tuple[EvaluationSetConfig, ...]:
+        """The sets with absolute paths."""
+        return tuple(
+            replace(each, path=self._dataset(f"evaluation.sets[{i}].path", each.path))
+            for i, each in enumerate(sets)
+        )
 
     def cache(self, cache: CacheConfig | None) -> CacheConfig | None:
         """The cache with an absolute path. One that is written lies below caches/: roots are there to be read."""

@@ -72,8 +72,15 @@ class TrainingState:
     """Rollouts that no step has consumed yet."""
 
 
-def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, keep: int) -> Path:
-    """Writes the checkpoint of the current step and removes all but the newest `keep`.
+def save(
+    attempt: Attempt,
+    trained: TrainingState,
+    facts: Mapping[str, str],
+    *,
+    keep: int,
+    protected: int | None = None,
+) -> Path:
+    """Writes the checkpoint of the current step and removes all but the newest `keep` and that of step `protected`.
 
     `facts` are recorded in the manifest (`facts_of`). Raises StillhouseError(RUN_STATE) if another attempt owns the run;
     OSError, as of a full disk, after removing what it began.
@@ -97,8 +104,9 @@ def save(attempt: Attempt, trained: TrainingState, facts: Mapping[str, str], *, 
     failpoints.reach("checkpoint.after_rename")
     sync_directory(target.parent)
     for old in run_dir.checkpoints()[:-keep]:
-        _discard(run_dir.checkpoint_path(old))
-        failpoints.reach("checkpoint.after_prune")
+        if old != protected:
+            _discard(run_dir.checkpoint_path(old))
+            failpoints.reach("checkpoint.after_prune")
     return target
 
 

@@ -36,6 +36,7 @@ class Checkpointer:
         self._keep = keep
         self._facts: Mapping[str, str] = {}
         self._saved_step: int | None = None
+        self._protected: int | None = None
 
     def restore(self, trained: Iterable[Tensor]) -> int | None:
         """Restores the newest whole checkpoint, in every rank; its step, None if there is none.
@@ -86,6 +87,10 @@ class Checkpointer:
         """Adds facts that every manifest holds from now on."""
         self._facts = {**self._facts, **facts}
 
+    def protect(self, step: int) -> None:
+        """Keeps the checkpoint of `step` beside the newest from now on, and no other one."""
+        self._protected = step
+
     def save(self) -> None:
         """Writes a checkpoint, unless this step has one or none is taken yet."""
         step = self._state.progress.step
@@ -100,7 +105,7 @@ class Checkpointer:
             return
         in_flight = RolloutBuffer.merge(RolloutBuffer.from_bytes(part) for part in parts)
         whole = dataclasses.replace(self._state, in_flight=in_flight)
-        checkpoint.save(self._attempt, whole, self._facts, keep=self._keep)
+        checkpoint.save(self._attempt, whole, self._facts, keep=self._keep, protected=self._protected)
         self._triggers.mark_saved()
         self._attempt.report("checkpoint", step=step)
         log.info("checkpoint written", step=step, time_s=round(time.monotonic() - began, 3))

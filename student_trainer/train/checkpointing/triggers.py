@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 
-from stillhouse.student_trainer.config.schema import CheckpointConfig, EvaluationConfig
+from stillhouse.student_trainer.config.resources import CheckpointConfig
+from stillhouse.student_trainer.config.schema import EvaluationConfig
 from stillhouse.student_trainer.train.data.schedule import Schedule
 
 

@@ -81,7 +81,7 @@ def load_corpus(
             for part, end in zip(parts, ends, strict=True)
         ]
         train = [example for part in parts for example in part]
-    if not train:
+    if not train and data.train:
         raise StillhouseError(Reason.DATASET_INVALID, _nothing_left(left_out, data.max_sequence_tokens))
     log.info("data read", train_rows=len(train), eval_rows=len(held_out))
     sizes = [len(part) for part in parts]

@@ -13,8 +13,8 @@ import structlog
 
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.config.checks import TEACHER_METRICS
 from stillhouse.student_trainer.config.rules.cross_tokenizer import evaluation_top_k
+from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.corpus import Corpus
@@ -49,7 +49,7 @@ class HeldOutRows:
         """Reads what is stored; all processes go by what the first one finds."""
         config, top_k = scope.config, evaluation_top_k(scope.config)
         stored = load_targets(scope.run_dir, corpus.eval, top_k)
-        wants = bool(config.has_teacher and corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics))
+        wants = bool(config.has_teacher and corpus.eval and teacher_metrics(config))
         must_query = scope.ranks.exchange(wants and stored is None, patient=True)[0]
         return cls(
             examples=corpus.eval, top_k=top_k, wants_targets=wants, stored=stored, must_query=must_query

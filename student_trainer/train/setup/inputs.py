@@ -8,6 +8,7 @@ from typing import Any
 
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
+from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows, with_sets
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.student.student import configured_end_ids, load_tokenizer
 
@@ -23,6 +24,9 @@ class Inputs:
     end_ids: Sequence[int]
     """Tokens that end a text of the student before training."""
     corpus: Corpus
+    """With the rows of all evaluation sets behind the held-out rows."""
+    sets: Sequence[EvaluationRows]
+    """Places of these sets."""
 
     @classmethod
     def load(cls, scope: RunScope) -> Inputs:
@@ -31,10 +35,13 @@ class Inputs:
         tokenizer = load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template)
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
         names = [teacher.name for teacher in config.teachers]
+        corpus = load_corpus(config.data, config.evaluation, tokenizer, scope.data_dir, names)
+        corpus, sets = with_sets(config, corpus, tokenizer, scope.data_dir)
         return cls(
             tokenizer=tokenizer,
             tokenizer_json=tokenizer_json,
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer_json, tokenizer.special_tokens_map),
             end_ids=configured_end_ids(config.student, tokenizer, scope.data_dir),
-            corpus=load_corpus(config.data, config.evaluation, tokenizer, scope.data_dir, names),
+            corpus=corpus,
+            sets=sets,
         )

@@ -46,7 +46,7 @@ class StudentSide:
             seed=config.optimizer.seed,
         )
         student.add_end_ids(_end_ids(scope, corpus, teacher_side))
-        _check_length(corpus, student)
+        check_length(corpus, student)
         vocab_size = len(inputs.tokenizer)
         if not is_bridged(config):
             vocab_size = teacher_side.teachers.shared_vocab_size(vocab_size)
@@ -81,7 +81,8 @@ def _end_ids(scope: RunScope, corpus: Corpus, teacher_side: TeacherSide) -> list
     return list(dict.fromkeys(ends))
 
 
-def _check_length(corpus: Corpus, student: Student) -> None:
+def check_length(corpus: Corpus, student: Student) -> None:
+    """Raises StillhouseError(SEQUENCE_TOO_LONG) for an example that is longer than the student's positions."""
     longest, limit = corpus.longest, student.max_positions
     if limit is not None and len(longest.token_ids) > limit:
         raise StillhouseError(

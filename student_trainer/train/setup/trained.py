@@ -22,6 +22,7 @@ class Trained:
 
     student: Student
     step: int
+    """Steps that were taken."""
 
 
 def load_trained(scope: RunScope) -> Trained | None:
@@ -47,9 +48,9 @@ def load_trained(scope: RunScope) -> Trained | None:
     checkpoint.restore_weights(scope.run_dir, step, student.model)
     student.add_end_ids(record["end_ids"])
     if scope.ranks.is_first:
-        scope.attempt.report("started", total_steps=step, step=step)
+        scope.attempt.report("started", total_steps=record["last_step"], step=record["last_step"])
     log.info("exporting again; every step was taken before", step=step)
-    return Trained(student=student, step=step)
+    return Trained(student=student, step=record["last_step"])
 
 
 def _whole_record(scope: RunScope) -> TrainedRecord | None:

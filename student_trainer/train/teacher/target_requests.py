@@ -10,7 +10,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
-from stillhouse.student_trainer.config.checks import TEACHER_METRICS
+from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
 from stillhouse.student_trainer.train.data.corpus import Corpus
@@ -97,5 +97,5 @@ def training_requests(config: RunConfig) -> list[TargetRequest]:
 
 def evaluation_requests(config: RunConfig, corpus: Corpus) -> list[TargetRequest]:
     """The request for held-out rows, if they are compared with a teacher."""
-    compares = corpus.eval and TEACHER_METRICS & set(config.evaluation.metrics)
+    compares = corpus.eval and teacher_metrics(config)
     return [evaluation_request(config.evaluation.top_k)] if compares else []

@@ -34,6 +34,7 @@ VERBS = {
     "RunService.InspectRows": "data inspect",
     "RunService.ListArtifacts": "run artifacts",
     "RunService.DownloadArtifact": "run pull",
+    "RunService.AttachResult": "run attach",
     "RunService.StreamLogs": "run logs",
 }
 NOBODY = "127.0.0.1:1"

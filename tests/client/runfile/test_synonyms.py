@@ -70,7 +70,6 @@ def test_a_unit_that_differs_is_said() -> None:
         ("loss.top_p", 'did you mean "top_k"'),
         ("evaluation.steps", "max_steps"),
         ("loss.mode", "belongs to"),
-        ("evaluation.best_metrics", "best_metric"),
     ],
 )
 def test_no_hint_points_to_another_meaning(path: str, wrong: str) -> None:

@@ -14,7 +14,6 @@ PROGRAMS = {name: ROOT / name for name in ("protos", "teacher_service", "student
 LATER = {
     "stillhouse.v1.GetTeacherInfoResponse.num_classes",  # encoder teachers
     "stillhouse.v1.ScoreResult.classes",
-    "stillhouse.v1.EvaluationSpec.best_metric",  # the best checkpoint by a metric
 }
 RPCS = [rpc for file in FILES for service in file.services_by_name.values() for rpc in service.methods]
 FIELDS = [field for message in messages() for field in message.fields]

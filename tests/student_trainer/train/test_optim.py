@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from stillhouse.student_trainer.config.schema import CheckpointConfig, EvaluationConfig, OptimizerConfig
+from stillhouse.student_trainer.config.resources import CheckpointConfig
+from stillhouse.student_trainer.config.schema import EvaluationConfig, OptimizerConfig
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, make_optimizer

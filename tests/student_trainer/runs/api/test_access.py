@@ -98,6 +98,7 @@ def test_tokens_determine_the_owner_of_a_run(trainer_service: Callable[..., Prog
             (ben.StopRun, pb.StopRunRequest(name=run.name)),
             (ben.ResumeRun, pb.ResumeRunRequest(name=run.name)),
             (ben.DeleteRun, pb.DeleteRunRequest(name=run.name)),
+            (ben.AttachResult, pb.AttachResultRequest(name=run.name, file_name="a.json", data=b"{}")),
         ]
         for verb, request in steered:
             with refused(Reason.PERMISSION_DENIED) as caught:

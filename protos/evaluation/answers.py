@@ -1,0 +1,91 @@
+"""Compares written answers with references: as text, as the last number, or field by field after parsing JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
+_FINAL = re.compile(r"####\s*([^\n]+)\s*\Z")
+
+
+def is_exact(answer: str, reference: str) -> bool:
+    """Returns True if both are the same text, but for white space around them."""
+    return answer.strip() == reference.strip()
+
+
+def is_same_number(answer: str, reference: str) -> bool:
+    """Returns True if the last number of both is the same; False if one has none."""
+    ours, theirs = last_number(answer), last_number(reference)
+    return ours is not None and ours == theirs
+
+
+def last_number(text: str) -> Decimal | None:
+    """Returns the last number of a text: 1,234.50 is 1234.5; that after the last "####" comes first, as GSM8K writes it."""
+    marked = _FINAL.search(text)
+    found = [each.group() for each in NUMBER.finditer(marked[1] if marked else text)]
+    numbers = [each for each in found if any(letter.isdigit() for letter in each)]
+    if not numbers:
+        return None
+    try:
+        return Decimal(numbers[-1].replace(",", "")).normalize()
+    except InvalidOperation:
+        return None
+
+
+def fields_of(text: str) -> dict[str, Any] | None:
+    """Returns the JSON object in a text: alone, after a thought, in a fence, or between its first and last brace; else None."""
+    plain = _THOUGHT.sub("", text).strip()
+    fenced = _FENCE.findall(plain)
+    braces = plain[plain.find("{") : plain.rfind("}") + 1] if "{" in plain else ""
+    for candidate in (plain, *fenced[-1:], braces):
+        try:
+            value = json.loads(candidate)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict):
+            return value
+    return None
+
+
+def matching(match: str, answers: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+    """Returns 1 for each row whose answer matches by "exact" or "numeric", else 0, [N]."""
+    same = is_exact if match == "exact" else is_same_number
+    pairs = zip(answers, references, strict=True)
+    return np.asarray([float(same(answer, reference)) for answer, reference in pairs])
+
+
+def matching_fields(
+    answers: Sequence[str], references: Sequence[str]
+) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+    """Returns matches and numbers of rows, both [N] of 0 and 1, for each field of the references, by name.
+
+    A row counts for the fields that its reference has; an answer that is no JSON object matches none of them.
+    """
+    wanted = [fields_of(each) or {} for each in references]
+    names = list(dict.fromkeys(name for row in wanted for name in row))
+    given = [fields_of(each) or {} for each in answers]
+    result = {}
+    for name in names:
+        counts = np.asarray([float(name in row) for row in wanted])
+        hits = [
+            float(name in row and name in own and _same(own[name], row[name]))
+            for own, row in zip(given, wanted, strict=True)
+        ]
+        result[name] = np.asarray(hits), counts
+    return result
+
+
+def _same(answer: Any, reference: Any) -> bool:
+    """Returns True for equal values; true and 1 differ, texts are compared without white space around them."""
+    if isinstance(answer, str) and isinstance(reference, str):
+        return answer.strip() == reference.strip()
+    return isinstance(answer, bool) == isinstance(reference, bool) and bool(answer == reference)

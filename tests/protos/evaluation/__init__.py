@@ -1,0 +1,1 @@
+"""Tests of the metrics that client and training process share."""

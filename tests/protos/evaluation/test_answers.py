@@ -1,0 +1,65 @@
+"""Answers match as text, as the last number, or field by field."""
+
+from __future__ import annotations
+
+import pytest
+
+from stillhouse.protos.evaluation.answers import fields_of, last_number
+from stillhouse.protos.evaluation.row_sums import score_texts
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is 1,234.50.", "1234.5"),
+        ("He has 3 apples and -4.0", "-4"),
+        ("#### 42\n", "42"),
+        ("7 of 9 #### 8", "8"),
+        ("1e3", "1000"),
+        (".5", "0.5"),
+        ("e5 on page", "5"),
+        ("none", None),
+        ("1234,567", "567"),
+    ],
+)
+def test_the_last_number_counts(text: str, number: str | None) -> None:
+    found = last_number(text)
+    assert found == (None if number is None else last_number(number))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1}',
+        'Here: ```json\n{"a": 1}\n```',
+        '<think>{"a": 2}</think> {"a": 1}',
+        'Sure! {"a": 1} Anything else?',
+    ],
+)
+def test_fields_are_found_in_what_models_write(text: str) -> None:
+    assert fields_of(text) == {"a": 1}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{", "a: 1", "[" * 100_000])
+def test_what_is_no_object_has_no_fields(text: str) -> None:
+    assert fields_of(text) is None
+
+
+def test_accuracy_by_each_comparison() -> None:
+    def accuracy(match: str, answers: list[str], references: list[str]) -> float:
+        return score_texts("accuracy", answers, references, match=match)["accuracy"].value
+
+    assert accuracy("exact", [" yes\n", "Yes"], ["yes", "yes"]) == 0.5
+    assert accuracy("numeric", ["so 12.0", "13", "none"], ["12", "12", "none"]) == pytest.approx(1 / 3)
+
+
+def test_each_field_of_the_references_has_its_own_accuracy() -> None:
+    references = ['{"name": "Ada", "age": 36}', '{"name": "Bob"}']
+    answers = ['{"name": "Ada ", "age": "36"}', "no JSON"]
+    scores = score_texts("accuracy", answers, references, match="fields")
+    assert {name: each.value for name, each in scores.items()} == {
+        "accuracy": pytest.approx(1 / 3),
+        "accuracy/name": 0.5,
+        "accuracy/age": 0.0,
+    }
+    assert score_texts("accuracy", ['{"a": true}'], ['{"a": 1}'], match="fields")["accuracy"].value == 0
