@@ -24,14 +24,21 @@ def check_file(path: Path, *, extra_fields: ExtraFields) -> int:
 
 def check_rows(rows: RowReader, *, extra_fields: ExtraFields) -> int:
     """As check_file, for a source of any kind."""
-    count = 0
+    count = learnt = 0
     where = rows.source.location
     for number, values in rows:
         try:
-            parse_training_row(values, extra_fields=extra_fields)
+            turns = parse_training_row(values, extra_fields=extra_fields).turns
         except FieldError as error:
             raise row_error(where, number, error.field, error.problem) from error
         count += 1
+        learnt += turns is None or any(turns.trained)
     if not count:
         raise StillhouseError(Reason.DATASET_INVALID, f"{where} has no rows. Write one JSON object per line.")
+    if not learnt:
+        raise StillhouseError(
+            Reason.DATASET_INVALID,
+            f"{where} has nothing to train on: all turns of the assistant in its {count} rows have weight 0. Leave weight out "
+            "of a turn to learn.",
+        )
     return count
