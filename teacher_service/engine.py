@@ -64,9 +64,9 @@ class DistributionOptions:
     temperatures: tuple[float, ...] = ()
     """Temperatures to report log-partitions for, each > 0."""
     num_sampled_tokens: int = 0
-    """Independent samples to report at each position."""
+    """Samples to report at each position, independent unless stratified."""
     seed: int = 0
-    """Seed of these samples; seed, prefix and sample index together fix the sampled id."""
+    """Seed of these samples; seed, prefix and sample index together fix the sampled id; of stratified ones their number, too."""
     entropy: bool = False
     """Report the entropy, in nats."""
     hidden_states: bool = False
@@ -77,6 +77,8 @@ class DistributionOptions:
     """Temperature of these samples, > 0."""
     sampled_logprobs: bool = False
     """Report the log-probabilities of the samples."""
+    stratified_samples: bool = False
+    """Sample one token in each of equal parts of the cumulative distribution, at the same place of each; ids ascend."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

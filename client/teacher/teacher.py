@@ -93,6 +93,7 @@ class Teacher(TeacherConnection):
         sample_tail: bool = False,
         sample_temperature: float = 1.0,
         sampled_logprobs: bool = False,
+        stratified_samples: bool = False,
         entropy: bool = False,
         float16: bool = False,
         pack_token_ids: bool = False,
@@ -105,7 +106,7 @@ class Teacher(TeacherConnection):
         A sequence is a ScoreItem or a pair of id and token ids [T]. `sequences` is read in another thread, at most
         `max_inflight` ahead of the results (0, or more than the teacher's limit, means that limit). A lost stream is
         opened again and unscored sequences are sent again. Logprobs travel as float32 unless `float16`; with
-        `pack_token_ids` ids travel in the fewest bits that hold the vocabulary.
+        `pack_token_ids` ids travel in the fewest bits that hold the vocabulary, and stratified samples always in few.
         """
         config = teacher_pb2.DistributionConfig(
             top_k=top_k,
@@ -116,6 +117,8 @@ class Teacher(TeacherConnection):
             sample_tail=sample_tail,
             sample_temperature=sample_temperature,
             sampled_logprobs=sampled_logprobs,
+            stratified_samples=stratified_samples,
+            sort_samples=stratified_samples,
             entropy=entropy,
             pack_token_ids=pack_token_ids,
         )

@@ -213,11 +213,14 @@ def _sampling(config: DistributionConfig) -> dict[str, Any] | None:
     """All that determines an output besides top_k and logprob_dtype, as JSON; fields added to the message later count."""
     rest = DistributionConfig()
     rest.CopyFrom(config)
-    for name in ("top_k", "logprob_dtype", "pack_token_ids", "temperatures", "entropy"):
+    for name in ("top_k", "logprob_dtype", "pack_token_ids", "sort_samples", "temperatures", "entropy"):
         rest.ClearField(name)
     if not rest.num_sampled_tokens:
         for of_draws in ("seed", "sample_tail", "sample_temperature", "sampled_logprobs"):
             rest.ClearField(of_draws)
+        rest.ClearField("stratified_samples")
+    if not (rest.num_sampled_tokens and rest.sampled_logprobs):
+        rest.ClearField("sampled_logprob_bits")
     return json_format.MessageToDict(rest, preserving_proto_field_name=True) or None
 
 

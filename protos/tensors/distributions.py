@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from stillhouse.protos.tensors.layout import decode, encode, packed_bits
+from stillhouse.protos.tensors.layout import decode, encode, encode_scaled, encode_sorted, packed_bits
 
 __all__ = ["Distributions", "decode", "decode_distributions", "encode", "encode_distributions", "packed_bits"]
 
@@ -24,6 +24,7 @@ MAX_COLUMNS = 64 * 1024
 
 _FLOAT32 = (Tensor.DATA_TYPE_FLOAT32,)
 _HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)
+_IDS = (Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_PACKED_UINT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,13 +112,19 @@ def encode_distributions(
     *,
     logprob_dtype: Tensor.DataType.ValueType = Tensor.DATA_TYPE_FLOAT16,
     pack_bits: int | None = None,
+    sort_bits: int | None = None,
+    sampled_logprob_bits: int = 0,
 ) -> TokenDistributions:
     """The message, with logprobs as FLOAT16 or FLOAT32 and, with `pack_bits`, ids packed to so many bits.
 
-    Raises ValueError for another logprob_dtype.
+    With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
+    `sampled_logprob_bits` their log-probabilities travel as SCALED_UINT of so many bits. Raises ValueError for another
+    logprob_dtype.
     """
     if logprob_dtype not in _HALF_OR_FULL:
         raise ValueError(f"logprobs cannot be sent as {Tensor.DataType.Name(logprob_dtype)}")
+    if sort_bits is not None:
+        distributions = _sorted_samples(distributions)
     message = TokenDistributions(
         start=distributions.start,
         token_ids=encode(distributions.token_ids, bits=pack_bits),
@@ -125,13 +132,32 @@ def encode_distributions(
     )
     for name in _ARRAYS[2:]:
         array = getattr(distributions, name)
-        if array is not None:
-            bits = pack_bits if name == "sampled_token_ids" else None
+        if array is None:
+            continue
+        if name == "sampled_token_ids":
             encoded = (
-                encode(array, dtype=logprob_dtype) if name == "sampled_logprobs" else encode(array, bits=bits)
+                encode(array, bits=pack_bits) if sort_bits is None else encode_sorted(array, bits=sort_bits)
             )
-            getattr(message, name).CopyFrom(encoded)
+        elif name == "sampled_logprobs":
+            scaled = sampled_logprob_bits
+            encoded = encode_scaled(array, bits=scaled) if scaled else encode(array, dtype=logprob_dtype)
+        else:
+            encoded = encode(array)
+        getattr(message, name).CopyFrom(encoded)
     return message
+
+
+def _sorted_samples(distributions: Distributions) -> Distributions:
+    """The same, with the samples of each row in ascending order."""
+    ids, logprobs = distributions.sampled_token_ids, distributions.sampled_logprobs
+    if ids is None or (ids[:, 1:] >= ids[:, :-1]).all():
+        return distributions
+    order = np.argsort(ids, axis=1, kind="stable")
+    return replace(
+        distributions,
+        sampled_token_ids=np.take_along_axis(ids, order, axis=1),
+        sampled_logprobs=None if logprobs is None else np.take_along_axis(logprobs, order, axis=1),
+    )
 
 
 def decode_distributions(
@@ -147,7 +173,7 @@ def decode_distributions(
         raise _invalid(
             "distributions.start", f"is {message.start}; position 0 has no prediction, send 1 or more"
         )
-    token_ids = _ids(message, "token_ids", vocab_size, (None, None))
+    token_ids = _ids(message, "token_ids", vocab_size, (None, None), _IDS)
     num_rows, top_k = token_ids.shape
     if num_rows > max_rows or top_k > max_top_k:
         raise _invalid(
@@ -165,7 +191,10 @@ def decode_distributions(
             "distributions.logprobs", f"sum to {sums.max():.4g} at one position; probabilities sum to 1"
         )
     query, samples = message.HasField("query_logprobs"), message.HasField("sampled_token_ids")
-    sampled = _ids(message, "sampled_token_ids", vocab_size, (num_rows, None)) if samples else None
+    sampled = None
+    if samples:
+        coded = (*_IDS, Tensor.DATA_TYPE_SORTED_UINT)
+        sampled = _ids(message, "sampled_token_ids", vocab_size, (num_rows, None), coded)
     has_logprobs = sampled is not None and message.HasField("sampled_logprobs")
     return Distributions(
         start=message.start,
@@ -176,7 +205,9 @@ def decode_distributions(
         log_partitions=_finite(message, "log_partitions", (num_rows, None)),
         query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,
         sampled_token_ids=sampled,
-        sampled_logprobs=_logprobs(message, "sampled_logprobs", sampled.shape, _HALF_OR_FULL)
+        sampled_logprobs=_logprobs(
+            message, "sampled_logprobs", sampled.shape, (*_HALF_OR_FULL, Tensor.DATA_TYPE_SCALED_UINT)
+        )
         if sampled is not None and has_logprobs
         else None,
         entropy=_finite(message, "entropy", (num_rows,)),
@@ -197,9 +228,13 @@ def _part(
 
 
 def _ids(
-    message: TokenDistributions, name: str, vocab_size: int, shape: Sequence[int | None]
+    message: TokenDistributions,
+    name: str,
+    vocab_size: int,
+    shape: Sequence[int | None],
+    dtypes: Sequence[Any],
 ) -> NDArray[np.int32]:
-    ids = _part(message, name, (Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_PACKED_UINT), shape)
+    ids = _part(message, name, dtypes, shape)
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         raise _invalid(
             f"distributions.{name}",

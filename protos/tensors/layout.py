@@ -1,4 +1,4 @@
-"""numpy <-> Tensor: the only file that knows byte layout; it rejects a lying shape before it allocates."""
+"""numpy <-> Tensor: the only place that knows byte layout, with sorted_rows.py and scaled_rows.py; refuses a lying shape first."""
 
 import math
 import sys
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
+from stillhouse.protos.tensors import scaled_rows, sorted_rows
 
 MAX_ELEMENTS = 8 * 1024 * 1024
 """Elements of a tensor that `decode` accepts unless told otherwise: 32 MiB of FLOAT32, the receive limit."""
@@ -25,6 +26,12 @@ _DTYPES: dict[Tensor.DataType.ValueType, np.dtype[Any]] = {
     Tensor.DATA_TYPE_FLOAT32: np.dtype("<f4"),
     Tensor.DATA_TYPE_BFLOAT16: np.dtype("<u2"),  # the upper half of a float32
 }
+_MAX_BITS: dict[Tensor.DataType.ValueType, int] = {
+    Tensor.DATA_TYPE_PACKED_UINT: MAX_BITS,
+    Tensor.DATA_TYPE_SORTED_UINT: sorted_rows.MAX_BITS,
+    Tensor.DATA_TYPE_SCALED_UINT: scaled_rows.MAX_BITS,
+}
+"""Types with `bits`, and the most of these."""
 _NATURAL: dict[np.dtype[Any], Tensor.DataType.ValueType] = {
     np.dtype(np.int32): Tensor.DATA_TYPE_INT32,
     np.dtype(np.int64): Tensor.DATA_TYPE_INT64,
@@ -66,6 +73,19 @@ def encode(
         return Tensor(dtype=dtype, shape=array.shape, data=array.astype(_DTYPES[dtype]).tobytes())
 
 
+def encode_sorted(rows: NDArray[Any], *, bits: int) -> Tensor:
+    """Rows [T, R] of ascending integers in [0, 2**bits) as SORTED_UINT. Raises ValueError for others."""
+    data = sorted_rows.pack_sorted(rows, bits)
+    return Tensor(dtype=Tensor.DATA_TYPE_SORTED_UINT, shape=rows.shape, data=data, bits=bits)
+
+
+def encode_scaled(rows: NDArray[np.float32], *, bits: int) -> Tensor:
+    """Rows [T, R] of finite numbers as SCALED_UINT, each rounded to a step of its row. Raises ValueError for others."""
+    bounds, integers = scaled_rows.to_integers(rows, bits)
+    data = bounds + _pack(integers, bits)
+    return Tensor(dtype=Tensor.DATA_TYPE_SCALED_UINT, shape=rows.shape, data=data, bits=bits)
+
+
 def decode(
     tensor: Tensor,
     *,
@@ -77,7 +97,8 @@ def decode(
     """The array of a received Tensor, a read-only view of its bytes where possible.
 
     `dtypes` are the types allowed; `shape` is what is expected, None where any size will do.
-    PACKED_UINT comes back as int32, or as int64 if it has 32 bits, and BFLOAT16 as float32.
+    PACKED_UINT comes back as int32, or as int64 if it has 32 bits, SORTED_UINT as int32, and BFLOAT16 and SCALED_UINT as
+    float32.
 
     Raises StillhouseError(TENSOR_INVALID), which names `field`, if type, shape and length of the data do not
     agree with each other, with what is expected or with `max_elements`. Nothing is allocated before.
@@ -88,11 +109,15 @@ def decode(
     sizes = _sizes(tensor, field, shape, max_elements)
     count = math.prod(sizes)
     packed = tensor.dtype == Tensor.DATA_TYPE_PACKED_UINT
-    if packed and not 1 <= tensor.bits <= MAX_BITS:
-        raise _invalid(field, f"has {tensor.bits} bits an element; send 1 to {MAX_BITS}")
-    if not packed and tensor.bits:
+    most = _MAX_BITS.get(tensor.dtype, 0)
+    least = scaled_rows.MIN_BITS if tensor.dtype == Tensor.DATA_TYPE_SCALED_UINT else 1
+    if most and not least <= tensor.bits <= most:
+        raise _invalid(field, f"has {tensor.bits} bits an element; send {least} to {most}")
+    if not most and tensor.bits:
         raise _invalid(field, f"has bits = {tensor.bits} with type {_dtype_name(tensor.dtype)}; send 0")
     data = tensor.data
+    if tensor.dtype in {Tensor.DATA_TYPE_SORTED_UINT, Tensor.DATA_TYPE_SCALED_UINT}:
+        return _decode_rows(tensor, sizes, field)
     num_bytes = (count * tensor.bits + 7) // 8 if packed else count * _DTYPES[tensor.dtype].itemsize
     if len(data) != num_bytes:
         raise _invalid(field, f"has {len(data)} bytes of data, but shape {sizes} needs {num_bytes}")
@@ -104,6 +129,26 @@ def decode(
     if tensor.dtype == Tensor.DATA_TYPE_BFLOAT16:
         return _from_bfloat16(array)
     return array if sys.byteorder == "little" else array.astype(array.dtype.newbyteorder("="))
+
+
+def _decode_rows(tensor: Tensor, sizes: tuple[int, ...], field: str) -> NDArray[Any]:
+    """The numbers of SORTED_UINT and SCALED_UINT."""
+    if len(sizes) != 2:
+        raise _invalid(
+            field, f"has shape {list(sizes)} with type {_dtype_name(tensor.dtype)}; send [rows, columns]"
+        )
+    data, (num_rows, num_columns) = tensor.data, sizes
+    try:
+        if tensor.dtype == Tensor.DATA_TYPE_SORTED_UINT:
+            return sorted_rows.unpack_sorted(data, num_rows, num_columns, tensor.bits)
+        behind = num_rows * scaled_rows.BOUND_BYTES
+        num_bytes = behind + (num_rows * num_columns * tensor.bits + 7) // 8
+        if len(data) != num_bytes:
+            raise _invalid(field, f"has {len(data)} bytes of data, but shape {list(sizes)} needs {num_bytes}")
+        integers = _unpack(data[behind:], num_rows * num_columns, tensor.bits, field).reshape(sizes)
+        return scaled_rows.to_numbers(data[:behind], integers)
+    except ValueError as error:
+        raise _invalid(field, str(error)) from None
 
 
 def _sizes(tensor: Tensor, field: str, shape: Sequence[int | None], max_elements: int) -> tuple[int, ...]:

@@ -289,17 +289,36 @@ def samples(
     logits_TV: Tensor, top: Normalised, uniforms_TR: Float64Array, options: DistributionOptions
 ) -> Samples:
     """Samples as `options` say, from rows whose top k are `top`."""
-    sampled_TV = logits_TV
-    if options.sample_tail and top.token_ids.shape[1] < logits_TV.shape[1]:
-        sampled_TV = scratch("tail", logits_TV.shape, logits_TV.device).copy_(logits_TV)
-        sampled_TV.scatter_(-1, top.token_ids.long(), -torch.inf)
-    if options.sample_temperature != 1:
-        sampled_TV = sampled_TV / options.sample_temperature
-    ids_TR = sampled_ids(sampled_TV, uniforms_TR)
+    of_tail = options.sample_tail and top.token_ids.shape[1] < logits_TV.shape[1]
+    if options.stratified_samples and is_compiled(logits_TV, 1):
+        ids_TR = _ascending_ids(logits_TV, top, uniforms_TR, options.sample_temperature, of_tail=of_tail)
+    else:
+        sampled_TV = logits_TV
+        if of_tail:
+            sampled_TV = scratch("tail", logits_TV.shape, logits_TV.device).copy_(logits_TV)
+            sampled_TV.scatter_(-1, top.token_ids.long(), -torch.inf)
+        if options.sample_temperature != 1:
+            sampled_TV = sampled_TV / options.sample_temperature
+        ids_TR = sampled_ids(sampled_TV, uniforms_TR)
     logprobs_TR = None
     if options.sampled_logprobs:
         logprobs_TR = (logits_TV.gather(-1, ids_TR.long()) - top.lse).float()
     return Samples(ids_TR, logprobs_TR)
+
+
+def _ascending_ids(
+    logits_TV: Tensor, top: Normalised, numbers_TR: Float64Array, temperature: float, *, of_tail: bool
+) -> Tensor:
+    """Samples [T, R] ids in compiled code; `of_tail` from outside the top k alone."""
+    from stillhouse.teacher_service.distributions.draws_numba import ascending_ids
+
+    excluded_TK = top.token_ids.int() if of_tail else top.token_ids.int()[:, :0]
+    if excluded_TK.shape[1]:
+        highest_T = logits_TV.gather(-1, excluded_TK[:, -1:].long()).squeeze(-1)
+    else:
+        highest_T = logits_TV.amax(dim=-1)
+    arrays = {"excluded_TK": excluded_TK.contiguous().numpy(), "highest_T": highest_T.numpy()}
+    return torch.from_numpy(ascending_ids(logits_TV.numpy(), numbers_TR, temperature=temperature, **arrays))
 
 
 def sampled_ids(logits_TV: Tensor, uniforms_TR: Float64Array) -> Tensor:
@@ -336,14 +355,16 @@ def uniforms(spec: RowSpec, options: DistributionOptions) -> Float64Array | None
     """[T, R] uniforms in [0, 1), None if no samples are requested.
 
     Number r of a position is read from SHAKE-128 over the seed and the prefix, so it is independent of other
-    requests, of the batch and of the machine.
+    requests, of the batch and of the machine. Stratified ones are (r + number 0) / R.
     """
-    if options.num_sampled_tokens == 0:
+    count = options.num_sampled_tokens
+    if count == 0:
         return None
-    num_bytes = 8 * options.num_sampled_tokens
+    num_bytes = 8 if options.stratified_samples else 8 * count
     rows = [np.frombuffer(digest, "<u8") for digest in _prefix_digests(spec, options.seed, num_bytes)]
     # The 53 highest bits: the numbers in [0, 1) that doubles represent evenly.
-    return (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    numbers = (np.stack(rows) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (np.arange(count) + numbers) / count if options.stratified_samples else numbers
 
 
 def _prefix_digests(spec: RowSpec, seed: int, num_bytes: int) -> Iterator[bytes]:

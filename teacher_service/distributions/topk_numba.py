@@ -50,7 +50,7 @@ def heads_and_tails(
     return ids, values, head, rest
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: Callable[..., Any]) -> Any:
     """Compiles a function, cached beside its source or in the user's cache directory where writable."""
     settings: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
     try:
@@ -59,14 +59,25 @@ def _compiled(function: Callable[..., Any]) -> Any:
         return numba.njit(**settings)(function)
 
 
-@_compiled
+@compiled
+def exponential(x: Any) -> Any:
+    """e^x in float32, for x up to 0; below -87 it is e^-87."""
+    x = min(max(x, _NOTHING), _ZERO)
+    n = np.int32(x * _LOG2_E - _HALF)
+    r = x - np.float32(n) * _LN2_HIGH - np.float32(n) * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * r * r + r + _ONE) * power
+
+
+@compiled
 def _key(logit: Any) -> Any:
     """Maps a float to an integer of the same order; NaN is lowest with a sign bit, highest without."""
     bits = np.float32(logit).view(np.int32)
     return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(_LOW_BITS)))
 
 
-@_compiled
+@compiled
 def _fill(logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: Any) -> None:  # noqa: PLR0917 - compiled code takes no keywords
     vocab_size, top_k = logits_TV.shape[1], ids.shape[1]
     highest = np.empty((vocab_size + block - 1) // block, np.int32)
@@ -91,7 +102,7 @@ def _fill(logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: An
         rest[row] = np.log(_sum_up_to(logits_V, following) - num_equal) + following
 
 
-@_compiled
+@compiled
 def _highest_of_blocks(logits_V: Any, block: int, highest: Any) -> Any:
     """Fills in the highest key of each block; returns the lowest key of all."""
     lowest = np.int32(_LOW_BITS)
@@ -104,7 +115,7 @@ def _highest_of_blocks(logits_V: Any, block: int, highest: Any) -> Any:
     return lowest
 
 
-@_compiled
+@compiled
 def _kth_largest(keys: Any, k: int) -> Any:
     """Returns the key of rank k (from 0) in falling order; reorders `keys`."""
     low, high = 0, len(keys) - 1
@@ -129,7 +140,7 @@ def _kth_largest(keys: Any, k: int) -> Any:
     return keys[k]
 
 
-@_compiled
+@compiled
 def _at_least(logits_V: Any, block: int, highest: Any, floor: Any, found: Any) -> int:
     """Fills in key and id, packed in one integer, of the logits with keys from `floor` on; returns their number."""
     count = 0
@@ -142,7 +153,7 @@ def _at_least(logits_V: Any, block: int, highest: Any, floor: Any, found: Any) -
     return count
 
 
-@_compiled
+@compiled
 def _sort_falling(numbers: Any, count: int) -> None:
     """Shellsort of the first `count`, which are few."""
     gap = 1
@@ -158,18 +169,13 @@ def _sort_falling(numbers: Any, count: int) -> None:
         gap //= 3
 
 
-@_compiled
+@compiled
 def _sum_up_to(logits_V: Any, highest: Any) -> float:
     """Sums e^(logit - highest) over the logits up to `highest`: in float32 within a block, in double over blocks."""
     total = 0.0
     for begin in range(0, len(logits_V), _MAX_BLOCK):
         part = _ZERO
         for logit in logits_V[begin : begin + _MAX_BLOCK]:
-            x = max(logit - highest, _NOTHING)
-            n = np.int32(x * _LOG2_E - _HALF)
-            r = x - np.float32(n) * _LN2_HIGH - np.float32(n) * _LN2_LOW
-            p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-            power = np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
-            part += (p * r * r + r + _ONE) * power if logit <= highest else _ZERO
+            part += exponential(logit - highest) if logit <= highest else _ZERO
         total += float(part)
     return total

@@ -14,7 +14,8 @@ from stillhouse.protos.tensors.distributions import Distributions, decode, encod
 from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreInput
 
 MAX_TEMPERATURES = 16
-MAX_SAMPLED_TOKENS = 256
+MAX_SAMPLED_TOKENS = 512
+MIN_LOGPROB_BITS, MAX_LOGPROB_BITS = 2, 16
 _OPTIONAL = {
     teacher_pb2.CAPABILITY_LOG_PARTITIONS: "log_partitions",
     teacher_pb2.CAPABILITY_QUERY_LOGPROBS: "query_logprobs",
@@ -22,6 +23,7 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_ENTROPY: "entropy",
     teacher_pb2.CAPABILITY_HIDDEN_STATES: "hidden_states",
     teacher_pb2.CAPABILITY_TAIL_SAMPLES: "sample_tail, sample_temperature or sampled_logprobs",
+    teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES: "stratified_samples, sort_samples or sampled_logprob_bits",
 }
 
 
@@ -31,10 +33,18 @@ class WireFormat:
 
     logprob_dtype: Tensor.DataType.ValueType
     pack_bits: int | None
+    sort_bits: int | None = None
+    sampled_logprob_bits: int = 0
 
     def encode(self, rows: Distributions) -> TokenDistributions:
         """Encodes rows as a message."""
-        return encode_distributions(rows, logprob_dtype=self.logprob_dtype, pack_bits=self.pack_bits)
+        return encode_distributions(
+            rows,
+            logprob_dtype=self.logprob_dtype,
+            pack_bits=self.pack_bits,
+            sort_bits=self.sort_bits,
+            sampled_logprob_bits=self.sampled_logprob_bits,
+        )
 
 
 def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> None:
@@ -87,6 +97,12 @@ def check_distributions(
         raise invalid_request(
             f"sample_temperature is {config.sample_temperature}. Give a finite number above 0, or 0 for 1."
         )
+    logprob_bits = config.sampled_logprob_bits
+    if logprob_bits and not MIN_LOGPROB_BITS <= logprob_bits <= MAX_LOGPROB_BITS:
+        raise invalid_request(
+            f"sampled_logprob_bits is {logprob_bits}. Give a number in [{MIN_LOGPROB_BITS}, {MAX_LOGPROB_BITS}], or 0 for "
+            "logprob_dtype."
+        )
     temperature = config.sample_temperature or 1.0
     for requested, capability in (
         (bool(config.temperatures), teacher_pb2.CAPABILITY_LOG_PARTITIONS),
@@ -96,6 +112,10 @@ def check_distributions(
         (
             config.sample_tail or temperature != 1 or config.sampled_logprobs,
             teacher_pb2.CAPABILITY_TAIL_SAMPLES,
+        ),
+        (
+            config.stratified_samples or config.sort_samples or logprob_bits > 0,
+            teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES,
         ),
     ):
         if requested:
@@ -110,9 +130,15 @@ def check_distributions(
         sample_tail=config.sample_tail,
         sample_temperature=temperature,
         sampled_logprobs=config.sampled_logprobs,
+        stratified_samples=config.stratified_samples,
     )
-    bits = packed_bits(info.vocab_size) if config.pack_token_ids else None
-    return options, WireFormat(logprob_dtype=dtype, pack_bits=bits)
+    bits = packed_bits(info.vocab_size)
+    return options, WireFormat(
+        logprob_dtype=dtype,
+        pack_bits=bits if config.pack_token_ids else None,
+        sort_bits=bits if config.sort_samples else None,
+        sampled_logprob_bits=logprob_bits,
+    )
 
 
 def check_tokens(tensor: Tensor, info: EngineInfo, *, longest: int) -> Int32Array:

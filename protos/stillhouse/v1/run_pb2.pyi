@@ -1096,7 +1096,7 @@ class LossSpec(_message.Message):
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
     """Softmax temperature of the terms, on both sides, whose gradients are scaled by its square. The divergence mse does not
-    change with it. Other than 1 it needs sparse_target auto, tail_bucket, sampled_tail or renormalise.
+    change with it. Other than 1 it needs sparse_target auto, tail_bucket, stratified_tail, sampled_tail or renormalise.
     """
     temperature_mode: _builtins.str
     """"exact": the teacher sends its log-partition, with which the kept tokens and the tail are exact at any temperature.
@@ -1110,19 +1110,21 @@ class LossSpec(_message.Message):
     top_k: _builtins.int
     """Top-k of the teacher's tokens to query."""
     sparse_target: _builtins.str
-    """Target for the tokens beyond top_k. "auto": top_k_and_sampled for forward_kl at temperature 1, and
-    sampled_tail for other divergences and temperatures that have an estimate of bounded variance from it, where every
-    teacher draws so; else tail_bucket; and what the run's cache holds, if it holds any. It is settled once, when the
+    """Target for the tokens beyond top_k. "auto": stratified_tail for divergences that have an estimate of bounded variance
+    from draws, where every teacher draws so; with older teachers top_k_and_sampled for forward_kl at temperature 1, and
+    sampled_tail; else tail_bucket; and what the run's cache holds, if it holds any. It is settled once, when the
     teachers are reached or the cache is opened, and stands in the run's effective settings with its reason.
     "tail_bucket": one bucket with all their mass; a lower bound of the divergence over the vocabulary, least for a student
     that equals its teacher, but nothing shapes the student within the bucket. "sampled": random-sampling distillation,
     num_samples draws of the teacher in place of its top_k, which then may be 1; unbiased. "top_k_and_sampled": the top_k
     exactly, and the draws that fell outside share the tail's mass. "sampled_tail": the top_k exactly, and num_samples draws
     from outside it at the loss's temperature, with their log-probabilities: values and gradients of the whole vocabulary in
-    expectation, for all divergences but reverse_kl, adaptive_kl, mse and those that come near reverse_kl. "renormalise":
-    the top_k as if they were all, as many programs do; it makes students over-confident. sampled, top_k_and_sampled and
-    renormalise are for forward_kl alone; sampled_tail needs a teacher with CAPABILITY_TAIL_SAMPLES, the other draws one
-    with CAPABILITY_SAMPLED_TOKENS.
+    expectation, for all divergences but reverse_kl, adaptive_kl, mse and those that come near reverse_kl.
+    "stratified_tail": the same with stratified draws, which are steadier, and without log-probabilities where forward_kl is
+    the only divergence, so that there is room for more of them. "renormalise": the top_k as if they were all, as many
+    programs do; it makes students over-confident. sampled, top_k_and_sampled and renormalise are for forward_kl alone;
+    stratified_tail needs a teacher with CAPABILITY_STRATIFIED_SAMPLES, sampled_tail one with CAPABILITY_TAIL_SAMPLES, the
+    other draws one with CAPABILITY_SAMPLED_TOKENS.
     """
     num_samples: _builtins.int
     """Draws per position, for the targets with draws."""

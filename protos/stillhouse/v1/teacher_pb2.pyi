@@ -43,6 +43,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """hidden_states."""
     CAPABILITY_TAIL_SAMPLES: _Capability.ValueType  # 7
     """sample_tail, sample_temperature and sampled_logprobs."""
+    CAPABILITY_STRATIFIED_SAMPLES: _Capability.ValueType  # 8
+    """stratified_samples, sort_samples and sampled_logprob_bits."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -63,6 +65,8 @@ CAPABILITY_HIDDEN_STATES: Capability.ValueType  # 6
 """hidden_states."""
 CAPABILITY_TAIL_SAMPLES: Capability.ValueType  # 7
 """sample_tail, sample_temperature and sampled_logprobs."""
+CAPABILITY_STRATIFIED_SAMPLES: Capability.ValueType  # 8
+"""stratified_samples, sort_samples and sampled_logprob_bits."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -282,6 +286,9 @@ class DistributionConfig(_message.Message):
     SAMPLE_TAIL_FIELD_NUMBER: _builtins.int
     SAMPLE_TEMPERATURE_FIELD_NUMBER: _builtins.int
     SAMPLED_LOGPROBS_FIELD_NUMBER: _builtins.int
+    STRATIFIED_SAMPLES_FIELD_NUMBER: _builtins.int
+    SORT_SAMPLES_FIELD_NUMBER: _builtins.int
+    SAMPLED_LOGPROB_BITS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
@@ -302,6 +309,15 @@ class DistributionConfig(_message.Message):
     """Temperature of the draws, > 0. 0 means 1."""
     sampled_logprobs: _builtins.bool
     """Report sampled_logprobs."""
+    stratified_samples: _builtins.bool
+    """Draw one id in each of num_sampled_tokens equal parts of the cumulative distribution, in the order of ids and at the same
+    place of each part: each token's number of draws has the same mean as with independent draws, and differs from it by
+    less than 1. The ids of a position ascend.
+    """
+    sort_samples: _builtins.bool
+    """Sort the draws of each position, and send their ids as SORTED_UINT."""
+    sampled_logprob_bits: _builtins.int
+    """Send sampled_logprobs as SCALED_UINT of so many bits, in [2, 16]. 0 sends them as logprob_dtype says."""
     @_builtins.property
     def temperatures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Temperatures to report log_partitions for, each > 0."""
@@ -320,10 +336,13 @@ class DistributionConfig(_message.Message):
         sample_tail: _builtins.bool = ...,
         sample_temperature: _builtins.float = ...,
         sampled_logprobs: _builtins.bool = ...,
+        stratified_samples: _builtins.bool = ...,
+        sort_samples: _builtins.bool = ...,
+        sampled_logprob_bits: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprob_bits", b"sampled_logprob_bits", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "sort_samples", b"sort_samples", "stratified_samples", b"stratified_samples", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

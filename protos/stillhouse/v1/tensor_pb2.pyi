@@ -49,6 +49,15 @@ class Tensor(_message.Message):
         """Unsigned integers packed without gaps, lowest bit first, `bits` each; rows are not aligned."""
         DATA_TYPE_BFLOAT16: Tensor._DataType.ValueType  # 6
         """Reserved for hidden states; never for log-probabilities, which it would round by up to 0.03."""
+        DATA_TYPE_SORTED_UINT: Tensor._DataType.ValueType  # 7
+        """Unsigned integers below 2^bits in rows [T, R], none of which falls, by binary interpolative coding: crowded and repeated
+        ones take few bits. protos/tensors/sorted_rows.py has the order of the bits. Only where the request allows it.
+        """
+        DATA_TYPE_SCALED_UINT: Tensor._DataType.ValueType  # 8
+        """Numbers in rows [T, R]: of every row its highest number and a step, FLOAT16, then of every row R unsigned integers of
+        `bits` as in PACKED_UINT; number i of a row is highest - step * integer i, rounded to FLOAT16. Only where the request
+        allows it.
+        """
 
     class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
         """DataType is an element type. A new one needs a value here and a line in the codec."""
@@ -67,6 +76,15 @@ class Tensor(_message.Message):
     """Unsigned integers packed without gaps, lowest bit first, `bits` each; rows are not aligned."""
     DATA_TYPE_BFLOAT16: Tensor.DataType.ValueType  # 6
     """Reserved for hidden states; never for log-probabilities, which it would round by up to 0.03."""
+    DATA_TYPE_SORTED_UINT: Tensor.DataType.ValueType  # 7
+    """Unsigned integers below 2^bits in rows [T, R], none of which falls, by binary interpolative coding: crowded and repeated
+    ones take few bits. protos/tensors/sorted_rows.py has the order of the bits. Only where the request allows it.
+    """
+    DATA_TYPE_SCALED_UINT: Tensor.DataType.ValueType  # 8
+    """Numbers in rows [T, R]: of every row its highest number and a step, FLOAT16, then of every row R unsigned integers of
+    `bits` as in PACKED_UINT; number i of a row is highest - step * integer i, rounded to FLOAT16. Only where the request
+    allows it.
+    """
 
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
@@ -77,7 +95,9 @@ class Tensor(_message.Message):
     data: _builtins.bytes
     """The elements."""
     bits: _builtins.int
-    """Width of an element in bits, in [1, 32]; only with PACKED_UINT, whose data is ceil(product(shape) * bits / 8) bytes."""
+    """Width of an element in bits: in [1, 32] with PACKED_UINT, whose data is ceil(product(shape) * bits / 8) bytes, [1, 31] with
+    SORTED_UINT, [2, 16] with SCALED_UINT. 0 for other types.
+    """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Size of each dimension, outermost first."""
@@ -150,8 +170,9 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def sampled_token_ids(self) -> Global___Tensor:
-        """INT32 or PACKED_UINT [T, R]: ids drawn from the distribution, with replacement. A draw depends only on the seed,
-        the tokens of the sequence, the position and its own index: the same query gives the same anywhere.
+        """INT32, PACKED_UINT or SORTED_UINT [T, R]: ids drawn from the distribution, with replacement. A draw depends only on the
+        seed, the tokens of the sequence, the position and its own index, and with stratified_samples on R: the same query
+        gives the same anywhere.
         """
 
     @_builtins.property
@@ -164,7 +185,7 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def sampled_logprobs(self) -> Global___Tensor:
-        """FLOAT16 or FLOAT32 [T, R]: log-probabilities of the drawn ids, at temperature 1 over the whole vocabulary."""
+        """FLOAT16, FLOAT32 or SCALED_UINT [T, R]: log-probabilities of the drawn ids, at temperature 1 over the whole vocabulary."""
 
     def __init__(
         self,

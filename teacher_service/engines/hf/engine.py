@@ -230,6 +230,7 @@ def _describe(config: TeacherConfig, model: HfModel, codec: TextCodec, files: Mo
         teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
         teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
         teacher_pb2.CAPABILITY_TAIL_SAMPLES,
+        teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES,
         teacher_pb2.CAPABILITY_ENTROPY,
     }
     if config.max_adapters:

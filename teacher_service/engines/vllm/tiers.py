@@ -210,6 +210,7 @@ class WorkerTier(PublicTier):
             teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
             teacher_pb2.CAPABILITY_SAMPLED_TOKENS,
             teacher_pb2.CAPABILITY_TAIL_SAMPLES,
+            teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES,
             teacher_pb2.CAPABILITY_ENTROPY,
             teacher_pb2.CAPABILITY_HIDDEN_STATES,
         }

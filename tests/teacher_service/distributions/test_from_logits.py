@@ -183,6 +183,54 @@ def test_samples_of_the_tail_follow_it_at_their_temperature(temperature: float, 
     assert (np.abs(shares - probs) <= 5 * np.sqrt(probs * (1 - probs) / number) + 1e-9).all()
 
 
+@pytest.mark.parametrize("vocab_size", [V, 4099])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 6])
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_stratified_samples_miss_their_mean_by_less_than_one(
+    vocab_size: int, temperature: float, top_k: int, scale: float
+) -> None:
+    """In PyTorch and in compiled code, also where the tail is far below the top k; over all places their mean is exact."""
+    number, num_rows = 50, 400
+    row = torch.randn(vocab_size, generator=torch.Generator().manual_seed(3)) * 2
+    row[row.topk(top_k).indices] += scale
+    rows = row.repeat(num_rows, 1)
+    got = distributions(
+        rows,
+        identity,
+        RowSpec(start=1, sequence=(np.arange(num_rows + 1) % V).astype(np.int32)),
+        DistributionOptions(
+            top_k=top_k,
+            num_sampled_tokens=number,
+            sample_tail=top_k > 0,
+            sample_temperature=temperature,
+            stratified_samples=True,
+        ),
+        vocab_size=vocab_size,
+    )
+    assert got.sampled_token_ids is not None
+    assert (np.diff(got.sampled_token_ids, axis=1) >= 0).all()
+    tail = row.double().index_fill(0, torch.from_numpy(got.token_ids[0]).long(), -torch.inf) / temperature
+    means = number * tail.softmax(-1).numpy()
+    counts = np.stack([np.bincount(each, minlength=vocab_size) for each in got.sampled_token_ids])
+    assert np.abs(counts - means).max() < 1.001
+    assert not counts[:, got.token_ids[0]].any() or top_k == 0
+    # The places differ between rows, since the prefixes do.
+    variance = np.mod(means, 1) * (1 - np.mod(means, 1))
+    assert (np.abs(counts.mean(0) - means) < 6 * np.sqrt(variance / num_rows) + 5e-3).all()
+
+
+def test_stratified_samples_depend_on_seed_prefix_and_number() -> None:
+    options = replace(EVERYTHING, stratified_samples=True)
+    base, independent = uniforms(target(), options), uniforms(target(), EVERYTHING)
+    assert base is not None
+    assert independent is not None
+    np.testing.assert_allclose(4 * base - np.arange(4), independent[:, :1] @ np.ones((1, 4)), atol=1e-12)
+    later = uniforms(RowSpec(start=5, sequence=target().sequence), options)
+    assert later is not None
+    assert np.array_equal(later, base[3:])
+
+
 def test_without_a_tail_samples_are_of_all_tokens() -> None:
     options = DistributionOptions(top_k=V, num_sampled_tokens=3, sample_tail=True)
     got = run(logits(), options)

@@ -199,6 +199,12 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
             "sample_temperature": 2.0,
             "sampled_logprobs": True,
         },
+        teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES: {
+            "num_sampled_tokens": 8,
+            "sample_tail": True,
+            "sampled_logprobs": True,
+            "stratified_samples": True,
+        },
         teacher_pb2.CAPABILITY_ENTROPY: {"entropy": True},
         teacher_pb2.CAPABILITY_HIDDEN_STATES: {"hidden_states": True},
     }
@@ -216,6 +222,8 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
             assert np.abs(answer.entropy + (np.exp(wanted) * wanted).sum(axis=1)).max() < 1e-4
         if answer.sampled_token_ids is not None:
             assert answer.sampled_token_ids.shape == (20, 8)
+            if "stratified_samples" in fields:
+                assert (np.diff(answer.sampled_token_ids, axis=1) >= 0).all()
         if answer.sampled_logprobs is not None:
             assert answer.sampled_token_ids is not None
             drawn = np.take_along_axis(wanted, answer.sampled_token_ids.astype(np.int64), axis=1)
