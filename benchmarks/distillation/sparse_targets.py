@@ -4,8 +4,9 @@ bytes.
 Trains a small teacher on a text file in this process, then students of several seeds with each form; start, rows and
 order are shared within a seed. The metric is the divergence that is trained, at its temperature, over the complete
 vocabulary on held-out text. A form's gain is its student's over cross-entropy's; shares are of the full form's gain.
-Bytes count ids of 18 bits, as for a vocabulary of 151,936, and float16 log-probabilities. Every student's results are
-kept in the work folder, so that seeds, divergences and temperatures may be run in parts.
+Bytes count ids of 18 bits, as for a vocabulary of 151,936, and float16 log-probabilities; those of stratified draws are
+what the wire took, with ids of the benchmark's vocabulary. Every student's results are kept in the work folder, so that
+seeds, divergences and temperatures may be run in parts.
 
 A second table, of forward KL at temperature 1 along the full student's training: the cosine of each form's gradient with
 the full one, and the share of positions and steps in which a truncated, unnormalised loss is clamped at 0.
@@ -18,7 +19,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -40,18 +41,35 @@ from benchmarks.distillation.small_teacher import (
     open_setting,
     take_step,
 )
-from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.config.rules.loss import why_no_tail_draws
+from stillhouse.protos.tensors.distributions import (
+    Distributions,
+    decode_distributions,
+    encode_distributions,
+    packed_bits,
+)
+from stillhouse.student_trainer.config.rules.loss import TAIL_TARGETS, needs_draw_logprobs, why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.config.target_choice import suits_plain_draws
+from stillhouse.student_trainer.config.target_choice import (
+    DRAW_LOGPROB_BITS,
+    TargetChoice,
+    suits_plain_draws,
+)
 from stillhouse.student_trainer.train.batching.target_forms import TargetForm, target_rows
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
+from stillhouse.teacher_service.distributions.from_logits import sampled_ids
 
 ID_BITS, LOGPROB_BITS = 18, 16
 Kind = Literal[
-    "cross_entropy", "full", "tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise"
+    "cross_entropy",
+    "full",
+    "tail_bucket",
+    "sampled",
+    "top_k_and_sampled",
+    "sampled_tail",
+    "stratified_tail",
+    "renormalise",
 ]
 GRADIENTS_EVERY = 20
 """Steps between two comparisons of gradients."""
@@ -67,13 +85,15 @@ class Form:
 
     @property
     def num_bytes(self) -> float:
-        """Bytes of one token's target; its tail and the text's own token take 8 more."""
+        """Bytes of one token's target; its tail and the text's own token take 8 more. NaN where they depend on the text."""
+        if self.kind == "stratified_tail":
+            return math.nan
         draw_bits = ID_BITS + LOGPROB_BITS if self.kind == "sampled_tail" else ID_BITS
         return (self.top_k * (ID_BITS + LOGPROB_BITS) + self.num_samples * draw_bits) / 8
 
     def suits(self, loss: LossConfig) -> bool:
         """True if the form goes with the loss."""
-        if self.kind == "sampled_tail":
+        if self.kind in TAIL_TARGETS:
             return not any(why_no_tail_draws(term) for term in loss.terms)
         return self.kind in ("cross_entropy", "full", "tail_bucket") or suits_plain_draws(loss)
 
@@ -91,7 +111,9 @@ FORMS = (
     Form(kind="tail_bucket", top_k=64),
     Form(kind="top_k_and_sampled", top_k=16, num_samples=90),
     Form(kind="sampled_tail", top_k=16, num_samples=48),
+    Form(kind="stratified_tail", top_k=16),
 )
+"""0 draws of stratified_tail are as many as `auto` takes."""
 
 
 def _form(text: str) -> Form:
@@ -145,7 +167,7 @@ def main(
     for divergence, temperature in itertools.product(divergences, temperatures):
         loss = LossConfig(terms=(LossTermConfig(divergence=divergence),), temperature=temperature)
         chosen = [form for form in (*map(_form, forms), *(() if forms else FORMS)) if form.suits(loss)]
-        chosen = [CROSS_ENTROPY, FULL, *chosen]
+        chosen = [CROSS_ENTROPY, FULL, *(_settled(form, loss, sizes["vocabulary"]) for form in chosen)]
         found: dict[Form, list[Mapping[str, float]]] = {form: [] for form in chosen}
         for seed in range(seeds):
             for form, metrics in _students(setting, chosen, seed, loss).items():
@@ -159,6 +181,15 @@ def main(
         content["gradients"] = _compare_gradients(setting, console)
         if json_file is not None:
             json_file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _settled(form: Form, loss: LossConfig, vocabulary: int) -> Form:
+    """The form, with as many draws as `auto` takes where it names none."""
+    if form.kind != "stratified_tail" or form.num_samples:
+        return form
+    own = replace(loss, top_k=form.top_k)
+    choice = TargetChoice.draws(own, "", form=form.kind, vocab_size=vocabulary)
+    return replace(form, num_samples=choice.num_samples)
 
 
 def _show(console: Console, name: str, found: Mapping[Form, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
@@ -176,14 +207,15 @@ def _show(console: Console, name: str, found: Mapping[Form, Sequence[Mapping[str
         table.add_row(
             *(
                 str(form),
-                f"{form.num_bytes:.0f}",
+                f"{means.get('bytes', form.num_bytes):.0f}",
                 f"{means['divergence']:.4f}",
                 f"{mean:.1%}",
                 f"± {half:.1%}",
             ),
             *(f"{means['kl']:.4f}", f"{means['accepted']:.3f}", f"{means['ece']:.3f}"),
         )
-        content[str(form)] = {"bytes": form.num_bytes, "share": (mean, half), "seeds": list(metrics)}
+        num_bytes = means.get("bytes", form.num_bytes)
+        content[str(form)] = {"bytes": num_bytes, "share": (mean, half), "seeds": list(metrics)}
     console.print(table)
     return content
 
@@ -203,13 +235,18 @@ def _students(
         student = make_model(sizes["student_width"], 2, sizes["vocabulary"])
         draws = torch.Generator().manual_seed(1000 + seed)
         students[form] = (student, *make_optimizer(student, sizes["steps"]), draws)
+    num_bytes: dict[Form, list[float]] = {form: [] for form in students}
     for batch, logprobs in batches(setting, seed) if students else ():
         for form, (student, optimizer, schedule, draws) in students.items():
-            targets = None if form == CROSS_ENTROPY else _targets(logprobs, form, draws, loss.temperature)
+            targets = None
+            if form != CROSS_ENTROPY:
+                targets = _targets(logprobs, form, draws, loss, num_bytes[form])
             summed = _loss(student, batch, targets, loss)
             take_step(summed / batch[:, 1:].numel(), student, optimizer, schedule)
     for form, (student, *_) in students.items():
-        found = held_out_metrics(setting.teacher, student, setting.held_out, loss)
+        found = dict(held_out_metrics(setting.teacher, student, setting.held_out, loss))
+        if num_bytes[form]:
+            found["bytes"] = statistics.mean(num_bytes[form])
         files[form].write_text(json.dumps(found))
     return {form: json.loads(file.read_text()) for form, file in files.items()}
 
@@ -223,15 +260,15 @@ def _compare_gradients(setting: Setting, console: Console) -> dict[str, Any]:
     cosines: dict[str, list[float]] = {}
     positions_below, steps_below = [], []
     for step, (batch, logprobs) in enumerate(batches(setting, 0)):
-        full = _targets(logprobs, FULL, draws, 1.0)
+        full = _targets(logprobs, FULL, draws, loss)
         if step % GRADIENTS_EVERY == 0:
             log_q = student(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
             truncated, below = truncated_kl(log_q.detach(), logprobs, 64, clamp=False)
             positions_below.append(float(below))
             steps_below.append(float(truncated < 0))
             losses: dict[str, Callable[[], Tensor]] = {
-                str(form): partial(_loss, student, batch, _targets(logprobs, form, draws, 1.0), loss)
-                for form in FORMS
+                str(form): partial(_loss, student, batch, _targets(logprobs, form, draws, loss), loss)
+                for form in (_settled(each, loss, setting.sizes["vocabulary"]) for each in FORMS)
             }
             for clamp, name in ((False, "truncated k=64"), (True, "truncated k=64, clamped")):
                 losses[name] = partial(_truncated, student, batch, logprobs, clamp=clamp)
@@ -276,15 +313,27 @@ def _loss(
 
 
 def _targets(
-    logprobs: Tensor, form: Form, generator: torch.Generator, temperature: float
+    logprobs: Tensor,
+    form: Form,
+    generator: torch.Generator,
+    loss: LossConfig,
+    num_bytes: list[float] | None = None,
 ) -> DenseTargets | SparseTargets:
-    """Teacher targets of each next token, [N, V], in the given form, as a service sends them."""
+    """Teacher targets of each next token, [N, V], in the given form, as a service sends them; appends their bytes a token."""
     if form.kind == "full":
         return DenseTargets(logprobs=logprobs.unsqueeze(0))
+    temperature, vocab_size = loss.temperature, logprobs.shape[1]
     top = logprobs.topk(form.top_k, -1)
     tail = logprobs.scatter(-1, top.indices, -torch.inf)
+    partition = None if temperature == 1 else (logprobs / temperature).logsumexp(-1)
     draws = draw_logprobs = None
-    if form.num_samples:
+    if form.kind == "stratified_tail":
+        places = torch.rand(len(logprobs), 1, generator=generator, dtype=torch.float64)
+        numbers = (torch.arange(form.num_samples) + places) / form.num_samples
+        draws = sampled_ids(tail / temperature, numbers.numpy()).long()
+        if needs_draw_logprobs(loss):
+            draw_logprobs = logprobs.gather(-1, draws).numpy()
+    elif form.num_samples:
         drawn = (tail / temperature).softmax(-1) if form.kind == "sampled_tail" else logprobs.exp()
         draws = torch.multinomial(drawn, form.num_samples, replacement=True, generator=generator)
         draw_logprobs = logprobs.gather(-1, draws).half().float().numpy()
@@ -296,14 +345,27 @@ def _targets(
         log_tail=tail.logsumexp(-1).numpy(),
         sampled_token_ids=None if draws is None else draws.int().numpy(),
         sampled_logprobs=draw_logprobs,
+        log_partitions=None if partition is None else partition.unsqueeze(-1).numpy(),
     )
-    found = target_rows(answer, np.arange(len(logprobs)), cast("TargetForm", form.kind))
+    if form.kind == "stratified_tail":
+        bits = packed_bits(vocab_size)
+        message = encode_distributions(
+            answer, pack_bits=bits, sort_bits=bits, sampled_logprob_bits=DRAW_LOGPROB_BITS
+        )
+        parts = (message.token_ids, message.logprobs, message.sampled_token_ids, message.sampled_logprobs)
+        if num_bytes is not None:
+            num_bytes.append(sum(len(part.data) for part in parts) / len(logprobs))
+        answer = decode_distributions(
+            message, vocab_size=vocab_size, max_rows=len(logprobs), max_top_k=form.top_k
+        )
+    kind = cast("TargetForm", form.kind)
+    found = target_rows(answer, np.arange(len(logprobs)), kind, temperature=temperature)
     shares = found.draw_shares
     return SparseTargets(
         token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
         logprobs=torch.from_numpy(found.logprobs).float().unsqueeze(0),
         log_tail=torch.from_numpy(found.log_tail).float().unsqueeze(0),
-        log_partition=None if temperature == 1 else (logprobs / temperature).logsumexp(-1).unsqueeze(0),
+        log_partition=None if partition is None else partition.unsqueeze(0),
         draw_shares=None if shares is None else torch.from_numpy(shares).float().unsqueeze(0),
     )
 

@@ -192,7 +192,16 @@ class LossConfig:
         DefaultText(f"{DRAWN_TOP_K} where auto takes draws, else {BUCKET_TOP_K}"),
     ] = None
     sparse_target: Annotated[
-        str, Choices("auto", "tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise")
+        str,
+        Choices(
+            "auto",
+            "tail_bucket",
+            "sampled",
+            "top_k_and_sampled",
+            "sampled_tail",
+            "stratified_tail",
+            "renormalise",
+        ),
     ] = "auto"
     num_samples: Annotated[
         int | None,

@@ -5,13 +5,19 @@ It is settled once. The effective spec then holds it like any other setting, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import LossSpec, RunSpec
 from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_losses
-from stillhouse.student_trainer.config.rules.loss import DIVERGENCES, why_no_tail_draws
+from stillhouse.student_trainer.config.rules.loss import (
+    DIVERGENCES,
+    MAX_SAMPLES,
+    needs_draw_logprobs,
+    why_no_tail_draws,
+)
 from stillhouse.student_trainer.config.schema import (
     BUCKET_TOP_K,
     LossConfig,
@@ -21,6 +27,10 @@ from stillhouse.student_trainer.config.schema import (
 AUTO = "auto"
 LEAST_SAMPLES, NAMED_SAMPLES = 48, 50
 """Draws beside a top_k of the user's own that leaves no room for more; and with a named target."""
+
+DRAW_LOGPROB_BITS = 4
+"""Bits of the log-probability of a stratified draw where others are float16. They add noise that is small beside that of
+draws, in place of which there are half as many draws more than with 8."""
 _TARGET_BITS, _ID_BITS, _LOGPROB_BITS = 272 * 8, 18, 16
 """Bits of a token's target, of an id of a vocabulary of 151,936, and of a log-probability."""
 
@@ -35,12 +45,16 @@ class TargetChoice:
     sparse_target_reason: str
 
     @classmethod
-    def draws(cls, loss: LossConfig, why: str, *, tail: bool) -> TargetChoice:
-        """The top-k exactly and draws for the rest, in the bytes of 64 tokens and a bucket; `tail`: of the tail alone."""
+    def draws(cls, loss: LossConfig, why: str, *, form: str, vocab_size: int) -> TargetChoice:
+        """The top-k exactly and draws of target `form` for the rest, in the bytes of 64 tokens and a bucket."""
         top_k, token_bits = loss.least_top_k, _ID_BITS + _LOGPROB_BITS
-        room = (_TARGET_BITS - top_k * token_bits) // (token_bits if tail else _ID_BITS)
+        if form == "stratified_tail":
+            room = _stratified_draws(top_k, vocab_size, with_logprobs=needs_draw_logprobs(loss))
+        else:
+            of_tail = form == "sampled_tail"
+            room = (_TARGET_BITS - top_k * token_bits) // (token_bits if of_tail else _ID_BITS)
         return cls(
-            sparse_target="sampled_tail" if tail else "top_k_and_sampled",
+            sparse_target=form,
             top_k=top_k,
             num_samples=max(room, LEAST_SAMPLES) if loss.num_samples is None else loss.num_samples,
             sparse_target_reason=why,
@@ -69,6 +83,21 @@ class TargetChoice:
             num_samples=int(value["num_samples"]),
             sparse_target_reason=str(value["sparse_target_reason"]),
         )
+
+
+def _stratified_draws(top_k: int, vocab_size: int, *, with_logprobs: bool) -> int:
+    """The most draws whose sorted ids, spread evenly, fit beside the top-k; ids that crowd take less."""
+    id_bits = max(1, (vocab_size - 1).bit_length())
+    room = _TARGET_BITS - top_k * (id_bits + _LOGPROB_BITS)
+    logprob_bits = DRAW_LOGPROB_BITS if with_logprobs else 0
+    if with_logprobs:
+        room -= 2 * _LOGPROB_BITS  # bounds of the row
+
+    def bits(count: int) -> float:
+        return count * (2 + math.log2(max(1.0, vocab_size / count)) + logprob_bits)
+
+    most = min(MAX_SAMPLES, max(1, vocab_size))
+    return next((count for count in range(most, 0, -1) if bits(count) <= room), 0)
 
 
 def why_no_draws(config: RunConfig, loss: LossConfig) -> str:

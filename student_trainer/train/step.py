@@ -246,13 +246,14 @@ class Stepper:
         self, group: Sequence[ScoredExample], factors: Sequence[Factor], chunk_scale: float, *, packed: bool
     ) -> MicroBatch:
         context = group[0].context
-        student = self._config.contexts[context].student
+        loss, student = self._losses[context], self._config.contexts[context].student
         return collate(
             group,
             reduction=self._reduction,
             device=self.device,
             max_importance_weight=student.max_importance_weight if student else math.inf,
-            form=cast("TargetForm", self._losses[context].sparse_target),
+            form=cast("TargetForm", loss.sparse_target),
+            temperature=loss.temperature,
             factors=factors,
             packing=packed,
             chunk_scale=chunk_scale,

@@ -9,6 +9,7 @@ import grpc
 from benchmarks.distillation.teacher_proxy import TeacherProxy
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_SAMPLED_TOKENS,
+    CAPABILITY_STRATIFIED_SAMPLES,
     CAPABILITY_TAIL_SAMPLES,
     GetTeacherInfoResponse,
     ScoreRequest,
@@ -19,12 +20,17 @@ INFO_METHOD = "/stillhouse.v1.TeacherService/GetTeacherInfo"
 
 
 class _Watch:
-    def __init__(self, *, plain: bool) -> None:
-        self._plain = plain
+    def __init__(self, hidden: frozenset[int]) -> None:
+        self._hidden = hidden
 
     def request(self, request: ScoreRequest) -> None:
-        asked = request.config.num_sampled_tokens if self._plain else request.config.sample_tail
-        assert not asked, "draws of a teacher that has none"
+        config = request.config
+        asked: dict[int, bool] = {
+            CAPABILITY_SAMPLED_TOKENS: config.num_sampled_tokens > 0,
+            CAPABILITY_TAIL_SAMPLES: config.sample_tail,
+            CAPABILITY_STRATIFIED_SAMPLES: config.stratified_samples or config.sort_samples,
+        }
+        assert not any(asked[each] for each in self._hidden), "draws of a teacher that has none"
 
     def response(self, response: ScoreResponse) -> ScoreResponse:
         return response
@@ -34,9 +40,10 @@ class TeacherWithoutDraws(TeacherProxy):
     """Forwards every call to `target`; its capabilities lack draws."""
 
     def __init__(self, target: str, *hidden: int) -> None:
-        """`hidden` are the capabilities to hide: those of draws, by default."""
-        self._hidden = hidden or (CAPABILITY_SAMPLED_TOKENS, CAPABILITY_TAIL_SAMPLES)
-        super().__init__(target, lambda: _Watch(plain=not hidden))
+        """`hidden` are the capabilities to hide, of draws: all of them by default, and stratified ones always."""
+        every = hidden or (CAPABILITY_SAMPLED_TOKENS, CAPABILITY_TAIL_SAMPLES)
+        self._hidden = frozenset({*every, CAPABILITY_STRATIFIED_SAMPLES})
+        super().__init__(target, lambda: _Watch(self._hidden))
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Handles any method."""

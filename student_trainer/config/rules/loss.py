@@ -8,8 +8,11 @@ from stillhouse.protos.errors import FieldViolation
 from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.schema import DIVERGENCE_PARAMETERS, LossConfig, LossTermConfig
 
-DRAWN_TARGETS = ("sampled", "top_k_and_sampled", "sampled_tail")
-"""Values of sparse_target whose ids the teacher draws."""
+PLAIN_TARGETS, TAIL_TARGETS = ("sampled", "top_k_and_sampled"), ("sampled_tail", "stratified_tail")
+"""Values of sparse_target whose ids the teacher draws from all tokens, and from those outside top_k."""
+DRAWN_TARGETS = (*PLAIN_TARGETS, *TAIL_TARGETS)
+MAX_SAMPLES = 512
+"""Most draws that a teacher takes."""
 MAX_DRAWN_BETA = 0.5
 """Largest beta of alpha_beta at which an estimate from draws has a bounded variance."""
 DIVERGENCES = fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
@@ -29,13 +32,18 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
         if known and term.weight > 0 and term.estimator == "full":
             yield from _check_target(here, term, loss)
             yield from _check_temperature(here, term, loss)
-    if loss.sparse_target == "sampled_tail" and loss.temperature != 1 and loss.temperature_mode != "exact":
+    if (loss.num_samples or 0) > MAX_SAMPLES and loss.sparse_target in ("auto", *DRAWN_TARGETS):
+        yield FieldViolation(
+            f"{path}.num_samples",
+            f"is {loss.num_samples}; teachers draw at most {MAX_SAMPLES} ids a position.",
+        )
+    if loss.sparse_target in TAIL_TARGETS and loss.temperature != 1 and loss.temperature_mode != "exact":
         yield FieldViolation(
             f"{path}.temperature_mode",
-            f'is "{loss.temperature_mode}", but sparse_target "sampled_tail" compares at the temperature of its draws, '
-            'which needs "exact". Use this, or sparse_target tail_bucket.',
+            f'is "{loss.temperature_mode}", but sparse_target "{loss.sparse_target}" compares at the temperature of its '
+            'draws, which needs "exact". Use this, or sparse_target tail_bucket.',
         )
-    elif loss.sparse_target in DRAWN_TARGETS[:2] and loss.temperature != 1 and loss.asks_teacher:
+    elif loss.sparse_target in PLAIN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
         yield FieldViolation(
             f"{path}.temperature",
             f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are sampled at temperature 1 '
@@ -57,6 +65,12 @@ def why_no_tail_draws(term: LossTermConfig) -> str:
     ):
         return reverse
     return ""
+
+
+def needs_draw_logprobs(loss: LossConfig) -> bool:
+    """True if an estimate from draws of the tail needs their log-probabilities: for all but forward KL, which is linear in p."""
+    full = (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
+    return any(term.divergence != "forward_kl" for term in full)
 
 
 def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolation]:
@@ -88,12 +102,12 @@ def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolatio
 
 def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
     """Targets without a tail fit forward KL alone, and draws from the tail what they estimate with a bounded variance."""
-    if loss.sparse_target == "sampled_tail":
+    if loss.sparse_target in TAIL_TARGETS:
         why = why_no_tail_draws(term)
         if why:
             yield FieldViolation(
                 f"{path}.divergence",
-                f'does not go with sparse_target "sampled_tail": {why}. Use sparse_target tail_bucket.',
+                f'does not go with sparse_target "{loss.sparse_target}": {why}. Use sparse_target tail_bucket.',
             )
         return
     if loss.sparse_target in ("auto", "tail_bucket") or term.divergence == "forward_kl":

@@ -81,13 +81,14 @@ def collate(
     device: torch.device,
     max_importance_weight: float = np.inf,
     form: TargetForm = "tail_bucket",
+    temperature: float = 1.0,
     factors: Sequence[Factor] = (),
     packing: bool = False,
     chunk_scale: float = 1.0,
 ) -> MicroBatch:
     """The micro-batch of `scored`, of which all or none have distributions, and all or none are rollouts.
 
-    `form` represents the tokens beyond the teacher's top-k. With `packing` the sequences lie in one row
+    `form` represents the tokens beyond the teacher's top-k, for a loss at `temperature`. With `packing` the sequences lie in one row
     without padding. `chunk_scale` multiplies the weights of chunks.
     """
     positions = [np.flatnonzero(each.example.mask) for each in scored]
@@ -109,7 +110,9 @@ def collate(
         positions=Positions(
             target_ids=tensor(np.concatenate(target_ids).astype(np.int64)).unsqueeze(0),
             weights=tensor(np.concatenate(weights)).unsqueeze(0),
-            targets=_targets(scored, positions, device, form) if answered and not foreign else None,
+            targets=_targets(scored, positions, device, form, temperature)
+            if answered and not foreign
+            else None,
             sampled=_sampled(scored, positions, device, max_importance_weight),
             token_factors={
                 each.weighting: tensor(
@@ -221,7 +224,11 @@ def _packed(scored: Sequence[ScoredExample], positions: Sequence[np.ndarray]) ->
 
 
 def _targets(
-    scored: Sequence[ScoredExample], positions: Sequence[np.ndarray], device: torch.device, form: TargetForm
+    scored: Sequence[ScoredExample],
+    positions: Sequence[np.ndarray],
+    device: torch.device,
+    form: TargetForm,
+    temperature: float,
 ) -> SparseTargets:
     found: list[TargetRows] = []
     log_partition: list[np.ndarray] = []
@@ -229,7 +236,7 @@ def _targets(
         answer = each.answer
         assert answer is not None
         rows = at - answer.start
-        found.append(target_rows(answer, rows, form))
+        found.append(target_rows(answer, rows, form, temperature=temperature))
         if answer.log_partitions is not None and answer.log_partitions.shape[1]:
             log_partition.append(answer.log_partitions[rows, 0])
     widest = max(each.token_ids.shape[1] for each in found)

@@ -17,7 +17,9 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.batching.supports import in_rows
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
-TargetForm = Literal["tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise"]
+TargetForm = Literal[
+    "tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "stratified_tail", "renormalise"
+]
 TokenWeighting = Literal["teacher_entropy", "teacher_confidence"]
 
 
@@ -34,15 +36,19 @@ class TargetRows(NamedTuple):
     """[T, K]: share of each token in its row's draws from the tail, 0 for kept tokens; None in forms without such."""
 
 
-def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm) -> TargetRows:
-    """Rows `rows` of a teacher's distributions in the form that a loss wants.
+def target_rows(
+    answer: Distributions, rows: NDArray[np.int64], form: TargetForm, *, temperature: float = 1.0
+) -> TargetRows:
+    """Rows `rows` of a teacher's distributions in the form that a loss at `temperature` wants.
 
     tail_bucket: the top-k, and one bucket of all others. renormalise: the top-k as if there were no others,
     which biases the student towards them. sampled: draw i counts 1 / R for its token (random-sampling distillation,
     2503.16870), whose expectation is the teacher, so that the gradient of a loss that is linear in it is unbiased.
     top_k_and_sampled: the top-k exactly, and the tail's mass shared by the draws that fell into it; a row of which
     none did, a share of (1 - tail)^R of such rows, keeps the bucket. sampled_tail: the top-k exactly, the tail's mass,
-    and draws from outside the top-k with their own log-probabilities. Raises StillhouseError(CAPABILITY) without draws.
+    and draws from outside the top-k with their own log-probabilities. stratified_tail: the same, where the draws have such;
+    else the top-k exactly, and the tail's mass at `temperature` shared by the draws. Raises StillhouseError(CAPABILITY)
+    without draws.
     """
     ids, logprobs = answer.token_ids[rows], answer.logprobs[rows].astype(np.float64)
     log_tail = answer.log_tail[rows].astype(np.float64)
@@ -59,18 +65,34 @@ def target_rows(answer: Distributions, rows: NDArray[np.int64], form: TargetForm
             metadata={"capability": "CAPABILITY_SAMPLED_TOKENS"},
         )
     draws = answer.sampled_token_ids[rows]
-    if form == "sampled_tail":
-        return _with_tail(ids, logprobs, log_tail, draws, needs[rows].astype(np.float64))
+    if form == "sampled_tail" or (form == "stratified_tail" and answer.sampled_logprobs is not None):
+        assert answer.sampled_logprobs is not None
+        return _with_tail(ids, logprobs, log_tail, draws, answer.sampled_logprobs[rows].astype(np.float64))
     if form == "sampled":
         drawn = _distinct(draws)
         return TargetRows(drawn.token_ids, drawn.log_shares, np.full_like(log_tail, -np.inf))
-    drawn = _distinct(np.where(in_rows(draws, ids), PAD_ID, draws))
+    drawn = _distinct(np.where(in_rows(draws, ids) | np.isneginf(log_tail)[:, None], PAD_ID, draws))
+    shared = log_tail
+    if temperature != 1:
+        assert answer.log_partitions is not None, "checked with the request"
+        shared = _log_tail_sum(logprobs, answer.log_partitions[rows, 0].astype(np.float64), temperature)
     some = (drawn.token_ids >= 0).any(axis=1)
     return TargetRows(
         np.concatenate([ids, drawn.token_ids], axis=1),
-        np.concatenate([logprobs, drawn.log_shares + log_tail[:, None]], axis=1),
+        # Tempered by the loss, a drawn token has its share of the tempered tail.
+        np.concatenate([logprobs, temperature * drawn.log_shares + shared[:, None]], axis=1),
         np.where(some, -np.inf, log_tail),
     )
+
+
+def _log_tail_sum(
+    logprobs: NDArray[np.float64], log_partition: NDArray[np.float64], temperature: float
+) -> NDArray[np.float64]:
+    """[T]: T log sum_v p_v^(1/T) over the tokens outside the kept ones; -inf where rounding leaves nothing."""
+    kept = np.exp(logprobs / temperature - log_partition[:, None]).sum(axis=1)
+    with np.errstate(divide="ignore"):
+        log_tail = np.log(np.maximum(1.0 - kept, 0.0))
+    return cast("NDArray[np.float64]", temperature * (log_tail + log_partition))
 
 
 def entropy(answer: Distributions, rows: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -7,13 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import structlog
 
 from stillhouse.protos.cache.format import CacheMeta
-from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_SAMPLED_TOKENS, CAPABILITY_TAIL_SAMPLES
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_SAMPLED_TOKENS,
+    CAPABILITY_STRATIFIED_SAMPLES,
+    CAPABILITY_TAIL_SAMPLES,
+)
 from stillhouse.student_trainer.config.rules.contexts import run_losses
-from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
 from stillhouse.student_trainer.config.target_choice import (
     TargetChoice,
@@ -94,13 +99,18 @@ def _choose(
             for name, each in members.items()
             if capability not in each.info.capabilities
         ]
-        for capability in (CAPABILITY_TAIL_SAMPLES, CAPABILITY_SAMPLED_TOKENS)
+        for capability in (CAPABILITY_STRATIFIED_SAMPLES, CAPABILITY_TAIL_SAMPLES, CAPABILITY_SAMPLED_TOKENS)
     }
+    vocab_size = max(each.info.vocab_size for each in members.values())
+    choose = partial(TargetChoice.draws, loss, vocab_size=vocab_size)
+    from_tail = f"the teacher draws from its tail, and {unbiased}"
+    if not without[CAPABILITY_STRATIFIED_SAMPLES]:
+        return choose(from_tail, form="stratified_tail")
     if suits_plain_draws(loss) and not without[CAPABILITY_SAMPLED_TOKENS]:
         # Twice as many draws in the same bytes: they need no log-probabilities here.
-        return TargetChoice.draws(loss, f"the teacher draws, and {unbiased}", tail=False)
+        return choose(f"the teacher draws, and {unbiased}", form="top_k_and_sampled")
     if not without[CAPABILITY_TAIL_SAMPLES]:
-        return TargetChoice.draws(loss, f"the teacher draws from its tail, and {unbiased}", tail=True)
+        return choose(from_tail, form="sampled_tail")
     max_top_k = min(each.info.max_top_k for each in members.values())
     why = f"the teacher {', '.join(without[CAPABILITY_TAIL_SAMPLES])} does not draw from its tail"
     return TargetChoice.bucket(loss, why, max_top_k=max_top_k)
@@ -121,13 +131,13 @@ def _stored_choice(
     ]
     named = [each.name for each in config.teachers if any(meta.name == each.name for meta in kinds)]
     groups = [[meta for meta in kinds if meta.name == name] for name in named] or [kinds]
-    for form in ("sampled_tail", "top_k_and_sampled", "tail_bucket"):
+    for form in ("stratified_tail", "sampled_tail", "top_k_and_sampled", "tail_bucket"):
         found = [_stored_kinds(config, loss, group, form) for group in groups]
         common = set.intersection(*map(set, found))
         if common:
             top_k, num_samples = max(common)
             held = f"{num_samples} draws" if num_samples else "no draws"
-            if form == "sampled_tail":
+            if form in TAIL_TARGETS:
                 held += " from the tail"
             why = f"the cache {cache.config.path} holds top-{top_k} and {held}"
             return _stored_form(loss, form, top_k, num_samples, why)
@@ -154,7 +164,8 @@ def _stored_kinds(
         ):
             continue
         settled = settle(loss, _stored_form(loss, form, meta.top_k, num_samples))
-        wanted = meta.for_config(training_request(settled, config.data.seed).to_config(TeacherConfig()))
+        teacher = TeacherConfig(logprob_dtype=meta.logprob_dtype)
+        wanted = meta.for_config(training_request(settled, config.data.seed).to_config(teacher))
         if wanted.sampling == meta.sampling and replace(meta, entropy=True).serves(wanted):
             fitting.append((meta.top_k, num_samples))
     return fitting

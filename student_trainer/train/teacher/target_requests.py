@@ -11,8 +11,9 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
 from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
-from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS, needs_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
+from stillhouse.student_trainer.config.target_choice import DRAW_LOGPROB_BITS
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 
@@ -29,8 +30,12 @@ class TargetRequest:
     seed: int = 0
     """Seed of these samples."""
     sample_tail: bool = False
-    """Samples are of the tokens outside top_k, at `sample_temperature`, and come with their log-probabilities."""
+    """Samples are of the tokens outside top_k, at `sample_temperature`."""
     sample_temperature: float = 1.0
+    sampled_logprobs: bool = False
+    """Samples come with their log-probabilities."""
+    stratified: bool = False
+    """Samples are stratified, and travel sorted."""
     entropy: bool = False
     field: str = "loss.top_k"
     """Place of `top_k` in the run file."""
@@ -54,7 +59,12 @@ class TargetRequest:
             seed=self.seed,
             sample_tail=self.sample_tail,
             sample_temperature=self.sample_temperature if self.sample_temperature != 1 else 0,
-            sampled_logprobs=self.sample_tail,
+            sampled_logprobs=self.sampled_logprobs,
+            stratified_samples=self.stratified,
+            sort_samples=self.stratified,
+            sampled_logprob_bits=DRAW_LOGPROB_BITS
+            if self.stratified and self.sampled_logprobs and half
+            else 0,
             entropy=self.entropy and (info is None or CAPABILITY_ENTROPY in info.capabilities),
         )
 
@@ -67,14 +77,17 @@ class TargetRequest:
 def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") -> TargetRequest:
     """The distributions that `loss` needs; `seed` is for samples, where it needs any."""
     tempered = loss.temperature != 1 and loss.temperature_mode == "exact"
-    samples = loss.sparse_target in DRAWN_TARGETS
+    samples, of_tail = loss.sparse_target in DRAWN_TARGETS, loss.sparse_target in TAIL_TARGETS
+    stratified = loss.sparse_target == "stratified_tail"
     return TargetRequest(
         top_k=0 if loss.foreign_tokenizer == "alm" else loss.least_top_k,
         temperature=loss.temperature if tempered else None,
         num_samples=loss.num_samples or 0 if samples else 0,
         seed=seed if samples else 0,
-        sample_tail=loss.sparse_target == "sampled_tail",
-        sample_temperature=loss.temperature if loss.sparse_target == "sampled_tail" else 1.0,
+        sample_tail=of_tail,
+        sample_temperature=loss.temperature if of_tail else 1.0,
+        sampled_logprobs=of_tail and (not stratified or needs_draw_logprobs(loss)),
+        stratified=stratified,
         entropy=any(term.weight > 0 and term.token_weighting != "uniform" for term in loss.terms),  # noqa: S105 (of text)
         field=field,
     )

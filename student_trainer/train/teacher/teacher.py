@@ -18,6 +18,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
+    CAPABILITY_STRATIFIED_SAMPLES,
     CAPABILITY_TAIL_SAMPLES,
     Capability,
     GetTeacherInfoResponse,
@@ -38,6 +39,11 @@ from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, c
 
 log = structlog.get_logger()
 
+_DRAW_CAPABILITIES = {
+    "sampled_tail": CAPABILITY_TAIL_SAMPLES,
+    "stratified_tail": CAPABILITY_STRATIFIED_SAMPLES,
+}
+"""Capability that a target needs; other draws need CAPABILITY_SAMPLED_TOKENS. A greater one includes the lesser ones."""
 FIRST_CONTACT_S = 15.0
 """Seconds to wait for a teacher that was never reached in this run; later ones get retry.teacher_wait_s."""
 _LIMITS = ("max_sequence_tokens", "max_top_k", "max_query_tokens", "max_prompts", "max_inflight_sequences")
@@ -63,8 +69,8 @@ class Demands:
     """Place in the run file of a loss that needs query_logprobs; empty if none does."""
     draws_field: str
     """Place in the run file of a loss whose targets the teacher samples; empty if none has such."""
-    samples_tail: bool
-    """True if these are samples of the tail alone."""
+    draws_capability: Capability.ValueType
+    """Capability that these need."""
     longest: Example
     """The longest example."""
     largest: Example
@@ -87,12 +93,13 @@ class Demands:
         bridged = is_bridged(config)
         asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
         tempered: list[float | None] = [None]
-        drawn, tails = [""], False
+        drawn, draws_capability = [""], CAPABILITY_SAMPLED_TOKENS
         for path, loss in run_losses(config):
             if loss.asks_teacher:
                 if loss.sparse_target in DRAWN_TARGETS:
                     drawn.append(f"{path}.sparse_target")
-                    tails = tails or loss.sparse_target == "sampled_tail"
+                    needed = _DRAW_CAPABILITIES.get(loss.sparse_target, CAPABILITY_SAMPLED_TOKENS)
+                    draws_capability = max(draws_capability, needed)
                 asked[f"{path}.top_k"] = 0 if bridged else loss.least_top_k
                 if loss.temperature != 1 and loss.temperature_mode == "exact":
                     tempered.append(loss.temperature)
@@ -106,7 +113,7 @@ class Demands:
             temperature=tempered[-1],
             query_field=query_loss_path(config),
             draws_field=drawn[-1],
-            samples_tail=tails,
+            draws_capability=draws_capability,
             longest=corpus.longest,
             largest=corpus.largest,
             template_date=corpus.template_date,
@@ -311,7 +318,7 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -
             "to policy_gradient, which every engine serves, or start the teacher with --engine hf.",
             metadata={"capability": "CAPABILITY_QUERY_LOGPROBS"},
         )
-    draws = CAPABILITY_TAIL_SAMPLES if demands.samples_tail else CAPABILITY_SAMPLED_TOKENS
+    draws = demands.draws_capability
     if demands.draws_field and draws not in info.capabilities:
         raise StillhouseError(
             Reason.CAPABILITY,

@@ -15,12 +15,13 @@ TYPES = (Tensor.DATA_TYPE_SCALED_UINT,)
 
 def back(tensor: Tensor) -> NDArray[np.float32]:
     received = Tensor.FromString(tensor.SerializeToString())
-    found = decode(received, field="x", dtypes=TYPES, shape=[None, None])
-    return found.astype(np.float32, copy=False)
+    found: NDArray[np.float32] = decode(received, field="x", dtypes=TYPES, shape=[None, None])
+    return found
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    logprobs: NDArray[np.float64] = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    return logprobs
 
 
 @pytest.mark.parametrize("bits", [4, 8, 12])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
+from stillhouse.protos.tensors.layout import encode_scaled, encode_sorted, packed_bits
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
-from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.config.target_choice import (
+    DRAW_LOGPROB_BITS,
     TargetChoice,
     settle_config,
     settle_spec,
@@ -58,27 +61,52 @@ def test_all_others_wait_for_the_teacher(loss: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "tail", "top_k", "num_samples"),
+    ("loss", "form", "top_k", "num_samples"),
     [
-        (LossConfig(), False, 16, 90),
-        (LossConfig(), True, 16, 48),
-        (LossConfig(top_k=32), False, 32, 60),
-        (LossConfig(top_k=8), True, 8, 56),
-        (LossConfig(top_k=64), True, 64, 48),
-        (LossConfig(num_samples=7), True, 16, 7),
+        (LossConfig(), "top_k_and_sampled", 16, 90),
+        (LossConfig(), "sampled_tail", 16, 48),
+        (LossConfig(top_k=32), "top_k_and_sampled", 32, 60),
+        (LossConfig(top_k=8), "sampled_tail", 8, 56),
+        (LossConfig(top_k=64), "sampled_tail", 64, 48),
+        (LossConfig(num_samples=7), "sampled_tail", 16, 7),
+        (LossConfig(num_samples=7), "stratified_tail", 16, 7),
     ],
 )
 def test_draws_take_the_bytes_of_64_tokens_and_keep_what_the_user_gave(
-    loss: LossConfig, tail: bool, top_k: int, num_samples: int
+    loss: LossConfig, form: str, top_k: int, num_samples: int
 ) -> None:
-    choice = TargetChoice.draws(loss, "why", tail=tail)
+    choice = TargetChoice.draws(loss, "why", form=form, vocab_size=151_936)
     assert (choice.top_k, choice.num_samples) == (top_k, num_samples)
-    if loss.top_k is None:
-        assert (choice.top_k * 34 + choice.num_samples * (34 if tail else 18)) / 8 <= 272
+    if loss.top_k is None and loss.num_samples is None:
+        assert (choice.top_k * 34 + choice.num_samples * (34 if form == "sampled_tail" else 18)) / 8 <= 272
+
+
+@pytest.mark.parametrize("vocab_size", [2, 4096, 32_000, 151_936])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_stratified_draws_fit_even_where_they_are_spread_evenly(vocab_size: int, divergence: str) -> None:
+    loss = LossConfig(terms=(LossTermConfig(divergence=divergence),))
+    count = TargetChoice.draws(loss, "why", form="stratified_tail", vocab_size=vocab_size).num_samples
+    ids = np.sort(np.random.default_rng(0).integers(0, vocab_size, (200, count)), axis=1)
+    bits = packed_bits(vocab_size)
+    num_bytes = len(encode_sorted(ids, bits=bits).data) / 200 + 16 * (bits + 16) / 8
+    if divergence != "forward_kl":
+        num_bytes += (
+            len(encode_scaled((ids / vocab_size).astype(np.float32), bits=DRAW_LOGPROB_BITS).data) / 200
+        )
+    assert num_bytes <= 272
+    if vocab_size > 1000:
+        assert num_bytes > 255
 
 
 def test_named_targets_keep_their_defaults() -> None:
-    for target in ("tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "renormalise"):
+    for target in (
+        "tail_bucket",
+        "sampled",
+        "top_k_and_sampled",
+        "sampled_tail",
+        "stratified_tail",
+        "renormalise",
+    ):
         loss = from_proto(changed("loss.sparse_target", target)).loss
         assert (loss.sparse_target, loss.top_k, loss.num_samples) == (target, 64, 50)
         assert loss.sparse_target_reason == ""
@@ -87,7 +115,10 @@ def test_named_targets_keep_their_defaults() -> None:
 def test_configuration_and_effective_spec_are_settled_alike() -> None:
     spec = changed("contexts", [{"dataset": {}}, {"dataset": {}, "loss": {"hard_weight": 1}}])
     config = from_proto(spec)
-    choices = {path: TargetChoice.draws(loss, f"of {path}", tail=True) for path, loss in unsettled(config)}
+    choices = {
+        path: TargetChoice.draws(loss, f"of {path}", form="stratified_tail", vocab_size=4096)
+        for path, loss in unsettled(config)
+    }
     assert set(choices) == {"loss", "contexts[1].loss"}
     effective = to_proto(config)
     settle_spec(effective, choices)

@@ -41,7 +41,9 @@ def test_reports_of_a_process_are_stored(store: Store, run_dir: RunDir) -> None:
     tail = JournalTail(store, RUN, run_dir, 1)
     assert not tail.ingest()
     with run_dir.open_attempt(1) as attempt:
-        choice = TargetChoice.draws(LossConfig(), "the teacher draws", tail=False)
+        choice = TargetChoice.draws(
+            LossConfig(), "the teacher draws", form="top_k_and_sampled", vocab_size=4096
+        )
         attempt.report("settled", targets={"loss": choice.to_json()})
         attempt.report("started", total_steps=9, step=0)
         attempt.report_metrics(0, {"eval/kl": 2.0})

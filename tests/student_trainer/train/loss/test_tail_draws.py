@@ -10,13 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
+from stillhouse.protos.tensors.distributions import (
+    Distributions,
+    decode_distributions,
+    encode_distributions,
+)
+from stillhouse.student_trainer.config.rules.loss import needs_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
+from stillhouse.student_trainer.config.target_choice import DRAW_LOGPROB_BITS
 from stillhouse.student_trainer.train.batching.target_forms import target_rows
 from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import Positions, objective
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets, Targets
+from stillhouse.teacher_service.distributions.from_logits import sampled_ids
 from tests.student_trainer.train.loss.dense_reference import random_logits
 
 V, K, R, ROWS = 30, 3, 5, 6000
@@ -70,6 +78,43 @@ def drawn_targets(
     )
 
 
+def stratified_targets(
+    teacher_logits: Tensor, loss: LossConfig, *, rows: int = 4000, bits: int = 12
+) -> SparseTargets:
+    """Rows of one teacher, [V], with stratified draws at evenly spread places, as a service sends them on the wire."""
+    temperature, count = loss.temperature, 7
+    logprobs = teacher_logits.double().log_softmax(-1)
+    top = logprobs.topk(K)
+    tail = logprobs.index_fill(0, top.indices, -torch.inf)
+    numbers = (torch.arange(count) + (torch.arange(rows).unsqueeze(-1) + 0.5) / rows) / count
+    draws = sampled_ids((tail / temperature).expand(rows, V), numbers.double().numpy()).long()
+    partition = (logprobs / temperature).logsumexp(-1)
+    answer = Distributions(
+        start=1,
+        token_ids=top.indices.int().expand(rows, K).numpy(),
+        logprobs=top.values.float().expand(rows, K).numpy(),
+        target_logprobs=np.zeros(rows, np.float32),
+        log_tail=tail.logsumexp(-1).float().expand(rows).numpy(),
+        log_partitions=partition.float().expand(rows, 1).numpy(),
+        sampled_token_ids=draws.int().numpy(),
+        sampled_logprobs=logprobs[draws].float().numpy() if needs_draw_logprobs(loss) else None,
+    )
+    message = encode_distributions(
+        answer, logprob_dtype=TensorMessage.DATA_TYPE_FLOAT32, sort_bits=5, sampled_logprob_bits=bits
+    )
+    answer = decode_distributions(message, vocab_size=V, max_rows=rows, max_top_k=K)
+    found = target_rows(answer, np.arange(rows), "stratified_tail", temperature=temperature)
+    shares = found.draw_shares
+    assert (shares is None) == (not needs_draw_logprobs(loss))
+    return SparseTargets(
+        token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
+        logprobs=torch.from_numpy(found.logprobs).unsqueeze(0),
+        log_tail=torch.from_numpy(found.log_tail).unsqueeze(0),
+        log_partition=None if temperature == 1 else partition.expand(1, rows),
+        draw_shares=None if shares is None else torch.from_numpy(shares).unsqueeze(0),
+    )
+
+
 def value_and_gradients(logits: Tensor, targets: Targets, loss: LossConfig) -> tuple[float, Tensor]:
     """Sum over rows, and [rows, V]."""
     leaf = logits.clone().requires_grad_()
@@ -102,6 +147,41 @@ def test_the_mean_over_draws_is_the_dense_value_and_gradient(
     error = gradients.std(0) / ROWS**0.5
     assert ((gradients.mean(0) - gradient[0]).abs() < 5 * error + 1e-6).all()
     assert error.max() < 0.02 * temperature  # what was averaged tells something
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_the_mean_over_stratified_draws_is_the_dense_gradient(
+    case: str, same: bool, temperature: float
+) -> None:
+    """Over all places, so that nothing but rounding is left; a student that is its teacher has the gradient 0 in the mean."""
+    teacher = random_logits(V, seed=4, dtype=torch.float64)
+    student = teacher if same else random_logits(V, seed=5, dtype=torch.float64)
+    loss = LossConfig(terms=(term_of(case),), temperature=temperature)
+    dense = DenseTargets(logprobs=teacher.log_softmax(-1).view(1, 1, V))
+    expected, gradient = value_and_gradients(student.view(1, 1, V), dense, loss)
+    targets = stratified_targets(teacher, loss)
+    value, gradients = value_and_gradients(student.expand(1, 4000, V), targets, loss)
+    if needs_draw_logprobs(loss):
+        assert value / 4000 == pytest.approx(expected, abs=2e-3 * temperature**2)
+    if same and case == "tvd":
+        return  # it has a kink there: its gradient is the signs of rounding errors
+    assert (gradients.mean(0) - gradient[0]).abs().max() < 5e-4 * temperature
+    assert gradients.std(0).max() > 1e-3
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "tvd"])
+def test_draws_in_few_bits_move_a_student_that_equals_its_teacher_by_less_than_a_ten_thousandth_nat(
+    case: str,
+) -> None:
+    """The gradient's mean g at student = teacher shifts the optimum by a KL of about g^2 / (2 q), summed over tokens."""
+    teacher = random_logits(V, seed=4, dtype=torch.float64)
+    loss = LossConfig(terms=(term_of(case),))
+    targets = stratified_targets(teacher, loss, bits=DRAW_LOGPROB_BITS)
+    _, gradients = value_and_gradients(teacher.expand(1, 4000, V), targets, loss)
+    # jsd_normalised is scaled so that its curvature is that of KL; the others have less.
+    assert (gradients.mean(0).square() / (2 * teacher.softmax(-1))).sum() < 1e-4
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -11,12 +11,18 @@ from structlog.testing import capture_logs
 from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.errors import Reason
 from stillhouse.protos.stillhouse.v1.run_pb2 import LossSpec
-from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_TAIL_SAMPLES
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_STRATIFIED_SAMPLES,
+    CAPABILITY_TAIL_SAMPLES,
+)
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, finish_here, make_run, metric, spec_of
 from tests.support.programs import Program
 from tests.support.teacher_without_draws import TeacherWithoutDraws
+
+DRAWN = "stratified_tail", 16, 392
+"""What `auto` takes of the test's teacher."""
 
 
 def spec(models: Models, rows: Path, target: str | None, /, *, steps: int = 2, **loss: Any) -> dict[str, Any]:
@@ -42,12 +48,12 @@ def test_auto_takes_draws_once_and_a_resume_decides_the_same(
     assert settled(run_dir).sparse_target == "auto"
     with capture_logs() as logs:
         assert finish_here(run_dir) == 0, events(run_dir)
-    assert taken(settled(run_dir)) == ("top_k_and_sampled", 16, 90)
-    assert "the teacher draws, and forward_kl" in settled(run_dir).sparse_target_reason
+    assert taken(settled(run_dir)) == DRAWN
+    assert "the teacher draws from its tail, and forward_kl" in settled(run_dir).sparse_target_reason
     (event,) = events(run_dir, "settled")
-    assert event["targets"]["loss"]["sparse_target"] == "top_k_and_sampled"
+    assert event["targets"]["loss"]["sparse_target"] == "stratified_tail"
     (said,) = (each for each in logs if "sparse_target" in each)
-    assert said["sparse_target"] == "top_k_and_sampled"
+    assert said["sparse_target"] == "stratified_tail"
     assert "the teacher draws" in said["why"]
     assert logs.index(said) < next(number for number, each in enumerate(logs) if each["event"] == "training")
 
@@ -72,12 +78,17 @@ def test_auto_takes_what_a_lesser_teacher_gives(
     with (
         TeacherWithoutDraws(hf_teacher.target) as silent,
         TeacherWithoutDraws(hf_teacher.target, CAPABILITY_TAIL_SAMPLES) as older,
+        TeacherWithoutDraws(hf_teacher.target, CAPABILITY_STRATIFIED_SAMPLES) as former,
     ):
         none = make_run(tmp_path, "none", spec(models, dataset_file, silent.target, top_k=20))
         plain = make_run(tmp_path, "plain", spec(models, dataset_file, older.target))
         tempered = make_run(tmp_path, "tempered", spec(models, dataset_file, older.target, temperature=2))
-        for run_dir in (none, plain, tempered):
+        independent = make_run(
+            tmp_path, "independent", spec(models, dataset_file, former.target, temperature=2)
+        )
+        for run_dir in (none, plain, tempered, independent):
             assert finish_here(run_dir) == 0, events(run_dir)
+    assert taken(settled(independent)) == ("sampled_tail", 16, 48)
     assert taken(settled(none))[:2] == ("tail_bucket", 20)
     assert "does not draw" in settled(none).sparse_target_reason
     assert taken(settled(plain)) == ("top_k_and_sampled", 16, 90)
@@ -93,12 +104,12 @@ def test_a_student_that_is_its_teacher_has_loss_zero_from_draws_too(
     made["optimizer"]["learning_rate"] = 1e-12
     run_dir = make_run(tmp_path, "run", made)
     assert finish_here(run_dir) == 0, events(run_dir)
-    assert settled(run_dir).sparse_target == "sampled_tail"
+    assert settled(run_dir).sparse_target == "stratified_tail"
     assert max(map(abs, metric(run_dir, "train/loss").values())) < 1e-4
 
 
 BUILT: dict[str, tuple[dict[str, Any], tuple[str, int, int]]] = {
-    "by default": ({}, ("top_k_and_sampled", 16, 90)),
+    "by default": ({}, DRAWN),
     "of the tail": ({"sparse_target": "sampled_tail", "top_k": 8}, ("sampled_tail", 8, 50)),
     "of all tokens": (
         {"top_k": 8, "num_samples": 5, "sparse_target": "top_k_and_sampled"},
@@ -149,4 +160,4 @@ def test_a_cache_that_fits_nothing_settles_nothing(
     build = {**spec(models, dataset_file, hf_teacher.target), "task": "cache", "cache": cache}
     assert finish_here(make_run(tmp_path, "build", build)) == 0
     assert finish_here(alone, attempt=2) == 0, events(alone)
-    assert taken(settled(alone)) == ("top_k_and_sampled", 16, 90)
+    assert taken(settled(alone)) == DRAWN
