@@ -12,6 +12,7 @@ import numpy as np
 from stillhouse.client.batch.dispatcher import RowResult
 from stillhouse.client.batch.teacher_identity import BatchTeacher
 from stillhouse.client.core.errors import file_error, file_errors, usage_error
+from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions
@@ -63,6 +64,12 @@ class Capture:
             ):
                 continue
             message = answer.row.prompts[prompt]
+            if message.WhichOneof("student") and completion.student_prompt_token_ids is None:
+                raise StillhouseError(
+                    Reason.CAPABILITY,
+                    "The teacher service does not know student_prompt, so the captured text would hold the teacher's own prompt. "
+                    "Bring the service to this version.",
+                )
             meta = CacheMeta.from_config(
                 self._teacher.info,
                 self._config,
@@ -72,7 +79,12 @@ class Capture:
             meta = replace(meta, template_date=message.conversation.date)
             sequence = np.concatenate([prompt_ids, completion.token_ids])
             with file_errors("write", self._path):
-                self._writer.add(meta, sequence, truncate_top_k(distributions, self._config.top_k))
+                self._writer.add(
+                    meta,
+                    sequence,
+                    truncate_top_k(distributions, self._config.top_k),
+                    student_prompt_ids=completion.student_prompt_token_ids,
+                )
         self._waiting.append(kept)
 
     def flush(self) -> list[Any]:

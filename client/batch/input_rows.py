@@ -21,6 +21,7 @@ from stillhouse.protos.rows.known_fields import (
     LABELS,
     PROMPTS,
     SETTINGS,
+    STUDENT_PROMPT,
     SYNONYMS,
     TRAINING,
     ExtraFields,
@@ -38,7 +39,7 @@ from stillhouse.protos.tensors.layout import encode
 Format = Literal["plain", "openai"]
 
 MAX_SAMPLES = 4096
-_KNOWN = {*TRAINING, *SETTINGS, *LABELS}
+_KNOWN = {*TRAINING, *SETTINGS, *LABELS, STUDENT_PROMPT}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -185,6 +186,8 @@ def plain_row(
             check_fields(values, known=_KNOWN, no_effect=no_effect, extra=extra_fields)
             settings = _with_synonyms(values)
             message, content = _plain_prompt(values, given[0], chat=chat, extra_fields=extra_fields)
+            if values.get(STUDENT_PROMPT) is not None:
+                content = _add_student_prompt(message, values)
         num_samples = parse_integer(settings, "num_samples", 1, MAX_SAMPLES)
         message.adapter = text_field(values, "adapter") or sampling.adapter
         message.sampling.CopyFrom(parse_sampling(settings, sampling))
@@ -221,6 +224,21 @@ def _plain_prompt(
     if turns.extra and extra_fields == "refuse":
         raise unknown(turns.extra[0])
     return teacher_pb2.Prompt(conversation=to_wire(turns)), content
+
+
+def _add_student_prompt(message: teacher_pb2.Prompt, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Adds the prompt that the student reads; returns its fields in a training row. Raises FieldError.
+
+    Text is a user's turn where the teacher's prompt is a conversation.
+    """
+    value, is_text = values[STUDENT_PROMPT], isinstance(values[STUDENT_PROMPT], str)
+    if is_text and message.WhichOneof("input") != "conversation":
+        message.student_text = require_unicode(value, STUDENT_PROMPT)
+        return {"prompt": value}
+    messages = [{"role": "user", "content": value}] if is_text else value
+    turns = parse_turns(messages, values.get("tools"), name=STUDENT_PROMPT)
+    message.student_conversation.CopyFrom(to_wire(turns))
+    return {"messages" if is_text else "prompt": messages}
 
 
 def _is_messages(value: Any) -> bool:

@@ -16,7 +16,8 @@ from stillhouse.client.batch.journal import RowRecord
 from stillhouse.client.core.json_output import dumps, error_as_json
 from stillhouse.client.teacher.generate import Completion
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.protos.rows.known_fields import PROMPTS, SETTINGS
+from stillhouse.protos.rows.conversation import OPTIONS
+from stillhouse.protos.rows.known_fields import PROMPTS, SETTINGS, STUDENT_PROMPT
 from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer_errors
 
 Output = Literal["plain", "dataset", "openai"]
@@ -69,7 +70,8 @@ def dataset(answer: RowResult) -> RowRecord:
         return RowRecord(digest=row.line.digest, out="", failed=_line(failed), is_failed=True)
     kept: dict[str, Any] = {"id": row.id}
     if not row.interface:
-        kept |= {key: row.values[key] for key in row.values if key not in (*PROMPTS, *SETTINGS)}
+        own = (STUDENT_PROMPT, "system", OPTIONS) if row.values.get(STUDENT_PROMPT) is not None else ()
+        kept |= {key: row.values[key] for key in row.values if key not in (*PROMPTS, *SETTINGS, *own)}
     lines = []
     for (prompt, _), completion in sorted(answer.completions.items()):
         written = {**(row.content[prompt] or {})}

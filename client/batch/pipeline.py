@@ -312,6 +312,8 @@ class _Batch:
             teacher.use(prompt.adapter)
             if prompt.HasField("conversation"):
                 prompt.conversation.date = self._date
+            if prompt.HasField("student_conversation"):
+                prompt.student_conversation.date = self._date
         return require_text(row) if self._settings.as_dataset else row
 
     def _record_of(self, header: Header) -> Callable[[RowResult], RowRecord]:

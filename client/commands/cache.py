@@ -165,6 +165,7 @@ def summary_text(what: str, contents: dict[str, Any]) -> str:
     for kind in contents["kinds"]:
         extras = [f"temperature {each:g}" for each in kind["temperatures"]]
         extras += ["entropy"] * kind["entropy"] + ["held-out text"] * kind["held_out"]
+        extras += ["behind prompts of the teacher alone"] * kind["prompted"]
         extras += [f"{name} {value}" for name, value in (kind["sampling"] or {}).items()]
         adapter = f" with adapter {kind['adapter']}" if kind["adapter"] else ""
         lines += [

@@ -52,6 +52,8 @@ class Piece:
     """Tokens of the prompt; set on the first piece."""
     prompt_token_ids: NDArray[np.int32] | None = None
     """The prompt, [P], on the first piece, if requested."""
+    student_prompt_token_ids: NDArray[np.int32] | None = None
+    """The student's own prompt, [S], beside it, if it has one."""
     error: StillhouseError | None = None
     """The reason for which this sample, and only this one, failed."""
 
@@ -87,6 +89,7 @@ class Gathering:
             finish=piece.finish,
             prompt_tokens=max(part.prompt_tokens for part in parts),
             prompt_token_ids=parts[0].prompt_token_ids,
+            student_prompt_token_ids=parts[0].student_prompt_token_ids,
             error=piece.error,
         )
 
@@ -186,9 +189,10 @@ def piece_of(
         sampling_logprobs = _array(
             chunk.sampling_logprobs, "sampling_logprobs", Tensor.DATA_TYPE_FLOAT32, most
         )
-    prompt_ids = None
-    if chunk.HasField("prompt_token_ids"):
-        prompt_ids = _array(chunk.prompt_token_ids, "prompt_token_ids", Tensor.DATA_TYPE_INT32, most)
+    prompts = {}
+    for name in ("prompt_token_ids", "student_prompt_token_ids"):
+        if chunk.HasField(name):
+            prompts[name] = _array(getattr(chunk, name), name, Tensor.DATA_TYPE_INT32, most)
     token_ids = np.zeros(0, np.int32)
     if chunk.HasField("token_ids"):
         token_ids = _array(chunk.token_ids, "token_ids", Tensor.DATA_TYPE_INT32, most)
@@ -201,7 +205,7 @@ def piece_of(
         distributions=distributions,
         finish=_FINISH.get(chunk.finish_reason, "stop"),
         prompt_tokens=chunk.prompt_tokens,
-        prompt_token_ids=prompt_ids,
+        **prompts,
         error=from_status(chunk.error) if chunk.HasField("error") else None,
     )
 

@@ -13,6 +13,7 @@ is. A row is one sequence; every column is plain:
 | log_partitions, sampled_token_ids, query_token_ids, query_logprobs | lists, optional | [T, N], [T, R], [T, Q], [T, Q] |
 | sampled_logprobs | list<float>, optional | [T, R] |
 | entropy | list<float>, optional | [T] |
+| student_prompt_ids | list<int32>, optional | the student's tokens in the place of token_ids[:start], which the teacher alone saw |
 
 Their meaning is defined in protos/stillhouse/v1/tensor.proto. Codec "lossless" keeps every bit of the wire: logprobs
 are float16 or float32 as transmitted. Codec "compact" keeps logprobs as float16 with COMPACT_BITS bits of fraction,
@@ -38,6 +39,8 @@ from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 
 FORMAT = 1
 """Version of keys and columns; a reader refuses a later one."""
+PROMPTED_FORMAT = 2
+"""Version of shards whose token_ids hold a prompt that the student must not read."""
 META = b"stillhouse"
 """Key of a shard's own description in its Parquet footer."""
 SHARD = re.compile(r"(\d{6,12})-([0-9a-f]{64})\.parquet")
@@ -101,6 +104,8 @@ class CacheMeta:
     """Ids below it stand for the same tokens in both tokenizers; 0 without such a student."""
     template_date: str = ""
     """Day that the chat template wrote into the text, such as 2025-01-31; empty if it wrote none."""
+    prompted: bool = False
+    """True if token_ids begin with a prompt that the teacher alone saw; the student's is in student_prompt_ids."""
 
     @classmethod
     def from_config(
@@ -185,7 +190,10 @@ class CacheMeta:
 
     def to_json(self, codec: Codec) -> bytes:
         """The metadata as JSON for a shard's footer."""
-        return json.dumps({"format": FORMAT, "codec": codec, **asdict(self)}, sort_keys=True).encode()
+        values = asdict(self)
+        if not values.pop("prompted"):
+            return json.dumps({"format": FORMAT, "codec": codec, **values}, sort_keys=True).encode()
+        return json.dumps({"format": PROMPTED_FORMAT, "codec": codec, **values}, sort_keys=True).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> tuple[CacheMeta, Codec]:
@@ -199,14 +207,15 @@ class CacheMeta:
         values = json.loads(data)
         if not isinstance(values, dict):
             raise ValueError("its description is not a JSON object")  # noqa: TRY004 - a file is wrong, not a caller
-        if values.get("format") != FORMAT:
+        if values.get("format") not in (FORMAT, PROMPTED_FORMAT):
             raise ValueError(
-                f"it has format {str(values.get('format'))[:20]!r}, and this version of Stillhouse reads {FORMAT}"
+                f"it has format {str(values.get('format'))[:20]!r}, and this version of Stillhouse reads {FORMAT} and "
+                f"{PROMPTED_FORMAT}"
             )
         codec = values.get("codec")
         if codec not in CODECS:
             raise ValueError(f"it has codec {str(codec)[:20]!r}; expected one of {', '.join(CODECS)}")
-        return cls(**_checked(values)), codec
+        return cls(**_checked(values), prompted=values["format"] == PROMPTED_FORMAT), codec
 
 
 def _sampling(config: DistributionConfig) -> dict[str, Any] | None:

@@ -13,11 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from stillhouse.protos.cache.format import META, SHARD, CacheMeta, Codec, invalid_cache
-from stillhouse.protos.cache.rows import MAX_VALUES, CacheRow, RowGroup, optional_columns, schema
+from stillhouse.protos.cache.rows import (
+    MAX_VALUES,
+    STUDENT_PROMPT,
+    CacheRow,
+    RowGroup,
+    StoredText,
+    optional_columns,
+    schema,
+)
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.tensors.distributions import Distributions
 
@@ -141,15 +146,16 @@ class CacheReader:
         finally:
             file.close()
 
-    def texts(self, shard: Shard) -> Iterator[tuple[NDArray[np.int32], int]]:
+    def texts(self, shard: Shard) -> Iterator[StoredText]:
         """The sequences of a shard, each with the position of its first answer. Raises StillhouseError(CACHE_INVALID)."""
+        names = ["start", "token_ids", *([STUDENT_PROMPT] if shard.meta.prompted else [])]
         file = _open(shard.path)
         try:
             for group in range(len(shard.groups)):
-                columns = _read_group(file, shard, group, ["start", "token_ids"])
+                columns = _read_group(file, shard, group, names)
                 for index in range(shard.groups[group]):
                     try:
-                        yield columns.text(index)
+                        yield columns.stored_text(index)
                     except (ValueError, TypeError, KeyError) as error:
                         raise invalid_cache(shard.path, str(error), REMEDY) from error
         finally:
@@ -315,7 +321,9 @@ def _check_groups(footer: Any) -> tuple[int, ...]:
 def _check_columns(found: Any, meta: CacheMeta, codec: Codec) -> None:
     """Checks the types of the columns. Raises ValueError. Unknown columns are ignored."""
     names = set(found.names)
-    optional = [name for name in optional_columns(None) if name in names]
+    optional = [
+        name for name in optional_columns(None) if name in names or (name == STUDENT_PROMPT and meta.prompted)
+    ]
     for field in schema(meta, codec, optional):
         if field.name not in names:
             raise ValueError(f"it has no column {field.name}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ MAX_VALUES = 32 * 1024 * 1024
 MAX_COMPACT_SUM = 1.1
 """Largest sum of probabilities after the rounding of codec "compact", before renormalization."""
 _REQUIRED_LISTS = ("token_ids", "top_token_ids", "logprobs", "target_logprobs", "log_tail")
+STUDENT_PROMPT = "student_prompt_ids"
+"""Column of rows whose teacher alone saw the first `start` tokens."""
 _OPTIONAL_LISTS = (
     *(
         "log_partitions",
@@ -29,7 +31,7 @@ _OPTIONAL_LISTS = (
 )
 _WIRE_LOGPROBS = frozenset({"logprobs", "sampled_logprobs"})
 """Log-probabilities that travel in the type that the caller chose."""
-_IDS = frozenset({"token_ids", "top_token_ids", "sampled_token_ids", "query_token_ids"})
+_IDS = frozenset({"token_ids", "top_token_ids", "sampled_token_ids", "query_token_ids", STUDENT_PROMPT})
 _FLAT = frozenset({"target_logprobs", "log_tail", "entropy"})
 """Columns with one value per position."""
 
@@ -45,6 +47,8 @@ class CacheRow:
     """Distributions of positions [start, L)."""
     query_token_ids: NDArray[np.int32] | None = None
     """[T, Q], where query_logprobs were requested."""
+    student_prompt_ids: NDArray[np.int32] | None = None
+    """[S], S >= 1: the student's tokens in the place of the first `start`; None if teacher and student see the same."""
 
     @property
     def num_bytes(self) -> int:
@@ -67,6 +71,10 @@ class CacheRow:
             raise ValueError("the output has other columns than its metadata says")
         if (answer.query_logprobs is None) != (self.query_token_ids is None):
             raise ValueError("query_logprobs and query_token_ids go together")
+        if (self.student_prompt_ids is not None) != meta.prompted:
+            raise ValueError("the student's prompt and a prompted shard go together")
+        if self.student_prompt_ids is not None and not len(self.student_prompt_ids):
+            raise ValueError("the student's prompt is empty")
 
 
 def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:
@@ -90,11 +98,13 @@ def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:
 def optional_columns(row: CacheRow | None) -> tuple[str, ...]:
     """The optional columns of a row in schema order; all of them for None."""
     if row is None:
-        return _OPTIONAL_LISTS
+        return (*_OPTIONAL_LISTS, STUDENT_PROMPT)
     present = {name for name in _OPTIONAL_LISTS if getattr(row.answer, name, None) is not None}
     if row.query_token_ids is not None:
         present.add("query_token_ids")
-    return tuple(name for name in _OPTIONAL_LISTS if name in present)
+    if row.student_prompt_ids is not None:
+        present.add(STUDENT_PROMPT)
+    return tuple(name for name in (*_OPTIONAL_LISTS, STUDENT_PROMPT) if name in present)
 
 
 def table(rows: Sequence[CacheRow], wanted: Any, codec: Codec) -> Any:
@@ -116,7 +126,7 @@ def table(rows: Sequence[CacheRow], wanted: Any, codec: Codec) -> Any:
 
 def _array(row: CacheRow, name: str) -> NDArray[Any]:
     array: NDArray[Any]
-    if name in ("token_ids", "query_token_ids"):
+    if name in ("token_ids", "query_token_ids", STUDENT_PROMPT):
         array = getattr(row, name)
     else:
         array = getattr(row.answer, "token_ids" if name == "top_token_ids" else name)
@@ -143,6 +153,17 @@ def _rounded(values: NDArray[np.float16]) -> NDArray[np.float16]:
     words = values.view(np.uint16).astype(np.uint32) + np.uint32(1 << (drop - 1))
     rounded: NDArray[np.float16] = (words >> drop << drop).astype(np.uint16).view(np.float16)
     return np.where(np.isfinite(values), rounded, values)
+
+
+class StoredText(NamedTuple):
+    """The text of a row."""
+
+    token_ids: NDArray[np.int32]
+    """[L]: all that the teacher saw."""
+    start: int
+    """The first position with a distribution."""
+    student_prompt_ids: NDArray[np.int32] | None = None
+    """[S]: the student's tokens in the place of the first `start`; None if both see the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +219,16 @@ class RowGroup:
             )
         return token_ids, start
 
+    def stored_text(self, index: int) -> StoredText:
+        """The sequence in row `index`, and the student's prompt if it is another one. Raises ValueError for invalid values."""
+        token_ids, start = self.text(index)
+        if not self.meta.prompted:
+            return StoredText(token_ids, start)
+        prompt = self._list(STUDENT_PROMPT, index)
+        if not (len(prompt) and prompt.min() >= 0 and prompt.max() < self.meta.vocab_size):
+            raise ValueError(f"student_prompt_ids are no tokens of a vocabulary of {self.meta.vocab_size}")
+        return StoredText(token_ids, start, prompt)
+
     def row(self, index: int) -> CacheRow:
         """Everything in row `index`; raises ValueError as `answer` does, and if its key is not that of its content."""
         answer = self.answer(index, self.meta)
@@ -208,7 +239,13 @@ class RowGroup:
         key = self.table.column("key")[index].as_py()
         if key != self.meta.key(token_ids, answer.start, query):
             raise ValueError("its key does not match its tokens and teacher")
-        return CacheRow(key=key, token_ids=token_ids, answer=answer, query_token_ids=query)
+        return CacheRow(
+            key=key,
+            token_ids=token_ids,
+            answer=answer,
+            query_token_ids=query,
+            student_prompt_ids=self.stored_text(index).student_prompt_ids,
+        )
 
     def _present(self) -> list[str]:
         names = set(self.table.column_names)

@@ -45,6 +45,7 @@ def _kind(shards: Sequence[Shard]) -> dict[str, Any]:
         "temperatures": list(meta.temperatures),
         "entropy": meta.entropy,
         "held_out": meta.held_out,
+        "prompted": meta.prompted,
         "sampling": meta.sampling,
         "codec": shards[0].codec,
         **_totals(shards),

@@ -12,7 +12,7 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -92,10 +92,13 @@ class CacheWriter:
         token_ids: NDArray[np.int32],
         answer: Distributions,
         query_token_ids: NDArray[np.int32] | None = None,
+        *,
+        student_prompt_ids: NDArray[np.int32] | None = None,
     ) -> bool:
         """Adds the output for the sequence `token_ids` [L], positions [answer.start, L); False if it is present already.
 
-        `query_token_ids` belong to `answer.query_logprobs`. It survives a kill once its shard is closed: after
+        `query_token_ids` belong to `answer.query_logprobs`; `student_prompt_ids` are the student's tokens in the place of
+        those before `answer.start`, if the teacher alone saw these. It survives a kill once its shard is closed: after
         `flush`, or automatically after `shard_age_s` or `shard_bytes`.
 
         Raises:
@@ -103,7 +106,14 @@ class CacheWriter:
             OSError: the disk is full.
         """
         key = meta.key(token_ids, answer.start, query_token_ids)
-        row = CacheRow(key=key, token_ids=token_ids, answer=answer, query_token_ids=query_token_ids)
+        meta = replace(meta, prompted=student_prompt_ids is not None)
+        row = CacheRow(
+            key=key,
+            token_ids=token_ids,
+            answer=answer,
+            query_token_ids=query_token_ids,
+            student_prompt_ids=student_prompt_ids,
+        )
         row.check(meta)
         with self._mutex:
             if self.has(key, meta):

@@ -12,6 +12,8 @@ EXTRA_FIELDS: tuple[ExtraFields, ...] = ("keep", "refuse")
 
 PROMPTS = ("prompt", "messages", "token_ids")
 """Inputs of a batch row, exactly one of which it has."""
+STUDENT_PROMPT = "student_prompt"
+"""Prompt that a student reads in the place of a batch row's own, which its teacher alone sees."""
 CONTEXT = ("system", "tools", "chat_template_kwargs")
 """Fields that make a conversation of a prompt."""
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "stop")
@@ -63,6 +65,7 @@ NO_EFFECT_ON_TEXT: Mapping[str, tuple[Any, ...]] = {
     "video": (),
     "videos": ([],),
     "weight": (1,),
+    STUDENT_PROMPT: (),
 }
 """Fields that would change a row's text or its part in training, and the values at which they do not."""
 

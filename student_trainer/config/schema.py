@@ -24,6 +24,7 @@ from stillhouse.student_trainer.config.fields import (
     Required,
 )
 from stillhouse.student_trainer.config.resources import CheckpointConfig, ResourceConfig, RetryConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
     "jsd": {"beta": 0.5},
@@ -91,23 +92,6 @@ class StudentConfig:
     def trains_adapter(self) -> bool:
         """True if the base is frozen and an adapter is trained."""
         return self.lora is not None or bool(self.adapter)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
-    """One teacher service, or one adapter of it."""
-
-    name: Annotated[str, NAME] = ""
-    targets: Annotated[
-        tuple[str, ...],
-        Required('is required, such as ["127.0.0.1:7401"].', unless_offline=True),
-    ] = ()
-    adapter: str = ""
-    weight: Annotated[float, POSITIVE] = 1.0
-    credential: str = ""
-    tls_server_name: str = ""
-    logprob_dtype: Annotated[str, Choices("float16", "float32")] = "float16"
-    prefetch_steps: Annotated[int, Range(1, 64)] = 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import structlog
 
@@ -22,6 +24,7 @@ from stillhouse.student_trainer.train.setup.run_context import RunContext, set_u
 from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
 from stillhouse.student_trainer.train.setup.trained import load_trained
 from stillhouse.student_trainer.train.student.export import export
+from stillhouse.student_trainer.train.student.model_card import write_cards
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
@@ -98,7 +101,13 @@ def _finish(run: RunContext) -> None:
 def _export(scope: RunScope, student: Student) -> None:
     if scope.ranks.is_first:
         with memory_of(lambda: "The export of the trained model"):
-            export(student, scope.attempt)
+            export(student, scope.attempt, describe=partial(_describe, scope))
+
+
+def _describe(scope: RunScope, directory: Path) -> None:
+    student = scope.config.student
+    is_adapter = student.trains_adapter and student.output == "adapter"
+    write_cards(directory, scope.config, scope.run_dir, is_adapter=is_adapter)
 
 
 def _steps(run: RunContext, stop_requested: Callable[[], bool]) -> Iterator[StepData]:

@@ -24,6 +24,7 @@ from stillhouse.teacher_service.rpc.generate_validation import (
     check_prompt,
     check_samples,
     check_sampling,
+    check_student_prompt,
     seed_of,
 )
 from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
@@ -42,6 +43,7 @@ _OVERHEAD_BYTES = 256
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Prompt:
     token_ids: Int32Array
+    student_ids: Int32Array | None
     sampling: teacher_pb2.SamplingParams
 
 
@@ -54,6 +56,7 @@ class _SampleUpdate:
     text: str = ""
     prompt_tokens: int = 0
     prompt_ids: Int32Array | None = None
+    student_ids: Int32Array | None = None
     adapter_fingerprint: str = ""
     error: Exception | None = None
     num_bytes: int = 0
@@ -145,7 +148,8 @@ class GenerateSession:
             sampling = check_sampling(self._request.sampling, prompt.sampling)
             self._serving.codec.check_stop(sampling.stop)
             ids = check_prompt(prompt, self._serving.codec, self._serving.info)
-            return _Prompt(token_ids=ids, sampling=sampling)
+            student = check_student_prompt(prompt, self._serving.codec, self._serving.info)
+            return _Prompt(token_ids=ids, student_ids=student, sampling=sampling)
         except StillhouseError as error:
             return error
 
@@ -179,6 +183,7 @@ class GenerateSession:
                         text=decoded.text,
                         prompt_tokens=num_prompt if first else 0,
                         prompt_ids=prompt.token_ids if first and self._request.prompt_token_ids else None,
+                        student_ids=prompt.student_ids if first and self._request.prompt_token_ids else None,
                         adapter_fingerprint=adapter.fingerprint if adapter else "",
                     )
                     first = False
@@ -197,10 +202,9 @@ class GenerateSession:
         """Cuts an update that exceeds one message; text and prompt go with the first part, the finish with the last."""
         assert update.chunk is not None
         self._serving.counters.tokens_generated += len(update.chunk.token_ids)
-        beside_bytes = len(update.text.encode()) + (
-            0 if update.prompt_ids is None else update.prompt_ids.nbytes
-        )
-        rest = replace(update, text="", prompt_tokens=0, prompt_ids=None)
+        ids = [each for each in (update.prompt_ids, update.student_ids) if each is not None]
+        beside_bytes = len(update.text.encode()) + sum(each.nbytes for each in ids)
+        rest = replace(update, text="", prompt_tokens=0, prompt_ids=None, student_ids=None)
         for part in sample_chunks.cut(update.chunk, PART_BYTES - beside_bytes - _OVERHEAD_BYTES):
             num_bytes = _OVERHEAD_BYTES + beside_bytes + sample_chunks.num_bytes(part)
             self._enqueue(replace(update, chunk=part, num_bytes=num_bytes))
@@ -220,6 +224,8 @@ class GenerateSession:
         )
         if update.prompt_ids is not None:
             message.prompt_token_ids.CopyFrom(encode(update.prompt_ids))
+        if update.student_ids is not None:
+            message.student_prompt_token_ids.CopyFrom(encode(update.student_ids))
         if update.error is not None:
             message.error.CopyFrom(to_status(update.error))
         if update.chunk is not None:

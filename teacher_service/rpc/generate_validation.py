@@ -109,6 +109,24 @@ def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo)
     return ids
 
 
+def check_student_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo) -> Int32Array | None:
+    """Validated ids of the prompt that a student reads in the place of the teacher's; None if it reads the same."""
+    kind = prompt.WhichOneof("student")
+    if kind is None:
+        return None
+    own = teacher_pb2.Prompt()
+    if kind == "student_text":
+        own.text = prompt.student_text
+    else:
+        own.conversation.CopyFrom(prompt.student_conversation)
+    try:
+        return check_prompt(own, codec, info)
+    except StillhouseError as error:
+        raise StillhouseError(
+            error.reason, f"The student's prompt: {error.message}", metadata=error.metadata
+        ) from error
+
+
 def _day(text: str) -> date | None:
     if not text:
         return None

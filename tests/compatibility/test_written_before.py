@@ -163,7 +163,7 @@ def test_a_cache_is_read(name: str, written: Written) -> None:
 def test_every_answer_is_found_and_the_compact_ones_are_close(written: Written) -> None:
     lossless, compact = (CacheReader(written.data_dir / "caches" / name) for name in ("lossless", "compact"))
     for shard in lossless.shards:
-        for token_ids, start in lossless.texts(shard):
+        for token_ids, start, _ in lossless.texts(shard):
             key = shard.meta.key(token_ids, start)
             exact, rounded = lossless.get(key, shard.meta), compact.get(key, shard.meta)
             assert exact is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from stillhouse.client.commands.run import compare, control, create, files, metrics, show
+from stillhouse.client.commands.run import compare, control, create, files, metrics, push, show
 
 
 @click.group()
@@ -18,6 +18,6 @@ def run() -> None:
 for _command in (
     *(create.create, create.schema, show.list_runs, show.show, control.watch),
     *(files.logs, files.artifacts, files.pull, files.attach, control.stop, control.resume, control.delete),
-    *(metrics.metrics, metrics.plot, compare.compare),
+    *(metrics.metrics, metrics.plot, push.push, compare.compare),
 ):
     run.add_command(_command)

@@ -530,6 +530,7 @@ class TeacherSpec(_message.Message):
     TLS_SERVER_NAME_FIELD_NUMBER: _builtins.int
     LOGPROB_DTYPE_FIELD_NUMBER: _builtins.int
     PREFETCH_STEPS_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the teacher in data rows and metrics. May be empty if there is one teacher."""
     adapter: _builtins.str
@@ -548,6 +549,10 @@ class TeacherSpec(_message.Message):
     def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Required. One or more `host:port` that serve the same model; the trainer balances and fails over."""
 
+    @_builtins.property
+    def prompt(self) -> Global___TeacherPromptSpec:
+        """Prompt that this teacher alone sees in the place of the student's. Unset: it sees the student's."""
+
     def __init__(
         self,
         *,
@@ -559,10 +564,11 @@ class TeacherSpec(_message.Message):
         tls_server_name: _builtins.str = ...,
         logprob_dtype: _builtins.str | None = ...,
         prefetch_steps: _builtins.int | None = ...,
+        prompt: Global___TeacherPromptSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_dtype", b"_logprob_dtype", "_prefetch_steps", b"_prefetch_steps", "_weight", b"_weight", "logprob_dtype", b"logprob_dtype", "prefetch_steps", b"prefetch_steps", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprob_dtype", b"_logprob_dtype", "_prefetch_steps", b"_prefetch_steps", "_weight", b"_weight", "logprob_dtype", b"logprob_dtype", "prefetch_steps", b"prefetch_steps", "prompt", b"prompt", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_dtype", b"_logprob_dtype", "_prefetch_steps", b"_prefetch_steps", "_weight", b"_weight", "adapter", b"adapter", "credential", b"credential", "logprob_dtype", b"logprob_dtype", "name", b"name", "prefetch_steps", b"prefetch_steps", "targets", b"targets", "tls_server_name", b"tls_server_name", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprob_dtype", b"_logprob_dtype", "_prefetch_steps", b"_prefetch_steps", "_weight", b"_weight", "adapter", b"adapter", "credential", b"credential", "logprob_dtype", b"logprob_dtype", "name", b"name", "prefetch_steps", b"prefetch_steps", "prompt", b"prompt", "targets", b"targets", "tls_server_name", b"tls_server_name", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__logprob_dtype: _TypeAlias = _typing.Literal["logprob_dtype"]  # noqa: Y015
     _WhichOneofArgType__logprob_dtype: _TypeAlias = _typing.Literal["_logprob_dtype", b"_logprob_dtype"]  # noqa: Y015
@@ -578,6 +584,85 @@ class TeacherSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
 Global___TeacherSpec: _TypeAlias = TeacherSpec  # noqa: Y015
+
+@_typing.final
+class TeacherPromptSpec(_message.Message):
+    """TeacherPromptSpec is a prompt that a teacher alone sees: the tokens that the student learns are scored behind it. Its texts
+    are Jinja templates over the fields of the row, and over `row_prompt` (text of the last turn before the completion) and
+    `row_completion` (text of the completion).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SYSTEM_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    system: _builtins.str
+    """System message in the place of the row's own."""
+    template: _builtins.str
+    """Text of the last user's turn before the completion; of rows of plain text the complete prompt."""
+    messages_field: _builtins.str
+    """Field of the rows that holds the complete prompt as a list of messages."""
+    chat_template_kwargs: _builtins.str
+    """Variables of the chat template for this teacher, such as enable_thinking, as a JSON object. They take precedence over those
+    of the row.
+    """
+    max_sequence_tokens: _builtins.int
+    """Longest sequence of this teacher with its prompt, in tokens; longer ones are treated as `data.overflow` says. Unset: a
+    sequence that the teacher does not take ends the run.
+    """
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___TeacherMessageSpec]:
+        """The complete prompt, in the place of all turns before the completion."""
+
+    def __init__(
+        self,
+        *,
+        system: _builtins.str = ...,
+        template: _builtins.str = ...,
+        messages: _abc.Iterable[Global___TeacherMessageSpec] | None = ...,
+        messages_field: _builtins.str = ...,
+        chat_template_kwargs: _builtins.str = ...,
+        max_sequence_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens", "max_sequence_tokens", b"max_sequence_tokens"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens", "chat_template_kwargs", b"chat_template_kwargs", "max_sequence_tokens", b"max_sequence_tokens", "messages", b"messages", "messages_field", b"messages_field", "system", b"system", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_sequence_tokens: _TypeAlias = _typing.Literal["max_sequence_tokens"]  # noqa: Y015
+    _WhichOneofArgType__max_sequence_tokens: _TypeAlias = _typing.Literal["_max_sequence_tokens", b"_max_sequence_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_sequence_tokens) -> _WhichOneofReturnType__max_sequence_tokens | None: ...
+
+Global___TeacherPromptSpec: _TypeAlias = TeacherPromptSpec  # noqa: Y015
+
+@_typing.final
+class TeacherMessageSpec(_message.Message):
+    """TeacherMessageSpec is one message of a teacher's own prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """Required. Role of the message, such as system or user."""
+    content: _builtins.str
+    """Text of the message, a Jinja template."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TeacherMessageSpec: _TypeAlias = TeacherMessageSpec  # noqa: Y015
 
 @_typing.final
 class ContextSpec(_message.Message):

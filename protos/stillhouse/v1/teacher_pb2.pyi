@@ -408,10 +408,14 @@ class Prompt(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     SAMPLE_INDICES_FIELD_NUMBER: _builtins.int
+    STUDENT_TEXT_FIELD_NUMBER: _builtins.int
+    STUDENT_CONVERSATION_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Text, tokenised by the teacher."""
     adapter: _builtins.str
     """Adapter to apply. Empty means the base model."""
+    student_text: _builtins.str
+    """Text, tokenised by the teacher."""
     @_builtins.property
     def token_ids(self) -> _tensor_pb2.Tensor:
         """INT32 [T]. The normal case: trainer and teacher read the same ids."""
@@ -430,6 +434,10 @@ class Prompt(_message.Message):
         an earlier call left unfinished. Each is below 4096. Empty means all num_samples.
         """
 
+    @_builtins.property
+    def student_conversation(self) -> Global___Conversation:
+        """A conversation, rendered by the model's chat template."""
+
     def __init__(
         self,
         *,
@@ -439,14 +447,21 @@ class Prompt(_message.Message):
         adapter: _builtins.str = ...,
         sampling: Global___SamplingParams | None = ...,
         sample_indices: _abc.Iterable[_builtins.int] | None = ...,
+        student_text: _builtins.str = ...,
+        student_conversation: Global___Conversation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "sampling", b"sampling", "student", b"student", "student_conversation", b"student_conversation", "student_text", b"student_text", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "conversation", b"conversation", "input", b"input", "sample_indices", b"sample_indices", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "conversation", b"conversation", "input", b"input", "sample_indices", b"sample_indices", "sampling", b"sampling", "student", b"student", "student_conversation", b"student_conversation", "student_text", b"student_text", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["token_ids", "text", "conversation"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
+    _WhichOneofReturnType_student: _TypeAlias = _typing.Literal["student_text", "student_conversation"]  # noqa: Y015
+    _WhichOneofArgType_student: _TypeAlias = _typing.Literal["student", b"student"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_student) -> _WhichOneofReturnType_student | None: ...
 
 Global___Prompt: _TypeAlias = Prompt  # noqa: Y015
 
@@ -695,6 +710,7 @@ class SampleChunk(_message.Message):
     SAMPLING_LOGPROBS_FIELD_NUMBER: _builtins.int
     ADAPTER_FINGERPRINT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    STUDENT_PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     prompt_index: _builtins.int
     """Index of its prompt in the request."""
     sample_index: _builtins.int
@@ -731,6 +747,10 @@ class SampleChunk(_message.Message):
         asks for it.
         """
 
+    @_builtins.property
+    def student_prompt_token_ids(self) -> _tensor_pb2.Tensor:
+        """INT32 [S]: the prompt of the student, beside prompt_token_ids, if the prompt has one."""
+
     def __init__(
         self,
         *,
@@ -745,10 +765,11 @@ class SampleChunk(_message.Message):
         sampling_logprobs: _tensor_pb2.Tensor | None = ...,
         adapter_fingerprint: _builtins.str = ...,
         prompt_token_ids: _tensor_pb2.Tensor | None = ...,
+        student_prompt_token_ids: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "error", b"error", "prompt_token_ids", b"prompt_token_ids", "sampling_logprobs", b"sampling_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["distributions", b"distributions", "error", b"error", "prompt_token_ids", b"prompt_token_ids", "sampling_logprobs", b"sampling_logprobs", "student_prompt_token_ids", b"student_prompt_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_fingerprint", b"adapter_fingerprint", "distributions", b"distributions", "error", b"error", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "sample_index", b"sample_index", "sampling_logprobs", b"sampling_logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter_fingerprint", b"adapter_fingerprint", "distributions", b"distributions", "error", b"error", "finish_reason", b"finish_reason", "prompt_index", b"prompt_index", "prompt_token_ids", b"prompt_token_ids", "prompt_tokens", b"prompt_tokens", "sample_index", b"sample_index", "sampling_logprobs", b"sampling_logprobs", "student_prompt_token_ids", b"student_prompt_token_ids", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

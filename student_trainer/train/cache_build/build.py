@@ -37,7 +37,7 @@ from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
 from stillhouse.student_trainer.train.setup.teacher_side import connect_teachers, settle_online
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
-from stillhouse.student_trainer.train.teacher.query import TeacherQuery, submit_ahead
+from stillhouse.student_trainer.train.teacher.query import submit_ahead
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
 
 log = structlog.get_logger()
@@ -155,29 +155,32 @@ class _Build:
             row, example = numbered
             stream.submit(
                 row,
-                example.prompt,
+                job.prompt(example),
                 seed=text_seed(job.seed, job.context, row),
-                max_new_tokens=min(job.generation.max_new_tokens, job.room - len(example.prompt)),
+                max_new_tokens=job.max_new_tokens(example),
                 place=example.place,
             )
 
         for _, (row, example) in submit_ahead(job.missing, WINDOW_PROMPTS, submit):
             self._scope.patience.check(None)
             texts = stream.get_result(row, self._scope.patience)
+            prompt = job.prompt(example)
             self._scope.attempt.check_fence()
             for text in texts:
                 if text.token_ids.size and text.distributions is not None:
-                    token_ids = np.concatenate([example.prompt, text.token_ids]).astype(np.int32)
-                    self._writer.add(job.meta, token_ids, text.distributions)
+                    token_ids = np.concatenate([prompt, text.token_ids]).astype(np.int32)
+                    self._writer.add(
+                        job.meta,
+                        token_ids,
+                        text.distributions,
+                        student_prompt_ids=job.student_prompt(example),
+                    )
                     self._num_tokens += text.distributions.num_rows
             self._just_finished.append((job.context, row))
             self._count()
 
     def _score(self, job: ScoreJob, stream: ScoreStream) -> None:
-        def submit(number: int, example: Example) -> None:
-            stream.submit(number, TeacherQuery.from_example(example))
-
-        for number, example in submit_ahead(job.missing, WINDOW_SEQUENCES, submit):
+        for number, query in submit_ahead(job.missing, WINDOW_SEQUENCES, stream.submit):
             self._scope.patience.check(None)
             try:
                 answer = stream.get_result(number, self._scope.patience)
@@ -185,7 +188,7 @@ class _Build:
                 self._skips.count(error, self._num_asked + stream.num_asked)
             else:
                 self._scope.attempt.check_fence()
-                self._writer.add(job.meta, example.token_ids, answer)
+                self._writer.add(job.meta, query.token_ids, answer, student_prompt_ids=query.student_prompt)
                 self._num_tokens += answer.num_rows
             self._count()
         self._num_asked += stream.num_asked

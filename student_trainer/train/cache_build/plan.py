@@ -8,6 +8,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.files.atomic import write_atomic
@@ -16,7 +19,9 @@ from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.data.teacher_prompt import prompt_of
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
+from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.target_requests import (
     TargetRequest,
@@ -66,9 +71,25 @@ class GenerateJob:
     seed: int
     room: int
     """Tokens that prompt and completion may have together."""
+    teacher_room: int
+    """The same with the prompt that the teacher sees."""
     missing: Sequence[tuple[int, Example]]
     """Prompts without completions, with their number among the training rows."""
     num_stored: int
+
+    def prompt(self, example: Example) -> NDArray[np.int32]:
+        """The prompt of a row as the teacher sees it."""
+        return example.prompt_for(self.teacher.config.name)
+
+    def student_prompt(self, example: Example) -> NDArray[np.int32] | None:
+        """The student's prompt of a row, if the teacher sees another one."""
+        is_prompted = prompt_of(example.teacher_prompts, self.teacher.config.name) is not None
+        return example.prompt if is_prompted else None
+
+    def max_new_tokens(self, example: Example) -> int:
+        """Most tokens of a row's completion."""
+        rooms = self.room - len(example.prompt), self.teacher_room - len(self.prompt(example))
+        return min(self.generation.max_new_tokens, *rooms)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +99,7 @@ class ScoreJob:
     teacher: TeacherClient
     request: DistributionConfig
     meta: CacheMeta
-    missing: Sequence[Example]
+    missing: Sequence[TeacherQuery]
     """Sequences that are not stored, each with another address."""
     num_stored: int
 
@@ -130,14 +151,15 @@ def _plan_scores(
 ) -> ScoreJob:
     config = request.to_config(teacher.config, teacher.info)
     meta = RunCache.make_meta(teacher, config, held_out=request.held_out)
-    examples = {meta.key(each.token_ids, each.start): each for each in wanted}
-    missing = [each for key, each in examples.items() if not writer.has(key, meta)]
+    asked = (TeacherQuery.from_example(each).behind_prompt(teacher.config.name) for each in wanted)
+    queries = {meta.key(each.token_ids, each.start): each for each in asked}
+    missing = [each for key, each in queries.items() if not writer.has(key, meta)]
     return ScoreJob(
         teacher=teacher,
         request=config,
         meta=meta,
         missing=missing,
-        num_stored=len(examples) - len(missing),
+        num_stored=len(queries) - len(missing),
     )
 
 
@@ -164,6 +186,7 @@ def _plan_generation(
                 generation=context.teacher.generation,
                 seed=config.data.seed,
                 room=room,
+                teacher_room=teacher.max_sequence_tokens,
                 missing=[(row, each) for row, each in prompts if row not in done],
                 num_stored=sum(row in done for row, _ in prompts),
             )

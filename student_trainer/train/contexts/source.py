@@ -16,6 +16,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.context_mix import ContextMix, Slot
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.data.teacher_prompt import prompt_of
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
@@ -57,7 +58,18 @@ class FeedSettings:
     """Steps that are requested beyond the present one."""
     max_sequence_tokens: int
     """Longest sequence that may be generated, with its prompt."""
+    sequence_limits: Mapping[str, int] = field(default_factory=dict)
+    """Longest sequence of each teacher, with the prompt that it sees, by name."""
     patience: TeacherWait
+
+    def room(self, example: Example) -> int:
+        """Tokens that a completion of its prompt may have, so that every teacher takes it behind the prompt that it sees."""
+        longest = self.max_sequence_tokens
+        for name, limit in self.sequence_limits.items():
+            prompt = prompt_of(example.teacher_prompts, name)
+            if prompt is not None and example.teacher in ("", name):
+                longest = min(longest, limit - prompt.shift)
+        return longest - len(example.prompt)
 
 
 class Feed(abc.ABC):

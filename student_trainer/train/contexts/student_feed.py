@@ -66,12 +66,15 @@ class StudentFeed(Feed):
         key = (self._settings.context, step)
         if key not in rollouts:
             rollouts[key] = self._sample(slots) if slots else []
+        # A checkpoint holds rollouts without what teachers alone see.
+        prompts_of = {slot.position: self._settings.examples[slot.row].teacher_prompts for slot in slots}
         for number, rollout in enumerate(rollouts[key]):
             query = TeacherQuery(
                 token_ids=rollout.token_ids,
                 start=rollout.start,
                 place=rollout.place,
                 teacher=rollout.teacher,
+                teacher_prompts=prompts_of.get(rollout.slot, {}),
                 query_token_ids=rollout.likeliest if self._queries_top_k else None,
             )
             self._targets.submit(self._id(step, number), query)
@@ -128,6 +131,8 @@ class StudentFeed(Feed):
             seeds=[text_seed(self._settings.seed, self._settings.context, slot.position) for slot in slots],
         )
         self._sampling_s = time.monotonic() - began
+        rooms = [self._settings.room(example) for example in examples]
+        texts = [[text.first(room) for text in several] for several, room in zip(texts, rooms, strict=True)]
         wanted = len(slots) * self._config.generation.samples_per_prompt
         self._num_dropped += wanted - sum(map(len, texts))
         return [

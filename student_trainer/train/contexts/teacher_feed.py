@@ -46,9 +46,10 @@ class TeacherFeed(Feed):
         self._slots[step] = slots
         for slot in slots:
             example = self._settings.examples[slot.row]
-            self._stream(example).submit(
+            name = self._teacher(example)
+            self._stream_of[name].submit(
                 slot.position,
-                example.prompt,
+                example.prompt_for(name),
                 seed=text_seed(self._settings.seed, self._settings.context, slot.position),
                 max_new_tokens=self._max_new_tokens(example),
                 place=example.place,
@@ -58,7 +59,9 @@ class TeacherFeed(Feed):
         lengths, num_finished, num_foreign = [], 0, 0
         for slot in self._slots.pop(step):
             example = self._settings.examples[slot.row]
-            for text in self._receive(self._stream(example).get_result, slot.position) or ():
+            for text in (
+                self._receive(self._stream_of[self._teacher(example)].get_result, slot.position) or ()
+            ):
                 # The student's tokenizer lacks the ids by which the teacher's one extends it.
                 if not text.token_ids.size or int(text.token_ids.max()) >= self._vocab_size:
                     num_foreign += 1
@@ -68,7 +71,7 @@ class TeacherFeed(Feed):
                 token_ids = np.concatenate([example.prompt, text.token_ids])
                 yield ScoredExample(
                     example=generated_example(token_ids, len(example.prompt), example.place, example.teacher),
-                    answer=text.distributions,
+                    answer=text.behind(len(example.prompt)),
                     context=self._settings.context,
                 )
         if num_foreign:
@@ -84,10 +87,8 @@ class TeacherFeed(Feed):
         }
 
     def _max_new_tokens(self, example: Example) -> int:
-        room = self._settings.max_sequence_tokens - len(example.prompt)
-        return min(self._generation.max_new_tokens, room)
+        return min(self._generation.max_new_tokens, self._settings.room(example))
 
-    def _stream(self, example: Example) -> TextStream:
-        if len(self._stream_of) == 1:
-            return next(iter(self._stream_of.values()))
-        return self._stream_of[example.teacher]
+    def _teacher(self, example: Example) -> str:
+        """Returns the name of the teacher that continues a row."""
+        return next(iter(self._stream_of)) if len(self._stream_of) == 1 else example.teacher

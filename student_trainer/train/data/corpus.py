@@ -13,14 +13,17 @@ import numpy as np
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.config.rules.teacher_prompt import prompt_fields
 from stillhouse.student_trainer.config.schema import (
     MAX_SPLIT_ROWS,
     DataConfig,
     DatasetConfig,
     EvaluationConfig,
 )
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.data.cached_texts import cached_examples, is_cache
 from stillhouse.student_trainer.train.data.encoding import Example, RowEncoder, num_prompt_tokens
+from stillhouse.student_trainer.train.data.prompt_encoding import TeacherPromptEncoder
 from stillhouse.student_trainer.train.data.readers import DatasetRow, read_rows, resolve
 
 log = structlog.get_logger()
@@ -60,14 +63,19 @@ def load_corpus(
     tokenizer: Any,
     data_dir: Path,
     teachers: Sequence[str] = (),
+    *,
+    prompted: Sequence[TeacherConfig] = (),
 ) -> Corpus:
     """Reads and encodes the examples of `data` with the student's tokenizer; `teachers` are the names that rows may give.
+
+    The prompts that those of `prompted` see alone are encoded beside them.
 
     Raises:
         StillhouseError: DATASET_NOT_FOUND or DATASET_INVALID, also if no row is left to train on.
     """
-    encoder = RowEncoder.of(data, tokenizer)
-    reader = _DatasetReader(data, encoder, data_dir, teachers)
+    encoder = RowEncoder.of(data, tokenizer, own_fields=_prompt_fields(prompted))
+    prompts = TeacherPromptEncoder(prompted, encoder)
+    reader = _DatasetReader(data, encoder, data_dir, teachers, prompts)
     parts = [reader.read(dataset) for dataset in data.train]
     train = [example for part in parts for example in part]
     left_out = reader.left_out.copy()
@@ -94,6 +102,11 @@ def load_corpus(
     )
 
 
+def _prompt_fields(teachers: Sequence[TeacherConfig]) -> set[str]:
+    """Lists the fields of rows that prompts of teachers read."""
+    return set().union(*(prompt_fields(each.prompt) for each in teachers if each.prompt is not None))
+
+
 _NOTES = {
     "rewritten_turns": "turns are not learnt: the chat template writes them in another way once turns follow, such as without "
     "their thoughts",
@@ -108,12 +121,18 @@ class _DatasetReader:
     """Reads and encodes datasets."""
 
     def __init__(
-        self, data: DataConfig, encoder: RowEncoder, data_dir: Path, teachers: Sequence[str]
+        self,
+        data: DataConfig,
+        encoder: RowEncoder,
+        data_dir: Path,
+        teachers: Sequence[str],
+        prompts: TeacherPromptEncoder,
     ) -> None:
         self._data = data
         self._encoder = encoder
         self._data_dir = data_dir
         self._teachers = teachers
+        self._prompts = prompts
         self.left_out: Counter[_LeftOut] = Counter()
         """Rows so far without an example, by cause."""
         self._told: Counter[str] = Counter()
@@ -136,10 +155,14 @@ class _DatasetReader:
         if is_cache(path):
             yield from self._cached(path, dataset.limit)
             return
-        limit = self._data.max_sequence_tokens
+        max_tokens = self._data.max_sequence_tokens
         for row in read_rows(dataset, self._data_dir):
             token_ids, completion_mask = self._encoder.encode_with_completion_mask(row)
             mask = self._encoder.target_mask(completion_mask)
+            teacher = self._teacher(row)
+            prompts = self._prompts.encode(row, token_ids, completion_mask, teacher)
+            room = self._prompts.room(prompts)
+            limit = max_tokens if room is None else min(max_tokens, max(room, 0))
             if len(token_ids) > limit and self._data.overflow == "drop":
                 self.left_out["too_long"] += 1
             elif not any(mask[:limit]):
@@ -150,11 +173,18 @@ class _DatasetReader:
                     mask=np.asarray(mask[:limit], np.bool_),
                     place=f"{row.path}, row {row.number}",
                     num_prompt=num_prompt_tokens(completion_mask[:limit]),
-                    teacher=self._teacher(row),
+                    teacher=teacher,
+                    teacher_prompts=prompts,
                 )
 
     def _cached(self, path: Path, limit: int | None) -> Iterator[Example]:
         """Yields texts of a cache unchanged: truncated ones would have no targets in it."""
+        if self._prompts:
+            raise StillhouseError(
+                Reason.DATASET_INVALID,
+                f"{path} is a cache, whose rows have token ids and no fields for teachers[].prompt. Leave the prompt out: a "
+                "cache keeps those that its teachers saw; or name the rows that it was built from.",
+            )
         found = cached_examples(path, self._encoder.fingerprint, routed=bool(self._data.teacher_field))
         for example in itertools.islice(found, limit):
             if len(example.token_ids) > self._data.max_sequence_tokens:

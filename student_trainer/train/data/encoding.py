@@ -6,7 +6,7 @@ mask[t] is True if token t is a target, predicted from the tokens before it; pos
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from typing import Any
@@ -17,12 +17,15 @@ from numpy.typing import NDArray
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.conversation import parse_options, parse_tools
 from stillhouse.protos.rows.known_fields import ExtraFields
+from stillhouse.protos.rows.training_row import TrainingRow
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.schema import DataConfig
 from stillhouse.student_trainer.train.data.alignment import AlignedText
 from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks
 from stillhouse.student_trainer.train.data.chat.mask import ChatMasker
+from stillhouse.student_trainer.train.data.chat.template import ChatTemplate
 from stillhouse.student_trainer.train.data.readers import DatasetRow
+from stillhouse.student_trainer.train.data.teacher_prompt import TeacherPrompt, prompt_of
 from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
 
 CUT_SHORT = (
@@ -54,6 +57,8 @@ class Example:
     """Name of the row's teacher; empty if rows name none."""
     aligned: AlignedText | None = None
     """The text in the tokens of a teacher with another tokenizer; None if both tokenizers agree."""
+    teacher_prompts: Mapping[str, TeacherPrompt] = field(default_factory=dict)
+    """Prompts that teachers see alone, by their names; no part of `token_ids`."""
 
     @property
     def teacher_tokens(self) -> tuple[NDArray[np.int32], int]:
@@ -71,6 +76,11 @@ class Example:
     def prompt(self) -> NDArray[np.int32]:
         """Token ids that a generated completion continues, at least one."""
         return self.token_ids[: self.start if self.num_prompt is None else self.num_prompt]
+
+    def prompt_for(self, teacher: str) -> NDArray[np.int32]:
+        """Returns the tokens that `teacher`, by its name, continues in the place of `prompt`."""
+        own = prompt_of(self.teacher_prompts, teacher)
+        return self.prompt if own is None else own.before(self.prompt)
 
     @property
     def num_targets(self) -> int:
@@ -132,14 +142,14 @@ class RowEncoder:
         self._end_ids: set[int] = set()
 
     @classmethod
-    def of(cls, data: DataConfig, tokenizer: Any) -> RowEncoder:
-        """Returns the encoder of a run's rows. Raises StillhouseError(TOKENIZER_INVALID)."""
+    def of(cls, data: DataConfig, tokenizer: Any, *, own_fields: Collection[str] = ()) -> RowEncoder:
+        """Returns the encoder of a run's rows; `own_fields` are read for something else than the rows' text. Raises StillhouseError(TOKENIZER_INVALID)."""
         return cls(
             tokenizer,
             completion_only=data.completion_only,
             chat=data.chat,
             extra_fields="refuse" if data.extra_fields == "refuse" else "keep",
-            own_fields=[data.teacher_field] if data.teacher_field else (),
+            own_fields={*own_fields, *([data.teacher_field] if data.teacher_field else ())},
             ends_text=data.end_text,
             # Runs of earlier versions have none: their templates are told the day of the attempt.
             today=date.fromisoformat(data.date) if data.date else None,
@@ -152,6 +162,20 @@ class RowEncoder:
         """Fingerprint of the tokenizer."""
         tokenizer = self._tokenizer
         return tokenizer_fingerprint(tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return self._chat.template
+
+    @property
+    def text_encoder(self) -> TextEncoder:
+        """The encoder of texts."""
+        return self._encoder
+
+    def parse(self, row: DatasetRow) -> TrainingRow:
+        """Returns the content of a row. Raises StillhouseError(DATASET_INVALID)."""
+        return self._parse(row)
 
     @property
     def end_ids(self) -> tuple[int, ...]:

@@ -81,7 +81,8 @@ def _read_set(
     dataset = DatasetConfig(path=evaluated.path, limit=evaluated.limit)
     data = replace(config.data, train=(), eval=(dataset,))
     names = [teacher.name for teacher in config.teachers]
-    return load_corpus(data, replace(config.evaluation, limit=None), tokenizer, data_dir, names).eval
+    evaluation = replace(config.evaluation, limit=None)
+    return load_corpus(data, evaluation, tokenizer, data_dir, names, prompted=config.teachers).eval
 
 
 def _read_choices(

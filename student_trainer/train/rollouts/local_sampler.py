@@ -44,6 +44,17 @@ class SampledText:
     finished: bool
     """True if it ends with an end token; False if it was truncated."""
 
+    def first(self, num_tokens: int) -> SampledText:
+        """The same text as if it had been sampled with room for `num_tokens` >= 1 alone."""
+        if len(self.token_ids) <= num_tokens:
+            return self
+        return SampledText(
+            token_ids=self.token_ids[:num_tokens],
+            logprobs=self.logprobs[:num_tokens],
+            likeliest=self.likeliest[:num_tokens],
+            finished=False,
+        )
+
 
 class LocalSampler:
     """Samples completions with the student's current weights, in this process."""

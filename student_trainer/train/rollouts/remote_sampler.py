@@ -36,7 +36,8 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode
-from stillhouse.student_trainer.config.schema import RolloutConfig, TeacherConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
 from stillhouse.student_trainer.train.student.student import Student

@@ -5,12 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
-from stillhouse.student_trainer.config.schema import (
-    ContextConfig,
-    StudentContextConfig,
-    TeacherConfig,
-    TeacherContextConfig,
-)
+from stillhouse.student_trainer.config.schema import ContextConfig, StudentContextConfig, TeacherContextConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState
 from stillhouse.student_trainer.train.contexts.dataset_feed import DatasetFeed
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, StepSource
@@ -154,6 +150,7 @@ class FeedFactory:
             seed=self._seed,
             ahead=teachers.prefetch_steps,
             max_sequence_tokens=min(limit for limit in limits if limit is not None),
+            sequence_limits=teachers.sequence_limits,
             patience=self.scope.patience,
         )
 

@@ -133,4 +133,7 @@ def _key(examples: Sequence[Example], top_k: int) -> str:
         token_ids, start = example.teacher_tokens
         digest.update(f" {start} {len(token_ids)} ".encode())
         digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
+        for name, prompt in sorted(example.teacher_prompts.items()):
+            digest.update(f" {name} {prompt.replaces} {len(prompt.token_ids)} ".encode())
+            digest.update(np.ascontiguousarray(prompt.token_ids, "<i4").tobytes())
     return digest.hexdigest()

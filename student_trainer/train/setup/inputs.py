@@ -35,7 +35,9 @@ class Inputs:
         tokenizer = load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template)
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
         names = [teacher.name for teacher in config.teachers]
-        corpus = load_corpus(config.data, config.evaluation, tokenizer, scope.data_dir, names)
+        corpus = load_corpus(
+            config.data, config.evaluation, tokenizer, scope.data_dir, names, prompted=config.teachers
+        )
         corpus, sets = with_sets(config, corpus, tokenizer, scope.data_dir)
         return cls(
             tokenizer=tokenizer,

@@ -19,7 +19,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS
-from stillhouse.student_trainer.config.schema import LossConfig, RunConfig, TeacherConfig
+from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.config.target_choice import (
     TargetChoice,
     settle,
@@ -28,6 +28,7 @@ from stillhouse.student_trainer.config.target_choice import (
     suits_plain_draws,
     unsettled,
 )
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache

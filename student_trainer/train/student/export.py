@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ ADAPTER_FOLDER = "adapter"
 """Folder of the adapter beside a merged model."""
 
 
-def export(student: Student, attempt: Attempt) -> Path:
+def export(student: Student, attempt: Attempt, *, describe: Callable[[Path], None] = lambda _: None) -> Path:
     """Writes final/: the complete model, or the adapter alone (output "adapter"), or the merged model with the adapter
     under adapter/ ("both"); each is loaded again and compared with the student before anything is removed.
+    `describe` adds files about the model to the directory.
 
     Merging changes the student in place: it cannot be trained afterwards. Raises StillhouseError: EXPORT_FAILED if that
     fails, RUN_STATE if another attempt owns the run.
@@ -43,6 +45,7 @@ def export(student: Student, attempt: Attempt) -> Path:
     try:
         try:
             _write(student, temporary, target)
+            describe(temporary)
         except (OSError, MemoryError, torch.OutOfMemoryError, StillhouseError):
             raise
         except Exception as error:  # transformers and peft raise whatever their formats raise

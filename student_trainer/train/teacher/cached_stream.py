@@ -105,7 +105,13 @@ class CachedStream:
             self._in_flight.discard(pending.key)
         if self._writer is not None:
             query = pending.query
-            self._writer.add(self._meta, query.token_ids, answer, query.query_token_ids)
+            self._writer.add(
+                self._meta,
+                query.token_ids,
+                answer,
+                query.query_token_ids,
+                student_prompt_ids=query.student_prompt,
+            )
         return answer
 
     def _lookup(self, pending: _Pending) -> Distributions | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.channel import ChannelOptions, process_name
-from stillhouse.student_trainer.config.schema import TeacherConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 
 CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 """Path of the credentials file, which the run service passes on."""

@@ -14,7 +14,7 @@ from stillhouse.protos.rpc.channel import connect
 from stillhouse.protos.rpc.pool.load_balancing import Load
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoRequest, GetTeacherInfoResponse
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from stillhouse.student_trainer.config.schema import TeacherConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.teacher import credentials
 
 log = structlog.get_logger()

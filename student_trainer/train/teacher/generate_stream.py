@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +43,10 @@ class TeacherSample:
     """Distributions of its tokens, counted from the first token of the prompt; None if none were asked for."""
     finished: bool
     """True if it ended with a stop token, not at its limit."""
+
+    def behind(self, num_prompt: int) -> Distributions | None:
+        """Its distributions, counted from the first token of a prompt of `num_prompt` tokens, such as the student's."""
+        return None if self.distributions is None else replace(self.distributions, start=num_prompt)
 
 
 @dataclass(eq=False, kw_only=True, slots=True)

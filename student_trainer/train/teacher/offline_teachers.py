@@ -9,7 +9,8 @@ from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.student_trainer.config.rules.contexts import is_ensemble
-from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig, TeacherConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -17,7 +18,8 @@ from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream,
 from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.identity import check_stored_identity
-from stillhouse.student_trainer.train.teacher.query import TargetStream
+from stillhouse.student_trainer.train.teacher.prompted_stream import PromptedStream
+from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
 
@@ -27,6 +29,8 @@ class OfflineTeachers:
 
     max_sequence_tokens = None
     """No limit: no text is generated."""
+    sequence_limits: Mapping[str, int] = {}
+    """As above."""
     end_ids: Sequence[int] = ()
     max_query_tokens = 0
     """A cache answers no further queries."""
@@ -81,11 +85,14 @@ class OfflineTeachers:
             for name, teacher in self._configs.items()
         }
         weights = {name: teacher.weight for name, teacher in self._configs.items()}
-        streams = {
+        cached = {
             name: CachedStream(meta, self._cache.reader, live=None, writer=None)
             for name, meta in metas.items()
         }
-        self._streams += streams.values()
+        self._streams += cached.values()
+        streams: dict[str, TargetStream] = {
+            name: PromptedStream(stream, name) for name, stream in cached.items()
+        }
         vocab_size = max(meta.vocab_size for meta in metas.values())
         return combine_streams(streams, weights if self._mixed else None, vocab_size=vocab_size)
 
@@ -103,7 +110,7 @@ class OfflineTeachers:
     def _require(self, request: TargetRequest, corpus: Corpus, run_dir: RunDir) -> None:
         """Looks up the targets of one request, of every teacher. Raises as `open` does."""
         for name, teacher in self._configs.items():
-            meta = self._lookup(request, teacher, request.select(corpus, name))
+            meta = self._lookup(request, teacher, _queries(request.select(corpus, name), name))
             check_stored_identity(
                 run_dir,
                 name,
@@ -119,27 +126,27 @@ class OfflineTeachers:
             self._found[name, _key(request.to_config(teacher))] = meta
 
     def _lookup(
-        self, request: TargetRequest, teacher: TeacherConfig, examples: Sequence[Example]
+        self, request: TargetRequest, teacher: TeacherConfig, queries: Sequence[TeacherQuery]
     ) -> CacheMeta:
-        """The stored results that fit the request, all of one teacher, with the targets of each example."""
+        """The stored results that fit the request, all of one teacher, with the targets of each query."""
         fitting = self._select_fitting(request, teacher)
-        missing = {meta.logprob_dtype: self._find_missing(meta, examples) for meta in fitting}
+        missing = {meta.logprob_dtype: self._find_missing(meta, queries) for meta in fitting}
         best = min(fitting, key=lambda meta: len(missing[meta.logprob_dtype]))
         lacking = missing[best.logprob_dtype]
         if lacking:
             raise StillhouseError(
                 Reason.CACHE_MISS,
-                f"The cache {self._cache.config.path} lacks the answers to {len(lacking)} of {len(examples)} sequences, first "
+                f"The cache {self._cache.config.path} lacks the answers to {len(lacking)} of {len(queries)} sequences, first "
                 f"{lacking[0].place}. Build it with the same rows, tokenizer and data section, of which data.date, data.end_text, "
                 "data.chat and data.max_sequence_tokens decide on the tokens, by `stillhouse cache build`; or use cache.mode: "
                 "write_through with a teacher.",
-                metadata={"missing": str(len(lacking)), "wanted": str(len(examples))},
+                metadata={"missing": str(len(lacking)), "wanted": str(len(queries))},
             )
         return best
 
-    def _find_missing(self, meta: CacheMeta, examples: Sequence[Example]) -> list[Example]:
+    def _find_missing(self, meta: CacheMeta, queries: Sequence[TeacherQuery]) -> list[TeacherQuery]:
         reader = self._cache.reader
-        return [each for each in examples if not reader.has(meta.key(each.token_ids, each.start), meta)]
+        return [each for each in queries if not reader.has(meta.key(each.token_ids, each.start), meta)]
 
     def _select_fitting(self, request: TargetRequest, teacher: TeacherConfig) -> list[CacheMeta]:
         config, field = request.to_config(teacher), request.field
@@ -198,6 +205,11 @@ class OfflineTeachers:
 
     def _miss(self, what: str, remedy: str) -> StillhouseError:
         return StillhouseError(Reason.CACHE_MISS, f"The cache {self._cache.config.path} {what}. {remedy}")
+
+
+def _queries(examples: Sequence[Example], teacher: str) -> list[TeacherQuery]:
+    """The queries of a teacher as it saw them, behind its own prompts."""
+    return [TeacherQuery.from_example(each).behind_prompt(teacher) for each in examples]
 
 
 def _key(config: DistributionConfig) -> bytes:

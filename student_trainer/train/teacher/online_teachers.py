@@ -13,6 +13,7 @@ from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
 from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
+from stillhouse.student_trainer.train.teacher.prompted_stream import PromptedStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
 from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
@@ -64,6 +65,10 @@ class OnlineTeachers:
         return min((each.info.max_sequence_tokens for each in self.members.values()), default=None)
 
     @property
+    def sequence_limits(self) -> Mapping[str, int]:
+        return {name: teacher.max_sequence_tokens for name, teacher in self.members.items()}
+
+    @property
     def fingerprint(self) -> str:
         return " ".join(teacher.info.model_fingerprint for teacher in self.members.values())
 
@@ -106,8 +111,9 @@ class OnlineTeachers:
         return min((teacher.info.max_query_tokens for teacher in self.members.values()), default=0)
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
-        streams = {
-            name: self._open(teacher, request, cacheable=cacheable) for name, teacher in self.members.items()
+        streams: dict[str, TargetStream] = {
+            name: PromptedStream(self._open(teacher, request, cacheable=cacheable), name)
+            for name, teacher in self.members.items()
         }
         weights = {name: teacher.config.weight for name, teacher in self.members.items()}
         vocab_size = max(teacher.info.vocab_size for teacher in self.members.values())

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.data.teacher_prompt import TeacherPrompt, prompt_of
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 
 Item = TypeVar("Item")
@@ -30,12 +31,35 @@ class TeacherQuery:
     """Name of the row's teacher; empty where rows name none."""
     query_token_ids: NDArray[np.int32] | None = None
     """[T - start, Q]: further ids whose log-probabilities are wanted."""
+    teacher_prompts: Mapping[str, TeacherPrompt] = field(default_factory=dict)
+    """Prompts that teachers see alone, by their names."""
+    student_prompt: NDArray[np.int32] | None = None
+    """[S]: the student's tokens before `start`, where those of `token_ids` are a teacher's alone."""
 
     @classmethod
     def from_example(cls, example: Example) -> TeacherQuery:
         """Queries all targets of `example`, in its teacher's tokens."""
         token_ids, start = example.teacher_tokens
-        return cls(token_ids=token_ids, start=start, place=example.place, teacher=example.teacher)
+        return cls(
+            token_ids=token_ids,
+            start=start,
+            place=example.place,
+            teacher=example.teacher,
+            teacher_prompts=example.teacher_prompts,
+        )
+
+    def behind_prompt(self, teacher: str) -> TeacherQuery:
+        """The query as `teacher`, by its name, sees it: behind its own prompt, if it has one."""
+        prompt = prompt_of(self.teacher_prompts, teacher)
+        if prompt is None:
+            return self
+        return replace(
+            self,
+            token_ids=prompt.before(self.token_ids),
+            start=self.start + prompt.shift,
+            teacher_prompts={},
+            student_prompt=self.token_ids[: self.start],
+        )
 
     @property
     def num_rows(self) -> int:

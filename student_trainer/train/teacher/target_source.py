@@ -31,6 +31,10 @@ class TargetSource(Protocol):
         """Longest sequence that all of them take; None if there is no limit."""
 
     @property
+    def sequence_limits(self) -> Mapping[str, int]:
+        """Longest sequence of each teacher with its own prompt, by name; without one there is no limit."""
+
+    @property
     def max_query_tokens(self) -> int:
         """Query ids per position that all of them take; 0 if one takes none."""
 

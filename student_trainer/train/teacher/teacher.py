@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 
@@ -28,13 +28,16 @@ from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
 from stillhouse.student_trainer.config.rules.contexts import query_loss_path, run_losses
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
-from stillhouse.student_trainer.config.schema import RunConfig, TeacherConfig
+from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing
 from stillhouse.student_trainer.train.teacher.identity import changed, read_identity, write_identity
+from stillhouse.student_trainer.train.teacher.prompt_limits import check_prompt_limit, longest_prompted
+from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare, fetch_tokenizer
 
 log = structlog.get_logger()
@@ -73,6 +76,8 @@ class Demands:
     """Capability that these need."""
     longest: Example
     """The longest example."""
+    longest_prompted: Mapping[str, TeacherQuery] = field(default_factory=dict)
+    """The longest sequence behind prompts that teachers see alone, by their names."""
     largest: Example
     """The example with the largest token id."""
     end_ids: Sequence[int] = ()
@@ -115,6 +120,7 @@ class Demands:
             draws_field=drawn[-1],
             draws_capability=draws_capability,
             longest=corpus.longest,
+            longest_prompted=longest_prompted(config, corpus),
             largest=corpus.largest,
             template_date=corpus.template_date,
             end_ids=sorted({*corpus.end_ids, *end_ids}),
@@ -148,7 +154,7 @@ class TeacherClient:
             self._demands = demands
             seen = dict(self._seen)
         for target, info in seen.items():
-            check_demands(demands, info, target)
+            check_demands(demands, info, target, self.config.name)
 
     def connect(self, patience: TeacherWait) -> None:
         """Reaches and checks the teacher for the first time in this process: one service at least, and each that answers.
@@ -198,6 +204,12 @@ class TeacherClient:
         return self._demands.template_date
 
     @property
+    def max_sequence_tokens(self) -> int:
+        """Longest sequence that it takes, or that its own prompt may make."""
+        limit = self.config.prompt.max_sequence_tokens if self.config.prompt else None
+        return min(self.info.max_sequence_tokens, limit or self.info.max_sequence_tokens)
+
+    @property
     def tokenizer_json(self) -> bytes:
         """Its tokenizer.json, which a foreign teacher has sent."""
         return self._tokenizers[self.info.tokenizer_fingerprint]
@@ -221,7 +233,7 @@ class TeacherClient:
         """Returns if a service is the run's teacher; its information is kept. Raises grpc.RpcError, StillhouseError."""
         target = endpoint.target
         shared_size = self._shared_size(stub, info, target)
-        check_demands(self._demands, info, target)
+        check_demands(self._demands, info, target, self.config.name)
         identity = {
             "model_fingerprint": info.model_fingerprint,
             "adapter": self.config.adapter,
@@ -300,8 +312,8 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
     return merged
 
 
-def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
-    """Returns if a teacher meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
+def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, name: str = "") -> None:
+    """Returns if the teacher `name` meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
     largest_id = int(demands.largest.token_ids.max())
     if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(
@@ -341,6 +353,7 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str) -
             "with --engine hf.",
             metadata={"capability": "CAPABILITY_LOG_PARTITIONS"},
         )
+    check_prompt_limit(demands.longest_prompted.get(name), info, target)
     longest = len(demands.longest.token_ids)
     if longest > info.max_sequence_tokens and not demands.bridged:
         raise StillhouseError(

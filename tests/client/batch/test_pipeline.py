@@ -20,6 +20,7 @@ from stillhouse.client.api import (
     generate_file,
 )
 from stillhouse.protos.cache.reader import CacheReader
+from stillhouse.student_trainer.train.data.cached_texts import cached_examples
 from tests.client.batch.batches import alone, command, read, write
 from tests.conftest import Models
 from tests.support.programs import Program
@@ -245,6 +246,36 @@ def test_distributions_of_a_batch_are_captured(teacher: Teacher, tmp_path: Path)
     assert scored is not None
     np.testing.assert_allclose(ids.answer.target_logprobs, scored.target_logprobs[1:], atol=1e-4)
     np.testing.assert_array_equal(ids.answer.token_ids, scored.token_ids[1:])
+
+
+def test_a_student_with_a_prompt_of_its_own_never_reads_the_teachers(
+    models: Models, teacher: Teacher, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    secret, question = "Zanzibar 4711", {"role": "user", "content": "Hello"}
+    source = write(
+        tmp_path / "in.jsonl",
+        {"id": 1, "messages": [question], "system": secret, "student_prompt": "Hello"},
+        {"id": 2, "prompt": f"{secret} Ada has", "student_prompt": "Ada has"},
+        {"id": 3, "prompt": [question], "system": secret, "student_prompt": [question]},
+        {"id": 4, "prompt": "Ada has", "student_prompt": 7},
+    )
+    settings = BatchSettings(sampling=FIXED, as_dataset=True, capture=tmp_path / "cache", top_k=4)
+    generate_file(teacher, source, tmp_path / "data.jsonl", settings)
+    rows = read(tmp_path / "data.jsonl")
+    assert [next(iter(row.keys() - {"id", "finish_reason", "completion"})) for row in rows] == [
+        *("messages", "prompt", "prompt"),
+    ]
+    assert secret not in (tmp_path / "data.jsonl").read_text()
+    assert "student_prompt is the number 7" in (tmp_path / "data.jsonl.failed").read_text()
+
+    tokenizer = AutoTokenizer.from_pretrained(models.teacher)
+    examples = list(cached_examples(tmp_path / "cache", teacher.info().tokenizer_fingerprint, routed=False))
+    assert len(examples) == 3
+    for example in examples:
+        assert secret not in tokenizer.decode(example.token_ids)
+        assert secret in tokenizer.decode(example.prompt_for(""))
 
 
 def test_a_batch_resumes_only_with_the_settings_it_started_with(teacher: Teacher, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from scripts.reference.contract_text import declarations
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.student_trainer.config import schema
+from stillhouse.student_trainer.config import schema, teacher
 from stillhouse.student_trainer.config.fields import Choices, DefaultText, Range, fields_of
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
@@ -55,7 +55,7 @@ def test_config_has_the_fields_of_the_contract() -> None:
     compared = compare(RunConfig, RunSpec.DESCRIPTOR)
     declared = {
         each
-        for each in vars(schema).values()
+        for each in (*vars(schema).values(), *vars(teacher).values())
         if dataclasses.is_dataclass(each) and each.__module__.startswith("stillhouse.student_trainer.config.")
         if not each.__module__.endswith(".fields")
     }

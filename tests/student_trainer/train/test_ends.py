@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import SampleChunk
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, encode, encode_distributions
-from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig, TeacherConfig
+from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig
+from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler
 from tests.conftest import Models

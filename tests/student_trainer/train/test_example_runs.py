@@ -53,7 +53,7 @@ def _spec(name: str, models: Models, data: Path, target: str) -> dict[str, Any]:
     return spec
 
 
-@pytest.mark.parametrize("name", ["on_policy", "teacher_writes", "qlora"])
+@pytest.mark.parametrize("name", ["on_policy", "teacher_prompt", "teacher_writes", "qlora"])
 def test_an_example_trains(
     name: str, models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
 ) -> None:
