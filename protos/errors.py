@@ -45,6 +45,7 @@ class Reason(StrEnum):
     ARTIFACT_NOT_FOUND = "ARTIFACT_NOT_FOUND"
     MODEL_NOT_FOUND = "MODEL_NOT_FOUND"
     RUN_STATE = "RUN_STATE"
+    DATASET_IN_USE = "DATASET_IN_USE"
     TOKENIZER_MISMATCH = "TOKENIZER_MISMATCH"
     TEACHER_CHANGED = "TEACHER_CHANGED"
     REQUEST_CONFLICT = "REQUEST_CONFLICT"
@@ -79,8 +80,7 @@ class Reason(StrEnum):
     INTERNAL = "INTERNAL"
 
 
-# The first reason of a code also stands for a status without a reason of ours: from gRPC, a proxy or a later version.
-# Meaning and remedy are for docs/reference/errors.md; an error's own message names value, limit and remedy.
+# A code's first reason also stands for a status without one of ours. Meaning and remedy are for docs/reference/errors.md.
 CATALOG: Mapping[Code, Mapping[Reason, str]] = {
     Code.INVALID_ARGUMENT: {
         Reason.INVALID_REQUEST: "A request has a value that the service cannot take. Correct the value that the message names.",
@@ -106,6 +106,7 @@ CATALOG: Mapping[Code, Mapping[Reason, str]] = {
     },
     Code.FAILED_PRECONDITION: {
         Reason.RUN_STATE: "The run's state forbids it. See `stillhouse run show`.",
+        Reason.DATASET_IN_USE: "Runs that have not ended use the dataset. Wait for them, or stop them.",
         Reason.TOKENIZER_MISMATCH: "Teacher and student have different tokenizers. Set loss.foreign_tokenizer: alm, or choose others.",
         Reason.TEACHER_CHANGED: "Another model answers than before. Start the first one again, or create a new run.",
         Reason.CACHE_LOCKED: "Another process writes to the cache. Wait for it, or name another path.",

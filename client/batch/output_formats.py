@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import grpc
+import numpy as np
 
 from stillhouse.client.batch.dispatcher import RowResult
 from stillhouse.client.batch.input_rows import PromptRow, invalid
@@ -54,6 +55,7 @@ def _plain_completion(completion: Completion, *, with_ids: bool) -> dict[str, An
     document: dict[str, Any] = {"text": completion.text, "finish_reason": completion.finish or None}
     if with_ids:
         document["token_ids"] = completion.token_ids.tolist()
+    document |= _likelihood(completion)
     if completion.error is not None:
         document["error"] = error_as_json(completion.error)
     return document
@@ -80,8 +82,19 @@ def dataset(answer: RowResult) -> RowRecord:
             written["messages"] = [*written["messages"], turn]
         else:
             written["completion"] = completion.text if isinstance(written["prompt"], str) else [turn]
-        lines.append(_line({**kept, **written, "finish_reason": completion.finish}))
+        lines.append(
+            _line({**kept, **written, "finish_reason": completion.finish, **_likelihood(completion)})
+        )
     return RowRecord(digest=row.line.digest, out="".join(lines))
+
+
+def _likelihood(completion: Completion) -> dict[str, Any]:
+    """Returns the number of tokens and the mean of their log-probabilities at temperature 1, if they were captured."""
+    distributions = completion.distributions
+    if distributions is None or not len(completion.token_ids):
+        return {}
+    mean = float(distributions.target_logprobs.astype(np.float64).mean())
+    return {"num_tokens": len(completion.token_ids), "mean_logprob": mean}
 
 
 def require_text(row: PromptRow) -> PromptRow:

@@ -41,9 +41,11 @@ class PushedDataset:
     """A file that the trainer stores."""
 
     name: str
-    """`datasets/{sha256}`, a path in run specs."""
+    """Its path in run specs: `datasets/{id}@{version}`, or `datasets/{sha256}` without an id."""
     size_bytes: int
     """Its size."""
+    num_rows: int
+    """Its rows."""
 
 
 class Trainer(Connection):
@@ -113,14 +115,17 @@ class Trainer(Connection):
     def push_dataset(
         self,
         path: Path | str | RowSource,
+        dataset_id: str = "",
         *,
+        num_tokens: int = 0,
         extra_fields: ExtraFields = "keep",
         checked: bool = True,
         on_bytes: OnBytes | None = None,
     ) -> PushedDataset:
         """Uploads the file at `path`, which the trainer stores by content; repeating it is not an error.
 
-        Rows that lie in several files, such as pairs and saved datasets, travel as JSONL. Raises
+        Rows that lie in several files, such as pairs and saved datasets, travel as JSONL. With `dataset_id` it becomes that
+        dataset's next version, unless its newest one has the same content. Raises
         StillhouseError(DATASET_INVALID) for a row that cannot be trained on, before anything is sent; with `extra_fields`
         "refuse" also for one with a field that no row has. Not `checked`, as rows of an evaluation's choices are not, they are
         sent as they are.
@@ -130,17 +135,43 @@ class Trainer(Connection):
         digest = hashlib.sha256()
         with file_errors("read", path):
             rows = RowReader(source)
-            if checked:
-                check_rows(rows, extra_fields=extra_fields)
+            num_rows = check_rows(rows, extra_fields=extra_fields) if checked else 0
             name, pieces = upload_of(rows)
-            chunks = _chunks(pieces, name, digest.update, on_bytes)
+            first = run_pb2.UploadDatasetRequest(
+                file_name=name, dataset_id=dataset_id, num_rows=num_rows, num_tokens=num_tokens
+            )
+            chunks = _chunks(pieces, first, digest.update, on_bytes)
             answer = self.call(self.stub.UploadDataset, chunks, timeout_s=UPLOAD_TIMEOUT_S)
         if answer.name != f"datasets/{digest.hexdigest()}":
             raise StillhouseError(
                 Reason.INTERNAL,
                 f"the trainer stored {path} as {answer.name}, which is not its content; push it again.",
             )
-        return PushedDataset(name=answer.name, size_bytes=answer.size_bytes)
+        if dataset_id and not answer.dataset.name.startswith(f"datasets/{dataset_id}@"):
+            raise StillhouseError(
+                Reason.CAPABILITY,
+                f"the trainer stored {path} as {answer.name}, but does not know ids of datasets; use a later version of it.",
+            )
+        name = answer.dataset.name if dataset_id else answer.name
+        return PushedDataset(name=name, size_bytes=answer.size_bytes, num_rows=first.num_rows)
+
+    def datasets(self, dataset_id: str = "") -> Iterator[run_pb2.Dataset]:
+        """Yields every uploaded dataset, newest first; only the versions of `dataset_id` if it is given."""
+        request = run_pb2.ListDatasetsRequest(page_size=PAGE_SIZE, dataset_id=dataset_id)
+        while True:
+            page = self.call(self.stub.ListDatasets, request)
+            yield from page.datasets
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    def dataset(self, name: str) -> run_pb2.Dataset:
+        """Looks up `datasets/{id}`, `datasets/{id}@{version}` or `datasets/{sha256}`. Raises DATASET_NOT_FOUND."""
+        return self.call(self.stub.GetDataset, run_pb2.GetDatasetRequest(name=name))
+
+    def delete_dataset(self, name: str) -> None:
+        """Deletes a dataset. Raises StillhouseError: DATASET_NOT_FOUND, DATASET_IN_USE, PERMISSION_DENIED."""
+        self.call(self.stub.DeleteDataset, run_pb2.DeleteDatasetRequest(name=name))
 
     def inspect_rows(
         self, spec: Spec, rows: Iterable[tuple[int, str]], *, in_full: int | None = None
@@ -202,9 +233,12 @@ def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:
 
 
 def _chunks(
-    pieces: Iterator[bytes], name: str, digest: Callable[[bytes], None], on_bytes: OnBytes | None
+    pieces: Iterator[bytes],
+    first: run_pb2.UploadDatasetRequest,
+    digest: Callable[[bytes], None],
+    on_bytes: OnBytes | None,
 ) -> Iterator[run_pb2.UploadDatasetRequest]:
-    yield run_pb2.UploadDatasetRequest(file_name=name)
+    yield first
     for data in pieces:
         digest(data)
         yield run_pb2.UploadDatasetRequest(data=data)

@@ -23,7 +23,10 @@ SETTINGS = (*SAMPLING, "num_samples", "adapter", *SYNONYMS)
 """Settings of a batch row; in training data, records of how a row was made."""
 TRAINING = (*PROMPTS, "completion", "text", *CONTEXT)
 """Content of a training row, and of the batch row that it was."""
-LABELS = ("id", "custom_id", "finish_reason", "completions", "usage", "error", "user", "metadata")
+LABELS = (
+    *("id", "custom_id", "finish_reason", "completions", "usage", "error", "user", "metadata"),
+    *("num_tokens", "mean_logprob"),
+)
 """Fields about a row, which change nothing."""
 
 NO_EFFECT_ON_SAMPLING: Mapping[str, tuple[Any, ...]] = {

@@ -23,6 +23,8 @@ READS = frozenset(
         "TeacherService/GetTokenizer",
         "RunService/GetRun",
         "RunService/ListRuns",
+        "RunService/ListDatasets",
+        "RunService/GetDataset",
         "RunService/WatchRun",
         "RunService/QueryMetrics",
         "RunService/ListArtifacts",

@@ -38,6 +38,10 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "QueryMetrics": Scope.SUBMIT,
     _RUNS + "UploadDataset": Scope.SUBMIT,
     _RUNS + "InspectRows": Scope.SUBMIT,
+    _RUNS + "ListDatasets": Scope.SUBMIT,
+    _RUNS + "GetDataset": Scope.SUBMIT,
+    # As for runs: without admin a token deletes only what it uploaded.
+    _RUNS + "DeleteDataset": Scope.SUBMIT,
     _RUNS + "ListArtifacts": Scope.SUBMIT,
     _RUNS + "DownloadArtifact": Scope.SUBMIT,
     _RUNS + "StreamLogs": Scope.SUBMIT,

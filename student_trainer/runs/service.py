@@ -90,7 +90,7 @@ async def _serve(
         data_dir=data_dir.path,
         roots=_roots(settings),
         slots=slots,
-        dataset_suffix=store.dataset_suffix,
+        find_dataset=store.datasets.find,
         processor=Processor.read(),
     )
     servicer = RunServicer(

@@ -214,3 +214,17 @@ def test_a_half_done_run_ends_in_the_same_bits(archive: Path, tmp_path: Path) ->
             np.testing.assert_array_equal(weight, kept[name], err_msg=name)
         assert metrics["train/loss"] == told["resumed"]["metrics"]["train/loss"]
         assert metrics["eval/kl"] == told["resumed"]["metrics"]["eval/kl"]
+
+
+def test_datasets_uploaded_before_are_listed_and_named_by_their_content(
+    written: Written, service: Service
+) -> None:
+    with written.trainer(service) as trainer:
+        found = list(trainer.datasets())
+        assert [each.name for each in found] == [f"datasets/{each.sha256}" for each in found]
+        used = trainer.run(written.run_id("finished")).get().effective_spec.data.train[0].path
+        assert [each.sha256 for each in found] == [Path(used).stem]
+        assert (
+            trainer.dataset(found[0].name).size_bytes
+            == (service.data_dir / "datasets" / Path(used).name).stat().st_size
+        )

@@ -228,9 +228,19 @@ def _create(rng: random.Random, known: Known) -> list[Any]:
 def _upload_dataset(rng: random.Random, known: Known) -> list[Any]:
     rows = b'{"prompt": "a", "completion": "b"}\n' * rng.randrange(1, 4)
     return [
-        run.UploadDatasetRequest(file_name="rows.jsonl", data=rows),
+        run.UploadDatasetRequest(
+            file_name="rows.jsonl",
+            data=rows,
+            dataset_id=rng.choice(("", "sums", "a" * 65)),
+            num_rows=rng.randrange(-1, 4),
+            num_tokens=rng.randrange(2),
+        ),
         run.UploadDatasetRequest(data=rows),
     ]
+
+
+def _dataset(rng: random.Random) -> str:
+    return rng.choice(("datasets/sums", f"datasets/sums@{rng.randrange(1, 9)}", "datasets/" + "0" * 64))
 
 
 GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
@@ -280,6 +290,15 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
             ],
         )
     ],
+    "ListDatasets": lambda rng, _known: [
+        run.ListDatasetsRequest(
+            page_size=rng.randrange(4),
+            page_token=rng.choice(("", "3-", "3-sums")),
+            dataset_id=rng.choice(("", "sums")),
+        )
+    ],
+    "GetDataset": lambda rng, _known: [run.GetDatasetRequest(name=_dataset(rng))],
+    "DeleteDataset": lambda rng, _known: [run.DeleteDatasetRequest(name=_dataset(rng))],
     "ListArtifacts": lambda rng, known: [run.ListArtifactsRequest(name=_name(rng, known))],
     "DownloadArtifact": lambda rng, known: [
         run.DownloadArtifactRequest(name=_name(rng, known), path=_word(rng, known), start_offset=1)

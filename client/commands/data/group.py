@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import click
 
-from stillhouse.client.commands.data import inspect, push
+from stillhouse.client.commands.data import (
+    convert,
+    export_prompts,
+    filter_rows,
+    inspect,
+    mix,
+    parse,
+    push,
+    registry,
+)
 
 
 @click.group()
@@ -12,5 +21,8 @@ def data() -> None:
     """Prepare files of rows, and copy them to the trainer."""
 
 
-for _command in (inspect.inspect, push.push):
+for _command in (
+    *(inspect.inspect, mix.mix, export_prompts.export_prompts, parse.parse, filter_rows.filter_rows),
+    *(convert.convert, push.push, registry.list_datasets, registry.show, registry.delete),
+):
     data.add_command(_command)

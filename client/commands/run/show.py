@@ -109,6 +109,8 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
     if run.progress.trained_tokens:
         speed = f", {number_text(run.progress.tokens_per_second)} a second lately"
         yield "tokens", f"{run.progress.trained_tokens:,} trained on" + speed
+    if run.datasets:
+        yield "datasets", ", ".join(each.removeprefix("datasets/") for each in run.datasets)
     if run.latest_checkpoint:
         yield "checkpoint", run.latest_checkpoint
     yield "created", f"{time_text(run.create_time)} by Stillhouse {run.created_by_version}"

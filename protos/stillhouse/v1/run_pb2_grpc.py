@@ -87,6 +87,21 @@ class RunServiceStub(object):
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.SerializeToString,
                 response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.FromString,
                 _registered_method=True)
+        self.ListDatasets = channel.unary_unary(
+                '/stillhouse.v1.RunService/ListDatasets',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsResponse.FromString,
+                _registered_method=True)
+        self.GetDataset = channel.unary_unary(
+                '/stillhouse.v1.RunService/GetDataset',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.GetDatasetRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.Dataset.FromString,
+                _registered_method=True)
+        self.DeleteDataset = channel.unary_unary(
+                '/stillhouse.v1.RunService/DeleteDataset',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DeleteDatasetRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DeleteDatasetResponse.FromString,
+                _registered_method=True)
         self.ListArtifacts = channel.unary_unary(
                 '/stillhouse.v1.RunService/ListArtifacts',
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListArtifactsRequest.SerializeToString,
@@ -175,7 +190,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UploadDataset(self, request_iterator, context):
-        """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`.
+        """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`, and the
+        version that it is if the request gives an id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,6 +199,28 @@ class RunServiceServicer(object):
 
     def InspectRows(self, request, context):
         """InspectRows encodes rows as a run would train on them, and trains nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListDatasets(self, request, context):
+        """ListDatasets returns datasets, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetDataset(self, request, context):
+        """GetDataset returns one dataset.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteDataset(self, request, context):
+        """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
+        not ended is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -268,6 +306,21 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.InspectRows,
                     request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.FromString,
                     response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.SerializeToString,
+            ),
+            'ListDatasets': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDatasets,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsResponse.SerializeToString,
+            ),
+            'GetDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetDataset,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.GetDatasetRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.Dataset.SerializeToString,
+            ),
+            'DeleteDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteDataset,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DeleteDatasetRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.DeleteDatasetResponse.SerializeToString,
             ),
             'ListArtifacts': grpc.unary_unary_rpc_method_handler(
                     servicer.ListArtifacts,
@@ -563,6 +616,87 @@ class RunService(object):
             '/stillhouse.v1.RunService/InspectRows',
             protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.SerializeToString,
             protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListDatasets(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/ListDatasets',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/GetDataset',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.GetDatasetRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.Dataset.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/DeleteDataset',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.DeleteDatasetRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.DeleteDatasetResponse.FromString,
             options,
             channel_credentials,
             insecure,

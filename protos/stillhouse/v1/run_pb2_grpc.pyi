@@ -59,9 +59,19 @@ class RunServiceStub:
     QueryMetrics: _grpc.UnaryUnaryMultiCallable[_run_pb2.QueryMetricsRequest, _run_pb2.QueryMetricsResponse]
     """QueryMetrics returns metric history, thinned to what a plot can show."""
     UploadDataset: _grpc.StreamUnaryMultiCallable[_run_pb2.UploadDatasetRequest, _run_pb2.UploadDatasetResponse]
-    """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
+    """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`, and the
+    version that it is if the request gives an id.
+    """
     InspectRows: _grpc.UnaryUnaryMultiCallable[_run_pb2.InspectRowsRequest, _run_pb2.InspectRowsResponse]
     """InspectRows encodes rows as a run would train on them, and trains nothing."""
+    ListDatasets: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListDatasetsRequest, _run_pb2.ListDatasetsResponse]
+    """ListDatasets returns datasets, newest first."""
+    GetDataset: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetDatasetRequest, _run_pb2.Dataset]
+    """GetDataset returns one dataset."""
+    DeleteDataset: _grpc.UnaryUnaryMultiCallable[_run_pb2.DeleteDatasetRequest, _run_pb2.DeleteDatasetResponse]
+    """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
+    not ended is refused.
+    """
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]
@@ -102,9 +112,19 @@ class RunServiceAsyncStub(RunServiceStub):
     QueryMetrics: _aio.UnaryUnaryMultiCallable[_run_pb2.QueryMetricsRequest, _run_pb2.QueryMetricsResponse]  # type: ignore[assignment]
     """QueryMetrics returns metric history, thinned to what a plot can show."""
     UploadDataset: _aio.StreamUnaryMultiCallable[_run_pb2.UploadDatasetRequest, _run_pb2.UploadDatasetResponse]  # type: ignore[assignment]
-    """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
+    """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`, and the
+    version that it is if the request gives an id.
+    """
     InspectRows: _aio.UnaryUnaryMultiCallable[_run_pb2.InspectRowsRequest, _run_pb2.InspectRowsResponse]  # type: ignore[assignment]
     """InspectRows encodes rows as a run would train on them, and trains nothing."""
+    ListDatasets: _aio.UnaryUnaryMultiCallable[_run_pb2.ListDatasetsRequest, _run_pb2.ListDatasetsResponse]  # type: ignore[assignment]
+    """ListDatasets returns datasets, newest first."""
+    GetDataset: _aio.UnaryUnaryMultiCallable[_run_pb2.GetDatasetRequest, _run_pb2.Dataset]  # type: ignore[assignment]
+    """GetDataset returns one dataset."""
+    DeleteDataset: _aio.UnaryUnaryMultiCallable[_run_pb2.DeleteDatasetRequest, _run_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
+    """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
+    not ended is refused.
+    """
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_run_pb2.DownloadArtifactRequest, _run_pb2.DownloadArtifactResponse]  # type: ignore[assignment]
@@ -196,7 +216,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_run_pb2.UploadDatasetRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.UploadDatasetResponse, _abc.Awaitable[_run_pb2.UploadDatasetResponse]]:
-        """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`."""
+        """UploadDataset stores a file on the trainer's host, by content: the response names it `datasets/{sha256}`, and the
+        version that it is if the request gives an id.
+        """
 
     @_abc_1.abstractmethod
     def InspectRows(
@@ -205,6 +227,32 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.InspectRowsResponse, _abc.Awaitable[_run_pb2.InspectRowsResponse]]:
         """InspectRows encodes rows as a run would train on them, and trains nothing."""
+
+    @_abc_1.abstractmethod
+    def ListDatasets(
+        self,
+        request: _run_pb2.ListDatasetsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.ListDatasetsResponse, _abc.Awaitable[_run_pb2.ListDatasetsResponse]]:
+        """ListDatasets returns datasets, newest first."""
+
+    @_abc_1.abstractmethod
+    def GetDataset(
+        self,
+        request: _run_pb2.GetDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.Dataset, _abc.Awaitable[_run_pb2.Dataset]]:
+        """GetDataset returns one dataset."""
+
+    @_abc_1.abstractmethod
+    def DeleteDataset(
+        self,
+        request: _run_pb2.DeleteDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.DeleteDatasetResponse, _abc.Awaitable[_run_pb2.DeleteDatasetResponse]]:
+        """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
+        not ended is refused.
+        """
 
     @_abc_1.abstractmethod
     def ListArtifacts(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,6 +15,7 @@ from stillhouse.protos.files.atomic import sync_directory, sync_file
 from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.rows.reading.open_file import COMPRESSED, plain_suffix
 from stillhouse.protos.stillhouse.v1.run_pb2 import UploadDatasetRequest
+from stillhouse.student_trainer.runs.store.datasets import Upload
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Formats that the training process reads; the file keeps its suffix, and that of its compression."""
@@ -22,18 +23,17 @@ MAX_FILE_NAME_CHARACTERS = 255
 _TEMPORARY = ".upload-"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Upload:
-    """A stored file."""
-
-    sha256: str
-    suffix: str
-    file_name: str
-    size_bytes: int
+Check = Callable[[UploadDatasetRequest], Awaitable[None]]
+"""Called with the first chunk; raises for one that is refused."""
+Keep = Callable[[], Awaitable[None]]
+"""Gives the received file its name in the folder."""
 
 
-async def receive(folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, max_bytes: int) -> Upload:
-    """Stores the concatenated `chunks` as `folder`/<sha256><suffix>.
+@asynccontextmanager
+async def received(
+    folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, check: Check, max_bytes: int
+) -> AsyncIterator[tuple[Upload, Keep]]:
+    """Receives the concatenated `chunks`; the second value stores them as `folder`/<sha256><suffix>, else nothing stays.
 
     Raises:
         StillhouseError: INVALID_REQUEST, DATASET_INVALID, QUOTA above `max_bytes`, DISK_FULL; then nothing is stored.
@@ -41,11 +41,14 @@ async def receive(folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, 
     temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
     try:
         with temporary.open("xb") as file:
-            file_name, digest, size = await _write(file, chunks, max_bytes)
+            upload = await _write(file, chunks, check, max_bytes)
             await asyncio.to_thread(sync_file, file)
-        suffix = _suffix(file_name)
-        temporary.rename(folder / f"{digest}{suffix}")
-        await asyncio.to_thread(sync_directory, folder)
+
+        async def keep() -> None:
+            temporary.rename(folder / f"{upload.sha256}{upload.suffix}")
+            await asyncio.to_thread(sync_directory, folder)
+
+        yield upload, keep
     except OSError as error:
         if not is_full(error):
             raise
@@ -55,17 +58,17 @@ async def receive(folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, 
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-    return Upload(sha256=digest, suffix=suffix, file_name=file_name, size_bytes=size)
 
 
 async def _write(
-    file: BinaryIO, chunks: AsyncIterator[UploadDatasetRequest], max_bytes: int
-) -> tuple[str, str, int]:
-    """Writes the chunks; returns file name, SHA-256 and size."""
-    name, digest, size = "", hashlib.sha256(), 0
+    file: BinaryIO, chunks: AsyncIterator[UploadDatasetRequest], check: Check, max_bytes: int
+) -> Upload:
+    """Writes the chunks; returns what is known of the file."""
+    first, name, digest, size = UploadDatasetRequest(), "", hashlib.sha256(), 0
     async for chunk in chunks:
         if not name:
-            name = _checked(chunk.file_name)
+            first, name = chunk, _checked(chunk.file_name)
+            await check(first)
         elif chunk.file_name not in ("", name):
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
@@ -82,7 +85,15 @@ async def _write(
         await asyncio.to_thread(file.write, chunk.data)
     if size == 0:
         raise StillhouseError(Reason.DATASET_INVALID, f"The uploaded file {name!r} is empty; send its rows.")
-    return name, digest.hexdigest(), size
+    return Upload(
+        sha256=digest.hexdigest(),
+        suffix=_suffix(name),
+        file_name=name,
+        size_bytes=size,
+        dataset_id=first.dataset_id,
+        num_rows=first.num_rows,
+        num_tokens=first.num_tokens,
+    )
 
 
 def _checked(name: str) -> str:
@@ -104,6 +115,12 @@ def _checked(name: str) -> str:
 def _suffix(name: str) -> str:
     packed = Path(name).suffix if Path(name).suffix in COMPRESSED else ""
     return plain_suffix(Path(name)) + packed
+
+
+def remove(folder: Path, digest: str) -> None:
+    """Deletes a file by its content, with any suffix."""
+    for path in folder.glob(f"{digest}.*"):
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -25,13 +25,19 @@ from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
 from stillhouse.student_trainer.config import proto
 from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
 from stillhouse.student_trainer.config.resume_changes import changed_spec, changes_passes
-from stillhouse.student_trainer.config.schema import RunConfig
-from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.attached_results import attach
+from stillhouse.student_trainer.runs.api.datasets import DatasetRpcs
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
 from stillhouse.student_trainer.runs.api.metric_series import to_series
+from stillhouse.student_trainer.runs.api.pages import bounded, page_size, page_token, read_page_token
 from stillhouse.student_trainer.runs.api.row_inspection import RowInspection
-from stillhouse.student_trainer.runs.api.spec_resolution import RUN_ID, Host, resolve, resolve_devices
+from stillhouse.student_trainer.runs.api.spec_resolution import (
+    RUN_ID,
+    Host,
+    Resolution,
+    resolve,
+    resolve_devices,
+)
 from stillhouse.student_trainer.runs.api.streams import RunStreams
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
@@ -40,7 +46,6 @@ from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
 
 Context = grpc.aio.ServicerContext[Any, Any]
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
-DEFAULT_PAGE, MAX_PAGE = 50, 500
 DEFAULT_POINTS, MAX_POINTS = 1000, 20_000
 MAX_SPEC_BYTES = 256 * 1024
 """Far above any real spec; bounds the time of validation."""
@@ -71,10 +76,14 @@ class RunServicer(RunServiceServicer):
         self._notifier = parts.notifier
         self._supervisor = parts.supervisor
         self._host = parts.host
-        self._max_upload_bytes = parts.max_upload_bytes
         self._max_queued_runs = parts.max_queued_runs
-        self._uploads = parts.host.data_dir / "datasets"
         self._inspection = RowInspection(parts.host)
+        self._datasets = DatasetRpcs(
+            parts.store.datasets,
+            parts.db,
+            parts.host.data_dir / "datasets",
+            max_bytes=parts.max_upload_bytes,
+        )
         self._streams = RunStreams(parts.store, parts.db, parts.notifier, parts.supervisor.run_dir)
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.Run:
@@ -94,9 +103,12 @@ class RunServicer(RunServiceServicer):
             earlier = await self._db(self._store.find_request, request.request_id, request.spec)
             if earlier is not None:
                 return earlier  # even if its files are gone by now
-        effective = proto.to_proto(await self._checked(request.spec))
+        checked = await self._checked(request.spec)
+        effective, datasets = proto.to_proto(checked.config), checked.datasets
         if request.validate_only:
-            return pb.Run(spec=request.spec, effective_spec=effective)
+            return pb.Run(
+                spec=request.spec, effective_spec=effective, datasets=[each.name for each in datasets]
+            )
         run, created = await self._db(
             self._store.create,
             new_run_id(),
@@ -106,13 +118,14 @@ class RunServicer(RunServiceServicer):
             version=metadata.version("stillhouse"),
             owner=current_caller().name,
             max_queued=self._max_queued_runs,
+            datasets=datasets,
         )
         if created:
             self._supervisor.wake()
         return run
 
-    async def _checked(self, spec: pb.RunSpec) -> RunConfig:
-        """The configuration that `spec` means on this host, with absolute paths.
+    async def _checked(self, spec: pb.RunSpec) -> Resolution:
+        """The configuration that `spec` means on this host, with absolute paths, and its datasets.
 
         Raises:
             StillhouseError: INVALID_SPEC with every violation at once, of its values, its files and its hub ids.
@@ -123,7 +136,7 @@ class RunServicer(RunServiceServicer):
         problems = [*found.problems, *await asyncio.to_thread(hub_problems, found.hub_ids)]
         if problems:
             raise invalid_spec(problems)
-        return found.config
+        return found
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:
         """Returns one run."""
@@ -131,11 +144,11 @@ class RunServicer(RunServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Returns a page of runs, newest first."""
-        size = _bounded("page_size", request.page_size, DEFAULT_PAGE, MAX_PAGE)
-        before = _read_page_token(request)
+        filtered_by = ".".join(str(each) for each in sorted(set(request.states)))
+        before = read_page_token(request.page_token, filtered_by)
+        size = page_size(request.page_size)
         runs, following = await self._db(self._store.page, list(request.states), before=before, limit=size)
-        token = "" if following is None else _page_token(request, following)
-        return pb.ListRunsResponse(runs=runs, next_page_token=token)
+        return pb.ListRunsResponse(runs=runs, next_page_token=page_token(following, filtered_by))
 
     def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Streams the current run, then every change."""
@@ -184,7 +197,7 @@ class RunServicer(RunServiceServicer):
         self, request: pb.QueryMetricsRequest, context: Context
     ) -> pb.QueryMetricsResponse:
         """Returns metric history, downsampled for plots."""
-        most = _bounded("max_points", request.max_points, DEFAULT_POINTS, MAX_POINTS)
+        most = bounded("max_points", request.max_points, DEFAULT_POINTS, MAX_POINTS)
         points = await self._db(
             self._store.metric_points,
             run_id_of(request.name),
@@ -198,13 +211,23 @@ class RunServicer(RunServiceServicer):
         self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
     ) -> pb.UploadDatasetResponse:
         """Stores a file by its content."""
-        upload = await dataset_uploads.receive(
-            self._uploads, request_iterator, max_bytes=self._max_upload_bytes
-        )
-        await self._db(
-            self._store.add_dataset, upload.sha256, upload.suffix, upload.file_name, upload.size_bytes
-        )
-        return pb.UploadDatasetResponse(name=f"datasets/{upload.sha256}", size_bytes=upload.size_bytes)
+        return await self._datasets.upload(request_iterator)
+
+    async def ListDatasets(
+        self, request: pb.ListDatasetsRequest, context: Context
+    ) -> pb.ListDatasetsResponse:
+        """Returns a page of datasets, newest first."""
+        return await self._datasets.list(request)
+
+    async def GetDataset(self, request: pb.GetDatasetRequest, context: Context) -> pb.Dataset:
+        """Returns one dataset."""
+        return await self._datasets.get(request)
+
+    async def DeleteDataset(
+        self, request: pb.DeleteDatasetRequest, context: Context
+    ) -> pb.DeleteDatasetResponse:
+        """Deletes a dataset and its file."""
+        return await self._datasets.delete(request)
 
     async def InspectRows(self, request: pb.InspectRowsRequest, context: Context) -> pb.InspectRowsResponse:
         """Encodes rows as a run would."""
@@ -281,30 +304,3 @@ def remove_deleted(runs_path: Path) -> None:
     """Completes interrupted calls of `remove_run_files`."""
     for path in runs_path.glob(f"{DELETED}*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _bounded(field: str, value: int, default: int, most: int) -> int:
-    """Clamps `value` to its limit; the default for 0."""
-    if value < 0:
-        raise StillhouseError(
-            Reason.INVALID_REQUEST, f"{field} is {value}; give at least 1, or 0 for {default}."
-        )
-    return min(value or default, most)
-
-
-def _page_token(request: pb.ListRunsRequest, number: int) -> str:
-    """Token of the next page, bound to the request's filter."""
-    states = ".".join(str(each) for each in sorted(set(request.states)))
-    return f"{number}-{states}"
-
-
-def _read_page_token(request: pb.ListRunsRequest) -> int | None:
-    number = request.page_token.partition("-")[0]
-    if not request.page_token:
-        return None
-    if not number.isdecimal() or len(number) > 18 or request.page_token != _page_token(request, int(number)):
-        raise StillhouseError(
-            Reason.INVALID_REQUEST,
-            f"page_token {request.page_token[:80]!r} does not belong to this request; repeat the request that returned it.",
-        )
-    return int(number)

@@ -31,11 +31,11 @@ from stillhouse.student_trainer.config.schema import (
 from stillhouse.student_trainer.runs.api.hub_lookup import HubId
 from stillhouse.student_trainer.runs.api.module_names import unknown_modules
 from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, check_weights
+from stillhouse.student_trainer.runs.store.datasets import Reference, StoredDataset
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 
 RUN_ID = re.compile(r"[a-z2-7]{12}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-SHA256 = re.compile(r"[0-9a-f]{64}")
 OWN_FOLDERS = ("datasets", "runs", "caches", "adapters")
 """Folders of the data directory that specs may name; its database and credentials are out of reach."""
 
@@ -48,8 +48,8 @@ class Host:
     roots: Sequence[Path]
     """Folders below which specs may name files."""
     slots: DeviceSlots
-    dataset_suffix: Callable[[str], str | None]
-    """File suffix of an uploaded dataset by its SHA-256; None if there is no such dataset."""
+    find_dataset: Callable[[str], StoredDataset | None]
+    """An uploaded dataset by its name in a spec; None if there is none."""
     processor: Processor
 
 
@@ -62,6 +62,8 @@ class Resolution:
     problems: Sequence[FieldViolation]
     hub_ids: Sequence[HubId]
     """Names that are no directory of this host, and may be hub ids."""
+    datasets: Sequence[StoredDataset]
+    """Uploaded datasets that it names, pinned."""
 
 
 def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = ()) -> Resolution:
@@ -124,6 +126,7 @@ class _Resolver:
     revision: str
     violations: list[FieldViolation] = field(default_factory=list)
     hub_ids: list[HubId] = field(default_factory=list)
+    stored: dict[str, StoredDataset] = field(default_factory=dict)
 
     def resolution(self, config: RunConfig, problems: Sequence[FieldViolation]) -> Resolution:
         """The outcome; a field that is in `problems` already gets no second one."""
@@ -132,6 +135,7 @@ class _Resolver:
             config=config,
             problems=[*problems, *(each for each in self.violations if each.field not in named)],
             hub_ids=[each for each in self.hub_ids if each.field not in named],
+            datasets=list(self.stored.values()),
         )
 
     def student(self, where: str, student: StudentConfig) -> StudentConfig:
@@ -283,15 +287,17 @@ class _Resolver:
         return replace(config, resources=resources, optimizer=optimizer)
 
     def _dataset(self, where: str, name: str) -> str:
-        folder, _, digest = name.partition("/")
-        if folder == "datasets" and SHA256.fullmatch(digest):
-            suffix = self.host.dataset_suffix(digest)
-            if suffix is None:
-                self._refuse(
-                    where, f'"{name}" was not uploaded to this service; `stillhouse data push` does that.'
-                )
-                return name
-            name = f"{name}{suffix}"
+        stored = self.host.find_dataset(name)
+        if stored is not None:
+            self.stored[stored.name] = stored
+            name = stored.file
+        elif (reference := Reference.parse(name)) is not None and reference.version is not None:
+            self._refuse(
+                where,
+                f'"{name}" was not uploaded to this service; `stillhouse data push` does that, and `stillhouse data list` '
+                "shows what was.",
+            )
+            return name
         if plugin_of(name) is not None:
             return name
         path = self._local(where, name)

@@ -163,6 +163,7 @@ def _to_run(row: RowMapping, *, with_specs: bool) -> Run:
         state=cast("State", row["state"]),
         condition=cast("Run.Condition.ValueType", row["condition"]),
         created_by_version=row["created_by_version"],
+        datasets=row["datasets"].split(),
     )
     run.progress.step = row["step"]
     run.progress.total_steps = row["total_steps"]

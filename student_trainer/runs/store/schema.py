@@ -13,6 +13,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Table,
+    UniqueConstraint,
     false,
 )
 
@@ -59,6 +60,8 @@ runs = Table(
     Column("metrics_offset", BigInteger, nullable=False, default=0),
     # Name of the token or certificate that submitted it; empty without authentication.
     Column("owner", String, nullable=False, default="", server_default=""),
+    # Names of the uploaded datasets that it uses, pinned when it was created; a space between two.
+    Column("datasets", String, nullable=False, default="", server_default=""),
     # True if it continues with half its micro-batch after running out of memory.
     Column("halved", Boolean, nullable=False, default=False, server_default=false()),
 )
@@ -114,4 +117,26 @@ datasets = Table(
     Column("file_name", String, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("create_us", BigInteger, nullable=False),
+)
+
+dataset_versions = Table(
+    "dataset_versions",
+    metadata,
+    # Grows with every upload; the newest has the largest.
+    Column("number", Integer, primary_key=True, autoincrement=True),
+    # Chosen by the client; the content's digest of one without an id.
+    Column("dataset_id", String, nullable=False),
+    # Counts from 1 for each id and is never given twice; 0 without an id.
+    Column("version", Integer, nullable=False),
+    Column("sha256", String(64), nullable=False, index=True),
+    Column("file_name", String, nullable=False),
+    # 0 if the client did not count them.
+    Column("num_rows", BigInteger, nullable=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    # As of runs.
+    Column("owner", String, nullable=False),
+    Column("create_us", BigInteger, nullable=False),
+    # Time of its deletion: the row stays, so that its version stays taken.
+    Column("delete_us", BigInteger),
+    UniqueConstraint("dataset_id", "version"),
 )

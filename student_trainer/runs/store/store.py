@@ -17,10 +17,11 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, W
 from stillhouse.student_trainer.runs.store import aggregates, queries, run_state
 from stillhouse.student_trainer.runs.store.aggregates import Totals
 from stillhouse.student_trainer.runs.store.database import open_database, transaction
+from stillhouse.student_trainer.runs.store.datasets import DatasetStore, StoredDataset, require_files
 from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch
 from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
 from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
-from stillhouse.student_trainer.runs.store.schema import attempts, datasets, events, requests, runs
+from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
 
 RESUMABLE = frozenset({run_state.STOPPED, run_state.FAILED})
 MAX_PAGE_BYTES = 8 * 2**20
@@ -28,10 +29,11 @@ MAX_PAGE_BYTES = 8 * 2**20
 
 
 class Store:
-    """Runs, their attempts and events, request ids and datasets."""
+    """Runs, their attempts and events, and request ids; and the datasets beside them."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self.datasets = DatasetStore(engine)
 
     @classmethod
     def open(cls, place: Path | str) -> Self:
@@ -52,18 +54,20 @@ class Store:
         version: str,
         owner: str = "",
         max_queued: int | None = None,
+        datasets: Sequence[StoredDataset] = (),
     ) -> tuple[Run, bool]:
         """Creates a PENDING run at the end of the queue, and True; or the earlier run of `request_id`, and False.
 
         Raises:
             StillhouseError: REQUEST_CONFLICT if `request_id` was used for another spec, QUOTA if `owner` has
-                `max_queued` runs in the queue.
+                `max_queued` runs in the queue, DATASET_NOT_FOUND if one of `datasets` was deleted.
         """
         with transaction(self._engine) as db:
             earlier = queries.run_of_request(db, request_id, spec)
             if earlier is not None:
                 return earlier, False
             queries.check_quota(db, owner, max_queued)
+            require_files(db, datasets)
             values = {
                 "id": run_id,
                 "spec": to_bytes(spec),
@@ -73,6 +77,7 @@ class Store:
                 "queue_number": queries.next_queue_number(db),
                 "create_us": now_us(),
                 "owner": owner,
+                "datasets": " ".join(each.name for each in datasets),
             }
             db.execute(insert(runs).values(**values))
             if request_id:
@@ -369,19 +374,6 @@ class Store:
             if row["state"] not in ENDED:
                 raise run_state.state_error(run_id, row["state"], "delete", ENDED)
             db.execute(delete(runs).where(runs.c.id == run_id))
-
-    def add_dataset(self, sha256: str, suffix: str, file_name: str, size_bytes: int) -> None:
-        """Adds an uploaded file; the newest upload of the same bytes sets the suffix."""
-        values = {"suffix": suffix, "file_name": file_name, "size_bytes": size_bytes}
-        with transaction(self._engine) as db:
-            if not db.execute(update(datasets).where(datasets.c.sha256 == sha256).values(**values)).rowcount:
-                db.execute(insert(datasets).values(sha256=sha256, create_us=now_us(), **values))
-
-    def dataset_suffix(self, sha256: str) -> str | None:
-        """Suffix of the stored file; None if there is no such dataset."""
-        with transaction(self._engine) as db:
-            query = select(datasets.c.suffix).where(datasets.c.sha256 == sha256)
-            return db.execute(query).scalar_one_or_none()
 
     def _in_states(self, states: Iterable[State]) -> list[Run]:
         query = select(runs).where(runs.c.state.in_(list(states))).order_by(runs.c.queue_number)

@@ -45,8 +45,11 @@ def test_enums_start_unspecified_and_values_carry_their_name(enum: EnumDescripto
 @pytest.mark.parametrize("rpc", RPCS, ids=lambda rpc: rpc.name)
 def test_requests_and_responses_are_named_after_their_rpc(rpc: MethodDescriptor) -> None:
     assert rpc.input_type.name == f"{rpc.name}Request"
-    returns_the_run = rpc.containing_service.name == "RunService" and rpc.output_type.name == "Run"
-    assert returns_the_run or rpc.output_type.name == f"{rpc.name}Response"
+    returns_the_resource = rpc.containing_service.name == "RunService" and rpc.output_type.name in (
+        "Run",
+        rpc.name.removeprefix("Get"),
+    )
+    assert returns_the_resource or rpc.output_type.name == f"{rpc.name}Response"
 
 
 def test_fields_are_snake_case_and_say_their_unit_last() -> None:

@@ -71,7 +71,7 @@ def resolved(
         data_dir=tmp_path / "data",
         roots=(tmp_path,),
         slots=DeviceSlots(gpus=gpus, cpu_slots=1),
-        dataset_suffix=lambda _: None,
+        find_dataset=lambda _: None,
         processor=on,
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")

@@ -292,12 +292,6 @@ class StoreContract:
         assert store.find_request("r", SPEC) is None
         assert new_run(store, run_id).attempts == []
 
-    def test_a_dataset_takes_the_suffix_of_its_newest_upload(self, store: Store) -> None:
-        assert store.dataset_suffix("0" * 64) is None
-        store.add_dataset("0" * 64, ".json", "a.json", 3)
-        store.add_dataset("0" * 64, ".jsonl", "a.jsonl", 3)
-        assert store.dataset_suffix("0" * 64) == ".jsonl"
-
     def test_one_of_many_equal_requests_makes_the_run(self, store: Store) -> None:
         lock = threading.Lock()  # the service has a single thread
 

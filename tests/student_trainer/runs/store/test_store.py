@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from sqlalchemy import insert
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.store.database import DatabaseThread, open_database
-from stillhouse.student_trainer.runs.store.schema import metadata
+from stillhouse.student_trainer.runs.store.schema import dataset_versions, datasets, metadata
 from stillhouse.student_trainer.runs.store.store import Store
+from tests.student_trainer.runs.store.dataset_contract import (  # noqa: F401
+    DatasetContract,
+    test_other_names_are_no_datasets,
+)
 from tests.student_trainer.runs.store.store_contract import StoreContract, new_run
 from tests.support.postgres import Postgres
 
@@ -39,11 +45,42 @@ class TestStore(StoreContract):
     pass
 
 
+class TestDatasets(DatasetContract):
+    pass
+
+
 def test_migrations_make_the_schema_that_the_code_uses(place: Path | str) -> None:
     engine = open_database(place)
     with engine.begin() as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
     engine.dispose()
+
+
+def test_a_page_of_a_thousand_datasets_is_quick(place: Path | str) -> None:
+    engine = open_database(place)
+    digests = [f"{number:064x}" for number in range(1000)]
+    file = {"suffix": ".jsonl", "file_name": "a.jsonl", "size_bytes": 1, "create_us": 1}
+    version = {
+        "dataset_id": "many",
+        "file_name": "a.jsonl",
+        "num_rows": 1,
+        "num_tokens": 0,
+        "owner": "",
+        "create_us": 1,
+    }
+    with engine.begin() as db:
+        db.execute(insert(datasets), [{"sha256": each, **file} for each in digests])
+        numbered = [{"sha256": each, "version": at, **version} for at, each in enumerate(digests, start=1)]
+        db.execute(insert(dataset_versions), numbered)
+    engine.dispose()
+    store = Store.open(place)
+    began_s = time.perf_counter()
+    page, following = store.datasets.page("", before=None, limit=500)
+    rest, end = store.datasets.page("many", before=following, limit=500)
+    assert time.perf_counter() - began_s < 1
+    assert [each.name for each in (*page, *rest)] == [f"datasets/many@{at}" for at in range(1000, 0, -1)]
+    assert end is None
+    store.close()
 
 
 def test_sqlite_loses_nothing_that_was_committed(tmp_path: Path) -> None:

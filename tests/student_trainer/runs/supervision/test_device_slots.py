@@ -95,7 +95,7 @@ def test_devices_that_are_not_named_follow_the_processes(
         data_dir=tmp_path / "data",
         roots=(tmp_path,),
         slots=DeviceSlots(gpus=(0, 1, 2), cpu_slots=1),
-        dataset_suffix=lambda _: None,
+        find_dataset=lambda _: None,
         processor=Processor(),
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")

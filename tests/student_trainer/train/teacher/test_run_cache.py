@@ -300,7 +300,7 @@ def test_a_cache_keeps_the_day_that_its_chat_template_wrote(
         data_dir=tmp_path,
         roots=[allowed],
         slots=DeviceSlots(gpus=[], cpu_slots=1),
-        dataset_suffix=lambda _: None,
+        find_dataset=lambda _: None,
         processor=Processor(),
     )
     asked = from_proto(spec_message(values("only", None)))

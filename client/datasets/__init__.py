@@ -1,0 +1,1 @@
+"""Files of rows made from others: mixed, exported, parsed, converted and filtered."""

@@ -1,0 +1,1 @@
+"""Converts files of rows between formats, so that nothing is lost on the way there and back."""

@@ -1,0 +1,1 @@
+"""Filters of rows: each says of a row why it is dropped, or nothing."""

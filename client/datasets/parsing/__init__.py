@@ -1,0 +1,1 @@
+"""Parses completions into named, typed fields."""

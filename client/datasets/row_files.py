@@ -1,0 +1,89 @@
+"""Reads rows one by one and writes files whole: outputs appear together at the end, or not at all."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from stillhouse.client.core.errors import file_errors, usage_error
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import atomic_writer
+from stillhouse.protos.rows.files import read_file
+
+Values = Mapping[str, Any]
+
+
+def rows_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields number and fields of each row, as the file has them. Raises StillhouseError naming file and row."""
+    with file_errors("read", path):
+        yield from read_file(path).raw()
+
+
+def no_rows(path: object) -> StillhouseError:
+    """Returns the error of a file without rows."""
+    return StillhouseError(Reason.DATASET_INVALID, f"{path} has no rows. Write some, or leave it out.")
+
+
+def json_line(values: Values) -> bytes:
+    """Returns a row as a line of JSON: characters as they are, half of a surrogate pair as its escape."""
+    try:
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(values).encode() + b"\n"
+
+
+@contextmanager
+def whole_files(outputs: Sequence[Path], *, inputs: Sequence[Path] = ()) -> Iterator[list[BinaryIO]]:
+    """Yields a file for each output; they replace their paths if the block ends, and else nothing is left.
+
+    Folders are made. Raises StillhouseError for an output that is an input, or is given twice.
+    """
+    read = {path.resolve() for path in inputs}
+    for index, path in enumerate(outputs):
+        if path.resolve() in read:
+            raise usage_error(f"{path} is read and would be overwritten. Choose another output.")
+        if path.resolve() in {each.resolve() for each in outputs[:index]}:
+            raise usage_error(f"{path} is an output twice. Give each its own file.")
+    with ExitStack() as stack:
+        files = []
+        for path in outputs:
+            stack.enter_context(file_errors("write", path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            files.append(stack.enter_context(atomic_writer(path)))
+        yield files
+
+
+class RowSpool:
+    """Lines in a temporary file, in any order again; memory holds 8 bytes a line. A context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` gets the file, which has no name."""
+        with file_errors("write", folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by __exit__
+        self._ends = array("Q", [0])
+
+    def __enter__(self) -> RowSpool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def add(self, line: bytes) -> None:
+        """Appends a line."""
+        self._file.write(line)
+        self._ends.append(self._ends[-1] + len(line))
+
+    def line(self, index: int) -> bytes:
+        """Returns the line with an index, from 0."""
+        begin = self._ends[index]
+        self._file.seek(begin)
+        return self._file.read(self._ends[index + 1] - begin)
