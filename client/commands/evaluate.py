@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stillhouse.client.terminal.session import Session, command
-from stillhouse.protos.evaluation.names import MATCHES, METRICS, TEXT_METRICS
+from stillhouse.protos.evaluation.names import CHOICE_METRICS, MATCHES, METRICS, TEXT_METRICS
 
 if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle
@@ -51,6 +51,9 @@ _NONE = "none"
     metavar="MODEL",
     help=f"Model before; for a run the student that it began with, {_NONE} for none.",
 )
+@click.option(
+    "--tokenizer", metavar="MODEL", help="Model whose tokenizer a served teacher has, where TARGET is one."
+)
 @click.option("--limit", type=click.IntRange(1), help="Rows of each set at most, from the first.")
 @click.option("--temperature", type=float, help="Of written text. [default: the model's own settings]")
 @click.option("--top-p", type=float, help="Of written text.")
@@ -75,9 +78,9 @@ _NONE = "none"
 def evaluate(session: Session, *, target: str, **options: Any) -> int:
     """Evaluate TARGET, or texts in files.
 
-    TARGET is a run, RUN/checkpoints/STEP, a model's directory on the trainer's host, or a hub id. The evaluation is a run
-    of the trainer (`stillhouse run` watches, stops and lists it) and its report stays with it. A run is evaluated on its own
-    held-out rows and sets unless --data or --set names others.
+    TARGET is a run, RUN/checkpoints/STEP, a model's directory on the trainer's host, a hub id, or with --tokenizer the
+    HOST:PORT of a served teacher. The evaluation is a run of the trainer (`stillhouse run` watches, stops and lists it) and
+    its report stays with it. A run is evaluated on its own held-out rows and sets unless --data or --set names others.
     """
     if options["hypotheses"] or options["references"]:
         if target:
@@ -116,9 +119,16 @@ def evaluate(session: Session, *, target: str, **options: Any) -> int:
 
 def _spec(session: Session, name: str, options: dict[str, Any]) -> RunSpec:
     """Returns the run that evaluates `name`."""
-    from stillhouse.client.trainer.evaluation_spec import evaluation_of, find_target
+    from stillhouse.client.trainer.evaluation_spec import (
+        evaluation_of,
+        evaluation_of_teacher,
+        find_target,
+    )
 
-    spec = evaluation_of(find_target(session.trainer, name), name)
+    if options["tokenizer"]:
+        spec = evaluation_of_teacher(name, options["tokenizer"])
+    else:
+        spec = evaluation_of(find_target(session.trainer, name), name)
     evaluation = spec.evaluation
     if options["data"] or options["sets"]:
         for field in ("train", "eval"):
@@ -164,6 +174,7 @@ def _settings(spec: RunSpec, options: dict[str, Any]) -> None:
     if options["match"] == "choices":
         for each in evaluation.sets:
             each.match = "choices"
+            each.metrics.extend(name for name in options["metrics"] if name in CHOICE_METRICS)
     elif options["match"]:
         evaluation.match = options["match"]
     if options["limit"]:
@@ -227,7 +238,7 @@ def _files(session: Session, options: dict[str, Any]) -> int:
     scores: dict[str, RowSums] = {}
     for metric in metrics:
         scores |= score_texts(metric, texts, references, match=match)
-    report = make_report({"": {"after": scores}}, {})
+    report = make_report({"texts": {"after": scores}}, {})
     _write(options["out"], json.dumps(report, indent=2).encode() + b"\n")
     session.show(report, report_text(report).replace("AFTER", "VALUE", 1))
     return 0

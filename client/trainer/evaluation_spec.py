@@ -87,3 +87,12 @@ def evaluation_of(target: Target, name: str) -> RunSpec:
     spec.optimizer.seed = trained.optimizer.seed
     spec.labels["of"] = target.run.id
     return spec
+
+
+def evaluation_of_teacher(target: str, tokenizer: str) -> RunSpec:
+    """Returns a run that scores the teacher served at `target`, which has the tokenizer of the model `tokenizer`."""
+    spec = RunSpec(task="evaluate", display_name=f"evaluation of {target}"[:200])
+    spec.student.model = tokenizer
+    spec.teachers.add(targets=target.split(","))
+    spec.evaluation.teacher_alone = True
+    return spec

@@ -20,6 +20,8 @@ METRICS = (
     *TEXT_METRICS,
 )
 """All of them, as run files name them."""
+CHOICE_METRICS = ("accuracy", "ece")
+"""Metrics of rows with choices: both are over the choices, not over tokens."""
 MATCHES = ("exact", "numeric", "fields", "choices")
 """Ways to compare an answer with its reference; choices compares likelihoods, without an answer."""
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")

@@ -19,7 +19,6 @@ from stillhouse.student_trainer.config.fields import (
     MaxLength,
     Range,
     Required,
-    Supported,
     fields_of,
 )
 from stillhouse.student_trainer.config.schema import RunConfig
@@ -64,7 +63,6 @@ def page() -> str:
                 told[f"{message.name}.{name}"],
             )
             for name, info in fields_of(cls).items()
-            if not _is_unsupported(info)
         ]
         body = table(("Field", "Type", "Default", "Values", "Meaning"), rows) if rows else "No fields.\n"
         parts.append(f"\n## {message.name}\n\n{where}\n\n{told[message.name]}\n\n{body}")
@@ -122,8 +120,6 @@ def _object(cls: type[Any], message: Descriptor, told: Mapping[str, str]) -> dic
     properties: dict[str, Any] = {}
     required = []
     for name, info in fields_of(cls).items():
-        if _is_unsupported(info):
-            continue
         properties[name] = _property(
             info, told[f"{message.name}.{name}"], message.fields_by_name[name].message_type
         )
@@ -199,11 +195,6 @@ def _value(info: FieldInfo) -> dict[str, Any]:
 def _least(info: FieldInfo) -> dict[str, int]:
     required = info.rule(Required)
     return {"minItems": 1} if required and not (required.unless_offline or required.unless_task) else {}
-
-
-def _is_unsupported(info: FieldInfo) -> bool:
-    """True for a field of the contract that the training process cannot do at all."""
-    return info.rule(Supported) in ((), ("",))
 
 
 def _is_required(info: FieldInfo) -> bool:

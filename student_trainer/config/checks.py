@@ -17,7 +17,6 @@ from stillhouse.student_trainer.config.fields import (
     MaxLength,
     Range,
     Required,
-    Supported,
     fields_of,
 )
 from stillhouse.student_trainer.config.resources import MAX_PROCESSES
@@ -106,12 +105,10 @@ def _may_lack(required: Required, config: RunConfig) -> bool:
 
 
 def _problem(info: FieldInfo, value: Any) -> str | None:
-    words, supported = info.rule(Choices), info.rule(Supported)
+    words = info.rule(Choices)
     span, longest = info.rule(Range), info.rule(MaxLength)
     if words is not None and value not in words:
         return _unknown_choice(value, words)
-    if supported is not None and value not in supported:
-        return _unsupported(value, supported)
     if span is not None and not span.holds(value):
         return f"{value} is out of range; it must be {span}."
     is_one_line = not (info.rule(Lines) or info.rule(JsonText))
@@ -134,13 +131,6 @@ def _slip(value: str, choices: Sequence[str]) -> str | None:
     near = difflib.get_close_matches(value, choices, n=1, cutoff=LEAST_SIMILARITY)
     digits = re.findall(r"\d+", value)
     return next((each for each in near if re.findall(r"\d+", each) == digits), None)
-
-
-def _unsupported(value: object, supported: Collection[object]) -> str:
-    what = "this" if dataclasses.is_dataclass(value) else _quoted(value)
-    if not supported or set(supported) == {""}:
-        return f"{what} is not implemented yet; leave the field out."
-    return f"{what} is not implemented yet; use {_listed(supported)}."
 
 
 def _listed(values: Collection[object]) -> str:

@@ -47,6 +47,8 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         evaluation = replace(evaluation, top_k=max(1, min(top_k, MAX_TOP_K)))
     if evaluation.generation is not None and not spec.evaluation.generation.HasField("samples_per_prompt"):
         evaluation = replace(evaluation, generation=replace(evaluation.generation, samples_per_prompt=1))
+    if not evaluation.metrics and evaluation.teacher_alone:
+        evaluation = replace(evaluation, metrics=("perplexity",))
     if not evaluation.metrics:
         of_teacher = ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
         evaluation = replace(evaluation, metrics=of_teacher if config.has_teacher else ("perplexity",))

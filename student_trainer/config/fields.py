@@ -51,10 +51,6 @@ class Choices(_Values[str]):
     """The words that a text field, or each item of a list, may hold."""
 
 
-class Supported(_Values[object]):
-    """The values that the training process implements, where those are fewer than the contract has."""
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Required:
     """A field that must not be empty."""

@@ -306,6 +306,7 @@ class EvaluationConfig:
     sets: tuple[EvaluationSetConfig, ...] = ()
     match: Annotated[str, Choices(*MATCHES)] = "exact"
     baseline: StudentConfig | None = None
+    teacher_alone: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

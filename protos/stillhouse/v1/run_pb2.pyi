@@ -1615,6 +1615,7 @@ class EvaluationSpec(_message.Message):
     SETS_FIELD_NUMBER: _builtins.int
     MATCH_FIELD_NUMBER: _builtins.int
     BASELINE_FIELD_NUMBER: _builtins.int
+    TEACHER_ALONE_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Steps between two evaluations. Unset: at the start and at the end alone."""
     every_epochs: _builtins.float
@@ -1632,6 +1633,8 @@ class EvaluationSpec(_message.Message):
     around it. "numeric": the same last number. "fields": JSON objects, field by field. "choices": the completion of a set's
     row that the model finds most likely among its `choices`.
     """
+    teacher_alone: _builtins.bool
+    """With task: evaluate, score the teacher alone; student.model then gives the tokenizer and no weights."""
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Metrics to compute. kl, agreement, acceptance and overlap compare with the teacher; alm with loss.foreign_tokenizer: alm
@@ -1665,10 +1668,11 @@ class EvaluationSpec(_message.Message):
         sets: _abc.Iterable[Global___EvaluationSetSpec] | None = ...,
         match: _builtins.str | None = ...,
         baseline: Global___StudentSpec | None = ...,
+        teacher_alone: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_teacher_alone", b"_teacher_alone", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "teacher_alone", b"teacher_alone", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "metrics", b"metrics", "sets", b"sets", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_teacher_alone", b"_teacher_alone", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "metrics", b"metrics", "sets", b"sets", "teacher_alone", b"teacher_alone", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_metric: _TypeAlias = _typing.Literal["best_metric"]  # noqa: Y015
     _WhichOneofArgType__best_metric: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric"]  # noqa: Y015
@@ -1680,6 +1684,8 @@ class EvaluationSpec(_message.Message):
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
     _WhichOneofReturnType__match: _TypeAlias = _typing.Literal["match"]  # noqa: Y015
     _WhichOneofArgType__match: _TypeAlias = _typing.Literal["_match", b"_match"]  # noqa: Y015
+    _WhichOneofReturnType__teacher_alone: _TypeAlias = _typing.Literal["teacher_alone"]  # noqa: Y015
+    _WhichOneofArgType__teacher_alone: _TypeAlias = _typing.Literal["_teacher_alone", b"_teacher_alone"]  # noqa: Y015
     _WhichOneofReturnType__top_k: _TypeAlias = _typing.Literal["top_k"]  # noqa: Y015
     _WhichOneofArgType__top_k: _TypeAlias = _typing.Literal["_top_k", b"_top_k"]  # noqa: Y015
     @_typing.overload
@@ -1692,6 +1698,8 @@ class EvaluationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__match) -> _WhichOneofReturnType__match | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher_alone) -> _WhichOneofReturnType__teacher_alone | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 

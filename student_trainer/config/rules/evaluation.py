@@ -7,12 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.protos.evaluation.names import TEACHER_METRICS, TEXT_METRICS, values_of
+from stillhouse.protos.evaluation.names import (
+    CHOICE_METRICS,
+    TEACHER_METRICS,
+    TEXT_METRICS,
+    TOKEN_METRICS,
+    values_of,
+)
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.schema import RunConfig
 
-CHOICE_METRICS = ("accuracy", "ece")
-"""Metrics of a set whose rows are choices: both are over the choices, not over tokens."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -59,7 +63,14 @@ def settled_sets(config: RunConfig) -> list[SetSettings]:
 def teacher_metrics(config: RunConfig) -> list[str]:
     """Metrics of any set that need a teacher's outputs, sorted."""
     named = {metric for each in settled_sets(config) for metric in each.metrics}
-    return sorted(named & set(TEACHER_METRICS))
+    needed = set(TEACHER_METRICS)
+    if config.evaluation.teacher_alone:
+        needed |= {*TOKEN_METRICS, *(CHOICE_METRICS if any(map(_has_choices, settled_sets(config))) else ())}
+    return sorted(named & needed)
+
+
+def _has_choices(settings: SetSettings) -> bool:
+    return settings.has_choices
 
 
 def check_evaluation(config: RunConfig) -> Iterator[FieldViolation]:
@@ -85,6 +96,11 @@ def check_evaluation(config: RunConfig) -> Iterator[FieldViolation]:
         yield FieldViolation(
             "evaluation.baseline",
             "is for task: evaluate; a run that trains compares with its student at step 0. Leave it out.",
+        )
+    if config.evaluation.teacher_alone and config.task != "evaluate":
+        yield FieldViolation(
+            "evaluation.teacher_alone",
+            "is for task: evaluate; a run that trains has a student. Leave it out.",
         )
     if config.task == "evaluate":
         yield from _check_task(config)
@@ -148,8 +164,26 @@ def _check_task(config: RunConfig) -> Iterator[FieldViolation]:
             "student.lora",
             "would be a new adapter, and task: evaluate trains none. Name one in student.adapter, or leave it out.",
         )
+    if config.evaluation.teacher_alone:
+        yield from _check_teacher_alone(config)
     if "alm" in config.evaluation.metrics:
         yield FieldViolation(
             "evaluation.metrics",
             'has "alm", which a run that trains computes; task: evaluate does not. Leave it out.',
         )
+
+
+def _check_teacher_alone(config: RunConfig) -> Iterator[FieldViolation]:
+    if len(config.teachers) != 1 or config.is_offline:
+        yield FieldViolation(
+            "evaluation.teacher_alone",
+            "scores one teacher that is served; name one in teachers, without a cache alone.",
+        )
+    compared = [each for each in config.evaluation.metrics if each in TEACHER_METRICS]
+    if compared:
+        yield FieldViolation(
+            "evaluation.metrics",
+            f"has {', '.join(compared)}, which compares a student with the teacher; leave it out with teacher_alone.",
+        )
+    if config.evaluation.baseline is not None:
+        yield FieldViolation("evaluation.baseline", "has no meaning with teacher_alone; leave it out.")

@@ -110,7 +110,7 @@ class Evaluator:
         texts = self._write()
         for each in self.sets:
             student[each.settings.name] |= _text_scores(each, texts.get(each.settings.name, ()))
-        metrics = {name: value for each in self.sets for name, value in _metrics(each, student).items()}
+        metrics = {name: value for each in self.sets for name, value in metrics_of(each, student).items()}
         if chunks.get("chunks"):
             metrics["eval/alm"] = chunks["alm"] / chunks["chunks"]
         metrics["eval/tokens"] = float(columns["tokens"].sum())
@@ -204,7 +204,7 @@ def _text_scores(rows: EvaluationRows, texts: Sequence[WrittenText]) -> dict[str
     return scores
 
 
-def _metrics(rows: EvaluationRows, scores: SetScores) -> dict[str, float]:
+def metrics_of(rows: EvaluationRows, scores: SetScores) -> dict[str, float]:
     """Returns metrics of a set by their names in the journal: of the held-out rows all, of a named set those that it names."""
     settings = rows.settings
     head = f"eval/{settings.name}/" if settings.name else "eval/"

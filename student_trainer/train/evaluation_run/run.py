@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import structlog
 
 from stillhouse.protos.evaluation.names import TEXT_METRICS
@@ -14,8 +15,9 @@ from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig, S
 from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
-from stillhouse.student_trainer.train.evaluation.evaluator import Evaluation, Evaluator
+from stillhouse.student_trainer.train.evaluation.evaluator import Evaluation, Evaluator, metrics_of
 from stillhouse.student_trainer.train.evaluation.run_report import RunReport
+from stillhouse.student_trainer.train.evaluation.set_scores import TEACHER, set_scores, teacher_columns
 from stillhouse.student_trainer.train.evaluation.text_writer import (
     MAX_NEW_TOKENS,
     TextWriter,
@@ -75,6 +77,8 @@ class _Evaluation:
     def run(self) -> Outcome:
         """Scores each model in turn; each is a step of the run, and the metrics are those of the last, the student."""
         config, attempt = self.scope.config, self.scope.attempt
+        if config.evaluation.teacher_alone:
+            return self._run_teacher_alone()
         models = [("before", config.evaluation.baseline)] if config.evaluation.baseline else []
         models.append(("after", config.student))
         attempt.report("started", total_steps=len(models), step=0)
@@ -94,6 +98,21 @@ class _Evaluation:
         assert report is not None
         report.write(len(models))
         return Outcome(kind="completed", step=len(models))
+
+    def _run_teacher_alone(self) -> Outcome:
+        """Scores the teacher alone: the run has no student, and one step."""
+        attempt, sets = self.scope.attempt, self.inputs.sets
+        attempt.report("started", total_steps=1, step=0)
+        columns = teacher_columns(self.rows)
+        tokens = [float(each.example.num_targets) for each in self.rows]
+        columns["tokens"] = np.asarray(tokens)[:, None]
+        scores = {each.settings.name: set_scores(each, columns, of=TEACHER) for each in sets}
+        found = self._teacher_scores(Evaluation(metrics={}, teacher=scores))
+        named = {name: value for each in sets for name, value in metrics_of(each, found).items()}
+        self.scope.reporter.metrics(1, named)
+        log.info("evaluated", subject="teacher", **named)
+        RunReport(attempt, {"source": "teacher"}).write_scores({"teacher": found}, 1)
+        return Outcome(kind="completed", step=1)
 
     def _evaluator(self, config: StudentConfig) -> Evaluator:
         """Loads a model and returns what evaluates it."""

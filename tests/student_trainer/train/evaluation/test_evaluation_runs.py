@@ -224,3 +224,27 @@ def test_rows_that_cannot_be_evaluated_are_named(
         failed = run(evaluation_spec(models, dataset_file, evaluation={"sets": sets}), code=3)
         assert sentence in failure(failed)
         assert "row 1" in failure(failed)
+
+
+def test_a_served_teacher_is_scored_alone(
+    models: Models, dataset_file: Path, hf_teacher: Program, run: Train
+) -> None:
+    spec = evaluation_spec(
+        models,
+        dataset_file,
+        teachers=[{"targets": [hf_teacher.target], "logprob_dtype": "float32"}],
+        evaluation={
+            "metrics": ["perplexity", "ece", "chrf"],
+            "limit": 8,
+            "generation": {"max_new_tokens": 5},
+            "teacher_alone": True,
+        },
+    )
+    alone = report_of(run(spec))[""]
+    assert {*alone["perplexity"], *alone["chrf"]} == {"teacher", "signature"}
+    spec["student"] = {"model": str(models.teacher)}
+    del spec["evaluation"]["teacher_alone"], spec["teachers"]
+    spec["evaluation"]["metrics"].remove("chrf")
+    itself = report_of(run(spec))[""]
+    for name in ("perplexity", "ece"):
+        assert alone[name]["teacher"]["value"] == pytest.approx(itself[name]["after"]["value"], rel=1e-4)
