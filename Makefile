@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache lock hooks release clean
+.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache bench-data lock hooks release clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -111,6 +111,9 @@ bench-foreign: setup ## what a student gains from a teacher with a foreign token
 
 bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
 	$(PY) -m benchmarks.cache $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-data: setup ## the preparation of a million rows, beside datasets.map, a second start, and memory at four times the rows; JSON=FILE
+	$(PY) -m benchmarks.data $(if $(JSON),--json $(JSON)) $(ARGS)
 
 lock: setup ## write requirements/dev-cpu.lock from this environment, which the tests have passed in
 	$(PY) scripts/lock.py write

@@ -26,6 +26,12 @@ from stillhouse.protos.stillhouse.v1 import run_pb2
 PLAIN_INTERVAL_S = 5.0
 """Shortest time between two lines about steps without a terminal."""
 LOSS = "train/loss"
+PREPARED, ROWS, ROW_SPEED, LEFT = (
+    "data/prepared_rows",
+    "data/rows",
+    "data/rows_per_second",
+    "data/left_s",
+)
 STORED, BYTES_PER_TOKEN = "cache/sequences", "cache/bytes_per_token"
 SPEEDS = ("train/tokens_per_second", "cache/tokens_per_second")
 EVALUATION = "eval/"
@@ -51,6 +57,8 @@ class RunView(ABC):
             evaluated = evaluation_text(event.metrics)
             if evaluated:
                 self.line(evaluated)
+            if PREPARED in event.metrics.values:
+                self.preparation(event.metrics)
             if LOSS in event.metrics.values or STORED in event.metrics.values:
                 self.step(event.metrics, self._progress.total_steps)
 
@@ -77,6 +85,10 @@ class RunView(ABC):
         """Shows the metrics of a step."""
 
     @abstractmethod
+    def preparation(self, point: run_pb2.MetricPoint) -> None:
+        """Shows how far the preparation of the data is."""
+
+    @abstractmethod
     def update(self, run: run_pb2.Run) -> None:
         """Shows the run's progress."""
 
@@ -97,6 +109,12 @@ class PlainView(RunView):
         if now >= self._next_s or point.step == total_steps:
             self._next_s = now + self._interval_s
             self.line(step_text(point, total_steps))
+
+    def preparation(self, point: run_pb2.MetricPoint) -> None:
+        now = time.monotonic()
+        if now >= self._next_s:
+            self._next_s = now + self._interval_s
+            self.line(preparation_text(point))
 
     def update(self, run: run_pb2.Run) -> None:
         pass
@@ -122,6 +140,9 @@ class TerminalView(RunView):
             loss=_achieved(point),
             speed=f"{number_text(speed)} tokens/s" if speed is not None else "",
         )
+
+    def preparation(self, point: run_pb2.MetricPoint) -> None:
+        self._bar.update(self._task, loss=preparation_text(point), speed="")
 
     def update(self, run: run_pb2.Run) -> None:
         self._bar.update(
@@ -171,6 +192,16 @@ def state_line(run: run_pb2.Run) -> str:
     if run.state == run_pb2.Run.STATE_FAILED and run.HasField("error"):
         text += f"\n{from_status(run.error).message}"
     return text
+
+
+def preparation_text(point: run_pb2.MetricPoint) -> str:
+    """Formats the preparation of the data, e.g. "data: 20,000 of 1,000,000 rows  5,120 rows/s  3 min 11 s left"."""
+    values = point.values
+    of = f" of {values[ROWS]:,.0f}" if ROWS in values else ""
+    parts = [f"data: {values[PREPARED]:,.0f}{of} rows", f"{values[ROW_SPEED]:,.0f} rows/s"]
+    if LEFT in values:
+        parts.append(f"{duration_text(values[LEFT])} left")
+    return "  ".join(parts)
 
 
 def step_text(point: run_pb2.MetricPoint, total_steps: int) -> str:

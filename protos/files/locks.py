@@ -24,6 +24,23 @@ def try_lock(path: Path) -> BinaryIO | None:
     return file
 
 
+def try_share(path: Path) -> BinaryIO | None:
+    """Shares the lock of an existing file; None if there is no file, or another holder has the lock of `try_lock`."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
 def is_locked(path: Path) -> bool:
     """True if a holder has the lock of `try_lock`."""
     try:

@@ -14,7 +14,7 @@ from stillhouse.teacher_service import metrics as teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ("protos/telemetry/metrics.py", "protos/telemetry/gpu_memory.py")
-KEY = re.compile(r"(train|eval|teacher|cache|device)/[a-z_]+")
+KEY = re.compile(r"(train|eval|teacher|cache|device|data)/[a-z_]+")
 _DIVERGENCES = ", ".join(
     f"`train/{name}`" for name in fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
 )
@@ -75,6 +75,10 @@ RUN_METRICS = {
     "teacher/asked_again": "Sequences and prompts that a broken service left unanswered; also of each service.",
     "teacher/breaks": "Streams and calls to teachers that broke.",
     "teacher/SERVICE/answered": "Sequences that this service answered.",
+    "data/prepared_rows": "Rows that were encoded so far, before the first step.",
+    "data/rows": "Rows of the dataset that is encoded, where that is known.",
+    "data/rows_per_second": "Rows encoded per second.",
+    "data/left_s": "Seconds until all rows of the dataset are encoded, at that rate.",
     "cache/found": "Targets found in a cache.",
     "cache/missed": "Targets missing in a cache, which a teacher computed.",
     "cache/sequences": "Sequences that a cache build has stored.",

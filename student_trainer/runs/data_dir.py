@@ -10,11 +10,13 @@ from typing import BinaryIO
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.files.locks import try_lock
+from stillhouse.student_trainer.prepared_store import FOLDER as PREPARED
+from stillhouse.student_trainer.prepared_store import PreparedStore
 
 LAYOUT = 1
 """Version of the folders and files; an older one is migrated at the start, a later one refused."""
 CREDENTIALS = "credentials.toml"
-FOLDERS = ("datasets", "caches", "adapters", "runs")
+FOLDERS = ("datasets", "caches", "adapters", "runs", PREPARED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +80,11 @@ class DataDir:
     def datasets_path(self) -> Path:
         """Uploaded files."""
         return self.path / "datasets"
+
+    @property
+    def prepared(self) -> PreparedStore:
+        """Datasets that runs have encoded."""
+        return PreparedStore(self.path / PREPARED)
 
     @property
     def runs_path(self) -> Path:

@@ -31,7 +31,7 @@ from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import TERM_GRACE_S
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
-from stillhouse.student_trainer.runs.supervision.retention import keep_sweeping
+from stillhouse.student_trainer.runs.supervision.retention import keep_cleaning, keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
 
 SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
@@ -114,10 +114,13 @@ async def _serve(
         await server.stop(0)
         raise
     await supervisor.start()
-    sweeper: asyncio.Task[None] | None = None
+    cleaning = keep_cleaning(
+        data_dir.prepared, max_bytes=settings.max_prepared_bytes, keep_days=settings.keep_prepared_days
+    )
+    sweepers = {asyncio.create_task(cleaning, name="prepared data")}
     if settings.keep_ended_days is not None:
         sweeping = keep_sweeping(store, db, settings.keep_ended_days, servicer.delete)
-        sweeper = asyncio.create_task(sweeping, name="retention")
+        sweepers.add(asyncio.create_task(sweeping, name="retention"))
     server.set_serving(True)
     if settings.address_file is not None:
         write_atomic(settings.address_file, address.encode(), private=True)
@@ -126,9 +129,9 @@ async def _serve(
     )
 
     async def drain() -> None:
-        if sweeper is not None:
-            sweeper.cancel()
-            await asyncio.wait({sweeper})
+        for each in sweepers:
+            each.cancel()
+        await asyncio.wait(sweepers)
         await supervisor.close(stop_runs=settings.stop_runs_on_exit)
         notifier.close()
 

@@ -68,6 +68,15 @@ class RunServiceSettings:
     keep_ended_days: float | None = setting(
         "Days after which an ended run and its files are removed.  [default: never]", None, between=_TIME
     )
+    max_prepared_bytes: int = setting(
+        "Size up to which data that runs have encoded is kept for the next ones; the longest unused goes first, and none "
+        "that a run uses.",
+        64 * 2**30,
+        between=(0, 2**63 - 1),
+    )
+    keep_prepared_days: float = setting(
+        "Days after its last use for which such data is kept.", 30.0, between=_TIME
+    )
     tokens: Path | None = setting(
         SHARED["tokens"] + "  [default: tokens.json in --data-dir, once there]",
         None,

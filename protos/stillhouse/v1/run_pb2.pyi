@@ -86,6 +86,8 @@ class Run(_message.Message):
         """The service restarted and takes it over."""
         CONDITION_NOT_RESPONDING: Run._Condition.ValueType  # 4
         """Its process sends no heartbeat; the service ends it after --max-silence-s."""
+        CONDITION_PREPARING_DATA: Run._Condition.ValueType  # 5
+        """It encodes its data before the first step; its metrics data/… say how far it is."""
 
     class Condition(_Condition, metaclass=_ConditionEnumTypeWrapper):
         """Condition is the reason that a live run makes no progress."""
@@ -100,6 +102,8 @@ class Run(_message.Message):
     """The service restarted and takes it over."""
     CONDITION_NOT_RESPONDING: Run.Condition.ValueType  # 4
     """Its process sends no heartbeat; the service ends it after --max-silence-s."""
+    CONDITION_PREPARING_DATA: Run.Condition.ValueType  # 5
+    """It encodes its data before the first step; its metrics data/… say how far it is."""
 
     NAME_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int

@@ -1,4 +1,4 @@
-"""Retention: deletes runs, with their files, that ended longer ago than the operator's limit."""
+"""Retention: deletes runs that ended longer ago than the operator's limit, with their files, and prepared data beyond it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.student_trainer.prepared_store import PreparedStore
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.queries import now_us
 from stillhouse.student_trainer.runs.store.store import Store
@@ -50,4 +51,16 @@ async def keep_sweeping(
             await sweep(store, db, keep_days, remove)
         except Exception:
             log.exception("old runs not removed")
+        await asyncio.sleep(SWEEP_S)
+
+
+async def keep_cleaning(prepared: PreparedStore, *, max_bytes: int, keep_days: float) -> None:
+    """Keeps prepared data within its bounds until cancelled; failures are retried at the next sweep."""
+    while True:
+        try:
+            freed = await asyncio.to_thread(prepared.clean, max_bytes=max_bytes, keep_days=keep_days)
+            if freed:
+                log.info("prepared data removed", bytes=freed)
+        except OSError:
+            log.exception("prepared data not removed")
         await asyncio.sleep(SWEEP_S)

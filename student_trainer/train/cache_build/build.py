@@ -31,7 +31,6 @@ from stillhouse.student_trainer.train.cache_build.plan import (
 )
 from stillhouse.student_trainer.train.contexts.source import Skips
 from stillhouse.student_trainer.train.data.context_mix import text_seed
-from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
@@ -151,8 +150,10 @@ class _Build:
         return -(-self._plan.num_all // self._rows_per_step)
 
     def _generate(self, job: GenerateJob, stream: TextStream) -> None:
-        def submit(_: int, numbered: tuple[int, Example]) -> None:
-            row, example = numbered
+        examples = job.missing.source
+
+        def submit(_: int, row: int) -> None:
+            example = examples[row]
             stream.submit(
                 row,
                 job.prompt(example),
@@ -161,7 +162,8 @@ class _Build:
                 place=example.place,
             )
 
-        for _, (row, example) in submit_ahead(job.missing, WINDOW_PROMPTS, submit):
+        for _, row in submit_ahead(job.missing.numbers, WINDOW_PROMPTS, submit):
+            example = examples[row]
             self._scope.patience.check(None)
             texts = stream.get_result(row, self._scope.patience)
             prompt = job.prompt(example)
@@ -180,7 +182,11 @@ class _Build:
             self._count()
 
     def _score(self, job: ScoreJob, stream: ScoreStream) -> None:
-        for number, query in submit_ahead(job.missing, WINDOW_SEQUENCES, stream.submit):
+        def submit(number: int, row: int) -> None:
+            stream.submit(number, job.query(row))
+
+        for number, row in submit_ahead(job.missing.numbers, WINDOW_SEQUENCES, submit):
+            query = job.query(row)
             self._scope.patience.check(None)
             try:
                 answer = stream.get_result(number, self._scope.patience)

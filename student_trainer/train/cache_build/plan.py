@@ -59,6 +59,18 @@ class FinishedPrompts:
             write_atomic(self.run_dir.path / FINISHED, json.dumps(told).encode())
 
 
+@dataclass(frozen=True, slots=True)
+class PickedExamples:
+    """Some examples of a sequence, which are read when they are asked for."""
+
+    source: Sequence[Example]
+    numbers: Sequence[int]
+    """Their places in `source`."""
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GenerateJob:
     """The prompts of one context that one teacher continues: completions with targets from the same pass, each prompt once."""
@@ -73,8 +85,8 @@ class GenerateJob:
     """Tokens that prompt and completion may have together."""
     teacher_room: int
     """The same with the prompt that the teacher sees."""
-    missing: Sequence[tuple[int, Example]]
-    """Prompts without completions, with their number among the training rows."""
+    missing: PickedExamples
+    """Prompts without completions, with their numbers among the training rows."""
     num_stored: int
 
     def prompt(self, example: Example) -> NDArray[np.int32]:
@@ -99,9 +111,13 @@ class ScoreJob:
     teacher: TeacherClient
     request: DistributionConfig
     meta: CacheMeta
-    missing: Sequence[TeacherQuery]
+    missing: PickedExamples
     """Sequences that are not stored, each with another address."""
     num_stored: int
+
+    def query(self, number: int) -> TeacherQuery:
+        """The query of an example, by its place in `missing.source`."""
+        return _query(self.missing.source[number], self.teacher)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,20 +162,24 @@ class BuildPlan:
         return [*self.generate_jobs, *self.score_jobs]
 
 
+def _query(example: Example, teacher: TeacherClient) -> TeacherQuery:
+    return TeacherQuery.from_example(example).behind_prompt(teacher.config.name)
+
+
 def _plan_scores(
     request: TargetRequest, teacher: TeacherClient, wanted: Sequence[Example], writer: CacheWriter
 ) -> ScoreJob:
     config = request.to_config(teacher.config, teacher.info)
     meta = RunCache.make_meta(teacher, config, held_out=request.held_out)
-    asked = (TeacherQuery.from_example(each).behind_prompt(teacher.config.name) for each in wanted)
-    queries = {meta.key(each.token_ids, each.start): each for each in asked}
-    missing = [each for key, each in queries.items() if not writer.has(key, meta)]
+    asked = (_query(each, teacher) for each in wanted)
+    places = {meta.key(each.token_ids, each.start): place for place, each in enumerate(asked)}
+    missing = [place for key, place in places.items() if not writer.has(key, meta)]
     return ScoreJob(
         teacher=teacher,
         request=config,
         meta=meta,
-        missing=missing,
-        num_stored=len(queries) - len(missing),
+        missing=PickedExamples(wanted, missing),
+        num_stored=len(places) - len(missing),
     )
 
 
@@ -174,7 +194,7 @@ def _plan_generation(
             room = min(config.data.max_sequence_tokens, teacher.info.max_sequence_tokens)
             done = finished.numbers[number]
             prompts = [
-                (row, each)
+                row
                 for row, each in enumerate(corpus.train)
                 if each.teacher in ("", name) and len(each.prompt) < room
             ]
@@ -187,6 +207,6 @@ def _plan_generation(
                 seed=config.data.seed,
                 room=room,
                 teacher_room=teacher.max_sequence_tokens,
-                missing=[(row, each) for row, each in prompts if row not in done],
-                num_stored=sum(row in done for row, _ in prompts),
+                missing=PickedExamples(corpus.train, [row for row in prompts if row not in done]),
+                num_stored=sum(row in done for row in prompts),
             )

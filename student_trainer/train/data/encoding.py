@@ -5,11 +5,11 @@ mask[t] is True if token t is a target, predicted from the tokens before it; pos
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +22,11 @@ from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.config.schema import DataConfig
 from stillhouse.student_trainer.train.data.alignment import AlignedText
 from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks
-from stillhouse.student_trainer.train.data.chat.mask import ChatMasker
+from stillhouse.student_trainer.train.data.chat.mask import ChatMasker, Learned, Span
 from stillhouse.student_trainer.train.data.chat.template import ChatTemplate
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 from stillhouse.student_trainer.train.data.teacher_prompt import TeacherPrompt, prompt_of
-from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
+from stillhouse.student_trainer.train.data.text_encoder import TextEncoder, TextRequest
 
 CUT_SHORT = (
     "length",
@@ -88,12 +88,31 @@ class Example:
         return int(self.mask.sum())
 
 
-def num_prompt_tokens(completion_mask: Sequence[bool]) -> int:
+def num_prompt_tokens(completion_mask: Sequence[bool] | NDArray[np.bool_]) -> int:
     """Returns the start of a row's last completion, >= 1."""
-    begins = [
-        at for at, inside in enumerate(completion_mask) if inside and not (at and completion_mask[at - 1])
-    ]
-    return max(1, begins[-1]) if begins else 1
+    completion_mask = np.asarray(completion_mask, np.bool_)
+    begins = np.flatnonzero(completion_mask[1:] & ~completion_mask[:-1])
+    return int(begins[-1]) + 1 if len(begins) else 1
+
+
+class EncodedRow(NamedTuple):
+    """Tokens of one row, not truncated."""
+
+    row: DatasetRow
+    token_ids: list[int]
+    completion_mask: NDArray[np.bool_]
+    """True for the tokens of completions."""
+
+
+class _Draft(NamedTuple):
+    """A row's text before it is tokenized."""
+
+    row: DatasetRow
+    request: TextRequest
+    spans: Sequence[Span] | None
+    """Characters of its completions; None: all."""
+    end_id: int | None
+    """Token that is put behind the text."""
 
 
 class RowEncoder:
@@ -138,7 +157,8 @@ class RowEncoder:
         )
         self._encoder = TextEncoder(tokenizer)
         self._marks = SpecialMarks(tokenizer)
-        self._chat = ChatMasker(tokenizer, self._encoder, self._marks, today=today)
+        self._eos: int | None = tokenizer.eos_token_id
+        self._chat = ChatMasker(tokenizer, self._marks, today=today)
         self._end_ids: set[int] = set()
 
     @classmethod
@@ -199,38 +219,80 @@ class RowEncoder:
         doubled = self._encoder.num_doubled_openings
         return counts | ({"doubled_openings": doubled} if doubled else {})
 
+    @property
+    def learned(self) -> Learned:
+        """What the rows so far have told about the chat template; the encoding of later rows depends on it and on nothing else."""
+        return self._chat.learned
+
+    @learned.setter
+    def learned(self, told: Learned) -> None:
+        self._chat.learned = told
+
+    def forget_counts(self) -> None:
+        """Begins anew with `end_ids`, `wrote_date` and `notes`."""
+        self._end_ids.clear()
+        self._chat.end_ids.clear()
+        self._chat.notes.clear()
+        self._chat.template.asked_date = False
+        self._encoder.num_doubled_openings = 0
+
     def encode(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
         """Returns token ids and target mask of a row, not truncated. Raises StillhouseError(DATASET_INVALID)."""
-        token_ids, completion_mask = self.encode_with_completion_mask(row)
-        return token_ids, self.target_mask(completion_mask)
+        (encoded,) = self.encode_rows([row])
+        return encoded.token_ids, [bool(each) for each in self.target_mask(encoded.completion_mask)]
 
-    def target_mask(self, completion_mask: Sequence[bool]) -> list[bool]:
+    def target_mask(self, completion_mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Turns a completion mask into the mask of targets."""
-        trained = completion_mask if self._completion_only else [True] * len(completion_mask)
-        return [False, *trained[1:]]
+        trained = completion_mask.copy() if self._completion_only else np.ones_like(completion_mask)
+        trained[:1] = False
+        return trained
 
-    def encode_with_completion_mask(self, row: DatasetRow) -> tuple[list[int], list[bool]]:
-        """Returns token ids of a row and the mask of its completions. Raises as `encode`."""
+    def encode_rows(self, rows: Sequence[DatasetRow]) -> Iterator[EncodedRow]:
+        """Yields the tokens of rows, which are tokenized in one call, each as it would be alone.
+
+        Raises StillhouseError(DATASET_INVALID) for the first bad row, behind the rows before it.
+        """
+        drafts: list[_Draft] = []
+        refused: StillhouseError | None = None
+        for row in rows:
+            try:
+                drafts.append(self._draft(row))
+            except StillhouseError as error:
+                refused = error
+                break
+        texts = self._encoder.encode_all([each.request for each in drafts])
+        for draft, text in zip(drafts, texts, strict=True):
+            ids = text.token_ids
+            mask = np.ones(len(ids), np.bool_) if draft.spans is None else text.mask(draft.spans)
+            if draft.end_id is not None:
+                ids, mask = [*ids, draft.end_id], np.append(mask, True)
+            yield EncodedRow(draft.row, ids, mask)
+        if refused is not None:
+            raise refused
+
+    def _draft(self, row: DatasetRow) -> _Draft:
         content, is_cut = self._parse(row), _is_cut(row)
         if content.turns is not None:
-            return self._chat.encode(self._chat.template.conversation(row, content.turns), is_cut=is_cut)
+            conversation = self._chat.template.conversation(row, content.turns)
+            text, spans = self._chat.render(conversation, is_cut=is_cut)
+            return _Draft(row, TextRequest(text, False, [begin for begin, _ in spans]), spans, None)
         if content.kind == "completion":
-            return self._encode_plain(content.prompt, content.completion, ends=not is_cut)
-        return self._encode_plain("", content.text, ends=self._ends_text and not is_cut)
+            return self._draft_plain(row, content.prompt, content.completion, ends=not is_cut)
+        return self._draft_plain(row, "", content.text, ends=self._ends_text and not is_cut)
 
-    def _encode_plain(self, prompt: str, text: str, *, ends: bool) -> tuple[list[int], list[bool]]:
-        """Encodes the prompt as at inference and `text` as its continuation; with `ends` its end token follows."""
-        begin = len(prompt)
-        encoded = self._encoder.encode(prompt + text, special=True, cuts=[begin])
-        mask = encoded.mask([(begin, len(prompt + text))]) if prompt else [True] * len(encoded.token_ids)
+    def _draft_plain(self, row: DatasetRow, prompt: str, text: str, *, ends: bool) -> _Draft:
+        """Drafts the prompt as at inference and `text` as its continuation; with `ends` its end token follows."""
+        begin, whole = len(prompt), prompt + text
+        end_id = None
         # Text that closes its turn itself has its end.
-        mark, end = self._marks.at_end(text.rstrip()), self._tokenizer.eos_token_id
+        mark = self._marks.at_end(text.rstrip())
         if mark:
             self._end_ids.add(self._marks.token_id(mark))
-        elif ends and self._marks.holds(end):
-            self._end_ids.add(end)
-            return [*encoded.token_ids, end], [*mask, True]
-        return encoded.token_ids, mask
+        elif ends and self._eos is not None and self._marks.holds(self._eos):
+            end_id = self._eos
+            self._end_ids.add(end_id)
+        spans = [(begin, len(whole))] if prompt else None
+        return _Draft(row, TextRequest(whole, True, [begin]), spans, end_id)
 
 
 def _is_cut(row: DatasetRow) -> bool:

@@ -146,7 +146,7 @@ class _PromptEncoder:
         text = self._render("template", row, {ROW_PROMPT: prompt, ROW_COMPLETION: completion})
         encoder, own = self._encoder.text_encoder, list(token_ids[completion_mask.index(True) :])
         whole = encoder.encode(text + completion, special=True, cuts=[len(text)])
-        mask = whole.mask([(len(text), len(text) + len(completion))])
+        mask = whole.mask([(len(text), len(text) + len(completion))]).tolist()
         begin = mask.index(True) if True in mask else len(mask)
         rest = whole.token_ids[begin:]
         # As the student's row is encoded, where this leaves the learnt tokens as they are.

@@ -6,8 +6,10 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stillhouse.student_trainer.config.schema import OptimizerConfig
 
@@ -80,15 +82,17 @@ class Schedule:
         epoch, index = divmod(position, self.num_rows)
         if self.weights:
             return self._mixed_row(epoch, index)
-        return permutation(self.num_rows, self.seed, epoch)[index]
+        return int(_epoch_order(self.num_rows, self.seed, epoch)[index])
 
     def _mixed_row(self, epoch: int, index: int) -> int:
         """Returns row `index` of `epoch`: interleaved by dataset, in the dataset's own order."""
         counts = self._counts()
-        dataset, nth = _interleave(counts, self.seed, epoch)[index]
+        turns = _interleave(counts, self.seed, epoch)
+        dataset, nth = int(turns.datasets[index]), int(turns.before[index])
         size = self.dataset_sizes[dataset]
         passes, at = divmod(epoch * counts[dataset] + nth, size)
-        return sum(self.dataset_sizes[:dataset]) + permutation(size, self.seed, passes, dataset)[at]
+        order = _dataset_order(size, self.seed, passes, dataset)
+        return sum(self.dataset_sizes[:dataset]) + int(order[at])
 
     def _counts(self) -> tuple[int, ...]:
         """Returns rows of each dataset in an epoch; they sum to `num_rows`."""
@@ -97,22 +101,37 @@ class Schedule:
         return tuple(edge - before for edge, before in zip(edges, [0, *edges], strict=False))
 
 
+class _Turns(NamedTuple):
+    """The datasets of an epoch's rows."""
+
+    datasets: NDArray[np.int32]
+    """Dataset of each row."""
+    before: NDArray[np.int32]
+    """Number of the dataset's rows before it."""
+
+
 @functools.lru_cache(maxsize=2)
-def _interleave(counts: tuple[int, ...], seed: int, epoch: int) -> list[tuple[int, int]]:
-    """Returns each row's dataset in `epoch`, and the number of the dataset's rows before it."""
+def _interleave(counts: tuple[int, ...], seed: int, epoch: int) -> _Turns:
     generator = np.random.Generator(np.random.PCG64([seed, _TURN_STREAM, epoch]))
-    order = generator.permutation(np.repeat(np.arange(len(counts)), counts)).tolist()
-    before = [0] * len(counts)
-    turns = []
-    for dataset in order:
-        turns.append((dataset, before[dataset]))
-        before[dataset] += 1
-    return turns
+    datasets = generator.permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+    before = np.empty(len(datasets), np.int32)
+    for dataset, count in enumerate(counts):
+        before[datasets == dataset] = np.arange(count)
+    return _Turns(datasets, before)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.integer[Any]]:
+    """Returns the order of all rows in `epoch`."""
+    return _permutation(num_rows, [seed, _ORDER_STREAM, epoch])
 
 
 @functools.lru_cache(maxsize=64)
-def permutation(num_rows: int, seed: int, epoch: int, dataset: int | None = None) -> tuple[int, ...]:
-    """Returns the order of all rows in `epoch`, or of one dataset's rows in one pass over it."""
-    keys = [seed, _ORDER_STREAM, epoch] if dataset is None else [seed, _ORDER_STREAM, epoch, dataset]
-    generator = np.random.Generator(np.random.PCG64(keys))
-    return tuple(generator.permutation(num_rows).tolist())
+def _dataset_order(num_rows: int, seed: int, number: int, dataset: int) -> NDArray[np.integer[Any]]:
+    """Returns the order of a dataset's rows in pass `number` over it."""
+    return _permutation(num_rows, [seed, _ORDER_STREAM, number, dataset])
+
+
+def _permutation(num_rows: int, keys: list[int]) -> NDArray[np.integer[Any]]:
+    order = np.random.Generator(np.random.PCG64(keys)).permutation(num_rows)
+    return order.astype(np.int32) if num_rows < 2**31 else order

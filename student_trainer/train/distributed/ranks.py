@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+ALIVE_S = 20.0
+"""Interval at which a process that others wait for tells them that it lives."""
 BUCKET_BYTES = 64 * 2**20
 """Largest amount of gradients reduced at once."""
 
@@ -158,6 +161,33 @@ class Ranks:
             return done
         self.agree(lambda: None)
         return self.agree(do)
+
+    def while_first(self, do: Callable[[Callable[[], None]], Value]) -> Value | None:
+        """Returns the result of `do` in the first process, and None in the others, which wait for it however long it takes.
+
+        `do` is given a function to call at least every few seconds. Raises what `agree` raises.
+        """
+        if self.size == 1:
+            return do(lambda: None)
+        if not self.is_first:
+            while self.exchange(True, patient=True)[0]:
+                pass
+            return self.agree(lambda: None)
+        told = time.monotonic()
+
+        def alive() -> None:
+            nonlocal told
+            if time.monotonic() - told > ALIVE_S:
+                told = time.monotonic()
+                self.exchange(True, patient=True)
+
+        def work() -> Value:
+            try:
+                return do(alive)
+            finally:
+                self.exchange(False, patient=True)
+
+        return self.agree(work)
 
     def in_lockstep(self, steps: Iterable[Value], stop_requested: Callable[[], bool]) -> Iterator[Value]:
         """Yields the items of `steps` once every process has its own; all have equally many. Raises what `agree` raises."""

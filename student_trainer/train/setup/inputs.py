@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
-from stillhouse.student_trainer.train.data.corpus import Corpus, load_corpus
+from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows, with_sets
+from stillhouse.student_trainer.train.setup.data import prepare_corpus
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.student.student import configured_end_ids, load_tokenizer
 
@@ -30,15 +31,11 @@ class Inputs:
 
     @classmethod
     def load(cls, scope: RunScope) -> Inputs:
-        """Reads tokenizer and data. Raises StillhouseError, as `load_tokenizer` and `load_corpus` do."""
+        """Reads tokenizer and data. Raises StillhouseError, as `load_tokenizer` and `prepare_corpus` do."""
         config = scope.config
         tokenizer = load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template)
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        names = [teacher.name for teacher in config.teachers]
-        corpus = load_corpus(
-            config.data, config.evaluation, tokenizer, scope.data_dir, names, prompted=config.teachers
-        )
-        corpus, sets = with_sets(config, corpus, tokenizer, scope.data_dir)
+        corpus, sets = with_sets(config, prepare_corpus(scope, tokenizer), tokenizer, scope.data_dir)
         return cls(
             tokenizer=tokenizer,
             tokenizer_json=tokenizer_json,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
@@ -17,6 +18,7 @@ from stillhouse.student_trainer.config.target_choice import DRAW_LOGPROB_BITS
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.data.prepared.rows import ExampleRows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,9 +71,11 @@ class TargetRequest:
             entropy=self.entropy and (info is None or CAPABILITY_ENTROPY in info.capabilities),
         )
 
-    def select(self, corpus: Corpus, teacher: str) -> list[Example]:
+    def select(self, corpus: Corpus, teacher: str) -> Sequence[Example]:
         """The examples of the dataset whose distributions `teacher` gives."""
         examples = corpus.eval if self.held_out else corpus.train
+        if isinstance(examples, ExampleRows):
+            return examples.of_teachers("", teacher)
         return [each for each in examples if each.teacher in ("", teacher)]
 
 

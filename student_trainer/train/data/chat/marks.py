@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,17 @@ class SpecialMarks:
         never = {"", *(str(role) for role in roles if role)} - {str(tokenizer.eos_token)}
         self._ids = {token: number for token, number in self._ids.items() if token not in never}
         self._added = {str(token): number for number, token in added.items() if str(token) not in never}
+        self._given = dict(self._ids)
+        self._index()
+
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Marks that `learn_end` has added, sorted."""
+        return tuple(sorted(self._ids.keys() - self._given.keys()))
+
+    @learned.setter
+    def learned(self, marks: Sequence[str]) -> None:
+        self._ids = self._given | {mark: self._added[mark] for mark in marks}
         self._index()
 
     def at_end(self, text: str) -> str:

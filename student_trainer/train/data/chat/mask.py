@@ -10,13 +10,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import date
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.chat_template import STAND_IN
 from stillhouse.student_trainer.train.data.chat.marks import SpecialMarks, TurnEnds, common_length
 from stillhouse.student_trainer.train.data.chat.template import ChatTemplate, Conversation, Rendered
-from stillhouse.student_trainer.train.data.text_encoder import TextEncoder
 
 OWN_STAND_IN = STAND_IN[::-1]
 """Stand-in for the assistant's text."""
@@ -27,14 +26,20 @@ Note = Literal["rewritten_turns", "unprompted_turns", "unended_turns"]
 Span = tuple[int, int]
 
 
-class ChatMasker:
-    """Encodes conversations with one tokenizer and masks what others write."""
+class Learned(NamedTuple):
+    """What rows so far have told about the template and its marks, on which the masks of later rows depend."""
 
-    def __init__(
-        self, tokenizer: Any, encoder: TextEncoder, marks: SpecialMarks, *, today: date | None = None
-    ) -> None:
-        """`tokenizer` is a fast tokenizer of transformers, `encoder` and `marks` are its own; templates are told `today`."""
-        self._encoder = encoder
+    marks: tuple[str, ...] = ()
+    """Tokens that end turns, though the tokenizer does not call them special."""
+    turn_ends: tuple[tuple[str, TurnEnds], ...] = ()
+    """How each source of a template ends turns, sorted."""
+
+
+class ChatMasker:
+    """Renders conversations for one tokenizer and finds what the assistant writes in them."""
+
+    def __init__(self, tokenizer: Any, marks: SpecialMarks, *, today: date | None = None) -> None:
+        """`tokenizer` is a fast tokenizer of transformers, `marks` are its own; templates are told `today`."""
         self.template = ChatTemplate(tokenizer, today=today)
         """The tokenizer's chat template."""
         self._marks = marks
@@ -47,8 +52,19 @@ class ChatMasker:
         """Turns so far that are left out since the template rewrites them, that do not begin with the template's
         generation prompt, and that end with no token."""
 
-    def encode(self, conversation: Conversation, *, is_cut: bool = False) -> tuple[list[int], list[bool]]:
-        """Returns token ids of a conversation and the mask of the assistant's.
+    @property
+    def learned(self) -> Learned:
+        """What the rows so far have told."""
+        return Learned(self._marks.learned, tuple(sorted(self._turn_ends.items(), key=lambda each: each[0])))
+
+    @learned.setter
+    def learned(self, told: Learned) -> None:
+        if told != self.learned:
+            self._marks.learned = told.marks
+            self._turn_ends = dict(told.turn_ends)
+
+    def render(self, conversation: Conversation, *, is_cut: bool = False) -> tuple[str, list[Span]]:
+        """Returns the text of a conversation and the characters of the assistant's turns, ascending.
 
         With `is_cut` the last turn was truncated when it was generated: it has no end. Raises
         StillhouseError(DATASET_INVALID).
@@ -67,8 +83,7 @@ class ChatMasker:
                 self.end_ids.add(self._marks.token_id(mark))
             elif not (is_cut and stop == len(text)):
                 self.notes["unended_turns"] += 1
-        encoded = self._encoder.encode(text, special=False, cuts=[begin for begin, _ in spans])
-        return encoded.token_ids, encoded.mask(spans)
+        return text, spans
 
     def _marked(self, conversation: Conversation) -> tuple[str, list[Span], bool]:
         """Returns the text, the spans that the template's author marked, and True if the last turn is among them."""

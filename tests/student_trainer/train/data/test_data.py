@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -276,3 +277,38 @@ def test_max_steps_overrides_epochs() -> None:
     schedule = Schedule.from_config(3, OptimizerConfig(micro_batch_size=4, max_steps=7), seed=0)
     assert schedule.total_steps == 7
     assert all(len(schedule.rows(step)) == 4 for step in range(7))
+
+
+def _rows_as_before(schedule: Schedule, step: int) -> list[int]:
+    """Rows of a step, from permutations in lists."""
+
+    def order(size: int, keys: list[int]) -> list[int]:
+        permuted: list[int] = np.random.Generator(np.random.PCG64(keys)).permutation(size).tolist()
+        return permuted
+
+    rows = []
+    begin = step * schedule.rows_per_step
+    for position in range(begin, min(begin + schedule.rows_per_step, schedule.num_taken)):
+        epoch, index = divmod(position, schedule.num_rows)
+        if not schedule.weights:
+            rows.append(order(schedule.num_rows, [schedule.seed, 2, epoch])[index])
+            continue
+        counts = schedule._counts()
+        generator = np.random.Generator(np.random.PCG64([schedule.seed, 5, epoch]))
+        turns = generator.permutation(np.repeat(np.arange(len(counts)), counts)).tolist()
+        dataset = turns[index]
+        nth = turns[:index].count(dataset)
+        size = schedule.dataset_sizes[dataset]
+        passes, at = divmod(epoch * counts[dataset] + nth, size)
+        first = sum(schedule.dataset_sizes[:dataset])
+        rows.append(first + order(size, [schedule.seed, 2, passes, dataset])[at])
+    return rows
+
+
+@pytest.mark.parametrize(("sizes", "weights"), [((), ()), ((5, 30, 9), (0.5, 0.2, 0.3))])
+def test_the_order_is_that_of_earlier_versions(sizes: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    schedule = Schedule.from_config(44, OptimizerConfig(batch_size=7, epochs=3.5), 9, sizes, weights)
+    for step in range(schedule.total_steps):
+        rows = schedule.rows(step)
+        assert rows == _rows_as_before(schedule, step)
+        assert all(type(row) is int for row in rows)
