@@ -137,8 +137,15 @@ def _token_lines(row: run_pb2.RowEncoding, *, colour: bool) -> Iterator[str]:
     for at, (number, text, is_target) in enumerate(
         zip(row.token_ids, row.token_bytes, row.targets, strict=True)
     ):
-        shown = json.dumps(text.decode(errors="backslashreplace"), ensure_ascii=False)
+        shown = _quoted(text)
         line = (
             f"{at:>6}  {number:>{width}}  {'learnt' if is_target else '      '}  {printable(shown)}".rstrip()
         )
         yield click.style(line, fg="green") if colour and is_target else line
+
+
+def _quoted(text: bytes) -> str:
+    try:
+        return json.dumps(text.decode(), ensure_ascii=False)
+    except UnicodeDecodeError:  # part of a character
+        return f'"{text.decode(errors="backslashreplace")}"'
