@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from stillhouse.client.commands.data.source_options import given_source, source_options
 from stillhouse.client.terminal.session import Session, command
-from stillhouse.protos.rows.row_forms import FORMATS
 
 if TYPE_CHECKING:
     from stillhouse.client.inspection.scan import Scan
@@ -41,18 +42,7 @@ SAMPLE_ROWS = 1000
     help="Rows to encode, drawn at random if there are more.",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="Read at most N rows.")
-@click.option(
-    "--format", "form", type=click.Choice(FORMATS), default="auto", help="Form of the rows.  [default: auto]"
-)
-@click.option("--split", default="", metavar="NAME", help="Split of a dataset that has several.")
-@click.option("--subset", default="", metavar="NAME", help="Configuration of a dataset on the hub.")
-@click.option(
-    "--column",
-    "columns",
-    multiple=True,
-    metavar="FIELD=NAME",
-    help="Take a field from the column of this name.",
-)
+@source_options
 @click.option(
     "--color",
     type=click.Choice(["auto", "always", "never"]),
@@ -89,7 +79,8 @@ def inspect(
     if tokenizer is not None and run_file is not None:
         raise click.UsageError("--tokenizer and --run exclude each other: a run file names its student.")
     spec = _spec(tokenizer, run_file)
-    source = _source(file, spec, form=form, split=split, config=subset, columns=_columns(columns))
+    source = given_source(file, form=form, split=split, subset=subset, columns=columns)
+    source = source if spec is None else _as_in_run(source, spec)
     with file_errors("read", file):
         found = scan(
             source, sample_rows=sample, row=row, limit=limit, on_rows=_progress(session), **_parsing(spec)
@@ -106,14 +97,6 @@ def inspect(
     return int(bool(found.num_refused) or (answer is not None and any(each.problem for each in answer.rows)))
 
 
-def _columns(given: tuple[str, ...]) -> dict[str, str]:
-    pairs = [each.partition("=") for each in given]
-    wrong = next((each for each, pair in zip(given, pairs, strict=True) if not (pair[0] and pair[2])), None)
-    if wrong is not None:
-        raise click.UsageError(f'--column expects FIELD=NAME, such as prompt=question; "{wrong}" is none.')
-    return {field: name for field, _, name in pairs}
-
-
 def _spec(tokenizer: str | None, run_file: Path | None) -> RunFile | None:
     from stillhouse.client.runfile.load import load_run_file, parse_fields
 
@@ -122,26 +105,18 @@ def _spec(tokenizer: str | None, run_file: Path | None) -> RunFile | None:
     return None if tokenizer is None else parse_fields({"student": {"model": tokenizer}})
 
 
-def _source(file: str, spec: RunFile | None, **given: Any) -> RowSource:
-    """The rows of FILE, read as the run's own dataset of this path is, unless options say otherwise."""
-    from stillhouse.protos.rows.reading.source import RowSource
-
-    path = str(Path(file).expanduser()) if file.startswith("~") else file
-    datasets = () if spec is None else (*spec.spec.data.train, *spec.spec.data.eval)
-    directory = Path() if spec is None else spec.directory
-    for dataset in datasets:
-        if dataset.path and Path(file).resolve() == (directory / dataset.path).resolve():
-            given["form"] = given["form"] if given["form"] != "auto" else dataset.format or "auto"
-            given["split"] = given["split"] or dataset.split
-            given["config"] = given["config"] or dataset.config
-            given["columns"] = given["columns"] or dict(dataset.columns)
-    return RowSource(
-        location=path,
-        format=given["form"],
-        split=given["split"],
-        config=given["config"],
-        columns=given["columns"],
-    )
+def _as_in_run(source: RowSource, spec: RunFile) -> RowSource:
+    """The rows of a file as the run reads them if it is one of its datasets, unless options say otherwise."""
+    for dataset in (*spec.spec.data.train, *spec.spec.data.eval):
+        if dataset.path and Path(source.location).resolve() == (spec.directory / dataset.path).resolve():
+            return replace(
+                source,
+                format=source.format if source.format != "auto" else dataset.format or "auto",
+                split=source.split or dataset.split,
+                config=source.config or dataset.config,
+                columns=source.columns or dict(dataset.columns),
+            )
+    return source
 
 
 def _parsing(spec: RunFile | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from stillhouse.client.commands.data.source_options import given_source, source_options
 from stillhouse.client.terminal.session import Session, command
 from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
 
@@ -20,11 +21,24 @@ from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
     default="keep",
     help="Take or refuse rows with fields that no row has.  [default: keep]",
 )
+@source_options
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-def push(session: Session, files: tuple[Path, ...], dataset_id: str, extra_fields: ExtraFields) -> None:
+def push(
+    session: Session,
+    files: tuple[Path, ...],
+    *,
+    dataset_id: str,
+    extra_fields: ExtraFields,
+    form: str,
+    split: str,
+    subset: str,
+    columns: tuple[str, ...],
+) -> None:
     """Copy each FILE to the trainer.
 
-    A file with a row that cannot be trained on is refused before it is sent, with row and field.
+    A file with a row that cannot be trained on is refused before it is sent, with row and field. It is sent as it is, so a run
+    needs the same --format and --column as fields of its dataset. Pairs of .source and .target, directories of datasets and
+    those of the hub are sent as JSONL.
 
     Prints `datasets/...`, a path for run files: ID and version with --name, else the content's digest. Pushing the same
     content again changes nothing.
@@ -35,7 +49,8 @@ def push(session: Session, files: tuple[Path, ...], dataset_id: str, extra_field
         raise click.UsageError("--name names one FILE; push each of several by a command of its own.")
     pushed = []
     for file in files:
-        stored = session.trainer.push_dataset(file, dataset_id, extra_fields=extra_fields)
+        source = given_source(file, form=form, split=split, subset=subset, columns=columns)
+        stored = session.trainer.push_dataset(source, dataset_id, extra_fields=extra_fields)
         pushed.append(
             {
                 "file": str(file),

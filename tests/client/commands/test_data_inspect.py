@@ -64,7 +64,10 @@ def test_refused_rows_are_told_with_line_and_remedy_and_set_the_exit_code(file: 
     assert result.exit_code == 1
     assert "4 rows, 3 more refused" in result.stdout
     assert f"{file}, row 5, field text: makes it a row of text amid rows of messages." in result.stdout
-    assert f"{file}, row 6, field messages: must be a list of at least one message." in result.stdout
+    assert (
+        f"{file}, row 6, field messages: is empty; it must be an array of at least one message."
+        in result.stdout
+    )
     assert f"{file}, row 7, field (the line): is not JSON" in result.stdout
     assert "row 5, field text: makes it" in invoke(str(file), "--row", "5").output
     document = json.loads(invoke(str(file), "--json").stdout)
@@ -154,3 +157,20 @@ def test_bins_hold_every_length_once(lengths: list[int]) -> None:
     found: dict[int, Any] = percentiles(lengths)
     assert (found[0], found[100]) == (min(lengths), max(lengths))
     assert set(found.values()) <= set(lengths)
+
+
+@pytest.mark.model
+def test_what_names_its_columns_is_pushed_as_it_is(tmp_path: Path, trainer: Program) -> None:
+    table = tmp_path / "rows.csv"
+    table.write_text("question,answer\nq,a\n")
+    push = ["data", "push", str(table), "--trainer", trainer.target]
+    refused = CliRunner().invoke(cli, push)
+    assert (refused.exit_code, "name them by columns" in refused.output) == (2, True), refused.output
+    taken = CliRunner().invoke(cli, [*push, "--column", "prompt=question", "--column", "completion=answer"])
+    assert taken.exit_code == 0, taken.output
+    for side in ("source", "target"):
+        (tmp_path / f"pair.{side}").write_text("a\nb\n")
+    document = (
+        CliRunner().invoke(cli, ["data", "push", str(tmp_path / "pair.target"), "--json", *push[3:]]).stdout
+    )
+    assert json.loads(document)["datasets"][0]["num_rows"] == 2
