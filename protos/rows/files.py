@@ -38,7 +38,7 @@ def check_rows(rows: RowReader, *, extra_fields: ExtraFields) -> int:
     if not learnt:
         raise StillhouseError(
             Reason.DATASET_INVALID,
-            f"{where} has nothing to train on: all turns of the assistant in its {count} rows have weight 0. Leave weight out "
-            "of a turn to learn.",
+            f"{where} has nothing to train on: every turn of the assistant has weight 0 (rows: {count}). Leave weight out of a "
+            "turn to learn.",
         )
     return count

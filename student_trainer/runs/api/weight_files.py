@@ -25,6 +25,8 @@ UNIFORM = frozenset(
     }
 )
 """Types of models all of whose layers have weights of the same names."""
+MAX_LAYERS = 1024
+"""Layers that are looked at: a damaged configuration may name any number."""
 _LAYER = re.compile(r"(?:.*\.)?(?:layers|h)\.(\d+)\.(.+)")
 _BUFFERS = re.compile(r"inv_freq$|masked_bias$|\battn\.bias$|attention\.bias$")
 """Buffers that some versions of transformers stored beside the weights."""
@@ -102,7 +104,11 @@ def _lost(names: Collection[str], config: Mapping[str, Any]) -> set[str]:
         (config[key] for key in ("num_hidden_layers", "n_layer") if isinstance(config.get(key), int)), 0
     )
     wanted = set().union(*layers.values())
-    lost = {f"layer {number}: {name}" for number in range(depth) for name in wanted - layers[number]}
+    lost = {
+        f"layer {number}: {name}"
+        for number in range(min(depth, MAX_LAYERS))
+        for name in wanted - layers[number]
+    }
     if not any(map(_EMBEDDING.search, names)):
         lost.add("the embedding")
     if config.get("tie_word_embeddings") is False and not any(map(_HEAD.search, names)):

@@ -132,7 +132,7 @@ def test_a_directory_without_a_model_is_refused(service: Service) -> None:
 
 def test_a_student_that_lost_a_weight_is_refused_at_create(service: Service, models: Models) -> None:
     model = service.rows.parent / "lost"
-    shutil.copytree(models.student, model)
+    shutil.copytree(models.teacher, model)
     weights = load_file(model / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, model / "model.safetensors", {"format": "pt"})

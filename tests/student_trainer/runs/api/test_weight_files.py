@@ -70,6 +70,9 @@ def test_lost_layers_and_files_are_named(models: Models, tmp_path: Path) -> None
     )
     with pytest.raises(WeightFilesError, match=f"layer {config['num_hidden_layers']}: "):
         check_weights(model)
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**12}))
+    with pytest.raises(WeightFilesError, match=r"and \d+ more"):
+        check_weights(model)
     (model / "config.json").write_text(json.dumps({**config, "model_type": "of its own"}))
     rewrite(model, lambda all_: {name: each for name, each in all_.items() if "layers.1" not in name})
     check_weights(model)
