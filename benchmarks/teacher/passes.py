@@ -16,6 +16,8 @@ from benchmarks.teacher.ratios import top_k_of
 from benchmarks.teacher.scoring_clients import score, score_http
 from benchmarks.teacher.servers import EngineSettings
 from benchmarks.teacher.timed_pass import Pass, PassInput
+from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.config.target_choice import TargetChoice
 
 CONCURRENCIES = {
     "engine": (8, 16, 64),
@@ -39,6 +41,7 @@ PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 SERVERS = {
     "score": ("teacher",),
+    "score_draws": ("teacher",),
     "shared": ("teacher",),
     "gen": ("teacher",),
     "gen_plain": ("teacher",),
@@ -55,6 +58,12 @@ SERVERS = {
     "batch_llm": ("llm",),
 }
 """Servers that each kind of pass needs."""
+
+
+def default_draws(vocab_size: int) -> int:
+    """Draws that a run takes beside the top 16 for forward KL."""
+    choice = TargetChoice.draws(LossConfig(), "", form="stratified_tail", vocab_size=vocab_size)
+    return choice.num_samples
 
 
 def kind_of(name: str) -> str:
@@ -177,6 +186,9 @@ class Runner:
                 return score(
                     self._servers["teacher"], work.sequences(), top_k, packed=name.startswith("score_packed")
                 )
+            case "score_draws":
+                draws = default_draws(work.vocab_size)
+                return score(self._servers["teacher"], work.sequences(), top_k, packed=True, draws=draws)
             case "shared":
                 work = self._workload.grouped(seed)
                 return score(self._servers["teacher"], work.sequences(), top_k, starts=work.shared_lengths())

@@ -145,7 +145,16 @@ RATIOS = (
         required=0.95,
         stretch=1.0,
     ),
+    Ratio(
+        name="score_draws_vs_k64_small",
+        model="small",
+        ours="score_draws_k16",
+        other="score_k64",
+        required=0.9,
+        stretch=0.95,
+    ),
     # Comparisons only.
+    Ratio(name="score_draws_vs_k64_wide", model="wide", ours="score_draws_k16", other="score_packed_k64"),
     Ratio(name="score_vs_engine_small_k20", model="small", ours="score_k20", other="engine", limit="score"),
     Ratio(name="score_vs_engine_small_k128", model="small", ours="score_k128", other="engine", limit="score"),
     Ratio(name="score_vs_engine_all_cores_small_k64", model="small", ours="score_k64", other="engine_all"),

@@ -48,9 +48,10 @@ def score(
     *,
     starts: list[int] | None = None,
     packed: bool = False,
+    draws: int = 0,
 ) -> Pass:
     """Our client, one stream, logprobs as float16, rows from position 1 or `starts`; with `packed` ids take the
-    fewest bits."""
+    fewest bits; with as many stratified draws of the tail."""
     starts = [1] * len(sequences) if starts is None else starts
     before = teacher.num_bytes
     rows = 0
@@ -59,7 +60,10 @@ def score(
         ScoreItem(id=index, token_ids=ids, start=start)
         for index, (ids, start) in enumerate(zip(sequences, starts, strict=True))
     )
-    for answer in teacher.score(items, top_k=top_k, float16=True, pack_token_ids=packed):
+    drawn: dict[str, Any] = {}
+    if draws:
+        drawn = {"num_sampled_tokens": draws, "sample_tail": True, "stratified_samples": True}
+    for answer in teacher.score(items, top_k=top_k, float16=True, pack_token_ids=packed, **drawn):
         if answer.error is not None:
             raise answer.error
         assert answer.distributions is not None

@@ -48,6 +48,7 @@ ASKED = {
     "gen_vs_vllm_grpc_k64": 1.3,
     "bytes_http_over_ours_k64": 16.5,
     "batch_vs_llm_generate": 0.95,
+    "score_draws_vs_k64_small": 0.9,
 }
 COSTS = Costs(body=0.7, head=0.2, select={64: 0.1})
 SETTINGS = EngineSettings(dtype="bfloat16", on_cpu=True, threads=1)
