@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-cache bench-data lock hooks release clean
+.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-classification bench-cache bench-data lock hooks release clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -108,6 +108,9 @@ bench-sparse: setup ## the share of full distillation's gain that each sparse ta
 
 bench-foreign: setup ## what a student gains from a teacher with a foreign tokenizer; ARGS names a work folder; JSON=FILE
 	$(PY) -m benchmarks.distillation.foreign $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-classification: setup ## a distilled classifier against one that learns labels alone, five seeds; JSON=FILE; ARGS names a work folder
+	$(PY) -m benchmarks.classification $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
 	$(PY) -m benchmarks.cache $(if $(JSON),--json $(JSON)) $(ARGS)

@@ -75,6 +75,15 @@ class TrainedRecord:
     """Ids that end the student's texts."""
     last_step: int
     """Steps taken; more than `step` if an earlier checkpoint was the best."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes, if the student is a classifier."""
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TrainedRecord:
+        """The record that `dataclasses.asdict` made a value of; those of earlier versions have no last_step and no classes."""
+        step, names = int(value["step"]), tuple(value.get("class_names", ()))
+        last = int(value.get("last_step", step))
+        return cls(step=step, end_ids=tuple(value["end_ids"]), last_step=last, class_names=names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,12 +204,7 @@ class RunDir:
     def trained(self) -> TrainedRecord | None:
         """The end of training, if only the export is left; its checkpoint may be gone."""
         value = _read_json(self.trained_path)
-        if not value:
-            return None
-        step = int(value["step"])
-        return TrainedRecord(
-            step=step, end_ids=tuple(value["end_ids"]), last_step=int(value.get("last_step", step))
-        )
+        return TrainedRecord.from_json(value) if value else None
 
     def control(self) -> Control | None:
         """The service's last instructions; None before the first attempt."""

@@ -17,6 +17,7 @@ from stillhouse.protos.telemetry.logs import (
 )
 from stillhouse.protos.telemetry.tracing import configure_tracing
 from stillhouse.teacher_service.config import DEFAULT_MAX_ADAPTERS, TeacherConfig, default_engine
+from stillhouse.teacher_service.models.files import is_classifier
 
 EXIT_SETTINGS = 2
 """Exit code for settings that cannot work, such as a missing model or a taken address."""
@@ -42,7 +43,10 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
 @options_of(
     TeacherConfig,
     adapters={"callback": _adapters, "metavar": "NAME=PATH"},
-    engine={"default": None, "help": "Inference engine.  [default: vllm if installed, else hf]"},
+    engine={
+        "default": None,
+        "help": "Inference engine.  [default: vllm if installed, else hf; hf for a classifier]",
+    },
     max_adapters={
         "default": None,
         "help": "Adapters loaded at once; 0 serves the base model only.  "
@@ -106,7 +110,9 @@ def _config(options: dict[str, Any]) -> TeacherConfig:
     from stillhouse.protos.rpc.channel import is_loopback
 
     options = {**options}
-    options["engine"] = options["engine"] or default_engine()
+    options["engine"] = options["engine"] or (
+        "hf" if is_classifier(Path(options["model"]).expanduser()) else default_engine()
+    )
     if options["max_adapters"] is None:
         options["max_adapters"] = max(DEFAULT_MAX_ADAPTERS, len(options["adapters"]))
     # Any root on a service that only this host reaches, else none.

@@ -53,6 +53,10 @@ class EngineInfo:
     """Tokens per engine batch; a few batches in flight keep it busy."""
     max_running_samples: int = 256
     """Samples that it generates concurrently."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes of a classifier, by class; empty for a language model."""
+    num_token_types: int = 0
+    """Token types of a classifier that tells the texts of a pair by them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +83,8 @@ class DistributionOptions:
     """Report the log-probabilities of the samples."""
     stratified_samples: bool = False
     """Sample one token in each of equal parts of the cumulative distribution, at the same place of each; ids ascend."""
+    classes: bool = False
+    """Report the distribution over classes of the whole sequence, as one row (protos/tensors/classes.py); goes alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +99,8 @@ class ScoreInput:
     """Name of a loaded adapter; empty for the base model."""
     query_token_ids: Int32Array | None = None
     """[T - start, Q], -1 where a row has fewer."""
+    token_type_ids: Int32Array | None = None
+    """[T], each in [0, num_token_types), for a classifier; None means 0."""
     options: DistributionOptions
 
 
@@ -155,7 +163,8 @@ class Engine(Protocol):
         """The loaded model and its limits."""
 
     async def score(self, item: ScoreInput) -> Distributions:
-        """Computes the distributions of the T - start positions of `item`; cancelling the task aborts the work.
+        """Computes the distributions of the T - start positions of `item`, or its class row with `options.classes`; cancelling
+        the task aborts the work.
 
         Raises `StillhouseError`: NON_FINITE for NaN or infinite logits, ADAPTER_NOT_FOUND, OUT_OF_MEMORY.
         """

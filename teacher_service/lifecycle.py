@@ -26,6 +26,7 @@ from stillhouse.teacher_service.adapters.registry import AdapterRegistry
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import DistributionOptions, Engine, ScoreInput
 from stillhouse.teacher_service.metrics import TeacherMetrics
+from stillhouse.teacher_service.models.files import is_classifier, locate_model
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 
@@ -40,6 +41,7 @@ CHILD_TIMEOUT_S = 5.0
 _ENGINES = {
     "vllm": ("stillhouse.teacher_service.engines.vllm.engine", "VllmEngine"),
     "hf": ("stillhouse.teacher_service.engines.hf.engine", "HfEngine"),
+    "hf classifier": ("stillhouse.teacher_service.engines.hf.classifier_engine", "HfClassifierEngine"),
 }
 
 log = structlog.get_logger(__name__)
@@ -169,7 +171,7 @@ class _TeacherProcess:
 
 
 async def _load(config: TeacherConfig) -> Engine:
-    module, name = _ENGINES[config.engine]
+    module, name = _ENGINES[await asyncio.to_thread(_engine_name, config)]
     if config.engine == "hf":
         # On a CPU its threads would spin while they wait, on cores that a trainer beside it needs.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -187,12 +189,25 @@ async def _load(config: TeacherConfig) -> Engine:
     return loaded
 
 
+def _engine_name(config: TeacherConfig) -> str:
+    """Name in _ENGINES. Raises `StillhouseError`: INVALID_CONFIG for a classifier on vLLM, MODEL_NOT_FOUND."""
+    if not is_classifier(locate_model(config.model, config.revision).directory):
+        return config.engine
+    if config.engine != "hf":
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"{config.model} is a sequence classifier, which the {config.engine} engine does not serve. Start the teacher with "
+            "--engine hf.",
+        )
+    return "hf classifier"
+
+
 async def _warm_up(engine: Engine) -> None:
-    """Scores one token: a model that cannot is not served."""
+    """Scores one token, or the classes of two: a model that cannot is not served."""
     token = engine.info.eos_token_ids[0] if engine.info.eos_token_ids else 0
-    item = ScoreInput(
-        token_ids=np.array([token, token], np.int32), start=1, options=DistributionOptions(top_k=1)
-    )
+    classifies = bool(engine.info.class_names)
+    options = DistributionOptions(top_k=0 if classifies else 1, classes=classifies)
+    item = ScoreInput(token_ids=np.array([token, token], np.int32), start=1, options=options)
     await engine.score(item)
 
 

@@ -11,10 +11,12 @@ import click
 
 from stillhouse.client.commands.run.create import load, submit, submit_options
 from stillhouse.client.terminal.session import Session, command
+from stillhouse.protos.errors import Reason, StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle
 
+CLASSIFICATION = "sequence_classification"
 SUMMARY = "exports/cache.json"
 """Artifact that a build leaves; student_trainer/train/cache_build/build.py writes it."""
 
@@ -47,6 +49,11 @@ def build(
     resumes it, and stored outputs are never queried again.
     """
     loaded = load(session, file, overrides, push=push)
+    if loaded.spec.task == CLASSIFICATION:
+        raise StillhouseError(
+            Reason.INVALID_SPEC,
+            f"{file} has task: {CLASSIFICATION}, whose run fills its cache as it trains. Give it a cache.path, and create the run.",
+        )
     loaded.spec.task = "cache"
     loaded.spec.cache.path = place or loaded.spec.cache.path
     loaded.spec.cache.mode = "write_through"

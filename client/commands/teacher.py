@@ -55,7 +55,10 @@ def _facts(answer: GetTeacherInfoResponse) -> Iterator[tuple[str, str]]:
     yield "type", answer.dtype + (f", quantised by {answer.quantization}" if answer.quantization else "")
     yield "vocabulary", f"{answer.tokenizer_size} tokens, {answer.vocab_size} with padding"
     yield "longest sequence", f"{answer.max_sequence_tokens} tokens"
-    yield "largest top_k", str(answer.max_top_k)
+    if answer.class_names:
+        yield "classes", ", ".join(answer.class_names)
+    else:
+        yield "largest top_k", str(answer.max_top_k)
     yield (
         "in flight",
         f"{answer.max_inflight_sequences} sequences a call, {answer.max_prompts} prompts a call",

@@ -14,6 +14,9 @@ is. A row is one sequence; every column is plain:
 | sampled_logprobs | list<float>, optional | [T, R] |
 | entropy | list<float>, optional | [T] |
 | student_prompt_ids | list<int32>, optional | the student's tokens in the place of token_ids[:start], which the teacher alone saw |
+| token_type_ids | list<int32>, optional | [L], segments of a pair of texts |
+
+Of a classifier the output is one row at the last token, whose ids are its classes (protos/tensors/classes.py).
 
 Their meaning is defined in protos/stillhouse/v1/tensor.proto. Codec "lossless" keeps every bit of the wire: logprobs
 are float16 or float32 as transmitted. Codec "compact" keeps logprobs as float16 with COMPACT_BITS bits of fraction,
@@ -106,6 +109,8 @@ class CacheMeta:
     """Day that the chat template wrote into the text, such as 2025-01-31; empty if it wrote none."""
     prompted: bool = False
     """True if token_ids begin with a prompt that the teacher alone saw; the student's is in student_prompt_ids."""
+    class_names: tuple[str, ...] = ()
+    """Names of a classifier's classes, by id; empty for a language model."""
 
     @classmethod
     def from_config(
@@ -126,18 +131,19 @@ class CacheMeta:
             tokenizer_fingerprint=info.tokenizer_fingerprint,
             tokenizer_size=info.tokenizer_size,
             vocab_size=info.vocab_size,
-            top_k=config.top_k,
+            top_k=len(info.class_names) if config.classes else config.top_k,
             logprob_dtype="float32" if full else "float16",
             temperatures=tuple(config.temperatures),
             entropy=config.entropy,
             sampling=_sampling(config),
+            class_names=tuple(info.class_names),
         )
 
     def for_config(self, config: DistributionConfig) -> CacheMeta:
         """Metadata of the same teacher's outputs for `config`, with the same logprob type."""
         return replace(
             self,
-            top_k=config.top_k,
+            top_k=len(self.class_names) if config.classes else config.top_k,
             temperatures=tuple(config.temperatures),
             entropy=config.entropy,
             sampling=_sampling(config),
@@ -148,6 +154,7 @@ class CacheMeta:
         token_ids: NDArray[np.int32],
         start: int,
         query_token_ids: NDArray[np.int32] | None = None,
+        token_type_ids: NDArray[np.int32] | None = None,
     ) -> str:
         """The content key of an output: SHA-256 over tokens, `start` and all settings that determine it, in hex.
 
@@ -169,6 +176,8 @@ class CacheMeta:
         digest.update(np.ascontiguousarray(token_ids, "<i4").tobytes())
         if query_token_ids is not None:
             digest.update(np.ascontiguousarray(query_token_ids, "<i4").tobytes())
+        if token_type_ids is not None:
+            digest.update(np.ascontiguousarray(token_type_ids, "<i4").tobytes())
         return digest.hexdigest()
 
     def same_teacher(self, other: CacheMeta) -> bool:
@@ -264,6 +273,12 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     if not (sampling is None or isinstance(sampling, dict)):
         raise ValueError("its sampling is not a JSON object")
     checked["sampling"] = sampling
+    names = values.get("class_names", [])  # shards of earlier versions have none
+    if not isinstance(names, list) or not all(
+        isinstance(each, str) and len(each) <= _NAME_CHARACTERS for each in names
+    ):
+        raise ValueError("its class_names are not a list of texts")
+    checked["class_names"] = tuple(names)
     return checked
 
 

@@ -27,11 +27,16 @@ _OPTIONAL_LISTS = (
         "query_token_ids",
         "query_logprobs",
         "entropy",
+        "token_type_ids",
     ),
 )
 _WIRE_LOGPROBS = frozenset({"logprobs", "sampled_logprobs"})
 """Log-probabilities that travel in the type that the caller chose."""
-_IDS = frozenset({"token_ids", "top_token_ids", "sampled_token_ids", "query_token_ids", STUDENT_PROMPT})
+_IDS = frozenset(
+    {"token_ids", "top_token_ids", "sampled_token_ids", "query_token_ids", "token_type_ids", STUDENT_PROMPT}
+)
+_OF_QUERY = ("query_token_ids", "token_type_ids", STUDENT_PROMPT)
+"""Columns of what was asked, besides the tokens."""
 _FLAT = frozenset({"target_logprobs", "log_tail", "entropy"})
 """Columns with one value per position."""
 
@@ -49,6 +54,8 @@ class CacheRow:
     """[T, Q], where query_logprobs were requested."""
     student_prompt_ids: NDArray[np.int32] | None = None
     """[S], S >= 1: the student's tokens in the place of the first `start`; None if teacher and student see the same."""
+    token_type_ids: NDArray[np.int32] | None = None
+    """[L], for a classifier's pair of texts."""
 
     @property
     def num_bytes(self) -> int:
@@ -69,6 +76,8 @@ class CacheRow:
         columns = 0 if answer.log_partitions is None else answer.log_partitions.shape[1]
         if columns != len(meta.temperatures) or (answer.entropy is not None) != meta.entropy:
             raise ValueError("the output has other columns than its metadata says")
+        if self.token_type_ids is not None and len(self.token_type_ids) != len(self.token_ids):
+            raise ValueError(f"{len(self.token_type_ids)} token types for {len(self.token_ids)} tokens")
         if (answer.query_logprobs is None) != (self.query_token_ids is None):
             raise ValueError("query_logprobs and query_token_ids go together")
         if (self.student_prompt_ids is not None) != meta.prompted:
@@ -100,10 +109,7 @@ def optional_columns(row: CacheRow | None) -> tuple[str, ...]:
     if row is None:
         return (*_OPTIONAL_LISTS, STUDENT_PROMPT)
     present = {name for name in _OPTIONAL_LISTS if getattr(row.answer, name, None) is not None}
-    if row.query_token_ids is not None:
-        present.add("query_token_ids")
-    if row.student_prompt_ids is not None:
-        present.add(STUDENT_PROMPT)
+    present |= {name for name in _OF_QUERY if getattr(row, name) is not None}
     return tuple(name for name in (*_OPTIONAL_LISTS, STUDENT_PROMPT) if name in present)
 
 
@@ -126,7 +132,7 @@ def table(rows: Sequence[CacheRow], wanted: Any, codec: Codec) -> Any:
 
 def _array(row: CacheRow, name: str) -> NDArray[Any]:
     array: NDArray[Any]
-    if name in ("token_ids", "query_token_ids", STUDENT_PROMPT):
+    if name == "token_ids" or name in _OF_QUERY:
         array = getattr(row, name)
     else:
         array = getattr(row.answer, "token_ids" if name == "top_token_ids" else name)
@@ -200,7 +206,7 @@ class RowGroup:
         answer = Distributions(
             start=start,
             token_ids=arrays.pop("top_token_ids"),
-            **{name: array for name, array in arrays.items() if name != "query_token_ids"},
+            **{name: array for name, array in arrays.items() if name not in _OF_QUERY},
         )
         compact = self.codec == "compact"
         if not checked:
@@ -236,8 +242,9 @@ class RowGroup:
         query = None
         if "query_token_ids" in self._present():
             query = self._wide("query_token_ids", index, answer.num_rows)
+        types = self._list("token_type_ids", index) if "token_type_ids" in self._present() else None
         key = self.table.column("key")[index].as_py()
-        if key != self.meta.key(token_ids, answer.start, query):
+        if key != self.meta.key(token_ids, answer.start, query, types):
             raise ValueError("its key does not match its tokens and teacher")
         return CacheRow(
             key=key,
@@ -245,6 +252,7 @@ class RowGroup:
             answer=answer,
             query_token_ids=query,
             student_prompt_ids=self.stored_text(index).student_prompt_ids,
+            token_type_ids=types,
         )
 
     def _present(self) -> list[str]:

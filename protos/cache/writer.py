@@ -92,20 +92,21 @@ class CacheWriter:
         token_ids: NDArray[np.int32],
         answer: Distributions,
         query_token_ids: NDArray[np.int32] | None = None,
+        token_type_ids: NDArray[np.int32] | None = None,
         *,
         student_prompt_ids: NDArray[np.int32] | None = None,
     ) -> bool:
         """Adds the output for the sequence `token_ids` [L], positions [answer.start, L); False if it is present already.
 
-        `query_token_ids` belong to `answer.query_logprobs`; `student_prompt_ids` are the student's tokens in the place of
-        those before `answer.start`, if the teacher alone saw these. It survives a kill once its shard is closed: after
-        `flush`, or automatically after `shard_age_s` or `shard_bytes`.
+        `query_token_ids` belong to `answer.query_logprobs`, `token_type_ids` [L] to a pair of texts; `student_prompt_ids` are
+        the student's tokens in the place of those before `answer.start`, if the teacher alone saw these. It survives a kill
+        once its shard is closed: after `flush`, or automatically after `shard_age_s` or `shard_bytes`.
 
         Raises:
             ValueError: the output does not fit `meta` or the tokens, or codec "lossless" cannot represent it.
             OSError: the disk is full.
         """
-        key = meta.key(token_ids, answer.start, query_token_ids)
+        key = meta.key(token_ids, answer.start, query_token_ids, token_type_ids)
         meta = replace(meta, prompted=student_prompt_ids is not None)
         row = CacheRow(
             key=key,
@@ -113,6 +114,7 @@ class CacheWriter:
             answer=answer,
             query_token_ids=query_token_ids,
             student_prompt_ids=student_prompt_ids,
+            token_type_ids=token_type_ids,
         )
         row.check(meta)
         with self._mutex:

@@ -20,6 +20,7 @@ from stillhouse.student_trainer.config.fields import (
     fields_of,
 )
 from stillhouse.student_trainer.config.resources import MAX_PROCESSES
+from stillhouse.student_trainer.config.rules.classification import check_classification
 from stillhouse.student_trainer.config.rules.contexts import (
     check_cache,
     check_contexts,
@@ -166,6 +167,7 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         check_cross_tokenizer,
         check_evaluation,
         check_teacher_prompts,
+        check_classification,
         _check_teachers,
         _check_processes,
         _check_passes,

@@ -15,6 +15,7 @@ from stillhouse.student_trainer.config.fields import (
     DefaultText,
     JsonText,
     Lines,
+    MaxLength,
     Range,
     Required,
 )
@@ -60,3 +61,8 @@ class DataConfig:
     chat_template: Annotated[str, Lines(), DefaultText("the tokenizer's")] = ""
     chat_template_kwargs: Annotated[str, JsonText("object")] = ""
     tools: Annotated[str, JsonText("array")] = ""
+    classes: Annotated[
+        tuple[str, ...],
+        MaxLength(200),
+        DefaultText("those of the student's model, else those of the teacher"),
+    ] = ()

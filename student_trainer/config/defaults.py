@@ -35,7 +35,7 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         optimizer = replace(optimizer, batch_size=optimizer.rows_per_update)
     if not spec.data.HasField("seed"):
         data = replace(data, seed=optimizer.seed)
-    if data.packing is None and optimizer.cuts_by_rows:
+    if data.packing is None and (optimizer.cuts_by_rows or config.classifies):
         data = replace(data, packing=False)
     if checkpoint.every_steps is checkpoint.every_epochs is checkpoint.every_seconds is None:
         checkpoint = replace(
@@ -50,8 +50,7 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
     if not evaluation.metrics and evaluation.teacher_alone:
         evaluation = replace(evaluation, metrics=("perplexity",))
     if not evaluation.metrics:
-        of_teacher = ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
-        evaluation = replace(evaluation, metrics=of_teacher if config.has_teacher else ("perplexity",))
+        evaluation = replace(evaluation, metrics=_metrics(config))
     student = config.student
     if student.trains_adapter and not spec.student.HasField("output"):
         student = replace(student, output="both")
@@ -74,6 +73,15 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         checkpoint=checkpoint,
         evaluation=evaluation,
     )
+
+
+def _metrics(config: RunConfig) -> tuple[str, ...]:
+    """The metrics of an evaluation that names none."""
+    if config.classifies:
+        return ("accuracy", "f1", "ece", *(("kl", "agreement") if config.has_teacher else ()))
+    if not config.has_teacher:
+        return ("perplexity",)
+    return ("alm", "perplexity") if is_bridged(config) else ("kl", "perplexity", "agreement")
 
 
 def _with_parameters(loss: LossConfig) -> LossConfig:

@@ -37,6 +37,8 @@ DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
 """The parameters of each divergence that has any, with their defaults."""
 ALL_LINEAR = "all-linear"
 """Word of PEFT for every linear layer but the output layer."""
+CLASSIFICATION = "sequence_classification"
+"""Task of a run that trains a classifier."""
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
 BATCH_SIZE = 8
@@ -294,9 +296,10 @@ class EvaluationConfig:
     every_epochs: Annotated[float | None, POSITIVE] = None
     metrics: Annotated[
         tuple[str, ...],
-        Choices(*METRICS),
+        Choices(*METRICS, "f1"),
         DefaultText(
-            "kl, perplexity and agreement; alm and perplexity across tokenizers; perplexity without a teacher"
+            "kl, perplexity and agreement; alm and perplexity across tokenizers; perplexity without a teacher; of a classifier "
+            "accuracy, f1, ece, kl and agreement"
         ),
     ] = ()
     limit: Annotated[int | None, COUNT] = None
@@ -314,7 +317,7 @@ class RunConfig:
     """The whole configuration of a run."""
 
     display_name: Annotated[str, NAME] = ""
-    task: Annotated[str, Choices("distil", "cache", "evaluate")] = "distil"
+    task: Annotated[str, Choices("distil", "cache", "evaluate", CLASSIFICATION)] = "distil"
     student: StudentConfig = field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
@@ -328,6 +331,11 @@ class RunConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
     preset: Annotated[str, Choices("none", "system0", "system4")] = "none"
+
+    @property
+    def classifies(self) -> bool:
+        """True if the student is a classifier."""
+        return self.task == CLASSIFICATION
 
     @property
     def has_teacher(self) -> bool:

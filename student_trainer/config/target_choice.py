@@ -129,6 +129,8 @@ def suits_plain_draws(loss: LossConfig) -> bool:
 
 def settle_by_file(config: RunConfig, loss: LossConfig) -> LossConfig:
     """`loss` with the target that the run file alone decides, and the defaults that belong to it; `auto` may remain."""
+    if config.classifies:  # its teachers send every class
+        return loss
     if loss.sparse_target != AUTO:
         return replace(
             loss,

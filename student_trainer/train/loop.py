@@ -95,7 +95,10 @@ def _finish(run: RunContext) -> None:
         log.info("the best checkpoint is exported", step=step, last_step=last)
         checkpoint.restore_weights(run.scope.run_dir, step, student.model)
     run.report.write(step)
-    attempt.mark_trained(TrainedRecord(step=step, end_ids=tuple(student.end_ids), last_step=last))
+    record = TrainedRecord(
+        step=step, end_ids=tuple(student.end_ids), last_step=last, class_names=student.class_names
+    )
+    attempt.mark_trained(record)
 
 
 def _export(scope: RunScope, student: Student) -> None:

@@ -104,7 +104,7 @@ class Stepper:
         """Sequences of the current pass, for the error of one that runs out of memory."""
         self._packed = False
         self._matmul_dtype: torch.dtype | None = None
-        if self.head.layer is None:
+        if self.head.layer is None and student.is_language_model:
             log.info("loss and output layer are not fused", why="the layer is not a plain linear one")
         self.cutter = cutter_of(config, student, accelerator.device)
         """Cuts a step, and evaluations, into passes."""

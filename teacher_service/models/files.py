@@ -50,3 +50,11 @@ def is_quantised(directory: Path) -> bool:
     with suppress(OSError, ValueError, AttributeError):
         return bool(json.loads((directory / "config.json").read_bytes()).get("quantization_config"))
     return False
+
+
+def is_classifier(directory: Path) -> bool:
+    """True if the configuration of a model names a sequence classifier."""
+    with suppress(OSError, ValueError, AttributeError, LookupError, TypeError):
+        named = json.loads((directory / "config.json").read_bytes())["architectures"][0]
+        return str(named).endswith("ForSequenceClassification")
+    return False

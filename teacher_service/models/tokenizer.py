@@ -58,6 +58,8 @@ class TextCodec:
         self._tokenizer = tokenizer
         self._directory = directory
         self.tokenizer_size: int = max(tokenizer.get_vocab().values()) + 1
+        self.max_tokens: int = int(tokenizer.model_max_length)
+        """Longest text by the tokenizer's own account; a huge number if it has none."""
         own = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
         self._special_ids = {
             str(token): token_id

@@ -12,7 +12,12 @@ from stillhouse.protos.rows.wire import from_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.teacher_service.engine import EngineInfo, Int32Array
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-from stillhouse.teacher_service.rpc.score_validation import check_length, check_tokens, invalid_request
+from stillhouse.teacher_service.rpc.score_validation import (
+    check_length,
+    check_tokens,
+    invalid_request,
+    require_text,
+)
 from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 MAX_SAMPLES_PER_PROMPT = 4096
@@ -23,7 +28,8 @@ DEFAULT_NEW_TOKENS = 256
 
 
 def check_call(request: teacher_pb2.GenerateRequest, serving: ServiceState) -> None:
-    """Raises `StillhouseError` with INVALID_REQUEST for an invalid call."""
+    """Raises `StillhouseError` with INVALID_REQUEST for an invalid call, CAPABILITY for one to a classifier."""
+    require_text(serving.info)
     if not request.prompts:
         raise invalid_request("The request has no prompts. Send at least one.")
     if len(request.prompts) > serving.config.max_prompts:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.tensors.classes import encode_classes
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.admission.response_budget import CallBudget, response_bytes
 from stillhouse.teacher_service.engine import DistributionOptions
@@ -144,6 +145,10 @@ class ScoreSession:
             return
         self._serving.counters.tokens_scored += rows.num_rows
         self._serving.counters.scoring_seconds += time.monotonic() - began
+        if options.classes:
+            result = teacher_pb2.ScoreResult(sequence_id=sequence_id, classes=encode_classes(rows), last=True)
+            self._batcher.put(_ResultPart(result, owns_id, num_bytes), result.ByteSize())
+            return
         more = max(0, rows.num_rows * rows.row_bytes - num_bytes)  # hidden states
         self._unread.charge(more)
         num_bytes += more

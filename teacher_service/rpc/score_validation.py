@@ -25,6 +25,8 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_TAIL_SAMPLES: "sample_tail, sample_temperature or sampled_logprobs",
     teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES: "stratified_samples, sort_samples or sampled_logprob_bits",
 }
+_OF_CLASSES = frozenset({"classes", "logprob_dtype", "pack_token_ids"})
+"""Fields of a DistributionConfig that may be set with classes; the last two change nothing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,7 +54,9 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
     if capability in info.capabilities:
         return
     metadata = {"capability": teacher_pb2.Capability.Name(capability)}
-    if capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
+    if info.class_names:
+        sentence = f"This teacher ({info.model}) is a classifier, which gives classes and takes no adapters. Leave them out."
+    elif capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
         sentence = "This teacher serves the base model only. Start it with --max-adapters above 0."
     else:
         metadata["engine"] = "hf"
@@ -70,6 +74,9 @@ def check_distributions(
 
     Raises `StillhouseError`: TOP_K_TOO_LARGE, INVALID_REQUEST, CAPABILITY.
     """
+    if config.classes:
+        return _check_classes(config, info)
+    require_text(info)
     if config.top_k < 0:
         raise invalid_request(f"top_k is {config.top_k}. Give a number in [0, {info.max_top_k}].")
     if config.top_k > info.max_top_k:
@@ -141,6 +148,36 @@ def check_distributions(
     )
 
 
+def require_text(info: EngineInfo) -> None:
+    """Raises `StillhouseError` with CAPABILITY for a classifier, which knows no distributions over tokens."""
+    if info.class_names:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"This teacher ({info.model}) is a classifier: it scores whole sequences over {len(info.class_names)} classes and "
+            "writes no text. Request classes (in a run, task: sequence_classification), or serve a language model.",
+            metadata={"capability": "CAPABILITY_CLASSES"},
+        )
+
+
+def _check_classes(
+    config: teacher_pb2.DistributionConfig, info: EngineInfo
+) -> tuple[DistributionOptions, WireFormat]:
+    if not info.class_names:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"This teacher ({info.model}) is a language model, which has no classes. Serve a sequence classifier with "
+            "--engine hf, or do not request classes.",
+            metadata={"capability": "CAPABILITY_CLASSES"},
+        )
+    others = [field.name for field, _ in config.ListFields() if field.name not in _OF_CLASSES]
+    if others:
+        raise invalid_request(
+            f"classes goes alone, and {others[0]} is requested too, which is for language models. Leave it out."
+        )
+    wire = WireFormat(logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
+    return DistributionOptions(top_k=0, classes=True), wire
+
+
 def check_tokens(tensor: Tensor, info: EngineInfo, *, longest: int) -> Int32Array:
     """Validates a sequence of 1 to `longest` tokens; returns its ids.
 
@@ -185,6 +222,10 @@ def check_sequence(
             Reason.EMPTY_SEQUENCE,
             "The sequence has 1 token, and the first token of a sequence is predicted by nothing. Send at least 2.",
         )
+    if options.classes:
+        return _check_classified(sequence, ids, options, info)
+    if sequence.HasField("token_type_ids"):
+        raise invalid_request("token_type_ids are for classes alone. Leave them out.")
     start = sequence.start or 1
     if not 1 <= start < len(ids):
         raise invalid_request(
@@ -195,6 +236,31 @@ def check_sequence(
         query = _check_query(sequence.query_token_ids, len(ids) - start, info)
     return ScoreInput(
         token_ids=ids, start=start, adapter=sequence.adapter, query_token_ids=query, options=options
+    )
+
+
+def _check_classified(
+    sequence: teacher_pb2.ScoreSequence, ids: Int32Array, options: DistributionOptions, info: EngineInfo
+) -> ScoreInput:
+    if sequence.start or sequence.HasField("query_token_ids"):
+        raise invalid_request(
+            "start or query_token_ids is set, and classes are those of the whole sequence. Leave both out."
+        )
+    types: Int32Array | None = None
+    if sequence.HasField("token_type_ids"):
+        types = decode(
+            sequence.token_type_ids,
+            field="token_type_ids",
+            dtypes=(Tensor.DATA_TYPE_INT32,),
+            shape=(len(ids),),
+        )
+        limit = max(1, info.num_token_types)
+        if not (types.min() >= 0 and types.max() < limit):
+            raise invalid_request(
+                f"token_type_ids reach from {types.min()} to {types.max()}; this teacher has types in [0, {limit})."
+            )
+    return ScoreInput(
+        token_ids=ids, start=len(ids) - 1, adapter=sequence.adapter, token_type_ids=types, options=options
     )
 
 

@@ -94,6 +94,9 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             eos_token_ids=info.eos_token_ids,
             service_version=_own_version(),
             max_adapters=info.max_adapters,
+            num_classes=len(info.class_names),
+            class_names=info.class_names,
+            num_token_types=info.num_token_types,
         )
 
     async def GetTokenizer(

@@ -1,4 +1,4 @@
-"""Makes small Hugging Face models from nothing: tokenizer, Qwen2-shaped weights, LoRA adapter; a seed fixes every number."""
+"""Makes small Hugging Face models from nothing: tokenizers, Qwen2-shaped weights, BERTs, LoRA adapter; a seed fixes every number."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ TINY_SIZES: Mapping[str, Any] = {
     "initializer_range": 0.2,
 }
 """Settings of the configuration of a model for transformers alone."""
+BERT_PAD, UNKNOWN, BEGIN, SEPARATOR, MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -174,6 +175,90 @@ def make_student(
         num_heads=num_heads,
         max_sequence_tokens=teacher.max_position_embeddings,
         seed=seed,
+    )
+
+
+def make_wordpiece(texts: Iterable[str], directory: Path, vocab_size: int, *, max_tokens: int = 128) -> Path:
+    """Directory with a WordPiece tokenizer learnt from `texts`, which marks the second text of a pair by its type."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BERT_PAD, UNKNOWN, BEGIN, SEPARATOR, MASK],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BEGIN} $A {SEPARATOR}",
+        pair=f"{BEGIN} $A {SEPARATOR} $B:1 {SEPARATOR}:1",
+        special_tokens=[(each, tokenizer.token_to_id(each)) for each in (BEGIN, SEPARATOR)],
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=BERT_PAD,
+        unk_token=UNKNOWN,
+        cls_token=BEGIN,
+        sep_token=SEPARATOR,
+        mask_token=MASK,
+        model_max_length=max_tokens,
+    )
+    fast.save_pretrained(directory)
+    return directory
+
+
+def make_encoder(
+    directory: Path,
+    *,
+    tokenizer_dir: Path,
+    class_names: Sequence[str] = (),
+    hidden_size: int = 32,
+    num_layers: int = 2,
+    num_heads: int = 2,
+    seed: int = 0,
+    initializer_range: float = 0.02,
+) -> Path:
+    """Directory with a BERT of random float32 weights, with a head over `class_names` if there are any."""
+    import torch
+    from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    config = encoder_config(
+        tokenizer,
+        class_names,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        intermediate_size=2 * hidden_size,
+        initializer_range=initializer_range,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = BertForSequenceClassification(config) if class_names else BertModel(config)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def encoder_config(tokenizer: Any, class_names: Sequence[str] = (), **sizes: Any) -> Any:
+    """A `BertConfig` without dropout for the tokenizer's texts."""
+    from transformers import BertConfig
+
+    labels: dict[str, Any] = {}
+    if class_names:
+        labels["id2label"] = dict(enumerate(class_names))
+        labels["label2id"] = {name: number for number, name in enumerate(class_names)}
+    return BertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        **sizes,
+        **labels,
     )
 
 

@@ -301,8 +301,9 @@ class RunSpec(_message.Message):
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
-    """"distil": train the student. "cache": query the teacher and store its outputs. "evaluate": compute the evaluation of a
-    student that stays as it is.
+    """"distil": train the student, a language model. "cache": query the teacher and store its outputs. "evaluate": compute the
+    evaluation of a student that stays as it is. "sequence_classification": train a classifier of texts or pairs of texts; its
+    rows have `text`, `text_pair`, `label`.
     """
     preset: _builtins.str
     """Named set of values for the fields that are not written."""
@@ -900,6 +901,7 @@ class DataSpec(_message.Message):
     CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     CHAT_TEMPLATE_KWARGS_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
     eval_fraction: _builtins.float
     """Share of `train` held out for evaluation if `eval` is empty."""
     max_sequence_tokens: _builtins.int
@@ -947,6 +949,12 @@ class DataSpec(_message.Message):
     def eval(self) -> _containers.RepeatedCompositeFieldContainer[Global___DatasetSpec]:
         """Evaluation rows. Empty means a split of `train`."""
 
+    @_builtins.property
+    def classes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the classes of task: sequence_classification, in the order of labels that are numbers. Empty means those of the
+        student, if its model is a classifier, else those of the teacher.
+        """
+
     def __init__(
         self,
         *,
@@ -966,10 +974,11 @@ class DataSpec(_message.Message):
         chat_template: _builtins.str | None = ...,
         chat_template_kwargs: _builtins.str | None = ...,
         tools: _builtins.str | None = ...,
+        classes: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_chat_template", b"_chat_template", "_chat_template_kwargs", b"_chat_template_kwargs", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "_tools", b"_tools", "chat", b"chat", "chat_template", b"chat_template", "chat_template_kwargs", b"chat_template_kwargs", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "tools", b"tools"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_chat_template", b"_chat_template", "_chat_template_kwargs", b"_chat_template_kwargs", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "_tools", b"_tools", "chat", b"chat", "chat_template", b"chat_template", "chat_template_kwargs", b"chat_template_kwargs", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "tools", b"tools", "train", b"train"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chat", b"_chat", "_chat_template", b"_chat_template", "_chat_template_kwargs", b"_chat_template_kwargs", "_completion_only", b"_completion_only", "_date", b"_date", "_end_text", b"_end_text", "_eval_fraction", b"_eval_fraction", "_extra_fields", b"_extra_fields", "_max_sequence_tokens", b"_max_sequence_tokens", "_overflow", b"_overflow", "_packing", b"_packing", "_seed", b"_seed", "_teacher_field", b"_teacher_field", "_tools", b"_tools", "chat", b"chat", "chat_template", b"chat_template", "chat_template_kwargs", b"chat_template_kwargs", "classes", b"classes", "completion_only", b"completion_only", "date", b"date", "end_text", b"end_text", "eval", b"eval", "eval_fraction", b"eval_fraction", "extra_fields", b"extra_fields", "max_sequence_tokens", b"max_sequence_tokens", "overflow", b"overflow", "packing", b"packing", "seed", b"seed", "teacher_field", b"teacher_field", "tools", b"tools", "train", b"train"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chat: _TypeAlias = _typing.Literal["chat"]  # noqa: Y015
     _WhichOneofArgType__chat: _TypeAlias = _typing.Literal["_chat", b"_chat"]  # noqa: Y015
@@ -1032,7 +1041,9 @@ Global___DataSpec: _TypeAlias = DataSpec  # noqa: Y015
 
 @_typing.final
 class DatasetSpec(_message.Message):
-    """DatasetSpec is one source of rows, whose format is found from the first of them."""
+    """DatasetSpec is one source of rows, whose format is found from the first of them; for a classifier they have `text`,
+    `text_pair`, `label`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1642,7 +1653,8 @@ class EvaluationSpec(_message.Message):
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Metrics to compute. kl, agreement, acceptance and overlap compare with the teacher; alm with loss.foreign_tokenizer: alm
-        alone. bleu, chrf, rouge and accuracy compare text that the student writes with the completions of the rows.
+        alone. bleu, chrf, rouge and accuracy compare text that the student writes with the completions of the rows. Of a
+        classifier accuracy, f1, ece, cross_entropy, kl and agreement.
         """
 
     @_builtins.property

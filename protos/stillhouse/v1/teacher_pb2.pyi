@@ -45,6 +45,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """sample_tail, sample_temperature and sampled_logprobs."""
     CAPABILITY_STRATIFIED_SAMPLES: _Capability.ValueType  # 8
     """stratified_samples, sort_samples and sampled_logprob_bits."""
+    CAPABILITY_CLASSES: _Capability.ValueType  # 9
+    """Scores whole sequences over classes (classes), and nothing else."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -67,6 +69,8 @@ CAPABILITY_TAIL_SAMPLES: Capability.ValueType  # 7
 """sample_tail, sample_temperature and sampled_logprobs."""
 CAPABILITY_STRATIFIED_SAMPLES: Capability.ValueType  # 8
 """stratified_samples, sort_samples and sampled_logprob_bits."""
+CAPABILITY_CLASSES: Capability.ValueType  # 9
+"""Scores whole sequences over classes (classes), and nothing else."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -113,6 +117,8 @@ class GetTeacherInfoResponse(_message.Message):
     EOS_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SERVICE_VERSION_FIELD_NUMBER: _builtins.int
     MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
+    CLASS_NAMES_FIELD_NUMBER: _builtins.int
+    NUM_TOKEN_TYPES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Hugging Face id or path, as the operator gave it."""
     revision: _builtins.str
@@ -146,11 +152,13 @@ class GetTeacherInfoResponse(_message.Message):
     quantization: _builtins.str
     """Quantisation method. Empty if none."""
     num_classes: _builtins.int
-    """Classes, for an encoder teacher; 0 for a language model."""
+    """Classes of a classifier; 0 for a language model."""
     service_version: _builtins.str
     """Version of Stillhouse that serves it."""
     max_adapters: _builtins.int
     """Adapters that can be loaded at once."""
+    num_token_types: _builtins.int
+    """Token types of a classifier, as token_type_ids name them: 2 for a BERT, 0 or 1 where all tokens have the same."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """The loaded adapters."""
@@ -162,6 +170,10 @@ class GetTeacherInfoResponse(_message.Message):
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids that end a text."""
+
+    @_builtins.property
+    def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the classes of a classifier, by class. Empty for a language model."""
 
     def __init__(
         self,
@@ -187,10 +199,12 @@ class GetTeacherInfoResponse(_message.Message):
         eos_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         service_version: _builtins.str = ...,
         max_adapters: _builtins.int = ...,
+        class_names: _abc.Iterable[_builtins.str] | None = ...,
+        num_token_types: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "class_names", b"class_names", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "num_token_types", b"num_token_types", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -289,6 +303,7 @@ class DistributionConfig(_message.Message):
     STRATIFIED_SAMPLES_FIELD_NUMBER: _builtins.int
     SORT_SAMPLES_FIELD_NUMBER: _builtins.int
     SAMPLED_LOGPROB_BITS_FIELD_NUMBER: _builtins.int
+    CLASSES_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
@@ -318,6 +333,8 @@ class DistributionConfig(_message.Message):
     """Sort the draws of each position, and send their ids as SORTED_UINT."""
     sampled_logprob_bits: _builtins.int
     """Send sampled_logprobs as SCALED_UINT of so many bits, in [2, 16]. 0 sends them as logprob_dtype says."""
+    classes: _builtins.bool
+    """Report the ClassDistribution of each whole sequence in the place of TokenDistributions; goes alone."""
     @_builtins.property
     def temperatures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Temperatures to report log_partitions for, each > 0."""
@@ -339,10 +356,11 @@ class DistributionConfig(_message.Message):
         stratified_samples: _builtins.bool = ...,
         sort_samples: _builtins.bool = ...,
         sampled_logprob_bits: _builtins.int = ...,
+        classes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprob_bits", b"sampled_logprob_bits", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "sort_samples", b"sort_samples", "stratified_samples", b"stratified_samples", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprob_bits", b"sampled_logprob_bits", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "sort_samples", b"sort_samples", "stratified_samples", b"stratified_samples", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -819,6 +837,7 @@ class ScoreSequence(_message.Message):
     ADAPTER_FIELD_NUMBER: _builtins.int
     QUERY_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    TOKEN_TYPE_IDS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.int
     """Chosen by the caller, echoed in the response, unique among the unanswered."""
     start: _builtins.int
@@ -837,6 +856,10 @@ class ScoreSequence(_message.Message):
     def query_token_ids(self) -> _tensor_pb2.Tensor:
         """INT32 [T - start, Q]: ids to report query_logprobs for, -1 where a row has fewer."""
 
+    @_builtins.property
+    def token_type_ids(self) -> _tensor_pb2.Tensor:
+        """INT32 [T], each in [0, num_token_types): segment of every token of a pair of texts. Only with classes; unset means 0."""
+
     def __init__(
         self,
         *,
@@ -846,10 +869,11 @@ class ScoreSequence(_message.Message):
         adapter: _builtins.str = ...,
         query_token_ids: _tensor_pb2.Tensor | None = ...,
         timeout_ms: _builtins.int = ...,
+        token_type_ids: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["query_token_ids", b"query_token_ids", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["query_token_ids", b"query_token_ids", "token_ids", b"token_ids", "token_type_ids", b"token_type_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "query_token_ids", b"query_token_ids", "sequence_id", b"sequence_id", "start", b"start", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "query_token_ids", b"query_token_ids", "sequence_id", b"sequence_id", "start", b"start", "timeout_ms", b"timeout_ms", "token_ids", b"token_ids", "token_type_ids", b"token_type_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -906,7 +930,7 @@ class ScoreResult(_message.Message):
 
     @_builtins.property
     def classes(self) -> Global___ClassDistribution:
-        """Classes of an encoder teacher."""
+        """Classes of the whole sequence, from a classifier."""
 
     def __init__(
         self,
@@ -929,14 +953,14 @@ Global___ScoreResult: _TypeAlias = ScoreResult  # noqa: Y015
 
 @_typing.final
 class ClassDistribution(_message.Message):
-    """ClassDistribution is an encoder teacher's distribution for one sequence."""
+    """ClassDistribution is a classifier's distribution over classes for one sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logprobs(self) -> _tensor_pb2.Tensor:
-        """FLOAT32 [C]: natural-log probabilities of the classes."""
+        """FLOAT32 [C]: natural-log probabilities of the classes, at temperature 1, in the order of class_names."""
 
     def __init__(
         self,

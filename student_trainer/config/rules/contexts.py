@@ -132,7 +132,7 @@ def check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
         yield FieldViolation("data.date", f'"{config.data.date[:20]}" is no day such as 2025-01-31.')
     if config.data.teacher_field and not config.teachers:
         yield FieldViolation("data.teacher_field", "names the teacher of a row, but teachers is empty.")
-    if not is_ensemble(config):
+    if not is_ensemble(config) or config.classifies:
         return
     for path, loss in run_losses(config):
         if loss.temperature != 1 and loss.temperature_mode == "exact" and loss.asks_teacher:

@@ -15,7 +15,7 @@ from stillhouse.protos.evaluation.names import (
     values_of,
 )
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
-from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.schema import CLASSIFICATION, RunConfig
 
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
@@ -141,7 +141,7 @@ def _check_metrics(settings: SetSettings) -> Iterator[FieldViolation]:
 def _check_best(config: RunConfig) -> Iterator[FieldViolation]:
     name = config.evaluation.best_metric
     known = [value for each in settled_sets(config) for value in each.values]
-    if config.task != "distil":
+    if config.task not in ("distil", CLASSIFICATION):
         yield FieldViolation(
             "evaluation.best_metric", f"has no meaning with task: {config.task}; leave it out."
         )

@@ -67,6 +67,8 @@ class MicroBatch:
     `sampled` None unless they are rollouts."""
     chunks: ChunkTargets | None = None
     """The teacher's log-probabilities of chunks if its tokenizer is foreign; `positions.targets` is None then."""
+    token_type_ids: Tensor | None = None
+    """int64 [B, L]: segments of a classifier's pairs of texts; None if there are none."""
 
     @property
     def num_targets(self) -> int:

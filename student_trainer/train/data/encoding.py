@@ -59,6 +59,8 @@ class Example:
     """The text in the tokens of a teacher with another tokenizer; None if both tokenizers agree."""
     teacher_prompts: Mapping[str, TeacherPrompt] = field(default_factory=dict)
     """Prompts that teachers see alone, by their names; no part of `token_ids`."""
+    token_type_ids: NDArray[np.int32] | None = None
+    """[T]: segment of each token of a classifier's pair of texts; None for a single text."""
 
     @property
     def teacher_tokens(self) -> tuple[NDArray[np.int32], int]:

@@ -83,6 +83,11 @@ class Evaluator:
     poll: Callable[[], object] = lambda: None
     """Called before each pass; may raise Stopped."""
 
+    @property
+    def generation(self) -> Mapping[str, Any]:
+        """Sampling of the text that the student writes."""
+        return self.writer.settings
+
     def evaluate(self) -> Evaluation:
         """Scores all rows. eval/kl and others with a teacher only where there are targets; token_scores.py defines them.
 

@@ -21,7 +21,7 @@ from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
-from stillhouse.student_trainer.train.teacher.target_requests import training_request
+from stillhouse.student_trainer.train.teacher.target_requests import dataset_request, training_request
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +56,10 @@ class FeedFactory:
         loss = self.scope.config.loss_of(context)
         targets = None
         if loss.asks_teacher:
-            targets = self.teacher_side.teachers.open_stream(training_request(loss, self._seed))
+            request = dataset_request(
+                self.scope.config, loss, class_order=self.student_side.student.class_names
+            )
+            targets = self.teacher_side.teachers.open_stream(request)
             self.scope.stack.callback(targets.close)
         return DatasetFeed(self._settings(number), targets)
 

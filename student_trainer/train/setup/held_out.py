@@ -55,22 +55,28 @@ class HeldOutRows:
             examples=corpus.eval, top_k=top_k, wants_targets=wants, stored=stored, must_query=must_query
         )
 
-    def score(self, scope: RunScope, teachers: TargetSource) -> list[ScoredExample]:
+    def score(
+        self, scope: RunScope, teachers: TargetSource, class_order: Sequence[str] = ()
+    ) -> list[ScoredExample]:
         """The rows with targets, where they are wanted; the first process queries and stores them, the others read.
+
+        `class_order` is that of a classifier's classes.
 
         Raises Stopped, or StillhouseError, as the teachers' streams do.
         """
         scored = self.stored
         if self.must_query:
-            scored = scope.ranks.after_first(lambda: self._query_or_read(scope, teachers))
+            scored = scope.ranks.after_first(lambda: self._query_or_read(scope, teachers, class_order))
         if scored is not None and self.wants_targets:
             return scored
         return [ScoredExample(example=example, answer=None) for example in self.examples]
 
-    def _query_or_read(self, scope: RunScope, teachers: TargetSource) -> list[ScoredExample] | None:
+    def _query_or_read(
+        self, scope: RunScope, teachers: TargetSource, class_order: Sequence[str]
+    ) -> list[ScoredExample] | None:
         if not scope.ranks.is_first:
             return load_targets(scope.run_dir, self.examples, self.top_k)
-        stream = teachers.open_stream(evaluation_request(self.top_k))
+        stream = teachers.open_stream(evaluation_request(scope.config, class_order))
         try:
             scored = _query(self.examples, stream, scope.patience)
         finally:
@@ -136,4 +142,6 @@ def _key(examples: Sequence[Example], top_k: int) -> str:
         for name, prompt in sorted(example.teacher_prompts.items()):
             digest.update(f" {name} {prompt.replaces} {len(prompt.token_ids)} ".encode())
             digest.update(np.ascontiguousarray(prompt.token_ids, "<i4").tobytes())
+        if example.token_type_ids is not None:
+            digest.update(np.ascontiguousarray(example.token_type_ids, "<i4").tobytes())
     return digest.hexdigest()

@@ -8,9 +8,9 @@ from typing import Any
 
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.student_trainer.train.data.corpus import Corpus
-from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows, with_sets
-from stillhouse.student_trainer.train.setup.data import prepare_corpus
+from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
 from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.setup.task import task_of
 from stillhouse.student_trainer.train.student.student import configured_end_ids, load_tokenizer
 
 
@@ -35,7 +35,7 @@ class Inputs:
         config = scope.config
         tokenizer = load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template)
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        corpus, sets = with_sets(config, prepare_corpus(scope, tokenizer), tokenizer, scope.data_dir)
+        corpus, sets = task_of(config).load_corpus(scope, tokenizer)
         return cls(
             tokenizer=tokenizer,
             tokenizer_json=tokenizer_json,

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from functools import partial
 
 import structlog
 import torch
 
-from stillhouse.student_trainer.config.rules.cross_tokenizer import chunk_loss, is_bridged
-from stillhouse.student_trainer.train.batching.passes import deal
 from stillhouse.student_trainer.train.checkpointing.best import BestCheckpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, TrainingState
 from stillhouse.student_trainer.train.checkpointing.checkpointer import Checkpointer
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.contexts.source import StepSource
-from stillhouse.student_trainer.train.evaluation.evaluator import Evaluator
 from stillhouse.student_trainer.train.evaluation.run_report import RunReport
-from stillhouse.student_trainer.train.evaluation.text_writer import TextWriter
 from stillhouse.student_trainer.train.setup.feeds import FeedFactory
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
+from stillhouse.student_trainer.train.setup.task import RunEvaluator, task_of
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.student.device import precision_of
 from stillhouse.student_trainer.train.student.export import try_export
@@ -42,7 +38,7 @@ class RunContext:
     triggers: Triggers
     checkpointer: Checkpointer
     best: BestCheckpoint
-    evaluator: Evaluator
+    evaluator: RunEvaluator
     report: RunReport
 
     def runtime_metrics(self) -> dict[str, float]:
@@ -95,7 +91,7 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
     precision = precision_of(student_side.accelerator)
     log.info("training", step=progress.step, total_steps=total_steps, precision=precision)
 
-    evaluator = _make_evaluator(scope, inputs, teacher_side, student_side)
+    evaluator = task_of(config).make_evaluator(scope, inputs, teacher_side, student_side)
     source = FeedFactory(
         scope=scope, inputs=inputs, teacher_side=teacher_side, student_side=student_side, state=state
     ).open_source()
@@ -109,38 +105,5 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
         checkpointer=checkpointer,
         best=best,
         evaluator=evaluator,
-        report=RunReport(attempt, evaluator.writer.settings),
-    )
-
-
-def _make_evaluator(
-    scope: RunScope, inputs: Inputs, teacher_side: TeacherSide, student_side: StudentSide
-) -> Evaluator:
-    """Queries the targets of held-out rows, unless an earlier attempt did."""
-    config, accelerator = scope.config, student_side.accelerator
-    rows = teacher_side.held_out.score(scope, teacher_side.teachers)
-    lengths = [len(each.example.token_ids) for each in rows]
-    places = deal(lengths, scope.ranks.size)[scope.ranks.rank]
-    bridged = is_bridged(config)
-    return Evaluator(
-        student=student_side.student,
-        head=student_side.stepper.head,
-        rows=[rows[place] for place in places],
-        places=places,
-        num_rows=len(rows),
-        # A bridge leaves out held-out rows that it cannot compare; it has no named sets.
-        sets=[replace(each, end=len(rows)) for each in inputs.sets] if bridged else inputs.sets,
-        accelerator=accelerator,
-        cut=student_side.stepper.cut,
-        vocab_size=student_side.vocab_size,
-        writer=TextWriter(
-            student_side.student,
-            config.evaluation.generation,
-            device=accelerator.device,
-            autocast=accelerator.autocast,
-            vocab_size=student_side.vocab_size,
-            seed=config.data.seed,
-        ),
-        chunk_loss=chunk_loss(config) if bridged else None,
-        exchange=partial(scope.ranks.exchange, patient=True),
+        report=RunReport(attempt, evaluator.generation),
     )

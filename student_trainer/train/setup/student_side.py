@@ -14,6 +14,7 @@ from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.optim import make_optimizer
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.setup.task import task_of
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.step import Stepper
 from stillhouse.student_trainer.train.student import device
@@ -37,15 +38,8 @@ class StudentSide:
         """Loads the student with its first weights. Raises StillhouseError."""
         config, corpus = scope.config, teacher_side.corpus
         accelerator = device.make_accelerator(config.optimizer)
-        student = Student.load(
-            config.student,
-            inputs.tokenizer,
-            data_dir=scope.data_dir,
-            device=accelerator.device,
-            precision=device.precision_of(accelerator),
-            seed=config.optimizer.seed,
-        )
-        student.add_end_ids(_end_ids(scope, corpus, teacher_side))
+        task = task_of(config)
+        student = task.load_student(scope, inputs.tokenizer, teacher_side, accelerator)
         check_length(corpus, student)
         vocab_size = len(inputs.tokenizer)
         if not is_bridged(config):
@@ -55,14 +49,14 @@ class StudentSide:
             len(corpus.train), config.optimizer, config.data.seed, corpus.dataset_sizes, weights
         )
         optimizer = make_optimizer(student.trainable_parameters(), config.optimizer)
-        stepper = Stepper(
+        stepper = task.make_stepper(
+            scope,
+            teacher_side,
             student,
             optimizer,
             accelerator,
-            config,
             total_steps=schedule.total_steps,
             vocab_size=vocab_size,
-            ranks=scope.ranks,
         )
         return cls(
             student=student,
@@ -72,13 +66,6 @@ class StudentSide:
             vocab_size=vocab_size,
             stepper=stepper,
         )
-
-
-def _end_ids(scope: RunScope, corpus: Corpus, teacher_side: TeacherSide) -> list[int]:
-    """Returns the tokens that end texts to learn: in the data, and in what teachers generate."""
-    generates = any(context.teacher for context in scope.config.contexts) and not is_bridged(scope.config)
-    ends = [*corpus.end_ids, *(teacher_side.teachers.end_ids if generates else ())]
-    return list(dict.fromkeys(ends))
 
 
 def check_length(corpus: Corpus, student: Student) -> None:

@@ -10,6 +10,7 @@ import structlog
 from stillhouse.student_trainer.run_dir import TrainedRecord
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.setup.scope import RunScope
+from stillhouse.student_trainer.train.setup.task import task_of
 from stillhouse.student_trainer.train.student import device
 from stillhouse.student_trainer.train.student.student import Student, load_tokenizer
 
@@ -31,26 +32,20 @@ def load_trained(scope: RunScope) -> Trained | None:
     Raises StillhouseError, as `Student.load` does.
     """
     own = _whole_record(scope) if scope.ranks.is_first else None
-    record = scope.ranks.exchange(own and dataclasses.asdict(own), patient=True)[0]
-    if record is None:
+    told = scope.ranks.exchange(own and dataclasses.asdict(own), patient=True)[0]
+    if told is None:
         return None
-    step = record["step"]
+    record = TrainedRecord.from_json(told)
+    step = record.step
     config = scope.config
     accelerator = device.make_accelerator(config.optimizer)
-    student = Student.load(
-        config.student,
-        load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template),
-        data_dir=scope.data_dir,
-        device=accelerator.device,
-        precision=device.precision_of(accelerator),
-        seed=config.optimizer.seed,
-    )
+    tokenizer = load_tokenizer(config.student, scope.data_dir, chat_template=config.data.chat_template)
+    student = task_of(config).load_trained(scope, tokenizer, record, accelerator)
     checkpoint.restore_weights(scope.run_dir, step, student.model)
-    student.add_end_ids(record["end_ids"])
     if scope.ranks.is_first:
-        scope.attempt.report("started", total_steps=record["last_step"], step=record["last_step"])
+        scope.attempt.report("started", total_steps=record.last_step, step=record.last_step)
     log.info("exporting again; every step was taken before", step=step)
-    return Trained(student=student, step=record["last_step"])
+    return Trained(student=student, step=record.last_step)
 
 
 def _whole_record(scope: RunScope) -> TrainedRecord | None:

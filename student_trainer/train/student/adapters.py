@@ -27,14 +27,21 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-def add_adapter(model: Any, config: LoraConfig) -> Any:
+def add_adapter(model: Any, config: LoraConfig, head: Sequence[str] = ()) -> Any:
     """Adds a new adapter; the log says how much of the model it reaches.
+
+    `head` are modules of a classifier that are trained as a whole beside it.
 
     Raises StillhouseError(INVALID_SPEC) for a module or a layer that the model does not have.
     """
     import peft
 
-    linear = [each for each in _linear_modules(model) if _takes_lora(model, each.rpartition(".")[2])]
+    whole = [each for each in _linear_modules(model) if _is_inside(each, head)]
+    linear = [
+        each
+        for each in _linear_modules(model)
+        if each not in whole and _takes_lora(model, each.rpartition(".")[2])
+    ]
     names = [each for each in config.target_modules if each != ALL_LINEAR]
     takes_all = len(names) < len(config.target_modules) or not names
     if takes_all:
@@ -51,7 +58,9 @@ def add_adapter(model: Any, config: LoraConfig) -> Any:
         bias=config.bias,
         # transformers' Conv1D, the layer of GPT-2, holds its weight transposed.
         fan_in_fan_out=any(type(each).__name__ == "Conv1D" for each in targets),
-        task_type="CAUSAL_LM",
+        modules_to_save=list(head) or None,
+        exclude_modules=whole or None,
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
     )
     try:
         with _warnings_handled():
@@ -140,6 +149,10 @@ def _takes_lora(model: Any, name: str) -> bool:
 def _matches(module: str, names: Sequence[str]) -> bool:
     """Returns True as PEFT matches names of modules."""
     return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _is_inside(name: str, modules: Sequence[str]) -> bool:
+    return any(name == each or name.startswith(f"{each}.") for each in modules)
 
 
 def _check_names(model: Any, names: Sequence[str], linear: Sequence[str]) -> None:

@@ -47,7 +47,8 @@ class Probe:
 def _logits(model: Any, ids: Tensor) -> Tensor:
     device = model.get_input_embeddings().weight.device
     with evaluation_mode(model), torch.no_grad():
-        logits: Tensor = model(input_ids=ids.to(device), use_cache=False).logits
+        options = {"use_cache": False} if model.can_generate() else {}
+        logits: Tensor = model(input_ids=ids.to(device), **options).logits
     return logits.float().cpu()
 
 

@@ -20,8 +20,7 @@ from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.run_dir import Attempt, RunDir
 from stillhouse.student_trainer.train.process import failpoints
 from stillhouse.student_trainer.train.student.comparison import Probe
-from stillhouse.student_trainer.train.student.loading import load_model, merge_adapter
-from stillhouse.student_trainer.train.student.pretrained import load_pretrained
+from stillhouse.student_trainer.train.student.loading import merge_adapter
 from stillhouse.student_trainer.train.student.saving import save_adapter, save_model, try_saving
 from stillhouse.student_trainer.train.student.student import Student
 
@@ -86,7 +85,7 @@ def _write(student: Student, directory: Path, target: Path) -> None:
     probe = Probe.of(student.model, len(student.tokenizer))
     if not config.trains_adapter:
         save_model(model, directory)
-        _check(probe, load_pretrained(str(directory), dtype="auto"), "final/")
+        _check(probe, student.load_saved(directory), "final/")
     elif config.output == "adapter":
         save_adapter(model, config, directory, student.tokenizer, target)
         _check(probe, _load_adapter(student, directory), "the adapter in final/")
@@ -96,7 +95,7 @@ def _write(student: Student, directory: Path, target: Path) -> None:
         if config.output == "both":
             _check(probe, _load_adapter(student, adapter), "the adapter in final/adapter/")
         save_model(merge_adapter(model, config, student.data_dir, adapter), directory)
-        _check(probe, load_pretrained(str(directory), dtype="auto"), "the merged model in final/")
+        _check(probe, student.load_saved(directory), "the merged model in final/")
         if config.output == "merged":
             shutil.rmtree(adapter)
     student.tokenizer.save_pretrained(directory)
@@ -109,7 +108,7 @@ def _load_adapter(student: Student, directory: Path) -> Any:
     if base is not None:
         config = replace(config, model=str(base.resolve()), keep_layers=(), from_config=False)
     weight = student.model.get_input_embeddings().weight  # type: ignore[operator]  # of transformers' models
-    return load_model(config, student.data_dir, weight.dtype, weight.device)
+    return student.load_again(config, weight.dtype, weight.device)
 
 
 def _check(probe: Probe, exported: Any, named: str) -> None:

@@ -40,7 +40,7 @@ class LmHead:
 
     def __init__(self, student: Student) -> None:
         self._student = student
-        self._linear = _plain_layer(student.model)
+        self._linear = _plain_layer(student.model) if student.is_language_model else None
 
     @property
     def layer(self) -> OutputLayer | None:

@@ -141,6 +141,9 @@ def _savable_settings(model: Any) -> Iterator[None]:
     """Takes settings away, inside the block, that only save_pretrained refuses."""
     from transformers import GenerationConfig
 
+    if not model.can_generate():  # a classifier has none
+        yield
+        return
     settings = model.generation_config
     model.generation_config = GenerationConfig()
     try:

@@ -19,7 +19,11 @@ from stillhouse.protos.tokenizers.prompt import require_vocabulary
 from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch
 from stillhouse.student_trainer.train.student.loading import load_model, model_not_found, model_source
-from stillhouse.student_trainer.train.student.pretrained import UnfitModelError, check_causal
+from stillhouse.student_trainer.train.student.pretrained import (
+    UnfitModelError,
+    check_causal,
+    load_pretrained,
+)
 from stillhouse.student_trainer.train.student.saving import save_adapter, save_model
 
 log = structlog.get_logger()
@@ -82,6 +86,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 class Student:
     """A causal language model, its trainable parameters and its tokenizer."""
 
+    is_language_model = True
+    """False for a classifier (classifier.py)."""
+    class_names: tuple[str, ...] = ()
+    """Names of a classifier's classes, by class."""
+
     def __init__(self, model: Any, tokenizer: Any, config: StudentConfig, data_dir: Path = Path()) -> None:
         self.model: nn.Module = model
         self.data_dir = data_dir
@@ -112,9 +121,7 @@ class Student:
         bfloat16 with bf16. Raises StillhouseError: MODEL_NOT_FOUND, INVALID_SPEC, TOKENIZER_INVALID.
         """
         torch.manual_seed(seed)
-        frozen_in_half = config.trains_adapter and precision == "bf16"
-        dtype = torch.bfloat16 if frozen_in_half else torch.float32
-        model = load_model(config, data_dir, dtype, device)
+        model = load_model(config, data_dir, cls.weight_dtype(config, precision), device)
         num_embeddings = model.get_input_embeddings().weight.shape[0]
         if num_embeddings < len(tokenizer):
             raise StillhouseError(
@@ -122,15 +129,34 @@ class Student:
                 f"student.model {config.model} has {num_embeddings} embeddings, but its tokenizer has {len(tokenizer)} "
                 "tokens. Resize the embeddings, or use the model's own tokenizer.",
             )
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         _try_pass(model, config)
-        model.train()
         student = cls(model, tokenizer, config, data_dir)
-        trained = sum(each.numel() for each in student.trainable_parameters().values())
-        total = sum(each.numel() for each in student.model.parameters())
-        log.info("student loaded", model=config.model, trained=trained, of=total)
+        student.make_ready()
         return student
+
+    @staticmethod
+    def weight_dtype(config: StudentConfig, precision: str) -> torch.dtype:
+        """Returns the type of the loaded weights, as `load` says."""
+        frozen_in_half = config.trains_adapter and precision == "bf16"
+        return torch.bfloat16 if frozen_in_half else torch.float32
+
+    def make_ready(self) -> None:
+        """Switches to training, and logs the size."""
+        model: Any = self.model
+        if self.config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()
+        trained = sum(each.numel() for each in self.trainable_parameters().values())
+        total = sum(each.numel() for each in model.parameters())
+        log.info("student loaded", model=self.config.model, trained=trained, of=total)
+
+    def load_again(self, config: StudentConfig, dtype: torch.dtype, device: torch.device) -> Any:
+        """Loads another copy by `config`. Raises StillhouseError as `load_model` does."""
+        return load_model(config, self.data_dir, dtype, device)
+
+    def load_saved(self, directory: Path) -> Any:
+        """Loads the complete model that was saved to `directory`. Raises UnfitModelError."""
+        return load_pretrained(str(directory), dtype="auto")
 
     @property
     def end_ids(self) -> list[int]:
@@ -202,9 +228,14 @@ def _try_pass(model: Any, config: StudentConfig) -> None:
         logits = model(input_ids=token_ids, use_cache=False).logits
         if logits.shape[:2] != token_ids.shape:
             raise ValueError(f"its logits have shape {list(logits.shape)}")
-        for name, weight in model.named_parameters():
-            if weight.is_floating_point() and not weight.isfinite().all():
-                raise ValueError(f"{name} holds NaN or infinite values")
+        require_finite_weights(model)
         if logits.isnan().any():
             raise ValueError("its logits are NaN")
         check_causal(model)
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Raises ValueError for NaN or infinite weights."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values")

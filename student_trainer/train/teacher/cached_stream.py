@@ -55,7 +55,7 @@ class CachedStream:
 
     def submit(self, sequence_id: int, query: TeacherQuery) -> None:
         """Looks the result up, and queries the teacher on a miss, unless an earlier query of the same key does."""
-        key = self._meta.key(query.token_ids, query.start, query.query_token_ids)
+        key = self._meta.key(query.token_ids, query.start, query.query_token_ids, query.token_type_ids)
         reading = (
             self._thread.submit(self._store.get, key, self._meta)
             if self._store.has(key, self._meta)
@@ -110,6 +110,7 @@ class CachedStream:
                 query.token_ids,
                 answer,
                 query.query_token_ids,
+                query.token_type_ids,
                 student_prompt_ids=query.student_prompt,
             )
         return answer

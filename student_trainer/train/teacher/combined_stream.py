@@ -1,9 +1,13 @@
-"""A stream over several teachers: each query goes to the teacher that its row names, or to all, mixed by weight."""
+"""A stream over several teachers: each query goes to the teacher that its row names, or to all, mixed by weight, with classes in
+one order."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from stillhouse.protos.tensors.classes import reorder_classes
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.batching.supports import mix
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
@@ -50,3 +54,31 @@ class CombinedStream:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
+
+
+def in_order(stream: TargetStream, names: Sequence[str], order: Sequence[str]) -> TargetStream:
+    """The stream of a teacher whose classes are `names`, in the order of `order`, the same names; empty changes nothing."""
+    if not order or list(names) == list(order):
+        return stream
+    return _OrderedClasses(stream, np.array([list(names).index(each) for each in order], np.int64))
+
+
+class _OrderedClasses:
+    """A TargetStream."""
+
+    def __init__(self, stream: TargetStream, order: np.ndarray) -> None:
+        self._stream = stream
+        self._order = order
+
+    @property
+    def num_asked(self) -> int:
+        return self._stream.num_asked
+
+    def submit(self, sequence_id: int, query: TeacherQuery) -> None:
+        self._stream.submit(sequence_id, query)
+
+    def get_result(self, sequence_id: int, patience: TeacherWait) -> Distributions:
+        return reorder_classes(self._stream.get_result(sequence_id, patience), self._order)
+
+    def close(self) -> None:
+        self._stream.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
 from stillhouse.student_trainer.run_dir import RunDir
 
 _NAMES = ("model_fingerprint", "adapter", "adapter_fingerprint", "tokenizer_fingerprint")
@@ -78,3 +79,18 @@ def read_identity(run_dir: RunDir, name: str) -> dict[str, str] | None:
             Reason.CHECKPOINT_CORRUPT,
             f"{run_dir.teacher_path} cannot be read ({error}). Delete it to accept the teacher that answers now.",
         ) from error
+
+
+def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str) -> str:
+    """Fingerprint of a loaded adapter; empty for the base model. Raises StillhouseError(ADAPTER_NOT_FOUND)."""
+    if not adapter:
+        return ""
+    for each in info.adapters:
+        if each.name == adapter:
+            return each.fingerprint
+    loaded = ", ".join(each.name for each in info.adapters) or "none"
+    raise StillhouseError(
+        Reason.ADAPTER_NOT_FOUND,
+        f'The teacher at {target} has no adapter "{adapter}"; loaded: {loaded}. Load it, or correct the adapter of this teacher in the run file.',
+        resource=adapter,
+    )

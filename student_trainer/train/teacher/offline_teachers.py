@@ -15,7 +15,7 @@ from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
-from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
+from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams, in_order
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.identity import check_stored_identity
 from stillhouse.student_trainer.train.teacher.prompted_stream import PromptedStream
@@ -75,6 +75,10 @@ class OfflineTeachers:
         """Steps that are read ahead."""
         return max(each.prefetch_steps for each in self._configs.values())
 
+    @property
+    def class_names(self) -> Mapping[str, Sequence[str]]:
+        return {name: meta.class_names for (name, _), meta in self._found.items()}
+
     def shared_vocab_size(self, student_size: int) -> int:
         return min(student_size, *(meta.shared_with(self._tokenizer) for meta in self._found.values()))
 
@@ -90,8 +94,9 @@ class OfflineTeachers:
             for name, meta in metas.items()
         }
         self._streams += cached.values()
-        streams: dict[str, TargetStream] = {
-            name: PromptedStream(stream, name) for name, stream in cached.items()
+        streams = {
+            name: in_order(PromptedStream(cached[name], name), meta.class_names, request.class_order)
+            for name, meta in metas.items()
         }
         vocab_size = max(meta.vocab_size for meta in metas.values())
         return combine_streams(streams, weights if self._mixed else None, vocab_size=vocab_size)
@@ -146,7 +151,11 @@ class OfflineTeachers:
 
     def _find_missing(self, meta: CacheMeta, queries: Sequence[TeacherQuery]) -> list[TeacherQuery]:
         reader = self._cache.reader
-        return [each for each in queries if not reader.has(meta.key(each.token_ids, each.start), meta)]
+        return [
+            each
+            for each in queries
+            if not reader.has(meta.key(each.token_ids, each.start, None, each.token_type_ids), meta)
+        ]
 
     def _select_fitting(self, request: TargetRequest, teacher: TeacherConfig) -> list[CacheMeta]:
         config, field = request.to_config(teacher), request.field
@@ -162,7 +171,13 @@ class OfflineTeachers:
                 f"holds answers of several teachers ({have})",
                 "Name the one to learn from in teachers, by its name or adapter when the cache was written.",
             )
-        wide = [meta for meta in kinds if meta.top_k == request.top_k]
+        wide = [
+            meta for meta in kinds if (meta.class_names if request.classes else meta.top_k == request.top_k)
+        ]
+        if request.classes and not wide:
+            raise self._miss(
+                "holds no classes", "Name a cache that a run of task: sequence_classification wrote."
+            )
         if not wide:
             have = " and ".join(str(top_k) for top_k in sorted({meta.top_k for meta in kinds}))
             raise self._miss(

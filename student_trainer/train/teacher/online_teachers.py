@@ -11,7 +11,7 @@ from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
-from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams
+from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams, in_order
 from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.prompted_stream import PromptedStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
@@ -59,6 +59,10 @@ class OnlineTeachers:
 
     def shared_vocab_size(self, student_size: int) -> int:
         return min([student_size, *(teacher.shared_size for teacher in self.members.values())])
+
+    @property
+    def class_names(self) -> Mapping[str, Sequence[str]]:
+        return {name: teacher.info.class_names for name, teacher in self.members.items()}
 
     @property
     def max_sequence_tokens(self) -> int | None:
@@ -111,8 +115,12 @@ class OnlineTeachers:
         return min((teacher.info.max_query_tokens for teacher in self.members.values()), default=0)
 
     def open_stream(self, request: TargetRequest, *, cacheable: bool = True) -> TargetStream:
-        streams: dict[str, TargetStream] = {
-            name: PromptedStream(self._open(teacher, request, cacheable=cacheable), name)
+        streams = {
+            name: in_order(
+                PromptedStream(self._open(teacher, request, cacheable=cacheable), name),
+                teacher.info.class_names,
+                request.class_order,
+            )
             for name, teacher in self.members.items()
         }
         weights = {name: teacher.config.weight for name, teacher in self.members.items()}

@@ -35,6 +35,8 @@ class TeacherQuery:
     """Prompts that teachers see alone, by their names."""
     student_prompt: NDArray[np.int32] | None = None
     """[S]: the student's tokens before `start`, where those of `token_ids` are a teacher's alone."""
+    token_type_ids: NDArray[np.int32] | None = None
+    """[T]: segments of a classifier's pair of texts."""
 
     @classmethod
     def from_example(cls, example: Example) -> TeacherQuery:
@@ -46,6 +48,7 @@ class TeacherQuery:
             place=example.place,
             teacher=example.teacher,
             teacher_prompts=example.teacher_prompts,
+            token_type_ids=example.token_type_ids,
         )
 
     def behind_prompt(self, teacher: str) -> TeacherQuery:

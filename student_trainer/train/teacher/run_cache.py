@@ -17,7 +17,8 @@ from stillhouse.protos.cache.reader import CacheReader
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
 from stillhouse.student_trainer.config.schema import CacheConfig
-from stillhouse.student_trainer.train.teacher.teacher import TeacherClient, adapter_fingerprint
+from stillhouse.student_trainer.train.teacher.identity import adapter_fingerprint
+from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
 
 log = structlog.get_logger()
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.rpc.pool.service_pool import Call
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
@@ -12,6 +15,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     ScoreResult,
     ScoreSequence,
 )
+from stillhouse.protos.tensors.classes import decode_classes
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
@@ -49,16 +53,21 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         yield ScoreRequest(config=self._config)
         while (found := call.next_item()) is not None:
             sequence_id, asked = found
-            queried = asked.query_token_ids
+            queried, types = asked.query_token_ids, self._types(asked)
             yield ScoreRequest(
                 sequence=ScoreSequence(
                     sequence_id=sequence_id,
                     token_ids=encode(asked.token_ids),
-                    start=asked.start,
+                    start=0 if self._config.classes else asked.start,
                     adapter=self._teacher.config.adapter,
                     query_token_ids=None if queried is None else encode(queried),
+                    token_type_ids=None if types is None else encode(types),
                 )
             )
+
+    def _types(self, asked: TeacherQuery) -> NDArray[np.int32] | None:
+        """Segments of a pair of texts, for a teacher that tells them apart."""
+        return asked.token_type_ids if self._teacher.info.num_token_types > 1 else None
 
     def _accept(
         self,
@@ -73,6 +82,11 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
             return
         if result.HasField("error"):
             self._refuse(call, sequence_id, asked.place, from_status(result.error))
+            return
+        if self._config.classes:
+            num_classes, num_tokens = len(self._teacher.info.class_names), len(asked.token_ids)
+            row = decode_classes(result.classes, num_classes=num_classes, num_tokens=num_tokens)
+            call.answer(sequence_id, row)
             return
         part = decode_distributions(
             result.distributions,

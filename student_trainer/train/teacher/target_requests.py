@@ -11,6 +11,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
+from stillhouse.student_trainer.config.rules.cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS, needs_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
@@ -44,6 +45,10 @@ class TargetRequest:
     """Place of `top_k` in the run file."""
     held_out: bool = False
     """Text that is only evaluated on; a cache marks it, so that no run trains on it."""
+    classes: bool = False
+    """The distribution over classes of the whole sequence, and nothing else."""
+    class_order: tuple[str, ...] = ()
+    """Classes in the order of the results; empty leaves them in the teacher's."""
 
     def to_config(
         self, teacher: TeacherConfig, info: GetTeacherInfoResponse | None = None
@@ -52,6 +57,8 @@ class TargetRequest:
 
         Without the entropy if the service that sent `info` lacks it: then its lower bound weighs the tokens.
         """
+        if self.classes:
+            return DistributionConfig(classes=True, logprob_dtype=TensorMessage.DATA_TYPE_FLOAT32)
         half = teacher.logprob_dtype == "float16"
         return DistributionConfig(
             top_k=self.top_k,
@@ -98,9 +105,22 @@ def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") 
     )
 
 
-def evaluation_request(top_k: int) -> TargetRequest:
-    """The distributions of held-out rows: top-k and tail, at temperature 1."""
-    return TargetRequest(top_k=top_k, field="evaluation.top_k", held_out=True)
+def dataset_request(
+    config: RunConfig, loss: LossConfig, *, class_order: Sequence[str] = (), field: str = "loss.top_k"
+) -> TargetRequest:
+    """The distributions that `loss` needs of the dataset's own rows, by the task of the run."""
+    if config.classifies:
+        return TargetRequest(top_k=0, classes=True, class_order=tuple(class_order), field="task")
+    return training_request(loss, config.data.seed, field=field)
+
+
+def evaluation_request(config: RunConfig, class_order: Sequence[str] = ()) -> TargetRequest:
+    """The distributions of held-out rows: top-k and tail, at temperature 1; or their classes."""
+    if config.classifies:
+        return TargetRequest(
+            top_k=0, classes=True, class_order=tuple(class_order), field="task", held_out=True
+        )
+    return TargetRequest(top_k=evaluation_top_k(config), field="evaluation.top_k", held_out=True)
 
 
 def training_requests(config: RunConfig) -> list[TargetRequest]:
@@ -110,10 +130,10 @@ def training_requests(config: RunConfig) -> list[TargetRequest]:
         for number, context in enumerate(config.contexts)
         if context.dataset is not None and config.loss_of(context).asks_teacher
     }
-    return [training_request(loss, config.data.seed, field=field) for loss, field in fields.items()]
+    return [dataset_request(config, loss, field=field) for loss, field in fields.items()]
 
 
 def evaluation_requests(config: RunConfig, corpus: Corpus) -> list[TargetRequest]:
     """The request for held-out rows, if they are compared with a teacher."""
     compares = corpus.eval and teacher_metrics(config)
-    return [evaluation_request(config.evaluation.top_k)] if compares else []
+    return [evaluation_request(config)] if compares else []

@@ -38,6 +38,10 @@ class TargetSource(Protocol):
     def max_query_tokens(self) -> int:
         """Query ids per position that all of them take; 0 if one takes none."""
 
+    @property
+    def class_names(self) -> Mapping[str, Sequence[str]]:
+        """Names of each teacher's classes, by the teacher's name; empty for a language model."""
+
     def shared_vocab_size(self, student_size: int) -> int:
         """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
 

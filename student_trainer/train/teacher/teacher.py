@@ -15,6 +15,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_CLASSES,
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
@@ -35,10 +36,20 @@ from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing
-from stillhouse.student_trainer.train.teacher.identity import changed, read_identity, write_identity
+from stillhouse.student_trainer.train.teacher.identity import (
+    adapter_fingerprint,
+    changed,
+    read_identity,
+    write_identity,
+)
 from stillhouse.student_trainer.train.teacher.prompt_limits import check_prompt_limit, longest_prompted
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
-from stillhouse.student_trainer.train.teacher.tokenizer_compat import Verdict, compare, fetch_tokenizer
+from stillhouse.student_trainer.train.teacher.tokenizer_compat import (
+    Verdict,
+    compare,
+    fetch_tokenizer,
+    foreign_tokenizer,
+)
 
 log = structlog.get_logger()
 
@@ -84,6 +95,8 @@ class Demands:
     """Tokens that end a text of the student, ascending."""
     template_date: str = ""
     """Corpus.template_date."""
+    classes: bool = False
+    """Distributions over classes are wanted, of a classifier."""
 
     @classmethod
     def from_config(
@@ -96,11 +109,12 @@ class Demands:
     ) -> Demands:
         """The requirements of `config`; `end_ids` end a text of the student besides those of the data."""
         bridged = is_bridged(config)
-        asked = {"evaluation.top_k": 0 if bridged else config.evaluation.top_k}
+        without_top_k = bridged or config.classifies
+        asked = {"evaluation.top_k": 0 if without_top_k else config.evaluation.top_k}
         tempered: list[float | None] = [None]
         drawn, draws_capability = [""], CAPABILITY_SAMPLED_TOKENS
         for path, loss in run_losses(config):
-            if loss.asks_teacher:
+            if loss.asks_teacher and not config.classifies:
                 if loss.sparse_target in DRAWN_TARGETS:
                     drawn.append(f"{path}.sparse_target")
                     needed = _DRAW_CAPABILITIES.get(loss.sparse_target, CAPABILITY_SAMPLED_TOKENS)
@@ -123,6 +137,7 @@ class Demands:
             longest_prompted=longest_prompted(config, corpus),
             largest=corpus.largest,
             template_date=corpus.template_date,
+            classes=config.classifies,
             end_ids=sorted({*corpus.end_ids, *end_ids}),
         )
 
@@ -288,7 +303,9 @@ class TeacherClient:
                     "tokenizers differ at their ends alone", shared_size=verdict.shared_size, target=target
                 )
         if verdict.kind == "foreign":
-            raise foreign_tokenizer(self._demands.tokenizer_fingerprint, key, verdict.why, target)
+            raise foreign_tokenizer(
+                self._demands.tokenizer_fingerprint, key, verdict.why, target, classes=self._demands.classes
+            )
         return min(verdict.shared_size, info.tokenizer_size)
 
 
@@ -314,6 +331,7 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, name: str = "") -> None:
     """Returns if the teacher `name` meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
+    _check_kind(demands, info, target)
     largest_id = int(demands.largest.token_ids.max())
     if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(
@@ -365,28 +383,17 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, n
         )
 
 
-def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str) -> str:
-    """Fingerprint of a loaded adapter; empty for the base model. Raises StillhouseError(ADAPTER_NOT_FOUND)."""
-    if not adapter:
-        return ""
-    for each in info.adapters:
-        if each.name == adapter:
-            return each.fingerprint
-    loaded = ", ".join(each.name for each in info.adapters) or "none"
-    raise StillhouseError(
-        Reason.ADAPTER_NOT_FOUND,
-        f'The teacher at {target} has no adapter "{adapter}"; loaded: {loaded}. Load it, or correct the adapter of this teacher in the run file.',
-        resource=adapter,
+def _check_kind(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
+    """Raises StillhouseError(CAPABILITY) for a classifier in the place of a language model, or the reverse."""
+    if demands.classes == (CAPABILITY_CLASSES in info.capabilities):
+        return
+    found, task = (
+        ("language model", "distil") if demands.classes else ("classifier", "sequence_classification")
     )
-
-
-def foreign_tokenizer(student: str, teacher: str, why: str, target: str) -> StillhouseError:
-    """The error for a foreign tokenizer, with its remedies."""
-    return StillhouseError(
-        Reason.TOKENIZER_MISMATCH,
-        f"The student's tokenizer ({student}) differs from that of the teacher at {target} ({teacher}), so their token "
-        f"ids stand for different text: {why}. Use a student and a teacher of one model family, or copy the teacher's "
-        "tokenizer to a student that is trained from_config; or set loss.foreign_tokenizer: alm, which compares both by "
-        "chunks of text (approximate likelihood matching).",
-        metadata={"student": student, "teacher": teacher},
+    wanted = "a classifier" if demands.classes else "a language model"
+    raise StillhouseError(
+        Reason.CAPABILITY,
+        f"The teacher at {target} ({info.model}) is a {found}, and this run needs {wanted}. Set task: {task}, or name another "
+        "teacher.",
+        metadata={"capability": "CAPABILITY_CLASSES"},
     )

@@ -74,3 +74,18 @@ def fetch_tokenizer(stub: TeacherServiceStub) -> bytes:
 
 def _foreign(why: str) -> Verdict:
     return Verdict(kind="foreign", shared_size=0, why=why)
+
+
+def foreign_tokenizer(
+    student: str, teacher: str, why: str, target: str, *, classes: bool = False
+) -> StillhouseError:
+    """The error for a foreign tokenizer, with its remedies; `classes` for a classifier."""
+    remedy = "Use a student and a teacher of one model family, or copy the teacher's tokenizer to a student that is trained from_config"
+    if not classes:
+        remedy += "; or set loss.foreign_tokenizer: alm, which compares both by chunks of text (approximate likelihood matching)"
+    return StillhouseError(
+        Reason.TOKENIZER_MISMATCH,
+        f"The student's tokenizer ({student}) differs from that of the teacher at {target} ({teacher}), so their token "
+        f"ids stand for different text: {why}. {remedy}.",
+        metadata={"student": student, "teacher": teacher},
+    )

@@ -32,7 +32,7 @@ from stillhouse.teacher_service.engines.hf import quantization as hf_quantizatio
 from stillhouse.teacher_service.engines.hf import worker
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
 from stillhouse.teacher_service.engines.hf.model import HfModel
-from stillhouse.teacher_service.engines.hf.worker import SampleJob, ScoreJob, Worker
+from stillhouse.teacher_service.engines.hf.worker import SampleJob, ScoreJob, Worker, take_equal_lengths
 from stillhouse.teacher_service.models import fingerprint
 from stillhouse.teacher_service.models.files import ModelFiles, locate_model
 from stillhouse.teacher_service.models.tokenizer import TextCodec
@@ -120,19 +120,9 @@ class HfEngine:
         await asyncio.to_thread(self._worker.close)
 
     def _select_batch(self, waiting: deque[ScoreJob]) -> list[ScoreJob]:
-        """Takes the oldest sequence and, on a GPU, others that can share its pass."""
-        first = waiting.popleft()
-        batch = [first]
-        if not self._shares_passes:
-            return batch
-        length, adapter = len(first.item.token_ids), first.item.adapter
-        for job in list(waiting):
-            if (len(batch) + 1) * length > (self._config.max_batch_tokens or BATCH_TOKENS):
-                break
-            if len(job.item.token_ids) == length and job.item.adapter == adapter:
-                waiting.remove(job)
-                batch.append(job)
-        return batch
+        return take_equal_lengths(
+            waiting, (self._config.max_batch_tokens or BATCH_TOKENS) if self._shares_passes else 0
+        )
 
     def _score_batch(self, batch: list[ScoreJob]) -> None:
         try:

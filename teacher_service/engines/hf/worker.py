@@ -214,6 +214,22 @@ class Worker:
             sample.send(error)
 
 
+def take_equal_lengths(waiting: deque[ScoreJob], max_tokens: int) -> list[ScoreJob]:
+    """Takes the oldest sequence and others of its length and adapter, up to `max_tokens` together; 0 takes one alone."""
+    first = waiting.popleft()
+    batch = [first]
+    if not max_tokens:
+        return batch
+    length, adapter = len(first.item.token_ids), first.item.adapter
+    for job in list(waiting):
+        if (len(batch) + 1) * length > max_tokens:
+            break
+        if len(job.item.token_ids) == length and job.item.adapter == adapter:
+            waiting.remove(job)
+            batch.append(job)
+    return batch
+
+
 def as_input_error(error: Exception) -> Exception:
     """Maps out-of-memory errors of one input to a StillhouseError."""
     if memory_cause(error) is not None:

@@ -1,0 +1,1 @@
+"""Classifiers: a distilled student against one that learns labels alone."""

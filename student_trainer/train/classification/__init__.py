@@ -1,0 +1,1 @@
+"""The task of classifiers: rows with labels, their batches, and what an evaluation counts."""

@@ -1,0 +1,217 @@
+"""Runs of classifiers against a served encoder teacher: what they learn, cache, resume, export, and refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
+from tests.student_trainer.train.classification.conftest import NAMES, Encoders, class_spec, made_rows
+from tests.student_trainer.train.runs import (
+    assert_same_end,
+    failure,
+    finish_here,
+    make_run,
+    metric,
+)
+from tests.support.programs import Program
+
+pytestmark = pytest.mark.model
+
+Run = Callable[..., RunDir]
+
+
+def dense_logits(directory: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """[B, C] in float64, in the order of NAMES, each row by itself."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(directory).double().eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    order = [model.config.label2id[name] for name in NAMES]
+    found = []
+    with torch.no_grad():
+        for row in rows:
+            encoded = tokenizer(row["text"], row.get("text_pair"), return_tensors="pt")
+            types = torch.tensor([encoded.encodings[0].type_ids])
+            found.append(model(input_ids=encoded["input_ids"], token_type_ids=types).logits[0, order])
+    return torch.stack(found)
+
+
+def test_a_student_that_is_its_teacher_has_loss_zero(
+    run: Run, encoders: Encoders, class_teacher: Program
+) -> None:
+    run_dir = run(
+        class_spec(encoders.teacher, encoders.rows, class_teacher.target, optimizer={"learning_rate": 1e-12})
+    )
+    assert max(map(abs, metric(run_dir, "train/loss").values())) < 1e-5
+    assert abs(metric(run_dir, "eval/kl")[0]) < 1e-5
+    assert metric(run_dir, "eval/agreement")[0] == 1
+    assert metric(run_dir, "eval/accuracy")[0] == metric(run_dir, "eval/teacher_accuracy")[0]
+
+
+def test_the_served_loss_is_that_of_a_local_teacher(
+    run: Run, encoders: Encoders, class_teacher: Program
+) -> None:
+    """Padded batches, pairs of texts, and classes in another order than the teacher's."""
+    rows = made_rows(64)
+    run_dir = run(
+        class_spec(
+            encoders.student,
+            encoders.rows,
+            class_teacher.target,
+            data={"eval_fraction": 0.0},
+            optimizer={"learning_rate": 1e-12, "batch_size": 64, "epochs": 1.0},
+            loss={"temperature": 2.0, "hard_weight": 0.2, "terms": [{"weight": 0.8}]},
+        )
+    )
+    teacher, student = dense_logits(encoders.teacher, rows), dense_logits(encoders.student, rows)
+    log_p, log_q = (teacher / 2).log_softmax(-1), (student / 2).log_softmax(-1)
+    soft = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+    labels = torch.tensor([NAMES.index(each["label"]) for each in rows])
+    hard = torch.nn.functional.cross_entropy(student, labels).item()
+    assert metric(run_dir, "train/loss")[1] == pytest.approx(0.8 * 4 * soft + 0.2 * hard, abs=1e-5)
+    assert metric(run_dir, "train/forward_kl")[1] == pytest.approx(soft, abs=1e-5)
+    assert metric(run_dir, "train/cross_entropy")[1] == pytest.approx(hard, abs=1e-5)
+
+
+def test_a_cache_serves_the_same_losses_without_the_teacher(
+    run: Run, encoders: Encoders, class_teacher: Program
+) -> None:
+    spec = class_spec(encoders.student, encoders.rows, class_teacher.target)
+    online = run({**spec, "cache": {"path": "caches/classes"}})
+    del spec["teachers"]
+    offline = run({**spec, "cache": {"path": "caches/classes", "mode": "only"}})
+    assert_same_end(offline, online)
+    assert metric(offline, "eval/kl") == metric(online, "eval/kl")
+
+
+def test_a_killed_run_resumes_to_the_same_bits(
+    run: Run, encoders: Encoders, class_teacher: Program, tmp_path: Path
+) -> None:
+    spec = class_spec(encoders.headless, encoders.rows, class_teacher.target, checkpoint={"every_steps": 2})
+    whole = run(spec)
+    broken = make_run(tmp_path, "broken", spec)
+    stops = iter([False] * 6 + [True] * 100)
+    assert finish_here(broken, stopped=lambda: next(stops)) == 0
+    assert 0 < max(broken.checkpoints()) < 6
+    assert finish_here(broken, attempt=2) == 0
+    assert_same_end(broken, whole)
+
+
+def test_an_encoder_without_a_head_learns_the_teachers_classes_and_loads(
+    run: Run, encoders: Encoders, class_teacher: Program
+) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run_dir = run(
+        class_spec(
+            encoders.headless,
+            encoders.rows,
+            class_teacher.target,
+            optimizer={"epochs": 20.0},
+            loss={"terms": [{"divergence": "jsd"}]},
+        )
+    )
+    kl = metric(run_dir, "eval/kl")
+    assert kl[max(kl)] < kl[0] / 2
+    model = AutoModelForSequenceClassification.from_pretrained(run_dir.final_path)
+    assert model.config.id2label == dict(enumerate(NAMES))
+    encoded = AutoTokenizer.from_pretrained(run_dir.final_path)("the tea was fine", return_tensors="pt")
+    assert model(**encoded).logits.shape == (1, 3)
+
+
+def test_an_adapter_trains_its_head_and_merges(run: Run, encoders: Encoders, class_teacher: Program) -> None:
+    from peft import AutoPeftModelForSequenceClassification
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForSequenceClassification
+
+    run_dir = run(
+        class_spec(
+            encoders.headless,
+            encoders.rows,
+            class_teacher.target,
+            student={"model": str(encoders.headless), "lora": {"rank": 4}},
+        )
+    )
+    names = set(load_file(run_dir.final_path / "adapter" / "adapter_model.safetensors"))
+    assert any(".classifier." in name for name in names)
+    assert any(".lora_A." in name for name in names)
+    merged = AutoModelForSequenceClassification.from_pretrained(run_dir.final_path)
+    adapted = AutoPeftModelForSequenceClassification.from_pretrained(
+        run_dir.final_path / "adapter", num_labels=3
+    )
+    ids = torch.tensor([[2, 9, 11, 3]])
+    with torch.no_grad():
+        np.testing.assert_allclose(
+            merged.eval()(ids).logits, adapted.eval()(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_labels_alone_train_a_cut_copy_without_a_teacher(run: Run, encoders: Encoders) -> None:
+    run_dir = run(
+        class_spec(
+            encoders.headless,
+            encoders.rows,
+            None,
+            student={"model": str(encoders.headless), "keep_layers": [1]},
+            data={"classes": list(NAMES)},
+            optimizer={"epochs": 20.0},
+            loss={"terms": [{"weight": 0.0}], "hard_weight": 1.0},
+        )
+    )
+    losses = metric(run_dir, "train/cross_entropy")
+    assert losses[max(losses)] < losses[1] / 2
+    config = json.loads((run_dir.final_path / "config.json").read_bytes())
+    assert config["num_hidden_layers"] == 1
+
+
+def test_rows_without_labels_are_distilled(
+    run: Run, encoders: Encoders, class_teacher: Program, tmp_path: Path
+) -> None:
+    rows = tmp_path / "unlabelled.jsonl"
+    rows.write_text("".join(json.dumps({"text": each["text"]}) + "\n" for each in made_rows(32)))
+    run_dir = run(class_spec(encoders.student, rows, class_teacher.target))
+    assert not metric(run_dir, "train/cross_entropy")
+    assert not metric(run_dir, "eval/accuracy")
+    assert metric(run_dir, "eval/agreement")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "fine", "label": "shrug"}, 'bad.jsonl, row 2, field label: is "shrug", which is no class'),
+        (
+            {"text": "fine", "label": 7},
+            "row 2, field label: is the number 7, and student and teachers number",
+        ),
+        ({"text": "fine", "label": True}, "row 2, field label: is true"),
+        ({"text": "fine"}, "row 2, field label: is missing, unlike that of row 1"),
+        ({"text": " ", "label": "praise"}, "row 2, field text: is empty"),
+        ({"label": "praise"}, "row 2, field text: is"),
+        ({"text": "fine", "text_pair": 3, "label": "praise"}, "row 2, field text_pair: is the number 3"),
+    ],
+)
+def test_bad_rows_end_the_run_with_file_and_row(  # noqa: PLR0917 (fixtures and parameters)
+    run: Run, encoders: Encoders, class_teacher: Program, tmp_path: Path, row: dict[str, Any], words: str
+) -> None:
+    rows = tmp_path / "bad.jsonl"
+    rows.write_text(json.dumps({"text": "the tea", "label": "praise"}) + "\n" + json.dumps(row) + "\n")
+    run_dir = run(class_spec(encoders.student, rows, class_teacher.target), code=EXIT_FAILED)
+    assert words in failure(run_dir)
+
+
+def test_a_classifier_and_a_language_model_are_not_taken_for_each_other(
+    run: Run, encoders: Encoders, class_teacher: Program, models: Any, dataset_file: Path
+) -> None:
+    from tests.student_trainer.train.runs import spec_of
+
+    run_dir = run(spec_of(models.student, dataset_file, class_teacher.target), code=EXIT_FAILED)
+    assert "is a classifier, and this run needs a language model" in failure(run_dir) or (
+        "differs from that of the teacher" in failure(run_dir)
+    )
