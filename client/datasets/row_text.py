@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ from stillhouse.protos.rows.row_forms import known_fields
 
 Values = Mapping[str, Any]
 Message = Mapping[str, Any]
+SYSTEM = ("system", "developer")
+"""Roles of turns that set the task."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,7 +32,18 @@ class RowParts:
     @property
     def text(self) -> str:
         """All of its text."""
-        before = [self.prompt] if self.messages is None else [text_of(each) for each in self.messages]
+        return self._text(self.messages)
+
+    @property
+    def own_text(self) -> str:
+        """Its text without that of the system, which many rows share."""
+        turns = self.messages or ()
+        return self._text(
+            None if self.messages is None else [each for each in turns if each["role"] not in SYSTEM]
+        )
+
+    def _text(self, messages: Sequence[Message] | None) -> str:
+        before = [self.prompt] if messages is None else [text_of(each) for each in messages]
         return "\n".join((*before, self.completion))
 
 

@@ -36,8 +36,8 @@ class FilterRow:
 
     @cached_property
     def words(self) -> Sequence[str]:
-        """Words of the whole text, in lower case."""
-        return words(self.parts.text)
+        """Words of the text without the system's, in lower case."""
+        return words(self.parts.own_text)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -91,20 +91,35 @@ def test_of_similar_rows_the_first_is_kept(tmp_path: Path) -> None:
 
 def test_rows_that_share_text_with_an_evaluation_file_are_dropped(tmp_path: Path) -> None:
     question = "If Ada has three apples and buys four more how many apples does she have in all"
+    task = " ".join(f"rule{at}" for at in range(30))
     held_out = write(
         tmp_path / "eval.jsonl",
-        [{"prompt": question, "completion": "seven"}, {"prompt": "Name it!", "completion": ""}],
+        [
+            {"prompt": question, "completion": "7"},
+            {"system": task, "prompt": "Name it!", "completion": "yes"},
+        ],
     )
     rows = [
         {"prompt": f"Solve this. {question.upper()}, now?", "completion": "7"},
         {"prompt": "If Ada has three apples and buys four more pears", "completion": "so what"},
-        {"prompt": "please name it", "completion": "no"},
+        {"system": task, "prompt": "name it", "completion": "no"},
+        {"system": task, "prompt": "please name it", "completion": "yes"},
     ]
     kept, dropped = filtered(tmp_path, rows, "--against", held_out)
-    assert kept == [1]
+    assert kept == [1, 3]
     assert [each[0] for each in dropped] == [0, 2]
     assert dropped[0][2].startswith("row 1 of eval.jsonl: ")
-    assert filtered(tmp_path, rows, "--against", held_out, "--against-words", 6)[0] == []
+    assert dropped[1][2] == 'row 2 of eval.jsonl: "name it"'
+    assert filtered(tmp_path, rows, "--against", held_out, "--against-words", 6)[0] == [3]
+
+
+def test_a_shared_system_text_makes_no_rows_similar(tmp_path: Path) -> None:
+    task = " ".join(f"rule{at}" for at in range(200))
+    rows = [
+        {"system": task, "prompt": f"question {at} of many here", "completion": f"answer {at}"}
+        for at in range(9)
+    ]
+    assert filtered(tmp_path, rows, "--near-duplicates", 0.8)[0] == list(range(9))
 
 
 @pytest.mark.parametrize(
