@@ -17,6 +17,7 @@ from stillhouse.protos.rows.field_error import kind_of
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
 from stillhouse.student_trainer.config.proto import with_defaults
+from stillhouse.student_trainer.config.rules.teacher_prompt import prompt_fields
 from stillhouse.student_trainer.config.schema import DataConfig
 from stillhouse.student_trainer.train.data.encoding import RowEncoder
 from stillhouse.student_trainer.train.data.readers import DatasetRow
@@ -44,7 +45,9 @@ def inspect(request: pb.InspectRowsRequest, data_dir: Path) -> pb.InspectRowsRes
     """Encodes the rows of a request with the tokenizer of its student. Raises StillhouseError for the whole of it."""
     config = with_defaults(request.spec)
     tokenizer = load_tokenizer(config.student, data_dir, chat_template=config.data.chat_template)
-    encoder = RowEncoder.of(config.data, tokenizer)
+    prompts = [each.prompt for each in config.teachers if each.prompt is not None]
+    fields = set[str]().union(*(prompt_fields(each) for each in prompts))
+    encoder = RowEncoder.of(config.data, tokenizer, own_fields=fields)
     texts = _token_texts(tokenizer) if any(row.in_full for row in request.rows) else {}
     return pb.InspectRowsResponse(
         rows=[_encode(row, encoder, config.data, texts) for row in request.rows],

@@ -243,6 +243,16 @@ def _dataset(rng: random.Random) -> str:
     return rng.choice(("datasets/sums", f"datasets/sums@{rng.randrange(1, 9)}", "datasets/" + "0" * 64))
 
 
+def _inspect_rows(rng: random.Random, known: Known) -> list[Any]:
+    spec = run.RunSpec()
+    spec.CopyFrom(known.spec)
+    if rng.random() < 0.95:  # each that gets further starts a process
+        spec.student.model = "/none"
+    texts = ('{"text": "a"}', "{", "[]", '{"messages": 1}')
+    rows = [run.InspectedRow(number=1, json=rng.choice(texts), in_full=True)]
+    return [run.InspectRowsRequest(spec=spec, rows=rows)]
+
+
 GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
     "GetTeacherInfo": lambda _rng, _known: [teacher.GetTeacherInfoRequest()],
     "GetTokenizer": lambda _rng, _known: [teacher.GetTokenizerRequest()],
@@ -280,16 +290,7 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
         run.QueryMetricsRequest(name=_name(rng, known), keys=["train/loss"], end_step=5, max_points=3)
     ],
     "UploadDataset": _upload_dataset,
-    "InspectRows": lambda rng, known: [
-        run.InspectRowsRequest(
-            spec=known.spec,
-            rows=[
-                run.InspectedRow(
-                    number=1, json=rng.choice(('{"text": "a"}', "{", "[]", '{"messages": 1}')), in_full=True
-                )
-            ],
-        )
-    ],
+    "InspectRows": _inspect_rows,
     "ListDatasets": lambda rng, _known: [
         run.ListDatasetsRequest(
             page_size=rng.randrange(4),

@@ -124,10 +124,12 @@ def _parsing(spec: RunFile | None) -> dict[str, Any]:
     if spec is None:
         return {}
     data = spec.spec.data
+    # The trainer knows the fields that prompts of teachers read; it checks the sample.
+    reads_more = any(teacher.HasField("prompt") for teacher in spec.spec.teachers)
     return {
         "chat": data.chat,
         "completion_only": not data.HasField("completion_only") or data.completion_only,
-        "extra_fields": "refuse" if data.extra_fields == "refuse" else "keep",
+        "extra_fields": "refuse" if data.extra_fields == "refuse" and not reads_more else "keep",
         "own_fields": [data.teacher_field] if data.teacher_field else (),
     }
 
