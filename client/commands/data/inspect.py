@@ -70,7 +70,7 @@ def inspect(
     FILE is all that `data.train[].path` may be, on this host. Every row is checked; with --tokenizer or --run a sample of
     them is encoded by the trainer, with the code that encodes them for training.
 
-    Ends with exit code 1 if a row is refused.
+    Ends with exit code 1 if a row is refused, or if there is none.
     """
     from stillhouse.client.core.errors import file_errors, usage_error
     from stillhouse.client.inspection.scan import scan
@@ -94,7 +94,8 @@ def inspect(
     else:
         click.echo(scan_text(found))
         _show_row(found, answer, color)
-    return int(bool(found.num_refused) or (answer is not None and any(each.problem for each in answer.rows)))
+    is_refused = answer is not None and any(each.problem for each in answer.rows)
+    return int(not found.num_rows or bool(found.num_refused) or is_refused)
 
 
 def _spec(tokenizer: str | None, run_file: Path | None) -> RunFile | None:

@@ -61,6 +61,8 @@ def test_rows_of_text_stay_text() -> None:
         ),
         ({"messages": [ASK, ANSWER], "completion": "other"}, "completion is given beside messages"),
         ({"messages": [SYSTEM, ASK, ANSWER], "system": "other"}, "system differs from the system message"),
+        ({"prompt": "a", "completion": ""}, "completion is empty, so there is nothing to learn."),
+        ({"messages": [ASK, {**ANSWER, "content": ""}]}, "messages[1].content is empty, so there is"),
         ({"messages": [ASK]}, 'messages has no turn with role "assistant"'),
         ({"prompt": [ASK, ANSWER], "completion": [ASK]}, 'messages has no turn with role "assistant"'),
         ({"prompt": ["a"], "completion": "b"}, 'prompt[0] is the string "a"; it must be an object.'),
@@ -81,6 +83,14 @@ def test_fields_that_cannot_be_honoured_are_refused(values: dict[str, Any], sent
     with pytest.raises(FieldError) as caught:
         parse_training_row(values)
     assert str(caught.value).startswith(sentence)
+
+
+def test_a_teacher_may_end_a_text_at_once() -> None:
+    assert parse_training_row({"prompt": "a", "completion": "", "finish_reason": "stop"}).completion == ""
+    row = {"messages": [ASK, {**ANSWER, "content": ""}], "finish_reason": "stop"}
+    assert parse_training_row(row).kind == "messages"
+    row = {"messages": [ASK, {**ANSWER, "content": "", "weight": 0}, ASK, ANSWER]}
+    assert parse_training_row(row).kind == "messages"
 
 
 def test_unknown_fields_are_kept_or_refused_by_one_rule() -> None:
