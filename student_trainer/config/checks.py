@@ -31,6 +31,7 @@ from stillhouse.student_trainer.config.rules.contexts import (
 )
 from stillhouse.student_trainer.config.rules.cross_tokenizer import check_cross_tokenizer
 from stillhouse.student_trainer.config.rules.evaluation import check_evaluation, teacher_metrics
+from stillhouse.student_trainer.config.rules.hidden_states import check_hidden_states
 from stillhouse.student_trainer.config.rules.loss import check_loss
 from stillhouse.student_trainer.config.rules.teacher_prompt import check_teacher_prompts
 from stillhouse.student_trainer.config.schema import MAX_BATCH_SIZE, RunConfig
@@ -168,6 +169,7 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         check_evaluation,
         check_teacher_prompts,
         check_classification,
+        check_hidden_states,
         _check_teachers,
         _check_processes,
         _check_passes,

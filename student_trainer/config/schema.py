@@ -164,6 +164,14 @@ class LossTermConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class HiddenConfig:
+    """Comparison of last hidden states."""
+
+    weight: Annotated[float, NOT_NEGATIVE] = 1.0
+    normalise: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
     """The objective: the sum of the terms plus hard_weight x cross-entropy."""
 
@@ -200,6 +208,7 @@ class LossConfig:
     chunk_temperature: Annotated[float, POSITIVE] = 100.0
     chunks: Annotated[str, Choices("shortest", "words")] = "shortest"
     sparse_target_reason: Annotated[str, MaxLength(1000)] = ""
+    hidden_mse: HiddenConfig | None = None
 
     @property
     def least_top_k(self) -> int:
@@ -209,7 +218,12 @@ class LossConfig:
     @property
     def asks_teacher(self) -> bool:
         """True if the loss needs a teacher's outputs."""
-        return any(term.weight > 0 for term in self.terms)
+        return any(term.weight > 0 for term in self.terms) or self.compares_hidden
+
+    @property
+    def compares_hidden(self) -> bool:
+        """True if hidden states count."""
+        return self.hidden_mse is not None and self.hidden_mse.weight > 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,6 +38,7 @@ from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, t
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
 from stillhouse.student_trainer.train.process.memory import memory_of
+from stillhouse.student_trainer.train.student.hidden_term import require_plain_layer, with_hidden_mse
 from stillhouse.student_trainer.train.student.lm_head import LmHead
 from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student
@@ -309,7 +310,7 @@ class Stepper:
         with self._accelerator.autocast():
             if layer is not None:
                 hidden = self.head.hidden(batch)
-                return fused_objective(
+                summed = fused_objective(
                     hidden,
                     layer,
                     batch.positions,
@@ -318,6 +319,8 @@ class Stepper:
                     workspace=self._workspace,
                     matmul_dtype=self._matmul_dtype,
                 )
+                return with_hidden_mse(summed, hidden, batch, loss)
+            require_plain_layer(loss)
             logits = self._student.logits(batch)
         return self._chunked(logits, batch.positions, loss)
 

@@ -1201,6 +1201,7 @@ class LossSpec(_message.Message):
     CHUNK_TEMPERATURE_FIELD_NUMBER: _builtins.int
     CHUNKS_FIELD_NUMBER: _builtins.int
     SPARSE_TARGET_REASON_FIELD_NUMBER: _builtins.int
+    HIDDEN_MSE_FIELD_NUMBER: _builtins.int
     hard_weight: _builtins.float
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
@@ -1258,6 +1259,10 @@ class LossSpec(_message.Message):
     def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossTerm]:
         """Divergences between teacher and student. Empty means forward KL with weight 1."""
 
+    @_builtins.property
+    def hidden_mse(self) -> Global___HiddenSpec:
+        """Comparison of last hidden states, besides the terms. Unset means none."""
+
     def __init__(
         self,
         *,
@@ -1273,10 +1278,11 @@ class LossSpec(_message.Message):
         chunk_temperature: _builtins.float | None = ...,
         chunks: _builtins.str | None = ...,
         sparse_target_reason: _builtins.str | None = ...,
+        hidden_mse: Global___HiddenSpec | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "hidden_mse", b"hidden_mse", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "hidden_mse", b"hidden_mse", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chunk_temperature: _TypeAlias = _typing.Literal["chunk_temperature"]  # noqa: Y015
     _WhichOneofArgType__chunk_temperature: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature"]  # noqa: Y015
@@ -1324,6 +1330,42 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_k) -> _WhichOneofReturnType__top_k | None: ...
 
 Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
+
+@_typing.final
+class HiddenSpec(_message.Message):
+    """HiddenSpec is the mean squared error between the last hidden states, those that the output layers read, of a student as wide
+    as its teacher, such as a copy of some of its layers: mean over units, and over tokens as reduction says. It is for dataset
+    contexts of one teacher that gives hidden_states, as the hf engine does, without a cache.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    NORMALISE_FIELD_NUMBER: _builtins.int
+    weight: _builtins.float
+    """Weight in the sum."""
+    normalise: _builtins.bool
+    """Give each state mean 0 and variance 1 over its units first."""
+    def __init__(
+        self,
+        *,
+        weight: _builtins.float | None = ...,
+        normalise: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__normalise: _TypeAlias = _typing.Literal["normalise"]  # noqa: Y015
+    _WhichOneofArgType__normalise: _TypeAlias = _typing.Literal["_normalise", b"_normalise"]  # noqa: Y015
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__normalise) -> _WhichOneofReturnType__normalise | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___HiddenSpec: _TypeAlias = HiddenSpec  # noqa: Y015
 
 @_typing.final
 class LossTerm(_message.Message):

@@ -67,6 +67,8 @@ class MicroBatch:
     `sampled` None unless they are rollouts."""
     chunks: ChunkTargets | None = None
     """The teacher's log-probabilities of chunks if its tokenizer is foreign; `positions.targets` is None then."""
+    hidden: Tensor | None = None
+    """float32 [N, H]: the teacher's last hidden states; None if it sent none."""
     token_type_ids: Tensor | None = None
     """int64 [B, L]: segments of a classifier's pairs of texts; None if there are none."""
 
@@ -124,6 +126,7 @@ def collate(
                 if answered and not foreign
             },
         ),
+        hidden=_hidden(scored, positions, device) if answered and not foreign else None,
         chunks=_chunks(scored, positions, device, reduction, chunk_scale) if foreign else None,
     )
 
@@ -283,6 +286,17 @@ def _chunks(
         teacher_logprobs=torch.from_numpy(np.concatenate(logprobs)).to(device),
         weights=torch.from_numpy(np.concatenate(weights)).to(device),
     )
+
+
+def _hidden(
+    scored: Sequence[ScoredExample], positions: Sequence[np.ndarray], device: torch.device
+) -> Tensor | None:
+    found = []
+    for each, at in zip(scored, positions, strict=True):
+        if each.answer is None or each.answer.hidden_states is None:
+            return None
+        found.append(each.answer.hidden_states[at - each.answer.start])
+    return torch.from_numpy(np.concatenate(found)).to(device)
 
 
 def _optional(array: np.ndarray | None, device: torch.device) -> Tensor | None:

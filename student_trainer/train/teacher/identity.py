@@ -9,7 +9,11 @@ from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
-from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_CLASSES,
+    CAPABILITY_HIDDEN_STATES,
+    GetTeacherInfoResponse,
+)
 from stillhouse.student_trainer.run_dir import RunDir
 
 _NAMES = ("model_fingerprint", "adapter", "adapter_fingerprint", "tokenizer_fingerprint")
@@ -94,3 +98,30 @@ def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str)
         f'The teacher at {target} has no adapter "{adapter}"; loaded: {loaded}. Load it, or correct the adapter of this teacher in the run file.',
         resource=adapter,
     )
+
+
+def require_kind(info: GetTeacherInfoResponse, target: str, *, classes: bool, hidden_states: bool) -> None:
+    """Raises StillhouseError(CAPABILITY) for a classifier in the place of a language model, or the reverse, and for one without hidden states."""
+    if hidden_states:
+        _require_hidden_states(info, target)
+    if classes == (CAPABILITY_CLASSES in info.capabilities):
+        return
+    found, task = ("language model", "distil") if classes else ("classifier", "sequence_classification")
+    wanted = "a classifier" if classes else "a language model"
+    raise StillhouseError(
+        Reason.CAPABILITY,
+        f"The teacher at {target} ({info.model}) is a {found}, and this run needs {wanted}. Set task: {task}, or name another "
+        "teacher.",
+        metadata={"capability": "CAPABILITY_CLASSES"},
+    )
+
+
+def _require_hidden_states(info: GetTeacherInfoResponse, target: str) -> None:
+    """Raises StillhouseError(CAPABILITY) for a teacher that gives no hidden states."""
+    if CAPABILITY_HIDDEN_STATES not in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"loss.hidden_mse needs hidden_states, which the engine of the teacher at {target} ({info.engine}) does not give. "
+            "Start the teacher with --engine hf, or leave it out.",
+            metadata={"capability": "CAPABILITY_HIDDEN_STATES"},
+        )

@@ -45,6 +45,8 @@ class TargetRequest:
     """Place of `top_k` in the run file."""
     held_out: bool = False
     """Text that is only evaluated on; a cache marks it, so that no run trains on it."""
+    hidden_states: bool = False
+    """Last hidden states."""
     classes: bool = False
     """The distribution over classes of the whole sequence, and nothing else."""
     class_order: tuple[str, ...] = ()
@@ -64,6 +66,7 @@ class TargetRequest:
             top_k=self.top_k,
             logprob_dtype=TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32,
             pack_token_ids=True,
+            hidden_states=self.hidden_states,
             temperatures=[] if self.temperature is None else [self.temperature],
             num_sampled_tokens=self.num_samples,
             seed=self.seed,
@@ -93,6 +96,7 @@ def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") 
     stratified = loss.sparse_target == "stratified_tail"
     return TargetRequest(
         top_k=0 if loss.foreign_tokenizer == "alm" else loss.least_top_k,
+        hidden_states=loss.compares_hidden,
         temperature=loss.temperature if tempered else None,
         num_samples=loss.num_samples or 0 if samples else 0,
         seed=seed if samples else 0,

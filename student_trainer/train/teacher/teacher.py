@@ -15,7 +15,6 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
-    CAPABILITY_CLASSES,
     CAPABILITY_LOG_PARTITIONS,
     CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
@@ -40,6 +39,7 @@ from stillhouse.student_trainer.train.teacher.identity import (
     adapter_fingerprint,
     changed,
     read_identity,
+    require_kind,
     write_identity,
 )
 from stillhouse.student_trainer.train.teacher.prompt_limits import check_prompt_limit, longest_prompted
@@ -97,6 +97,7 @@ class Demands:
     """Corpus.template_date."""
     classes: bool = False
     """Distributions over classes are wanted, of a classifier."""
+    hidden_states: bool = False
 
     @classmethod
     def from_config(
@@ -138,6 +139,7 @@ class Demands:
             largest=corpus.largest,
             template_date=corpus.template_date,
             classes=config.classifies,
+            hidden_states=any(loss.compares_hidden for _, loss in run_losses(config)),
             end_ids=sorted({*corpus.end_ids, *end_ids}),
         )
 
@@ -331,7 +333,7 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, name: str = "") -> None:
     """Returns if the teacher `name` meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
-    _check_kind(demands, info, target)
+    require_kind(info, target, classes=demands.classes, hidden_states=demands.hidden_states)
     largest_id = int(demands.largest.token_ids.max())
     if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(
@@ -381,19 +383,3 @@ def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, n
             "with a larger --max-sequence-tokens.",
             metadata={"value": str(longest), "limit": str(info.max_sequence_tokens)},
         )
-
-
-def _check_kind(demands: Demands, info: GetTeacherInfoResponse, target: str) -> None:
-    """Raises StillhouseError(CAPABILITY) for a classifier in the place of a language model, or the reverse."""
-    if demands.classes == (CAPABILITY_CLASSES in info.capabilities):
-        return
-    found, task = (
-        ("language model", "distil") if demands.classes else ("classifier", "sequence_classification")
-    )
-    wanted = "a classifier" if demands.classes else "a language model"
-    raise StillhouseError(
-        Reason.CAPABILITY,
-        f"The teacher at {target} ({info.model}) is a {found}, and this run needs {wanted}. Set task: {task}, or name another "
-        "teacher.",
-        metadata={"capability": "CAPABILITY_CLASSES"},
-    )
