@@ -76,8 +76,6 @@ def _additions(hub: Any, directory: Path, license_id: str | None) -> list[Any]:
 @contextmanager
 def _hub_errors(hub: Any, repo_id: str, endpoint: str) -> Iterator[None]:
     """Raises what the hub and its library raise as StillhouseError, with a remedy."""
-    import httpx
-
     errors = hub.errors
     try:
         yield
@@ -100,9 +98,21 @@ def _hub_errors(hub: Any, repo_id: str, endpoint: str) -> Iterator[None]:
         raise StillhouseError(
             reason, f"The hub at {endpoint} refused {repo_id}: {first_line(error)} {remedy}"
         ) from error
-    except (httpx.HTTPError, OSError) as error:
+    except ValueError as error:
+        raise usage_error(
+            f"The hub refuses {CARD}: {first_line(error)} Correct it in the directory."
+        ) from error
+    except Exception as error:
+        if not _is_of_transport(error):
+            raise
         raise StillhouseError(
             Reason.SERVICE_UNREACHABLE,
             f"The hub at {endpoint} was not reached: {first_line(error)}. Check HF_ENDPOINT and the network; the "
             "repository is as it was.",
         ) from error
+
+
+def _is_of_transport(error: Exception) -> bool:
+    """Returns True for a broken connection: the library has its HTTP client's own errors, another client by version."""
+    names = {each.__name__ for each in type(error).__mro__}
+    return isinstance(error, OSError) or bool(names & {"TransportError", "RequestException"})

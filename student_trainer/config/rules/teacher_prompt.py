@@ -84,7 +84,7 @@ def _check_templates(prompt: TeacherPromptConfig, path: str) -> Iterator[FieldVi
             line = getattr(error, "lineno", None)
             yield FieldViolation(
                 f"{path}.{place}",
-                f"is no Jinja template{f', line {line}' if line else ''}: {error}. Correct it; text with {{{{ or {{% goes "
+                f"is no Jinja template{f', line {line}' if line else ''}: {str(error).rstrip('.')}. Correct it; text with {{{{ or {{% goes "
                 "between {% raw %} and {% endraw %}.",
             )
             continue

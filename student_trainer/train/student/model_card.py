@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from stillhouse.student_trainer.config.schema import ContextConfig, LossConfig, RunConfig
+from stillhouse.student_trainer.config.schema import CLASSIFICATION, ContextConfig, LossConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.readers import resolve
 
@@ -37,6 +37,7 @@ def make_card(config: RunConfig, run_dir: RunDir, *, is_adapter: bool) -> str:
     history = _evaluations(run_dir)
     name = config.display_name or f"student of run {run_dir.path.name}"
     base = _base_card(config.student.model, run_dir.path.resolve().parent.parent)
+    task = "text-classification" if config.task == CLASSIFICATION else "text-generation"
     last = {metric: values[-1] for metric, values in history.items()}
     data = ModelCardData(
         base_model=base.get("base_model") or _hub_id(config.student.model),
@@ -45,19 +46,19 @@ def make_card(config: RunConfig, run_dir: RunDir, *, is_adapter: bool) -> str:
         license=base.get("license"),
         license_name=base.get("license_name"),
         license_link=base.get("license_link"),
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["stillhouse", "knowledge-distillation"],
         datasets=[each.path for each in config.data.train if _hub_id(each.path)] or None,
         model_name=name,
-        eval_results=[_result(metric, value) for metric, (_, value) in last.items()] or None,
+        eval_results=[_result(task, metric, value) for metric, (_, value) in last.items()] or None,
     )
     body = "\n".join(_body(name, config, run_dir, history, license_text=base.get("license") or _UNKNOWN))
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 
-def _result(metric: str, value: float) -> EvalResult:
+def _result(task: str, metric: str, value: float) -> EvalResult:
     return EvalResult(
-        task_type="text-generation",
+        task_type=task,
         dataset_type="held-out",
         dataset_name="held-out rows of the run",
         metric_type=metric,
