@@ -20,7 +20,13 @@ def trained(
     """Id of a run of six steps with checkpoints and the best of them."""
     changes = {
         "checkpoint": {"every_steps": 3, "keep": 5},
-        "evaluation": {"metrics": ["kl", "perplexity", "chrf"], "best_metric": "kl", "every_steps": 3},
+        "evaluation": {
+            "metrics": ["kl", "perplexity", "chrf"],
+            "best_metric": "kl",
+            "every_steps": 3,
+            "limit": 8,
+            "generation": {"max_new_tokens": 6},
+        },
     }
     spec = small_spec(student=models.student, train=dataset_file, teacher=hf_teacher.target, changes=changes)
     handle = trainer.create_run(spec)
