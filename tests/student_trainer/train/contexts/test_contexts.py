@@ -11,9 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.student_trainer.config.schema import OptimizerConfig
+from stillhouse.student_trainer.config.schema import OptimizerConfig, RolloutConfig
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
-from stillhouse.student_trainer.train.data.context_mix import ContextMix
+from stillhouse.student_trainer.train.contexts.source import FeedSettings
+from stillhouse.student_trainer.train.contexts.teacher_feed import TeacherFeed
+from stillhouse.student_trainer.train.data.context_mix import ContextMix, Slot
+from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
@@ -233,3 +236,21 @@ def test_a_longer_vocabulary_of_one_family_compares_exactly(
     )
     assert max(map(abs, metric(run_dir, "train/loss").values())) < 1e-5
     assert metric(run_dir, "eval/agreement")[0] == 1
+
+
+def test_prompts_to_continue_are_dealt_to_processes_by_tokens() -> None:
+    lengths = [30, 2, 3, 28, 4, 3]
+    examples = [
+        Example(token_ids=np.zeros(each + 1, np.int32), mask=np.arange(each + 1) == each, place="row")
+        for each in lengths
+    ]
+    patience: Any = None  # nothing is asked for
+    settings = FeedSettings(
+        context=0, examples=examples, seed=0, ahead=1, max_sequence_tokens=64, patience=patience
+    )
+    feed = TeacherFeed(settings, {}, RolloutConfig(max_new_tokens=8), vocab_size=99)
+    slots = [Slot(position=number, row=number) for number in range(len(lengths))]
+    hands = [feed.own(slots, rank, 2) for rank in range(2)]
+    assert sorted(slot.row for hand in hands for slot in hand) == list(range(len(lengths)))
+    loads = [sum(lengths[slot.row] + 8 for slot in hand) for hand in hands]
+    assert abs(loads[0] - loads[1]) <= 8
