@@ -118,9 +118,11 @@ def test_a_ratio_is_met_to_less_than_a_row_and_fits_the_pools(pools: list[tuple[
         assert count <= size
 
 
-def test_an_array_is_written_as_one(tmp_path: Path) -> None:
+def test_arrays_are_read_and_written(tmp_path: Path) -> None:
     for name in ("grpo", "sft"):
-        write(tmp_path / f"data/{name}_data.json", ({"id": f"{name}{at}", "text": "é"} for at in range(10)))
+        path = tmp_path / f"data/{name}_data.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps([{"id": f"{name}{at}", "text": "é"} for at in range(10)], indent=1))
     assert data("mix", "--layout", "data", "--root", tmp_path).exit_code == 0
     text = (tmp_path / "data/mixed/train_mix.json").read_text()
     assert len(json.loads(text)) == 10
