@@ -24,6 +24,7 @@ from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.contexts.source import StepData
+from stillhouse.student_trainer.train.data.corpus import longest_of
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.setup.run_context import RunContext
 from stillhouse.student_trainer.train.setup.stretched_rows import stretched
@@ -99,11 +100,13 @@ def _largest(
     source = context.teacher or context.student
     rows = config.optimizer.rows_per_update
     if source is None:
-        return LargestPass(sample=sample, longest=max(len(each.token_ids) for each in examples), rows=rows)
-    longest = max(len(each.prompt) for each in examples) + source.generation.max_new_tokens
+        longest = longest_of(examples)
+        assert longest is not None, "a run has rows to train on"
+        return LargestPass(sample=sample, longest=len(longest.token_ids), rows=rows)
+    prompt_tokens = max(len(each.prompt) for each in examples) + source.generation.max_new_tokens
     most = max(config.data.max_sequence_tokens, len(sample.example.token_ids))
     return LargestPass(
-        sample=sample, longest=min(longest, most), rows=rows * source.generation.samples_per_prompt
+        sample=sample, longest=min(prompt_tokens, most), rows=rows * source.generation.samples_per_prompt
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
@@ -18,7 +19,7 @@ def longest_prompted(config: RunConfig, corpus: Corpus) -> dict[str, TeacherQuer
         return {}
 
     def queries(name: str) -> Iterator[TeacherQuery]:
-        for each in (*corpus.train, *corpus.eval):
+        for each in chain(corpus.train, corpus.eval):
             if each.teacher_prompts and each.teacher in ("", name):
                 yield TeacherQuery.from_example(each).behind_prompt(name)
 
