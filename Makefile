@@ -68,6 +68,10 @@ drift: setup $(PROTOC)/.done ## the committed stubs and references are those of 
 protos: $(PROTOC)/.done ## regenerate the stubs from the .proto files
 	$(PROTOC)/bin/python scripts/protos.py generate
 
+.PHONY: parity
+parity: setup ## every row of docs/parity.md, shown on small real models; ARGS="--only A1,A31" for some
+	@$(PY) -m examples.parity $(ARGS)
+
 .PHONY: docs
 docs: setup ## build the documentation's site into .site, without a network
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict

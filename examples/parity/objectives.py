@@ -46,11 +46,16 @@ def reverse(world: World) -> str:
 
 @row("js", "the two halves of the Jensen-Shannon divergence, each on its own text")
 def jensen_shannon(world: World) -> str:
-    # JS with weight b of the student: b KL(q||m) on its text, (1-b) KL(p||m) on the teacher's, m = b q + (1-b) p.
+    # With weight b of the student in m = b q + (1-b) p: (1-b) KL(p||m) on the teacher's text, b KL(q||m) on the student's.
+    student_share = 0.85
+    on_teacher = {"terms": [{"divergence": "skew_kl", "alpha": 1 - student_share}]}
+    on_student = {"terms": [{"divergence": "skew_reverse_kl", "alpha": student_share}]}
     return shown(
         world,
-        contexts=[{**TEACHER, "weight": 0.5}, {**STUDENT, "weight": 0.5}],
-        loss={"terms": [{"divergence": "jsd", "beta": 0.15}]},
+        contexts=[
+            {**TEACHER, "weight": 1 - student_share, "loss": on_teacher},
+            {**STUDENT, "weight": student_share, "loss": on_student},
+        ],
     )
 
 

@@ -86,16 +86,17 @@ def end_to_end(world: World) -> str:
 
 @row("A2", "an encoder as teacher and student")
 def encoders(world: World) -> str:
-    from tests.support.small_models import make_classifier
+    from tests.support.small_models import make_encoder, make_wordpiece
 
     rows = [
-        {"text": each["prompt"], "label": "up" if "-" not in each["completion"].split("delta")[1] else "down"}
+        {"text": each["prompt"], "label": "down" if "-0." in each["completion"] else "up"}
         for each in world.documents[:96]
     ]
     classes = write_rows(world.work / "classes.jsonl", rows)
+    words = make_wordpiece([each["text"] for each in rows], world.work / "wordpiece", 200)
     models = [
-        make_classifier(
-            world.work / name, tokenizer_dir=world.base, labels=("down", "up"), num_layers=layers, seed=layers
+        make_encoder(
+            world.work / name, tokenizer_dir=words, class_names=("down", "up"), num_layers=layers, seed=layers
         )
         for name, layers in (("encoder-teacher", 2), ("encoder-student", 1))
     ]
