@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from examples.parity.__main__ import ROWS
+from examples.parity import objectives, system0, system4
+from examples.parity.rows import ROWS
 
+MODULES = (objectives, system0, system4)
+"""Each adds its rows."""
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 
 

@@ -300,7 +300,7 @@ def killed(world: World) -> str:
     wait_for(lambda: len(handle.get().attempts) == 2, "a second attempt")
     reason = handle.get().attempts[0].error.message
     check(reason, "no reason")
-    return reason.splitlines()[0][:110]
+    return str(reason).splitlines()[0][:110]
 
 
 @row("A38", "stop ends the process")
@@ -384,7 +384,7 @@ def pending(world: World) -> str:
     check(run.state == Run.STATE_FAILED, run.state)
     shown = world.stillhouse("run", "show", handle.id).out
     check("127.0.0.1:1" in shown, shown)
-    return run.error.message.splitlines()[0][:110]
+    return str(run.error.message).splitlines()[0][:110]
 
 
 @row("A46", "a service that cannot be reached")
@@ -412,7 +412,7 @@ def unloadable(world: World) -> str:
         return error.message.splitlines()[0][-110:]
     run = handle.wait()
     check(run.state == Run.STATE_FAILED, "a model without a tokenizer was trained")
-    return run.error.message.splitlines()[0][:110]
+    return str(run.error.message).splitlines()[0][:110]
 
 
 @row("A50", "logs of the service and of each try")
