@@ -222,4 +222,4 @@ def test_a_prompt_that_makes_sequences_too_long_is_refused_before_training(run: 
     assert "behind the prompt that the teacher sees alone" in told
     assert "teachers[].prompt.max_sequence_tokens: 512" in told
     dropped = make(long | {"max_sequence_tokens": 512}, data={"overflow": "drop"})
-    assert "no row with a target" in failure(run(dropped, code=EXIT_FAILED))
+    assert "data.train has nothing to train on" in failure(run(dropped, code=EXIT_FAILED))
