@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from examples.parity import objectives, system0, system4
+from examples.parity import objectives, system0, system4, task_life
 from examples.parity.rows import ROWS
 
-MODULES = (objectives, system0, system4)
+MODULES = (objectives, system0, system4, task_life)
 """Each adds its rows."""
 PAGE = Path(__file__).parents[1] / "docs" / "parity.md"
 

@@ -12,12 +12,12 @@ import click
 from rich.console import Console
 
 from examples.demo.__main__ import signals_as_exceptions
-from examples.parity import objectives, system0, system4
+from examples.parity import objectives, system0, system4, task_life
 from examples.parity.rows import ROWS, Row
 from examples.parity.world import World
 
 console = Console(highlight=False, width=160)
-MODULES = (system0, system4, objectives)
+MODULES = (system0, task_life, system4, objectives)
 """Each adds its rows to ROWS."""
 
 
