@@ -8,7 +8,7 @@ import numpy as np
 from benchmarks.distillation.shuffling_proxy import Shuffler
 from benchmarks.distillation.teacher_proxy import TeacherProxy
 from stillhouse.client.api import Distributions, Teacher
-from tests.support.counting_proxy import counting_proxy
+from tests.support.networks.counting_proxy import counting_proxy
 from tests.support.programs import Program
 
 SEQUENCES = {0: list(range(5, 45)), 1: list(range(50, 60))}

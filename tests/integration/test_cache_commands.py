@@ -12,7 +12,7 @@ from stillhouse.client.api import Trainer
 from stillhouse.client.cli import cli
 from stillhouse.protos.errors import StillhouseError
 from tests.conftest import Models
-from tests.support.counting_proxy import counting_proxy
+from tests.support.networks.counting_proxy import counting_proxy
 from tests.support.programs import Program
 from tests.support.runs import Service, completed, curve, small_spec, write_run_file
 

@@ -21,7 +21,7 @@ from stillhouse.client.api import RunHandle, Trainer
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from tests.conftest import Models
-from tests.support.counting_proxy import Counts, counting_proxy
+from tests.support.networks.counting_proxy import Counts, counting_proxy
 from tests.support.processes import kill
 from tests.support.programs import Program
 from tests.support.runs import Service, completed, curve, log_of, small_spec, training_pid, wait_until

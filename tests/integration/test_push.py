@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from stillhouse.client.api import RunHandle, Trainer
 from tests.conftest import Models
 from tests.student_trainer.config.specs import cross_entropy_spec
+from tests.support.networks.stub_hub import OWNER, TOKEN, StubHub, stub_hub
 from tests.support.runs import Service
-from tests.support.stub_hub import OWNER, TOKEN, StubHub, stub_hub
 
 SECRET_ENV = {
     "HF_TOKEN": TOKEN,

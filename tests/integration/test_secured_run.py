@@ -18,7 +18,7 @@ from stillhouse.protos.rpc import tokens
 from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from tests.conftest import Models
-from tests.support.certificates import Certificates, make_certificates
+from tests.support.networks.certificates import Certificates, make_certificates
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher, start_trainer
 from tests.support.runs import Service, completed, small_spec, stillhouse, wait_until

@@ -19,7 +19,7 @@ from stillhouse.teacher_service.lifecycle import SERVICE
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.servicer import LIMITED, TeacherServicer
 from tests.conftest import Models
-from tests.support.async_channel import connect_async
+from tests.support.networks.async_channel import connect_async
 
 MAX_INFLIGHT = 5
 

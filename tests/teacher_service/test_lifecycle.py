@@ -22,7 +22,7 @@ from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
 from stillhouse.teacher_service.lifecycle import SERVICE, _TeacherProcess
 from tests.conftest import Models
-from tests.support.async_channel import connect_async
+from tests.support.networks.async_channel import connect_async
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence

@@ -35,9 +35,9 @@ from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import Outcome, RunScope, open_scope
 from stillhouse.student_trainer.train.setup.teacher_side import connect_teachers, settle_online
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import submit_ahead
-from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
+from stillhouse.student_trainer.train.teacher.streams.scored import ScoreStream
 
 log = structlog.get_logger()
 

@@ -18,8 +18,8 @@ from stillhouse.student_trainer.train.data.context_mix import ContextMix, Slot
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.data.teacher_prompt import prompt_of
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
 
 log = structlog.get_logger()
 

@@ -13,7 +13,7 @@ from stillhouse.student_trainer.train.batching.passes import deal
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, generated_example
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
 
 log = structlog.get_logger()
 

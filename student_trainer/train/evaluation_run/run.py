@@ -34,9 +34,9 @@ from stillhouse.student_trainer.train.student import device
 from stillhouse.student_trainer.train.student.lm_head import LmHead
 from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.query import submit_ahead
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
 
 log = structlog.get_logger()
 

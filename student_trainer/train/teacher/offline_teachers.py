@@ -14,13 +14,13 @@ from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
-from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams, in_order
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.identity import check_stored_identity
-from stillhouse.student_trainer.train.teacher.prompted_stream import PromptedStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
+from stillhouse.student_trainer.train.teacher.streams.cached import CachedStream, cache_metrics
+from stillhouse.student_trainer.train.teacher.streams.combined import combine_streams, in_order
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
+from stillhouse.student_trainer.train.teacher.streams.prompted import PromptedStream
 from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
 
 

@@ -10,13 +10,13 @@ from stillhouse.student_trainer.config.rules.contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RolloutConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
-from stillhouse.student_trainer.train.teacher.cached_stream import CachedStream, cache_metrics
-from stillhouse.student_trainer.train.teacher.combined_stream import combine_streams, in_order
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
-from stillhouse.student_trainer.train.teacher.prompted_stream import PromptedStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
 from stillhouse.student_trainer.train.teacher.run_cache import RunCache
-from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
+from stillhouse.student_trainer.train.teacher.streams.cached import CachedStream, cache_metrics
+from stillhouse.student_trainer.train.teacher.streams.combined import combine_streams, in_order
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
+from stillhouse.student_trainer.train.teacher.streams.prompted import PromptedStream
+from stillhouse.student_trainer.train.teacher.streams.scored import ScoreStream
 from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
 from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from stillhouse.student_trainer.config.schema import RolloutConfig
-from stillhouse.student_trainer.train.teacher.generate_stream import TextStream
 from stillhouse.student_trainer.train.teacher.query import TargetStream
+from stillhouse.student_trainer.train.teacher.streams.generated import TextStream
 from stillhouse.student_trainer.train.teacher.target_requests import TargetRequest
 
 

@@ -32,9 +32,9 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import encode
 from tests.client.teacher.odd_services import TcpLine, odd_service
 from tests.conftest import Models
+from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
-from tests.support.tcp_proxy import TcpProxy
 
 NUM_ROWS = 120
 DEADLINE_S = 120.0

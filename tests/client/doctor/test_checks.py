@@ -19,7 +19,7 @@ from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.lifecycle import _TeacherProcess
 from tests.conftest import Models
-from tests.support.certificates import make_certificates
+from tests.support.networks.certificates import make_certificates
 from tests.support.programs import Program
 
 

@@ -22,7 +22,7 @@ from tests.faults.disturbed import (
     wait_waiting,
 )
 from tests.student_trainer.train.runs import assert_ends, events, make_run, metric, start
-from tests.support.network import Host, other_host
+from tests.support.networks.namespaces import Host, other_host
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_program
 

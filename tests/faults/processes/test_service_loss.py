@@ -26,8 +26,8 @@ from tests.faults.world import World, get_run, insist, world
 from tests.student_trainer.config.specs import cross_entropy_spec
 from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step
 from tests.student_trainer.train.runs import metric
+from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.programs import Program
-from tests.support.tcp_proxy import TcpProxy
 
 SUBMITS, KILLS = 100, 4 if os.environ.get("LONG") else 2
 ENDLESS = 1_000_000

@@ -38,11 +38,11 @@ from tests.student_trainer.train.runs import (
     metric,
     start,
 )
-from tests.support.counting_proxy import counting_proxy
+from tests.support.networks.counting_proxy import counting_proxy
+from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program
 from tests.support.runs import wait_until
-from tests.support.tcp_proxy import TcpProxy
 
 LONG_SILENCE_S = 60.0
 

@@ -24,8 +24,8 @@ from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.stillhouse.v1 import run_pb2, teacher_pb2
 from stillhouse.protos.telemetry.call_record import Caller, CallRecord
-from tests.support.async_channel import connect_async
-from tests.support.certificates import Certificates, make_certificates
+from tests.support.networks.async_channel import connect_async
+from tests.support.networks.certificates import Certificates, make_certificates
 
 SERVICES = [
     service

@@ -14,7 +14,7 @@ from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError, fr
 from stillhouse.protos.rpc.channel import RECEIVE_LIMIT_BYTES, ChannelOptions, connect
 from stillhouse.protos.stillhouse.v1 import run_pb2, run_pb2_grpc, teacher_pb2
 from tests.protos.rpc.serving import SERVICE, Step, Told, Written, serving, stub_of
-from tests.support.async_channel import connect_async
+from tests.support.networks.async_channel import connect_async
 
 INFO = teacher_pb2.GetTeacherInfoRequest()
 FILES = teacher_pb2.GetTokenizerRequest()

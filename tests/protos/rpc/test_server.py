@@ -18,7 +18,7 @@ from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.rpc.server import Server
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.protos.rpc.serving import SERVICE, Told, make_server, nothing, serving, stub_of
-from tests.support.async_channel import connect_async
+from tests.support.networks.async_channel import connect_async
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING

@@ -13,8 +13,8 @@ from stillhouse.protos.rpc.channel import ChannelOptions, connect
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from tests.protos.rpc.serving import Told, make_server, serving, stub_of
-from tests.support.async_channel import connect_async
-from tests.support.certificates import Certificates, Pair, make_certificate, make_certificates
+from tests.support.networks.async_channel import connect_async
+from tests.support.networks.certificates import Certificates, Pair, make_certificate, make_certificates
 
 INFO = teacher_pb2.GetTeacherInfoRequest()
 

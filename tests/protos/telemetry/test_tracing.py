@@ -8,7 +8,7 @@ from stillhouse.protos.rpc.channel import connect
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.telemetry import tracing
 from tests.protos.rpc.serving import Told, serving, stub_of
-from tests.support.async_channel import connect_async
+from tests.support.networks.async_channel import connect_async
 
 INFO = teacher_pb2.GetTeacherInfoRequest()
 

@@ -18,7 +18,7 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.teacher_service.admission.fair_queue import ENGINE_UNITS
 from tests.conftest import Models
-from tests.support.async_channel import connect_async
+from tests.support.networks.async_channel import connect_async
 from tests.teacher_service.calls import distribution_config, prompt, random_ids, sequence
 from tests.teacher_service.local import Local, serving, until
 

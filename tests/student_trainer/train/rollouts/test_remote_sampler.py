@@ -16,9 +16,9 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.student_trainer.run_dir import EXIT_FAILED
 from tests.conftest import Models
 from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of
+from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
-from tests.support.tcp_proxy import TcpProxy
 
 STEPS = 3
 

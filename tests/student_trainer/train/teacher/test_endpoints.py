@@ -29,10 +29,10 @@ from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 from stillhouse.student_trainer.train.teacher import credentials, endpoints
 from stillhouse.student_trainer.train.teacher import teacher as client
-from stillhouse.student_trainer.train.teacher.generate_stream import TeacherSample, TextStream
 from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeachers
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
-from stillhouse.student_trainer.train.teacher.score_stream import ScoreStream
+from stillhouse.student_trainer.train.teacher.streams.generated import TeacherSample, TextStream
+from stillhouse.student_trainer.train.teacher.streams.scored import ScoreStream
 from stillhouse.student_trainer.train.teacher.target_requests import training_request
 from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 from tests.conftest import Models
@@ -46,9 +46,9 @@ from tests.student_trainer.train.runs import (
     spec_of,
     start,
 )
+from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
-from tests.support.tcp_proxy import TcpProxy
 
 DEADLINE_S = 60.0
 QUESTIONS = [

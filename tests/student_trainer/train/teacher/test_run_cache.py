@@ -26,7 +26,7 @@ from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from tests.conftest import Models
 from tests.student_trainer.config.specs import spec_of as spec_message
 from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of, start
-from tests.support.counting_proxy import counting_proxy
+from tests.support.networks.counting_proxy import counting_proxy
 from tests.support.programs import Program
 
 TOP_K, EVAL_TOP_K = 24, 20

@@ -19,8 +19,8 @@ from stillhouse.protos.tensors.classes import decode_classes
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
+from stillhouse.student_trainer.train.teacher.streams.teacher_stream import TeacherStream
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
-from stillhouse.student_trainer.train.teacher.teacher_stream import TeacherStream
 
 
 class ScoreStream(TeacherStream[TeacherQuery, Distributions]):

@@ -26,8 +26,8 @@ from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
+from stillhouse.student_trainer.train.teacher.streams.teacher_stream import TeacherStream
 from stillhouse.student_trainer.train.teacher.teacher import TeacherClient
-from stillhouse.student_trainer.train.teacher.teacher_stream import TeacherStream
 
 NUM_CALLS = 2
 """Generate calls to a service side by side: while one writes its last samples, the next has begun."""

@@ -1,0 +1,1 @@
+"""Streams of a teacher's outputs: scored, generated, cached, behind a prompt of its own, and combined."""

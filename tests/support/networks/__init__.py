@@ -1,0 +1,1 @@
+"""Networks, proxies and peers that programs under test meet."""
