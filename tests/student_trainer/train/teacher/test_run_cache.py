@@ -309,4 +309,4 @@ def test_a_cache_keeps_the_day_that_its_chat_template_wrote(
     assert resolve(replace(asked, cache=None), host).config.data.date == datetime.now(UTC).date().isoformat()
     run(tmp_path, "found", values("only", None, date=settled))
     missed = run(tmp_path, "missed", values("only", None, date="2024-07-27"), EXIT_FAILED)
-    assert "with the same data, tokenizer, data.date" in failure(missed)
+    assert "with the same rows, tokenizer and data section, of which data.date" in failure(missed)
