@@ -12,8 +12,9 @@ from typing import Any, BinaryIO
 
 from stillhouse.client.core.errors import file_errors, usage_error
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.files.atomic import atomic_writer
+from stillhouse.protos.files.atomic import atomic_writer, sync_file
 from stillhouse.protos.rows.files import read_file
+from stillhouse.protos.rows.reading.json_rows import no_json
 
 Values = Mapping[str, Any]
 
@@ -30,11 +31,16 @@ def no_rows(path: object) -> StillhouseError:
 
 
 def json_line(values: Values) -> bytes:
-    """Returns a row as a line of JSON: characters as they are, half of a surrogate pair as its escape."""
+    """Returns a row as a line of JSON: characters as they are, half of a surrogate pair as its escape.
+
+    Raises StillhouseError for a value of a table that JSON does not hold, such as a date.
+    """
     try:
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(values).encode() + b"\n"
+    except TypeError as error:
+        raise no_json(error) from error
 
 
 @contextmanager
@@ -56,6 +62,10 @@ def whole_files(outputs: Sequence[Path], *, inputs: Sequence[Path] = ()) -> Iter
             path.parent.mkdir(parents=True, exist_ok=True)
             files.append(stack.enter_context(atomic_writer(path)))
         yield files
+        for file in files:
+            sync_file(
+                file
+            )  # all of them before the first gets its name: a full disk leaves every path as it was
 
 
 class RowSpool:

@@ -122,7 +122,7 @@ def scan(
 
 def as_sent(rows: list[Row]) -> list[tuple[int, str]]:
     """Returns number and JSON text of as many rows as may be sent, evenly thinned if they are too large."""
-    texts = [(row.number, json.dumps(row.values)) for row in rows]
+    texts = [(row.number, json.dumps(row.values, default=str)) for row in rows]
     size = sum(len(text) for _, text in texts)
     while size > MAX_SAMPLE_BYTES and len(texts) > 1:
         texts = texts[::2]

@@ -10,7 +10,9 @@ from pathlib import Path
 import yaml
 
 from stillhouse.client.core.errors import file_errors, usage_error
+from stillhouse.client.pipeline.nodes import node_problems
 from stillhouse.client.pipeline.references import references_in, replace_references, scalars
+from stillhouse.client.pipeline.state import STATE_FILE
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, invalid
 from stillhouse.client.runfile.yaml_reader import RunFileReader
 
@@ -115,7 +117,10 @@ class _FileReader:
 
     def read(self, text: str) -> Pipeline:
         root = self.yaml.compose(text)
-        if root is None:
+        if root is not None:
+            for node, sentence in node_problems(root):
+                self.problem(node, "", sentence)
+        if root is None or self.yaml.problems:
             raise invalid(self.yaml.problems)
         fields = self.fields(root, "", ("name", "work", "variables", "stages"), "a pipeline")
         name = self.text(fields.get("name"), "name") or self.path.stem
@@ -183,6 +188,9 @@ class _FileReader:
         own = {"": (variable,) if variable else (), "inputs": tuple(inputs), "outputs": tuple(outputs)}
         for text_node in scalars(node):
             self.check_references(text_node, path, own)
+        for part in ("inputs", "outputs", "file"):
+            for text_node in scalars(fields[part]) if part in fields else ():
+                self.check_variables(text_node, f"{path}.{part}")
         self.variable_of[name] = variable
         for value in self.values[variable] if variable else ("",):
             variables = {variable: value} if variable else {}
@@ -236,6 +244,12 @@ class _FileReader:
                     continue
             self.problem(node, path, f"{text} {sentence}")
 
+    def check_variables(self, node: yaml.ScalarNode, path: str) -> None:
+        """Checks that a text has no references but to variables."""
+        for text, reference in references_in(node.value):
+            if reference is not None and reference.stage:
+                self.problem(node, path, f"{text} cannot stand here; a path of a stage has variables alone.")
+
     def names_of(self, stage: str) -> tuple[list[str], Sequence[str]]:
         """The values of `for_each` of an earlier stage, and the names that others may use of it."""
         before = [each for each in self.stages if each.name == stage]
@@ -247,22 +261,29 @@ class _FileReader:
     def output(self, text: str, node: yaml.Node, path: str) -> str:
         """A path in the work folder."""
         parts = Path(text).parts
-        if not text or Path(text).is_absolute() or ".." in parts or parts[0].startswith("."):
+        is_inside = bool(parts) and text.isprintable() and ".." not in parts and parts[0][0] not in "/."
+        if not is_inside or parts[0] == STATE_FILE:
             self.problem(node, f"{path}.outputs", f'"{text[:80]}" is no path inside the work folder.')
-        return text
+        return str(Path(text))
 
     def check_distinct(self, name: str, node: yaml.Node, path: str) -> None:
-        seen: dict[str, str] = {}
+        seen: dict[Path, str] = {}
+        holders: dict[Path, str] = {}
+        """A stage by each folder above its outputs."""
         for each in self.stages:
-            for text in each.outputs.values():
-                owner = seen.setdefault(text, each.id)
-                if owner != each.id and each.name == name:
+            for path_of in map(Path, each.outputs.values()):
+                above = [path_of, *path_of.parents][:-1]
+                owner = next((seen[one] for one in above if one in seen), holders.get(path_of))
+                if owner is not None and each.name == name:
                     self.problem(
                         node,
                         f"{path}.outputs",
-                        f"{each.id} writes {text}, as {owner} does; give each its own, such as with ${{variable}} in it.",
+                        f"{each.id} writes {path_of}, as {owner} does, or a path inside the other; give each its own, such as "
+                        "with ${variable} in it.",
                     )
                     return
+                seen[path_of] = each.id
+                holders |= dict.fromkeys(above[1:], each.id)
 
     def fields(
         self, node: yaml.Node | None, path: str, known: tuple[str, ...] | None, of: str

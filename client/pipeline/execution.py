@@ -69,13 +69,14 @@ def run_pipeline(
         StillhouseError: Another process runs this pipeline, or an input is missing.
     """
     pipeline.work.mkdir(parents=True, exist_ok=True)
-    state = PipelineState(pipeline.work).load()
+    state = PipelineState(pipeline.work)
     lock = try_lock(state.lock_path)
     if lock is None:
         raise usage_error(
             f"another process runs this pipeline in {pipeline.work}; follow it with `stillhouse pipeline watch {pipeline.path}`."
         )
     with lock:
+        state.load()  # behind the lock: its last holder may just have ended
         _forget_unknown(pipeline, state)
         for stage in pipeline.stages:
             _Execution(
@@ -111,7 +112,8 @@ class _Execution:
 
     def run(self) -> None:
         resolution = resolved(self.pipeline, self.stage, self.state)
-        mark = fingerprint(resolution)
+        file = stage_run(resolution, self.pipeline) if self.stage.is_run else None
+        mark = fingerprint(resolution, file)
         if self.record.state is StageState.DONE and self._is_kept(resolution, mark):
             self.view.stage(self.stage, self.record, "unchanged")
             return
@@ -134,10 +136,14 @@ class _Execution:
 
     def _begin(self, resolution: Resolved, mark: str) -> None:
         """Marks the stage as running; one that does something else than in its last try starts from nothing."""
-        if mark != self.record.fingerprint or self.record.state is StageState.DONE:
+        is_same = mark == self.record.fingerprint
+        if not is_same or self.record.state is StageState.DONE:
             for path in resolution.outputs.values():
                 _remove(path)
+            made = self.record
             self.record = self.state.records[self.stage.id] = StageRecord(fingerprint=mark)
+            if is_same:  # a run that has ended is not trained again for a file that is lost here
+                self.record.run, self.record.request_id = made.run, made.request_id
         for path in resolution.outputs.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         self.record.state = StageState.RUNNING
@@ -233,7 +239,8 @@ def _run_command(words: Sequence[str], pipeline: Pipeline) -> int:
     try:
         return process.wait()
     except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(STOP_GRACE_S)
         finally:

@@ -16,6 +16,9 @@ from stillhouse.client.core.errors import file_errors, usage_error
 from stillhouse.client.pipeline.definition import COMMAND_KINDS, Pipeline, Stage
 from stillhouse.client.pipeline.references import Reference, substituted
 from stillhouse.client.pipeline.state import PipelineState
+from stillhouse.client.runfile.load import RunFile
+from stillhouse.client.trainer.trainer import local_datasets
+from stillhouse.protos.rows.reading.source import files_of
 
 CHUNK_BYTES = 1 << 20
 
@@ -117,8 +120,11 @@ def _word(stage: Stage, value: Any) -> str:
     )
 
 
-def fingerprint(resolution: Resolved) -> str:
-    """SHA-256 of what the stage does and of the content of what it reads. Raises for an input that is missing."""
+def fingerprint(resolution: Resolved, run: RunFile | None) -> str:
+    """SHA-256 of what the stage does and of the content of what it reads; `run` is that of a run stage.
+
+    Raises StillhouseError for an input that is missing.
+    """
     stage = resolution.stage
     digest = hashlib.sha256()
     value = resolution.plain_value()
@@ -132,6 +138,11 @@ def fingerprint(resolution: Resolved) -> str:
         digest.update(f"{name} {content_hash(path)}".encode())
     if resolution.run_file is not None:
         digest.update(content_hash(resolution.run_file).encode())
+    if run is not None:
+        digest.update(run.spec.SerializeToString(deterministic=True))
+        for _, local in local_datasets(run):
+            for path in files_of(local):
+                digest.update(content_hash(path).encode())
     return digest.hexdigest()
 
 
@@ -144,7 +155,7 @@ def content_hash(path: Path) -> str:
                 folders.sort()
                 for name in sorted(names):
                     file = Path(folder) / name
-                    digest.update(f"{file.relative_to(path)} {content_hash(file)}".encode())
+                    digest.update(os.fsencode(f"{file.relative_to(path)} {content_hash(file)}"))
         else:
             with path.open("rb") as opened:
                 while chunk := opened.read(CHUNK_BYTES):

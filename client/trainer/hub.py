@@ -1,8 +1,8 @@
-"""Uploads a folder to a model hub in one commit, so that a broken upload leaves the repository as it was."""
+"""Uploads the files of a folder to a model hub in one commit, so that a broken upload leaves the repository as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,18 @@ class HubCommit:
     is_private: bool
 
 
-def push_folder(
-    directory: Path, repo_id: str, *, private: bool, message: str, license_id: str | None = None
+def push_files(
+    files: Sequence[Path],
+    directory: Path,
+    repo_id: str,
+    *,
+    private: bool,
+    message: str,
+    license_id: str | None = None,
 ) -> HubCommit:
-    """Uploads `directory` to the model repository `repo_id`, which is made, `private` or not, if it does not exist.
+    """Uploads `files` of `directory` to the model repository `repo_id`, which is made, `private` or not, if it does not exist.
 
+    Whatever else lies in `directory` stays here; a single file may be `directory` itself.
     `license_id` is written into the card first. The hub is that of HF_ENDPOINT, the token that of HF_TOKEN, or of
     `hf auth login`. Raises StillhouseError.
     """
@@ -42,7 +49,9 @@ def push_folder(
     with _hub_errors(hub, repo_id, api.endpoint):
         repository = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(
-            repository.repo_id, operations=_additions(hub, directory, license_id), commit_message=message
+            repository.repo_id,
+            operations=_additions(hub, files, directory, license_id),
+            commit_message=message,
         )
         found = api.model_info(repository.repo_id)
     return HubCommit(url=commit.commit_url, repo_id=repository.repo_id, is_private=bool(found.private))
@@ -58,12 +67,11 @@ def _library() -> Any:
     return huggingface_hub
 
 
-def _additions(hub: Any, directory: Path, license_id: str | None) -> list[Any]:
-    """The files of `directory`, the card with the licence; the files themselves stay as they were pulled."""
+def _additions(hub: Any, files: Sequence[Path], directory: Path, license_id: str | None) -> list[Any]:
+    """The files by their paths below `directory`, the card with the licence; the files themselves stay as they were pulled."""
     contents: dict[str, Path | bytes] = {
-        path.relative_to(directory).as_posix(): path
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        path.name if path == directory else path.relative_to(directory).as_posix(): path
+        for path in sorted(files)
     }
     if license_id:
         with file_errors("read", directory / CARD):

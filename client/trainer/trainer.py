@@ -32,6 +32,7 @@ UPLOAD_TIMEOUT_S = 24 * 3600.0
 INSPECTION_TIMEOUT_S = 600.0
 
 Spec = run_pb2.RunSpec | RunFile | Mapping[str, Any] | str | Path
+NamedRows = run_pb2.DatasetSpec | run_pb2.EvaluationSetSpec
 OnBytes = Callable[[int], None]
 """Called with the number of bytes just sent."""
 
@@ -198,25 +199,25 @@ class Trainer(Connection):
 
         Paths that do not exist next to it are unchanged: they are the trainer's.
         """
-        sets: Iterable[run_pb2.DatasetSpec | run_pb2.EvaluationSetSpec] = (
-            *file.spec.data.train,
-            *file.spec.data.eval,
-            *file.spec.evaluation.sets,
-        )
-        for dataset in sets:
-            local = file.directory / dataset.path
-            if dataset.path and (local.is_file() or pair_of(local)):
-                if on_push is not None:
-                    on_push(local)
-                dataset.path = self._push(local, dataset).name
+        for dataset, local in local_datasets(file):
+            if on_push is not None:
+                on_push(local)
+            dataset.path = self._push(local, dataset).name
         return file
 
-    def _push(self, local: Path, named: run_pb2.DatasetSpec | run_pb2.EvaluationSetSpec) -> PushedDataset:
+    def _push(self, local: Path, named: NamedRows) -> PushedDataset:
         if isinstance(named, run_pb2.EvaluationSetSpec):
             return self.push_dataset(local, checked=named.match != "choices")
         return self.push_dataset(
             RowSource(location=str(local), format=named.format or "auto", columns=dict(named.columns))
         )
+
+
+def local_datasets(file: RunFile) -> list[tuple[NamedRows, Path]]:
+    """The datasets of a run that lie next to its file, each with its path; all others are the trainer's."""
+    sets: Iterable[NamedRows] = (*file.spec.data.train, *file.spec.data.eval, *file.spec.evaluation.sets)
+    paths = [(each, file.directory / each.path) for each in sets if each.path]
+    return [(each, local) for each, local in paths if local.is_file() or pair_of(local)]
 
 
 def as_run_file(spec: Spec, overrides: Sequence[str] = ()) -> RunFile:

@@ -74,10 +74,13 @@ def test_a_pushed_model_is_the_runs_own_in_one_commit_and_private(
     assert (tmp_path / finished.id / "final" / "config.json").is_file()
     assert any("objects/batch" in each for each in hub.requests)
 
-    done = push(service, hub, tmp_path, finished.id, f"{OWNER}/open", "--public", "--json")
+    (tmp_path / "to").mkdir()
+    (tmp_path / "to" / "secret.txt").write_text("mine")
+    done = push(service, hub, tmp_path, finished.id, f"{OWNER}/open", "--public", "--json", "--to", "to")
     assert done.returncode == 0, done.stderr
     assert '"private": false' in done.stdout
     assert TOKEN not in done.stdout + done.stderr
+    assert hub.repositories[f"{OWNER}/open"]["files"].keys() == {*own, "README.md"}
 
 
 @pytest.mark.parametrize(

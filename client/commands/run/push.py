@@ -38,12 +38,13 @@ def push(
 
     The model travels over this machine, in one commit. The token is that of HF_TOKEN or of `hf auth login`, the hub that of HF_ENDPOINT. A repository that exists keeps its visibility.
     """
-    from stillhouse.client.trainer.hub import push_folder
+    from stillhouse.client.trainer.hub import push_files
 
     handle = session.run(run)
     folder = directory or Path(handle.id, what)
-    handle.pull(what, folder)
-    commit = push_folder(
+    files = handle.pull(what, folder)
+    commit = push_files(
+        files,
         folder,
         repo_id,
         private=not public,

@@ -91,7 +91,7 @@ def original_rows(source: Path) -> Rows:
     for number, values in rows_of(source):
         try:
             yield number, restored(values)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise row_error(
                 source, number, "row_json", f"is not what a conversion writes: {error}."
             ) from error

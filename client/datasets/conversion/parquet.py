@@ -37,7 +37,7 @@ def restored(values: Mapping[str, Any]) -> dict[str, Any]:
     kept = values[ROW_JSON]
     if kept is None:
         return {name: value for name, value in values.items() if value is not None}
-    row = json.loads(kept)
+    row = json.loads(kept) if isinstance(kept, str) else None
     if not isinstance(row, dict):
         raise ValueError("is no JSON object")  # noqa: TRY004 - of the JSON, not of the argument
     return row

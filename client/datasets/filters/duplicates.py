@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from stillhouse.client.datasets.filters.row import Drop, FilterRow, ngrams
+from stillhouse.protos.rows.conversation import REASONING
+from stillhouse.protos.rows.row_forms import known_fields
 
 SHINGLE_WORDS = 3
 """Words of the runs by which texts are compared."""
@@ -16,15 +20,30 @@ SEED = 42
 
 
 class ExactDuplicates:
-    """Drops rows whose whole text came before; memory holds about 100 bytes for each row kept."""
+    """Drops rows whose whole text, reasoning, calls and tools came before; memory holds about 160 bytes for each row kept."""
 
     def __init__(self) -> None:
         self._seen: dict[bytes, int] = {}
 
     def __call__(self, row: FilterRow) -> Drop | None:
-        text = row.parts.text.encode("utf-8", "surrogatepass")
-        first = self._seen.setdefault(hashlib.blake2b(text, digest_size=16).digest(), row.number)
+        # A call may be all that a turn says, and other tools are another prompt.
+        beside = [_beside_text(row.values), row.parts.context]
+        text = row.parts.text + (json.dumps(beside, sort_keys=True, default=str) if any(beside) else "")
+        digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        first = self._seen.setdefault(digest, row.number)
         return None if first == row.number else Drop(filter="duplicate", why=f"the text of row {first}")
+
+
+def _beside_text(values: Mapping[str, Any]) -> list[Any]:
+    """What the turns of a row say beside their content: reasoning and calls, these without their ids."""
+    found: list[Any] = []
+    for value in known_fields(values).values():
+        for turn in value if isinstance(value, list) else ():
+            if isinstance(turn, dict):
+                calls = turn.get("tool_calls") or ()
+                found += [turn[name] for name in (*REASONING, "function_call") if turn.get(name)]
+                found += [call.get("function") if isinstance(call, dict) else call for call in calls]
+    return found
 
 
 class NearDuplicates:
@@ -40,6 +59,8 @@ class NearDuplicates:
         self._kept: dict[int, Any] = {}
 
     def __call__(self, row: FilterRow) -> Drop | None:
+        if not row.words:
+            return None  # nothing to compare
         signature = self._rensa.RMinHash(num_perm=NUM_HASHES, seed=SEED)
         signature.update(sorted(ngrams(row.words, SHINGLE_WORDS)))
         for other in sorted(self._index.query(signature)):

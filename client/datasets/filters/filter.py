@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from stillhouse.client.core.errors import usage_error
-from stillhouse.client.datasets.filters.row import Filter, FilterRow
+from stillhouse.client.datasets.filters.row import Drop, Filter, FilterRow
 from stillhouse.client.datasets.row_files import json_line, no_rows, rows_of, whole_files
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.reading.row_error import row_error
@@ -43,7 +43,7 @@ def filter_file(
             row = FilterRow(number, values)
             summary.rows += 1
             try:
-                drop = next((found for each in filters if (found := each(row)) is not None), None)
+                drop = _first_drop(filters, row)
             except FieldError as error:
                 raise row_error(source, number, error.field, error.problem) from error
             if drop is None:
@@ -57,3 +57,12 @@ def filter_file(
         if not summary.rows:
             raise no_rows(source)
     return summary
+
+
+def _first_drop(filters: Sequence[Filter], row: FilterRow) -> Drop | None:
+    """Returns the reason of the first filter that drops a row. Raises FieldError."""
+    if row.values.get("completions") is not None:
+        raise FieldError(
+            "completions", "are samples of a batch; `stillhouse data parse` makes a row of each."
+        )
+    return next((found for each in filters if (found := each(row)) is not None), None)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.field_error import kind_of
 from stillhouse.protos.rows.reading.open_file import MAX_ROW_BYTES, bounded_lines
 from stillhouse.protos.rows.reading.row_error import THE_LINE, OnBadRow, row_error, unreadable
@@ -138,12 +139,23 @@ class _Window:
         return not self._is_ended or bool(text)
 
 
+def no_json(error: TypeError) -> StillhouseError:
+    """Returns the error of a row of a table with a value that JSON does not hold, such as a date."""
+    return StillhouseError(
+        Reason.DATASET_INVALID,
+        f"a row cannot be written as JSON ({error}). Write the column as text or as numbers, or remove it.",
+    )
+
+
 def as_json_lines(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[bytes]:
-    """Yields rows as JSON lines, in pieces of about _CHUNK_BYTES."""
+    """Yields rows as JSON lines, in pieces of about _CHUNK_BYTES. Raises StillhouseError(DATASET_INVALID)."""
     pieces: list[bytes] = []
     size = 0
     for _, values in rows:
-        pieces.append(json.dumps(values, separators=(",", ":")).encode() + b"\n")
+        try:
+            pieces.append(json.dumps(values, separators=(",", ":")).encode() + b"\n")
+        except TypeError as error:
+            raise no_json(error) from error
         size += len(pieces[-1])
         if size >= _CHUNK_BYTES:
             yield b"".join(pieces)

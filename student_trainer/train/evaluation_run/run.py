@@ -178,14 +178,13 @@ class _Evaluation:
     ) -> dict[str, RowSums]:
         """Lets the teacher write a text for each row of a set, and scores them."""
         examples = [self.rows[place].example for place in range(rows.begin, rows.end)]
-        seed, [teacher] = self.scope.config.data.seed, self.scope.config.teachers
+        seed = self.scope.config.data.seed
 
         def submit(number: int, example: Any) -> None:
-            prompt = example.prompt_for(teacher.name)
-            room = generation.max_new_tokens if limit is None else limit - len(prompt)
+            room = generation.max_new_tokens if limit is None else limit - len(example.prompt)
             stream.submit(
                 rows.begin + number,
-                prompt,
+                example.prompt,
                 # The wire has 64 bits.
                 seed=text_seed(seed, rows.begin + number) % 2**63,
                 max_new_tokens=max(1, min(generation.max_new_tokens, room)),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from tests.client.datasets.rows import data, read, write
 
@@ -143,3 +146,33 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert done.exit_code in (2, 4), done.output
     assert said in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_rows_that_differ_in_calls_alone_are_no_duplicates(tmp_path: Path) -> None:
+    def row(city: str) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        turns = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+        ]
+        return {"messages": turns}
+
+    rows = [row("Oslo"), row("Rome"), row("Oslo")]
+    assert filtered(tmp_path, rows, "--no-duplicates")[0] == [0, 1]
+    assert filtered(tmp_path, rows, "--near-duplicates", 0.8)[0] == [0, 1, 2]  # no words to compare
+
+
+def test_samples_of_a_batch_are_refused_before_they_are_parsed(tmp_path: Path) -> None:
+    sample = {"text": "c", "finish_reason": "length"}
+    source = write(tmp_path / "in.jsonl", [{"prompt": "p", "completions": [sample]}])
+    done = data("filter", "--in", source, "--out", tmp_path / "out.jsonl", "--no-truncated")
+    assert done.exit_code != 0
+    assert "stillhouse data parse" in done.output
+
+
+def test_a_date_of_a_table_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    row = {"prompt": "p", "completion": "c", "day": date(2024, 1, 1)}
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in.parquet")
+    done = data("filter", "--in", tmp_path / "in.parquet", "--out", tmp_path / "out.jsonl", "--no-duplicates")
+    assert "cannot be written as JSON" in done.output
+    assert not list(tmp_path.glob("*out.jsonl*"))

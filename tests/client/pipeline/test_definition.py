@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import yaml
 
 from stillhouse.client.pipeline.definition import load_pipeline
 from stillhouse.client.pipeline.references import Reference, parse_reference, substituted
-from stillhouse.client.pipeline.resolution import argv, resolved
+from stillhouse.client.pipeline.resolution import argv, fingerprint, resolved
+from stillhouse.client.pipeline.run_file import stage_run
 from stillhouse.client.pipeline.state import PipelineState
 from stillhouse.protos.errors import StillhouseError
 
@@ -181,3 +183,52 @@ def test_different_numbers_of_values_in_one_item_are_refused() -> None:
     counts = {"a": ["1", "2"], "b": ["1", "2", "3"]}
     with pytest.raises(ValueError, match=r"\$\{a.x\} 2, \$\{b.x\} 3"):
         substituted(node, lambda reference: counts[reference.stage])
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        ("outputs: {x: .}", "is no path inside the work folder"),
+        ("outputs: {x: pipeline.json}", "is no path inside the work folder"),
+        ("outputs: {x: m, y: ./m/z}", "or a path inside the other"),
+        ("outputs: {x: m/z, y: m}", "or a path inside the other"),
+        ('inputs: {x: "${outputs.y}"}, outputs: {y: y}', "a path of a stage has variables alone"),
+        ("inputs: {x: a, x: b}", '"x" is given twice'),
+        ("inputs: {x: !!python/name:os.system a}", "which a pipeline does not know"),
+        ("inputs: &a {x: *a}", "more than 200000 parts"),
+        ("inputs: {? [a] : b}", "expects a field name"),
+    ],
+)
+def test_what_cannot_be_kept_apart_or_read_is_refused(tmp_path: Path, stage: str, said: str) -> None:
+    assert said in problems(tmp_path, f"stages:\n  - {{name: a, command: [ls], {stage}}}\n")
+
+
+def test_options_are_passed_as_they_are_written(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "stages:\n  - {name: a, mix: {files: [70:30, a, b], seed: 007, note: 2024-13-45, 1: x}}\n"
+    )
+    pipeline = load_pipeline(path)
+    resolution = resolved(pipeline, pipeline.stages[0], PipelineState(pipeline.work))
+    options = ["--seed=007", "--note=2024-13-45", "-1", "x"]
+    assert argv(resolution) == ["data", "mix", *options, "--", "70:30", "a", "b"]
+    assert fingerprint(resolution, None)
+
+
+def test_a_run_has_another_mark_after_a_change_of_its_data(tmp_path: Path) -> None:
+    path, rows, tools = tmp_path / "p.yaml", tmp_path / "rows.jsonl", tmp_path / "t.json"
+    (tmp_path / "run.yaml").write_text("data: {train: [{path: rows.jsonl}], tools: t.json}\n")
+    path.write_text("stages:\n  - {name: a, file: run.yaml, distil: {}}\n")
+
+    def mark() -> str:
+        pipeline = load_pipeline(path)
+        resolution = resolved(pipeline, pipeline.stages[0], PipelineState(pipeline.work))
+        return fingerprint(resolution, stage_run(resolution, pipeline))
+
+    marks = []
+    for row, tool in (("a", "[]"), ("b", "[]"), ("b", "[{}]")):
+        rows.write_text(json.dumps({"text": row}))
+        tools.write_text(tool)
+        marks.append(mark())
+    assert len(set(marks)) == 3
+    assert mark() == marks[-1]
