@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
+_FENCE = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
-_FINAL = re.compile(r"####\s*([^\n]+)\s*\Z")
+_MARK = "####"
 
 
 def is_exact(answer: str, reference: str) -> bool:
@@ -30,13 +30,14 @@ def is_same_number(answer: str, reference: str) -> bool:
 
 def last_number(text: str) -> Decimal | None:
     """Returns the last number of a text: 1,234.50 is 1234.5; that after the last "####" comes first, as GSM8K writes it."""
-    marked = _FINAL.search(text)
-    found = [each.group() for each in NUMBER.finditer(marked[1] if marked else text)]
+    marked = text.rpartition(_MARK)[2].strip() if _MARK in text else ""
+    found = [each.group() for each in NUMBER.finditer(marked if marked and "\n" not in marked else text)]
     numbers = [each for each in found if any(letter.isdigit() for letter in each)]
     if not numbers:
         return None
     try:
-        return Decimal(numbers[-1].replace(",", "")).normalize()
+        # Not normalised, which rounds, and fails for large exponents: equal numbers compare as equal.
+        return Decimal(numbers[-1].replace(",", ""))
     except InvalidOperation:
         return None
 

@@ -103,6 +103,14 @@ def bounded_lines(path: Path, file: io.BufferedReader) -> Iterator[tuple[int, by
         yield number, line
 
 
+def closed(location: str, error: OSError) -> StillhouseError:
+    """Returns the error of a dataset that the operating system does not open."""
+    return StillhouseError(
+        Reason.DATASET_INVALID,
+        f"{location} cannot be opened: {error.strerror}. Correct the path, or who may read it.",
+    )
+
+
 def not_found(location: str) -> StillhouseError:
     """Returns the error of a dataset that is nowhere."""
     return StillhouseError(

@@ -11,7 +11,7 @@ from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.reading.delimited import read_delimited
 from stillhouse.protos.rows.reading.json_rows import read_json_array, read_json_lines
 from stillhouse.protos.rows.reading.line_pairs import escapes_mark, pair_of, read_pairs
-from stillhouse.protos.rows.reading.open_file import Container, container_of, not_found, opened
+from stillhouse.protos.rows.reading.open_file import Container, closed, container_of, not_found, opened
 from stillhouse.protos.rows.reading.plugins import plugin_of, read_plugin
 from stillhouse.protos.rows.reading.row_error import OnBadRow, raise_error, row_error
 from stillhouse.protos.rows.reading.tables import is_hub_id, read_directory, read_hub, read_parquet
@@ -48,7 +48,10 @@ class RowReader:
         self._refuse = refuse
         self._plugin = plugin_of(source.location)
         self.path = Path(source.location)
-        self.container: Container = self._container()
+        try:
+            self.container: Container = self._container()
+        except OSError as error:
+            raise closed(source.location, error) from error
         """Form in which the rows are kept."""
         self.form: RowForm | None = None
         """Form of the rows, once one was read."""

@@ -59,7 +59,11 @@ class RunReport:
         if after is None or after[1] != step:
             return
         before = _from_bytes(self._stored("before"))
-        self.write_scores({**(before[0] if before else {}), **after[0]}, step)
+        subjects = {**(before[0] if before else {}), **after[0]}
+        if not _is_of_same_rows(subjects):
+            log.warning("the rows changed after the first evaluation; the report lacks it")
+            subjects = after[0]
+        self.write_scores(subjects, step)
 
     def write_scores(self, subjects: Subjects, step: int) -> None:
         """Writes the report of `subjects`."""
@@ -80,6 +84,17 @@ class RunReport:
     def _stored(self, subject: str) -> Path:
         """Returns a hidden file, which is no artifact."""
         return self._folder / f".{subject}.npz"
+
+
+def _is_of_same_rows(subjects: Subjects) -> bool:
+    """Returns True if the scores of each set and name are of as many rows for all subjects."""
+    numbers: dict[tuple[str, str], int] = {}
+    return all(
+        numbers.setdefault((place, name), len(rows.sums)) == len(rows.sums)
+        for sets in subjects.values()
+        for place, scores in sets.items()
+        for name, rows in scores.items()
+    )
 
 
 def _to_bytes(subjects: Subjects, step: int) -> bytes:

@@ -178,13 +178,14 @@ class _Evaluation:
     ) -> dict[str, RowSums]:
         """Lets the teacher write a text for each row of a set, and scores them."""
         examples = [self.rows[place].example for place in range(rows.begin, rows.end)]
-        seed = self.scope.config.data.seed
+        seed, [teacher] = self.scope.config.data.seed, self.scope.config.teachers
 
         def submit(number: int, example: Any) -> None:
-            room = generation.max_new_tokens if limit is None else limit - len(example.prompt)
+            prompt = example.prompt_for(teacher.name)
+            room = generation.max_new_tokens if limit is None else limit - len(prompt)
             stream.submit(
                 rows.begin + number,
-                example.prompt,
+                prompt,
                 # The wire has 64 bits.
                 seed=text_seed(seed, rows.begin + number) % 2**63,
                 max_new_tokens=max(1, min(generation.max_new_tokens, room)),

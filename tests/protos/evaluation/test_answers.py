@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from stillhouse.protos.evaluation.answers import fields_of, last_number
@@ -20,6 +22,11 @@ from stillhouse.protos.evaluation.row_sums import score_texts
         ("e5 on page", "5"),
         ("none", None),
         ("1234,567", "567"),
+        ("#### \n 7 apples of 9 \n", "9"),
+        ("7 #### 8\n9", "9"),
+        ("-0.0", "0"),
+        ("1e9999999", "10e9999998"),
+        ("1e99999999999999999999", None),
     ],
 )
 def test_the_last_number_counts(text: str, number: str | None) -> None:
@@ -27,10 +34,23 @@ def test_the_last_number_counts(text: str, number: str | None) -> None:
     assert found == (None if number is None else last_number(number))
 
 
+def test_numbers_differ_by_their_last_digit_and_least_exponent() -> None:
+    assert last_number("1" + "0" * 40 + "1") != last_number("1" + "0" * 40 + "2")
+    assert last_number("1e-9999999") != last_number("0")
+
+
+def test_white_space_without_end_takes_no_time() -> None:
+    began = time.monotonic()
+    assert last_number("####" + " " * 20_000 + "\n7\n8") == 8
+    assert fields_of("```" + "\n" * 20_000 + "7") is None
+    assert time.monotonic() - began < 2
+
+
 @pytest.mark.parametrize(
     "text",
     [
         '{"a": 1}',
+        'Here: ```json  \n\n{"a": 1}\n```',
         'Here: ```json\n{"a": 1}\n```',
         '<think>{"a": 2}</think> {"a": 1}',
         'Sure! {"a": 1} Anything else?',

@@ -10,7 +10,7 @@ from typing import Any
 from stillhouse.student_trainer.train.data.chat.mask import Learned
 from stillhouse.student_trainer.train.data.encoding import EncodedRow, num_prompt_tokens
 from stillhouse.student_trainer.train.data.prepared.columns import NAMED, BatchBuilder, to_bytes
-from stillhouse.student_trainer.train.data.prepared.left_out import why_left_out
+from stillhouse.student_trainer.train.data.prepared.left_out import why_left_out, why_too_long
 from stillhouse.student_trainer.train.data.prepared.settings import ExampleSettings
 from stillhouse.student_trainer.train.data.prompt_encoding import TeacherPromptEncoder
 from stillhouse.student_trainer.train.data.readers import DatasetRow
@@ -59,9 +59,9 @@ class BlockEncoder:
             prompts, limit = self._prompts_of(encoded, teacher)
             mask = whole[:limit]
             if len(encoded.token_ids) > limit and self._data.overflow == "drop":
-                left_out["too_long"] += 1
+                left_out[why_too_long(len(encoded.token_ids), self._data.max_sequence_tokens)] += 1
             elif not mask.any():
-                left_out[why_left_out(encoded.row, whole)] += 1
+                left_out[why_left_out(encoded.row, whole, self._data.max_sequence_tokens)] += 1
             else:
                 builder.add(
                     encoded.token_ids[:limit],

@@ -83,15 +83,21 @@ class DatasetContent:
 
 
 def dataset_content(source: RowSource, folder: Path) -> DatasetContent | None:
-    """Hashes the files of a source; None if it has none: rows from elsewhere, which may be others each time."""
+    """Hashes the files of a source; None if it has none: rows from elsewhere, which may be others each time.
+
+    None also for files that cannot be read: their reader has the error.
+    """
     path = Path(source.location)
     if plugin_of(source.location) is not None:
         return None
-    if path.is_dir():
-        files = sorted(each for each in path.rglob("*") if each.is_file())
-    else:
-        files = [each for each in files_of(path) if each.is_file()]
-    contents = [(each, read_content(each, folder)) for each in files]
+    try:
+        if path.is_dir():
+            files = sorted(each for each in path.rglob("*") if each.is_file())
+        else:
+            files = [each for each in files_of(path) if each.is_file()]
+        contents = [(each, read_content(each, folder)) for each in files]
+    except OSError:
+        return None
     if not contents:
         return None
     return DatasetContent(

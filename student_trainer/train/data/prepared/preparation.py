@@ -27,6 +27,7 @@ from stillhouse.student_trainer.train.data.prepared.block import Block
 from stillhouse.student_trainer.train.data.prepared.columns import NAMED, BatchBuilder, from_bytes, to_bytes
 from stillhouse.student_trainer.train.data.prepared.encoding_run import BLOCK_ROWS, START_AFTER_S, EncodingRun
 from stillhouse.student_trainer.train.data.prepared.identity import (
+    DatasetContent,
     dataset_content,
     dated,
     encoding_digest,
@@ -167,8 +168,8 @@ class Preparer:
     def _kept(self, dataset: DatasetConfig, store: PreparedStore) -> Prepared:
         source = source_of(dataset, self._data_dir)
         content = dataset_content(source, store.folder) if self._is_lasting else None
-        if content is None:  # it cannot be told from others: no other run finds it
-            return self._build(dataset, store, f"own-{secrets.token_hex(12)}", None)
+        if content is None:
+            return self._build(dataset, store, _own_name(), None)
         name = encoding_digest(
             dataset,
             source.location,
@@ -186,7 +187,7 @@ class Preparer:
                     return found
             with store.turn(name) as is_mine:
                 if is_mine:
-                    return self._build(dataset, store, name, content.num_rows)
+                    return self._build(dataset, store, name, content)
             if not is_waiting:
                 is_waiting = True
                 log.info("waiting for another run that prepares the same data", path=dataset.path)
@@ -194,15 +195,21 @@ class Preparer:
             time.sleep(_WAIT_S)
 
     def _build(
-        self, dataset: DatasetConfig, store: PreparedStore, name: str, num_rows: int | None
+        self, dataset: DatasetConfig, store: PreparedStore, name: str, content: DatasetContent | None
     ) -> Prepared:
+        """Encodes the rows of a dataset into a folder; `content` is what its files held before, if `name` tells of it."""
         store.folder.mkdir(exist_ok=True)
         with store.new_folder() as folder:
             with (folder / ROWS_FILE).open("wb") as file:
                 writer = TableWriter(file)
-                told = self._write(dataset, writer, num_rows)
+                told = self._write(dataset, writer, None if content is None else content.num_rows)
                 writer.close()
-            if told.wrote_date:
+            if content is not None and content != dataset_content(
+                source_of(dataset, self._data_dir), store.folder
+            ):
+                log.warning("the data changed while it was read: no other run takes it", path=dataset.path)
+                name = _own_name()
+            elif told.wrote_date:
                 name = dated(name, self._settings.data.date)
             store.put(folder, name, {"names": writer.names, "told": told.to_json()})
             found = _opened(store, name)
@@ -282,6 +289,11 @@ class Preparer:
                 wrote_date=False,
                 learned=self._learned,
             )
+
+
+def _own_name() -> str:
+    """Names a folder of rows that cannot be told from others: no other run finds it."""
+    return f"own-{secrets.token_hex(12)}"
 
 
 def _opened(store: PreparedStore, name: str) -> Prepared | None:

@@ -18,7 +18,7 @@ from stillhouse.student_trainer.train.data.prepared.columns import NAMED, SCHEMA
 BATCH_ROWS = 1 << 16
 """Rows of a batch at most; few batches make a table quick to open."""
 BATCH_TOKENS = 1 << 22
-"""Tokens from which a batch is closed."""
+"""Tokens, those of teachers' prompts among them, from which a batch is closed."""
 
 
 class TableWriter:
@@ -45,7 +45,7 @@ class TableWriter:
         self.num_rows += batch.num_rows
         self._waiting.append(batch)
         self._waiting_rows += batch.num_rows
-        self._waiting_tokens += len(batch.column("token_ids").values)
+        self._waiting_tokens += sum(len(batch.column(name).values) for name in ("token_ids", "prompt_ids"))
         if self._waiting_rows >= BATCH_ROWS or self._waiting_tokens >= BATCH_TOKENS:
             self._flush()
 

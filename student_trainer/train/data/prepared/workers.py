@@ -49,7 +49,11 @@ class Workers:
             return
         digest = tokenizer_digest(tokenizer).encode()
         for place in range(min(number, MAX_WORKERS)):
-            self._processes.append(_Worker(place, start, digest, self._results))
+            try:
+                self._processes.append(_Worker(place, start, digest, self._results))
+            except (OSError, RuntimeError) as error:  # no more processes, files or threads
+                log.info("fewer processes encode the data", number=place, why=str(error))
+                break
 
     def __enter__(self) -> Self:
         return self
@@ -106,10 +110,14 @@ class _Worker:
         ours, its = socket.socketpair()
         python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
         command = [*python, "-m", "stillhouse.student_trainer.train.data.prepared.worker", str(its.fileno())]
-        with its:
-            self._process = subprocess.Popen(
-                command, env=_environment(), stdin=subprocess.DEVNULL, pass_fds=[its.fileno()]
-            )
+        try:
+            with its:
+                self._process = subprocess.Popen(
+                    command, env=_environment(), stdin=subprocess.DEVNULL, pass_fds=[its.fileno()]
+                )
+        except OSError:
+            ours.close()
+            raise
         self._socket = Connection(ours.detach())
         self._receiver = threading.Thread(target=self._receive, args=[start], name="encoding", daemon=True)
         self._receiver.start()

@@ -231,3 +231,9 @@ def test_what_is_nowhere_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(StillhouseError, match="There is no dataset at") as caught:
         read_file(tmp_path / "rows.jsonl")
     assert caught.value.reason is Reason.DATASET_NOT_FOUND
+
+
+def test_a_place_that_does_not_open_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StillhouseError, match="cannot be opened: File name too long") as error:
+        RowReader(RowSource(location=str(tmp_path / ("a" * 300))))
+    assert error.value.reason is Reason.DATASET_INVALID

@@ -217,6 +217,14 @@ def test_a_limit_counts_the_prompt_and_treats_rows_as_overflow_says(reader: Read
     assert len(TeacherQuery.from_example(cut).behind_prompt("").token_ids) == length - 2
     short = {"messages": [ASK, {"role": "assistant", "content": "."}]}
     assert len(reader.read([ROW, short], limited, overflow="drop")) == 1
+    # The field that decides is named, and data.max_sequence_tokens would not help.
+    for settings, least in (({"overflow": "drop"}, length - 2), ({}, 1)):
+        told = reader.refusal([ROW], prompt(system=SECRET, max_sequence_tokens=least), **settings)
+        assert "of its 1 rows 1 have" in told
+        assert "teachers[].prompt.max_sequence_tokens" in told
+        assert "data.max_sequence_tokens" not in told
+    told = reader.refusal([ROW], limited, max_sequence_tokens=4)
+    assert "1 have no target within 4 tokens: raise data.max_sequence_tokens" in told
 
 
 def test_a_field_that_a_prompt_reads_is_a_known_one(reader: Reader) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
@@ -17,12 +19,15 @@ from stillhouse.student_trainer.config.schema import DataConfig, DatasetConfig, 
 from stillhouse.student_trainer.prepared_store import PreparedStore
 from stillhouse.student_trainer.train.data.chat.mask import Learned
 from stillhouse.student_trainer.train.data.corpus import Corpus, assemble
-from stillhouse.student_trainer.train.data.prepared.columns import BatchView, from_bytes
+from stillhouse.student_trainer.train.data.prepared.columns import NAMED, BatchBuilder, BatchView, from_bytes
 from stillhouse.student_trainer.train.data.prepared.encoding_run import BLOCK_ROWS, EncodingRun
 from stillhouse.student_trainer.train.data.prepared.preparation import Preparer
 from stillhouse.student_trainer.train.data.prepared.progress import Progress, Unobserved
 from stillhouse.student_trainer.train.data.prepared.settings import ExampleSettings
+from stillhouse.student_trainer.train.data.prepared.table import TableWriter
+from stillhouse.student_trainer.train.data.prepared.workers import Workers
 from stillhouse.student_trainer.train.data.readers import DatasetRow, read_rows
+from stillhouse.student_trainer.train.data.teacher_prompt import TeacherPrompt
 from tests.student_trainer.train.data.prepared.row_by_row import (
     Expected,
     Plain,
@@ -317,3 +322,55 @@ def test_slices_and_choices_of_teachers_read_the_rows_that_they_name(tmp_path: P
     assert [Plain.of(each) for each in chosen] == [
         each for each in wanted.train[40:200] if each.teacher == "b"
     ]
+
+
+class _Editor(Unobserved):
+    """Changes a file once the preparation has begun."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._is_done = False
+
+    def check(self) -> None:
+        if not self._is_done:
+            self._is_done = True
+            self._path.write_text(self._path.read_text().replace("apples", "pliers"))
+
+
+def test_no_other_run_takes_what_was_read_while_its_file_changed(tmp_path: Path) -> None:
+    tokenizer = learning_tokenizer()
+    path = write(tmp_path / "rows.jsonl", "completion", 40)
+    before = path.read_text()
+    changed = _prepare(_data(path), tokenizer, tmp_path, observer=_Editor(path))
+    assert "pliers" in tokenizer.decode(changed.train[0].token_ids)
+    (own,) = _names(tmp_path)
+    assert own.startswith("own-")
+    path.write_text(before)
+    corpus = _prepare(_data(path), tokenizer, tmp_path)
+    assert "apples" in tokenizer.decode(corpus.train[0].token_ids)
+
+
+def test_without_room_for_processes_this_one_encodes_alone() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    tokenizer, settings = learning_tokenizer(), ExampleSettings(data=DataConfig())
+    in_use = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (in_use, hard))
+    try:
+        workers = Workers(tokenizer, settings, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with workers:
+        assert workers.room == 0
+        assert not workers.busy
+
+
+def test_tokens_of_teachers_prompts_close_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stillhouse.student_trainer.train.data.prepared.table.BATCH_TOKENS", 100)
+    writer = TableWriter()
+    for number in range(2):
+        builder = BatchBuilder()
+        prompt = TeacherPrompt(np.arange(100, dtype=np.int32), 1)
+        mask = np.array([False, True])
+        builder.add([1, 2], mask, num_prompt=1, path="a", number=number, teacher="", prompts={"": prompt})
+        writer.add(builder.finish(), {name: builder.names[name].names for name in NAMED})
+    assert [batch.num_rows for batch in writer.close()] == [1, 1]
