@@ -223,3 +223,35 @@ def test_a_prompt_that_makes_sequences_too_long_is_refused_before_training(run: 
     assert "teachers[].prompt.max_sequence_tokens: 512" in told
     dropped = make(long | {"max_sequence_tokens": 512}, data={"overflow": "drop"})
     assert "data.train has nothing to train on" in failure(run(dropped, code=EXIT_FAILED))
+
+
+def test_a_teacher_writes_the_texts_of_an_evaluation_behind_its_prompt(
+    run: Any, make: Make, rows: Path, tmp_path: Path
+) -> None:
+    read = [json.loads(line) for line in rows.read_text().splitlines()]
+    seen = tmp_path / "seen.jsonl"
+    lines = [json.dumps({**row, "prompt": f"{row['prompt']} {row['hint']}"}) for row in read]
+    seen.write_text("\n".join(lines))
+    evaluation = {
+        "metrics": ["perplexity", "chrf"],
+        "limit": 6,
+        "generation": {"max_new_tokens": 8},
+        "teacher_alone": True,
+    }
+
+    def scores(path: Path, prompt: dict[str, Any] | None) -> dict[str, float]:
+        spec = make(prompt)
+        done = run(
+            {
+                "task": "evaluate",
+                "student": spec["student"],
+                "teachers": spec["teachers"],
+                "data": {"chat": True, "eval": [{"path": str(path)}]},
+                "evaluation": evaluation,
+            }
+        )
+        return {name: metric(done, f"eval/{name}")[1] for name in ("perplexity", "chrf")}
+
+    behind, itself = scores(rows, HINT), scores(seen, None)
+    assert behind == pytest.approx(itself)
+    assert behind["chrf"] != scores(rows, None)["chrf"]
