@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 from stillhouse.client.core.errors import file_errors, usage_error
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
+from stillhouse.protos.files.adapter import BASE, CONFIG, base_beside
 
 CARD = "README.md"
 
@@ -68,11 +70,20 @@ def _library() -> Any:
 
 
 def _additions(hub: Any, files: Sequence[Path], directory: Path, license_id: str | None) -> list[Any]:
-    """The files by their paths below `directory`, the card with the licence; the files themselves stay as they were pulled."""
+    """The files by their paths below `directory`, the card with the licence, an adapter's base by its folder.
+
+    The files themselves stay as they were pulled.
+    """
     contents: dict[str, Path | bytes] = {
         path.name if path == directory else path.relative_to(directory).as_posix(): path
         for path in sorted(files)
     }
+    for name, path in [*contents.items()]:
+        if isinstance(path, Path) and path.name == CONFIG and base_beside(path.parent) is not None:
+            # A pull names the base by its path on this machine, which is nobody else's.
+            with file_errors("read", path):
+                values = json.loads(path.read_bytes()) | {"base_model_name_or_path": BASE}
+            contents[name] = json.dumps(values, indent=2).encode()
     if license_id:
         with file_errors("read", directory / CARD):
             card = hub.ModelCard((directory / CARD).read_text(encoding="utf-8") if CARD in contents else "")
