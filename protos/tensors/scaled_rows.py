@@ -18,7 +18,10 @@ BOUND_BYTES = 4
 
 
 def to_integers(rows: NDArray[np.float32], bits: int) -> tuple[bytes, NDArray[np.int64]]:
-    """Bounds and integers, [T, R], of rows of finite numbers, each rounded to the nearest step. Raises ValueError for others."""
+    """Bounds and integers, [T, R], of rows of finite numbers, each rounded to the nearest step, but none of 0 and below to one above.
+
+    Raises ValueError for others.
+    """
     if not MIN_BITS <= bits <= MAX_BITS or not np.isfinite(rows).all() or np.abs(rows).max(initial=0) > 30000:
         raise ValueError(
             f"only rows of finite numbers up to 30000 can be sent in {MIN_BITS} to {MAX_BITS} bits each"
@@ -32,6 +35,8 @@ def to_integers(rows: NDArray[np.float32], bits: int) -> tuple[bytes, NDArray[np
     highest = _upwards(largest + _place(rows) * step)
     divisor = np.where(step > 0, step, 1).astype(np.float64)
     integers = np.rint((highest.astype(np.float64)[:, None] - wide) / divisor[:, None])
+    # A log-probability stays one.
+    integers += (wide <= 0) & (highest.astype(np.float64)[:, None] > divisor[:, None] * integers)
     bounds = np.stack([highest, step], axis=1).astype("<f2").tobytes()
     return bounds, np.clip(integers, 0, most).astype(np.int64)[:, : rows.shape[1]]
 
