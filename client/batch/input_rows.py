@@ -29,6 +29,7 @@ from stillhouse.protos.rows.known_fields import (
     unknown,
     without_effect,
 )
+from stillhouse.protos.rows.reading.json_rows import no_json
 from stillhouse.protos.rows.reading.open_file import bounded_lines, opened
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of
@@ -130,7 +131,11 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from bounded_lines(path, file)
         return
     for number, values in rows.raw():
-        yield number, json.dumps(values, separators=(",", ":")).encode()
+        try:
+            line = json.dumps(values, separators=(",", ":"))
+        except TypeError as error:
+            raise no_json(error) from error
+        yield number, line.encode()
 
 
 def count_rows(path: Path) -> int:

@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from stillhouse.student_trainer.config.schema import CLASSIFICATION, ContextConfig, LossConfig, RunConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.readers import resolve
+from stillhouse.student_trainer.train.student.saving import LOADING
 
 CARD = "README.md"
 """File of the card in an export."""
@@ -38,10 +39,13 @@ def make_card(config: RunConfig, run_dir: RunDir, *, is_adapter: bool) -> str:
     name = config.display_name or f"student of run {run_dir.path.name}"
     base = _base_card(config.student.model, run_dir.path.resolve().parent.parent)
     task = "text-classification" if config.task == CLASSIFICATION else "text-generation"
+    has_own_base = is_adapter and bool(config.student.keep_layers or config.student.from_config)
+    # An adapter of a base that was cut fits no model of a hub.
+    base_model = None if has_own_base else base.get("base_model") or _hub_id(config.student.model)
     last = {metric: values[-1] for metric, values in history.items()}
     data = ModelCardData(
-        base_model=base.get("base_model") or _hub_id(config.student.model),
-        base_model_relation="adapter" if is_adapter else "finetune",
+        base_model=base_model,
+        base_model_relation=None if has_own_base else "adapter" if is_adapter else "finetune",
         library_name="peft" if is_adapter else "transformers",
         license=base.get("license"),
         license_name=base.get("license_name"),
@@ -53,6 +57,8 @@ def make_card(config: RunConfig, run_dir: RunDir, *, is_adapter: bool) -> str:
         eval_results=[_result(task, metric, value) for metric, (_, value) in last.items()] or None,
     )
     body = "\n".join(_body(name, config, run_dir, history, license_text=base.get("license") or _UNKNOWN))
+    if has_own_base:
+        body += f"\n\n## Loading\n\nThe base is the model in `base/`; no other model fits.\n\n{LOADING}"
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
 

@@ -29,7 +29,8 @@ tags:
 
 Its base is the model in `base/`: {origin}. No other model fits it.
 
-```python
+{loading}"""
+LOADING = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -39,6 +40,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("DIR/base
 `DIR` is this directory. `AutoPeftModelForCausalLM.from_pretrained("DIR")` does the same while `base_model_name_or_path` in
 `adapter_config.json` is the absolute path of `base/`: it is where the directory was written, or copied to by `stillhouse run pull`.
 """
+"""How to load an adapter whose base lies beside it."""
 
 
 def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
@@ -75,7 +77,7 @@ def _card(config: StudentConfig) -> str:
     else:
         layers = ", ".join(map(str, config.keep_layers))
         origin = f"layers {layers} of `{config.model}`, counted from 0, with its embeddings and output layer"
-    return _CARD.format(origin=origin)
+    return _CARD.format(origin=origin, loading=LOADING)
 
 
 def unchanged_names(model: Any) -> set[str]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
-from stillhouse.client.batch.input_rows import InputLine, Sampling, plain_row
+from stillhouse.client.batch.input_rows import InputLine, Sampling, plain_row, read_lines
+from stillhouse.protos.errors import StillhouseError
 
 
 @pytest.mark.parametrize(
@@ -46,3 +51,10 @@ def test_a_bad_field_is_named_with_its_value(row: dict[str, Any], sentence: str)
     parsed = plain_row(InputLine(number=0, line_number=1, data=data, digest="", end=len(data)), Sampling())
     assert parsed.error is not None
     assert parsed.error.message.startswith(sentence)
+
+
+def test_a_date_of_a_table_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "in.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "p", "day": date(2024, 1, 1)}]), path)
+    with pytest.raises(StillhouseError, match="cannot be written as JSON"):
+        list(read_lines(path))

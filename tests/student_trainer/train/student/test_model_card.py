@@ -77,3 +77,22 @@ def test_without_a_card_of_the_base_the_licence_is_unknown(
     assert card.data.get("base_model") is None
     assert "Licence | unknown" in text
     assert "| Teachers | none |" in text
+
+
+def test_an_adapter_of_a_cut_base_names_no_model_of_a_hub_and_says_how_to_load_it(
+    run: Any, licensed: Path, dataset_file: Path
+) -> None:
+    spec = spec_of(
+        licensed,
+        dataset_file,
+        None,
+        student={"model": str(licensed), "keep_layers": [0], "lora": {"rank": 2}, "output": "adapter"},
+        loss={"terms": [{"weight": 0}], "hard_weight": 1},
+        optimizer={"max_steps": 1},
+    )
+    text = (run(spec).final_path / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data["library_name"] == "peft"
+    assert card.data.get("base_model") is None
+    assert 'from_pretrained("DIR/base")' in text
+    assert str(licensed.parent) not in text
