@@ -4,7 +4,8 @@ A row of [T, R] is its highest number and its step, both FLOAT16, and R integers
 highest - step * integer i, in float32, rounded to FLOAT16. First come highest and step of all rows, then all integers.
 
 The grid of steps lies at a place that the row's numbers choose as if at random, so that over many rows rounding errors have
-the mean 0 whatever the numbers are: few bits then add noise, and no bias.
+the mean 0 whatever the numbers are: few bits then add noise, and no bias. Only a number of 0 and below whose nearest step lies
+above 0 takes the one below that.
 """
 
 from __future__ import annotations
