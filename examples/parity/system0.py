@@ -296,7 +296,7 @@ def custom(world: World) -> str:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: parity-rows\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[stillhouse.datasets]\nparity = parity_rows:rows\n")
     (package / "parity_rows.py").write_text(
-        "def rows(argument):\n    for i in range(3):\n        yield {'prompt': f'{argument} {i}', 'completion': ' x'}\n"
+        "def rows(argument, *, split, config):\n    for i in range(3):\n        yield {'prompt': f'{argument} {i}', 'completion': ' x'}\n"
     )
     done = world.local_with(package, "data", "inspect", "parity:banks", "--json")
     check(done.json["rows"] == 3, done.out)

@@ -108,7 +108,7 @@ class World:
                 hidden_size=64,
                 num_layers=2,
                 num_heads=2,
-                steps=300,
+                steps=200,
                 sequence_tokens=128,
                 max_sequence_tokens=256,
                 held_out_fraction=0.01,
@@ -125,7 +125,7 @@ class World:
         for category in CATEGORIES:
             texts = [conversation(row) for row in holdings(category, 64, seed=2)]
             found[category] = train_adapter(
-                self.work / "adapters" / category, self.base, texts, steps=8, rank=4
+                self.work / "adapters" / category, self.base, texts, steps=4, rank=4
             )
         return found
 
