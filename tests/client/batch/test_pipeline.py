@@ -158,14 +158,13 @@ def test_a_run_reads_the_rows_of_a_data_set(teacher: Teacher, models: Models, tm
     from stillhouse.student_trainer.train.data.readers import read_rows
 
     turn = {"role": "user", "content": "Hello"}
-    source = write(tmp_path / "in.jsonl", {"prompt": "Ada has"}, {"messages": [turn]})
-    generate_file(teacher, source, tmp_path / "out.jsonl", BatchSettings(sampling=FIXED, as_dataset=True))
     encoder = RowEncoder(AutoTokenizer.from_pretrained(models.teacher), completion_only=True)
-    kinds = []
-    for row in read_rows(DatasetConfig(path=str(tmp_path / "out.jsonl")), tmp_path):
-        kinds.append(row.parse().kind)
+    for kind, given in (("completion", {"prompt": "Ada has"}), ("messages", {"messages": [turn]})):
+        source, out = write(tmp_path / f"{kind}-in.jsonl", given), tmp_path / f"{kind}.jsonl"
+        generate_file(teacher, source, out, BatchSettings(sampling=FIXED, as_dataset=True))
+        [row] = read_rows(DatasetConfig(path=str(out)), tmp_path)
+        assert row.parse().kind == kind
         assert any(encoder.encode(row)[1])
-    assert kinds == ["completion", "messages"]
 
 
 def test_fields_that_change_what_a_row_means_are_honoured_or_refused(
@@ -263,9 +262,8 @@ def test_a_student_with_a_prompt_of_its_own_never_reads_the_teachers(
     settings = BatchSettings(sampling=FIXED, as_dataset=True, capture=tmp_path / "cache", top_k=4)
     generate_file(teacher, source, tmp_path / "data.jsonl", settings)
     rows = read(tmp_path / "data.jsonl")
-    assert [next(iter(row.keys() - {"id", "finish_reason", "completion"})) for row in rows] == [
-        *("messages", "prompt", "prompt"),
-    ]
+    described = {"id", "finish_reason", "completion", "num_tokens", "mean_logprob"}
+    assert [list(row.keys() - described) for row in rows] == [["messages"], ["prompt"], ["prompt"]]
     assert secret not in (tmp_path / "data.jsonl").read_text()
     assert "student_prompt is the number 7" in (tmp_path / "data.jsonl.failed").read_text()
 

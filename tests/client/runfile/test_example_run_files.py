@@ -16,11 +16,12 @@ EXAMPLES = sorted((Path(__file__).parents[3] / "examples" / "runs").glob("*.yaml
 def test_an_example_is_a_valid_run(path: Path) -> None:
     spec = load_run_file(path).spec
     config = from_proto(spec)
-    foreign = config.loss.foreign_tokenizer == "alm"
-    assert config.student.model == (".demo/foreign-student" if foreign else ".demo/student")
+    foreign, is_cut = config.loss.foreign_tokenizer == "alm", bool(config.student.keep_layers)
+    own = ".demo/teacher" if is_cut else ".demo/student"
+    assert config.student.model == (".demo/foreign-student" if foreign else own)
     assert config.teachers[0].targets == ("127.0.0.1:7401",)
     paths = [dataset.path for dataset in (*config.data.train, *config.data.eval)]
-    files = ("train.jsonl", "held_out.jsonl", "by_category.jsonl")
+    files = ("train.jsonl", "held_out.jsonl", "by_category.jsonl", "classes.jsonl")
     assert set(paths) <= {f".demo/data/{name}" for name in files}
 
 
