@@ -60,6 +60,8 @@ def next_step(run: Run) -> str:
     if run.condition == Run.CONDITION_WAITING_FOR_TEACHER:
         limit = f"{run.effective_spec.retry.teacher_wait_s:g} s (retry.teacher_wait_s)"
         return f"start the teacher; a run that had one waits up to {limit}, one that never reached it 15 s"
+    if run.condition == Run.CONDITION_PREPARING_DATA:
+        return f"its rows are encoded once and kept for later runs; `stillhouse run watch {name}` shows how far that is"
     return f"`stillhouse run watch {name}` follows it"
 
 

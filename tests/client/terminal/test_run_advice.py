@@ -94,3 +94,9 @@ def test_a_duration_leaves_out_the_time_in_which_the_run_was_stopped() -> None:
         attempt.start_time.FromSeconds(start)
         attempt.end_time.FromSeconds(end)
     assert state_line(made) == "run abcabcabcabc: COMPLETED, attempt 2 after 1 min 15 s"
+
+
+def test_a_run_that_prepares_its_data_says_so() -> None:
+    preparing = run(Run.STATE_STARTING, condition=Run.CONDITION_PREPARING_DATA)
+    assert state_line(preparing).startswith("run abcabcabcabc: STARTING, preparing data")
+    assert "encoded once and kept for later runs" in next_step(preparing)
