@@ -154,7 +154,7 @@ def test_a_replaced_attempt_writes_nothing_more(spec: dict[str, Any], tmp_path: 
         _wait_for_step(run_dir, 4, process)
         run_dir.write_control(2, stop=False)
         assert process.wait(60) not in (0, EXIT_FAILED)
-    assert {event["kind"] for event in events(run_dir)} <= {"started", "settled", "checkpoint"}
+    assert {event["kind"] for event in events(run_dir)} <= {"started", "condition", "settled", "checkpoint"}
 
 
 @pytest.fixture
