@@ -175,7 +175,9 @@ class _FileReader:
                 f'"{variable}" is no variable; those of the file: {known}.',
             )
             return
-        self.check_kind(kind, fields[kind], fields.get("file"), f"{path}.{kind}")
+        self.check_kind(
+            kind, fields[kind], fields.get("file"), f"{path}.{kind}", has_outputs="outputs" in fields
+        )
         inputs = {
             key: self.text(each, f"{path}.inputs.{key}") or ""
             for key, each in self.fields(fields.get("inputs"), f"{path}.inputs", None, "").items()
@@ -212,12 +214,16 @@ class _FileReader:
             )
         self.check_distinct(name, fields.get("outputs", node), path)
 
-    def check_kind(self, kind: str, value: yaml.Node, file: yaml.Node | None, path: str) -> None:
+    def check_kind(
+        self, kind: str, value: yaml.Node, file: yaml.Node | None, path: str, *, has_outputs: bool
+    ) -> None:
         if kind == "command" and (not isinstance(value, yaml.SequenceNode) or not value.value):
             self.problem(value, path, "expects a list: the program, then its arguments, without a shell.")
         if kind != "command" and not isinstance(value, yaml.MappingNode):
             what = "a run's fields" if kind in RUN_KINDS else "the command's options"
             self.problem(value, path, f"expects {what}, each as `name: value`; `{{}}` for none.")
+        if has_outputs and kind in ("cache", "evaluate"):
+            self.problem(value, path, "makes no model, so it has no outputs; only the run of distil has one.")
         if file is not None and kind not in RUN_KINDS:
             self.problem(file, path, f"file names a run file, which only {', '.join(RUN_KINDS)} read.")
 

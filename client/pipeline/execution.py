@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from stillhouse.client.core.errors import ExitCode, usage_error
 from stillhouse.client.pipeline.definition import Pipeline, Stage
@@ -73,7 +73,7 @@ def run_pipeline(
     lock = try_lock(state.lock_path)
     if lock is None:
         raise usage_error(
-            f"another process runs this pipeline in {pipeline.work}; follow it with `stillhouse pipeline watch {pipeline.path}`."
+            f"another process runs this pipeline in {pipeline.work}, or a command that a killed one has left; follow it with `stillhouse pipeline watch {pipeline.path}`."
         )
     with lock:
         state.load()  # behind the lock: its last holder may just have ended
@@ -87,6 +87,7 @@ def run_pipeline(
                 trainer=trainer,
                 shared_options=shared_options,
                 view=view,
+                lock=lock,
             ).run()
     return state
 
@@ -109,6 +110,7 @@ class _Execution:
     trainer: Callable[[], Trainer]
     shared_options: Sequence[str]
     view: View
+    lock: BinaryIO
 
     def run(self) -> None:
         resolution = resolved(self.pipeline, self.stage, self.state)
@@ -174,7 +176,7 @@ class _Execution:
             shown = ["stillhouse", *words]
             words = [*CLIENT, *_with_options(words, self.shared_options)]
         self.view.stage(self.stage, self.record, shlex.join(shown))
-        code = _run_command(words, self.pipeline)
+        code = _run_command(words, self.pipeline, self.lock)
         if code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         if code:
@@ -227,12 +229,19 @@ def _with_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
     return [*words[:at], *options, *words[at:]]
 
 
-def _run_command(words: Sequence[str], pipeline: Pipeline) -> int:
-    """Runs a command in the pipeline's folder until it ends; an interrupted one is given time to end by itself."""
+def _run_command(words: Sequence[str], pipeline: Pipeline, lock: BinaryIO) -> int:
+    """Runs a command in the pipeline's folder until it ends; an interrupted one is given time to end by itself.
+
+    The command holds `lock` as well: while one that a killed pipeline has left is at work, no other begins.
+    """
     try:
         # A group of its own: Ctrl-C reaches the command once, from here, together with what it has started.
         process = subprocess.Popen(
-            words, cwd=pipeline.directory, stdin=subprocess.DEVNULL, start_new_session=True
+            words,
+            cwd=pipeline.directory,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
         )
     except OSError as error:
         raise usage_error(f"cannot start {words[0]}: {error.strerror or error}.") from error

@@ -79,6 +79,11 @@ def check_evaluation(config: RunConfig) -> Iterator[FieldViolation]:
     yield from _check_names(config)
     for each in settled_sets(config):
         yield from _check_metrics(each)
+        if each.has_choices and any(teacher.prompt for teacher in config.teachers):
+            yield FieldViolation(
+                f"{each.field}.match",
+                '"choices" compares texts behind the row\'s own prompt, which teachers[].prompt replaces. Leave one of them out.',
+            )
     if evaluation.sets and is_bridged(config):
         yield FieldViolation(
             "evaluation.sets",

@@ -133,6 +133,8 @@ class _Reader:
             teachers.append(self._teacher(row))
         found = self._tokenize(texts, pairs)
         for row, (token_ids, types), label, teacher in zip(rows, found, labels, teachers, strict=True):
+            if not len(token_ids):
+                raise row.invalid(TEXT, "has no tokens; remove the row.")
             mask = np.zeros(len(token_ids), np.bool_)
             mask[-1] = True
             yield LabelledExample(
@@ -150,6 +152,13 @@ class _Reader:
         """Token ids and segments of each row; segments are None where all tokens have the same."""
         limit = self._data.max_sequence_tokens if self._data.overflow == "truncate" else None
         for text, pair in zip(texts, pairs, strict=True):
+            special = self._tokenizer.num_special_tokens_to_add(pair is not None)
+            if self._data.max_sequence_tokens <= special:
+                raise StillhouseError(
+                    Reason.INVALID_SPEC,
+                    f"data.max_sequence_tokens is {self._data.max_sequence_tokens}, and the tokenizer adds {special} tokens to each "
+                    "text; raise it.",
+                )
             encoded = self._tokenizer(text, pair, truncation=limit is not None, max_length=limit)
             token_ids = np.asarray(encoded["input_ids"], np.int32)
             types = np.asarray(encoded.encodings[0].type_ids, np.int32)

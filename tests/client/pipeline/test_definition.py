@@ -153,6 +153,11 @@ def test_a_file_without_stages_is_refused(tmp_path: Path, text: str) -> None:
     assert problems(tmp_path, text)
 
 
+def test_only_a_run_that_trains_has_outputs(tmp_path: Path) -> None:
+    text = "stages:\n  - {name: a, outputs: {x: y}, evaluate: {}}\n"
+    assert "makes no model, so it has no outputs" in problems(tmp_path, text)
+
+
 def test_two_values_that_write_one_file_are_refused(tmp_path: Path) -> None:
     text = """
 variables: {n: [1, 2]}

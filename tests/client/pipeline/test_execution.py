@@ -144,6 +144,10 @@ def test_a_killed_pipeline_goes_on(tmp_path: Path, number: signal.Signals) -> No
         assert "another process runs this pipeline" in second.stderr
         process.send_signal(number)
         assert process.wait(30) != 0
+        if number == signal.SIGKILL:
+            left = run(path)
+            assert left.returncode == 2
+            assert "a command that a killed one has left" in left.stderr
     finally:
         process.kill()
         process.wait()
