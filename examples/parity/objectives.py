@@ -11,7 +11,9 @@ from examples.parity.world import World
 
 SHORT: Mapping[str, Any] = {"max_new_tokens": 16}
 TEACHER = {"teacher": {"generation": SHORT}}
-STUDENT = {"student": {"generation": SHORT}}
+ANY_START = {"min_teacher_logprob": -100}
+"""These students have learnt nothing; a real one starts warm, which the default asks for."""
+STUDENT = {"student": {"generation": SHORT, **ANY_START}}
 
 
 def shown(world: World, metric: str = "train/loss", **changes: Any) -> str:
@@ -28,7 +30,7 @@ def seqkd(world: World) -> str:
 
 @row("engine", "the teacher's log-probabilities of greedy student text")
 def engine(world: World) -> str:
-    greedy = {"student": {"generation": {**SHORT, "temperature": 0}}}
+    greedy = {"student": {"generation": {**SHORT, "temperature": 0}, **ANY_START}}
     return shown(world, contexts=[greedy], loss={"terms": [{"divergence": "reverse_kl"}]})
 
 
@@ -40,7 +42,7 @@ def forward(world: World) -> str:
 
 @row("rkl", "reverse KL on the student's text")
 def reverse(world: World) -> str:
-    sampled = {"student": {"generation": {**SHORT, "top_p": 0.9}}}
+    sampled = {"student": {"generation": {**SHORT, "top_p": 0.9}, **ANY_START}}
     return shown(world, contexts=[sampled], loss={"terms": [{"divergence": "reverse_kl"}]})
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from examples.parity.rows import check, row
-from examples.parity.system0 import effective, last
+from examples.parity.system0 import effective, last, task
 from examples.parity.world import CATEGORIES, World, read_rows, write_rows
 
 PIPELINE = Path(__file__).parents[1] / "pipelines" / "category_experts.yaml"
@@ -226,7 +226,7 @@ def evaluated(world: World) -> str:
     check("bleu" in done.out.lower(), done.out)
     words = (
         "eval",
-        world.client.run("latest").id,
+        task(world).id,
         "--metric",
         "perplexity",
         "--metric",

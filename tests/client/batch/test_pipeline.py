@@ -252,11 +252,12 @@ def test_a_student_with_a_prompt_of_its_own_never_reads_the_teachers(
     from transformers import AutoTokenizer
 
     secret, question = "Zanzibar 4711", {"role": "user", "content": "Hello"}
+    other = {"role": "user", "content": "Hello again"}
     source = write(
         tmp_path / "in.jsonl",
         {"id": 1, "messages": [question], "system": secret, "student_prompt": "Hello"},
         {"id": 2, "prompt": f"{secret} Ada has", "student_prompt": "Ada has"},
-        {"id": 3, "prompt": [question], "system": secret, "student_prompt": [question]},
+        {"id": 3, "prompt": [other], "system": secret, "student_prompt": [other]},
         {"id": 4, "prompt": "Ada has", "student_prompt": 7},
     )
     settings = BatchSettings(sampling=FIXED, as_dataset=True, capture=tmp_path / "cache", top_k=4)
