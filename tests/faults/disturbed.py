@@ -10,7 +10,7 @@ from typing import Any
 from stillhouse.student_trainer.run_dir import RunDir
 from tests.conftest import Models
 from tests.student_trainer.train import runs
-from tests.student_trainer.train.runs import events, metric, spec_of
+from tests.student_trainer.train.runs import metric, spec_of, waits
 from tests.support.runs import wait_until
 
 LONG = bool(os.environ.get("LONG"))
@@ -53,8 +53,8 @@ def wait_for_steps(run_dir: RunDir, steps: int, process: subprocess.Popen[bytes]
 def wait_waiting(run_dir: RunDir, process: subprocess.Popen[bytes]) -> None:
     """Until the run says that it waits for its teacher."""
     wait_until(
-        lambda: bool(events(run_dir, "condition")) or process.poll() is not None,
+        lambda: bool(waits(run_dir)) or process.poll() is not None,
         "that the run says why it waits",
         patience_s=NOTICED_WITHIN_S,
     )
-    assert events(run_dir, "condition")[0]["condition"] == "WAITING_FOR_TEACHER"
+    assert waits(run_dir)[0] == "WAITING_FOR_TEACHER"

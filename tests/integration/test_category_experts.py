@@ -26,7 +26,10 @@ NAMES = {"mix", "prompts", "labels", "parsed", "kept", "warm_up", "student", "re
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with ExitStack() as stack:
-        yield World(work=tmp_path_factory.mktemp("experts"), engine="hf", stack=stack)
+        world = World(work=tmp_path_factory.mktemp("experts"), engine="hf", stack=stack)
+        assert world.teacher.target  # both services start here, and outlive the test
+        assert world.trainer.target
+        yield world
 
 
 def start(world: World, file: Path) -> subprocess.Popen[bytes]:

@@ -103,6 +103,12 @@ def events(run_dir: RunDir, kind: str | None = None) -> list[dict[str, Any]]:
     return [line for line in _lines(run_dir, "events.jsonl") if kind in (None, line["kind"])]
 
 
+def waits(run_dir: RunDir) -> list[str]:
+    """The conditions that the run reported, in order, but for the preparation of its data, which only a slow machine shows."""
+    found = [event["condition"] for event in events(run_dir, "condition")]
+    return found[2:] if found[:1] == ["PREPARING_DATA"] else found
+
+
 def metric(run_dir: RunDir, name: str) -> dict[int, float]:
     """Step to value; of several attempts the last counts."""
     lines = _lines(run_dir, "metrics.jsonl")

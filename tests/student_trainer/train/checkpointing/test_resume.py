@@ -26,6 +26,7 @@ from tests.student_trainer.train.runs import (
     metric,
     spec_of,
     start,
+    waits,
 )
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
@@ -193,10 +194,10 @@ def test_a_teacher_that_dies_and_returns_is_waited_for(
             _wait_for_step(run_dir, 2, process, pause=True)
             teacher.kill()
             os.kill(process.pid, signal.SIGCONT)
-            _wait_for(lambda: bool(events(run_dir, "condition")), process)
+            _wait_for(lambda: bool(waits(run_dir)), process)
         with start_teacher(models.teacher, **own_teacher):
             assert process.wait(DEADLINE_S) == 0
-    assert [event["condition"] for event in events(run_dir, "condition")] == ["WAITING_FOR_TEACHER", ""]
+    assert waits(run_dir) == ["WAITING_FOR_TEACHER", ""]
     assert_same_end(run_dir, undisturbed)
 
 

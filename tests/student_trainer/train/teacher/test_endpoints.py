@@ -37,7 +37,6 @@ from stillhouse.student_trainer.train.teacher.target_requests import training_re
 from stillhouse.student_trainer.train.teacher.teacher import Demands, TeacherClient
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
-    events,
     failure,
     final_weights,
     finish_here,
@@ -45,6 +44,7 @@ from tests.student_trainer.train.runs import (
     metric,
     spec_of,
     start,
+    waits,
 )
 from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
@@ -162,7 +162,7 @@ def test_what_a_lost_service_owes_is_answered_by_the_other(
     assert lost.num_returned > 0
     assert lost.num_outstanding == kept.num_outstanding == kept.outstanding_cost == kept.num_returned == 0
     assert lost.num_answered + kept.num_answered == 2 * len(QUESTIONS)
-    assert not events(run_dir, "condition")
+    assert not waits(run_dir)
 
     network.become("fine")
     before = loads(teacher)[0].num_answered
@@ -198,13 +198,13 @@ def test_with_no_service_left_the_run_waits_and_goes_on(world: World, hf_teacher
         threading.Thread(target=mend, daemon=True).start()
 
     def mend() -> None:
-        wait_for(lambda: bool(events(run_dir, "condition")))
+        wait_for(lambda: bool(waits(run_dir)))
         networks[1].become("fine")
 
     for each in networks:
         each.become("silent")
     assert len(ask_scores(stream, patience, lose)) == len(QUESTIONS)
-    assert [each["condition"] for each in events(run_dir, "condition")] == ["WAITING_FOR_TEACHER", ""]
+    assert waits(run_dir) == ["WAITING_FOR_TEACHER", ""]
 
 
 @pytest.mark.faults(row=4)
@@ -249,7 +249,7 @@ def test_a_token_that_is_replaced_is_read_again(
         network.become("fine")
         threading.Thread(target=replace, daemon=True).start()
         assert len(ask_scores(stream, patience)) == len(QUESTIONS)
-        assert [each["condition"] for each in events(run_dir, "condition")] == ["WAITING_FOR_TEACHER", ""]
+        assert waits(run_dir) == ["WAITING_FOR_TEACHER", ""]
 
         secret.write_text("wrong")
         with pytest.raises(StillhouseError) as refused:
@@ -303,10 +303,10 @@ def test_services_die_change_and_return_and_the_weights_are_the_same_bit_for_bit
         with halted(process.pid):
             assert process.poll() is None
             second.kill()
-        wait_for(lambda: bool(events(run_dir, "condition")))
+        wait_for(lambda: bool(waits(run_dir)))
         teacher(models.teacher, 1)
         assert process.wait(DEADLINE_S) == 0, log.read_text()[-2000:]
-    assert [each["condition"] for each in events(run_dir, "condition")] == ["WAITING_FOR_TEACHER", ""]
+    assert waits(run_dir) == ["WAITING_FOR_TEACHER", ""]
     assert metric(run_dir, "train/loss") == metric(calm, "train/loss")
     assert metric(run_dir, "teacher/breaks")[STEPS] >= 2
     assert metric(run_dir, "teacher/service1/answered")[STEPS] > 0
