@@ -33,7 +33,7 @@ COMMAND_KINDS: Mapping[str, tuple[str, ...]] = {
 """Stages that are one command of the client; their value is its options."""
 KINDS = (*COMMAND_KINDS, *RUN_KINDS, "command")
 RUN_OUTPUTS = ("run", "final")
-"""What other stages may name of a run: its id, and the path of its final model for run files."""
+"""Names of a run that other stages may use: its id, and the path of its final model for run files."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _VALUE = re.compile(r"[^\[\]{}$/\x00-\x1f]{1,100}")
 _RESERVED = ("inputs", "outputs")

@@ -1,4 +1,4 @@
-"""What no part of a pipeline file may be: too large once its aliases are followed, of a foreign tag, no text for a name."""
+"""Refuses what no part of a pipeline file may be: too large once its aliases are followed, of a foreign tag, no text for a name."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class StageRecord:
 
     state: StageState = StageState.WAITING
     fingerprint: str = ""
-    """Of what the stage does and of the content of its inputs, SHA-256."""
+    """SHA-256 of what the stage does and of the content of its inputs."""
     request_id: str = ""
     """Makes the creation of a run repeatable: written before the run is created."""
     run: str = ""

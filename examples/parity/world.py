@@ -54,7 +54,7 @@ class World:
     engine: str
     stack: ExitStack
     notes: dict[str, Any] = field(default_factory=dict)
-    """What one row leaves for another."""
+    """Things that one row leaves for another."""
 
     def stillhouse(self, *arguments: str | Path, expect: int | None = 0, **environment: str) -> Done:
         """The client's command line, with both services; its exit code must be `expect`, unless that is None."""

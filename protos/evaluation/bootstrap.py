@@ -11,7 +11,7 @@ from stillhouse.protos.evaluation.row_sums import RowSums
 
 RESAMPLES = 1000
 SEED = 12345
-"""Of the samples of rows, the same for every metric and model, so that differences are paired."""
+"""Seed of the samples of rows, the same for every metric and model, so that differences are paired."""
 CONFIDENCE = 0.95
 _AT_ONCE = 2**22
 """Numbers held at a time."""

@@ -12,16 +12,7 @@ from typing import BinaryIO
 
 def try_lock(path: Path) -> BinaryIO | None:
     """Locks the file at `path`, made if it is missing; None if another holder has it. Closing the file unlocks it."""
-    file = path.open("ab")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except BaseException:
-        file.close()
-        raise
-    return file
+    return _held(path.open("ab"), fcntl.LOCK_EX)
 
 
 def try_share(path: Path) -> BinaryIO | None:
@@ -30,8 +21,13 @@ def try_share(path: Path) -> BinaryIO | None:
         file = path.open("rb")
     except FileNotFoundError:
         return None
+    return _held(file, fcntl.LOCK_SH)
+
+
+def _held(file: BinaryIO, kind: int) -> BinaryIO | None:
+    """Returns `file` with its lock; None, and the file closed, if another holder excludes that."""
     try:
-        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
         return None

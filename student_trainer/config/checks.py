@@ -40,7 +40,7 @@ from stillhouse.student_trainer.config.value_synonyms import nearest_value
 MAX_COMPARED_CHARACTERS = 200
 """Compared characters of an unknown word."""
 LEAST_SIMILARITY = 0.82
-"""Of a slip of the pen: "adamax" is none for "adam"."""
+"""Similarity of a slip of the pen: "adamax" is none for "adam"."""
 
 
 _TARGET = re.compile(r"unix:.+|(\[[0-9a-fA-F:.]+\]|[^\s:/\[\]]+):(\d{1,5})")

@@ -32,7 +32,7 @@ Rows = Iterator[tuple[int, dict[str, Any]]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Conversion:
-    """What was written."""
+    """The files that were written."""
 
     rows: int
     outputs: tuple[Path, ...]

@@ -35,7 +35,7 @@ class ExactDuplicates:
 
 
 def _beside_text(values: Mapping[str, Any]) -> list[Any]:
-    """What the turns of a row say beside their content: reasoning and calls, these without their ids."""
+    """Everything that the turns of a row say beside their content: reasoning and calls, these without their ids."""
     found: list[Any] = []
     for value in known_fields(values).values():
         for turn in value if isinstance(value, list) else ():

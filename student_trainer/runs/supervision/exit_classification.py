@@ -56,7 +56,7 @@ class AttemptEnd:
     may_halve: bool = False
     """True if a retry with half the micro-batch is allowed after running out of memory."""
     resumes_from: str = ""
-    """What another attempt continues from, such as checkpoints/40; empty if there is nothing yet."""
+    """The checkpoint that another attempt continues from, such as checkpoints/40; empty if there is nothing yet."""
     full_disk: str = ""
     """Message for a full disk, if the process could not report it."""
 

@@ -223,7 +223,7 @@ class RowEncoder:
 
     @property
     def learned(self) -> Learned:
-        """What the rows so far have told about the chat template; the encoding of later rows depends on it and on nothing else."""
+        """Knowledge from the rows so far about the chat template; the encoding of later rows depends on it and on nothing else."""
         return self._chat.learned
 
     @learned.setter

@@ -75,12 +75,12 @@ class Task(Protocol):
         total_steps: int,
         vocab_size: int,
     ) -> Stepper:
-        """What takes the run's steps."""
+        """The part that takes the run's steps."""
 
     def make_evaluator(
         self, scope: RunScope, inputs: Inputs, teacher_side: TeacherSide, student_side: StudentSide
     ) -> RunEvaluator:
-        """What evaluates the student, once the targets of held-out rows are there. Raises Stopped, StillhouseError."""
+        """The part that evaluates the student, once the targets of held-out rows are there. Raises Stopped, StillhouseError."""
 
 
 def task_of(config: RunConfig) -> Task:

@@ -40,7 +40,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("DIR/base
 `DIR` is this directory. `AutoPeftModelForCausalLM.from_pretrained("DIR")` does the same while `base_model_name_or_path` in
 `adapter_config.json` is the absolute path of `base/`: it is where the directory was written, or copied to by `stillhouse run pull`.
 """
-"""How to load an adapter whose base lies beside it."""
+"""The way to load an adapter whose base lies beside it."""
 
 
 def save_model(model: Any, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What is sent to a hub: the files that were pulled, without a path of this machine."""
+"""Files sent to a hub: the files that were pulled, without a path of this machine."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ LFS_SUFFIXES = (".safetensors", ".bin", ".gguf")
 
 @dataclass
 class StubHub:
-    """What the hub holds."""
+    """The content of the hub."""
 
     endpoint: str = ""
     repositories: dict[str, dict[str, Any]] = field(default_factory=dict)

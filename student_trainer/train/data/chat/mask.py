@@ -27,12 +27,12 @@ Span = tuple[int, int]
 
 
 class Learned(NamedTuple):
-    """What rows so far have told about the template and its marks, on which the masks of later rows depend."""
+    """Knowledge from the rows so far about the template and its marks, on which the masks of later rows depend."""
 
     marks: tuple[str, ...] = ()
     """Tokens that end turns, though the tokenizer does not call them special."""
     turn_ends: tuple[tuple[str, TurnEnds], ...] = ()
-    """How each source of a template ends turns, sorted."""
+    """The ends of turns by source of a template, sorted."""
 
 
 class ChatMasker:
@@ -54,7 +54,7 @@ class ChatMasker:
 
     @property
     def learned(self) -> Learned:
-        """What the rows so far have told."""
+        """Knowledge from the rows so far."""
         return Learned(self._marks.learned, tuple(sorted(self._turn_ends.items(), key=lambda each: each[0])))
 
     @learned.setter

@@ -36,7 +36,7 @@ class Block:
     wrote_date: bool
     """A template asked for the date."""
     learned: Learned
-    """What all rows up to the last of these told."""
+    """Knowledge from all rows up to the last of these."""
 
 
 class BlockEncoder:

@@ -33,7 +33,7 @@ class _Sent:
 
     rows: list[DatasetRow]
     learned: Learned
-    """What the rows before it had told when it was sent."""
+    """Knowledge from the rows before it when it was sent."""
     block: Block | None = None
     is_done: bool = False
 

@@ -40,7 +40,7 @@ _ELSEWHERE = ("train", "eval", "eval_fraction", "seed", "packing", "date")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Content:
-    """What a file holds."""
+    """The content of a file."""
 
     digest: str
     num_lines: int

@@ -54,7 +54,7 @@ _NOTES = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Told:
-    """What the rows of a dataset told, besides their examples."""
+    """Knowledge from the rows of a dataset, besides their examples."""
 
     left_out: Counter[str]
     """Rows that were left out, by reason."""
@@ -65,7 +65,7 @@ class Told:
     wrote_date: bool
     """A template asked for the date."""
     learned: Learned
-    """What these and all rows before them told of the chat template."""
+    """Knowledge from these and all rows before them of the chat template."""
 
     def to_json(self) -> dict[str, Any]:
         """For a manifest."""

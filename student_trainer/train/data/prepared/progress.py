@@ -40,7 +40,7 @@ class Progress:
 
 
 class Observer(Protocol):
-    """What a preparation reports to."""
+    """The receiver of a preparation's reports."""
 
     def check(self) -> None:
         """Called several times a second. May raise to end it."""

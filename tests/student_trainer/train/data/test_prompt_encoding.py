@@ -59,7 +59,7 @@ class Reader:
         return list(corpus.train)
 
     def texts(self, example: Example, teacher: str = "") -> tuple[str, str]:
-        """What the teacher sees before the first scored token, and from there."""
+        """The ids that the teacher sees before the first scored token, and from there."""
         query = TeacherQuery.from_example(example).behind_prompt(teacher)
         ids, start = query.token_ids, query.start
         np.testing.assert_array_equal(ids[start:], example.token_ids[example.start :])

@@ -22,7 +22,7 @@ from tests.support.programs import Program
 from tests.support.teacher_without_draws import TeacherWithoutDraws
 
 DRAWN = "stratified_tail", 16, 392
-"""What `auto` takes of the test's teacher."""
+"""The target that `auto` takes of the test's teacher."""
 
 
 def spec(models: Models, rows: Path, target: str | None, /, *, steps: int = 2, **loss: Any) -> dict[str, Any]:
