@@ -57,6 +57,10 @@ class EngineInfo:
     """Names of the classes of a classifier, by class; empty for a language model."""
     num_token_types: int = 0
     """Token types of a classifier that tells the texts of a pair by them."""
+    num_layers: int = 0
+    """Layers of the model; 0 where it gives no hidden states."""
+    hidden_size: int = 0
+    """Units of a hidden state; 0 where it gives none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -84,7 +88,10 @@ class DistributionOptions:
     stratified_samples: bool = False
     """Sample one token in each of equal parts of the cumulative distribution, at the same place of each; ids ascend."""
     classes: bool = False
-    """Report the distribution over classes of the whole sequence, as one row (protos/tensors/classes.py); goes alone."""
+    """Report the distribution over classes of the whole sequence, as one row (protos/tensors/classes.py); goes alone, or with
+    `hidden_layers`."""
+    hidden_layers: tuple[int, ...] = ()
+    """Report the states after so many layers, ascending, each in [0, num_layers]; of a classifier those of all tokens."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,7 +65,7 @@ class CacheRow:
     def check(self, meta: CacheMeta) -> None:
         """Checks that the row can be stored. Raises ValueError, since only a bug can cause it."""
         answer = self.answer
-        if answer.hidden_states is not None:
+        if answer.hidden_states is not None or answer.layer_states is not None:
             raise ValueError("hidden states are not cached")
         if answer.start + answer.num_rows != len(self.token_ids) or not answer.num_rows:
             raise ValueError(

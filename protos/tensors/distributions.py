@@ -20,7 +20,10 @@ MAX_LOGPROB = 1e-3
 MAX_ROW_SUM = 1.01
 """Largest sum of probabilities accepted, for rounding."""
 MAX_COLUMNS = 64 * 1024
-"""Columns of a part whose width the caller does not bound: temperatures, queries, samples, hidden units."""
+"""Columns of a part whose width the caller does not bound: temperatures, queries, samples, hidden units of all layers."""
+
+MAX_STATES_BYTES = 256 * 1024 * 1024
+"""Most bytes of the layer states of one sequence."""
 
 _FLOAT32 = (Tensor.DATA_TYPE_FLOAT32,)
 _HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)
@@ -32,7 +35,7 @@ class Distributions:
     """A model's distributions at T consecutive positions of one sequence.
 
     Row t predicts sequence[start + t]; protos/stillhouse/v1/tensor.proto defines every part.
-    T positions, K kept tokens, N temperatures, Q queried tokens, R samples, H hidden units.
+    T positions, K kept tokens, N temperatures, Q queried tokens, R samples, D layers, H hidden units.
     """
 
     start: int
@@ -57,6 +60,8 @@ class Distributions:
     """[T], nats."""
     hidden_states: NDArray[np.float32] | None = None
     """[T, H], last hidden state."""
+    layer_states: NDArray[np.float32] | None = None
+    """[T, D, H], hidden states after each requested layer; of a class row [1, L, D, H], those of all L tokens."""
 
     @property
     def num_rows(self) -> int:
@@ -212,6 +217,7 @@ def decode_distributions(
         else None,
         entropy=_finite(message, "entropy", (num_rows,)),
         hidden_states=_finite(message, "hidden_states", (num_rows, None)),
+        layer_states=_finite(message, "layer_states", (num_rows, None, None)),
     )
 
 
@@ -222,8 +228,9 @@ def _part(
     if not message.HasField(name):  # type: ignore[arg-type]  # a name in _ARRAYS
         raise _invalid(field, "is missing")
     array = decode(getattr(message, name), field=field, dtypes=dtypes, shape=shape)
-    if array.ndim > 1 and array.shape[1] > MAX_COLUMNS:
-        raise _invalid(field, f"has {array.shape[1]} columns; the limit is {MAX_COLUMNS}")
+    num_columns = math.prod(array.shape[1:])
+    if num_columns > MAX_COLUMNS:
+        raise _invalid(field, f"has {num_columns} columns; the limit is {MAX_COLUMNS}")
     return array
 
 

@@ -23,7 +23,7 @@ RUN_METRICS = {
     "train/DIVERGENCE": f"Each divergence in nats per token, by its name ({_DIVERGENCES}): without its weight, and without the "
     "factor T² (with temperature_mode conditional as in the objective); train/alm_DIVERGENCE between chunks.",
     "train/cross_entropy": "Cross-entropy against the text, in nats per token.",
-    "train/hidden_mse": "Mean squared error between last hidden states of student and teacher, without its weight.",
+    "train/hidden_mse": "Mean squared error between hidden states of student and teacher, without its weight.",
     "train/policy_gradient": "The policy gradient's term.",
     "train/teacher_mass": "Mass of the teacher's top-k.",
     "train/tail_clamped": "Share of positions where the student's tail was below the floor of its probability.",

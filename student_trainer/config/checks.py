@@ -95,7 +95,7 @@ def _check_fields(config: RunConfig) -> Iterator[FieldViolation]:
     """Checks each value against the rules of its field alone."""
     for path, info, value in walk(config):
         required = info.rule(Required)
-        if required is not None and not value and not _may_lack(required, config):
+        if required is not None and value in (None, "", ()) and not _may_lack(required, config):
             yield FieldViolation(path, required.sentence)
         problem = None if value is None or isinstance(value, tuple) else _problem(info, value)
         if problem:

@@ -164,11 +164,24 @@ class LossTermConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LayerPairConfig:
+    """Two layers whose states are compared."""
+
+    teacher: Annotated[
+        int | None, NOT_NEGATIVE, Required("is required: a number of the teacher's layers.")
+    ] = None
+    student: Annotated[
+        int | None, NOT_NEGATIVE, Required("is required: a number of the student's layers.")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class HiddenConfig:
-    """Comparison of last hidden states."""
+    """Comparison of hidden states."""
 
     weight: Annotated[float, NOT_NEGATIVE] = 1.0
     normalise: bool = False
+    layers: tuple[LayerPairConfig, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -38,7 +38,7 @@ from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs, t
 from stillhouse.student_trainer.train.loss.workspace import Workspace
 from stillhouse.student_trainer.train.optim import clip_gradients, learning_rate, set_learning_rate
 from stillhouse.student_trainer.train.process.memory import memory_of
-from stillhouse.student_trainer.train.student.hidden_term import require_plain_layer, with_hidden_mse
+from stillhouse.student_trainer.train.student.hidden_term import add_hidden_mse
 from stillhouse.student_trainer.train.student.lm_head import LmHead
 from stillhouse.student_trainer.train.student.packing_check import cutter_of
 from stillhouse.student_trainer.train.student.student import Student
@@ -123,6 +123,7 @@ class Stepper:
     def weights(self) -> Iterator[Tensor]:
         """All weights and buffers of the student."""
         yield from self._student.model.parameters()
+        yield from self._student.projections.parameters()
         yield from self._student.model.buffers()
 
     def cut(self, scored: Sequence[ScoredExample]) -> list[Pass]:
@@ -305,11 +306,14 @@ class Stepper:
     def _objective(self, batch: MicroBatch, loss: LossConfig) -> ObjectiveSum:
         """The objective of a micro-batch; fused with the output layer if that is plain."""
         layer = self.head.layer
+        compares = loss.compares_hidden and batch.states is not None
         if batch.chunks is not None:
             return chunk_objective(self._text_logprobs(batch), batch.positions.weights, batch.chunks, loss)
         with self._accelerator.autocast():
             if layer is not None:
-                hidden = self.head.hidden(batch)
+                hidden, states = (
+                    self.head.hidden_and_states(batch) if compares else (self.head.hidden(batch), ())
+                )
                 summed = fused_objective(
                     hidden,
                     layer,
@@ -319,10 +323,12 @@ class Stepper:
                     workspace=self._workspace,
                     matmul_dtype=self._matmul_dtype,
                 )
-                return with_hidden_mse(summed, hidden, batch, loss)
-            require_plain_layer(loss)
-            logits = self._student.logits(batch)
-        return self._chunked(logits, batch.positions, loss)
+                return add_hidden_mse(summed, self._student, states, batch, loss=loss, hidden=hidden)
+            logits, states = (
+                self._student.logits_and_states(batch) if compares else (self._student.logits(batch), ())
+            )
+        summed = self._chunked(logits, batch.positions, loss)
+        return add_hidden_mse(summed, self._student, states, batch, loss=loss)
 
     def _text_logprobs(self, batch: MicroBatch) -> Tensor:
         """[1, N]: log-probabilities of the targets, with gradients."""

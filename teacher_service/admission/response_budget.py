@@ -13,11 +13,13 @@ LEAST_BYTES = 1 << 20
 _FRACTION = 8
 
 
-def response_bytes(num_rows: int, options: DistributionOptions, *, num_queries: int = 0) -> int:
-    """Estimates the bytes of a response before it is computed, without hidden states, whose width the request does
-    not tell."""
+def response_bytes(
+    num_rows: int, options: DistributionOptions, *, num_queries: int = 0, hidden_size: int = 0
+) -> int:
+    """Estimates the bytes of a response before it is computed."""
     sampled = options.num_sampled_tokens * (1 + options.sampled_logprobs)
-    columns = 2 * options.top_k + 3 + len(options.temperatures) + sampled + num_queries
+    hidden = hidden_size * (options.hidden_states + len(options.hidden_layers))
+    columns = 2 * options.top_k + 3 + len(options.temperatures) + sampled + num_queries + hidden
     return 4 * num_rows * columns
 
 

@@ -28,7 +28,7 @@ from stillhouse.teacher_service.rpc.generate_validation import (
     seed_of,
 )
 from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
-from stillhouse.teacher_service.rpc.score_validation import WireFormat, check_distributions
+from stillhouse.teacher_service.rpc.score_validation import WireFormat, check_distributions, invalid_request
 from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 _FINISH = {
@@ -76,6 +76,10 @@ class GenerateSession:
         self._wire: WireFormat | None = None
         if request.HasField("distributions"):
             self._options, self._wire = check_distributions(request.distributions, serving.info)
+            if self._options.hidden_layers:
+                raise invalid_request(
+                    "hidden_layers are set, and Generate reports no layer_states. Score the texts."
+                )
         self._batcher: ResponseBatcher[_SampleUpdate] = ResponseBatcher()
         self._unread = CallBudget(serving.budget)
         self._prompts: dict[int, _Prompt | StillhouseError] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -25,6 +25,8 @@ from stillhouse.teacher_service.rpc.service_state import ServiceState
 
 DEFAULT_TIMEOUT_MS = 300_000
 DRAIN_RETRY_S = 2.0
+_OVERHEAD_BYTES = 1024
+"""Fields of a part beside its numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,21 +147,7 @@ class ScoreSession:
             return
         self._serving.counters.tokens_scored += rows.num_rows
         self._serving.counters.scoring_seconds += time.monotonic() - began
-        if options.classes:
-            result = teacher_pb2.ScoreResult(sequence_id=sequence_id, classes=encode_classes(rows), last=True)
-            self._batcher.put(_ResultPart(result, owns_id, num_bytes), result.ByteSize())
-            return
-        more = max(0, rows.num_rows * rows.row_bytes - num_bytes)  # hidden states
-        self._unread.charge(more)
-        num_bytes += more
-        rows_per_part = max(1, PART_BYTES // (rows.row_bytes + 1))
-        for begin in range(0, rows.num_rows, rows_per_part):
-            end = min(begin + rows_per_part, rows.num_rows)
-            result = teacher_pb2.ScoreResult(
-                sequence_id=sequence_id,
-                distributions=wire.encode(rows.rows(begin, end)),
-                last=end == rows.num_rows,
-            )
+        for result in _results(sequence_id, rows, options, wire):
             part = _ResultPart(result, owns_id, num_bytes if result.last else 0)
             self._batcher.put(part, result.ByteSize())
 
@@ -169,7 +157,11 @@ class ScoreSession:
         info = self._serving.info
         num_rows = min(shape[0] - sequence.start, info.max_sequence_tokens) if len(shape) == 1 else 0
         num_queries = min(query_shape[1], info.max_query_tokens) if len(query_shape) == 2 else 0
-        return response_bytes(max(0, num_rows), options, num_queries=max(0, num_queries))
+        if options.classes:
+            num_rows = min(shape[0], info.max_sequence_tokens) if len(shape) == 1 else 0
+        return response_bytes(
+            max(0, num_rows), options, num_queries=max(0, num_queries), hidden_size=info.hidden_size
+        )
 
     async def _score(
         self, sequence: teacher_pb2.ScoreSequence, options: DistributionOptions, owns_id: bool
@@ -199,3 +191,25 @@ class ScoreSession:
                 "longer timeout_ms.",
                 metadata={"timeout_ms": str(timeout_ms)},
             ) from error
+
+
+def _results(
+    sequence_id: int, rows: Distributions, options: DistributionOptions, wire: WireFormat
+) -> Iterator[teacher_pb2.ScoreResult]:
+    """The messages of a sequence's rows, each of at most PART_BYTES where a row fits into that; the last one says so."""
+    if options.classes:
+        parts = [
+            teacher_pb2.ScoreResult(sequence_id=sequence_id, classes=each)
+            for each in encode_classes(rows, part_bytes=PART_BYTES - _OVERHEAD_BYTES)
+        ]
+        parts[-1].last = True
+        yield from parts
+        return
+    step = max(1, PART_BYTES // (rows.row_bytes + 1))
+    for begin in range(0, rows.num_rows, step):
+        end = min(begin + step, rows.num_rows)
+        yield teacher_pb2.ScoreResult(
+            sequence_id=sequence_id,
+            distributions=wire.encode(rows.rows(begin, end)),
+            last=end == rows.num_rows,
+        )

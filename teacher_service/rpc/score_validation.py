@@ -10,7 +10,14 @@ import numpy as np
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from stillhouse.protos.tensors.distributions import Distributions, decode, encode_distributions, packed_bits
+from stillhouse.protos.tensors.distributions import (
+    MAX_COLUMNS,
+    MAX_STATES_BYTES,
+    Distributions,
+    decode,
+    encode_distributions,
+    packed_bits,
+)
 from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreInput
 
 MAX_TEMPERATURES = 16
@@ -24,8 +31,9 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_HIDDEN_STATES: "hidden_states",
     teacher_pb2.CAPABILITY_TAIL_SAMPLES: "sample_tail, sample_temperature or sampled_logprobs",
     teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES: "stratified_samples, sort_samples or sampled_logprob_bits",
+    teacher_pb2.CAPABILITY_LAYER_STATES: "layer_states",
 }
-_OF_CLASSES = frozenset({"classes", "logprob_dtype", "pack_token_ids"})
+_OF_CLASSES = frozenset({"classes", "hidden_layers", "logprob_dtype", "pack_token_ids"})
 """Fields of a DistributionConfig that may be set with classes; the last two change nothing."""
 
 
@@ -54,7 +62,7 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
     if capability in info.capabilities:
         return
     metadata = {"capability": teacher_pb2.Capability.Name(capability)}
-    if info.class_names:
+    if info.class_names and capability != teacher_pb2.CAPABILITY_LAYER_STATES:
         sentence = f"This teacher ({info.model}) is a classifier, which gives classes and takes no adapters. Leave them out."
     elif capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
         sentence = "This teacher serves the base model only. Start it with --max-adapters above 0."
@@ -138,6 +146,7 @@ def check_distributions(
         sample_temperature=temperature,
         sampled_logprobs=config.sampled_logprobs,
         stratified_samples=config.stratified_samples,
+        hidden_layers=_check_layers(config, info),
     )
     bits = packed_bits(info.vocab_size)
     return options, WireFormat(
@@ -175,7 +184,35 @@ def _check_classes(
             f"classes goes alone, and {others[0]} is requested too, which is for language models. Leave it out."
         )
     wire = WireFormat(logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
-    return DistributionOptions(top_k=0, classes=True), wire
+    return DistributionOptions(top_k=0, classes=True, hidden_layers=_check_layers(config, info)), wire
+
+
+def _check_layers(config: teacher_pb2.DistributionConfig, info: EngineInfo) -> tuple[int, ...]:
+    layers = tuple(config.hidden_layers)
+    if not layers:
+        return ()
+    require(info, teacher_pb2.CAPABILITY_LAYER_STATES)
+    if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] > info.num_layers:
+        raise invalid_request(
+            f"hidden_layers are {list(layers[:20])}. Give ascending numbers in [0, {info.num_layers}], each once."
+        )
+    most = MAX_COLUMNS // info.hidden_size
+    if len(layers) > most:
+        raise invalid_request(
+            f"hidden_layers are {len(layers)} of {info.hidden_size} units each; {MAX_COLUMNS} units of all together is the limit. "
+            f"Request at most {most}."
+        )
+    return layers
+
+
+def _check_states(options: DistributionOptions, num_rows: int, info: EngineInfo) -> None:
+    row_bytes = 4 * len(options.hidden_layers) * info.hidden_size
+    if num_rows * row_bytes > MAX_STATES_BYTES:
+        raise invalid_request(
+            f"The states of {num_rows} positions after {len(options.hidden_layers)} layers take {num_rows * row_bytes} bytes; "
+            f"{MAX_STATES_BYTES} of a sequence is the limit. Request fewer layers, or send {MAX_STATES_BYTES // row_bytes} "
+            "positions at most."
+        )
 
 
 def check_tokens(tensor: Tensor, info: EngineInfo, *, longest: int) -> Int32Array:
@@ -231,6 +268,7 @@ def check_sequence(
         raise invalid_request(
             f"start is {start}; a sequence of {len(ids)} tokens can be scored from 1 to {len(ids) - 1}."
         )
+    _check_states(options, len(ids) - start, info)
     query = None
     if sequence.HasField("query_token_ids"):
         query = _check_query(sequence.query_token_ids, len(ids) - start, info)
@@ -246,6 +284,7 @@ def _check_classified(
         raise invalid_request(
             "start or query_token_ids is set, and classes are those of the whole sequence. Leave both out."
         )
+    _check_states(options, len(ids), info)
     types: Int32Array | None = None
     if sequence.HasField("token_type_ids"):
         types = decode(

@@ -97,6 +97,8 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             num_classes=len(info.class_names),
             class_names=info.class_names,
             num_token_types=info.num_token_types,
+            num_layers=info.num_layers,
+            hidden_size=info.hidden_size,
         )
 
     async def GetTokenizer(

@@ -1261,7 +1261,7 @@ class LossSpec(_message.Message):
 
     @_builtins.property
     def hidden_mse(self) -> Global___HiddenSpec:
-        """Comparison of last hidden states, besides the terms. Unset means none."""
+        """Comparison of hidden states, besides the terms. Unset means none."""
 
     def __init__(
         self,
@@ -1333,28 +1333,38 @@ Global___LossSpec: _TypeAlias = LossSpec  # noqa: Y015
 
 @_typing.final
 class HiddenSpec(_message.Message):
-    """HiddenSpec is the mean squared error between the last hidden states, those that the output layers read, of a student as wide
-    as its teacher, such as a copy of some of its layers: mean over units, and over tokens as reduction says. It is for dataset
-    contexts of one teacher that gives hidden_states, as the hf engine does, without a cache.
+    """HiddenSpec is the mean squared error between hidden states of student and teacher: mean over units and pairs of layers, and
+    over tokens as reduction says; of a classifier over all tokens of a row, then over rows. Where the teacher is wider or
+    narrower, each pair has a learnt matrix that takes the student's state to the teacher's width, W h as in TinyBERT; it is
+    trained with the student, kept in checkpoints, and no part of final/. It is for dataset contexts of one teacher on the hf
+    engine, without a cache, which stores no states.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     WEIGHT_FIELD_NUMBER: _builtins.int
     NORMALISE_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
     """Weight in the sum."""
     normalise: _builtins.bool
     """Give each state mean 0 and variance 1 over its units first."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerPair]:
+        """Layers to compare. Empty spreads as many pairs as the shallower model has layers evenly over the deeper one: student layer
+        i of S with teacher layer i T / S, rounded, and so the last with the last.
+        """
+
     def __init__(
         self,
         *,
         weight: _builtins.float | None = ...,
         normalise: _builtins.bool | None = ...,
+        layers: _abc.Iterable[Global___LayerPair] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "layers", b"layers", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__normalise: _TypeAlias = _typing.Literal["normalise"]  # noqa: Y015
     _WhichOneofArgType__normalise: _TypeAlias = _typing.Literal["_normalise", b"_normalise"]  # noqa: Y015
@@ -1366,6 +1376,41 @@ class HiddenSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
 
 Global___HiddenSpec: _TypeAlias = HiddenSpec  # noqa: Y015
+
+@_typing.final
+class LayerPair(_message.Message):
+    """LayerPair names two layers whose states are compared, each by the number of layers that the state has passed: 0 for what
+    the first layer reads, the number of layers for what the output layer reads.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEACHER_FIELD_NUMBER: _builtins.int
+    STUDENT_FIELD_NUMBER: _builtins.int
+    teacher: _builtins.int
+    """Required. Layers of the teacher."""
+    student: _builtins.int
+    """Required. Layers of the student, counted after student.keep_layers."""
+    def __init__(
+        self,
+        *,
+        teacher: _builtins.int | None = ...,
+        student: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_student", b"_student", "_teacher", b"_teacher", "student", b"student", "teacher", b"teacher"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_student", b"_student", "_teacher", b"_teacher", "student", b"student", "teacher", b"teacher"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__student: _TypeAlias = _typing.Literal["student"]  # noqa: Y015
+    _WhichOneofArgType__student: _TypeAlias = _typing.Literal["_student", b"_student"]  # noqa: Y015
+    _WhichOneofReturnType__teacher: _TypeAlias = _typing.Literal["teacher"]  # noqa: Y015
+    _WhichOneofArgType__teacher: _TypeAlias = _typing.Literal["_teacher", b"_teacher"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__student) -> _WhichOneofReturnType__student | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__teacher) -> _WhichOneofReturnType__teacher | None: ...
+
+Global___LayerPair: _TypeAlias = LayerPair  # noqa: Y015
 
 @_typing.final
 class LossTerm(_message.Message):

@@ -47,6 +47,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """stratified_samples, sort_samples and sampled_logprob_bits."""
     CAPABILITY_CLASSES: _Capability.ValueType  # 9
     """Scores whole sequences over classes (classes), and nothing else."""
+    CAPABILITY_LAYER_STATES: _Capability.ValueType  # 10
+    """hidden_layers."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -71,6 +73,8 @@ CAPABILITY_STRATIFIED_SAMPLES: Capability.ValueType  # 8
 """stratified_samples, sort_samples and sampled_logprob_bits."""
 CAPABILITY_CLASSES: Capability.ValueType  # 9
 """Scores whole sequences over classes (classes), and nothing else."""
+CAPABILITY_LAYER_STATES: Capability.ValueType  # 10
+"""hidden_layers."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -119,6 +123,8 @@ class GetTeacherInfoResponse(_message.Message):
     MAX_ADAPTERS_FIELD_NUMBER: _builtins.int
     CLASS_NAMES_FIELD_NUMBER: _builtins.int
     NUM_TOKEN_TYPES_FIELD_NUMBER: _builtins.int
+    NUM_LAYERS_FIELD_NUMBER: _builtins.int
+    HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Hugging Face id or path, as the operator gave it."""
     revision: _builtins.str
@@ -159,6 +165,10 @@ class GetTeacherInfoResponse(_message.Message):
     """Adapters that can be loaded at once."""
     num_token_types: _builtins.int
     """Token types of a classifier, as token_type_ids name them: 2 for a BERT, 0 or 1 where all tokens have the same."""
+    num_layers: _builtins.int
+    """Layers of the model, as hidden_layers counts them. 0 where the engine gives no hidden states."""
+    hidden_size: _builtins.int
+    """Units of a hidden state. 0 where the engine gives none."""
     @_builtins.property
     def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___Adapter]:
         """The loaded adapters."""
@@ -201,10 +211,12 @@ class GetTeacherInfoResponse(_message.Message):
         max_adapters: _builtins.int = ...,
         class_names: _abc.Iterable[_builtins.str] | None = ...,
         num_token_types: _builtins.int = ...,
+        num_layers: _builtins.int = ...,
+        hidden_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "class_names", b"class_names", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "num_token_types", b"num_token_types", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "class_names", b"class_names", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "hidden_size", b"hidden_size", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "num_layers", b"num_layers", "num_token_types", b"num_token_types", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -304,6 +316,7 @@ class DistributionConfig(_message.Message):
     SORT_SAMPLES_FIELD_NUMBER: _builtins.int
     SAMPLED_LOGPROB_BITS_FIELD_NUMBER: _builtins.int
     CLASSES_FIELD_NUMBER: _builtins.int
+    HIDDEN_LAYERS_FIELD_NUMBER: _builtins.int
     top_k: _builtins.int
     """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
@@ -334,10 +347,18 @@ class DistributionConfig(_message.Message):
     sampled_logprob_bits: _builtins.int
     """Send sampled_logprobs as SCALED_UINT of so many bits, in [2, 16]. 0 sends them as logprob_dtype says."""
     classes: _builtins.bool
-    """Report the ClassDistribution of each whole sequence in the place of TokenDistributions; goes alone."""
+    """Report the ClassDistribution of each whole sequence in the place of TokenDistributions; goes alone, or with
+    hidden_layers.
+    """
     @_builtins.property
     def temperatures(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
         """Temperatures to report log_partitions for, each > 0."""
+
+    @_builtins.property
+    def hidden_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Report layer_states after so many layers, ascending, each in [0, num_layers]: 0 is what the first layer reads, and
+        num_layers what the output layer reads. At most 65,536 units of all together, and 256 MiB for a sequence. Score only.
+        """
 
     def __init__(
         self,
@@ -357,10 +378,11 @@ class DistributionConfig(_message.Message):
         sort_samples: _builtins.bool = ...,
         sampled_logprob_bits: _builtins.int = ...,
         classes: _builtins.bool = ...,
+        hidden_layers: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "entropy", b"entropy", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprob_bits", b"sampled_logprob_bits", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "sort_samples", b"sort_samples", "stratified_samples", b"stratified_samples", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["classes", b"classes", "entropy", b"entropy", "hidden_layers", b"hidden_layers", "hidden_states", b"hidden_states", "logprob_dtype", b"logprob_dtype", "num_sampled_tokens", b"num_sampled_tokens", "pack_token_ids", b"pack_token_ids", "sample_tail", b"sample_tail", "sample_temperature", b"sample_temperature", "sampled_logprob_bits", b"sampled_logprob_bits", "sampled_logprobs", b"sampled_logprobs", "seed", b"seed", "sort_samples", b"sort_samples", "stratified_samples", b"stratified_samples", "temperatures", b"temperatures", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -958,18 +980,26 @@ class ClassDistribution(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    LAYER_STATES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def logprobs(self) -> _tensor_pb2.Tensor:
         """FLOAT32 [C]: natural-log probabilities of the classes, at temperature 1, in the order of class_names."""
+
+    @_builtins.property
+    def layer_states(self) -> _tensor_pb2.Tensor:
+        """FLOAT32 [T, D, H]: states of T consecutive tokens after each of the D hidden_layers, of as many tokens as fit into a
+        message. Parts of one sequence, of which the first alone has logprobs, arrive in order.
+        """
 
     def __init__(
         self,
         *,
         logprobs: _tensor_pb2.Tensor | None = ...,
+        layer_states: _tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["layer_states", b"layer_states", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_states", b"layer_states", "logprobs", b"logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

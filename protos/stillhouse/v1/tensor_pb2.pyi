@@ -140,6 +140,7 @@ class TokenDistributions(_message.Message):
     ENTROPY_FIELD_NUMBER: _builtins.int
     HIDDEN_STATES_FIELD_NUMBER: _builtins.int
     SAMPLED_LOGPROBS_FIELD_NUMBER: _builtins.int
+    LAYER_STATES_FIELD_NUMBER: _builtins.int
     start: _builtins.int
     """Index, in the sequence, of the token that row 0 predicts."""
     @_builtins.property
@@ -187,6 +188,10 @@ class TokenDistributions(_message.Message):
     def sampled_logprobs(self) -> Global___Tensor:
         """FLOAT16, FLOAT32 or SCALED_UINT [T, R]: log-probabilities of the drawn ids, at temperature 1 over the whole vocabulary."""
 
+    @_builtins.property
+    def layer_states(self) -> Global___Tensor:
+        """FLOAT32 [T, D, H]: states after each of the D hidden_layers, of the token before the one that the row predicts."""
+
     def __init__(
         self,
         *,
@@ -201,10 +206,11 @@ class TokenDistributions(_message.Message):
         entropy: Global___Tensor | None = ...,
         hidden_states: Global___Tensor | None = ...,
         sampled_logprobs: Global___Tensor | None = ...,
+        layer_states: Global___Tensor | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "log_partitions", b"log_partitions", "log_tail", b"log_tail", "logprobs", b"logprobs", "query_logprobs", b"query_logprobs", "sampled_logprobs", b"sampled_logprobs", "sampled_token_ids", b"sampled_token_ids", "target_logprobs", b"target_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "layer_states", b"layer_states", "log_partitions", b"log_partitions", "log_tail", b"log_tail", "logprobs", b"logprobs", "query_logprobs", b"query_logprobs", "sampled_logprobs", b"sampled_logprobs", "sampled_token_ids", b"sampled_token_ids", "target_logprobs", b"target_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "log_partitions", b"log_partitions", "log_tail", b"log_tail", "logprobs", b"logprobs", "query_logprobs", b"query_logprobs", "sampled_logprobs", b"sampled_logprobs", "sampled_token_ids", b"sampled_token_ids", "start", b"start", "target_logprobs", b"target_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entropy", b"entropy", "hidden_states", b"hidden_states", "layer_states", b"layer_states", "log_partitions", b"log_partitions", "log_tail", b"log_tail", "logprobs", b"logprobs", "query_logprobs", b"query_logprobs", "sampled_logprobs", b"sampled_logprobs", "sampled_token_ids", b"sampled_token_ids", "start", b"start", "target_logprobs", b"target_logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -49,6 +49,18 @@ class ScoredExample:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StateTargets:
+    """Hidden states of the teacher at M tokens, after D layers."""
+
+    states: Tensor
+    """float32 [M, D, H]."""
+    places: Tensor
+    """int64 [M]: each token's place in the input, flattened from [B, L]."""
+    weights: Tensor
+    """float32 [M], as those of targets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatch:
     """The tensors of one forward pass. Losses see the N targets as one sequence: [1, N]."""
 
@@ -67,8 +79,8 @@ class MicroBatch:
     `sampled` None unless they are rollouts."""
     chunks: ChunkTargets | None = None
     """The teacher's log-probabilities of chunks if its tokenizer is foreign; `positions.targets` is None then."""
-    hidden: Tensor | None = None
-    """float32 [N, H]: the teacher's last hidden states; None if it sent none."""
+    states: StateTargets | None = None
+    """The teacher's hidden states; None if it sent none."""
     token_type_ids: Tensor | None = None
     """int64 [B, L]: segments of a classifier's pairs of texts; None if there are none."""
 
@@ -126,7 +138,9 @@ def collate(
                 if answered and not foreign
             },
         ),
-        hidden=_hidden(scored, positions, device) if answered and not foreign else None,
+        states=_states(scored, positions, model_inputs, weights, device)
+        if answered and not foreign
+        else None,
         chunks=_chunks(scored, positions, device, reduction, chunk_scale) if foreign else None,
     )
 
@@ -288,15 +302,34 @@ def _chunks(
     )
 
 
-def _hidden(
-    scored: Sequence[ScoredExample], positions: Sequence[np.ndarray], device: torch.device
-) -> Tensor | None:
+def _states(
+    scored: Sequence[ScoredExample],
+    positions: Sequence[np.ndarray],
+    inputs: _ModelInputs,
+    weights: Sequence[np.ndarray],
+    device: torch.device,
+) -> StateTargets | None:
+    """States of the tokens before targets, which predict them."""
     found = []
     for each, at in zip(scored, positions, strict=True):
-        if each.answer is None or each.answer.hidden_states is None:
+        states = None if each.answer is None else sent_states(each.answer)
+        if states is None or each.answer is None:
             return None
-        found.append(each.answer.hidden_states[at - each.answer.start])
-    return torch.from_numpy(np.concatenate(found)).to(device)
+        found.append(states[at - each.answer.start])
+    num_columns, length = len(inputs.columns), inputs.input_ids.shape[1]
+    places = inputs.picks // num_columns * length + inputs.columns[inputs.picks % num_columns]
+    return StateTargets(
+        states=torch.from_numpy(np.concatenate(found)).to(device),
+        places=torch.from_numpy(places.astype(np.int64)).to(device),
+        weights=torch.from_numpy(np.concatenate(weights)).to(device),
+    )
+
+
+def sent_states(answer: Distributions) -> np.ndarray | None:
+    """float32 [T, D, H]: the hidden states of an answer; None if it has none."""
+    if answer.layer_states is not None or answer.hidden_states is None:
+        return answer.layer_states
+    return answer.hidden_states[:, None]
 
 
 def _optional(array: np.ndarray | None, device: torch.device) -> Tensor | None:

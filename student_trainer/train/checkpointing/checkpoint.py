@@ -39,6 +39,8 @@ READ_VERSIONS = (1, 2)
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.pt", "state.json"
 """WEIGHTS holds the trained weights that the model's own files hold under other names, as those of an adapter."""
 MODEL = "model*.safetensors"
+PROJECTIONS = "projections.safetensors"
+"""Matrices of loss.hidden_mse, where it has any; no part of the model."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,6 +180,9 @@ def _write_files(directory: Path, target: Path, trained: TrainingState) -> None:
     }
     if weights:
         save_file(weights, directory / WEIGHTS)
+    projections = {name: each.contiguous() for name, each in trained.student.projections.state_dict().items()}
+    if projections:
+        save_file(projections, directory / PROJECTIONS)
     failpoints.reach("checkpoint.after_weights")
     state = {
         "optimizer": trained.optimizer.state_dict(),
@@ -233,8 +238,24 @@ def _read_weights(directory: Path, model: nn.Module) -> None:
             tensor.copy_(weights[name])
 
 
+def _read_projections(directory: Path, projections: nn.ParameterDict) -> None:
+    own = projections.state_dict()
+    path = directory / PROJECTIONS
+    stored = load_file(path) if path.is_file() else {}
+    if {name: each.shape for name, each in own.items()} != {
+        name: each.shape for name, each in stored.items()
+    }:
+        raise StillhouseError(
+            Reason.CHECKPOINT_CORRUPT,
+            f"{directory} holds projections of hidden states ({', '.join(stored) or 'none'}) for other layers than "
+            "loss.hidden_mse compares. Set its layers and weight as before, or create the run again.",
+        )
+    projections.load_state_dict(stored)
+
+
 def _read_files(directory: Path, trained: TrainingState) -> None:
     _read_weights(directory, trained.student.model)
+    _read_projections(directory, trained.student.projections)
     state = torch.load(directory / OPTIMIZER, map_location="cpu", weights_only=True)
     trained.optimizer.load_state_dict(state["optimizer"])
     if trained.scaler and state["scaler"]:

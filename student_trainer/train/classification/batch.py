@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.train.batching.collate import MicroBatch, ScoredExample
+from stillhouse.student_trainer.train.batching.collate import MicroBatch, ScoredExample, StateTargets
 from stillhouse.student_trainer.train.classification.classes import Classes
 from stillhouse.student_trainer.train.classification.rows import LabelledExample
 from stillhouse.student_trainer.train.loss.objective import Positions
@@ -63,6 +63,25 @@ def collate_classes(
             else None,
         ),
         token_type_ids=tensor(types) if types.any() else None,
+        states=_states(scored, longest, device),
+    )
+
+
+def _states(scored: Sequence[ScoredExample], longest: int, device: torch.device) -> StateTargets | None:
+    """States of all tokens; those of a row weigh 1 together, as its classes do."""
+    found, places, weights = [], [], []
+    for row, each in enumerate(scored):
+        states = None if each.answer is None else each.answer.layer_states
+        if states is None:
+            return None
+        length = len(each.example.token_ids)
+        found.append(states[0][np.arange(length) % states.shape[1]])  # a pass that is tried may be longer
+        places.append(row * longest + np.arange(length))
+        weights.append(np.full(length, 1 / length, np.float32))
+    return StateTargets(
+        states=torch.from_numpy(np.concatenate(found)).to(device),
+        places=torch.from_numpy(np.concatenate(places)).to(device),
+        weights=torch.from_numpy(np.concatenate(weights)).to(device),
     )
 
 

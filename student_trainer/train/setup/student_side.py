@@ -18,6 +18,7 @@ from stillhouse.student_trainer.train.setup.task import task_of
 from stillhouse.student_trainer.train.setup.teacher_side import TeacherSide
 from stillhouse.student_trainer.train.step import Stepper
 from stillhouse.student_trainer.train.student import device
+from stillhouse.student_trainer.train.student.hidden_term import make_projections
 from stillhouse.student_trainer.train.student.student import Student
 
 
@@ -48,6 +49,7 @@ class StudentSide:
         schedule = Schedule.from_config(
             len(corpus.train), config.optimizer, config.data.seed, corpus.dataset_sizes, weights
         )
+        student.projections = make_projections(config, student, teacher_side.teachers.hidden_size)
         optimizer = make_optimizer(student.trainable_parameters(), config.optimizer)
         stepper = task.make_stepper(
             scope,

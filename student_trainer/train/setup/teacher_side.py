@@ -9,6 +9,7 @@ from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train.cross_tokenizer.bridge_corpus import translate_for_teachers
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.setup.held_out import HeldOutRows
+from stillhouse.student_trainer.train.setup.hidden_layers import settle_hidden_layers
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.target_settlement import settle_targets
@@ -70,6 +71,7 @@ def connect_teachers(scope: RunScope, inputs: Inputs) -> OnlineTeachers:
 def settle_online(scope: RunScope, inputs: Inputs, teachers: OnlineTeachers) -> RunConfig:
     """The configuration with the targets that `teachers` can give, which they are held to from now on. Raises StillhouseError."""
     config = settle_targets(scope, teachers=teachers, cache=teachers.cache)
+    config = settle_hidden_layers(scope, config, teachers, inputs.corpus)
     if config != scope.config:
         teachers.demand(_demands(config, inputs))
     return config

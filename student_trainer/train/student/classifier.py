@@ -91,12 +91,15 @@ class Classifier(Student):
     def add_end_ids(self, token_ids: Any) -> None:
         """Does nothing: a classifier writes no text."""
 
-    def logits(self, batch: MicroBatch) -> Tensor:
-        """Returns the logits over classes of each row of `batch`, in order, [1, B, C]."""
+    def _compute(self, batch: MicroBatch, **options: Any) -> Any:
         arguments: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         if self._takes_types and batch.token_type_ids is not None:
             arguments["token_type_ids"] = batch.token_type_ids
-        logits_BC: Tensor = self.model(**arguments).logits
+        return self.model(**arguments, **options)
+
+    def _logits(self, output: Any, batch: MicroBatch) -> Tensor:  # noqa: ARG002 (of targets)
+        """Returns the logits over classes of each row, in order, [1, B, C]."""
+        logits_BC: Tensor = output.logits
         return logits_BC.unsqueeze(0)
 
     def load_again(self, config: StudentConfig, dtype: torch.dtype, device: torch.device) -> Any:

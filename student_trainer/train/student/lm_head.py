@@ -6,7 +6,7 @@ from the configuration. Models that cap or scale their logits, and adapters on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,13 @@ class LmHead:
         assert self._linear is not None, "only a plain layer can be bypassed"
         with _replaced(self._linear, _identity):
             return self._student.logits(batch)[0]
+
+    def hidden_and_states(self, batch: MicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Returns the input of the plain layer, and the hidden states as `Student.logits_and_states` does."""
+        assert self._linear is not None, "only a plain layer can be bypassed"
+        with _replaced(self._linear, _identity):
+            hidden, states = self._student.logits_and_states(batch)
+        return hidden[0], states
 
     def logit_chunks(self, batch: MicroBatch) -> Iterator[tuple[slice, Tensor]]:
         """Yields slices of the targets of `batch` and their logits [1, n, V], a bounded number at a time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,8 @@ class Student:
         self._keeps_logits = "logits_to_keep" in inspect.signature(plain.forward).parameters
         self.max_positions: int | None = getattr(plain.config, "max_position_embeddings", None)
         """Longest supported sequence, in tokens; None if the model does not say."""
+        self.projections = nn.ParameterDict()
+        """Matrices that take hidden states to a teacher's width, trained beside the model and no part of it."""
 
     @classmethod
     def load(
@@ -180,8 +182,9 @@ class Student:
                 )
 
     def trainable_parameters(self) -> Mapping[str, nn.Parameter]:
-        """Returns the trainable parameters by name; shared ones once."""
-        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        """Returns the trainable parameters by name, those of projections too; shared ones once."""
+        named = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
+        return named | {f"projections.{name}": each for name, each in self.projections.named_parameters()}
 
     def save(self, directory: Path, place: Path) -> None:
         """Writes the student as it is in Hugging Face layout: the complete model or the adapter, and the tokenizer.
@@ -196,15 +199,27 @@ class Student:
 
     def logits(self, batch: MicroBatch) -> Tensor:
         """Returns the logits of each target of `batch`, in order, [1, N, V]."""
+        return self._logits(self._compute(batch), batch)
+
+    def logits_and_states(self, batch: MicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
+        """Returns the logits, and the hidden states before the first layer and after each, [B, L, H]."""
+        output = self._compute(batch, output_hidden_states=True)
+        return self._logits(output, batch), output.hidden_states or ()
+
+    def _compute(self, batch: MicroBatch, **options: Any) -> Any:
         arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.attention_mask is not None:
             arguments["attention_mask"] = batch.attention_mask
         if batch.position_ids is not None:
             arguments["position_ids"] = batch.position_ids
         if self._keeps_logits:
-            logits_BCV = self.model(**arguments, logits_to_keep=batch.columns).logits
-        else:
-            logits_BCV = self.model(**arguments).logits.index_select(1, batch.columns)
+            arguments["logits_to_keep"] = batch.columns
+        return self.model(**arguments, **options)
+
+    def _logits(self, output: Any, batch: MicroBatch) -> Tensor:
+        logits_BCV = output.logits
+        if not self._keeps_logits:
+            logits_BCV = logits_BCV.index_select(1, batch.columns)
         flat: Tensor = logits_BCV.flatten(0, 1)
         return flat.index_select(0, batch.picks).unsqueeze(0)
 

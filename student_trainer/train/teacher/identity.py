@@ -11,7 +11,6 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_CLASSES,
-    CAPABILITY_HIDDEN_STATES,
     GetTeacherInfoResponse,
 )
 from stillhouse.student_trainer.run_dir import RunDir
@@ -100,10 +99,8 @@ def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str)
     )
 
 
-def require_kind(info: GetTeacherInfoResponse, target: str, *, classes: bool, hidden_states: bool) -> None:
-    """Raises StillhouseError(CAPABILITY) for a classifier in the place of a language model, or the reverse, and for one without hidden states."""
-    if hidden_states:
-        _require_hidden_states(info, target)
+def require_kind(info: GetTeacherInfoResponse, target: str, *, classes: bool) -> None:
+    """Raises StillhouseError(CAPABILITY) for a classifier in the place of a language model, or the reverse."""
     if classes == (CAPABILITY_CLASSES in info.capabilities):
         return
     found, task = ("language model", "distil") if classes else ("classifier", "sequence_classification")
@@ -114,14 +111,3 @@ def require_kind(info: GetTeacherInfoResponse, target: str, *, classes: bool, hi
         "teacher.",
         metadata={"capability": "CAPABILITY_CLASSES"},
     )
-
-
-def _require_hidden_states(info: GetTeacherInfoResponse, target: str) -> None:
-    """Raises StillhouseError(CAPABILITY) for a teacher that gives no hidden states."""
-    if CAPABILITY_HIDDEN_STATES not in info.capabilities:
-        raise StillhouseError(
-            Reason.CAPABILITY,
-            f"loss.hidden_mse needs hidden_states, which the engine of the teacher at {target} ({info.engine}) does not give. "
-            "Start the teacher with --engine hf, or leave it out.",
-            metadata={"capability": "CAPABILITY_HIDDEN_STATES"},
-        )

@@ -79,6 +79,10 @@ class OfflineTeachers:
     def class_names(self) -> Mapping[str, Sequence[str]]:
         return {name: meta.class_names for (name, _), meta in self._found.items()}
 
+    @property
+    def hidden_size(self) -> int:
+        return 0
+
     def shared_vocab_size(self, student_size: int) -> int:
         return min(student_size, *(meta.shared_with(self._tokenizer) for meta in self._found.values()))
 

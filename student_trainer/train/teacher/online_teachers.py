@@ -57,6 +57,10 @@ class OnlineTeachers:
         for teacher in self.members.values():
             teacher.demand(demands)
 
+    @property
+    def hidden_size(self) -> int:
+        return min((each.info.hidden_size for each in self.members.values()), default=0)
+
     def shared_vocab_size(self, student_size: int) -> int:
         return min([student_size, *(teacher.shared_size for teacher in self.members.values())])
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_ENTROPY,
+    CAPABILITY_HIDDEN_STATES,
     DistributionConfig,
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
+from stillhouse.student_trainer.config.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.rules.cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS, needs_draw_logprobs
@@ -45,8 +47,8 @@ class TargetRequest:
     """Place of `top_k` in the run file."""
     held_out: bool = False
     """Text that is only evaluated on; a cache marks it, so that no run trains on it."""
-    hidden_states: bool = False
-    """Last hidden states."""
+    hidden_layers: tuple[int, ...] = ()
+    """Layers whose states are needed."""
     classes: bool = False
     """The distribution over classes of the whole sequence, and nothing else."""
     class_order: tuple[str, ...] = ()
@@ -60,13 +62,19 @@ class TargetRequest:
         Without the entropy if the service that sent `info` lacks it: then its lower bound weighs the tokens.
         """
         if self.classes:
-            return DistributionConfig(classes=True, logprob_dtype=TensorMessage.DATA_TYPE_FLOAT32)
+            return DistributionConfig(
+                classes=True,
+                hidden_layers=self.hidden_layers,
+                logprob_dtype=TensorMessage.DATA_TYPE_FLOAT32,
+            )
+        last_alone = info is not None and gives_last_state(self.hidden_layers, info)
         half = teacher.logprob_dtype == "float16"
         return DistributionConfig(
             top_k=self.top_k,
             logprob_dtype=TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32,
             pack_token_ids=True,
-            hidden_states=self.hidden_states,
+            hidden_states=last_alone,
+            hidden_layers=() if last_alone else self.hidden_layers,
             temperatures=[] if self.temperature is None else [self.temperature],
             num_sampled_tokens=self.num_samples,
             seed=self.seed,
@@ -89,6 +97,11 @@ class TargetRequest:
         return [each for each in examples if each.teacher in ("", teacher)]
 
 
+def gives_last_state(layers: Sequence[int], info: GetTeacherInfoResponse) -> bool:
+    """True if the last state alone is needed, and the teacher gives that by itself, as some engines do that give no other."""
+    return tuple(layers) == (info.num_layers,) and CAPABILITY_HIDDEN_STATES in info.capabilities
+
+
 def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") -> TargetRequest:
     """The distributions that `loss` needs; `seed` is for samples, where it needs any."""
     tempered = loss.temperature != 1 and loss.temperature_mode == "exact"
@@ -96,7 +109,7 @@ def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") 
     stratified = loss.sparse_target == "stratified_tail"
     return TargetRequest(
         top_k=0 if loss.foreign_tokenizer == "alm" else loss.least_top_k,
-        hidden_states=loss.compares_hidden,
+        hidden_layers=teacher_layers(loss),
         temperature=loss.temperature if tempered else None,
         num_samples=loss.num_samples or 0 if samples else 0,
         seed=seed if samples else 0,
@@ -114,7 +127,13 @@ def dataset_request(
 ) -> TargetRequest:
     """The distributions that `loss` needs of the dataset's own rows, by the task of the run."""
     if config.classifies:
-        return TargetRequest(top_k=0, classes=True, class_order=tuple(class_order), field="task")
+        return TargetRequest(
+            top_k=0,
+            classes=True,
+            class_order=tuple(class_order),
+            field="task",
+            hidden_layers=teacher_layers(loss),
+        )
     return training_request(loss, config.data.seed, field=field)
 
 

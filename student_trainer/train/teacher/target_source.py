@@ -42,6 +42,10 @@ class TargetSource(Protocol):
     def class_names(self) -> Mapping[str, Sequence[str]]:
         """Names of each teacher's classes, by the teacher's name; empty for a language model."""
 
+    @property
+    def hidden_size(self) -> int:
+        """Units of the teachers' hidden states; 0 if they give none."""
+
     def shared_vocab_size(self, student_size: int) -> int:
         """Ids below it mean the same to every teacher and to a student of `student_size` tokens."""
 

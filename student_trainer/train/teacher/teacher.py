@@ -25,6 +25,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
+from stillhouse.student_trainer.config.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.rules.contexts import query_loss_path, run_losses
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
@@ -35,6 +36,7 @@ from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint, is_passing
+from stillhouse.student_trainer.train.teacher.hidden_demands import require_layers
 from stillhouse.student_trainer.train.teacher.identity import (
     adapter_fingerprint,
     changed,
@@ -97,7 +99,8 @@ class Demands:
     """Corpus.template_date."""
     classes: bool = False
     """Distributions over classes are wanted, of a classifier."""
-    hidden_states: bool = False
+    hidden_layers: tuple[int, ...] | None = None
+    """Layers whose states are needed; empty while these are not settled, None if none are."""
 
     @classmethod
     def from_config(
@@ -139,7 +142,7 @@ class Demands:
             largest=corpus.largest,
             template_date=corpus.template_date,
             classes=config.classifies,
-            hidden_states=any(loss.compares_hidden for _, loss in run_losses(config)),
+            hidden_layers=_hidden_layers(config),
             end_ids=sorted({*corpus.end_ids, *end_ids}),
         )
 
@@ -311,6 +314,11 @@ class TeacherClient:
         return min(verdict.shared_size, info.tokenizer_size)
 
 
+def _hidden_layers(config: RunConfig) -> tuple[int, ...] | None:
+    compared = [loss for _, loss in run_losses(config) if loss.compares_hidden]
+    return tuple(sorted({layer for loss in compared for layer in teacher_layers(loss)})) if compared else None
+
+
 def _why_not(endpoint: Endpoint) -> StillhouseError | None:
     try:
         endpoint.probe()
@@ -333,7 +341,9 @@ def common(infos: Sequence[GetTeacherInfoResponse]) -> GetTeacherInfoResponse:
 
 def check_demands(demands: Demands, info: GetTeacherInfoResponse, target: str, name: str = "") -> None:
     """Returns if the teacher `name` meets `demands`; raises as `TeacherClient.connect` does, with limit and remedy."""
-    require_kind(info, target, classes=demands.classes, hidden_states=demands.hidden_states)
+    require_kind(info, target, classes=demands.classes)
+    if demands.hidden_layers is not None:
+        require_layers(info, target, demands.hidden_layers, demands.longest)
     largest_id = int(demands.largest.token_ids.max())
     if largest_id >= info.tokenizer_size and not demands.bridged:
         raise StillhouseError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stillhouse.protos.files.weight_names import listed
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Int32Array
+from stillhouse.teacher_service.engines.hf.layer_states import layer_sizes
 
 FALLBACK_SEQUENCE_TOKENS = 512
 """Limit of a model whose configuration and tokenizer name none."""
@@ -36,6 +38,10 @@ class ClassifierModel:
         """Segments that it tells apart."""
         limit = getattr(model.config, "max_position_embeddings", None) or FALLBACK_SEQUENCE_TOKENS
         self.max_sequence_tokens = min(int(limit), tokenizer_limit)
+        self.num_layers, self.hidden_size = layer_sizes(
+            model.config, lambda: self._pass([np.arange(4) % self.vocab_size], [None], states=True)
+        )
+        """Layers whose states it gives, and their units; 0 if it gives none."""
 
     @classmethod
     def load(cls, config: TeacherConfig, path: Path, tokenizer_limit: int) -> ClassifierModel:
@@ -81,9 +87,19 @@ class ClassifierModel:
         """Type of the weights, such as "float32"."""
         return str(self.model.dtype).removeprefix("torch.")
 
-    def logits(self, sequences: list[Int32Array], types: list[Int32Array | None]) -> Tensor:
-        """[B, C], float32: logits over the classes of sequences of one length."""
-        options: dict[str, Tensor] = {}
+    def logits(
+        self, sequences: list[Int32Array], types: list[Int32Array | None], layers: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, C], float32: logits over the classes of sequences of one length; and with `layers` [B, T, D, H], float32: the
+        states of all tokens after so many layers."""
+        output = self._pass(sequences, types, states=bool(layers))
+        states = None
+        if layers:
+            states = torch.stack([output.hidden_states[each].float() for each in layers], dim=2)
+        return output.logits.float(), states
+
+    def _pass(self, sequences: list[Any], types: Sequence[Int32Array | None], *, states: bool) -> Any:
+        options: dict[str, Any] = {}
         if self._takes_types and any(each is not None for each in types):
             filled = [
                 np.zeros(len(ids), np.int64) if own is None else own
@@ -91,10 +107,9 @@ class ClassifierModel:
             ]
             options["token_type_ids"] = self._tensor(filled)
         ids_BT = self._tensor(sequences)
-        logits_BC: Tensor = self.model(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), **options
-        ).logits
-        return logits_BC.float()
+        return self.model(
+            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), output_hidden_states=states, **options
+        )
 
     def _tensor(self, rows: Any) -> Tensor:
         return torch.from_numpy(np.stack(rows).astype(np.int64)).to(self.device)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 import transformers
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
-from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.config import BATCH_TOKENS, TeacherConfig
+from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions, require_finite
 from stillhouse.teacher_service.distributions.sampling import sample_token
 from stillhouse.teacher_service.engine import (
     EngineInfo,
     Finish,
+    Float32Array,
     GeneratedChunk,
     GenerateInput,
     LoadedAdapter,
@@ -31,14 +30,12 @@ from stillhouse.teacher_service.engine import (
 from stillhouse.teacher_service.engines.hf import quantization as hf_quantization
 from stillhouse.teacher_service.engines.hf import worker
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
+from stillhouse.teacher_service.engines.hf.base import ModelEngine, batch_tokens, sequence_limit
 from stillhouse.teacher_service.engines.hf.model import HfModel
-from stillhouse.teacher_service.engines.hf.worker import SampleJob, ScoreJob, Worker, take_equal_lengths
+from stillhouse.teacher_service.engines.hf.worker import SampleJob, ScoreJob
 from stillhouse.teacher_service.models import fingerprint
 from stillhouse.teacher_service.models.files import ModelFiles, locate_model
 from stillhouse.teacher_service.models.tokenizer import TextCodec
-
-_CPU_BATCH_TOKENS = 512
-"""Fewer on a CPU, which computes one sequence at a time: a few waiting ones keep it busy."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,43 +47,26 @@ class _SampleState:
     generated: list[int]
 
 
-class HfEngine:
-    """Engine on transformers. One thread owns the model; on a GPU, sequences of one length and adapter share a pass.
+class HfEngine(ModelEngine):
+    """Engine of a language model on transformers; sequences that share a pass have one adapter.
 
-    On a CPU each sequence has its own pass, since kernels sum in an order that depends on the batch. Active samples
-    take turns by one token, each with its own cache, on every device; a model without a cache that can be trusted
-    reads the whole sample for each token.
+    Active samples take turns by one token, each with its own cache, on every device; a model without a cache that can be
+    trusted reads the whole sample for each token.
     """
 
     def __init__(self, config: TeacherConfig, model: HfModel, codec: TextCodec, files: ModelFiles) -> None:
         self._model = model
-        self._config = config
         self._slots = LoraSlots(model.model, max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
         self._seeds = np.random.default_rng(config.seed)
-        self._shares_passes = model.device.type != "cpu"
         self.info = _describe(config, model, codec, files)
-        self._worker = Worker(
-            score=self._score_batch,
-            step=self._generate_token,
-            select_batch=self._select_batch,
-            num_threads=config.num_threads,
-        )
+        super().__init__(config, model.device)
 
     @classmethod
-    async def load(cls, config: TeacherConfig) -> HfEngine:
-        """Loads the model. Raises `StillhouseError` with MODEL_NOT_FOUND or INVALID_CONFIG."""
-        return await asyncio.to_thread(cls._load, config)
-
-    @classmethod
-    def _load(cls, config: TeacherConfig) -> HfEngine:
+    def _load(cls, config: TeacherConfig) -> Self:
         torch.set_num_threads(config.num_threads)
         files = locate_model(config.model, config.revision)
         codec = TextCodec.load(config.model, config.revision)
         return cls(config, HfModel.load(config, files.directory), codec, files)
-
-    async def score(self, item: ScoreInput) -> Distributions:
-        """Computes the distributions of one sequence."""
-        return await self._worker.score(item)
 
     async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """Streams one sample, one token per chunk."""
@@ -110,45 +90,30 @@ class HfEngine:
         """Frees an adapter between two passes of the model."""
         await self._worker.call(partial(self._slots.unload, name))
 
-    async def check(self) -> None:
-        """Raises `StillhouseError` if the thread that owns the model has ended."""
-        if self._worker.death is not None:
-            raise worker.engine_dead(self._worker.death)
+    def _compute_batch(self, batch: list[ScoreJob]) -> None:
+        self._slots.activate(batch[0].item.adapter)
+        # The last token is a target only: its successor is not requested.
+        sequences = [job.item.token_ids[:-1] for job in batch]
+        keep = max(_num_rows(job.item) for job in batch)
+        layers = sorted({each for job in batch for each in job.item.options.hidden_layers})
+        if layers:
+            rows_BTH, states_BTDH = self._model.rows_and_states(sequences, keep, layers)
+        else:
+            rows_BTH, states_BTDH = self._model.last_rows(sequences, keep), None
+        for number, job in enumerate(batch):
+            first, own = keep - _num_rows(job.item), job.item.options.hidden_layers
+            states = None
+            if states_BTDH is not None and own:
+                states = states_BTDH[number][first:, [layers.index(each) for each in own]].cpu().numpy()
+            self._score_one(job, rows_BTH[number, first:], states)
 
-    async def close(self) -> None:
-        """Ends the thread after its current pass."""
-        await asyncio.to_thread(self._worker.close)
-
-    def _select_batch(self, waiting: deque[ScoreJob]) -> list[ScoreJob]:
-        return take_equal_lengths(
-            waiting, (self._config.max_batch_tokens or BATCH_TOKENS) if self._shares_passes else 0
-        )
-
-    def _score_batch(self, batch: list[ScoreJob]) -> None:
-        try:
-            with torch.inference_mode():
-                self._slots.activate(batch[0].item.adapter)
-                # The last token is a target only: its successor is not requested.
-                sequences = [job.item.token_ids[:-1] for job in batch]
-                keep = max(_num_rows(job.item) for job in batch)
-                rows_BTH = self._model.last_rows(sequences, keep)
-                for job, rows_TH in zip(batch, rows_BTH, strict=True):
-                    self._score_one(job, rows_TH[keep - _num_rows(job.item) :])
-        except Exception as error:
-            worker.raise_if_fatal(error)
-            if len(batch) > 1:
-                for job in batch:
-                    if not job.future.done():
-                        self._score_batch([job])
-            else:
-                batch[0].future.set_exception(worker.as_input_error(error))
-
-    def _score_one(self, job: ScoreJob, rows_TH: torch.Tensor) -> None:
+    def _score_one(self, job: ScoreJob, rows_TH: torch.Tensor, states: Float32Array | None) -> None:
         item = job.item
         spec = RowSpec(start=item.start, sequence=item.token_ids, query_token_ids=item.query_token_ids)
         head, vocab_size = self._model.head, self._model.vocab_size
         try:
-            job.future.set_result(distributions(rows_TH, head, spec, item.options, vocab_size=vocab_size))
+            found = distributions(rows_TH, head, spec, item.options, vocab_size=vocab_size)
+            job.future.set_result(replace(found, layer_states=states))
         except StillhouseError as error:
             job.future.set_exception(error)
 
@@ -209,12 +174,6 @@ def _num_rows(item: ScoreInput) -> int:
 
 
 def _describe(config: TeacherConfig, model: HfModel, codec: TextCodec, files: ModelFiles) -> EngineInfo:
-    limit = config.max_sequence_tokens or model.max_sequence_tokens
-    if limit > model.max_sequence_tokens:
-        raise StillhouseError(
-            Reason.INVALID_CONFIG,
-            f"--max-sequence-tokens is {limit}; {config.model} knows {model.max_sequence_tokens} positions. Lower it.",
-        )
     capabilities = {
         teacher_pb2.CAPABILITY_LOG_PARTITIONS,
         teacher_pb2.CAPABILITY_QUERY_LOGPROBS,
@@ -227,6 +186,8 @@ def _describe(config: TeacherConfig, model: HfModel, codec: TextCodec, files: Mo
         capabilities.add(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
     if model.splits:
         capabilities.add(teacher_pb2.CAPABILITY_HIDDEN_STATES)
+    if model.num_layers:
+        capabilities.add(teacher_pb2.CAPABILITY_LAYER_STATES)
     quantization = hf_quantization.method_of(model.model, config.quantization)
     return EngineInfo(
         model=config.model,
@@ -236,7 +197,7 @@ def _describe(config: TeacherConfig, model: HfModel, codec: TextCodec, files: Mo
         ),
         tokenizer_size=min(codec.tokenizer_size, model.vocab_size),
         vocab_size=model.vocab_size,
-        max_sequence_tokens=limit,
+        max_sequence_tokens=sequence_limit(config, model.max_sequence_tokens),
         max_top_k=config.max_top_k,
         max_query_tokens=config.max_query_tokens,
         capabilities=frozenset(capabilities),
@@ -245,8 +206,8 @@ def _describe(config: TeacherConfig, model: HfModel, codec: TextCodec, files: Mo
         quantization=quantization,
         eos_token_ids=codec.eos_token_ids,
         max_adapters=config.max_adapters,
-        batch_tokens=config.max_batch_tokens or BATCH_TOKENS
-        if model.device.type != "cpu"
-        else _CPU_BATCH_TOKENS,
+        batch_tokens=batch_tokens(config, model.device),
         max_running_samples=worker.MAX_ACTIVE_SAMPLES,
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from stillhouse.protos.library_errors import reported_as
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Int32Array
 from stillhouse.teacher_service.engines.hf import quantization
+from stillhouse.teacher_service.engines.hf.layer_states import layer_sizes
 from stillhouse.teacher_service.engines.hf.loading import load_causal_lm, require_causal
 from stillhouse.teacher_service.engines.hf.sample_cache import SampleCache, cache_name
 from stillhouse.teacher_service.models.files import is_quantised
@@ -37,6 +39,11 @@ class HfModel:
             self.vocab_size = int(logits.shape[-1])
             self.splits = self._head_explains(probe, logits)
             """True if logits are the output layer over the last hidden states; false for scaled or capped logits."""
+        self.num_layers, self.hidden_size = layer_sizes(
+            model.config.get_text_config(),
+            lambda: self._pass([np.arange(4) % self.vocab_size], 4, None, states=True),
+        )
+        """Layers whose states it gives, and their units; 0 if it gives none."""
         self.cache_name = cache_name(model, self._logits)
         """Name of the cache that generation uses; empty if each token needs a pass over all before it."""
 
@@ -105,17 +112,38 @@ class HfModel:
 
         With a cache, the tokens continue those already in it. Where `splits` is false, H is the vocabulary.
         """
-        ids_BT = torch.from_numpy(np.stack(sequences).astype(np.int64)).to(self.device)
-        options: dict[str, Any] = {"use_cache": False} if cache is None else cache.options()
-        if self.splits:
-            output = self.model.base_model(ids_BT, **options)
-            rows_BTH: Tensor = output.last_hidden_state
-        else:
-            output = self.model(ids_BT, logits_to_keep=keep, **options)
-            rows_BTH = output.logits
+        output = self._pass(sequences, keep, cache)
         if cache is not None:
             cache.keep(output)
-        return rows_BTH[:, -keep:]
+        return self._rows(output, keep)
+
+    def rows_and_states(
+        self, sequences: list[Int32Array], keep: int, layers: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of `last_rows`, and [B, keep, D, H], float32: states of the same tokens after `layers` layers."""
+        output = self._pass(sequences, keep, None, states=True)
+        rows_BTH = self._rows(output, keep)
+        # The rows are what the output layer reads.
+        last = rows_BTH if self.splits else output.hidden_states[-1][:, -keep:]
+        states = [
+            last if each == self.num_layers else output.hidden_states[each][:, -keep:] for each in layers
+        ]
+        return rows_BTH, torch.stack([each.float() for each in states], dim=2)
+
+    def _pass(
+        self, sequences: list[Any], keep: int, cache: SampleCache | None, *, states: bool = False
+    ) -> Any:
+        ids_BT = torch.from_numpy(np.stack(sequences).astype(np.int64)).to(self.device)
+        options: dict[str, Any] = {"use_cache": False} if cache is None else cache.options()
+        if states:
+            options["output_hidden_states"] = True
+        if self.splits:
+            return self.model.base_model(ids_BT, **options)
+        return self.model(ids_BT, logits_to_keep=keep, **options)
+
+    def _rows(self, output: Any, keep: int) -> Tensor:
+        rows: Tensor = output.last_hidden_state if self.splits else output.logits
+        return rows[:, -keep:]
 
     def head(self, rows_TH: Tensor) -> Tensor:
         """[T, V]: logits of rows from `last_rows`."""

@@ -128,6 +128,7 @@ class VllmEngine:
                 engine=f"{info.engine} (tier {tier.name})",
                 capabilities=info.capabilities | tier.capabilities,
                 max_query_tokens=tier.max_query_tokens,
+                **_state_sizes(llm, tier),
             )
             engine = cls(llm, info, adapters, tier=tier, processes=processes, guard=guard)
             await engine._warm_up()
@@ -268,6 +269,17 @@ def _stop(llm: Any, processes: Sequence[psutil.Process], guard: OrphanGuard | No
     kill_all(processes)
     if guard is not None:
         guard.release()
+
+
+def _state_sizes(llm: Any, tier: PublicTier) -> dict[str, int]:
+    """Layers and units of the hidden states, of which the tier worker gives the last one; empty where a tier gives none."""
+    if teacher_pb2.CAPABILITY_HIDDEN_STATES not in tier.capabilities:
+        return {}
+    model = llm.model_config
+    return {
+        "num_layers": int(model.hf_text_config.num_hidden_layers),
+        "hidden_size": int(model.get_hidden_size()),
+    }
 
 
 def _is_vllm(process: psutil.Process) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.rpc.pool.service_pool import Call
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    ClassDistribution,
     DistributionConfig,
     ScoreRequest,
     ScoreResult,
@@ -17,6 +18,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.tensors.classes import decode_classes
 from stillhouse.protos.tensors.distributions import Distributions, decode_distributions, encode
+from stillhouse.student_trainer.train.batching.collate import sent_states
 from stillhouse.student_trainer.train.teacher.endpoints import Endpoint
 from stillhouse.student_trainer.train.teacher.query import TeacherQuery
 from stillhouse.student_trainer.train.teacher.streams.teacher_stream import TeacherStream
@@ -38,13 +40,17 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
     def _serve(self, endpoint: Endpoint, call: Call[TeacherQuery, Distributions]) -> None:
         """Keeps one stream open until it breaks or ends; half an answer is dropped with it."""
         parts: dict[int, list[Distributions]] = {}
+        classes: dict[int, list[ClassDistribution]] = {}
         with endpoint.errors():
             stream = endpoint.stub().Score(self._requests(call))
             call.on_cancel(stream.cancel)
             try:
                 for response in stream:
                     for result in response.results:
-                        self._accept(call, result, parts)
+                        if self._config.classes:
+                            self._accept_classes(call, result, classes)
+                        else:
+                            self._accept(call, result, parts)
             finally:
                 stream.cancel()
 
@@ -83,11 +89,6 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         if result.HasField("error"):
             self._refuse(call, sequence_id, asked.place, from_status(result.error))
             return
-        if self._config.classes:
-            num_classes, num_tokens = len(self._teacher.info.class_names), len(asked.token_ids)
-            row = decode_classes(result.classes, num_classes=num_classes, num_tokens=num_tokens)
-            call.answer(sequence_id, row)
-            return
         part = decode_distributions(
             result.distributions,
             vocab_size=self._teacher.info.vocab_size,
@@ -98,7 +99,52 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
             parts.setdefault(sequence_id, []).append(part)
             return
         whole = Distributions.concat([*parts.pop(sequence_id, []), part])
+        self._check_states(sent_states(whole), asked)
         call.answer(sequence_id, _checked(whole, asked))
+
+    def _check_states(self, states: NDArray[np.float32] | None, asked: TeacherQuery) -> None:
+        """Raises StillhouseError(TENSOR_INVALID) unless all hidden states came that were asked for."""
+        number, width = (
+            len(self._config.hidden_layers) or int(self._config.hidden_states),
+            self._teacher.info.hidden_size,
+        )
+        found = None if states is None else states.shape[-2:]
+        if number and found != (number, width):
+            raise StillhouseError(
+                Reason.TENSOR_INVALID,
+                f"The teacher answered hidden states of {found} for {asked.place}; {(number, width)} were asked for. Bring both "
+                "sides to the same version of Stillhouse.",
+            )
+
+    def _accept_classes(
+        self,
+        call: Call[TeacherQuery, Distributions],
+        result: ScoreResult,
+        parts: dict[int, list[ClassDistribution]],
+    ) -> None:
+        """Takes in one part of a class row; `parts` holds the earlier ones of this stream."""
+        sequence_id = result.sequence_id
+        asked = call.item(sequence_id)
+        if asked is None:
+            return
+        if result.HasField("error"):
+            self._refuse(call, sequence_id, asked.place, from_status(result.error))
+            return
+        found = parts.setdefault(sequence_id, [])
+        found.append(result.classes)
+        num_tokens = len(asked.token_ids)
+        if not result.last and len(found) <= num_tokens:  # each further part has a token at least
+            return
+        del parts[sequence_id]
+        info = self._teacher.info
+        row = decode_classes(
+            found,
+            num_classes=len(info.class_names),
+            num_tokens=num_tokens,
+            num_layers=len(self._config.hidden_layers),
+        )
+        self._check_states(row.layer_states, asked)
+        call.answer(sequence_id, row)
 
 
 def _checked(answer: Distributions, asked: TeacherQuery) -> Distributions:

@@ -29,7 +29,7 @@ class Encoders:
 
     teacher: Path
     student: Path
-    """A classifier whose classes stand in another order."""
+    """A narrower classifier whose classes stand in another order."""
     headless: Path
     rows: Path
     """64 rows with `text` and, in every third, `text_pair`, and `label`."""
@@ -49,6 +49,7 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> Encoders:
         root / "student",
         tokenizer_dir=words,
         class_names=NAMES[::-1],
+        hidden_size=16,
         num_layers=1,
         seed=2,
         initializer_range=0.2,

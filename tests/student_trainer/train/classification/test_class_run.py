@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
+from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS
 from tests.student_trainer.train.classification.conftest import NAMES, Encoders, class_spec, made_rows
 from tests.student_trainer.train.runs import (
     assert_same_end,
@@ -27,55 +29,98 @@ pytestmark = pytest.mark.model
 Run = Callable[..., RunDir]
 
 
-def dense_logits(directory: Path, rows: list[dict[str, Any]]) -> torch.Tensor:
-    """[B, C] in float64, in the order of NAMES, each row by itself."""
+def dense(
+    directory: Path, rows: list[dict[str, Any]], keep: Sequence[int] = ()
+) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """Logits [B, C] in float64, in the order of NAMES, and the states [T, H] after each layer, each row by itself."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(directory).double().eval()
+    layers = model.bert.encoder.layer
+    if keep:
+        model.bert.encoder.layer = layers = torch.nn.ModuleList([layers[each] for each in keep])
+    states: list[list[torch.Tensor]] = []
+    for each in layers:
+        each.register_forward_hook(
+            lambda _, __, output: states[-1].append(output[0] if output.ndim == 3 else output)
+        )
     tokenizer = AutoTokenizer.from_pretrained(directory)
     order = [model.config.label2id[name] for name in NAMES]
     found = []
     with torch.no_grad():
         for row in rows:
+            states.append([])
             encoded = tokenizer(row["text"], row.get("text_pair"), return_tensors="pt")
             types = torch.tensor([encoded.encodings[0].type_ids])
             found.append(model(input_ids=encoded["input_ids"], token_type_ids=types).logits[0, order])
-    return torch.stack(found)
+    return torch.stack(found), states
 
 
 def test_a_student_that_is_its_teacher_has_loss_zero(
     run: Run, encoders: Encoders, class_teacher: Program
 ) -> None:
     run_dir = run(
-        class_spec(encoders.teacher, encoders.rows, class_teacher.target, optimizer={"learning_rate": 1e-12})
+        class_spec(
+            encoders.teacher,
+            encoders.rows,
+            class_teacher.target,
+            optimizer={"learning_rate": 1e-12},
+            loss={"hidden_mse": {"weight": 1.0}},
+        )
     )
+    assert max(metric(run_dir, "train/hidden_mse").values()) < 1e-9
     assert max(map(abs, metric(run_dir, "train/loss").values())) < 1e-5
     assert abs(metric(run_dir, "eval/kl")[0]) < 1e-5
     assert metric(run_dir, "eval/agreement")[0] == 1
     assert metric(run_dir, "eval/accuracy")[0] == metric(run_dir, "eval/teacher_accuracy")[0]
 
 
+@pytest.mark.parametrize("is_copy", [False, True])
 def test_the_served_loss_is_that_of_a_local_teacher(
-    run: Run, encoders: Encoders, class_teacher: Program
+    run: Run, encoders: Encoders, class_teacher: Program, *, is_copy: bool
 ) -> None:
-    """Padded batches, pairs of texts, and classes in another order than the teacher's."""
-    rows = made_rows(64)
+    """Padded batches, pairs of texts, classes in another order than the teacher's, a narrower student or a cut copy."""
+    rows, keep = made_rows(64), [0] if is_copy else []
+    model = encoders.teacher if is_copy else encoders.student
+    pairs = [(1, 1), (2, 1)]
     run_dir = run(
         class_spec(
             encoders.student,
             encoders.rows,
             class_teacher.target,
+            student={"model": str(model), "keep_layers": keep},
             data={"eval_fraction": 0.0},
             optimizer={"learning_rate": 1e-12, "batch_size": 64, "epochs": 1.0},
-            loss={"temperature": 2.0, "hard_weight": 0.2, "terms": [{"weight": 0.8}]},
+            loss={
+                "temperature": 2.0,
+                "hard_weight": 0.2,
+                "terms": [{"weight": 0.8}],
+                "hidden_mse": {
+                    "weight": 0.5,
+                    "layers": [{"teacher": one, "student": other} for one, other in pairs],
+                },
+            },
         )
     )
-    teacher, student = dense_logits(encoders.teacher, rows), dense_logits(encoders.student, rows)
+    (teacher, theirs), (student, ours) = dense(encoders.teacher, rows), dense(model, rows, keep)
     log_p, log_q = (teacher / 2).log_softmax(-1), (student / 2).log_softmax(-1)
     soft = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
     labels = torch.tensor([NAMES.index(each["label"]) for each in rows])
     hard = torch.nn.functional.cross_entropy(student, labels).item()
-    assert metric(run_dir, "train/loss")[1] == pytest.approx(0.8 * 4 * soft + 0.2 * hard, abs=1e-5)
+    matrices = {}
+    if not is_copy:
+        matrices = load_file(run_dir.checkpoint_path(max(run_dir.checkpoints())) / PROJECTIONS)
+    hidden = 0.0
+    for one, other in pairs:
+        matrix = matrices[f"student_{other}_teacher_{one}"].double().T if matrices else torch.eye(32).double()
+        hidden += sum(
+            (mine[other - 1] @ matrix - wanted[one - 1]).square().mean().item()
+            for mine, wanted in zip(ours, theirs, strict=True)
+        ) / (len(rows) * len(pairs))
+    assert metric(run_dir, "train/hidden_mse")[1] == pytest.approx(hidden, rel=1e-5)
+    assert metric(run_dir, "train/loss")[1] == pytest.approx(
+        0.8 * 4 * soft + 0.2 * hard + 0.5 * hidden, abs=1e-5
+    )
     assert metric(run_dir, "train/forward_kl")[1] == pytest.approx(soft, abs=1e-5)
     assert metric(run_dir, "train/cross_entropy")[1] == pytest.approx(hard, abs=1e-5)
 

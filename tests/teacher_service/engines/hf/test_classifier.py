@@ -57,7 +57,7 @@ def ask(
     assert result.last
     if result.HasField("error"):
         raise from_status(result.error)
-    row = decode_classes(result.classes, num_classes=len(NAMES), num_tokens=len(ids))
+    row = decode_classes([result.classes], num_classes=len(NAMES), num_tokens=len(ids))
     logprobs: np.ndarray = row.logprobs[0]
     return logprobs
 

@@ -17,7 +17,7 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
-from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.config import BATCH_TOKENS, TeacherConfig
 from stillhouse.teacher_service.engine import DistributionOptions, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.hf.engine import HfEngine
 from stillhouse.teacher_service.engines.hf.worker import MAX_ACTIVE_SAMPLES, MAX_UNREAD_CHUNKS, ScoreJob
@@ -96,7 +96,7 @@ async def test_sequences_of_one_length_and_adapter_can_share_a_pass(models: Mode
             sizes.append(len(batch))
             return batch
 
-        engine._shares_passes = True
+        engine._shared_tokens = BATCH_TOKENS
         engine._worker._select_batch = counted
         async with paused(engine):
             scoring = asyncio.gather(*(engine.score(each) for each in asked))
