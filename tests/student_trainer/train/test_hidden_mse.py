@@ -166,10 +166,10 @@ def test_projections_learn_and_resume_to_the_same_bits(
         models.student,
         dataset_file,
         hf_teacher.target,
-        loss={"terms": [{"weight": 0}], "hidden_mse": WIDER},
+        loss={"terms": [{"weight": 0}], "hidden_mse": {**WIDER, "normalise": True}},
         checkpoint={"every_steps": 2},
     )
-    spec["optimizer"]["learning_rate"] = 1e-2
+    spec["optimizer"] |= {"learning_rate": 1e-2, "epochs": 2.0}
     whole = run(spec)
     hidden = metric(whole, "train/hidden_mse")
     assert hidden[max(hidden)] < 0.9 * hidden[1]
@@ -193,7 +193,8 @@ def test_a_layer_that_the_teacher_lacks_is_refused(
     spec = spec_of(models.student, dataset_file, hf_teacher.target, loss={"hidden_mse": hidden})
     told = failure(run(spec, code=EXIT_FAILED))
     assert (
-        "loss.hidden_mse.layers[0].teacher is 3; the teacher has 2 layers, so give a number in [0, 2]" in told
+        "loss.hidden_mse.layers[0].teacher: is 3; the teacher has 2 layers, so give a number in [0, 2]"
+        in told
     )
 
 

@@ -207,6 +207,7 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
         },
         teacher_pb2.CAPABILITY_ENTROPY: {"entropy": True},
         teacher_pb2.CAPABILITY_HIDDEN_STATES: {"hidden_states": True},
+        teacher_pb2.CAPABILITY_LAYER_STATES: {"hidden_layers": [0, 2]},
     }
     for capability, fields in asked.items():
         if capability not in teacher.info.capabilities:
@@ -230,6 +231,10 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
             assert np.abs(answer.sampled_logprobs - drawn).max() < 1e-4
         if answer.hidden_states is not None:
             assert answer.hidden_states.shape == (20, 64)
+            last = answer.hidden_states
+        if answer.layer_states is not None:
+            assert answer.layer_states.shape == (20, 2, 64)
+            np.testing.assert_array_equal(answer.layer_states[:, 1], last)
 
 
 def test_query_logprobs_are_right_or_refused_by_name(teacher: Teacher, models: Models) -> None:

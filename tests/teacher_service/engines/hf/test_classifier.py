@@ -76,7 +76,8 @@ def test_info_names_classes_and_types(classifier: Teacher) -> None:
     info = classifier.info
     assert tuple(info.class_names) == NAMES
     assert (info.num_classes, info.num_token_types, info.max_sequence_tokens) == (3, 2, 48)
-    assert list(info.capabilities) == [teacher_pb2.CAPABILITY_CLASSES]
+    assert list(info.capabilities) == [teacher_pb2.CAPABILITY_CLASSES, teacher_pb2.CAPABILITY_LAYER_STATES]
+    assert (info.num_layers, info.hidden_size) == (2, 32)
 
 
 @pytest.mark.parametrize("length", [2, 7, 48])
@@ -122,3 +123,8 @@ def test_requests_of_text_are_refused_by_name(classifier: Teacher) -> None:
     call = classifier.stub.Score(iter([teacher_pb2.ScoreRequest(config=both)]))
     with pytest.raises(grpc.RpcError, match="top_k is requested too"):
         list(call)
+    for layers in ([3], [1, 1], [-1]):
+        asked = teacher_pb2.DistributionConfig(classes=True, hidden_layers=layers)
+        call = classifier.stub.Score(iter([teacher_pb2.ScoreRequest(config=asked)]))
+        with pytest.raises(grpc.RpcError, match=r"Give ascending numbers in \[0, 2\]"):
+            list(call)
