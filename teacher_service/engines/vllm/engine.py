@@ -271,7 +271,7 @@ def _stop(llm: Any, processes: Sequence[psutil.Process], guard: OrphanGuard | No
         guard.release()
 
 
-def _state_sizes(llm: Any, tier: PublicTier) -> dict[str, int]:
+def _state_sizes(llm: Any, tier: PublicTier) -> dict[str, Any]:
     """Layers and units of the hidden states, of which the tier worker gives the last one; empty where a tier gives none."""
     if teacher_pb2.CAPABILITY_HIDDEN_STATES not in tier.capabilities:
         return {}
