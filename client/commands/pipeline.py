@@ -36,6 +36,9 @@ class _View:
         else:
             self._session.say(_line(stage, record, note))
 
+    def note(self, sentence: str) -> None:
+        self._session.note(sentence)
+
     def follow(self, run: RunHandle) -> None:
         from stillhouse.client.commands.run.control import follow
         from stillhouse.client.core.errors import ExitCode
@@ -104,7 +107,7 @@ def watch(session: Session, *, file: Path) -> int:
     loaded = load_pipeline(file)
     shown: dict[str, tuple[str, str]] = {}
     while True:
-        state = PipelineState(loaded.work)
+        state = PipelineState(loaded.work, loaded.path)
         is_running = state.is_running  # before the file is read, whose last change comes before the end
         state.load()
         for stage in loaded.stages:
@@ -125,7 +128,7 @@ def watch(session: Session, *, file: Path) -> int:
 def _show(session: Session, loaded: Pipeline) -> None:
     from stillhouse.client.pipeline.state import PipelineState
 
-    state = PipelineState(loaded.work).load()
+    state = PipelineState(loaded.work, loaded.path).load()
     if session.as_json:
         stages = [_as_json(each, state.record(each.id)) for each in loaded.stages]
         session.emit({"name": loaded.name, "running": state.is_running, "stages": stages})

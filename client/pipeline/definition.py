@@ -116,7 +116,7 @@ class _FileReader:
         """Variable of `for_each` by stage; empty without one."""
 
     def read(self, text: str) -> Pipeline:
-        root = self.yaml.compose(text)
+        root = self.yaml.compose(text, needs="a pipeline needs stages, each with a name and what it does")
         if root is not None:
             for node, sentence in node_problems(root):
                 self.problem(node, "", sentence)

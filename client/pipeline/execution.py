@@ -17,23 +17,20 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from stillhouse.client.core.errors import ExitCode, usage_error
-from stillhouse.client.pipeline.definition import Pipeline, Stage
-from stillhouse.client.pipeline.resolution import (
-    Resolved,
-    argv,
-    content_hash,
-    fingerprint,
-    resolved,
-)
+from stillhouse.client.pipeline.content import content_hash
+from stillhouse.client.pipeline.definition import RUN_KINDS, Pipeline, Stage
+from stillhouse.client.pipeline.resolution import Resolved, argv, fingerprint, resolved
 from stillhouse.client.pipeline.run_file import stage_run
 from stillhouse.client.pipeline.state import PipelineState, StageRecord, StageState
-from stillhouse.client.trainer.run_handle import RunHandle
+from stillhouse.client.trainer.run_handle import ENDED, RunHandle
 from stillhouse.client.trainer.trainer import Trainer
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.locks import try_lock
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
 CLIENT = (sys.executable, "-m", "stillhouse.client")
+CONTINUED = ("generate", *RUN_KINDS)
+"""Stages that go on from what their last try has left in their outputs."""
 STOP_GRACE_S = 20.0
 """Time that an interrupted command has to end by itself."""
 
@@ -43,6 +40,9 @@ class View(Protocol):
 
     def stage(self, stage: Stage, record: StageRecord, note: str) -> None:
         """Shows a stage whose state has changed, or what it does."""
+
+    def note(self, sentence: str) -> None:
+        """Shows a sentence beside the stages."""
 
     def follow(self, run: RunHandle) -> None:
         """Shows a run until it ends."""
@@ -61,15 +61,16 @@ def run_pipeline(
 ) -> PipelineState:
     """Runs every stage that is not done, and returns the state at the end.
 
-    A stage is done while what it does, and the content of its inputs and outputs, are those of its last try. `trainer`
-    connects on first use; `shared_options` are added to each command of the client.
+    A stage is done while what it does, and the content of its inputs and outputs, are those of its last try. The run of a
+    stage that does something else by now is stopped. `trainer` connects on first use; `shared_options` are added to each
+    command of the client.
 
     Raises:
         StageError: A stage failed.
         StillhouseError: Another process runs this pipeline, or an input is missing.
     """
     pipeline.work.mkdir(parents=True, exist_ok=True)
-    state = PipelineState(pipeline.work)
+    state = PipelineState(pipeline.work, pipeline.path)
     lock = try_lock(state.lock_path)
     if lock is None:
         raise usage_error(
@@ -77,7 +78,7 @@ def run_pipeline(
         )
     with lock:
         state.load()  # behind the lock: its last holder may just have ended
-        _forget_unknown(pipeline, state)
+        _forget_unknown(pipeline, state, trainer, view)
         for stage in pipeline.stages:
             _Execution(
                 pipeline=pipeline,
@@ -92,11 +93,35 @@ def run_pipeline(
     return state
 
 
-def _forget_unknown(pipeline: Pipeline, state: PipelineState) -> None:
+def _forget_unknown(
+    pipeline: Pipeline, state: PipelineState, trainer: Callable[[], Trainer], view: View
+) -> None:
     """Drops records of stages that the file no longer has."""
     known = {each.id for each in pipeline.stages}
+    for name, record in state.records.items():
+        if name not in known:
+            _stop_run(name, record, trainer, view)
     state.records = {name: each for name, each in state.records.items() if name in known}
     state.save()
+
+
+def _stop_run(stage_id: str, record: StageRecord, trainer: Callable[[], Trainer], view: View) -> None:
+    """Stops the run of a record that is given up, so that it does not train on with nobody who waits for it."""
+    if not record.run or record.state is StageState.DONE:
+        return
+    handle = RunHandle(trainer(), f"runs/{record.run}")
+    try:
+        if handle.get().state in ENDED:
+            return
+        handle.stop()
+    except StillhouseError as error:
+        if error.reason not in (Reason.RUN_NOT_FOUND, Reason.RUN_STATE):
+            raise
+        return
+    view.note(
+        f"stage {stage_id} has changed: its former run {handle.id} is stopped. `stillhouse run resume {handle.id}` takes "
+        f"it up, `stillhouse run delete {handle.id}` removes it."
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -139,9 +164,14 @@ class _Execution:
     def _begin(self, resolution: Resolved, mark: str) -> None:
         """Marks the stage as running; one that does something else than in its last try starts from nothing."""
         is_same = mark == self.record.fingerprint
-        if not is_same or self.record.state is StageState.DONE:
+        is_new = not is_same or self.record.state is StageState.DONE
+        if is_new or self.stage.kind not in CONTINUED:
+            # What a failed try has left must not count as what this one makes.
             for path in resolution.outputs.values():
                 _remove(path)
+        if is_new:
+            if not is_same:
+                _stop_run(self.stage.id, self.record, self.trainer, self.view)
             made = self.record
             self.record = self.state.records[self.stage.id] = StageRecord(fingerprint=mark)
             if is_same:  # a run that has ended is not trained again for a file that is lost here

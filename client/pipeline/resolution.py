@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 import yaml
 
-from stillhouse.client.core.errors import file_errors, usage_error
+from stillhouse.client.core.errors import usage_error
+from stillhouse.client.pipeline.content import content_hash
 from stillhouse.client.pipeline.definition import COMMAND_KINDS, Pipeline, Stage
 from stillhouse.client.pipeline.references import Reference, substituted
 from stillhouse.client.pipeline.state import PipelineState
 from stillhouse.client.runfile.load import RunFile
 from stillhouse.client.trainer.trainer import local_datasets
 from stillhouse.protos.rows.reading.source import files_of
-
-CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,21 +141,4 @@ def fingerprint(resolution: Resolved, run: RunFile | None) -> str:
         for _, local in local_datasets(run):
             for path in files_of(local):
                 digest.update(content_hash(path).encode())
-    return digest.hexdigest()
-
-
-def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of the names and files of a folder."""
-    digest = hashlib.sha256()
-    with file_errors("read", path):
-        if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders.sort()
-                for name in sorted(names):
-                    file = Path(folder) / name
-                    digest.update(os.fsencode(f"{file.relative_to(path)} {content_hash(file)}"))
-        else:
-            with path.open("rb") as opened:
-                while chunk := opened.read(CHUNK_BYTES):
-                    digest.update(chunk)
     return digest.hexdigest()

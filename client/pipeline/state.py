@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
@@ -51,8 +52,10 @@ class StageRecord:
 class PipelineState:
     """The records of all stages, by stage id."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, file: Path) -> None:
+        """`work` is the work folder of the pipeline in `file`."""
         self.path = work / STATE_FILE
+        self.file = file
         self.records: dict[str, StageRecord] = {}
 
     @property
@@ -70,20 +73,34 @@ class PipelineState:
         return self.records.setdefault(stage_id, StageRecord())
 
     def load(self) -> PipelineState:
-        """Reads the file, if there is one; returns itself."""
+        """Reads the file, if there is one; returns itself. Raises StillhouseError for the state of another pipeline file."""
+        with file_errors("read", self.path):
+            content = self.path.read_bytes() if self.path.exists() else b""
+        if not content:
+            self.records = {}
+            return self
         try:
-            with file_errors("read", self.path):
-                content = self.path.read_bytes() if self.path.exists() else b""
-            self.records = _records(json.loads(content)) if content else {}
+            document = json.loads(content)
+            self.records = _records(document)
+            other = Path(self.path.parent, document.get("file", ""))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise usage_error(
                 f"{self.path} is no state of a pipeline ({error}); move it away to start from the first stage."
             ) from error
+        # A file that has another name by now is still the same pipeline; one that stands beside this is not.
+        if other.is_file() and self.file.exists() and not other.samefile(self.file):
+            raise usage_error(
+                f"{self.path.parent} holds the stages of {other.resolve()}; give {self.file} another `work` folder."
+            )
         return self
 
     def save(self) -> None:
         """Writes the file."""
-        document = {"format": FORMAT, "stages": {name: asdict(each) for name, each in self.records.items()}}
+        document = {
+            "format": FORMAT,
+            "file": os.path.relpath(self.file.resolve(), self.path.parent.resolve()),
+            "stages": {name: asdict(each) for name, each in self.records.items()},
+        }
         with file_errors("write", self.path):
             write_atomic(self.path, (json.dumps(document, indent=1) + "\n").encode())
 

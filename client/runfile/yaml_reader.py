@@ -32,8 +32,10 @@ class RunFileReader:
         self.override: SourceLocation | None = None
         """Location of all nodes while an override is read."""
 
-    def compose(self, text: str) -> yaml.Node | None:
-        """The tree of `text`; None, with a problem, where it is empty or no YAML."""
+    def compose(
+        self, text: str, *, needs: str = "a run needs student, teachers and data"
+    ) -> yaml.Node | None:
+        """The tree of `text`; None, with a problem, where it is empty, with what it `needs`, or no YAML."""
         location = self.source_map.root
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -50,7 +52,7 @@ class RunFileReader:
         else:
             if root is not None and not is_null(root):
                 return root
-            sentence = "the file is empty; a run needs student, teachers and data."
+            sentence = f"the file is empty; {needs}."
         self.problems.append(Problem(location=location, path="", sentence=sentence))
         return None
 

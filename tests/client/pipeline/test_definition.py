@@ -68,7 +68,7 @@ def test_a_stage_stands_for_each_value_of_its_variable(tmp_path: Path) -> None:
 
 def test_options_become_the_command_of_the_client(tmp_path: Path) -> None:
     pipeline = load_pipeline(written(tmp_path, CATEGORIES))
-    state = PipelineState(pipeline.work)
+    state = PipelineState(pipeline.work, pipeline.path)
     work = tmp_path / "recipe.work"
     assert argv(resolved(pipeline, pipeline.stages[1], state)) == [
         "generate",
@@ -89,7 +89,7 @@ def test_options_become_the_command_of_the_client(tmp_path: Path) -> None:
 
 def test_a_reference_to_several_values_becomes_as_many_items(tmp_path: Path) -> None:
     pipeline = load_pipeline(written(tmp_path, CATEGORIES))
-    state = PipelineState(pipeline.work)
+    state = PipelineState(pipeline.work, pipeline.path)
     work = tmp_path / "recipe.work"
     everything = argv(resolved(pipeline, pipeline.stages[4], state))
     assert everything == [
@@ -144,6 +144,10 @@ def test_every_problem_is_reported_with_its_line(tmp_path: Path) -> None:
         "has cache and distil; a stage has one of",
     ):
         assert part in text, part
+
+
+def test_an_empty_file_is_told_what_a_pipeline_needs(tmp_path: Path) -> None:
+    assert "a pipeline needs stages" in problems(tmp_path, "# nothing\n")
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_options_are_passed_as_they_are_written(tmp_path: Path) -> None:
         "stages:\n  - {name: a, mix: {files: [70:30, a, b], seed: 007, note: 2024-13-45, 1: x}}\n"
     )
     pipeline = load_pipeline(path)
-    resolution = resolved(pipeline, pipeline.stages[0], PipelineState(pipeline.work))
+    resolution = resolved(pipeline, pipeline.stages[0], PipelineState(pipeline.work, pipeline.path))
     options = ["--seed=007", "--note=2024-13-45", "-1", "x"]
     assert argv(resolution) == ["data", "mix", *options, "--", "70:30", "a", "b"]
     assert fingerprint(resolution, None)
@@ -227,7 +231,7 @@ def test_a_run_has_another_mark_after_a_change_of_its_data(tmp_path: Path) -> No
 
     def mark() -> str:
         pipeline = load_pipeline(path)
-        resolution = resolved(pipeline, pipeline.stages[0], PipelineState(pipeline.work))
+        resolution = resolved(pipeline, pipeline.stages[0], PipelineState(pipeline.work, pipeline.path))
         return fingerprint(resolution, stage_run(resolution, pipeline))
 
     marks = []

@@ -8,14 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from stillhouse.client.pipeline.state import PipelineState
+from stillhouse.client.pipeline.content import content_hash
+from stillhouse.client.pipeline.definition import Stage, load_pipeline
+from stillhouse.client.pipeline.execution import StageError, run_pipeline
+from stillhouse.client.pipeline.state import PipelineState, StageRecord
+from stillhouse.client.trainer.run_handle import ENDED, RunHandle
+from stillhouse.client.trainer.trainer import Trainer
 from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from tests.student_trainer.runs.api.caller import model_of_no_kind
+from tests.support.programs import Program
 
 CLIENT = (sys.executable, "-m", "stillhouse.client")
 
@@ -168,4 +177,104 @@ def test_a_state_of_another_kind_is_refused(tmp_path: Path) -> None:
     ):
         (tmp_path / "pipeline.json").write_text(content)
         with pytest.raises(StillhouseError, match="is no state of a pipeline"):
-            PipelineState(tmp_path).load()
+            PipelineState(tmp_path, tmp_path / "recipe.yaml").load()
+
+
+class Seen:
+    """A view that leaves a run as soon as it has begun."""
+
+    def __init__(self) -> None:
+        self.runs: list[RunHandle] = []
+        self.notes: list[str] = []
+
+    def stage(self, stage: Stage, record: StageRecord, note: str) -> None:
+        pass
+
+    def note(self, sentence: str) -> None:
+        self.notes.append(sentence)
+
+    def follow(self, run: RunHandle) -> None:
+        self.runs.append(run)
+        raise KeyboardInterrupt
+
+
+def run_here(path: Path, trainer: Callable[[], Trainer] = Trainer) -> Seen:
+    """Runs a pipeline in this process, until its first run has begun."""
+    seen = Seen()
+    with suppress(KeyboardInterrupt):
+        run_pipeline(load_pipeline(path), trainer=trainer, shared_options=(), view=seen)
+    return seen
+
+
+def test_what_a_failed_try_has_left_is_not_what_the_next_one_makes(tmp_path: Path) -> None:
+    script = 'test -e "$1.tried" || { echo half > "$1"; touch "$1.tried"; exit 1; }'
+    text = (
+        f"stages:\n  - {{name: a, outputs: {{x: x}}, command: [sh, -c, '{script}', sh, '${{outputs.x}}']}}\n"
+    )
+    path = recipe(tmp_path, text)
+    with pytest.raises(StageError, match="exit code 1"):
+        run_here(path)
+    with pytest.raises(StageError, match="ended without its output x"):
+        run_here(path)
+
+
+def test_two_files_do_not_share_a_work_folder(tmp_path: Path) -> None:
+    text = "work: w\nstages:\n  - {name: a, command: ['true']}\n"
+    path = recipe(tmp_path, text)
+    run_here(path)
+    other = path.with_name("other.yaml")
+    other.write_text(text)
+    for command in ("run", "show"):
+        refused = run(other, command=command)
+        assert refused.returncode == 2
+        assert f"holds the stages of {path}; give {other} another `work` folder" in refused.stderr
+    path.unlink()  # as if it had been renamed
+    run_here(other)
+
+
+def test_links_in_a_folder_are_read(tmp_path: Path) -> None:
+    folder, linked = tmp_path / "folder", tmp_path / "linked"
+    for each in (folder, linked):
+        each.mkdir()
+    (folder / "link").symlink_to(linked)
+    (linked / "rows").write_text("a")
+    before = content_hash(folder)
+    (linked / "rows").write_text("b")
+    assert content_hash(folder) != before
+    (linked / "up").symlink_to(folder)
+    with pytest.raises(StillhouseError, match="a link to a folder that it lies in"):
+        content_hash(folder)
+    (linked / "up").unlink()
+    os.mkfifo(linked / "pipe")
+    with pytest.raises(StillhouseError, match="neither a file nor a folder"):
+        content_hash(folder)
+
+
+def test_the_run_of_a_former_text_is_stopped(tmp_path: Path, trainer_service: Callable[..., Program]) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 8)
+    text = f"""
+stages:
+  - name: a
+    distil:
+      student: {{model: "{model_of_no_kind(tmp_path)}"}}
+      data: {{train: [{{path: rows.jsonl}}]}}
+      loss: {{terms: [{{weight: 0}}], hard_weight: 1}}
+      optimizer: {{max_steps: 1}}
+"""
+    path = recipe(tmp_path, text)
+    with Trainer(trainer_service("--stop-grace-s", "1").target) as trainer:
+        runs = []
+        for changed in (
+            text,
+            text.replace("max_steps: 1", "max_steps: 2"),
+            text.replace("name: a", "name: b"),
+        ):
+            path.write_text(changed)
+            seen = run_here(path, lambda: trainer)
+            assert [note.split("former run ")[1].split()[0] for note in seen.notes] == runs[-1:]
+            runs.append(seen.runs[0].id)
+            assert run_here(path, lambda: trainer).runs[0].id == runs[-1], (
+                "the same text goes on with its run"
+            )
+        assert len(set(runs)) == 3
+        assert all(trainer.run(each).get().state in (*ENDED, Run.STATE_STOPPING) for each in runs[:2])
