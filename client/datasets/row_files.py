@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 
 from stillhouse.client.core.errors import file_errors, usage_error
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.files.atomic import atomic_writer, sync_file
+from stillhouse.protos.files.atomic import atomic_writer, sync_directory, sync_file
 from stillhouse.protos.rows.files import read_file
 from stillhouse.protos.rows.reading.json_rows import no_json
+from stillhouse.protos.rows.reading.source import files_of
 
 Values = Mapping[str, Any]
 
@@ -44,17 +45,23 @@ def json_line(values: Values) -> bytes:
 
 
 @contextmanager
-def whole_files(outputs: Sequence[Path], *, inputs: Sequence[Path] = ()) -> Iterator[list[BinaryIO]]:
+def whole_files(
+    outputs: Sequence[Path], *, inputs: Sequence[Path] = (), stale: Sequence[Path] = ()
+) -> Iterator[list[BinaryIO]]:
     """Yields a file for each output; they replace their paths if the block ends, and else nothing is left.
 
-    Folders are made. Raises StillhouseError for an output that is an input, or is given twice.
+    Of several, the old ones and those of `stale` are removed before the first new one has its name, and the first of
+    `outputs` gets it last: files of two conversions never lie side by side, also after a kill. Folders are made. Raises
+    StillhouseError for an output that is an input, or is given twice.
     """
-    read = {path.resolve() for path in inputs}
+    read = {each.resolve() for path in inputs for each in files_of(path)}
     for index, path in enumerate(outputs):
         if path.resolve() in read:
             raise usage_error(f"{path} is read and would be overwritten. Choose another output.")
         if path.resolve() in {each.resolve() for each in outputs[:index]}:
             raise usage_error(f"{path} is an output twice. Give each its own file.")
+        if path.is_dir():
+            raise usage_error(f"{path} is a folder. Name a file as output.")
     with ExitStack() as stack:
         files = []
         for path in outputs:
@@ -66,6 +73,12 @@ def whole_files(outputs: Sequence[Path], *, inputs: Sequence[Path] = ()) -> Iter
             sync_file(
                 file
             )  # all of them before the first gets its name: a full disk leaves every path as it was
+        old = [path for path in (*outputs, *stale) if path.is_file() or path.is_symlink()]
+        if old != [outputs[0]] or len(outputs) > 1:
+            for path in old:
+                path.unlink()
+            for folder in {path.parent for path in old}:
+                sync_directory(folder)
 
 
 class RowSpool:

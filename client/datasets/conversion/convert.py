@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.client.core.errors import usage_error
-from stillhouse.client.datasets.conversion.companion import companion_of, with_companion
+from stillhouse.client.datasets.conversion.companion import companion_of, companion_row, with_companion
 from stillhouse.client.datasets.conversion.forms import to_messages, to_openai
 from stillhouse.client.datasets.conversion.line_pairs import (
     SOURCE,
@@ -63,7 +63,7 @@ def convert(
     if to == "openai":
         return _to_openai(source, out, chat=chat)
     count = 0
-    with whole_files([out], inputs=[source]) as (file,):
+    with whole_files([out], inputs=[source], stale=[companion_of(out)]) as (file,):
         for number, values in original_rows(source):
             try:
                 file.write(json_line(to_messages(values, chat=chat) if to == "messages" else values))
@@ -72,7 +72,6 @@ def convert(
             count += 1
         if not count:
             raise no_rows(source)
-    companion_of(out).unlink(missing_ok=True)  # of another conversion to the same file
     return Conversion(rows=count, outputs=(out,))
 
 
@@ -120,10 +119,11 @@ def _to_openai(source: Path, out: Path, *, chat: bool) -> Conversion:
         for number, values in original_rows(source):
             try:
                 row, others = to_openai(values, chat=chat)
+                beside_row = companion_row(others, row)
             except FieldError as error:
                 raise row_error(source, number, error.field, error.problem) from error
             file.write(json_line(row))
-            beside.write(json_line(others))
+            beside.write(json_line(beside_row))
             count, has_others = count + 1, has_others or bool(others)
         if not count:
             raise no_rows(source)
@@ -147,11 +147,10 @@ def _to_parquet(source: Path, out: Path) -> Conversion:
             count += 1
             yield values
 
-    with whole_files([out], inputs=[source]) as (file,):
+    with whole_files([out], inputs=[source], stale=[companion_of(out)]) as (file,):
         num_as_json = write_parquet(rows, file)
         if not count:
             raise no_rows(source)
-    companion_of(out).unlink(missing_ok=True)
     note = (
         f"{num_as_json} rows are in the column row_json, since columns do not hold them exactly."
         if num_as_json

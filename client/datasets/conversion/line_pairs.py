@@ -5,12 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from stillhouse.client.core.errors import file_errors
-from stillhouse.client.datasets.conversion.companion import companion_of, with_companion
+from stillhouse.client.datasets.conversion.companion import companion_of, companion_row, with_companion
 from stillhouse.client.datasets.conversion.forms import from_pair, to_pair
 from stillhouse.client.datasets.row_files import RowSpool, json_line, no_rows, whole_files
 from stillhouse.protos.rows.field_error import FieldError
@@ -43,13 +42,15 @@ def write_pairs(
     neither: line breaks are written as they are, and the pair cannot be read again. Raises StillhouseError naming the row.
     """
     outputs = [_beside(out, SOURCE), _beside(out, TARGET)]
+    marks = [_beside(out, ESCAPED), companion_of(outputs[0])]
+    stale = marks if legacy_newlines else []
     if not legacy_newlines:
-        outputs += [_beside(out, ESCAPED), companion_of(outputs[0])]
-    with RowSpool(out.parent) as spool, whole_files(outputs, inputs=[source]) as files:
+        outputs += marks
+    with RowSpool(out.parent) as spool, whole_files(outputs, inputs=[source], stale=stale) as files:
         ids: list[Any] = []
         for number, values in rows():
             try:
-                to_pair(values)
+                to_pair(values)  # so that a row that cannot be one is named by its number in the file
                 ids.append(_sortable(values))
             except FieldError as error:
                 raise row_error(source, number, error.field, error.problem) from error
@@ -58,10 +59,6 @@ def write_pairs(
             raise no_rows(source)
         for index in _order(source, ids):
             _write(files, index, spool.line(index), is_escaped=not legacy_newlines)
-    if legacy_newlines:
-        for stale in (_beside(out, ESCAPED), companion_of(outputs[0])):
-            with suppress(FileNotFoundError):
-                stale.unlink()
     return len(ids), outputs
 
 
@@ -72,7 +69,8 @@ def _write(files: list[Any], index: int, line: bytes, *, is_escaped: bool) -> No
         # Half of a surrogate pair has no UTF-8: readers refuse such a line, and read_pairs gives it back.
         file.write(shown.encode("utf-8", "surrogatepass") + b"\n")
     if is_escaped:
-        files[3].write(json_line({"row": index, **record}))
+        beside = companion_row({"row": index, **record}, {"source": source, "target": target})
+        files[3].write(json_line(beside))
 
 
 def _sortable(values: Mapping[str, Any]) -> tuple[int, Any] | None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stillhouse.client.datasets.conversion.convert import convert
+from stillhouse.client.datasets.conversion.convert import convert, original_rows
+from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.reading.line_pairs import escape_line, unescape_line
 from tests.client.datasets.rows import data, read, write
 
@@ -90,6 +96,8 @@ def there_and_back(folder: Path, rows: list[dict[str, Any]], to: Any, name: str)
     return read(folder / "back.jsonl")
 
 
+LEGACY = [{"prompt": "a\\nb", "completion": "new"}]
+"""The new row, as a pair without escapes and companion has it."""
 MANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -180,14 +188,71 @@ def test_turns_are_made_only_if_they_are_asked_for(tmp_path: Path) -> None:
     assert read(tmp_path / "out.jsonl") == [{"messages": turns, "id": 1}]
 
 
-def test_a_companion_of_other_rows_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "said"), [([0, 1, 0], "has no row 3"), ([1, 0], "has the fields of another row 1")]
+)
+@pytest.mark.parametrize(("to", "name"), [("openai", "out.jsonl"), ("source-target", "out.source")])
+def test_a_companion_of_other_rows_is_refused(
+    tmp_path: Path, to: str, name: str, changed: list[int], said: str
+) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    source = write(tmp_path / "rows.jsonl", [{"messages": turns, "id": at} for at in range(2)])
-    assert data("convert", source, "--to", "openai", "--out", tmp_path / "o.jsonl").exit_code == 0
-    write(tmp_path / "o.jsonl", [{"messages": turns}] * 3)
-    done = data("convert", tmp_path / "o.jsonl", "--to", "rows", "--out", tmp_path / "back.jsonl")
-    assert (done.exit_code, "o.jsonl.fields.jsonl has no row 3" in done.stderr) == (2, True)
+    other = [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    source = write(
+        tmp_path / "rows.jsonl", [{"messages": each, "id": at} for at, each in enumerate((turns, other))]
+    )
+    assert data("convert", source, "--to", to, "--out", tmp_path / name).exit_code == 0
+    for path in (tmp_path / name, tmp_path / name.replace("source", "target")):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[at] for at in changed if at < len(lines) or path.suffix != ".jsonl"))
+        if path.suffix == ".jsonl":
+            break
+    done = data("convert", tmp_path / name, "--to", "rows", "--out", tmp_path / "back.jsonl")
+    assert (done.exit_code, f"{name}.fields.jsonl {said}" in done.stderr) == (2, True), done.stderr
     assert not (tmp_path / "back.jsonl").exists()
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Does `work` in a child that is gone at its rename or removal with this number, from 1; False if it has fewer."""
+    child = os.fork()
+    if child == 0:
+        seen = itertools.count(1)
+        sys.addaudithook(
+            lambda event, _: (
+                os._exit(9) if event in ("os.rename", "os.remove") and next(seen) == number else None
+            )
+        )
+        with suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.parametrize("to", ["source-target", "legacy", "openai", "messages"])
+def test_a_killed_conversion_leaves_no_mixture(tmp_path: Path, to: Any) -> None:
+    """Whatever was removed or renamed, the rows read are those of before, those of after, or refused."""
+    turns = [{"role": "user", "content": "a\\nb"}, {"role": "assistant", "content": "b"}]
+    old = [{"messages": turns, "id": 1, "x": "old"}]
+    new = [{"messages": [*turns[:1], {"role": "assistant", "content": "new"}], "id": 2}]
+    source = write(tmp_path / "rows.jsonl", new)
+    legacy = to == "legacy"
+    to = "source-target" if legacy else to
+    before = "openai" if to == "messages" else to
+    name = tmp_path / ("out.source" if to == "source-target" else "out.jsonl")
+    for number in itertools.count(1):
+        convert(write(tmp_path / "old.jsonl", old), name, before)
+        is_killed = killed_at(number, lambda: convert(source, name, to, legacy_newlines=legacy))
+        try:
+            found = [row for _, row in original_rows(name)]
+        except StillhouseError:
+            assert is_killed
+        else:
+            assert found in (old, new) or (legacy and found == LEGACY)
+        if not is_killed:
+            break
+    assert number > 1
 
 
 @pytest.mark.parametrize(

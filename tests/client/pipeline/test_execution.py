@@ -263,7 +263,7 @@ stages:
 """
     path = recipe(tmp_path, text)
     with Trainer(trainer_service("--stop-grace-s", "1").target) as trainer:
-        runs = []
+        runs: list[str] = []
         for changed in (
             text,
             text.replace("max_steps: 1", "max_steps: 2"),
