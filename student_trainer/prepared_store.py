@@ -7,6 +7,7 @@ removed.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -25,6 +26,8 @@ FOLDER = "prepared"
 MANIFEST = "prepared.json"
 CONTENTS = ".contents"
 """Folder of what the files of datasets held when they were read last."""
+OWN = "own-"
+"""Begins the name of a folder that no other run finds."""
 _LOCK = "lock"
 _TEMPORARY = ".new-"
 _REMOVED = ".old-"
@@ -86,8 +89,11 @@ class PreparedStore:
         """An empty folder for `put`; what is left of it when the block ends is removed."""
         path = self.folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
         path.mkdir(parents=True)
-        (path / _LOCK).touch()
-        lock = try_share(path / _LOCK)
+        # Locked before it has its name: a sweep spares a new folder that has no lock file.
+        unnamed = path / f".{_LOCK}"
+        unnamed.touch()
+        lock = try_share(unnamed)
+        unnamed.rename(path / _LOCK)
         try:
             yield path
         finally:
@@ -97,7 +103,9 @@ class PreparedStore:
 
     def put(self, path: Path, name: str, manifest: dict[str, Any]) -> None:
         """Gives the folder of `new_folder` its name, with the files and the manifest that it will have; on disk when this returns."""
-        files = {file.name: file.stat().st_size for file in path.iterdir() if file.name != _LOCK}
+        files = {
+            file.name: file.stat().st_size for file in path.iterdir() if file.name not in (_LOCK, MANIFEST)
+        }
         (path / MANIFEST).write_text(json.dumps({**manifest, "files": files}))
         sync_tree(path)
         held = self.open(name)
@@ -107,9 +115,9 @@ class PreparedStore:
             held.close()
         try:
             path.rename(self.folder / name)
-        except OSError:
-            # Another process may have been faster: its content is the same.
-            if not (self.folder / name / MANIFEST).is_file():
+        except OSError as error:
+            # Another process was faster, or holds what is damaged: who opens the name sees which.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         sync_directory(self.folder)
 
@@ -119,13 +127,14 @@ class PreparedStore:
             _remove(self.folder / name)
 
     def clean(self, *, max_bytes: int, keep_days: float, now: float | None = None) -> int:
-        """Removes what killed processes left, what was not used for `keep_days`, and of the rest the longest unused above
-        `max_bytes`; never what a process holds. Returns the bytes that were freed.
+        """Removes what no process will open any more, what was not used for `keep_days`, and of the rest the longest unused
+        above `max_bytes`; never what a process holds. Returns the bytes that were freed.
         """
         if not self.folder.is_dir():
             return 0
-        for leftover in [*self.folder.glob(f"{_TEMPORARY}*"), *self.folder.glob(f"{_REMOVED}*")]:
-            _remove(leftover)
+        for beginning in (_TEMPORARY, _REMOVED, OWN):
+            for leftover in list(self.folder.glob(f"{beginning}*")):
+                _remove(leftover)
         limit = (time.time() if now is None else now) - keep_days * 86_400
         found = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
         used = sorted(((_last_use(path), _size(path), path) for path in found), reverse=True)

@@ -84,6 +84,41 @@ def test_what_a_process_holds_stays(tmp_path: Path) -> None:
     assert list(store.folder.iterdir()) == []
 
 
+def test_a_sweep_at_any_moment_spares_a_new_folder(tmp_path: Path) -> None:
+    """A child sweeps whenever it opens or renames a file, and so between any two steps."""
+    store = PreparedStore(tmp_path / "prepared")
+    child = os.fork()
+    if child == 0:
+        is_sweeping = False
+
+        def sweep(event: str, _: object) -> None:
+            nonlocal is_sweeping
+            if event in ("open", "os.rename", "os.mkdir") and not is_sweeping:
+                is_sweeping = True
+                store.clean(max_bytes=0, keep_days=0)
+                is_sweeping = False
+
+        sys.addaudithook(sweep)
+        try:
+            with store.new_folder() as folder:
+                (folder / "data").write_bytes(b"whole")
+                os._exit(0 if (folder / "lock").exists() else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_what_no_other_run_finds_goes_with_its_last_reader(tmp_path: Path) -> None:
+    store = PreparedStore(tmp_path / "prepared")
+    for name in ("own-1", "own-2", "a"):
+        _put(store, name)
+    held = store.open("own-2")
+    assert held is not None
+    assert store.clean(max_bytes=MAX_BYTES, keep_days=30.0) == 0
+    assert _names(store) == ["a", "own-2"]
+    held.close()
+
+
 def test_what_a_killed_process_left_is_removed_and_never_read(tmp_path: Path) -> None:
     script = (
         "import sys, time, pathlib\n"

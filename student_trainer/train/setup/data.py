@@ -9,7 +9,7 @@ from typing import Any
 from stillhouse.student_trainer.config.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.prepared_store import FOLDER, PreparedStore
 from stillhouse.student_trainer.train.data.corpus import Corpus, assemble
-from stillhouse.student_trainer.train.data.prepared.preparation import Prepared, Preparer
+from stillhouse.student_trainer.train.data.prepared.preparation import Prepared, Preparer, check_equal
 from stillhouse.student_trainer.train.data.prepared.progress import Progress
 from stillhouse.student_trainer.train.data.prepared.settings import ExampleSettings
 from stillhouse.student_trainer.train.setup.scope import RunScope
@@ -48,6 +48,7 @@ def prepare_corpus(scope: RunScope, tokenizer: Any) -> Corpus:
             return [own.reopen(name, each) for name, each in zip(names, datasets, strict=True)]
 
     prepared = ranks.agree(lambda: found or reopen())
+    check_equal(ranks.exchange([each.digest for each in prepared]), datasets)
     return assemble(config.data, config.evaluation, prepared)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -197,6 +197,49 @@ class BatchView:
             names[teacher]: TeacherPrompt(ids[end - size : end].copy(), int(replaced))
             for teacher, replaced, size, end in zip(teachers, replaces, sizes, ends, strict=True)
         }
+
+
+def check_batch(batch: pa.RecordBatch, names: Mapping[str, Sequence[str]]) -> None:
+    """Checks that the columns fit one another and `names`, without a look at token ids and masks. Raises ValueError."""
+    batch.validate(full=True)
+    columns = {name: batch.column(name) for name in SCHEMA.names}
+    offsets = {name: each.offsets.to_numpy() for name, each in columns.items() if pa.types.is_list(each.type)}
+    lengths = np.diff(offsets["token_ids"])
+    num_prompt = columns["num_prompt"].to_numpy()
+    places = {name: columns[name] for name in ("path", "teacher")}
+    places["prompt_teachers"] = columns["prompt_teachers"].flatten()
+    sizes = columns["prompt_sizes"].values.to_numpy()
+    # The ids of all prompts of a row lie behind one another.
+    ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[offsets["prompt_sizes"]]
+    fits = (
+        not any(each.null_count for each in columns.values())
+        and np.array_equal(lengths, np.diff(offsets["mask"]))
+        and bool(((num_prompt >= -1) & (num_prompt <= lengths)).all())
+        and all(_are_below(each.to_numpy(), len(names[name])) for name, each in places.items())
+        and all(
+            np.array_equal(np.diff(offsets[name]), np.diff(offsets["prompt_teachers"]))
+            for name in ("prompt_replaces", "prompt_sizes")
+        )
+        and _are_below(sizes, 1 << 31)
+        and np.array_equal(np.diff(ends), np.diff(offsets["prompt_ids"]))
+    )
+    if not fits:
+        raise ValueError("its columns do not fit one another")
+
+
+def _are_below(values: NDArray[np.int32], limit: int) -> bool:
+    return bool(((values >= 0) & (values < limit)).all())
+
+
+def examples_bytes(batch: pa.RecordBatch) -> Iterator[bytes | memoryview]:
+    """Yields all that examples are made of, but for the places of their rows."""
+    for name in SCHEMA.names:
+        column = batch.column(name)
+        if pa.types.is_list(column.type):
+            yield np.diff(column.offsets.to_numpy()).tobytes()
+            column = column.flatten()
+        if name not in ("path", "number"):
+            yield np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data
 
 
 def to_bytes(batch: pa.RecordBatch) -> bytes:

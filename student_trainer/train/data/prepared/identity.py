@@ -21,7 +21,7 @@ from stillhouse.student_trainer.prepared_store import CONTENTS
 from stillhouse.student_trainer.train.data.chat.mask import Learned
 from stillhouse.student_trainer.train.data.prepared.settings import ExampleSettings
 
-FORMAT = 1
+FORMAT = 2
 """Version of the columns and of the manifest."""
 _READ_BYTES = 1 << 22
 _SETTLED_S = 3.0

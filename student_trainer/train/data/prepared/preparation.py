@@ -7,7 +7,7 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import DatasetConfig
-from stillhouse.student_trainer.prepared_store import PreparedFolder, PreparedStore
+from stillhouse.student_trainer.prepared_store import OWN, PreparedFolder, PreparedStore
 from stillhouse.student_trainer.train.data.cached_texts import cached_examples, is_cache
 from stillhouse.student_trainer.train.data.chat.marks import TurnEnds
 from stillhouse.student_trainer.train.data.chat.mask import Learned
@@ -102,6 +102,8 @@ class Prepared:
     told: Told
     name: str
     """Name of its folder; empty in memory."""
+    digest: str
+    """Of its examples, wherever their rows were read."""
 
 
 class Preparer:
@@ -163,7 +165,9 @@ class Preparer:
     def _in_memory(self, dataset: DatasetConfig) -> Prepared:
         writer = TableWriter()
         told = self._write(dataset, writer, None)
-        return Prepared(table=PreparedTable(writer.close(), writer.names), told=told, name="")
+        return Prepared(
+            table=PreparedTable(writer.close(), writer.names), told=told, name="", digest=writer.digest
+        )
 
     def _kept(self, dataset: DatasetConfig, store: PreparedStore) -> Prepared:
         source = source_of(dataset, self._data_dir)
@@ -180,19 +184,28 @@ class Preparer:
         )
         is_waiting = False
         while True:
-            for each in (name, dated(name, self._settings.data.date)):
-                found = _opened(store, each)
-                if found is not None:
-                    log.info("data was prepared before", path=dataset.path, rows=len(found.table))
-                    return found
+            found = self._earlier(dataset, store, name)
+            if found is not None:
+                return found
             with store.turn(name) as is_mine:
                 if is_mine:
-                    return self._build(dataset, store, name, content)
+                    # Who had the turn may have put the folder there in between.
+                    found = self._earlier(dataset, store, name)
+                    return self._build(dataset, store, name, content) if found is None else found
             if not is_waiting:
                 is_waiting = True
                 log.info("waiting for another run that prepares the same data", path=dataset.path)
             self._observer.check()
             time.sleep(_WAIT_S)
+
+    def _earlier(self, dataset: DatasetConfig, store: PreparedStore, name: str) -> Prepared | None:
+        """Opens what an earlier run has prepared, with its date or without one."""
+        for each in (name, dated(name, self._settings.data.date)):
+            found = _opened(store, each)
+            if found is not None:
+                log.info("data was prepared before", path=dataset.path, rows=len(found.table))
+                return found
+        return None
 
     def _build(
         self, dataset: DatasetConfig, store: PreparedStore, name: str, content: DatasetContent | None
@@ -211,8 +224,14 @@ class Preparer:
                 name = _own_name()
             elif told.wrote_date:
                 name = dated(name, self._settings.data.date)
-            store.put(folder, name, {"names": writer.names, "told": told.to_json()})
+            manifest = {"names": writer.names, "told": told.to_json(), "digest": writer.digest}
+            store.put(folder, name, manifest)
             found = _opened(store, name)
+            if found is None and folder.is_dir():
+                # A damaged folder has the name, and another process holds it.
+                name = _own_name()
+                store.put(folder, name, manifest)
+                found = _opened(store, name)
         if found is None:
             raise OSError(f"{store.folder / name} cannot be read although it was just written")
         return found
@@ -291,9 +310,24 @@ class Preparer:
             )
 
 
+def check_equal(digests: Sequence[Sequence[str]], datasets: Sequence[DatasetConfig]) -> None:
+    """Checks that all processes of a run have the same examples; `digests` are those of each process, by dataset.
+
+    Raises StillhouseError(DATASET_INVALID) for a dataset whose rows differ, such as that of a hub which has changed.
+    """
+    for rank, own in enumerate(digests):
+        for dataset, first, here in zip(datasets, digests[0], own, strict=True):
+            if here != first:
+                raise StillhouseError(
+                    Reason.DATASET_INVALID,
+                    f"{dataset.path} has other rows on the host of process {rank} than on that of process 0. Give all hosts "
+                    "one data directory, or upload the rows with `stillhouse data push` and name them by that.",
+                )
+
+
 def _own_name() -> str:
     """Names a folder of rows that cannot be told from others: no other run finds it."""
-    return f"own-{secrets.token_hex(12)}"
+    return f"{OWN}{secrets.token_hex(12)}"
 
 
 def _opened(store: PreparedStore, name: str) -> Prepared | None:
@@ -314,7 +348,9 @@ def _opened(store: PreparedStore, name: str) -> Prepared | None:
 def _read(folder: PreparedFolder, name: str) -> Prepared:
     manifest = folder.manifest
     table = PreparedTable.open(folder.path / ROWS_FILE, manifest["names"], owner=folder)
-    return Prepared(table=table, told=Told.from_json(manifest["told"]), name=name)
+    return Prepared(
+        table=table, told=Told.from_json(manifest["told"]), name=name, digest=str(manifest["digest"])
+    )
 
 
 def _log_told(dataset: DatasetConfig, told: Told) -> None:

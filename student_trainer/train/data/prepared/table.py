@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -13,7 +15,15 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.data.prepared.columns import NAMED, SCHEMA, BatchView, Names, renamed
+from stillhouse.student_trainer.train.data.prepared.columns import (
+    NAMED,
+    SCHEMA,
+    BatchView,
+    Names,
+    check_batch,
+    examples_bytes,
+    renamed,
+)
 
 BATCH_ROWS = 1 << 16
 """Rows of a batch at most; few batches make a table quick to open."""
@@ -30,7 +40,7 @@ class TableWriter:
         self._kept: list[pa.RecordBatch] = []
         self._waiting: list[pa.RecordBatch] = []
         self._waiting_rows = self._waiting_tokens = 0
-        self.num_rows = 0
+        self._hash = hashlib.blake2b(digest_size=16)
         self._names = {name: Names.of() for name in NAMED}
 
     @property
@@ -38,11 +48,16 @@ class TableWriter:
         """Names of the columns that hold places."""
         return {column: list(each.names) for column, each in self._names.items()}
 
+    @property
+    def digest(self) -> str:
+        """Digest of the examples of a closed table, but for the places of their rows."""
+        names = [self._names[column].names for column in NAMED if column != "path"]
+        return hashlib.blake2b(self._hash.digest() + json.dumps(names).encode(), digest_size=16).hexdigest()
+
     def add(self, batch: pa.RecordBatch, names: Mapping[str, Sequence[str]]) -> None:
         """Appends the rows of a batch whose places are those of `names`."""
         for column, each in names.items():
             batch = renamed(batch, column, each, self._names[column])
-        self.num_rows += batch.num_rows
         self._waiting.append(batch)
         self._waiting_rows += batch.num_rows
         self._waiting_tokens += sum(len(batch.column(name).values) for name in ("token_ids", "prompt_ids"))
@@ -60,6 +75,8 @@ class TableWriter:
         if self._waiting_rows:
             table = pa.Table.from_batches(self._waiting, SCHEMA).combine_chunks()
             for batch in table.to_batches():
+                for part in examples_bytes(batch):
+                    self._hash.update(part)
                 if self._writer is None:
                     self._kept.append(batch)
                 else:
@@ -82,11 +99,17 @@ class PreparedTable:
 
     @classmethod
     def open(cls, path: Path, names: dict[str, list[str]], owner: Any = None) -> PreparedTable:
-        """Maps the file at `path`. Raises OSError or pyarrow.ArrowException for one that is none."""
+        """Maps the file at `path`. Raises OSError, ValueError or pyarrow.ArrowException for one that is none, or damaged.
+
+        Token ids and masks are not read for that.
+        """
         file = pa.ipc.open_file(pa.memory_map(str(path)))
         if file.schema != SCHEMA:
             raise pa.ArrowInvalid(f"{path} has other columns")
-        return cls([file.get_batch(at) for at in range(file.num_record_batches)], names, owner)
+        batches = [file.get_batch(at) for at in range(file.num_record_batches)]
+        for batch in batches:
+            check_batch(batch, names)
+        return cls(batches, names, owner)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -67,11 +67,6 @@ class Workers:
         """Blocks that processes would take now, without those that have not started yet, or ended."""
         return sum(max(0, BLOCKS_AHEAD - each.num_blocks) for each in self._processes if each.ready)
 
-    @property
-    def busy(self) -> bool:
-        """True if a result is to come."""
-        return any(each.num_blocks for each in self._processes)
-
     def submit(self, number: int, rows: Sequence[DatasetRow], learned: Learned) -> None:
         """Sends block `number` to the process with the fewest; there must be `room`."""
         ready = [each for each in self._processes if each.ready]
