@@ -236,8 +236,9 @@ def _files(session: Session, options: dict[str, Any]) -> int:
             "--match choices compares likelihoods, which texts have not; use exact, numeric or fields."
         )
     scores: dict[str, RowSums] = {}
+    places = [f"{options['references']}, line {number}," for number in range(1, len(references) + 1)]
     for metric in metrics:
-        scores |= score_texts(metric, texts, references, match=match)
+        scores |= score_texts(metric, texts, references, match=match, places=places)
     report = make_report({"texts": {"after": scores}}, {})
     _write(options["out"], json.dumps(report, indent=2).encode() + b"\n")
     session.show(report, report_text(report).replace("AFTER", "VALUE", 1))

@@ -34,6 +34,10 @@ class Row:
     """Line of a text file, or row of a table, from 1."""
     values: Mapping[str, Any]
 
+    def as_json(self) -> str:
+        """Returns its fields as JSON text."""
+        return json.dumps(self.values, default=str)
+
 
 @dataclass(kw_only=True, slots=True)
 class FieldUse:
@@ -64,8 +68,8 @@ class Scan:
     is_complete: bool = True
     """False if rows follow that were not read."""
     fields: dict[str, FieldUse] = field(default_factory=dict)
-    sample: list[Row] = field(default_factory=list)
-    """Rows drawn uniformly, by number."""
+    sample: list[tuple[int, str]] = field(default_factory=list)
+    """Number and JSON text of rows drawn uniformly, by number."""
     chosen: Row | None = None
     """The row that was asked for, or the first one."""
 
@@ -81,7 +85,7 @@ def scan(
 ) -> Scan:
     """Reads a dataset, at most `limit` rows of it; `row` is the number of one to keep.
 
-    The sample is a reservoir (Vitter, 1985) with a fixed seed, so that it is the same each time. `parsing` are options of
+    The sample has at most `sample_rows` rows and MAX_SAMPLE_BYTES, or one row. `parsing` are options of
     `parse_training_row`, and `on_rows` is told the number of rows now and then. Raises StillhouseError for a source that
     cannot be read on.
     """
@@ -94,7 +98,7 @@ def scan(
 
     reader = RowReader(source, refuse=refuse)
     found = Scan(source=source, container=reader.container)
-    generator = random.Random(0)  # noqa: S311 - a sample, no secret
+    reservoir = _Reservoir(sample_rows)
     rows = iter(reader)
     for number, values in islice(rows, limit):
         found.form = reader.form or ""
@@ -110,24 +114,40 @@ def scan(
         here = Row(number=number, values=values)
         if number == row or (row is None and found.chosen is None):
             found.chosen = here
-        if len(found.sample) < sample_rows:
-            found.sample.append(here)
-        elif (at := generator.randrange(found.num_rows)) < sample_rows:
-            found.sample[at] = here
+        reservoir.offer(here)
     if limit is not None and next(rows, None) is not None:
         found.is_complete = False
-    found.sample.sort(key=lambda each: each.number)
+    found.sample = sorted(reservoir.rows)
     return found
 
 
-def as_sent(rows: list[Row]) -> list[tuple[int, str]]:
-    """Returns number and JSON text of as many rows as may be sent, evenly thinned if they are too large."""
-    texts = [(row.number, json.dumps(row.values, default=str)) for row in rows]
-    size = sum(len(text) for _, text in texts)
-    while size > MAX_SAMPLE_BYTES and len(texts) > 1:
-        texts = texts[::2]
-        size = sum(len(text) for _, text in texts)
-    return texts
+class _Reservoir:
+    """A uniform sample of rows (Vitter's algorithm R, 1985) of bounded size, the same each time."""
+
+    def __init__(self, most_rows: int) -> None:
+        self._most_rows = most_rows
+        self._offered = 0
+        self._size = 0
+        self._random = random.Random(0)  # noqa: S311 - a sample, no secret
+        self.rows: list[tuple[int, str]] = []
+
+    def offer(self, row: Row) -> None:
+        """Takes the row or leaves it; a sample that becomes too large has fewer rows from then on."""
+        self._offered += 1
+        at = self._random.randrange(self._offered) if self._offered > self._most_rows else len(self.rows)
+        if at >= self._most_rows:
+            return
+        text = row.as_json()
+        if at == len(self.rows):
+            self.rows.append((row.number, text))
+        else:
+            self._size -= len(self.rows[at][1])
+            self.rows[at] = row.number, text
+        self._size += len(text)
+        while self._size > MAX_SAMPLE_BYTES and len(self.rows) > 1:
+            _, dropped = self.rows.pop(self._random.randrange(len(self.rows)))
+            self._size -= len(dropped)
+            self._most_rows = len(self.rows)
 
 
 def _count(values: Mapping[str, Any], fields: dict[str, FieldUse]) -> None:

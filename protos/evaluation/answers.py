@@ -86,7 +86,19 @@ def matching_fields(
 
 
 def _same(answer: Any, reference: Any) -> bool:
-    """Returns True for equal values; true and 1 differ, texts are compared without white space around them."""
-    if isinstance(answer, str) and isinstance(reference, str):
-        return answer.strip() == reference.strip()
-    return isinstance(answer, bool) == isinstance(reference, bool) and bool(answer == reference)
+    """Returns True for equal values; true and 1 differ, texts are compared without white space around them, at any depth."""
+    waiting = [(answer, reference)]
+    while waiting:
+        ours, theirs = waiting.pop()
+        if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+            waiting += zip(ours, theirs, strict=True)
+        elif isinstance(ours, dict) and isinstance(theirs, dict) and ours.keys() == theirs.keys():
+            waiting += ((ours[name], theirs[name]) for name in ours)
+        elif isinstance(ours, list | dict):
+            return False
+        elif isinstance(ours, str) and isinstance(theirs, str):
+            if ours.strip() != theirs.strip():
+                return False
+        elif isinstance(ours, bool) != isinstance(theirs, bool) or ours != theirs:
+            return False
+    return True

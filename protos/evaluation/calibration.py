@@ -28,8 +28,3 @@ def ece_of_sums(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     gaps = np.abs(correct - confidence).sum(-1)
     total = number.sum(-1)
     return np.asarray(np.divide(gaps, total, out=np.full(np.shape(total), np.nan), where=total > 0))
-
-
-def expected_calibration_error(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) -> float:
-    """Returns the error of predictions [N]; NaN if there are none."""
-    return float(ece_of_sums(bin_sums(confidence, correct)))

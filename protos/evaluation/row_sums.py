@@ -71,14 +71,20 @@ class RowSums:
 
 
 def score_texts(
-    metric: str, hypotheses: Sequence[str], references: Sequence[str], *, match: str = "exact"
+    metric: str,
+    hypotheses: Sequence[str],
+    references: Sequence[str],
+    *,
+    match: str = "exact",
+    places: Sequence[str] = (),
 ) -> dict[str, RowSums]:
     """Returns the values of a text metric by name, each over all rows; accuracy by `match`, and with "fields" of each field.
 
+    `places` name the references for errors, such as "rows.jsonl, row 3"; without any they are numbered.
     Raises StillhouseError: DATASET_INVALID for an empty reference, INVALID_CONFIG if a library is missing.
     """
     if metric in ("bleu", "chrf"):
-        sums = sacrebleu_sums(metric, hypotheses, references)
+        sums = sacrebleu_sums(metric, hypotheses, references, places=places)
         return {metric: RowSums(sums=sums, reduction=metric, signature=sacrebleu_signature(metric))}
     if metric == "rouge":
         scores = rouge_scores(hypotheses, references).values()

@@ -13,16 +13,20 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.evaluation.names import ROUGE_TYPES
 
 
-def sacrebleu_sums(metric: str, hypotheses: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:
+def sacrebleu_sums(
+    metric: str, hypotheses: Sequence[str], references: Sequence[str], *, places: Sequence[str] = ()
+) -> NDArray[np.float64]:
     """Returns sacrebleu's statistics of each row, [N, S], for "bleu" or "chrf" with its defaults.
 
-    Raises StillhouseError(DATASET_INVALID) for an empty reference, which has no score.
+    `places` name the references for errors. Raises StillhouseError(DATASET_INVALID) for an empty reference, which has no
+    score.
     """
-    for number, reference in enumerate(references, start=1):
+    for at, reference in enumerate(references):
         if not reference:
+            place = places[at] if places else f"row {at + 1}"
             raise StillhouseError(
                 Reason.DATASET_INVALID,
-                f"The reference of row {number} is empty, and {metric} compares with text. Give it one, or leave the row out.",
+                f"The reference of {place} is empty, and {metric} compares with text. Give it one, or leave the row out.",
             )
     if not hypotheses:
         return np.zeros((0, _num_sums(metric)))

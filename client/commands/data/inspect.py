@@ -145,13 +145,11 @@ def _progress(session: Session) -> Any:
 
 
 def _encoded(session: Session, spec: RunFile, found: Scan) -> run_pb2.InspectRowsResponse:
-    from stillhouse.client.inspection.scan import as_sent
-
-    chosen = found.chosen
-    rest = [each for each in found.sample if chosen is None or each.number != chosen.number]
-    rows = as_sent(rest) + (as_sent([chosen]) if chosen else [])
+    rows = dict(found.sample)
+    if found.chosen is not None:
+        rows[found.chosen.number] = found.chosen.as_json()
     return session.trainer.inspect_rows(
-        spec, sorted(rows), in_full=chosen.number if chosen is not None else None
+        spec, sorted(rows.items()), in_full=found.chosen.number if found.chosen is not None else None
     )
 
 

@@ -42,6 +42,8 @@ class WrittenText:
 
     text: str
     reference: str
+    row: str
+    """Place of the row, for errors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,10 +188,11 @@ class Evaluator:
         places, examples = [place for place, _ in inside], [example for _, example in inside]
         texts = self.writer.write(examples, places) if examples else []
         references = [reference_text(self.student.tokenizer, example) for example in examples]
+        rows = [example.place for example in examples]
         told: dict[int, WrittenText] = {
-            place: WrittenText(text=text, reference=reference)
-            for part in self.exchange([places, texts, references])
-            for place, text, reference in zip(*part, strict=True)
+            place: WrittenText(text=text, reference=reference, row=row)
+            for part in self.exchange([places, texts, references, rows])
+            for place, text, reference, row in zip(*part, strict=True)
         }
         return {each.settings.name: [told[place] for place in range(each.begin, each.end)] for each in wanted}
 
@@ -205,7 +208,13 @@ def _text_scores(rows: EvaluationRows, texts: Sequence[WrittenText]) -> dict[str
     written, references = [each.text for each in texts], [each.reference for each in texts]
     for metric in rows.settings.metrics:
         if texts and metric in TEXT_METRICS:
-            scores |= score_texts(metric, written, references, match=rows.settings.match)
+            scores |= score_texts(
+                metric,
+                written,
+                references,
+                match=rows.settings.match,
+                places=[each.row for each in texts],
+            )
     return scores
 
 

@@ -201,5 +201,11 @@ class _Evaluation:
         scores: dict[str, RowSums] = {}
         for metric in rows.settings.metrics:
             if metric in TEXT_METRICS:
-                scores |= score_texts(metric, texts, references, match=rows.settings.match)
+                scores |= score_texts(
+                    metric,
+                    texts,
+                    references,
+                    match=rows.settings.match,
+                    places=[example.place for example in examples],
+                )
         return scores

@@ -54,12 +54,15 @@ def test_what_does_not_fit_together_is_refused(files: tuple[str, str], tmp_path:
     hypotheses, references = files
     short = tmp_path / "short.txt"
     short.write_text("one line\n")
+    empty = tmp_path / "empty.txt"
+    empty.write_text("a\n\nb\n")
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe")
     both = ("--hypotheses", hypotheses, "--references")
     for arguments, sentence in (
         ((*both, str(short)), "has 3 lines and"),
         ((*both, str(binary)), "is not UTF-8 (byte 0)"),
+        ((*both, str(empty)), f"The reference of {empty}, line 2, is empty"),
         ((*both, references, "--metric", "kl"), "needs a model's distributions"),
         ((*both, references, "--metric", "accuracy", "--match", "choices"), "compares likelihoods"),
         (("--hypotheses", hypotheses), "go together"),

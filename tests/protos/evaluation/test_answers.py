@@ -82,4 +82,25 @@ def test_each_field_of_the_references_has_its_own_accuracy() -> None:
         "accuracy/name": 0.5,
         "accuracy/age": 0.0,
     }
-    assert score_texts("accuracy", ['{"a": true}'], ['{"a": 1}'], match="fields")["accuracy"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "is_equal"),
+    [
+        ("true", "1", False),
+        ("[true]", "[1]", False),
+        ('{"b": [{"c": 0}]}', '{"b": [{"c": false}]}', False),
+        ("[1, 2]", "[1]", False),
+        ("[]", "{}", False),
+        ("[1.0, null]", "[1, null]", True),
+        ('[" x"]', '["x "]', True),
+        ('{"b": 1, "c": 2}', '{"c": 2, "b": 1}', True),
+        ("[" * 900 + "]" * 900, "[" * 900 + "]" * 900, True),
+    ],
+)
+def test_values_of_fields_are_equal_in_their_types_at_any_depth(
+    answer: str, reference: str, is_equal: bool
+) -> None:
+    answers, references = [f'{{"a": {answer}}}'], [f'{{"a": {reference}}}']
+    found = score_texts("accuracy", answers, references, match="fields")["accuracy"].value
+    assert found == float(is_equal)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.protos.evaluation.calibration import expected_calibration_error
+from stillhouse.protos.evaluation.calibration import bin_sums, ece_of_sums
 from stillhouse.student_trainer.train.evaluation.token_scores import token_scores
 from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID, DenseTargets, SparseTargets, Targets
@@ -46,8 +46,8 @@ def test_scores_are_their_definitions_on_dense_distributions() -> None:
     np.testing.assert_array_equal(found["agreement"], p.argmax(-1) == q.argmax(-1))
     np.testing.assert_allclose(found["confidence"], q.max(-1), rtol=1e-6)
     np.testing.assert_array_equal(found["correct"], q.argmax(-1) == text)
-    ece = expected_calibration_error(found["confidence"], found["correct"] > 0)
-    assert abs(ece - expected_calibration_error(q.max(-1), q.argmax(-1) == text)) < 1e-6
+    ece = ece_of_sums(bin_sums(found["confidence"], found["correct"] > 0))
+    assert abs(ece - ece_of_sums(bin_sums(q.max(-1), q.argmax(-1) == text))) < 1e-6
 
 
 def test_the_tail_as_one_token_bounds_divergence_and_acceptance() -> None:
