@@ -230,16 +230,16 @@ def killed_at(number: int, work: Callable[[], object]) -> bool:
     return code == 9
 
 
-@pytest.mark.parametrize("to", ["source-target", "legacy", "openai", "messages"])
-def test_a_killed_conversion_leaves_no_mixture(tmp_path: Path, to: Any) -> None:
+@pytest.mark.parametrize("kind", ["source-target", "legacy", "openai", "messages"])
+def test_a_killed_conversion_leaves_no_mixture(tmp_path: Path, kind: str) -> None:
     """Whatever was removed or renamed, the rows read are those of before, those of after, or refused."""
     turns = [{"role": "user", "content": "a\\nb"}, {"role": "assistant", "content": "b"}]
     old = [{"messages": turns, "id": 1, "x": "old"}]
     new = [{"messages": [*turns[:1], {"role": "assistant", "content": "new"}], "id": 2}]
     source = write(tmp_path / "rows.jsonl", new)
-    legacy = to == "legacy"
-    to = "source-target" if legacy else to
-    before = "openai" if to == "messages" else to
+    legacy = kind == "legacy"
+    to: Any = "source-target" if legacy else kind
+    before: Any = "openai" if to == "messages" else to
     name = tmp_path / ("out.source" if to == "source-target" else "out.jsonl")
     for number in itertools.count(1):
         convert(write(tmp_path / "old.jsonl", old), name, before)
