@@ -106,7 +106,7 @@ CATALOG: Mapping[Code, Mapping[Reason, str]] = {
     },
     Code.FAILED_PRECONDITION: {
         Reason.RUN_STATE: "The run's state forbids it. See `stillhouse run show`.",
-        Reason.DATASET_IN_USE: "Runs that have not ended use the dataset. Wait for them, or stop them.",
+        Reason.DATASET_IN_USE: "Runs that go on, or can be resumed, use the dataset. Wait for them, or delete them.",
         Reason.TOKENIZER_MISMATCH: "Teacher and student have different tokenizers. Set loss.foreign_tokenizer: alm, or choose others.",
         Reason.TEACHER_CHANGED: "Another model answers than before. Start the first one again, or create a new run.",
         Reason.CACHE_LOCKED: "Another process writes to the cache. Wait for it, or name another path.",

@@ -61,7 +61,7 @@ async def serve(settings: RunServiceSettings) -> None:
         )
         metrics.watch_calls(lambda: server.running)
         store = await db(Store.open, settings.database or data_dir.database_path)
-        await db(dataset_uploads.remove_leftovers, data_dir.datasets_path)
+        await db(dataset_uploads.remove_leftovers, data_dir.datasets_path, has_row=store.datasets.has_file)
         await db(remove_deleted, data_dir.runs_path)
         try:
             await _serve(settings, server, data_dir, store, db, metrics=metrics)

@@ -21,6 +21,11 @@ from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
     default="keep",
     help="Take or refuse rows with fields that no row has.  [default: keep]",
 )
+@click.option(
+    "--tokenizer",
+    metavar="MODEL",
+    help="Count the tokens with tokenizer and chat template of a model, by its path on the trainer's host or its hub id.",
+)
 @source_options
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 def push(
@@ -29,6 +34,7 @@ def push(
     *,
     dataset_id: str,
     extra_fields: ExtraFields,
+    tokenizer: str | None,
     form: str,
     split: str,
     subset: str,
@@ -40,26 +46,35 @@ def push(
     needs the same --format and --column as fields of its dataset. Pairs of .source and .target, directories of datasets and
     those of the hub are sent as JSONL.
 
+    With --tokenizer `data list` and `data show` tell the tokens as well; the trainer encodes every row for that, so it takes
+    about as long as a run takes to read them.
+
     Prints `datasets/...`, a path for run files: ID and version with --name, else the content's digest. Pushing the same
     content again changes nothing.
     """
     from stillhouse.client.terminal.render import size_text
+    from stillhouse.client.trainer.token_count import count_tokens
 
     if dataset_id and len(files) > 1:
         raise click.UsageError("--name names one FILE; push each of several by a command of its own.")
     pushed = []
     for file in files:
         source = given_source(file, form=form, split=split, subset=subset, columns=columns)
-        stored = session.trainer.push_dataset(source, dataset_id, extra_fields=extra_fields)
+        num_tokens = 0 if tokenizer is None else count_tokens(session.trainer, source, tokenizer)
+        stored = session.trainer.push_dataset(
+            source, dataset_id, num_tokens=num_tokens, extra_fields=extra_fields
+        )
         pushed.append(
             {
                 "file": str(file),
                 "name": stored.name,
                 "size_bytes": stored.size_bytes,
                 "num_rows": stored.num_rows,
+                **({"num_tokens": num_tokens} if tokenizer is not None else {}),
             }
         )
-        session.note(f"{file}: {stored.num_rows} rows, {size_text(stored.size_bytes)}")
+        counted = "" if tokenizer is None else f"{num_tokens:,} tokens, "
+        session.note(f"{file}: {stored.num_rows} rows, {counted}{size_text(stored.size_bytes)}")
         if not session.as_json:
             session.say(stored.name)
     if session.as_json:

@@ -60,7 +60,7 @@ def show(session: Session, dataset: str) -> None:
         ("owner", found.owner or "-"),
         ("created", time_text(found.create_time)),
         ("SHA-256", found.sha256),
-        ("live runs", ", ".join(found.live_runs) or "-"),
+        ("used by", ", ".join(found.live_runs) or "-"),
     ]
     session.show(as_json(found), columns(facts))
 
@@ -70,7 +70,7 @@ def show(session: Session, dataset: str) -> None:
 def delete(session: Session, datasets: tuple[str, ...]) -> None:
     """Delete each DATASET, with its version: `gsm8k@2`, or a digest.
 
-    Its file goes with the last dataset of the same content. A dataset of a run that has not ended stays.
+    Its file goes with the last dataset of the same content. A dataset of a run that is not completed stays.
     """
     names = [_name_of(each) for each in datasets]
     for name in names:

@@ -2735,7 +2735,7 @@ class Dataset(_message.Message):
 
     @_builtins.property
     def live_runs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Runs that use its file and have not ended, `runs/{run}`. Set by GetDataset alone."""
+        """Runs that use its file, or would if they were resumed: all but completed ones, `runs/{run}`. Set by GetDataset alone."""
 
     def __init__(
         self,

@@ -219,8 +219,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteDataset(self, request, context):
-        """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
-        not ended is refused.
+        """DeleteDataset removes a dataset, and its file unless another one has the same content. One of a run
+        that is not completed is refused.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -69,8 +69,8 @@ class RunServiceStub:
     GetDataset: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetDatasetRequest, _run_pb2.Dataset]
     """GetDataset returns one dataset."""
     DeleteDataset: _grpc.UnaryUnaryMultiCallable[_run_pb2.DeleteDatasetRequest, _run_pb2.DeleteDatasetResponse]
-    """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
-    not ended is refused.
+    """DeleteDataset removes a dataset, and its file unless another one has the same content. One of a run
+    that is not completed is refused.
     """
     ListArtifacts: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
@@ -122,8 +122,8 @@ class RunServiceAsyncStub(RunServiceStub):
     GetDataset: _aio.UnaryUnaryMultiCallable[_run_pb2.GetDatasetRequest, _run_pb2.Dataset]  # type: ignore[assignment]
     """GetDataset returns one dataset."""
     DeleteDataset: _aio.UnaryUnaryMultiCallable[_run_pb2.DeleteDatasetRequest, _run_pb2.DeleteDatasetResponse]  # type: ignore[assignment]
-    """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
-    not ended is refused.
+    """DeleteDataset removes a dataset, and its file unless another one has the same content. One of a run
+    that is not completed is refused.
     """
     ListArtifacts: _aio.UnaryUnaryMultiCallable[_run_pb2.ListArtifactsRequest, _run_pb2.ListArtifactsResponse]  # type: ignore[assignment]
     """ListArtifacts lists a run's files: checkpoints, final model, exports, evaluation outputs."""
@@ -250,8 +250,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.DeleteDatasetRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.DeleteDatasetResponse, _abc.Awaitable[_run_pb2.DeleteDatasetResponse]]:
-        """DeleteDataset removes a dataset, and its file unless another one has the same content. One that a run uses which has
-        not ended is refused.
+        """DeleteDataset removes a dataset, and its file unless another one has the same content. One of a run
+        that is not completed is refused.
         """
 
     @_abc_1.abstractmethod

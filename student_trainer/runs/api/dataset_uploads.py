@@ -7,13 +7,14 @@ import hashlib
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import sync_directory, sync_file
 from stillhouse.protos.files.disk_errors import is_full
-from stillhouse.protos.rows.reading.open_file import COMPRESSED, plain_suffix
+from stillhouse.protos.rows.reading.open_file import COMPRESSED, container_of, plain_suffix
 from stillhouse.protos.stillhouse.v1.run_pb2 import UploadDatasetRequest
 from stillhouse.student_trainer.runs.store.datasets import Upload
 
@@ -21,19 +22,19 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 """Formats that the training process reads; the file keeps its suffix, and that of its compression."""
 MAX_FILE_NAME_CHARACTERS = 255
 _TEMPORARY = ".upload-"
+_CHANGING = ".changing-"
+"""Before the digest of a file that comes or goes: it may lack its row in the store."""
 
 
 Check = Callable[[UploadDatasetRequest], Awaitable[None]]
 """Called with the first chunk; raises for one that is refused."""
-Keep = Callable[[], Awaitable[None]]
-"""Gives the received file its name in the folder."""
 
 
 @asynccontextmanager
 async def received(
     folder: Path, chunks: AsyncIterator[UploadDatasetRequest], *, check: Check, max_bytes: int
-) -> AsyncIterator[tuple[Upload, Keep]]:
-    """Receives the concatenated `chunks`; the second value stores them as `folder`/<sha256><suffix>, else nothing stays.
+) -> AsyncIterator[tuple[Upload, Path]]:
+    """Receives the concatenated `chunks` in a file of the same suffix, which is removed unless it gets another name.
 
     Raises:
         StillhouseError: INVALID_REQUEST, DATASET_INVALID, QUOTA above `max_bytes`, DISK_FULL; then nothing is stored.
@@ -43,12 +44,8 @@ async def received(
         with temporary.open("xb") as file:
             upload = await _write(file, chunks, check, max_bytes)
             await asyncio.to_thread(sync_file, file)
-
-        async def keep() -> None:
-            temporary.rename(folder / f"{upload.sha256}{upload.suffix}")
-            await asyncio.to_thread(sync_directory, folder)
-
-        yield upload, keep
+        temporary = temporary.rename(temporary.with_name(temporary.name + upload.suffix))
+        yield upload, temporary
     except OSError as error:
         if not is_full(error):
             raise
@@ -117,13 +114,42 @@ def _suffix(name: str) -> str:
     return plain_suffix(Path(name)) + packed
 
 
-def remove(folder: Path, digest: str) -> None:
-    """Deletes a file by its content, with any suffix."""
-    for path in folder.glob(f"{digest}.*"):
-        path.unlink(missing_ok=True)
+def keep(folder: Path, received_file: Path, upload: Upload, suffix: str | None) -> Upload:
+    """Gives a received file its name, `folder`/<sha256><suffix>; `suffix` is that of equal content which is stored already.
+
+    Raises StillhouseError(DATASET_INVALID) if the content would be read as another format under that suffix.
+    """
+    stored = folder / f"{upload.sha256}{upload.suffix if suffix is None else suffix}"
+    if suffix not in (None, upload.suffix):
+        here, there = container_of(received_file), container_of(stored) if stored.is_file() else None
+        if here != there:
+            raise StillhouseError(
+                Reason.DATASET_INVALID,
+                f"{upload.file_name!r} has the bytes of a dataset that is stored as {suffix} and read as {there}, where this "
+                f"name means {here}. Give it the suffix {suffix}, or other content.",
+            )
+    received_file.rename(stored)
+    sync_directory(folder)
+    return upload if suffix is None else replace(upload, suffix=suffix)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Deletes partial uploads of a killed service."""
+def begin_change(folder: Path, digest: str) -> None:
+    """Notes that a file and its row come or go, which a kill may come between."""
+    (folder / f"{_CHANGING}{digest}").touch()
+    sync_directory(folder)
+
+
+def end_change(folder: Path, digest: str, *, has_row: Callable[[str], bool]) -> None:
+    """Deletes a file that has no row in the store, with any suffix, and the note of `begin_change`."""
+    if not has_row(digest):
+        for path in folder.glob(f"{digest}.*"):
+            path.unlink(missing_ok=True)
+    (folder / f"{_CHANGING}{digest}").unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path, *, has_row: Callable[[str], bool]) -> None:
+    """Deletes what a killed service has left: partial uploads, and files without their rows."""
     for path in folder.glob(f"{_TEMPORARY}*"):
         path.unlink(missing_ok=True)
+    for path in folder.glob(f"{_CHANGING}*"):
+        end_change(folder, path.name.removeprefix(_CHANGING), has_row=has_row)

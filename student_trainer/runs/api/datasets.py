@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -24,7 +25,6 @@ class DatasetRpcs:
         self._db = db
         self._folder = folder
         self._max_bytes = max_bytes
-        # A file and its row come and go together.
         self._lock = asyncio.Lock()
 
     async def upload(self, chunks: AsyncIterator[pb.UploadDatasetRequest]) -> pb.UploadDatasetResponse:
@@ -32,15 +32,27 @@ class DatasetRpcs:
         async with (
             dataset_uploads.received(
                 self._folder, chunks, check=self._check_upload, max_bytes=self._max_bytes
-            ) as (upload, keep),
-            self._lock,
+            ) as (upload, path),
+            self._changed(upload.sha256),
         ):
             await self._check_id_owner(upload.dataset_id)  # another upload may have come first
-            await keep()
-            dataset = await self._db(self._store.add, upload, owner=current_caller().name)
+            suffix = await self._db(self._store.suffix_of, upload.sha256)
+            stored = await asyncio.to_thread(dataset_uploads.keep, self._folder, path, upload, suffix)
+            dataset = await self._db(self._store.add, stored, owner=current_caller().name)
         return pb.UploadDatasetResponse(
             name=f"datasets/{upload.sha256}", size_bytes=upload.size_bytes, dataset=dataset
         )
+
+    @asynccontextmanager
+    async def _changed(self, digest: str) -> AsyncIterator[None]:
+        """The block in which a file and its row come or go, one at a time: both or none, also after a kill."""
+        async with self._lock:
+            await asyncio.to_thread(dataset_uploads.begin_change, self._folder, digest)
+            try:
+                yield
+            finally:
+                # In the thread of the store, and so behind what a cancelled call has left to it.
+                await self._db(dataset_uploads.end_change, self._folder, digest, has_row=self._store.has_file)
 
     async def _check_upload(self, first: pb.UploadDatasetRequest) -> None:
         """Checks what the first chunk says about a dataset, before any of its bytes are stored."""
@@ -87,21 +99,21 @@ class DatasetRpcs:
                 Reason.INVALID_REQUEST,
                 f"{request.name[:80]!r} names no version; give the one to delete, such as {request.name[:80]}@1.",
             )
-        async with self._lock:
-            await self._check_owner(reference)
-            digest = await self._db(self._store.delete, reference)
-            if digest is not None:
-                await asyncio.to_thread(dataset_uploads.remove, self._folder, digest)
+        dataset = await self._db(self._store.get, reference)
+        async with self._changed(dataset.sha256):
+            _check_owner(await self._db(self._store.get, reference))
+            await self._db(self._store.delete, reference)
         return pb.DeleteDatasetResponse()
 
-    async def _check_owner(self, reference: Reference) -> None:
-        dataset, caller = await self._db(self._store.get, reference), current_caller()
-        if not caller.is_admin and dataset.owner != caller.name:
-            raise StillhouseError(
-                Reason.PERMISSION_DENIED,
-                f'{dataset.name} was not uploaded with the token "{caller.name}"; to delete it, use the one that did, or one '
-                "with the scope admin.",
-            )
+
+def _check_owner(dataset: pb.Dataset) -> None:
+    caller = current_caller()
+    if not caller.is_admin and dataset.owner != caller.name:
+        raise StillhouseError(
+            Reason.PERMISSION_DENIED,
+            f'{dataset.name} was not uploaded with the token "{caller.name}"; to delete it, use the one that did, or one '
+            "with the scope admin.",
+        )
 
 
 def _check_id(dataset_id: str) -> None:

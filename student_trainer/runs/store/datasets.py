@@ -12,7 +12,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import Dataset
 from stillhouse.student_trainer.runs.store.database import transaction
 from stillhouse.student_trainer.runs.store.queries import now_us
-from stillhouse.student_trainer.runs.store.run_state import ENDED
+from stillhouse.student_trainer.runs.store.run_state import ENDED, RESUMABLE
 from stillhouse.student_trainer.runs.store.schema import dataset_versions, datasets, runs
 
 FOLDER = "datasets/"
@@ -84,22 +84,27 @@ class DatasetStore:
         self._engine = engine
 
     def add(self, upload: Upload, *, owner: str = "") -> Dataset:
-        """Adds a file, whose newest upload sets the suffix, and returns the version that it is now.
+        """Adds a file, whose first upload sets the suffix, and returns the version that it is now.
 
-        The content of an id's newest version is that version.
+        The content of an id's newest version is that version; it gets the number of tokens if its owner has counted them by now.
         """
         values = {
+            "sha256": upload.sha256,
             "suffix": upload.suffix,
             "file_name": upload.file_name,
             "size_bytes": upload.size_bytes,
+            "create_us": now_us(),
         }
-        this = datasets.c.sha256 == upload.sha256
         with transaction(self._engine) as db:
-            if not db.execute(update(datasets).where(this).values(**values)).rowcount:
-                db.execute(insert(datasets).values(sha256=upload.sha256, create_us=now_us(), **values))
+            if _suffix_of(db, upload.sha256) is None:
+                db.execute(insert(datasets).values(**values))
             newest = _find(db, _versions_of(upload.dataset_id or upload.sha256))
             if newest is None or newest["sha256"] != upload.sha256:
                 newest = self._add_version(db, upload, owner)
+            elif newest["owner"] == owner and upload.num_tokens and not newest["num_tokens"]:
+                this = dataset_versions.c.number == newest["number"]
+                db.execute(update(dataset_versions).where(this).values(num_tokens=upload.num_tokens))
+                newest = _require(db, Reference(dataset_id=newest["dataset_id"], version=newest["version"]))
             return _to_message(newest)
 
     def _add_version(self, db: Connection, upload: Upload, owner: str) -> RowMapping:
@@ -117,6 +122,15 @@ class DatasetStore:
         }
         db.execute(insert(dataset_versions).values(**values))
         return _require(db, Reference(dataset_id=str(values["dataset_id"]), version=int(values["version"])))
+
+    def suffix_of(self, sha256: str) -> str | None:
+        """Returns the suffix of a stored file; None for content that no dataset has."""
+        with transaction(self._engine) as db:
+            return _suffix_of(db, sha256)
+
+    def has_file(self, sha256: str) -> bool:
+        """Returns True for content that a dataset has."""
+        return self.suffix_of(sha256) is not None
 
     def owners(self, dataset_id: str) -> set[str]:
         """Clients that uploaded versions of an id."""
@@ -160,10 +174,10 @@ class DatasetStore:
         shown = [_to_message(row) for row in found[:limit]]
         return shown, int(found[limit - 1]["number"]) if len(found) > limit else None
 
-    def delete(self, reference: Reference) -> str | None:
-        """Deletes a dataset; returns the SHA-256 of the file that no dataset needs any more, if it is so.
+    def delete(self, reference: Reference) -> None:
+        """Deletes a dataset, and the row of its file if no other has the same content.
 
-        Raises StillhouseError: DATASET_NOT_FOUND; DATASET_IN_USE if a run uses it that has not ended.
+        Raises StillhouseError: DATASET_NOT_FOUND; DATASET_IN_USE if a run uses it that has not ended, or can be resumed.
         """
         with transaction(self._engine) as db:
             row = _require(db, reference)
@@ -171,7 +185,8 @@ class DatasetStore:
             if used_by:
                 raise StillhouseError(
                     Reason.DATASET_IN_USE,
-                    f"{_name(row)} is used by {_some(used_by)}; wait until they have ended, or stop them.",
+                    f"{_name(row)} is used by {_some(used_by)}; wait until they are completed, or delete those that are not "
+                    "resumed any more with `stillhouse run delete`.",
                     resource=_name(row),
                 )
             this = dataset_versions.c.number == row["number"]
@@ -179,10 +194,8 @@ class DatasetStore:
                 db.execute(update(dataset_versions).where(this).values(delete_us=now_us()))
             else:
                 db.execute(delete(dataset_versions).where(this))
-            if _find(db, _select().where(dataset_versions.c.sha256 == row["sha256"])) is not None:
-                return None
-            db.execute(delete(datasets).where(datasets.c.sha256 == row["sha256"]))
-            return str(row["sha256"])
+            if _find(db, _select().where(dataset_versions.c.sha256 == row["sha256"])) is None:
+                db.execute(delete(datasets).where(datasets.c.sha256 == row["sha256"]))
 
 
 def require_files(db: Connection, stored: Sequence[StoredDataset]) -> None:
@@ -228,9 +241,13 @@ def _not_found(name: str) -> StillhouseError:
     )
 
 
+def _suffix_of(db: Connection, sha256: str) -> str | None:
+    return db.execute(select(datasets.c.suffix).where(datasets.c.sha256 == sha256)).scalar_one_or_none()
+
+
 def _live_runs(db: Connection, sha256: str) -> list[str]:
-    """Names of the runs that have not ended and read a file: their effective specs hold its path."""
-    query = select(runs.c.id, runs.c.effective_spec).where(runs.c.state.not_in(sorted(ENDED)))
+    """Names of the runs that read a file or would if they were resumed: their effective specs hold its path."""
+    query = select(runs.c.id, runs.c.effective_spec).where(runs.c.state.not_in(sorted(ENDED - RESUMABLE)))
     return [f"runs/{run_id}" for run_id, spec in db.execute(query) if sha256.encode() in spec]
 
 

@@ -33,6 +33,8 @@ LIVE = frozenset({STARTING, RUNNING, STOPPING})
 """States with a live process."""
 ENDED = frozenset({STOPPED, COMPLETED, FAILED})
 """Final states, left only by a request."""
+RESUMABLE = frozenset(state for state, following in TRANSITIONS.items() if "resume" in following.values())
+"""Final states that a request leaves."""
 
 
 def may_become(state: State, following: State) -> bool:

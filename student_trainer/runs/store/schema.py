@@ -112,7 +112,7 @@ datasets = Table(
     metadata,
     # Hex digest of the content.
     Column("sha256", String(64), primary_key=True),
-    # Suffix of the newest upload, such as ".jsonl"; the file lies at datasets/<sha256><suffix>.
+    # Suffix of the first upload, such as ".jsonl"; the file lies at datasets/<sha256><suffix>.
     Column("suffix", String, nullable=False),
     Column("file_name", String, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from stillhouse.client.cli import cli
 from stillhouse.client.inspection.lengths import histogram, percentiles
-from stillhouse.client.inspection.scan import scan
+from stillhouse.client.inspection.scan import MAX_SAMPLE_BYTES, scan
 from stillhouse.protos.rows.reading.source import RowSource
 from tests.conftest import Models
 from tests.support.processes import no_process_left
@@ -91,6 +91,18 @@ def test_what_cannot_be_shown_is_one_sentence(
     assert invoke(str(file.with_name("none.jsonl"))).exit_code == 4
 
 
+def test_the_sample_is_bounded_in_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    with path.open("w") as rows:
+        for number in range(60):
+            rows.write(json.dumps({"text": f"{number} " + "x" * 200_000}) + "\n")
+    found = scan(RowSource(location=str(path)), sample_rows=1000)
+    assert MAX_SAMPLE_BYTES / 2 < sum(len(text) for _, text in found.sample) <= MAX_SAMPLE_BYTES
+    numbers = [number for number, _ in found.sample]
+    assert numbers == sorted(set(numbers))
+    assert {number // 20 for number in numbers} == {0, 1, 2}, "of all parts of the file"
+
+
 @pytest.mark.model
 def test_with_a_tokenizer_lengths_and_what_is_learnt_are_shown(
     file: Path, trainer: Program, models: Models
@@ -139,10 +151,10 @@ def test_a_sample_is_uniform_bounded_and_the_same_each_time(tmp_path: Path) -> N
     path.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(1, 4001)))
     source = RowSource(location=str(path))
     found = scan(source, sample_rows=400)
-    numbers = [each.number for each in found.sample]
+    numbers = [number for number, _ in found.sample]
     assert (found.num_rows, len(numbers), numbers == sorted(set(numbers))) == (4000, 400, True)
     assert abs(sum(numbers) / 400 - 2000) < 200
-    assert [each.number for each in scan(source, sample_rows=400).sample] == numbers
+    assert [number for number, _ in scan(source, sample_rows=400).sample] == numbers
     part = scan(source, sample_rows=400, limit=10)
     assert (part.num_rows, part.is_complete) == (10, False)
 
@@ -160,7 +172,7 @@ def test_bins_hold_every_length_once(lengths: list[int]) -> None:
 
 
 @pytest.mark.model
-def test_what_names_its_columns_is_pushed_as_it_is(tmp_path: Path, trainer: Program) -> None:
+def test_what_names_its_columns_is_pushed_as_it_is(tmp_path: Path, trainer: Program, models: Models) -> None:
     table = tmp_path / "rows.csv"
     table.write_text("question,answer\nq,a\n")
     push = ["data", "push", str(table), "--trainer", trainer.target]
@@ -168,6 +180,18 @@ def test_what_names_its_columns_is_pushed_as_it_is(tmp_path: Path, trainer: Prog
     assert (refused.exit_code, "name them by columns" in refused.output) == (2, True), refused.output
     taken = CliRunner().invoke(cli, [*push, "--column", "prompt=question", "--column", "completion=answer"])
     assert taken.exit_code == 0, taken.output
+    table.write_text("question,answer\n" + "q,a b c\n" * 4100)
+    counted = CliRunner().invoke(
+        cli,
+        [
+            *(*push, "--column", "prompt=question", "--column", "completion=answer"),
+            *("--name", "counted", "--tokenizer", str(models.student), "--json"),
+        ],
+    )
+    [told] = json.loads(counted.stdout)["datasets"]
+    shown = CliRunner().invoke(cli, ["data", "show", "counted", "--json", *push[3:]])
+    assert int(json.loads(shown.stdout)["num_tokens"]) == told["num_tokens"] > 4100
+    assert told["num_tokens"] % 4100 == 0, "the same for each of two requests' rows"
     for side in ("source", "target"):
         (tmp_path / f"pair.{side}").write_text("a\nb\n")
     document = (

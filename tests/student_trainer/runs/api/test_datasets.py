@@ -13,6 +13,7 @@ from stillhouse.protos.rpc import tokens as auth_tokens
 from stillhouse.protos.rpc.tokens import Scope
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceStub
+from stillhouse.student_trainer.runs.api.dataset_uploads import begin_change, remove_leftovers
 from tests.student_trainer.runs.api.caller import refused, wait_ended
 from tests.student_trainer.runs.api.conftest import Service
 from tests.student_trainer.runs.api.test_access import stub_of
@@ -54,12 +55,41 @@ def test_a_dataset_of_a_live_run_is_not_deleted(service: Service) -> None:
     assert list(service.stub.GetDataset(pb.GetDatasetRequest(name="datasets/used")).live_runs) == [run.name]
     service.stub.StopRun(pb.StopRunRequest(name=run.name))
     wait_ended(service.stub, run.name)
+    with refused(Reason.DATASET_IN_USE):  # it can be resumed
+        service.stub.DeleteDataset(pb.DeleteDatasetRequest(name=dataset.name))
+    service.stub.DeleteRun(pb.DeleteRunRequest(name=run.name))
     path = service.data_dir / "datasets" / f"{dataset.sha256}.jsonl"
     assert path.exists()
     service.stub.DeleteDataset(pb.DeleteDatasetRequest(name=dataset.name))
     assert not path.exists()
+    assert not list(path.parent.glob(".*"))
     with refused(Reason.DATASET_NOT_FOUND):
         service.stub.GetDataset(pb.GetDatasetRequest(name=dataset.name))
+
+
+def test_the_same_bytes_keep_the_suffix_of_their_first_upload(service: Service) -> None:
+    content = b'{"text": "suffix"}\n'
+    first = service.upload("rows.jsonl", content)
+    assert service.upload("rows.json", content).name == first.name, "read in the same way"
+    with refused(Reason.DATASET_INVALID) as caught:
+        service.upload("rows.csv", content)
+    assert "read as JSONL, where this name means CSV" in caught[0].message
+    digest = first.name.removeprefix("datasets/")
+    assert [each.name for each in service.data_dir.joinpath("datasets").glob(f"*{digest}*")] == [
+        f"{digest}.jsonl"
+    ]
+
+
+def test_a_killed_service_leaves_no_file_without_its_row(tmp_path: Path) -> None:
+    digests = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("with row", "without", "other")}
+    for digest in digests.values():
+        (tmp_path / f"{digest}.jsonl").touch()
+    for name in ("with row", "without"):
+        begin_change(tmp_path, digests[name])
+    (tmp_path / ".upload-0").touch()
+    remove_leftovers(tmp_path, has_row=lambda digest: digest == digests["with row"])
+    left = sorted(each.name for each in tmp_path.iterdir())
+    assert left == sorted(f"{digests[name]}.jsonl" for name in ("with row", "other"))
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,12 @@ class DatasetContract:
 
     def test_a_file_goes_with_the_last_dataset_of_its_content(self, store: Store) -> None:
         add(store, A, "sums"), add(store, A, "others"), add(store, A)
-        assert store.datasets.delete(reference("datasets/sums@1")) is None
-        assert store.datasets.delete(reference(f"datasets/{A}")) is None
+        for name in ("datasets/sums@1", f"datasets/{A}"):
+            store.datasets.delete(reference(name))
+            assert store.datasets.has_file(A)
         assert store.datasets.find(f"datasets/{A}") is not None, "by its content as long as it is there"
-        assert store.datasets.delete(reference("datasets/others@1")) == A
+        store.datasets.delete(reference("datasets/others@1"))
+        assert not store.datasets.has_file(A)
         assert store.datasets.find(f"datasets/{A}") is None
         with pytest.raises(StillhouseError, match="no dataset datasets/sums@1") as caught:
             store.datasets.delete(reference("datasets/sums@1"))
@@ -99,10 +101,13 @@ class DatasetContract:
             store.datasets.delete(reference("datasets/sums@1"))
         assert caught.value.reason is Reason.DATASET_IN_USE
         store.stop("aaaaaaaaaaaa")
-        assert store.datasets.delete(reference("datasets/sums@1")) == A
+        with pytest.raises(StillhouseError, match="used by runs/aaaaaaaaaaaa"):  # it can be resumed
+            store.datasets.delete(reference("datasets/sums@1"))
+        store.delete("aaaaaaaaaaaa")
+        store.datasets.delete(reference("datasets/sums@1"))
         with pytest.raises(StillhouseError, match="no dataset datasets/sums@1"):
             store.create("bbbbbbbbbbbb", SPEC, effective, **made)  # type: ignore[arg-type]
-        assert store.ids() == {"aaaaaaaaaaaa"}
+        assert store.ids() == set()
 
 
 @pytest.mark.parametrize(
