@@ -21,6 +21,7 @@ from stillhouse.protos.cache.rows import (
     RowGroup,
     StoredText,
     optional_columns,
+    prompt_digest,
     schema,
 )
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
@@ -84,6 +85,7 @@ class CacheReader:
         self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._kept_bytes = 0
         self._checked: set[_Location] = set()
+        self._prompts: dict[int, list[bytes]] = {}
         self._lock = threading.RLock()
         for file in shard_paths(path):
             try:
@@ -110,6 +112,11 @@ class CacheReader:
         """True if there is an output with every column that `asked` needs."""
         with self._lock:
             return self._find(key, asked) is not None
+
+    def has_text(self, key: str, asked: CacheMeta, prompt: bytes) -> bool:
+        """True as `has`, if the student's prompt of the output has the digest `prompt` as well, of `prompt_digest`."""
+        with self._lock:
+            return any(self._prompt(place) == prompt for place in self._places(key, asked))
 
     def get(self, key: str, asked: CacheMeta) -> Distributions | None:
         """The output by key, or None if there is none with every column that `asked` needs.
@@ -207,12 +214,27 @@ class CacheReader:
             self._kept_bytes = 0
 
     def _find(self, key: str, asked: CacheMeta) -> _Location | None:
-        for place in reversed(
-            self._locations.get(bytes.fromhex(key), ())
-        ):  # what came last replaces damaged ones
+        return next(self._places(key, asked), None)
+
+    def _places(self, key: str, asked: CacheMeta) -> Iterator[_Location]:
+        """The outputs with every column that is needed; what came last replaces damaged ones."""
+        for place in reversed(self._locations.get(bytes.fromhex(key), ())):
             if self.shards[place.shard].meta.serves(asked):
-                return place
-        return None
+                yield place
+
+    def _prompt(self, place: _Location) -> bytes:
+        """The digest of a row's student prompt; those of a shard are read together, once."""
+        shard = self.shards[place.shard]
+        if not shard.meta.prompted:
+            return b""
+        if place.shard not in self._prompts:
+            try:
+                column = self._file(place.shard).read(columns=[STUDENT_PROMPT]).column(STUDENT_PROMPT)
+                found = [prompt_digest(each.values.to_numpy()) for each in column]
+            except _errors() as error:
+                raise invalid_cache(shard.path, first_line(error).rstrip("."), REMEDY) from error
+            self._prompts[place.shard] = found
+        return self._prompts[place.shard][place.row]
 
     def _columns(self, place: _Location) -> tuple[RowGroup, int]:
         """The group of rows that holds a place, and the place's index in it."""

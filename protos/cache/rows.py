@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -84,6 +85,13 @@ class CacheRow:
             raise ValueError("the student's prompt and a prompted shard go together")
         if self.student_prompt_ids is not None and not len(self.student_prompt_ids):
             raise ValueError("the student's prompt is empty")
+
+
+def prompt_digest(student_prompt_ids: NDArray[np.int32] | None) -> bytes:
+    """Tells the student's prompts of rows with one key apart; empty for a row without one of its own."""
+    if student_prompt_ids is None:
+        return b""
+    return hashlib.blake2b(np.ascontiguousarray(student_prompt_ids, "<i4").tobytes(), digest_size=16).digest()
 
 
 def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.cache.format import CODECS, META, SHARD, CacheMeta, Codec
 from stillhouse.protos.cache.reader import CacheReader
-from stillhouse.protos.cache.rows import CacheRow, optional_columns, schema, table
+from stillhouse.protos.cache.rows import CacheRow, optional_columns, prompt_digest, schema, table
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import sync_directory, sync_file
 from stillhouse.protos.files.locks import try_lock
@@ -98,6 +98,8 @@ class CacheWriter:
     ) -> bool:
         """Adds the output for the sequence `token_ids` [L], positions [answer.start, L); False if it is present already.
 
+        One with another prompt of the student is another text, though its output is the same.
+
         `query_token_ids` belong to `answer.query_logprobs`, `token_type_ids` [L] to a pair of texts; `student_prompt_ids` are
         the student's tokens in the place of those before `answer.start`, if the teacher alone saw these. It survives a kill
         once its shard is closed: after `flush`, or automatically after `shard_age_s` or `shard_bytes`.
@@ -118,7 +120,7 @@ class CacheWriter:
         )
         row.check(meta)
         with self._mutex:
-            if self.has(key, meta):
+            if self.has_text(key, meta, student_prompt_ids):
                 return False
             kind = (meta.to_json(self._codec), optional_columns(row))
             shard = self._open.get(kind)
@@ -135,6 +137,14 @@ class CacheWriter:
         """True if the output is present, in a complete or an open shard."""
         with self._mutex:
             return self.reader.has(key, asked) or self._pending(key, asked)
+
+    def has_text(self, key: str, asked: CacheMeta, student_prompt_ids: NDArray[np.int32] | None) -> bool:
+        """True as `has`, if the output's student read `student_prompt_ids` as well."""
+        prompt = prompt_digest(student_prompt_ids)
+        with self._mutex:
+            return self.reader.has_text(key, asked, prompt) or any(
+                (key, prompt) in shard.texts and shard.meta.serves(asked) for shard in self._open.values()
+            )
 
     def get(self, key: str, asked: CacheMeta) -> Distributions | None:
         """The output by key, if present; closes the open shards if it is in one of them. Raises as CacheReader.get."""
@@ -223,6 +233,8 @@ class _OpenShard:
 
         self.meta = meta
         self.keys: set[str] = set()
+        self.texts: set[tuple[str, bytes]] = set()
+        """Keys, each with the digest of the student's prompt."""
         self._codec: Codec = codec
         self._rows: list[CacheRow] = []
         self._row_bytes = 0
@@ -257,6 +269,7 @@ class _OpenShard:
     def add(self, row: CacheRow) -> None:
         self._rows.append(row)
         self.keys.add(row.key)
+        self.texts.add((row.key, prompt_digest(row.student_prompt_ids)))
         self._row_bytes += row.num_bytes
         if self._row_bytes >= GROUP_BYTES:
             self._write_group()

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stillhouse.protos.cache.format import CacheMeta
+from stillhouse.protos.cache.rows import prompt_digest
 from stillhouse.protos.cache.writer import CacheWriter
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import DistributionConfig
@@ -171,9 +172,15 @@ def _plan_scores(
 ) -> ScoreJob:
     config = request.to_config(teacher.config, teacher.info)
     meta = RunCache.make_meta(teacher, config, held_out=request.held_out)
-    asked = (_query(each, teacher) for each in wanted)
-    places = {meta.key(each.token_ids, each.start): place for place, each in enumerate(asked)}
-    missing = [place for key, place in places.items() if not writer.has(key, meta)]
+    # Texts of one key differ in the student's prompt alone; each of them is a row of the cache.
+    places: dict[tuple[str, bytes], int] = {}
+    missing = []
+    for place, each in enumerate(_query(example, teacher) for example in wanted):
+        key = meta.key(each.token_ids, each.start)
+        if places.setdefault(
+            (key, prompt_digest(each.student_prompt)), place
+        ) == place and not writer.has_text(key, meta, each.student_prompt):
+            missing.append(place)
     return ScoreJob(
         teacher=teacher,
         request=config,

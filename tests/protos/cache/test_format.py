@@ -195,6 +195,23 @@ def test_an_output_is_added_once_also_after_a_restart(tmp_path: Path) -> None:
     assert len(CacheReader(tmp_path)) == 6
 
 
+def test_texts_of_one_key_are_told_apart_by_the_students_prompt(tmp_path: Path) -> None:
+    prompts = [*(np.array(each, np.int32) for each in ([1], [2], [1, 2])), None]
+    for added in (True, False):
+        with CacheWriter(tmp_path) as writer:
+            for own in prompts:
+                assert writer.add(PLAIN, sequence(0), answer(PLAIN), student_prompt_ids=own) is added
+                assert not writer.add(PLAIN, sequence(0), answer(PLAIN), student_prompt_ids=own)
+    reader = CacheReader(tmp_path)
+    found = [
+        None if text.student_prompt_ids is None else text.student_prompt_ids.tolist()
+        for shard in reader.shards
+        for text in reader.texts(shard)
+    ]
+    assert sorted(found, key=str) == [None, [1, 2], [1], [2]]
+    assert reader.get(PLAIN.key(sequence(0), 3), PLAIN) is not None
+
+
 def test_shards_close_by_size_and_by_age(tmp_path: Path) -> None:
     for options in ({"shard_age_s": 0.0}, {"shard_bytes": 1}):
         path = tmp_path / next(iter(options))
