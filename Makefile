@@ -119,6 +119,10 @@ bench-classification: setup ## a distilled classifier against one that learns la
 bench-cache: setup ## what a cached token costs and loses, beside DistillKit's scheme; JSON=FILE; ARGS names teacher and text
 	$(PY) -m benchmarks.cache $(if $(JSON),--json $(JSON)) $(ARGS)
 
+.PHONY: bench-codec
+bench-codec: setup ## bytes, loss and speed of distributions on the wire, on one core; JSON=FILE; ARGS="--model DIR" for a teacher's rows
+	$(PY) -m benchmarks.codec $(if $(JSON),--json $(JSON)) $(ARGS)
+
 bench-data: setup ## the preparation of a million rows, beside datasets.map, a second start, and memory at four times the rows; JSON=FILE
 	$(PY) -m benchmarks.data $(if $(JSON),--json $(JSON)) $(ARGS)
 

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from stillhouse.protos.tensors.layout import decode, encode, encode_scaled, encode_sorted, packed_bits
+from stillhouse.protos.tensors.layout import (
+    decode,
+    encode,
+    encode_falling,
+    encode_scaled,
+    encode_sorted,
+    packed_bits,
+)
 
 __all__ = ["Distributions", "decode", "decode_distributions", "encode", "encode_distributions", "packed_bits"]
 
@@ -25,8 +32,13 @@ MAX_COLUMNS = 64 * 1024
 MAX_STATES_BYTES = 256 * 1024 * 1024
 """Most bytes of the layer states of one sequence."""
 
+LEVEL_BITS = 7
+"""Bits of the levels of FALLING logprobs: a reconstruction KL of 1e-5 to 1e-4 nats (docs/concepts/targets.md)."""
+
 _FLOAT32 = (Tensor.DATA_TYPE_FLOAT32,)
-_HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)
+_HALF = (Tensor.DATA_TYPE_FLOAT16,)
+_HALF_OR_FULL = (*_HALF, *_FLOAT32)
+_KEPT = (*_HALF_OR_FULL, Tensor.DATA_TYPE_FALLING)
 _IDS = (Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_PACKED_UINT)
 
 
@@ -110,6 +122,8 @@ class Distributions:
 
 
 _ARRAYS = tuple(field.name for field in fields(Distributions) if field.name != "start")
+_OF_ROW = frozenset({"target_logprobs", "log_tail"})
+"""Parts that are FLOAT16 beside FALLING logprobs."""
 
 
 def encode_distributions(
@@ -120,20 +134,24 @@ def encode_distributions(
     sort_bits: int | None = None,
     sampled_logprob_bits: int = 0,
 ) -> TokenDistributions:
-    """The message, with logprobs as FLOAT16 or FLOAT32 and, with `pack_bits`, ids packed to so many bits.
+    """The message, with logprobs of type `logprob_dtype` and, with `pack_bits`, ids packed to so many bits.
 
-    With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
+    FALLING makes target_logprobs, log_tail and sampled_logprobs FLOAT16; logprobs that no FALLING holds are sent as with
+    FLOAT16. With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
     `sampled_logprob_bits` their log-probabilities travel as SCALED_UINT of so many bits. Raises ValueError for another
     logprob_dtype.
     """
-    if logprob_dtype not in _HALF_OR_FULL:
+    if logprob_dtype not in _KEPT:
         raise ValueError(f"logprobs cannot be sent as {Tensor.DataType.Name(logprob_dtype)}")
     if sort_bits is not None:
         distributions = _sorted_samples(distributions)
+    plain, kept = logprob_dtype, None
+    if logprob_dtype == Tensor.DATA_TYPE_FALLING:
+        plain, kept = Tensor.DATA_TYPE_FLOAT16, encode_falling(distributions.logprobs, bits=LEVEL_BITS)
     message = TokenDistributions(
         start=distributions.start,
         token_ids=encode(distributions.token_ids, bits=pack_bits),
-        logprobs=encode(distributions.logprobs, dtype=logprob_dtype),
+        logprobs=encode(distributions.logprobs, dtype=plain) if kept is None else kept,
     )
     for name in _ARRAYS[2:]:
         array = getattr(distributions, name)
@@ -145,9 +163,9 @@ def encode_distributions(
             )
         elif name == "sampled_logprobs":
             scaled = sampled_logprob_bits
-            encoded = encode_scaled(array, bits=scaled) if scaled else encode(array, dtype=logprob_dtype)
+            encoded = encode_scaled(array, bits=scaled) if scaled else encode(array, dtype=plain)
         else:
-            encoded = encode(array)
+            encoded = encode(array, dtype=None if kept is None or name not in _OF_ROW else plain)
         getattr(message, name).CopyFrom(encoded)
     return message
 
@@ -188,9 +206,10 @@ def decode_distributions(
     ordered = np.sort(token_ids, axis=1)
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         raise _invalid("distributions.token_ids", "names a token twice at one position")
-    logprobs = _logprobs(message, "logprobs", (num_rows, top_k), _HALF_OR_FULL)
-    log_tail = _logprobs(message, "log_tail", (num_rows,))
-    sums = np.exp(logprobs).sum(axis=1) + np.exp(log_tail)
+    logprobs = _logprobs(message, "logprobs", (num_rows, top_k), _KEPT)
+    of_row = _HALF if message.logprobs.dtype == Tensor.DATA_TYPE_FALLING else _FLOAT32
+    log_tail = _logprobs(message, "log_tail", (num_rows,), of_row)
+    sums = np.einsum("tk->t", np.exp(logprobs)) + np.exp(log_tail)
     if (sums > MAX_ROW_SUM).any():
         raise _invalid(
             "distributions.logprobs", f"sum to {sums.max():.4g} at one position; probabilities sum to 1"
@@ -205,7 +224,7 @@ def decode_distributions(
         start=message.start,
         token_ids=token_ids,
         logprobs=logprobs,
-        target_logprobs=_logprobs(message, "target_logprobs", (num_rows,)),
+        target_logprobs=_logprobs(message, "target_logprobs", (num_rows,), of_row),
         log_tail=log_tail,
         log_partitions=_finite(message, "log_partitions", (num_rows, None)),
         query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,

@@ -1,4 +1,4 @@
-"""numpy <-> Tensor: the only place that knows byte layout, with sorted_rows.py and scaled_rows.py; refuses a lying shape first."""
+"""numpy <-> Tensor: the only place that knows byte layout, with its neighbours; refuses a lying shape first."""
 
 import math
 import sys
@@ -10,13 +10,10 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors import scaled_rows, sorted_rows
+from stillhouse.protos.tensors import bit_packing, falling_rows, scaled_rows, sorted_rows
 
 MAX_ELEMENTS = 8 * 1024 * 1024
 """Elements of a tensor that `decode` accepts unless told otherwise: 32 MiB of FLOAT32, the receive limit."""
-MAX_BITS = 32
-_BLOCK_ELEMENTS = 64 * 1024
-"""Packed integers are handled in blocks of this many, so that scratch memory stays at 2 MiB."""
 _MAX_DIMENSIONS = 8
 
 _DTYPES: dict[Tensor.DataType.ValueType, np.dtype[Any]] = {
@@ -27,11 +24,18 @@ _DTYPES: dict[Tensor.DataType.ValueType, np.dtype[Any]] = {
     Tensor.DATA_TYPE_BFLOAT16: np.dtype("<u2"),  # the upper half of a float32
 }
 _MAX_BITS: dict[Tensor.DataType.ValueType, int] = {
-    Tensor.DATA_TYPE_PACKED_UINT: MAX_BITS,
+    Tensor.DATA_TYPE_PACKED_UINT: bit_packing.MAX_BITS,
     Tensor.DATA_TYPE_SORTED_UINT: sorted_rows.MAX_BITS,
     Tensor.DATA_TYPE_SCALED_UINT: scaled_rows.MAX_BITS,
+    Tensor.DATA_TYPE_FALLING: falling_rows.MAX_BITS,
 }
 """Types with `bits`, and the most of these."""
+_MIN_BITS: dict[Tensor.DataType.ValueType, int] = {
+    Tensor.DATA_TYPE_SCALED_UINT: scaled_rows.MIN_BITS,
+    Tensor.DATA_TYPE_FALLING: falling_rows.MIN_BITS,
+}
+_OF_ROWS = frozenset({Tensor.DATA_TYPE_SORTED_UINT, Tensor.DATA_TYPE_SCALED_UINT, Tensor.DATA_TYPE_FALLING})
+"""Types of rows [T, K], whose bytes are not those of their elements."""
 _NATURAL: dict[np.dtype[Any], Tensor.DataType.ValueType] = {
     np.dtype(np.int32): Tensor.DATA_TYPE_INT32,
     np.dtype(np.int64): Tensor.DATA_TYPE_INT64,
@@ -56,7 +60,10 @@ def encode(
     """
     if bits is not None:
         return Tensor(
-            dtype=Tensor.DATA_TYPE_PACKED_UINT, shape=array.shape, data=_pack(array, bits), bits=bits
+            dtype=Tensor.DATA_TYPE_PACKED_UINT,
+            shape=array.shape,
+            data=bit_packing.pack(array, bits),
+            bits=bits,
         )
     own = _NATURAL.get(array.dtype.newbyteorder("="))
     if own is None:
@@ -82,8 +89,16 @@ def encode_sorted(rows: NDArray[Any], *, bits: int) -> Tensor:
 def encode_scaled(rows: NDArray[np.float32], *, bits: int) -> Tensor:
     """Rows [T, R] of finite numbers as SCALED_UINT, each rounded to a step of its row. Raises ValueError for others."""
     bounds, integers = scaled_rows.to_integers(rows, bits)
-    data = bounds + _pack(integers, bits)
+    data = bounds + bit_packing.pack(integers, bits)
     return Tensor(dtype=Tensor.DATA_TYPE_SCALED_UINT, shape=rows.shape, data=data, bits=bits)
+
+
+def encode_falling(rows: NDArray[np.float32], *, bits: int) -> Tensor | None:
+    """Rows [T, K] of log-probabilities as FALLING on 2^bits levels; None where it cannot hold them."""
+    data = falling_rows.pack_falling(rows, bits)
+    if data is None:
+        return None
+    return Tensor(dtype=Tensor.DATA_TYPE_FALLING, shape=rows.shape, data=data, bits=bits)
 
 
 def decode(
@@ -97,8 +112,8 @@ def decode(
     """The array of a received Tensor, a read-only view of its bytes where possible.
 
     `dtypes` are the types allowed; `shape` is what is expected, None where any size will do.
-    PACKED_UINT comes back as int32, or as int64 if it has 32 bits, SORTED_UINT as int32, and BFLOAT16 and SCALED_UINT as
-    float32.
+    PACKED_UINT comes back as int32, or as int64 if it has 32 bits, SORTED_UINT as int32, and BFLOAT16, SCALED_UINT and
+    FALLING as float32.
 
     Raises StillhouseError(TENSOR_INVALID), which names `field`, if type, shape and length of the data do not
     agree with each other, with what is expected or with `max_elements`. Nothing is allocated before.
@@ -110,13 +125,13 @@ def decode(
     count = math.prod(sizes)
     packed = tensor.dtype == Tensor.DATA_TYPE_PACKED_UINT
     most = _MAX_BITS.get(tensor.dtype, 0)
-    least = scaled_rows.MIN_BITS if tensor.dtype == Tensor.DATA_TYPE_SCALED_UINT else 1
+    least = _MIN_BITS.get(tensor.dtype, 1)
     if most and not least <= tensor.bits <= most:
         raise _invalid(field, f"has {tensor.bits} bits an element; send {least} to {most}")
     if not most and tensor.bits:
         raise _invalid(field, f"has bits = {tensor.bits} with type {_dtype_name(tensor.dtype)}; send 0")
     data = tensor.data
-    if tensor.dtype in {Tensor.DATA_TYPE_SORTED_UINT, Tensor.DATA_TYPE_SCALED_UINT}:
+    if tensor.dtype in _OF_ROWS:
         return _decode_rows(tensor, sizes, field)
     num_bytes = (count * tensor.bits + 7) // 8 if packed else count * _DTYPES[tensor.dtype].itemsize
     if len(data) != num_bytes:
@@ -132,7 +147,7 @@ def decode(
 
 
 def _decode_rows(tensor: Tensor, sizes: tuple[int, ...], field: str) -> NDArray[Any]:
-    """The numbers of SORTED_UINT and SCALED_UINT."""
+    """The numbers of SORTED_UINT, SCALED_UINT and FALLING."""
     if len(sizes) != 2:
         raise _invalid(
             field, f"has shape {list(sizes)} with type {_dtype_name(tensor.dtype)}; send [rows, columns]"
@@ -141,6 +156,8 @@ def _decode_rows(tensor: Tensor, sizes: tuple[int, ...], field: str) -> NDArray[
     try:
         if tensor.dtype == Tensor.DATA_TYPE_SORTED_UINT:
             return sorted_rows.unpack_sorted(data, num_rows, num_columns, tensor.bits)
+        if tensor.dtype == Tensor.DATA_TYPE_FALLING:
+            return falling_rows.unpack_falling(data, num_rows, num_columns, tensor.bits)
         behind = num_rows * scaled_rows.BOUND_BYTES
         num_bytes = behind + (num_rows * num_columns * tensor.bits + 7) // 8
         if len(data) != num_bytes:
@@ -173,32 +190,11 @@ def _empty(sizes: tuple[int, ...], dtype: Tensor.DataType.ValueType) -> NDArray[
     return np.empty(sizes, dtype=native)
 
 
-def _pack(array: NDArray[Any], bits: int) -> bytes:
-    if not 1 <= bits <= MAX_BITS:
-        raise ValueError(f"bits is {bits}, outside [1, {MAX_BITS}]")
-    flat = array.reshape(-1)
-    if flat.dtype.kind not in "iu" or (flat.size and not (flat.min() >= 0 and int(flat.max()) < 1 << bits)):
-        raise ValueError(f"only integers in [0, 2**{bits}) fit {bits} bits")
-    pieces: list[bytes] = []
-    for begin in range(0, flat.size, _BLOCK_ELEMENTS):  # every block but the last ends on a byte
-        words = flat[begin : begin + _BLOCK_ELEMENTS].astype("<u4")
-        unpacked = np.unpackbits(words.view(np.uint8).reshape(-1, 4), axis=1, bitorder="little", count=bits)
-        pieces.append(np.packbits(unpacked, bitorder="little").tobytes())
-    return b"".join(pieces)
-
-
 def _unpack(data: bytes, count: int, bits: int, field: str) -> NDArray[Any]:
-    if count * bits % 8 and data[-1] >> (count * bits % 8):
-        raise _invalid(field, "has bits beyond its last element; send zeros there")
-    out = np.empty(count, dtype=np.int64 if bits == MAX_BITS else np.int32)
-    raw = np.frombuffer(data, dtype=np.uint8) if data else np.empty(0, dtype=np.uint8)
-    for begin in range(0, count, _BLOCK_ELEMENTS):
-        size = min(_BLOCK_ELEMENTS, count - begin)
-        piece = raw[begin * bits // 8 : ((begin + size) * bits + 7) // 8]
-        wide = np.zeros((size, MAX_BITS), dtype=np.uint8)
-        wide[:, :bits] = np.unpackbits(piece, count=size * bits, bitorder="little").reshape(size, bits)
-        out[begin : begin + size] = np.packbits(wide, axis=1, bitorder="little").view("<u4").reshape(-1)
-    return out
+    try:
+        return bit_packing.unpack(data, count, bits)
+    except ValueError as error:
+        raise _invalid(field, str(error)) from None
 
 
 def _to_bfloat16(array: NDArray[Any]) -> NDArray[np.uint16]:

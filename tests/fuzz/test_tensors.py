@@ -6,9 +6,12 @@ import random
 import tracemalloc
 from collections import Counter
 
+import pytest
+
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
 from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode_distributions
+from stillhouse.protos.tensors.falling_rows import BOUND_BYTES, bitmap_bytes
 from tests.fuzz.conftest import SEED, scaled, show
 from tests.fuzz.messages import arbitrary, lie, mutate, structure
 from tests.protos.cache.test_format import EVERYTHING, VOCAB_SIZE, answer
@@ -38,6 +41,12 @@ def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
             assert list(array.shape) == list(tensor.shape)
             if tensor.dtype == Tensor.DATA_TYPE_SORTED_UINT:
                 continue  # the bytes depend on the numbers
+            if tensor.dtype == Tensor.DATA_TYPE_FALLING:
+                num_rows, num_columns = tensor.shape
+                row_bytes = BOUND_BYTES + bitmap_bytes(num_columns, tensor.bits)
+                assert len(tensor.data) == num_rows * (row_bytes if num_columns else 0)
+                assert (array[:, 1:] <= array[:, :-1]).all()
+                continue
             bits = tensor.bits or {1: 32, 2: 64, 3: 16, 4: 32, 6: 16}[tensor.dtype]
             bounds = 4 * tensor.shape[0] if tensor.dtype == Tensor.DATA_TYPE_SCALED_UINT else 0
             assert len(tensor.data) == bounds + (array.size * bits + 7) // 8
@@ -49,12 +58,14 @@ def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
     assert peak < MAX_SCRATCH_BYTES
 
 
-def test_no_answer_of_a_teacher_is_taken_that_can_be_no_models() -> None:
-    good = encode_distributions(answer(EVERYTHING), logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
-    seen, count = set(), scaled(2000, 10_000)
+@pytest.mark.parametrize("dtype", [Tensor.DATA_TYPE_FLOAT32, Tensor.DATA_TYPE_FALLING])
+def test_no_answer_of_a_teacher_is_taken_that_can_be_no_models(dtype: Tensor.DataType.ValueType) -> None:
+    good = encode_distributions(answer(EVERYTHING), logprob_dtype=dtype, pack_bits=None)
+    assert good.logprobs.dtype == dtype
+    seen, count = set(), scaled(1000, 5_000)
     refused: Counter[str] = Counter()
     for number in range(count):
-        rng = random.Random(f"{SEED}/answer/{number}")
+        rng = random.Random(f"{SEED}/answer/{dtype}/{number}")
         message = TokenDistributions()
         message.CopyFrom(good)
         mutate(message, rng, ())

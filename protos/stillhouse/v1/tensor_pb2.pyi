@@ -58,6 +58,12 @@ class Tensor(_message.Message):
         `bits` as in PACKED_UINT; number i of a row is highest - step * integer i, rounded to FLOAT16. Only where the request
         allows it.
         """
+        DATA_TYPE_FALLING: Tensor._DataType.ValueType  # 9
+        """Numbers in rows [T, K], none of which rises, on 2^bits levels of each row: of every row its highest number and its range,
+        FLOAT16, then of every row a bitmap of K + 2^bits - 1 bits, lowest bit first, that begins on a byte: number k stands on
+        level l if bit l + k is set, and the first on level 0. Rows without numbers have no bytes. protos/tensors/falling_rows.py
+        has the places of the levels. Only where the request allows it.
+        """
 
     class DataType(_DataType, metaclass=_DataTypeEnumTypeWrapper):
         """DataType is an element type. A new one needs a value here and a line in the codec."""
@@ -85,6 +91,12 @@ class Tensor(_message.Message):
     `bits` as in PACKED_UINT; number i of a row is highest - step * integer i, rounded to FLOAT16. Only where the request
     allows it.
     """
+    DATA_TYPE_FALLING: Tensor.DataType.ValueType  # 9
+    """Numbers in rows [T, K], none of which rises, on 2^bits levels of each row: of every row its highest number and its range,
+    FLOAT16, then of every row a bitmap of K + 2^bits - 1 bits, lowest bit first, that begins on a byte: number k stands on
+    level l if bit l + k is set, and the first on level 0. Rows without numbers have no bytes. protos/tensors/falling_rows.py
+    has the places of the levels. Only where the request allows it.
+    """
 
     DTYPE_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
@@ -96,7 +108,7 @@ class Tensor(_message.Message):
     """The elements."""
     bits: _builtins.int
     """Width of an element in bits: in [1, 32] with PACKED_UINT, whose data is ceil(product(shape) * bits / 8) bytes, [1, 31] with
-    SORTED_UINT, [2, 16] with SCALED_UINT. 0 for other types.
+    SORTED_UINT, [2, 16] with SCALED_UINT, [2, 12] with FALLING. 0 for other types.
     """
     @_builtins.property
     def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
@@ -149,17 +161,19 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def logprobs(self) -> Global___Tensor:
-        """FLOAT16 or FLOAT32 [T, K]. The mass missing from 1 is the tail; at FLOAT16 the sum may exceed 1
+        """FLOAT16, FLOAT32 or FALLING [T, K]. The mass missing from 1 is the tail; at FLOAT16 the sum may exceed 1
         by 1e-3 through rounding, so a loss uses log_tail and never 1 - sum. Receivers refuse sums above 1.01.
         """
 
     @_builtins.property
     def target_logprobs(self) -> Global___Tensor:
-        """FLOAT32 [T]: log-probability of the token in the sequence, also if it is not among the K."""
+        """FLOAT32 [T], or FLOAT16 beside FALLING logprobs: log-probability of the token in the sequence, also if it
+        is not among the K.
+        """
 
     @_builtins.property
     def log_tail(self) -> Global___Tensor:
-        """FLOAT32 [T]: log of the probability outside the K, computed before rounding. -inf where nothing is."""
+        """Of the type of target_logprobs, [T]: log of the probability outside the K, computed before rounding. -inf where nothing is."""
 
     @_builtins.property
     def log_partitions(self) -> Global___Tensor:

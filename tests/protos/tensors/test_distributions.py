@@ -79,6 +79,27 @@ def test_float16_comes_back_as_float32_within_its_rounding() -> None:
     assert_equal(back, sample(), atol=0.004)
 
 
+def test_compact_logprobs_come_back_within_their_levels_with_the_same_ids() -> None:
+    one = sample(top_k=9)
+    message = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FALLING)
+    assert message.logprobs.dtype == Tensor.DATA_TYPE_FALLING
+    assert message.target_logprobs.dtype == message.log_tail.dtype == Tensor.DATA_TYPE_FLOAT16
+    back = received(message)
+    np.testing.assert_array_equal(back.token_ids, one.token_ids)
+    assert_equal(back, one, atol=0.03)
+    for name in ("target_logprobs", "log_tail"):
+        np.testing.assert_array_equal(getattr(back, name), getattr(one, name).astype(np.float16))
+
+
+@pytest.mark.parametrize("lowest", [-np.inf, -1.0])
+def test_rows_that_compact_logprobs_cannot_hold_travel_as_float16(lowest: float) -> None:
+    """A token without probability, or one that stands behind a less likely one."""
+    one = sample()
+    one.logprobs[2] = -3, -4, -5, lowest
+    message = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FALLING)
+    assert message == encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FLOAT16)
+
+
 def test_a_message_is_no_larger_than_row_bytes_say() -> None:
     one = sample(50, 20)
     rows = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FLOAT32)

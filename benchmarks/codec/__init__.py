@@ -1,0 +1,1 @@
+"""Bytes, loss and speed of distributions on the wire."""
