@@ -96,6 +96,7 @@ class Teacher(TeacherConnection):
         stratified_samples: bool = False,
         entropy: bool = False,
         float16: bool = False,
+        compact: bool = False,
         pack_token_ids: bool = False,
         max_inflight: int = 0,
         on_lost: OnLost | None = None,
@@ -105,12 +106,15 @@ class Teacher(TeacherConnection):
 
         A sequence is a ScoreItem or a pair of id and token ids [T]. `sequences` is read in another thread, at most
         `max_inflight` ahead of the results (0, or more than the teacher's limit, means that limit). A lost stream is
-        opened again and unscored sequences are sent again. Logprobs travel as float32 unless `float16`; with
-        `pack_token_ids` ids travel in the fewest bits that hold the vocabulary, and stratified samples always in few.
+        opened again and unscored sequences are sent again. Logprobs travel as float32 unless `float16`, or
+        `compact`: about three bits each, with a reconstruction KL of 1e-5 to 1e-4 nats, from teachers with
+        CAPABILITY_COMPACT_LOGPROBS. With `compact` or `pack_token_ids` ids travel in the fewest bits that hold the
+        vocabulary, and stratified samples always in few.
         """
+        dtype = Tensor.DATA_TYPE_FLOAT16 if float16 else Tensor.DATA_TYPE_FLOAT32
         config = teacher_pb2.DistributionConfig(
             top_k=top_k,
-            logprob_dtype=Tensor.DATA_TYPE_FLOAT16 if float16 else Tensor.DATA_TYPE_FLOAT32,
+            logprob_dtype=Tensor.DATA_TYPE_FALLING if compact else dtype,
             temperatures=temperatures,
             num_sampled_tokens=num_sampled_tokens,
             seed=seed,
@@ -120,7 +124,7 @@ class Teacher(TeacherConnection):
             stratified_samples=stratified_samples,
             sort_samples=stratified_samples,
             entropy=entropy,
-            pack_token_ids=pack_token_ids,
+            pack_token_ids=pack_token_ids or compact,
         )
         return score(
             self, sequences, config, max_inflight=max_inflight, on_lost=on_lost, patience_s=patience_s

@@ -55,6 +55,8 @@ MAX_META_BYTES = 64 * 1024
 
 Codec = Literal["lossless", "compact"]
 CODECS: tuple[Codec, ...] = ("lossless", "compact")
+LOGPROB_DTYPES = ("float16", "float32", "compact")
+_DTYPE_NAMES = {Tensor.DATA_TYPE_FLOAT32: "float32", Tensor.DATA_TYPE_FALLING: "compact"}
 _NAME_CHARACTERS = 4096
 _MAX_COUNT = 2**31 - 1
 _TEXTS = (
@@ -90,7 +92,7 @@ class CacheMeta:
     top_k: int
     """Requested top-k, K; smaller only where the vocabulary is."""
     logprob_dtype: str = "float16"
-    """Type of the logprobs on the wire: "float16" or "float32"."""
+    """Type of the logprobs on the wire: "float16", "float32", or "compact" for FALLING, whose numbers are float16 ones."""
     temperatures: tuple[float, ...] = ()
     """Temperatures of the columns of log_partitions, in this order."""
     entropy: bool = False
@@ -122,7 +124,6 @@ class CacheMeta:
         adapter_fingerprint: str = "",
     ) -> CacheMeta:
         """Metadata of a teacher's outputs for `config`, from its base model if there is no adapter."""
-        full = config.logprob_dtype == Tensor.DATA_TYPE_FLOAT32
         return cls(
             model=info.model,
             teacher_fingerprint=info.model_fingerprint,
@@ -132,7 +133,7 @@ class CacheMeta:
             tokenizer_size=info.tokenizer_size,
             vocab_size=info.vocab_size,
             top_k=len(info.class_names) if config.classes else config.top_k,
-            logprob_dtype="float32" if full else "float16",
+            logprob_dtype=_DTYPE_NAMES.get(config.logprob_dtype, "float16"),
             temperatures=tuple(config.temperatures),
             entropy=config.entropy,
             sampling=_sampling(config),
@@ -257,8 +258,8 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"its {name} is not an integer in [0, {_MAX_COUNT}]")
         checked[name] = number
     checked["logprob_dtype"] = values.get("logprob_dtype")
-    if checked["logprob_dtype"] not in ("float16", "float32"):
-        raise ValueError("its logprob_dtype is neither float16 nor float32")
+    if checked["logprob_dtype"] not in LOGPROB_DTYPES:
+        raise ValueError(f"its logprob_dtype is none of {', '.join(LOGPROB_DTYPES)}")
     temperatures = values.get("temperatures")
     if not isinstance(temperatures, list) or not all(
         type(each) in (int, float) and each > 0 for each in temperatures

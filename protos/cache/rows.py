@@ -98,7 +98,7 @@ def schema(meta: CacheMeta, codec: Codec, optional: Sequence[str]) -> Any:
     """The Arrow schema of a shard with these optional columns."""
     import pyarrow as pa
 
-    half = codec == "compact" or meta.logprob_dtype == "float16"
+    half = codec == "compact" or meta.logprob_dtype != "float32"
     rest = pa.float16() if codec == "compact" else pa.float32()
 
     def listed(name: str) -> Any:

@@ -100,7 +100,7 @@ def unpack_falling(data: bytes, num_rows: int, num_columns: int, bits: int) -> _
 def prepare() -> None:
     """Loads the compiled loops, or compiles them: up to some seconds in a process that does so first, else nothing."""
     one = np.array([[-1, -2]], np.float32)
-    unpack_falling(pack_falling(one, MIN_BITS) or b"", *one.shape, MIN_BITS)
+    unpack_falling(pack_falling(one, MIN_BITS) or b"", 1, 2, MIN_BITS)
 
 
 @lru_cache(maxsize=1)

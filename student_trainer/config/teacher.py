@@ -59,6 +59,6 @@ class TeacherConfig:
     weight: Annotated[float, POSITIVE] = 1.0
     credential: str = ""
     tls_server_name: str = ""
-    logprob_dtype: Annotated[str, Choices("float16", "float32")] = "float16"
+    logprob_dtype: Annotated[str, Choices("float16", "float32", "compact")] = "float16"
     prefetch_steps: Annotated[int, Range(1, 64)] = 2
     prompt: TeacherPromptConfig | None = None

@@ -92,7 +92,9 @@ class ScoreSession:
             raise invalid_request(
                 "The first message of a Score call must carry config, and this one does not.",
             )
-        return check_distributions(first.config, self._serving.info)
+        options, wire = check_distributions(first.config, self._serving.info)
+        await wire.prepare()
+        return options, wire
 
     async def _read_sequences(self, options: DistributionOptions, wire: WireFormat) -> None:
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import numpy as np
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
+from stillhouse.protos.tensors import falling_rows
 from stillhouse.protos.tensors.distributions import (
     MAX_COLUMNS,
     MAX_STATES_BYTES,
@@ -33,6 +35,7 @@ _OPTIONAL = {
     teacher_pb2.CAPABILITY_STRATIFIED_SAMPLES: "stratified_samples, sort_samples or sampled_logprob_bits",
     teacher_pb2.CAPABILITY_LAYER_STATES: "layer_states",
 }
+_LOGPROB_DTYPES = (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32, Tensor.DATA_TYPE_FALLING)
 _OF_CLASSES = frozenset({"classes", "hidden_layers", "logprob_dtype", "pack_token_ids"})
 """Fields of a DistributionConfig that may be set with classes; the last two change nothing."""
 
@@ -46,6 +49,11 @@ class WireFormat:
     sort_bits: int | None = None
     sampled_logprob_bits: int = 0
 
+    async def prepare(self) -> None:
+        """Loads compiled code that `encode` needs, in another thread: the first time in a process it may take seconds."""
+        if self.logprob_dtype == Tensor.DATA_TYPE_FALLING:
+            await asyncio.to_thread(falling_rows.prepare)
+
     def encode(self, rows: Distributions) -> TokenDistributions:
         """Encodes rows as a message."""
         return encode_distributions(
@@ -55,6 +63,13 @@ class WireFormat:
             sort_bits=self.sort_bits,
             sampled_logprob_bits=self.sampled_logprob_bits,
         )
+
+
+def all_capabilities(info: EngineInfo) -> frozenset[int]:
+    """The capabilities of an engine, and of this service for every engine of its kind."""
+    return info.capabilities | (
+        frozenset() if info.class_names else {teacher_pb2.CAPABILITY_COMPACT_LOGPROBS}
+    )
 
 
 def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> None:
@@ -95,8 +110,10 @@ def check_distributions(
             metadata={"top_k": str(config.top_k), "max_top_k": str(info.max_top_k)},
         )
     dtype = config.logprob_dtype or Tensor.DATA_TYPE_FLOAT16
-    if dtype not in (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32):
-        raise invalid_request(f"logprob_dtype is {dtype}. Log-probabilities travel as FLOAT16 or FLOAT32.")
+    if dtype not in _LOGPROB_DTYPES:
+        raise invalid_request(
+            f"logprob_dtype is {dtype}. Log-probabilities travel as FLOAT16, FLOAT32 or FALLING."
+        )
     if len(config.temperatures) > MAX_TEMPERATURES:
         raise invalid_request(
             f"{len(config.temperatures)} temperatures are requested; the limit is {MAX_TEMPERATURES}. Send fewer."

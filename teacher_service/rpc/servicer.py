@@ -24,7 +24,7 @@ from stillhouse.teacher_service.engine import Engine, LoadedAdapter
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.generate import GenerateSession
 from stillhouse.teacher_service.rpc.score import ScoreSession
-from stillhouse.teacher_service.rpc.score_validation import require
+from stillhouse.teacher_service.rpc.score_validation import all_capabilities, require
 from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
 
 LOADING_RETRY_S = 5.0
@@ -87,7 +87,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             max_inflight_sequences=config.max_inflight_sequences,
             max_prompts=config.max_prompts,
             adapters=[_adapter(each) for each in serving.adapters.adapters()],
-            capabilities=[teacher_pb2.Capability.ValueType(each) for each in sorted(info.capabilities)],
+            capabilities=[teacher_pb2.Capability.ValueType(each) for each in sorted(all_capabilities(info))],
             engine=info.engine,
             dtype=info.dtype,
             quantization=info.quantization,

@@ -130,7 +130,9 @@ def _config(rng: random.Random) -> teacher.DistributionConfig:
         sampled_logprob_bits=rng.choice((0, 8)),
         entropy=rng.random() < 0.3,
         hidden_states=rng.random() < 0.3,
-        logprob_dtype=rng.choice((Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32)),
+        logprob_dtype=rng.choice(
+            (Tensor.DATA_TYPE_FLOAT16, Tensor.DATA_TYPE_FLOAT32, Tensor.DATA_TYPE_FALLING)
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""A teacher whose engine does not draw, as vLLM without the worker extension: a real one behind a proxy that hides it."""
+"""A teacher whose engine does not draw, of an earlier version: a real one behind a proxy that hides what it gives."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import grpc
 
 from benchmarks.distillation.teacher_proxy import TeacherProxy
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_COMPACT_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
     CAPABILITY_STRATIFIED_SAMPLES,
     CAPABILITY_TAIL_SAMPLES,
@@ -15,6 +16,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     ScoreRequest,
     ScoreResponse,
 )
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 
 INFO_METHOD = "/stillhouse.v1.TeacherService/GetTeacherInfo"
 
@@ -28,9 +30,10 @@ class _Watch:
         asked: dict[int, bool] = {
             CAPABILITY_SAMPLED_TOKENS: config.num_sampled_tokens > 0,
             CAPABILITY_TAIL_SAMPLES: config.sample_tail,
+            CAPABILITY_COMPACT_LOGPROBS: config.logprob_dtype == Tensor.DATA_TYPE_FALLING,
             CAPABILITY_STRATIFIED_SAMPLES: config.stratified_samples or config.sort_samples,
         }
-        assert not any(asked[each] for each in self._hidden), "draws of a teacher that has none"
+        assert not any(asked[each] for each in self._hidden), "what the teacher does not give is requested"
 
     def response(self, response: ScoreResponse) -> ScoreResponse:
         return response
@@ -40,9 +43,9 @@ class TeacherWithoutDraws(TeacherProxy):
     """Forwards every call to `target`; its capabilities lack draws."""
 
     def __init__(self, target: str, *hidden: int) -> None:
-        """`hidden` are the capabilities to hide, of draws: all of them by default, and stratified ones always."""
+        """`hidden` are the capabilities to hide, of draws: all by default, and always the later ones."""
         every = hidden or (CAPABILITY_SAMPLED_TOKENS, CAPABILITY_TAIL_SAMPLES)
-        self._hidden = frozenset({*every, CAPABILITY_STRATIFIED_SAMPLES})
+        self._hidden = frozenset({*every, CAPABILITY_STRATIFIED_SAMPLES, CAPABILITY_COMPACT_LOGPROBS})
         super().__init__(target, lambda: _Watch(self._hidden))
 
     def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler[bytes, bytes]:

@@ -49,6 +49,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """Scores whole sequences over classes (classes), and nothing else."""
     CAPABILITY_LAYER_STATES: _Capability.ValueType  # 10
     """hidden_layers."""
+    CAPABILITY_COMPACT_LOGPROBS: _Capability.ValueType  # 11
+    """logprob_dtype FALLING."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -75,6 +77,8 @@ CAPABILITY_CLASSES: Capability.ValueType  # 9
 """Scores whole sequences over classes (classes), and nothing else."""
 CAPABILITY_LAYER_STATES: Capability.ValueType  # 10
 """hidden_layers."""
+CAPABILITY_COMPACT_LOGPROBS: Capability.ValueType  # 11
+"""logprob_dtype FALLING."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
@@ -320,7 +324,10 @@ class DistributionConfig(_message.Message):
     top_k: _builtins.int
     """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
-    """Type of the logprobs. Unspecified means FLOAT16."""
+    """Type of the logprobs: FLOAT16, FLOAT32, or FALLING for the fewest bytes, with target_logprobs, log_tail and
+    sampled_logprobs in FLOAT16. Rows that no FALLING holds, such as with probabilities of 0, come as with FLOAT16. Unspecified
+    means FLOAT16.
+    """
     pack_token_ids: _builtins.bool
     """Send token ids packed to the fewest bits that hold vocab_size."""
     num_sampled_tokens: _builtins.int

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_COMPACT_LOGPROBS,
     CAPABILITY_ENTROPY,
     CAPABILITY_HIDDEN_STATES,
     DistributionConfig,
@@ -22,6 +23,13 @@ from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.data.prepared.rows import ExampleRows
+
+_LOGPROB_DTYPES = {
+    "float16": TensorMessage.DATA_TYPE_FLOAT16,
+    "float32": TensorMessage.DATA_TYPE_FLOAT32,
+    "compact": TensorMessage.DATA_TYPE_FALLING,
+}
+"""teachers[].logprob_dtype on the wire."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +67,8 @@ class TargetRequest:
     ) -> DistributionConfig:
         """The request as `teacher` gets it.
 
-        Without the entropy if the service that sent `info` lacks it: then its lower bound weighs the tokens.
+        Without the entropy if the service that sent `info` lacks it: then its lower bound weighs the tokens. And with float16
+        in the place of compact if it knows none.
         """
         if self.classes:
             return DistributionConfig(
@@ -68,10 +77,16 @@ class TargetRequest:
                 logprob_dtype=TensorMessage.DATA_TYPE_FLOAT32,
             )
         last_alone = info is not None and gives_last_state(self.hidden_layers, info)
-        half = teacher.logprob_dtype == "float16"
+        dtype = _LOGPROB_DTYPES[teacher.logprob_dtype]
+        if (
+            dtype == TensorMessage.DATA_TYPE_FALLING
+            and info is not None
+            and CAPABILITY_COMPACT_LOGPROBS not in info.capabilities
+        ):
+            dtype = TensorMessage.DATA_TYPE_FLOAT16
         return DistributionConfig(
             top_k=self.top_k,
-            logprob_dtype=TensorMessage.DATA_TYPE_FLOAT16 if half else TensorMessage.DATA_TYPE_FLOAT32,
+            logprob_dtype=dtype,
             pack_token_ids=True,
             hidden_states=last_alone,
             hidden_layers=() if last_alone else self.hidden_layers,
@@ -84,7 +99,7 @@ class TargetRequest:
             stratified_samples=self.stratified,
             sort_samples=self.stratified,
             sampled_logprob_bits=DRAW_LOGPROB_BITS
-            if self.stratified and self.sampled_logprobs and half
+            if self.stratified and self.sampled_logprobs and dtype != TensorMessage.DATA_TYPE_FLOAT32
             else 0,
             entropy=self.entropy and (info is None or CAPABILITY_ENTROPY in info.capabilities),
         )

@@ -154,15 +154,19 @@ def test_bad_conversations_are_named_before_any_request(tmp_path: Path, text: st
     assert sentence in result.stderr
 
 
-def test_every_sequence_gets_its_own_result_or_error(teacher: Teacher) -> None:
-    answers = by_id(
-        teacher.score([ScoreItem(id="a", token_ids=IDS[0], start=4), ("b", [5, 999]), ("c", [])], top_k=5)
-    )
+@pytest.mark.parametrize(("compact", "nearest"), [(False, 1e-5), (True, 2e-3)])
+def test_every_sequence_gets_its_own_result_or_error(teacher: Teacher, compact: bool, nearest: float) -> None:
+    items: list[ScoreItem | tuple[str, list[int]]] = [
+        ScoreItem(id="a", token_ids=IDS[0], start=4),
+        ("b", [5, 999]),
+        ("c", []),
+    ]
+    answers = by_id(teacher.score(items, top_k=5, compact=compact))
     told = answers["a"].distributions
     assert told is not None
     assert (told.start, told.token_ids.shape, told.target_logprobs.shape) == (4, (8, 5), (8,))
     mass = np.exp(told.logprobs).sum(axis=1) + np.exp(told.log_tail)
-    np.testing.assert_allclose(mass, 1, atol=1e-5)
+    np.testing.assert_allclose(mass, 1, atol=nearest)
     errors = [answers[name].error for name in ("b", "c")]
     assert [error and error.reason for error in errors] == [Reason.TOKEN_OUT_OF_RANGE, Reason.EMPTY_SEQUENCE]
 

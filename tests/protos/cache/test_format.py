@@ -48,6 +48,7 @@ EVERYTHING = CacheMeta.from_config(
     ),
 )
 PLAIN = CacheMeta.from_config(INFO, DistributionConfig(top_k=8))
+COMPACT = CacheMeta.from_config(INFO, DistributionConfig(top_k=8, logprob_dtype=Tensor.DATA_TYPE_FALLING))
 
 
 def sequence(number: int, length: int = 12) -> np.ndarray:
@@ -56,6 +57,7 @@ def sequence(number: int, length: int = 12) -> np.ndarray:
 
 def answer(meta: CacheMeta, number: int = 0, start: int = 3, length: int = 12) -> Distributions:
     """Random distributions as received, with every column of `meta`."""
+    wire = "float32" if meta.logprob_dtype == "float32" else "float16"
     rng = np.random.default_rng([1, number])
     logits = 2 * rng.normal(size=(length - start, VOCAB_SIZE))
     logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
@@ -65,7 +67,7 @@ def answer(meta: CacheMeta, number: int = 0, start: int = 3, length: int = 12) -
     return Distributions(
         start=start,
         token_ids=token_ids.astype(np.int32),
-        logprobs=kept.astype(meta.logprob_dtype).astype(np.float32),
+        logprobs=kept.astype(wire).astype(np.float32),
         target_logprobs=logprobs[:, 0].astype(np.float32),
         log_tail=np.log1p(-np.exp(kept).sum(axis=1)).astype(np.float32),
         log_partitions=rng.normal(size=(rows, len(meta.temperatures))).astype(np.float32)
@@ -109,7 +111,7 @@ def refusal(path: Path, reason: Reason = Reason.CACHE_INVALID) -> str:
     return caught.value.message
 
 
-@pytest.mark.parametrize("meta", [PLAIN, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize("meta", [PLAIN, COMPACT, EVERYTHING], ids=["plain", "compact", "everything"])
 def test_lossless_gives_back_every_bit(tmp_path: Path, meta: CacheMeta) -> None:
     write(tmp_path, meta)
     reader = CacheReader(tmp_path)
@@ -158,6 +160,7 @@ def test_the_key_covers_all_that_determines_an_output() -> None:
         replace(PLAIN, adapter_fingerprint="1"),
         replace(PLAIN, top_k=9),
         replace(PLAIN, logprob_dtype="float32"),
+        COMPACT,
         replace(PLAIN, sampling={"num_sampled_tokens": 4}),
         replace(PLAIN, sampling={"num_sampled_tokens": 4, "seed": "1"}),
     ]

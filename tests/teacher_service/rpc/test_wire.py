@@ -11,7 +11,8 @@ import pytest
 
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors.distributions import decode_distributions, packed_bits
+from stillhouse.protos.tensors.distributions import LEVEL_BITS, decode_distributions, packed_bits
+from stillhouse.protos.tensors.falling_rows import bitmap_bytes
 from stillhouse.teacher_service.rpc.response_batcher import LINGER_S
 from tests.support.programs import Program
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
@@ -74,10 +75,39 @@ def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_on_request(teacher: T
         assert np.array_equal(decoded[0], decoded[1])
 
 
-def test_a_scored_token_takes_the_bytes_of_its_arrays(teacher: Teacher) -> None:
-    answer = scored(teacher, pack_token_ids=True, logprob_dtype=Tensor.DATA_TYPE_UNSPECIFIED)
-    of_arrays = TOP_K * 2 + TOP_K * 9 / 8 + 2 * 4
-    assert answer.ByteSize() / ROWS < of_arrays + 2
+@pytest.mark.parametrize(
+    ("dtype", "of_logprobs"),
+    [
+        (Tensor.DATA_TYPE_UNSPECIFIED, TOP_K * 2 + 2 * 4),
+        (Tensor.DATA_TYPE_FALLING, 4 + bitmap_bytes(TOP_K, LEVEL_BITS) + 2 * 2),
+    ],
+)
+def test_a_scored_token_takes_the_bytes_of_its_arrays(
+    teacher: Teacher, dtype: Tensor.DataType.ValueType, of_logprobs: int
+) -> None:
+    answer = scored(teacher, pack_token_ids=True, logprob_dtype=dtype)
+    assert answer.ByteSize() / ROWS < TOP_K * 9 / 8 + of_logprobs + 2
+
+
+def test_generated_tokens_have_compact_logprobs_that_are_near_the_exact_ones(teacher: Teacher) -> None:
+    found = {}
+    for dtype in (Tensor.DATA_TYPE_FLOAT32, Tensor.DATA_TYPE_FALLING):
+        request = teacher_pb2.GenerateRequest(
+            prompts=[prompt(random_ids(5))],
+            sampling=teacher_pb2.SamplingParams(max_new_tokens=24, seed=3),
+            distributions=distribution_config(TOP_K, logprob_dtype=dtype, pack_token_ids=True),
+            whole_samples=True,
+        )
+        (response,) = teacher.stub.Generate(request)
+        (chunk,) = response.chunks
+        assert chunk.distributions.logprobs.dtype == dtype
+        found[dtype] = decode_distributions(
+            chunk.distributions, vocab_size=teacher.info.vocab_size, max_rows=24, max_top_k=TOP_K
+        )
+    exact, near = found.values()
+    np.testing.assert_array_equal(near.token_ids, exact.token_ids)
+    np.testing.assert_allclose(near.logprobs, exact.logprobs, atol=0.05)
+    np.testing.assert_allclose(near.target_logprobs, exact.target_logprobs, atol=0.004)
 
 
 def test_concurrent_samples_share_messages(teacher: Teacher) -> None:

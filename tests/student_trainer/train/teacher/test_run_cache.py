@@ -67,7 +67,7 @@ def curves(run_dir: RunDir) -> dict[str, dict[int, float]]:
 
 
 LOSSES: dict[str, dict[str, Any]] = {
-    "top_k_and_tail": {"top_k": TOP_K},
+    "top_k_and_tail, compact": {"top_k": TOP_K},
     "tempered": {"top_k": TOP_K, "temperature": 2.0},
     "sampled": {"top_k": TOP_K, "sparse_target": "sampled", "num_samples": 12},
 }
@@ -79,12 +79,16 @@ def test_online_through_and_out_of_a_cache_is_one_curve_and_the_second_epoch_ask
 ) -> None:
     further = {"loss": LOSSES[loss]}
     proxy, counts = counting_proxy(hf_teacher.target)
+
+    def asking(mode: str | None) -> dict[str, Any]:
+        made = spec(models, dataset_file, proxy.target, mode, **further)
+        made["teachers"][0]["logprob_dtype"] = "compact" if "compact" in loss else "float16"
+        return made
+
     with proxy:
-        online = run(tmp_path, "online", spec(models, dataset_file, proxy.target, None, **further))
+        online = run(tmp_path, "online", asking(None))
         assert (counts.asked(TOP_K), counts.asked(EVAL_TOP_K)) == (2 * NUM_TRAIN, NUM_EVAL)
-        through = run(
-            tmp_path, "through", spec(models, dataset_file, proxy.target, "write_through", **further)
-        )
+        through = run(tmp_path, "through", asking("write_through"))
         assert (counts.asked(TOP_K), counts.asked(EVAL_TOP_K)) == (3 * NUM_TRAIN, 2 * NUM_EVAL)
     assert len(CacheReader(tmp_path / "caches" / "set")) == NUM_TRAIN + NUM_EVAL
     only = run(tmp_path, "only", spec(models, dataset_file, None, "only", **further))

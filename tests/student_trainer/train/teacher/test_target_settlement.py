@@ -80,7 +80,9 @@ def test_auto_takes_what_a_lesser_teacher_gives(
         TeacherWithoutDraws(hf_teacher.target, CAPABILITY_TAIL_SAMPLES) as older,
         TeacherWithoutDraws(hf_teacher.target, CAPABILITY_STRATIFIED_SAMPLES) as former,
     ):
-        none = make_run(tmp_path, "none", spec(models, dataset_file, silent.target, top_k=20))
+        lesser = spec(models, dataset_file, silent.target, top_k=20)
+        lesser["teachers"][0]["logprob_dtype"] = "compact"
+        none = make_run(tmp_path, "none", lesser)
         plain = make_run(tmp_path, "plain", spec(models, dataset_file, older.target))
         tempered = make_run(tmp_path, "tempered", spec(models, dataset_file, older.target, temperature=2))
         independent = make_run(
