@@ -24,6 +24,7 @@ _COMMANDS = {
     "score": "Score your token ids with the teacher's distributions.",
     "token": "Create, list and revoke tokens on a service's host.",
     "estimate": "Predict a run's memory before it is submitted.",
+    "web": "Serve the services over HTTP.",
     "doctor": "Check hosts, services and certificates, and suggest remedies.",
     "version": "Show the version of this client.",
 }

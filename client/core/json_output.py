@@ -1,7 +1,8 @@
-"""JSON of contract messages for --json: snake_case names, 64-bit integers as numbers, RFC 3339 times."""
+"""JSON of contract messages: snake_case names, 64-bit integers as numbers, RFC 3339 times, bytes as base64."""
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ def dumps(value: object) -> str:
 def as_json(message: Message) -> dict[str, Any]:
     """Returns the fields of `message`. Unset optional values and messages are left out; enums are names without prefix.
 
-    An unspecified enum value is null, bytes are not expected, and a google.rpc.Status is converted by error_as_json.
+    An unspecified enum value is null, and a google.rpc.Status is converted by error_as_json.
     """
     result: dict[str, Any] = {}
     for each in message.DESCRIPTOR.fields:
@@ -44,14 +45,21 @@ def error_as_json(error: StillhouseError) -> dict[str, Any]:
     """Returns reason and sentence of `error`, with its violations, metadata and retry time if any."""
     result: dict[str, Any] = {"reason": str(error.reason), "message": error.message}
     if error.violations:
-        result["violations"] = [
-            {"field": each.field, "description": each.description} for each in error.violations
-        ]
+        result["violations"] = violations_as_json(error)
     if error.metadata:
         result["metadata"] = dict(error.metadata)
     if error.retry_after_s is not None:
         result["retry_after_s"] = error.retry_after_s
     return result
+
+
+def violations_as_json(error: StillhouseError) -> list[dict[str, Any]]:
+    """Returns field and sentence of each violation, with line and column where they are known."""
+    return [
+        {"field": each.field, "description": each.description}
+        | ({"line": each.line, "column": each.column} if each.line else {})
+        for each in error.violations
+    ]
 
 
 def _value(field: FieldDescriptor, value: Any) -> Any:
@@ -61,6 +69,8 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
         return error_as_json(from_status(value))
     if isinstance(value, Message):
         return as_json(value)
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
     if field.enum_type is not None:
         return enum_name(field.enum_type, value)
     return value

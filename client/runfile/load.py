@@ -68,9 +68,16 @@ def _readable(file: RunFile) -> RunFile:
 
 
 def read_run(
-    content: bytes, source: str, overrides: Sequence[str] = (), *, directory: Path | None = None
+    content: bytes,
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    directory: Path | None = None,
+    reads_files: bool = True,
 ) -> RunFile:
     """As parse_run, but problems of single fields are kept beside the rest of the run.
+
+    With `reads_files` false no file of this machine is opened, for text from the network.
 
     Raises StillhouseError(INVALID_SPEC) if nothing of it can be read.
     """
@@ -86,8 +93,9 @@ def read_run(
     if any(not each.path for each in reader.problems):
         raise invalid(reader.problems)
     directory = directory or Path.cwd()
-    for field, is_file in (("chat_template", is_file_name), ("tools", lambda text: not is_json_list(text))):
-        _inline(spec.data, field, is_file, directory, reader)
+    if reads_files:
+        _inline(spec.data, "chat_template", is_file_name, directory, reader)
+        _inline(spec.data, "tools", lambda text: not is_json_list(text), directory, reader)
     return RunFile(
         spec=spec,
         source_map=reader.source_map,

@@ -119,5 +119,13 @@ def invalid(problems: Sequence[Problem]) -> StillhouseError:
     return StillhouseError(
         Reason.INVALID_SPEC,
         "\n".join(dict.fromkeys(str(each) for each in ordered)),
-        violations=[FieldViolation(field=each.path, description=each.sentence) for each in ordered],
+        violations=[
+            FieldViolation(
+                field=each.path,
+                description=each.sentence,
+                line=each.location.line,
+                column=each.location.column,
+            )
+            for each in ordered
+        ],
     )

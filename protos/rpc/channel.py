@@ -99,7 +99,7 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
     key or key without certificate, and a token that would cross a network in plaintext.
     """
     options = _as_options(options)
-    metadata, arguments = _metadata(options), _channel_arguments(options)
+    metadata, arguments = call_metadata(options), _channel_arguments(options)
     if _uses_tls(options):
         channel = grpc.secure_channel(options.target, _credentials(options), options=arguments)
     else:
@@ -109,6 +109,14 @@ def connect(options: ChannelOptions | str) -> grpc.Channel:
         if metadata or tracing.enabled()
         else channel
     )
+
+
+def connect_async(options: ChannelOptions) -> grpc.aio.Channel:
+    """An async channel of the running loop; each call gives `call_metadata` itself. Raises as `connect` does."""
+    arguments = _channel_arguments(options)
+    if _uses_tls(options):
+        return grpc.aio.secure_channel(options.target, _credentials(options), options=arguments)
+    return grpc.aio.insecure_channel(options.target, options=arguments)
 
 
 def is_loopback(address: str) -> bool:
@@ -155,7 +163,8 @@ def _credentials(options: ChannelOptions) -> grpc.ChannelCredentials:
     )
 
 
-def _metadata(options: ChannelOptions) -> tuple[tuple[str, str], ...]:
+def call_metadata(options: ChannelOptions) -> tuple[tuple[str, str], ...]:
+    """Identity for one call; raises StillhouseError(INVALID_CONFIG) for a token that would cross a network in plaintext."""
     if options.token and not _uses_tls(options) and not is_loopback(options.target):
         raise StillhouseError(
             Reason.INVALID_CONFIG,

@@ -1,17 +1,17 @@
 """docs/reference/errors.md, from the catalog in protos/errors.py."""
 
 from scripts.reference.markdown import NOTE, table
-from stillhouse.protos.errors import CATALOG, DOMAIN, Reason, StillhouseError
+from stillhouse.protos.errors import CATALOG, DOMAIN, Reason, StillhouseError, explain
 
 
 def page() -> str:
     """The page."""
     rows = []
     for code, reasons in CATALOG.items():
-        for reason, text in reasons.items():
-            meaning, _, remedy = text.partition(". ")
+        for reason in reasons:
+            meaning, remedy = explain(reason)
             retry = "yes" if StillhouseError(Reason(reason), "").retryable else ""
-            rows.append((f"`{reason}`", f"`{code.name}`", f"{meaning}.", remedy, retry))
+            rows.append((f"`{reason}`", f"`{code.name}`", meaning, remedy, retry))
     return (
         f"{NOTE}\n# Errors\n\n"
         "An error crosses the wire as `google.rpc.Status`. Its message names value, limit and remedy; its detail `ErrorInfo` "

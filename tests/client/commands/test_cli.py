@@ -149,7 +149,12 @@ def test_bad_usage_is_code_2(tmp_path: Path) -> None:
     result = invoke("run", "create", str(run_file), "--json")
     violations = json.loads(result.stderr)["error"]["violations"]
     assert violations == [
-        {"field": "studnet", "description": 'there is no such field; did you mean "student"?'}
+        {
+            "field": "studnet",
+            "description": 'there is no such field; did you mean "student"?',
+            "line": 1,
+            "column": 1,
+        }
     ]
 
 

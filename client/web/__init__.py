@@ -1,0 +1,1 @@
+"""Web server: HTTP API of the services, on the client's own connections."""

@@ -1,0 +1,46 @@
+"""Parts that the handlers of requests share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from stillhouse.client.web.security.callers import Caller, Callers
+from stillhouse.client.web.settings import WebSettings
+from stillhouse.client.web.streams.shared import SharedStream, SharedStreams
+from stillhouse.client.web.upstream import CALL_TIMEOUT_S, Upstream
+from stillhouse.protos.errors import Reason, StillhouseError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WebContext:
+    """Services, callers and open streams of one server."""
+
+    settings: WebSettings
+    upstream: Upstream
+    callers: Callers
+    streams: SharedStreams = field(default_factory=SharedStreams)
+    closing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the server stops: streams end."""
+
+    def is_over(self, caller: Caller) -> bool:
+        """True if streams of `caller` are to end."""
+        return self.closing.is_set() or (caller.session is not None and caller.session.over)
+
+    def close_streams(self) -> None:
+        """Ends the streams of all readers."""
+        self.closing.set()
+        self.streams.wake()
+
+    async def position_of(self, stream: SharedStream) -> int:
+        """The position of a stream, once it has one. Raises StillhouseError if it fails before."""
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            while stream.position is None:
+                if stream.failed is not None:
+                    raise stream.failed
+                if stream.ended:
+                    return 0
+                if self.closing.is_set():
+                    raise StillhouseError(Reason.DRAINING, "This server is stopping.", retry_after_s=2.0)
+                await stream.changed(1.0)
+        return stream.position

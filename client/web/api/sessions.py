@@ -1,0 +1,89 @@
+"""Signing in and out: a session cookie in exchange for a token, and what it allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from stillhouse.client.web.api.context import WebContext
+from stillhouse.client.web.api.messages import check_names, invalid, read_json
+from stillhouse.client.web.problems import JsonResponse
+from stillhouse.client.web.security.callers import Caller, cookie_of, unauthenticated
+from stillhouse.client.web.security.sessions import LIFETIME_S
+from stillhouse.protos.errors import Reason, StillhouseError
+
+
+async def get_session(context: WebContext, request: Request) -> Response:
+    """Who the caller is, what it may use, and the CSRF token of its session."""
+    check_names(request.query_params, ())
+    caller = context.callers.of(request)
+    return JsonResponse(await _document(context, caller))
+
+
+async def sign_in(context: WebContext, request: Request) -> Response:
+    """Starts a session for {"token": TOKEN}, which must be one of a service, or the line of the sign-in file."""
+    check_names(request.query_params, ())
+    body = await read_json(request)
+    secret = body.get("token")
+    if not isinstance(secret, str) or set(body) != {"token"}:
+        raise invalid("token", 'the body must be {"token": "..."}.')
+    caller = context.callers.holder_of(secret.strip())
+    access = await context.callers.access(caller)
+    if not caller.is_server:
+        _check_access(access)
+    value, session = context.callers.sessions.start(caller.token if not caller.is_server else None)
+    signed_in = Caller(
+        token=caller.token, is_server=caller.is_server, guarded=caller.guarded, session=session
+    )
+    response = JsonResponse(await _document(context, signed_in, access), 201)
+    _set_cookie(context, response, value, int(LIFETIME_S))
+    return response
+
+
+async def sign_out(context: WebContext, request: Request) -> Response:
+    """Ends the session of the cookie."""
+    check_names(request.query_params, ())
+    if context.callers.session_of(request) is not None:
+        context.callers.of(request)  # checks the CSRF token
+        context.callers.sessions.end(cookie_of(request.headers.get("cookie", ""), context.callers.cookie))
+    response = Response(status_code=204)
+    _set_cookie(context, response, "", 0)
+    return response
+
+
+def _check_access(access: dict[str, str]) -> None:
+    """Raises StillhouseError unless some service knows the token."""
+    answers = set(access.values())
+    if answers & {"allowed", Reason.PERMISSION_DENIED}:
+        return
+    if Reason.UNAUTHENTICATED in answers:
+        raise unauthenticated("No service accepts this token.")
+    raise StillhouseError(
+        Reason.SERVICE_UNREACHABLE,
+        "No service responds, so the token cannot be checked. Try again once one does.",
+    )
+
+
+async def _document(
+    context: WebContext, caller: Caller, access: dict[str, str] | None = None
+) -> dict[str, Any]:
+    kind = "server" if caller.is_server else "token" if caller.token is not None else "anonymous"
+    return {
+        "kind": kind,
+        "csrf_token": caller.session.csrf_token if caller.session is not None else None,
+        "access": await context.callers.access(caller) if access is None else access,
+    }
+
+
+def _set_cookie(context: WebContext, response: Response, value: str, max_age_s: int) -> None:
+    response.set_cookie(
+        context.callers.cookie,
+        value,
+        max_age=max_age_s,
+        path="/",
+        secure=context.settings.https,
+        httponly=True,
+        samesite="strict",
+    )

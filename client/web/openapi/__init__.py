@@ -1,0 +1,1 @@
+"""The OpenAPI document, from the routes and the descriptors of the contract."""

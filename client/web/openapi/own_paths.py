@@ -1,0 +1,173 @@
+"""Parts of the OpenAPI document that no descriptor has: sessions, teachers, errors, tasks and the health of the server."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stillhouse.client.web.api.compatibility import REPORTS, TASKS
+from stillhouse.client.web.api.routes import PREFIX
+from stillhouse.client.web.openapi.json_schema import REF, Schema
+from stillhouse.client.web.problems import MEDIA_TYPE as PROBLEM
+from stillhouse.protos.errors import Reason
+
+_STRING: Schema = {"type": "string"}
+_TEXTS: Schema = {"type": "object", "additionalProperties": _STRING}
+_REASON: Schema = {"enum": [str(each) for each in Reason]}
+_NUMBER: Schema = {"type": ["number", "null"]}
+_VIOLATION: Schema = {
+    "type": "object",
+    "properties": {
+        "field": _STRING,
+        "description": _STRING,
+        "line": {"type": "integer"},
+        "column": {"type": "integer"},
+    },
+    "required": ["field", "description"],
+}
+_FAILURE: Schema = {
+    "reason": _REASON,
+    "violations": {"type": "array", "items": _VIOLATION},
+    "metadata": _TEXTS,
+    "retry_after_s": {"type": "number"},
+}
+
+OWN_SCHEMAS: Mapping[str, Schema] = {
+    "Problem": {
+        "type": "object",
+        "description": "A problem document of RFC 9457.",
+        "properties": {
+            "type": {"type": "string", "format": "uri-reference"},
+            "title": _STRING,
+            "status": {"type": "integer"},
+            "detail": _STRING,
+            "remedy": _STRING,
+            **_FAILURE,
+        },
+        "required": ["type", "title", "status", "detail", "reason", "remedy"],
+    },
+    "Error": {
+        "type": "object",
+        "description": "Why a run or an attempt failed.",
+        "properties": {"message": _STRING, **_FAILURE},
+        "required": ["reason", "message"],
+    },
+    "Session": {
+        "type": "object",
+        "properties": {
+            "kind": {"enum": ["anonymous", "token", "server"]},
+            "csrf_token": {"type": ["string", "null"]},
+            "access": _TEXTS,
+        },
+        "required": ["kind", "csrf_token", "access"],
+    },
+    "Task": {
+        "type": "object",
+        "properties": {
+            "taskId": _STRING,
+            "taskName": _STRING,
+            "status": {"enum": ["PENDING", "RUNNING", "STOPPED", "COMPLETED", "FAILED"]},
+            "progress": {"type": "number", "minimum": 0, "maximum": 100},
+            "currentEpoch": {"type": "number"},
+            "accuracy": _NUMBER,
+            "loss": _NUMBER,
+            "errorMessage": {"type": ["string", "null"]},
+        },
+        "required": ["taskId", "status", "progress"],
+    },
+}
+
+
+def _content(schema: Schema, media_type: str = "application/json") -> Schema:
+    return {"content": {media_type: {"schema": schema}}}
+
+
+def _operation(summary: str, success: Mapping[str, Any], tag: str, **more: Any) -> Schema:
+    responses = {
+        **success,
+        "default": {"description": "What went wrong.", **_content({"$ref": REF + "Problem"}, PROBLEM)},
+    }
+    return {"summary": summary, "tags": [tag], "responses": responses, **more}
+
+
+def _task_operation(summary: str, **more: Any) -> Schema:
+    envelope = {
+        "type": "object",
+        "properties": {"code": {"type": "integer"}, "data": {"type": "object"}, "message": _STRING},
+        "required": ["code", "data", "message"],
+    }
+    task = {**envelope, "properties": {**envelope["properties"], "data": {"$ref": REF + "Task"}}}  # type: ignore[dict-item]
+    responses = {
+        "200": {"description": "The task.", **_content(task)},
+        "default": {"description": "What went wrong.", **_content(envelope)},
+    }
+    return {"summary": summary, "tags": ["tasks"], "responses": responses, **more}
+
+
+_TASK_ID: Schema = {
+    "in": "path",
+    "name": "task",
+    "required": True,
+    "schema": {"type": "string", "minLength": 1},
+}
+_SESSION: Schema = {"description": "The session.", **_content({"$ref": REF + "Session"})}
+_SIGN_IN: Schema = {
+    "type": "object",
+    "properties": {"token": _STRING},
+    "required": ["token"],
+    "additionalProperties": False,
+}
+_TEACHERS: Schema = {
+    "type": "object",
+    "properties": {
+        "teachers": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"id": _STRING, "target": _STRING}},
+        }
+    },
+}
+
+OWN_PATHS: Mapping[str, Schema] = {
+    f"{PREFIX}/session": {
+        "get": _operation("Who the caller is", {"200": _SESSION}, "session"),
+        "post": _operation(
+            "Sign in", {"201": _SESSION}, "session", requestBody={"required": True, **_content(_SIGN_IN)}
+        ),
+        "delete": _operation("Sign out", {"204": {"description": "Done."}}, "session"),
+    },
+    f"{PREFIX}/teachers": {
+        "get": _operation(
+            "List the teachers", {"200": {"description": "The teachers.", **_content(_TEACHERS)}}, "teachers"
+        )
+    },
+    f"{PREFIX}/errors/{{reason}}": {
+        "get": _operation(
+            "Explain a reason",
+            {"200": {"description": "Meaning and remedy.", **_content(_TEXTS)}},
+            "errors",
+            parameters=[{"in": "path", "name": "reason", "required": True, "schema": _REASON}],
+        )
+    },
+    "/healthz": {
+        "get": _operation(
+            "Say that the server runs", {"200": {"description": "It does.", **_content(_TEXTS)}}, "health"
+        )
+    },
+    TASKS: {
+        "post": _task_operation(
+            "Create a task", requestBody=_content({"type": "object", "description": "The task form."})
+        )
+    },
+    f"{TASKS}/{{task}}": {"get": _task_operation("Get a task", parameters=[_TASK_ID])},
+    f"{TASKS}/{{task}}/start": {"post": _task_operation("Start a task", parameters=[_TASK_ID])},
+    f"{TASKS}/{{task}}/complete": {"post": _task_operation("Confirm a task's end", parameters=[_TASK_ID])},
+    f"{TASKS}/{{task}}/progress": {
+        "put": _task_operation(
+            "Report a task's progress",
+            parameters=[
+                _TASK_ID,
+                *({"in": "query", "name": name, "schema": {"type": "number"}} for name in REPORTS),
+            ],
+        )
+    },
+}

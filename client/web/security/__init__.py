@@ -1,0 +1,1 @@
+"""Callers, sessions, origins, rates and headers."""
