@@ -123,7 +123,7 @@ def invalid(problems: Sequence[Problem]) -> StillhouseError:
             FieldViolation(
                 field=each.path,
                 description=each.sentence,
-                line=each.location.line,
+                line=each.location.line if each.location.source else 0,
                 column=each.location.column,
             )
             for each in ordered

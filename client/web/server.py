@@ -8,7 +8,6 @@ import signal
 import socket
 import ssl
 from collections.abc import Iterator
-from pathlib import Path
 
 import structlog
 import uvicorn
@@ -68,7 +67,8 @@ async def serve(settings: WebSettings) -> None:
             timeout_graceful_shutdown=SHUTDOWN_S,
             h11_max_incomplete_event_size=64 * 1024,
             http="h11",
-            **_tls(settings),
+            ssl_certfile=settings.https_cert,
+            ssl_keyfile=settings.https_key,
         )
         with listener:
             _load(config)
@@ -94,10 +94,6 @@ def _url(settings: WebSettings, listener: socket.socket) -> str:
     host = settings.listen.rpartition(":")[0]
     scheme = "https" if settings.https else "http"
     return f"{scheme}://{host}:{listener.getsockname()[1]}"
-
-
-def _tls(settings: WebSettings) -> dict[str, Path | None]:
-    return {"ssl_certfile": settings.https_cert, "ssl_keyfile": settings.https_key}
 
 
 def _load(config: uvicorn.Config) -> None:

@@ -40,8 +40,7 @@ async def artifact(context: WebContext, request: Request) -> Response:
     span = _range_of(request, found.size_bytes, tag)
     if span is None:
         return Response(status_code=416, headers={**headers, "content-range": f"bytes */{found.size_bytes}"})
-    start, end = span
-    is_part = "range" in request.headers and (start, end) != (0, found.size_bytes)
+    start, end, is_part = span
     headers["content-length"] = str(end - start)
     if is_part:
         headers["content-range"] = f"bytes {start}-{end - 1}/{found.size_bytes}"
@@ -65,20 +64,20 @@ async def _find(context: WebContext, caller: Caller, name: str, path: str) -> ru
     )
 
 
-def _range_of(request: Request, size: int, tag: str) -> tuple[int, int] | None:
-    """First byte and end of what is asked for; None if the file has no such bytes.
+def _range_of(request: Request, size: int, tag: str) -> tuple[int, int, bool] | None:
+    """First byte and end of what is asked for, and whether it is a range; None if the file has no such bytes.
 
     Everything else than one range, or one of another version of the file, asks for the whole file.
     """
     match = _RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
     if match is None or request.headers.get("if-range", tag) != tag or match.groups() == ("", ""):
-        return 0, size
+        return 0, size, False
     first, last = match.groups()
     if not first:
-        return (max(0, size - int(last)), size) if int(last) and size else None
+        return (max(0, size - int(last)), size, True) if int(last) and size else None
     if int(first) >= size or (last and int(last) < int(first)):
         return None
-    return int(first), min(size, int(last) + 1) if last else size
+    return int(first), min(size, int(last) + 1) if last else size, True
 
 
 async def _content(

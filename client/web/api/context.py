@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 
+from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.client.web.security.callers import Caller, Callers
 from stillhouse.client.web.settings import WebSettings
 from stillhouse.client.web.streams.shared import SharedStream, SharedStreams
 from stillhouse.client.web.upstream import CALL_TIMEOUT_S, Upstream
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+
+END_S = 5.0
+"""Time in which the stream of an ended run ends."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +37,15 @@ class WebContext:
         """Ends the streams of all readers."""
         self.closing.set()
         self.streams.wake()
+
+    async def nothing_follows(self, run: Run, stream: SharedStream, cursor: int) -> bool:
+        """True if `run` has ended, and its stream has nothing behind `cursor`."""
+        if run.state not in ENDED:
+            return False
+        deadline_s = time.monotonic() + END_S
+        while not stream.ended and stream.failed is None and time.monotonic() < deadline_s:
+            await stream.changed(END_S)
+        return stream.ended and cursor >= (stream.position or 0)
 
     async def position_of(self, stream: SharedStream) -> int:
         """The position of a stream, once it has one. Raises StillhouseError if it fails before."""

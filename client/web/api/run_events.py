@@ -41,8 +41,10 @@ async def _frames(
             run = await caller.call(service, "GetRun", run_pb2.GetRunRequest(name=name))
             after = position
             yield json_frame("run", as_json(run), str(position))
-        elif stream.ended and after == position:
+        elif await context.nothing_follows(run, stream, after):
             return
+        else:
+            yield HEARTBEAT  # the response begins, though nothing may happen for long
         async for each in read(
             context.streams,
             stream,

@@ -46,13 +46,14 @@ async def _frames(
     def lines_so_far(behind: int) -> Items:
         return _lines(context, caller, name, attempt, behind, follow=False)
 
-    await caller.call(context.upstream.trainer, "GetRun", run_pb2.GetRunRequest(name=name))
+    run = await caller.call(context.upstream.trainer, "GetRun", run_pb2.GetRunRequest(name=name))
     key = ("logs", name, attempt)
     async with context.streams.reader(key, lambda: SharedStream(lines, tail=-TAIL_BYTES)) as stream:
         position = await context.position_of(stream)
         cursor = max(0, position + offset) if offset < 0 else min(offset, position)
-        if resumed and stream.ended and cursor >= position:
+        if resumed and await context.nothing_follows(run, stream, cursor):
             return
+        yield HEARTBEAT  # the response begins, though nothing may be logged for long
         async for each in read(
             context.streams,
             stream,

@@ -63,7 +63,7 @@ def input_schema(field: FieldDescriptor, known: dict[str, Schema]) -> Schema:
 
 
 def _field(field: FieldDescriptor, known: dict[str, Schema]) -> Schema:
-    if is_map(field):
+    if is_map(field) and field.message_type is not None:
         value = field.message_type.fields_by_name["value"]
         return {"type": "object", "additionalProperties": _one(value, known)}
     one = _one(field, known)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Caller:
         await self.check(service)
         return await service.call(rpc, request, self.token, timeout_s=timeout_s)
 
-    async def stream(self, service: Service, rpc: str, request: Message) -> AsyncIterator[Any]:
+    async def stream(self, service: Service, rpc: str, request: Message) -> AsyncGenerator[Any, None]:
         """Yields the responses of a streaming call as this caller. Raises StillhouseError."""
         await self.check(service)
         async for response in service.stream(rpc, request, self.token):

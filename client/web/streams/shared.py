@@ -223,9 +223,9 @@ async def read(
     while not is_over():
         if cursor < stream.window_start:
             missed = await _missed(streams, stream, cursor, direct)
-            for item in missed:
-                yield item.frame
-                cursor = item.end
+            for each in missed:
+                yield each.frame
+                cursor = each.end
             if not missed:
                 cursor = stream.window_start  # the service has nothing there
             continue

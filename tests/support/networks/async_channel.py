@@ -1,4 +1,4 @@
-"""Asyncio channels for tests of the async servers; the programs themselves call through blocking channels."""
+"""Asyncio channels for tests of the async servers, which add an identity to every call."""
 
 from __future__ import annotations
 
@@ -17,11 +17,7 @@ from stillhouse.protos.telemetry.tracing import trace_metadata
 def connect_async(options: ChannelOptions | str) -> grpc.aio.Channel:
     """An asyncio channel, as `connect`; call it from the loop that will use it."""
     options = channel._as_options(options)
-    metadata, arguments = channel._metadata(options), channel._channel_arguments(options)
-    if channel._uses_tls(options):
-        opened = grpc.aio.secure_channel(options.target, channel._credentials(options), options=arguments)
-    else:
-        opened = grpc.aio.insecure_channel(options.target, options=arguments)
+    opened, metadata = channel.connect_async(options), channel.call_metadata(options)
     return MetadataChannel(opened, metadata) if metadata or tracing.enabled() else opened
 
 
