@@ -152,14 +152,6 @@ CATALOG: Mapping[Code, Mapping[Reason, str]] = {
     Code.CANCELLED: {Reason.CANCELLED: "The caller cancelled the call. Nothing is left to do."},
     Code.INTERNAL: {Reason.INTERNAL: "A bug. Find log_id in the service's log, and report it."},
 }
-
-
-def explain(reason: Reason) -> tuple[str, str]:
-    """Meaning and remedy of a reason, each a text of whole sentences."""
-    meaning, _, remedy = CATALOG[_CODE_OF[reason]][reason].partition(". ")
-    return f"{meaning}.", remedy
-
-
 _CODE_OF = {reason: code for code, row in CATALOG.items() for reason in row}
 # The same call may succeed later without a change.
 _RETRYABLE = {Reason.TOO_MANY_CALLS, Reason.PROCESS_DIED}.union(
@@ -176,10 +168,6 @@ class FieldViolation:
     """Path as in the file, such as `loss.terms[0].divergence`."""
     description: str
     """A sentence with value, limit and remedy."""
-    line: int = 0
-    """Line of the field in the user's own text, from 1; 0 if unknown. Not on the wire."""
-    column: int = 0
-    """Its column, from 1; 0 if unknown. Not on the wire."""
 
 
 class StillhouseError(Exception):

@@ -1,14 +1,15 @@
-"""Exit codes of the client, by error."""
+"""Errors of the client: exit codes, places in a user's text, and those of usage and files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 
 import grpc
 
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import CATALOG, FieldViolation, Reason, StillhouseError
 from stillhouse.protos.rows.field_error import FieldError
 
 
@@ -31,6 +32,16 @@ class ExitCode(IntEnum):
     """Ctrl-C."""
 
 
+@dataclass(frozen=True, slots=True)
+class LocatedViolation(FieldViolation):
+    """A problem of one field, and its place in the user's own text."""
+
+    line: int = 0
+    """Counts from 1; 0 if unknown."""
+    column: int = 0
+    """Counts from 1; 0 if unknown."""
+
+
 _BY_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: ExitCode.USAGE,
     grpc.StatusCode.OUT_OF_RANGE: ExitCode.USAGE,
@@ -46,6 +57,13 @@ _BY_STATUS = {
 def exit_code(error: StillhouseError) -> ExitCode:
     """Returns the exit code of a command that ends with `error`."""
     return _BY_STATUS.get(error.code, ExitCode.FAILED)
+
+
+def explain(reason: Reason) -> tuple[str, str]:
+    """Returns meaning and remedy of a reason, each a text of whole sentences."""
+    text = next(reasons[reason] for reasons in CATALOG.values() if reason in reasons)
+    meaning, _, remedy = text.partition(". ")
+    return f"{meaning}.", remedy
 
 
 def usage_error(message: str) -> StillhouseError:

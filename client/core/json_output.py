@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from google.rpc.status_pb2 import Status
 
+from stillhouse.client.core.errors import LocatedViolation
 from stillhouse.protos.errors import StillhouseError, from_status
 
 
@@ -57,7 +58,11 @@ def violations_as_json(error: StillhouseError) -> list[dict[str, Any]]:
     """Returns field and sentence of each violation, with line and column where they are known."""
     return [
         {"field": each.field, "description": each.description}
-        | ({"line": each.line, "column": each.column} if each.line else {})
+        | (
+            {"line": each.line, "column": each.column}
+            if isinstance(each, LocatedViolation) and each.line
+            else {}
+        )
         for each in error.violations
     ]
 

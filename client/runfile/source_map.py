@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from stillhouse.client.core.errors import LocatedViolation
 from stillhouse.client.runfile.fields import snake, spelled_like
 from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
 
@@ -120,7 +121,7 @@ def invalid(problems: Sequence[Problem]) -> StillhouseError:
         Reason.INVALID_SPEC,
         "\n".join(dict.fromkeys(str(each) for each in ordered)),
         violations=[
-            FieldViolation(
+            LocatedViolation(
                 field=each.path,
                 description=each.sentence,
                 line=each.location.line if each.location.source else 0,

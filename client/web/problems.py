@@ -9,8 +9,9 @@ from typing import Any
 from grpc import StatusCode
 from starlette.responses import Response
 
+from stillhouse.client.core.errors import explain
 from stillhouse.client.core.json_output import dumps, violations_as_json
-from stillhouse.protos.errors import CATALOG, Reason, StillhouseError, explain
+from stillhouse.protos.errors import CATALOG, Reason, StillhouseError
 
 MEDIA_TYPE = "application/problem+json"
 ERRORS_PATH = "/api/v1/errors"

@@ -1,7 +1,8 @@
 """docs/reference/errors.md, from the catalog in protos/errors.py."""
 
 from scripts.reference.markdown import NOTE, table
-from stillhouse.protos.errors import CATALOG, DOMAIN, Reason, StillhouseError, explain
+from stillhouse.client.core.errors import explain
+from stillhouse.protos.errors import CATALOG, DOMAIN, Reason, StillhouseError
 
 
 def page() -> str:

@@ -9,19 +9,20 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stillhouse.client.core.errors import explain
 from stillhouse.client.core.json_output import as_json
 from stillhouse.client.web.api.artifacts import artifact
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.dataset_upload import upload_dataset
+from stillhouse.client.web.api.events import run_events
+from stillhouse.client.web.api.logs import run_logs
 from stillhouse.client.web.api.messages import check_names, content_type, invalid, read_body
 from stillhouse.client.web.api.routes import PREFIX, ROUTES
 from stillhouse.client.web.api.run_creation import create_run
-from stillhouse.client.web.api.run_events import run_events
-from stillhouse.client.web.api.run_logs import run_logs
 from stillhouse.client.web.api.sessions import get_session, sign_in, sign_out
 from stillhouse.client.web.api.unary import unary
 from stillhouse.client.web.problems import JsonResponse, not_found, problem_response
-from stillhouse.protos.errors import Reason, StillhouseError, explain, from_status, to_status
+from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
 MAX_RESULT_BYTES = 512 * 1024
