@@ -1,14 +1,15 @@
 """Rows of falling numbers <-> 3 bits a number: a highest number and a range for each row, and a bitmap of levels below it.
 
 A row of K numbers on L = 2^bits levels is a bitmap of K + L - 1 bits, lowest bit first, that begins on a byte: number k stands
-on level l if bit l + k is set, and the first on level 0. So a row has K bits set, and its size depends on nothing else. The levels of a row with range R
-lie a l + b l^2 below its highest number, with m = L - 1, a = min(FIRST_STEP, R / m) and b = (R - m a) / m^2: evenly up to a
-range of FIRST_STEP m, and beyond it denser at the top, where an error weighs most. Elias, Efficient Storage and Retrieval by
+on level l if bit l + k is set, and the first on level 0. So a row has K bits set, and its size depends on nothing else. The
+levels of a row with range R lie a l + b l^2 below its highest number, with m = L - 1, a = min(FIRST_STEP, R / m) and
+b = (R - m a) / m^2: evenly up to a range of FIRST_STEP m, and beyond it denser at the top, where an error weighs most. Elias, Efficient Storage and Retrieval by
 Content and Address of Static Files (1974), codes ascending integers by such a bitmap.
 """
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from types import ModuleType
 
@@ -105,7 +106,9 @@ def prepare() -> None:
 
 @lru_cache(maxsize=1)
 def _compiled() -> ModuleType | None:
-    """The compiled loops; None where numba is not installed, as beside a client alone."""
+    """The compiled loops; None where numba is not installed, as beside a client alone, or bytes have another order."""
+    if sys.byteorder != "little":
+        return None
     try:
         from stillhouse.protos.tensors import falling_rows_numba
     except ImportError:
