@@ -58,7 +58,7 @@ from stillhouse.student_trainer.train.batching.target_forms import TargetForm, t
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
-from stillhouse.teacher_service.distributions.from_logits import sampled_ids
+from stillhouse.teacher_service.distributions.draws import sampled_ids
 
 ID_BITS, LOGPROB_BITS = 18, 16
 Kind = Literal[

@@ -19,6 +19,7 @@ from stillhouse.protos.tensors.layout import (
     encode_sorted,
     packed_bits,
 )
+from stillhouse.protos.tensors.sorted_rows import PackBlock
 
 __all__ = ["Distributions", "decode", "decode_distributions", "encode", "encode_distributions", "packed_bits"]
 
@@ -133,13 +134,14 @@ def encode_distributions(
     pack_bits: int | None = None,
     sort_bits: int | None = None,
     sampled_logprob_bits: int = 0,
+    pack_block: PackBlock | None = None,
 ) -> TokenDistributions:
     """The message, with logprobs of type `logprob_dtype` and, with `pack_bits`, ids packed to so many bits.
 
     FALLING makes target_logprobs, log_tail and sampled_logprobs FLOAT16; logprobs that no FALLING holds are sent as with
     FLOAT16. With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
-    `sampled_logprob_bits` their log-probabilities travel as SCALED_UINT of so many bits. Raises ValueError for another
-    logprob_dtype.
+    `sampled_logprob_bits` their log-probabilities travel as SCALED_UINT of so many bits. `pack_block` is that of
+    `sorted_rows.pack_sorted`. Raises ValueError for another logprob_dtype.
     """
     if logprob_dtype not in _KEPT:
         raise ValueError(f"logprobs cannot be sent as {Tensor.DataType.Name(logprob_dtype)}")
@@ -159,7 +161,9 @@ def encode_distributions(
             continue
         if name == "sampled_token_ids":
             encoded = (
-                encode(array, bits=pack_bits) if sort_bits is None else encode_sorted(array, bits=sort_bits)
+                encode(array, bits=pack_bits)
+                if sort_bits is None
+                else encode_sorted(array, bits=sort_bits, pack_block=pack_block)
             )
         elif name == "sampled_logprobs":
             scaled = sampled_logprob_bits

@@ -80,9 +80,11 @@ def encode(
         return Tensor(dtype=dtype, shape=array.shape, data=array.astype(_DTYPES[dtype]).tobytes())
 
 
-def encode_sorted(rows: NDArray[Any], *, bits: int) -> Tensor:
+def encode_sorted(
+    rows: NDArray[Any], *, bits: int, pack_block: sorted_rows.PackBlock | None = None
+) -> Tensor:
     """Rows [T, R] of ascending integers in [0, 2**bits) as SORTED_UINT. Raises ValueError for others."""
-    data = sorted_rows.pack_sorted(rows, bits)
+    data = sorted_rows.pack_sorted(rows, bits, pack_block=pack_block)
     return Tensor(dtype=Tensor.DATA_TYPE_SORTED_UINT, shape=rows.shape, data=data, bits=bits)
 
 

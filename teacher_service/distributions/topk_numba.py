@@ -6,7 +6,7 @@ A row's result is independent of the batch and of the number of threads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -18,6 +18,8 @@ Float64Array = npt.NDArray[np.float64]
 
 # Axes: T positions, K kept tokens, V vocabulary.
 
+SUM_BLOCK = 128
+"""Ids whose exponentials are summed together."""
 _MIN_BLOCK, _MAX_BLOCK = 16, 128
 """Ids per block; blocks are first compared by their maxima alone."""
 _BLOCKS_PER_TOKEN = 2
@@ -32,10 +34,19 @@ _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _HALF, _ONE, _ZERO, _NOTHING = np.float32(0.5), np.float32(1.0), np.float32(0.0), np.float32(-87.0)
 
 
+class Sums(NamedTuple):
+    """Exponentials of a row's logits outside its top K, relative to the highest of these, in blocks of SUM_BLOCK ids."""
+
+    highest: Float32Array
+    """[T]."""
+    blocks: Float64Array
+    """[T, ceil(V / SUM_BLOCK)]."""
+
+
 def heads_and_tails(
     logits_TV: Float32Array, top_k: int
-) -> tuple[Int32Array, Float32Array, Float64Array, Float64Array]:
-    """Computes (ids [T, K], their logits [T, K], log-sum-exp [T] of these, log-sum-exp [T] of all others).
+) -> tuple[Int32Array, Float32Array, Float64Array, Float64Array, Sums]:
+    """Computes (ids [T, K], their logits [T, K], log-sum-exp [T] of these, log-sum-exp [T] of all others, their sums by blocks).
 
     Ids are in falling order of logits, ties by id. Rows are contiguous; 0 < K and 16 (K + 2) <= V. The second sum is
     computed separately, not as a difference. If a logit of a row is not finite, neither is the first sum, and the
@@ -44,10 +55,26 @@ def heads_and_tails(
     num_rows, vocab_size = logits_TV.shape
     ids, values = np.empty((num_rows, top_k), np.int32), np.empty((num_rows, top_k), np.float32)
     head, rest = np.empty(num_rows, np.float64), np.empty(num_rows, np.float64)
+    sums = _empty_sums(logits_TV)
     wanted = vocab_size // (_BLOCKS_PER_TOKEN * (top_k + 1))
     block = min(_MAX_BLOCK, max(_MIN_BLOCK, wanted // _MIN_BLOCK * _MIN_BLOCK))
-    _fill(logits_TV, block, ids, values, head, rest)
-    return ids, values, head, rest
+    _fill(logits_TV, block, ids, values, head, rest, *sums)
+    return ids, values, head, rest, sums
+
+
+def tempered_sums(
+    logits_TV: Float32Array, highest_T: Float32Array, excluded_TK: Int32Array, temperature: float
+) -> Sums:
+    """Sums e^((logit - highest) / temperature) over all but the excluded ids, whose logits are at least `highest_T`."""
+    sums = _empty_sums(logits_TV)
+    sums.highest[:] = highest_T
+    _fill_sums(logits_TV, excluded_TK, np.float32(1 / temperature), *sums)
+    return sums
+
+
+def _empty_sums(logits_TV: Float32Array) -> Sums:
+    num_rows, vocab_size = logits_TV.shape
+    return Sums(np.empty(num_rows, np.float32), np.empty((num_rows, -(-vocab_size // SUM_BLOCK)), np.float64))
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -78,7 +105,9 @@ def _key(logit: Any) -> Any:
 
 
 @compiled
-def _fill(logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: Any) -> None:  # noqa: PLR0917 - compiled code takes no keywords
+def _fill(  # noqa: PLR0917 - compiled code takes no keywords
+    logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: Any, following: Any, sums: Any
+) -> None:
     vocab_size, top_k = logits_TV.shape[1], ids.shape[1]
     highest = np.empty((vocab_size + block - 1) // block, np.int32)
     order = np.empty_like(highest)
@@ -93,13 +122,18 @@ def _fill(logits_TV: Any, block: int, ids: Any, values: Any, head: Any, rest: An
         for place in range(top_k):
             token = _LOW_BITS - (found[place] & _LOW_BITS)
             ids[row, place], values[row, place] = token, logits_V[token]
-        first, following = values[row, 0], logits_V[_LOW_BITS - (found[top_k] & _LOW_BITS)]
-        total, num_equal = 0.0, 0
+        first, following[row] = values[row, 0], logits_V[_LOW_BITS - (found[top_k] & _LOW_BITS)]
+        total = 0.0
         for place in range(top_k):
             total += np.exp(np.float64(values[row, place]) - np.float64(first))
-            num_equal += values[row, place] == following
         head[row] = np.log(total) + first if lowest >= _LEAST_KEY else np.nan
-        rest[row] = np.log(_sum_up_to(logits_V, following) - num_equal) + following
+        rest[row] = np.log(_sum_others(logits_V, ids[row], following[row], _ONE, sums[row])) + following[row]
+
+
+@compiled
+def _fill_sums(logits_TV: Any, excluded_TK: Any, scale: Any, highest: Any, sums: Any) -> None:
+    for row in range(len(logits_TV)):
+        _sum_others(logits_TV[row], excluded_TK[row], highest[row], scale, sums[row])
 
 
 @compiled
@@ -170,12 +204,20 @@ def _sort_falling(numbers: Any, count: int) -> None:
 
 
 @compiled
-def _sum_up_to(logits_V: Any, highest: Any) -> float:
-    """Sums e^(logit - highest) over the logits up to `highest`: in float32 within a block, in double over blocks."""
-    total = 0.0
-    for begin in range(0, len(logits_V), _MAX_BLOCK):
+def _sum_others(logits_V: Any, excluded: Any, highest: Any, scale: Any, sums: Any) -> float:
+    """Fills in e^((logit - highest) scale) summed in blocks over the logits up to `highest` that are not excluded; their sum.
+
+    In float32 within a block, in double over blocks.
+    """
+    for block in range(len(sums)):
         part = _ZERO
-        for logit in logits_V[begin : begin + _MAX_BLOCK]:
-            part += exponential(logit - highest) if logit <= highest else _ZERO
-        total += float(part)
+        for logit in logits_V[block * SUM_BLOCK : (block + 1) * SUM_BLOCK]:
+            part += exponential((logit - highest) * scale) if logit <= highest else _ZERO
+        sums[block] = part
+    for token in excluded:
+        if logits_V[token] == highest:
+            sums[token // SUM_BLOCK] -= 1.0
+    total = 0.0
+    for part in sums:
+        total += part
     return total

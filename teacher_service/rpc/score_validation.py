@@ -20,10 +20,13 @@ from stillhouse.protos.tensors.distributions import (
     encode_distributions,
     packed_bits,
 )
+from stillhouse.protos.tensors.sorted_rows import PackBlock
 from stillhouse.teacher_service.engine import DistributionOptions, EngineInfo, Int32Array, ScoreInput
 
 MAX_TEMPERATURES = 16
 MAX_SAMPLED_TOKENS = 512
+COMPILED_BITS = 11
+"""Bits of the ids of the smallest vocabulary that repays the seconds of compilation."""
 MIN_LOGPROB_BITS, MAX_LOGPROB_BITS = 2, 16
 _OPTIONAL = {
     teacher_pb2.CAPABILITY_LOG_PARTITIONS: "log_partitions",
@@ -62,6 +65,7 @@ class WireFormat:
             pack_bits=self.pack_bits,
             sort_bits=self.sort_bits,
             sampled_logprob_bits=self.sampled_logprob_bits,
+            pack_block=_compiled_packing() if (self.sort_bits or 0) >= COMPILED_BITS else None,
         )
 
 
@@ -70,6 +74,12 @@ def all_capabilities(info: EngineInfo) -> frozenset[int]:
     return info.capabilities | (
         frozenset() if info.class_names else {teacher_pb2.CAPABILITY_COMPACT_LOGPROBS}
     )
+
+
+def _compiled_packing() -> PackBlock:
+    from stillhouse.teacher_service.distributions.sorted_rows_numba import pack_block
+
+    return pack_block
 
 
 def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> None:

@@ -15,6 +15,7 @@ from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.layout import decode, encode_sorted, packed_bits
 from stillhouse.protos.tensors.sorted_rows import MAX_COLUMNS, block_rows
+from stillhouse.teacher_service.distributions.sorted_rows_numba import pack_block
 
 TYPES = (Tensor.DATA_TYPE_SORTED_UINT,)
 
@@ -41,9 +42,14 @@ def test_decoding_reverses_encoding(data: st.DataObject, num_rows: int, num_colu
 
 
 @pytest.mark.parametrize(("num_rows", "num_columns"), [(1000, 90), (block_rows(7) + 1, 7), (2, MAX_COLUMNS)])
-def test_rows_of_several_blocks_come_back(num_rows: int, num_columns: int) -> None:
+def test_rows_of_several_blocks_come_back_and_compiled_code_writes_the_same_bytes(
+    num_rows: int, num_columns: int
+) -> None:
     rows = np.sort(np.random.default_rng(0).integers(0, 151_936, (num_rows, num_columns)), axis=1)
-    np.testing.assert_array_equal(back(encode_sorted(rows, bits=18)), rows)
+    rows[:, : num_columns // 2] = rows[:, :1]  # codes without a bit among the others
+    tensor = encode_sorted(rows, bits=18)
+    assert tensor == encode_sorted(rows, bits=18, pack_block=pack_block)
+    np.testing.assert_array_equal(back(tensor), rows)
 
 
 @pytest.mark.parametrize(

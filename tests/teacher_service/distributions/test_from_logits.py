@@ -12,8 +12,9 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.distributions import from_logits
-from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions, sampled_ids, uniforms
+from stillhouse.teacher_service.distributions import from_logits, normalisation
+from stillhouse.teacher_service.distributions.draws import sampled_ids, uniforms
+from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions
 from stillhouse.teacher_service.engine import DistributionOptions
 
 V, T = 50, 7
@@ -242,7 +243,7 @@ def test_without_a_tail_samples_are_of_all_tokens() -> None:
 def test_the_top_k_of_a_folded_vocabulary_is_that_of_the_complete_one(size: int, top_k: int) -> None:
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(size))
     rows[1, -top_k // 2 :] += 20  # also the remainder that fills no layer
-    values, ids = from_logits.largest(rows, top_k)
+    values, ids = normalisation.largest(rows, top_k)
     assert torch.equal(values, rows.topk(top_k).values)
     assert torch.equal(values, rows.gather(1, ids))
     assert all(len(set(row)) == top_k for row in ids.tolist())
@@ -278,8 +279,8 @@ def test_compiled_heads_and_tails_equal_float64(size: int, top_k: int, shape: st
         rows[:, 5 : 5 + top_k] += 60
     elif shape == "clustered":
         rows[:, : 2 * top_k] += 10  # the top k lie in few blocks
-    assert from_logits.is_compiled(rows, top_k)
-    got = from_logits.normalised(rows, top_k)
+    assert normalisation.is_compiled(rows, top_k)
+    got = normalisation.normalised(rows, top_k)
     wanted = rows.double().log_softmax(-1)
     ids = got.token_ids.long()
     assert all(len(set(row)) == top_k for row in ids.tolist())
@@ -287,7 +288,13 @@ def test_compiled_heads_and_tails_equal_float64(size: int, top_k: int, shape: st
     assert (got.logprobs - wanted.gather(1, ids)).abs().max() < 2e-6
     tail = wanted.scatter(1, ids, -torch.inf).logsumexp(-1)
     assert ((got.log_tail - tail).abs() < 1e-6 + 1e-7 * tail.abs()).all()
-    alone = from_logits.normalised(rows[1:2], top_k)
+    partitions = normalisation.log_partitions(rows, got, (1.0, 2.0, 0.5))
+    assert partitions is not None
+    for column, temperature in zip(partitions.T, (1.0, 2.0, 0.5), strict=True):
+        torch.testing.assert_close(
+            column.double(), (wanted / temperature).logsumexp(1), rtol=2e-6, atol=2e-6
+        )
+    alone = normalisation.normalised(rows[1:2], top_k)
     assert torch.equal(alone.logprobs, got.logprobs[1:2])
     assert torch.equal(alone.log_tail, got.log_tail[1:2])
 
@@ -297,11 +304,11 @@ def test_compiled_heads_and_tails_equal_float64(size: int, top_k: int, shape: st
 def test_compiled_rows_with_non_finite_logits_are_detected(value: float, place: int) -> None:
     rows = torch.randn(3, 2048, generator=torch.Generator().manual_seed(1))
     rows[1, place] = value
-    assert from_logits.is_compiled(rows, 8)
-    assert from_logits.normalised(rows, 8).finite.tolist() == [True, False, True]
+    assert normalisation.is_compiled(rows, 8)
+    assert normalisation.normalised(rows, 8).finite.tolist() == [True, False, True]
 
 
 def test_equal_logits_come_in_the_order_of_their_ids() -> None:
     rows = torch.zeros(1, 4096)
     rows[0, 70] = 1.0
-    assert from_logits.normalised(rows, 4).token_ids.tolist() == [[70, 0, 1, 2]]
+    assert normalisation.normalised(rows, 4).token_ids.tolist() == [[70, 0, 1, 2]]

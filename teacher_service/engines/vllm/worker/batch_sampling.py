@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stillhouse.teacher_service.distributions.from_logits import largest, scratch
+from stillhouse.teacher_service.distributions.normalisation import largest, scratch
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
 
 # Axes: B rows, V vocabulary, C candidates, N blocks of the vocabulary, W ids of a block.

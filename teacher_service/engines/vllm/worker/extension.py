@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.teacher_service.distributions import from_logits
+from stillhouse.teacher_service.distributions import draws, from_logits
 from stillhouse.teacher_service.distributions.from_logits import RowSpec
 from stillhouse.teacher_service.engine import Float32Array, Int32Array
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import (
@@ -219,7 +219,7 @@ class PromptScorer:
             request.in_progress_prompt_logprobs_cpu = _PromptRows(
                 plan=plan,
                 spec=spec,
-                uniforms=from_logits.uniforms(spec, plan.options),
+                uniforms=draws.uniforms(spec, plan.options),
                 ids=np.full((num_rows, num_ids), MISSING, np.int32),
                 values=np.zeros((num_rows, num_values), np.float32),
             )

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.teacher_service.distributions import from_logits
+from stillhouse.teacher_service.distributions import draws, from_logits, normalisation
 from stillhouse.teacher_service.distributions.from_logits import RowSpec
 from stillhouse.teacher_service.engine import DistributionOptions
 from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
@@ -135,7 +135,7 @@ def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: 
 
 def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
     adjacent = rows[-1] - rows[0] + 1 == len(rows)
-    return from_logits.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
+    return normalisation.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
 
 
 def _sample_and_pack(
@@ -149,19 +149,19 @@ def _sample_and_pack(
         finite_B = torch.isfinite(logits_BV.sum(dim=-1))
         nothing_B1 = torch.zeros_like(sampling_B1)
         return token_B1.int(), torch.cat([_marked(nothing_B1, finite_B), nothing_B1, sampling_B1], dim=1)
-    top = from_logits.normalised(logits_BV, options.top_k)
+    top = normalisation.normalised(logits_BV, options.top_k)
     lse_B1 = top.lse.float()
     target_B1 = (logits_BV.gather(-1, token_B1) - top.lse).float()
     ids = [token_B1, top.token_ids]
     values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
     drawn = None
     if options.num_sampled_tokens:
-        drawn = from_logits.samples(logits_BV, top, _uniforms(requests, options), options)
+        drawn = draws.samples(logits_BV, top, _uniforms(requests, options), options)
         ids.append(drawn.token_ids)
-    if (partitions_BN := from_logits.log_partitions(logits_BV, lse_B1, options.temperatures)) is not None:
+    if (partitions_BN := normalisation.log_partitions(logits_BV, top, options.temperatures)) is not None:
         values.append(partitions_BN)
     if options.entropy:
-        values.append(from_logits.entropies(logits_BV, lse_B1).unsqueeze(-1))
+        values.append(normalisation.entropies(logits_BV, lse_B1).unsqueeze(-1))
     if drawn is not None and drawn.logprobs is not None:
         values.append(drawn.logprobs)
     return torch.cat([each.int() for each in ids], dim=1), torch.cat(values, dim=1)
@@ -177,5 +177,5 @@ def _uniforms(requests: list[Any], options: DistributionOptions) -> np.ndarray[A
     for request in requests:
         read = [*request.prompt_token_ids, *request.output_token_ids, 0]
         spec = RowSpec(start=len(read) - 1, sequence=np.array(read, np.int32))
-        numbers.append(from_logits.uniforms(spec, options))
+        numbers.append(draws.uniforms(spec, options))
     return np.concatenate([each for each in numbers if each is not None])

@@ -24,7 +24,7 @@ from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES
 from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
 from stillhouse.student_trainer.train.loss.objective import Positions, objective
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets, Targets
-from stillhouse.teacher_service.distributions.from_logits import sampled_ids
+from stillhouse.teacher_service.distributions.draws import sampled_ids
 from tests.student_trainer.train.loss.dense_reference import random_logits
 
 V, K, R, ROWS = 30, 3, 5, 6000

@@ -32,7 +32,7 @@ if find_spec("vllm") is None:
 
 from vllm import _custom_ops
 
-from stillhouse.teacher_service.distributions import from_logits
+from stillhouse.teacher_service.distributions import normalisation
 from stillhouse.teacher_service.engines.vllm.engine import VllmEngine
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import KEPT_SIZES, with_free_cores
 from stillhouse.teacher_service.engines.vllm.worker.lm_head import shared_output_layer
@@ -206,7 +206,7 @@ def scored(length: int, start: int, seed: int) -> ScoreInput:
 @pytest.mark.model
 @pytest.mark.asyncio(loop_scope="session")
 async def test_concurrent_sequences_have_the_rows_of_transformers(engine: VllmEngine) -> None:
-    assert VOCAB_SIZE >= from_logits.COMPILED_VOCAB, "the compiled way is not what is tested"
+    assert VOCAB_SIZE >= normalisation.COMPILED_VOCAB, "the compiled way is not what is tested"
     items = [
         scored(length, start, seed=number)
         for number, (length, start) in enumerate(
