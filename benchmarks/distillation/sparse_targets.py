@@ -19,13 +19,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import click
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -41,79 +40,21 @@ from benchmarks.distillation.small_teacher import (
     open_setting,
     take_step,
 )
-from stillhouse.protos.tensors.distributions import (
-    Distributions,
-    decode_distributions,
-    encode_distributions,
-    packed_bits,
+from benchmarks.distillation.sparse_forms import (
+    CROSS_ENTROPY,
+    FORMS,
+    FULL,
+    Form,
+    Kind,
+    settled,
+    summed_loss,
+    targets_of,
 )
-from stillhouse.student_trainer.config.rules.loss import TAIL_TARGETS, needs_draw_logprobs, why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.config.target_choice import (
-    DRAW_LOGPROB_BITS,
-    TargetChoice,
-    suits_plain_draws,
-)
-from stillhouse.student_trainer.train.batching.target_forms import TargetForm, target_rows
-from stillhouse.student_trainer.train.loss.fused import OutputLayer, fused_objective
-from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import DenseTargets, SparseTargets
-from stillhouse.teacher_service.distributions.draws import sampled_ids
 
-ID_BITS, LOGPROB_BITS = 18, 16
-Kind = Literal[
-    "cross_entropy",
-    "full",
-    "tail_bucket",
-    "sampled",
-    "top_k_and_sampled",
-    "sampled_tail",
-    "stratified_tail",
-    "renormalise",
-]
 GRADIENTS_EVERY = 20
 """Steps between two comparisons of gradients."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Form:
-    """Form of the training targets."""
-
-    kind: Kind
-    top_k: int = 0
-    num_samples: int = 0
-
-    @property
-    def num_bytes(self) -> float:
-        """Bytes of one token's target; its tail and the text's own token take 8 more. NaN where they depend on the text."""
-        if self.kind == "stratified_tail":
-            return math.nan
-        draw_bits = ID_BITS + LOGPROB_BITS if self.kind == "sampled_tail" else ID_BITS
-        return (self.top_k * (ID_BITS + LOGPROB_BITS) + self.num_samples * draw_bits) / 8
-
-    def suits(self, loss: LossConfig) -> bool:
-        """True if the form goes with the loss."""
-        if self.kind in TAIL_TARGETS:
-            return not any(why_no_tail_draws(term) for term in loss.terms)
-        return self.kind in ("cross_entropy", "full", "tail_bucket") or suits_plain_draws(loss)
-
-    def __str__(self) -> str:
-        parts = [
-            self.kind,
-            f"k={self.top_k}" if self.top_k else "",
-            f"n={self.num_samples}" if self.num_samples else "",
-        ]
-        return " ".join(part for part in parts if part)
-
-
-CROSS_ENTROPY, FULL = Form(kind="cross_entropy"), Form(kind="full")
-FORMS = (
-    Form(kind="tail_bucket", top_k=64),
-    Form(kind="top_k_and_sampled", top_k=16, num_samples=90),
-    Form(kind="sampled_tail", top_k=16, num_samples=48),
-    Form(kind="stratified_tail", top_k=16),
-)
-"""0 draws of stratified_tail are as many as `auto` takes."""
 
 
 def _form(text: str) -> Form:
@@ -143,6 +84,7 @@ def _form(text: str) -> Form:
 @click.option("--teacher-steps", default=600, show_default=True)
 @click.option("--steps", default=300, show_default=True, help="Steps of each student.")
 @click.option("--seeds", default=5, show_default=True)
+@click.option("--first-seed", default=0, show_default=True)
 @click.option("--student-batch", default=4, show_default=True, help="Rows of 128 tokens in a step.")
 @click.option("--teacher-width", default=256, show_default=True)
 @click.option("--student-width", default=128, show_default=True)
@@ -157,6 +99,7 @@ def main(
     sharpness: float,
     gradients: bool,
     seeds: int,
+    first_seed: int,
     **sizes: int,
 ) -> None:
     """Measure the forms."""
@@ -164,32 +107,27 @@ def main(
     torch.set_num_threads(1)
     setting = open_setting(text, work_dir, sizes, sharpness)
     content: dict[str, Any] = {"sizes": sizes, "sharpness": sharpness, "losses": {}}
+    chosen: dict[str, tuple[LossConfig, list[Form]]] = {}
     for divergence, temperature in itertools.product(divergences, temperatures):
         loss = LossConfig(terms=(LossTermConfig(divergence=divergence),), temperature=temperature)
-        chosen = [form for form in (*map(_form, forms), *(() if forms else FORMS)) if form.suits(loss)]
-        chosen = [CROSS_ENTROPY, FULL, *(_settled(form, loss, sizes["vocabulary"]) for form in chosen)]
-        found: dict[Form, list[Mapping[str, float]]] = {form: [] for form in chosen}
-        for seed in range(seeds):
-            for form, metrics in _students(setting, chosen, seed, loss).items():
-                found[form].append(metrics)
-                console.print(f"seed {seed}: {form}: {metrics['divergence']:.4f}", highlight=False)
-        name = f"{divergence} at temperature {temperature:g}"
-        content["losses"][name] = _show(console, name, found)
+        suited = [form for form in (*map(_form, forms), *(() if forms else FORMS)) if form.suits(loss)]
+        suited = [CROSS_ENTROPY, FULL, *(settled(form, loss, sizes["vocabulary"]) for form in suited)]
+        chosen[f"{divergence} at temperature {temperature:g}"] = loss, suited
+    found: dict[str, dict[Form, list[Mapping[str, float]]]] = {
+        name: {form: [] for form in suited} for name, (_, suited) in chosen.items()
+    }
+    for seed in range(first_seed, first_seed + seeds):
+        for (name, form), metrics in _students(setting, chosen, seed).items():
+            found[name][form].append(metrics)
+            console.print(f"seed {seed}: {name}: {form}: {metrics['divergence']:.4f}", highlight=False)
+        for name in chosen:
+            content["losses"][name] = _show(console, name, found[name])
         if json_file is not None:
             json_file.write_text(json.dumps(content, indent=2) + "\n")
     if gradients:
         content["gradients"] = _compare_gradients(setting, console)
         if json_file is not None:
             json_file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _settled(form: Form, loss: LossConfig, vocabulary: int) -> Form:
-    """The form, with as many draws as `auto` takes where it names none."""
-    if form.kind != "stratified_tail" or form.num_samples:
-        return form
-    own = replace(loss, top_k=form.top_k)
-    choice = TargetChoice.draws(own, "", form=form.kind, vocab_size=vocabulary)
-    return replace(form, num_samples=choice.num_samples)
 
 
 def _show(console: Console, name: str, found: Mapping[Form, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
@@ -221,34 +159,66 @@ def _show(console: Console, name: str, found: Mapping[Form, Sequence[Mapping[str
 
 
 def _students(
-    setting: Setting, forms: Sequence[Form], seed: int, loss: LossConfig
-) -> dict[Form, Mapping[str, float]]:
-    """Held-out metrics of one student per form, trained together: the teacher scores a batch once."""
-    sizes, name = setting.sizes, f"{loss.terms[0].divergence}-{loss.temperature:g}"
+    setting: Setting, chosen: Mapping[str, tuple[LossConfig, Sequence[Form]]], seed: int
+) -> dict[tuple[str, Form], Mapping[str, float]]:
+    """Held-out metrics of one student per loss and form, trained together: the teacher scores a batch once.
+
+    Cross-entropy's student is the same for all losses.
+    """
     files = {
-        form: setting.results / f"{name}-{form.kind}-{form.top_k}-{form.num_samples}-{seed}.json"
+        (name, form): setting.results
+        / f"{_file_name(loss)}-{form.kind}-{form.top_k}-{form.num_samples}-{seed}.json"
+        for name, (loss, forms) in chosen.items()
         for form in forms
     }
-    students = {}
-    for form in (form for form, file in files.items() if not file.exists()):
+    missing = [key for key, file in files.items() if not file.exists()]
+    students = {key: _Student.new(setting, seed) for key in missing if key[1] != CROSS_ENTROPY}
+    baseline = _Student.new(setting, seed) if len(students) < len(missing) else None
+    for batch, logprobs in batches(setting, seed) if missing else ():
+        if baseline is not None:
+            baseline.step(batch, None, LossConfig())
+        for (name, form), student in students.items():
+            loss = chosen[name][0]
+            student.step(batch, targets_of(logprobs, form, student.draws, loss, student.num_bytes), loss)
+    for name, form in missing:
+        trained = students.get((name, form)) or baseline
+        assert trained is not None
+        loss = chosen[name][0]
+        metrics = dict(held_out_metrics(setting.teacher, trained.model, setting.held_out, loss))
+        if trained.num_bytes:
+            metrics["bytes"] = statistics.mean(trained.num_bytes)
+        files[name, form].write_text(json.dumps(metrics))
+    return {key: json.loads(file.read_text()) for key, file in files.items()}
+
+
+def _file_name(loss: LossConfig) -> str:
+    return f"{loss.terms[0].divergence}-{loss.temperature:g}"
+
+
+@dataclass(kw_only=True, slots=True)
+class _Student:
+    """A student in training."""
+
+    model: Any
+    optimizer: Any
+    schedule: Any
+    draws: torch.Generator
+    num_bytes: list[float]
+    """Of each step's targets, a token."""
+
+    @classmethod
+    def new(cls, setting: Setting, seed: int) -> _Student:
+        """A student before its first step, the same for all losses and forms of a seed."""
         torch.manual_seed(seed)
-        student = make_model(sizes["student_width"], 2, sizes["vocabulary"])
+        model = make_model(setting.sizes["student_width"], 2, setting.sizes["vocabulary"])
+        optimizer, schedule = make_optimizer(model, setting.sizes["steps"])
         draws = torch.Generator().manual_seed(1000 + seed)
-        students[form] = (student, *make_optimizer(student, sizes["steps"]), draws)
-    num_bytes: dict[Form, list[float]] = {form: [] for form in students}
-    for batch, logprobs in batches(setting, seed) if students else ():
-        for form, (student, optimizer, schedule, draws) in students.items():
-            targets = None
-            if form != CROSS_ENTROPY:
-                targets = _targets(logprobs, form, draws, loss, num_bytes[form])
-            summed = _loss(student, batch, targets, loss)
-            take_step(summed / batch[:, 1:].numel(), student, optimizer, schedule)
-    for form, (student, *_) in students.items():
-        found = dict(held_out_metrics(setting.teacher, student, setting.held_out, loss))
-        if num_bytes[form]:
-            found["bytes"] = statistics.mean(num_bytes[form])
-        files[form].write_text(json.dumps(found))
-    return {form: json.loads(file.read_text()) for form, file in files.items()}
+        return cls(model=model, optimizer=optimizer, schedule=schedule, draws=draws, num_bytes=[])
+
+    def step(self, batch: Tensor, targets: DenseTargets | SparseTargets | None, loss: LossConfig) -> None:
+        """Takes one step."""
+        summed = summed_loss(self.model, batch, targets, loss)
+        take_step(summed / batch[:, 1:].numel(), self.model, self.optimizer, self.schedule)
 
 
 def _compare_gradients(setting: Setting, console: Console) -> dict[str, Any]:
@@ -260,24 +230,24 @@ def _compare_gradients(setting: Setting, console: Console) -> dict[str, Any]:
     cosines: dict[str, list[float]] = {}
     positions_below, steps_below = [], []
     for step, (batch, logprobs) in enumerate(batches(setting, 0)):
-        full = _targets(logprobs, FULL, draws, loss)
+        full = targets_of(logprobs, FULL, draws, loss)
         if step % GRADIENTS_EVERY == 0:
             log_q = student(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
             truncated, below = truncated_kl(log_q.detach(), logprobs, 64, clamp=False)
             positions_below.append(float(below))
             steps_below.append(float(truncated < 0))
             losses: dict[str, Callable[[], Tensor]] = {
-                str(form): partial(_loss, student, batch, _targets(logprobs, form, draws, loss), loss)
-                for form in (_settled(each, loss, setting.sizes["vocabulary"]) for each in FORMS)
+                str(form): partial(summed_loss, student, batch, targets_of(logprobs, form, draws, loss), loss)
+                for form in (settled(each, loss, setting.sizes["vocabulary"]) for each in FORMS)
             }
             for clamp, name in ((False, "truncated k=64"), (True, "truncated k=64, clamped")):
                 losses[name] = partial(_truncated, student, batch, logprobs, clamp=clamp)
             found = gradient_cosines(
-                list(student.parameters()), partial(_loss, student, batch, full, loss), losses
+                list(student.parameters()), partial(summed_loss, student, batch, full, loss), losses
             )
             for name, cosine in found.items():
                 cosines.setdefault(name, []).append(cosine)
-        summed = _loss(student, batch, full, loss)
+        summed = summed_loss(student, batch, full, loss)
         take_step(summed / batch[:, 1:].numel(), student, optimizer, schedule)
     table = Table("form", "cosine with the full gradient: mean", "least", title="gradients")
     for name, values in cosines.items():
@@ -298,76 +268,6 @@ def _compare_gradients(setting: Setting, console: Console) -> dict[str, Any]:
 def _truncated(model: Any, batch: Tensor, logprobs: Tensor, *, clamp: bool) -> Tensor:
     log_q = model(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
     return truncated_kl(log_q, logprobs, 64, clamp=clamp)[0]
-
-
-def _loss(
-    model: Any, batch: Tensor, targets: DenseTargets | SparseTargets | None, loss: LossConfig
-) -> Tensor:
-    """Sum over the tokens of a batch."""
-    if targets is None:
-        loss = LossConfig(terms=(LossTermConfig(weight=0.0),), hard_weight=1.0)
-    text = batch[:, 1:].reshape(1, -1)
-    positions = Positions(target_ids=text, weights=torch.ones(text.shape), targets=targets)
-    hidden = model.model(input_ids=batch, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-    return fused_objective(hidden, OutputLayer(weight=model.lm_head.weight), positions, loss).loss_sum
-
-
-def _targets(
-    logprobs: Tensor,
-    form: Form,
-    generator: torch.Generator,
-    loss: LossConfig,
-    num_bytes: list[float] | None = None,
-) -> DenseTargets | SparseTargets:
-    """Teacher targets of each next token, [N, V], in the given form, as a service sends them; appends their bytes a token."""
-    if form.kind == "full":
-        return DenseTargets(logprobs=logprobs.unsqueeze(0))
-    temperature, vocab_size = loss.temperature, logprobs.shape[1]
-    top = logprobs.topk(form.top_k, -1)
-    tail = logprobs.scatter(-1, top.indices, -torch.inf)
-    partition = None if temperature == 1 else (logprobs / temperature).logsumexp(-1)
-    draws = draw_logprobs = None
-    if form.kind == "stratified_tail":
-        places = torch.rand(len(logprobs), 1, generator=generator, dtype=torch.float64)
-        numbers = (torch.arange(form.num_samples) + places) / form.num_samples
-        draws = sampled_ids(tail / temperature, numbers.numpy()).long()
-        if needs_draw_logprobs(loss):
-            draw_logprobs = logprobs.gather(-1, draws).numpy()
-    elif form.num_samples:
-        drawn = (tail / temperature).softmax(-1) if form.kind == "sampled_tail" else logprobs.exp()
-        draws = torch.multinomial(drawn, form.num_samples, replacement=True, generator=generator)
-        draw_logprobs = logprobs.gather(-1, draws).half().float().numpy()
-    answer = Distributions(
-        start=1,
-        token_ids=top.indices.int().numpy(),
-        logprobs=top.values.half().float().numpy(),
-        target_logprobs=np.zeros(len(logprobs), np.float32),
-        log_tail=tail.logsumexp(-1).numpy(),
-        sampled_token_ids=None if draws is None else draws.int().numpy(),
-        sampled_logprobs=draw_logprobs,
-        log_partitions=None if partition is None else partition.unsqueeze(-1).numpy(),
-    )
-    if form.kind == "stratified_tail":
-        bits = packed_bits(vocab_size)
-        message = encode_distributions(
-            answer, pack_bits=bits, sort_bits=bits, sampled_logprob_bits=DRAW_LOGPROB_BITS
-        )
-        parts = (message.token_ids, message.logprobs, message.sampled_token_ids, message.sampled_logprobs)
-        if num_bytes is not None:
-            num_bytes.append(sum(len(part.data) for part in parts) / len(logprobs))
-        answer = decode_distributions(
-            message, vocab_size=vocab_size, max_rows=len(logprobs), max_top_k=form.top_k
-        )
-    kind = cast("TargetForm", form.kind)
-    found = target_rows(answer, np.arange(len(logprobs)), kind, temperature=temperature)
-    shares = found.draw_shares
-    return SparseTargets(
-        token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
-        logprobs=torch.from_numpy(found.logprobs).float().unsqueeze(0),
-        log_tail=torch.from_numpy(found.log_tail).float().unsqueeze(0),
-        log_partition=None if partition is None else partition.unsqueeze(0),
-        draw_shares=None if shares is None else torch.from_numpy(shares).float().unsqueeze(0),
-    )
 
 
 def _shares(found: Mapping[Form, Sequence[float]], form: Form) -> tuple[float, float]:

@@ -25,7 +25,8 @@ from benchmarks.acceptance.languages import (
     write_rows,
     write_student,
 )
-from benchmarks.distillation.sparse_targets import CROSS_ENTROPY, FULL, Form, _form, _shares
+from benchmarks.distillation.sparse_forms import CROSS_ENTROPY, FULL, Form
+from benchmarks.distillation.sparse_targets import _form, _shares
 from stillhouse.student_trainer.config.schema import OptimizerConfig
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens

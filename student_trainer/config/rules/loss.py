@@ -15,6 +15,8 @@ MAX_SAMPLES = 512
 """Most draws that a teacher takes."""
 MAX_DRAWN_BETA = 0.5
 """Largest beta of alpha_beta at which an estimate from draws has a bounded variance."""
+CONTROLLED_TEMPERATURE = 2.0
+"""Least temperature at which estimates from draws have a control variate."""
 DIVERGENCES = fields_of(LossTermConfig)["divergence"].rule(Choices) or ()
 WITHOUT_CONDITIONAL_FORM = ("adaptive_kl", "mse")
 
@@ -68,9 +70,16 @@ def why_no_tail_draws(term: LossTermConfig) -> str:
 
 
 def needs_draw_logprobs(loss: LossConfig) -> bool:
-    """True if an estimate from draws of the tail needs their log-probabilities: for all but forward KL, which is linear in p."""
+    """True if an estimate from draws of the tail needs their log-probabilities: for all but forward KL, which is linear in p,
+    below the temperature from which on they make it steadier."""
     full = (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
-    return any(term.divergence != "forward_kl" for term in full)
+    return any(term.divergence != "forward_kl" or is_controlled(loss) for term in full)
+
+
+def is_controlled(loss: LossConfig) -> bool:
+    """True if estimates from draws of the tail have a control variate: it helps where temperature brings student and teacher
+    close, and harms elsewhere."""
+    return loss.temperature >= CONTROLLED_TEMPERATURE
 
 
 def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolation]:

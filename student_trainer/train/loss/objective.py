@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from stillhouse.student_trainer.config.rules.loss import is_controlled
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES, TAIL_FLOOR_LOGPROB
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens, drift, policy_gradient
@@ -165,7 +166,9 @@ def _term(term: LossTermConfig, pair: BucketPair, config: LossConfig) -> Float[T
     if pair.drawn is None or spec.generator is None:
         return loss
     return loss + config.temperature**2 * tail_divergence(
-        partial(spec.generator, **term.parameters), pair.drawn
+        partial(spec.generator, **term.parameters),
+        pair.drawn,
+        controlled=is_controlled(config),
     )
 
 

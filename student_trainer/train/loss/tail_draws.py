@@ -8,6 +8,9 @@ E[r] = Q / P is known exactly, so f(r) - c r may stand for f(r) with any c. With
 r (f'(r) - c), are bounded, where r itself is not: a token that the student likes and the teacher hardly ever draws
 would else ruin the estimate. This limit is infinite for reverse KL, which therefore has no generator here, and
 adaptive KL and the error of logits are no f-divergences. The generators below are f(r) - c r as functions of log r.
+
+At higher temperatures r is near 1 for most tokens, and f(r) near a multiple k r beside its own: a control variate, k (r - Q / P),
+leaves a fraction of the variance. Each draw's k comes from other draws of its position, so that it and r are nearly independent.
 Axes as in sparse.py.
 """
 
@@ -27,13 +30,45 @@ Generator = Callable[[Tensor], Tensor]
 """log r -> f(r) - c r."""
 MAX_LOG_RATIO = 60.0
 """Bound of log r in the factor r; beyond it r (f - c) is at its limit."""
+MIN_CONTROLLED_DRAWS = 32
+"""Fewest distinct draws of a position that tell the factor of its control variate."""
+MAX_CONTROLLED_RATIO = 40.0
+"""Bound of log r in a control variate, whose square float32 has to hold."""
 
 
-def tail_divergence(generator: Generator, drawn: DrawnTail) -> Float[Tensor, "B T"]:
-    """Estimates P (E[f(r)] - f(Q / P)) of each position; 0 where student and teacher are equal, or nothing is drawn."""
+def tail_divergence(
+    generator: Generator, drawn: DrawnTail, *, controlled: bool = False
+) -> Float[Tensor, "B T"]:
+    """Estimates P (E[f(r)] - f(Q / P)) of each position; 0 where student and teacher are equal, or nothing is drawn.
+
+    With `controlled`, k r stands for c r, with k from the position's other draws.
+    """
     mass = drawn.log_tail.exp().squeeze(-1)
     deviation = generator(drawn.log_ratios) - generator(drawn.log_tail_ratio)
+    if controlled:
+        ratios, mean = (
+            each.clamp(max=MAX_CONTROLLED_RATIO).exp() for each in (drawn.log_ratios, drawn.log_tail_ratio)
+        )
+        deviation = deviation - _slopes(generator, drawn) * (ratios - mean)
     return mass * (drawn.shares * deviation).sum(-1)
+
+
+def _slopes(generator: Generator, drawn: DrawnTail) -> Float[Tensor, "B T K"]:
+    """The k of each draw: that with the least squares of h - k r, h = r (f'(r) - c), over every second distinct draw of the position,
+    those that the draw itself is not among; 0 where there are few."""
+    with torch.enable_grad():
+        log_ratios = drawn.log_ratios.detach().clamp(max=MAX_CONTROLLED_RATIO).requires_grad_()
+        (slopes,) = torch.autograd.grad(generator(log_ratios).sum(), log_ratios)
+    counts = drawn.shares > 0
+    ratios, ordinals = log_ratios.detach().exp(), counts.cumsum(-1)
+    odd = ordinals % 2 == 1
+    factors = []
+    for half in (counts & ~odd, counts & odd):
+        own = ratios.masked_fill(~half, 0.0)
+        squares = own.square().sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+        factors.append((own * slopes).sum(-1, keepdim=True) / squares)
+    many = ordinals[..., -1:] >= MIN_CONTROLLED_DRAWS
+    return torch.where(odd, *factors).masked_fill(~many, 0.0)
 
 
 def forward_kl_generator(log_ratio: Tensor) -> Tensor:
