@@ -291,9 +291,7 @@ def test_compiled_heads_and_tails_equal_float64(size: int, top_k: int, shape: st
     partitions = normalisation.log_partitions(rows, got, (1.0, 2.0, 0.5))
     assert partitions is not None
     for column, temperature in zip(partitions.T, (1.0, 2.0, 0.5), strict=True):
-        torch.testing.assert_close(
-            column.double(), (wanted / temperature).logsumexp(1), rtol=2e-6, atol=2e-6
-        )
+        torch.testing.assert_close(column.double(), (wanted / temperature).logsumexp(1), rtol=2e-6, atol=2e-6)
     alone = normalisation.normalised(rows[1:2], top_k)
     assert torch.equal(alone.logprobs, got.logprobs[1:2])
     assert torch.equal(alone.log_tail, got.log_tail[1:2])
