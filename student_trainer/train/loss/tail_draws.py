@@ -62,13 +62,14 @@ def _slopes(generator: Generator, drawn: DrawnTail) -> Float[Tensor, "B T K"]:
     counts = drawn.shares > 0
     ratios, ordinals = log_ratios.detach().exp(), counts.cumsum(-1)
     odd = ordinals % 2 == 1
-    factors = []
-    for half in (counts & ~odd, counts & odd):
+
+    def factor(half: Tensor) -> Tensor:
         own = ratios.masked_fill(~half, 0.0)
         squares = own.square().sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
-        factors.append((own * slopes).sum(-1, keepdim=True) / squares)
+        return (own * slopes).sum(-1, keepdim=True) / squares
+
     many = ordinals[..., -1:] >= MIN_CONTROLLED_DRAWS
-    return torch.where(odd, *factors).masked_fill(~many, 0.0)
+    return torch.where(odd, factor(counts & ~odd), factor(counts & odd)).masked_fill(~many, 0.0)
 
 
 def forward_kl_generator(log_ratio: Tensor) -> Tensor:
