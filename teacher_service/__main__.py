@@ -45,7 +45,7 @@ def _adapters(_: click.Context, __: click.Parameter, values: tuple[str, ...]) ->
     adapters={"callback": _adapters, "metavar": "NAME=PATH"},
     engine={
         "default": None,
-        "help": "Inference engine.  [default: vllm if installed, else hf; hf for a classifier]",
+        "help": "Inference engine.  [default: openai with --upstream, else vllm if installed, else hf; hf for a classifier]",
     },
     max_adapters={
         "default": None,
@@ -110,15 +110,20 @@ def _config(options: dict[str, Any]) -> TeacherConfig:
     from stillhouse.protos.rpc.channel import is_loopback
 
     options = {**options}
-    options["engine"] = options["engine"] or (
-        "hf" if is_classifier(Path(options["model"]).expanduser()) else default_engine()
-    )
+    options["engine"] = options["engine"] or _engine(options)
     if options["max_adapters"] is None:
         options["max_adapters"] = max(DEFAULT_MAX_ADAPTERS, len(options["adapters"]))
     # Any root on a service that only this host reaches, else none.
     roots = options["allow_roots"] or ((Path("/"),) if is_loopback(options["listen"]) else ())
     options["allow_roots"] = tuple(root.resolve() for root in roots)
     return TeacherConfig(**options)
+
+
+def _engine(options: dict[str, Any]) -> str:
+    if options["upstream"]:
+        return "openai"
+    model = options["model"]
+    return "hf" if model and is_classifier(Path(model).expanduser()) else default_engine()
 
 
 if __name__ == "__main__":

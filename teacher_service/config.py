@@ -11,7 +11,7 @@ from typing import Literal, get_args
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.settings import SHARED, bad_setting, check_settings, setting
 
-EngineName = Literal["vllm", "hf"]
+EngineName = Literal["vllm", "hf", "openai"]
 TierName = Literal["worker", "raw", "public"]
 
 BATCH_TOKENS = 8192
@@ -23,8 +23,21 @@ DEFAULT_MAX_ADAPTERS = 8
 class TeacherConfig:
     """Model, engine, limits and address of one teacher process."""
 
-    model: str = setting("Directory in Hugging Face layout, or hub id.")
+    model: str = setting(
+        "Directory in Hugging Face layout, or hub id; with --engine openai the upstream server's name of it.  "
+        "[there default: its only model]",
+        "",
+    )
     engine: EngineName = setting("Inference engine.", "hf", choices=get_args(EngineName))
+    upstream: str = setting("Address of the server that has the model, for --engine openai.", "")
+    tokenizer: str = setting("Directory or hub id of the upstream model's tokenizer.", "")
+    upstream_key_file: Path | None = setting(
+        "File with the upstream server's API key; STILLHOUSE_UPSTREAM_API_KEY may hold it instead.", None
+    )
+    upstream_concurrency: int = setting("Requests to the upstream server at once.", 32, between=(1, 4096))
+    upstream_timeout_s: float = setting(
+        "Seconds of a request to the upstream server with all its tries.", 600.0, between=(1, 86400)
+    )
     tier: Literal["auto"] | TierName = setting(
         "Path of distributions out of vLLM; auto takes the best that passes its check.",
         "auto",
@@ -109,8 +122,11 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         """Raises `StillhouseError` with INVALID_CONFIG or MODEL_NOT_FOUND, naming flag, value and remedy."""
-        _check_model_path(self.model)
         check_settings(self)
+        if self.engine == "openai":
+            _check_upstream(self)
+        else:
+            _check_own(self)
         if len(self.adapters) > self.max_adapters:
             raise bad_setting(
                 "--max-adapters",
@@ -125,6 +141,11 @@ class TeacherConfig:
         return (self.upload_dir or cache / "stillhouse" / "adapters").expanduser().resolve()
 
     @property
+    def tokenizer_source(self) -> str:
+        """Directory or hub id of the tokenizer."""
+        return self.tokenizer if self.engine == "openai" else self.model
+
+    @property
     def num_threads(self) -> int:
         """Threads of the computation on a CPU."""
         return self.threads or len(os.sched_getaffinity(0))
@@ -133,6 +154,33 @@ class TeacherConfig:
 def default_engine() -> EngineName:
     """Selects vLLM where it is installed, else transformers."""
     return "vllm" if find_spec("vllm") is not None else "hf"
+
+
+def _check_upstream(config: TeacherConfig) -> None:
+    if not config.upstream or not config.tokenizer:
+        missing = "--tokenizer" if config.upstream else "--upstream"
+        raise StillhouseError(
+            Reason.INVALID_CONFIG,
+            f"--engine openai needs {missing}: give --upstream the address of the server, and --tokenizer the directory or hub "
+            "id of its model.",
+        )
+    if config.adapters:
+        raise bad_setting(
+            "--adapter",
+            config.adapters[0][0],
+            "With --engine openai the upstream server loads adapters: load it there, and it is found.",
+        )
+
+
+def _check_own(config: TeacherConfig) -> None:
+    for name in ("upstream", "tokenizer", "upstream_key_file"):
+        if value := getattr(config, name):
+            raise bad_setting(
+                "--" + name.replace("_", "-"),
+                value,
+                f"It is for --engine openai, and --engine is {config.engine}.",
+            )
+    _check_model_path(config.model)
 
 
 def _check_model_path(model: str) -> None:

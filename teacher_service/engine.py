@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.tensors.distributions import Distributions
 
 Int32Array = npt.NDArray[np.int32]
@@ -61,6 +62,10 @@ class EngineInfo:
     """Layers of the model; 0 where it gives no hidden states."""
     hidden_size: int = 0
     """Units of a hidden state; 0 where it gives none."""
+    upstream: bool = False
+    """The model is another server's."""
+    adapters: tuple[LoadedAdapter, ...] = ()
+    """Adapters that the engine has from the start."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,6 +136,8 @@ class GenerateInput:
     """Fixes the completion, however items are batched; None uses a fresh one."""
     options: DistributionOptions | None = None
     """Quantities to report for every new token; None reports nothing."""
+    turns: Turns | None = None
+    """The conversation that `token_ids` render, for engines that send messages; None for other prompts."""
     single_chunk: bool = False
     """The caller does not stream: the engine may return the sample as one chunk."""
 
@@ -158,8 +165,8 @@ class LoadedAdapter:
     fingerprint: str
     """Hex SHA-256 over its configuration and weights."""
     rank: int
-    path: Path = field(compare=False)
-    """Directory that it was loaded from."""
+    path: Path | None = field(default=None, compare=False)
+    """Directory that it was loaded from; None for one of an upstream server."""
 
 
 class Engine(Protocol):

@@ -40,9 +40,13 @@ CHILD_TIMEOUT_S = 5.0
 
 _ENGINES = {
     "vllm": ("stillhouse.teacher_service.engines.vllm.engine", "VllmEngine"),
+    "openai": ("stillhouse.teacher_service.engines.openai.engine", "OpenAiEngine"),
     "hf": ("stillhouse.teacher_service.engines.hf.engine", "HfEngine"),
     "hf classifier": ("stillhouse.teacher_service.engines.hf.classifier_engine", "HfClassifierEngine"),
 }
+
+_EXTRAS = {"vllm": "teacher (or teacher-cpu)", "openai": "teacher-openai", "hf": "teacher-hf"}
+"""Extras of the package that bring the engines."""
 
 log = structlog.get_logger(__name__)
 
@@ -138,7 +142,8 @@ class _TeacherProcess:
         adapters = AdapterRegistry(engine, (*config.allow_roots, config.upload_directory))
         for name, path in config.adapters:
             await adapters.load(name, str(path), trusted=True)
-        codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+        adapters.adopt(engine.info.adapters)
+        codec = await asyncio.to_thread(TextCodec.load, config.tokenizer_source, config.revision)
         await _warm_up(engine)
         # Otherwise each full collection would traverse the libraries' millions of objects.
         gc.collect()
@@ -180,17 +185,19 @@ async def _load(config: TeacherConfig) -> Engine:
         engine = getattr(await asyncio.to_thread(import_module, module), name)
         loaded: Engine = await engine.load(config)
     except ImportError as error:
-        extra = "teacher (or teacher-cpu)" if config.engine == "vllm" else "teacher-hf"
+        extra = _EXTRAS[config.engine]
         raise StillhouseError(
             Reason.INVALID_CONFIG,
             f"The {config.engine} engine is not installed ({error}). Install stillhouse with the extra {extra}, or choose "
-            "the other --engine.",
+            "another --engine.",
         ) from error
     return loaded
 
 
 def _engine_name(config: TeacherConfig) -> str:
     """Name in _ENGINES. Raises `StillhouseError`: INVALID_CONFIG for a classifier on vLLM, MODEL_NOT_FOUND."""
+    if config.engine == "openai":
+        return config.engine
     if not is_classifier(locate_model(config.model, config.revision).directory):
         return config.engine
     if config.engine != "hf":
@@ -203,7 +210,9 @@ def _engine_name(config: TeacherConfig) -> str:
 
 
 async def _warm_up(engine: Engine) -> None:
-    """Scores one token, or the classes of two: a model that cannot is not served."""
+    """Scores one token, or the classes of two: a model that cannot is not served, unless it only generates."""
+    if teacher_pb2.CAPABILITY_GENERATION_ONLY in engine.info.capabilities:
+        return
     token = engine.info.eos_token_ids[0] if engine.info.eos_token_ids else 0
     classifies = bool(engine.info.class_names)
     options = DistributionOptions(top_k=0 if classifies else 1, classes=classifies)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,6 +41,13 @@ class AdapterRegistry:
     def adapters(self) -> tuple[LoadedAdapter, ...]:
         """The adapters that requests can name."""
         return tuple(adapter for name, adapter in self._loaded.items() if name not in self._leaving)
+
+    def adopt(self, adapters: Iterable[LoadedAdapter]) -> None:
+        """Takes in adapters that the engine has from the start; those with names that no request can use are left out."""
+        for adapter in adapters:
+            if len(adapter.name) <= MAX_NAME_CHARS and NAME.fullmatch(adapter.name):
+                self._loaded[adapter.name] = adapter
+                self._fingerprints[adapter.name] = adapter.fingerprint
 
     @asynccontextmanager
     async def use(self, name: str) -> AsyncIterator[LoadedAdapter | None]:

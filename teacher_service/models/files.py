@@ -10,7 +10,8 @@ from pathlib import Path
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 
 # Configuration, tokenizer and weights; neither Python files nor duplicates in other frameworks' formats.
-_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ("*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,8 +24,8 @@ class ModelFiles:
     """Commit on the hub; empty for a local directory."""
 
 
-def locate_model(model: str, revision: str = "") -> ModelFiles:
-    """Locates a directory or hub id, downloading what the cache lacks.
+def locate_model(model: str, revision: str = "", *, weights: bool = True) -> ModelFiles:
+    """Locates a directory or hub id, downloading what the cache lacks, its weights only if they are needed.
 
     Raises `StillhouseError` (MODEL_NOT_FOUND) when neither has it.
     """
@@ -34,7 +35,13 @@ def locate_model(model: str, revision: str = "") -> ModelFiles:
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = Path(snapshot_download(model, revision=revision or None, allow_patterns=list(_PATTERNS)))
+        snapshot = Path(
+            snapshot_download(
+                model,
+                revision=revision or None,
+                allow_patterns=[each for each in _PATTERNS if weights or each != _WEIGHTS],
+            )
+        )
     except (OSError, ValueError) as error:
         raise StillhouseError(
             Reason.MODEL_NOT_FOUND,

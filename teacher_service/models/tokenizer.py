@@ -85,7 +85,7 @@ class TextCodec:
         """
         from transformers import AutoTokenizer
 
-        directory = locate_model(model, revision).directory
+        directory = locate_model(model, revision, weights=False).directory
 
         def refused(error: BaseException) -> StillhouseError:
             return StillhouseError(
@@ -112,6 +112,10 @@ class TextCodec:
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Encodes a prompt to INT32 [T], with the special tokens that the tokenizer puts before it, each once."""
         return np.asarray(encode_prompt(self._tokenizer, text).token_ids, dtype=np.int32)
+
+    def encode_completion(self, text: str) -> npt.NDArray[np.int32]:
+        """Encodes the text of a completion to INT32 [T], without special tokens before or behind it."""
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
 
     def render(self, turns: Turns, *, today: date | None = None) -> npt.NDArray[np.int32]:
         """Renders a conversation to INT32 [T] with the model's chat template and generation prompt.

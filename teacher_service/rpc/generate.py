@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from stillhouse.protos.errors import StillhouseError, to_status
+from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.tensors.distributions import encode
 from stillhouse.teacher_service.admission.response_budget import CallBudget
@@ -25,6 +26,7 @@ from stillhouse.teacher_service.rpc.generate_validation import (
     check_samples,
     check_sampling,
     check_student_prompt,
+    conversation_of,
     seed_of,
 )
 from stillhouse.teacher_service.rpc.response_batcher import PART_BYTES, ResponseBatcher, cancel_all
@@ -44,6 +46,7 @@ _OVERHEAD_BYTES = 256
 class _Prompt:
     token_ids: Int32Array
     student_ids: Int32Array | None
+    turns: Turns | None
     sampling: teacher_pb2.SamplingParams
 
 
@@ -155,7 +158,10 @@ class GenerateSession:
             self._serving.codec.check_stop(sampling.stop)
             ids = check_prompt(prompt, self._serving.codec, self._serving.info)
             student = check_student_prompt(prompt, self._serving.codec, self._serving.info)
-            return _Prompt(token_ids=ids, student_ids=student, sampling=sampling)
+            turns = None
+            if teacher_pb2.CAPABILITY_GENERATION_ONLY in self._serving.info.capabilities:
+                turns = conversation_of(prompt)
+            return _Prompt(token_ids=ids, student_ids=student, turns=turns, sampling=sampling)
         except StillhouseError as error:
             return error
 
@@ -170,6 +176,7 @@ class GenerateSession:
             max_new_tokens=self._num_new(prompt),
             seed=seed_of(sampling, prompt.token_ids, key[1]),
             options=self._options,
+            turns=prompt.turns,
             single_chunk=self._request.whole_samples and not sampling.stop,
         )
         decoder = self._serving.codec.stream_decoder(sampling.stop, prompt.token_ids.tolist())

@@ -7,6 +7,7 @@ import math
 from datetime import date, datetime
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rows.conversation import Turns
 from stillhouse.protos.rows.field_error import FieldError, shown
 from stillhouse.protos.rows.wire import from_wire
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
@@ -100,19 +101,25 @@ def check_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo)
         case "text":
             ids = codec.encode(prompt.text)
         case "conversation":
-            if not prompt.conversation.messages:
-                raise StillhouseError(
-                    Reason.EMPTY_SEQUENCE, "The conversation has no messages. Send at least one."
-                )
-            try:
-                turns = from_wire(prompt.conversation)
-            except FieldError as error:
-                raise invalid_request(str(error)) from error
+            turns = conversation_of(prompt)
+            assert turns is not None
             ids = codec.render(turns, today=_day(prompt.conversation.date))
         case _:
             raise invalid_request("A prompt needs token_ids, text or a conversation, and this one has none.")
     check_length(len(ids), longest)
     return ids
+
+
+def conversation_of(prompt: teacher_pb2.Prompt) -> Turns | None:
+    """Validated conversation of a prompt; None for text and token ids. Raises `StillhouseError` with EMPTY_SEQUENCE, INVALID_REQUEST."""
+    if prompt.WhichOneof("input") != "conversation":
+        return None
+    if not prompt.conversation.messages:
+        raise StillhouseError(Reason.EMPTY_SEQUENCE, "The conversation has no messages. Send at least one.")
+    try:
+        return from_wire(prompt.conversation)
+    except FieldError as error:
+        raise invalid_request(str(error)) from error
 
 
 def check_student_prompt(prompt: teacher_pb2.Prompt, codec: TextCodec, info: EngineInfo) -> Int32Array | None:

@@ -20,6 +20,7 @@ from stillhouse.teacher_service.rpc.score_validation import (
     check_distributions,
     check_sequence,
     invalid_request,
+    require_scores,
 )
 from stillhouse.teacher_service.rpc.service_state import ServiceState
 
@@ -92,6 +93,7 @@ class ScoreSession:
             raise invalid_request(
                 "The first message of a Score call must carry config, and this one does not.",
             )
+        require_scores(self._serving.info)
         options, wire = check_distributions(first.config, self._serving.info)
         await wire.prepare()
         return options, wire

@@ -89,6 +89,8 @@ def require(info: EngineInfo, capability: teacher_pb2.Capability.ValueType) -> N
     metadata = {"capability": teacher_pb2.Capability.Name(capability)}
     if info.class_names and capability != teacher_pb2.CAPABILITY_LAYER_STATES:
         sentence = f"This teacher ({info.model}) is a classifier, which gives classes and takes no adapters. Leave them out."
+    elif capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS and info.upstream:
+        sentence = "This teacher's model is another server's, which loads adapters itself. Load it there, and start the teacher again."
     elif capability == teacher_pb2.CAPABILITY_HOT_ADAPTERS:
         sentence = "This teacher serves the base model only. Start it with --max-adapters above 0."
     else:
@@ -182,6 +184,18 @@ def check_distributions(
         sort_bits=bits if config.sort_samples else None,
         sampled_logprob_bits=logprob_bits,
     )
+
+
+def require_scores(info: EngineInfo) -> None:
+    """Raises `StillhouseError` with CAPABILITY for a teacher that only generates."""
+    if teacher_pb2.CAPABILITY_GENERATION_ONLY in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"This teacher ({info.model}, {info.engine}) generates and does not score: its server reports no log-probabilities of "
+            "given text. Capture what it generates (`stillhouse generate --capture`), or use a teacher started with --engine vllm "
+            "or --engine hf.",
+            metadata={"capability": "CAPABILITY_GENERATION_ONLY"},
+        )
 
 
 def require_text(info: EngineInfo) -> None:

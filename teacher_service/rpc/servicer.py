@@ -135,7 +135,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
     ) -> teacher_pb2.UploadAdapterResponse:
         """Stores an adapter on this host, under a path that LoadAdapter may read."""
         serving = self._ready(teacher_pb2.CAPABILITY_HOT_ADAPTERS)
-        in_use = {each.path for each in serving.adapters.adapters()}
+        in_use = {each.path for each in serving.adapters.adapters() if each.path is not None}
         path, fingerprint = await serving.uploads.receive(aiter(request_iterator), in_use=in_use)
         log.info("adapter uploaded", fingerprint=fingerprint, path=str(path))
         return teacher_pb2.UploadAdapterResponse(path=str(path), fingerprint=fingerprint)

@@ -51,6 +51,8 @@ class _CapabilityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Capability
     """hidden_layers."""
     CAPABILITY_COMPACT_LOGPROBS: _Capability.ValueType  # 11
     """logprob_dtype FALLING."""
+    CAPABILITY_GENERATION_ONLY: _Capability.ValueType  # 12
+    """Generates samples, and scores no sequences."""
 
 class Capability(_Capability, metaclass=_CapabilityEnumTypeWrapper):
     """Capability is an ability that not every engine has."""
@@ -79,6 +81,8 @@ CAPABILITY_LAYER_STATES: Capability.ValueType  # 10
 """hidden_layers."""
 CAPABILITY_COMPACT_LOGPROBS: Capability.ValueType  # 11
 """logprob_dtype FALLING."""
+CAPABILITY_GENERATION_ONLY: Capability.ValueType  # 12
+"""Generates samples, and scores no sequences."""
 Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final

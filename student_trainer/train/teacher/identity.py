@@ -11,6 +11,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_CLASSES,
+    CAPABILITY_GENERATION_ONLY,
     GetTeacherInfoResponse,
 )
 from stillhouse.student_trainer.run_dir import RunDir
@@ -100,7 +101,14 @@ def adapter_fingerprint(info: GetTeacherInfoResponse, adapter: str, target: str)
 
 
 def require_kind(info: GetTeacherInfoResponse, target: str, *, classes: bool) -> None:
-    """Raises StillhouseError(CAPABILITY) for a classifier in the place of a language model, or the reverse."""
+    """Raises StillhouseError(CAPABILITY) for a teacher of another kind than the run needs: language model or classifier, one that scores."""
+    if CAPABILITY_GENERATION_ONLY in info.capabilities:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"The teacher at {target} ({info.model}, {info.engine}) generates and does not score, which runs need. Capture what it "
+            "generates with `stillhouse generate --capture` and train from that, or name another teacher.",
+            metadata={"capability": "CAPABILITY_GENERATION_ONLY"},
+        )
     if classes == (CAPABILITY_CLASSES in info.capabilities):
         return
     found, task = ("language model", "distil") if classes else ("classifier", "sequence_classification")

@@ -12,6 +12,7 @@ import numpy as np
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.distributions.from_logits import non_finite
+from stillhouse.teacher_service.distributions.tail import log_tail
 
 
 def to_distributions(
@@ -76,23 +77,6 @@ def from_arrays(
         target_logprobs=np.ascontiguousarray(logprobs_TW[:, 0]),
         log_tail=log_tail(logprobs_TW[:, 1:], vocab_size),
     )
-
-
-def log_tail(logprobs_TK: np.ndarray[tuple[int, ...], np.dtype[np.float32]], vocab_size: int) -> Any:
-    """FLOAT32 [T]: log-probability outside the top K; -inf where nothing is.
-
-    Computed by difference, uncertain by about 1e-7 from float32 logprobs. Clipped at its upper bound, V - K tokens as
-    probable as the last of the top K.
-    """
-    num_rows, top_k = logprobs_TK.shape
-    if top_k >= vocab_size:
-        return np.full(num_rows, -np.inf, dtype=np.float32)
-    if top_k == 0:
-        return np.zeros(num_rows, dtype=np.float32)
-    probs_TK = np.exp(logprobs_TK.astype(np.float64))
-    tail_T = np.clip(1.0 - probs_TK.sum(axis=1), 0.0, (vocab_size - top_k) * probs_TK[:, -1])
-    with np.errstate(divide="ignore"):
-        return np.log(tail_T).astype(np.float32)
 
 
 def _require_finite(logprobs_TW: np.ndarray[tuple[int, ...], np.dtype[np.float32]], start: int) -> None:

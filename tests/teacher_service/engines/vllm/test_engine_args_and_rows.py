@@ -13,6 +13,7 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.distributions.tail import log_tail
 from stillhouse.teacher_service.engine import GenerateInput
 from stillhouse.teacher_service.engines.vllm import engine_args
 from stillhouse.teacher_service.engines.vllm.engine_args import (
@@ -20,7 +21,7 @@ from stillhouse.teacher_service.engines.vllm.engine_args import (
     require_vllm,
     set_environment,
 )
-from stillhouse.teacher_service.engines.vllm.flat_logprobs import log_tail, to_distributions
+from stillhouse.teacher_service.engines.vllm.flat_logprobs import to_distributions
 
 pytest.importorskip("vllm", reason="vllm is not installed")
 
