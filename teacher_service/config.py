@@ -36,7 +36,9 @@ class TeacherConfig:
     )
     upstream_concurrency: int = setting("Requests to the upstream server at once.", 32, between=(1, 4096))
     upstream_timeout_s: float = setting(
-        "Seconds of a request to the upstream server with all its tries.", 600.0, between=(1, 86400)
+        "Seconds of one try of a request to the upstream server, and of all further tries.",
+        600.0,
+        between=(1, 86400),
     )
     tier: Literal["auto"] | TierName = setting(
         "Path of distributions out of vLLM; auto takes the best that passes its check.",
@@ -164,6 +166,11 @@ def _check_upstream(config: TeacherConfig) -> None:
             f"--engine openai needs {missing}: give --upstream the address of the server, and --tokenizer the directory or hub "
             "id of its model.",
         )
+    for name, unset in (("dtype", "auto"), ("quantization", ""), ("tier", "auto")):
+        if (value := getattr(config, name)) != unset:
+            raise bad_setting(
+                f"--{name}", value, "With --engine openai the upstream server decides. Leave it out."
+            )
     if config.adapters:
         raise bad_setting(
             "--adapter",

@@ -267,7 +267,7 @@ def _describe(config: TeacherConfig, server: Server, model: ServedModel, ability
         notes.append("seeds not kept")
     return EngineInfo(
         model=model.name,
-        revision=config.revision,
+        revision="",
         model_fingerprint=fingerprint,
         tokenizer_size=model.tokenizer_size,
         vocab_size=model.vocab_size,

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -62,20 +62,23 @@ class _TransientError(Exception):
 
 
 class _Retries:
-    """Tries of one request: how many are left, and until when."""
+    """Further tries of one request: how many are left, and until when, counted from the first failure."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._deadline_s = time.monotonic() + timeout_s
+        self._timeout_s = timeout_s
+        self._deadline_s: float | None = None
         self._tried = 0
         self._delay_s = FIRST_DELAY_S
 
     async def wait(self, failure: _TransientError) -> None:
         """Sleeps until the next try; raises the failure's error if there is none."""
+        now_s = time.monotonic()
+        self._deadline_s = self._deadline_s or now_s + self._timeout_s
         self._tried += failure.counts
         delay_s = self._delay_s * (0.5 + random.random() / 2)  # noqa: S311 - spreads tries, hides nothing
         self._delay_s = min(2 * self._delay_s, LONGEST_DELAY_S)
         delay_s = max(delay_s, failure.wait_s or 0.0)
-        if self._tried >= MAX_ATTEMPTS or time.monotonic() + delay_s > self._deadline_s:
+        if self._tried >= MAX_ATTEMPTS or now_s + delay_s > self._deadline_s:
             raise failure.error from failure
         await asyncio.sleep(delay_s)
 
@@ -84,7 +87,7 @@ class HttpClient:
     """Client of one upstream server; at most `concurrency` requests are under way."""
 
     def __init__(self, upstream: Upstream, *, concurrency: int, timeout_s: float) -> None:
-        """`timeout_s` bounds a request with all its tries, and the silence in a stream."""
+        """`timeout_s` bounds one try, the time of all further ones, and the silence in a stream."""
         # They log addresses of requests and headers of answers.
         for name in ("httpx", "httpcore"):
             logging.getLogger(name).setLevel(logging.WARNING)
@@ -100,7 +103,8 @@ class HttpClient:
             headers=headers,
             follow_redirects=False,
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
-            limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+            # GETs, which are few, wait for no place.
+            limits=httpx.Limits(max_connections=concurrency + 4, max_keepalive_connections=concurrency),
         )
 
     async def close(self) -> None:
@@ -143,9 +147,12 @@ class HttpClient:
         retries = _Retries(timeout_s)
         while True:
             try:
-                async with asyncio.timeout(timeout_s):
-                    async with self._response(method, path, body) as response:
-                        content = b"".join([part async for part in self._parts(response, max_bytes)])
+                async with (
+                    self._turn(method),
+                    asyncio.timeout(timeout_s),
+                    self._response(method, path, body) as response,
+                ):
+                    content = b"".join([part async for part in self._parts(response, max_bytes)])
                 return await self._parsed(content, path)
             except TimeoutError:
                 raise self._unreachable(f"gives no complete answer in {timeout_s:g} s") from None
@@ -153,7 +160,7 @@ class HttpClient:
                 await retries.wait(failure)
 
     async def _events(self, request: Request) -> AsyncGenerator[Any]:
-        async with self._response("POST", request.path, request.body) as response:
+        async with self._turn("POST"), self._response("POST", request.path, request.body) as response:
             rest = b""
             async for part in self._parts(response, request.max_bytes):
                 *lines, rest = (rest + part).split(b"\n")
@@ -167,23 +174,26 @@ class HttpClient:
         raise _TransientError(self._unreachable("ended a stream before its end"))
 
     @asynccontextmanager
+    async def _turn(self, method: str) -> AsyncIterator[None]:
+        """Waits for a place and for the end of a rate limit; neither counts as time of the request."""
+        async with self._slots if method == "POST" else nullcontext():
+            await asyncio.sleep(max(0.0, self._open_at_s - time.monotonic()))
+            yield
+
+    @asynccontextmanager
     async def _response(self, method: str, path: str, body: Any) -> AsyncIterator[httpx.Response]:
         """A response with a status of success. Raises _TransientError, and UpstreamRefusalError."""
-        async with self._slots:
-            await asyncio.sleep(max(0.0, self._open_at_s - time.monotonic()))
-            try:
-                async with self._client.stream(method, path, json=body) as response:
-                    if not response.is_success:
-                        raise await self._failure(response, path)
-                    if response.headers.get("content-encoding", "identity") != "identity":
-                        raise self._invalid("sends a compressed answer, which was not asked for")
-                    yield response
-            except httpx.HTTPError as error:
-                raise _TransientError(
-                    self._unreachable(f"cannot be reached ({type(error).__name__})")
-                ) from error
-            except httpx.InvalidURL as error:
-                raise self._invalid("has an address that is not valid") from error
+        try:
+            async with self._client.stream(method, path, json=body) as response:
+                if not response.is_success:
+                    raise await self._failure(response, path)
+                if response.headers.get("content-encoding", "identity") != "identity":
+                    raise self._invalid("sends a compressed answer, which was not asked for")
+                yield response
+        except httpx.HTTPError as error:
+            raise _TransientError(self._unreachable(f"cannot be reached ({type(error).__name__})")) from error
+        except httpx.InvalidURL as error:
+            raise self._invalid("has an address that is not valid") from error
 
     async def _parts(self, response: httpx.Response, max_bytes: int) -> AsyncIterator[bytes]:
         read = 0

@@ -78,6 +78,8 @@ def from_mappings(
 ) -> Distributions:
     """Converts rows of id to log-probability, each with its target. Raises `StillhouseError` as `to_distributions`."""
     width = max((len(row) for row in rows), default=0)
+    if width > top_k + 2:
+        invalid(f"gives {width} candidates at a position where {top_k} were requested")
     ids_TC = np.full((len(rows), width), -1, np.int64)
     logprobs_TC = np.full((len(rows), width), -np.inf)
     target_logprobs_T = np.zeros(len(rows))
