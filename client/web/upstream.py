@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from stillhouse.client.core.settings import Settings
 from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error
-from stillhouse.protos.rpc.channel import ChannelOptions, call_metadata, connect_async, process_name
+from stillhouse.protos.rpc.channel import ChannelOptions, call_metadata, connect, connect_async, process_name
 from stillhouse.protos.stillhouse.v1 import run_pb2, teacher_pb2
 from stillhouse.protos.telemetry.tracing import trace_metadata
 
@@ -42,6 +42,7 @@ class Service:
         self._channel = connect_async(options)
         self._calls: dict[str, Any] = {}
         self._checked: tuple[float, bool] | None = None
+        self._blocking: grpc.Channel | None = None
 
     def method(self, rpc: str) -> MethodDescriptor:
         """The descriptor of an rpc."""
@@ -67,9 +68,22 @@ class Service:
         finally:
             call.cancel()
 
-    def upload(self, rpc: str, token: str | None) -> Any:
-        """An open call of an rpc that streams its requests: `write`, `done_writing`, await it; `cancel` ends it."""
-        return self._multi_callable(rpc)(metadata=self._metadata(token))
+    def upload(self, rpc: str, requests: Iterator[Message], token: str | None) -> grpc.Future[Any]:
+        """The response to come of an rpc that streams its requests, which a thread of gRPC takes from `requests`.
+
+        It is a blocking channel's: in an async one a call that the service ends while it sends loses the service's status.
+        """
+        if self._blocking is None:
+            self._blocking = connect(self._options)
+        method = self.method(rpc)
+        call: Any = self._blocking.stream_unary(
+            f"/{self._descriptor.full_name}/{rpc}",
+            request_serializer=GetMessageClass(method.input_type).SerializeToString,
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+        metadata = call_metadata(replace(self._options, client_name=None, token=token))
+        future: grpc.Future[Any] = call.future(requests, metadata=metadata)
+        return future
 
     async def checks_tokens(self) -> bool:
         """True if the service refuses a token that it does not know. Raises StillhouseError if it does not answer."""
@@ -97,6 +111,8 @@ class Service:
     async def close(self) -> None:
         """Ends every call."""
         await self._channel.close()
+        if self._blocking is not None:
+            self._blocking.close()
 
     def _metadata(self, token: str | None) -> tuple[tuple[str, str], ...]:
         return (*call_metadata(replace(self._options, token=token)), *trace_metadata())

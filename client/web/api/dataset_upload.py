@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import grpc
-import grpc.aio
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -14,7 +16,6 @@ from stillhouse.client.core.json_output import as_json
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import content_type, fill_from_query, invalid
 from stillhouse.client.web.problems import JsonResponse
-from stillhouse.client.web.upstream import Service
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
@@ -39,44 +40,66 @@ async def upload_dataset(context: WebContext, request: Request) -> Response:
         raise _too_large(limit)
     service = context.upstream.trainer
     await caller.check(service)
-    call = service.upload("UploadDataset", caller.token)
+    body = _Body(request, first, limit)
+    call = service.upload("UploadDataset", body.requests(), caller.token)
     try:
-        stored = await _send(service, call, first, request, limit)
-    finally:
-        call.cancel()
+        stored = await body.outcome(call)
+    except grpc.RpcError as error:
+        raise service.error(error) from error
     location = {"location": f"/api/v1/{stored.dataset.name or stored.name}"}
     return JsonResponse(as_json(stored), 201, headers=location)
 
 
-async def _send(
-    service: Service, call: Any, first: run_pb2.UploadDatasetRequest, request: Request, limit: int
-) -> run_pb2.UploadDatasetResponse:
-    try:
-        await call.write(first)
+class _Body:
+    """The body of a request as requests of the call, which a thread of gRPC takes as fast as the service reads them."""
+
+    def __init__(self, request: Request, first: run_pb2.UploadDatasetRequest, limit: int) -> None:
+        self._chunks = request.stream()
+        self._first, self._limit = first, limit
+        self._loop = asyncio.get_running_loop()
+        self._call: Any = None
+        self._waiting: Future[bytes] | None = None
+        self._over = threading.Event()
+        self._error: StillhouseError | None = None
+
+    async def outcome(self, call: Any) -> run_pb2.UploadDatasetResponse:
+        """The response of the call. Raises what the body, else what the call ended with; nothing is left running."""
+        ended = asyncio.Event()
+        self._call = call
+        call.add_done_callback(lambda _call: self._loop.call_soon_threadsafe(ended.set))
+        try:
+            await ended.wait()
+        finally:
+            self._over.set()
+            call.cancel()
+            if self._waiting is not None:
+                self._waiting.cancel()
+        if self._error is not None:
+            raise self._error
+        stored: run_pb2.UploadDatasetResponse = call.result()
+        return stored
+
+    def requests(self) -> Iterator[run_pb2.UploadDatasetRequest]:
+        """Blocks for each; an error of the body cancels the call, so that the part that has arrived is not stored."""
+        yield self._first
         size = 0
-        chunks = request.stream()
-        while chunk := await _next(chunks):
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
+        while not self._over.is_set():
+            self._waiting = asyncio.run_coroutine_threadsafe(_next(self._chunks), self._loop)
+            try:
+                chunk = self._waiting.result()
+                size += len(chunk)
+                if size > self._limit:
+                    raise _too_large(self._limit)
+            except CancelledError:
+                return
+            except StillhouseError as error:
+                self._error = error
+                self._call.cancel()
+                return
+            if not chunk:
+                return
             for start in range(0, len(chunk), CHUNK_BYTES):
-                data = chunk[start : start + CHUNK_BYTES]
-                await call.write(run_pb2.UploadDatasetRequest(data=data))
-        await call.done_writing()
-        stored: run_pb2.UploadDatasetResponse = await call
-    except asyncio.InvalidStateError:  # the service has ended the call: it says why
-        stored = await _outcome(service, call)
-    except grpc.RpcError as error:
-        raise service.error(error) from error
-    return stored
-
-
-async def _outcome(service: Service, call: Any) -> run_pb2.UploadDatasetResponse:
-    try:
-        stored: run_pb2.UploadDatasetResponse = await call
-    except grpc.RpcError as error:
-        raise service.error(error) from error
-    return stored
+                yield run_pb2.UploadDatasetRequest(data=chunk[start : start + CHUNK_BYTES])
 
 
 async def _next(chunks: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -112,6 +113,13 @@ def test_a_dataset_is_uploaded_as_it_arrives(world: World) -> None:
         assert (
             client.post("/api/v1/datasets", params=query, content=b"x").json()["reason"] == "INVALID_REQUEST"
         )
+        def dying() -> Iterator[bytes]:
+            yield content[:600_000]
+            raise OSError("the caller dies")
+
+        with pytest.raises(OSError, match="dies"), world.client() as other:
+            other.post("/api/v1/datasets", params={"file_name": "half.jsonl"}, content=dying(), headers=kind)
+        assert len(client.get("/api/v1/datasets").json()["datasets"]) == 1
         assert client.delete("/api/v1/datasets/mine@1").status_code == 204
         assert client.get("/api/v1/datasets/mine").status_code == 404
 
