@@ -42,6 +42,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     show_default=True,
     help="Lowest level logged.",
 )
+@click.option("--parent", type=int, hidden=True, help="Process whose end ends this one.")
 def web(
     session: Session,
     *,
@@ -54,6 +55,7 @@ def web(
     address_file: Path | None,
     max_upload_bytes: int,
     log_level: str,
+    parent: int | None,
 ) -> None:
     """Serve the run service and the teachers over HTTP, until it is interrupted.
 
@@ -83,5 +85,6 @@ def web(
         sign_in_file=sign_in_file,
         address_file=address_file,
         max_upload_bytes=max_upload_bytes,
+        parent=parent,
     )
     asyncio.run(serve(settings))

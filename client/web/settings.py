@@ -33,6 +33,8 @@ class WebSettings:
     address_file: Path | None = None
     """Written with the URL once the server is ready."""
     max_upload_bytes: int = MAX_UPLOAD_BYTES
+    parent: int | None = None
+    """Process id of the parent; the server ends with it."""
 
     def __post_init__(self) -> None:
         """Raises StillhouseError(INVALID_REQUEST) for an address that cannot be used, or may not."""

@@ -33,6 +33,7 @@ from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.retention import keep_cleaning, keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
+from stillhouse.student_trainer.runs.web_process import WebProcess
 
 SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
 
@@ -114,6 +115,14 @@ async def _serve(
         await server.stop(0)
         raise
     await supervisor.start()
+    web = WebProcess(settings, data_dir, address) if settings.web else None
+    if web is not None:
+        try:
+            await web.start()
+        except StillhouseError:
+            await supervisor.close(stop_runs=False)
+            await server.stop(0)
+            raise
     cleaning = keep_cleaning(
         data_dir.prepared, max_bytes=settings.max_prepared_bytes, keep_days=settings.keep_prepared_days
     )
@@ -129,6 +138,8 @@ async def _serve(
     )
 
     async def drain() -> None:
+        if web is not None:
+            await web.stop()  # it holds streams
         for each in sweepers:
             each.cancel()
         await asyncio.wait(sweepers)
@@ -139,6 +150,8 @@ async def _serve(
     try:
         await server.run_until_signal(drain, settings.shutdown_grace_s + patience_s)
     finally:
+        if web is not None:
+            await web.stop()  # if draining was cut short
         metrics.close()  # before the store that it reads
         if settings.stop_runs_on_exit:
             supervisor.kill()

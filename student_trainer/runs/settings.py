@@ -88,6 +88,10 @@ class RunServiceSettings:
     tls_cert: Path | None = setting(SHARED["tls_cert"], None)
     tls_key: Path | None = setting(SHARED["tls_key"], None)
     tls_client_ca: Path | None = setting(SHARED["tls_client_ca"], None)
+    web: bool = setting("Serve the HTTP API as well, as `stillhouse web`; needs the extra `web`.", False)
+    web_listen: str = setting(
+        "HOST:PORT of the HTTP API, with the service's own certificate if it has one.", "127.0.0.1:7400"
+    )
     reflection: bool | None = setting(SHARED["reflection"], None, flag="--reflection/--no-reflection")
     log_level: str = setting(SHARED["log_level"], "info", choices=("debug", "info", "warning", "error"))
 

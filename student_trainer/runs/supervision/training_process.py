@@ -22,7 +22,7 @@ PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 """Environment variable with the path of the teachers' credentials file."""
 SECRETS = frozenset({"STILLHOUSE_TRAINER_DATABASE", "PGPASSWORD"})
-"""Environment variables of the service that training processes do not get."""
+"""Environment variables of the service that its processes do not get."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -124,12 +124,7 @@ def environment(
     *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
 ) -> dict[str, str]:
     """The service's environment with the process's devices and threads."""
-    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    # Finds the package also from a source tree.
-    paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
-    variables |= {
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(str(Path(path).resolve()) for path in paths)),
-        "PYTHONUNBUFFERED": "1",
+    return environment_of_child() | {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
@@ -137,7 +132,15 @@ def environment(
         CREDENTIALS_VARIABLE: str(credentials),
         HALVE_VARIABLE: str(int(halve)),
     }
-    return variables
+
+
+def environment_of_child() -> dict[str, str]:
+    """The service's environment for a Python process of its own: without secrets, with the package on the path."""
+    variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    # Finds the package also from a source tree.
+    paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
+    path = os.pathsep.join(dict.fromkeys(str(Path(path).resolve()) for path in paths))
+    return variables | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def find_running(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
