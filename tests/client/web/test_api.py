@@ -113,6 +113,7 @@ def test_a_dataset_is_uploaded_as_it_arrives(world: World) -> None:
         assert (
             client.post("/api/v1/datasets", params=query, content=b"x").json()["reason"] == "INVALID_REQUEST"
         )
+
         def dying() -> Iterator[bytes]:
             yield content[:600_000]
             raise OSError("the caller dies")
