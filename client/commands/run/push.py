@@ -15,6 +15,12 @@ from stillhouse.client.terminal.session import Session, command
 @click.option("--what", default="final", show_default=True, help='Also "checkpoints/120", say.')
 @click.option("--public", is_flag=True, help="Make a new repository public; it is private without.")
 @click.option("--license", "license_id", default=None, help="Licence for the model card, such as apache-2.0.")
+@click.option(
+    "--base-model",
+    metavar="REPO_ID",
+    default=None,
+    help="Name of an adapter's base on the hub, if the run named it by a path.",
+)
 @click.option("--message", default=None, help="Message of the commit.  [default: the run's id]")
 @click.option(
     "--to",
@@ -31,6 +37,7 @@ def push(
     what: str,
     public: bool,
     license_id: str | None,
+    base_model: str | None,
     message: str | None,
     directory: Path | None,
 ) -> None:
@@ -50,6 +57,7 @@ def push(
         private=not public,
         message=message or f"Run {handle.id}, {what}",
         license_id=license_id,
+        base_model=base_model,
     )
     told = {"url": commit.url, "repo_id": commit.repo_id, "private": commit.is_private}
     visibility = "private" if commit.is_private else "public"

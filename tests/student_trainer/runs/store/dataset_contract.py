@@ -32,17 +32,18 @@ def listed(store: Store, dataset_id: str = "") -> list[str]:
 
 
 class DatasetContract:
-    def test_a_dataset_takes_the_suffix_of_its_newest_upload(self, store: Store) -> None:
+    def test_a_dataset_keeps_the_suffix_of_its_first_upload(self, store: Store) -> None:
         assert store.datasets.find(f"datasets/{A}") is None
         assert add(store, A, suffix=".json").name == f"datasets/{A}"
         add(store, A, suffix=".jsonl")
         assert store.datasets.find(f"datasets/{A}") == StoredDataset(
-            name=f"datasets/{A}", sha256=A, suffix=".jsonl"
+            name=f"datasets/{A}", sha256=A, suffix=".json"
         )
         assert listed(store) == [f"datasets/{A}"]
 
     def test_versions_count_up_and_the_same_content_is_the_same_version(self, store: Store) -> None:
         names = [add(store, each, "sums", num_rows=2).name for each in (A, A, B, A)]
+        assert add(store, A, "sums", num_tokens=7).num_tokens == 7, "counted later"
         assert names == ["datasets/sums@1", "datasets/sums@1", "datasets/sums@2", "datasets/sums@3"]
         found = store.datasets.get(reference("datasets/sums"))
         assert (found.name, found.sha256, found.num_rows, found.owner) == ("datasets/sums@3", A, 2, "ada")
