@@ -56,7 +56,9 @@ def _id(values: Mapping[str, Any], number: int, seen: dict[str | int, int]) -> s
     if name is None:
         name = number
     if isinstance(name, bool) or not isinstance(name, str | int):
-        raise FieldError("id", f"is {kind_of(name)}; it must be text or a whole number.")
+        raise FieldError(
+            "id", f"is {kind_of(name)}, where text or a whole number is needed. Write it as a string."
+        )
     first = seen.setdefault(name, number)
     if first != number:
         raise FieldError("id", f"is {name!r}, as that of row {first}. Give each row an id of its own.")

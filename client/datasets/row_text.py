@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from stillhouse.protos.rows.conversation import OPTIONS, parse_turns, with_system
-from stillhouse.protos.rows.field_error import FieldError, kind_of
+from stillhouse.protos.rows.field_error import FieldError, require_text
 from stillhouse.protos.rows.row_forms import known_fields
 
 Values = Mapping[str, Any]
@@ -107,7 +107,4 @@ def _split(messages: tuple[Message, ...]) -> tuple[tuple[Message, ...], str]:
 
 
 def _text(values: Values, field: str) -> str:
-    value = values[field]
-    if not isinstance(value, str):
-        raise FieldError(field, f"is {kind_of(value)}; it must be text.")
-    return value
+    return require_text(values[field], field)

@@ -44,6 +44,16 @@ def shown(value: object) -> str:
     return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
+def require_text(value: object, field: str) -> str:
+    """Returns `value` if it is text. Raises FieldError."""
+    if isinstance(value, str):
+        return value
+    # A number's own spelling is the text that was meant, mostly.
+    is_short = isinstance(value, bool | int | float) and len(shown(value)) < MAX_SHOWN_CHARS
+    example = f', such as "{shown(value)}"' if is_short else ""
+    raise FieldError(field, f"is {kind_of(value)}, where text is needed. Write it as a string{example}.")
+
+
 def require_unicode(text: str, field: str) -> str:
     """Returns `text` unless it holds half of a surrogate pair, which no tokenizer takes. Raises FieldError."""
     try:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from stillhouse.protos.rows.conversation import parse_json
-from stillhouse.protos.rows.field_error import FieldError, kind_of, shown
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text, shown
 
 RowForm = Literal["messages", "prompt_completion", "text", "alpaca", "sharegpt"]
 FORMATS: tuple[str, ...] = ("auto", *get_args(RowForm))
@@ -85,16 +85,14 @@ class RowForms:
     def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if not self._columns:
             return values if isinstance(values, dict) else dict(values)
-        names = {column: name for name, column in self._columns.items()}
-        missing = next((column for column in names if column not in values), None)
-        if missing is not None:
-            raise FieldError(
-                missing, f"is missing, which columns names as {names[missing]}; the row has {listed(values)}."
-            )
-        rest = {
-            name: value for name, value in values.items() if name not in names and name not in self._columns
-        }
-        return {**{names[column]: values[column] for column in names}, **rest}
+        for name, column in self._columns.items():
+            if column not in values:
+                raise FieldError(
+                    column, f"is missing, which columns names as {name}; the row has {listed(values)}."
+                )
+        taken = {*self._columns, *self._columns.values()}
+        rest = {name: value for name, value in values.items() if name not in taken}
+        return {**{name: values[column] for name, column in self._columns.items()}, **rest}
 
 
 def form_of(row: Mapping[str, Any]) -> RowForm | None:
@@ -116,10 +114,11 @@ def form_of(row: Mapping[str, Any]) -> RowForm | None:
 
 
 def known_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a row of any form in known fields, or itself if no form is found. Raises FieldError."""
-    if row.get("prompt") is not None or row.get("token_ids") is not None:
-        return row  # a batch needs no more
-    form = form_of(row)
+    """Returns a row of any form in known fields, or itself if no form is found. Raises FieldError.
+
+    A row of several forms is what it is in training.
+    """
+    form = None if row.get("token_ids") is not None else form_of(row)
     return _TO_KNOWN[form](dict(row)) if form else row
 
 
@@ -182,9 +181,7 @@ def _history(history: Any) -> list[dict[str, Any]]:
 
 def _text(row: Mapping[str, Any], name: str) -> str:
     value = row.get(name)
-    if value is not None and not isinstance(value, str):
-        raise FieldError(name, f"is {kind_of(value)}; it must be text.")
-    return value or ""
+    return "" if value is None else require_text(value, name)
 
 
 def _sharegpt(row: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stillhouse.protos.rows.conversation import parse_turns, with_system
-from stillhouse.protos.rows.field_error import FieldError, kind_of
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of, kind_of_row
 
@@ -55,7 +55,7 @@ def _turns(value: Any, field: str, role: str) -> list[dict[str, Any]]:
             {**each, "weight": 0} if role == "user" and each.get("role") == "assistant" else dict(each)
             for each in value
         ]
-    return [{"role": role, "content": _text(value, field)}]
+    return [{"role": role, "content": require_text(value, field)}]
 
 
 def _check_turns(value: Any, field: str) -> None:
@@ -118,8 +118,11 @@ def to_pair(values: Values) -> tuple[str, str, dict[str, Any]]:
         record["form"] = "messages"
     else:
         given = values.get("system")
-        system = None if given is None else _text(given, "system")
-        prompt, target = _text(values["prompt"], "prompt"), _text(values["completion"], "completion")
+        system = None if given is None else require_text(given, "system")
+        prompt, target = (
+            require_text(values["prompt"], "prompt"),
+            require_text(values["completion"], "completion"),
+        )
         record["form"] = "prompt"
     if system is None:
         return prompt, target, record
@@ -161,9 +164,3 @@ def _plain_turns(messages: Any) -> tuple[str | None, str, str]:
         )
     texts: Sequence[str] = [each["content"] for each in messages]
     return (texts[0] if len(texts) == 3 else None), texts[-2], texts[-1]
-
-
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise FieldError(field, f"is {kind_of(value)}; it must be text.")
-    return value

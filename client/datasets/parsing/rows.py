@@ -14,7 +14,7 @@ from stillhouse.client.datasets.parsing.problem import ParseProblem
 from stillhouse.client.datasets.parsing.tags import Tag, sections
 from stillhouse.client.datasets.row_files import json_line, no_rows, rows_of, whole_files
 from stillhouse.client.datasets.row_text import parts_of
-from stillhouse.protos.rows.field_error import FieldError, kind_of
+from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text
 from stillhouse.protos.rows.reading.row_error import row_error
 
 RAW, OK, REASON = "raw_output", "parse_ok", "parse_reason"
@@ -96,9 +96,7 @@ class _Parser:
         """Yields the other fields and the text of each completion; None for a sample that failed."""
         name = self._settings.text_field or (RAW if RAW in values else "")
         if name:
-            if not isinstance(values.get(name), str):
-                raise FieldError(name, f"is {kind_of(values.get(name))}; it must be text.")
-            yield dict(values), values[name]
+            yield dict(values), require_text(values.get(name), name)
         elif values.get("completions") is not None:
             yield from _samples(values)
         elif values.get("error") is not None:

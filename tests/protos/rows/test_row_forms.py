@@ -95,7 +95,7 @@ def test_a_row_becomes_the_conversation_that_it_means(
     ("values", "sentence"),
     [
         ({"question": "q", "answer": "a"}, "text is missing: a row needs messages, or prompt and completion, or text; it has answer, question. If"),
-        ({"instruction": 3, "output": "a"}, "instruction is the number 3; it must be text."),
+        ({"instruction": 3, "output": "a"}, 'instruction is the number 3, where text is needed. Write it as a string, such as "3".'),
         ({"instruction": "q", "output": "a", "history": ["q"]}, "history must be a list of pairs of text"),
         ({"conversations": [{"from": "alien", "value": "q"}]}, 'conversations[0].from is "alien"; it must be one of human'),
         ({"conversations": ["q"]}, 'conversations[0] is the string "q"; it must be an object.'),
@@ -154,6 +154,9 @@ def test_columns_name_the_fields_of_a_file(tmp_path: Path) -> None:
     columns = {"prompt": "question", "completion": "answer"}
     reader = RowReader(RowSource(location=str(path), columns=columns))
     assert [row for _, row in reader] == [{"prompt": "q", "completion": "a", "level": 1}]
+    columns = {"prompt": "question", "completion": "question"}
+    [(_, row)] = RowReader(RowSource(location=str(path), columns=columns))
+    assert row == {"prompt": "q", "completion": "q", "answer": "a", "level": 1}
     columns = {"prompt": "question", "completion": "answr"}
     with pytest.raises(StillhouseError, match="field answr: is missing, which columns names as completion"):
         list(RowReader(RowSource(location=str(path), columns=columns)))
@@ -164,6 +167,18 @@ def test_a_batch_reads_the_prompt_of_any_form() -> None:
         "prompt": [{"role": "user", "content": "q\n\ni"}]
     }
     assert known_fields({"conversations": [{"from": "human", "value": "q"}]}) == {"messages": [ASK]}
-    row = {"prompt": "p", "instruction": "q", "output": "a"}
-    assert known_fields(row) is row
-    assert known_fields({"token_ids": [1], "text": "t"})["token_ids"] == [1]
+    assert known_fields({"token_ids": [1], "text": "t", "instruction": "q"})["token_ids"] == [1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "instruction": "q", "output": "a"},
+        {"prompt": "p", "completion": "c", "instruction": "q", "output": "a"},
+        {"prompt": "q", "completion": "a", "messages": json.dumps([ASK, ANSWER])},
+        {"prompt": "p", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        {"prompt": "p", "text": "t"},
+    ],
+)
+def test_a_row_of_several_forms_means_the_same_to_a_batch_and_in_training(row: dict[str, Any]) -> None:
+    assert known_fields(row) == RowForms().canonical(row)

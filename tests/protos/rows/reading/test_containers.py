@@ -10,13 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.files import read_file
 from stillhouse.protos.rows.reading import json_rows
-from stillhouse.protos.rows.reading.line_pairs import escape_line, unescape_line
 from stillhouse.protos.rows.reading.source import RowReader, RowSource
 
 ROWS: list[dict[str, Any]] = [
@@ -198,14 +195,6 @@ def test_a_pair_needs_both_files_and_equal_counts_of_lines(tmp_path: Path) -> No
     target.write_text("a\nb\n")
     with pytest.raises(StillhouseError, match=r"rows\.source has 3 lines and .*rows\.target has 2"):
         next(iter(read_file(source)))
-
-
-@given(st.text())
-def test_an_escaped_line_is_one_line_and_comes_back(text: str) -> None:
-    line = escape_line(text)
-    assert "\n" not in line
-    assert "\r" not in line
-    assert unescape_line(line) == text
 
 
 def test_lines_are_unescaped_where_a_file_beside_them_says_so(tmp_path: Path) -> None:
