@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import huggingface_hub
@@ -58,7 +59,7 @@ def test_a_base_that_a_path_of_another_machine_names_is_refused(tmp_path: Path) 
 
 
 def _refused(status: int) -> Exception:
-    response = httpx.Response(status, request=httpx.Request("POST", "http://hub"))
+    response: Any = httpx.Response(status, request=httpx.Request("POST", "http://hub"))
     return huggingface_hub.errors.HfHubHTTPError("No.", response=response)
 
 
