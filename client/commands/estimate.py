@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stillhouse.client.terminal.finite_float import FiniteFloat
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ GIB = 2**30
     help="The teacher has a device of its own.  [default: where its targets are other hosts, or this one has more GPUs]",
 )
 @click.option("--device", type=click.Choice(["cpu", "gpu"]), help="[default: gpu if this machine has one]")
-@click.option("--memory-gib", type=click.FloatRange(min=0, min_open=True), help="[default: this machine's]")
+@click.option("--memory-gib", type=FiniteFloat(min=0, min_open=True), help="[default: this machine's]")
 def estimate(
     session: Session,
     *,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stillhouse.client.terminal.finite_float import FiniteFloat
 from stillhouse.client.terminal.session import Session, command
 from stillhouse.protos.evaluation.names import CHOICE_METRICS, MATCHES, METRICS, TEXT_METRICS
 
@@ -55,8 +56,10 @@ _NONE = "none"
     "--tokenizer", metavar="MODEL", help="Model whose tokenizer a served teacher has, where TARGET is one."
 )
 @click.option("--limit", type=click.IntRange(1), help="Rows of each set at most, from the first.")
-@click.option("--temperature", type=float, help="Of written text. [default: the model's own settings]")
-@click.option("--top-p", type=float, help="Of written text.")
+@click.option(
+    "--temperature", type=FiniteFloat(), help="Of written text. [default: the model's own settings]"
+)
+@click.option("--top-p", type=FiniteFloat(), help="Of written text.")
 @click.option("--max-new-tokens", type=click.IntRange(1), help="Of written text.")
 @click.option("--no-wait", is_flag=True, help="Return once the evaluation is queued.")
 @click.option(

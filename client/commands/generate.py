@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stillhouse.client.terminal.finite_float import FiniteFloat
 from stillhouse.client.terminal.session import Session, command
 from stillhouse.protos.rows.known_fields import EXTRA_FIELDS
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 @click.option(
     "-n", "--num-samples", type=click.IntRange(1), default=1, show_default=True, help="Samples per prompt."
 )
-@click.option("--temperature", type=click.FloatRange(0), default=None, help="0 is greedy.  [default: 1]")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None, help="[default: 1]")
+@click.option("--temperature", type=FiniteFloat(0), default=None, help="0 is greedy.  [default: 1]")
+@click.option("--top-p", type=FiniteFloat(0, 1, min_open=True), default=None, help="[default: 1]")
 @click.option(
     "--top-k", type=click.IntRange(0), default=None, help="Sample from the top-k tokens; 0 means all."
 )

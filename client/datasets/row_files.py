@@ -74,7 +74,7 @@ def whole_files(
                 file
             )  # all of them before the first gets its name: a full disk leaves every path as it was
         old = [path for path in (*outputs, *stale) if path.is_file() or path.is_symlink()]
-        if old != [outputs[0]] or len(outputs) > 1:
+        if len(outputs) > 1 or set(old) - set(outputs):
             for path in old:
                 path.unlink()
             for folder in {path.parent for path in old}:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from stillhouse.client.core.errors import ExitCode, usage_error
+from stillhouse.client.core.errors import ExitCode, file_errors, usage_error
 from stillhouse.client.pipeline.content import content_hash
 from stillhouse.client.pipeline.definition import RUN_KINDS, Pipeline, Stage
 from stillhouse.client.pipeline.resolution import Resolved, argv, fingerprint, resolved
@@ -69,7 +69,8 @@ def run_pipeline(
         StageError: A stage failed.
         StillhouseError: Another process runs this pipeline, or an input is missing.
     """
-    pipeline.work.mkdir(parents=True, exist_ok=True)
+    with file_errors("make the work folder", pipeline.work):
+        pipeline.work.mkdir(parents=True, exist_ok=True)
     state = PipelineState(pipeline.work, pipeline.path)
     lock = try_lock(state.lock_path)
     if lock is None:
@@ -273,8 +274,9 @@ def _run_command(words: Sequence[str], pipeline: Pipeline, lock: BinaryIO) -> in
             start_new_session=True,
             pass_fds=[lock.fileno()],
         )
-    except OSError as error:
-        raise usage_error(f"cannot start {words[0]}: {error.strerror or error}.") from error
+    except (OSError, ValueError) as error:  # a word with NUL is a ValueError
+        said = getattr(error, "strerror", None) or error
+        raise usage_error(f"cannot start {words[0]!r}: {said}.") from error
     try:
         return process.wait()
     except BaseException:

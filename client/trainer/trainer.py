@@ -209,7 +209,13 @@ class Trainer(Connection):
         if isinstance(named, run_pb2.EvaluationSetSpec):
             return self.push_dataset(local, checked=named.match != "choices")
         return self.push_dataset(
-            RowSource(location=str(local), format=named.format or "auto", columns=dict(named.columns))
+            RowSource(
+                location=str(local),
+                format=named.format or "auto",
+                split=named.split,
+                config=named.config,
+                columns=dict(named.columns),
+            )
         )
 
 

@@ -40,6 +40,10 @@ def export_prompts(
     if compat:
         if out is not None or out_dir is None or not stem:
             raise click.UsageError("--compat needs --out-dir DIR and --stem NAME, and excludes --out.")
+        if Path(stem).name != stem:
+            raise click.UsageError(
+                f"--stem {stem!r} is no beginning of a file's name; give the folder with --out-dir."
+            )
         outputs = [out_dir / f"{stem}{suffix}" for suffix in prompts.COMPAT_SUFFIXES]
     else:
         if out is None or out_dir is not None or stem:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stillhouse.client.terminal.finite_float import FiniteFloat
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
@@ -36,20 +37,20 @@ if TYPE_CHECKING:
 @click.option("--parse-ok", is_flag=True, help="Drop rows whose parse_ok is false.")
 @click.option(
     "--min-mean-logprob",
-    type=float,
+    type=FiniteFloat(),
     default=None,
     help="Smallest mean_logprob: the teacher's, of each token.",
 )
 @click.option(
     "--max-repetition",
-    type=click.FloatRange(0, 1),
+    type=FiniteFloat(0, 1),
     default=None,
     help="Largest share of runs of 4 words that came before.",
 )
 @click.option("--no-duplicates", is_flag=True, help="Keep the first of rows of the same text.")
 @click.option(
     "--near-duplicates",
-    type=click.FloatRange(0.5, 1),
+    type=FiniteFloat(0.5, 1),
     default=None,
     metavar="SIMILARITY",
     help="Keep the first of rows that are as similar, by MinHash, from 0.5 to 1.",
@@ -97,11 +98,10 @@ def filter_rows(
     from stillhouse.client.datasets.filters.duplicates import ExactDuplicates, NearDuplicates
     from stillhouse.client.datasets.filters.filter import filter_file
 
-    filters: list[Filter] = []
-    if min_chars is not None or max_chars is not None:
-        filters.append(measures.Length(unit="chars", least=min_chars, most=max_chars))
-    if min_tokens is not None or max_tokens is not None:
-        filters.append(measures.Length(unit="tokens", least=min_tokens, most=max_tokens))
+    filters: list[Filter] = [
+        *_length("chars", min_chars, max_chars),
+        *_length("tokens", min_tokens, max_tokens),
+    ]
     if no_truncated:
         filters.append(measures.truncated)
     if parse_ok:
@@ -131,3 +131,16 @@ def filter_rows(
         "dropped_file": dropped and str(dropped),
     }
     session.show(document, "\n".join(lines))
+
+
+def _length(unit: str, least: int | None, most: int | None) -> list[Filter]:
+    """The filter by length, if there is a bound. Raises click.UsageError for bounds that no row is within."""
+    from stillhouse.client.datasets.filters.measures import Length
+
+    if least is None and most is None:
+        return []
+    if least is not None and most is not None and least > most:
+        raise click.UsageError(
+            f"--min-{unit} {least} is above --max-{unit} {most}, so no row passes. Correct one."
+        )
+    return [Length(unit=unit, least=least, most=most)]

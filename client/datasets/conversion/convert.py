@@ -49,6 +49,8 @@ def convert(
     makes turns of prompts and completions of text, for "messages" and "openai". Raises StillhouseError naming the row; then
     nothing is written.
     """
+    if not out.name:
+        raise usage_error(f"{out} is a folder. Name a file as output.")
     if legacy_newlines and to != "source-target":
         raise usage_error("line breaks of old are those of source-target. Leave --legacy-newlines out.")
     if chat and to not in ("messages", "openai"):

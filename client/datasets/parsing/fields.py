@@ -100,6 +100,8 @@ def parse_field(option: str, source: str) -> Field:
             raise usage_error(
                 f"{place[:80]!r} is no place in JSON; write /KEY, or /KEY/0 for the first of a list."
             )
+        if regex.search("~(?![01])", place):
+            raise usage_error(f"{place[:80]!r} is no place in JSON; write ~0 for ~ and ~1 for / in a key.")
         pointer = [_unescaped(each) for each in place[1:].split("/")] if place else [name]
         return Field(name=name, kind=kind, pointer=pointer)
     if has_place:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from stillhouse.client.datasets.row_files import json_line, no_rows, rows_of, wh
 from stillhouse.client.datasets.row_text import parts_of
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text
 from stillhouse.protos.rows.reading.row_error import row_error
+from stillhouse.protos.rows.row_forms import known_fields
 
 RAW, OK, REASON = "raw_output", "parse_ok", "parse_reason"
 MAX_TIMEOUTS = 3
@@ -23,6 +25,8 @@ MAX_TIMEOUTS = 3
 DEFAULT_TAGS = (Tag(name="think", is_required=False), Tag(name="answer"))
 _DROPPED = ("completions", "usage")
 """Fields of a batch's row that its samples replace."""
+
+_TAG = re.compile(r"[^<>/\s]{1,100}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +79,11 @@ class _Parser:
             raise usage_error(
                 f"fields are looked for in <{settings.within}>, which is no tag of {', '.join(names)}. Add it, or name one."
             )
+        for name in names:
+            if not _TAG.fullmatch(name):
+                raise usage_error(
+                    f"{name[:80]!r} is no name of a tag; write it without brackets, such as answer for <answer>."
+                )
         taken = [RAW, OK, REASON, *names, *(each.name for each in settings.fields)]
         twice = next((name for name, count in Counter(taken).items() if count > 1), None)
         if twice is not None:
@@ -103,10 +112,8 @@ class _Parser:
             yield dict(values), None
         else:
             parts = parts_of(values)
-            if not parts.completion:
-                raise FieldError(
-                    "completion", "is missing or empty. Give rows with completions, or name their field."
-                )
+            if not (parts.completion or _has_completion(values)):
+                raise FieldError("completion", "is missing. Give rows with completions, or name their field.")
             yield dict(values), parts.completion
 
     def _parse(self, text: str | None) -> dict[str, Any]:
@@ -115,6 +122,8 @@ class _Parser:
         reason: str | None = None
         if text is None:
             reason = "the sample failed"
+        elif not text.strip():
+            reason = "the completion is empty"
         else:
             try:
                 found |= sections(text, settings.tags)
@@ -136,6 +145,14 @@ class _Parser:
         self._timeouts += 1
         if self._timeouts > MAX_TIMEOUTS:
             raise usage_error(f"{problem}, in {self._timeouts} rows so far. Simplify the pattern.")
+
+
+def _has_completion(values: Mapping[str, Any]) -> bool:
+    """True for a row whose completion is there, though a teacher may have written nothing."""
+    known = known_fields(values)
+    turns = known.get("messages")
+    is_answered = isinstance(turns, list) and bool(turns) and turns[-1].get("role") == "assistant"
+    return is_answered or known.get("completion") is not None
 
 
 def _samples(values: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str | None]]:

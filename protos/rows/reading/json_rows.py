@@ -27,7 +27,11 @@ def read_json_lines(
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            # Not by the bytes, of which the library would guess UTF-16 for one line and not for the next.
+            values = json.loads(line.decode("utf-8-sig", "surrogatepass"))
+        except UnicodeDecodeError as error:
+            refuse(row_error(path, number, THE_LINE, f"is not UTF-8 (byte {error.start}). Save it as UTF-8."))
+            continue
         except (ValueError, RecursionError) as error:
             refuse(
                 row_error(

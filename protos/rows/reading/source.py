@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.reading.delimited import read_delimited
 from stillhouse.protos.rows.reading.json_rows import read_json_array, read_json_lines
@@ -17,6 +18,7 @@ from stillhouse.protos.rows.reading.row_error import OnBadRow, raise_error, row_
 from stillhouse.protos.rows.reading.tables import is_hub_id, read_directory, read_hub, read_parquet
 from stillhouse.protos.rows.row_forms import RowForm, RowForms
 
+_WITH_SPLITS = ("plug-in", "saved dataset", "hub")
 NumberedRow = tuple[int, dict[str, Any]]
 
 
@@ -50,9 +52,15 @@ class RowReader:
         self.path = Path(source.location)
         try:
             self.container: Container = self._container()
+            """Form in which the rows are kept."""
         except OSError as error:
             raise closed(source.location, error) from error
-        """Form in which the rows are kept."""
+        if (source.split or source.config) and self.container not in _WITH_SPLITS:
+            raise StillhouseError(
+                Reason.DATASET_INVALID,
+                f"{source.location} is read as {self.container}, which has neither splits nor configurations. Leave split and "
+                "config out.",
+            )
         self.form: RowForm | None = None
         """Form of the rows, once one was read."""
 

@@ -51,7 +51,7 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         (values,) = batch.slice(index, 1).to_pylist()
                     yield number, without_nulls(values)
     except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(path, "Parquet", error) from error
+        raise unreadable(path, "Parquet file", error) from error
 
 
 def read_directory(path: Path, *, split: str, config: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -177,6 +177,15 @@ def test_typed_columns_hold_what_they_can(tmp_path: Path) -> None:
     assert read(tmp_path / "b.jsonl") == rows
 
 
+@pytest.mark.parametrize("name", ["", "..", "folder"])
+def test_a_folder_is_no_output(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    done = data("convert", "rows.jsonl", "--to", "rows", "--out", name)
+    assert (done.exit_code, "is a folder. Name a file" in done.stderr) == (2, True), done.output
+
+
 def test_turns_are_made_only_if_they_are_asked_for(tmp_path: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b", "id": 1}])
     done = data("convert", source, "--to", "messages", "--out", tmp_path / "out.jsonl")

@@ -135,6 +135,9 @@ def test_a_shared_system_text_makes_no_rows_similar(tmp_path: Path) -> None:
         (["--no-duplicates", "--dropped", "out.jsonl"], "an output twice"),
         (["--no-duplicates", "--dropped", "in.jsonl"], "would be overwritten"),
         (["--against", "missing.jsonl"], "missing.jsonl"),
+        (["--min-chars", "5", "--max-chars", "3"], "so no row passes"),
+        (["--near-duplicates", "nan"], "nan is no finite number"),
+        (["--min-mean-logprob", "nan"], "nan is no finite number"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(

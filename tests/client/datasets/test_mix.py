@@ -129,6 +129,12 @@ def test_arrays_are_read_and_written(tmp_path: Path) -> None:
     assert "é" in text
 
 
+def test_without_any_category_nothing_is_written(tmp_path: Path) -> None:
+    done = data("mix", "--layout", "artifacts", "--root", tmp_path)
+    assert (done.exit_code, done.output.count("skipped, since")) == (1, 7), done.output
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_lone_surrogates_stay_escapes(tmp_path: Path) -> None:
     pool = tmp_path / "a.jsonl"
     pool.write_text('{"text": "\\ud83d é"}\n')

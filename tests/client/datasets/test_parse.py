@@ -42,6 +42,8 @@ def test_sections_are_found(tmp_path: Path, text: str, think: str | None, answer
         ("<think>so", "<think> is not closed"),
         ("<answer>0.5", "<answer> is not closed"),
         ("<answer>1</answer><answer>2</answer>", "<answer> is there several times"),
+        ("", "the completion is empty"),
+        (" \n", "the completion is empty"),
         ("</answer><answer>", "</answer> comes before <answer>"),
         ("<answer>about 5</answer>", "x: 'about 5' is no float"),
         ("<answer>nan</answer>", "x: 'nan' is no float"),
@@ -159,6 +161,8 @@ def test_each_sample_of_a_batch_is_a_row_that_can_be_trained_on(tmp_path: Path) 
         ["--field", "x:int", "--within", "other"],
         ["--field", "id:int"],
         ["--text-field", "missing"],
+        ["--json-field", "x:int=/a/~2"],
+        ["--tag", "<x>"],
     ],
 )
 def test_bad_options_are_one_sentence_and_write_nothing(tmp_path: Path, options: list[str]) -> None:
@@ -166,3 +170,13 @@ def test_bad_options_are_one_sentence_and_write_nothing(tmp_path: Path, options:
     done = data("parse", "--in", source, "--out", tmp_path / "out.jsonl", *options)
     assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_completion_that_is_empty_is_none_that_is_missing(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": ""},
+        {"messages": [{"role": "user", "content": "a"}]},
+    ]
+    source = write(tmp_path / "in.jsonl", rows)
+    done = data("parse", "--in", source, "--out", tmp_path / "out.jsonl")
+    assert "row 2, field completion: is missing" in done.stderr

@@ -64,6 +64,12 @@ def test_the_recipe_gets_two_equal_files_of_its_names(tmp_path: Path) -> None:
     ]
 
 
+def test_a_stem_is_no_path(tmp_path: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", [{"id": 1, "prompt": "a"}])
+    done = data("export-prompts", "--in", source, "--compat", "--out-dir", tmp_path / "o", "--stem", "../s")
+    assert (done.exit_code, "no beginning of a file's name" in done.stderr) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("row", "compat", "said"),
     [

@@ -122,6 +122,22 @@ def test_a_stage_without_its_output_has_failed(tmp_path: Path) -> None:
     assert "ended without its output x" in failed.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "work: in.txt\nstages: [{name: a, command: ['true']}]\n",
+            "cannot make the work folder .*in.txt: File exists",
+        ),
+        ("stages: [{name: a, command: ['']}]\n", "cannot start '': "),
+        ('stages: [{name: a, command: ["a\\0b"]}]\n', "embedded null byte"),
+    ],
+)
+def test_what_cannot_begin_is_one_sentence(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(StillhouseError, match=said):
+        run_here(recipe(tmp_path, text))
+
+
 def test_an_input_that_is_missing_is_named(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     (tmp_path / "in.txt").unlink()

@@ -146,16 +146,17 @@ def test_an_array_is_read_row_by_row_wherever_its_bytes_are_cut(
         ),
         ("a.csv", 'text\n"a" b\n', "row 2, field (the line): is not CSV"),
         ("a.csv", "prompt,completion\na,\n", "row 2"),
+        ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "row 1, field (the line): is not UTF-8 (byte 0)"),
         ("a.jsonl", "BZh91AY", "it is compressed by bzip2; gzip and zstd are read"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_told_by_file_and_line(
-    name: str, text: str, sentence: str, tmp_path: Path
+    name: str, text: str | bytes, sentence: str, tmp_path: Path
 ) -> None:
     from stillhouse.protos.rows.files import check_file
 
     path = tmp_path / name
-    path.write_text(text)
+    path.write_bytes(text.encode() if isinstance(text, str) else text)
     with pytest.raises(StillhouseError) as caught:
         check_file(path, extra_fields="keep")
     assert str(path) in caught.value.message
@@ -214,6 +215,14 @@ def test_a_dataset_of_several_splits_needs_a_name(tmp_path: Path) -> None:
         list(read_file(tmp_path / "saved"))
     source = RowSource(location=str(tmp_path / "saved"), split="test")
     assert [row for _, row in RowReader(source)] == ROWS[1:]
+
+
+@pytest.mark.parametrize(("split", "config"), [("test", ""), ("", "main")])
+def test_a_file_has_no_splits(tmp_path: Path, split: str, config: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n')
+    with pytest.raises(StillhouseError, match="is read as JSONL, which has neither splits"):
+        RowReader(RowSource(location=str(path), split=split, config=config))
 
 
 def test_what_is_nowhere_is_not_found(tmp_path: Path) -> None:
