@@ -62,6 +62,7 @@ def run(session: Session, *, file: Path, validate: bool) -> int:
     from stillhouse.client.pipeline.execution import StageError, run_pipeline
 
     loaded = load_pipeline(file)
+    _check(loaded, inputs=not validate)
     if validate:
         _show(session, loaded)
         return 0
@@ -77,6 +78,20 @@ def run(session: Session, *, file: Path, validate: bool) -> int:
         session.note(f"Error: {error}")
         return int(ExitCode.FAILED)
     return 0
+
+
+def _check(loaded: Pipeline, *, inputs: bool) -> None:
+    """Refuses what would break a later stage: options, runs, and with `inputs` files that are missing."""
+    from stillhouse.client.commands.pipeline_options import option_problems
+    from stillhouse.client.pipeline.run_file import check_stages, missing_inputs
+    from stillhouse.client.runfile.source_map import invalid
+
+    problems = [*option_problems(loaded, click.get_current_context())]
+    if inputs:
+        problems += missing_inputs(loaded)
+    if problems:
+        raise invalid(problems)
+    check_stages(loaded)
 
 
 def _interrupt(_number: int, _frame: object) -> None:

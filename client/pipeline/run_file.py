@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from stillhouse.client.pipeline.definition import Pipeline
-from stillhouse.client.pipeline.resolution import Resolved
+from stillhouse.client.pipeline.resolution import Resolved, argv, resolved
+from stillhouse.client.pipeline.state import PipelineState
 from stillhouse.client.runfile.load import RunFile, load_run_file
 from stillhouse.client.runfile.source_map import Problem, invalid
 from stillhouse.client.runfile.yaml_reader import RunFileReader
@@ -33,6 +36,32 @@ def stage_run(resolution: Resolved, pipeline: Pipeline) -> RunFile:
     spec.task = stage.kind
     spec.display_name = spec.display_name or f"{pipeline.name}: {stage.id}"
     return RunFile(spec=spec, source_map=reader.source_map, directory=directory)
+
+
+def check_stages(pipeline: Pipeline) -> None:
+    """Reads the command line or the run of each stage before any runs, with empty ids for the runs of earlier stages.
+
+    Raises StillhouseError with the problems of the first stage that has some.
+    """
+    state = PipelineState(pipeline.work, pipeline.path)
+    for stage in pipeline.stages:
+        resolution = resolved(pipeline, stage, state)
+        file = resolution.run_file
+        if not stage.is_run:
+            argv(resolution)
+        elif file is None or file.exists() or not file.is_relative_to(pipeline.work):
+            stage_run(resolution, pipeline)  # a run file in the work folder may be made by an earlier stage
+
+
+def missing_inputs(pipeline: Pipeline) -> Iterator[Problem]:
+    """Yields the inputs of stages, which no stage makes, that do not exist."""
+    for stage in pipeline.stages:
+        for name, path in stage.inputs.items():
+            if not (pipeline.directory / path).exists():
+                sentence = f"reads {pipeline.directory / path}, which does not exist."
+                yield Problem(
+                    location=stage.location, path=f"stage {stage.id}: inputs.{name}", sentence=sentence
+                )
 
 
 def _merged(base: RunSpec, over: RunSpec) -> RunSpec:

@@ -138,6 +138,31 @@ def test_what_cannot_begin_is_one_sentence(tmp_path: Path, text: str, said: str)
         run_here(recipe(tmp_path, text))
 
 
+def test_what_breaks_a_later_stage_is_told_before_the_first_runs(tmp_path: Path) -> None:
+    text = """
+stages:
+  - {name: a, command: [sh, -c, "echo a >> log"]}
+  - {name: b, inputs: {x: none}, filter: {in: "${inputs.x}", no_duplicate: true}}
+  - {name: c, convert: {files: x, to: rows, out: y, chatt: true}}
+  - {name: d, generate: {files: [hello], n: 2, trainer: "127.0.0.1:1"}}
+"""
+    path = recipe(tmp_path, text)
+    refused = run(path)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines() == [
+        f"{path}:4:5: stage b: filter needs out.",
+        f"{path}:4:5: stage b: inputs.x: reads {tmp_path}/none, which does not exist.",
+        f'{path}:4:62: no_duplicate: there is no such option of filter; did you mean "no_duplicates"?',
+        f'{path}:5:53: chatt: there is no such option of convert; did you mean "chat"?',
+    ]
+    path.write_text(
+        text.split("  - {name: b", maxsplit=1)[0] + "  - {name: e, distil: {studnt: {model: x}}}\n"
+    )
+    refused = run(path, "--validate")
+    assert (refused.returncode, 'did you mean "student"?' in refused.stderr) == (2, True)
+    assert ran(path) == []
+
+
 def test_an_input_that_is_missing_is_named(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     (tmp_path / "in.txt").unlink()
