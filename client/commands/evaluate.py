@@ -21,6 +21,18 @@ REPORT = "evaluations/report.json"
 """Artifact with the report of a run; protos/evaluation/report.py has its format."""
 _NONE = "none"
 
+_OF_TARGET = {
+    **{name: name for name in ("data", "against", "baseline", "tokenizer", "limit", "temperature")},
+    **{
+        "sets": "set",
+        "top_p": "top-p",
+        "max_new_tokens": "max-new-tokens",
+        "no_wait": "no-wait",
+        "shows": "report",
+    },
+}
+"""Options that texts in files have no use for."""
+
 
 @command(name="eval")
 @click.argument("target", default="")
@@ -90,11 +102,18 @@ def evaluate(session: Session, *, target: str, **options: Any) -> int:
             raise click.UsageError(
                 "TARGET writes its own texts; leave it out, or --hypotheses and --references."
             )
+        given = [name for name in _OF_TARGET if options[name]]
+        if given:
+            flags = ", ".join(f"--{_OF_TARGET[name]}" for name in given)
+            raise click.UsageError(f"{flags} belongs to a TARGET; texts in files are scored as they are.")
         return _files(session, options)
     if not target:
         raise click.UsageError("Give TARGET, or --hypotheses and --references.")
     if options["shows"]:
         return _show(session, session.run(target), options["out"])
+    unnamed = next((each for each in options["sets"] if "=" not in each), None)
+    if unnamed is not None:
+        raise click.UsageError(f"--set {unnamed} has no name; write --set NAME=FILE.")
     from stillhouse.client.commands.run.control import follow
     from stillhouse.client.core.json_output import as_json
 
@@ -142,9 +161,7 @@ def _spec(session: Session, name: str, options: dict[str, Any]) -> RunSpec:
     for path in options["data"]:
         spec.data.eval.add(path=_pushed(session, path, checked=True))
     for named in options["sets"]:
-        place, equals, path = named.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set {named} has no name; write --set NAME=FILE.")
+        place, _, path = named.partition("=")
         checked = options["match"] != "choices"
         evaluation.sets.add(name=place, path=_pushed(session, path, checked=checked))
     if options["against"]:
@@ -233,6 +250,11 @@ def _files(session: Session, options: dict[str, Any]) -> int:
         raise usage_error(
             f"{', '.join(others)} needs a model's distributions; of texts alone there are {', '.join(TEXT_METRICS)}."
         )
+    out = options["out"]
+    if out is not None and out.resolve() in {
+        options[name].resolve() for name in ("hypotheses", "references")
+    }:
+        raise usage_error(f"{out} is read and would be overwritten. Choose another output.")
     match = options["match"] or "exact"
     if match == "choices":
         raise usage_error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -55,6 +55,15 @@ def fields_of(text: str) -> dict[str, Any] | None:
         if isinstance(value, dict):
             return value
     return None
+
+
+def is_comparable(match: str) -> Callable[[str], bool]:
+    """Returns what tells whether a reference has what a comparison looks at."""
+    if match == "numeric":
+        return lambda reference: last_number(reference) is not None
+    if match == "fields":
+        return lambda reference: bool(fields_of(reference))
+    return lambda _: True
 
 
 def matching(match: str, answers: Sequence[str], references: Sequence[str]) -> NDArray[np.float64]:

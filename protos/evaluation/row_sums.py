@@ -9,7 +9,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from stillhouse.protos.evaluation.answers import matching, matching_fields
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.evaluation.answers import is_comparable, matching, matching_fields
 from stillhouse.protos.evaluation.calibration import ece_of_sums
 from stillhouse.protos.evaluation.names import values_of
 from stillhouse.protos.evaluation.text_overlap import (
@@ -81,7 +82,8 @@ def score_texts(
     """Returns the values of a text metric by name, each over all rows; accuracy by `match`, and with "fields" of each field.
 
     `places` name the references for errors, such as "rows.jsonl, row 3"; without any they are numbered.
-    Raises StillhouseError: DATASET_INVALID for an empty reference, INVALID_CONFIG if a library is missing.
+    Raises StillhouseError: DATASET_INVALID for an empty reference, or where no reference has what `match` compares;
+    INVALID_CONFIG if a library is missing.
     """
     if metric in ("bleu", "chrf"):
         sums = sacrebleu_sums(metric, hypotheses, references, places=places)
@@ -93,6 +95,13 @@ def score_texts(
             name: RowSums.mean(each, signature=signature)
             for name, each in zip(values_of(metric), scores, strict=True)
         }
+    if references and not any(map(is_comparable(match), references)):
+        what = "a number" if match == "numeric" else "a JSON object with fields"
+        raise StillhouseError(
+            Reason.DATASET_INVALID,
+            f"No reference has {what}, which the match {match} compares; the first is that of {places[0].rstrip(',') if places else 'row 1'}. "
+            "Correct them, or choose another match.",
+        )
     if match == "fields":
         return _field_accuracy(hypotheses, references)
     return {"accuracy": RowSums.mean(matching(match, hypotheses, references), signature=f"match:{match}")}

@@ -68,6 +68,14 @@ def test_what_does_not_fit_together_is_refused(files: tuple[str, str], tmp_path:
         (("--hypotheses", hypotheses), "go together"),
         ((), "Give TARGET"),
         (("a-run", "--references", references), "TARGET writes its own texts"),
+        ((*both, references, "--out", references), "would be overwritten"),
+        ((*both, references, "--limit", "1", "--top-p", "0.5"), "--limit, --top-p belongs to a TARGET"),
+        (
+            (*both, str(empty), "--metric", "accuracy", "--match", "numeric"),
+            f"that of {empty}, line 1. Correct",
+        ),
+        ((*both, references, "--metric", "accuracy", "--match", "fields"), "No reference has a JSON object"),
+        (("a-run", "--set", "x.jsonl"), "has no name; write --set NAME=FILE"),
     ):
         done = invoke(*arguments)
         assert done.exit_code == 2, arguments
