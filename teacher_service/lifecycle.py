@@ -42,6 +42,10 @@ _ENGINES = {
     "vllm": ("stillhouse.teacher_service.engines.vllm.engine", "VllmEngine"),
     "openai": ("stillhouse.teacher_service.engines.openai.engine", "OpenAiEngine"),
     "hf": ("stillhouse.teacher_service.engines.hf.engine", "HfEngine"),
+    "vllm classifier": (
+        "stillhouse.teacher_service.engines.vllm.classifier_engine",
+        "VllmClassifierEngine",
+    ),
     "hf classifier": ("stillhouse.teacher_service.engines.hf.classifier_engine", "HfClassifierEngine"),
 }
 
@@ -195,18 +199,11 @@ async def _load(config: TeacherConfig) -> Engine:
 
 
 def _engine_name(config: TeacherConfig) -> str:
-    """Name in _ENGINES. Raises `StillhouseError`: INVALID_CONFIG for a classifier on vLLM, MODEL_NOT_FOUND."""
+    """Name in _ENGINES. Raises `StillhouseError` (MODEL_NOT_FOUND)."""
     if config.engine == "openai":
         return config.engine
-    if not is_classifier(locate_model(config.model, config.revision).directory):
-        return config.engine
-    if config.engine != "hf":
-        raise StillhouseError(
-            Reason.INVALID_CONFIG,
-            f"{config.model} is a sequence classifier, which the {config.engine} engine does not serve. Start the teacher with "
-            "--engine hf.",
-        )
-    return "hf classifier"
+    classifies = is_classifier(locate_model(config.model, config.revision).directory)
+    return f"{config.engine} classifier" if classifies else config.engine
 
 
 async def _warm_up(engine: Engine) -> None:

@@ -44,8 +44,10 @@ class ClassifierModel:
         """Layers whose states it gives, and their units; 0 if it gives none."""
 
     @classmethod
-    def load(cls, config: TeacherConfig, path: Path, tokenizer_limit: int) -> ClassifierModel:
-        """Reads the safetensors of a directory; code that comes with a model is never run.
+    def load(
+        cls, config: TeacherConfig, path: Path, tokenizer_limit: int, *, on_cpu: bool = False
+    ) -> ClassifierModel:
+        """Reads the safetensors of a directory; code that comes with a model is never run. `on_cpu` leaves a GPU free.
 
         Raises `StillhouseError`: MODEL_NOT_FOUND if transformers cannot load it, or it is no classifier of exclusive
         classes; INVALID_CONFIG for --quantization.
@@ -60,7 +62,7 @@ class ClassifierModel:
             )
         if not sys.stderr.isatty():
             transformers.utils.logging.disable_progress_bar()
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
         dtype = "float32" if config.dtype == "auto" and device.type == "cpu" else config.dtype
 
         def refused(error: BaseException) -> StillhouseError:

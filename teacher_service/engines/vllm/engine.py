@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import aclosing, nullcontext, suppress
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.library_errors import reported_as
@@ -31,9 +30,7 @@ from stillhouse.teacher_service.engines.vllm.adapters import VllmAdapters
 from stillhouse.teacher_service.engines.vllm.engine_args import (
     engine_arguments,
     require_vllm,
-    set_cpu_environment,
     set_environment,
-    set_first_runner,
 )
 from stillhouse.teacher_service.engines.vllm.errors import (
     engine_dead,
@@ -41,19 +38,16 @@ from stillhouse.teacher_service.engines.vllm.errors import (
     not_started,
     translated,
 )
-from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard, kill_all
+from stillhouse.teacher_service.engines.vllm.processes import VllmProcesses
 from stillhouse.teacher_service.engines.vllm.sampling_params import require_whole
 from stillhouse.teacher_service.engines.vllm.tier_selection import choose
 from stillhouse.teacher_service.engines.vllm.tiers import PublicTier, RowsMissingError
-from stillhouse.teacher_service.engines.vllm.worker.plugin import switched_on
 from stillhouse.teacher_service.models.files import ModelFiles, locate_model
 from stillhouse.teacher_service.models.fingerprint import model_fingerprint
 from stillhouse.teacher_service.models.finite_weights import broken_weight, non_finite_logits
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.models.weight_names import check_weight_names
 
-SHUTDOWN_TIMEOUT_S = 30.0
-"""Time for vLLM's processes to exit before they are killed."""
 _PROBE_TOKENS = 8
 
 
@@ -73,18 +67,16 @@ class VllmEngine:
         adapters: VllmAdapters,
         *,
         tier: PublicTier | None = None,
-        processes: Sequence[psutil.Process] = (),
-        guard: OrphanGuard | None = None,
+        running: VllmProcesses | None = None,
     ) -> None:
-        """`processes` are those of `llm` and end with it; `guard` ends them if this process cannot."""
+        """`running` is stopped with the engine; None leaves `llm` to its owner."""
         self._llm = llm
         self.info = info
         self._adapters = adapters
         self._tier = tier or PublicTier(info)
         self._numbers = count(1)
         self._running: set[str] = set()
-        self._processes = processes
-        self._guard = guard
+        self._running_llm = running or VllmProcesses(llm=llm)
 
     @classmethod
     async def load(cls, config: TeacherConfig) -> VllmEngine:
@@ -100,18 +92,8 @@ class VllmEngine:
         with reported_as(lambda error: not_started(config.model, error)):
             names = await asyncio.to_thread(check_weight_names, files.directory, config.model, whole=True)
         names.require_plain(config.model)
-        guard = await asyncio.to_thread(OrphanGuard)
-        others = set(psutil.Process().children(recursive=True))
-        try:
-            llm = await asyncio.to_thread(_start, config, files.directory)
-        except Exception:  # a cancelled start continues in its thread, and needs its guard
-            await asyncio.to_thread(guard.release)
-            raise
-        processes = [
-            each
-            for each in psutil.Process().children(recursive=True)
-            if _is_vllm(each) and each not in others
-        ]
+        running = await VllmProcesses.start(config, files.directory, engine_arguments)
+        llm = running.llm
         try:
             info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
             shapes = await asyncio.to_thread(matrix_shapes, files.directory)
@@ -130,10 +112,10 @@ class VllmEngine:
                 max_query_tokens=tier.max_query_tokens,
                 **_state_sizes(llm, tier),
             )
-            engine = cls(llm, info, adapters, tier=tier, processes=processes, guard=guard)
+            engine = cls(llm, info, adapters, tier=tier, running=running)
             await engine._warm_up()
         except BaseException as error:
-            await asyncio.to_thread(_stop, llm, processes, guard)
+            await asyncio.to_thread(running.stop)
             if isinstance(error, StillhouseError) and error.reason is Reason.TEACHER_UNREACHABLE:
                 raise never_answered(config.model, str(llm.model_config.quantization or "")) from error
             raise
@@ -185,7 +167,7 @@ class VllmEngine:
         if not llm.errored and self._running:
             with suppress(Exception):  # it ends in any case
                 await llm.abort(list(self._running))
-        await asyncio.to_thread(_stop, llm, self._processes, self._guard)
+        await asyncio.to_thread(self._running_llm.stop)
 
     async def _require_finite(self, files: Sequence[Path]) -> None:
         """Raises `StillhouseError` (MODEL_NOT_FOUND) for a model whose logits are NaN or infinite, with a weight that is."""
@@ -239,38 +221,6 @@ class VllmEngine:
         return self._llm
 
 
-def _start(config: TeacherConfig, directory: Path) -> Any:
-    """Starts vLLM and loads the model, which blocks for half a minute."""
-    from transformers import AutoConfig
-    from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    text_config = AutoConfig.from_pretrained(directory, local_files_only=True).get_text_config()
-    on_cpu = bool(current_platform.is_cpu())
-    if on_cpu:
-        set_cpu_environment(config)
-    if config.tier == "worker":
-        set_first_runner()
-    vocab_size = int(text_config.vocab_size)
-    arguments = engine_arguments(config, directory, on_cpu=on_cpu, vocab_size=vocab_size)
-    try:
-        with switched_on() if "worker_extension_cls" in arguments else nullcontext():
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-    except Exception as error:  # any error of vLLM on a model, a quantisation method or a platform
-        raise not_started(config.model, error) from error
-
-
-def _stop(llm: Any, processes: Sequence[psutil.Process], guard: OrphanGuard | None) -> None:
-    """Ends vLLM, and workers that outlive a killed parent."""
-    llm.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
-    # Its destructor calls it again, when the modules that it needs may be gone.
-    llm.shutdown = lambda: None
-    kill_all(processes)
-    if guard is not None:
-        guard.release()
-
-
 def _state_sizes(llm: Any, tier: PublicTier) -> dict[str, Any]:
     """Layers and units of the hidden states, of which the tier worker gives the last one; empty where a tier gives none."""
     if teacher_pb2.CAPABILITY_HIDDEN_STATES not in tier.capabilities:
@@ -280,12 +230,6 @@ def _state_sizes(llm: Any, tier: PublicTier) -> dict[str, Any]:
         "num_layers": int(model.hf_text_config.num_hidden_layers),
         "hidden_size": int(model.get_hidden_size()),
     }
-
-
-def _is_vllm(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.name().startswith("VLLM"))
-    return False
 
 
 def _describe(

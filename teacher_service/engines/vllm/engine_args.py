@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -158,6 +159,25 @@ def engine_arguments(
     if config.max_adapters:
         arguments |= _adapter_arguments(config, on_cpu=on_cpu)
     return arguments
+
+
+def pooling_arguments(
+    config: TeacherConfig, directory: Path, *, on_cpu: bool, vocab_size: int
+) -> dict[str, Any]:
+    """Builds the arguments for a sequence classifier, whose pooling runner samples nothing."""
+    plain = replace(config, tier="public", max_adapters=0, adapters=())
+    arguments = engine_arguments(plain, directory, on_cpu=on_cpu, vocab_size=vocab_size)
+    for name in (
+        "max_logprobs",
+        "logprobs_mode",
+        "generation_config",
+        "enable_chunked_prefill",
+        "logits_processors",
+    ):
+        arguments.pop(name, None)
+    # An encoder reads a sequence whole, so that vLLM wants room for the longest.
+    del arguments["max_num_batched_tokens"]
+    return {**arguments, "runner": "pooling"}
 
 
 def _adapter_arguments(config: TeacherConfig, *, on_cpu: bool) -> dict[str, Any]:
