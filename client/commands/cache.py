@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stillhouse.client.commands.run.create import load, submit, submit_options
+from stillhouse.client.terminal.run_advice import CACHE_TASKS
 from stillhouse.client.terminal.session import Session, command
-from stillhouse.protos.errors import Reason, StillhouseError
 
 if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle
 
-CLASSIFICATION = "sequence_classification"
 SUMMARY = "exports/cache.json"
 """Artifact that a build leaves; student_trainer/train/cache_build/build.py writes it."""
 
@@ -45,16 +44,11 @@ def build(
     """Query the teacher for all text of run FILE, and cache its outputs.
 
     FILE is a run file like any other: data, tokenizer, loss and evaluation determine the queries, so that the same file
-    with cache.mode: only trains from the cache. The build is a run with task: cache: `stillhouse run` watches, stops and
-    resumes it, and stored outputs are never queried again.
+    with cache.mode: only trains from the cache. The build is a run with task: cache, or classification_cache for a
+    classifier: `stillhouse run` watches, stops and resumes it, and stored outputs are never queried again.
     """
     loaded = load(session, file, overrides, push=push)
-    if loaded.spec.task == CLASSIFICATION:
-        raise StillhouseError(
-            Reason.INVALID_SPEC,
-            f"{file} has task: {CLASSIFICATION}, whose run fills its cache as it trains. Give it a cache.path, and create the run.",
-        )
-    loaded.spec.task = "cache"
+    loaded.spec.task = "classification_cache" if loaded.spec.task == "sequence_classification" else "cache"
     loaded.spec.cache.path = place or loaded.spec.cache.path
     loaded.spec.cache.mode = "write_through"
     said = f"builds {loaded.spec.cache.path}"
@@ -76,7 +70,7 @@ def list_caches(session: Session) -> None:
         path = run.spec.cache.path
         if not path or path in found:
             continue
-        mode = "build" if run.effective_spec.task == "cache" else run.effective_spec.cache.mode
+        mode = "build" if run.effective_spec.task in CACHE_TASKS else run.effective_spec.cache.mode
         found[path] = {"path": path, "run": run_id(run.name), "use": mode, "state": state_name(run)}
         rows.append((path, run_id(run.name), mode, state_name(run), time_text(run.create_time)))
     header = ("CACHE", "LAST RUN", "USE", "STATE", "CREATED")

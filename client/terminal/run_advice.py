@@ -6,6 +6,9 @@ from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.protos.errors import Reason, from_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
+CACHE_TASKS = ("cache", "classification_cache")
+"""Tasks of runs that build a cache."""
+
 
 def waits_for(run: Run) -> str:
     """Names what keeps a PENDING run, or one without a teacher, from starting or going on; empty for others."""
@@ -46,7 +49,7 @@ def next_step(run: Run) -> str:
     """Tells where an ended run's model is and how to fetch it, how to continue, or what a waiting one needs."""
     name = run_id(run.name)
     if run.state == Run.STATE_COMPLETED:
-        if run.effective_spec.task == "cache":
+        if run.effective_spec.task in CACHE_TASKS:
             return f"the cache is {run.spec.cache.path}, which run files of this trainer may name"
         if run.effective_spec.task == "evaluate":
             return f"`stillhouse eval {name} --report` shows its report"
@@ -67,7 +70,7 @@ def next_step(run: Run) -> str:
 
 def _continuation(run: Run) -> str:
     resume = f"`stillhouse run resume {run_id(run.name)}`"
-    if run.effective_spec.task == "cache":
+    if run.effective_spec.task in CACHE_TASKS:
         return f"{resume} continues it; what the cache holds is kept"
     if run.latest_checkpoint:
         return f"{resume} continues from {run.latest_checkpoint.removeprefix(f'{run.name}/')}"

@@ -200,8 +200,8 @@ def _check_processes(config: RunConfig) -> Iterator[FieldViolation]:
         )
     if resources.processes == 1:
         return
-    if config.task in ("cache", "evaluate"):
-        work = "builds a cache" if config.task == "cache" else "evaluates"
+    if config.builds_cache or config.task == "evaluate":
+        work = "builds a cache" if config.builds_cache else "evaluates"
         yield FieldViolation("resources.num_processes", f"is above 1, but one process {work}. Leave it out.")
     if config.cache is not None and config.cache.mode == "write_through":
         yield FieldViolation(
@@ -233,7 +233,7 @@ def _check_passes(config: RunConfig) -> Iterator[FieldViolation]:
 
 
 def _check_teachers(config: RunConfig) -> Iterator[FieldViolation]:
-    if config.has_teacher or config.task == "cache":
+    if config.has_teacher or config.builds_cache:
         return
     compared = teacher_metrics(config)
     if config.asks_teacher:

@@ -29,7 +29,7 @@ def yield_cores(config: RunConfig, environ: MutableMapping[str, str] = os.enviro
 
 
 def _busy_targets(config: RunConfig) -> Iterator[str]:
-    if config.task == "cache" or (config.asks_teacher and not config.is_offline):
+    if config.builds_cache or (config.asks_teacher and not config.is_offline):
         for teacher in config.teachers:
             yield from teacher.targets
     for context in config.contexts:

@@ -39,6 +39,8 @@ ALL_LINEAR = "all-linear"
 """Word of PEFT for every linear layer but the output layer."""
 CLASSIFICATION = "sequence_classification"
 """Task of a run that trains a classifier."""
+CLASSIFICATION_CACHE = "classification_cache"
+"""Task of a run that stores the classes that such a run would query."""
 LORA_LEARNING_RATE = 1e-4
 FULL_LEARNING_RATE = 1e-5
 BATCH_SIZE = 8
@@ -344,7 +346,9 @@ class RunConfig:
     """The whole configuration of a run."""
 
     display_name: Annotated[str, NAME] = ""
-    task: Annotated[str, Choices("distil", "cache", "evaluate", CLASSIFICATION)] = "distil"
+    task: Annotated[str, Choices("distil", "cache", "evaluate", CLASSIFICATION, CLASSIFICATION_CACHE)] = (
+        "distil"
+    )
     student: StudentConfig = field(default_factory=StudentConfig)
     teachers: tuple[TeacherConfig, ...] = ()
     data: DataConfig = field(default_factory=DataConfig)
@@ -362,7 +366,12 @@ class RunConfig:
     @property
     def classifies(self) -> bool:
         """True if the student is a classifier."""
-        return self.task == CLASSIFICATION
+        return self.task in (CLASSIFICATION, CLASSIFICATION_CACHE)
+
+    @property
+    def builds_cache(self) -> bool:
+        """True if nothing is trained, and teachers' outputs are stored."""
+        return self.task in ("cache", CLASSIFICATION_CACHE)
 
     @property
     def has_teacher(self) -> bool:

@@ -174,7 +174,7 @@ def _run_task(
 ) -> Outcome:
     """Runs the task. Imports torch only here: its threads are set, and the other processes have been started."""
     _quieten_libraries()
-    if config.task == "cache":
+    if config.builds_cache:
         from stillhouse.student_trainer.train.cache_build.build import build
 
         return build(config, attempt, stop_requested)

@@ -303,7 +303,7 @@ class RunSpec(_message.Message):
     task: _builtins.str
     """"distil": train the student, a language model. "cache": query the teacher and store its outputs. "evaluate": compute the
     evaluation of a student that stays as it is. "sequence_classification": train a classifier of texts or pairs of texts; its
-    rows have `text`, `text_pair`, `label`.
+    rows have `text`, `text_pair`, `label`. "classification_cache": query such a run's teacher and store its classes.
     """
     preset: _builtins.str
     """Named set of values for the fields that are not written."""

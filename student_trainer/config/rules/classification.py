@@ -50,20 +50,31 @@ def check_classification(config: RunConfig) -> Iterator[FieldViolation]:
             yield _of_text(f"teachers[{number}].prompt", "set")
     if config.student.quantization != "none":
         yield _of_text("student.quantization", f'"{config.student.quantization}"')
+    yield from _check_evaluation(config)
+    yield from _check_names(config)
+
+
+def _check_evaluation(config: RunConfig) -> Iterator[FieldViolation]:
     for name in config.evaluation.metrics:
         if name not in METRICS:
             yield FieldViolation(
                 "evaluation.metrics",
                 f'has "{name}", which is one of language models; with task: {CLASSIFICATION} use {", ".join(METRICS)}.',
             )
-    for name in ("sets", "generation", "baseline"):
+    for number, each in enumerate(config.evaluation.sets):
+        for name in ("metrics", "match"):
+            if getattr(each, name):
+                yield FieldViolation(
+                    f"evaluation.sets[{number}].{name}",
+                    f"is for language models; with task: {CLASSIFICATION} a set has all metrics of classes. Leave it out.",
+                )
+    for name in ("generation", "baseline"):
         if getattr(config.evaluation, name):
             yield FieldViolation(
                 f"evaluation.{name}",
                 f"is for language models; with task: {CLASSIFICATION} leave it out, and name rows in data.eval.",
             )
     yield from _check_fields("evaluation", config.evaluation, EvaluationConfig, ("match",))
-    yield from _check_names(config)
 
 
 def _check_names(config: RunConfig) -> Iterator[FieldViolation]:

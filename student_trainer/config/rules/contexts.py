@@ -238,7 +238,7 @@ def is_ensemble(config: RunConfig) -> bool:
 
 def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
     """Problems of `cache`, and of a run whose task is to build one."""
-    if config.task == "cache":
+    if config.builds_cache:
         yield from _check_build(config)
     for i, context in enumerate(config.contexts):
         if config.is_offline and context.dataset is None:
@@ -252,12 +252,12 @@ def check_cache(config: RunConfig) -> Iterator[FieldViolation]:
 def _check_build(config: RunConfig) -> Iterator[FieldViolation]:
     if config.cache is None:
         yield FieldViolation(
-            "cache", 'is required with task: cache; name a place, such as {path: "caches/my-set"}.'
+            "cache", f'is required with task: {config.task}; name a place, such as {{path: "caches/my-set"}}.'
         )
     elif config.cache.mode != "write_through":
         yield FieldViolation("cache.mode", f'is "{config.cache.mode}", which keeps nothing; leave it out.')
     if not config.teachers:
-        yield FieldViolation("teachers", "is empty, and task: cache queries one; name it.")
+        yield FieldViolation("teachers", f"is empty, and task: {config.task} queries one; name it.")
     for i, context in enumerate(config.contexts):
         if context.student is not None:
             yield FieldViolation(

@@ -64,7 +64,7 @@ def check_cross_tokenizer(config: RunConfig) -> Iterator[FieldViolation]:
             "are several that would be mixed, but with loss.foreign_tokenizer: alm each may cut the text differently. Keep "
             "one, or set data.teacher_field so that each row has its own.",
         )
-    if config.task == "cache":
+    if config.builds_cache:
         yield FieldViolation(
             "task",
             'is "cache", which stores outputs for the student\'s tokens; with loss.foreign_tokenizer: alm use '

@@ -28,7 +28,7 @@ def check_hidden_states(config: RunConfig) -> Iterator[FieldViolation]:
 
 
 def _why_not(config: RunConfig) -> str:
-    if config.cache is not None or config.task == "cache":
+    if config.cache is not None or config.builds_cache:
         return "needs hidden states, which no cache stores for their size: leave out the cache, or hidden_mse"
     if is_ensemble(config):
         return "compares with one teacher, and several are mixed: name one, or leave it out"

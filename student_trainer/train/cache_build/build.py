@@ -194,7 +194,13 @@ class _Build:
                 self._skips.count(error, self._num_asked + stream.num_asked)
             else:
                 self._scope.attempt.check_fence()
-                self._writer.add(job.meta, query.token_ids, answer, student_prompt_ids=query.student_prompt)
+                self._writer.add(
+                    job.meta,
+                    query.token_ids,
+                    answer,
+                    token_type_ids=query.token_type_ids,
+                    student_prompt_ids=query.student_prompt,
+                )
                 self._num_tokens += answer.num_rows
             self._count()
         self._num_asked += stream.num_asked

@@ -176,7 +176,7 @@ def _plan_scores(
     places: dict[tuple[str, bytes], int] = {}
     missing = []
     for place, each in enumerate(_query(example, teacher) for example in wanted):
-        key = meta.key(each.token_ids, each.start)
+        key = meta.key(each.token_ids, each.start, None, each.token_type_ids)
         if places.setdefault(
             (key, prompt_digest(each.student_prompt)), place
         ) == place and not writer.has_text(key, meta, each.student_prompt):

@@ -15,6 +15,7 @@ from stillhouse.student_trainer.train.batching.passes import Pass
 from stillhouse.student_trainer.train.classification import metrics
 from stillhouse.student_trainer.train.classification.batch import collate_classes
 from stillhouse.student_trainer.train.classification.classes import Classes
+from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
 from stillhouse.student_trainer.train.evaluation.evaluator import Evaluation
 from stillhouse.student_trainer.train.loss.objective import objective
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
@@ -32,8 +33,10 @@ class ClassEvaluator:
     classes: Classes
     rows: Sequence[ScoredExample]
     """The held-out rows of this process, which may be a part of all."""
-    num_rows: int
-    """Held-out rows of all processes."""
+    places: Sequence[int]
+    """Their places among those of all processes."""
+    sets: Sequence[EvaluationRows]
+    """The held-out rows and every named set, by their places."""
     is_labelled: bool
     accelerator: Any
     cut: Callable[[Sequence[ScoredExample]], Sequence[Pass]]
@@ -47,17 +50,29 @@ class ClassEvaluator:
         return {}
 
     def evaluate(self) -> Evaluation:
-        """Metrics over held-out rows by name; empty without held-out rows.
+        """Metrics over held-out rows by name, those of a named set as eval/SET/NAME; empty without rows.
 
         With labels eval/accuracy, eval/f1, eval/ece and eval/cross_entropy; with targets eval/kl, KL(teacher || student), and
         eval/agreement, the share of rows with the same likeliest class; with both the teacher's own, as eval/teacher_accuracy.
         """
-        if not self.num_rows:
-            return Evaluation(metrics={})
+        found: dict[str, float] = {}
+        for each in self.sets:
+            if each.end > each.begin:
+                own = [
+                    row
+                    for row, place in zip(self.rows, self.places, strict=True)
+                    if each.begin <= place < each.end
+                ]
+                head = f"eval/{each.settings.name}/" if each.settings.name else "eval/"
+                found |= {head + name: value for name, value in self._scores(own).items()}
+        return Evaluation(metrics=found)
+
+    def _scores(self, rows: Sequence[ScoredExample]) -> dict[str, float]:
+        """Metrics over a set, of which this process has `rows`."""
         sums: Counter[str] = Counter()
         with evaluation_mode(self.student.model), torch.no_grad():
-            for each in self.cut(self.rows) if self.rows else ():
-                self._add([self.rows[place] for place in each.rows], sums)
+            for each in self.cut(rows) if rows else ():
+                self._add([rows[place] for place in each.rows], sums)
         whole = self.total({name: float(value) for name, value in sums.items()})
         found = dict(metrics.summarise(whole))
         if self.is_labelled:
@@ -69,8 +84,7 @@ class ClassEvaluator:
                 found["teacher_accuracy"] = teacher["accuracy"]
                 found["teacher_f1"] = teacher["f1"]
                 found["teacher_ece"] = teacher["ece"]
-        named = {f"eval/{name}": value for name, value in found.items()}
-        return Evaluation(metrics={**named, "eval/rows": whole["rows"]})
+        return {**found, "rows": whole["rows"]}
 
     def _add(self, rows: Sequence[ScoredExample], sums: Counter[str]) -> None:
         batch = collate_classes(

@@ -15,10 +15,12 @@ from numpy.typing import NDArray
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.field_error import FieldError, kind_of
 from stillhouse.protos.rows.known_fields import LABELS, check_fields
+from stillhouse.student_trainer.config.rules.evaluation import settled_sets
 from stillhouse.student_trainer.config.schema import MAX_SPLIT_ROWS, DataConfig, DatasetConfig, RunConfig
 from stillhouse.student_trainer.train.data.cached_texts import is_cache
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
 from stillhouse.student_trainer.train.data.readers import DatasetRow, read_rows, resolve
 
 log = structlog.get_logger()
@@ -41,8 +43,11 @@ class LabelledExample(Example):
     """As the row has it: the name of a class, or a number; None if rows have none."""
 
 
-def load_labelled(config: RunConfig, tokenizer: Any, data_dir: Path) -> Corpus:
-    """Reads and encodes the examples of `config.data` with the student's tokenizer.
+def load_labelled(
+    config: RunConfig, tokenizer: Any, data_dir: Path
+) -> tuple[Corpus, Sequence[EvaluationRows]]:
+    """Reads and encodes the examples of `config.data` with the student's tokenizer, and the rows of evaluation sets, which
+    stand behind the held-out ones in the places that are returned.
 
     Raises StillhouseError: DATASET_NOT_FOUND; DATASET_INVALID for a row without text, with a label that is neither text nor
     a whole number, or without one where others have it or the loss needs it.
@@ -61,9 +66,21 @@ def load_labelled(config: RunConfig, tokenizer: Any, data_dir: Path) -> Corpus:
             f"rows with {TEXT} and {LABEL}.",
         )
     log.info("data read", train_rows=len(train), eval_rows=len(held_out), labelled=train[0].label is not None)
-    return Corpus(
-        train=train, eval=held_out[: config.evaluation.limit], dataset_sizes=[len(part) for part in parts]
-    )
+    rows = held_out[: config.evaluation.limit]
+    own, *named = settled_sets(config)
+    sets = [EvaluationRows(settings=own, begin=0, end=len(rows))]
+    for settings, each in zip(named, config.evaluation.sets, strict=True):
+        found = reader.read(DatasetConfig(path=each.path, limit=each.limit))
+        if not found:
+            raise StillhouseError(
+                Reason.DATASET_INVALID,
+                f"{each.path} has no row within {config.data.max_sequence_tokens} tokens, which {settings.field} needs. Raise "
+                f"data.max_sequence_tokens, or give rows with {TEXT} and {LABEL}.",
+            )
+        sets.append(EvaluationRows(settings=settings, begin=len(rows), end=len(rows) + len(found)))
+        rows = [*rows, *found]
+        log.info("evaluation set read", set=settings.name, rows=len(found))
+    return Corpus(train=train, eval=rows, dataset_sizes=[len(part) for part in parts]), sets
 
 
 def _held_out_rows(num_rows: int, data: DataConfig) -> set[int]:

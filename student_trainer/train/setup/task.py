@@ -167,7 +167,7 @@ class Classification:
     """The student tells classes of whole texts, or pairs of texts, apart."""
 
     def load_corpus(self, scope: RunScope, tokenizer: Any) -> tuple[Corpus, Sequence[EvaluationRows]]:
-        return load_labelled(scope.config, tokenizer, scope.data_dir), ()
+        return load_labelled(scope.config, tokenizer, scope.data_dir)
 
     def load_student(
         self, scope: RunScope, tokenizer: Any, teacher_side: TeacherSide, accelerator: Any
@@ -207,17 +207,19 @@ class Classification:
     def make_evaluator(
         self,
         scope: RunScope,
-        inputs: Inputs,  # noqa: ARG002 (no sets)
+        inputs: Inputs,
         teacher_side: TeacherSide,
         student_side: StudentSide,
     ) -> ClassEvaluator:
         student = student_side.student
         rows = teacher_side.held_out.score(scope, teacher_side.teachers, student.class_names)
+        places = _own(rows, scope)
         return ClassEvaluator(
             student=student,
             classes=_settle(scope, student.class_names, teacher_side.teachers),
-            rows=[rows[place] for place in _own(rows, scope)],
-            num_rows=len(rows),
+            rows=[rows[place] for place in places],
+            places=places,
+            sets=inputs.sets,
             is_labelled=_is_labelled(teacher_side.corpus),
             accelerator=student_side.accelerator,
             cut=student_side.stepper.cut,

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.distillation.teacher_proxy import TeacherProxy
+from stillhouse.protos.stillhouse.v1.teacher_pb2 import ScoreRequest, ScoreResponse
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS
 from tests.student_trainer.train.classification.conftest import NAMES, Encoders, class_spec, made_rows
@@ -126,14 +128,53 @@ def test_the_served_loss_is_that_of_a_local_teacher(
 
 
 def test_a_cache_serves_the_same_losses_without_the_teacher(
-    run: Run, encoders: Encoders, class_teacher: Program
+    run: Run, encoders: Encoders, class_teacher: Program, tmp_path: Path
 ) -> None:
-    spec = class_spec(encoders.student, encoders.rows, class_teacher.target)
+    """A cache that a run has filled, and one that was built; sets of their own rows have their own metrics."""
+    lines = encoders.rows.read_text().splitlines(keepends=True)
+    for name, part in (("first", lines[:40]), ("short", lines[:8])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sets = [{"name": each, "path": str(tmp_path / f"{each}.jsonl")} for each in ("first", "short")]
+    spec = class_spec(encoders.student, encoders.rows, class_teacher.target, evaluation={"sets": sets})
+    spec["data"]["eval"] = [{"path": str(tmp_path / "first.jsonl")}]
     online = run({**spec, "cache": {"path": "caches/classes"}})
+    run({**spec, "task": "classification_cache", "cache": {"path": "caches/built"}})
     del spec["teachers"]
-    offline = run({**spec, "cache": {"path": "caches/classes", "mode": "only"}})
-    assert_same_end(offline, online)
-    assert metric(offline, "eval/kl") == metric(online, "eval/kl")
+    for path in ("caches/classes", "caches/built"):
+        offline = run({**spec, "cache": {"path": path, "mode": "only"}})
+        assert_same_end(offline, online)
+        assert metric(offline, "eval/kl") == metric(online, "eval/kl")
+    for name in ("accuracy", "f1", "ece", "kl", "agreement", "teacher_accuracy", "rows"):
+        assert metric(online, f"eval/first/{name}") == metric(online, f"eval/{name}")
+    assert metric(online, "eval/short/rows")[0] == 8
+    assert metric(online, "eval/short/kl") != metric(online, "eval/kl")
+
+
+class _Unchanged:
+    def request(self, request: ScoreRequest) -> None:
+        """Lets it pass."""
+
+    def response(self, response: ScoreResponse) -> ScoreResponse:
+        return response
+
+
+def test_a_service_that_is_lost_changes_no_bit(run: Run, encoders: Encoders, class_teacher: Program) -> None:
+    spec = class_spec(encoders.student, encoders.rows, class_teacher.target, optimizer={"batch_size": 4})
+    whole = run(spec)
+    lost = TeacherProxy(class_teacher.target, _Unchanged)
+    spec["teachers"] = [{"targets": [lost.target, class_teacher.target]}]
+    steps = iter(range(1000))
+
+    def end_it() -> bool:
+        if next(steps) == 8:
+            lost.__exit__()
+        return False
+
+    with lost:
+        found = run(spec, stopped=end_it)
+    assert_same_end(found, whole)
+    assert max(metric(found, "teacher/service0/answered").values()) > 0
+    assert max(metric(found, "teacher/breaks").values()) > 0
 
 
 def test_a_killed_run_resumes_to_the_same_bits(
