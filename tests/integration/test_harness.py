@@ -16,6 +16,8 @@ from tests.conftest import Models
 from tests.support.runs import Service, completed
 
 HARNESS = "lm_eval==0.4.13"
+IMPORTED = ("pytablewriter", "sqlitedict", "more_itertools")
+"""What it imports for a local task and this environment has not; scikit-learn and others it never reaches."""
 QUESTIONS = 24
 
 
@@ -23,17 +25,21 @@ QUESTIONS = 24
 def harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment of its own, with the harness on top of this one's libraries."""
     root = tmp_path_factory.mktemp("harness")
-    subprocess.run([sys.executable, "-m", "venv", str(root)], check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True, timeout=100)
     python = root / "bin" / "python"
     purelib = subprocess.check_output(
         [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     ).strip()
     (Path(purelib) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run(
-        [str(python), "-m", "pip", "install", "-q", HARNESS], capture_output=True, check=False, timeout=580
-    )
-    if done.returncode:
-        pytest.skip("lm_eval is not installed")
+    for packages in (("--no-deps", HARNESS), IMPORTED):
+        done = subprocess.run(
+            [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *packages],
+            capture_output=True,
+            check=False,
+            timeout=200,
+        )
+        if done.returncode:
+            pytest.skip(f"lm_eval cannot be installed here: {done.stderr.decode()[-200:]}")
     return python
 
 
@@ -115,7 +121,8 @@ def test_the_harness_scores_a_pulled_student_as_we_do(
     assert done.returncode == 0, done.stderr[-3000:]
     [results] = (tmp_path / "results").rglob("results_*.json")
     theirs = json.loads(results.read_text())["results"]["quiz"]["acc,none"]
-    assert theirs == pytest.approx(quiz["metrics"]["accuracy"]["after"]["value"])
+    assert theirs == pytest.approx(quiz["metrics"]["accuracy"]["after"]["value"], abs=1e-9)
+    assert 0 < theirs < 1
 
     told = service.stillhouse("run", "attach", run.id, str(results))
     assert "evaluations/attached/" in told.stdout

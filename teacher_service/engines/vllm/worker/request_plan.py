@@ -107,7 +107,9 @@ def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | SamplingPlan | N
     options = (
         None
         if options is None
-        else DistributionOptions(**{**options, "temperatures": tuple(options["temperatures"])})
+        else DistributionOptions(
+            **{name: tuple(each) if isinstance(each, list) else each for name, each in options.items()}
+        )
     )
     if "draw" in argument:
         return SamplingPlan(**argument["draw"], options=options)
@@ -126,7 +128,7 @@ def score_start(extra_args: dict[str, Any] | None) -> int | None:
 
 
 def _plain(options: DistributionOptions) -> dict[str, Any]:
-    return {**asdict(options), "temperatures": list(options.temperatures)}
+    return {name: list(each) if isinstance(each, tuple) else each for name, each in asdict(options).items()}
 
 
 def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32Array]:
