@@ -103,14 +103,10 @@ class SamplingPlan:
 def read_plan(extra_args: dict[str, Any] | None) -> ScorePlan | SamplingPlan | None:
     """Parses the plan of a request; None without one."""
     argument = (extra_args or {}).get(KEY) or {}
-    options = argument.get("options")
-    options = (
-        None
-        if options is None
-        else DistributionOptions(
-            **{name: tuple(each) if isinstance(each, list) else each for name, each in options.items()}
-        )
-    )
+    given: dict[str, Any] | None = argument.get("options")
+    options = None
+    if given is not None:
+        options = DistributionOptions(**{name: _frozen(each) for name, each in given.items()})
     if "draw" in argument:
         return SamplingPlan(**argument["draw"], options=options)
     if "score" not in argument:
@@ -125,6 +121,10 @@ def score_start(extra_args: dict[str, Any] | None) -> int | None:
     """First position that a request scores; None if it scores nothing. Parsed separately since it is read often."""
     score = ((extra_args or {}).get(KEY) or {}).get("score")
     return None if score is None else int(score["start"])
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _plain(options: DistributionOptions) -> dict[str, Any]:
