@@ -1,11 +1,20 @@
-"""The sections `checkpoint`, `resources` and `retry` of a run's configuration (schema.py)."""
+"""The sections `checkpoint`, `resources`, `retry` and `notify` of a run's configuration (schema.py)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
-from stillhouse.student_trainer.config.fields import COUNT, NOT_NEGATIVE, POSITIVE, DefaultText, Range
+from stillhouse.student_trainer.config.fields import (
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Choices,
+    DefaultText,
+    MaxLength,
+    Range,
+    Required,
+)
 
 CHECKPOINT_EVERY_STEPS = 500
 CHECKPOINT_EVERY_SECONDS = 1800.0
@@ -54,3 +63,14 @@ class RetryConfig:
     max_attempts: Annotated[int, COUNT] = 1
     teacher_wait_s: Annotated[float, NOT_NEGATIVE] = 3600.0
     halve_micro_batch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NotifyConfig:
+    """A webhook that is told of the run's states."""
+
+    url: Annotated[str, MaxLength(2000), Required('is required, such as "https://example.org/hook".')] = ""
+    states: Annotated[
+        tuple[str, ...],
+        Choices("pending", "starting", "running", "stopping", "stopped", "completed", "failed"),
+    ] = ("stopped", "completed", "failed")

@@ -23,7 +23,12 @@ from stillhouse.student_trainer.config.fields import (
     Range,
     Required,
 )
-from stillhouse.student_trainer.config.resources import CheckpointConfig, ResourceConfig, RetryConfig
+from stillhouse.student_trainer.config.resources import (
+    CheckpointConfig,
+    NotifyConfig,
+    ResourceConfig,
+    RetryConfig,
+)
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
@@ -362,6 +367,7 @@ class RunConfig:
     retry: RetryConfig = field(default_factory=RetryConfig)
     labels: Mapping[str, str] = field(default_factory=dict)
     preset: Annotated[str, Choices("none", "system0", "system4")] = "none"
+    notify: tuple[NotifyConfig, ...] = ()
 
     @property
     def classifies(self) -> bool:

@@ -34,6 +34,8 @@ from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotif
 from stillhouse.student_trainer.runs.supervision.retention import keep_cleaning, keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
 from stillhouse.student_trainer.runs.web_process import WebProcess
+from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHosts
+from stillhouse.student_trainer.runs.webhooks.notifier import Webhooks
 
 SERVICE_NAME = DESCRIPTOR.services_by_name["RunService"].full_name
 
@@ -85,6 +87,8 @@ async def _serve(
 ) -> None:
     notifier = ChangeNotifier()
     gpus = visible_gpus() if settings.gpus is None else settings.gpus
+    hosts = WebhookHosts(settings.webhooks)
+    webhooks = Webhooks(store, db, notifier, hosts, data_dir.path / "webhooks")
     slots = DeviceSlots(gpus=gpus, cpu_slots=settings.cpu_slots)
     supervisor = Supervisor(store, db, notifier, slots, data_dir=data_dir, settings=settings)
     host = Host(
@@ -92,6 +96,7 @@ async def _serve(
         roots=_roots(settings),
         slots=slots,
         find_dataset=store.datasets.find,
+        find_webhook_host=hosts.find,
         processor=Processor.read(),
     )
     servicer = RunServicer(
@@ -100,6 +105,7 @@ async def _serve(
             db=db,
             notifier=notifier,
             supervisor=supervisor,
+            webhooks=webhooks,
             host=host,
             max_upload_bytes=settings.max_upload_bytes,
             max_queued_runs=settings.max_queued_runs,
@@ -115,14 +121,9 @@ async def _serve(
         await server.stop(0)
         raise
     await supervisor.start()
-    web = WebProcess(settings, data_dir, address) if settings.web else None
-    if web is not None:
-        try:
-            await web.start()
-        except StillhouseError:
-            await supervisor.close(stop_runs=False)
-            await server.stop(0)
-            raise
+    webhooks.start()
+    web = WebProcess(settings, data_dir, address)
+    await _start_web(web, supervisor, server)
     cleaning = keep_cleaning(
         data_dir.prepared, max_bytes=settings.max_prepared_bytes, keep_days=settings.keep_prepared_days
     )
@@ -138,23 +139,31 @@ async def _serve(
     )
 
     async def drain() -> None:
-        if web is not None:
-            await web.stop()  # it holds streams
+        await web.stop()  # it holds streams
         for each in sweepers:
             each.cancel()
         await asyncio.wait(sweepers)
         await supervisor.close(stop_runs=settings.stop_runs_on_exit)
+        await webhooks.close()
         notifier.close()
 
     patience_s = settings.stop_grace_s + 2 * TERM_GRACE_S if settings.stop_runs_on_exit else 0.0
     try:
         await server.run_until_signal(drain, settings.shutdown_grace_s + patience_s)
     finally:
-        if web is not None:
-            await web.stop()  # if draining was cut short
+        await web.stop()  # if draining was cut short
         metrics.close()  # before the store that it reads
         if settings.stop_runs_on_exit:
             supervisor.kill()
+
+
+async def _start_web(web: WebProcess, supervisor: Supervisor, server: Server) -> None:
+    try:
+        await web.start()
+    except StillhouseError:
+        await supervisor.close(stop_runs=False)
+        await server.stop(0)
+        raise
 
 
 def _metrics_port(settings: RunServiceSettings) -> int | None:

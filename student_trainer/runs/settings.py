@@ -81,6 +81,9 @@ class RunServiceSettings:
         SHARED["tokens"] + "  [default: tokens.json in --data-dir, once there]",
         None,
     )
+    webhooks: Path | None = setting(
+        "TOML file of the hosts that runs may notify, and their secrets, mode 0600.  [default: none]", None
+    )
     audit_log: Path | None = setting(SHARED["audit_log"] + "  [default: audit.jsonl in --data-dir]", None)
     metrics_host: str = setting(SHARED["metrics_host"], LOOPBACK)
     metrics_port: int | None = setting(SHARED["metrics_port"], None, between=(0, 65535))

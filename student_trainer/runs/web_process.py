@@ -30,11 +30,14 @@ class WebProcess:
         """`address` is that of the run service."""
         self._address_file = data_dir.path / "web.address"
         self._arguments = _arguments(settings, data_dir, address)
+        self._wanted = settings.web
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Returns once the server listens. Raises StillhouseError(INVALID_CONFIG) if it ends instead."""
+        """Returns once the server listens, at once without --web. Raises StillhouseError(INVALID_CONFIG) if it ends instead."""
+        if not self._wanted:
+            return
         self._address_file.unlink(missing_ok=True)
         process = await self._spawn()
         try:

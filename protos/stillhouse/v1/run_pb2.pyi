@@ -298,6 +298,7 @@ class RunSpec(_message.Message):
     RETRY_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     PRESET_FIELD_NUMBER: _builtins.int
+    NOTIFY_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
@@ -355,6 +356,10 @@ class RunSpec(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """For people and searches."""
 
+    @_builtins.property
+    def notify(self) -> _containers.RepeatedCompositeFieldContainer[Global___NotifySpec]:
+        """Addresses that are told of the run's states."""
+
     def __init__(
         self,
         *,
@@ -373,10 +378,11 @@ class RunSpec(_message.Message):
         retry: Global___RetrySpec | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         preset: _builtins.str | None = ...,
+        notify: _abc.Iterable[Global___NotifySpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "contexts", b"contexts", "data", b"data", "display_name", b"display_name", "evaluation", b"evaluation", "labels", b"labels", "loss", b"loss", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task", "teachers", b"teachers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "contexts", b"contexts", "data", b"data", "display_name", b"display_name", "evaluation", b"evaluation", "labels", b"labels", "loss", b"loss", "notify", b"notify", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task", "teachers", b"teachers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__preset: _TypeAlias = _typing.Literal["preset"]  # noqa: Y015
     _WhichOneofArgType__preset: _TypeAlias = _typing.Literal["_preset", b"_preset"]  # noqa: Y015
@@ -388,6 +394,36 @@ class RunSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__task) -> _WhichOneofReturnType__task | None: ...
 
 Global___RunSpec: _TypeAlias = RunSpec  # noqa: Y015
+
+@_typing.final
+class NotifySpec(_message.Message):
+    """NotifySpec is a webhook: an address to which the service posts changes of the run's state, signed and repeated until it
+    accepts them, as Standard Webhooks has it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URL_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    url: _builtins.str
+    """Required. URL whose host the service's operator allows."""
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """States to tell: pending, starting, running, stopping, stopped, completed, failed."""
+
+    def __init__(
+        self,
+        *,
+        url: _builtins.str = ...,
+        states: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["states", b"states", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NotifySpec: _TypeAlias = NotifySpec  # noqa: Y015
 
 @_typing.final
 class StudentSpec(_message.Message):

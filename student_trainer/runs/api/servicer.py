@@ -43,6 +43,7 @@ from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
+from stillhouse.student_trainer.runs.webhooks.notifier import Webhooks
 
 Context = grpc.aio.ServicerContext[Any, Any]
 UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
@@ -61,6 +62,7 @@ class ServiceParts:
     db: DatabaseThread
     notifier: ChangeNotifier
     supervisor: Supervisor
+    webhooks: Webhooks
     host: Host
     max_upload_bytes: int
     max_queued_runs: int
@@ -75,6 +77,7 @@ class RunServicer(RunServiceServicer):
         self._db = parts.db
         self._notifier = parts.notifier
         self._supervisor = parts.supervisor
+        self._webhooks = parts.webhooks
         self._host = parts.host
         self._max_queued_runs = parts.max_queued_runs
         self._inspection = RowInspection(parts.host)
@@ -121,6 +124,7 @@ class RunServicer(RunServiceServicer):
             datasets=datasets,
         )
         if created:
+            self._webhooks.follow(run)
             self._supervisor.wake()
         return run
 
@@ -171,6 +175,7 @@ class RunServicer(RunServiceServicer):
             max_queued=self._max_queued_runs,
             whole_micro_batch=changes_passes(request.changes),
         )
+        self._webhooks.follow(run)
         self._notifier.notify(run_id)
         self._supervisor.wake()
         return run

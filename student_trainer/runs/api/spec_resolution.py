@@ -21,6 +21,7 @@ from stillhouse.protos.rows.reading.tables import is_hub_id as is_hub_dataset
 from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.evaluation_set import EvaluationSetConfig
 from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
+from stillhouse.student_trainer.config.resources import NotifyConfig
 from stillhouse.student_trainer.config.schema import (
     ALL_LINEAR,
     CacheConfig,
@@ -36,6 +37,7 @@ from stillhouse.student_trainer.runs.supervision.device_slots import DeviceReque
 
 RUN_ID = re.compile(r"[a-z2-7]{12}")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+MAX_WEBHOOKS = 8
 OWN_FOLDERS = ("datasets", "runs", "caches", "adapters")
 """Folders of the data directory that specs may name; its database and credentials are out of reach."""
 
@@ -51,6 +53,8 @@ class Host:
     find_dataset: Callable[[str], StoredDataset | None]
     """An uploaded dataset by its name in a spec; None if there is none."""
     processor: Processor
+    find_webhook_host: Callable[[str], object]
+    """The host of a URL that may be posted to; StillhouseError if it may not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,6 +94,7 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
     )
     resolver.weights(resolved)
     resolver.lora_modules(resolved)
+    resolver.webhooks(config.notify)
     resolved = resolver.devices(resolved)
     return resolver.resolution(resolved, problems)
 
@@ -145,6 +150,16 @@ class _Resolver:
             model=student.model and self.model(f"{where}.model", student.model),
             adapter=student.adapter and self.adapter(f"{where}.adapter", student.adapter),
         )
+
+    def webhooks(self, hooks: Sequence[NotifyConfig]) -> None:
+        """Refuses addresses that this service does not post to."""
+        if len(hooks) > MAX_WEBHOOKS:
+            self._refuse("notify", f"it has {len(hooks)} entries; give at most {MAX_WEBHOOKS}.")
+        for index, hook in enumerate(hooks[:MAX_WEBHOOKS]):
+            try:
+                self.host.find_webhook_host(hook.url)
+            except StillhouseError as error:
+                self._refuse(f"notify[{index}].url", error.message)
 
     def model(self, where: str, name: str) -> str:
         """An absolute path, or a name that may be a hub id as it is."""

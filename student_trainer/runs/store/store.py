@@ -343,14 +343,21 @@ class Store:
             if changed:
                 queries.append_run_event(db, run_id)
 
-    def events(self, run_id: str, *, after: int, limit: int) -> list[WatchRunResponse]:
-        """Up to `limit` events of the run after sequence `after`, in order; their runs carry no specs."""
+    def events(
+        self, run_id: str, *, after: int, limit: int, runs_alone: bool = False
+    ) -> list[WatchRunResponse]:
+        """Up to `limit` events of the run after sequence `after`, in order; their runs carry no specs.
+
+        With `runs_alone` those that are no metrics.
+        """
         query = (
             select(events)
             .where(events.c.run_id == run_id, events.c.sequence > after)
             .order_by(events.c.sequence)
             .limit(limit)
         )
+        if runs_alone:
+            query = query.where(events.c.kind == "run")
         with transaction(self._engine) as db:
             return [queries.to_response(row) for row in db.execute(query).mappings().all()]
 

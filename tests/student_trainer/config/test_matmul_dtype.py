@@ -72,6 +72,7 @@ def resolved(
         roots=(tmp_path,),
         slots=DeviceSlots(gpus=gpus, cpu_slots=1),
         find_dataset=lambda _: None,
+        find_webhook_host=str,
         processor=on,
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")

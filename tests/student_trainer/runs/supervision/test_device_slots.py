@@ -96,6 +96,7 @@ def test_devices_that_are_not_named_follow_the_processes(
         roots=(tmp_path,),
         slots=DeviceSlots(gpus=(0, 1, 2), cpu_slots=1),
         find_dataset=lambda _: None,
+        find_webhook_host=str,
         processor=Processor(),
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")

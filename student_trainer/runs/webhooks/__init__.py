@@ -1,0 +1,1 @@
+"""State changes of runs, posted to the addresses that their specs name."""

@@ -1,0 +1,90 @@
+"""One signed POST, as Standard Webhooks has it: to an address that was looked at, without redirects or proxies."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import http.client
+import ipaddress
+import socket
+import ssl
+from urllib.parse import urlsplit
+
+from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost
+
+TIMEOUT_S = 10.0
+_GONE = 410
+
+
+class DeliveryError(Exception):
+    """A post that was not accepted; the message says why."""
+
+    def __init__(self, message: str, *, final: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+        """True if the receiver wants no more."""
+
+
+def post(url: str, host: WebhookHost, message_id: str, body: bytes, *, now_s: int) -> None:
+    """Posts `body`, and returns once the receiver has accepted it with a status of 2xx. Blocks.
+
+    Raises:
+        DeliveryError: it was not accepted, or its name stands for an address that `host` does not allow.
+    """
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    connection = http.client.HTTPConnection(str(parts.hostname), port, timeout=TIMEOUT_S)
+    try:
+        connection.sock = _connected(str(parts.hostname), port, host)
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
+        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {
+            "Host": parts.netloc,
+            "Content-Type": "application/json",
+            "User-Agent": "stillhouse",
+            "Connection": "close",
+            "webhook-id": message_id,
+            "webhook-timestamp": str(now_s),
+            "webhook-signature": signature(host.secret, message_id, now_s, body),
+        }
+        connection.request("POST", path, body=body, headers=headers)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        raise DeliveryError(
+            f"{parts.netloc} cannot be reached ({str(error)[:200] or type(error).__name__})"
+        ) from error
+    finally:
+        connection.close()
+    if not 200 <= status < 300:
+        raise DeliveryError(f"{parts.netloc} answered {status}", final=status == _GONE)
+
+
+def signature(secret: bytes, message_id: str, now_s: int, body: bytes) -> str:
+    """The header `webhook-signature`: base64 of the HMAC-SHA256 of id, time and body."""
+    signed = f"{message_id}.{now_s}.".encode() + body
+    return "v1," + base64.b64encode(hmac.digest(secret, signed, hashlib.sha256)).decode()
+
+
+def _connected(name: str, port: int, host: WebhookHost) -> socket.socket:
+    """A connection to an address of `name`: the one that was checked, so that a name cannot change in between."""
+    last: OSError = OSError("it has no address")
+    for *_, place in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
+        address = ipaddress.ip_address(str(place[0]).partition("%")[0])
+        if not host.private and not _is_public(address):
+            raise DeliveryError(
+                f"{name} stands for {address}, which is no public address; its entry in the file of --webhooks may say "
+                "private = true"
+            )
+        try:
+            return socket.create_connection((str(address), port), timeout=TIMEOUT_S)
+        except OSError as error:
+            last = error
+    raise last
+
+
+def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    inner = getattr(address, "ipv4_mapped", None) or address
+    return bool(inner.is_global) and not inner.is_multicast

@@ -1,0 +1,180 @@
+"""Webhooks: states in order, signed, until they are accepted, across a restart, and to allowed hosts alone."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.stillhouse.v1.run_pb2 import CreateRunRequest
+from stillhouse.student_trainer.runs.webhooks.delivery import DeliveryError, post
+from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost, WebhookHosts
+from tests.student_trainer.config.specs import spec_of
+from tests.student_trainer.runs.api.caller import model_of_no_kind, refused, stub_for, wait_ended
+from tests.support.programs import Program
+
+SECRET = b"0123456789abcdefghijklmn"
+KEY = "whsec_" + base64.b64encode(SECRET).decode()
+
+
+class Receiver(ThreadingHTTPServer):
+    """Answers with the next of `statuses`, and then 200."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.statuses: list[int] = []
+        self.refused = threading.Event()
+        self.accepted = threading.Semaphore(0)
+        self.messages: list[dict[str, Any]] = []
+
+    @property
+    def place(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        status = self.server.statuses.pop(0) if self.server.statuses else 200
+        signed = f"{self.headers['webhook-id']}.{self.headers['webhook-timestamp']}.".encode() + body
+        digest = base64.b64encode(hmac.new(SECRET, signed, hashlib.sha256).digest()).decode()
+        assert self.headers["webhook-signature"] == f"v1,{digest}"
+        if status == 200:
+            self.server.messages.append({**json.loads(body), "id": self.headers["webhook-id"]})
+            self.server.accepted.release()
+        else:
+            self.server.refused.set()
+        self.send_response(status)
+        self.send_header("location", "http://127.0.0.1:1/")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with Receiver() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def private_file(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+def test_states_are_posted_until_they_are_accepted(
+    trainer_service: Callable[..., Program], receiver: Receiver, tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    entry = f'[hosts."{receiver.place}"]\nsecret = "{KEY}"\nhttp = true\nprivate = true\n'
+    options = ("--webhooks", str(private_file(tmp_path / "webhooks.toml", entry)))
+    spec = {
+        "student": {"model": str(model_of_no_kind(tmp_path))},
+        "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}]},
+        "loss": {"terms": [{"weight": 0}], "hard_weight": 1},
+        "labels": {"team": "a"},
+        "notify": [{"url": f"http://{receiver.place}/hook?x=1", "states": ["starting", "failed"]}],
+    }
+    receiver.statuses = [503, 302] + [500] * 1000
+    first = trainer_service(*options)
+    with stub_for(first.target) as stub:
+        other = spec_of({**spec, "notify": [{"url": "https://169.254.169.254/latest"}]})
+        with refused(Reason.INVALID_SPEC) as caught:
+            stub.CreateRun(CreateRunRequest(spec=other))
+        assert [each.field for each in caught[0].violations] == ["notify[0].url"]
+        run = wait_ended(stub, stub.CreateRun(CreateRunRequest(spec=spec_of(spec))).name)
+    assert receiver.refused.wait(20)
+    assert first.stop() == 0
+    assert KEY not in first.log(1_000_000)
+    receiver.statuses = [503]
+    second = trainer_service(*options)
+    for _ in range(2):
+        assert receiver.accepted.acquire(timeout=30), second.log()
+    states = [(each["state"], each["previous_state"]) for each in receiver.messages]
+    assert states == [("STARTING", "PENDING"), ("FAILED", "STARTING")]
+    assert [each["id"] for each in receiver.messages] == [
+        f"{run.name}/{each['sequence']}" for each in receiver.messages
+    ]
+    last = receiver.messages[-1]
+    assert (last["run"], last["labels"]) == (run.name, {"team": "a"})
+    assert last["error"]["message"] == run.error.message
+
+
+def test_an_address_is_looked_at_before_it_is_connected(receiver: Receiver) -> None:
+    public = WebhookHost(secret=SECRET, http=True)
+    for name in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "[::1]"):
+        port = receiver.server_address[1]
+        with pytest.raises(DeliveryError, match="no public address"):
+            post(f"http://{name}:{port}/", public, "id", b"{}", now_s=1)
+    private = WebhookHost(secret=SECRET, http=True, private=True)
+    receiver.statuses = [307, 410]
+    with pytest.raises(DeliveryError, match="answered 307"):  # it is not followed
+        post(f"http://{receiver.place}/", private, "id", b"{}", now_s=1)
+    with pytest.raises(DeliveryError) as gone:
+        post(f"http://{receiver.place}/", private, "id", b"{}", now_s=1)
+    assert gone.value.final
+    post(f"http://{receiver.place}/", private, "id", b"{}", now_s=1)
+    assert receiver.messages == [{"id": "id"}]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://a.example/",  # not by plain HTTP
+        "https://b.example/",
+        "https://a.example:444/",
+        "https://a.example@b.example/",
+        "https://a.example.b.example/",
+        "https://a.example/#x",
+        "https://a.example/ x",
+        "https://a.example:x/",
+        "file:///etc/passwd",
+        "",
+    ],
+)
+def test_only_hosts_of_the_file_are_allowed(tmp_path: Path, url: str) -> None:
+    path = private_file(tmp_path / "hosts.toml", f'[hosts."a.example"]\nsecret = "{KEY}"\n')
+    hosts = WebhookHosts(path)
+    assert hosts.find("https://A.example/hook?a=b").secret == SECRET
+    assert hosts.find("https://a.example:443").secret == SECRET
+    with pytest.raises(StillhouseError):
+        hosts.find(url)
+    with pytest.raises(StillhouseError, match="--webhooks"):
+        WebhookHosts(None).find("https://a.example/")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[hosts", "Expected"),
+        ('[hosts."a"]\nsecret = "abc"\n', "whsec_"),
+        (f'[hosts."a"]\nsecret = "{KEY}"\nhtpp = true\n', "htpp"),
+        (f'[hosts."a"]\nsecret = "{KEY}"\nhttp = "yes"\n', "true or false"),
+        ("[host]\n", "tables"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path: Path, text: str, why: str) -> None:
+    path = private_file(tmp_path / "hosts.toml", text)
+    with pytest.raises(StillhouseError, match=why):
+        WebhookHosts(path)
+    path.chmod(0o644)
+    with pytest.raises(StillhouseError, match="chmod 600"):
+        WebhookHosts(path)
