@@ -192,7 +192,7 @@ def _check_own(config: TeacherConfig) -> None:
 
 def _check_model_path(model: str) -> None:
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise StillhouseError(
                 Reason.MODEL_NOT_FOUND,

@@ -97,7 +97,12 @@ class _TeacherProcess:
             server.run_until_signal(self._servicer.drain, self._config.shutdown_grace_s)
         )
         await asyncio.sleep(0)  # signals are handled from here on
-        log.info("listening", address=address, model=self._config.model, engine=self._config.engine)
+        log.info(
+            "listening",
+            address=address,
+            model=self._config.model or self._config.upstream,
+            engine=self._config.engine,
+        )
         serving = asyncio.create_task(self._serve(server, address))
         await asyncio.wait({serving, ending}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done() and not ending.done():

@@ -162,7 +162,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
         if self.serving is None:
             raise StillhouseError(
                 Reason.TEACHER_LOADING,
-                f"The teacher is loading {self._config.model}. Ask again in a few seconds.",
+                f"The teacher is loading {self._config.model or self._config.upstream}. Ask again in a few seconds.",
                 retry_after_s=LOADING_RETRY_S,
             )
         if needs is not None:

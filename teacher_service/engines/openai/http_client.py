@@ -191,7 +191,10 @@ class HttpClient:
                     raise self._invalid("sends a compressed answer, which was not asked for")
                 yield response
         except httpx.HTTPError as error:
-            raise _TransientError(self._unreachable(f"cannot be reached ({type(error).__name__})")) from error
+            what = f"cannot be reached ({type(error).__name__})"
+            raise _TransientError(
+                self._unreachable(what, remedy="Start it, or correct --upstream.")
+            ) from error
         except httpx.InvalidURL as error:
             raise self._invalid("has an address that is not valid") from error
 
@@ -258,10 +261,12 @@ class HttpClient:
         except (ValueError, RecursionError) as error:
             raise self._invalid(f"answers {path} with something that is not JSON") from error
 
-    def _unreachable(self, what: str, *, retry_after_s: float | None = None) -> StillhouseError:
+    def _unreachable(
+        self, what: str, *, retry_after_s: float | None = None, remedy: str = "Look into its log."
+    ) -> StillhouseError:
         return StillhouseError(
             Reason.TEACHER_UNREACHABLE,
-            f"The upstream server {self.upstream.url} {what}. Look into its log.",
+            f"The upstream server {self.upstream.url} {what}. {remedy}",
             retry_after_s=retry_after_s,
         )
 
