@@ -224,10 +224,11 @@ class HttpClient:
                 status,
             )
         if status in (401, 403):
+            # What a server says of a key may quote it.
+            what = "refuses the API key (401)" if status == 401 else f"forbids {path} (403){said}"
             return UpstreamRefusalError(
                 Reason.INVALID_CONFIG,
-                f"{self.upstream.url} refuses the API key ({status}). Give a valid one by --upstream-key-file or "
-                "STILLHOUSE_UPSTREAM_API_KEY.",
+                f"{self.upstream.url} {what}. Give a key that it takes by --upstream-key-file or STILLHOUSE_UPSTREAM_API_KEY.",
                 status,
             )
         reason = Reason.INVALID_CONFIG if status in (404, 405, 501) else Reason.INVALID_REQUEST

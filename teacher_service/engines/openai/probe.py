@@ -68,8 +68,12 @@ class Probe:
         self._client = client
         self._model = model
         self._codec = codec
-        self._text_ids = text_ids = codec.encode(PROBE_TEXT)
-        self._ids = text_ids[: min(PROBE_TOKENS, model.max_sequence_tokens - NEW_TOKENS - 1)]
+        room = model.max_sequence_tokens - NEW_TOKENS - 1
+        self._text, self._text_ids = PROBE_TEXT, codec.encode(PROBE_TEXT)
+        while len(self._text_ids) > room and " " in self._text:
+            self._text = self._text.rpartition(" ")[0]
+            self._text_ids = codec.encode(self._text)
+        self._ids = self._text_ids[: min(PROBE_TOKENS, room)]
         if len(self._ids) < 4:
             raise StillhouseError(
                 Reason.INVALID_CONFIG,
@@ -156,7 +160,7 @@ class Probe:
     async def _check_tokenizer(self, kind: Kind) -> None:
         if kind == "sglang":
             body: dict[str, Any] = {
-                "text": PROBE_TEXT,
+                "text": self._text,
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0.0},
                 "return_logprob": True,
                 "logprob_start_len": 0,
@@ -167,7 +171,7 @@ class Probe:
         else:
             body = {
                 "model": self._model.name,
-                "prompt": PROBE_TEXT,
+                "prompt": self._text,
                 "max_tokens": 1,
                 "temperature": 0.0,
                 "return_token_ids": True,
@@ -313,7 +317,7 @@ async def _accepted(call: Callable[[], Awaitable[Any]]) -> bool:
     try:
         await call()
     except UpstreamRefusalError as error:
-        if error.status in (401, 403):
+        if error.status == 401:  # 403 is also vLLM's answer at an endpoint that is switched off
             raise
         return False
     except StillhouseError as error:
