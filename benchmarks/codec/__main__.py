@@ -1,8 +1,8 @@
 """Bytes a token, reconstruction KL, and tokens a second on one core, of the forms in which distributions travel.
 
 Kinds of rows: made-up shapes from flat to sharp, and those of --model at temperatures 1 and 0.5. Rates are of complete
-messages, with every check of a receiver, in CPU time of one thread: the median and the best of many short runs over the rows
-of all kinds. KL is over the kept tokens, in nats, and counts a sum that is not the exact one.
+messages, with every check of a receiver, and of the two arrays of ids and log-probabilities alone, in CPU time of one thread:
+the median and the best of many short runs over the rows of all kinds. KL is over the kept tokens, in nats, and counts a sum that is not the exact one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
 from stillhouse.protos.tensors.distributions import (
     Distributions,
+    decode,
     decode_distributions,
     encode_distributions,
     packed_bits,
@@ -59,6 +60,7 @@ class FormResult:
     """Its share of the bytes of the run file's default form."""
     encode: Rate
     decode: Rate
+    decode_arrays: Rate
 
 
 @click.command()
@@ -88,10 +90,22 @@ def main(*, model: Path | None, top_k: int, runs: int, json_file: Path | None) -
     every = np.concatenate(list(kinds.values()))
     rows = every[np.random.default_rng(0).permutation(len(every))[:ROWS_OF_MESSAGE]]
     results = [_measure(rows, form, size, runs) for size in VOCAB_SIZES for form in FORMS]
-    columns = ("vocabulary", "bytes/token", "of today", "encode/s", "(best)", "decode/s", "(best)")
+    columns = (
+        "vocabulary",
+        "bytes/token",
+        "of today",
+        "encode/s",
+        "(best)",
+        "decode/s",
+        "(best)",
+        "arrays/s",
+        "(best)",
+    )
     print(f"\n{'form':20}" + "".join(f"{each:>12}" for each in columns))
     for each in results:
-        rates = (each.encode.median, each.encode.best, each.decode.median, each.decode.best)
+        rates = [
+            rate for of in (each.encode, each.decode, each.decode_arrays) for rate in (of.median, of.best)
+        ]
         print(
             f"{each.form:20}{each.vocab_size:12,}{each.bytes_per_token:12.1f}{each.bytes_of_today:12.2f}"
             + "".join(f"{rate:12,.0f}" for rate in rates)
@@ -152,7 +166,13 @@ def _measure(logprobs: NDArray[np.float64], form: str, vocab_size: int, runs: in
         bytes_of_today=len(data) / today,
         encode=_rate(lambda: _encode(answer, form, vocab_size).SerializeToString(), len(logprobs), runs),
         decode=_rate(lambda: _decode(TokenDistributions.FromString(data), vocab_size), len(logprobs), runs),
+        decode_arrays=_rate(lambda: _decode_arrays(message), len(logprobs), runs),
     )
+
+
+def _decode_arrays(message: TokenDistributions) -> None:
+    for tensor in (message.token_ids, message.logprobs):
+        decode(tensor, field="bench", dtypes=(tensor.dtype,), shape=(None, None))
 
 
 def _rate(work: Callable[[], object], num_tokens: int, runs: int) -> Rate:
