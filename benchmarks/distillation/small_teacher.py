@@ -44,6 +44,8 @@ def open_setting(text: Path, work_dir: Path, sizes: Mapping[str, int], sharpness
     teacher = make_model(sizes["teacher_width"], 4, sizes["vocabulary"])
     path = work_dir / "teacher-{teacher_width}-{vocabulary}-{teacher_steps}.pt".format(**sizes)
     results = path.with_suffix("") / "students-{student_width}-{student_batch}-{steps}".format(**sizes)
+    if sizes["warm_steps"]:
+        results = results.with_name("{}-warm-{warm_steps}".format(results.name, **sizes))
     if sharpness != 1:
         results = results.with_name(f"{results.name}-sharp-{sharpness:g}")
     results.mkdir(parents=True, exist_ok=True)
@@ -64,12 +66,17 @@ def open_setting(text: Path, work_dir: Path, sizes: Mapping[str, int], sharpness
 
 def batches(setting: Setting, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The batches of a seed, and the teacher's log-probabilities of each next token, [N, V]."""
-    rows, sizes = torch.Generator().manual_seed(seed), setting.sizes
-    for _ in range(sizes["steps"]):
-        batch = setting.train[torch.randint(len(setting.train), (sizes["student_batch"],), generator=rows)]
+    for batch in training_rows(setting, seed):
         with torch.no_grad():
             logits = setting.teacher(input_ids=batch, use_cache=False).logits[:, :-1].flatten(0, 1)
         yield batch, logits.log_softmax(-1)
+
+
+def training_rows(setting: Setting, seed: int) -> Iterator[Tensor]:
+    """The rows of each step of a seed."""
+    rows, sizes = torch.Generator().manual_seed(seed), setting.sizes
+    for _ in range(sizes["steps"]):
+        yield setting.train[torch.randint(len(setting.train), (sizes["student_batch"],), generator=rows)]
 
 
 def _blocks(text: Path, vocabulary: int) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -39,6 +39,7 @@ from benchmarks.distillation.small_teacher import (
     make_optimizer,
     open_setting,
     take_step,
+    training_rows,
 )
 from benchmarks.distillation.sparse_forms import (
     CROSS_ENTROPY,
@@ -85,6 +86,12 @@ def _form(text: str) -> Form:
 @click.option("--steps", default=300, show_default=True, help="Steps of each student.")
 @click.option("--seeds", default=5, show_default=True)
 @click.option("--first-seed", default=0, show_default=True)
+@click.option(
+    "--warm-steps",
+    default=0,
+    show_default=True,
+    help="Steps of cross-entropy that each student has behind it, as a student that was trained before.",
+)
 @click.option("--student-batch", default=4, show_default=True, help="Rows of 128 tokens in a step.")
 @click.option("--teacher-width", default=256, show_default=True)
 @click.option("--student-width", default=128, show_default=True)
@@ -172,8 +179,9 @@ def _students(
         for form in forms
     }
     missing = [key for key, file in files.items() if not file.exists()]
-    students = {key: _Student.new(setting, seed) for key in missing if key[1] != CROSS_ENTROPY}
-    baseline = _Student.new(setting, seed) if len(students) < len(missing) else None
+    start = _warm_state(setting, seed) if missing else {}
+    students = {key: _Student.new(setting, seed, start) for key in missing if key[1] != CROSS_ENTROPY}
+    baseline = _Student.new(setting, seed, start) if len(students) < len(missing) else None
     for batch, logprobs in batches(setting, seed) if missing else ():
         if baseline is not None:
             baseline.step(batch, None, LossConfig())
@@ -189,6 +197,18 @@ def _students(
             metrics["bytes"] = statistics.mean(trained.num_bytes)
         files[name, form].write_text(json.dumps(metrics))
     return {key: json.loads(file.read_text()) for key, file in files.items()}
+
+
+def _warm_state(setting: Setting, seed: int) -> Mapping[str, Tensor]:
+    """Weights of a student after `warm_steps` of cross-entropy on rows of its own; empty without any."""
+    steps = setting.sizes["warm_steps"]
+    if not steps:
+        return {}
+    warm = replace(setting, sizes={**setting.sizes, "steps": steps})
+    student = _Student.new(warm, seed, {})
+    for batch in training_rows(warm, 10_000 + seed):
+        student.step(batch, None, LossConfig())
+    return dict(student.model.state_dict())
 
 
 def _file_name(loss: LossConfig) -> str:
@@ -207,10 +227,12 @@ class _Student:
     """Of each step's targets, a token."""
 
     @classmethod
-    def new(cls, setting: Setting, seed: int) -> _Student:
-        """A student before its first step, the same for all losses and forms of a seed."""
+    def new(cls, setting: Setting, seed: int, weights: Mapping[str, Tensor]) -> _Student:
+        """A student before its first step, the same for all losses and forms of a seed; with random weights if there are none."""
         torch.manual_seed(seed)
         model = make_model(setting.sizes["student_width"], 2, setting.sizes["vocabulary"])
+        if weights:
+            model.load_state_dict(weights)
         optimizer, schedule = make_optimizer(model, setting.sizes["steps"])
         draws = torch.Generator().manual_seed(1000 + seed)
         return cls(model=model, optimizer=optimizer, schedule=schedule, draws=draws, num_bytes=[])

@@ -19,6 +19,14 @@ def pack(array: NDArray[Any], bits: int) -> bytes:
     flat = array.reshape(-1)
     if flat.dtype.kind not in "iu" or (flat.size and not (flat.min() >= 0 and int(flat.max()) < 1 << bits)):
         raise ValueError(f"only integers in [0, 2**{bits}) fit {bits} bits")
+    if bits in (2, 4):  # whole elements in each byte
+        per_byte = 8 // bits
+        padded = np.zeros(-(-flat.size // per_byte) * per_byte, np.uint8)
+        padded[: flat.size] = flat
+        packed = padded[::per_byte].copy()
+        for place in range(1, per_byte):
+            packed |= padded[place::per_byte] << (place * bits)
+        return packed.tobytes()
     pieces: list[bytes] = []
     for begin in range(0, flat.size, _BLOCK_ELEMENTS):  # every block but the last ends on a byte
         words = flat[begin : begin + _BLOCK_ELEMENTS].astype("<u4")

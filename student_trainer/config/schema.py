@@ -221,7 +221,8 @@ class LossConfig:
         int | None,
         COUNT,
         DefaultText(
-            "where auto takes draws as many as fit into 272 bytes beside top_k, and 48 at least; else 50"
+            "where auto takes draws as many as fit beside top_k into 272 bytes, or 512 for other divergences than forward_kl, "
+            "and 48 at least; else 50"
         ),
     ] = None
     foreign_tokenizer: Annotated[str, Choices("refuse", "alm")] = "refuse"

@@ -31,8 +31,12 @@ LEAST_SAMPLES, NAMED_SAMPLES = 48, 50
 DRAW_LOGPROB_BITS = 4
 """Bits of the log-probability of a stratified draw where others are float16. They add noise that is small beside that of
 draws, in place of which there are half as many draws more than with 8."""
-_TARGET_BITS, _ID_BITS, _LOGPROB_BITS = 272 * 8, 18, 16
-"""Bits of a token's target, of an id of a vocabulary of 151,936, and of a log-probability."""
+TARGET_BYTES, STEADY_BYTES = 272, 512
+"""Bytes of a token's target, as many as 64 tokens of a vocabulary of 151,936 take with their log-probabilities; and those with
+which draws keep 95 % of the gain of losses that are less steady."""
+LARGE_VOCABULARY = 151_936
+_ID_BITS, _LOGPROB_BITS = 18, 16
+"""Bits of an id of a vocabulary of 151,936, and of a log-probability."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,13 +50,20 @@ class TargetChoice:
 
     @classmethod
     def draws(cls, loss: LossConfig, why: str, *, form: str, vocab_size: int) -> TargetChoice:
-        """The top-k exactly and draws of target `form` for the rest, in the bytes of 64 tokens and a bucket."""
+        """The top-k exactly and draws of target `form` for the rest, in TARGET_BYTES; of stratified ones in `target_bytes`."""
         top_k, token_bits = loss.least_top_k, _ID_BITS + _LOGPROB_BITS
         if form == "stratified_tail":
-            room = _stratified_draws(top_k, vocab_size, with_logprobs=needs_draw_logprobs(loss))
+            num_bytes = target_bytes(loss)
+            room = _stratified_draws(
+                top_k, vocab_size, num_bytes=num_bytes, with_logprobs=needs_draw_logprobs(loss)
+            )
+            if loss.num_samples is not None and loss.num_samples < room:
+                why = f"{why}; num_samples is the run file's own, and {room} would be steadier"
+            elif num_bytes > TARGET_BYTES and loss.num_samples is None:
+                why = f"{why}; in {num_bytes} bytes a token, since {TARGET_BYTES} keep less than 95 % of the gain"
         else:
             of_tail = form == "sampled_tail"
-            room = (_TARGET_BITS - top_k * token_bits) // (token_bits if of_tail else _ID_BITS)
+            room = (8 * TARGET_BYTES - top_k * token_bits) // (token_bits if of_tail else _ID_BITS)
         return cls(
             sparse_target=form,
             top_k=top_k,
@@ -85,10 +96,30 @@ class TargetChoice:
         )
 
 
-def _stratified_draws(top_k: int, vocab_size: int, *, with_logprobs: bool) -> int:
+def target_bytes(loss: LossConfig) -> int:
+    """Bytes of a token's stratified target with which a loss keeps 95 % of the full vocabulary's gain: docs/concepts/targets.md."""
+    full = (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
+    return STEADY_BYTES if any(term.divergence != "forward_kl" for term in full) else TARGET_BYTES
+
+
+def has_few_draws(loss: LossConfig) -> bool:
+    """True if the target of a settled loss draws less steadily than it should, by its kind or by the run file's own words."""
+    if loss.sparse_target == "sampled_tail":
+        return True
+    least = _stratified_draws(
+        loss.least_top_k,
+        LARGE_VOCABULARY,
+        num_bytes=target_bytes(loss),
+        with_logprobs=needs_draw_logprobs(loss),
+    )
+    named = loss.sparse_target == "stratified_tail" and not loss.sparse_target_reason
+    return named and (loss.num_samples or 0) < least
+
+
+def _stratified_draws(top_k: int, vocab_size: int, *, num_bytes: int, with_logprobs: bool) -> int:
     """The most draws whose sorted ids, spread evenly, fit beside the top-k; ids that crowd take less."""
     id_bits = max(1, (vocab_size - 1).bit_length())
-    room = _TARGET_BITS - top_k * (id_bits + _LOGPROB_BITS)
+    room = 8 * num_bytes - top_k * (id_bits + _LOGPROB_BITS)
     logprob_bits = DRAW_LOGPROB_BITS if with_logprobs else 0
     if with_logprobs:
         room -= 2 * _LOGPROB_BITS  # bounds of the row

@@ -135,7 +135,11 @@ def _targets(run: Run) -> Iterator[tuple[str, str]]:
 def _target(loss: LossSpec) -> str:
     if not loss.sparse_target_reason:
         return ""
-    draws = f" and {loss.num_samples} draws" if "sampled" in loss.sparse_target else ""
+    draws = (
+        f" and {loss.num_samples} draws"
+        if "sampled" in loss.sparse_target or "stratified" in loss.sparse_target
+        else ""
+    )
     return f"{loss.sparse_target}, top-{loss.top_k}{draws}: {loss.sparse_target_reason}"
 
 

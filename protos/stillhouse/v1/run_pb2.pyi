@@ -1267,9 +1267,10 @@ class LossSpec(_message.Message):
     num_samples draws of the teacher in place of its top_k, which then may be 1; unbiased. "top_k_and_sampled": the top_k
     exactly, and the draws that fell outside share the tail's mass. "sampled_tail": the top_k exactly, and num_samples draws
     from outside it at the loss's temperature, with their log-probabilities: values and gradients of the whole vocabulary in
-    expectation, for all divergences but reverse_kl, adaptive_kl, mse and those that come near reverse_kl.
-    "stratified_tail": the same with stratified draws, which are steadier, and without log-probabilities where forward_kl is
-    the only divergence, so that there is room for more of them. "renormalise": the top_k as if they were all, as many
+    expectation, for all divergences but reverse_kl, adaptive_kl, mse and those that come near reverse_kl; from temperature 2
+    on with a control variate. "stratified_tail": the same with stratified draws, which are steadier, and without
+    log-probabilities where forward_kl is the only divergence and temperature below 2, so that there is room for more of
+    them. "renormalise": the top_k as if they were all, as many
     programs do; it makes students over-confident. sampled, top_k_and_sampled and renormalise are for forward_kl alone;
     stratified_tail needs a teacher with CAPABILITY_STRATIFIED_SAMPLES, sampled_tail one with CAPABILITY_TAIL_SAMPLES, the
     other draws one with CAPABILITY_SAMPLED_TOKENS.

@@ -20,13 +20,12 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.rules.loss import (
     DRAWN_TARGETS,
-    MAX_SAMPLES,
     TAIL_TARGETS,
-    needs_draw_logprobs,
 )
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.config.target_choice import (
     TargetChoice,
+    has_few_draws,
     settle,
     settle_config,
     settle_spec,
@@ -85,14 +84,13 @@ def log_targets(config: RunConfig) -> None:
                 num_samples=loss.num_samples if loss.sparse_target in DRAWN_TARGETS else 0,
                 why=loss.sparse_target_reason or "the run file says so",
             )
-            few = loss.num_samples is not None and loss.num_samples < MAX_SAMPLES
-            if few and loss.sparse_target in TAIL_TARGETS and needs_draw_logprobs(loss):
+            if has_few_draws(loss):
                 # Measured: docs/concepts/targets.md.
                 log.warning(
                     "with a flat teacher these draws keep less than 95 % of what its whole vocabulary would give",
                     loss=path,
                     num_samples=loss.num_samples,
-                    remedy=f"raise loss.num_samples, to {MAX_SAMPLES} at most; draws cost bytes and time in proportion",
+                    remedy="leave num_samples and sparse_target out, with a teacher of this version",
                 )
 
 

@@ -8,9 +8,9 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
 def test_a_run_shows_its_targets_with_their_reason() -> None:
     run = Run(name="runs/aaaaaaaaaaaa")
-    run.effective_spec.loss.sparse_target = "top_k_and_sampled"
+    run.effective_spec.loss.sparse_target = "stratified_tail"
     assert "target" not in dict(_facts(run))
     run.effective_spec.loss.sparse_target_reason = "the teacher draws"
     run.effective_spec.loss.top_k, run.effective_spec.loss.num_samples = 16, 90
     run.effective_spec.contexts.add().student.SetInParent()
-    assert dict(_facts(run))["target"] == "top_k_and_sampled, top-16 and 90 draws: the teacher draws"
+    assert dict(_facts(run))["target"] == "stratified_tail, top-16 and 90 draws: the teacher draws"
