@@ -40,6 +40,7 @@ class _Sharpened:
 def open_setting(text: Path, work_dir: Path, sizes: Mapping[str, int], sharpness: float = 1.0) -> Setting:
     """Trains the teacher, once per work folder."""
     train, held_out = _blocks(text, sizes["vocabulary"])
+    held_out = held_out[: sizes["held_out_rows"]]
     torch.manual_seed(0)
     teacher = make_model(sizes["teacher_width"], 4, sizes["vocabulary"])
     path = work_dir / "teacher-{teacher_width}-{vocabulary}-{teacher_steps}.pt".format(**sizes)

@@ -93,6 +93,7 @@ def _form(text: str) -> Form:
     help="Steps of cross-entropy that each student has behind it, as a student that was trained before.",
 )
 @click.option("--student-batch", default=4, show_default=True, help="Rows of 128 tokens in a step.")
+@click.option("--held-out-rows", default=64, show_default=True, help="At most 64.")
 @click.option("--teacher-width", default=256, show_default=True)
 @click.option("--student-width", default=128, show_default=True)
 def main(
