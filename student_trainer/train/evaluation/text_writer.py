@@ -16,7 +16,12 @@ from numpy.typing import NDArray
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.passes import PassCutter
 from stillhouse.student_trainer.train.data.encoding import Example
-from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
+from stillhouse.student_trainer.train.rollouts.generation_mode import (
+    GENERATE_MODES,
+    GenerationMode,
+    batches,
+    select_mode,
+)
 from stillhouse.student_trainer.train.rollouts.local_sampler import BATCH_TEXTS, LocalSampler
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
@@ -100,7 +105,7 @@ class TextWriter:
         cutter = PassCutter(max_rows=BATCH_TEXTS, max_tokens=None)
         devices = [self._device] if self._device.type == "cuda" else []
         with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
-            self._mode = self._mode or select_mode(model, self._device, self._autocast)
+            self._mode = self._mode or select_mode(model, self._device, self._autocast, GENERATE_MODES)
             with self._autocast():
                 for group in batches([len(prompt) for prompt in prompts], self._mode.batch):
                     ordered = sorted(group, key=lambda row: len(prompts[row]))

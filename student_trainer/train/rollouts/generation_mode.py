@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from stillhouse.student_trainer.train.rollouts import continuous_batch
+from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow
+
 log = structlog.get_logger()
 _PROBES = (6, 3, 3)
 """Tokens of each probe; the shorter are padded where prompts are."""
@@ -21,7 +25,7 @@ _HALF_TOLERANCE = (0.1, 0.03)
 """Shares of the logits' spread: the most by which equal passes of other shapes differ, and what never matters."""
 
 
-Batch = Literal["padded", "equal", "single"]
+Batch = Literal["continuous", "padded", "equal", "single"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,25 +34,34 @@ class GenerationMode:
 
     use_cache: bool
     batch: Batch
-    """Prompts that share a pass: all, padded on the left; those of one length; or none."""
+    """Prompts that share a pass: all, in continuous batches, or padded on the left; those of one length; or none."""
 
 
-MODES = tuple(GenerationMode(cache, batch) for cache in (True, False) for batch in get_args(Batch))
-"""By rising cost; the last one is a whole pass for each token."""
+GENERATE_MODES = tuple(
+    GenerationMode(cache, batch)
+    for cache in (True, False)
+    for batch in get_args(Batch)
+    if batch != "continuous"
+)
+"""Modes of transformers' `generate`, by rising cost; the last one is a whole pass for each token."""
+MODES = (GenerationMode(True, "continuous"), *GENERATE_MODES)
 
 
 def batches(lengths: Sequence[int], batch: Batch) -> Iterator[list[int]]:
     """Yields the indices of prompts that share a pass."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        groups.setdefault({"padded": 0, "equal": length, "single": index}[batch], []).append(index)
+        groups.setdefault({"equal": length, "single": index}.get(batch, 0), []).append(index)
     yield from groups.values()
 
 
 def select_mode(
-    model: Any, device: torch.device, autocast: Callable[[], AbstractContextManager[object]]
+    model: Any,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]],
+    modes: Sequence[GenerationMode] = MODES,
 ) -> GenerationMode:
-    """Selects the cheapest mode whose logits agree with passes over whole sequences, by a short trial.
+    """Selects the cheapest of `modes`, by rising cost, whose logits agree with passes over whole sequences, by a short trial.
 
     The trial is in float32 where all weights are, so that rounding does not hide the memory of fresh weights, and a resumed
     run decides as before.
@@ -59,7 +72,7 @@ def select_mode(
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(vocab_size, (length,), generator=generator) for length in _PROBES]
     with nullcontext() if is_exact else autocast():
-        for mode in MODES[:-1]:
+        for mode in modes[:-1]:
             try:
                 agrees = _agrees(model, prompts, mode, device, _TOLERANCE if is_exact else _HALF_TOLERANCE)
             except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
@@ -67,8 +80,8 @@ def select_mode(
             if agrees:
                 break
         else:
-            mode = MODES[-1]
-    if mode != MODES[0]:
+            mode = modes[-1]
+    if mode not in {MODES[0], GENERATE_MODES[0]}:
         log.warning(
             "rollouts are slower",
             use_cache=mode.use_cache,
@@ -87,7 +100,12 @@ def _agrees(
 ) -> bool:
     for indices in batches(list(map(len, prompts)), mode.batch):
         batch = [prompts[each] for each in indices]
-        found, sequences = _generate(model, batch, mode, device)
+        found: Sequence[Tensor] | Tensor
+        sequences: Sequence[Tensor] | Tensor
+        if mode.batch == "continuous":
+            found, sequences = _decode(model, batch, device)
+        else:
+            found, sequences = _generate(model, batch, mode, device)
         for prompt, found_TV, new in zip(batch, found, sequences, strict=True):
             ids = torch.cat([prompt.to(device), new])[None, :-1]
             rows = slice(len(prompt) - 1, None)
@@ -99,6 +117,33 @@ def _agrees(
             if not _error(found_TV.double(), exact_TV) <= limit:
                 return False
     return True
+
+
+def _decode(model: Any, prompts: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+    """As `_generate`, in continuous batches of two sequences, one of which ends first and makes room for the next."""
+    if not continuous_batch.supports(model):
+        raise ValueError("the model remembers more than keys and values")
+    rows = [
+        DecodeRow(prompt.int().numpy(), max(1, _NEW_TOKENS - 2 * (number == 0)))
+        for number, prompt in enumerate(prompts)
+    ]
+    logits: defaultdict[int, list[Tensor]] = defaultdict(list)
+    tokens: defaultdict[int, list[Tensor]] = defaultdict(list)
+
+    def draw(rows_B: Tensor, _: Tensor, logits_BV: Tensor) -> Tensor:
+        likeliest_B = logits_BV.argmax(-1)
+        for place, row in enumerate(rows_B.tolist()):
+            logits[row].append(logits_BV[place])
+            tokens[row].append(likeliest_B[place])
+        return likeliest_B
+
+    counts = continuous_batch.decode(
+        model, rows, draw, end_ids=[], max_rows=2, max_tokens=None, device=device
+    )
+    return (
+        [torch.stack(logits[row][:count]) for row, count in enumerate(counts)],
+        [torch.stack(tokens[row][:count]) for row, count in enumerate(counts)],
+    )
 
 
 def _generate(

@@ -1,12 +1,13 @@
 """Samples completions from the student in the training process, with their exact log-probabilities.
 
-transformers' `generate` runs the model and its cache; every token is sampled here, so that the recorded log-probability
-is that of the actual sampling distribution. Axes: B sequences, V vocabulary, Q top-k ids.
+The model runs in continuous batches where its memory allows that, else in those of transformers' `generate`. Every token is
+sampled here, so that the recorded log-probability is that of the actual sampling distribution. Axes: B sequences, V
+vocabulary, Q top-k ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.passes import PassCutter
+from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow, decode
 from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
+from stillhouse.student_trainer.train.rollouts.token_sampler import Drawn, TokenSampler
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 BATCH_TEXTS = 64
@@ -104,6 +106,9 @@ class LocalSampler:
         with evaluation_mode(model), torch.no_grad(), _plain_settings(model):
             self._mode = self._mode or select_mode(model, self._device, self._autocast)
         with evaluation_mode(model), torch.no_grad(), self._autocast(), _plain_settings(model):
+            if self._mode.batch == "continuous":
+                written = self._write_continuously(copies, generation, max_sequence_tokens)
+                return _grouped(dict(enumerate(written)), generation.samples_per_prompt)
             lengths = [
                 min(len(prompt) + generation.max_new_tokens, max_sequence_tokens) for prompt, _ in copies
             ]
@@ -112,22 +117,84 @@ class LocalSampler:
             for group in batches([len(prompt) for prompt, _ in copies], self._mode.batch):
                 for each in cutter.cut([lengths[row] for row in group]):
                     rows = [group[place] for place in each.rows]
-                    written = self._write_batch(
+                    batch = self._write_batch(
                         [copies[row] for row in rows],
                         generation,
                         max_sequence_tokens,
                         use_cache=self._mode.use_cache,
                     )
-                    texts |= zip(rows, written, strict=True)
-        size = generation.samples_per_prompt
-        return [[texts[row] for row in range(first, first + size)] for first in range(0, len(texts), size)]
+                    texts |= zip(rows, batch, strict=True)
+        return _grouped(texts, generation.samples_per_prompt)
+
+    @property
+    def _max_tokens(self) -> int | None:
+        """Tokens of a batch at most, prompts included, if there is a limit."""
+        tokens = self._pass_tokens()
+        return tokens and tokens * SAMPLED_TOKENS
 
     def _cutter(self) -> PassCutter:
         """Cuts texts into batches: those of like length together, so that few tokens are padding."""
-        tokens = self._pass_tokens()
-        return PassCutter(
-            max_tokens=tokens and tokens * SAMPLED_TOKENS, max_rows=BATCH_TEXTS, pass_tokens=_WORTH_TOKENS
+        return PassCutter(max_tokens=self._max_tokens, max_rows=BATCH_TEXTS, pass_tokens=_WORTH_TOKENS)
+
+    def _sampler(self, generation: RolloutConfig) -> TokenSampler:
+        return TokenSampler(
+            num_valid=self._vocab_size, num_likeliest=self._num_likeliest, generation=generation
         )
+
+    def _write_continuously(
+        self,
+        copies: Sequence[tuple[NDArray[np.int32], np.random.Generator]],
+        generation: RolloutConfig,
+        max_sequence_tokens: int,
+    ) -> list[SampledText]:
+        rows = [
+            DecodeRow(prompt, min(generation.max_new_tokens, max_sequence_tokens - len(prompt)))
+            for prompt, _ in copies
+        ]
+        widest = max((row.room for row in rows), default=1)
+        uniform = np.zeros((len(rows), widest))
+        for row, (_, generator) in enumerate(copies):
+            uniform[row, : rows[row].room] = generator.random(rows[row].room)
+        uniform_RT = torch.from_numpy(uniform).to(self._device)
+        sampler, taken, drawn = self._sampler(generation), [], []
+
+        def draw(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
+            found = sampler.draw(logits_BV, uniform_RT[rows_B, places_B.clamp(max=widest - 1)])
+            taken.append(rows_B)
+            drawn.append(found)
+            return found.tokens
+
+        counts = decode(
+            self._student.model,
+            rows,
+            draw,
+            end_ids=self._end_ids,
+            max_rows=BATCH_TEXTS,
+            max_tokens=self._max_tokens,
+            device=self._device,
+        )
+        return list(self._collected(counts, taken, drawn))
+
+    def _collected(
+        self, counts: Sequence[int], taken: Sequence[Tensor], drawn: Sequence[Drawn]
+    ) -> Iterator[SampledText]:
+        """The first tokens of each row, as many as `counts` says, of those that were drawn in order."""
+        if not counts:
+            return
+        order = torch.cat(list(taken)).cpu().numpy().argsort(kind="stable")
+        starts = np.searchsorted(torch.cat(list(taken)).cpu().numpy()[order], np.arange(len(counts)))
+        tokens, logprobs, likeliest = (
+            torch.cat([getattr(each, name) for each in drawn]).cpu().numpy()[order]
+            for name in ("tokens", "logprobs", "likeliest")
+        )
+        for start, count in zip(starts.tolist(), counts, strict=True):
+            own = slice(start, start + count)
+            yield SampledText(
+                token_ids=tokens[own].astype(np.int32),
+                logprobs=logprobs[own],
+                likeliest=likeliest[own],
+                finished=int(tokens[start + count - 1]) in self._end_ids,
+            )
 
     def _write_batch(
         self,
@@ -147,12 +214,7 @@ class LocalSampler:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         uniform = np.stack([generator.random(max(rooms)) for _, generator in copies])
-        sampler = _RecordingSampler(
-            self._vocab_size,
-            generation,
-            self._num_likeliest,
-            torch.from_numpy(uniform).to(self._device),
-        )
+        sampler = _RecordingSampler(self._sampler(generation), torch.from_numpy(uniform).to(self._device))
         model: Any = self._student.model
         model.generate(
             input_ids=torch.from_numpy(ids).to(self._device),
@@ -188,6 +250,11 @@ class LocalSampler:
         )
 
 
+def _grouped(texts: Mapping[int, SampledText], size: int) -> list[list[SampledText]]:
+    """Texts by their prompts, of which each has `size`."""
+    return [[texts[row] for row in range(first, first + size)] for first in range(0, len(texts), size)]
+
+
 @contextmanager
 def _plain_settings(model: Any) -> Iterator[None]:
     """Replaces a model's saved sampling settings by defaults inside the block."""
@@ -207,55 +274,22 @@ def _plain_settings(model: Any) -> Iterator[None]:
 class _RecordingSampler(LogitsProcessor):  # type: ignore[misc]
     """Samples and records the token of every sequence, and leaves only it for `generate`, which decodes greedily."""
 
-    def __init__(
-        self, num_valid: int, generation: RolloutConfig, num_likeliest: int, uniform_BT: Tensor
-    ) -> None:
+    def __init__(self, sampler: TokenSampler, uniform_BT: Tensor) -> None:
         """`uniform_BT`: one float64 in [0, 1) for each token."""
-        self._num_valid = num_valid
-        self._generation = generation
-        self._num_likeliest = num_likeliest
+        self._sampler = sampler
         self._uniform_BT = uniform_BT
-        self._tokens: list[Tensor] = []
-        self._logprobs: list[Tensor] = []
-        self._likeliest: list[Tensor] = []
+        self._drawn: list[Drawn] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the base class fixes it
         """Returns 0 for the sampled token and -inf elsewhere, [B, V]."""
-        logits_BV = scores[:, : self._num_valid].float()
-        if not bool(torch.isfinite(logits_BV).all()):
-            raise StillhouseError(
-                Reason.NON_FINITE,
-                "The student's logits are non-finite while it samples. Lower optimizer.learning_rate, or use "
-                "optimizer.precision: fp32.",
-            )
-        self._likeliest.append(logits_BV.topk(self._num_likeliest, dim=-1).indices.int())
-        logits_BV = logits_BV / self._generation.temperature
-        if self._generation.top_p < 1:
-            logits_BV = _nucleus(logits_BV, self._generation.top_p)
-        logprobs_BV = logits_BV.log_softmax(-1)
-        tokens_B1 = _inverse_cdf(logprobs_BV, self._uniform_BT[:, len(self._tokens)])
-        self._tokens.append(tokens_B1.squeeze(-1).int())
-        self._logprobs.append(logprobs_BV.gather(-1, tokens_B1).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter(-1, tokens_B1, 0.0)
+        drawn = self._sampler.draw(scores, self._uniform_BT[:, len(self._drawn)])
+        self._drawn.append(drawn)
+        return torch.full_like(scores, -torch.inf).scatter(-1, drawn.tokens.unsqueeze(-1), 0.0)
 
     def rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
         """Returns tokens [B, T], their log-probabilities [B, T] and the top-k ids [B, T, Q]."""
-        recorded = (self._tokens, self._logprobs, self._likeliest)
-        tokens, logprobs, likeliest = (torch.stack(each, dim=1).cpu().numpy() for each in recorded)
-        return tokens, logprobs, likeliest
-
-
-def _inverse_cdf(logprobs_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Samples by the inverse CDF, [B, 1]; never a token of probability 0."""
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-    points_B1 = uniform_B.unsqueeze(-1) * cumulative_BV[:, -1:]
-    return (cumulative_BV <= points_B1).sum(-1, keepdim=True)
-
-
-def _nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """Keeps the smallest set of most probable tokens with mass >= `top_p`; the others become -inf."""
-    sorted_BV, order_BV = logits_BV.sort(descending=True, stable=True)
-    probs_BV = sorted_BV.softmax(-1)
-    outside_BV = probs_BV.cumsum(-1) - probs_BV >= top_p
-    outside_BV[:, 0] = False
-    return logits_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside_BV, -torch.inf))
+        tokens, logprobs, likeliest = (
+            torch.stack([getattr(each, name) for each in self._drawn], dim=1).cpu().numpy()
+            for name in ("tokens", "logprobs", "likeliest")
+        )
+        return tokens.astype(np.int32), logprobs, likeliest
