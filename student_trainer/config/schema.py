@@ -131,7 +131,11 @@ class StudentContextConfig:
 
     generation: RolloutConfig = field(default_factory=RolloutConfig)
     rollout_target: str = ""
-    max_staleness: Annotated[int, NOT_NEGATIVE] = 1
+    max_staleness: Annotated[
+        int | None,
+        NOT_NEGATIVE,
+        DefaultText("0 where training, sampling and teacher share the CPU of one machine, else 1"),
+    ] = None
     max_importance_weight: Annotated[float, POSITIVE] = 2.0
     min_teacher_logprob: Annotated[
         float | None, Range(-1e6, 0), DefaultText("that of a blind guess, -log(vocabulary)")

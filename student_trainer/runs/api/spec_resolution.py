@@ -29,6 +29,7 @@ from stillhouse.student_trainer.config.schema import (
     RunConfig,
     StudentConfig,
 )
+from stillhouse.student_trainer.config.staleness import settle_staleness
 from stillhouse.student_trainer.runs.api.hub_lookup import HubId
 from stillhouse.student_trainer.runs.api.module_names import unknown_modules
 from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, check_weights
@@ -277,7 +278,7 @@ class _Resolver:
         return replace(cache, path=str(path))
 
     def devices(self, config: RunConfig) -> RunConfig:
-        """`config` with its device count, precision and matmul dtype settled."""
+        """`config` with its device count, precision, matmul dtype and staleness of rollouts settled."""
         resources, slots = config.resources, self.host.slots
         if resources.gpu_count is None and not resources.gpus:
             resources = replace(resources, gpu_count=max(1, resources.num_processes) if slots.gpus else 0)
@@ -299,7 +300,8 @@ class _Resolver:
             )
         matmul_dtype = settle(optimizer, self.host.processor) if need.on_cpu else None
         optimizer = replace(optimizer, matmul_dtype=matmul_dtype)
-        return replace(config, resources=resources, optimizer=optimizer)
+        settled = settle_staleness(config, on_cpu=need.on_cpu)
+        return replace(settled, resources=resources, optimizer=optimizer)
 
     def _dataset(self, where: str, name: str) -> str:
         stored = self.host.find_dataset(name)

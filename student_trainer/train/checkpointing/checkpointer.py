@@ -21,6 +21,9 @@ from stillhouse.student_trainer.train.rollouts.rollout_buffer import RolloutBuff
 
 log = structlog.get_logger()
 
+MAX_ROLLOUT_WAIT_S = 60.0
+"""Time for which a checkpoint waits for rollouts that services are writing with the present weights."""
+
 
 class Checkpointer:
     """Restores and saves the state of one run."""
@@ -98,6 +101,7 @@ class Checkpointer:
             return
         began = time.monotonic()
         self._state.in_flight.drop_before(step)
+        self._state.in_flight.finish_all(MAX_ROLLOUT_WAIT_S)
         parts = self._ranks.gather(self._state.in_flight.to_bytes())
         self._saved_step = step
         self._triggers.mark_saved()

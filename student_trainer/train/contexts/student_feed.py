@@ -9,10 +9,12 @@ from __future__ import annotations
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import structlog
 
+from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
@@ -20,7 +22,7 @@ from stillhouse.student_trainer.train.batching.supports import with_query
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, generated_example
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
-from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
+from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler, SampledText
 from stillhouse.student_trainer.train.rollouts.rollout_buffer import Rollout, RolloutBuffer
 from stillhouse.student_trainer.train.rollouts.sampler_pool import SamplerPool
 from stillhouse.student_trainer.train.teacher.query import TargetStream, TeacherQuery
@@ -42,6 +44,7 @@ class StudentFeed(Feed):
         version: Callable[[], int],
         gate: WarmStart,
         queries_top_k: bool,
+        max_staleness: int,
     ) -> None:
         """`in_flight` holds the rollouts that no step has consumed yet, `version` counts the updates of the weights.
 
@@ -49,7 +52,8 @@ class StudentFeed(Feed):
         ahead are sampled before their turn.
         """
         super().__init__(settings, [targets])
-        self.ahead = min(settings.ahead, config.max_staleness)
+        self.ahead = min(settings.ahead, max_staleness)
+        self._max_staleness = max_staleness
         self._targets = targets
         self._sampler = sampler
         self._config = config
@@ -57,18 +61,37 @@ class StudentFeed(Feed):
         self._version = version
         self._gate = gate
         self._queries_top_k = queries_top_k
+        self._slots: dict[int, Sequence[Slot]] = {}
+        """Of steps whose targets are not queried yet."""
         self._num_dropped = 0
         self._sampling_s = 0.0
 
     def request(self, step: int, slots: Sequence[Slot]) -> None:
-        """Samples the rollouts, unless a checkpoint had them, and queries their targets."""
-        rollouts = self._in_flight.rollouts
+        """Samples the rollouts, unless a checkpoint had them, and queries their targets.
+
+        Services write those of later steps while this process goes on.
+        """
         key = (self._settings.context, step)
-        if key not in rollouts:
-            rollouts[key] = self._sample(slots) if slots else []
+        self._slots[step] = slots
+        if key in self._in_flight.rollouts:
+            self._query(step)
+        elif not slots:
+            self._in_flight.rollouts[key] = []
+        elif isinstance(self._sampler, SamplerPool):
+            self._in_flight.pending[key] = self._begin(self._sampler, slots)
+        else:
+            began = time.monotonic()
+            texts = self._sampler.write(**self._order(slots))
+            self._in_flight.rollouts[key] = self._rollouts(slots, texts, self._version())
+            self._sampling_s = time.monotonic() - began
+            self._query(step)
+
+    def _query(self, step: int) -> None:
+        """Queries the targets of rollouts that are there."""
+        slots, rollouts = self._slots.pop(step), self._in_flight.rollouts[self._settings.context, step]
         # A checkpoint holds rollouts without what teachers alone see.
         prompts_of = {slot.position: self._settings.examples[slot.row].teacher_prompts for slot in slots}
-        for number, rollout in enumerate(rollouts[key]):
+        for number, rollout in enumerate(rollouts):
             query = TeacherQuery(
                 token_ids=rollout.token_ids,
                 start=rollout.start,
@@ -81,6 +104,7 @@ class StudentFeed(Feed):
 
     def collect(self, step: int) -> Iterator[ScoredExample]:
         """The rollouts with their targets; those that are too old are dropped and counted."""
+        self._finish_pending(step)
         version = self._version()
         # They stay until the step is taken: a run that stops before that resumes with them.
         rollouts = self._in_flight.rollouts[self._settings.context, step]
@@ -92,7 +116,7 @@ class StudentFeed(Feed):
                 continue
             age = version - rollout.version
             means.add({"train/rollout_staleness": age})
-            if age > self._config.max_staleness:
+            if age > self._max_staleness:
                 self._num_dropped += 1
                 continue
             seen += 1
@@ -119,18 +143,37 @@ class StudentFeed(Feed):
         if len(rollouts) > seen:
             log.warning("rollouts left out", step=step + 1, left_out=len(rollouts) - seen, of=len(rollouts))
 
-    def _sample(self, slots: Sequence[Slot]) -> list[Rollout]:
+    def _finish_pending(self, step: int) -> None:
+        """Waits for the rollouts of `step`, and queries the targets of all that are there."""
+        context = self._settings.context
         began = time.monotonic()
-        examples = [self._settings.examples[slot.row] for slot in slots]
+        self._in_flight.finish((context, step), self._settings.patience)
+        if step in self._slots:
+            self._sampling_s = time.monotonic() - began
+        for each in sorted(self._slots):
+            if (context, each) in self._in_flight.rollouts:
+                self._query(each)
+
+    def _order(self, slots: Sequence[Slot]) -> dict[str, Any]:
+        """Arguments of a sampler."""
+        return {
+            "prompts": [self._settings.examples[slot.row].prompt for slot in slots],
+            "generation": self._config.generation,
+            "max_sequence_tokens": self._settings.max_sequence_tokens,
+            "seeds": [
+                text_seed(self._settings.seed, self._settings.context, slot.position) for slot in slots
+            ],
+        }
+
+    def _begin(self, sampler: SamplerPool, slots: Sequence[Slot]) -> Callable[[BoundedWait], list[Rollout]]:
         # The version stands beside the weights in memory and in a checkpoint: they cannot disagree.
-        version = self._version()
-        texts = self._sampler.write(
-            [example.prompt for example in examples],
-            self._config.generation,
-            max_sequence_tokens=self._settings.max_sequence_tokens,
-            seeds=[text_seed(self._settings.seed, self._settings.context, slot.position) for slot in slots],
-        )
-        self._sampling_s = time.monotonic() - began
+        texts, version = sampler.begin(**self._order(slots)), self._version()
+        return lambda wait: self._rollouts(slots, texts.result(wait), version)
+
+    def _rollouts(
+        self, slots: Sequence[Slot], texts: Sequence[Sequence[SampledText]], version: int
+    ) -> list[Rollout]:
+        examples = [self._settings.examples[slot.row] for slot in slots]
         rooms = [self._settings.room(example) for example in examples]
         texts = [[text.first(room) for text in several] for several, room in zip(texts, rooms, strict=True)]
         wanted = len(slots) * self._config.generation.samples_per_prompt

@@ -15,6 +15,19 @@ log = structlog.get_logger()
 WAITING = "WAITING_FOR_TEACHER"
 
 
+class Deadline(BoundedWait):
+    """A wait that goes on when the run shall stop, and ends with TimeoutError at its limit."""
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(limit_s)
+        self._until_s = self._clock.now_s() + limit_s
+
+    def on_check(self) -> None:
+        """Raises TimeoutError once the time is up."""
+        if self._clock.now_s() > self._until_s:
+            raise TimeoutError(f"they were not there after {self.limit_s:g} s")
+
+
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop
     """The run was asked to stop while it waited."""
 

@@ -8,8 +8,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from numpy.typing import NDArray
+
+from stillhouse.protos.errors import StillhouseError
+from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
+from stillhouse.student_trainer.train.process.waiting import Deadline
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +46,23 @@ class RolloutBuffer:
     """Rollouts that no step has consumed yet, by context and step; a part of every checkpoint."""
 
     rollouts: dict[tuple[int, int], list[Rollout]] = field(default_factory=dict)
+    pending: dict[tuple[int, int], Callable[[BoundedWait], list[Rollout]]] = field(default_factory=dict)
+    """Rollouts that are still being written: a wait for them, which may be called again after it was interrupted."""
+
+    def finish(self, key: tuple[int, int], wait: BoundedWait) -> None:
+        """Waits for the rollouts of a context and step, if they are pending. Raises what `wait` raises."""
+        if key in self.pending:
+            self.rollouts[key] = self.pending[key](wait)
+            del self.pending[key]
+
+    def finish_all(self, limit_s: float) -> None:
+        """Waits for all that is pending, for a checkpoint; what is not there in time is written again after a restart."""
+        wait = Deadline(limit_s)
+        for key in list(self.pending):
+            try:
+                self.finish(key, wait)
+            except (StillhouseError, TimeoutError) as error:
+                log.warning("rollouts are not in the checkpoint", step=key[1] + 1, why=str(error))
 
     def drop_before(self, step: int) -> None:
         """Drops the rollouts of steps before `step`, which were consumed."""

@@ -1,18 +1,21 @@
 """Rollouts on one or several services on the student's base: prompts are shared among those that answer.
 
-A prompt's texts follow from its seed, so they are the same from every service.
+A prompt's texts follow from its seed, so they are the same from every service. The services write while the training process
+goes on; the adapter that they write with stays on disk until they have.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 from stillhouse.protos.rpc.pool.replica import Loss, PoolOptions
 from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from stillhouse.student_trainer.config.schema import RolloutConfig
@@ -26,6 +29,50 @@ from stillhouse.student_trainer.train.rollouts.remote_sampler import (
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
+
+
+class PendingTexts:
+    """The texts of some prompts, which services are writing."""
+
+    def __init__(
+        self,
+        pool: ServicePool[RolloutQuery, list[SampledText], RemoteSampler],
+        queries: Mapping[int, RolloutQuery],
+        files: ExitStack,
+    ) -> None:
+        """`files` are what they are written with; they go once all texts are there."""
+        self._pool = pool
+        self._waiting = list(queries)
+        self._texts: list[list[SampledText]] = []
+        self._error: StillhouseError | None = None
+        self._files = files
+        pool.put(queries)
+
+    @property
+    def is_done(self) -> bool:
+        """True once all texts are there."""
+        return not self._waiting
+
+    def result(self, wait: BoundedWait) -> list[list[SampledText]]:
+        """Up to `samples_per_prompt` texts for each prompt.
+
+        Raises Stopped, after which it may be called again, or StillhouseError, then always.
+        """
+        if self._error is not None:
+            raise self._error
+        try:
+            while self._waiting:
+                self._texts.append(self._pool.get_result(self._waiting[0], wait))
+                del self._waiting[0]
+        except StillhouseError as error:
+            self._error = error
+            raise
+        self._files.close()
+        return self._texts
+
+    def close(self) -> None:
+        """Removes the files."""
+        self._files.close()
 
 
 class SamplerPool:
@@ -51,6 +98,7 @@ class SamplerPool:
         self._generation = RolloutConfig()
         """Settings of the present `write`."""
         self._fingerprint = ""
+        self._begun: list[PendingTexts] = []
         self._connect()
         options: PoolOptions[RolloutQuery] = PoolOptions(
             name="rollouts",
@@ -67,21 +115,24 @@ class SamplerPool:
         self._pool.close()
         for each in self._samplers:
             each.close()
+        for pending in self._begun:
+            pending.close()
 
-    def write(
+    def begin(
         self,
         prompts: Sequence[NDArray[np.int32]],
         generation: RolloutConfig,
         *,
         max_sequence_tokens: int,
         seeds: Sequence[int],
-    ) -> list[list[SampledText]]:
-        """Returns up to `samples_per_prompt` texts for each prompt, waiting for the services as for a teacher.
+    ) -> PendingTexts:
+        """Has up to `samples_per_prompt` texts of each prompt written with the student's present weights, and does not wait.
 
-        Raises Stopped, or StillhouseError.
+        The wait for them is that for a teacher. Prompt and text have at most `max_sequence_tokens`.
         """
         self._generation = generation
-        with saved_adapter(self._student) as adapter:
+        with ExitStack() as stack:
+            adapter = stack.enter_context(saved_adapter(self._student))
             queries = {
                 next(self._ids): RolloutQuery(
                     token_ids=prompt,
@@ -92,8 +143,9 @@ class SamplerPool:
                 )
                 for prompt, seed in zip(prompts, seeds, strict=True)
             }
-            self._pool.put(queries)
-            return [self._pool.get_result(each, self._patience) for each in queries]
+            pending = PendingTexts(self._pool, queries, stack.pop_all())
+        self._begun = [*(each for each in self._begun if not each.is_done), pending]
+        return pending
 
     def _connect(self) -> None:
         while True:
@@ -112,9 +164,15 @@ class SamplerPool:
             self._patience.pause(errors[-1])
 
     def _serve(self, sampler: RemoteSampler, call: Call[RolloutQuery, list[SampledText]]) -> None:
-        """Makes one call for all prompts that the service is given."""
+        """Makes one call for all prompts of one version that the service is given."""
         self._require_same_base(sampler)
-        queries = call.take()
+        version: list[int] = []
+
+        def is_same(query: RolloutQuery) -> bool:
+            version[:] = version or [query.version]
+            return query.version == version[0]
+
+        queries = call.take(is_same)
         if queries:
             texts = sampler.sample(list(queries.values()), self._generation, call.on_cancel)
             for query_id, several in zip(queries, texts, strict=True):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
 from stillhouse.student_trainer.config.schema import ContextConfig, StudentContextConfig, TeacherContextConfig
+from stillhouse.student_trainer.config.staleness import max_staleness
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState
 from stillhouse.student_trainer.train.contexts.dataset_feed import DatasetFeed
@@ -100,6 +101,10 @@ class FeedFactory:
             version=self.state.progress.version,
             gate=gate,
             queries_top_k=queries_top_k,
+            # A run that no service has created settles it here.
+            max_staleness=max_staleness(
+                run, config, on_cpu=self.student_side.accelerator.device.type == "cpu"
+            ),
         )
 
     def _make_sampler(

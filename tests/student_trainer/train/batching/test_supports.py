@@ -234,11 +234,12 @@ def test_a_rollout_that_is_too_old_is_counted_and_never_learnt_from(
             ),
             targets,
             sampler,
-            StudentContextConfig(max_staleness=1),
+            StudentContextConfig(),
             in_flight=restored,
             version=lambda: 6,
             gate=gate,
             queries_top_k=False,
+            max_staleness=1,
         )
         assert feed.ahead == 1
         feed.request(6, [])

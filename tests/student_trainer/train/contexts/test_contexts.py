@@ -121,8 +121,8 @@ def test_a_students_first_rollouts_have_importance_weight_one(run: Run, spec: An
     assert set(metric(run_dir, "train/rollout_staleness").values()) == {0}
 
 
-def test_rollouts_are_one_update_old_by_default_and_not_older(run: Run, spec: Any) -> None:
-    run_dir = run(spec(student_context()))
+def test_rollouts_are_as_old_as_they_may_be_and_not_older(run: Run, spec: Any) -> None:
+    run_dir = run(spec(student_context(max_staleness=1)))
     ages = metric(run_dir, "train/rollout_staleness")
     assert [ages[step] for step in range(1, STEPS + 1)] == [0, 1, 1, 1]
     assert set(metric(run_dir, "train/rollouts_dropped").values()) == {0}
@@ -150,7 +150,7 @@ def test_a_student_that_is_its_teacher_learns_nothing_from_its_own_texts(
 MIXED = (
     {"weight": 1, "dataset": {}},
     {"weight": 1, "teacher": {"generation": SHORT}},
-    {"weight": 2, **student_context()},
+    {"weight": 2, **student_context(max_staleness=1)},
 )
 
 

@@ -13,9 +13,17 @@ from safetensors.numpy import load_file
 
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoRequest
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
-from stillhouse.student_trainer.run_dir import EXIT_FAILED
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
-from tests.student_trainer.train.runs import events, failure, finish_here, make_run, metric, spec_of
+from tests.student_trainer.train.runs import (
+    assert_same_end,
+    events,
+    failure,
+    finish_here,
+    make_run,
+    metric,
+    spec_of,
+)
 from tests.support.networks.tcp_proxy import TcpProxy
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_teacher
@@ -91,11 +99,36 @@ def test_a_service_on_another_base_is_refused(
     assert "cannot be loaded: size mismatch" in failure(run_dir)
 
 
-def test_services_share_the_writing_and_one_that_is_lost_leaves_its_part(
-    models: Models, dataset_file: Path, hf_teacher: Program, writer: Program, tmp_path: Path
+@pytest.fixture(scope="module")
+def alone(
+    models: Models,
+    dataset_file: Path,
+    hf_teacher: Program,
+    writer: Program,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> RunDir:
+    """A whole run whose texts one service writes."""
+    spec = _spec(models, dataset_file, hf_teacher.target, writer.target)
+    run_dir = make_run(tmp_path_factory.mktemp("alone"), "alone", spec)
+    assert finish_here(run_dir) == 0, events(run_dir)
+    return run_dir
+
+
+def test_a_stop_keeps_what_a_service_is_writing(
+    *, models: Models, dataset_file: Path, hf_teacher: Program, writer: Program, alone: RunDir, tmp_path: Path
 ) -> None:
-    alone = make_run(tmp_path, "alone", _spec(models, dataset_file, hf_teacher.target, writer.target))
-    assert finish_here(alone) == 0, events(alone)
+    spec = _spec(models, dataset_file, hf_teacher.target, writer.target)
+    run_dir = make_run(tmp_path, "stopped", spec)
+    assert finish_here(run_dir, stopped=lambda: bool(metric(run_dir, "train/loss"))) == 0
+    assert 0 < len(metric(run_dir, "train/loss")) < STEPS
+    assert finish_here(run_dir, 2) == 0, events(run_dir)
+    assert_same_end(run_dir, alone)
+    assert metric(run_dir, "train/rollout_staleness") == metric(alone, "train/rollout_staleness")
+
+
+def test_services_share_the_writing_and_one_that_is_lost_leaves_its_part(
+    *, models: Models, dataset_file: Path, hf_teacher: Program, writer: Program, alone: RunDir, tmp_path: Path
+) -> None:
     with TcpProxy(writer.target) as network:
         targets = {"rollout_targets": [writer.target]}
         spec = _spec(models, dataset_file, hf_teacher.target, network.target, **targets)

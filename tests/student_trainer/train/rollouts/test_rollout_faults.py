@@ -63,8 +63,8 @@ def test_kills_in_a_mixed_run_change_nothing(
     mixed: tuple[dict[str, Any], ...] = (
         {"dataset": {}},
         {"teacher": {"generation": SHORT}},
-        student_context(),
-        student_context({"estimator": "policy_gradient", "baseline": "group"}),
+        student_context(max_staleness=1),
+        student_context({"estimator": "policy_gradient", "baseline": "group"}, max_staleness=1),
     )
     spec = spec_with(models, dataset_file, hf_teacher.target, *mixed)
     spec["optimizer"]["max_steps"] = 12
