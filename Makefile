@@ -95,6 +95,16 @@ bench-student: setup ## a student's step, time and memory, against full logits, 
 bench-overlap: setup ## what a teacher costs a student's step, a core for each, or with ARGS=--shared-cores on the same ones; JSON=FILE
 	$(PY) -m benchmarks.overlap $(if $(JSON),--json $(JSON)) $(ARGS)
 
+.PHONY: bench-on-policy bench-e2e bench-start
+bench-on-policy: setup ## updates a minute and reverse KL of on-policy runs, beside TRL's trainers; JSON=FILE
+	$(PY) -m benchmarks.on_policy $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-e2e: setup ## seconds to equal quality, online and cached, beside TRL's local and server teachers; JSON=FILE
+	$(PY) -m benchmarks.end_to_end $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-start: setup ## seconds from `run create` to the first step, and of a teacher to its first answer, by stage; JSON=FILE
+	$(PY) -m benchmarks.start $(if $(JSON),--json $(JSON)) $(ARGS)
+
 bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory
 	$(PY) -m benchmarks.soak $(ARGS)
 

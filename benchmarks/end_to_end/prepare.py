@@ -1,0 +1,153 @@
+"""Makes teacher, students and rows of a comparison: `python -m benchmarks.end_to_end.prepare FOLDER SIZES [TEXT]`.
+
+The text is that of the Python manual, which comes with Python, unless a file is named. The rows are those of Stillhouse's own
+preparation, token for token and in its order of steps, so that every program trains on the same.
+"""
+
+from __future__ import annotations
+
+import json
+import pydoc_data.topics
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.end_to_end.runs import off_policy_spec, on_policy_spec
+from benchmarks.end_to_end.sizes import Sizes, Work
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.train.data.schedule import Schedule
+from stillhouse.student_trainer.train.setup.inputs import Inputs
+from stillhouse.student_trainer.train.setup.scope import open_scope
+from tests.support.small_models import make_model
+from tests.support.train_teacher import Corpus, TeacherRecipe, fit, train_teacher
+
+CHARACTERS = 900
+"""Of a document: more tokens than a row has."""
+
+
+def main() -> None:
+    """Makes the folder, once."""
+    work, sizes = Work(Path(sys.argv[1])), Sizes(**json.loads(sys.argv[2]))
+    text = Path(sys.argv[3]).read_text(errors="replace") if len(sys.argv) > 3 else None
+    if work.sizes() == sizes:
+        return
+    shutil.rmtree(work.path, ignore_errors=True)
+    work.path.mkdir(parents=True)
+    documents = _documents("\n\n".join(pydoc_data.topics.topics.values()) if text is None else text)
+    recipe = TeacherRecipe(
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.teacher_hidden,
+        num_layers=sizes.teacher_layers,
+        num_heads=sizes.heads,
+        steps=sizes.teacher_steps,
+        batch_size=16,
+        sequence_tokens=sizes.length,
+        max_sequence_tokens=512,
+    )
+    train_teacher(documents, work.teacher, recipe)
+    held_out = [
+        json.loads(line)["text"] for line in (work.teacher / "held_out.jsonl").read_text().splitlines()
+    ]
+    unseen = set(held_out)
+    seen = [each for each in documents if each not in unseen]
+    _make_students(work, sizes, replace(recipe, steps=sizes.warm_steps), seen)
+    _write_jsonl(work.train, [{"text": each} for each in seen])
+    _write_prompts(work, sizes, seen)
+    work.rows.write_text(
+        json.dumps(_ordered(work, off_policy_spec(work, sizes, None), sizes.batch, sizes.steps))
+    )
+    prompts = _ordered(work, on_policy_spec(work, sizes, None), sizes.batch, sizes.steps)
+    work.prompt_rows.write_text(json.dumps([row["token_ids"][: row["num_prompt"]] for row in prompts]))
+    tokenizer = _tokenizer(work)
+    ids = [tokenizer(each, add_special_tokens=False)["input_ids"][: sizes.length] for each in held_out]
+    work.held_out.write_text(
+        json.dumps([each for each in ids if len(each) > sizes.prompt_tokens][: sizes.held_out_rows])
+    )
+    work.mark_ready(sizes)
+
+
+def _documents(text: str) -> list[str]:
+    """Pieces of whole lines, each at least CHARACTERS long."""
+    pieces, here = [], ""
+    for line in text.splitlines(keepends=True):
+        here += line
+        if len(here) >= CHARACTERS:
+            pieces.append(here.strip())
+            here = ""
+    return list(dict.fromkeys(pieces))
+
+
+def _tokenizer(work: Work) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(work.teacher)
+
+
+def _make_students(work: Work, sizes: Sizes, recipe: TeacherRecipe, documents: Sequence[str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for path in (work.student, work.warm_student):
+        make_model(
+            path,
+            tokenizer_dir=work.teacher,
+            hidden_size=sizes.student_hidden,
+            num_layers=sizes.student_layers,
+            num_heads=sizes.heads,
+            max_sequence_tokens=512,
+            seed=1,
+        )
+    model = AutoModelForCausalLM.from_pretrained(work.warm_student, dtype=torch.float32)
+    fit(model, Corpus.of(documents, _tokenizer(work)), recipe, print)
+    model.save_pretrained(work.warm_student, safe_serialization=True)
+
+
+def _write_prompts(work: Work, sizes: Sizes, documents: Sequence[str]) -> None:
+    """Prompts of about as many tokens as asked for, and what follows them."""
+    tokenizer = _tokenizer(work)
+    rows = []
+    for text in documents:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        cut = sizes.prompt_tokens
+        prompt, rest = tokenizer.decode(ids[:cut]), tokenizer.decode(ids[cut : cut + sizes.new_tokens])
+        if prompt.strip() and rest.strip():
+            rows.append({"prompt": prompt, "completion": rest})
+    _write_jsonl(work.prompts, rows)
+
+
+def _write_jsonl(path: Path, rows: Sequence[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+
+
+def _ordered(work: Work, spec: RunSpec, batch: int, steps: int) -> list[dict[str, Any]]:
+    """The rows of a run in the order of its steps, as its training process reads them."""
+    config = from_proto(spec)
+    folder = work.path / "rows"
+    run_dir = RunDir.create(folder, spec, to_proto(config))
+    run_dir.write_control(1, stop=False)
+    with run_dir.open_attempt(1) as attempt, open_scope(config, attempt, lambda: False) as scope:
+        inputs = Inputs.load(scope)
+        examples = inputs.corpus.train
+        schedule = Schedule.from_config(len(examples), config.optimizer, seed=config.data.seed)
+        found = [
+            {
+                "token_ids": examples[row].token_ids.tolist(),
+                "mask": [bool(each) for each in examples[row].mask],
+                "num_prompt": len(examples[row].prompt),
+            }
+            for step in range(steps)
+            for row in schedule.rows(step)
+        ]
+    shutil.rmtree(folder)
+    assert len(found) == batch * steps
+    return found
+
+
+if __name__ == "__main__":
+    main()

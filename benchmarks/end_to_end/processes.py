@@ -1,0 +1,98 @@
+"""Runs an arm's process to its end, or to a time limit, and reads the peak memory of each process of its tree."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+POLL_S = 0.25
+GRACE_S = 30.0
+
+
+def run_process(
+    command: Sequence[object], *, log: Path, limit_s: float, environment: Mapping[str, str] | None = None
+) -> tuple[int | None, float]:
+    """Its exit code, None if it was stopped at its limit, and its seconds. No process of it is left."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(each) for each in command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+    try:
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return code, time.monotonic() - began
+
+
+def tail(log: Path, num_lines: int = 3) -> str:
+    """The end of a log."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return " | ".join(lines[-num_lines:])[-600:]
+
+
+class Memory:
+    """Largest resident memory seen of each process below this one, by its command."""
+
+    def __init__(self) -> None:
+        self._peaks: dict[tuple[int, float], tuple[str, float]] = {}
+
+    @contextmanager
+    def watch(self) -> Iterator[Memory]:
+        """Looks several times a second, inside the block."""
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(POLL_S):
+                self._look()
+
+        thread = threading.Thread(target=look, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            done.set()
+            thread.join()
+
+    def _look(self) -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                key = (process.pid, process.create_time())
+                peak = max(self._peaks.get(key, ("", 0.0))[1], process.memory_info().rss / 2**20)
+                self._peaks[key] = (_name(process.cmdline()), peak)
+
+    def peaks_mib(self, least_mib: float = 50.0) -> list[tuple[str, float]]:
+        """(Name, MiB) of each process with at least so much, the largest first."""
+        return sorted(
+            (each for each in self._peaks.values() if each[1] >= least_mib), key=lambda each: -each[1]
+        )
+
+
+def _name(command: Sequence[str]) -> str:
+    """The module of `python -m`, or the first word."""
+    if "-m" in command[:-1]:
+        return command[command.index("-m") + 1].removeprefix("stillhouse.")
+    return command[0].rpartition("/")[2][:40] if command else "?"

@@ -1,0 +1,128 @@
+"""Scores kept students with the float32 teacher's whole distributions: `python -m benchmarks.end_to_end.scores KIND WORK SIZES ARMS`.
+
+KIND is "forward": KL(teacher || student) on held-out texts; or "reverse": KL(student || teacher) on what the student itself
+writes behind held-out prompts, with one seed. ARMS is JSON: lists of folders by arm, each named by its step. Prints JSON:
+nats per token, by arm and step. A folder that cannot be scored is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from benchmarks.end_to_end.sizes import Sizes, Work
+
+ROWS = 16
+"""Texts of a pass."""
+
+
+def main() -> None:
+    """Prints the scores."""
+    kind, work, sizes = sys.argv[1], Work(Path(sys.argv[2])), Sizes(**json.loads(sys.argv[3]))
+    arms: dict[str, list[str]] = json.loads(sys.argv[4])
+    texts: list[list[int]] = json.loads(work.held_out.read_text())
+    teacher = AutoModelForCausalLM.from_pretrained(work.teacher, dtype=torch.float32).eval()
+    found: dict[str, dict[str, float]] = {}
+    for arm, folders in arms.items():
+        for folder in map(Path, folders):
+            try:
+                student = _load(folder, work.student if kind == "forward" else work.warm_student)
+            except (OSError, RuntimeError, ValueError) as error:
+                print(f"{arm}, step {folder.name}: {error}", file=sys.stderr)
+                continue
+            with torch.no_grad():
+                value = (
+                    _forward(teacher, student, texts)
+                    if kind == "forward"
+                    else _reverse(teacher, student, texts, sizes)
+                )
+            found.setdefault(arm, {})[folder.name] = value
+    print(json.dumps(found))
+
+
+def _load(folder: Path, base: Path) -> Any:
+    """A student that TRL's arms or a training process has saved; `base` has its configuration and first weights."""
+    if (folder / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        return PeftModel.from_pretrained(plain, folder).merge_and_unload().eval()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    weights: dict[str, Tensor] = {}
+    if (folder / "weights.pt").exists():
+        weights = torch.load(folder / "weights.pt", weights_only=True)
+    elif folder.name != "0":
+        for path in sorted(folder.glob("*.safetensors")):
+            weights |= load_file(path)
+        if not weights:
+            raise OSError(f"{folder} holds no weights")
+    missing = model.load_state_dict(weights, strict=False)
+    if missing.unexpected_keys:
+        raise ValueError(f"{folder} holds other weights, such as {missing.unexpected_keys[0]}")
+    return model.eval()
+
+
+def _passes(texts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids [B, T] and masks of texts, padded on the right."""
+    for first in range(0, len(texts), ROWS):
+        rows = texts[first : first + ROWS]
+        longest = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+        yield ids, mask
+
+
+def _forward(teacher: Any, student: Any, texts: Sequence[Sequence[int]]) -> float:
+    total, count = 0.0, 0
+    for ids, mask in _passes(texts):
+        log_p, log_q = (
+            model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+            for model in (teacher, student)
+        )
+        counted = mask[:, 1:].bool()
+        total += float((log_p.exp() * (log_p - log_q)).sum(-1)[counted].sum())
+        count += int(counted.sum())
+    return total / count
+
+
+def _reverse(teacher: Any, student: Any, texts: Sequence[Sequence[int]], sizes: Sizes) -> float:
+    torch.manual_seed(0)
+    total, count = 0.0, 0
+    for first in range(0, len(texts), ROWS):
+        prompts = torch.tensor([text[: sizes.prompt_tokens] for text in texts[first : first + ROWS]])
+        written = student.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=sizes.new_tokens,
+            pad_token_id=0,
+        )
+        ends = torch.isin(written[:, sizes.prompt_tokens :], torch.tensor(_end_ids(student)))
+        counted = ends.int().cumsum(-1) - ends.int() == 0
+        log_p, log_q = (
+            model(input_ids=written).logits[:, sizes.prompt_tokens - 1 : -1].log_softmax(-1)
+            for model in (teacher, student)
+        )
+        total += float((log_q.exp() * (log_q - log_p)).sum(-1)[counted].sum())
+        count += int(counted.sum())
+    return total / count
+
+
+def _end_ids(model: Any) -> list[int]:
+    named = model.generation_config.eos_token_id
+    return [] if named is None else list(named) if isinstance(named, list) else [int(named)]
+
+
+if __name__ == "__main__":
+    main()

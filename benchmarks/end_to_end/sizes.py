@@ -1,0 +1,105 @@
+"""Sizes that all arms of a comparison share, and the files of its work folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Models, data and steps."""
+
+    vocabulary: int = 4096
+    teacher_hidden: int = 256
+    teacher_layers: int = 6
+    student_hidden: int = 128
+    student_layers: int = 2
+    heads: int = 4
+    teacher_steps: int = 300
+    """Steps in which the teacher learns the text, before anything is measured."""
+    warm_steps: int = 150
+    """Steps in which the student of on-policy arms does."""
+    length: int = 160
+    """Longest row, in tokens."""
+    batch: int = 16
+    steps: int = 80
+    learning_rate: float = 3e-3
+    held_out_rows: int = 64
+    prompt_tokens: int = 16
+    new_tokens: int = 64
+
+    @property
+    def snapshots(self) -> list[int]:
+        """Steps after which a student is kept, to be scored: eighths of the run."""
+        every = max(1, self.steps // 8)
+        return sorted({*range(every, self.steps + 1, every), self.steps})
+
+    @property
+    def every(self) -> int:
+        """Steps between two of them."""
+        return self.snapshots[0]
+
+
+DEFAULT = Sizes()
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """The folder of one comparison: models and data, which are made once, and the arms' results."""
+
+    path: Path
+
+    @property
+    def teacher(self) -> Path:
+        """The trained teacher."""
+        return self.path / "teacher"
+
+    @property
+    def student(self) -> Path:
+        """The student with random weights."""
+        return self.path / "student"
+
+    @property
+    def warm_student(self) -> Path:
+        """The student after a few steps of cross-entropy."""
+        return self.path / "student-warm"
+
+    @property
+    def train(self) -> Path:
+        """JSONL of texts."""
+        return self.path / "train.jsonl"
+
+    @property
+    def prompts(self) -> Path:
+        """JSONL of prompts and completions."""
+        return self.path / "prompts.jsonl"
+
+    @property
+    def rows(self) -> Path:
+        """JSON: the token ids and masks of all rows, in the order of the run's steps."""
+        return self.path / "rows.json"
+
+    @property
+    def prompt_rows(self) -> Path:
+        """JSON: the token ids of all prompts, in the order of the run's steps."""
+        return self.path / "prompt_rows.json"
+
+    @property
+    def held_out(self) -> Path:
+        """JSON: token ids of texts that no model has seen."""
+        return self.path / "held_out.json"
+
+    def sizes(self) -> Sizes | None:
+        """The sizes that the folder was made with; None before that is done."""
+        path = self.path / "sizes.json"
+        return Sizes(**json.loads(path.read_text())) if path.exists() else None
+
+    def mark_ready(self, sizes: Sizes) -> None:
+        """Records that everything is there."""
+        (self.path / "sizes.json").write_text(json.dumps(asdict(sizes)))
+
+    def arm(self, name: str) -> Path:
+        """Folder of an arm."""
+        return self.path / "arms" / name

@@ -1,0 +1,1 @@
+"""On-policy distillation: updates and rollouts a minute, beside TRL's trainers."""

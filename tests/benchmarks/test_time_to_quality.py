@@ -1,0 +1,69 @@
+"""Time to quality, idle shares and stages of a start: arithmetic of the benchmarks, without a model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.end_to_end.__main__ import ratios_of, time_to
+from benchmarks.end_to_end.arms import ArmResult
+from benchmarks.on_policy.__main__ import ratios_of as on_policy_ratios
+from benchmarks.on_policy.idle import IdleShare
+from benchmarks.start.timeline import longest, timeline
+
+
+def arm(name: str, second_each: float, scores: dict[int, float], steps: int = 8) -> ArmResult:
+    times = {step: 100 + step * second_each for step in range(1, steps + 1)}
+    return ArmResult(name=name, began_s=100.0, steps=times, scores=scores)
+
+
+def test_time_to_a_score_lies_between_kept_students() -> None:
+    found = arm("online", 1.0, {2: 3.0, 4: 2.0, 8: 1.5})
+    assert time_to(found, 2.5) == pytest.approx(3.0)
+    assert time_to(found, 2.0) == pytest.approx(4.0)
+    assert time_to(found, 4.0) == pytest.approx(2.0)
+    assert time_to(found, 1.0) is None
+
+
+def test_an_arm_that_was_cut_short_is_compared_at_the_steps_it_took() -> None:
+    online = arm("online", 1.0, {4: 2.0, 8: 1.5})
+    ratios = ratios_of(
+        [online, arm("trl-local", 3.0, {4: 2.0, 8: 1.5}), arm("trl-server", 10.0, {2: 2.0}, steps=2)]
+    )
+    assert ratios["trl-local_over_online_seconds_at_equal_steps"] == pytest.approx(3)
+    assert ratios["trl-local_over_online_seconds_to_its_final_kl"] == pytest.approx(3)
+    assert ratios["trl-server_over_online_seconds_at_equal_steps"] == pytest.approx(10)
+    assert ratios["trl-server_over_online_seconds_to_its_final_kl"] == pytest.approx(20 / 4)
+    assert "online_over_cached_seconds" not in ratios
+    assert ratios_of([online, ArmResult(name="trl-local", problem="it did not start")]) == {}
+
+
+def test_updates_a_minute_are_compared_for_the_same_weights() -> None:
+    ratios = on_policy_ratios(
+        [arm("local", 1.0, {8: 2.0}), arm("trl-gkd", 2.5, {8: 2.1}), arm("one-service", 1.0, {})]
+    )
+    assert ratios == {
+        "local_over_trl-gkd_updates_a_minute": pytest.approx(2.5),
+        "local_minus_trl-gkd_reverse_kl": pytest.approx(-0.1),
+    }
+
+
+def test_idle_time_counts_between_first_and_last_text() -> None:
+    idle = IdleShare()
+    idle._seen = {1: [False, False, True, True, False, True, False], 2: [False]}
+    assert idle.shares() == [pytest.approx(1 / 4)]
+
+
+def test_a_starts_stages_end_with_lines_of_its_log() -> None:
+    lines = [
+        json.dumps({"ts": f"2026-01-01T00:00:0{second}.5Z", "event": event})
+        for second, event in ((1, "data read"), (4, "training"))
+    ]
+    log = "\n".join([lines[0], "a library's line 2026-01-01", lines[1], "{}"])
+    began_s = 1767225600.0
+    stages = timeline(log, began_s, began_s + 5, "first step")
+    assert [each.name for each in stages] == ["data read", "training", "first step"]
+    assert [each.seconds for each in stages] == pytest.approx([1.5, 3.0, 0.5])
+    assert [each.name for each in longest(stages)] == ["training"]
+    assert timeline(log, began_s + 2, began_s + 5, "first step")[0].name == "training"
