@@ -205,12 +205,16 @@ class Arms:
             result.problem = f"stopped after {self.minutes:g} minutes"
         elif code:
             result.problem = f"ended with {code}: {tail(log)}"
-        elif result.last_step < self.sizes.steps:
+        elif result.began_s is not None and result.last_step < self.sizes.steps:
             result.problem = (
                 f"took {result.last_step} of {self.sizes.steps} steps in {self.minutes:g} minutes"
             )
         seconds = result.seconds()
-        took = f"{seconds:.1f} s for {result.last_step} steps" if seconds is not None else "no step"
+        took = (
+            f"{seconds:.1f} s for {result.last_step} steps"
+            if seconds is not None
+            else f"{result.process_s:.1f} s"
+        )
         self.say(f"{result.name}: {took}{'; ' if result.problem else ''}{result.problem}")
 
 

@@ -63,7 +63,7 @@ def main(
     **sizes: int,
 ) -> None:
     """Compare on-policy training by its speed and by equal updates."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=170)
     results: list[ArmResult] = []
     arms: Arms | None = None
     with signals_as_exceptions():

@@ -54,7 +54,7 @@ IMPORTS = {
 @click.option("--repeat", default=3, show_default=True, help="Runs; the first finds nothing prepared.")
 def main(*, json_file: Path | None, engine: str, lora: bool, repeat: int) -> None:
     """Measure how long programs take to start."""
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=170)
     figures: dict[str, Any] = {"engine": engine, "lora": lora, "cores": len(os.sched_getaffinity(0))}
     with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-start-") as directory:
         try:

@@ -16,7 +16,6 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.runs import (
-    assert_same_end,
     events,
     failure,
     finish_here,
@@ -122,7 +121,7 @@ def test_a_stop_keeps_what_a_service_is_writing(
     assert finish_here(run_dir, stopped=lambda: bool(metric(run_dir, "train/loss"))) == 0
     assert 0 < len(metric(run_dir, "train/loss")) < STEPS
     assert finish_here(run_dir, 2) == 0, events(run_dir)
-    assert_same_end(run_dir, alone)
+    _assert_same_adapter(run_dir, alone)
     assert metric(run_dir, "train/rollout_staleness") == metric(alone, "train/rollout_staleness")
 
 
@@ -143,7 +142,11 @@ def test_services_share_the_writing_and_one_that_is_lost_leaves_its_part(
 
         assert finish_here(run_dir, stopped=cut_after_a_step) == 0, events(run_dir)
     assert carried[0] > 10_000, "it had its part"
-    assert metric(run_dir, "train/loss") == metric(alone, "train/loss")
-    expected, found = (load_file(each.final_path / "adapter_model.safetensors") for each in (alone, run_dir))
-    for name, weight in expected.items():
-        np.testing.assert_array_equal(weight, found[name], err_msg=name)
+    _assert_same_adapter(run_dir, alone)
+
+
+def _assert_same_adapter(found: RunDir, expected: RunDir) -> None:
+    assert metric(found, "train/loss") == metric(expected, "train/loss")
+    weights, others = (load_file(each.final_path / "adapter_model.safetensors") for each in (found, expected))
+    for name, weight in others.items():
+        np.testing.assert_array_equal(weights[name], weight, err_msg=name)
