@@ -52,6 +52,7 @@ def _created(config: RunConfig, data_dir: Path, gpus: tuple[int, ...]) -> RunCon
         roots=(),
         slots=DeviceSlots(gpus=gpus, cpu_slots=1),
         find_dataset=lambda _: None,
+        find_webhook_host=str,
         processor=Processor(),
     )
     return resolve_devices(config, host)
