@@ -10,7 +10,7 @@ export VLLM_NO_USAGE_STATS = 1
 export DO_NOT_TRACK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-classification bench-cache bench-data lock hooks release clean
+.PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-classification bench-cache bench-data bench-web lock hooks release clean
 
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
@@ -132,6 +132,9 @@ bench-cache: setup ## what a cached token costs and loses, beside DistillKit's s
 .PHONY: bench-codec
 bench-codec: setup ## bytes, loss and speed of distributions on the wire, on one core; JSON=FILE; ARGS="--model DIR" for a teacher's rows
 	$(PY) -m benchmarks.codec $(if $(JSON),--json $(JSON)) $(ARGS)
+
+bench-web: setup ## what 200 readers of a run's events cost the run service
+	$(PY) -m benchmarks.web.watchers $(ARGS)
 
 bench-data: setup ## the preparation of a million rows, beside datasets.map, a second start, and memory at four times the rows; JSON=FILE
 	$(PY) -m benchmarks.data $(if $(JSON),--json $(JSON)) $(ARGS)

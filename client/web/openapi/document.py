@@ -23,7 +23,7 @@ from stillhouse.client.web.openapi.json_schema import (
     message_schemas,
     request_schema,
 )
-from stillhouse.client.web.openapi.own_paths import OWN_PATHS, OWN_SCHEMAS
+from stillhouse.client.web.openapi.own_paths import OWN_PATHS, OWN_SCHEMAS, RUN_ID_SCHEMA
 from stillhouse.client.web.problems import MEDIA_TYPE as PROBLEM
 from stillhouse.client.web.upstream import RUN_SERVICE, TEACHER_SERVICE
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
@@ -33,6 +33,11 @@ _PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
 _SERVICES = {
     "RunService": (RUN_SERVICE, RunServiceServicer),
     "TeacherService": (TEACHER_SERVICE, TeacherServiceServicer),
+}
+_NAME: Schema = {"type": "string", "minLength": 1}
+_PATH_SCHEMAS: Mapping[str, Schema] = {
+    "run": RUN_ID_SCHEMA,
+    "teacher": {"type": "string", "pattern": "^[1-9][0-9]*$"},
 }
 _TEXT: Schema = {"schema": {"type": "string"}}
 _BINARY: Schema = {"schema": {}}
@@ -109,7 +114,7 @@ def _operation(route: Route, schemas: dict[str, Schema]) -> Schema:
 
 def _parameters(route: Route, method: MethodDescriptor, schemas: dict[str, Schema]) -> list[Schema]:
     found = [
-        {"in": "path", "name": name, "required": True, "schema": {"type": "string", "minLength": 1}}
+        {"in": "path", "name": name, "required": True, "schema": _PATH_SCHEMAS.get(name, _NAME)}
         for name in _PARAMETER.findall(route.path)
     ]
     if not route.takes_body:
@@ -152,7 +157,8 @@ def _success(route: Route, method: MethodDescriptor, schemas: dict[str, Schema])
             "416": {"description": "The file has no such bytes."},
         }
     if route.name in ("WatchRun", "StreamLogs"):
-        content = {"text/event-stream": _TEXT}
+        kinds = ["run", "metrics"] if route.name == "WatchRun" else ["log"]
+        content = {"text/event-stream": {"schema": _event_schema([*kinds, "problem", "end"])}}
         if route.name == "StreamLogs":
             content["text/plain"] = _TEXT
         return {
@@ -164,6 +170,12 @@ def _success(route: Route, method: MethodDescriptor, schemas: dict[str, Schema])
     if route.name == "CreateRun":
         answers["200"] = {"description": "The run that would be, with validate_only.", "content": reply}
     return answers
+
+
+def _event_schema(kinds: list[str]) -> Schema:
+    """The schema of one event of a stream."""
+    properties = {"id": {"type": "string"}, "event": {"enum": kinds}, "data": {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
 
 
 def problem(description: str) -> Schema:

@@ -11,6 +11,7 @@ from stillhouse.client.web.openapi.json_schema import REF, Schema
 from stillhouse.client.web.problems import MEDIA_TYPE as PROBLEM
 from stillhouse.protos.errors import Reason
 
+RUN_ID_SCHEMA: Schema = {"type": "string", "pattern": "^[a-z2-7]{12}$"}
 _STRING: Schema = {"type": "string"}
 _TEXTS: Schema = {"type": "object", "additionalProperties": _STRING}
 _REASON: Schema = {"enum": [str(each) for each in Reason]}
@@ -108,7 +109,7 @@ _TASK_ID: Schema = {
     "in": "path",
     "name": "task",
     "required": True,
-    "schema": {"type": "string", "minLength": 1},
+    "schema": RUN_ID_SCHEMA,
 }
 _SESSION: Schema = {"description": "The session.", **_content({"$ref": REF + "Session"})}
 _SIGN_IN: Schema = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import ssl
 from pathlib import Path
 
 import httpx
@@ -15,7 +16,9 @@ from stillhouse.client.web.security.sign_in_file import read_or_make
 from stillhouse.client.web.settings import WebSettings
 from stillhouse.protos.errors import Reason, StillhouseError
 from tests.client.web.conftest import World, start_web
+from tests.support.networks.certificates import make_certificates
 from tests.support.processes import no_process_left
+from tests.support.programs import start_trainer
 
 
 def test_a_callers_token_is_what_the_services_see(world: World) -> None:
@@ -129,6 +132,37 @@ def test_a_server_with_a_token_of_its_own_serves_nobody_without_one(world: World
         assert line not in web.log(1_000_000)
         assert world.tokens["root"] not in web.log(1_000_000)
         assert web.stop() == 0
+
+
+def test_a_certificate_of_the_server_is_for_those_who_sign_in(tmp_path: Path) -> None:
+    """The run service knows its callers by certificate alone, so that every token would do."""
+    made = make_certificates(tmp_path)
+    server, client, ca = made.server, made.client, str(made.authority.cert)
+    options = ["--tls-cert", str(server.cert), "--tls-key", str(server.key), "--tls-client-ca", ca]
+    options += ["--web", "--web-listen", "127.0.0.1:0"]
+    own = {"TLS_CA": ca, "TLS_CERT": str(client.cert), "TLS_KEY": str(client.key)}
+    environment = {f"STILLHOUSE_{name}": value for name, value in own.items()}
+    data = tmp_path / "data"
+    with (
+        no_process_left() as mark,
+        start_trainer(data, directory=tmp_path, options=options, environment={**mark, **environment}),
+        httpx.Client(verify=ssl.create_default_context(cafile=ca)) as caller,
+    ):
+        url = f"{(data / 'web.address').read_text()}/api/v1"
+        assert url.startswith("https://")
+        assert caller.get(f"{url}/runs").status_code == 401
+        for wrong in ("sth_aaaaaaaa_wrong", "anything"):
+            refused = caller.get(f"{url}/runs", headers={"authorization": f"Bearer {wrong}"})
+            assert (refused.status_code, refused.json()["reason"]) == (401, "UNAUTHENTICATED")
+            assert caller.post(f"{url}/session", json={"token": wrong}).status_code == 401
+        line = (data / "web-sign-in").read_text().strip()
+        signed_in = caller.post(f"{url}/session", json={"token": line})
+        assert signed_in.headers["set-cookie"].startswith("__Host-stillhouse_session=")
+        assert "; Secure" in signed_in.headers["set-cookie"]
+        assert caller.get(f"{url}/runs").json()["runs"] == []
+        assert "max-age" in signed_in.headers["strict-transport-security"]
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(url.replace("https:", "http:"))
 
 
 def test_a_public_address_needs_tls(tmp_path: Path) -> None:
