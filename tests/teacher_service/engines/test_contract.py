@@ -237,6 +237,7 @@ def test_optional_parts_are_right_or_refused_by_name(teacher: Teacher, models: M
             drawn = np.take_along_axis(wanted, answer.sampled_token_ids.astype(np.int64), axis=1)
             assert np.abs(answer.sampled_logprobs - drawn).max() < 1e-4
         if answer.hidden_states is not None:
+            assert (teacher.info.num_layers, teacher.info.hidden_size) == (2, 64)
             assert answer.hidden_states.shape == (20, 64)
             last = answer.hidden_states
         if answer.layer_states is not None:
