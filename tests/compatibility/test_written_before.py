@@ -213,7 +213,10 @@ def test_a_half_done_run_ends_in_the_same_bits(archive: Path, tmp_path: Path) ->
         for name, weight in weights.items():
             np.testing.assert_array_equal(weight, kept[name], err_msg=name)
         assert metrics["train/loss"] == told["resumed"]["metrics"]["train/loss"]
-        assert metrics["eval/kl"] == told["resumed"]["metrics"]["eval/kl"]
+        kept_kl = told["resumed"]["metrics"]["eval/kl"]
+        assert metrics["eval/kl"]["steps"] == kept_kl["steps"]
+        # That version summed the divergences of a pass in float32, before the sum over passes in float64.
+        np.testing.assert_allclose(metrics["eval/kl"]["values"], kept_kl["values"], rtol=1e-6)
 
 
 def test_datasets_uploaded_before_are_listed_and_named_by_their_content(
