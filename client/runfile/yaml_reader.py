@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -18,6 +20,8 @@ from stillhouse.client.runfile.schema import holds_json
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
+MAX_NODES = 20_000
+"""Values and names of a file, with each alias in full."""
 _STANDARD_TAG = "tag:yaml.org,2002:"
 _MERGE_TAG = _STANDARD_TAG + "merge"
 
@@ -39,6 +43,7 @@ class RunFileReader:
         location = self.source_map.root
         try:
             root = yaml.compose(text, Loader=yaml.SafeLoader)
+            size = _size(root, {})
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             location = self._at(mark.line, mark.column) if mark else location
@@ -50,9 +55,12 @@ class RunFileReader:
         except RecursionError:
             sentence = "the file is nested too deeply."
         else:
-            if root is not None and not is_null(root):
+            if size > MAX_NODES:
+                sentence = f"it has more than {MAX_NODES:,} values, with each alias in full; a run file is a page of text."
+            elif root is not None and not is_null(root):
                 return root
-            sentence = f"the file is empty; {needs}."
+            else:
+                sentence = f"the file is empty; {needs}."
         self.problems.append(Problem(location=location, path="", sentence=sentence))
         return None
 
@@ -234,3 +242,16 @@ class RunFileReader:
 
     def _at(self, line: int, column: int) -> SourceLocation:
         return SourceLocation(source=self.source, line=line + 1, column=column + 1)
+
+
+def _size(node: yaml.Node | None, known: dict[int, float]) -> float:
+    """Number of nodes below `node`, itself included and aliases in full; infinite if it holds itself."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known
+        below = (
+            itertools.chain.from_iterable(node.value) if isinstance(node, yaml.MappingNode) else node.value
+        )
+        known[id(node)] = 1 + sum(_size(each, known) for each in below)
+    return known[id(node)]

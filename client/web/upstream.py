@@ -94,15 +94,19 @@ class Service:
 
     async def access(self, token: str | None) -> Reason | None:
         """None if the service lets `token` read, else UNAUTHENTICATED or PERMISSION_DENIED. Raises other errors."""
-        name = self._descriptor.name
-        rpc = "ListRuns" if name == "RunService" else "GetTeacherInfo"
         try:
-            await self.call(rpc, _HARMLESS[name], token, timeout_s=10.0)
+            await self.probe(token)
         except StillhouseError as error:
             if error.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):
                 return error.reason
             raise
         return None
+
+    async def probe(self, token: str | None) -> None:
+        """Makes a call that changes nothing. Raises its error."""
+        name = self._descriptor.name
+        rpc = "ListRuns" if name == "RunService" else "GetTeacherInfo"
+        await self.call(rpc, _HARMLESS[name], token, timeout_s=10.0)
 
     def error(self, error: grpc.RpcError) -> StillhouseError:
         """The error of a failed call."""

@@ -15,7 +15,7 @@ from starlette.responses import Response
 from stillhouse.client.core.json_output import as_json
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, invalid, read_json
-from stillhouse.client.web.api.run_creation import run_file_of, submit
+from stillhouse.client.web.api.run_creation import MAX_RUN_BYTES, run_file_of, submit
 from stillhouse.client.web.problems import JsonResponse, http_status
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
@@ -54,7 +54,8 @@ async def create_task(context: WebContext, request: Request) -> dict[str, Any]:
     """Queues a run from the task form, or from the fields of a run file; it starts when its turn comes."""
     check_names(request.query_params, ())
     caller = context.callers.of(request)
-    file = await run_file_of(await read_json(request))
+    await caller.admit(context.upstream.trainer)
+    file = await run_file_of(await read_json(request, limit=MAX_RUN_BYTES))
     run = await submit(context, caller, file, run_pb2.CreateRunRequest())
     return await _task(context, caller, run)
 

@@ -35,7 +35,9 @@ async def _frames(
 
     # This call refuses callers that may not read the run: the stream may be another caller's.
     run = await caller.call(service, "GetRun", run_pb2.GetRunRequest(name=name))
-    async with context.streams.reader(("events", name), lambda: SharedStream(events, tail=0)) as stream:
+    async with context.streams.reader(
+        caller.name, ("events", name), lambda: SharedStream(events, tail=0)
+    ) as stream:
         position = await context.position_of(stream)
         if after is None or after > position:
             run = await caller.call(service, "GetRun", run_pb2.GetRunRequest(name=name))

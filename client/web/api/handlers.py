@@ -33,6 +33,7 @@ async def attach_result(context: WebContext, request: Request) -> Response:
     """Stores the body, a JSON object, with the run."""
     check_names(request.query_params, ())
     caller = context.callers.of(request)
+    await caller.admit(context.upstream.trainer)
     if content_type(request) != "application/json":
         raise invalid("", "the content type must be application/json.")
     message = run_pb2.AttachResultRequest(

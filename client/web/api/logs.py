@@ -48,7 +48,9 @@ async def _frames(
 
     run = await caller.call(context.upstream.trainer, "GetRun", run_pb2.GetRunRequest(name=name))
     key = ("logs", name, attempt)
-    async with context.streams.reader(key, lambda: SharedStream(lines, tail=-TAIL_BYTES)) as stream:
+    async with context.streams.reader(
+        caller.name, key, lambda: SharedStream(lines, tail=-TAIL_BYTES)
+    ) as stream:
         position = await context.position_of(stream)
         cursor = max(0, position + offset) if offset < 0 else min(offset, position)
         if resumed and await context.nothing_follows(run, stream, cursor):

@@ -73,12 +73,12 @@ def content_type(request: Request) -> str:
     return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-async def read_json(request: Request) -> dict[str, Any]:
+async def read_json(request: Request, *, limit: int = MAX_BODY_BYTES) -> dict[str, Any]:
     """The JSON object of a body; an empty body is an empty object.
 
     Raises StillhouseError(INVALID_REQUEST), also for another content type: that of a form crosses origins unasked.
     """
-    content = await read_body(request)
+    content = await read_body(request, limit=limit)
     if not content:
         return {}
     kind = content_type(request)

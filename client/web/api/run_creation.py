@@ -28,6 +28,9 @@ from stillhouse.client.web.security.callers import Caller
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
+MAX_RUN_BYTES = 256 * 1024
+"""As large as the run service takes a spec."""
+_one_at_a_time = asyncio.Semaphore(1)
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")
 
 
@@ -37,6 +40,7 @@ async def create_run(context: WebContext, request: Request) -> Response:
     A run file's `request_id` and `validate_only` are parameters of the query.
     """
     caller = context.callers.of(request)
+    await caller.admit(context.upstream.trainer)
     if content_type(request) in YAML_TYPES:
         query = request.query_params
         check_names(query, ("request_id", "validate_only"))
@@ -44,10 +48,10 @@ async def create_run(context: WebContext, request: Request) -> Response:
             validate_only=boolean("validate_only", query.get("validate_only", "0"))
         )
         fill_from_json(message, {"request_id": query.get("request_id", "")})
-        file = await run_file(await read_body(request), "run.yaml")
+        file = await run_file(await read_body(request, limit=MAX_RUN_BYTES), "run.yaml")
     else:
         check_names(request.query_params, ())
-        body = await read_json(request)
+        body = await read_json(request, limit=MAX_RUN_BYTES)
         spec = body.pop("spec", {})
         if not isinstance(spec, dict):
             raise invalid("spec", "it is not a JSON object.")
@@ -71,7 +75,8 @@ async def run_file(content: bytes, source: str) -> RunFile:
 
     Raises StillhouseError(INVALID_SPEC) if nothing of it can be read; problems of single fields stay in it.
     """
-    return await asyncio.to_thread(read_run, content, source, reads_files=False)
+    async with _one_at_a_time:  # reading needs the interpreter, which serves everybody
+        return await asyncio.to_thread(read_run, content, source, reads_files=False)
 
 
 async def submit(

@@ -29,6 +29,7 @@ async def unary(context: WebContext, route: Route, request: Request) -> Response
     service = service_of(context, route, request)
     message = GetMessageClass(service.method(route.name).input_type)()
     if route.takes_body:
+        await caller.admit(service)
         check_names(request.query_params, ())
         fill_from_json(message, without_path_fields(route, await read_json(request)))
     else:

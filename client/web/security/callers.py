@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from google.protobuf.message import Message
@@ -31,6 +31,13 @@ class Caller:
     guarded: bool = False
     """True if its token counts only where a service checks it."""
     session: Session | None = None
+    address: str = ""
+    """Address that the request came from."""
+
+    @property
+    def name(self) -> str:
+        """Counts its open streams."""
+        return self.address if self.session is None else f"session {id(self.session)}"
 
     async def call(
         self, service: Service, rpc: str, request: Message, *, timeout_s: float = CALL_TIMEOUT_S
@@ -44,6 +51,11 @@ class Caller:
         await self.check(service)
         async for response in service.stream(rpc, request, self.token):
             yield response
+
+    async def admit(self, service: Service) -> None:
+        """Raises StillhouseError if `service` does not let the caller read, before a body is read for it."""
+        await self.check(service)
+        await service.probe(self.token)
 
     async def check(self, service: Service) -> None:
         """Raises StillhouseError(UNAUTHENTICATED) if nothing proves the caller to `service`."""
@@ -83,10 +95,10 @@ class Callers:
         if header is not None:
             if not header.lower().startswith(_BEARER):
                 raise unauthenticated('The header "authorization" must hold "Bearer TOKEN".')
-            return self.holder_of(header[len(_BEARER) :].strip())
+            return replace(self.holder_of(header[len(_BEARER) :].strip()), address=_address_of(request))
         session = self.session_of(request)
         if session is None:
-            return Caller(token=None, guarded=self._guarded)
+            return Caller(token=None, guarded=self._guarded, address=_address_of(request))
         if request.scope["method"] not in SAFE_METHODS and not session.has_csrf_token(
             request.headers.get(CSRF_HEADER, "")
         ):
@@ -131,6 +143,10 @@ class Callers:
         if is_server:
             token = self._upstream.settings.token()
         return Caller(token=token, is_server=is_server, guarded=self._guarded, session=session)
+
+
+def _address_of(request: HTTPConnection) -> str:
+    return request.client.host if request.client is not None else ""
 
 
 def cookie_of(header: str, name: str) -> str:

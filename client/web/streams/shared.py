@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Hashable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ WINDOW_BYTES = 4 * 2**20
 LINGER_S = 5.0
 """Time without readers after which the call upstream ends."""
 RETRIES_S = (0.5, 1.0, 2.0, 5.0)
-MAX_READERS = 1000
+MAX_READERS, MAX_READERS_OF_CLIENT = 1000, 300
 CATCHING_UP = 8
 """Readers that may read by calls of their own at a time."""
 ITEMS_AT_ONCE = 500
@@ -152,20 +153,21 @@ class SharedStreams:
         self._streams: dict[Hashable, SharedStream] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self.catching_up = asyncio.Semaphore(CATCHING_UP)
-        self.num_readers = 0
+        self._readers: Counter[str] = Counter()
 
     @asynccontextmanager
     async def reader(
-        self, key: Hashable, make: Callable[[], SharedStream]
+        self, client: str, key: Hashable, make: Callable[[], SharedStream]
     ) -> AsyncGenerator[SharedStream, None]:
         """The stream of `key`, made and opened for the first reader, and closed a while after the last.
 
         Raises StillhouseError(TOO_MANY_CALLS) for one reader too many.
         """
-        if self.num_readers >= MAX_READERS:
+        if self._readers.total() >= MAX_READERS or self._readers[client] >= MAX_READERS_OF_CLIENT:
             raise StillhouseError(
                 Reason.TOO_MANY_CALLS,
-                f"This server has {MAX_READERS} open streams, and opens no more. Close some, and try again.",
+                f"This server opens {MAX_READERS} streams, and {MAX_READERS_OF_CLIENT} for one client. Close some, and try "
+                "again.",
                 retry_after_s=10.0,
             )
         stream = self._streams.get(key)
@@ -173,12 +175,13 @@ class SharedStreams:
             stream = self._streams[key] = make()
             stream.start()
         stream.readers += 1
-        self.num_readers += 1
+        self._readers[client] += 1
         try:
             yield stream
         finally:
             stream.readers -= 1
-            self.num_readers -= 1
+            self._readers[client] -= 1
+            self._readers += Counter()  # drops those without any
             if not stream.readers:
                 task = asyncio.create_task(self._close_later(key, stream))
                 self._closing.add(task)

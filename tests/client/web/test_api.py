@@ -171,7 +171,7 @@ def test_no_file_of_the_servers_host_is_read_for_a_run(world: World, tmp_path: P
         ("POST", "/api/v1/runs", b'{"spec": 1}', 400),
         ("POST", "/api/v1/runs", b'{"spec": {"display_name": "\\ud800"}}', 400),
         ("POST", "/api/v1/runs", b'{"nothing": 1}', 400),
-        ("POST", "/api/v1/runs", b'{"spec": {}, "padding": "' + b"x" * 9_000_000 + b'"}', 413),
+        ("POST", "/api/v1/rows:inspect", b'{"spec": {}, "padding": "' + b"x" * 9_000_000 + b'"}', 413),
         ("POST", "/api/v1/runs/aaaaaaaaaaaa:resume", b'{"name": "runs/bbbbbbbbbbbb"}', 400),
         ("GET", "/api/v1/teachers/7", b"", 404),
         ("GET", "/api/v1/runs/aaaaaaaaaaaa/events", b"", 404),

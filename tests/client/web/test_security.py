@@ -32,6 +32,9 @@ def test_a_callers_token_is_what_the_services_see(world: World) -> None:
     with world.client("asker") as asker:
         assert asker.get("/api/v1/runs").json()["reason"] == "PERMISSION_DENIED"
     with world.client("") as nobody:
+        for path in ("/api/v1/runs", "/api/v1/rows:inspect", "/model-distillation/tasks"):
+            unread = nobody.post(path, content=b"[" * 300_000, headers={"content-type": "application/json"})
+            assert unread.status_code == 401
         refused = nobody.get("/api/v1/runs")
         assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Bearer")
         for header in ("Bearer sth_aaaaaaaa_wrong", "Basic YTpi", "Bearer", "Bearer \xe9"):

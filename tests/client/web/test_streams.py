@@ -152,7 +152,7 @@ async def test_readers_of_any_speed_read_each_item_once(monkeypatch: pytest.Monk
 
     async def reader(cursor: int, pause_s: float) -> list[int]:
         seen = []
-        async with streams.reader("key", lambda: SharedStream(source, tail=0)) as stream:
+        async with streams.reader("client", "key", lambda: SharedStream(source, tail=0)) as stream:
             options: Any = {
                 "direct": reliable,
                 "cut": lambda *_: b"",
