@@ -90,6 +90,8 @@ class DistributionOptions:
     """Temperature of these samples, > 0."""
     sampled_logprobs: bool = False
     """Report the log-probabilities of the samples."""
+    half_logprobs: bool = False
+    """The top-k log-probabilities travel as float16, so that an engine may round them before that."""
     stratified_samples: bool = False
     """Sample one token in each of equal parts of the cumulative distribution, at the same place of each; ids ascend."""
     classes: bool = False

@@ -32,10 +32,10 @@ from tests.support.processes import (  # noqa: E402
     no_process_left,
     watched_test,
 )
-from tests.support.programs import Program, start_teacher, start_trainer  # noqa: E402
+from tests.support.programs import INTERPRETED_TRITON, Program, start_teacher, start_trainer  # noqa: E402
 from tests.support.texts import sentences  # noqa: E402
 
-MODEL_FIXTURES = {"hf_teacher", "vllm_teacher"}
+MODEL_FIXTURES = {"hf_teacher", "vllm_teacher", "second_runner_teacher"}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -219,3 +219,22 @@ def trainer_service(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         finally:
             for program in started:
                 program.stop()
+
+
+@pytest.fixture(scope="session")
+def second_runner_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A `stillhouse-teacher` process with vLLM's second model runner, the default of GPUs, in Triton's interpreter."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    with (
+        no_process_left() as mark,
+        start_teacher(
+            models.teacher,
+            engine="vllm",
+            directory=tmp_path_factory.mktemp("second-runner-teacher"),
+            # Few tokens a step, so that prompts of the tests are read in chunks.
+            options=["--dtype", "float32", "--max-batch-tokens", "256"],
+            environment={**mark, **INTERPRETED_TRITON},
+        ) as program,
+    ):
+        yield program

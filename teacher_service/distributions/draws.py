@@ -39,10 +39,8 @@ class Samples(NamedTuple):
     """FLOAT32 [T, R], at temperature 1."""
 
 
-def samples(
-    logits_TV: Tensor, top: Normalised, uniforms_TR: Float64Array, options: DistributionOptions
-) -> Samples:
-    """Samples as `options` say, from rows whose top k are `top`."""
+def samples(logits_TV: Tensor, top: Normalised, uniforms_TR: Tensor, options: DistributionOptions) -> Samples:
+    """Samples as `options` say, from rows whose top k are `top`; `uniforms_TR` are FLOAT64."""
     of_tail = options.sample_tail and top.token_ids.shape[1] < logits_TV.shape[1]
     if options.stratified_samples and is_compiled(logits_TV, 1):
         ids_TR = _ascending_ids(logits_TV, top, uniforms_TR, options.sample_temperature, of_tail=of_tail)
@@ -61,7 +59,7 @@ def samples(
 
 
 def _ascending_ids(
-    logits_TV: Tensor, top: Normalised, numbers_TR: Float64Array, temperature: float, *, of_tail: bool
+    logits_TV: Tensor, top: Normalised, numbers_TR: Tensor, temperature: float, *, of_tail: bool
 ) -> Tensor:
     """Samples [T, R] ids in compiled code; `of_tail` from outside the top k alone."""
     from stillhouse.teacher_service.distributions.draws_numba import ascending_ids
@@ -74,15 +72,15 @@ def _ascending_ids(
     else:
         others_TV = logits_TV.scatter(-1, excluded_TK.long(), -torch.inf)
         sums = tempered_sums(logits, others_TV.amax(dim=-1).numpy(), excluded, temperature)
-    ids = ascending_ids(logits, numbers_TR, sums=sums, excluded_TK=excluded, temperature=temperature)
+    ids = ascending_ids(logits, numbers_TR.numpy(), sums=sums, excluded_TK=excluded, temperature=temperature)
     return torch.from_numpy(ids)
 
 
-def sampled_ids(logits_TV: Tensor, uniforms_TR: Float64Array) -> Tensor:
+def sampled_ids(logits_TV: Tensor, uniforms_TR: Tensor) -> Tensor:
     """Samples [T, R] ids: the inverse of the cumulative distribution, in vocabulary order, at the given uniforms.
 
     A block of the vocabulary is located first, so that only block sums and the selected blocks are added up in double
-    precision.
+    precision. A row that is not finite gets arbitrary ids.
     """
     num_rows, vocab_size = logits_TV.shape
     width = -(-vocab_size // SAMPLE_BLOCK) * SAMPLE_BLOCK
@@ -92,15 +90,15 @@ def sampled_ids(logits_TV: Tensor, uniforms_TR: Float64Array) -> Tensor:
     blocks_TNW = exps_TV.view(num_rows, -1, SAMPLE_BLOCK)
     sums_TN = blocks_TNW.sum(dim=-1).double()
     cumulative_TN = sums_TN.cumsum(dim=-1)
-    numbers_TR = _below(torch.from_numpy(uniforms_TR).to(logits_TV.device), cumulative_TN[:, -1:])
-    block_TR = torch.searchsorted(cumulative_TN, numbers_TR, right=True)
+    numbers_TR = _below(uniforms_TR, cumulative_TN[:, -1:])
+    block_TR = torch.searchsorted(cumulative_TN, numbers_TR, right=True).clamp_max(sums_TN.shape[1] - 1)
     sum_TR = sums_TN.gather(1, block_TR)
     share_TR = (numbers_TR - cumulative_TN.gather(1, block_TR) + sum_TR).clamp_min(0) / sum_TR
     hit_TRW = (
         blocks_TNW.gather(1, block_TR.unsqueeze(-1).expand(-1, -1, SAMPLE_BLOCK)).double().cumsum(dim=-1)
     )
     within_TR1 = torch.searchsorted(hit_TRW, _below(share_TR.unsqueeze(-1), hit_TRW[..., -1:]), right=True)
-    return (block_TR * SAMPLE_BLOCK + within_TR1.squeeze(-1)).int()
+    return (block_TR * SAMPLE_BLOCK + within_TR1.squeeze(-1)).clamp_max(vocab_size - 1).int()
 
 
 def _below(shares: Tensor, totals: Tensor) -> Tensor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -13,14 +12,9 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.distributions.draws import samples, uniforms
-from stillhouse.teacher_service.distributions.normalisation import (
-    as_float32,
-    entropies,
-    log_partitions,
-    normalised,
-)
-from stillhouse.teacher_service.engine import DistributionOptions, Float32Array, Int32Array
+from stillhouse.teacher_service.distributions.draws import uniforms
+from stillhouse.teacher_service.distributions.row_tensors import RowInputs, RowTensors, row_tensors
+from stillhouse.teacher_service.engine import DistributionOptions, Int32Array
 
 # Axes: T positions, K kept tokens, V vocabulary, N temperatures, Q queries, R samples, H hidden size.
 
@@ -28,8 +22,7 @@ Float64Array = npt.NDArray[np.float64]
 
 CHUNK_ELEMENTS = 1 << 24
 """Elements of a [chunk, V] block of logits; 64 MiB in float32."""
-GROUP_ELEMENTS = 1 << 20
-"""Elements of the rows that a CPU normalises together, so that they stay in its cache over several passes."""
+_PARTS = tuple(each.name for each in fields(RowTensors) if each.name != "finite")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +35,19 @@ class RowSpec:
     """[start + T]: the tokens read and, last, the token that the last row predicts."""
     query_token_ids: Int32Array | None = None
     """[T, Q]: ids to report, -1 where a row has fewer."""
+
+    def inputs(
+        self, begin: int, end: int, *, hidden_TH: Tensor, uniforms_TR: Float64Array | None
+    ) -> RowInputs:
+        """Inputs of rows [begin, end), whose hidden states these are."""
+        device, queries = hidden_TH.device, self.query_token_ids
+        first = self.start + begin
+        return RowInputs(
+            targets=_long(self.sequence[first : first + end - begin], device),
+            queries=None if queries is None else _long(queries[begin:end], device),
+            uniforms=None if uniforms_TR is None else torch.from_numpy(uniforms_TR[begin:end]).to(device),
+            hidden_states=hidden_TH,
+        )
 
 
 def distributions(
@@ -79,43 +85,13 @@ def rows(
 
     `uniforms_TR` are the `uniforms` of the complete spec. Raises `StillhouseError` with NON_FINITE.
     """
-    size = max(1, GROUP_ELEMENTS // logits_TV.shape[1]) if logits_TV.device.type == "cpu" else len(logits_TV)
-    if len(logits_TV) > size:
-        parts = [
-            rows(
-                logits_TV[row : row + size],
-                hidden_TH[row : row + size],
-                begin=begin + row,
-                spec=spec,
-                options=options,
-                uniforms_TR=uniforms_TR,
-            )
-            for row in range(0, len(logits_TV), size)
-        ]
-        return Distributions.concat(parts)
-    logits_TV = as_float32(logits_TV)
-    num_rows = len(logits_TV)
-    first = spec.start + begin
-    top = normalised(logits_TV, options.top_k)
-    require_finite(top.finite, first)
-    lse_T1 = top.lse.float()
-    target_T1 = _to(spec.sequence[first : first + num_rows], logits_TV).unsqueeze(-1)
-    query_TQ = None if spec.query_token_ids is None else spec.query_token_ids[begin : begin + num_rows]
-    drawn = None
-    if uniforms_TR is not None:
-        drawn = samples(logits_TV, top, uniforms_TR[begin : begin + num_rows], options)
+    inputs = spec.inputs(begin, begin + len(logits_TV), hidden_TH=hidden_TH, uniforms_TR=uniforms_TR)
+    found = row_tensors(logits_TV, options, inputs)
+    require_finite(found.finite, spec.start + begin)
+    parts = {name: getattr(found, name) for name in _PARTS}
     return Distributions(
-        start=first,
-        token_ids=_numpy(top.token_ids.int()),
-        logprobs=_numpy(top.logprobs),
-        target_logprobs=_numpy((logits_TV.gather(-1, target_T1) - top.lse).squeeze(-1).float()),
-        log_tail=_numpy(top.log_tail),
-        log_partitions=_numpy_or_none(log_partitions(logits_TV, top, options.temperatures)),
-        query_logprobs=None if query_TQ is None else _query_logprobs(logits_TV, lse_T1, query_TQ),
-        sampled_token_ids=None if drawn is None else _numpy(drawn.token_ids),
-        sampled_logprobs=None if drawn is None else _numpy_or_none(drawn.logprobs),
-        entropy=_numpy(entropies(logits_TV, lse_T1)) if options.entropy else None,
-        hidden_states=_numpy(hidden_TH.float()) if options.hidden_states else None,
+        start=spec.start + begin,
+        **{name: None if part is None else part.detach().cpu().numpy() for name, part in parts.items()},
     )
 
 
@@ -135,21 +111,5 @@ def non_finite(position: int) -> StillhouseError:
     )
 
 
-def _query_logprobs(logits_TV: Tensor, lse_T1: Tensor, query_TQ: Int32Array) -> Float32Array:
-    """[T, Q]; -inf for padding (-1)."""
-    ids_TQ = _to(query_TQ, logits_TV)
-    logprobs_TQ = logits_TV.gather(-1, ids_TQ.clamp_min(0)) - lse_T1
-    return _numpy(logprobs_TQ.masked_fill(ids_TQ < 0, -torch.inf))
-
-
-def _to(array: Int32Array, like: Tensor) -> Tensor:
-    return torch.from_numpy(array.astype(np.int64)).to(like.device)
-
-
-def _numpy_or_none(tensor: Tensor | None) -> npt.NDArray[Any] | None:
-    return None if tensor is None else _numpy(tensor)
-
-
-def _numpy(tensor: Tensor) -> npt.NDArray[Any]:
-    array: npt.NDArray[Any] = tensor.detach().cpu().numpy()
-    return array
+def _long(array: Int32Array, device: torch.device) -> Tensor:
+    return torch.from_numpy(array.astype(np.int64)).to(device)

@@ -176,6 +176,7 @@ def check_distributions(
         sampled_logprobs=config.sampled_logprobs,
         stratified_samples=config.stratified_samples,
         hidden_layers=_check_layers(config, info),
+        half_logprobs=dtype == Tensor.DATA_TYPE_FLOAT16,
     )
     bits = packed_bits(info.vocab_size)
     return options, WireFormat(

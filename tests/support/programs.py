@@ -22,6 +22,16 @@ SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of programs that share cores: threads that wait for work sleep instead of spinning, which would slow the
 others, and themselves, several times over."""
 
+INTERPRETED_TRITON = {
+    "PYTHONPATH": os.pathsep.join(
+        [
+            str(Path(__file__).parent / "interpreted_triton"),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
+    )
+}
+"""Environment of a teacher whose vLLM runs its second model runner on a CPU."""
+
 
 class ProgramError(RuntimeError):
     """A program ended, or did not say where it listens, in time; the message ends with its log."""

@@ -95,7 +95,8 @@ def set_cpu_environment(config: TeacherConfig) -> None:
     step is done, which slows the front end and small hosts: a single worker computes in the scheduler's process, as
     on a GPU.
     """
-    set_first_runner()
+    # The second model runner needs Triton, which few CPU builds have.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     os.environ[HELPER_THREADS_VARIABLE] = "0"
     if is_one_process(config):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -105,14 +106,6 @@ def set_cpu_environment(config: TeacherConfig) -> None:
         os.environ[HELPER_THREADS_VARIABLE] = str(int(helps))
         if helps:  # a waiting thread yields its core to other processes
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def set_first_runner() -> None:
-    """Selects vLLM's first model runner, for which the worker's patches are written, unless the operator chose.
-
-    The second needs Triton, which few CPU builds have.
-    """
-    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
 
 
 def engine_arguments(
@@ -153,7 +146,8 @@ def engine_arguments(
         arguments["enforce_eager"] = True
         if is_one_process(config):
             arguments["distributed_executor_backend"] = "uni"
-        arguments["logits_processors"] = [seeded_logits_processor.NAME]
+        if seeded_logits_processor.is_used():
+            arguments["logits_processors"] = [seeded_logits_processor.NAME]
         arguments["block_size"] = CPU_BLOCK_TOKENS
         arguments["kv_cache_memory_bytes"] = int(config.kv_cache_gib * 2**30)
     if config.max_adapters:

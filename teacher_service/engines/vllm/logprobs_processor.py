@@ -96,8 +96,8 @@ def _processor(base: Any) -> Any:
         def update_from_output(self, output: Any) -> None:
             """Appends the arrays of one step."""
             if output.new_prompt_logprobs_tensors is not None:
-                ids, values, *_ = output.new_prompt_logprobs_tensors
-                self.prompt_logprobs: Any = (ids.numpy(), values.numpy())
+                tensors = output.new_prompt_logprobs_tensors[:3]
+                self.prompt_logprobs: Any = tuple(each.numpy() for each in tensors)
             if output.prompt_token_id_logprobs is not None:
                 self.prompt_token_id_logprobs = output.prompt_token_id_logprobs.numpy()
             if output.new_logprobs is not None and self.logprobs is not None:

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engines.vllm.engine_args import set_cpu_environment, set_first_runner
+from stillhouse.teacher_service.engines.vllm.engine_args import set_cpu_environment
 from stillhouse.teacher_service.engines.vllm.errors import not_started
 from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard, kill_all
 from stillhouse.teacher_service.engines.vllm.worker.plugin import switched_on
@@ -75,8 +75,6 @@ def _start(config: TeacherConfig, directory: Path, arguments: Callable[..., Mapp
     on_cpu = bool(current_platform.is_cpu())
     if on_cpu:
         set_cpu_environment(config)
-    if config.tier == "worker":
-        set_first_runner()
     made = arguments(config, directory, on_cpu=on_cpu, vocab_size=int(text_config.vocab_size))
     try:
         with switched_on() if "worker_extension_cls" in made else nullcontext():

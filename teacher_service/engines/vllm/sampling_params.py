@@ -93,19 +93,13 @@ class SamplingParamsBuilder:
 
     def _sampling_fields(self, item: GenerateInput) -> dict[str, Any]:
         """Sampling fields, for vLLM or, with a seed on a CPU, for `seeded_logits_processor`."""
-        from vllm.platforms import current_platform
+        from stillhouse.teacher_service.engines.vllm.worker import seeded_logits_processor
 
         if item.temperature == 0:
             return {"temperature": 0.0}
-        if item.seed is not None and current_platform.is_cpu():
-            from stillhouse.teacher_service.engines.vllm.worker.seeded_logits_processor import (
-                sampling_argument,
-            )
-
-            return {
-                "temperature": 0.0,
-                "extra_args": sampling_argument(item, num_valid=self._info.tokenizer_size),
-            }
+        if item.seed is not None and seeded_logits_processor.is_used():
+            argument = seeded_logits_processor.sampling_argument(item, num_valid=self._info.tokenizer_size)
+            return {"temperature": 0.0, "extra_args": argument}
         return {
             "temperature": item.temperature,
             "top_p": item.top_p,

@@ -188,7 +188,7 @@ class RawTier(PublicTier):
     def _rows(
         self, rows: Any, start: int, num_rows: int, options: DistributionOptions, *, prompt: bool = False
     ) -> Distributions:
-        ids, values = rows if prompt else rows.joined()
+        ids, values = rows[:2] if prompt else rows.joined()
         first_row, top_k = start - 1 if prompt else 0, self._params.columns(options)
         return flat_logprobs.from_arrays(
             ids[first_row:, : top_k + 1],
@@ -232,11 +232,12 @@ class WorkerTier(PublicTier):
 
     def read_scores(self, item: ScoreInput, output: Any) -> Distributions:
         """Reads the worker's rows. Raises RowsMissingError where some were not computed."""
-        ids, values = output.prompt_logprobs
+        ids, values, halves = output.prompt_logprobs
         num_queries = 0 if item.query_token_ids is None else item.query_token_ids.shape[1]
         unpacked = unpack(
             ids,
             values,
+            halves,
             start=item.start,
             options=item.options,
             vocab_size=self._info.vocab_size,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.teacher_service.distributions import from_logits, normalisation
+from stillhouse.teacher_service.distributions import from_logits, normalisation, row_tensors
 from stillhouse.teacher_service.distributions.draws import sampled_ids, uniforms
 from stillhouse.teacher_service.distributions.from_logits import RowSpec, distributions
 from stillhouse.teacher_service.engine import DistributionOptions
@@ -258,7 +258,7 @@ def test_samples_invert_the_cumulative_distribution_and_skip_impossible_tokens(v
     logits[:, -2:] = -torch.inf
     numbers = np.concatenate([np.random.default_rng(0).random((3, 400)), np.zeros((3, 1))], axis=1)
     numbers = np.concatenate([numbers, np.full((3, 1), 1 - 2.0**-53)], axis=1)
-    ids = sampled_ids(logits, numbers).long()
+    ids = sampled_ids(logits, torch.from_numpy(numbers)).long()
     probs = logits.double().softmax(-1)
     upper = probs.cumsum(-1).gather(1, ids).numpy()
     mass = probs.gather(1, ids).numpy()
@@ -310,3 +310,30 @@ def test_equal_logits_come_in_the_order_of_their_ids() -> None:
     rows = torch.zeros(1, 4096)
     rows[0, 70] = 1.0
     assert normalisation.normalised(rows, 4).token_ids.tolist() == [[70, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+def test_compiled_rows_are_those_of_a_devices_arithmetic(stratified: bool) -> None:
+    size = 4099
+    rows = torch.randn(6, size, generator=torch.Generator().manual_seed(3)) * 4
+    rows[2, 7], rows[4, -1] = torch.nan, torch.inf
+    plain = rows.t().contiguous().t()  # rows that do not lie together are not compiled
+    options = replace(EVERYTHING, top_k=64, sample_tail=True, stratified_samples=stratified)
+    assert normalisation.is_compiled(rows, 64)
+    assert not normalisation.is_compiled(plain, 64)
+    numbers = np.sort(np.random.default_rng(5).random((6, 4)), axis=1)
+    inputs = row_tensors.RowInputs(
+        targets=torch.arange(6),
+        queries=torch.tensor([[5, -1]] * 6),
+        uniforms=torch.from_numpy(numbers),
+        hidden_states=torch.zeros(6, 3),
+    )
+    one, other = (row_tensors.row_tensors(each, options, inputs) for each in (rows, plain))
+    assert one.finite.tolist() == other.finite.tolist() == [True, True, False, True, False, True]
+    for name in ("token_ids", "logprobs", "target_logprobs", "log_tail", "log_partitions", "query_logprobs"):
+        found, wanted = getattr(one, name)[one.finite], getattr(other, name)[one.finite]
+        assert torch.allclose(found.float(), wanted.float(), atol=3e-6, rtol=1e-6), name
+    assert one.sampled_token_ids is not None
+    assert other.sampled_token_ids is not None
+    assert torch.equal(one.sampled_token_ids[one.finite], other.sampled_token_ids[one.finite])
+    assert ((other.sampled_token_ids >= 0) & (other.sampled_token_ids < size)).all()

@@ -18,6 +18,7 @@ from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import encode
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from tests.conftest import Models
+from tests.support.programs import Program
 from tests.teacher_service.calls import (
     Teacher,
     assert_agrees,
@@ -258,6 +259,33 @@ def test_query_logprobs_are_right_or_refused_by_name(teacher: Teacher, models: M
     wanted = np.take_along_axis(reference_logprobs(models.teacher, ids)[4:-1], query.clip(0), axis=1)
     assert np.array_equal(np.isneginf(answer.query_logprobs), query < 0)
     assert np.abs(np.where(query < 0, 0, answer.query_logprobs - wanted)).max() < 1e-4
+
+
+@pytest.mark.parametrize("prompt_length", [31, 32, 33, 64])
+def test_prompts_that_end_at_a_cache_block_keep_their_first_row(
+    teacher: Teacher, models: Models, prompt_length: int
+) -> None:
+    start = random_ids(prompt_length, seed=77)
+    whole = [np.concatenate([start, random_ids(3 + number, seed=number)]) for number in range(2)]
+    for _ in range(2):  # the second time from the prefix cache, if there is one
+        answers = teacher.score([sequence(ids, start=prompt_length) for ids in whole], top_k=8)
+        for index, ids in enumerate(whole):
+            answer = answers[index]
+            assert not isinstance(answer, StillhouseError)
+            assert_agrees(answer, ids, reference_logprobs(models.teacher, ids), top_k=8)
+
+
+def test_the_second_runner_has_every_capability(second_runner_teacher: Program) -> None:
+    teacher = Teacher(second_runner_teacher.target)
+    assert teacher.info.engine.endswith("(tier worker)")
+    assert set(teacher_pb2.Capability.values()) - set(teacher.info.capabilities) <= {
+        teacher_pb2.CAPABILITY_UNSPECIFIED,
+        teacher_pb2.CAPABILITY_CLASSES,
+        teacher_pb2.CAPABILITY_LAYER_STATES,
+    }
+    teacher.close()
+    assert "tier not used" not in second_runner_teacher.log()
+    assert "prefix cache not used" not in second_runner_teacher.log()
 
 
 def test_cancelled_calls_leave_the_teacher_free(teacher: Teacher) -> None:

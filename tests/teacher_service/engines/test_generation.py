@@ -29,9 +29,10 @@ def test_generation_reports_the_distributions_of_scoring_the_completion(
     teacher: Teacher, models: Models
 ) -> None:
     start = random_ids(7)
-    samples = teacher.generate(
-        [prompt(start)], num_samples=3, config=distribution_config(64), seed=5, max_new_tokens=24
-    )
+    has_all = teacher_pb2.CAPABILITY_SAMPLED_TOKENS in teacher.info.capabilities
+    more: dict[str, Any] = {"temperatures": [0.5], "entropy": True, "num_sampled_tokens": 4}
+    config = distribution_config(64, **(more if has_all else {}))
+    samples = teacher.generate([prompt(start)], num_samples=3, config=config, seed=5, max_new_tokens=24)
     assert sorted(samples) == [(0, 0), (0, 1), (0, 2)]
     for sample in samples.values():
         assert sample.prompt_tokens == 7
@@ -39,8 +40,14 @@ def test_generation_reports_the_distributions_of_scoring_the_completion(
         whole = np.concatenate([start, np.array(sample.ids, np.int32)])
         assert sample.distributions.start == 7
         assert_agrees(sample.distributions, whole, reference_logprobs(models.teacher, whole), top_k=64)
-        scored = teacher.score_one(whole, start=7, top_k=64)
+        scored = teacher.score_one(whole, start=7, top_k=64, **(more if has_all else {}))
         assert np.abs(scored.logprobs - sample.distributions.logprobs).max() < 1e-4
+        for name in ("log_partitions", "entropy") if has_all else ():
+            np.testing.assert_allclose(
+                getattr(scored, name), getattr(sample.distributions, name), atol=1e-4, err_msg=name
+            )
+        if has_all:
+            assert np.array_equal(scored.sampled_token_ids, sample.distributions.sampled_token_ids)
 
 
 def test_sampling_logprobs_are_of_the_sampled_distribution(teacher: Teacher, models: Models) -> None:

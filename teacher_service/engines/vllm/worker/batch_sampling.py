@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stillhouse.teacher_service.distributions.normalisation import largest, scratch
+from stillhouse.teacher_service.distributions.to_device import to_device
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
 
 # Axes: B rows, V vocabulary, C candidates, N blocks of the vocabulary, W ids of a block.
@@ -48,24 +50,33 @@ def sample_rows(logits_BV: Tensor, plans: list[SamplingPlan], positions: list[in
     for row, plan in enumerate(plans):
         kinds.setdefault(_kind(plan), []).append(row)
     for kind, rows in kinds.items():
-        some_BV = valid_BV if len(rows) == len(plans) else valid_BV[rows]
+        rows_B = to_device(np.array(rows), logits_BV.device)
+        some_BV = valid_BV if len(rows) == len(plans) else valid_BV.index_select(0, rows_B)
         if kind == "greedy":
-            token_ids[rows] = some_BV.argmax(dim=-1)
+            token_ids.index_copy_(0, rows_B, some_BV.argmax(dim=-1))
             continue
         numbers = [_uniform(plans[row].seed, positions[row]) for row in rows]
-        numbers_B1 = torch.tensor(numbers, dtype=torch.float64, device=logits_BV.device).unsqueeze(-1)
+        numbers_B1 = _column(numbers, logits_BV)
         chosen = [plans[row] for row in rows]
         sampled = (_from_all if kind == "all" else _from_top_k)(some_BV, chosen, numbers_B1)
         if len(rows) == len(plans):
             return sampled
-        token_ids[rows], logprobs[rows] = sampled.token_ids, sampled.logprobs
+        token_ids.index_copy_(0, rows_B, sampled.token_ids)
+        logprobs.index_copy_(0, rows_B, sampled.logprobs)
     return SampledRows(token_ids=token_ids, logprobs=logprobs)
 
 
 def _kind(plan: SamplingPlan) -> str:
     if plan.temperature == 0:
         return "greedy"
-    return "all" if plan.top_p >= 1 and plan.top_k == 0 else "cut"
+    if plan.top_k:
+        return "top-k"
+    return "all" if plan.top_p >= 1 else "nucleus"
+
+
+def _column(numbers: list[float], like: Tensor) -> Tensor:
+    """FLOAT64 [B, 1] on the device of `like`."""
+    return to_device(np.array(numbers, np.float64), like.device).unsqueeze(-1)
 
 
 def _uniform(seed: int, position: int) -> float:
@@ -101,9 +112,7 @@ def _exponentials(logits_BV: Tensor, plans: list[SamplingPlan]) -> tuple[Tensor,
     width = -(-num_valid // BLOCK) * BLOCK
     exps_BV = scratch("draws", (num_rows, width), logits_BV.device)
     highest_B1 = logits_BV.amax(dim=-1, keepdim=True)
-    temperature_B1 = torch.tensor(
-        [plan.temperature for plan in plans], dtype=torch.float64, device=logits_BV.device
-    ).unsqueeze(-1)
+    temperature_B1 = _column([plan.temperature for plan in plans], logits_BV)
     exps_BV[:, num_valid:] = 0
     valid_BV = exps_BV[:, :num_valid]
     torch.sub(logits_BV, highest_B1, out=valid_BV)
@@ -114,23 +123,23 @@ def _exponentials(logits_BV: Tensor, plans: list[SamplingPlan]) -> tuple[Tensor,
 
 
 def _from_top_k(logits_BV: Tensor, plans: list[SamplingPlan], numbers_B1: Tensor) -> SampledRows:
-    """Samples from the most likely tokens that top-k and top-p keep."""
+    """Samples from the most likely tokens that top-k and top-p keep; all plans or none have a top-k."""
     num_valid = logits_BV.shape[1]
     highest_B1, temperature_B1, exps_BV = _exponentials(logits_BV, plans)
     all_B1 = exps_BV.sum(dim=-1, keepdim=True).double()
-    counts = torch.tensor([plan.top_k or num_valid for plan in plans], device=logits_BV.device).unsqueeze(-1)
-    top_p_B1 = torch.tensor(
-        [plan.top_p for plan in plans], dtype=torch.float64, device=logits_BV.device
-    ).unsqueeze(-1)
-    candidates = min(num_valid, max(FIRST_CANDIDATES, *(plan.top_k for plan in plans)))
-    for num_candidates in (candidates, num_valid):
+    counts = to_device(np.array([plan.top_k or num_valid for plan in plans]), logits_BV.device).unsqueeze(-1)
+    top_p_B1 = _column([plan.top_p for plan in plans], logits_BV)
+    few = min(num_valid, max(FIRST_CANDIDATES, *(plan.top_k for plan in plans)))
+    # A look at the sums would wait for a device: without a top-k, all tokens are ordered there.
+    bounded = plans[0].top_k > 0
+    on_cpu = logits_BV.device.type == "cpu"
+    for num_candidates in (few, num_valid) if bounded or on_cpu else (num_valid,):
         values_BC, ids_BC = largest(logits_BV.contiguous(), num_candidates)
         weights_BC = ((values_BC - highest_B1).double() / temperature_B1).exp()
         weights_BC.masked_fill_(torch.arange(num_candidates, device=logits_BV.device) >= counts, 0)
         sums_BC = weights_BC.cumsum(dim=-1)
-        norm_B1 = torch.where(counts < num_valid, sums_BC[:, -1:], all_B1)
-        complete_B1 = (counts < num_valid) | (sums_BC[:, -1:] >= top_p_B1 * norm_B1)
-        if bool(complete_B1.all()):
+        norm_B1 = sums_BC[:, -1:] if bounded else all_B1
+        if bounded or (on_cpu and bool((sums_BC[:, -1:] >= top_p_B1 * norm_B1).all())):
             break
     outside_BC = sums_BC - weights_BC >= top_p_B1 * norm_B1
     outside_BC[:, 0] = False

@@ -1,7 +1,8 @@
 """Worker extension of vLLM: computes exact rows of scored prompts inside the worker process, only as requested.
 
 Loaded as vLLM's `worker_extension_cls`, it replaces three methods of the first model runner for requests that carry a plan
-(`request_plan`); all others go to vLLM's own methods. Written for and run with the CPU build of vLLM 0.32; not run on GPUs.
+(`request_plan`); all others go to vLLM's own methods. `second_runner` does so for the second. Written for and run with the CPU
+build of vLLM 0.32; not run on GPUs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.protos.errors import StillhouseError
 from stillhouse.teacher_service.distributions import draws, from_logits
 from stillhouse.teacher_service.distributions.from_logits import RowSpec
+from stillhouse.teacher_service.distributions.row_tensors import row_tensors
 from stillhouse.teacher_service.engine import Float32Array, Int32Array
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import (
     SHARED_ROWS,
@@ -39,6 +40,7 @@ from stillhouse.teacher_service.engines.vllm.worker.request_plan import (
     pack,
     read_plan,
 )
+from stillhouse.teacher_service.engines.vllm.worker.second_runner import install as second_runner
 
 _METHODS = {
     "_get_prompt_logprobs_dict": ["hidden_states", "num_scheduled_tokens"],
@@ -70,8 +72,10 @@ def install(runner: Any) -> None:
 
     if getattr(runner, "stillhouse_installed", False):
         return
-    if type(runner).__module__.startswith("vllm.v1.worker.gpu."):
-        raise TypeError("vLLM runs its second model runner; VLLM_USE_V2_MODEL_RUNNER=0 takes the first")
+    if second_runner.is_second_runner(runner):
+        second_runner.install(runner)
+        runner.stillhouse_installed = True
+        return
     for name, parameters in _METHODS.items():
         found = list(inspect.signature(getattr(runner, name)).parameters)
         if found != parameters:
@@ -111,21 +115,9 @@ class _PromptRows:
     def fill(self, row: int, logits_TV: Tensor, hidden_TH: Tensor) -> None:
         """Fills in rows [row, row + T); NaN marks a row with NaN or infinite logits."""
         end = row + len(logits_TV)
-        position = self.plan.start + row
-        try:
-            rows = from_logits.rows(
-                logits_TV,
-                hidden_TH,
-                begin=row,
-                spec=self.spec,
-                options=self.plan.options,
-                uniforms_TR=self.uniforms,
-            )
-            ids, values = pack(rows, self.spec.sequence[position : position + len(logits_TV)])
-            self.ids[row:end], self.values[row:end] = ids, values
-        except StillhouseError as error:
-            self.ids[row:end, 0] = 0
-            self.values[int(error.metadata["position"]) - self.plan.start] = np.nan
+        inputs = self.spec.inputs(row, end, hidden_TH=hidden_TH, uniforms_TR=self.uniforms)
+        ids, values, _ = pack(row_tensors(logits_TV, self.plan.options, inputs), inputs.targets)
+        self.ids[row:end], self.values[row:end] = ids.cpu().numpy(), values.cpu().numpy()
 
     def tensors(self) -> Any:
         """vLLM's `LogprobsTensors` of the rows."""

@@ -22,6 +22,8 @@ VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
 BESIDE_WRITERS = 512
 """Prompt tokens read by a CPU step that also generates: it takes two to three times as long as one that only
 generates some dozens."""
+_LOOKUPS = ["self", "request"], ["self", "request", "max_cache_hit_length"]
+"""Parameters of the prefix cache's look-up in vLLM 0.32 and 0.33."""
 _log = logging.getLogger("vllm.stillhouse")
 
 
@@ -68,13 +70,16 @@ def _cap_cache_hits() -> None:
     original = KVCacheManager.get_computed_blocks
     if getattr(original, "stillhouse", False):
         return
-    if list(inspect.signature(original).parameters) != ["self", "request"]:
+    if list(inspect.signature(original).parameters) not in _LOOKUPS:
         raise TypeError(f"KVCacheManager.get_computed_blocks{inspect.signature(original)}")
 
-    def get_computed_blocks(self: Any, request: Any) -> Any:
+    def get_computed_blocks(self: Any, request: Any, max_cache_hit_length: int | None = None) -> Any:
         params = request.sampling_params
         start = None if params is None else score_start(params.extra_args)
-        return original(self, request if start is None else _Until(request, start))
+        bound = max_cache_hit_length
+        if start is not None:
+            request, bound = _Until(request, start), None if bound is None else min(bound, start - 1)
+        return original(self, request, *(() if bound is None else (bound,)))
 
     get_computed_blocks.stillhouse = True  # type: ignore[attr-defined]
     KVCacheManager.get_computed_blocks = get_computed_blocks

@@ -6,13 +6,16 @@ Both ends are processes of one start, so the format has no version.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.distributions.from_logits import non_finite
+from stillhouse.teacher_service.distributions.row_tensors import RowTensors
 from stillhouse.teacher_service.engine import (
     DistributionOptions,
     Float32Array,
@@ -131,26 +134,42 @@ def _plain(options: DistributionOptions) -> dict[str, Any]:
     return {name: list(each) if isinstance(each, tuple) else each for name, each in asdict(options).items()}
 
 
-def pack(rows: Distributions, targets: Int32Array) -> tuple[Int32Array, Float32Array]:
-    """Packs rows of a prompt into (ids [T, 1 + K + R], values [T, 3 + K + ...]).
+class PackedRows(NamedTuple):
+    """Rows on the way from the worker, as tensors on its device."""
 
-    Ids: the token itself, the top K, the samples. Values: the token's logprob (NaN for non-finite logits), those of
-    the top K, tail, sampling logprob, then as requested partitions, entropy, queries, hidden states, samples. The first 1 + K
-    columns are those of vLLM's own rows.
-    """
-    ids = [targets[:, None], rows.token_ids, rows.sampled_token_ids]
+    ids: Tensor
+    """INT32 [T, 1 + K + R]: the token itself, the top K, the samples."""
+    values: Tensor
+    """FLOAT32 [T, 3 + K + ...]: the token's logprob (NaN for non-finite logits), those of the top K, tail, sampling logprob,
+    then as requested partitions, entropy, queries, hidden states, samples. The first 1 + K columns are those of vLLM's own
+    rows."""
+    halves: Tensor
+    """FLOAT16 [T, K]: the logprobs of the top K where these are not among the values, else [T, 0]."""
+
+
+def pack(
+    rows: RowTensors, targets: Tensor, sampling_logprobs: Tensor | None = None, *, half: bool = False
+) -> PackedRows:
+    """Packs rows on their device, with `half` the top K as float16."""
+    sampling_T = torch.zeros_like(rows.log_tail) if sampling_logprobs is None else sampling_logprobs
+    ids = [targets.int(), rows.token_ids, rows.sampled_token_ids]
     values = [
-        rows.target_logprobs[:, None],
-        rows.logprobs,
-        rows.log_tail[:, None],
-        np.zeros((rows.num_rows, 1), np.float32),
+        rows.target_logprobs.masked_fill(~rows.finite, torch.nan),
+        None if half else rows.logprobs,
+        rows.log_tail,
+        sampling_T,
         rows.log_partitions,
-        None if rows.entropy is None else rows.entropy[:, None],
+        rows.entropy,
         rows.query_logprobs,
         rows.hidden_states,
         rows.sampled_logprobs,
     ]
-    return _joined(ids, np.int32), _joined(values, np.float32)
+    halves = rows.logprobs if half else rows.logprobs[:, :0]
+    return PackedRows(_columns(ids), _columns(values), halves.half())
+
+
+def _columns(parts: list[Tensor | None]) -> Tensor:
+    return torch.cat([each.reshape(len(each), -1) for each in parts if each is not None], dim=1)
 
 
 def column_counts(
@@ -179,6 +198,7 @@ class Unpacked:
 def unpack(
     ids: Int32Array,
     values: Float32Array,
+    halves: npt.NDArray[Any] | None = None,
     *,
     start: int,
     options: DistributionOptions | None,
@@ -186,13 +206,17 @@ def unpack(
     num_queries: int = 0,
     hidden_size: int = 0,
 ) -> Unpacked:
-    """Parses rows from these arrays, which may be wider than the request's own columns.
+    """Parses rows from the arrays of `PackedRows`, which may be wider than the request's own columns.
 
     `start` is the position that the first row predicts. Raises `StillhouseError` (NON_FINITE).
     """
     num_ids, num_values = column_counts(
         options, vocab_size=vocab_size, num_queries=num_queries, hidden_size=hidden_size
     )
+    if halves is not None and (halves.ndim < 2 or not halves.shape[1]):
+        halves = None
+    if halves is not None:
+        num_values -= halves.shape[1]
     if ids.shape[1] < num_ids or values.shape[1] < num_values:
         raise RuntimeError(
             f"vLLM's worker returned rows of {ids.shape[1]} ids and {values.shape[1]} values; {num_ids} and "
@@ -211,7 +235,8 @@ def unpack(
         at += count
         return np.ascontiguousarray(values[:, at - count : at])
 
-    logprobs, log_tail, sampling = next_columns(top_k), next_columns(1)[:, 0], next_columns(1)[:, 0]
+    logprobs = next_columns(top_k) if halves is None else halves.astype(np.float32)
+    log_tail, sampling = next_columns(1)[:, 0], next_columns(1)[:, 0]
     rows = Distributions(
         start=start,
         token_ids=np.ascontiguousarray(ids[:, 1 : 1 + top_k]),
@@ -230,7 +255,3 @@ def unpack(
         else None,
     )
     return Unpacked(rows=rows, sampling_logprobs=sampling, missing=missing)
-
-
-def _joined(parts: list[Any], dtype: npt.DTypeLike) -> Any:
-    return np.concatenate([part for part in parts if part is not None], axis=1, dtype=dtype)

@@ -23,9 +23,10 @@ class RowBuffer:
 
     rows: list[tuple[Array, Array, int]] = field(default_factory=list)
 
-    def drain(self) -> tuple[Array, Array, Array]:
-        """Returns and clears all rows: (ids [n, C], values [n, D], no ranks)."""
-        rows, self.rows = self.rows, []
+    def drain(self, count: int | None = None) -> tuple[Array, Array, Array]:
+        """Returns and removes the first `count` rows, or all: (ids [n, C], values [n, D], no ranks)."""
+        rows = self.rows[:count]
+        del self.rows[: len(rows)]
         ids, values = np.stack([ids[at] for ids, _, at in rows]), np.stack([each[at] for _, each, at in rows])
         return ids, values, _NO_RANKS
 
@@ -49,17 +50,15 @@ class OutgoingRows:
         return None if block is None else LogprobsLists(*block)
 
 
-def is_due(request: Any, token: int, max_tokens: int) -> bool:
-    """True if the front end emits a sample's rows with this token, its next.
+def is_due(params: Any, token: int, *, written: int, room: int) -> bool:
+    """True if the front end emits a sample's rows with this token, its next after `written` tokens.
 
-    `max_tokens` is vLLM's limit for prompt and sample. The front end emits at the first token, at every
+    `room` is vLLM's limit for the sample's tokens beside `max_tokens`. The front end emits at the first token, at every
     STREAM_INTERVAL_TOKENS after it, and at the last; rows released earlier would wait there.
     """
-    params, written = request.sampling_params, len(request.output_token_ids)
     return (
         written % STREAM_INTERVAL_TOKENS == 0
-        or written + 1 >= params.max_tokens
+        or written + 1 >= min(params.max_tokens, room)
         or token in (params.stop_token_ids or ())
         or token == params.eos_token_id
-        or request.num_prompt_tokens + written + 1 >= max_tokens
     )

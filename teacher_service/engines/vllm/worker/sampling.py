@@ -10,17 +10,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from stillhouse.teacher_service.distributions import draws, from_logits, normalisation
-from stillhouse.teacher_service.distributions.from_logits import RowSpec
-from stillhouse.teacher_service.engine import DistributionOptions
-from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
+from stillhouse.teacher_service.distributions import normalisation, row_tensors
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan
 from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
+from stillhouse.teacher_service.engines.vllm.worker.sampled_rows import prefix_uniforms, sampled_columns
 
 _SHARED_ELEMENTS = 1 << 16
 """Smallest number of logits worth sharing with another thread."""
@@ -69,7 +66,8 @@ def _released_rows(step: _Step, requests: list[Any], longest: int) -> OutgoingRo
                 getattr(request, "stillhouse_row_buffer", None) or RowBuffer()
             )
             buffer.rows.append((ids, values, at))
-            if is_due(request, tokens[row], longest):
+            written, prompt = len(request.output_token_ids), request.num_prompt_tokens
+            if is_due(request.sampling_params, tokens[row], written=written, room=longest - prompt):
                 blocks[row] = buffer.drain()
     return OutgoingRows(blocks)
 
@@ -113,7 +111,10 @@ class _Step:
 def _sample_into(
     step: _Step, rows: list[int], plans: list[SamplingPlan], requests: list[Any], logits: Tensor
 ) -> None:
-    step.add(rows, *_sample_and_pack(plans, requests, _select_rows(logits, rows)))
+    prefixes = [[*request.prompt_token_ids, *request.output_token_ids] for request in requests]
+    positions = [len(request.output_token_ids) for request in requests]
+    uniforms = prefix_uniforms(prefixes, plans[0].options)
+    step.add(rows, *sampled_columns(_select_rows(logits, rows), plans, positions, uniforms))
 
 
 def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: int) -> Iterator[list[int]]:
@@ -124,7 +125,7 @@ def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: 
         if isinstance(plan, SamplingPlan) and not unfinished[row]:
             groups.setdefault((plan.options, plan.num_valid), []).append(row)
     whole = (
-        max(1, from_logits.GROUP_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(plans)
+        max(1, row_tensors.GROUP_ELEMENTS // logits.shape[1]) if logits.device.type == "cpu" else len(plans)
     )
     for rows in groups.values():
         least = max(1, _SHARED_ELEMENTS // logits.shape[1])
@@ -136,46 +137,3 @@ def _row_groups(plans: list[Any], unfinished: Any, logits: Tensor, num_threads: 
 def _select_rows(logits: Tensor, rows: list[int]) -> Tensor:
     adjacent = rows[-1] - rows[0] + 1 == len(rows)
     return normalisation.as_float32(logits[rows[0] : rows[-1] + 1] if adjacent else logits[rows])
-
-
-def _sample_and_pack(
-    plans: list[SamplingPlan], requests: list[Any], logits_BV: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Samples rows of equal options, and packs (ids, values) in the columns of `request_plan.pack`; NaN first for non-finite logits."""
-    options = plans[0].options
-    sampled = sample_rows(logits_BV, plans, [len(request.output_token_ids) for request in requests])
-    token_B1, sampling_B1 = sampled.token_ids.unsqueeze(-1), sampled.logprobs.unsqueeze(-1)
-    if options is None:
-        finite_B = torch.isfinite(logits_BV.sum(dim=-1))
-        nothing_B1 = torch.zeros_like(sampling_B1)
-        return token_B1.int(), torch.cat([_marked(nothing_B1, finite_B), nothing_B1, sampling_B1], dim=1)
-    top = normalisation.normalised(logits_BV, options.top_k)
-    lse_B1 = top.lse.float()
-    target_B1 = (logits_BV.gather(-1, token_B1) - top.lse).float()
-    ids = [token_B1, top.token_ids]
-    values = [_marked(target_B1, top.finite), top.logprobs, top.log_tail.unsqueeze(-1), sampling_B1]
-    drawn = None
-    if options.num_sampled_tokens:
-        drawn = draws.samples(logits_BV, top, _uniforms(requests, options), options)
-        ids.append(drawn.token_ids)
-    if (partitions_BN := normalisation.log_partitions(logits_BV, top, options.temperatures)) is not None:
-        values.append(partitions_BN)
-    if options.entropy:
-        values.append(normalisation.entropies(logits_BV, lse_B1).unsqueeze(-1))
-    if drawn is not None and drawn.logprobs is not None:
-        values.append(drawn.logprobs)
-    return torch.cat([each.int() for each in ids], dim=1), torch.cat(values, dim=1)
-
-
-def _marked(target_B1: Tensor, finite_B: Tensor) -> Tensor:
-    return target_B1.masked_fill(~finite_B.unsqueeze(-1), torch.nan)
-
-
-def _uniforms(requests: list[Any], options: DistributionOptions) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """[B, R]: the uniforms that scoring the sample afterwards would use."""
-    numbers = []
-    for request in requests:
-        read = [*request.prompt_token_ids, *request.output_token_ids, 0]
-        spec = RowSpec(start=len(read) - 1, sequence=np.array(read, np.int32))
-        numbers.append(draws.uniforms(spec, options))
-    return np.concatenate([each for each in numbers if each is not None])

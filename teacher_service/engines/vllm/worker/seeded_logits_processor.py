@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import SamplingParams, envs
+from vllm.platforms import current_platform
 from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
 
 from stillhouse.teacher_service.distributions.sampling import sample_token
@@ -20,6 +21,11 @@ from stillhouse.teacher_service.engine import GenerateInput
 NAME = f"{__name__}:SeededSampling"
 """Import path of the class below for vLLM's `logits_processors`."""
 _KEY = "stillhouse_draw"
+
+
+def is_used() -> bool:
+    """True on a CPU with vLLM's first model runner; the second takes no processor of this kind."""
+    return bool(current_platform.is_cpu()) and not envs.VLLM_USE_V2_MODEL_RUNNER
 
 
 def sampling_argument(item: GenerateInput, *, num_valid: int) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def stratified_targets(
     top = logprobs.topk(K)
     tail = logprobs.index_fill(0, top.indices, -torch.inf)
     numbers = (torch.arange(count) + (torch.arange(rows).unsqueeze(-1) + 0.5) / rows) / count
-    draws = sampled_ids((tail / temperature).expand(rows, vocab_size), numbers.double().numpy()).long()
+    draws = sampled_ids((tail / temperature).expand(rows, vocab_size), numbers.double()).long()
     partition = (logprobs / temperature).logsumexp(-1)
     answer = Distributions(
         start=1,

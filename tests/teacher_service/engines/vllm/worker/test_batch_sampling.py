@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.teacher_service.distributions.row_tensors import RowTensors
 from stillhouse.teacher_service.engine import DistributionOptions, GenerateInput, ScoreInput
 from stillhouse.teacher_service.engines.vllm.worker import batch_sampling
 from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
@@ -152,7 +153,14 @@ def test_rows_survive_packing() -> None:
         entropy=values(),
         hidden_states=values(6),
     )
-    ids, columns = pack(rows, np.array([7, 8, 9], np.int32))
+    parts = {
+        each.name: torch.from_numpy(getattr(rows, each.name))
+        for each in fields(RowTensors)
+        if each.name != "finite"
+    }
+    tensors = RowTensors(**parts, finite=torch.tensor([True, True, True]))
+    ids, columns, none = (each.numpy() for each in pack(tensors, torch.tensor([7, 8, 9])))
+    assert none.shape == (3, 0)
     sizes: dict[str, Any] = {"vocab_size": 50, "num_queries": 3, "hidden_size": 6}
     assert (ids.shape[1], columns.shape[1]) == column_counts(options, **sizes)
     got = unpack(ids, columns, start=5, options=options, **sizes)
@@ -160,9 +168,16 @@ def test_rows_survive_packing() -> None:
     assert got.sampling_logprobs.tolist() == [0, 0, 0]
     for name in Distributions.__slots__:
         assert np.array_equal(getattr(got.rows, name), getattr(rows, name)), name
+    halved = [each.numpy() for each in pack(tensors, torch.tensor([7, 8, 9]), half=True)]
+    assert [each.shape[1] for each in halved] == [ids.shape[1], columns.shape[1] - 4, 4]
+    rounded = replace(rows, logprobs=rows.logprobs.astype(np.float16).astype(np.float32))
+    got = unpack(*halved, start=5, options=options, **sizes)
+    for name in Distributions.__slots__:
+        assert np.array_equal(getattr(got.rows, name), getattr(rounded, name)), name
     with pytest.raises(RuntimeError, match="were requested"):
         unpack(ids, columns[:, :-1], start=5, options=options, **sizes)
-    columns[1, 0] = np.nan
+    broken = replace(tensors, finite=torch.tensor([True, False, True]))
+    columns = pack(broken, torch.tensor([7, 8, 9]))[1].numpy()
     with pytest.raises(StillhouseError, match="position 6 ") as caught:
         unpack(ids, columns, start=5, options=options, **sizes)
     assert caught.value.reason is Reason.NON_FINITE

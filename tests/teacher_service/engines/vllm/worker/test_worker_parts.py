@@ -80,10 +80,7 @@ def test_outgoing_rows_can_be_pickled_and_hold_only_released_requests() -> None:
 def test_rows_are_released_when_the_front_end_emits_them() -> None:
     def due(written: int, token: int = 9) -> bool:
         params = SimpleNamespace(max_tokens=60, stop_token_ids=[5], eos_token_id=None)
-        request = SimpleNamespace(
-            sampling_params=params, output_token_ids=[0] * written, num_prompt_tokens=50
-        )
-        return is_due(request, token, max_tokens=100)
+        return is_due(params, token, written=written, room=50)
 
     assert [each for each in range(49) if due(each)] == [0, *range(16, 49, STREAM_INTERVAL_TOKENS)]
     assert due(7, token=5)

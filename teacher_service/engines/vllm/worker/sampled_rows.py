@@ -1,0 +1,58 @@
+"""Rows of generated tokens from the logits of one decode pass, packed as `request_plan.pack` does, for both model runners."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from stillhouse.teacher_service.distributions import draws
+from stillhouse.teacher_service.distributions.from_logits import RowSpec
+from stillhouse.teacher_service.distributions.row_tensors import RowInputs, row_tensors
+from stillhouse.teacher_service.distributions.to_device import to_device
+from stillhouse.teacher_service.engine import DistributionOptions
+from stillhouse.teacher_service.engines.vllm.worker.batch_sampling import sample_rows
+from stillhouse.teacher_service.engines.vllm.worker.request_plan import SamplingPlan, pack
+
+# Axes: B rows, V vocabulary, R samples.
+
+
+def sampled_columns(
+    logits_BV: Tensor,
+    plans: list[SamplingPlan],
+    positions: list[int],
+    uniforms_BR: npt.NDArray[np.float64] | None,
+) -> tuple[Tensor, Tensor]:
+    """Samples a token for each row of FLOAT32 logits, and packs it with its distribution: (ids, values), NaN first for
+    non-finite logits.
+
+    Plans share `options` and `num_valid`; `positions` count the tokens generated before; `uniforms_BR` are those of
+    `prefix_uniforms`.
+    """
+    options = plans[0].options
+    sampled = sample_rows(logits_BV, plans, positions)
+    if options is None:
+        finite_B = torch.isfinite(logits_BV.sum(dim=-1))
+        nothing_B = torch.zeros_like(sampled.logprobs)
+        values = [nothing_B.masked_fill(~finite_B, torch.nan), nothing_B, sampled.logprobs]
+        return sampled.token_ids.int().unsqueeze(-1), torch.stack(values, dim=1)
+    uniforms = None if uniforms_BR is None else to_device(uniforms_BR, logits_BV.device)
+    inputs = RowInputs(targets=sampled.token_ids, uniforms=uniforms)
+    packed = pack(row_tensors(logits_BV, options, inputs), sampled.token_ids, sampled.logprobs)
+    return packed.ids, packed.values
+
+
+def prefix_uniforms(
+    prefixes: Sequence[Sequence[int]], options: DistributionOptions | None
+) -> npt.NDArray[np.float64] | None:
+    """[B, R]: the uniforms that scoring the token after each prefix would use; None if no samples are requested."""
+    if options is None or not options.num_sampled_tokens:
+        return None
+    rows = []
+    for prefix in prefixes:
+        spec = RowSpec(start=len(prefix), sequence=np.array([*prefix, 0], np.int32))
+        rows.append(draws.uniforms(spec, options))
+    return np.concatenate([each for each in rows if each is not None])
