@@ -134,7 +134,7 @@ def targets_of(
             sampled_logprobs=not stratified or needs_draw_logprobs(loss),
             stratified_samples=stratified,
         )
-        drawn = samples(logprobs, top, numbers.numpy(), options)
+        drawn = samples(logprobs, top, numbers, options)
     answer = Distributions(
         start=1,
         token_ids=top.token_ids.int().numpy(),

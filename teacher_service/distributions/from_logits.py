@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -88,11 +89,11 @@ def rows(
     inputs = spec.inputs(begin, begin + len(logits_TV), hidden_TH=hidden_TH, uniforms_TR=uniforms_TR)
     found = row_tensors(logits_TV, options, inputs)
     require_finite(found.finite, spec.start + begin)
-    parts = {name: getattr(found, name) for name in _PARTS}
-    return Distributions(
-        start=spec.start + begin,
-        **{name: None if part is None else part.detach().cpu().numpy() for name, part in parts.items()},
-    )
+    arrays: dict[str, Any] = {}
+    for name in _PARTS:
+        part = getattr(found, name)
+        arrays[name] = None if part is None else part.detach().cpu().numpy()
+    return Distributions(start=spec.start + begin, **arrays)
 
 
 def require_finite(finite_T: Tensor, first: int) -> None:

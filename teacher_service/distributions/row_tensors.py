@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class RowInputs:
 
     def rows(self, begin: int, end: int) -> RowInputs:
         """Returns rows [begin, end)."""
-        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        parts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
         return RowInputs(**{name: part if part is None else part[begin:end] for name, part in parts.items()})
 
 
@@ -77,10 +78,11 @@ class RowTensors:
         """Joins rows of the same options."""
         if len(parts) == 1:
             return parts[0]
-        columns = {each.name: [getattr(part, each.name) for part in parts] for each in fields(RowTensors)}
-        return RowTensors(
-            **{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
-        )
+        joined: dict[str, Any] = {}
+        for each in fields(RowTensors):
+            column = [getattr(part, each.name) for part in parts]
+            joined[each.name] = None if column[0] is None else torch.cat(column)
+        return RowTensors(**joined)
 
 
 def row_tensors(logits_TV: Tensor, options: DistributionOptions, inputs: RowInputs) -> RowTensors:

@@ -49,7 +49,7 @@ class StepCopy:
             return
         host = self._flat.to("cpu", non_blocking=True)
         if self._flat.device.type != "cpu":
-            self._event = torch.cuda.Event(blocking=True)
+            self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._event.record()
         data = host.numpy()
         places = sorted(
