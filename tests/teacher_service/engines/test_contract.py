@@ -17,6 +17,7 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import encode
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
+from stillhouse.teacher_service.engines.vllm.tiers import WorkerTier
 from tests.conftest import Models
 from tests.support.programs import Program
 from tests.teacher_service.calls import (
@@ -278,11 +279,7 @@ def test_prompts_that_end_at_a_cache_block_keep_their_first_row(
 def test_the_second_runner_has_every_capability(second_runner_teacher: Program) -> None:
     teacher = Teacher(second_runner_teacher.target)
     assert teacher.info.engine.endswith("(tier worker)")
-    assert set(teacher_pb2.Capability.values()) - set(teacher.info.capabilities) <= {
-        teacher_pb2.CAPABILITY_UNSPECIFIED,
-        teacher_pb2.CAPABILITY_CLASSES,
-        teacher_pb2.CAPABILITY_LAYER_STATES,
-    }
+    assert WorkerTier.capabilities | {teacher_pb2.CAPABILITY_HOT_ADAPTERS} <= set(teacher.info.capabilities)
     teacher.close()
     assert "tier not used" not in second_runner_teacher.log()
     assert "prefix cache not used" not in second_runner_teacher.log()
