@@ -42,8 +42,11 @@ class RowInputs:
 
     def rows(self, begin: int, end: int) -> RowInputs:
         """Returns rows [begin, end)."""
-        parts: dict[str, Any] = {each.name: getattr(self, each.name) for each in fields(self)}
-        return RowInputs(**{name: part if part is None else part[begin:end] for name, part in parts.items()})
+        parts: dict[str, Any] = {}
+        for each in fields(self):
+            part = getattr(self, each.name)
+            parts[each.name] = None if part is None else part[begin:end]
+        return RowInputs(**parts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,10 +47,10 @@ def test_generation_reports_the_distributions_of_scoring_the_completion(
                 getattr(scored, name), getattr(sample.distributions, name), atol=1e-4, err_msg=name
             )
         if has_all:
-            drawn = [each.sampled_token_ids for each in (scored, sample.distributions)]
-            assert drawn[0] is not None
-            assert drawn[1] is not None
-            assert np.array_equal(*drawn)
+            wanted, drawn = scored.sampled_token_ids, sample.distributions.sampled_token_ids
+            assert wanted is not None
+            assert drawn is not None
+            assert np.array_equal(wanted, drawn)
 
 
 def test_sampling_logprobs_are_of_the_sampled_distribution(teacher: Teacher, models: Models) -> None:
