@@ -19,7 +19,7 @@ Kind = Literal["vllm", "sglang", "other"]
 MAX_MODELS = 1000
 MAX_NAME_CHARS = 512
 _SGLANG_RESERVE = 6
-"""Tokens below its context that SGLang keeps free, where it does not tell its longest prompt."""
+"""Tokens below its context at which SGLang refuses a prompt, where it does not tell that length."""
 
 log = structlog.get_logger(__name__)
 
@@ -66,13 +66,13 @@ async def discover(client: HttpClient, model: str) -> Server:
     if isinstance(native, dict) and "model_path" in native:
         told = await _optional(client, "/get_server_info") or await _optional(client, "/server_info")
         server = told if isinstance(told, dict) else {}
-        longest = _count(server.get("max_req_input_len")) or max(0, base.max_tokens - _SGLANG_RESERVE)
+        refused = _count(server.get("max_req_input_len")) or base.max_tokens - _SGLANG_RESERVE
         return Server(
             kind="sglang",
             version=_text(server.get("version")),
             base=base,
             adapters=adapters,
-            max_sequence_tokens=longest,
+            max_sequence_tokens=max(0, refused - 1),
         )
     told = await _optional(client, "/version")
     version = _text(told.get("version")) if isinstance(told, dict) else ""

@@ -50,6 +50,8 @@ class SglangStub:
                 )
             case "/get_server_info":
                 return Reply(body={"version": "0.5.23", "max_req_input_len": MAX_TOKENS - 6})
+            case "/generate" if len(request.body.get("input_ids", ())) >= MAX_TOKENS - 6:
+                return Reply(status=400, body={"error": {"message": "The input is too long."}})
             case "/generate":
                 return Reply(body=self._generate(request.body))
         return Reply(status=404, body={"detail": "Not Found"})

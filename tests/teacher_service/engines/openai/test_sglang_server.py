@@ -66,7 +66,7 @@ async def test_scores_and_samples_are_those_of_the_model(models: Models, flat: b
             info = engine.info
             assert (info.vocab_size, info.tokenizer_size, info.max_top_k) == (392, 384, 256)
             assert (info.max_sequence_tokens, info.max_query_tokens, info.capabilities) == (
-                506,
+                505,
                 0,
                 frozenset(),
             )
@@ -109,11 +109,11 @@ async def test_flat_rows_have_683_bytes_a_token(server: HttpServer, models: Mode
     async with engine_on(server.url, models.teacher) as engine:
         server.answer = measured
         try:
-            item = ScoreInput(token_ids=random_ids(400), start=1, options=TOP_64)
+            item = ScoreInput(token_ids=random_ids(505), start=1, options=TOP_64)
             await engine.score(item)
         finally:
             server.answer = answer
-    assert sizes[0] / 399 < 683 + 40  # 40 of the token itself
+    assert sizes[0] / 504 < 683 + 40  # 40 of the token itself
 
 
 async def test_the_upstreams_fields_have_remedies_where_it_lacks_them(
@@ -200,7 +200,7 @@ def test_each_value_is_checked(
 ) -> None:
     item = ScoreInput(token_ids=IDS, start=1, options=DistributionOptions(top_k=4))
     model = ServedModel(
-        name="m", vocab_size=392, tokenizer_size=384, max_sequence_tokens=506, eos_token_ids=(0,)
+        name="m", vocab_size=392, tokenizer_size=384, max_sequence_tokens=505, eos_token_ids=(0,)
     )
     dialect = SglangServer(model)
     request = dialect.score_request(item, 4)
