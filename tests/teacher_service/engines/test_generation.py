@@ -123,8 +123,9 @@ def test_unstreamed_samples_equal_streamed_ones(teacher: Teacher) -> None:
         )
         assert sample.num_chunks == 1
         assert sample.prompt_ids == random_ids([9, 30][key[0]], seed=[4, 5][key[0]]).tolist()
-        assert sample.distributions.start == [9, 30][key[0]]
-        assert sample.distributions.num_rows == len(sample.ids)
+        assert sum(each.num_rows for each in sample.rows) == len(sample.ids)
+        if sample.ids:  # a stop string may end it before its first token
+            assert sample.distributions.start == [9, 30][key[0]]
         assert streamed[key].prompt_ids == []
 
 

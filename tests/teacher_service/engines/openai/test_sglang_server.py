@@ -13,21 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stillhouse.client.api import Trainer
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import DistributionOptions, GeneratedChunk, GenerateInput, ScoreInput
-from stillhouse.teacher_service.engines.openai.credentials import VARIABLE
 from stillhouse.teacher_service.engines.openai.dialect import ServedModel
 from stillhouse.teacher_service.engines.openai.engine import OpenAiEngine
 from stillhouse.teacher_service.engines.openai.sglang_server import SglangServer
 from tests.conftest import Models
 from tests.support.networks.http_server import HttpServer, Received, Reply
 from tests.support.networks.sglang_server import sglang_server
-from tests.support.processes import no_process_left
-from tests.support.programs import Program, start_program
-from tests.support.runs import curve, small_spec, stillhouse, write_run_file
-from tests.teacher_service.calls import Teacher, assert_agrees, random_ids, reference_logprobs, refusal
+from tests.teacher_service.calls import assert_agrees, random_ids, reference_logprobs
 
 pytestmark = pytest.mark.model
 
@@ -287,43 +282,3 @@ def _moved(reply: Reply) -> Reply:
         if entry[0] is not None:
             entry[0] -= 1
     return replace(reply)
-
-
-def test_a_run_is_distilled_from_it_through_a_teacher_service(
-    server: HttpServer,
-    models: Models,
-    trainer_service: Callable[..., Program],
-    dataset_file: Path,
-    tmp_path: Path,
-) -> None:
-    options = {"--upstream": server.url, "--tokenizer": models.teacher, "--listen": "127.0.0.1:0"}
-    arguments = ["stillhouse.teacher_service", *(str(part) for pair in options.items() for part in pair)]
-    with no_process_left() as mark:
-        environment = {**mark, VARIABLE: "sk-of-the-upstream-server"}
-        with start_program("teacher", arguments, directory=tmp_path, environment=environment) as program:
-            _use(program.target, trainer_service().target, models, dataset_file, tmp_path)
-            assert "sk-of" not in program.log(1 << 20)
-    assert server.requests[-1].headers["authorization"] == "Bearer sk-of-the-upstream-server"
-
-
-def _use(teacher: str, trainer: str, models: Models, dataset_file: Path, directory: Path) -> None:
-    shown = stillhouse("--teacher", teacher, "teacher", "info").stdout
-    assert "openai (sglang 0.5.23, seeds not kept)" in shown
-    assert "1 of 1 loaded" in shown
-    assert "responds in" in stillhouse("--teacher", teacher, "doctor", expect=None).stdout
-    client = Teacher(teacher)
-    try:
-        reference = reference_logprobs(models.teacher, IDS, models.adapter_a)
-        assert_agrees(client.score_one(IDS, adapter="style"), IDS, reference, top_k=20)
-        error = refusal(client, lambda: client.load_adapter("b/1", models.adapter_b))
-        assert error.reason is Reason.CAPABILITY
-        assert "Load it there" in error.message
-    finally:
-        client.close()
-    spec = small_spec(student=models.student, train=dataset_file, teacher=teacher, steps=6)
-    file = write_run_file(directory / "run.yaml", spec)
-    watched = stillhouse("--trainer", trainer, "run", "create", str(file), "--watch", "--json")
-    assert "COMPLETED" in watched.stdout
-    with Trainer(trainer) as service:
-        evaluations = curve(service.run("latest"), "eval/kl")
-    assert evaluations[6] < evaluations[0]
