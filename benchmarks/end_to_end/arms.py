@@ -87,8 +87,7 @@ class Arms:
                 try:
                     url = stack.enter_context(_Served(self.work.teacher, folder)).url
                 except ProgramError as error:
-                    result.problem = str(error)[-400:]
-                    return result
+                    return self._unable(result, error)
             command = [
                 *(self.peers, "-m", "benchmarks.end_to_end.trl_worker", kind, self.work.path),
                 *(json.dumps(asdict(self.sizes)), folder, str(self.minutes), *([url] if url else [])),
@@ -141,8 +140,7 @@ class Arms:
                     for number, (model, options) in enumerate(services)
                 ]
             except ProgramError as error:
-                result.problem = str(error)[-400:]
-                return result
+                return self._unable(result, error)
             make_run_dir(run_dir.path, spec([each.target for each in running]))
             command = [
                 sys.executable,
@@ -199,6 +197,11 @@ class Arms:
         folder.mkdir(parents=True)
         self.say(f"{name} …")
         return folder, folder / "log"
+
+    def _unable(self, result: ArmResult, error: ProgramError) -> ArmResult:
+        result.problem = f"a service did not start: {str(error)[:200]} … {str(error)[-200:]}"
+        self.say(f"{result.name}: {result.problem}")
+        return result
 
     def _judge(self, result: ArmResult, code: int | None, log: Path) -> None:
         if code is None:

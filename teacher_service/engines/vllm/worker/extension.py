@@ -26,6 +26,7 @@ from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import (
     HelperThreads,
     with_free_cores,
 )
+from stillhouse.teacher_service.engines.vllm.worker.eager_ranks import count_eagerly
 from stillhouse.teacher_service.engines.vllm.worker.lm_head import (
     SharedHead,
     adapts_head,
@@ -89,6 +90,7 @@ def install(runner: Any) -> None:
         runner.execute_model = with_free_cores(runner, runner.execute_model, helpers.count)
     if runner.device.type == "cpu":
         trim_regularly()
+        count_eagerly()
     runner.stillhouse_installed = True
 
 

@@ -20,6 +20,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from stillhouse.teacher_service.engines.vllm.logprobs_processor import RawRows, _processor
 from stillhouse.teacher_service.engines.vllm.worker.cpu_threads import HelperThreads
+from stillhouse.teacher_service.engines.vllm.worker.eager_ranks import count_eagerly
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import STREAM_INTERVAL_TOKENS
 from stillhouse.teacher_service.engines.vllm.worker.row_buffer import OutgoingRows, RowBuffer, is_due
 
@@ -107,3 +108,14 @@ def test_helpers_do_all_work_and_raise_its_errors(count: int) -> None:
         assert len(threads) <= count + 1
         with pytest.raises(ValueError, match="forty"), helpers.sharing() as share:
             share(partial(work, 40))
+
+
+def test_ranks_are_counted_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.sample import sampler
+
+    monkeypatch.setattr(sampler, "batched_count_greater_than", sampler.batched_count_greater_than)
+    assert hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable"), "vLLM compiles it"
+    count_eagerly()
+    assert not hasattr(sampler.batched_count_greater_than, "_torchdynamo_orig_callable")
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0], [-3.0, -1.0, -2.0]])
+    assert sampler.batched_count_greater_than(logprobs, torch.tensor([[-2.0], [-1.0]])).tolist() == [2, 1]
