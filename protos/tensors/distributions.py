@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
+from stillhouse.protos.tensors import falling_rows
 from stillhouse.protos.tensors.layout import (
     decode,
     encode,
@@ -37,8 +38,7 @@ LEVEL_BITS = 7
 """Bits of the levels of FALLING logprobs: a reconstruction KL of 1e-5 to 1e-4 nats (docs/concepts/targets.md)."""
 
 _FLOAT32 = (Tensor.DATA_TYPE_FLOAT32,)
-_HALF = (Tensor.DATA_TYPE_FLOAT16,)
-_HALF_OR_FULL = (*_HALF, *_FLOAT32)
+_HALF_OR_FULL = (Tensor.DATA_TYPE_FLOAT16, *_FLOAT32)
 _KEPT = (*_HALF_OR_FULL, Tensor.DATA_TYPE_FALLING)
 _IDS = (Tensor.DATA_TYPE_INT32, Tensor.DATA_TYPE_PACKED_UINT)
 
@@ -124,7 +124,7 @@ class Distributions:
 
 _ARRAYS = tuple(field.name for field in fields(Distributions) if field.name != "start")
 _OF_ROW = frozenset({"target_logprobs", "log_tail"})
-"""Parts that are FLOAT16 beside FALLING logprobs."""
+"""Parts that are FLOAT16 where logprobs were requested as FALLING."""
 
 
 def encode_distributions(
@@ -138,8 +138,8 @@ def encode_distributions(
 ) -> TokenDistributions:
     """The message, with logprobs of type `logprob_dtype` and, with `pack_bits`, ids packed to so many bits.
 
-    FALLING makes target_logprobs, log_tail and sampled_logprobs FLOAT16; logprobs that no FALLING holds are sent as with
-    FLOAT16. With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
+    FALLING makes target_logprobs, log_tail and sampled_logprobs FLOAT16, and logprobs that no FALLING holds in fewer bytes.
+    With `sort_bits` the samples of a row are sorted, and their ids, below 2^sort_bits, travel as SORTED_UINT. With
     `sampled_logprob_bits` their log-probabilities travel as SCALED_UINT of so many bits. `pack_block` is that of
     `sorted_rows.pack_sorted`. Raises ValueError for another logprob_dtype.
     """
@@ -147,9 +147,11 @@ def encode_distributions(
         raise ValueError(f"logprobs cannot be sent as {Tensor.DataType.Name(logprob_dtype)}")
     if sort_bits is not None:
         distributions = _sorted_samples(distributions)
-    plain, kept = logprob_dtype, None
-    if logprob_dtype == Tensor.DATA_TYPE_FALLING:
-        plain, kept = Tensor.DATA_TYPE_FLOAT16, encode_falling(distributions.logprobs, bits=LEVEL_BITS)
+    falling, kept = logprob_dtype == Tensor.DATA_TYPE_FALLING, None
+    plain = Tensor.DATA_TYPE_FLOAT16 if falling else logprob_dtype
+    top_k = distributions.logprobs.shape[1]
+    if falling and falling_rows.row_bytes(top_k, LEVEL_BITS) < 2 * top_k:
+        kept = encode_falling(distributions.logprobs, bits=LEVEL_BITS)
     message = TokenDistributions(
         start=distributions.start,
         token_ids=encode(distributions.token_ids, bits=pack_bits),
@@ -169,7 +171,7 @@ def encode_distributions(
             scaled = sampled_logprob_bits
             encoded = encode_scaled(array, bits=scaled) if scaled else encode(array, dtype=plain)
         else:
-            encoded = encode(array, dtype=None if kept is None or name not in _OF_ROW else plain)
+            encoded = encode(array, dtype=plain if falling and name in _OF_ROW else None)
         getattr(message, name).CopyFrom(encoded)
     return message
 
@@ -211,8 +213,7 @@ def decode_distributions(
     if (ordered[:, 1:] == ordered[:, :-1]).any():
         raise _invalid("distributions.token_ids", "names a token twice at one position")
     logprobs = _logprobs(message, "logprobs", (num_rows, top_k), _KEPT)
-    of_row = _HALF if message.logprobs.dtype == Tensor.DATA_TYPE_FALLING else _FLOAT32
-    log_tail = _logprobs(message, "log_tail", (num_rows,), of_row)
+    log_tail = _logprobs(message, "log_tail", (num_rows,), _HALF_OR_FULL)
     sums = np.einsum("tk->t", np.exp(logprobs)) + np.exp(log_tail)
     if (sums > MAX_ROW_SUM).any():
         raise _invalid(
@@ -228,7 +229,7 @@ def decode_distributions(
         start=message.start,
         token_ids=token_ids,
         logprobs=logprobs,
-        target_logprobs=_logprobs(message, "target_logprobs", (num_rows,), of_row),
+        target_logprobs=_logprobs(message, "target_logprobs", (num_rows,), _HALF_OR_FULL),
         log_tail=log_tail,
         log_partitions=_finite(message, "log_partitions", (num_rows, None)),
         query_logprobs=_logprobs(message, "query_logprobs", (num_rows, None)) if query else None,

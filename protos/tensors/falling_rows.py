@@ -29,8 +29,13 @@ _Bytes = NDArray[np.uint8]
 
 
 def bitmap_bytes(num_columns: int, bits: int) -> int:
-    """Bytes of the bitmap of a row; none for a row without numbers, which has no bounds either."""
-    return num_columns and (num_columns + (1 << bits) + 6) // 8
+    """Bytes of the bitmap of a row of numbers."""
+    return (num_columns + (1 << bits) + 6) // 8
+
+
+def row_bytes(num_columns: int, bits: int) -> int:
+    """Bytes of a row, with its bounds."""
+    return num_columns and BOUND_BYTES + bitmap_bytes(num_columns, bits)
 
 
 def pack_falling(rows: _Float32, bits: int) -> bytes | None:
@@ -72,10 +77,10 @@ def unpack_falling(data: bytes, num_rows: int, num_columns: int, bits: int) -> _
     0, or a bitmap without just K bits set and these in their places.
     """
     size = bitmap_bytes(num_columns, bits)
-    behind = num_rows * BOUND_BYTES if num_columns else 0
-    if len(data) != behind + num_rows * size:
+    behind, needed = num_rows * BOUND_BYTES, num_rows * row_bytes(num_columns, bits)
+    if len(data) != needed:
         raise ValueError(
-            f"has {len(data)} bytes of data, but shape [{num_rows}, {num_columns}] needs {behind + num_rows * size}"
+            f"has {len(data)} bytes of data, but shape [{num_rows}, {num_columns}] needs {needed}"
         )
     if not num_columns:
         return np.empty((num_rows, 0), np.float32)

@@ -10,8 +10,14 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor, TokenDistributions
-from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode_distributions
-from stillhouse.protos.tensors.falling_rows import BOUND_BYTES, bitmap_bytes
+from stillhouse.protos.tensors.distributions import (
+    LEVEL_BITS,
+    decode,
+    decode_distributions,
+    encode_distributions,
+)
+from stillhouse.protos.tensors.falling_rows import row_bytes
+from stillhouse.protos.tensors.layout import encode_falling
 from tests.fuzz.conftest import SEED, scaled, show
 from tests.fuzz.messages import arbitrary, lie, mutate, structure
 from tests.protos.cache.test_format import EVERYTHING, VOCAB_SIZE, answer
@@ -43,8 +49,7 @@ def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
                 continue  # the bytes depend on the numbers
             if tensor.dtype == Tensor.DATA_TYPE_FALLING:
                 num_rows, num_columns = tensor.shape
-                row_bytes = BOUND_BYTES + bitmap_bytes(num_columns, tensor.bits)
-                assert len(tensor.data) == num_rows * (row_bytes if num_columns else 0)
+                assert len(tensor.data) == num_rows * row_bytes(num_columns, tensor.bits)
                 assert (array[:, 1:] <= array[:, :-1]).all()
                 continue
             bits = tensor.bits or {1: 32, 2: 64, 3: 16, 4: 32, 6: 16}[tensor.dtype]
@@ -60,8 +65,12 @@ def test_no_tensor_is_decoded_to_what_it_does_not_hold() -> None:
 
 @pytest.mark.parametrize("dtype", [Tensor.DATA_TYPE_FLOAT32, Tensor.DATA_TYPE_FALLING])
 def test_no_answer_of_a_teacher_is_taken_that_can_be_no_models(dtype: Tensor.DataType.ValueType) -> None:
-    good = encode_distributions(answer(EVERYTHING), logprob_dtype=dtype, pack_bits=None)
-    assert good.logprobs.dtype == dtype
+    one = answer(EVERYTHING)
+    good = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_bits=None)
+    if dtype == Tensor.DATA_TYPE_FALLING:
+        falling = encode_falling(one.logprobs, bits=LEVEL_BITS)
+        assert falling is not None
+        good.logprobs.CopyFrom(falling)
     seen, count = set(), scaled(1000, 5_000)
     refused: Counter[str] = Counter()
     for number in range(count):

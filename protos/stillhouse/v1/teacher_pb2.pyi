@@ -329,8 +329,8 @@ class DistributionConfig(_message.Message):
     """Top-k of the tokens to report, in [0, max_top_k]."""
     logprob_dtype: _tensor_pb2.Tensor.DataType.ValueType
     """Type of the logprobs: FLOAT16, FLOAT32, or FALLING for the fewest bytes, with target_logprobs, log_tail and
-    sampled_logprobs in FLOAT16. Rows that no FALLING holds, such as with probabilities of 0, come as with FLOAT16. Unspecified
-    means FLOAT16.
+    sampled_logprobs in FLOAT16. Rows that no FALLING holds in fewer bytes, with few columns or probabilities of 0, come as
+    FLOAT16. Unspecified means FLOAT16.
     """
     pack_token_ids: _builtins.bool
     """Send token ids packed to the fewest bits that hold vocab_size."""

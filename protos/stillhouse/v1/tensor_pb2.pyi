@@ -167,7 +167,7 @@ class TokenDistributions(_message.Message):
 
     @_builtins.property
     def target_logprobs(self) -> Global___Tensor:
-        """FLOAT32 [T], or FLOAT16 beside FALLING logprobs: log-probability of the token in the sequence, also if it
+        """FLOAT32 [T], or FLOAT16 where logprobs were requested as FALLING: log-probability of the token in the sequence, also if it
         is not among the K.
         """
 

@@ -80,7 +80,7 @@ def test_float16_comes_back_as_float32_within_its_rounding() -> None:
 
 
 def test_compact_logprobs_come_back_within_their_levels_with_the_same_ids() -> None:
-    one = sample(top_k=9)
+    one = sample(top_k=20)
     message = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FALLING)
     assert message.logprobs.dtype == Tensor.DATA_TYPE_FALLING
     assert message.target_logprobs.dtype == message.log_tail.dtype == Tensor.DATA_TYPE_FLOAT16
@@ -91,13 +91,19 @@ def test_compact_logprobs_come_back_within_their_levels_with_the_same_ids() -> N
         np.testing.assert_array_equal(getattr(back, name), getattr(one, name).astype(np.float16))
 
 
-@pytest.mark.parametrize("lowest", [-np.inf, -1.0])
-def test_rows_that_compact_logprobs_cannot_hold_travel_as_float16(lowest: float) -> None:
-    """A token without probability, or one that stands behind a less likely one."""
-    one = sample()
-    one.logprobs[2] = -3, -4, -5, lowest
+@pytest.mark.parametrize(("top_k", "odd"), [(20, "zero"), (20, "rising"), (8, ""), (1, ""), (0, "")])
+def test_logprobs_that_are_not_fewer_bytes_as_compact_ones_travel_as_float16(top_k: int, odd: str) -> None:
+    """Few, or with a token without probability, or one that stands behind a less likely one."""
+    one = sample(top_k=top_k)
+    if odd == "zero":
+        one.logprobs[2, -1] = -np.inf
+    elif odd == "rising":
+        one.logprobs[2, -2:] = one.logprobs[2, :-3:-1].copy()
     message = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FALLING)
-    assert message == encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FLOAT16)
+    plain = encode_distributions(one, logprob_dtype=Tensor.DATA_TYPE_FLOAT16)
+    assert message.logprobs == plain.logprobs
+    assert message.ByteSize() < plain.ByteSize()
+    assert_equal(received(message), received(plain), atol=0.004)
 
 
 def test_a_message_is_no_larger_than_row_bytes_say() -> None:
@@ -165,7 +171,7 @@ LIES = {
     "sum to 1.": changed(log_tail=single(0, 5)),
     "log_tail has shape [6]; send [5]": changed(log_tail=single(-9, 6)),
     "target_logprobs has 0.1": changed(target_logprobs=single(0.1, 5)),
-    "target_logprobs has type FLOAT16": changed(target_logprobs=np.zeros(5, dtype=np.float16)),
+    "target_logprobs has type INT32": changed(target_logprobs=np.zeros(5, dtype=np.int32)),
     "log_partitions has shape [4, 2]; send [5, any]": changed(log_partitions=single(0, 4, 2)),
     "query_logprobs has 1;": changed(query_logprobs=single(1, 5, 3)),
     "sampled_token_ids has ids from 99": changed(sampled_token_ids=np.full((5, 2), 99, dtype=np.int32)),

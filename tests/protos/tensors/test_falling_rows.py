@@ -110,23 +110,23 @@ def test_a_token_with_64_kept_takes_less_than_180_bytes(vocab_size: int, most: i
     assert message.ByteSize() < 0.66 * float16.ByteSize()
 
 
-@pytest.mark.parametrize("with_logprobs", [False, True])
-def test_twelve_draws_take_less_than_40_bytes(with_logprobs: bool) -> None:
+@pytest.mark.parametrize(("top_k", "with_logprobs", "most"), [(0, False, 28), (1, False, 32), (0, True, 38)])
+def test_twelve_draws_take_less_than_40_bytes(top_k: int, with_logprobs: bool, most: int) -> None:
+    """Sorted, alone or beside the likeliest token, and with log-probabilities of 4 bits."""
     num_rows, rng = 500, np.random.default_rng(3)
-    nothing = np.zeros((num_rows, 0))
     answer = Distributions(
         start=1,
-        token_ids=nothing.astype(np.int32),
-        logprobs=nothing.astype(np.float32),
+        token_ids=np.ones((num_rows, top_k), np.int32),
+        logprobs=np.full((num_rows, top_k), -2, np.float32),
         target_logprobs=np.full(num_rows, -2, np.float32),
-        log_tail=np.zeros(num_rows, np.float32),
+        log_tail=np.full(num_rows, -0.2, np.float32),
         sampled_token_ids=rng.integers(0, QWEN, (num_rows, 12)).astype(np.int32),
         sampled_logprobs=rng.normal(-9, 1, (num_rows, 12)).astype(np.float32) if with_logprobs else None,
     )
     message = encode_distributions(
         answer, logprob_dtype=Tensor.DATA_TYPE_FALLING, pack_bits=18, sort_bits=18, sampled_logprob_bits=4
     )
-    assert message.ByteSize() / num_rows < (38 if with_logprobs else 28)
+    assert message.ByteSize() / num_rows < most
 
 
 def test_the_bytes_of_two_rows_stay_what_they_are() -> None:

@@ -12,7 +12,7 @@ import pytest
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 from stillhouse.protos.tensors.distributions import LEVEL_BITS, decode_distributions, packed_bits
-from stillhouse.protos.tensors.falling_rows import bitmap_bytes
+from stillhouse.protos.tensors.falling_rows import row_bytes
 from stillhouse.teacher_service.rpc.response_batcher import LINGER_S
 from tests.support.programs import Program
 from tests.teacher_service.calls import Teacher, distribution_config, prompt, random_ids, sequence
@@ -79,7 +79,7 @@ def test_ids_are_packed_to_the_bits_of_the_vocabulary_only_on_request(teacher: T
     ("dtype", "of_logprobs"),
     [
         (Tensor.DATA_TYPE_UNSPECIFIED, TOP_K * 2 + 2 * 4),
-        (Tensor.DATA_TYPE_FALLING, 4 + bitmap_bytes(TOP_K, LEVEL_BITS) + 2 * 2),
+        (Tensor.DATA_TYPE_FALLING, row_bytes(TOP_K, LEVEL_BITS) + 2 * 2),
     ],
 )
 def test_a_scored_token_takes_the_bytes_of_its_arrays(
