@@ -56,7 +56,7 @@ class RunFileReader:
             sentence = "the file is nested too deeply."
         else:
             if size > MAX_NODES:
-                sentence = f"it has more than {MAX_NODES:,} values, with each alias in full; a run file is a page of text."
+                sentence = f"it has more than {MAX_NODES:,} values, with each alias in full; such a file is a page of text."
             elif root is not None and not is_null(root):
                 return root
             else:

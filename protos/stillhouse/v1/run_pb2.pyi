@@ -591,8 +591,8 @@ class TeacherSpec(_message.Message):
     tls_server_name: _builtins.str
     """Name to expect in the teacher's certificate, if not the target's."""
     logprob_dtype: _builtins.str
-    """Type of the logprobs on the wire: "float16", "float32", or "compact", which is about two thirds of float16's bytes with ids,
-    at a reconstruction KL of 1e-5 to 1e-4 nats. A teacher of an earlier version sends float16 for compact.
+    """Type of the logprobs on the wire. The compact one takes about two thirds of float16's bytes with ids, at a reconstruction KL of
+    1e-5 to 1e-4 nats; a teacher of an earlier version sends float16 for it.
     """
     prefetch_steps: _builtins.int
     """Optimizer steps whose sequences are in flight ahead of the student."""

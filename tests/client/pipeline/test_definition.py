@@ -204,7 +204,7 @@ def test_different_numbers_of_values_in_one_item_are_refused() -> None:
         ('inputs: {x: "${outputs.y}"}, outputs: {y: y}', "a path of a stage has variables alone"),
         ("inputs: {x: a, x: b}", '"x" is given twice'),
         ("inputs: {x: !!python/name:os.system a}", "which a pipeline does not know"),
-        ("inputs: &a {x: *a}", "more than 200000 parts"),
+        ("inputs: &a {x: *a}", "more than 20,000 values"),
         ("inputs: {? [a] : b}", "expects a field name"),
     ],
 )

@@ -275,7 +275,7 @@ def test_an_upload_is_stored_by_content(service: Service) -> None:
     assert (service.data_dir / "datasets" / f"{digest}.jsonl").read_bytes() == content
     assert service.upload("c.json", content).name == answer.name
     run = service.create(service.spec(path=answer.name), validate_only=True)
-    assert run.effective_spec.data.train[0].path == str(service.data_dir / "datasets" / f"{digest}.json")
+    assert run.effective_spec.data.train[0].path == str(service.data_dir / "datasets" / f"{digest}.jsonl")
     assert run.spec.data.train[0].path == answer.name
 
 
