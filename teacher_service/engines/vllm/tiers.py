@@ -139,7 +139,8 @@ class PublicTier:
 class RawTier(PublicTier):
     """Public requests whose rows stay arrays in vLLM's front end.
 
-    vLLM's second model runner, the default on GPUs, reports queried ids natively: written from its code, not run.
+    vLLM's second model runner, the default on GPUs, reports queried ids natively; compared with the tier worker once, by hand,
+    in Triton's interpreter.
     """
 
     name: TierName = "raw"
