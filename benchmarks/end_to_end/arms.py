@@ -127,18 +127,7 @@ class Arms:
         memory = Memory()
         with ExitStack() as stack:
             try:
-                running = [
-                    stack.enter_context(
-                        start_teacher(
-                            model,
-                            engine="vllm",
-                            directory=folder / f"service-{number}",
-                            options=["--dtype", "float32", *options],
-                            environment=QUIET,
-                        )
-                    )
-                    for number, (model, options) in enumerate(services)
-                ]
+                running = _start(services, folder, stack)
             except ProgramError as error:
                 return self._unable(result, error)
             make_run_dir(run_dir.path, spec([each.target for each in running]))
@@ -199,7 +188,7 @@ class Arms:
         return folder, folder / "log"
 
     def _unable(self, result: ArmResult, error: ProgramError) -> ArmResult:
-        result.problem = f"a service did not start: {str(error)[:200]} … {str(error)[-200:]}"
+        result.problem = f"a service did not start: {str(error).partition(' Its log:')[0][-200:]}"
         self.say(f"{result.name}: {result.problem}")
         return result
 
@@ -219,6 +208,22 @@ class Arms:
             else f"{result.process_s:.1f} s"
         )
         self.say(f"{result.name}: {took}{'; ' if result.problem else ''}{result.problem}")
+
+
+def _start(services: Sequence[tuple[Path, Sequence[str]]], folder: Path, stack: ExitStack) -> list[Program]:
+    """Starts services, which end with `stack`. Raises ProgramError if one does not start."""
+    return [
+        stack.enter_context(
+            start_teacher(
+                model,
+                engine="vllm",
+                directory=folder / f"service-{number}",
+                options=["--dtype", "float32", *options],
+                environment=QUIET,
+            )
+        )
+        for number, (model, options) in enumerate(services)
+    ]
 
 
 class _Served:
