@@ -30,6 +30,7 @@ PAUSE_S = 0.5
 """Between two looks at a run that changes all the time."""
 RETRIES_S = (1.0, 5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0)
 """Pauses between tries; the last one repeats."""
+STORE_RETRY_S = 5.0
 GIVEN_UP_S = 24 * 3600.0
 
 log = structlog.get_logger(__name__)
@@ -50,8 +51,13 @@ class Webhooks:
         """Goes on with those that are not at their run's end."""
         self._folder.mkdir(exist_ok=True)
         for path in self._folder.glob("*.json"):
-            if not json.loads(path.read_text())["ended"]:
-                self._begin(path)
+            try:
+                ended = json.loads(path.read_text())["ended"]
+            except (ValueError, TypeError, KeyError) as error:
+                log.error("webhook left out", file=str(path), why=str(error))  # noqa: TRY400 - the text says it
+            else:
+                if not ended:
+                    self._begin(path)
 
     def follow(self, run: Run) -> None:
         """Begins with a run that was created or resumed."""
@@ -60,6 +66,13 @@ class Webhooks:
             if path.stem not in self._tasks:
                 _write(path, {**(_read(path) or {"sequence": 0, "state": 0}), "ended": False})
                 self._begin(path)
+
+    def forget(self, run_id: str) -> None:
+        """Ends those of a run that is deleted."""
+        for path in self._folder.glob(f"{run_id}.*.json"):
+            path.unlink(missing_ok=True)
+            if path.stem in self._tasks:
+                self._tasks[path.stem].cancel()
 
     async def close(self) -> None:
         """Stops; what is not delivered is for the next start."""
@@ -77,15 +90,19 @@ class Webhooks:
 
     async def _guarded(self, path: Path) -> None:
         run_id, _, index = path.stem.partition(".")
-        try:
-            await self._follow(path, run_id, int(index))
-        except StillhouseError as error:
-            if error.reason is not Reason.RUN_NOT_FOUND:
-                log.error("webhook stopped", run=run_id, why=error.message)  # noqa: TRY400 - the sentence says it
+        while True:
+            try:
+                await self._follow(path, run_id, int(index))
+            except StillhouseError as error:
+                if error.reason is Reason.RUN_NOT_FOUND:
+                    return
+                log.warning("webhook waits", run=run_id, why=error.message, again_in_s=STORE_RETRY_S)
+            except Exception:
+                log.exception("webhook stopped", run=run_id)
                 return
-            await asyncio.to_thread(path.unlink, missing_ok=True)
-        except Exception:
-            log.exception("webhook stopped", run=run_id)
+            else:
+                return
+            await asyncio.sleep(STORE_RETRY_S)
 
     async def _follow(self, path: Path, run_id: str, index: int) -> None:
         place = _read(path) or {"sequence": 0, "state": 0}

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.stillhouse.v1.run_pb2 import CreateRunRequest
+from stillhouse.protos.stillhouse.v1.run_pb2 import CreateRunRequest, DeleteRunRequest
 from stillhouse.student_trainer.runs.webhooks.delivery import DeliveryError, post
 from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost, WebhookHosts
 from tests.student_trainer.config.specs import spec_of
@@ -105,6 +105,8 @@ def test_states_are_posted_until_they_are_accepted(
     assert first.stop() == 0
     assert KEY not in first.log(1_000_000)
     receiver.statuses = [503]
+    kept = tmp_path / "trainer-data" / "webhooks"
+    (kept / "damaged.0.json").write_text("{")
     second = trainer_service(*options)
     for _ in range(2):
         assert receiver.accepted.acquire(timeout=30), second.log()
@@ -116,6 +118,9 @@ def test_states_are_posted_until_they_are_accepted(
     last = receiver.messages[-1]
     assert (last["run"], last["labels"]) == (run.name, {"team": "a"})
     assert last["error"]["message"] == run.error.message
+    with stub_for(second.target) as stub:
+        stub.DeleteRun(DeleteRunRequest(name=run.name))
+    assert [each.name for each in kept.iterdir()] == ["damaged.0.json"]
 
 
 def test_an_address_is_looked_at_before_it_is_connected(receiver: Receiver) -> None:
