@@ -156,6 +156,19 @@ class World:
             start_trainer(self.data_dir, directory=self.work / "logs", options=options)
         )
 
+    @cached_property
+    def web(self) -> Program:
+        """The web server, at `.target`."""
+        arguments = ["stillhouse.client", "web", "--trainer", self.trainer.target, "--listen", "127.0.0.1:0"]
+        return self.stack.enter_context(
+            start_program(
+                "web",
+                arguments,
+                directory=self.work / "logs",
+                environment={"XDG_CONFIG_HOME": str(self.work)},
+            )
+        )
+
     @property
     def data_dir(self) -> Path:
         """The run service's data."""
