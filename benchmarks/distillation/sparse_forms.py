@@ -18,7 +18,7 @@ from stillhouse.protos.tensors.distributions import (
 )
 from stillhouse.student_trainer.config.rules.loss import TAIL_TARGETS, needs_draw_logprobs, why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.config.target_choice import (
+from stillhouse.student_trainer.config.settled.target_choice import (
     DRAW_LOGPROB_BITS,
     TargetChoice,
     suits_plain_draws,

@@ -183,7 +183,7 @@ def _of_matmuls() -> str:
     """Matmul speed of both types on this processor, beside the table's choice."""
     import torch
 
-    from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
+    from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, matmul_dtype
 
     def seconds(dtype: torch.dtype) -> float:
         left, right = torch.ones(2048, 1024, dtype=dtype), torch.ones(1024, 4096, dtype=dtype)

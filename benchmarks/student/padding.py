@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS
+from stillhouse.student_trainer.config.settled.micro_batch import AUTO_TOKENS
 from stillhouse.student_trainer.train.batching.passes import GPU_PASS_TOKENS, PassCutter
 
 MAX_RATIO = 1.10

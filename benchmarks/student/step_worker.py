@@ -72,7 +72,7 @@ def _dtype(sizes: Sizes) -> torch.dtype:
 
 def _matmul_dtype(sizes: Sizes) -> torch.dtype:
     """Matmul dtype of a run's loss on this device."""
-    from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
+    from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, matmul_dtype
 
     if sizes.device != "cpu":
         return _dtype(sizes)

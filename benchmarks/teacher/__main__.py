@@ -210,7 +210,7 @@ def native_dtype() -> str:
     """bfloat16 on a GPU, and on a processor known to compute faster in it than in float32; the same for all sides."""
     import torch
 
-    from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
+    from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, matmul_dtype
 
     return "bfloat16" if torch.cuda.is_available() else matmul_dtype("bfloat16", Processor.read())
 

@@ -17,7 +17,7 @@ from benchmarks.teacher.scoring_clients import score, score_http
 from benchmarks.teacher.servers import EngineSettings
 from benchmarks.teacher.timed_pass import Pass, PassInput
 from stillhouse.student_trainer.config.schema import LossConfig
-from stillhouse.student_trainer.config.target_choice import TargetChoice
+from stillhouse.student_trainer.config.settled.target_choice import TargetChoice
 
 CONCURRENCIES = {
     "engine": (8, 16, 64),

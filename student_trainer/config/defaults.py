@@ -15,7 +15,7 @@ from stillhouse.student_trainer.config.schema import (
     LossConfig,
     RunConfig,
 )
-from stillhouse.student_trainer.config.target_choice import settle_by_file
+from stillhouse.student_trainer.config.settled.target_choice import settle_by_file
 
 
 def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:

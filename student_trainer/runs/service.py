@@ -19,7 +19,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2_grpc import add_RunServiceServicer_
 from stillhouse.protos.telemetry.gpu_memory import GpuMemory
 from stillhouse.protos.telemetry.gpus import visible_gpus
 from stillhouse.protos.telemetry.metrics import Metrics
-from stillhouse.student_trainer.config.matmul_dtype import Processor
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor
 from stillhouse.student_trainer.runs.api import dataset_uploads
 from stillhouse.student_trainer.runs.api.servicer import RunServicer, ServiceParts, remove_deleted
 from stillhouse.student_trainer.runs.api.spec_resolution import Host

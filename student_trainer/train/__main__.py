@@ -35,10 +35,10 @@ from stillhouse.protos.telemetry.logs import (
     quieten_libraries,
 )
 from stillhouse.protos.telemetry.tracing import configure_tracing, process_span
-from stillhouse.student_trainer.config.cpu_threads import yield_cores
-from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, smaller_micro_batch
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.cpu_threads import yield_cores
+from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE, smaller_micro_batch
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, EXIT_FAILED, Attempt, RunDir
 from stillhouse.student_trainer.train.distributed.follower import Follower
 from stillhouse.student_trainer.train.distributed.launcher import (

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from stillhouse.protos.errors import FieldViolation
-from stillhouse.student_trainer.config.layer_pairs import check_pairs
 from stillhouse.student_trainer.config.rules.contexts import is_ensemble
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.layer_pairs import check_pairs
 
 
 def check_hidden_states(config: RunConfig) -> Iterator[FieldViolation]:

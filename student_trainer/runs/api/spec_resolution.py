@@ -20,7 +20,6 @@ from stillhouse.protos.rows.reading.plugins import plugin_of
 from stillhouse.protos.rows.reading.tables import is_hub_id as is_hub_dataset
 from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.evaluation_set import EvaluationSetConfig
-from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.resources import NotifyConfig
 from stillhouse.student_trainer.config.schema import (
     ALL_LINEAR,
@@ -29,7 +28,8 @@ from stillhouse.student_trainer.config.schema import (
     RunConfig,
     StudentConfig,
 )
-from stillhouse.student_trainer.config.staleness import settle_staleness
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, settle
+from stillhouse.student_trainer.config.settled.staleness import settle_staleness
 from stillhouse.student_trainer.runs.api.hub_lookup import HubId
 from stillhouse.student_trainer.runs.api.module_names import unknown_modules
 from stillhouse.student_trainer.runs.api.weight_files import WeightFilesError, check_weights

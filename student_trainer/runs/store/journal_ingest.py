@@ -16,7 +16,7 @@ from google.rpc.status_pb2 import Status
 
 from stillhouse.protos.errors import from_json
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec
-from stillhouse.student_trainer.config.target_choice import TargetChoice, settle_spec
+from stillhouse.student_trainer.config.settled.target_choice import TargetChoice, settle_spec
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.store.queries import STEP_METRICS, to_bytes
 

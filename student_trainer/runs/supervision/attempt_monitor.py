@@ -12,9 +12,9 @@ import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
-from stillhouse.student_trainer.config.micro_batch import smaller_micro_batch
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import CLASSIFICATION_CACHE
+from stillhouse.student_trainer.config.settled.micro_batch import smaller_micro_batch
 from stillhouse.student_trainer.disk_errors import full_sentence
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL, RunDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings

@@ -10,7 +10,7 @@ from typing import Literal
 from google.rpc.status_pb2 import Status
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
-from stillhouse.student_trainer.config.micro_batch import MEMORY_ADVICE
+from stillhouse.student_trainer.config.settled.micro_batch import MEMORY_ADVICE
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.run_state import State

@@ -10,10 +10,10 @@ import structlog
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.files.disk_errors import is_full
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
-from stillhouse.student_trainer.config.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.config.proto import read
 from stillhouse.student_trainer.config.resume_changes import with_changeable
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings

@@ -15,7 +15,7 @@ from typing import Protocol
 import psutil
 
 import stillhouse
-from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
+from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import ProcessRecord, RunDir, start_time_of
 
 PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]

@@ -10,8 +10,8 @@ from typing import Any
 import structlog
 from torch import Tensor
 
-from stillhouse.student_trainer.config.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, settle
 from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState

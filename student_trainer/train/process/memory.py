@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import memory_cause
-from stillhouse.student_trainer.config.micro_batch import MEMORY_ADVICE
+from stillhouse.student_trainer.config.settled.micro_batch import MEMORY_ADVICE
 
 _MAX_CAUSE_CHARS = 300
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from stillhouse.student_trainer.config.cpu_threads import has_teacher_beside
+from stillhouse.student_trainer.config.settled.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.prepared_store import FOLDER, PreparedStore
 from stillhouse.student_trainer.train.data.corpus import Corpus, assemble
 from stillhouse.student_trainer.train.data.prepared.preparation import Prepared, Preparer, check_equal

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
 from stillhouse.student_trainer.config.schema import ContextConfig, StudentContextConfig, TeacherContextConfig
-from stillhouse.student_trainer.config.staleness import max_staleness
+from stillhouse.student_trainer.config.settled.staleness import max_staleness
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.checkpointing.checkpoint import TrainingState
 from stillhouse.student_trainer.train.contexts.dataset_feed import DatasetFeed

@@ -11,9 +11,9 @@ from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError, fi
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
 from stillhouse.student_trainer.config.checks import invalid_field
-from stillhouse.student_trainer.config.layer_pairs import check_depths, settle_layers, teacher_layers
 from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.schema import RunConfig, StudentConfig
+from stillhouse.student_trainer.config.settled.layer_pairs import check_depths, settle_layers, teacher_layers
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.student.loading import model_not_found, model_source

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import memory_cause
-from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.corpus import longest_of

@@ -23,7 +23,7 @@ from stillhouse.student_trainer.config.rules.loss import (
     TAIL_TARGETS,
 )
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
-from stillhouse.student_trainer.config.target_choice import (
+from stillhouse.student_trainer.config.settled.target_choice import (
     TargetChoice,
     has_few_draws,
     settle,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from stillhouse.student_trainer.config.checks import invalid_field
-from stillhouse.student_trainer.config.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.schema import LayerPairConfig, LossConfig, RunConfig
+from stillhouse.student_trainer.config.settled.layer_pairs import teacher_layers
 from stillhouse.student_trainer.train.batching.collate import MicroBatch, StateTargets
 from stillhouse.student_trainer.train.loss.hidden import hidden_mse
 from stillhouse.student_trainer.train.loss.objective import ObjectiveSum

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from stillhouse.protos.errors import first_line
 from stillhouse.student_trainer.config.checks import invalid_field
-from stillhouse.student_trainer.config.micro_batch import auto_tokens
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.micro_batch import auto_tokens
 from stillhouse.student_trainer.train.batching.collate import ScoredExample, collate
 from stillhouse.student_trainer.train.batching.passes import (
     CPU_PASS_TOKENS,

@@ -13,12 +13,12 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
-from stillhouse.student_trainer.config.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.rules.cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS, needs_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
-from stillhouse.student_trainer.config.target_choice import DRAW_LOGPROB_BITS
+from stillhouse.student_trainer.config.settled.layer_pairs import teacher_layers
+from stillhouse.student_trainer.config.settled.target_choice import DRAW_LOGPROB_BITS
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.encoding import Example

@@ -25,11 +25,11 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
-from stillhouse.student_trainer.config.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.rules.contexts import query_loss_path, run_losses
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.corpus import Corpus

@@ -21,8 +21,8 @@ from stillhouse.client.runfile import load
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.student_trainer.config import proto, schema
 from stillhouse.student_trainer.config.fields import Choices, fields_of
-from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS
 from stillhouse.student_trainer.config.schema import OptimizerConfig
+from stillhouse.student_trainer.config.settled.micro_batch import AUTO_TOKENS
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 from tests.student_trainer.train.runs import make_run, start

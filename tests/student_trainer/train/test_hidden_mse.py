@@ -19,8 +19,8 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_LAYER_STATES,
     GetTeacherInfoResponse,
 )
-from stillhouse.student_trainer.config.layer_pairs import even_pairs
 from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.settled.layer_pairs import even_pairs
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS
 from stillhouse.student_trainer.train.data.corpus import load_corpus

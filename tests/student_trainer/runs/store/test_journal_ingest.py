@@ -12,7 +12,7 @@ import pytest
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from stillhouse.student_trainer.config.schema import LossConfig
-from stillhouse.student_trainer.config.target_choice import TargetChoice
+from stillhouse.student_trainer.config.settled.target_choice import TargetChoice
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.api.metric_series import thin, to_series
 from stillhouse.student_trainer.runs.store import run_state

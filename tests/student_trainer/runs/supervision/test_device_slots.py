@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
-from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 from stillhouse.student_trainer.runs.supervision.training_process import environment

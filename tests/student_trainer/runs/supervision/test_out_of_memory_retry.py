@@ -14,8 +14,12 @@ import pytest
 from stillhouse.protos.errors import Reason, from_status
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
-from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE, auto_tokens, smaller_micro_batch
 from stillhouse.student_trainer.config.schema import OptimizerConfig, RunConfig
+from stillhouse.student_trainer.config.settled.micro_batch import (
+    HALVE_VARIABLE,
+    auto_tokens,
+    smaller_micro_batch,
+)
 from tests.conftest import Models
 from tests.student_trainer.config.specs import cross_entropy_spec
 from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, matmul_dtype
 from stillhouse.student_trainer.run_dir import MANIFEST, RunDir
 from tests.conftest import Models
 from tests.student_trainer.train.runs import assert_same_end, finish, finish_here, make_run, metric, spec_of

@@ -19,7 +19,7 @@ from stillhouse.protos.tensors.distributions import (
 )
 from stillhouse.student_trainer.config.rules.loss import needs_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.config.target_choice import DRAW_LOGPROB_BITS
+from stillhouse.student_trainer.config.settled.target_choice import DRAW_LOGPROB_BITS
 from stillhouse.student_trainer.train.batching.target_forms import target_rows
 from stillhouse.student_trainer.train.loss import tail_draws
 from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES

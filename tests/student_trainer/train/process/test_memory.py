@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from stillhouse.protos.errors import Reason, StillhouseError, from_json, from_status
-from stillhouse.student_trainer.config.micro_batch import HALVE_VARIABLE
+from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import EXIT_FAILED
 from stillhouse.student_trainer.train.process.causes import explain
 from stillhouse.student_trainer.train.process.memory import memory_of

@@ -18,8 +18,8 @@ from google.protobuf import json_format
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.config.micro_batch import AUTO_TOKENS, HALVE_VARIABLE
 from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.settled.micro_batch import AUTO_TOKENS, HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train import step
 from stillhouse.student_trainer.train.batching.collate import ScoredExample

@@ -18,8 +18,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from stillhouse.protos.cache.reader import CacheReader
-from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-from stillhouse.student_trainer.config.cpu_threads import PASSIVE_WAITING, has_teacher_beside, yield_cores
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.cpu_threads import (
+    PASSIVE_WAITING,
+    has_teacher_beside,
+    yield_cores,
+)
 from tests.student_trainer.config.specs import SMALLEST, spec_of
 
 HARD = {"terms": [{"weight": 0}], "hard_weight": 1}

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from stillhouse.protos.errors import StillhouseError
-from stillhouse.student_trainer.config.matmul_dtype import Processor, matmul_dtype
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import OptimizerConfig
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, matmul_dtype
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from tests.student_trainer.config.specs import SMALLEST, changed, spec_of

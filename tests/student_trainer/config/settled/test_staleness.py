@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from stillhouse.student_trainer.config.matmul_dtype import Processor
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve_devices
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from tests.student_trainer.config.specs import SMALLEST, spec_of

@@ -11,7 +11,7 @@ from stillhouse.protos.tensors.layout import encode_scaled, encode_sorted, packe
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.rules.loss import needs_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
-from stillhouse.student_trainer.config.target_choice import (
+from stillhouse.student_trainer.config.settled.target_choice import (
     DRAW_LOGPROB_BITS,
     TargetChoice,
     settle_config,

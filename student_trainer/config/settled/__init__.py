@@ -1,0 +1,1 @@
+"""Choices that a run settles once and keeps: by its machine, its teachers and its model."""
