@@ -60,7 +60,7 @@ class TargetChoice:
             if loss.num_samples is not None and loss.num_samples < room:
                 why = f"{why}; num_samples is the run file's own, and {room} would be steadier"
             elif num_bytes > TARGET_BYTES and loss.num_samples is None:
-                why = f"{why}; in {num_bytes} bytes a token, since {TARGET_BYTES} keep less than 95 % of the gain"
+                why = f"{why}; in {num_bytes} bytes a token, since {TARGET_BYTES} kept less than 95 % of the gain for JSD"
         else:
             of_tail = form == "sampled_tail"
             room = (8 * TARGET_BYTES - top_k * token_bits) // (token_bits if of_tail else _ID_BITS)
