@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -15,7 +16,8 @@ from stillhouse.teacher_service.engines.openai.http_client import HttpClient
 async def score(client: HttpClient, dialect: Dialect, item: ScoreInput, top_k: int) -> Distributions:
     """Distributions of a sequence with `top_k` columns. Raises `StillhouseError` as `HttpClient.post` and the dialect."""
     request = dialect.score_request(item, top_k)
-    return dialect.read_scores(item, top_k, await client.post(request))
+    answer = await client.post(request)
+    return await asyncio.to_thread(dialect.read_scores, item, top_k, answer)
 
 
 async def generate(
@@ -26,11 +28,15 @@ async def generate(
     request = dialect.generate_request(item, top_k, stream=streams)
     position = len(item.token_ids)
     if not streams:
-        yield dialect.read_piece(item, top_k, await client.post(request), position)
+        answer = await client.post(request)
+        piece = await asyncio.to_thread(dialect.read_piece, item, top_k, answer, position)
+        if not piece.finish:
+            raise _endless()
+        yield piece
         return
     async with aclosing(client.stream(request)) as events:
         async for event in events:
-            piece = dialect.read_piece(item, top_k, event, position)
+            piece = await asyncio.to_thread(dialect.read_piece, item, top_k, event, position)
             position += len(piece.token_ids)
             if position > len(item.token_ids) + item.max_new_tokens:
                 break
@@ -38,7 +44,11 @@ async def generate(
                 yield piece
             if piece.finish:
                 return
-    raise StillhouseError(
+    raise _endless()
+
+
+def _endless() -> StillhouseError:
+    return StillhouseError(
         Reason.TEACHER_UNREACHABLE,
         "The upstream server ended a sample without a reason, or went beyond max_new_tokens. Look into its log, and ask again.",
     )

@@ -142,7 +142,7 @@ class ChatServer:
         choice = fields(choices[0] if choices else None)
         message, reason = fields(choice.get("message")), choice.get("finish_reason")
         text = message.get("content")
-        if reason not in _FINISHES or not isinstance(text, str):
+        if not isinstance(reason, str) or reason not in _FINISHES or not isinstance(text, str):
             raise StillhouseError(
                 Reason.TEACHER_UNREACHABLE,
                 f"The upstream server ended a sample with {str(reason)[:40]!r} instead of text. Ask again, or look into its log.",
@@ -153,8 +153,10 @@ class ChatServer:
             return self._retokenised(item, text, _FINISHES[reason])
         entries = [
             fields(each)
-            for each in items(fields(choice.get("logprobs")).get("content"), most=item.max_new_tokens + 1)
+            for each in items(fields(choice.get("logprobs")).get("content"), most=item.max_new_tokens)
         ]
+        if text and not entries:
+            invalid("names no tokens of the text that it gives")
         ids = [self.tokens.lookup(each) for each in entries]
         rows = []
         for token, entry in zip(ids, entries, strict=True):

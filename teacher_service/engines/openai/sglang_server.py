@@ -114,7 +114,7 @@ class SglangServer:
         meta = _meta(answer)
         reason = meta.get("finish_reason")
         kind = reason.get("type") if isinstance(reason, dict) else reason
-        if kind not in _FINISHES:
+        if not isinstance(kind, str) or kind not in _FINISHES:
             raise StillhouseError(
                 Reason.TEACHER_UNREACHABLE,
                 "The upstream server ended a sample before its end. Look into its log, and ask again.",

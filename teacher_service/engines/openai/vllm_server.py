@@ -162,7 +162,7 @@ class VllmServer:
         """Reads one event of a stream, or a complete answer."""
         choice = _choice(answer)
         reason = choice.get("finish_reason")
-        if reason not in _FINISHES:
+        if not isinstance(reason, str | None) or reason not in _FINISHES:
             raise StillhouseError(
                 Reason.TEACHER_UNREACHABLE,
                 "The upstream server ended a sample before its end. Look into its log, and ask again.",

@@ -97,6 +97,7 @@ async def test_what_it_does_not_give_is_refused_with_the_remedy(models: Models) 
     ("change", "part"),
     [
         ({"finish_reason": "content_filter"}, "content_filter"),
+        ({"finish_reason": ["stop"]}, "instead of text"),
         ({"message": {"content": None}}, "instead of text"),
         ({"message": {"content": "a", "tool_calls": [{}]}}, "without a parser"),
         ({"logprobs": {"content": [{"bytes": [300], "logprob": -1}]}}, "not bytes"),
@@ -104,7 +105,8 @@ async def test_what_it_does_not_give_is_refused_with_the_remedy(models: Models) 
         ({"logprobs": {"content": [{"token": "~~never~~", "logprob": -1}]}}, "does not have"),
         ({"logprobs": {"content": [{"token": "a", "logprob": -9999.0}]}}, "does not tell"),
         ({"logprobs": {"content": [{"token": "a", "logprob": 1e999}]}}, "NaN, infinite"),
-        ({"logprobs": {"content": [{}] * 99}}, "at most 9"),
+        ({"logprobs": {"content": [{}] * 9}}, "at most 8"),
+        ({"logprobs": {"content": []}}, "names no tokens"),
         ({"logprobs": None}, "another form"),
     ],
 )

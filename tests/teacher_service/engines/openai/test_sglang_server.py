@@ -207,6 +207,13 @@ def test_each_value_is_checked(
     assert caught.value.reason is reason
 
 
+def test_an_end_in_another_form_is_refused() -> None:
+    model = ServedModel(name="m", vocab_size=9, tokenizer_size=9, max_sequence_tokens=99, eos_token_ids=(0,))
+    answer = {"meta_info": {"finish_reason": {"type": ["stop"]}, "output_token_logprobs": []}}
+    with pytest.raises(StillhouseError, match="before its end"):
+        SglangServer(model).read_piece(GenerateInput(token_ids=IDS), 0, answer, 8)
+
+
 def _shifted(reply: Reply) -> Reply:
     """Log-probabilities of another base."""
     meta = reply.body.get("meta_info", {})

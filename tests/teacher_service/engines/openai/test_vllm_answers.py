@@ -5,16 +5,22 @@ from __future__ import annotations
 import base64
 import copy
 import io
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.engine import DistributionOptions, GenerateInput, ScoreInput
-from stillhouse.teacher_service.engines.openai.dialect import ServedModel
+from stillhouse.teacher_service.engines.openai.calls import generate, score
+from stillhouse.teacher_service.engines.openai.credentials import Upstream
+from stillhouse.teacher_service.engines.openai.dialect import Piece, ServedModel
+from stillhouse.teacher_service.engines.openai.http_client import HttpClient
 from stillhouse.teacher_service.engines.openai.vllm_server import COMPLETIONS, TOKENS, VllmServer
+from tests.support.networks.http_server import Reply, http_server
 from tests.teacher_service.calls import assert_agrees
 
 VOCAB, TOP_K = 12, 3
@@ -179,9 +185,39 @@ def test_samples_are_read_and_checked() -> None:
         ({"logprobs": sampled([2], 2)}, Reason.TENSOR_INVALID, "other tokens"),
         ({"logprobs": {"tokens": ["a", "b"]}}, Reason.TENSOR_INVALID, "by their text"),
         ({"finish_reason": "abort"}, Reason.TEACHER_UNREACHABLE, "before its end"),
+        ({"finish_reason": ["stop"]}, Reason.TEACHER_UNREACHABLE, "before its end"),
     ):
         with pytest.raises(StillhouseError, match=part) as caught:
             dialect.read_piece(item, TOP_K, {"choices": [{**choice, **change}]}, 3)
         assert caught.value.reason is reason
     with pytest.raises(StillhouseError, match="middle of an answer"):
         dialect.read_piece(item, TOP_K, {"error": {"message": "x"}}, 3)
+
+
+class _Watched(VllmServer):
+    """Notes the threads that read."""
+
+    threads: ClassVar[set[threading.Thread]] = set()
+
+    def read_scores(self, item: ScoreInput, top_k: int, answer: Any) -> Distributions:
+        self.threads.add(threading.current_thread())
+        return super().read_scores(item, top_k, answer)
+
+    def read_piece(self, item: GenerateInput, top_k: int, answer: Any, position: int) -> Piece:
+        self.threads.add(threading.current_thread())
+        return super().read_piece(item, top_k, answer, position)
+
+
+async def test_rows_are_read_off_the_event_loop_and_a_whole_sample_has_an_end() -> None:
+    _, item, answer = scored(6, 1)
+    whole = GenerateInput(token_ids=IDS[:3], max_new_tokens=2, single_chunk=True, options=OPTIONS)
+    with http_server(lambda asked: Reply(body=answer if asked.path == TOKENS else {"choices": []})) as server:
+        client = HttpClient(Upstream(url=server.url), concurrency=1, timeout_s=20.0)
+        dialect = _Watched(MODEL, takes_tokens=True)
+        assert_agrees(await score(client, dialect, item, TOP_K), item.token_ids, LOGPROBS, top_k=TOP_K)
+        with pytest.raises(StillhouseError, match="without a reason") as caught:
+            await anext(generate(client, dialect, whole, TOP_K))
+        await client.close()
+    assert caught.value.reason is Reason.TEACHER_UNREACHABLE
+    assert dialect.threads
+    assert threading.current_thread() not in dialect.threads
