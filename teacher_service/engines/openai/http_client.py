@@ -161,9 +161,13 @@ class HttpClient:
 
     async def _events(self, request: Request) -> AsyncGenerator[Any]:
         async with self._turn("POST"), self._response("POST", request.path, request.body) as response:
-            rest = b""
+            rest: list[bytes] = []  # parts of a line
             async for part in self._parts(response, request.max_bytes):
-                *lines, rest = (rest + part).split(b"\n")
+                rest.append(part)
+                if b"\n" not in part:
+                    continue
+                *lines, last = b"".join(rest).split(b"\n")
+                rest = [last]
                 for line in lines:
                     if not line.startswith(b"data:"):
                         continue

@@ -172,7 +172,7 @@ async def test_a_cancelled_request_leaves_the_server_and_frees_its_place() -> No
 
 async def test_a_stream_is_tried_again_only_before_its_first_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_client, "FIRST_DELAY_S", 0.001)
-    whole = iter([b': ping\n\ndata: {"a"', b": 1}\r\n\r\ndata: [DONE]\n\n"])
+    whole = iter([b': ping\n\ndata: {"a"', b": ", b"1}\r\n\r\ndata: [DONE]\n\n"])
     with http_server(
         in_turn(Reply(status=502), Reply(body=iter([b": ping\n"])), Reply(body=whole))
     ) as server:
