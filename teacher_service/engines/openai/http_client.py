@@ -102,6 +102,8 @@ class HttpClient:
             base_url=upstream.url,
             headers=headers,
             follow_redirects=False,
+            # A proxy of the environment would read what goes over http, the key too; https goes through its tunnel.
+            trust_env=upstream.url.startswith("https:"),
             timeout=httpx.Timeout(timeout_s, connect=min(CONNECT_TIMEOUT_S, timeout_s)),
             # GETs, which are few, wait for no place.
             limits=httpx.Limits(max_connections=concurrency + 4, max_keepalive_connections=concurrency),

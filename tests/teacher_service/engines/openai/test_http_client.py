@@ -46,6 +46,18 @@ async def error_of(server: HttpServer, **options: Any) -> StillhouseError:
     return caught.value
 
 
+async def test_a_proxy_of_the_environment_does_not_see_a_key_over_http(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with http_server(in_turn(Reply(body=2))) as proxy, http_server(in_turn(Reply(body=1))) as server:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        async with client_of(server) as client:
+            assert await client.post(ASK) == 1
+    assert not proxy.requests
+
+
 @pytest.mark.parametrize("status", [429, 500, 502, 503])
 async def test_a_passing_failure_is_tried_again_after_the_time_that_the_server_names(status: int) -> None:
     headers = {"Retry-After": "0.3"}
