@@ -258,7 +258,8 @@ async def test_another_tokenizer_or_model_name_is_refused(server: HttpServer, mo
                 pass
 
 
-async def test_a_changed_model_is_noticed_once_the_server_is_back(server: HttpServer, models: Models) -> None:
+@pytest.mark.parametrize("away", [True, False])
+async def test_a_changed_model_is_noticed(server: HttpServer, models: Models, away: bool) -> None:
     from stillhouse.teacher_service.engines.openai import engine as module
 
     answer = server.answer
@@ -274,8 +275,9 @@ async def test_a_changed_model_is_noticed_once_the_server_is_back(server: HttpSe
             await check()  # unreachable, and the teacher stays
             server.answer = answer
             await check()
-            server.answer = lambda request: Reply(status=404)
-            await check()
+            if away:
+                server.answer = lambda request: Reply(status=404)
+                await check()
             server.answer = lambda request: _moved(answer(request))
             with pytest.raises(StillhouseError, match="other log-probabilities than before") as caught:
                 await check()
