@@ -87,7 +87,10 @@ class WebProcess:
             code = await self._process.wait()
             log.error("web server ended; it is started again", exit_code=code, in_s=AGAIN_S)
             await asyncio.sleep(AGAIN_S)
-            await self._spawn()
+            try:
+                await self._spawn()
+            except OSError as error:  # such as no memory for a process
+                log.error("web server cannot be started", why=str(error))  # noqa: TRY400 - the text says it
 
 
 def _arguments(settings: RunServiceSettings, data_dir: DataDir, address: str) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -12,6 +13,10 @@ import httpx
 import psutil
 import pytest
 
+from stillhouse.student_trainer.runs import web_process
+from stillhouse.student_trainer.runs.data_dir import DataDir
+from stillhouse.student_trainer.runs.settings import RunServiceSettings
+from stillhouse.student_trainer.runs.web_process import WebProcess
 from tests.support.programs import Program, ProgramError
 
 
@@ -37,3 +42,25 @@ def test_the_web_server_lives_as_long_as_the_service(
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the web server outlived the service"
         time.sleep(0.05)
+
+
+async def test_a_start_that_fails_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(web_process, "AGAIN_S", 0.05)
+    data_dir = DataDir.open(tmp_path / "data")
+    web = WebProcess(RunServiceSettings(data_dir=data_dir.path, web=True), data_dir, "127.0.0.1:1")
+    address, program = data_dir.path / "web.address", tmp_path / "program"
+    program.write_text(f"#!/bin/sh\necho there > {address}\nexec sleep 60\n")
+    program.chmod(0o755)
+    web._arguments = [str(program)]
+    await web.start()
+    away = program.rename(tmp_path / "away")
+    assert web._process is not None
+    web._process.kill()
+    await asyncio.sleep(0.5)
+    address.unlink()
+    away.rename(program)
+    async with asyncio.timeout(20):
+        while not address.exists():  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.02)
+    await web.stop()
+    data_dir.close()
