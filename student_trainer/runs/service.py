@@ -120,8 +120,8 @@ async def _serve(
     except StillhouseError:
         await server.stop(0)
         raise
+    await webhooks.start()  # before a run can end
     await supervisor.start()
-    webhooks.start()
     web = WebProcess(settings, data_dir, address)
     await _start_web(web, supervisor, server)
     cleaning = keep_cleaning(

@@ -124,8 +124,8 @@ class RunServicer(RunServiceServicer):
             datasets=datasets,
         )
         if created:
-            self._webhooks.follow(run)
             self._supervisor.wake()
+            self._webhooks.follow(run)
         return run
 
     async def _checked(self, spec: pb.RunSpec) -> Resolution:
@@ -195,7 +195,7 @@ class RunServicer(RunServiceServicer):
     async def delete(self, run_id: str) -> None:
         """Deletes an ended run and its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
         await self._db(self._store.delete, run_id)
-        self._webhooks.forget(run_id)
+        await self._webhooks.forget(run_id)
         self._notifier.notify(run_id)
         await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
 

@@ -23,7 +23,6 @@ from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
 from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
 from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
 
-RESUMABLE = frozenset({run_state.STOPPED, run_state.FAILED})
 MAX_PAGE_BYTES = 8 * 2**20
 """Limit on a page of runs; a single run may exceed it."""
 
@@ -157,8 +156,8 @@ class Store:
         """
         with transaction(self._engine) as db:
             row = queries.run_row(db, run_id)
-            if row["state"] not in RESUMABLE:
-                raise run_state.state_error(run_id, row["state"], "resume", RESUMABLE)
+            if row["state"] not in run_state.RESUMABLE:
+                raise run_state.state_error(run_id, row["state"], "resume", run_state.RESUMABLE)
             queries.check_quota(db, row["owner"], max_queued)
             values: dict[str, Any] = {
                 "condition": Run.CONDITION_UNSPECIFIED,
@@ -280,6 +279,11 @@ class Store:
         with transaction(self._engine) as db:
             return bool(queries.run_row(db, run_id)["halved"])
 
+    def run_ids(self) -> frozenset[str]:
+        """Ids of all runs."""
+        with transaction(self._engine) as db:
+            return frozenset(db.execute(select(runs.c.id)).scalars())
+
     def ended_before(self, time_us: int, *, limit: int) -> list[str]:
         """Ids of at most `limit` runs that ended before `time_us`, oldest first."""
         query = (
@@ -346,10 +350,7 @@ class Store:
     def events(
         self, run_id: str, *, after: int, limit: int, runs_alone: bool = False
     ) -> list[WatchRunResponse]:
-        """Up to `limit` events of the run after sequence `after`, in order; their runs carry no specs.
-
-        With `runs_alone` those that are no metrics.
-        """
+        """Up to `limit` events after `after`, in order, without metrics if `runs_alone`; their runs carry no specs."""
         query = (
             select(events)
             .where(events.c.run_id == run_id, events.c.sequence > after)

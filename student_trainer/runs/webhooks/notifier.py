@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import threading
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,34 +46,26 @@ class Webhooks:
         self._store, self._db, self._notifier = store, db, notifier
         self._hosts, self._folder = hosts, folder
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="webhooks")
+        self._turns = asyncio.Semaphore(AT_ONCE)
 
-    def start(self) -> None:
-        """Goes on with those that are not at their run's end."""
-        self._folder.mkdir(exist_ok=True)
-        for path in self._folder.glob("*.json"):
-            try:
-                ended = json.loads(path.read_text())["ended"]
-            except (ValueError, TypeError, KeyError) as error:
-                log.error("webhook left out", file=str(path), why=str(error))  # noqa: TRY400 - the text says it
-            else:
-                if not ended:
-                    self._begin(path)
+    async def start(self) -> None:
+        """Goes on with those that are not at their run's end, and begins with those of runs that have no file yet."""
+        for path in await self._db(self._unended):
+            self._begin(path)
+        for run in [*await self._db(self._store.queue), *await self._db(self._store.live)]:
+            self.follow(run)
 
     def follow(self, run: Run) -> None:
-        """Begins with a run that was created or resumed."""
+        """Begins with a run that was created or resumed, unless it is followed already."""
         for index in range(len(run.effective_spec.notify)):
-            path = self._folder / f"{run.name.removeprefix('runs/')}.{index}.json"
-            if path.stem not in self._tasks:
-                _write(path, {**(_read(path) or {"sequence": 0, "state": 0}), "ended": False})
-                self._begin(path)
+            self._begin(self._folder / f"{run.name.removeprefix('runs/')}.{index}.json")
 
-    def forget(self, run_id: str) -> None:
+    async def forget(self, run_id: str) -> None:
         """Ends those of a run that is deleted."""
-        for path in self._folder.glob(f"{run_id}.*.json"):
-            path.unlink(missing_ok=True)
-            if path.stem in self._tasks:
-                self._tasks[path.stem].cancel()
+        for stem, task in self._tasks.items():
+            if stem.partition(".")[0] == run_id:
+                task.cancel()
+        await self._db(_remove, self._folder.glob(f"{run_id}.*.json"))
 
     async def close(self) -> None:
         """Stops; what is not delivered is for the next start."""
@@ -81,18 +74,35 @@ class Webhooks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _unended(self) -> list[Path]:
+        """Files that are not at their run's end; those of deleted runs are removed. Blocks."""
+        self._folder.mkdir(exist_ok=True)
+        stored, paths = self._store.run_ids(), list(self._folder.glob("*.json"))
+        _remove(each for each in paths if each.name.partition(".")[0] not in stored)
+        return [each for each in paths if each.exists() and not _read(each)["ended"]]
 
     def _begin(self, path: Path) -> None:
+        running = self._tasks.get(path.stem)
+        if running is not None and not running.done():
+            return
         task = asyncio.create_task(self._guarded(path), name=f"webhook {path.stem}")
         self._tasks[path.stem] = task
-        task.add_done_callback(lambda _: self._tasks.pop(path.stem, None))
+        task.add_done_callback(partial(self._drop, path.stem))
+
+    def _drop(self, stem: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(stem) is task:
+            del self._tasks[stem]
 
     async def _guarded(self, path: Path) -> None:
         run_id, _, index = path.stem.partition(".")
+        place = None
         while True:
             try:
-                await self._follow(path, run_id, int(index))
+                if place is None:
+                    place = await self._db(_read, path)
+                    await self._save(path, place, ended=False)
+                await self._follow(path, place, run_id, int(index))
             except StillhouseError as error:
                 if error.reason is Reason.RUN_NOT_FOUND:
                     return
@@ -104,8 +114,7 @@ class Webhooks:
                 return
             await asyncio.sleep(STORE_RETRY_S)
 
-    async def _follow(self, path: Path, run_id: str, index: int) -> None:
-        place = _read(path) or {"sequence": 0, "state": 0}
+    async def _follow(self, path: Path, place: dict[str, int], run_id: str, index: int) -> None:
         with self._notifier.subscribe(run_id) as news:
             while not self._notifier.closed:
                 news.clear()
@@ -119,21 +128,31 @@ class Webhooks:
                     runs_alone=True,
                 )
                 for event in events:
-                    previous, place["state"] = place["state"], event.run.state
+                    previous = place["state"]
                     if event.run.state != previous and _is_wanted(hook, event.run):
                         event.run.spec.CopyFrom(run.spec)  # for its labels
                         await self._deliver(hook, event.run, previous, event.sequence)
-                    place["sequence"] = event.sequence
+                    place |= {"sequence": event.sequence, "state": event.run.state}
                     if event.run.state != previous:
-                        _write(path, {**place, "ended": False})
-                if len(events) == EVENTS_AT_ONCE:
-                    continue
+                        await self._save(path, place, ended=False)
+                if events:
+                    continue  # the run may have changed during the deliveries
                 place["sequence"] = max(place["sequence"], newest)  # metrics in between need no second look
                 if run.state in ENDED:
-                    _write(path, {**place, "ended": True})
-                    return
+                    await self._save(path, place, ended=True)
+                    if not news.is_set():
+                        return
+                    await self._save(path, place, ended=False)  # it may have been resumed meanwhile
+                    continue
                 await news.wait()
                 await asyncio.sleep(PAUSE_S)
+
+    async def _save(self, path: Path, place: Mapping[str, int], *, ended: bool) -> None:
+        """Writes the file, in the store's thread: what `forget` removes there later does not come back."""
+        try:
+            await self._db(write_atomic, path, json.dumps({**place, "ended": ended}).encode())
+        except OSError as error:  # the posts go on; after a restart some may come twice
+            log.warning("webhook's file not written", file=str(path), why=str(error))
 
     async def _deliver(self, hook: NotifySpec, run: Run, previous: int, sequence: int) -> None:
         """Returns once the receiver has the change, or it is given up."""
@@ -145,7 +164,8 @@ class Webhooks:
             try:
                 host = self._hosts.find(hook.url)
                 sending = partial(post, hook.url, host, message_id, body, now_s=int(time.time()))
-                await asyncio.get_running_loop().run_in_executor(self._threads, sending)
+                async with self._turns:
+                    await _in_daemon_thread(sending)
             except (DeliveryError, StillhouseError) as error:
                 why, final = str(error), getattr(error, "final", False)
             else:
@@ -185,13 +205,47 @@ def _document(run: Run, previous: int, sequence: int) -> dict[str, Any]:
     return document
 
 
-def _read(path: Path) -> dict[str, int] | None:
+def _read(path: Path) -> dict[str, int]:
+    """How far it is; at the beginning if the file is missing or damaged."""
     try:
-        place: Mapping[str, int] = json.loads(path.read_text())
+        place = json.loads(path.read_text())
+        return {name: int(place[name]) for name in ("sequence", "state", "ended")}
     except FileNotFoundError:
-        return None
-    return {"sequence": place["sequence"], "state": place["state"]}
+        pass
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
+        log.error("webhook begins again", file=str(path), why=str(error))  # noqa: TRY400 - the text says it
+    return {"sequence": 0, "state": 0, "ended": False}
 
 
-def _write(path: Path, place: Mapping[str, int]) -> None:
-    write_atomic(path, json.dumps(place).encode())
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("webhook's file not removed", file=str(path), why=str(error))
+
+
+async def _in_daemon_thread(call: Callable[[], None]) -> None:
+    """Returns or raises as `call` does; the exit of the process does not wait for it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def settle(error: Exception | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error = None
+        try:
+            call()
+        except Exception as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, error)
+
+    threading.Thread(target=run, name="webhook", daemon=True).start()
+    await done

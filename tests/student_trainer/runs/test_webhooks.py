@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
+import socket
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,9 +19,20 @@ from typing import Any
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.stillhouse.v1.run_pb2 import CreateRunRequest, DeleteRunRequest
+from stillhouse.protos.stillhouse.v1.run_pb2 import (
+    CreateRunRequest,
+    DeleteRunRequest,
+    NotifySpec,
+    Run,
+    RunSpec,
+)
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.store import Store
+from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
+from stillhouse.student_trainer.runs.webhooks import delivery, notifier
 from stillhouse.student_trainer.runs.webhooks.delivery import DeliveryError, post
 from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost, WebhookHosts
+from stillhouse.student_trainer.runs.webhooks.notifier import Webhooks
 from tests.student_trainer.config.specs import spec_of
 from tests.student_trainer.runs.api.caller import model_of_no_kind, refused, stub_for, wait_ended
 from tests.support.programs import Program
@@ -120,7 +135,92 @@ def test_states_are_posted_until_they_are_accepted(
     assert last["error"]["message"] == run.error.message
     with stub_for(second.target) as stub:
         stub.DeleteRun(DeleteRunRequest(name=run.name))
-    assert [each.name for each in kept.iterdir()] == ["damaged.0.json"]
+    assert list(kept.iterdir()) == []
+
+
+class Followed:
+    """Webhooks of one run that is told of its stops; nobody else uses the store."""
+
+    def __init__(self, store: Store, receiver: Receiver, folder: Path) -> None:
+        entry = f'[hosts."{receiver.place}"]\nsecret = "{KEY}"\nhttp = true\nprivate = true\n'
+        hosts = WebhookHosts(private_file(folder / "webhooks.toml", entry))
+        self.spec = RunSpec(notify=[NotifySpec(url=f"http://{receiver.place}/", states=["stopped"])])
+        self.store, self.receiver = store, receiver
+        self.db, self.changes = DatabaseThread(), ChangeNotifier()
+        self.webhooks = Webhooks(store, self.db, self.changes, hosts, folder / "webhooks")
+
+    async def create(self) -> Run:
+        run, _ = await self.db(
+            self.store.create, "run-000001", self.spec, self.spec, request_id="", version="1"
+        )
+        return run
+
+    async def resume(self) -> None:
+        self.webhooks.follow(await self.db(self.store.resume, "run-000001"))
+        self.changes.notify("run-000001")
+
+    async def stop(self) -> None:
+        await self.db(self.store.stop, "run-000001")
+        self.changes.notify("run-000001")
+
+    async def told(self) -> None:
+        assert await asyncio.to_thread(self.receiver.accepted.acquire, timeout=10)
+
+    async def end(self) -> None:
+        """Waits until nothing is followed any more."""
+        await asyncio.wait_for(asyncio.gather(*self.webhooks._tasks.values()), 10)
+
+
+@pytest.fixture
+async def followed(receiver: Receiver, tmp_path: Path) -> AsyncIterator[Followed]:
+    store = Store.open(tmp_path / "runs.db")
+    made = Followed(store, receiver, tmp_path)
+    yield made
+    await made.webhooks.close()
+    made.db.close()
+    store.close()
+
+
+async def test_a_run_that_is_resumed_before_its_stop_was_delivered_is_followed_on(
+    followed: Followed, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(notifier, "RETRIES_S", (0.05,))
+    receiver.statuses = [503] * 1000
+    await followed.webhooks.start()
+    followed.webhooks.follow(await followed.create())
+    await followed.stop()
+    assert await asyncio.to_thread(receiver.refused.wait, 10)
+    await followed.resume()
+    receiver.statuses = []
+    await followed.told()
+    await followed.stop()
+    await followed.told()
+    await followed.end()
+    await followed.resume()
+    await followed.stop()
+    await followed.told()
+    assert [each["sequence"] for each in receiver.messages] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("writable", [True, False])
+async def test_a_run_without_a_file_is_followed_and_a_file_without_a_run_removed(
+    followed: Followed, receiver: Receiver, tmp_path: Path, writable: bool
+) -> None:
+    run = await followed.create()
+    kept = tmp_path / "webhooks" / "run-000001.0.json"
+    kept.parent.mkdir()
+    lost = kept.with_name("run-000000.0.json")
+    lost.write_text('{"sequence": 4, "state": 5, "ended": true}')
+    if not writable:
+        kept.mkdir()
+    await followed.webhooks.start()
+    followed.webhooks.follow(run)
+    await followed.stop()
+    await followed.told()
+    await followed.end()
+    assert [each["sequence"] for each in receiver.messages] == [2]
+    assert not lost.exists()
+    assert not writable or json.loads(kept.read_text())["ended"]
 
 
 def test_an_address_is_looked_at_before_it_is_connected(receiver: Receiver) -> None:
