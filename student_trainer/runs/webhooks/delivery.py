@@ -9,11 +9,16 @@ import http.client
 import ipaddress
 import socket
 import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost
 
 TIMEOUT_S = 10.0
+"""For a whole post, from the connection to the status."""
 _GONE = 410
 
 
@@ -35,27 +40,31 @@ def post(url: str, host: WebhookHost, message_id: str, body: bytes, *, now_s: in
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     connection = http.client.HTTPConnection(str(parts.hostname), port, timeout=TIMEOUT_S)
+    ends_s = time.monotonic() + TIMEOUT_S
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    headers = {
+        "Host": parts.netloc,
+        "Content-Type": "application/json",
+        "User-Agent": "stillhouse",
+        "Connection": "close",
+        "webhook-id": message_id,
+        "webhook-timestamp": str(now_s),
+        "webhook-signature": signature(host.secret, message_id, now_s, body),
+    }
     try:
-        connection.sock = _connected(str(parts.hostname), port, host)
-        if parts.scheme == "https":
-            context = ssl.create_default_context()
-            connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        headers = {
-            "Host": parts.netloc,
-            "Content-Type": "application/json",
-            "User-Agent": "stillhouse",
-            "Connection": "close",
-            "webhook-id": message_id,
-            "webhook-timestamp": str(now_s),
-            "webhook-signature": signature(host.secret, message_id, now_s, body),
-        }
-        connection.request("POST", path, body=body, headers=headers)
-        status = connection.getresponse().status
-    except (OSError, http.client.HTTPException) as error:
-        raise DeliveryError(
-            f"{parts.netloc} cannot be reached ({str(error)[:200] or type(error).__name__})"
-        ) from error
+        connection.sock = _connected(str(parts.hostname), port, host, ends_s)
+        with _cut_off(connection.sock, ends_s):
+            if parts.scheme == "https":
+                context = ssl.create_default_context()
+                connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
+            connection.request("POST", path, body=body, headers=headers)
+            status = connection.getresponse().status
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # ValueError: what cannot be a domain name.
+        why = f"cannot be reached ({str(error)[:200] or type(error).__name__})"
+        if time.monotonic() >= ends_s:
+            why = f"gives no answer in {TIMEOUT_S:g} s"
+        raise DeliveryError(f"{parts.netloc} {why}") from error
     finally:
         connection.close()
     if not 200 <= status < 300:
@@ -68,7 +77,27 @@ def signature(secret: bytes, message_id: str, now_s: int, body: bytes) -> str:
     return "v1," + base64.b64encode(hmac.digest(secret, signed, hashlib.sha256)).decode()
 
 
-def _connected(name: str, port: int, host: WebhookHost) -> socket.socket:
+@contextmanager
+def _cut_off(connection: socket.socket, ends_s: float) -> Iterator[None]:
+    """Ends the connection at a time of the monotonic clock: a socket's timeout bounds each read alone."""
+    handle = connection.dup()  # stays valid while TLS takes the socket over
+
+    def cut() -> None:
+        with suppress(OSError):  # it has ended
+            handle.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(max(0.0, ends_s - time.monotonic()), cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        handle.close()
+
+
+def _connected(name: str, port: int, host: WebhookHost, ends_s: float) -> socket.socket:
     """A connection to an address of `name`: the one that was checked, so that a name cannot change in between."""
     last: OSError = OSError("it has no address")
     for *_, place in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
@@ -79,7 +108,8 @@ def _connected(name: str, port: int, host: WebhookHost) -> socket.socket:
                 "private = true"
             )
         try:
-            return socket.create_connection((str(address), port), timeout=TIMEOUT_S)
+            left_s = max(0.01, ends_s - time.monotonic())
+            return socket.create_connection((str(address), port), timeout=left_s)
         except OSError as error:
             last = error
     raise last

@@ -238,6 +238,35 @@ def test_an_address_is_looked_at_before_it_is_connected(receiver: Receiver) -> N
     assert gone.value.final
     post(f"http://{receiver.place}/", private, "id", b"{}", now_s=1)
     assert receiver.messages == [{"id": "id"}]
+    with pytest.raises(DeliveryError, match="label"):
+        post(f"http://{'a' * 64}.example/", private, "id", b"{}", now_s=1)
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_receiver_that_never_ends_its_answer_is_left(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "TIMEOUT_S", 0.5)
+    host = WebhookHost(secret=SECRET, http=True, private=True)
+    left = threading.Event()
+
+    def trickle(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            # A status line, or a record of a TLS handshake, that goes on for ever.
+            connection.sendall(b"\x16\x03\x03\x40\x00" if scheme == "https" else b"HTTP/1.1 2")
+            for _ in range(400):
+                connection.sendall(b"0")
+                if left.wait(0.02):
+                    break
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=trickle, args=(listening,))
+        thread.start()
+        begin = time.monotonic()
+        with pytest.raises(DeliveryError, match="no answer in"):
+            post(f"{scheme}://127.0.0.1:{listening.getsockname()[1]}/", host, "id", b"{}", now_s=1)
+        assert time.monotonic() - begin < 4
+        left.set()
+        thread.join()
 
 
 @pytest.mark.parametrize(
