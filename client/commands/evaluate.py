@@ -102,7 +102,7 @@ def evaluate(session: Session, *, target: str, **options: Any) -> int:
             raise click.UsageError(
                 "TARGET writes its own texts; leave it out, or --hypotheses and --references."
             )
-        given = [name for name in _OF_TARGET if options[name]]
+        given = [name for name in _OF_TARGET if _is_given(options[name])]
         if given:
             flags = ", ".join(f"--{_OF_TARGET[name]}" for name in given)
             raise click.UsageError(f"{flags} belongs to a TARGET; texts in files are scored as they are.")
@@ -137,6 +137,11 @@ def evaluate(session: Session, *, target: str, **options: Any) -> int:
         if code:
             return code
     return _show(session, run, options["out"])
+
+
+def _is_given(value: Any) -> bool:
+    """False for what an option is without being given; a number that is zero is given."""
+    return value is not None and value is not False and value not in ((), "")
 
 
 def _spec(session: Session, name: str, options: dict[str, Any]) -> RunSpec:

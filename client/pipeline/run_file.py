@@ -58,7 +58,10 @@ def missing_inputs(pipeline: Pipeline) -> Iterator[Problem]:
     for stage in pipeline.stages:
         for name, path in stage.inputs.items():
             if not (pipeline.directory / path).exists():
-                sentence = f"reads {pipeline.directory / path}, which does not exist."
+                sentence = (
+                    f"reads {pipeline.directory / path}, which does not exist. Make it; if a stage makes it, declare it among "
+                    "that stage's outputs, and write ${STAGE.NAME} where it is read."
+                )
                 yield Problem(
                     location=stage.location, path=f"stage {stage.id}: inputs.{name}", sentence=sentence
                 )

@@ -65,6 +65,10 @@ def test_what_does_not_fit_together_is_refused(files: tuple[str, str], tmp_path:
         ((*both, str(empty)), f"The reference of {empty}, line 2, is empty"),
         ((*both, references, "--metric", "kl"), "needs a model's distributions"),
         ((*both, references, "--metric", "accuracy", "--match", "choices"), "compares likelihoods"),
+        (
+            (*both, references, "--temperature", "0", "--top-p", "0"),
+            "--temperature, --top-p belongs to a TARGET",
+        ),
         (("--hypotheses", hypotheses), "go together"),
         ((), "Give TARGET"),
         (("a-run", "--references", references), "TARGET writes its own texts"),

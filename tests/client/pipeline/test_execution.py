@@ -151,7 +151,8 @@ stages:
     assert refused.returncode == 2
     assert refused.stderr.splitlines() == [
         f"{path}:4:5: stage b: filter needs out.",
-        f"{path}:4:5: stage b: inputs.x: reads {tmp_path}/none, which does not exist.",
+        f"{path}:4:5: stage b: inputs.x: reads {tmp_path}/none, which does not exist. Make it; if a "
+        "stage makes it, declare it among that stage's outputs, and write ${STAGE.NAME} where it is read.",
         f'{path}:4:62: no_duplicate: there is no such option of filter; did you mean "no_duplicates"?',
         f'{path}:5:53: chatt: there is no such option of convert; did you mean "chat"?',
     ]
