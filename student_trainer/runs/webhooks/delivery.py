@@ -20,6 +20,9 @@ from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost
 TIMEOUT_S = 10.0
 """For a whole post, from the connection to the status."""
 _GONE = 410
+_IPV4_INSIDE = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
+"""NAT64 (RFC 6052) and IPv4-compatible addresses: the last 32 bits are an IPv4 address."""
+_LOCAL_NAT64 = ipaddress.IPv6Network("64:ff9b:1::/48")
 
 
 class DeliveryError(Exception):
@@ -116,5 +119,14 @@ def _connected(name: str, port: int, host: WebhookHost, ends_s: float) -> socket
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    inner = getattr(address, "ipv4_mapped", None) or address
-    return bool(inner.is_global) and not inner.is_multicast
+    """Whether the address is global, and the IPv4 address that it holds, which a gateway or the kernel may go on to."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast
+    if address in _LOCAL_NAT64 or address.is_site_local:
+        return False
+    inner = address.ipv4_mapped or address.sixtofour
+    if inner is None and any(address in network for network in _IPV4_INSIDE):
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if inner is not None:
+        return _is_public(inner)
+    return address.is_global and not address.is_multicast

@@ -225,7 +225,9 @@ async def test_a_run_without_a_file_is_followed_and_a_file_without_a_run_removed
 
 def test_an_address_is_looked_at_before_it_is_connected(receiver: Receiver) -> None:
     public = WebhookHost(secret=SECRET, http=True)
-    for name in ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "[::1]"):
+    inside = ("[64:ff9b::a9fe:a9fe]", "[2002:7f00:1::]", "[::127.0.0.1]", "[fec0::1]", "[2001:0:7f00:1::]")
+    private_names = ("127.0.0.1", "localhost", "[::ffff:127.0.0.1]", "10.0.0.1", "169.254.169.254", "[::1]")
+    for name in (*private_names, *inside):
         port = receiver.server_address[1]
         with pytest.raises(DeliveryError, match="no public address"):
             post(f"http://{name}:{port}/", public, "id", b"{}", now_s=1)
