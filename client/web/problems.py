@@ -69,12 +69,18 @@ def problem_of(error: StillhouseError, status: int | None = None) -> dict[str, A
 def problem_response(error: StillhouseError, status: int | None = None) -> Response:
     """The response to a request that failed with `error`."""
     problem = problem_of(error, status)
-    response = JsonResponse(problem, problem["status"], media_type=MEDIA_TYPE)
+    headers = error_headers(error, problem["status"])
+    return JsonResponse(problem, problem["status"], headers=headers, media_type=MEDIA_TYPE)
+
+
+def error_headers(error: StillhouseError, status: int) -> dict[str, str]:
+    """Retry-After and WWW-Authenticate, where the error calls for them."""
+    headers = {}
     if error.retry_after_s is not None:
-        response.headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    if problem["status"] == 401:
-        response.headers["www-authenticate"] = "Bearer"
-    return response
+        headers["retry-after"] = str(math.ceil(error.retry_after_s))
+    if status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return headers
 
 
 class JsonResponse(Response):

@@ -16,7 +16,7 @@ from stillhouse.client.core.json_output import as_json
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, invalid, read_json
 from stillhouse.client.web.api.run_creation import MAX_RUN_BYTES, run_file_of, submit
-from stillhouse.client.web.problems import JsonResponse, http_status
+from stillhouse.client.web.problems import JsonResponse, error_headers, http_status
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
 from stillhouse.protos.stillhouse.v1 import run_pb2
@@ -107,13 +107,15 @@ def _enveloped(
     handle: Callable[[Request], Awaitable[dict[str, Any]]],
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
+        headers: dict[str, str] = {}
         try:
             body = {"code": 200, "data": await handle(request), "message": "success"}
         except Exception as failure:
             error = failure if isinstance(failure, StillhouseError) else from_status(to_status(failure))
             code = http_status(error.reason)
             body = {"code": code, "data": {"reason": str(error.reason)}, "message": error.message}
-        return JsonResponse(body, int(str(body["code"])))
+            headers = error_headers(error, code)
+        return JsonResponse(body, int(str(body["code"])), headers=headers)
 
     return endpoint
 

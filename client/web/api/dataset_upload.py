@@ -9,19 +9,17 @@ from concurrent.futures import CancelledError, Future
 from typing import Any
 
 import grpc
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from stillhouse.client.core.json_output import as_json
 from stillhouse.client.web.api.context import WebContext
-from stillhouse.client.web.api.messages import content_type, fill_from_query, invalid
+from stillhouse.client.web.api.messages import content_type, fill_from_query, invalid, next_chunk
 from stillhouse.client.web.problems import JsonResponse
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
 CHUNK_BYTES = 512 * 1024
-IDLE_S = 60.0
-"""Time in which the next bytes of the body must arrive."""
 MEDIA_TYPE = "application/octet-stream"
 
 
@@ -84,7 +82,7 @@ class _Body:
         yield self._first
         size = 0
         while not self._over.is_set():
-            self._waiting = asyncio.run_coroutine_threadsafe(_next(self._chunks), self._loop)
+            self._waiting = asyncio.run_coroutine_threadsafe(next_chunk(self._chunks), self._loop)
             try:
                 chunk = self._waiting.result()
                 size += len(chunk)
@@ -100,23 +98,6 @@ class _Body:
                 return
             for start in range(0, len(chunk), CHUNK_BYTES):
                 yield run_pb2.UploadDatasetRequest(data=chunk[start : start + CHUNK_BYTES])
-
-
-async def _next(chunks: Any) -> bytes:
-    """The next bytes of a body that are any; empty at its end. Raises StillhouseError: CALL_TIMEOUT, CANCELLED."""
-    try:
-        async with asyncio.timeout(IDLE_S):
-            async for chunk in chunks:
-                if chunk:
-                    data: bytes = chunk
-                    return data
-    except TimeoutError:
-        raise StillhouseError(
-            Reason.CALL_TIMEOUT, f"No byte of the file arrived for {IDLE_S:.0f} s; send it again."
-        ) from None
-    except ClientDisconnect:
-        raise StillhouseError(Reason.CANCELLED, "The caller hung up.") from None
-    return b""
 
 
 def _too_large(limit: int) -> StillhouseError:

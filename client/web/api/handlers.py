@@ -19,7 +19,7 @@ from stillhouse.client.web.api.logs import run_logs
 from stillhouse.client.web.api.messages import check_names, content_type, invalid, read_body
 from stillhouse.client.web.api.routes import PREFIX, ROUTES
 from stillhouse.client.web.api.run_creation import create_run
-from stillhouse.client.web.api.sessions import get_session, sign_in, sign_out
+from stillhouse.client.web.api.sessions import check_access, get_session, sign_in, sign_out
 from stillhouse.client.web.api.unary import unary
 from stillhouse.client.web.problems import JsonResponse, not_found, problem_response
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
@@ -45,11 +45,11 @@ async def attach_result(context: WebContext, request: Request) -> Response:
 
 
 async def list_teachers(context: WebContext, request: Request) -> Response:
-    """The teachers of this server: number and address."""
+    """The teachers of this server, number and address, for whoever some service knows."""
     check_names(request.query_params, ())
     caller = context.callers.of(request)
     if caller.guarded and not caller.is_server:
-        await caller.check(context.upstream.trainer)
+        check_access(await context.callers.access(caller))
     teachers = [{"id": str(n), "target": each.target} for n, each in enumerate(context.upstream.teachers, 1)]
     return JsonResponse({"teachers": teachers})
 

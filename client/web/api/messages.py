@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 from typing import Any, cast
 
 from google.protobuf import json_format
@@ -15,6 +16,8 @@ from starlette.requests import ClientDisconnect, Request
 from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
 
 MAX_BODY_BYTES = 8 * 2**20
+IDLE_S = 60.0
+"""Time in which the next bytes of a body must arrive."""
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 _DEPTH_ERRORS = (ValueError, RecursionError)
 
@@ -54,18 +57,32 @@ def check_names(query: QueryParams, known: Collection[str]) -> None:
 
 
 async def read_body(request: Request, *, limit: int = MAX_BODY_BYTES) -> bytes:
-    """The body of a request. Raises StillhouseError: MESSAGE_TOO_LARGE, CANCELLED if the caller is gone."""
+    """The body of a request. Raises StillhouseError: MESSAGE_TOO_LARGE, and as `next_chunk` does."""
     content = bytearray()
+    chunks = request.stream()
+    while chunk := await next_chunk(chunks):
+        content += chunk
+        if len(content) > limit:
+            raise StillhouseError(
+                Reason.MESSAGE_TOO_LARGE, f"The body is larger than {limit} bytes; send less."
+            )
+    return bytes(content)
+
+
+async def next_chunk(chunks: AsyncGenerator[bytes, None]) -> bytes:
+    """The next bytes of a body that are any; empty at its end. Raises StillhouseError: CALL_TIMEOUT, CANCELLED."""
     try:
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > limit:
-                raise StillhouseError(
-                    Reason.MESSAGE_TOO_LARGE, f"The body is larger than {limit} bytes; send less."
-                )
+        async with asyncio.timeout(IDLE_S):
+            async for chunk in chunks:
+                if chunk:
+                    return chunk
+    except TimeoutError:
+        raise StillhouseError(
+            Reason.CALL_TIMEOUT, f"No byte of the body arrived for {IDLE_S:g} s; send it again."
+        ) from None
     except ClientDisconnect:
         raise StillhouseError(Reason.CANCELLED, "The caller hung up.") from None
-    return bytes(content)
+    return b""
 
 
 def content_type(request: Request) -> str:

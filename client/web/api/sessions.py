@@ -7,6 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stillhouse.client.core.settings import MAX_TOKEN_BYTES
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, invalid, read_json
 from stillhouse.client.web.problems import JsonResponse
@@ -14,30 +15,39 @@ from stillhouse.client.web.security.callers import Caller, cookie_of, unauthenti
 from stillhouse.client.web.security.sessions import LIFETIME_S
 from stillhouse.protos.errors import Reason, StillhouseError
 
+MAX_SIGN_IN_BYTES = 2 * MAX_TOKEN_BYTES
+
 
 async def get_session(context: WebContext, request: Request) -> Response:
     """Who the caller is, what it may use, and the CSRF token of its session."""
     check_names(request.query_params, ())
     caller = context.callers.of(request)
-    return JsonResponse(await _document(context, caller))
+    access = await context.callers.access(caller)
+    if caller.session is None and caller.token is not None and not caller.is_server:
+        check_access(access)  # the rate limit of wrong tokens counts refusals
+    return JsonResponse(_document(caller, access))
 
 
 async def sign_in(context: WebContext, request: Request) -> Response:
-    """Starts a session for {"token": TOKEN}, which must be one of a service, or the line of the sign-in file."""
+    """Starts a session for {"token": TOKEN}, which must be one of a service, or the line of the sign-in file.
+
+    The session that the request has ends.
+    """
     check_names(request.query_params, ())
-    body = await read_json(request)
+    body = await read_json(request, limit=MAX_SIGN_IN_BYTES)
     secret = body.get("token")
     if not isinstance(secret, str) or set(body) != {"token"}:
         raise invalid("token", 'the body must be {"token": "..."}.')
     caller = context.callers.holder_of(secret.strip())
     access = await context.callers.access(caller)
     if not caller.is_server:
-        _check_access(access)
+        check_access(access)
+    context.callers.sessions.end(_cookie(context, request))
     value, session = context.callers.sessions.start(caller.token if not caller.is_server else None)
     signed_in = Caller(
         token=caller.token, is_server=caller.is_server, guarded=caller.guarded, session=session
     )
-    response = JsonResponse(await _document(context, signed_in, access), 201)
+    response = JsonResponse(_document(signed_in, access), 201)
     _set_cookie(context, response, value, int(LIFETIME_S))
     return response
 
@@ -47,13 +57,13 @@ async def sign_out(context: WebContext, request: Request) -> Response:
     check_names(request.query_params, ())
     if context.callers.session_of(request) is not None:
         context.callers.of(request)  # checks the CSRF token
-        context.callers.sessions.end(cookie_of(request.headers.get("cookie", ""), context.callers.cookie))
+        context.callers.sessions.end(_cookie(context, request))
     response = Response(status_code=204)
     _set_cookie(context, response, "", 0)
     return response
 
 
-def _check_access(access: dict[str, str]) -> None:
+def check_access(access: dict[str, str]) -> None:
     """Raises StillhouseError unless some service knows the token."""
     answers = set(access.values())
     if answers & {"allowed", Reason.PERMISSION_DENIED}:
@@ -66,15 +76,17 @@ def _check_access(access: dict[str, str]) -> None:
     )
 
 
-async def _document(
-    context: WebContext, caller: Caller, access: dict[str, str] | None = None
-) -> dict[str, Any]:
+def _document(caller: Caller, access: dict[str, str]) -> dict[str, Any]:
     kind = "server" if caller.is_server else "token" if caller.token is not None else "anonymous"
     return {
         "kind": kind,
         "csrf_token": caller.session.csrf_token if caller.session is not None else None,
-        "access": await context.callers.access(caller) if access is None else access,
+        "access": access,
     }
+
+
+def _cookie(context: WebContext, request: Request) -> str:
+    return cookie_of(request.headers.get("cookie", ""), context.callers.cookie)
 
 
 def _set_cookie(context: WebContext, response: Response, value: str, max_age_s: int) -> None:

@@ -16,11 +16,12 @@ from stillhouse.client.web.problems import problem_response
 from stillhouse.client.web.security.callers import SAFE_METHODS, Callers
 from stillhouse.client.web.security.origins import check_origin
 from stillhouse.client.web.security.rates import RateLimit
+from stillhouse.client.web.security.sessions import Session
 from stillhouse.protos.errors import StillhouseError, from_status, to_status
 
 REQUESTS_PER_S, REQUESTS_AT_ONCE = 100.0, 1000
 REFUSALS_PER_S, REFUSALS_AT_ONCE = 0.5, 20
-"""Requests with a wrong token or sign-in, by address."""
+"""Requests with a wrong token or sign-in."""
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; font-src 'self'; connect-src 'self'; "
     "form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -59,9 +60,11 @@ class Guard:
             return
         outcome = _Outcome(send, self._headers)
         began_s = time.monotonic()
+        session = self._callers.session_of(HTTPConnection(scope))
+        prover = _prover_of(scope, session)
         try:
             try:
-                self._admit(scope)
+                self._admit(scope, session, prover)
                 await self._app(scope, receive, outcome.send)
             except Exception as error:
                 failure = from_status(to_status(error))
@@ -71,7 +74,7 @@ class Guard:
         finally:
             if outcome.status == 401 and _proves(scope):
                 with contextlib.suppress(StillhouseError):
-                    self._refusals.take(_address_of(scope))
+                    self._refusals.take(prover)
             write = log.debug if scope["method"] in SAFE_METHODS and outcome.status < 400 else log.info
             write(
                 "request",
@@ -81,17 +84,21 @@ class Guard:
                 ms=round(1000 * (time.monotonic() - began_s), 1),
             )
 
-    def _admit(self, scope: Scope) -> None:
+    def _admit(self, scope: Scope, session: Session | None, prover: str) -> None:
         check_origin(scope["method"], Headers(scope=scope), self._host_names)
-        session = self._callers.session_of(HTTPConnection(scope))
         self._requests.take(_address_of(scope) if session is None else f"session {id(session)}")
         if _proves(scope):
-            self._refusals.check(_address_of(scope))
+            self._refusals.check(prover)
 
 
 def _proves(scope: Scope) -> bool:
     """True for a request that brings a token."""
     return "authorization" in Headers(scope=scope) or scope["method"] not in SAFE_METHODS
+
+
+def _prover_of(scope: Scope, session: Session | None) -> str:
+    """Whom a wrong token counts against: the holder of a session, by all of his sessions together, else an address."""
+    return _address_of(scope) if session is None else f"holder {hash(session.token)}"
 
 
 class _Outcome:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
+from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import Request
 
 from stillhouse.client.core.settings import Settings
-from stillhouse.client.web.security.guard import REFUSALS_AT_ONCE
+from stillhouse.client.web.api import messages
+from stillhouse.client.web.api.sessions import MAX_SIGN_IN_BYTES
 from stillhouse.client.web.security.rates import RateLimit
+from stillhouse.client.web.security.sessions import COOKIE
 from stillhouse.client.web.security.sign_in_file import read_or_make
 from stillhouse.client.web.settings import WebSettings
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -47,6 +53,7 @@ def test_a_callers_token_is_what_the_services_see(world: World) -> None:
 def test_a_session_needs_its_csrf_token_to_change_something(world: World) -> None:
     with world.client("") as browser:
         assert browser.post("/api/v1/session", json={"token": "sth_aaaaaaaa_wrong"}).status_code == 401
+        assert browser.post("/api/v1/session", json={"token": "a" * MAX_SIGN_IN_BYTES}).status_code == 413
         signed_in = browser.post("/api/v1/session", json={"token": world.tokens["ada"]})
         assert signed_in.status_code == 201, signed_in.text
         cookie = signed_in.headers["set-cookie"]
@@ -118,20 +125,27 @@ def test_a_server_with_a_token_of_its_own_serves_nobody_without_one(world: World
     ):
         url = f"{web.target}/api/v1"
         assert httpx.get(f"{url}/runs").status_code == 401
+        wrong = {"authorization": "Bearer sth_aaaaaaaa_wrong"}
+        for path in ("teachers", "session"):
+            assert httpx.get(f"{url}/{path}", headers=wrong).status_code == 401
         assert httpx.get(f"{url}/teachers").status_code == 401
         line = sign_in.read_text().strip()
         assert sign_in.stat().st_mode & 0o077 == 0
         assert httpx.get(f"{url}/runs", headers={"authorization": f"Bearer {line}"}).status_code == 200
         ada = {"authorization": f"Bearer {world.tokens['ada']}"}
-        assert httpx.get(f"{url}/runs", headers=ada).status_code == 200
+        for path in ("runs", "teachers", "session"):
+            assert httpx.get(f"{url}/{path}", headers=ada).status_code == 200
         session = httpx.post(f"{url}/session", json={"token": line})
         assert session.json()["kind"] == "server"
         assert httpx.get(f"{url}/runs", cookies=session.cookies).status_code == 200
-        tries = [
-            httpx.get(f"{url}/runs", headers={"authorization": "Bearer x"}).status_code for _ in range(40)
-        ]
-        assert tries.count(401) <= REFUSALS_AT_ONCE + 5
-        assert tries[-1] == 429
+        with httpx.Client(base_url=url) as stranger:
+            tries = [stranger.get("/runs", headers={"authorization": "Bearer x"}) for _ in range(40)]
+            assert 429 in [each.status_code for each in tries]
+            cookie = f"{COOKIE}={session.cookies[COOKIE]}"
+            renewed = stranger.post("/session", json={"token": line}, headers={"cookie": cookie})
+            assert renewed.status_code == 201
+        assert httpx.get(f"{url}/runs", cookies=session.cookies).status_code == 401
+        assert httpx.get(f"{url}/runs", cookies=renewed.cookies).status_code == 200
         assert line not in web.log(1_000_000)
         assert world.tokens["root"] not in web.log(1_000_000)
         assert web.stop() == 0
@@ -183,6 +197,18 @@ def test_a_public_address_needs_tls(tmp_path: Path) -> None:
     shared.chmod(0o644)
     with pytest.raises(StillhouseError, match="chmod 600"):
         read_or_make(shared)
+
+
+async def test_a_body_that_stops_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(messages, "IDLE_S", 0.01)
+    parts = [{"type": "http.request", "body": b"{", "more_body": True}]
+
+    async def receive() -> MutableMapping[str, Any]:
+        return parts.pop() if parts else await asyncio.Event().wait()  # type: ignore[return-value]
+
+    with pytest.raises(StillhouseError) as stopped:
+        await messages.read_body(Request({"type": "http", "headers": []}, receive))
+    assert stopped.value.reason is Reason.CALL_TIMEOUT
 
 
 def test_a_rate_is_kept_for_each_client() -> None:
