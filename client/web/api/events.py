@@ -1,4 +1,4 @@
-"""Events of a run as server-sent events, from one WatchRun for all readers of the run."""
+"""Events of a run as server-sent events, from one WatchRun for all readers of the run with one token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from stillhouse.client.core.json_output import as_json
 from stillhouse.client.web.api.context import WebContext
-from stillhouse.client.web.api.messages import integer
+from stillhouse.client.web.api.messages import check_names, integer
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.client.web.streams.shared import Item, Items, SharedStream, read
 from stillhouse.client.web.streams.sse import HEARTBEAT, json_frame, respond
@@ -20,8 +20,9 @@ async def run_events(context: WebContext, request: Request) -> Response:
     """The run as it is, or all that came after Last-Event-ID; then every change, until the run has ended."""
     caller = context.callers.of(request)
     name = f"runs/{request.path_params['run']}"
-    given = request.headers.get("last-event-id") or request.query_params.get("after_sequence") or ""
-    after = integer("after_sequence", given, least=0) if given else None
+    check_names(request.query_params, ("after_sequence",))
+    given = request.headers.get("last-event-id") or request.query_params.get("after_sequence") or "0"
+    after = integer("after_sequence", given, least=0) or None
     return await respond(_frames(context, caller, name, after))
 
 
@@ -33,11 +34,9 @@ async def _frames(
     def events(behind: int) -> Items:
         return _items(context, caller, name, behind)
 
-    # This call refuses callers that may not read the run: the stream may be another caller's.
     run = await caller.call(service, "GetRun", run_pb2.GetRunRequest(name=name))
-    async with context.streams.reader(
-        caller.name, ("events", name), lambda: SharedStream(events, tail=0)
-    ) as stream:
+    key = ("events", name, caller.credentials)
+    async with context.streams.reader(caller.name, key, lambda: SharedStream(events, tail=0)) as stream:
         position = await context.position_of(stream)
         if after is None or after > position:
             run = await caller.call(service, "GetRun", run_pb2.GetRunRequest(name=name))
@@ -55,6 +54,7 @@ async def _frames(
             cut=lambda item, _cursor: item.frame,
             heartbeat=HEARTBEAT,
             is_over=lambda: context.is_over(caller),
+            check=lambda: context.check_reader(caller, name),
         ):
             yield each
         if stream.ended:

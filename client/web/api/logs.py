@@ -1,4 +1,6 @@
-"""A run's log: as plain text, or followed as server-sent events from one StreamLogs for all readers."""
+"""A run's log: as plain text, or followed as server-sent events from one StreamLogs for all readers
+with one token.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from stillhouse.client.web.api.context import WebContext
-from stillhouse.client.web.api.messages import boolean, integer
+from stillhouse.client.web.api.messages import boolean, check_names, integer
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.client.web.streams.shared import Item, Items, SharedStream, read
 from stillhouse.client.web.streams.sse import HEARTBEAT, MEDIA_TYPE, frame, respond
@@ -25,6 +27,7 @@ async def run_logs(context: WebContext, request: Request) -> Response:
     """The log from `start_offset`, negative from its end; with `follow` as server-sent events until the run ends."""
     caller = context.callers.of(request)
     query = request.query_params
+    check_names(query, ("attempt", "start_offset", "follow"))
     name = f"runs/{request.path_params['run']}"
     attempt = integer("attempt", query.get("attempt", "0"), least=0)
     resumed = request.headers.get("last-event-id")
@@ -47,7 +50,7 @@ async def _frames(
         return _lines(context, caller, name, attempt, behind, follow=False)
 
     run = await caller.call(context.upstream.trainer, "GetRun", run_pb2.GetRunRequest(name=name))
-    key = ("logs", name, attempt)
+    key = ("logs", name, attempt, caller.credentials)
     async with context.streams.reader(
         caller.name, key, lambda: SharedStream(lines, tail=-TAIL_BYTES)
     ) as stream:
@@ -64,6 +67,7 @@ async def _frames(
             cut=lambda item, behind: _frame(item.payload[behind - item.start :], item.end),
             heartbeat=HEARTBEAT,
             is_over=lambda: context.is_over(caller),
+            check=lambda: context.check_reader(caller, name),
         ):
             yield each
         if stream.ended:

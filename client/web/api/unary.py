@@ -22,6 +22,9 @@ from stillhouse.client.web.api.routes import Route
 from stillhouse.client.web.problems import JsonResponse
 from stillhouse.client.web.upstream import Service
 
+MAX_STRAY_BYTES = 16 * 1024
+"""Of a body where none is taken; an empty object passes."""
+
 
 async def unary(context: WebContext, route: Route, request: Request) -> Response:
     """Makes the call of `route` that the request asks for."""
@@ -34,6 +37,8 @@ async def unary(context: WebContext, route: Route, request: Request) -> Response
         fill_from_json(message, without_path_fields(route, await read_json(request)))
     else:
         fill_from_query(message, request.query_params, hidden=route.fields)
+        for name in await read_json(request, limit=MAX_STRAY_BYTES):
+            raise invalid(name[:80], "the request takes no body; give its fields in the query.")
     fill_from_path(message, route, request)
     response = await caller.call(service, route.name, message, timeout_s=route.timeout_s)
     if route.status == 204:

@@ -39,6 +39,11 @@ class Caller:
         """Counts its open streams."""
         return self.address if self.session is None else f"session {id(self.session)}"
 
+    @property
+    def credentials(self) -> tuple[bool, str | None]:
+        """What calls of the caller carry: who shares a stream has the same."""
+        return self.is_server, self.token
+
     async def call(
         self, service: Service, rpc: str, request: Message, *, timeout_s: float = CALL_TIMEOUT_S
     ) -> Any:

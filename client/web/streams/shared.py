@@ -7,9 +7,10 @@ late reader neither loses an item nor costs memory.
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Hashable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,8 @@ CATCHING_UP = 8
 ITEMS_AT_ONCE = 500
 """Items that one of them reads in its turn."""
 HEARTBEAT_S = 15.0
+READER_CHECK_S = 60.0
+"""Time after which it is checked again whether a reader may read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +164,8 @@ class SharedStreams:
     ) -> AsyncGenerator[SharedStream, None]:
         """The stream of `key`, made and opened for the first reader, and closed a while after the last.
 
+        One that has ended is made anew, since its run may have been resumed.
+
         Raises StillhouseError(TOO_MANY_CALLS) for one reader too many.
         """
         if self._readers.total() >= MAX_READERS or self._readers[client] >= MAX_READERS_OF_CLIENT:
@@ -171,7 +176,7 @@ class SharedStreams:
                 retry_after_s=10.0,
             )
         stream = self._streams.get(key)
-        if stream is None or stream.failed is not None or (stream.ended and not stream.readers):
+        if stream is None or stream.failed is not None or stream.ended:
             stream = self._streams[key] = make()
             stream.start()
         stream.readers += 1
@@ -216,14 +221,19 @@ async def read(
     cut: Callable[[Item, int], bytes],
     heartbeat: bytes,
     is_over: Callable[[], bool],
+    check: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[bytes, None]:
     """Yields the frames behind `cursor` until the stream ends or `is_over`, and `heartbeat` where nothing happens.
 
     `direct` opens a stream of the reader's own behind a position; `cut` is the frame of the part of an item behind one.
-    Raises StillhouseError if the stream has failed.
+    Raises StillhouseError if the stream has failed, or `check`, which is called now and then, refuses the reader.
     """
     told_lost = False
+    checked_s = time.monotonic()
     while not is_over():
+        if time.monotonic() - checked_s > READER_CHECK_S:
+            await check()
+            checked_s = time.monotonic()
         if cursor < stream.window_start:
             missed = await _missed(streams, stream, cursor, direct)
             for each in missed:

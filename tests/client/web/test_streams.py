@@ -8,16 +8,21 @@ import os
 import random
 import signal
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, MutableMapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from stillhouse.client.core.settings import Settings
+from stillhouse.client.web.app import web_app
+from stillhouse.client.web.settings import WebSettings
 from stillhouse.client.web.streams import shared
 from stillhouse.client.web.streams.shared import Item, Items, SharedStream, SharedStreams, read
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.rpc.tokens import Scope, create, revoke
 from tests.client.web.conftest import start_web
 from tests.student_trainer.runs.api.caller import model_of_no_kind
 from tests.support.processes import no_process_left
@@ -46,10 +51,36 @@ def events_of(lines: Iterator[str]) -> Iterator[Event]:
             fields = {}
 
 
+def token_of(data: Path, name: str) -> str:
+    """A new token of the service."""
+    return create(data / "tokens.json", name=name, scopes=[Scope.SUBMIT], lifetime_s=None)[0]
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
 @pytest.fixture(scope="module")
-def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Client, str]]:
-    """A caller of a run service without tokens, and the path of a run in its queue behind one that never moves."""
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Address and data directory of a run service with tokens."""
     root = tmp_path_factory.mktemp("waiting")
+    data = root / "data"
+    data.mkdir()
+    token_of(data, "ada")
+    with (
+        no_process_left() as mark,
+        start_trainer(
+            data, directory=root, options=["--stop-runs-on-exit", "--stop-grace-s", "0"], environment=mark
+        ) as trainer,
+    ):
+        yield trainer.target, data
+
+
+@pytest.fixture(scope="module")
+def waiting(service: tuple[str, Path]) -> Iterator[tuple[httpx.Client, str]]:
+    """A caller of the run service, and the path of a run in its queue behind one that never moves."""
+    target, data = service
+    root = data.parent
     (root / "rows.jsonl").write_text('{"text": "a"}\n')
     spec = {
         "student": {"model": str(model_of_no_kind(root))},
@@ -58,17 +89,11 @@ def waiting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[httpx.Cl
     }
     with (
         no_process_left() as mark,
-        start_trainer(
-            root / "data",
-            directory=root,
-            options=["--stop-runs-on-exit", "--stop-grace-s", "0"],
-            environment=mark,
-        ) as trainer,
-        start_web(root, trainer.target, environment=mark) as web,
-        httpx.Client(base_url=web.target, timeout=60) as client,
+        start_web(root, target, environment=mark) as web,
+        httpx.Client(base_url=web.target, headers=bearer(token_of(data, "bob")), timeout=60) as client,
     ):
         first = client.post("/api/v1/runs", json={"spec": spec}).json()["name"]
-        process = root / "data" / first / "process.json"
+        process = data / first / "process.json"
         while not process.exists():
             time.sleep(0.02)
         pid = json.loads(process.read_text())["pid"]
@@ -120,6 +145,73 @@ def test_a_stream_ends_with_its_run_and_stays_ended(waiting: tuple[httpx.Client,
     assert client.post(f"{run}:resume").status_code == 200
 
 
+def test_sequence_0_is_the_present_state(waiting: tuple[httpx.Client, str]) -> None:
+    client, run = waiting
+    for given in ({"params": {"after_sequence": "0"}}, {"headers": {"last-event-id": "0"}}):
+        with client.stream("GET", f"{run}/events", timeout=10, **given) as response:  # type: ignore[arg-type]
+            assert next(events_of(response.iter_lines())).kind == "run"
+
+
+async def test_a_revoked_token_ends_its_own_readers_alone(
+    waiting: tuple[httpx.Client, str], service: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared, "READER_CHECK_S", 0.2)
+    monkeypatch.setattr(shared, "HEARTBEAT_S", 0.2)
+    client, run = waiting
+    target, data = service
+    async with web_app(WebSettings(services=Settings(trainer=target))) as app:
+
+        def follow(token: str) -> tuple[asyncio.Task[None], asyncio.Queue[str]]:
+            """Reads the events of the run to their end."""
+            parts: asyncio.Queue[str] = asyncio.Queue()
+
+            async def send(message: MutableMapping[str, Any]) -> None:
+                parts.put_nowait(message.get("body", b"").decode())
+
+            scope = {
+                "type": "http",
+                "method": "GET",
+                "path": f"{run}/events",
+                "query_string": b"",
+                "headers": [(b"host", b"localhost"), (b"authorization", f"Bearer {token}".encode())],
+            }
+            serving = app.asgi(scope, asyncio.Event().wait, send)  # type: ignore[arg-type]
+            return asyncio.create_task(serving), parts
+
+        async def until(parts: asyncio.Queue[str], text: str) -> None:
+            while text not in (part := await parts.get()):
+                assert "event: problem" not in part, part
+
+        async with asyncio.timeout(60):
+            eve, eves = follow(token_of(data, "eve"))
+            await until(eves, "event: run")
+            other, others = follow(token_of(data, "mallory"))
+            await until(others, "event: run")
+            revoke(data / "tokens.json", "eve")
+            await until(eves, "UNAUTHENTICATED")
+            await eve
+            assert (await asyncio.to_thread(client.post, f"{run}:stop")).status_code == 200
+            await until(others, "event: run")
+            await until(others, "event: end")
+            await other
+    assert client.post(f"{run}:resume").status_code == 200
+
+
+async def test_a_stream_that_has_ended_is_made_anew_beside_a_slow_reader() -> None:
+    """As when a run is resumed."""
+
+    async def source(_behind: int) -> Items:
+        yield Item(0, 0, None, b"")
+
+    streams = SharedStreams()
+    async with streams.reader("a", "key", lambda: SharedStream(source, tail=0)) as slow:
+        while not slow.ended:
+            await slow.changed(1.0)
+        async with streams.reader("b", "key", lambda: SharedStream(source, tail=0)) as fresh:
+            assert fresh is not slow
+    await streams.close()
+
+
 async def test_readers_of_any_speed_read_each_item_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The service is a generator that breaks now and then; the window holds a few items."""
     monkeypatch.setattr(shared, "WINDOW_ITEMS", 8)
@@ -148,6 +240,8 @@ async def test_readers_of_any_speed_read_each_item_once(monkeypatch: pytest.Monk
             written = min(written, total)
             await asyncio.sleep(0.001)
 
+    async def allowed() -> None: ...
+
     streams = SharedStreams()
 
     async def reader(cursor: int, pause_s: float) -> list[int]:
@@ -158,6 +252,7 @@ async def test_readers_of_any_speed_read_each_item_once(monkeypatch: pytest.Monk
                 "cut": lambda *_: b"",
                 "heartbeat": b"",
                 "is_over": lambda: False,
+                "check": allowed,
             }
             async for each in read(streams, stream, cursor, **options):
                 if each.isdigit():
