@@ -27,6 +27,10 @@ class Deadline(BoundedWait):
         if self._clock.now_s() > self._until_s:
             raise TimeoutError(f"they were not there after {self.limit_s:g} s")
 
+    def give_up(self, error: StillhouseError | None) -> TimeoutError:
+        """Returns TimeoutError: services that were silent for the limit may answer a later wait."""
+        return TimeoutError(f"no service answered for {self.limit_s:g} s. {error.message if error else ''}")
+
 
 class Stopped(Exception):  # noqa: N818 - not an error: the run was asked to stop
     """The run was asked to stop while it waited."""
