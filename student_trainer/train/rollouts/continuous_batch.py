@@ -127,7 +127,7 @@ class _Batch:
 
     rows: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    """Tokens of each row, its next input included."""
+    """Tokens of each row, its next input included; a row that has ended stays as long as it is."""
     alive: list[bool] = field(default_factory=list)
     layers: list[_KvLayer] = field(default_factory=list)
     inputs: Tensor | None = None
@@ -241,9 +241,10 @@ class _Decoding:
         rows_B, places_B = (torch.tensor(each, device=self._device) for each in (batch.rows, places))
         batch.inputs = self._draw(rows_B, places_B, logits_BV)
         for number, token in enumerate(batch.inputs.tolist()):
-            batch.lengths[number] += 1
             row = batch.rows[number]
             if batch.alive[number]:
+                # An ended row keeps its last position: the next one may be beyond the model's table.
+                batch.lengths[number] += 1
                 self._counts[row] += 1
                 batch.alive[number] = token not in self._end_ids and self._counts[row] < self._rows[row].room
 

@@ -30,6 +30,20 @@ FAMILIES: dict[str, tuple[GenerationMode, dict[str, Any]]] = {
 }
 
 
+def _sampler(model: Any, mode: GenerationMode | None = None) -> LocalSampler:
+    """A sampler of a model without an end token, in `mode` if it is given."""
+    model.generation_config.eos_token_id = None
+    sampler = LocalSampler(
+        Student(model, SimpleNamespace(eos_token_id=None), StudentConfig(model="student")),
+        device=torch.device("cpu"),
+        autocast=nullcontext,
+        vocab_size=64,
+        num_likeliest=4,
+    )
+    sampler._mode = mode
+    return sampler
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_are_drawn_from_what_whole_passes_say(family: str, fresh: bool) -> None:
@@ -40,15 +54,7 @@ def test_rollouts_are_drawn_from_what_whole_passes_say(family: str, fresh: bool)
     if not fresh:
         for weight in model.parameters():
             weight.data += torch.randn_like(weight) * 0.1
-    tokenizer = SimpleNamespace(eos_token_id=None)
-    model.generation_config.eos_token_id = None
-    sampler = LocalSampler(
-        Student(model, tokenizer, StudentConfig(model="student")),
-        device=torch.device("cpu"),
-        autocast=nullcontext,
-        vocab_size=64,
-        num_likeliest=4,
-    )
+    sampler = _sampler(model)
     prompts = [np.array([5, 6, 7, 8, 9], np.int32), np.array([9, 3], np.int32), np.array([4, 9], np.int32)]
     texts = sampler.write(prompts, RolloutConfig(max_new_tokens=6), max_sequence_tokens=32, seeds=[1, 2, 3])
     for prompt, (text, *_) in zip(prompts, texts, strict=True):
@@ -58,3 +64,21 @@ def test_rollouts_are_drawn_from_what_whole_passes_say(family: str, fresh: bool)
         logprobs = logits.log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
         np.testing.assert_allclose(text.logprobs, logprobs.numpy(), atol=1e-4)
     assert sampler._mode == mode
+
+
+def test_a_row_that_ends_at_the_last_position_of_the_model_waits_there_for_the_others() -> None:
+    torch.manual_seed(1)
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    # The longest two end first, at different times; they are too few to leave the batch.
+    prompts = [np.arange(3, 3 + length, dtype=np.int32) for length in (13, 11, *[2] * 22)]
+    settings, limits = RolloutConfig(max_new_tokens=14, samples_per_prompt=1), {"max_sequence_tokens": 16}
+    seeds = list(range(len(prompts)))
+    joint, single = (
+        _sampler(model, GenerationMode(True, batch)).write(prompts, settings, **limits, seeds=seeds)
+        for batch in ("continuous", "single")
+    )
+    assert [len(text.token_ids) for [text] in joint] == [3, 5, *[14] * 22]
+    for [text], [alone] in zip(joint, single, strict=True):
+        assert text.token_ids.tolist() == alone.token_ids.tolist()
+        np.testing.assert_allclose(text.logprobs, alone.logprobs, atol=1e-5)
