@@ -23,8 +23,15 @@ def require_layers(
     Raises StillhouseError: CAPABILITY, or SEQUENCE_TOO_LONG for a longest row whose states are too large.
     """
     known = {CAPABILITY_HIDDEN_STATES, CAPABILITY_LAYER_STATES} & set(info.capabilities)
-    if not known or not info.num_layers:
+    if not known:
         raise _lacks(info, target, "loss.hidden_mse needs hidden states, which", "or leave hidden_mse out")
+    if not info.num_layers:
+        raise StillhouseError(
+            Reason.CAPABILITY,
+            f"loss.hidden_mse needs the number of the teacher's layers, and the teacher at {target} ({info.engine}), of an "
+            "earlier version, does not tell it. Start the teacher with this version of Stillhouse, or leave hidden_mse out.",
+            metadata={"capability": "CAPABILITY_LAYER_STATES"},
+        )
     if not layers:
         return
     if CAPABILITY_LAYER_STATES not in known and not gives_last_state(layers, info):

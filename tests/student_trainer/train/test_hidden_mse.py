@@ -241,6 +241,11 @@ def test_states_that_a_teacher_does_not_give_are_refused(
     assert words in error.value.message
     info.capabilities[:] = [CAPABILITY_HIDDEN_STATES]
     require_layers(info, "here", (24,), longest)
+    info.num_layers = 0
+    with pytest.raises(
+        StillhouseError, match=r"the teacher at here \(vllm\), of an earlier version, does not"
+    ):
+        require_layers(info, "here", (), longest)
 
 
 @pytest.mark.parametrize(
