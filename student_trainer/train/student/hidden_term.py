@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -43,9 +44,8 @@ def make_projections(config: RunConfig, student: Student, teacher_width: int) ->
     device = next(student.model.parameters()).device
     for pair in sorted(pairs, key=_name):
         made = torch.empty(teacher_width, width)
-        generator = torch.Generator().manual_seed(
-            config.optimizer.seed * 2**20 + _PROJECTION_STREAM * 2**16 + _code(pair)
-        )
+        seeds = np.random.SeedSequence([config.optimizer.seed, _PROJECTION_STREAM, *_layers(pair)])
+        generator = torch.Generator().manual_seed(int(seeds.generate_state(1, np.uint64)[0] >> np.uint64(1)))
         made.uniform_(-(width**-0.5), width**-0.5, generator=generator)
         projections[_name(pair)] = nn.Parameter(made.to(device))
     return projections
@@ -108,7 +108,8 @@ def _name(pair: LayerPairConfig) -> str:
     return f"student_{pair.student}_teacher_{pair.teacher}"
 
 
-def _code(pair: LayerPairConfig) -> int:
+def _layers(pair: LayerPairConfig) -> tuple[int, int]:
+    """The layers of student and teacher."""
     assert pair.teacher is not None, "pairs are checked"
     assert pair.student is not None, "pairs are checked"
-    return pair.student * 2**8 + pair.teacher
+    return pair.student, pair.teacher

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,14 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     GetTeacherInfoResponse,
 )
 from stillhouse.student_trainer.config.proto import from_proto
+from stillhouse.student_trainer.config.schema import StudentConfig
 from stillhouse.student_trainer.config.settled.layer_pairs import even_pairs
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.student.hidden_term import make_projections
+from stillhouse.student_trainer.train.student.student import Student
 from stillhouse.student_trainer.train.teacher.hidden_demands import require_layers
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, changed
@@ -37,6 +41,7 @@ from tests.student_trainer.train.runs import (
     metric,
     spec_of,
 )
+from tests.student_trainer.train.student.tiny_architectures import tiny_model
 from tests.support.programs import Program
 
 Run = Callable[..., RunDir]
@@ -246,6 +251,16 @@ def test_states_that_a_teacher_does_not_give_are_refused(
         StillhouseError, match=r"the teacher at here \(vllm\), of an earlier version, does not"
     ):
         require_layers(info, "here", (), longest)
+
+
+def test_projections_begin_with_values_of_their_own_from_any_seed() -> None:
+    layers = [{"teacher": 0, "student": 1}, {"teacher": 256, "student": 0}]
+    spec = run_spec({**SMALLEST, "loss": {"hidden_mse": {"layers": layers}}})
+    spec.optimizer.seed = 2**62
+    student = Student(tiny_model("llama"), SimpleNamespace(eos_token_id=None), StudentConfig(model="student"))
+    one, other = make_projections(from_proto(spec), student, 64).values()
+    assert one.shape == other.shape == (64, 32)
+    assert not torch.equal(one, other)
 
 
 @pytest.mark.parametrize(
