@@ -136,7 +136,7 @@ def _build_of(session: Session, what: str) -> RunHandle:
     if "/" not in what:
         return session.run(what)
     for run in session.trainer.runs():
-        if run.effective_spec.task == "cache" and run.spec.cache.path == what:
+        if run.effective_spec.task in CACHE_TASKS and run.spec.cache.path == what:
             return RunHandle(session.trainer, run.name)
     raise StillhouseError(
         Reason.CACHE_NOT_FOUND,
