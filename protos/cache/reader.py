@@ -85,7 +85,7 @@ class CacheReader:
         self._groups: OrderedDict[tuple[int, int], RowGroup] = OrderedDict()
         self._kept_bytes = 0
         self._checked: set[_Location] = set()
-        self._prompts: dict[int, list[bytes]] = {}
+        self._prompts: dict[int, list[bytes | None]] = {}
         self._lock = threading.RLock()
         for file in shard_paths(path):
             try:
@@ -114,7 +114,10 @@ class CacheReader:
             return self._find(key, asked) is not None
 
     def has_text(self, key: str, asked: CacheMeta, prompt: bytes) -> bool:
-        """True as `has`, if the student's prompt of the output has the digest `prompt` as well, of `prompt_digest`."""
+        """True as `has`, if the student's prompt of the output has the digest `prompt` as well, of `prompt_digest`.
+
+        An output whose prompt cannot be read counts as if it were not there.
+        """
         with self._lock:
             return any(self._prompt(place) == prompt for place in self._places(key, asked))
 
@@ -222,17 +225,19 @@ class CacheReader:
             if self.shards[place.shard].meta.serves(asked):
                 yield place
 
-    def _prompt(self, place: _Location) -> bytes:
-        """The digest of a row's student prompt; those of a shard are read together, once."""
-        shard = self.shards[place.shard]
-        if not shard.meta.prompted:
+    def _prompt(self, place: _Location) -> bytes | None:
+        """The digest of a row's student prompt, None where it cannot be read; those of a shard are read together, once."""
+        if not self.shards[place.shard].meta.prompted:
             return b""
         if place.shard not in self._prompts:
+            unreadable: tuple[type[Exception], ...] = (*_errors(), StillhouseError)
             try:
                 column = self._file(place.shard).read(columns=[STUDENT_PROMPT]).column(STUDENT_PROMPT)
-                found = [prompt_digest(each.values.to_numpy()) for each in column]
-            except _errors() as error:
-                raise invalid_cache(shard.path, first_line(error).rstrip("."), REMEDY) from error
+                found = [
+                    None if each.values is None else prompt_digest(each.values.to_numpy()) for each in column
+                ]
+            except unreadable:
+                found = [None] * self.shards[place.shard].num_sequences
             self._prompts[place.shard] = found
         return self._prompts[place.shard][place.row]
 

@@ -43,6 +43,25 @@ def test_texts_of_one_key_are_told_apart_by_the_students_prompt(tmp_path: Path) 
     assert reader.get(PLAIN.key(sequence(0), 3), PLAIN) is not None
 
 
+def test_a_text_whose_students_prompt_is_damaged_is_added_again(tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    own = {"student_prompt_ids": np.array([1, 2], np.int32)}
+    with CacheWriter(tmp_path) as writer:
+        writer.add(PLAIN, sequence(0), answer(PLAIN), **own)
+    [path] = tmp_path.glob("*.parquet")
+    group = pq.read_metadata(path).row_group(0)
+    columns = [group.column(number) for number in range(group.num_columns)]
+    [column] = [each for each in columns if each.path_in_schema.startswith("student_prompt_ids.")]
+    damaged = bytearray(path.read_bytes())
+    first = column.dictionary_page_offset if column.has_dictionary_page else column.data_page_offset
+    damaged[first + column.total_compressed_size - 1] ^= 0xFF
+    path.write_bytes(damaged)
+    with CacheWriter(tmp_path) as writer:
+        assert writer.add(PLAIN, sequence(0), answer(PLAIN), **own)
+        assert not writer.add(PLAIN, sequence(0), answer(PLAIN), **own)
+
+
 def test_shards_close_by_size_and_by_age(tmp_path: Path) -> None:
     for options in ({"shard_age_s": 0.0}, {"shard_bytes": 1}):
         path = tmp_path / next(iter(options))
