@@ -112,7 +112,7 @@ def test_the_wheel_has_one_package_and_every_file_of_the_tree(tree: Path, wheel:
     }
     assert packaged == of_tree
     endings = {name.rpartition(".")[2] for name in packaged}
-    assert endings >= {"py", "pyi", "proto", "mako", "typed"}
+    assert endings >= {"py", "pyi", "proto", "mako", "typed", "html", "css", "js", "svg"}
     with zipfile.ZipFile(wheel) as archive:
         links = [entry.filename for entry in archive.infolist() if entry.external_attr >> 28 == 0o12]
     assert links == []

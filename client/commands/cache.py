@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stillhouse.client.commands.run.create import load, submit, submit_options
-from stillhouse.client.terminal.run_advice import CACHE_TASKS
+from stillhouse.client.trainer.run_advice import CACHE_TASKS
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:

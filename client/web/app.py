@@ -15,6 +15,7 @@ from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.handlers import add_route, add_routes
 from stillhouse.client.web.api.routes import PREFIX
 from stillhouse.client.web.openapi.document import document
+from stillhouse.client.web.pages.routes import add_pages
 from stillhouse.client.web.problems import JsonResponse, not_found, problem_response
 from stillhouse.client.web.security.callers import Callers
 from stillhouse.client.web.security.guard import Guard
@@ -39,6 +40,7 @@ class WebApp:
         add_routes(fastapi, self.context)
         add_task_routes(fastapi, self.context)
         add_route(fastapi, "GET", OPENAPI_PATH, _openapi)
+        add_pages(fastapi, self.context)
         fastapi.add_exception_handler(HTTPException, _no_route)
         self.asgi = Guard(fastapi, callers=callers, host_names=settings.host_names, https=settings.https)
 

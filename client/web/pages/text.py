@@ -1,0 +1,59 @@
+"""Numbers, times and sizes as text on a page."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+
+from google.protobuf.timestamp_pb2 import Timestamp
+
+_UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with `digits` significant digits; thousands of whole numbers are parted by commas."""
+    if abs(value) < 1e15 and value == int(value):  # false for NaN and infinities
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """A duration in its largest unit: 12 s, 5 min, 3 h, 8 d."""
+    for unit_s, unit in _UNITS:
+        if seconds >= unit_s:
+            return f"{int(seconds // unit_s)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def age(timestamp: Timestamp) -> str:
+    """Time since `timestamp`; empty if it is unset."""
+    return duration(time.time() - timestamp.seconds) if timestamp.seconds else ""
+
+
+def between(start: Timestamp, end: Timestamp) -> str:
+    """Time from `start` to `end`, or until the present if `end` is unset; empty without a start."""
+    if not start.seconds:
+        return ""
+    return duration((end.seconds or time.time()) - start.seconds)
+
+
+def iso(timestamp: Timestamp) -> str:
+    """RFC 3339 in UTC; empty if it is unset."""
+    if not timestamp.seconds:
+        return ""
+    return datetime.fromtimestamp(timestamp.seconds, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def moment(timestamp: Timestamp) -> str:
+    """Date and time in UTC, for people; empty if it is unset."""
+    return iso(timestamp).replace("T", " ").removesuffix("Z") + " UTC" if timestamp.seconds else ""
+
+
+def size(count: int) -> str:
+    """Bytes in binary units."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"

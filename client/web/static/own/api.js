@@ -1,0 +1,24 @@
+// Requests to the HTTP API, with the session's CSRF token; a refusal is an Error with the problem's sentences.
+
+export async function request(method, url, body) {
+  const headers = { accept: "application/json" };
+  const token = document.querySelector('meta[name="csrf-token"]').content;
+  if (token) headers["x-csrf-token"] = token;
+  if (body !== undefined) headers["content-type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(url, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+  } catch {
+    throw new Error("The web server does not respond. Check that it runs, then try again.");
+  }
+  const isJson = (response.headers.get("content-type") || "").includes("json");
+  const content = isJson ? await response.json() : null;
+  if (!response.ok) throw new Error(content ? `${content.detail} ${content.remedy}` : `The server answered ${response.status}.`);
+  return content;
+}
+
+export function notice(text) {
+  const place = document.getElementById("notice");
+  place.textContent = text;
+  place.hidden = !text;
+}
