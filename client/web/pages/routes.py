@@ -12,7 +12,7 @@ from starlette.responses import RedirectResponse, Response
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.pages import views
 from stillhouse.client.web.pages.failure import failure_of
-from stillhouse.client.web.pages.templates import render
+from stillhouse.client.web.pages.rendering import render
 from stillhouse.client.web.problems import http_status
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
 

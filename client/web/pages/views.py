@@ -14,10 +14,10 @@ from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names
 from stillhouse.client.web.pages.comparison import check_runs, final_metrics
 from stillhouse.client.web.pages.failure import failure_of_run
+from stillhouse.client.web.pages.rendering import render
 from stillhouse.client.web.pages.run_list import STATES, filter_of, find_runs
 from stillhouse.client.web.pages.run_summary import RunSummary
 from stillhouse.client.web.pages.settings_table import differences, settings_of
-from stillhouse.client.web.pages.templates import render
 from stillhouse.client.web.problems import not_found
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.client.web.static import files

@@ -17,8 +17,14 @@ export async function request(method, url, body) {
   return content;
 }
 
-export function notice(text) {
+const notices = new Map();
+
+// Shows a sentence above the page until the same source replaces it; an empty one removes it.
+export function notice(text, source = "action") {
+  if (text) notices.set(source, text);
+  else notices.delete(source);
   const place = document.getElementById("notice");
-  place.textContent = text;
-  place.hidden = !text;
+  const shown = [...notices.values()].join(" ");
+  if (place.textContent !== shown) place.textContent = shown;
+  place.hidden = !shown;
 }

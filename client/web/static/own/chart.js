@@ -28,7 +28,7 @@ export class Chart {
     this.figure.append(caption, this.box);
     parent.append(this.figure);
     new ResizeObserver(() => this.plot?.setSize(this.size())).observe(this.box);
-    dark.addEventListener("change", () => this.make());
+    dark.addEventListener("change", () => this.plot && this.make());
   }
 
   // `lines`: label, steps, values and whether they are marked points; `marks`: step, text, kind.

@@ -16,9 +16,9 @@ document.body.addEventListener("htmx:beforeRequest", (event) => {
 });
 document.body.addEventListener("htmx:responseError", (event) => {
   const page = new DOMParser().parseFromString(event.detail.xhr.responseText, "text/html");
-  notice(page.querySelector(".cause")?.textContent || `The server answered ${event.detail.xhr.status}.`);
+  notice(page.querySelector(".cause")?.textContent || `The server answered ${event.detail.xhr.status}.`, "refresh");
 });
-document.body.addEventListener("htmx:sendError", () => notice("The web server does not respond. This page goes on once it is back."));
+document.body.addEventListener("htmx:sendError", () => notice("The web server does not respond. This page goes on once it is back.", "refresh"));
 document.body.addEventListener("htmx:afterOnLoad", (event) => {
-  if (event.detail.successful) notice("");
+  if (event.detail.successful) notice("", "refresh");
 });

@@ -57,7 +57,7 @@ function add(data) {
 
 function turn() {
   if (panel.open && !live) {
-    live = new Live(`/api/v1/runs/${get("run").dataset.run}/logs?follow=true&start_offset=-${TAIL_BYTES}`, "start_offset", { log: add }, notice);
+    live = new Live(`/api/v1/runs/${get("run").dataset.run}/logs?follow=true&start_offset=-${TAIL_BYTES}`, "start_offset", { log: add }, (text) => notice(text, "log"));
   }
 }
 

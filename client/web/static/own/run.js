@@ -77,7 +77,7 @@ if (article.dataset.ended === "no") {
       },
       end: head,
     },
-    notice,
+    (text) => notice(text, "events"),
   );
 }
 fill();
