@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stillhouse.client.commands.run.create import load, submit, submit_options
-from stillhouse.client.trainer.run_advice import CACHE_TASKS
 from stillhouse.client.terminal.session import Session, command
+from stillhouse.client.trainer.advice import CACHE_TASKS
 
 if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle

@@ -17,7 +17,7 @@ from stillhouse.client.terminal.render import (
     state_name,
     worked_s,
 )
-from stillhouse.client.trainer.run_advice import waits_for
+from stillhouse.client.trainer.advice import waits_for
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.protos.errors import StillhouseError, from_status

@@ -35,8 +35,8 @@ def watch(session: Session, run: str, after_sequence: int) -> int:
 def follow(session: Session, run: RunHandle, after_sequence: int = 0) -> int:
     """Shows the events of `run` until it ends, and what to do then; the exit code of the command that waits for it."""
     from stillhouse.client.core.json_output import as_json
-    from stillhouse.client.trainer.run_advice import next_step
     from stillhouse.client.terminal.run_progress import run_view
+    from stillhouse.client.trainer.advice import next_step
 
     last: Run | None = None
     try:

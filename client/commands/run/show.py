@@ -79,8 +79,8 @@ def show(session: Session, run: str, settings: bool) -> None:
 
 def _condition(run: Run) -> Iterator[tuple[str, str]]:
     """State, reason of a failure, and what to do."""
-    from stillhouse.client.trainer.run_advice import next_step
     from stillhouse.client.terminal.run_progress import state_text
+    from stillhouse.client.trainer.advice import next_step
     from stillhouse.protos.errors import from_status
 
     yield "state", state_text(run)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.client.core.errors import explain
-from stillhouse.client.trainer.run_advice import next_step
+from stillhouse.client.trainer.advice import next_step
 from stillhouse.protos.errors import StillhouseError, from_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 

@@ -24,9 +24,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    result.filters.update(
-        number=text.number, age=text.age, iso=text.iso, moment=text.moment, size=text.size
-    )
+    result.filters.update(number=text.number, age=text.age, iso=text.iso, moment=text.moment, size=text.size)
     result.globals.update(static=files.url_of, between=text.between)
     return result
 

@@ -73,7 +73,9 @@ def filter_of(query: QueryParams) -> RunFilter:
         raise invalid("state", f"{values['state'][:40]!r} is none of {', '.join(STATES)}.")
     for name in ("label", "text"):
         if len(values[name]) > LONGEST_TEXT:
-            raise invalid(name, f"it has {len(values[name])} characters; at most {LONGEST_TEXT} are searched.")
+            raise invalid(
+                name, f"it has {len(values[name])} characters; at most {LONGEST_TEXT} are searched."
+            )
     return RunFilter(**values, page_token=query.get("page_token", ""))
 
 

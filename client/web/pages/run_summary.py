@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.client.core.json_output import enum_name
-from stillhouse.client.trainer.run_advice import waits_for
+from stillhouse.client.trainer.advice import waits_for
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.client.web.pages.text import number

@@ -11,9 +11,9 @@ _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number with `digits` significant digits; thousands of whole numbers are parted by commas."""
-    if abs(value) < 1e15 and value == int(value):  # false for NaN and infinities
-        return f"{int(value):,}"
+    """A number with `digits` significant digits, from 1,000 on whole, with commas between thousands."""
+    if abs(value) < 1e15 and (abs(value) >= 1000 or value == int(value)):  # false for NaN and infinities
+        return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 
 

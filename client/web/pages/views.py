@@ -8,7 +8,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from stillhouse.client.trainer.run_advice import next_step
+from stillhouse.client.trainer.advice import next_step
 from stillhouse.client.web.api.artifacts import LIST_TIMEOUT_S
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names
@@ -43,9 +43,7 @@ async def show_runs(context: WebContext, request: Request) -> Response:
     caller = context.callers.of(request)
 
     async def list_runs(message: run_pb2.ListRunsRequest) -> run_pb2.ListRunsResponse:
-        response: run_pb2.ListRunsResponse = await caller.call(
-            context.upstream.trainer, "ListRuns", message
-        )
+        response: run_pb2.ListRunsResponse = await caller.call(context.upstream.trainer, "ListRuns", message)
         return response
 
     page = await find_runs(list_runs, wanted)
@@ -75,9 +73,7 @@ async def show_artifacts(context: WebContext, request: Request) -> Response:
     caller = context.callers.of(request)
     run = request.path_params["run"]
     message = run_pb2.ListArtifactsRequest(name=f"runs/{run}")
-    listed = await caller.call(
-        context.upstream.trainer, "ListArtifacts", message, timeout_s=LIST_TIMEOUT_S
-    )
+    listed = await caller.call(context.upstream.trainer, "ListArtifacts", message, timeout_s=LIST_TIMEOUT_S)
     return render("artifacts.html", run=run, artifacts=listed.artifacts)
 
 

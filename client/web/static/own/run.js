@@ -9,6 +9,7 @@ import { View } from "./view.js";
 
 const REDRAW_MS = 500;
 const HEAD_MS = 1500;
+const PROGRESS_MS = 5000;
 const article = document.getElementById("run");
 const id = article.dataset.run;
 const series = new Series();
@@ -54,7 +55,9 @@ function marksOf() {
   return [...attempts.slice(1), ...[...steps].map((step) => ({ step, text: "", kind: "evaluation" }))];
 }
 
-const head = atMostEvery(HEAD_MS, () => htmx.ajax("GET", `/runs/${id}/head`, { target: "#head", swap: "innerHTML" }));
+const refresh = () => htmx.ajax("GET", `/runs/${id}/head`, { target: "#head", swap: "innerHTML" });
+const head = atMostEvery(HEAD_MS, refresh);
+const progress = atMostEvery(PROGRESS_MS, refresh);
 
 async function fill() {
   try {
@@ -74,6 +77,7 @@ if (article.dataset.ended === "no") {
       metrics: (data) => {
         series.add(JSON.parse(data));
         draw();
+        progress();
       },
       end: head,
     },

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from stillhouse.client.terminal.run_progress import state_line
-from stillhouse.client.trainer.run_advice import next_step, waits_for
+from stillhouse.client.trainer.advice import next_step, waits_for
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.train.teacher.teacher import FIRST_CONTACT_S
