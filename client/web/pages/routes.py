@@ -13,7 +13,7 @@ from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.pages import views
 from stillhouse.client.web.pages.failure import failure_of
 from stillhouse.client.web.pages.rendering import render
-from stillhouse.client.web.problems import http_status
+from stillhouse.client.web.problems import error_headers, http_status
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
 
 View = Callable[[WebContext, Request], Awaitable[Response]]
@@ -48,9 +48,12 @@ def _add(app: FastAPI, path: str, view: View, context: WebContext) -> None:
 
 
 def _failed(context: WebContext, request: Request, error: StillhouseError) -> Response:
-    """The page of an error; the sign-in page for a caller whom nothing proves."""
+    """The page of an error; the sign-in page for a browser whom nothing proves.
+
+    A wrong token in a header stays a 401, which the guard counts.
+    """
     is_part = request.headers.get("hx-request") == "true"
-    if error.reason == Reason.UNAUTHENTICATED and request.url.path != "/sign-in":
+    if error.reason == Reason.UNAUTHENTICATED and "authorization" not in request.headers:
         target = f"{request.url.path}?{request.url.query}" if request.url.query else request.url.path
         location = "/sign-in" if is_part else f"/sign-in?next={quote(target, safe='')}"
         if is_part:
@@ -59,5 +62,8 @@ def _failed(context: WebContext, request: Request, error: StillhouseError) -> Re
     status = http_status(error.reason)
     failure = failure_of(error)
     if is_part:
-        return render("failure.html", status, failure=failure)
-    return render("error.html", status, **views.frame_of(context, request), failure=failure)
+        response = render("failure.html", status, failure=failure)
+    else:
+        response = render("error.html", status, **views.frame_of(context, request), failure=failure)
+    response.headers.update(error_headers(error, status))
+    return response

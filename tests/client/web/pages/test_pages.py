@@ -189,12 +189,16 @@ def test_actions_need_the_token_of_the_page(browser: httpx.Client, runs: list[st
 
 def test_whom_nothing_proves_is_sent_to_sign_in(world: World, runs: list[str]) -> None:
     with world.client("") as nobody:
-        sent = nobody.get(f"/runs/{runs[0]}?x=1")
-        assert (sent.status_code, nobody.get("/sign-in").status_code) == (400, 200)
+        assert (nobody.get("/runs/a?x=1").status_code, nobody.get("/sign-in").status_code) == (400, 200)
         sent = nobody.get("/?text=a%26b")
         assert (sent.status_code, sent.headers["location"]) == (303, "/sign-in?next=%2F%3Ftext%3Da%2526b")
         part = nobody.get(f"/runs/{runs[0]}/head", headers={"hx-request": "true"})
         assert (part.status_code, part.headers["hx-redirect"], part.content) == (401, "/sign-in", b"")
+        wrong = nobody.get("/", headers={"authorization": "Bearer sth_aaaaaaaa_wrong"})
+        assert (wrong.status_code, wrong.headers["www-authenticate"]) == (
+            401,
+            "Bearer",
+        )  # the guard counts it
     with world.client("asker") as asker:  # may ask a teacher alone
         refused = asker.get("/")
         assert (refused.status_code, "PERMISSION_DENIED" in refused.text) == (403, True)
