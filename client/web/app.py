@@ -14,6 +14,9 @@ from stillhouse.client.web.api.compatibility import add_task_routes
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.handlers import add_route, add_routes
 from stillhouse.client.web.api.routes import PREFIX
+from stillhouse.client.web.openai.errors import PREFIX as OPENAI_PREFIX
+from stillhouse.client.web.openai.errors import error_response
+from stillhouse.client.web.openai.handlers import add_openai_routes
 from stillhouse.client.web.openapi.document import document
 from stillhouse.client.web.pages.routes import add_pages
 from stillhouse.client.web.problems import JsonResponse, not_found, problem_response
@@ -39,10 +42,13 @@ class WebApp:
         fastapi = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
         add_routes(fastapi, self.context)
         add_task_routes(fastapi, self.context)
+        add_openai_routes(fastapi, self.context)
         add_route(fastapi, "GET", OPENAPI_PATH, _openapi)
         add_pages(fastapi, self.context)
         fastapi.add_exception_handler(HTTPException, _no_route)
-        self.asgi = Guard(fastapi, callers=callers, host_names=settings.host_names, https=settings.https)
+        self.asgi = Guard(
+            fastapi, callers=callers, host_names=settings.host_names, https=settings.https, refuse=_refusal
+        )
 
     async def close(self) -> None:
         """Ends streams and channels."""
@@ -67,14 +73,20 @@ async def _openapi(_request: Request) -> Response:
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
-    """Problem documents for paths and methods that no route has."""
+    """Answers paths and methods that no route has."""
     assert isinstance(error, HTTPException)
     path = request.url.path
     if error.status_code == 404:
-        return problem_response(not_found(path))
+        return _refusal(path, not_found(path))
     problem = StillhouseError(
         Reason.INVALID_REQUEST, f"{request.method[:20]} is no method of {path[:200]!r}: {error.detail}."
     )
-    response = problem_response(problem, error.status_code)
+    response = _refusal(path, problem, error.status_code)
     response.headers.update(error.headers or {})
     return response
+
+
+def _refusal(path: str, error: StillhouseError, status: int | None = None) -> Response:
+    """The response to a request that no handler answers, in the form of its path."""
+    respond = error_response if path.startswith(f"{OPENAI_PREFIX}/") else problem_response
+    return respond(error, status)

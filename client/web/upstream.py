@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -57,8 +57,13 @@ class Service:
         except grpc.RpcError as error:
             raise self.error(error) from error
 
-    async def stream(self, rpc: str, request: Message, token: str | None) -> AsyncIterator[Any]:
-        """Yields the responses of a streaming rpc; closing the iterator cancels it. Raises StillhouseError."""
+    async def stream(
+        self, rpc: str, request: Message | Iterable[Message], token: str | None
+    ) -> AsyncIterator[Any]:
+        """Yields the responses of a streaming rpc; closing the iterator cancels it. Raises StillhouseError.
+
+        `request` is several for an rpc that streams them too.
+        """
         call = self._multi_callable(rpc)(request, metadata=self._metadata(token))
         try:
             async for response in call:

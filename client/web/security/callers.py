@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,7 +51,9 @@ class Caller:
         await self.check(service)
         return await service.call(rpc, request, self.token, timeout_s=timeout_s)
 
-    async def stream(self, service: Service, rpc: str, request: Message) -> AsyncGenerator[Any, None]:
+    async def stream(
+        self, service: Service, rpc: str, request: Message | Iterable[Message]
+    ) -> AsyncGenerator[Any, None]:
         """Yields the responses of a streaming call as this caller. Raises StillhouseError."""
         await self.check(service)
         async for response in service.stream(rpc, request, self.token):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, MutableMapping
+from collections.abc import Callable, Collection, MutableMapping
 from typing import Any
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import HTTPConnection
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stillhouse.client.web.problems import problem_response
 from stillhouse.client.web.security.callers import SAFE_METHODS, Callers
 from stillhouse.client.web.security.origins import check_origin
 from stillhouse.client.web.security.rates import RateLimit
@@ -45,8 +45,17 @@ log = structlog.get_logger(__name__)
 class Guard:
     """Checks a request before any route sees it."""
 
-    def __init__(self, app: ASGIApp, *, callers: Callers, host_names: Collection[str], https: bool) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        callers: Callers,
+        host_names: Collection[str],
+        https: bool,
+        refuse: Callable[[str, StillhouseError], Response],
+    ) -> None:
+        """`refuse` makes the response to a path from an error."""
+        self._app, self._refuse = app, refuse
         self._callers = callers
         self._host_names = host_names
         self._headers = HEADERS | (HTTPS_HEADERS if https else {})
@@ -70,7 +79,7 @@ class Guard:
                 failure = from_status(to_status(error))
                 if outcome.status:
                     raise  # the response has begun; the connection is cut
-                await problem_response(failure)(scope, receive, outcome.send)
+                await self._refuse(scope["path"], failure)(scope, receive, outcome.send)
         finally:
             if outcome.status == 401 and _proves(scope):
                 with contextlib.suppress(StillhouseError):

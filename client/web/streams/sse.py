@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -39,25 +39,34 @@ def problem_frame(error: StillhouseError) -> bytes:
     return json_frame("problem", problem_of(error))
 
 
+BEGIN = f"retry: {RETRY_MS}\n\n".encode()
+"""First bytes of a stream whose reader connects again by itself."""
+
+
 class EventStream(Response):
     """Sends the frames of a generator, and closes it when the reader goes away.
 
-    `first` has been taken from it, so that an error before it has an HTTP status. A later error becomes the event
-    `problem`; the reader connects again by itself.
+    `first` has been taken from it, so that an error before it has an HTTP status. A later error becomes the frame that
+    `failure` makes of it.
     """
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, first: bytes, frames: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self,
+        first: bytes,
+        frames: AsyncGenerator[bytes, None],
+        failure: Callable[[StillhouseError], bytes] = problem_frame,
+    ) -> None:
         super().__init__(headers={"x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._first, self._frames = first, frames
+        self._first, self._frames, self._failure = first, frames, failure
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
         """Sends until the generator ends or the reader is gone."""
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         sending = asyncio.create_task(self._send_all(send))
-        gone = asyncio.create_task(_disconnected(receive))
+        gone = asyncio.create_task(disconnected(receive))
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -69,12 +78,12 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._frames):
-            await _send(send, f"retry: {RETRY_MS}\n\n".encode() + self._first)
+            await _send(send, self._first)
             try:
                 async for each in self._frames:
                     await _send(send, each)
             except Exception as error:
-                await _send(send, problem_frame(from_status(to_status(error))))
+                await _send(send, self._failure(from_status(to_status(error))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -83,7 +92,8 @@ async def _send(send: Send, body: bytes) -> None:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
 
-async def _disconnected(receive: Receive) -> None:
+async def disconnected(receive: Receive) -> None:
+    """Waits until the caller, whose body has been read, is gone."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -94,4 +104,4 @@ async def respond(frames: AsyncGenerator[bytes, None]) -> Response:
     Raises what the generator raises before its first frame.
     """
     first = await anext(frames, None)
-    return Response(status_code=204) if first is None else EventStream(first, frames)
+    return Response(status_code=204) if first is None else EventStream(BEGIN + first, frames)

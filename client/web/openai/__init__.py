@@ -1,0 +1,1 @@
+"""OpenAI's API on the teachers: completions, chat and models, for programs that speak it."""
