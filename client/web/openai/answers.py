@@ -103,11 +103,8 @@ class Answer:
             return {"content": [_chat_row(*row) for row in rows], "refusal": None}
         if echo is not None:
             ids = list(echo.token_ids)
-            rows = [
-                *((self._texts.token(each), None, []) for each in ids[:1]),
-                *_rows(self._texts, ids[1:], echo.rows),
-                *rows,
-            ]
+            first: list[_Row] = [(self._texts.token(each), None, []) for each in ids[:1]]
+            rows = first + _rows(self._texts, ids[1:], echo.rows) + rows
         offsets = []
         at = self._offsets.get(index, 0)
         drops_space = echo is not None and not echo.text.startswith(" ")
@@ -116,7 +113,7 @@ class Answer:
             at += token.num_characters
             if drops_space and not token.special:
                 # SentencePiece begins a text with a space that is none of it.
-                at -= token.bytes.startswith(b" ")
+                at -= token.data.startswith(b" ")
                 drops_space = False
         self._offsets[index] = at
         return {
@@ -136,14 +133,14 @@ def _rows(texts: TokenTexts, token_ids: Sequence[int], rows: Distributions | Non
         return []
     own = _finite(rows.target_logprobs)
     top, tops = rows.token_ids.tolist(), _finite(rows.logprobs)
-    return [
-        (
-            texts.token(token_id),
-            own[at],
-            [(texts.token(each), value) for each, value in zip(top[at], tops[at], strict=True)],
-        )
-        for at, token_id in enumerate(token_ids)
-    ]
+    result: list[_Row] = []
+    for at, token_id in enumerate(token_ids):
+        likeliest = dict(zip(top[at], tops[at], strict=True))
+        # The same number in both places, to the bit: programs compare them to see if a token is the likeliest.
+        logprob = likeliest.get(token_id, own[at])
+        shown = [(texts.token(each), value) for each, value in likeliest.items()]
+        result.append((texts.token(token_id), logprob, shown))
+    return result
 
 
 def _finite(values: Any) -> Any:
@@ -169,4 +166,4 @@ def _chat_row(token: Token, logprob: float | None, top: list[tuple[Token, float]
 
 
 def _chat_token(token: Token, logprob: float | None) -> dict[str, Any]:
-    return {"token": token.text, "logprob": logprob, "bytes": list(token.bytes)}
+    return {"token": token.text, "logprob": logprob, "bytes": list(token.data)}

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stillhouse.client.core.errors import field_errors
-from stillhouse.client.teacher.generate import Prompt, as_prompt
+from stillhouse.client.teacher.generate import as_prompt
 from stillhouse.client.web.api.messages import invalid
 from stillhouse.client.web.openai.fields import Body, unicode_text
 from stillhouse.protos.rows.conversation import OPTIONS
@@ -167,6 +166,4 @@ def _conversation(body: Body) -> teacher_pb2.Prompt:
         conversation["tools"] = tools
     elif tools is not None and not isinstance(tools, list):
         raise invalid("tools", f"it is {shown(tools)}; give a list.")
-    with field_errors():
-        prompt: Prompt = conversation
-        return as_prompt(prompt, "")
+    return as_prompt(conversation, "")

@@ -90,7 +90,8 @@ def unicode_text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise invalid(name, f"it is {kind_of(value)}; give text.")
     with field_errors():
-        return require_unicode(value, name)
+        require_unicode(value, name)
+    return value
 
 
 def _same(value: Any, other: Any) -> bool:

@@ -26,6 +26,7 @@ from stillhouse.client.web.problems import JsonResponse
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.client.web.streams.sse import EventStream, disconnected
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
+from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tensors.layout import encode
 
 MAX_CALLS, MAX_CALLS_OF_ONE = 512, 256
@@ -130,7 +131,8 @@ class _Session:
     async def whole(self) -> Response:
         """The response with all choices."""
         await self._prepare()
-        gathering, done = Gathering(), {}
+        gathering = Gathering()
+        done: dict[tuple[int, int], Piece] = {}
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 self._room.take(len(piece.token_ids), self._ask.logprobs)
@@ -147,7 +149,7 @@ class _Session:
         """The events of the stream, up to its end."""
         await self._prepare()
         answer = Answer(self._ask, self._calls.model, self._texts)
-        begun = set()
+        begun: set[tuple[int, int]] = set()
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
                 key = piece.prompt_index, piece.sample_index
@@ -171,7 +173,9 @@ class _Session:
         assert self._texts is not None
         ids = await calls.prompt_ids(ask.prompts)
         self._room.take(ask.n * sum(map(len, ids)), ask.logprobs)
-        scored = [None] * len(ids) if ask.logprobs is None else await calls.score(ids, ask.logprobs)
+        scored: list[Distributions | None] = [None] * len(ids)
+        if ask.logprobs is not None:
+            scored = await calls.score(ids, ask.logprobs)
         for at, (prompt, own) in enumerate(zip(ask.prompts, ids, strict=True)):
             self._usage.prompts[at] = len(own)
             plain = own.tolist()

@@ -24,7 +24,7 @@ class Token:
 
     text: str
     """Its text; where it is no whole character, "bytes:" and its bytes; of a special token, its name."""
-    bytes: bytes
+    data: bytes
     """Its bytes in the text; of a special token those of its name."""
     special: bool
     """True if it has no place in the text."""
@@ -32,7 +32,7 @@ class Token:
     @property
     def num_characters(self) -> int:
         """Characters of the text that begin in it."""
-        return 0 if self.special else sum(1 for byte in self.bytes if byte & 0xC0 != 0x80)
+        return 0 if self.special else sum(1 for byte in self.data if byte & 0xC0 != 0x80)
 
 
 class TokenTexts:
@@ -70,7 +70,7 @@ class TokenTexts:
     def text(self, token_ids: list[int]) -> str:
         """The text of ids, without special tokens."""
         tokens = (self.token(each) for each in token_ids)
-        return b"".join(each.bytes for each in tokens if not each.special).decode("utf-8", "replace")
+        return b"".join(each.data for each in tokens if not each.special).decode("utf-8", "replace")
 
 
 class Tokenizers:

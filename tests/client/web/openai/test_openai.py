@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import numpy as np
@@ -30,7 +31,7 @@ class Door:
 
     url: str
     model: str
-    client: openai.OpenAI  # type: ignore[name-defined]
+    client: Any
     teacher: Teacher
 
 
@@ -196,7 +197,7 @@ def test_an_adapter_is_a_model(door: Door, models: Models) -> None:
 )
 def test_a_wrong_completion_is_refused(door: Door, changes: dict[str, object], param: str | None) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        door.client.completions.create(**{"model": door.model, "prompt": "a", **changes})  # type: ignore[arg-type]
+        door.client.completions.create(**{"model": door.model, "prompt": "a", **changes})
     assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
     assert refused.value.message
 
@@ -216,7 +217,7 @@ def test_a_wrong_completion_is_refused(door: Door, changes: dict[str, object], p
 def test_a_wrong_chat_is_refused(door: Door, changes: dict[str, object]) -> None:
     body = {"model": door.model, "messages": [{"role": "user", "content": "a"}], **changes}
     with pytest.raises(openai.BadRequestError, match=r".+\."):
-        door.client.chat.completions.create(**body)  # type: ignore[call-overload]
+        door.client.chat.completions.create(**body)
 
 
 def test_other_requests_are_refused_in_the_same_form(door: Door) -> None:
