@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import secrets
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,6 +55,18 @@ class Usage:
         }
 
 
+class _Offset:
+    """Characters of a text whose bytes come token by token."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, data: bytes) -> None:
+        """Counts the characters that end in `data`; bytes that are none count as their replacement."""
+        self.characters += len(self._decoder.decode(data))
+
+
 class Answer:
     """The documents of one request; pieces of a choice come in order."""
 
@@ -65,7 +79,7 @@ class Answer:
             "model": ask.model,
             "system_fingerprint": f"fp_{model.info.model_fingerprint[:16]}",
         }
-        self._offsets: dict[int, int] = {}
+        self._offsets: defaultdict[int, _Offset] = defaultdict(_Offset)
         self._begun: set[int] = set()
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
@@ -106,16 +120,15 @@ class Answer:
             first: list[_Row] = [(self._texts.token(each), None, []) for each in ids[:1]]
             rows = first + _rows(self._texts, ids[1:], echo.rows) + rows
         offsets = []
-        at = self._offsets.get(index, 0)
+        offset = self._offsets[index]
         drops_space = echo is not None and not echo.text.startswith(" ")
         for token, _, _ in rows:
-            offsets.append(at)
-            at += token.num_characters
-            if drops_space and not token.special:
-                # SentencePiece begins a text with a space that is none of it.
-                at -= token.data.startswith(b" ")
-                drops_space = False
-        self._offsets[index] = at
+            offsets.append(offset.characters)
+            if token.special:
+                continue
+            # SentencePiece begins a text with a space that is none of it.
+            offset.add(token.data.removeprefix(b" ") if drops_space else token.data)
+            drops_space = False
         return {
             "tokens": [token.text for token, _, _ in rows],
             "token_logprobs": [logprob for _, logprob, _ in rows],

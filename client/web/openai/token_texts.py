@@ -29,11 +29,6 @@ class Token:
     special: bool
     """True if it has no place in the text."""
 
-    @property
-    def num_characters(self) -> int:
-        """Characters of the text that begin in it."""
-        return 0 if self.special else sum(1 for byte in self.data if byte & 0xC0 != 0x80)
-
 
 class TokenTexts:
     """Tokens of one tokenizer by id."""
