@@ -62,9 +62,16 @@ class _Offset:
         self.characters = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, data: bytes) -> None:
-        """Counts the characters that end in `data`; bytes that are none count as their replacement."""
+    def add(self, data: bytes) -> int:
+        """Counts the bytes of a token; returns the place of its first character.
+
+        Bytes that are no character count as their replacement, also those that a new character cuts short.
+        """
+        if data and data[0] & 0xC0 != 0x80:
+            self.characters += len(self._decoder.decode(b"", final=True))
+        begin = self.characters
         self.characters += len(self._decoder.decode(data))
+        return begin
 
 
 class Answer:
@@ -123,11 +130,11 @@ class Answer:
         offset = self._offsets[index]
         drops_space = echo is not None and not echo.text.startswith(" ")
         for token, _, _ in rows:
-            offsets.append(offset.characters)
             if token.special:
+                offsets.append(offset.characters)
                 continue
             # SentencePiece begins a text with a space that is none of it.
-            offset.add(token.data.removeprefix(b" ") if drops_space else token.data)
+            offsets.append(offset.add(token.data.removeprefix(b" ") if drops_space else token.data))
             drops_space = False
         return {
             "tokens": [token.text for token, _, _ in rows],
