@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import Response
 
-from stillhouse.client.web.problems import JsonResponse, http_status
+from stillhouse.client.web.problems import JsonResponse, error_headers, http_status
 from stillhouse.protos.errors import Reason, StillhouseError
 
 PREFIX = "/v1"
@@ -43,12 +42,7 @@ def error_body(error: StillhouseError, status: int | None = None) -> dict[str, A
 def error_response(error: StillhouseError, status: int | None = None) -> Response:
     """The response to a request that failed with `error`."""
     status = status or status_of(error)
-    response = JsonResponse(error_body(error, status), status)
-    if error.retry_after_s is not None:
-        response.headers["retry-after"] = str(math.ceil(error.retry_after_s))
-    if status == 401:
-        response.headers["www-authenticate"] = "Bearer"
-    return response
+    return JsonResponse(error_body(error, status), status, headers=error_headers(error, status))
 
 
 def error_frame(error: StillhouseError) -> bytes:
