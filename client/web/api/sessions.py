@@ -19,7 +19,7 @@ MAX_SIGN_IN_BYTES = 2 * MAX_TOKEN_BYTES
 
 
 async def get_session(context: WebContext, request: Request) -> Response:
-    """Who the caller is, what it may use, and the CSRF token of its session."""
+    """Tells the caller, what it may use, and the CSRF token of its session."""
     check_names(request.query_params, ())
     caller = context.callers.of(request)
     access = await context.callers.access(caller)

@@ -23,7 +23,7 @@ from stillhouse.client.web.problems import JsonResponse
 from stillhouse.client.web.upstream import Service
 
 MAX_STRAY_BYTES = 16 * 1024
-"""Of a body where none is taken; an empty object passes."""
+"""Largest body where none is taken; an empty object passes."""
 
 
 async def unary(context: WebContext, route: Route, request: Request) -> Response:

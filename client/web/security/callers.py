@@ -22,7 +22,7 @@ _BEARER = "bearer "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Caller:
-    """Who makes a request, and as whom the services are called."""
+    """The maker of a request, and the credentials with which the services are called."""
 
     token: str | None = field(repr=False)
     """Its own token; None for nobody in particular, and for the server's own credentials."""
@@ -41,7 +41,7 @@ class Caller:
 
     @property
     def credentials(self) -> tuple[bool, str | None]:
-        """What calls of the caller carry: who shares a stream has the same."""
+        """Credentials that calls of the caller carry; readers of one stream have the same."""
         return self.is_server, self.token
 
     async def call(

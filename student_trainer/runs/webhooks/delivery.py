@@ -119,7 +119,7 @@ def _connected(name: str, port: int, host: WebhookHost, ends_s: float) -> socket
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Whether the address is global, and the IPv4 address that it holds, which a gateway or the kernel may go on to."""
+    """True if the address is global, and so is the IPv4 address that it holds, which a gateway or the kernel may go on to."""
     if isinstance(address, ipaddress.IPv4Address):
         return address.is_global and not address.is_multicast
     if address in _LOCAL_NAT64 or address.is_site_local:

@@ -206,7 +206,7 @@ def _document(run: Run, previous: int, sequence: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, int]:
-    """How far it is; at the beginning if the file is missing or damaged."""
+    """The place that deliveries have reached; the beginning if the file is missing or damaged."""
     try:
         place = json.loads(path.read_text())
         return {name: int(place[name]) for name in ("sequence", "state", "ended")}
