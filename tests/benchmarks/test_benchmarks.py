@@ -284,6 +284,7 @@ def test_the_interval_of_an_overlap_is_of_ratios_pair_by_pair() -> None:
     assert 0.02 < high - low < 0.15
 
 
+@pytest.mark.slow
 def test_a_students_step_is_measured_at_any_size_in_a_process_of_its_own() -> None:
     sizes = Sizes(vocabulary=512, sequences=1, hidden=64, layers=1, heads=2)
     found = student_loss.measure(student_loss.MethodPass(method="ours", chunk=64), 2, sizes)

@@ -120,6 +120,7 @@ def assert_goes_on_from_checkpoints(run: Run, killings: list[Killing]) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 @pytest.mark.faults(row=7)
 def test_killed_anywhere_a_run_ends_in_the_same_weights_bit_for_bit(
     *,

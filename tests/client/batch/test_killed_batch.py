@@ -119,6 +119,7 @@ def wait_for_rows(folder: Path, count: int, process: subprocess.Popen[bytes]) ->
         time.sleep(0.01)  # another process writes the file
 
 
+@pytest.mark.slow
 def test_a_batch_survives_kills_of_client_and_teacher(
     models: Models, undisturbed: bytes, tmp_path: Path
 ) -> None:

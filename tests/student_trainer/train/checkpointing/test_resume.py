@@ -67,11 +67,15 @@ def undisturbed(
 
 
 FAILPOINTS = [
-    "checkpoint.after_weights",
     "checkpoint.before_rename:3",
     *(
         pytest.param(each, marks=pytest.mark.slow)
-        for each in ("checkpoint.after_optimizer:2", "checkpoint.after_rename", "checkpoint.after_prune")
+        for each in (
+            "checkpoint.after_weights",
+            "checkpoint.after_optimizer:2",
+            "checkpoint.after_rename",
+            "checkpoint.after_prune",
+        )
     ),
     "export.before_rename",
 ]

@@ -129,7 +129,11 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=pytest.mark.slow) if name == "foreign" else name for name in CASES]
+    "case",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("foreign", "weighted") else name
+        for name in CASES
+    ],
 )
 def test_two_processes_train_what_one_trains(spec: Any, tmp_path: Path, case: str) -> None:
     with no_process_left() as mark:

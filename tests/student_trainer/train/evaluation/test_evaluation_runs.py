@@ -88,6 +88,7 @@ def test_perplexity_is_that_of_transformers_in_float64(models: Models, run: Trai
     assert found["low"] < found["value"] < found["high"]
 
 
+@pytest.mark.slow
 def test_text_metrics_do_not_change_what_is_trained(
     models: Models, dataset_file: Path, hf_teacher: Program, run: Train
 ) -> None:

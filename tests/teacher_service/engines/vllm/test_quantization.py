@@ -52,6 +52,7 @@ def test_refusals_of_vllm_are_quoted(models: Models, method: str, part: str) -> 
     assert "\n" not in caught.value.message
 
 
+@pytest.mark.slow
 def test_a_quantised_teacher_reports_its_method(models: Models, tmp_path: Path) -> None:
     with (
         no_process_left() as mark,
