@@ -27,7 +27,7 @@ SERVE_START_S = 300.0
 
 @dataclass(kw_only=True, slots=True)
 class ArmResult:
-    """What an arm took and left."""
+    """Time and memory that an arm took, and the folders that it left."""
 
     name: str
     problem: str = ""

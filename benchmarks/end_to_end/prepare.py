@@ -29,7 +29,7 @@ from tests.support.small_models import make_model
 from tests.support.train_teacher import Corpus, TeacherRecipe, fit, train_teacher
 
 CHARACTERS = 900
-"""Of a document: more tokens than a row has."""
+"""Length of a document: more tokens than a row has."""
 
 
 def main() -> None:

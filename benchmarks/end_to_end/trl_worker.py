@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from benchmarks.end_to_end.sizes import Sizes, Work
 
 TOP_K = 64
-"""Of the server's teacher: Stillhouse's own default where a bucket stands for the tail."""
+"""Top-k of the server's teacher: Stillhouse's own default where a bucket stands for the tail."""
 LORA_RANK = 16
 
 
@@ -146,7 +146,7 @@ def _texts(work: Work) -> list[dict[str, Any]]:
 
 
 def _text_batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """What GKDTrainer's collator makes of rows; labels are those that Stillhouse trains on."""
+    """Collates rows as GKDTrainer does; labels are those that Stillhouse trains on."""
     labels = [
         [token if own else -100 for token, own in zip(row["token_ids"], row["mask"], strict=True)]
         for row in rows

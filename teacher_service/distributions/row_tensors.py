@@ -29,7 +29,7 @@ GROUP_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowInputs:
-    """What the rows report besides what the logits alone decide, on the device of the logits."""
+    """Parts that the rows report besides what the logits alone decide, on the device of the logits."""
 
     targets: Tensor
     """INT64 [T]: the token that follows each position."""

@@ -15,11 +15,11 @@ from stillhouse.protos.stillhouse.v1 import teacher_pb2
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 128
-"""Of one prompt."""
+"""Limit for one prompt."""
 MAX_STOP_STRINGS = 64
 MAX_MODEL_CHARS = 4096
 DEFAULT_NEW_TOKENS = 16
-"""Of a completion; a chat goes on to the model's length."""
+"""Default of a completion; a chat goes on to the model's length."""
 _INT64 = 2**63
 _INT32 = 2**31 - 1
 

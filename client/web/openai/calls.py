@@ -27,7 +27,7 @@ Ids = NDArray[np.int32]
 
 @dataclass(kw_only=True, slots=True)
 class Room:
-    """What one answer may still hold."""
+    """Values that one answer may still hold."""
 
     left: int = MAX_VALUES
 

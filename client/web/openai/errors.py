@@ -12,7 +12,7 @@ from stillhouse.client.web.problems import JsonResponse, error_headers, http_sta
 from stillhouse.protos.errors import Reason, StillhouseError
 
 PREFIX = "/v1"
-"""Of the paths whose errors have this form."""
+"""Prefix of the paths whose errors have this form."""
 _TYPES: Mapping[int, str] = {
     401: "authentication_error",
     403: "permission_error",

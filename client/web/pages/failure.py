@@ -21,7 +21,7 @@ class Failure:
     fields: list[tuple[str, str]]
     """Wrong fields and what is wrong with them."""
     step: str = ""
-    """What to do with this run, with the command."""
+    """The next step for this run, with the command."""
 
 
 def failure_of(error: StillhouseError, step: str = "") -> Failure:

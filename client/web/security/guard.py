@@ -106,7 +106,7 @@ def _proves(scope: Scope) -> bool:
 
 
 def _prover_of(scope: Scope, session: Session | None) -> str:
-    """Whom a wrong token counts against: the holder of a session, by all of his sessions together, else an address."""
+    """The party that a wrong token counts against: the holder of a session, by all of his sessions together, else an address."""
     return _address_of(scope) if session is None else f"holder {hash(session.token)}"
 
 

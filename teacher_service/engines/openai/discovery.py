@@ -30,7 +30,7 @@ class ListedModel:
 
     name: str
     root: str
-    """Where the server loaded it from; empty if it does not tell."""
+    """The path that the server loaded it from; empty if it does not tell."""
     parent: str
     """Name of its base, if it is an adapter."""
     max_tokens: int

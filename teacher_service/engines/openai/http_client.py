@@ -241,7 +241,7 @@ class HttpClient:
         return UpstreamRefusalError(reason, f"{self.upstream.url}{path} answers {status}{said}.", status)
 
     async def _sentence(self, response: httpx.Response) -> str:
-        """What the server says of an error, short, printable and without the key."""
+        """The server's words on an error, short, printable and without the key."""
         content = b""
         try:
             async for part in response.aiter_raw(1 << 14):

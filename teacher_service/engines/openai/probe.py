@@ -313,7 +313,7 @@ class Probe:
 
 
 async def _accepted(call: Callable[[], Awaitable[Any]]) -> bool:
-    """Whether the server takes a request and gives all that it asks for."""
+    """True if the server takes a request and gives all that it asks for."""
     try:
         await call()
     except UpstreamRefusalError as error:

@@ -75,6 +75,16 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         """Segments of a pair of texts, for a teacher that tells them apart."""
         return asked.token_type_ids if self._teacher.info.num_token_types > 1 else None
 
+    def _open_query(
+        self, call: Call[TeacherQuery, Distributions], result: ScoreResult
+    ) -> TeacherQuery | None:
+        """The query that a part answers; None if it waits for none, or is refused by this part."""
+        asked = call.item(result.sequence_id)
+        if asked is not None and result.HasField("error"):
+            self._refuse(call, result.sequence_id, asked.place, from_status(result.error))
+            return None
+        return asked
+
     def _accept(
         self,
         call: Call[TeacherQuery, Distributions],
@@ -82,12 +92,8 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         parts: dict[int, list[Distributions]],
     ) -> None:
         """Takes in one part of an answer; `parts` holds the earlier ones of this stream."""
-        sequence_id = result.sequence_id
-        asked = call.item(sequence_id)
+        sequence_id, asked = result.sequence_id, self._open_query(call, result)
         if asked is None:
-            return
-        if result.HasField("error"):
-            self._refuse(call, sequence_id, asked.place, from_status(result.error))
             return
         part = decode_distributions(
             result.distributions,
@@ -123,12 +129,8 @@ class ScoreStream(TeacherStream[TeacherQuery, Distributions]):
         parts: dict[int, list[ClassDistribution]],
     ) -> None:
         """Takes in one part of a class row; `parts` holds the earlier ones of this stream."""
-        sequence_id = result.sequence_id
-        asked = call.item(sequence_id)
+        sequence_id, asked = result.sequence_id, self._open_query(call, result)
         if asked is None:
-            return
-        if result.HasField("error"):
-            self._refuse(call, sequence_id, asked.place, from_status(result.error))
             return
         found = parts.setdefault(sequence_id, [])
         found.append(result.classes)

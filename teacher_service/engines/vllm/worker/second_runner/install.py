@@ -15,7 +15,7 @@ from stillhouse.teacher_service.engines.vllm.worker.second_runner.requests impor
 from stillhouse.teacher_service.engines.vllm.worker.second_runner.sampler import PlannedSampler
 
 MODULE = "vllm.v1.worker.gpu.model_runner"
-"""Where vLLM defines the runner."""
+"""The module in which vLLM defines the runner."""
 _BATCH = {
     "req_ids", "num_scheduled_tokens", "query_start_loc_np", "seq_lens_cpu_upper_bound", "prefill_len_np",
     "num_computed_prefill_tokens_np",
