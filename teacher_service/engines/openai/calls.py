@@ -9,11 +9,11 @@ from contextlib import aclosing
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.teacher_service.engine import GenerateInput, ScoreInput
-from stillhouse.teacher_service.engines.openai.dialect import Dialect, Piece
+from stillhouse.teacher_service.engines.openai.dialect import Dialect, Piece, ScoringDialect
 from stillhouse.teacher_service.engines.openai.http_client import HttpClient
 
 
-async def score(client: HttpClient, dialect: Dialect, item: ScoreInput, top_k: int) -> Distributions:
+async def score(client: HttpClient, dialect: ScoringDialect, item: ScoreInput, top_k: int) -> Distributions:
     """Distributions of a sequence with `top_k` columns. Raises `StillhouseError` as `HttpClient.post` and the dialect."""
     request = dialect.score_request(item, top_k)
     answer = await client.post(request)

@@ -10,9 +10,8 @@ import numpy as np
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.conversation import OPTIONS, Turns
-from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson, tokenizer_errors
-from stillhouse.teacher_service.engine import Finish, GenerateInput, Int32Array, ScoreInput
+from stillhouse.teacher_service.engine import Finish, GenerateInput, Int32Array
 from stillhouse.teacher_service.engines.openai.dialect import (
     MESSAGE_BYTES,
     Piece,
@@ -66,11 +65,10 @@ class TokensByBytes:
 
 
 class ChatServer:
-    """Generates for conversations; scores nothing. Each sample comes whole."""
+    """Generates for conversations; it has nothing that scores. Each sample comes whole."""
 
     streams = False
     excludes_padding = True
-    max_query_tokens = 0
 
     def __init__(
         self,
@@ -97,14 +95,6 @@ class ChatServer:
         with tokenizer_errors("--tokenizer cannot be read", "Name a model with a tokenizer.json."):
             tokens = self.tokens or TokensByBytes(dict(self._codec.files())["tokenizer.json"])
         return ChatServer(self._model, self._codec, tokens, limit_field=self._limit_field, tempered=tempered)
-
-    def score_request(self, item: ScoreInput, top_k: int) -> Request:
-        """Not called: CAPABILITY_GENERATION_ONLY."""
-        raise NotImplementedError("this dialect does not score")
-
-    def read_scores(self, item: ScoreInput, top_k: int, answer: Any) -> Distributions:
-        """Not called: CAPABILITY_GENERATION_ONLY."""
-        raise NotImplementedError("this dialect does not score")
 
     def generate_request(self, item: GenerateInput, top_k: int, *, stream: bool) -> Request:  # noqa: ARG002
         """A chat completion. Raises `StillhouseError` (CAPABILITY) for a prompt that is no conversation."""

@@ -48,7 +48,7 @@ class Piece:
 
 
 class Dialect(Protocol):
-    """Requests to one kind of server, and its answers, of which every value is checked."""
+    """Requests for text to one kind of server, and its answers, of which every value is checked."""
 
     streams: bool
     """Samples come in pieces."""
@@ -58,14 +58,6 @@ class Dialect(Protocol):
     """Samples are of the distribution without the padding of the output layer."""
     gives_rows: bool
     """It reports log-probabilities of generated tokens."""
-    max_query_tokens: int
-    """Most queried ids per position; 0 without them."""
-
-    def score_request(self, item: ScoreInput, top_k: int) -> Request:
-        """Builds the request that scores a sequence. Raises `StillhouseError` where the server cannot."""
-
-    def read_scores(self, item: ScoreInput, top_k: int, answer: Any) -> Distributions:
-        """Reads its rows. Raises `StillhouseError` (TENSOR_INVALID, NON_FINITE)."""
 
     def generate_request(self, item: GenerateInput, top_k: int, *, stream: bool) -> Request:
         """Builds the request of one sample; `top_k` candidates of each token are reported."""
@@ -75,6 +67,19 @@ class Dialect(Protocol):
 
         Raises `StillhouseError` (TENSOR_INVALID, NON_FINITE, TOKEN_OUT_OF_RANGE, TEACHER_UNREACHABLE).
         """
+
+
+class ScoringDialect(Dialect, Protocol):
+    """Requests to a server that scores given text as well."""
+
+    max_query_tokens: int
+    """Most queried ids per position; 0 without them."""
+
+    def score_request(self, item: ScoreInput, top_k: int) -> Request:
+        """Builds the request that scores a sequence. Raises `StillhouseError` for one that the server cannot score."""
+
+    def read_scores(self, item: ScoreInput, top_k: int, answer: Any) -> Distributions:
+        """Reads its rows. Raises `StillhouseError` (TENSOR_INVALID, NON_FINITE)."""
 
 
 def require_known(token_ids: Int32Array, model: ServedModel) -> None:

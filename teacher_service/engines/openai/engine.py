@@ -60,8 +60,8 @@ class OpenAiEngine:
     def __init__(self, client: HttpClient, model: ServedModel, ability: Ability, info: EngineInfo) -> None:
         self._client = client
         self._model = model
-        self._ability = ability
         self._dialect: Dialect = ability.dialect
+        self._scoring = ability.scoring
         self.info = info
         self._checked_at_s = time.monotonic()
         self._reachable = True
@@ -106,9 +106,14 @@ class OpenAiEngine:
         return cls(client, model, ability, info)
 
     async def score(self, item: ScoreInput) -> Distributions:
-        """Scores one sequence; cancelling the task ends the request there."""
+        """Scores one sequence; cancelling the task ends the request there. Raises `StillhouseError` (CAPABILITY)."""
         self._require(item.options, queries=item.query_token_ids is not None)
-        return await score(self._client, self._dialect, item, self._columns(item.options))
+        if self._scoring is None:
+            raise StillhouseError(
+                Reason.CAPABILITY,
+                f"The upstream server ({self.info.engine}) does not score given text. Use one with /v1/completions.",
+            )
+        return await score(self._client, self._scoring.dialect, item, self._columns(item.options))
 
     async def generate(self, item: GenerateInput) -> AsyncIterator[GeneratedChunk]:
         """Streams one sample; closing the iterator ends the request there."""
@@ -165,12 +170,12 @@ class OpenAiEngine:
 
     async def _compare_probe(self) -> None:
         """Raises `StillhouseError` (TEACHER_CHANGED) if the probe has other log-probabilities, twice: busy kernels differ too."""
-        if self._ability.target_logprobs is None:
+        if self._scoring is None:
             return
-        item = ScoreInput(token_ids=self._ability.token_ids, start=1, options=DistributionOptions(top_k=0))
+        item = ScoreInput(token_ids=self._scoring.token_ids, start=1, options=DistributionOptions(top_k=0))
         for _ in range(2):
-            found = await score(self._client, self._dialect, item, 0)
-            if np.abs(found.target_logprobs - self._ability.target_logprobs).max() <= TOLERANCE_NATS:
+            found = await score(self._client, self._scoring.dialect, item, 0)
+            if np.abs(found.target_logprobs - self._scoring.target_logprobs).max() <= TOLERANCE_NATS:
                 return
         raise _changed(self._model.name, "gives other log-probabilities than before")
 
@@ -214,7 +219,7 @@ class OpenAiEngine:
 
     def _require(self, options: DistributionOptions, *, queries: bool) -> None:
         more = (options.temperatures, options.num_sampled_tokens, options.entropy, options.hidden_states)
-        if any(more) or (queries and not self._dialect.max_query_tokens):
+        if any(more) or (queries and not self.info.max_query_tokens):
             raise StillhouseError(
                 Reason.CAPABILITY,
                 f"The upstream server ({self.info.engine}) reports top-k, target and tail. Everything else comes from a teacher "
@@ -223,7 +228,7 @@ class OpenAiEngine:
 
     def _require_rows(self, item: GenerateInput) -> None:
         """Raises `StillhouseError` (CAPABILITY) for distributions that a server which only generates does not give."""
-        if self._ability.target_logprobs is not None:
+        if self._scoring is not None:
             return
         if not self._dialect.gives_rows:
             why = "gives no log-probabilities that --tokenizer can read: ask for text without distributions"
@@ -262,10 +267,11 @@ def _describe(config: TeacherConfig, server: Server, model: ServedModel, ability
     fingerprint = _fingerprint(server.base, config.revision, model.vocab_size)
     kind = server.kind if server.kind != "other" else "server"
     capabilities = set()
-    if ability.dialect.max_query_tokens:
+    max_query_tokens = ability.scoring.dialect.max_query_tokens if ability.scoring else 0
+    if max_query_tokens:
         capabilities.add(teacher_pb2.CAPABILITY_QUERY_LOGPROBS)
     notes = [f"{kind} {server.version}".rstrip()]
-    if ability.target_logprobs is None:
+    if ability.scoring is None:
         capabilities.add(teacher_pb2.CAPABILITY_GENERATION_ONLY)
         notes.append("chat only")
     if not ability.keeps_seeds:
@@ -280,7 +286,7 @@ def _describe(config: TeacherConfig, server: Server, model: ServedModel, ability
             config.max_sequence_tokens or model.max_sequence_tokens, model.max_sequence_tokens
         ),
         max_top_k=ability.max_top_k,
-        max_query_tokens=ability.dialect.max_query_tokens,
+        max_query_tokens=max_query_tokens,
         capabilities=frozenset(capabilities),
         engine=f"openai ({', '.join(notes)})",
         dtype="unknown",

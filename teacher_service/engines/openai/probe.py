@@ -22,7 +22,7 @@ from stillhouse.teacher_service.engine import (
 )
 from stillhouse.teacher_service.engines.openai.calls import generate, score
 from stillhouse.teacher_service.engines.openai.chat_server import ChatServer
-from stillhouse.teacher_service.engines.openai.dialect import Dialect, ServedModel
+from stillhouse.teacher_service.engines.openai.dialect import Dialect, ScoringDialect, ServedModel
 from stillhouse.teacher_service.engines.openai.discovery import Kind
 from stillhouse.teacher_service.engines.openai.http_client import HttpClient, Request, UpstreamRefusalError
 from stillhouse.teacher_service.engines.openai.rows import fields, items, token_ids
@@ -46,18 +46,27 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """Scores of a server that has them, with those of the probe."""
+
+    dialect: ScoringDialect
+    token_ids: Int32Array
+    """[T]: the probe's tokens."""
+    target_logprobs: Float32Array
+    """[T - 1]: their log-probabilities, by which a changed model is noticed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Ability:
     """Result of the probe."""
 
     dialect: Dialect
+    scoring: Scoring | None
+    """None for a server that only generates."""
     max_top_k: int
     """Most candidates of a position, of prompts and of generated tokens."""
     keeps_seeds: bool
     """The same seed gave the same sample twice."""
-    token_ids: Int32Array
-    """[T]: the probe's tokens."""
-    target_logprobs: Float32Array | None
-    """[T - 1]: their log-probabilities, by which a changed model is noticed; None from a server that does not score."""
 
 
 class Probe:
@@ -88,7 +97,7 @@ class Probe:
             StillhouseError: INVALID_CONFIG for another tokenizer than the model's, a server without log-probabilities of
                 prompts, and numbers that are not those of the model; as `HttpClient.post`.
         """
-        dialect: Dialect = (
+        dialect: ScoringDialect = (
             SglangServer(self._model) if kind == "sglang" else await self._vllm(max_query_tokens)
         )
         if kind == "other" and not await _accepted(lambda: self._score(dialect, self._ids, 0)):
@@ -108,13 +117,8 @@ class Probe:
             )
         if isinstance(dialect, VllmServer) and dialect.max_query_tokens:
             dialect = await self._with_queries(dialect, min(max_query_tokens, limit))
-        return Ability(
-            dialect=dialect,
-            max_top_k=limit,
-            keeps_seeds=keeps_seeds,
-            token_ids=self._ids,
-            target_logprobs=rows.target_logprobs,
-        )
+        scoring = Scoring(dialect=dialect, token_ids=self._ids, target_logprobs=rows.target_logprobs)
+        return Ability(dialect=dialect, scoring=scoring, max_top_k=limit, keeps_seeds=keeps_seeds)
 
     async def _vllm(self, max_query_tokens: int) -> VllmServer:
         """vLLM's token endpoint if the server has it, else its completions."""
@@ -135,16 +139,9 @@ class Probe:
         limits = sorted({max_top_k, *(each for each in CHAT_TOP_K if each < max_top_k)}, reverse=True)
         for limit in limits:
             if await _accepted(partial(self._generate, named, self._ids, limit, temperature=0.0)):
-                return Ability(
-                    dialect=named.with_tokens(tempered=await self._is_first_tempered(named, limit)),
-                    max_top_k=limit,
-                    keeps_seeds=keeps_seeds,
-                    token_ids=self._ids,
-                    target_logprobs=None,
-                )
-        return Ability(
-            dialect=dialect, max_top_k=0, keeps_seeds=keeps_seeds, token_ids=self._ids, target_logprobs=None
-        )
+                named = named.with_tokens(tempered=await self._is_first_tempered(named, limit))
+                return Ability(dialect=named, scoring=None, max_top_k=limit, keeps_seeds=keeps_seeds)
+        return Ability(dialect=dialect, scoring=None, max_top_k=0, keeps_seeds=keeps_seeds)
 
     async def _is_first_tempered(self, dialect: Dialect, top_k: int) -> bool:
         """Compares the first tokens of two temperatures, which continue the same text."""
@@ -195,7 +192,7 @@ class Probe:
                 f"and they differ from token {differs} on. Name the directory or hub id of the model that the server has.",
             )
 
-    async def _largest_top_k(self, dialect: Dialect, most: int) -> int:
+    async def _largest_top_k(self, dialect: ScoringDialect, most: int) -> int:
         """The largest number of candidates in [0, most] that the server gives for prompts and for samples."""
 
         async def gives(top_k: int) -> bool:
@@ -228,7 +225,7 @@ class Probe:
                 "reports numbers that are not normalised log-probabilities. Start vLLM with --logprobs-mode raw_logprobs"
             )
 
-    async def _check_greedy(self, dialect: Dialect, top_k: int) -> None:
+    async def _check_greedy(self, dialect: ScoringDialect, top_k: int) -> None:
         """Raises unless greedy samples take the likeliest token of the same text scored, with the same numbers."""
         prefix = self._ids[: len(self._ids) // 2]
         pieces = await self._generate(dialect, prefix, top_k, temperature=0.0)
@@ -246,7 +243,7 @@ class Probe:
         if (known.max(axis=1, initial=-np.inf) - scored.target_logprobs > TOLERANCE_NATS).any():
             raise _unfit("generates greedily other tokens than the likeliest of its own distributions")
 
-    async def _is_tempered(self, dialect: Dialect, top_k: int) -> bool:
+    async def _is_tempered(self, dialect: ScoringDialect, top_k: int) -> bool:
         pieces = await self._generate(dialect, self._ids[:8], top_k, temperature=2.0)
         rows = Distributions.concat([each.distributions for each in pieces if each.distributions is not None])
         whole = np.concatenate([self._ids[:8], *(each.token_ids for each in pieces)])
@@ -286,7 +283,9 @@ class Probe:
 
         return await _accepted(sample) and await _accepted(sample) and samples[0] == samples[1]
 
-    async def _score(self, dialect: Dialect, ids: Int32Array, top_k: int, *, start: int = 1) -> Distributions:
+    async def _score(
+        self, dialect: ScoringDialect, ids: Int32Array, top_k: int, *, start: int = 1
+    ) -> Distributions:
         return await score(self._client, dialect, self._item(ids, start), top_k)
 
     async def _generate(
