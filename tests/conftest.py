@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -183,6 +184,25 @@ def hf_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture(scope="session")
 def vllm_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     """A `stillhouse-teacher` process with the vLLM engine; `.target` is where it listens."""
+    uploads = str(tmp_path_factory.mktemp("vllm-uploads"))
+    with _vllm(models, tmp_path_factory.mktemp("vllm-teacher"), "--upload-dir", uploads) as program:
+        yield program
+
+
+@pytest.fixture(scope="session")
+def second_runner_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """A `stillhouse-teacher` process with vLLM's second model runner, the default of GPUs, in Triton's interpreter."""
+    directory = tmp_path_factory.mktemp("second-runner-teacher")
+    # Few tokens a step, so that prompts of the tests are read in chunks.
+    options = ("--max-batch-tokens", "256")
+    with _vllm(models, directory, *options, environment=INTERPRETED_TRITON) as program:
+        yield program
+
+
+@contextmanager
+def _vllm(
+    models: Models, directory: Path, *options: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Program]:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vllm is not installed")
     with (
@@ -190,9 +210,9 @@ def vllm_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> It
         start_teacher(
             models.teacher,
             engine="vllm",
-            directory=tmp_path_factory.mktemp("vllm-teacher"),
-            options=["--dtype", "float32", "--upload-dir", str(tmp_path_factory.mktemp("vllm-uploads"))],
-            environment=mark,
+            directory=directory,
+            options=["--dtype", "float32", *options],
+            environment={**mark, **(environment or {})},
         ) as program,
     ):
         yield program
@@ -219,22 +239,3 @@ def trainer_service(tmp_path: Path) -> Iterator[Callable[..., Program]]:
         finally:
             for program in started:
                 program.stop()
-
-
-@pytest.fixture(scope="session")
-def second_runner_teacher(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
-    """A `stillhouse-teacher` process with vLLM's second model runner, the default of GPUs, in Triton's interpreter."""
-    if importlib.util.find_spec("vllm") is None:
-        pytest.skip("vllm is not installed")
-    with (
-        no_process_left() as mark,
-        start_teacher(
-            models.teacher,
-            engine="vllm",
-            directory=tmp_path_factory.mktemp("second-runner-teacher"),
-            # Few tokens a step, so that prompts of the tests are read in chunks.
-            options=["--dtype", "float32", "--max-batch-tokens", "256"],
-            environment={**mark, **INTERPRETED_TRITON},
-        ) as program,
-    ):
-        yield program
