@@ -10,95 +10,34 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
 from benchmarks.end_to_end.arms import ArmResult, Arms
-from benchmarks.end_to_end.processes import run_process, tail
+from benchmarks.end_to_end.driver import Comparison, Outcome, compare, comparison_options, memory_text
 from benchmarks.end_to_end.runs import off_policy_spec
-from benchmarks.end_to_end.sizes import DEFAULT, Sizes, Work
-from benchmarks.teacher.peers.environment import TRL, prepare
-from examples.demo.__main__ import signals_as_exceptions
+from benchmarks.end_to_end.sizes import DEFAULT, Sizes
 
 ARMS = ("online", "cached", "trl-local", "trl-server")
-PREPARE_S = 1800.0
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), default=Path(".bench/end-to-end"), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--arm", "chosen", multiple=True, type=click.Choice(ARMS), help="Some arms; all if not given.")
-@click.option(
-    "--text", type=click.Path(path_type=Path, exists=True), help="Text in place of Python's manual."
-)
-@click.option("--minutes", default=4.0, show_default=True, help="Most minutes of one arm.")
+@comparison_options(work=".bench/end-to-end", arms=ARMS, minutes=4.0)
 @click.option("--steps", default=DEFAULT.steps, show_default=True)
 @click.option("--batch", default=DEFAULT.batch, show_default=True, help="Rows of a step.")
 @click.option("--length", default=DEFAULT.length, show_default=True, help="Longest row, in tokens.")
 @click.option(
     "--teacher-steps", default=DEFAULT.teacher_steps, show_default=True, help="Training of the teacher."
 )
-def main(
-    *,
-    work: Path,
-    json_file: Path | None,
-    chosen: Sequence[str],
-    text: Path | None,
-    minutes: float,
-    **sizes: int,
-) -> None:
+def main(*, steps: int, batch: int, length: int, teacher_steps: int, **options: Any) -> None:
     """Compare ways to distil by their time to equal quality."""
-    console = Console(soft_wrap=True, width=170)
-    results: list[ArmResult] = []
-    arms: Arms | None = None
-    with signals_as_exceptions():
-        try:
-            arms = open_arms(work, Sizes(**sizes), text, minutes, console)
-            for name in chosen or ARMS:
-                results.append(_run(arms, name))
-        except (KeyboardInterrupt, SystemExit):
-            console.print("stopped early; what there is:")
-        if arms is not None and results:
-            arms.score("forward", results)
-            _report(console, results, arms)
-            _write(json_file, results, arms)
-    complete = bool(results) and all(not each.problem for each in results)
-    sys.exit(0 if complete else 1)
-
-
-def open_arms(work: Path, sizes: Sizes, text: Path | None, minutes: float, console: Console) -> Arms:
-    """Makes models and data once, and finds TRL."""
-    folder = Work(work.resolve())
-    log = folder.path.parent / f"{folder.path.name}-prepare.log"
-    if folder.sizes() != sizes:
-        console.print("teacher, students and rows are made, once …")
-    command: list[object] = [
-        sys.executable,
-        "-m",
-        "benchmarks.end_to_end.prepare",
-        folder.path,
-        json.dumps(asdict(sizes)),
-    ]
-    code, _ = run_process([*command, *([text.resolve()] if text else [])], log=log, limit_s=PREPARE_S)
-    if code != 0:
-        raise click.ClickException(f"teacher and data could not be made: {tail(log)}")
-    peers = prepare(console.print, [TRL])
-    if peers.missing:
-        console.print(f"without TRL: {peers.missing}")
-    return Arms(
-        work=folder,
-        sizes=sizes,
-        peers=None if peers.missing else peers.python,
-        minutes=minutes,
-        say=console.print,
-    )
+    sizes = Sizes(steps=steps, batch=batch, length=length, teacher_steps=teacher_steps)
+    comparison = Comparison(arms=ARMS, direction="forward", ratios=ratios_of, tables=_tables)
+    compare(comparison, _run, sizes, **options)
 
 
 def _run(arms: Arms, name: str) -> ArmResult:
@@ -175,21 +114,22 @@ def _tokens(arms: Arms, steps: int) -> int:
     return sum(sum(row["mask"]) for row in rows)
 
 
-def _report(console: Console, results: Sequence[ArmResult], arms: Arms) -> None:
-    columns = ("arm", "steps", "seconds", "tokens/s", "process s", "peak MiB of each process", "problem")
-    table = Table(*columns, title="Time of equal steps, after start-up")
+def _tables(outcome: Outcome) -> Sequence[Table]:
+    results, columns = outcome.results, ("arm", "steps", "seconds", "tokens/s", "process s")
+    times = Table(
+        *columns, "peak MiB of each process", "problem", title="Time of equal steps, after start-up"
+    )
     for each in results:
         seconds = each.seconds()
-        table.add_row(
+        times.add_row(
             each.name,
             str(each.last_step),
             f"{seconds:.1f}" if seconds else "n/a",
-            f"{_tokens(arms, each.last_step) / seconds:.0f}" if seconds else "n/a",
+            f"{_tokens(outcome.arms, each.last_step) / seconds:.0f}" if seconds else "n/a",
             f"{each.process_s:.1f}",
-            ", ".join(f"{name} {mib:.0f}" for name, mib in each.memory_mib[:6]),
+            memory_text(each),
             each.problem,
         )
-    console.print(table)
     steps = sorted({step for each in results for step in each.scores})
     scores = Table(
         "arm", *map(str, steps), title="KL(teacher || student) on held-out texts by step, nats per token"
@@ -198,19 +138,7 @@ def _report(console: Console, results: Sequence[ArmResult], arms: Arms) -> None:
         scores.add_row(
             each.name, *(f"{each.scores[step]:.4f}" if step in each.scores else "" for step in steps)
         )
-    console.print(scores)
-    for name, value in ratios_of(results).items():
-        console.print(f"{name}: {value:.2f}")
-
-
-def _write(json_file: Path | None, results: Sequence[ArmResult], arms: Arms) -> None:
-    if json_file is not None:
-        content = {
-            **ratios_of(results),
-            "sizes": asdict(arms.sizes),
-            "arms": [each.to_json() for each in results],
-        }
-        json_file.write_text(json.dumps(content, indent=2) + "\n")
+    return times, scores
 
 
 if __name__ == "__main__":

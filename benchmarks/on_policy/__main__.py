@@ -8,22 +8,18 @@ KL on what it writes behind held-out prompts. An interrupted comparison prints w
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import click
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.end_to_end.__main__ import open_arms
 from benchmarks.end_to_end.arms import ArmResult, Arms
+from benchmarks.end_to_end.driver import Comparison, Outcome, compare, comparison_options, memory_text
 from benchmarks.end_to_end.runs import on_policy_spec
 from benchmarks.end_to_end.sizes import Sizes
 from benchmarks.on_policy.idle import IdleShare, free_port
-from examples.demo.__main__ import signals_as_exceptions
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
 ARMS = ("local", "trl-distillation", "trl-gkd", "local-lora", "one-service", "two-services", "trl-gkd-lora")
@@ -37,13 +33,7 @@ BASELINES = {
 
 
 @click.command()
-@click.option("--work", type=click.Path(path_type=Path), default=Path(".bench/on-policy"), show_default=True)
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything to this file.")
-@click.option("--arm", "chosen", multiple=True, type=click.Choice(ARMS), help="Some arms; all if not given.")
-@click.option(
-    "--text", type=click.Path(path_type=Path, exists=True), help="Text in place of Python's manual."
-)
-@click.option("--minutes", default=2.5, show_default=True, help="Most minutes of one arm.")
+@comparison_options(work=".bench/on-policy", arms=ARMS, minutes=2.5)
 @click.option("--staleness", type=int, help="max_staleness of Stillhouse's arms; the default if not given.")
 @click.option("--steps", default=40, show_default=True, help="Updates.")
 @click.option("--batch", default=16, show_default=True, help="Texts of an update.")
@@ -53,39 +43,28 @@ BASELINES = {
 @click.option("--learning-rate", default=1e-3, show_default=True)
 def main(
     *,
-    work: Path,
-    json_file: Path | None,
-    chosen: Sequence[str],
-    text: Path | None,
-    minutes: float,
     staleness: int | None,
+    steps: int,
+    batch: int,
+    new_tokens: int,
+    prompt_tokens: int,
+    teacher_steps: int,
     learning_rate: float,
-    **sizes: int,
+    **options: Any,
 ) -> None:
     """Compare on-policy training by its speed and by equal updates."""
-    console = Console(soft_wrap=True, width=170)
-    results: list[ArmResult] = []
-    arms: Arms | None = None
-    with signals_as_exceptions():
-        try:
-            arms = open_arms(work, Sizes(learning_rate=learning_rate, **sizes), text, minutes, console)
-            for name in chosen or ARMS:
-                results.append(_run(arms, name, staleness))
-        except (KeyboardInterrupt, SystemExit):
-            console.print("stopped early; what there is:")
-        if arms is not None and results:
-            start = ArmResult(name="start", folders={0: str(arms.work.path / "0")})
-            arms.score("reverse", [start, *results])
-            _report(console, start, results, arms)
-            if json_file is not None:
-                content = {
-                    **ratios_of(results),
-                    "start_reverse_kl": start.scores.get(0),
-                    "sizes": asdict(arms.sizes),
-                    "arms": [each.to_json() for each in results],
-                }
-                json_file.write_text(json.dumps(content, indent=2) + "\n")
-    sys.exit(0 if results and all(not each.problem for each in results) else 1)
+    sizes = Sizes(
+        steps=steps,
+        batch=batch,
+        new_tokens=new_tokens,
+        prompt_tokens=prompt_tokens,
+        teacher_steps=teacher_steps,
+        learning_rate=learning_rate,
+    )
+    comparison = Comparison(
+        arms=ARMS, direction="reverse", ratios=ratios_of, tables=_tables, scores_start=True
+    )
+    compare(comparison, partial(_run, staleness=staleness), sizes, **options)
 
 
 def _run(arms: Arms, name: str, staleness: int | None) -> ArmResult:
@@ -136,16 +115,16 @@ def _rate(result: ArmResult) -> float | None:
     return 60 * result.last_step / seconds if seconds else None
 
 
-def _report(console: Console, start: ArmResult, results: Sequence[ArmResult], arms: Arms) -> None:
+def _tables(outcome: Outcome) -> Sequence[Table]:
     columns = (
         *("arm", "updates", "updates/min", "text tokens/s at most", "reverse KL", "idle share", "staleness"),
         *("peak MiB of each process", "problem"),
     )
     table = Table(*columns, title="Updates, after start-up; a text has at most the tokens asked for")
-    if 0 in start.scores:
-        table.add_row("before", "0", "", "", f"{start.scores[0]:.4f}")
-    per_update = arms.sizes.batch * arms.sizes.new_tokens
-    for each in results:
+    if 0 in outcome.start.scores:
+        table.add_row("before", "0", "", "", f"{outcome.start.scores[0]:.4f}")
+    per_update = outcome.arms.sizes.batch * outcome.arms.sizes.new_tokens
+    for each in outcome.results:
         rate, final = _rate(each), each.scores.get(max(each.scores, default=-1))
         idle = [value for name, value in each.metrics.items() if name.startswith("idle_share")]
         tokens = each.metrics.get("train/trained_tokens", per_update * each.last_step)
@@ -159,12 +138,10 @@ def _report(console: Console, start: ArmResult, results: Sequence[ArmResult], ar
             f"{each.metrics['train/rollout_staleness']:.2f}"
             if "train/rollout_staleness" in each.metrics
             else "",
-            ", ".join(f"{name} {mib:.0f}" for name, mib in each.memory_mib[:6]),
+            memory_text(each),
             each.problem,
         )
-    console.print(table)
-    for name, value in ratios_of(results).items():
-        console.print(f"{name}: {value:.3f}")
+    return (table,)
 
 
 if __name__ == "__main__":
