@@ -166,7 +166,7 @@ def _images() -> dict[str, list[tuple[str, str]]]:
         word, _, rest = line.strip().partition(" ")
         if word == "FROM":
             parent, _, name = rest.partition(" AS ")
-            # What a stage inherits comes before its own.
+            # Inherited packages come before a stage's own.
             images[name] = list(images.get(parent, []))
         elif word:
             images[name].append((word, rest.strip()))

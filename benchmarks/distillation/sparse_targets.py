@@ -225,7 +225,7 @@ class _Student:
     schedule: Any
     draws: torch.Generator
     num_bytes: list[float]
-    """Of each step's targets, a token."""
+    """Bytes of a token's targets, of each step."""
 
     @classmethod
     def new(cls, setting: Setting, seed: int, weights: Mapping[str, Tensor]) -> _Student:

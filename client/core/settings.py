@@ -17,7 +17,7 @@ DEFAULT_TEACHER = "127.0.0.1:7401"
 ENVIRONMENT_PREFIX = "STILLHOUSE_"
 MAX_TOKEN_BYTES = 8192
 LEAST_SIMILARITY = 0.82
-"""Of a slip of the pen in a name."""
+"""Least similarity of a misspelt name to the one that is meant."""
 _PATHS = {"tls_ca", "tls_cert", "tls_key", "token_file"}
 _BOOLEANS = {"1": True, "true": True, "0": False, "false": False}
 

@@ -167,7 +167,7 @@ class _Execution:
         is_same = mark == self.record.fingerprint
         is_new = not is_same or self.record.state is StageState.DONE
         if is_new or self.stage.kind not in CONTINUED:
-            # What a failed try has left must not count as what this one makes.
+            # Leftovers of a failed try must not count as what this one makes.
             for path in resolution.outputs.values():
                 _remove(path)
         if is_new:

@@ -19,7 +19,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 MAX_NAME_CHARS = 100
 """Compared characters of a wrong name."""
 LEAST_SIMILARITY = 0.82
-"""Of a slip of the pen, besides exchanged letters; another word in a name is none, nor is top_p for top_k."""
+"""Least similarity of a misspelt name, besides exchanged letters; another word in a name is no slip, nor is top_p for top_k."""
 
 
 def find_field(message: Message, name: str) -> FieldDescriptor | None:

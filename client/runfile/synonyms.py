@@ -139,7 +139,7 @@ _NOTES: Mapping[str, tuple[str, ...]] = {
         *("teacher_model", "teacher_model_name_or_path", "teacher_name_or_path", "teacher_path"),
     ),
 }
-"""What differs, to the names whose values are others than those of the field."""
+"""Sentence on the difference, to the names whose values are others than those of the field."""
 
 _HERE: Mapping[tuple[str, str], str] = {
     ("", "name"): 'it is "display_name" here',

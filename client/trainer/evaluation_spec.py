@@ -83,7 +83,7 @@ def evaluation_of(target: Target, name: str) -> RunSpec:
     for field in ("every_steps", "every_epochs", "best_metric", "baseline"):
         spec.evaluation.ClearField(field)
     spec.evaluation.baseline.CopyFrom(student_before(trained.student))
-    # Of a student that began as random numbers.
+    # A student that began as random numbers had this seed.
     spec.optimizer.seed = trained.optimizer.seed
     spec.labels["of"] = target.run.id
     return spec

@@ -166,7 +166,7 @@ def _hub_errors(hub: Any, repo_id: str, endpoint: str) -> Iterator[None]:
             reason, f"The hub at {endpoint} refused {repo_id}: {first_line(error)} {remedy}"
         ) from error
     except ValueError as error:
-        # Of the card the library says so; all else that it refuses is told by itself.
+        # The library names the card; all else that it refuses is told by itself.
         if CARD in str(error):
             sentence = f"The hub refuses {CARD}: {first_line(error)} Correct it in the directory."
         else:

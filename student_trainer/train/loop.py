@@ -119,7 +119,7 @@ def _steps(run: RunContext, stop_requested: Callable[[], bool]) -> Iterator[Step
     try:
         yield from ranks.in_lockstep(run.source.steps(after=progress.step), stop_requested)
     except StillhouseError:
-        # Of several processes others may be gone, and a save needs all.
+        # Other processes of the run may be gone, and a save needs all.
         if ranks.size == 1 and not progress.skipped_in_a_row:
             with contextlib.suppress(OSError, StillhouseError):
                 run.checkpointer.save()

@@ -140,7 +140,7 @@ DAMAGES: Mapping[str, Damage] = {
     "template: attributes": template("{{ messages.__class__.__mro__ }}"),
     "template: generation": template("{% generation %}{% generation %}a{% endgeneration %}"),
 }
-"""What is done to a model, by the file that it is done to."""
+"""Damages of a model, by the file that they are done to."""
 ADAPTER_DAMAGES: Mapping[str, Damage] = {
     "adapter: cut": bytes_of(ADAPTER_WEIGHTS, lambda data, rng: data[: rng.randrange(len(data))]),
     "adapter: header": bytes_of(ADAPTER_WEIGHTS, flip),

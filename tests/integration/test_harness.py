@@ -17,7 +17,7 @@ from tests.support.runs import Service, completed
 
 HARNESS = "lm_eval==0.4.13"
 IMPORTED = ("pytablewriter", "sqlitedict", "more_itertools")
-"""What it imports for a local task and this environment has not; scikit-learn and others it never reaches."""
+"""Imports of a local task that this environment lacks; the harness never reaches scikit-learn and others."""
 QUESTIONS = 24
 
 

@@ -62,7 +62,7 @@ class StudentFeed(Feed):
         self._gate = gate
         self._queries_top_k = queries_top_k
         self._slots: dict[int, Sequence[Slot]] = {}
-        """Of steps whose targets are not queried yet."""
+        """Slots of the steps whose targets are not queried yet."""
         self._num_dropped = 0
         self._sampling_s = 0.0
 

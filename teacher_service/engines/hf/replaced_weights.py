@@ -93,7 +93,7 @@ def require_biases(model: Any, name: str, slot: str, weights: Iterable[str]) -> 
 
 def _base_modules(model: Any) -> dict[str, nn.Module]:
     """Modules by the name that they have without adapters."""
-    # Of a wrapper and what it wraps, the latter comes later.
+    # A wrapped module comes later than its wrapper.
     return {place.replace(".base_layer", ""): module for place, module in model.named_modules()}
 
 

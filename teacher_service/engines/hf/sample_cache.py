@@ -28,7 +28,7 @@ class SampleCache:
 
     name: str
     value: Any = None
-    """What the model returned with the last token."""
+    """Value that the model returned with the last token."""
 
     def options(self) -> dict[str, Any]:
         """Arguments of the next pass."""

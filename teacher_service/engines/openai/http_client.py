@@ -230,7 +230,7 @@ class HttpClient:
                 status,
             )
         if status in (401, 403):
-            # What a server says of a key may quote it.
+            # A server's sentence on a key may quote it.
             what = "refuses the API key (401)" if status == 401 else f"forbids {path} (403){said}"
             return UpstreamRefusalError(
                 Reason.INVALID_CONFIG,

@@ -192,7 +192,7 @@ class VllmServer:
     def _completions(
         self, body: dict[str, Any], adapter: str, max_bytes: int, *, max_tokens: int, temperature: float
     ) -> Request:
-        # What is left out comes from the model's generation_config on the server.
+        # Fields that are left out come from the model's generation_config on the server.
         plain = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
         whole = {
             "model": self._name(adapter),

@@ -1,4 +1,4 @@
-"""Who may do what through the web server, and what a page of another site may not."""
+"""Rights of callers of the web server, and what a page of another site may not do."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def restart(here: World) -> None:
 
 def heal(here: World, run: Disturbed) -> Run:
     """The run, resumed if it has failed or stopped, as a person would."""
-    # What the kill did to the training process reaches the service within a few looks.
+    # The kill of the training process reaches the service within a few looks.
     wait_until(lambda: here.training_pid(run.name) is not None or not live(here, run), "news of the kill")
     found = get_run(here.service_target, run.name)
     if found.state in (Run.STATE_FAILED, Run.STATE_STOPPED):

@@ -130,7 +130,7 @@ def test_twelve_draws_take_less_than_40_bytes(top_k: int, with_logprobs: bool, m
 
 
 def test_the_bytes_of_two_rows_stay_what_they_are() -> None:
-    """Of 4 numbers on 16 levels: bounds, and bitmaps of 19 bits."""
+    """Bounds, and bitmaps of 19 bits, of 4 numbers on 16 levels."""
     rows = np.array([[-0.5, -1.25, -1.25, -4.0], [-0.125, -3.0, -9.0, -12.0]], np.float32)
     tensor = encode_falling(rows, bits=4)
     assert tensor.data.hex() == "2eb8004341b0f049" + "810104" + "018104"

@@ -29,7 +29,7 @@ class Received:
     headers: Mapping[str, str]
     """By lower-case name."""
     body: Any
-    """Of JSON; None without a body."""
+    """Content of a JSON body; None without one."""
 
 
 @dataclass

@@ -103,7 +103,7 @@ class Prepared:
     name: str
     """Name of its folder; empty in memory."""
     digest: str
-    """Of its examples, wherever their rows were read."""
+    """Digest of its examples, wherever their rows were read."""
 
 
 class Preparer:
@@ -189,7 +189,7 @@ class Preparer:
                 return found
             with store.turn(name) as is_mine:
                 if is_mine:
-                    # Who had the turn may have put the folder there in between.
+                    # The process that had the turn may have put the folder there in between.
                     found = self._earlier(dataset, store, name)
                     return self._build(dataset, store, name, content) if found is None else found
             if not is_waiting:

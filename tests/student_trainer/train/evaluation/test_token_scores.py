@@ -41,7 +41,7 @@ def test_scores_are_their_definitions_on_dense_distributions() -> None:
     text = TEXT[0].numpy()
     np.testing.assert_allclose(found["cross_entropy"], -np.log(q[np.arange(N), text]), rtol=1e-6)
     np.testing.assert_allclose(found["kl"], (p * np.log(p / q)).sum(-1), rtol=1e-6)
-    # Of a token that the student draws, speculative decoding keeps min(1, p / q).
+    # Speculative decoding keeps min(1, p / q) of a token that the student draws.
     np.testing.assert_allclose(found["acceptance"], (q * np.minimum(1, p / q)).sum(-1), rtol=1e-6)
     np.testing.assert_array_equal(found["agreement"], p.argmax(-1) == q.argmax(-1))
     np.testing.assert_allclose(found["confidence"], q.max(-1), rtol=1e-6)
