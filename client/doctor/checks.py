@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from stillhouse.client.core.settings import Settings
-from stillhouse.client.estimate.memory import memory_bytes
 from stillhouse.client.teacher.teacher import Teacher
 from stillhouse.client.trainer.trainer import Trainer
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.telemetry.gpus import list_gpus
+from stillhouse.protos.telemetry.host_memory import memory_bytes
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 
 LEAST_FREE_BYTES = 10 * 2**30

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.estimate.model_shape import ModelShape
@@ -181,20 +180,3 @@ def remedies(shape: ModelShape, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
         bytes_then = sum(student_bytes(shape, other).values())
         if bytes_then < now:
             yield sentence, bytes_then
-
-
-def memory_bytes() -> int | None:
-    """Returns the memory that this process may use: the machine's, or its control group's limit if that is less."""
-    limits = []
-    for line in _lines(Path("/proc/meminfo")):
-        if line.startswith("MemTotal:"):
-            limits.append(int(line.split()[1]) * 2**10)
-    limits += [int(line) for line in _lines(Path("/sys/fs/cgroup/memory.max")) if line.isdecimal()]
-    return min(limits, default=None)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text().splitlines()
-    except OSError:
-        return []

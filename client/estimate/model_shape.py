@@ -52,12 +52,17 @@ class ModelShape:
         path = model / "config.json" if model.is_dir() else model
         with file_errors("read", path), path.open("rb") as file:
             content = file.read(MAX_CONFIG_BYTES)
+        return cls.parse(content, str(path))
+
+    @classmethod
+    def parse(cls, content: bytes | str, source: str) -> ModelShape:
+        """The sizes in the text of a config.json, which errors call `source`. Raises StillhouseError(INVALID_REQUEST)."""
         try:
             values = json.loads(content)
             values = values.get("text_config", values)
             return cls._from_config(values)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise usage_error(f"{path} does not tell the model's sizes: {error}.") from error
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+            raise usage_error(f"{source} does not tell the model's sizes: {error}.") from error
 
     @classmethod
     def _from_config(cls, values: Mapping[str, Any]) -> ModelShape:

@@ -11,8 +11,8 @@ from itertools import groupby
 import click
 
 from stillhouse.client.inspection.lengths import histogram, percentiles
-from stillhouse.client.inspection.scan import Scan
 from stillhouse.client.terminal.render import columns, printable
+from stillhouse.protos.rows.scan import Scan
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
 BEGIN, END = "⟦", "⟧"

@@ -194,6 +194,23 @@ class Trainer(Connection):
         except StillhouseError as error:
             raise file.source_map.located(error) from error
 
+    def inspect_dataset(
+        self, dataset: run_pb2.DatasetSpec, spec: Spec | None = None, **options: int
+    ) -> run_pb2.InspectDatasetResponse:
+        """Returns what a dataset that the trainer reads holds, and what a run with the settings of `spec` would make of it.
+
+        `options` are first_row, num_rows, sample_rows and max_rows of InspectDatasetRequest. Raises StillhouseError.
+        """
+        settings = None if spec is None else as_run_file(spec).spec
+        request = run_pb2.InspectDatasetRequest(dataset=dataset, spec=settings, **options)
+        return self.call(self.stub.InspectDataset, request, timeout_s=INSPECTION_TIMEOUT_S)
+
+    def inspect_student(self, model: str, revision: str = "") -> run_pb2.InspectStudentResponse:
+        """Returns the configuration of a model as the trainer finds it, and the memory of the trainer's devices."""
+        return self.call(
+            self.stub.InspectStudent, run_pb2.InspectStudentRequest(model=model, revision=revision)
+        )
+
     def push_datasets_of(self, file: RunFile, *, on_push: Callable[[Path], None] | None = None) -> RunFile:
         """Uploads every dataset next to `file` and renames it `datasets/{sha256}` in it.
 

@@ -38,6 +38,8 @@ SCOPES: Mapping[str, Scope] = {
     _RUNS + "QueryMetrics": Scope.SUBMIT,
     _RUNS + "UploadDataset": Scope.SUBMIT,
     _RUNS + "InspectRows": Scope.SUBMIT,
+    _RUNS + "InspectDataset": Scope.SUBMIT,
+    _RUNS + "InspectStudent": Scope.SUBMIT,
     _RUNS + "ListDatasets": Scope.SUBMIT,
     _RUNS + "GetDataset": Scope.SUBMIT,
     # As for runs: without admin a token deletes only what it uploaded.

@@ -254,6 +254,17 @@ def _inspect_rows(rng: random.Random, known: Known) -> list[Any]:
     return [run.InspectRowsRequest(spec=spec, rows=rows)]
 
 
+def _inspect_dataset(rng: random.Random, known: Known) -> list[Any]:
+    spec = run.RunSpec()
+    spec.CopyFrom(known.spec)
+    spec.student.model = "/none"  # as above
+    dataset = run.DatasetSpec(path=rng.choice((_dataset(rng), _word(rng, known))), format="auto")
+    request = run.InspectDatasetRequest(dataset=dataset, spec=spec)
+    for name in ("first_row", "num_rows", "sample_rows", "max_rows"):
+        setattr(request, name, rng.choice((-1, 0, 1, 10**6)))
+    return [request]
+
+
 GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
     "GetTeacherInfo": lambda _rng, _known: [teacher.GetTeacherInfoRequest()],
     "GetTokenizer": lambda _rng, _known: [teacher.GetTokenizerRequest()],
@@ -292,6 +303,10 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
     ],
     "UploadDataset": _upload_dataset,
     "InspectRows": _inspect_rows,
+    "InspectDataset": _inspect_dataset,
+    "InspectStudent": lambda rng, known: [
+        run.InspectStudentRequest(model=_word(rng, known), revision=rng.choice(("", "main")))
+    ],
     "ListDatasets": lambda rng, _known: [
         run.ListDatasetsRequest(
             page_size=rng.randrange(4),

@@ -12,9 +12,9 @@ from stillhouse.client.commands.data.source_options import given_source, source_
 from stillhouse.client.terminal.session import Session, command
 
 if TYPE_CHECKING:
-    from stillhouse.client.inspection.scan import Scan
     from stillhouse.client.runfile.load import RunFile
     from stillhouse.protos.rows.reading.source import RowSource
+    from stillhouse.protos.rows.scan import Scan
     from stillhouse.protos.stillhouse.v1 import run_pb2
 
 SAMPLE_ROWS = 1000
@@ -67,28 +67,49 @@ def inspect(
 ) -> int:
     """Show what FILE holds: format, fields, rows, lengths, refused rows, and one row as it is trained on.
 
-    FILE is all that `data.train[].path` may be, on this host. Every row is checked; with --tokenizer or --run a sample of
+    FILE is all that `data.train[].path` may be, on this host, or `datasets/…` for one that the trainer holds, of which
+    it reads 100,000 rows unless --limit says otherwise. Every row is checked; with --tokenizer or --run a sample of
     them is encoded by the trainer, with the code that encodes them for training.
 
     Ends with exit code 1 if a row is refused, or if there is none.
     """
     from stillhouse.client.core.errors import file_errors, usage_error
-    from stillhouse.client.inspection.scan import scan
+    from stillhouse.client.inspection.held import is_held, scan_of
     from stillhouse.client.terminal.inspection import scan_text
+    from stillhouse.protos.rows.scan import scan
+    from stillhouse.protos.stillhouse.v1 import run_pb2
 
     if tokenizer is not None and run_file is not None:
         raise click.UsageError("--tokenizer and --run exclude each other: a run file names its student.")
     spec = _spec(tokenizer, run_file)
     source = given_source(file, form=form, split=split, subset=subset, columns=columns)
-    source = source if spec is None else _as_in_run(source, spec)
-    with file_errors("read", file):
-        found = scan(
-            source, sample_rows=sample, row=row, limit=limit, on_rows=_progress(session), **_parsing(spec)
+    answer = None
+    if is_held(file):
+        response = session.trainer.inspect_dataset(
+            run_pb2.DatasetSpec(path=file, format=form, split=split, config=subset, columns=source.columns),
+            spec,
+            first_row=row or 1,
+            sample_rows=sample,
+            max_rows=limit or 0,
         )
-    if row is not None and found.chosen is None:
+        found = scan_of(response, file)
+        answer = response.encoding if response.HasField("encoding") else None
+    else:
+        source = source if spec is None else _as_in_run(source, spec)
+        with file_errors("read", file):
+            found = scan(
+                source,
+                sample_rows=sample,
+                first_row=row or 1,
+                limit=limit,
+                on_rows=_progress(session),
+                **_parsing(spec),
+            )
+    if row is not None and (found.chosen is None or found.chosen.number != row):
         refused = next((each for each in found.refused if each.metadata.get("row") == str(row)), None)
         raise refused or usage_error(f"{file} has no row {row} that is read. Correct --row.")
-    answer = _encoded(session, spec, found) if spec is not None and found.sample else None
+    if answer is None and spec is not None and found.sample:
+        answer = _encoded(session, spec, found)
     if session.as_json:
         session.emit(_document(found, answer))
     else:

@@ -73,6 +73,14 @@ ROUTES: tuple[Route, ...] = (
     Route(
         rpc="RunService.InspectRows", method="POST", path="/rows:inspect", takes_body=True, timeout_s=600.0
     ),
+    Route(
+        rpc="RunService.InspectDataset",
+        method="POST",
+        path="/datasets:inspect",
+        takes_body=True,
+        timeout_s=600.0,
+    ),
+    Route(rpc="RunService.InspectStudent", method="POST", path="/students:inspect", takes_body=True),
     Route(rpc="TeacherService.GetTeacherInfo", method="GET", path="/teachers/{teacher}"),
     Route(
         rpc="TeacherService.LoadAdapter",

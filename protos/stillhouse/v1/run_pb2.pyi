@@ -2738,6 +2738,240 @@ class RowEncoding(_message.Message):
 Global___RowEncoding: _TypeAlias = RowEncoding  # noqa: Y015
 
 @_typing.final
+class InspectDatasetRequest(_message.Message):
+    """InspectDatasetRequest names a dataset, and the settings of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATASET_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    FIRST_ROW_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    SAMPLE_ROWS_FIELD_NUMBER: _builtins.int
+    MAX_ROWS_FIELD_NUMBER: _builtins.int
+    first_row: _builtins.int
+    """Number of the first row to return in full, from 1. 0 means the first that can be trained on."""
+    num_rows: _builtins.int
+    """Rows to return in full, from first_row on. 0 means 1; more than 20 means 20."""
+    sample_rows: _builtins.int
+    """Rows to encode for their lengths, drawn uniformly from those that are read. More than 1000 means 1000."""
+    max_rows: _builtins.int
+    """Rows to read at most. 0 means 100,000; more than 1,000,000 means 1,000,000."""
+    @_builtins.property
+    def dataset(self) -> Global___DatasetSpec:
+        """Required. The dataset, as a run names it; its weight and limit are not used."""
+
+    @_builtins.property
+    def spec(self) -> Global___RunSpec:
+        """Its student names the tokenizer, and its data say how rows are encoded; the datasets in it are not read. Without
+        student.model rows are read and checked alone.
+        """
+
+    def __init__(
+        self,
+        *,
+        dataset: Global___DatasetSpec | None = ...,
+        spec: Global___RunSpec | None = ...,
+        first_row: _builtins.int = ...,
+        num_rows: _builtins.int = ...,
+        sample_rows: _builtins.int = ...,
+        max_rows: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dataset", b"dataset", "first_row", b"first_row", "max_rows", b"max_rows", "num_rows", b"num_rows", "sample_rows", b"sample_rows", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectDatasetRequest: _TypeAlias = InspectDatasetRequest  # noqa: Y015
+
+@_typing.final
+class InspectDatasetResponse(_message.Message):
+    """InspectDatasetResponse is what a dataset holds, and what a run would make of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTAINER_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    NUM_REFUSED_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    FIELDS_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    ROWS_FIELD_NUMBER: _builtins.int
+    ENCODING_FIELD_NUMBER: _builtins.int
+    container: _builtins.str
+    """Form in which the rows are kept, such as "JSONL" or "Parquet"."""
+    format: _builtins.str
+    """Form of the rows, as DatasetSpec.format. Empty if none was read."""
+    num_rows: _builtins.int
+    """Rows that were read and can be trained on, as far as their fields tell."""
+    num_refused: _builtins.int
+    """Rows that no run takes, not counted in num_rows."""
+    complete: _builtins.bool
+    """False if rows follow that were not read."""
+    @_builtins.property
+    def fields(self) -> _containers.RepeatedCompositeFieldContainer[Global___FieldUse]:
+        """Fields of the rows, in the order in which they were met."""
+
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___RowRefusal]:
+        """The first rows that are refused, at most 20."""
+
+    @_builtins.property
+    def rows(self) -> _containers.RepeatedCompositeFieldContainer[Global___InspectedRow]:
+        """The rows that are returned in full."""
+
+    @_builtins.property
+    def encoding(self) -> Global___InspectRowsResponse:
+        """Encodings of those rows and of the sample, by number. Unset without student.model or any row."""
+
+    def __init__(
+        self,
+        *,
+        container: _builtins.str = ...,
+        format: _builtins.str = ...,
+        num_rows: _builtins.int = ...,
+        num_refused: _builtins.int = ...,
+        complete: _builtins.bool = ...,
+        fields: _abc.Iterable[Global___FieldUse] | None = ...,
+        refusals: _abc.Iterable[Global___RowRefusal] | None = ...,
+        rows: _abc.Iterable[Global___InspectedRow] | None = ...,
+        encoding: Global___InspectRowsResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "container", b"container", "encoding", b"encoding", "fields", b"fields", "format", b"format", "num_refused", b"num_refused", "num_rows", b"num_rows", "refusals", b"refusals", "rows", b"rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectDatasetResponse: _TypeAlias = InspectDatasetResponse  # noqa: Y015
+
+@_typing.final
+class FieldUse(_message.Message):
+    """FieldUse is the use of a field over the rows of a dataset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_ROWS_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
+    EXAMPLE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the field."""
+    num_rows: _builtins.int
+    """Rows in which it is not null."""
+    example: _builtins.str
+    """Start of its first value."""
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Kinds of its values: text, number, boolean, list, object."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        num_rows: _builtins.int = ...,
+        kinds: _abc.Iterable[_builtins.str] | None = ...,
+        example: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["example", b"example", "kinds", b"kinds", "name", b"name", "num_rows", b"num_rows"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FieldUse: _TypeAlias = FieldUse  # noqa: Y015
+
+@_typing.final
+class RowRefusal(_message.Message):
+    """RowRefusal is the reason for which a row is refused."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FIELD_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Line of a text file, or row of a table, from 1."""
+    field: _builtins.str
+    """Field for which it is refused."""
+    problem: _builtins.str
+    """Continues a sentence that begins with the field, and ends with the remedy."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        field: _builtins.str = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["field", b"field", "number", b"number", "problem", b"problem"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RowRefusal: _TypeAlias = RowRefusal  # noqa: Y015
+
+@_typing.final
+class InspectStudentRequest(_message.Message):
+    """InspectStudentRequest names the student of a run."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    REVISION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """Model: Hugging Face id, or a path under a root that the service allows."""
+    revision: _builtins.str
+    """Hub revision: branch, tag or commit. Empty means the hub's default."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        revision: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "revision", b"revision"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectStudentRequest: _TypeAlias = InspectStudentRequest  # noqa: Y015
+
+@_typing.final
+class InspectStudentResponse(_message.Message):
+    """InspectStudentResponse is what an estimate of memory needs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONFIG_JSON_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    config_json: _builtins.str
+    """The model's config.json."""
+    host_memory_bytes: _builtins.int
+    """Memory of the trainer's host that its processes may use, in bytes. 0 means unknown."""
+    @_builtins.property
+    def gpu_memory_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Memory of each GPU that the service gives to runs, in bytes. Empty without any."""
+
+    def __init__(
+        self,
+        *,
+        config_json: _builtins.str = ...,
+        host_memory_bytes: _builtins.int = ...,
+        gpu_memory_bytes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["config_json", b"config_json", "gpu_memory_bytes", b"gpu_memory_bytes", "host_memory_bytes", b"host_memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InspectStudentResponse: _TypeAlias = InspectStudentResponse  # noqa: Y015
+
+@_typing.final
 class Dataset(_message.Message):
     """Dataset is an uploaded file of rows, by an id and a version or by its content alone."""
 

@@ -87,6 +87,16 @@ class RunServiceStub(object):
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.SerializeToString,
                 response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.FromString,
                 _registered_method=True)
+        self.InspectDataset = channel.unary_unary(
+                '/stillhouse.v1.RunService/InspectDataset',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectDatasetRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectDatasetResponse.FromString,
+                _registered_method=True)
+        self.InspectStudent = channel.unary_unary(
+                '/stillhouse.v1.RunService/InspectStudent',
+                request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectStudentRequest.SerializeToString,
+                response_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectStudentResponse.FromString,
+                _registered_method=True)
         self.ListDatasets = channel.unary_unary(
                 '/stillhouse.v1.RunService/ListDatasets',
                 request_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.ListDatasetsRequest.SerializeToString,
@@ -204,6 +214,22 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InspectDataset(self, request, context):
+        """InspectDataset reads a dataset that the trainer's host can read, checks its rows, and encodes some of them as a run
+        would train on them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def InspectStudent(self, request, context):
+        """InspectStudent returns the configuration of a run's student and the memory of the trainer's devices, from which
+        a client estimates the memory of the run.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListDatasets(self, request, context):
         """ListDatasets returns datasets, newest first.
         """
@@ -306,6 +332,16 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.InspectRows,
                     request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.FromString,
                     response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.SerializeToString,
+            ),
+            'InspectDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectDataset,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectDatasetRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectDatasetResponse.SerializeToString,
+            ),
+            'InspectStudent': grpc.unary_unary_rpc_method_handler(
+                    servicer.InspectStudent,
+                    request_deserializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectStudentRequest.FromString,
+                    response_serializer=protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectStudentResponse.SerializeToString,
             ),
             'ListDatasets': grpc.unary_unary_rpc_method_handler(
                     servicer.ListDatasets,
@@ -616,6 +652,60 @@ class RunService(object):
             '/stillhouse.v1.RunService/InspectRows',
             protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsRequest.SerializeToString,
             protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectRowsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/InspectDataset',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectDatasetRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InspectStudent(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stillhouse.v1.RunService/InspectStudent',
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectStudentRequest.SerializeToString,
+            protos_dot_stillhouse_dot_v1_dot_run__pb2.InspectStudentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -64,6 +64,14 @@ class RunServiceStub:
     """
     InspectRows: _grpc.UnaryUnaryMultiCallable[_run_pb2.InspectRowsRequest, _run_pb2.InspectRowsResponse]
     """InspectRows encodes rows as a run would train on them, and trains nothing."""
+    InspectDataset: _grpc.UnaryUnaryMultiCallable[_run_pb2.InspectDatasetRequest, _run_pb2.InspectDatasetResponse]
+    """InspectDataset reads a dataset that the trainer's host can read, checks its rows, and encodes some of them as a run
+    would train on them.
+    """
+    InspectStudent: _grpc.UnaryUnaryMultiCallable[_run_pb2.InspectStudentRequest, _run_pb2.InspectStudentResponse]
+    """InspectStudent returns the configuration of a run's student and the memory of the trainer's devices, from which
+    a client estimates the memory of the run.
+    """
     ListDatasets: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListDatasetsRequest, _run_pb2.ListDatasetsResponse]
     """ListDatasets returns datasets, newest first."""
     GetDataset: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetDatasetRequest, _run_pb2.Dataset]
@@ -117,6 +125,14 @@ class RunServiceAsyncStub(RunServiceStub):
     """
     InspectRows: _aio.UnaryUnaryMultiCallable[_run_pb2.InspectRowsRequest, _run_pb2.InspectRowsResponse]  # type: ignore[assignment]
     """InspectRows encodes rows as a run would train on them, and trains nothing."""
+    InspectDataset: _aio.UnaryUnaryMultiCallable[_run_pb2.InspectDatasetRequest, _run_pb2.InspectDatasetResponse]  # type: ignore[assignment]
+    """InspectDataset reads a dataset that the trainer's host can read, checks its rows, and encodes some of them as a run
+    would train on them.
+    """
+    InspectStudent: _aio.UnaryUnaryMultiCallable[_run_pb2.InspectStudentRequest, _run_pb2.InspectStudentResponse]  # type: ignore[assignment]
+    """InspectStudent returns the configuration of a run's student and the memory of the trainer's devices, from which
+    a client estimates the memory of the run.
+    """
     ListDatasets: _aio.UnaryUnaryMultiCallable[_run_pb2.ListDatasetsRequest, _run_pb2.ListDatasetsResponse]  # type: ignore[assignment]
     """ListDatasets returns datasets, newest first."""
     GetDataset: _aio.UnaryUnaryMultiCallable[_run_pb2.GetDatasetRequest, _run_pb2.Dataset]  # type: ignore[assignment]
@@ -227,6 +243,26 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.InspectRowsResponse, _abc.Awaitable[_run_pb2.InspectRowsResponse]]:
         """InspectRows encodes rows as a run would train on them, and trains nothing."""
+
+    @_abc_1.abstractmethod
+    def InspectDataset(
+        self,
+        request: _run_pb2.InspectDatasetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.InspectDatasetResponse, _abc.Awaitable[_run_pb2.InspectDatasetResponse]]:
+        """InspectDataset reads a dataset that the trainer's host can read, checks its rows, and encodes some of them as a run
+        would train on them.
+        """
+
+    @_abc_1.abstractmethod
+    def InspectStudent(
+        self,
+        request: _run_pb2.InspectStudentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_run_pb2.InspectStudentResponse, _abc.Awaitable[_run_pb2.InspectStudentResponse]]:
+        """InspectStudent returns the configuration of a run's student and the memory of the trainer's devices, from which
+        a client estimates the memory of the run.
+        """
 
     @_abc_1.abstractmethod
     def ListDatasets(

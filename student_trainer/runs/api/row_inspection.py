@@ -1,4 +1,4 @@
-"""Encodes a sample of rows in a process of its own, which has the tokenizer; one at a time, bounded in size and in time."""
+"""Encodes rows in a process of its own, which has the tokenizer; one at a time, bounded in size and in time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.student_trainer.config import proto
 from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
-from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve_rendering
+from stillhouse.student_trainer.runs.api.pages import bounded
+from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve_datasets, resolve_rendering
+from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.supervision.training_process import environment
 
 log = structlog.get_logger()
@@ -29,14 +31,19 @@ MAX_ROWS_BYTES = 8 << 20
 TIMEOUT_S = 300.0
 _FAILED = 3
 """Exit code of a refusal: that of train/inspect_rows.py."""
-_MODULE = "stillhouse.student_trainer.train.inspect_rows"
+_ROWS = "stillhouse.student_trainer.train.inspect_rows"
+_DATASET = "stillhouse.student_trainer.train.inspect_dataset"
+MOST_SHOWN, MOST_SAMPLED = 20, 1000
+DEFAULT_READ, MOST_READ = 100_000, 1_000_000
+"""Rows of a dataset that are read."""
 
 
 class RowInspection:
     """Encodes rows for clients."""
 
-    def __init__(self, host: Host) -> None:
-        self._host = host
+    def __init__(self, host: Host, db: DatabaseThread) -> None:
+        """`db` is the thread in which uploaded datasets are found."""
+        self._host, self._db = host, db
         self._turn = asyncio.Semaphore(1)
 
     async def inspect(self, request: pb.InspectRowsRequest) -> pb.InspectRowsResponse:
@@ -54,7 +61,50 @@ class RowInspection:
             )
         resolved = pb.InspectRowsRequest(spec=await self._settled(request.spec), rows=request.rows)
         async with self._turn:
-            return await self._encoded(resolved.SerializeToString())
+            return pb.InspectRowsResponse.FromString(
+                await self._response(_ROWS, resolved.SerializeToString())
+            )
+
+    async def inspect_dataset(self, request: pb.InspectDatasetRequest) -> pb.InspectDatasetResponse:
+        """Returns what a dataset holds, and what a run with the request's settings would make of it.
+
+        Raises StillhouseError: INVALID_REQUEST outside of the limits, INVALID_SPEC for the settings and for a dataset that no
+        run could name, DATASET_NOT_FOUND, DATASET_INVALID, MODEL_NOT_FOUND, TOKENIZER_INVALID.
+        """
+        shown = bounded("num_rows", request.num_rows, 1, MOST_SHOWN)
+        sampled = bounded("sample_rows", request.sample_rows, 0, MOST_SAMPLED)
+        read = bounded("max_rows", request.max_rows, DEFAULT_READ, MOST_READ)
+        bounded("first_row", request.first_row, 1, read)
+        spec = await self._settled(request.spec) if request.spec.student.model else request.spec
+        resolved = pb.InspectDatasetRequest(
+            dataset=await self._located(request.dataset),
+            spec=spec,
+            first_row=request.first_row,
+            num_rows=shown,
+            sample_rows=sampled,
+            max_rows=read,
+        )
+        async with self._turn:
+            out = await self._response(_DATASET, resolved.SerializeToString())
+        return pb.InspectDatasetResponse.FromString(out)
+
+    async def _located(self, dataset: pb.DatasetSpec) -> pb.DatasetSpec:
+        """Returns the dataset with its path on this host. Raises StillhouseError(INVALID_SPEC)."""
+        config = await asyncio.to_thread(proto.with_defaults, pb.RunSpec(data=pb.DataSpec(train=[dataset])))
+        place = "data.train[0]"
+        problems = [
+            each
+            for each in await asyncio.to_thread(problems_of, config)
+            if each.field.startswith(f"{place}.")
+        ]
+        found = await self._db(resolve_datasets, config, self._host, problems)
+        problems = [*found.problems, *await asyncio.to_thread(hub_problems, found.hub_ids)]
+        if problems:
+            named = [replace(each, field=each.field.replace(place, "dataset")) for each in problems]
+            raise invalid_spec(named)
+        settled = pb.RunSpec()
+        proto.write(found.config, settled)
+        return settled.data.train[0]
 
     async def _settled(self, spec: pb.RunSpec) -> pb.RunSpec:
         """Returns the settings with paths of this host. Raises StillhouseError(INVALID_SPEC)."""
@@ -75,9 +125,10 @@ class RowInspection:
         proto.write(replace(found.config, student=student, data=data), settled)
         return settled
 
-    async def _encoded(self, request: bytes) -> pb.InspectRowsResponse:
+    async def _response(self, module: str, request: bytes) -> bytes:
+        """What the module says to a request, both as bytes of messages. Raises the error that it ends with."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", _MODULE, str(self._host.data_dir)),
+            *(sys.executable, "-P", "-m", module, str(self._host.data_dir)),
             cwd=self._host.data_dir,
             env=environment(devices=(), threads=1, credentials=Path(os.devnull)),
             stdin=asyncio.subprocess.PIPE,
@@ -109,4 +160,4 @@ class RowInspection:
                 f"The process that encodes rows ended with exit code {process.returncode} ({' '.join(tail)}); see the "
                 "service's log.",
             )
-        return pb.InspectRowsResponse.FromString(out)
+        return out

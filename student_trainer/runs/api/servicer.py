@@ -39,6 +39,7 @@ from stillhouse.student_trainer.runs.api.spec_resolution import (
     resolve_devices,
 )
 from stillhouse.student_trainer.runs.api.streams import RunStreams
+from stillhouse.student_trainer.runs.api.student_config import inspect_student
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
@@ -80,7 +81,7 @@ class RunServicer(RunServiceServicer):
         self._webhooks = parts.webhooks
         self._host = parts.host
         self._max_queued_runs = parts.max_queued_runs
-        self._inspection = RowInspection(parts.host)
+        self._inspection = RowInspection(parts.host, parts.db)
         self._datasets = DatasetRpcs(
             parts.store.datasets,
             parts.db,
@@ -238,6 +239,18 @@ class RunServicer(RunServiceServicer):
     async def InspectRows(self, request: pb.InspectRowsRequest, context: Context) -> pb.InspectRowsResponse:
         """Encodes rows as a run would."""
         return await self._inspection.inspect(request)
+
+    async def InspectDataset(
+        self, request: pb.InspectDatasetRequest, context: Context
+    ) -> pb.InspectDatasetResponse:
+        """Reads a dataset, and encodes some of its rows as a run would."""
+        return await self._inspection.inspect_dataset(request)
+
+    async def InspectStudent(
+        self, request: pb.InspectStudentRequest, context: Context
+    ) -> pb.InspectStudentResponse:
+        """Returns a model's configuration, and this host's memory."""
+        return await inspect_student(request, self._host)
 
     async def ListArtifacts(
         self, request: pb.ListArtifactsRequest, context: Context

@@ -117,6 +117,13 @@ def resolve_rendering(config: RunConfig, host: Host, problems: Sequence[FieldVio
     return resolver.resolution(resolved, problems)
 
 
+def resolve_datasets(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = ()) -> Resolution:
+    """As `resolve`, for the training datasets alone."""
+    resolver = _Resolver(host, revision=config.student.revision)
+    train = resolver.datasets("data.train", config.data.train)
+    return resolver.resolution(replace(config, data=replace(config.data, train=train)), problems)
+
+
 def resolve_devices(config: RunConfig, host: Host) -> RunConfig:
     """`config` with its device count and numeric types, and everything else as it is. Raises as `resolve` does."""
     resolver = _Resolver(host, revision=config.student.revision)

@@ -32,6 +32,8 @@ VERBS = {
     "RunService.QueryMetrics": "run metrics",
     "RunService.UploadDataset": "data push",
     "RunService.InspectRows": "data inspect",
+    "RunService.InspectDataset": "data inspect",
+    "RunService.InspectStudent": "estimate",
     "RunService.ListDatasets": "data list",
     "RunService.GetDataset": "data show",
     "RunService.DeleteDataset": "data delete",

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 
 from stillhouse.client.cli import cli
 from stillhouse.client.inspection.lengths import histogram, percentiles
-from stillhouse.client.inspection.scan import MAX_SAMPLE_BYTES, scan
 from stillhouse.protos.rows.reading.source import RowSource
+from stillhouse.protos.rows.scan import MAX_SAMPLE_BYTES, scan
 from tests.conftest import Models
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_trainer

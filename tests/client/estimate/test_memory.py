@@ -166,10 +166,13 @@ def test_an_impossible_run_is_refused_with_remedies(tmp_path: Path) -> None:
     assert (fits.exit_code, json.loads(fits.stdout)["student"]["fits"]) == (0, True)
 
 
-def test_a_student_on_the_hub_alone_is_refused_with_the_flag_to_give(tmp_path: Path) -> None:
+def test_without_student_and_trainer_the_flag_to_give_is_named(tmp_path: Path) -> None:
     result = estimate(tmp_path, {"student": {"model": "Qwen/Qwen2.5-0.5B"}})
     assert result.exit_code == 2
-    assert "Qwen/Qwen2.5-0.5B is not on this machine; give its directory" in result.stderr
+    assert (
+        "Qwen/Qwen2.5-0.5B is not on this machine, and the trainer does not tell its sizes" in result.stderr
+    )
+    assert "as --student-model" in result.stderr
 
 
 def test_the_teacher_is_estimated_too(tmp_path: Path) -> None:

@@ -50,3 +50,33 @@ def test_a_failure_of_the_process_is_the_clients_error(service: Service) -> None
     model = service.spec().student.model
     with refused(Reason.MODEL_NOT_FOUND):
         inspect(service, model, '{"text": "a"}')
+
+
+@pytest.mark.parametrize("path", ["", "/etc/passwd", "datasets/none@1", "outside/none.jsonl"])
+def test_a_dataset_is_looked_for_as_that_of_a_run(service: Service, path: str) -> None:
+    with refused(Reason.INVALID_SPEC) as caught:
+        service.stub.InspectDataset(pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=path)))
+    assert [each.field for each in caught[0].violations] == ["dataset.path"]
+
+
+def test_an_uploaded_dataset_is_read_without_a_tokenizer(service: Service) -> None:
+    name = service.upload("rows.csv", b"prompt,completion\na,b\nc,d\n").name
+    found = service.stub.InspectDataset(pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=name)))
+    assert (found.container, found.num_rows, found.complete) == ("CSV", 2, True)
+    assert [each.name for each in found.fields] == ["prompt", "completion"]
+    assert (len(found.rows), found.HasField("encoding")) == (1, False)
+    for field in ("first_row", "num_rows", "sample_rows", "max_rows"):
+        with refused(Reason.INVALID_REQUEST):
+            service.stub.InspectDataset(
+                pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=name), **{field: -1})
+            )
+
+
+def test_a_students_configuration_is_told(service: Service) -> None:
+    found = service.stub.InspectStudent(pb.InspectStudentRequest(model=service.spec().student.model))
+    assert found.config_json == '{"model_type": "nothing"}'
+    assert found.host_memory_bytes > 2**28
+    for model in ("", "/etc", "nobody/nothing"):
+        with refused(Reason.INVALID_SPEC) as caught:
+            service.stub.InspectStudent(pb.InspectStudentRequest(model=model))
+        assert [each.field for each in caught[0].violations] == ["model"]

@@ -70,20 +70,26 @@ class Scan:
     fields: dict[str, FieldUse] = field(default_factory=dict)
     sample: list[tuple[int, str]] = field(default_factory=list)
     """Number and JSON text of rows drawn uniformly, by number."""
-    chosen: Row | None = None
-    """The row that was asked for, or the first one."""
+    rows: list[Row] = field(default_factory=list)
+    """Those that were asked for."""
+
+    @property
+    def chosen(self) -> Row | None:
+        """The first of them."""
+        return self.rows[0] if self.rows else None
 
 
 def scan(
     source: RowSource,
     *,
     sample_rows: int,
-    row: int | None = None,
+    first_row: int = 1,
+    num_rows: int = 1,
     limit: int | None = None,
     on_rows: Callable[[int], None] = lambda _: None,
     **parsing: Any,
 ) -> Scan:
-    """Reads a dataset, at most `limit` rows of it; `row` is the number of one to keep.
+    """Reads a dataset, at most `limit` rows of it, and keeps `num_rows` that can be trained on from `first_row` on.
 
     The sample has at most `sample_rows` rows and MAX_SAMPLE_BYTES, or one row. `parsing` are options of
     `parse_training_row`, and `on_rows` is told the number of rows now and then. Raises StillhouseError for a source that
@@ -112,8 +118,8 @@ def scan(
         found.num_rows += 1
         _count(values, found.fields)
         here = Row(number=number, values=values)
-        if number == row or (row is None and found.chosen is None):
-            found.chosen = here
+        if number >= first_row and len(found.rows) < num_rows:
+            found.rows.append(here)
         reservoir.offer(here)
     if limit is not None and next(rows, None) is not None:
         found.is_complete = False
