@@ -19,6 +19,7 @@ from stillhouse.client.web.api.logs import run_logs
 from stillhouse.client.web.api.messages import check_names, content_type, invalid, read_body
 from stillhouse.client.web.api.routes import PREFIX, ROUTES
 from stillhouse.client.web.api.run_creation import create_run
+from stillhouse.client.web.api.run_files import check_run_file, estimate_run_file, run_file_schema
 from stillhouse.client.web.api.sessions import check_access, get_session, sign_in, sign_out
 from stillhouse.client.web.api.unary import unary
 from stillhouse.client.web.problems import JsonResponse, not_found, problem_response
@@ -84,6 +85,9 @@ OWN: tuple[tuple[str, str, Handler], ...] = (
     ("DELETE", f"{PREFIX}/session", sign_out),
     ("GET", f"{PREFIX}/teachers", list_teachers),
     ("GET", f"{PREFIX}/errors/{{reason}}", show_reason),
+    ("GET", f"{PREFIX}/run-files/schema", run_file_schema),
+    ("POST", f"{PREFIX}/run-files:check", check_run_file),
+    ("POST", f"{PREFIX}/run-files:estimate", estimate_run_file),
     ("GET", "/healthz", healthy),
 )
 """Routes that are no rpc."""

@@ -30,7 +30,8 @@ from stillhouse.protos.stillhouse.v1 import run_pb2
 
 MAX_RUN_BYTES = 256 * 1024
 """As large as the run service takes a spec."""
-_one_at_a_time = asyncio.Semaphore(1)
+one_at_a_time = asyncio.Semaphore(1)
+"""Reading a run file needs the interpreter, which serves everybody."""
 YAML_TYPES = ("application/yaml", "application/x-yaml", "text/yaml")
 
 
@@ -75,7 +76,7 @@ async def run_file(content: bytes, source: str) -> RunFile:
 
     Raises StillhouseError(INVALID_SPEC) if nothing of it can be read; problems of single fields stay in it.
     """
-    async with _one_at_a_time:  # reading needs the interpreter, which serves everybody
+    async with one_at_a_time:
         return await asyncio.to_thread(read_run, content, source, reads_files=False)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from stillhouse.client.web.api.compatibility import REPORTS, TASKS
 from stillhouse.client.web.api.routes import PREFIX
+from stillhouse.client.web.api.run_creation import MAX_RUN_BYTES
+from stillhouse.client.web.api.run_files import MAX_CHANGES
 from stillhouse.client.web.openapi.json_schema import REF, Schema
 from stillhouse.client.web.problems import MEDIA_TYPE as PROBLEM
 from stillhouse.protos.errors import Reason
@@ -16,6 +18,7 @@ _STRING: Schema = {"type": "string"}
 _TEXTS: Schema = {"type": "object", "additionalProperties": _STRING}
 _REASON: Schema = {"enum": [str(each) for each in Reason]}
 _NUMBER: Schema = {"type": ["number", "null"]}
+_COUNT: Schema = {"type": "integer", "minimum": 0}
 _VIOLATION: Schema = {
     "type": "object",
     "properties": {
@@ -128,6 +131,71 @@ _TEACHERS: Schema = {
     },
 }
 
+_TEXT_OF_RUN: Schema = {"type": "string", "maxLength": MAX_RUN_BYTES, "description": "A run file in YAML."}
+_CHANGE: Schema = {
+    "type": "object",
+    "description": "A value to set, or null to remove it, at a path such as loss.terms[0].weight.",
+    "properties": {
+        "path": _STRING,
+        "value": {
+            "anyOf": [_STRING, {"type": "array", "items": _STRING}, _TEXTS, {"type": "null"}],
+        },
+    },
+    "required": ["path", "value"],
+    "additionalProperties": False,
+}
+_CHECK: Schema = {
+    "type": "object",
+    "properties": {
+        "text": _TEXT_OF_RUN,
+        "changes": {"type": "array", "items": _CHANGE, "maxItems": MAX_CHANGES},
+        "opened": {**_TEXT_OF_RUN, "description": "The run file that the command line begins with."},
+        "validate": {"type": "boolean", "default": True, "description": "Ask the run service, too."},
+    },
+    "required": ["text"],
+    "additionalProperties": False,
+}
+_CHECKED: Schema = {
+    "type": "object",
+    "properties": {
+        "text": _STRING,
+        "keeps_comments": {"type": "boolean"},
+        "problems": {"type": "array", "items": _VIOLATION},
+        "written": {"type": "object", "description": "The settings that the file has."},
+        "effective_spec": {"$ref": REF + "RunSpec"},
+        "command": {"type": ["string", "null"]},
+    },
+    "required": ["text", "keeps_comments", "problems"],
+}
+_ESTIMATE: Schema = {
+    "type": "object",
+    "properties": {"text": _TEXT_OF_RUN},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+_PART: Schema = {
+    "type": "object",
+    "properties": {
+        "total_bytes": _COUNT,
+        "fits": {"type": "boolean"},
+        "parts_bytes": {"type": "object", "additionalProperties": _COUNT},
+    },
+    "required": ["total_bytes", "fits", "parts_bytes"],
+}
+_FORECAST: Schema = {
+    "type": "object",
+    "properties": {
+        "device": {"enum": ["cpu", "gpu"]},
+        "memory_bytes": _COUNT,
+        "parameters": _COUNT,
+        "student": _PART,
+        "together": {"type": "object"},
+        "remedies": {"type": "array", "items": {"type": "object"}},
+        "fits": {"type": "boolean"},
+    },
+    "required": ["device", "memory_bytes", "parameters", "student", "together", "remedies", "fits"],
+}
+
 OWN_PATHS: Mapping[str, Schema] = {
     f"{PREFIX}/session": {
         "get": _operation("Who the caller is", {"200": _SESSION}, "session"),
@@ -147,6 +215,29 @@ OWN_PATHS: Mapping[str, Schema] = {
             {"200": {"description": "Meaning and remedy.", **_content(_TEXTS)}},
             "errors",
             parameters=[{"in": "path", "name": "reason", "required": True, "schema": _REASON}],
+        )
+    },
+    f"{PREFIX}/run-files/schema": {
+        "get": _operation(
+            "Get the JSON Schema of a run file",
+            {"200": {"description": "The schema.", **_content({"type": "object"})}},
+            "runs",
+        )
+    },
+    f"{PREFIX}/run-files:check": {
+        "post": _operation(
+            "Edit and check a run file",
+            {"200": {"description": "Its text, values and problems.", **_content(_CHECKED)}},
+            "runs",
+            requestBody={"required": True, **_content(_CHECK)},
+        )
+    },
+    f"{PREFIX}/run-files:estimate": {
+        "post": _operation(
+            "Forecast the memory of a run",
+            {"200": {"description": "The forecast.", **_content(_FORECAST)}},
+            "runs",
+            requestBody={"required": True, **_content(_ESTIMATE)},
         )
     },
     "/healthz": {

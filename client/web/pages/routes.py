@@ -11,7 +11,9 @@ from starlette.responses import RedirectResponse, Response
 
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.pages import views
+from stillhouse.client.web.pages.datasets import show_dataset, show_datasets
 from stillhouse.client.web.pages.failure import failure_of
+from stillhouse.client.web.pages.new_run import show_new_run
 from stillhouse.client.web.pages.rendering import render
 from stillhouse.client.web.problems import error_headers, http_status
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
@@ -21,9 +23,12 @@ PAGES: Mapping[str, View] = {
     "/": views.show_runs,
     "/compare": views.compare,
     "/sign-in": views.show_sign_in,
+    "/runs/new": show_new_run,
     "/runs/{run}": views.show_run,
     "/runs/{run}/head": views.show_run_head,
     "/runs/{run}/artifacts": views.show_artifacts,
+    "/data": show_datasets,
+    "/data/{dataset}": show_dataset,
     "/favicon.ico": views.icon,
     "/static/{digest}/{name:path}": views.static_file,
 }

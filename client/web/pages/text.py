@@ -57,3 +57,13 @@ def size(count: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} TiB"
+
+
+def dataset_name(name: str) -> str:
+    """The name of a dataset without its folder: gsm8k@2, or a SHA-256."""
+    return name.removeprefix("datasets/")
+
+
+def shorter(name: str) -> str:
+    """A SHA-256 as its first digits; other names as they are."""
+    return name[:12] if len(name) == 64 and "@" not in name else name

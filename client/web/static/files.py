@@ -23,9 +23,9 @@ _ROOT = Path(__file__).parent
 def contents() -> dict[str, bytes]:
     """Content by name, such as "own/app.css"."""
     return {
-        f"{folder}/{path.name}": path.read_bytes()
+        path.relative_to(_ROOT).as_posix(): path.read_bytes()
         for folder in FOLDERS
-        for path in sorted((_ROOT / folder).iterdir())
+        for path in sorted((_ROOT / folder).rglob("*"))
         if path.suffix in MEDIA_TYPES
     }
 

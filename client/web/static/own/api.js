@@ -1,13 +1,13 @@
 // Requests to the HTTP API, with the session's CSRF token; a refusal is an Error with the problem's sentences.
 
-export async function request(method, url, body) {
+export async function request(method, url, body, type = "application/json") {
   const headers = { accept: "application/json" };
   const token = document.querySelector('meta[name="csrf-token"]').content;
   if (token) headers["x-csrf-token"] = token;
-  if (body !== undefined) headers["content-type"] = "application/json";
+  if (body !== undefined) headers["content-type"] = type;
   let response;
   try {
-    response = await fetch(url, { method, headers, body: body === undefined ? undefined : JSON.stringify(body) });
+    response = await fetch(url, { method, headers, body: typeof body === "string" || body === undefined ? body : JSON.stringify(body) });
   } catch {
     throw new Error("The web server does not respond. Check that it runs, then try again.");
   }
