@@ -85,7 +85,7 @@ class Layout:
             return None
         if found.start_mark.index < start:
             raise NoPlace  # an alias, whose node lies elsewhere
-        in_flow = place.in_flow or bool(node.flow_style)
+        in_flow = place.in_flow or _is_flow(node)
         return _Place(node=found, column=node.start_mark.column, colon=colon, in_flow=in_flow)
 
     def _added(self, place: _Place, steps: Sequence[Step], item: Any) -> str:
@@ -98,8 +98,7 @@ class Layout:
             raise NoPlace
         if not node.value and not place.in_flow and (place.colon is not None or place.column >= 0):
             return self._replaced(place, [value] if is_list else {steps[0]: value})
-        in_flow = place.in_flow or bool(node.flow_style)
-        if in_flow:
+        if place.in_flow or _is_flow(node):
             text = flow_text(value) if is_list else f"{steps[0]}: {flow_text(value)}"
             close = node.end_mark.index - 1
             start = len(self._text[:close].rstrip())
@@ -110,7 +109,7 @@ class Layout:
 
     def _replaced(self, place: _Place, item: Any) -> str:
         node = place.node
-        is_block = isinstance(node, yaml.CollectionNode) and not node.flow_style
+        is_block = isinstance(node, yaml.CollectionNode) and not _is_flow(node)
         start, end = node.start_mark.index, self._end(node)
         if place.in_flow:
             return self._spliced(start, end, flow_text(item))
@@ -140,7 +139,7 @@ class Layout:
         children = _children(holder.node)
         number = next(at for at, each in enumerate(children) if each[1] is place.node)
         start, end = children[number][0].start_mark.index, self._end(place.node)
-        if holder.in_flow or holder.node.flow_style:
+        if holder.in_flow or _is_flow(holder.node):
             if number + 1 < len(children):
                 return self._spliced(start, children[number + 1][0].start_mark.index, "")
             return self._spliced(self._end(children[number - 1][1]), end, "")
@@ -155,7 +154,7 @@ class Layout:
 
     def _end(self, node: yaml.Node) -> int:
         """Index behind the last character of a node; block collections go on to the next token, over comments."""
-        if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        if isinstance(node, yaml.CollectionNode) and not _is_flow(node) and node.value:
             key, value = _children(node)[-1]
             if value.start_mark.index < key.start_mark.index:
                 raise NoPlace
@@ -175,6 +174,11 @@ def spells(key: object, name: str) -> bool:
     """True if a file's key is the field `name`, in snake_case or lowerCamelCase."""
     head, *rest = name.split("_")
     return key in (name, head + "".join(part.capitalize() for part in rest))
+
+
+def _is_flow(node: yaml.Node) -> bool:
+    """True for a collection in brackets or braces."""
+    return isinstance(node, yaml.CollectionNode) and bool(node.flow_style)
 
 
 def _children(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:

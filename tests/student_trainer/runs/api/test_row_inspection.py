@@ -66,10 +66,10 @@ def test_an_uploaded_dataset_is_read_without_a_tokenizer(service: Service) -> No
     assert [each.name for each in found.fields] == ["prompt", "completion"]
     assert (len(found.rows), found.HasField("encoding")) == (1, False)
     for field in ("first_row", "num_rows", "sample_rows", "max_rows"):
+        request = pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=name))
+        setattr(request, field, -1)
         with refused(Reason.INVALID_REQUEST):
-            service.stub.InspectDataset(
-                pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=name), **{field: -1})
-            )
+            service.stub.InspectDataset(request)
 
 
 def test_a_students_configuration_is_told(service: Service) -> None:
