@@ -106,7 +106,7 @@ class Arms:
                 elif event["event"] == "step":
                     result.steps[event["step"]] = event["time"]
         result.folders = {int(each.name): str(each) for each in folder.iterdir() if each.name.isdigit()}
-        self._judge(result, code, log)
+        self._judge(result, code, log, steps=self.sizes.steps)
         return result
 
     def stillhouse(
@@ -130,7 +130,8 @@ class Arms:
                 running = _start(services, folder, stack)
             except ProgramError as error:
                 return self._unable(result, error)
-            make_run_dir(run_dir.path, spec([each.target for each in running]))
+            asked = spec([each.target for each in running])
+            make_run_dir(run_dir.path, asked)
             command = [
                 sys.executable,
                 "-m",
@@ -155,7 +156,7 @@ class Arms:
                 values = metric_of(run_dir, key)
                 if values:
                     result.metrics[key] = values[max(values)]
-        self._judge(result, code, log)
+        self._judge(result, code, log, steps=0 if asked.task == "cache" else self.sizes.steps)
         return result
 
     def score(self, kind: str, results: Sequence[ArmResult]) -> None:
@@ -192,15 +193,13 @@ class Arms:
         self.say(f"{result.name}: {result.problem}")
         return result
 
-    def _judge(self, result: ArmResult, code: int | None, log: Path) -> None:
+    def _judge(self, result: ArmResult, code: int | None, log: Path, *, steps: int) -> None:
         if code is None:
             result.problem = f"stopped after {self.minutes:g} minutes"
         elif code:
             result.problem = f"ended with {code}: {tail(log)}"
-        elif result.began_s is not None and result.last_step < self.sizes.steps:
-            result.problem = (
-                f"took {result.last_step} of {self.sizes.steps} steps in {self.minutes:g} minutes"
-            )
+        elif result.began_s is not None and result.last_step < steps:
+            result.problem = f"took {result.last_step} of {steps} steps in {self.minutes:g} minutes"
         seconds = result.seconds()
         took = (
             f"{seconds:.1f} s for {result.last_step} steps"
