@@ -111,7 +111,11 @@ def make_model(width: int, num_layers: int, vocabulary: int) -> Any:
 def make_optimizer(model: Any, steps: int) -> tuple[Any, Any]:
     """AdamW with a cosine schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.05)
+    # Both phases of the schedule have a step at least.
+    warm_up = max(0.05, 2 / steps) if steps > 2 else 0.5
+    return optimizer, torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, total_steps=steps, pct_start=warm_up
+    )
 
 
 def take_step(loss: Tensor, model: Any, optimizer: Any, schedule: Any) -> None:
