@@ -105,6 +105,10 @@ bench-e2e: setup ## seconds to equal quality, online and cached, beside TRL's lo
 bench-start: setup ## seconds from `run create` to the first step, and of a teacher to its first answer, by stage; JSON=FILE
 	$(PY) -m benchmarks.start $(if $(JSON),--json $(JSON)) $(ARGS)
 
+.PHONY: bench-gpu
+bench-gpu: ## conformance and speed on one GPU in ten minutes, installing nothing; its small form without one; JSON=FILE
+	$(or $(GPU_PYTHON),$(PY)) -m benchmarks.gpu $(if $(JSON),--json $(JSON)) $(ARGS)
+
 bench-soak: setup ## two trainers and a batch job on one teacher: fair shares, flat memory
 	$(PY) -m benchmarks.soak $(ARGS)
 

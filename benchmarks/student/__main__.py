@@ -101,6 +101,14 @@ REQUIRED = {
 @click.option(
     "--sequences", default=DEFAULT.sequences, show_default=True, help="Sequences of 512 tokens each."
 )
+@click.option(
+    "--peers-dir",
+    type=click.Path(path_type=Path),
+    default=PEERS_DIR,
+    show_default=True,
+    help="Folder of the peers' packages.",
+)
+@click.option("--install/--no-install", default=True, help="Install the peers where they are missing.")
 def main(  # noqa: PLR0917 (click passes them by name)
     json_file: Path | None,
     rounds: int,
@@ -115,6 +123,8 @@ def main(  # noqa: PLR0917 (click passes them by name)
     layers: int,
     heads: int,
     sequences: int,
+    peers_dir: Path,
+    install: bool,
 ) -> None:
     """Measure the student's step."""
     console = Console()
@@ -139,8 +149,8 @@ def main(  # noqa: PLR0917 (click passes them by name)
         *peers,
     ]
     passes = [each for each in dict.fromkeys(passes) if not only or each.method in only]
-    if any(each.method in PEER_METHODS for each in passes):
-        _install_peers(console)
+    if install and any(each.method in PEER_METHODS for each in passes):
+        _install_peers(peers_dir, console)
     found: dict[MethodPass, list[PassResult]] = defaultdict(list)
     missing: dict[MethodPass, str] = {}
     for number in range(rounds):
@@ -148,7 +158,7 @@ def main(  # noqa: PLR0917 (click passes them by name)
             if each in missing:
                 continue
             try:
-                found[each].append(measure(each, steps, sizes))
+                found[each].append(measure(each, steps, sizes, peers_dir))
             except RuntimeError as error:
                 missing[each] = str(error)
                 console.print(f"round {number + 1} of {rounds}: {each}: {error}", soft_wrap=True)
@@ -223,16 +233,16 @@ def _save(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps({**before, **content, "details": details}, indent=2) + "\n")
 
 
-def _install_peers(console: Console) -> None:
+def _install_peers(peers_dir: Path, console: Console) -> None:
     """Installs the peers, once, without dependencies, which this environment has."""
-    stamp = PEERS_DIR / ".done"
+    stamp = peers_dir / ".done"
     if stamp.exists() and stamp.read_text() == " ".join(PEERS):
         return
-    PEERS_DIR.mkdir(parents=True, exist_ok=True)
+    peers_dir.mkdir(parents=True, exist_ok=True)
     for peer in PEERS:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
         done = subprocess.run(
-            [*command, "--target", str(PEERS_DIR), peer], capture_output=True, text=True, check=False
+            [*command, "--target", str(peers_dir), peer], capture_output=True, text=True, check=False
         )
         if done.returncode:
             console.print(f"{peer} cannot be installed: {done.stderr.strip().splitlines()[-1:]}")
@@ -240,9 +250,9 @@ def _install_peers(console: Console) -> None:
     stamp.write_text(" ".join(PEERS))
 
 
-def measure(each: MethodPass, steps: int, sizes: Sizes) -> PassResult:
+def measure(each: MethodPass, steps: int, sizes: Sizes, peers_dir: Path = PEERS_DIR) -> PassResult:
     """Runs one pass in a fresh process. Raises RuntimeError with the reason if it fails."""
-    path = os.pathsep.join([str(PEERS_DIR.resolve()), *sys.path])
+    path = os.pathsep.join([str(peers_dir.resolve()), *sys.path])
     arguments = [each.method, str(each.chunk), str(steps), json.dumps(asdict(sizes))]
     command = [sys.executable, "-m", "benchmarks.student.step_worker", *arguments]
     try:

@@ -72,7 +72,12 @@ def _details(measured: Mapping[str, Measured], peers: Peers, options: Options) -
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the ratios and every pass here."
 )
-@click.option("--models", default="small,wide,qwen", show_default=True, help="Some of small, wide and qwen.")
+@click.option(
+    "--models",
+    default="small,wide,qwen",
+    show_default=True,
+    help="Some of small, wide, qwen and, for a GPU, qwen7b.",
+)
 @click.option("--only", default="", help="Names of ratios, with commas.  [default: all]")
 @click.option(
     "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Largest number of rounds."

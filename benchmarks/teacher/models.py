@@ -76,6 +76,19 @@ SHAPES = {
             length=512,
             num_texts=32,
         ),
+        # Qwen2.5-7B, for a GPU: 15 GB of weights.
+        Shape(
+            name="qwen7b",
+            vocab_size=152_064,
+            hidden_size=3584,
+            num_layers=28,
+            num_heads=28,
+            num_kv_heads=4,
+            intermediate_size=18_944,
+            num_sequences=32,
+            length=1024,
+            num_texts=32,
+        ),
     )
 }
 MAX_SEQUENCE_TOKENS = 2048
@@ -99,7 +112,9 @@ def make_teacher(shape: Shape, directory: Path) -> Path:
         # Wide enough that top-k tokens differ between positions.
         initializer_range=0.1 if shape.hidden_size < 512 else 0.02,
     )
-    with torch.random.fork_rng(devices=[]):
+    config.dtype = torch.bfloat16
+    # Billions of weights are drawn on a GPU in seconds.
+    with torch.random.fork_rng(), torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         torch.manual_seed(0)
         model = Qwen2ForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory, safe_serialization=True)

@@ -154,6 +154,11 @@ RATIOS = (
         stretch=0.95,
     ),
     # Comparisons only.
+    Ratio(name="gen_topk_vs_plain_qwen_k64", model="qwen", ours="gen_k64", other="gen_plain", limit="decode"),
+    Ratio(name="score_vs_engine_qwen7b_k64", model="qwen7b", ours="score_k64", other="engine", limit="score"),
+    Ratio(
+        name="gen_topk_vs_plain_qwen7b_k64", model="qwen7b", ours="gen_k64", other="gen_plain", limit="decode"
+    ),
     Ratio(name="score_draws_vs_k64_wide", model="wide", ours="score_draws_k16", other="score_packed_k64"),
     Ratio(name="score_vs_engine_small_k20", model="small", ours="score_k20", other="engine", limit="score"),
     Ratio(name="score_vs_engine_small_k128", model="small", ours="score_k128", other="engine", limit="score"),

@@ -23,7 +23,7 @@ from benchmarks.teacher.timed_pass import Pass
 from stillhouse.protos.errors import StillhouseError
 from tests.support.programs import ProgramError
 
-SHARE_OF_TIME = {"small": 0.55, "wide": 0.12, "qwen": 0.33}
+SHARE_OF_TIME = {"small": 0.55, "wide": 0.12, "qwen": 0.33, "qwen7b": 0.33}
 """Share of the total time per model."""
 LAST = ("batch", "batch_llm")
 LAST_SHARE = 0.12

@@ -26,8 +26,10 @@ MAX_TOP_K = 256
 MAX_BATCH_TOKENS = 8192
 CPU_LOGITS_ELEMENTS = 1 << 28
 KV_CACHE_GIB = 1
-GPU_SHARE = 0.15
-"""Share of a GPU's memory for each concurrent engine."""
+GPU_SHARE, LARGE_GPU_SHARE = 0.15, 0.4
+"""Share of a GPU's memory for each concurrent engine, and for each of two with a large model."""
+LARGE_HIDDEN = 2048
+"""Width from which a model is large."""
 START_TIMEOUT_S = 300.0
 LOG_BYTES = 4000
 QUIET = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "HF_HUB_OFFLINE": "1"}
@@ -126,7 +128,8 @@ class Servers:
         if self._settings.threads:
             options["threads"] = self._settings.threads
         if not self._settings.on_cpu:
-            options["gpu_memory_utilization"] = GPU_SHARE
+            is_large = self._shape.hidden_size >= LARGE_HIDDEN
+            options["gpu_memory_utilization"] = LARGE_GPU_SHARE if is_large else GPU_SHARE
         return options
 
     def _engine_all(self, running: ExitStack) -> Callable[[], LineProcess]:

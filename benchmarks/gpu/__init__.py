@@ -1,0 +1,1 @@
+"""The check of Stillhouse on one GPU in ten minutes: what it computes, how fast, and what a student learns."""
