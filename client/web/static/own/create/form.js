@@ -11,6 +11,8 @@ const SUGGESTIONS = [
 ];
 
 const title = (name) => name.replaceAll("_", " ").replace(/^./, (first) => first.toUpperCase());
+const ITEMS = { train: "training dataset", eval: "evaluation dataset", sets: "evaluation set", notify: "webhook" };
+const itemOf = (name) => ITEMS[name] ?? name.replaceAll("_", " ").replace(/s$/, "");
 const snake = (path) => path.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
 
 export class Form {
@@ -31,7 +33,8 @@ export class Form {
   // Shows the values of a run file; groups stay open, and the focus stays where it is.
   show(written, focusPath) {
     const open = new Map([...this.place.querySelectorAll("details")].map((each) => [each.dataset.group, each.open]));
-    const focused = focusPath ?? document.activeElement?.dataset?.path;
+    const active = document.activeElement;
+    const focused = focusPath ?? active?.dataset?.path;
     const fields = this.schema.fields(this.schema.root);
     const isGeneral = ({ kind }) => kind !== "message" && kind !== "messages";
     this.place.replaceChildren(
@@ -42,6 +45,7 @@ export class Form {
     this.showProblems(this.problems);
     if (!focused) return;
     const target = [...this.place.querySelectorAll("[data-path], button[data-change]")].find((each) => each.dataset.path === focused || (focusPath && (each.dataset.path || each.dataset.change).startsWith(focused)));
+    if (!focusPath && target && target.value !== active.value) target.value = active.value; // typed, and not yet left
     target?.focus({ preventScroll: !focusPath });
   }
 
@@ -85,15 +89,15 @@ export class Form {
   }
 
   list(field, path, values, depth) {
-    const name = field.name.replaceAll("_", " ");
+    const name = itemOf(field.name);
     const items = values.map((value, at) => {
       const here = `${path}[${at}]`;
       const fields = this.schema.fields(field.message).map((each) => this.part(each, here, value, depth + 1));
       const remove = element("button", { type: "button", data: { change: here, focus: path } }, `Remove ${name} ${at + 1}`);
-      return element("fieldset", { className: "part" }, element("legend", {}, `${title(field.name)} ${at + 1}`), element("p", { className: "error", id: `problem-${here}` }), ...fields, remove);
+      return element("fieldset", { className: "part" }, element("legend", {}, `${title(name)} ${at + 1}`), element("p", { className: "error", id: `problem-${here}` }), ...fields, remove);
     });
     const next = `${path}[${values.length}]`;
-    const add = element("button", { type: "button", data: { change: next, add: "yes", focus: next } }, values.length ? `Add another to ${name}` : `Add to ${name}`);
+    const add = element("button", { type: "button", data: { change: next, add: "yes", focus: next } }, `Add ${values.length ? "another" : /^[aeiou]/.test(name) ? "an" : "a"} ${name}`);
     const about = depth ? element("p", { className: "muted about" }, `${title(field.name)}: ${field.description}`) : null;
     return element("div", { className: "list", data: { words: `${path} ${field.description}`.toLowerCase() } }, about, element("p", { className: "error", id: `problem-${path}` }), ...items, add);
   }

@@ -103,8 +103,8 @@ async function create() {
   clearTimeout(timer);
   await validate(false);
   if (checked.problems.length) {
-    get("problems").closest("section").scrollIntoView();
-    notice("The run has problems; correct them first.", "create");
+    get("problems").scrollIntoView({ block: "center" });
+    get("problems").querySelector("button")?.focus({ preventScroll: true });
     return;
   }
   const run = await request("POST", `/api/v1/runs?request_id=${uuid()}`, editor.text, "application/yaml");

@@ -51,5 +51,5 @@ function tokens({ token_ids: ids, token_bytes: texts, targets, num_tokens: all }
     return element("span", { className: targets[at] ? "token target" : "token", title: `token ${at}: ${id}` }, text || "▫");
   });
   const rest = all > ids.length ? [element("span", { className: "muted" }, ` … and ${number(all - ids.length)} more tokens`)] : [];
-  return element("p", { className: "tokens" }, ...parts, ...rest);
+  return element("div", { className: "tokens", tabIndex: 0, aria: { role: "group", label: "Tokens" } }, ...parts, ...rest);
 }
