@@ -93,6 +93,10 @@ def estimate(
             apart=teacher_apart or has_own,
         )
     found = forecast(run.spec, shape, device=device, limit=limit, teacher=teacher)
+    if "hidden states" in found.parts["student"] and teacher is None:
+        session.note(
+            "loss.hidden_mse: the teacher is taken for as wide as the student; --teacher-model tells more."
+        )
     if session.as_json:
         session.emit(found.as_json())
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stillhouse.client.estimate.memory import (
@@ -93,8 +93,15 @@ class Forecast:
 def forecast(
     spec: RunSpec, shape: ModelShape, *, device: str, limit: int, teacher: Teacher | None = None
 ) -> Forecast:
-    """Predicts the memory of the run. Raises StillhouseError(INVALID_REQUEST) for an optimizer that is not known."""
-    plan = MemoryPlan.from_spec(spec, device)
+    """Predicts the memory of the run. Raises StillhouseError(INVALID_REQUEST) for an optimizer that is not known.
+
+    Without a `teacher` one whose hidden states are compared is taken for as wide and as deep as the student.
+    """
+    if spec.student.keep_layers:
+        shape = replace(shape, layers=len(spec.student.keep_layers))
+    plan = MemoryPlan.from_spec(spec, device).with_hidden(
+        spec, shape, shape if teacher is None else teacher.shape
+    )
     parts = {"student": student_bytes(shape, plan)}
     if teacher is not None:
         parts["teacher"] = teacher_bytes(

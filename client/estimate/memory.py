@@ -1,6 +1,6 @@
 """Predicts the memory that training a student and serving a teacher take, from shapes; an estimate, not a promise.
 
-Counted are weights, gradients, optimizer states, activations, and the logits of one chunk. The constants
+Counted are weights, gradients, optimizer states, activations, hidden states that are compared, and the logits of one chunk. The constants
 follow the training process: trained weights and their gradients are float32, a frozen base is bfloat16 on a GPU.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from stillhouse.client.core.errors import usage_error
+from stillhouse.client.estimate.hidden_states import HiddenPlan
 from stillhouse.client.estimate.model_shape import ModelShape
 from stillhouse.client.runfile.schema import setting
 from stillhouse.protos.rpc.channel import is_loopback
@@ -47,10 +48,12 @@ class MemoryPlan:
     optimizer: str
     half: bool
     """True if it computes in 16 bits."""
+    hidden: HiddenPlan | None = None
+    """Comparison of hidden states, if there is one."""
 
     @classmethod
     def from_spec(cls, spec: RunSpec, device: str) -> MemoryPlan:
-        """The plan of a run file, with the defaults of a run."""
+        """The plan of a run file, with the defaults of a run; its hidden states are added `with_hidden`."""
         student, optimizer = spec.student, spec.optimizer
         adapter = student.HasField("lora") or bool(student.adapter)
         name = setting(optimizer, "name")
@@ -68,6 +71,15 @@ class MemoryPlan:
             optimizer=name,
             half=precision != "fp32",
         )
+
+    def with_hidden(self, spec: RunSpec, student: ModelShape, teacher: ModelShape) -> MemoryPlan:
+        """The plan with the hidden states that a run file compares."""
+        optimizer = spec.optimizer
+        if self.rows_per_pass is None:
+            rows = optimizer.batch_size or ROWS
+        else:
+            rows = self.rows_per_pass * (optimizer.grad_accum_steps or 1)
+        return replace(self, hidden=HiddenPlan.from_spec(spec, student, teacher, rows=rows))
 
 
 def _rows_per_pass(optimizer: OptimizerSpec) -> int | None:
@@ -89,6 +101,8 @@ def student_bytes(shape: ModelShape, plan: MemoryPlan) -> dict[str, int]:
     """Bytes by purpose, at the peak of a step."""
     element = HALF_BYTES if plan.half else FLOAT_BYTES
     trained = shape.parameters if plan.lora_rank is None else shape.lora(plan.lora_rank)
+    if plan.hidden is not None:
+        trained += plan.hidden.projections(shape)
     frozen = 0 if plan.lora_rank is None else _frozen(shape, plan)
     parts = {
         "weights": frozen + FLOAT_BYTES * trained,
@@ -100,6 +114,10 @@ def student_bytes(shape: ModelShape, plan: MemoryPlan) -> dict[str, int]:
     }
     if plan.half and plan.lora_rank is None:
         parts["weights"] += HALF_BYTES * shape.parameters  # the copies that autocast computes with
+    if plan.hidden is not None:
+        parts["hidden states"] = plan.hidden.pass_bytes(shape, plan.pass_tokens, element)
+        if plan.device == "cpu":
+            parts["hidden states"] += plan.hidden.ahead_bytes(plan.sequence_tokens)
     return parts | {"slack": round(SLACK * (sum(parts.values()) - parts["process"]))}
 
 
@@ -176,6 +194,8 @@ def remedies(shape: ModelShape, plan: MemoryPlan) -> Iterator[tuple[str, int]]:
         "student.lora: {}": lora,
         "student.lora: {} and student.quantization: nf4": replace(lora, quantization="nf4"),
     }
+    if plan.hidden is not None and plan.hidden.num_pairs > 1:
+        tried["one pair in loss.hidden_mse.layers"] = replace(plan, hidden=plan.hidden.last_pair())
     for sentence, other in tried.items():
         bytes_then = sum(student_bytes(shape, other).values())
         if bytes_then < now:

@@ -228,6 +228,44 @@ def test_what_shares_a_device_is_summed(tmp_path: Path) -> None:
     assert "They cannot fit: " in text
 
 
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_hidden_states_are_counted(tmp_path: Path, device: str) -> None:
+    shape_of(tmp_path, QWEN_05B)
+    big = tmp_path / "big"
+    big.mkdir()
+    shape_of(big, LLAMA_8B)
+    spec: dict[str, Any] = {
+        "student": {"model": str(tmp_path), "keep_layers": [0, 11, 23]},
+        "teachers": [{"targets": ["gpu-host:7401"], "prefetch_steps": 3}],
+        "data": {"max_sequence_tokens": 100},
+        "optimizer": {"batch_size": 8, "micro_batch_tokens": 400, "precision": "fp32"},
+    }
+    flags = ("--device", device, "--memory-gib", "1", "--teacher-model", str(big), "--teacher-apart", "--json")
+
+    def document(**hidden: Any) -> dict[str, Any]:
+        loss = {"loss": {"hidden_mse": hidden}} if hidden else {}
+        return dict(json.loads(estimate(tmp_path, spec | loss, *flags).stdout))
+
+    def told(**hidden: Any) -> dict[str, int]:
+        return dict(document(**hidden)["student"]["parts_bytes"])
+
+    without, compared = told(), told(weight=1)
+    assert "hidden states" not in without
+    assert "hidden states" not in told(weight=0)
+    pairs, projection = 3, 3 * 896 * 4096
+    assert compared["gradients"] - without["gradients"] == 4 * projection
+    assert compared["optimizer"] - without["optimizer"] == 8 * projection
+    waiting = 4 * 8 * 100 * pairs * 4096 * 4 if device == "cpu" else 0
+    # A pass holds the teacher's states, and of each pair the student's, the projected one and the difference.
+    held = 400 * 4 * pairs * (4096 + 896 + 2 * 4096)
+    assert compared["hidden states"] == waiting + held
+    remedies = {each["set"] for each in document(weight=1)["remedies"]}
+    assert "one pair in loss.hidden_mse.layers" in remedies
+    one = told(layers=[{"teacher": 32, "student": 3}])
+    assert one["hidden states"] == compared["hidden states"] / 3
+    assert told(layers=[{"teacher": 32, "student": 3}], normalise=True)["hidden states"] > one["hidden states"]
+
+
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"hidden_size": -1}', '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "vocab_size": 3}'])  # fmt: skip
 def test_a_file_that_is_not_a_model_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
