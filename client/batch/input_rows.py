@@ -31,6 +31,7 @@ from stillhouse.protos.rows.known_fields import (
 )
 from stillhouse.protos.rows.reading.json_rows import no_json
 from stillhouse.protos.rows.reading.open_file import bounded_lines, opened
+from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of
 from stillhouse.protos.rows.wire import to_wire
@@ -157,12 +158,15 @@ def detect_format(path: Path) -> Format:
 
 def parse_object(line: InputLine) -> dict[str, Any]:
     """Parses a line as a JSON object. Raises StillhouseError if it is not one."""
+    decoder = UniqueNames()
     try:
-        values = json.loads(line.data.decode("utf-8-sig"))
+        values = decoder.parse(line.data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise invalid(f"Line {line.line_number} is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise invalid(f"Line {line.line_number} is not a JSON object.")
+    if decoder.repeated is not None:
+        raise invalid(f"Line {line.line_number}, field {shown_name(decoder.repeated)}: {GIVEN_TWICE}")
     return values
 
 

@@ -13,22 +13,23 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.field_error import kind_of
 from stillhouse.protos.rows.reading.open_file import MAX_ROW_BYTES, bounded_lines
 from stillhouse.protos.rows.reading.row_error import THE_LINE, OnBadRow, row_error, unreadable
+from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name
 
 _CHUNK_BYTES = 1 << 18
 _BLANKS = " \t\r\n"
-_DECODER = json.JSONDecoder()
 
 
 def read_json_lines(
     path: Path, file: io.BufferedReader, refuse: OnBadRow
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields line number and object of each line that is not blank."""
+    decoder = UniqueNames()
     for number, line in bounded_lines(path, file):
         if not line.strip():
             continue
         try:
             # Not by the bytes, of which the library would guess UTF-16 for one line and not for the next.
-            values = json.loads(line.decode("utf-8-sig", "surrogatepass"))
+            values = decoder.parse(line.decode("utf-8-sig", "surrogatepass"))
         except UnicodeDecodeError as error:
             refuse(row_error(path, number, THE_LINE, f"is not UTF-8 (byte {error.start}). Save it as UTF-8."))
             continue
@@ -42,7 +43,9 @@ def read_json_lines(
                 )
             )
             continue
-        if isinstance(values, dict):
+        if decoder.repeated is not None:
+            refuse(row_error(path, number, shown_name(decoder.repeated), GIVEN_TWICE))
+        elif isinstance(values, dict):
             yield number, values
         else:
             refuse(row_error(path, number, THE_LINE, f"is {kind_of(values)}; it must be a JSON object."))
@@ -66,7 +69,9 @@ def read_json_array(
         if found == "":
             raise row_error(path, number, THE_LINE, 'is missing: the array has no end. Close it with "]".')
         values = window.element(number)
-        if isinstance(values, dict):
+        if window.decoder.repeated is not None:
+            refuse(row_error(path, number, shown_name(window.decoder.repeated), GIVEN_TWICE))
+        elif isinstance(values, dict):
             yield number, values
         else:
             refuse(row_error(path, number, THE_LINE, f"is {kind_of(values)}; it must be a JSON object."))
@@ -85,6 +90,7 @@ class _Window:
         self._text = ""
         self._at = 0
         self._is_ended = False
+        self.decoder = UniqueNames()
 
     def next_character(self, number: int) -> str:
         """Returns the next character that is not blank; empty at the end. `number` is the row that it may begin."""
@@ -114,7 +120,7 @@ class _Window:
         self.next_character(number)
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = self.decoder.parse_at(self._text, self._at)
             except (ValueError, RecursionError) as error:
                 is_long = len(self._text) - self._at > MAX_ROW_BYTES
                 if is_long or isinstance(error, RecursionError) or not self._more(number):

@@ -53,6 +53,13 @@ def test_a_bad_field_is_named_with_its_value(row: dict[str, Any], sentence: str)
     assert parsed.error.message.startswith(sentence)
 
 
+def test_a_field_that_is_given_twice_is_named() -> None:
+    data = b'{"prompt": "a", "id": 1, "prompt": "b"}'
+    parsed = plain_row(InputLine(number=0, line_number=3, data=data, digest="", end=len(data)), Sampling())
+    assert parsed.error is not None
+    assert parsed.error.message.startswith("Line 3, field prompt: is given twice in one object")
+
+
 def test_a_date_of_a_table_is_refused_with_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "in.parquet"
     parquet.write_table(pyarrow.Table.from_pylist([{"prompt": "p", "day": date(2024, 1, 1)}]), path)

@@ -143,6 +143,10 @@ def test_generate_takes_conversations(hf_teacher: Program, tmp_path: Path) -> No
     [
         ('{"a": 1}', 'expects a list of messages, such as [{"role": "user", "content": "Hello"}].'),
         ('[{"role": "user"}]', "chat.json: messages[0].content is missing; it must be a string."),
+        (
+            '[{"role": "user", "content": "x", "role": "system"}]',
+            "chat.json: role is given twice in one object, so that one of its values would be lost. Remove one.",
+        ),
         ("[]\n[", "2: this line is not JSON: Expecting value: line 1 column 2 (char 1)."),
     ],
 )
@@ -259,6 +263,7 @@ def test_score_reads_json_lines_and_writes_text_json_and_npz(hf_teacher: Program
     ("line", "sentence"),
     [
         ("{", ":2: this line is not JSON"),
+        ('{"token_ids": [1], "token_ids": [2]}', ":2: token_ids is given twice in one object"),
         ('{"token_ids": [true]}', ":2: token_ids expects whole numbers in [0, 2^31)."),
         (
             '{"token_ids": [1], "strt": 1}',

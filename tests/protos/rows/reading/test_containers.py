@@ -103,6 +103,31 @@ def test_compression_is_found_by_its_first_bytes(suffix: str, packed: str, tmp_p
         assert caught.value.reason is Reason.DATASET_INVALID
 
 
+TWICE = '{"prompt": "a", "completion": "b"}', '{"prompt": "c", "completion": "d", "prompt": "e"}'
+NESTED = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}'
+
+
+@pytest.mark.parametrize("packed", [".gz", ".zst", ""])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_name_that_a_row_gives_twice_is_refused(
+    suffix: str, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "_CHUNK_BYTES", 9)
+    path = tmp_path / f"rows{suffix}{packed}"
+    for rows, place in ((TWICE, "row 2, field prompt"), ((NESTED,), "row 1, field content")):
+        text = "\n".join(rows) if suffix == ".jsonl" else f"[{', '.join(rows)}]"
+        if packed == ".zst":
+            write_zstd(path, text.encode())
+        else:
+            path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+        with pytest.raises(StillhouseError, match=f"{path}, {place}: is given twice in one object.* Remove one"):
+            list(read_file(path))
+        refused: list[StillhouseError] = []
+        left = list(RowReader(RowSource(location=str(path)), refuse=refused.append))
+        assert len(left) == len(rows) - 1
+        assert refused[0].metadata["field"] == place.rpartition(" ")[2]
+
+
 def test_an_array_is_read_row_by_row_wherever_its_bytes_are_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
