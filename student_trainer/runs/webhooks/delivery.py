@@ -12,6 +12,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
@@ -19,6 +20,9 @@ from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHost
 
 TIMEOUT_S = 10.0
 """For a whole post, from the connection to the status."""
+MAX_LOOK_UPS = 16
+"""Look-ups of names at a time, those that hang after their post included."""
+_LOOK_UPS = threading.BoundedSemaphore(MAX_LOOK_UPS)
 _GONE = 410
 _IPV4_INSIDE = tuple(map(ipaddress.IPv6Network, ("64:ff9b::/96", "::/96")))
 """NAT64 (RFC 6052) and IPv4-compatible addresses: the last 32 bits are an IPv4 address."""
@@ -103,8 +107,8 @@ def _cut_off(connection: socket.socket, ends_s: float) -> Iterator[None]:
 def _connected(name: str, port: int, host: WebhookHost, ends_s: float) -> socket.socket:
     """A connection to an address of `name`: the one that was checked, so that a name cannot change in between."""
     last: OSError = OSError("it has no address")
-    for *_, place in socket.getaddrinfo(name, port, type=socket.SOCK_STREAM):
-        address = ipaddress.ip_address(str(place[0]).partition("%")[0])
+    for found in _looked_up(name, port, ends_s):
+        address = ipaddress.ip_address(found.partition("%")[0])
         if not host.private and not _is_public(address):
             raise DeliveryError(
                 f"{name} stands for {address}, which is no public address; its entry in the file of --webhooks may say "
@@ -116,6 +120,29 @@ def _connected(name: str, port: int, host: WebhookHost, ends_s: float) -> socket
         except OSError as error:
             last = error
     raise last
+
+
+def _looked_up(name: str, port: int, ends_s: float) -> list[str]:
+    """The addresses of `name`; OSError for none, TimeoutError at a time of the monotonic clock.
+
+    A thread asks the C library, whose look-up has no deadline and cannot be cut off; it may end after the post.
+    """
+    turns = _LOOK_UPS
+    if not turns.acquire(timeout=max(0.0, ends_s - time.monotonic())):
+        raise TimeoutError(f"{MAX_LOOK_UPS} look-ups of names hang")
+    answer: Future[list[str]] = Future()
+
+    def look_up() -> None:
+        try:
+            entries = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
+            answer.set_result([str(place[0]) for *_, place in entries])
+        except (OSError, ValueError) as error:  # ValueError: what cannot be a domain name
+            answer.set_exception(error)
+        finally:
+            turns.release()
+
+    threading.Thread(target=look_up, name="webhook's name", daemon=True).start()
+    return answer.result(max(0.0, ends_s - time.monotonic()))
 
 
 def _is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:

@@ -271,6 +271,27 @@ def test_a_receiver_that_never_ends_its_answer_is_left(scheme: str, monkeypatch:
         thread.join()
 
 
+def test_a_name_that_is_never_looked_up_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(delivery, "_LOOK_UPS", threading.BoundedSemaphore(2))
+    host, answered = WebhookHost(secret=SECRET, http=True, private=True), threading.Event()
+
+    def hang(*_: object, **__: object) -> list[object]:
+        answered.wait(30)
+        return []
+
+    with monkeypatch.context() as hanging:
+        hanging.setattr(socket, "getaddrinfo", hang)
+        begin = time.monotonic()
+        for _ in range(3):  # the last one while two threads hang
+            with pytest.raises(DeliveryError, match=r"a\.example gives no answer in 0\.2 s"):
+                post("http://a.example/", host, "id", b"{}", now_s=1)
+        assert time.monotonic() - begin < 10
+        answered.set()
+    with pytest.raises(DeliveryError, match="no answer|cannot be reached"):
+        post("http://127.0.0.1:9/", host, "id", b"{}", now_s=1)
+
+
 @pytest.mark.parametrize(
     "url",
     [
