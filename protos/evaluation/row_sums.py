@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.evaluation.answers import is_comparable, matching, matching_fields
 from stillhouse.protos.evaluation.calibration import ece_of_sums
+from stillhouse.protos.evaluation.f1 import f1_of_sums
 from stillhouse.protos.evaluation.names import values_of
 from stillhouse.protos.evaluation.text_overlap import (
     rouge_scores,
@@ -36,6 +37,7 @@ REDUCTIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] =
     "mean": _mean,
     "exponential": _exponential,
     "ece": ece_of_sums,
+    "macro_f1": f1_of_sums,
     "bleu": partial(sacrebleu_of_sums, "bleu"),
     "chrf": partial(sacrebleu_of_sums, "chrf"),
 }

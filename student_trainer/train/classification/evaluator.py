@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
+from stillhouse.protos.evaluation.row_sums import RowSums
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.batching.passes import Pass
 from stillhouse.student_trainer.train.classification import metrics
@@ -17,12 +17,11 @@ from stillhouse.student_trainer.train.classification.batch import collate_classe
 from stillhouse.student_trainer.train.classification.classes import Classes
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
 from stillhouse.student_trainer.train.evaluation.evaluator import Evaluation
-from stillhouse.student_trainer.train.loss.objective import objective
+from stillhouse.student_trainer.train.evaluation.set_scores import TEACHER, Columns, gather_columns
 from stillhouse.student_trainer.train.loss.sparse import SparseTargets
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
-_DIVERGENCE = LossConfig(terms=(LossTermConfig(divergence="forward_kl"),))
-_LABELS_ALONE = LossConfig(terms=(), hard_weight=1.0)
+_MEANS = ("cross_entropy", "kl", "agreement")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,14 +34,16 @@ class ClassEvaluator:
     """The held-out rows of this process, which may be a part of all."""
     places: Sequence[int]
     """Their places among those of all processes."""
+    num_rows: int
+    """Held-out rows of all processes, those of named sets included."""
     sets: Sequence[EvaluationRows]
     """The held-out rows and every named set, by their places."""
     is_labelled: bool
     accelerator: Any
     cut: Callable[[Sequence[ScoredExample]], Sequence[Pass]]
     """Cuts rows into passes."""
-    total: Callable[[Mapping[str, float]], Mapping[str, float]] = field(default=dict)
-    """Adds up the sums of all processes."""
+    exchange: Callable[[Any], list[Any]] = lambda value: [value]
+    """Returns the values of all processes; they are JSON."""
 
     @property
     def generation(self) -> Mapping[str, Any]:
@@ -55,38 +56,47 @@ class ClassEvaluator:
         With labels eval/accuracy, eval/f1, eval/ece and eval/cross_entropy; with targets eval/kl, KL(teacher || student), and
         eval/agreement, the share of rows with the same likeliest class; with both the teacher's own, as eval/teacher_accuracy.
         """
-        found: dict[str, float] = {}
-        for each in self.sets:
-            if each.end > each.begin:
-                own = [
-                    row
-                    for row, place in zip(self.rows, self.places, strict=True)
-                    if each.begin <= place < each.end
-                ]
-                head = f"eval/{each.settings.name}/" if each.settings.name else "eval/"
-                found |= {head + name: value for name, value in self._scores(own).items()}
-        return Evaluation(metrics=found)
-
-    def _scores(self, rows: Sequence[ScoredExample]) -> dict[str, float]:
-        """Metrics over a set, of which this process has `rows`."""
-        sums: Counter[str] = Counter()
+        if not self.num_rows:
+            return Evaluation(metrics={})
+        own: Columns = {}
         with evaluation_mode(self.student.model), torch.no_grad():
-            for each in self.cut(rows) if rows else ():
-                self._add([rows[place] for place in each.rows], sums)
-        whole = self.total({name: float(value) for name, value in sums.items()})
-        found = dict(metrics.summarise(whole))
-        if self.is_labelled:
-            found["cross_entropy"] = whole["cross_entropy"] / whole["rows"]
-        if whole.get("answers"):
-            found |= {name: whole[name] / whole["rows"] for name in ("kl", "agreement")}
-            teacher = metrics.summarise(whole, "teacher/")
-            if teacher:
-                found["teacher_accuracy"] = teacher["accuracy"]
-                found["teacher_f1"] = teacher["f1"]
-                found["teacher_ece"] = teacher["ece"]
-        return {**found, "rows": whole["rows"]}
+            for part in self.cut(self.rows) if self.rows else ():
+                for name, values in self._score_batch([self.rows[place] for place in part.rows]).items():
+                    own.setdefault(name, np.zeros((len(self.rows), 1)))[list(part.rows), 0] = values
+        columns, _ = gather_columns(own, self.places, num_rows=self.num_rows, exchange=self.exchange)
+        found: dict[str, float] = {}
+        student: dict[str, dict[str, RowSums]] = {}
+        teacher: dict[str, dict[str, RowSums]] = {}
+        for each in self.sets:
+            if each.end == each.begin:
+                continue
+            here = {name: column[each.begin : each.end, 0] for name, column in columns.items()}
+            scores = student[each.settings.name] = self._scores(here)
+            scores |= {name: RowSums.mean(here[name]) for name in _MEANS if name in here}
+            theirs = teacher[each.settings.name] = self._scores(here, TEACHER)
+            head = f"eval/{each.settings.name}/" if each.settings.name else "eval/"
+            named = {**metrics.values(scores), **self._f1(here)}
+            of_teacher = {**metrics.values(theirs), **self._f1(here, TEACHER)}
+            named |= {f"teacher_{name}": value for name, value in of_teacher.items()}
+            named["rows"] = float(each.end - each.begin)
+            found |= {head + name: value for name, value in named.items()}
+        return Evaluation(metrics=found, student=student, teacher=teacher)
 
-    def _add(self, rows: Sequence[ScoredExample], sums: Counter[str]) -> None:
+    def _scores(self, columns: Columns, of: str = "") -> dict[str, RowSums]:
+        """Scores against the labels of the student, or `of` TEACHER; empty without labels or a teacher."""
+        if "label" not in columns or f"{of}predicted" not in columns:
+            return {}
+        return metrics.class_scores(*_predictions(columns, of), len(self.classes.names))
+
+    def _f1(self, columns: Columns, of: str = "") -> dict[str, float]:
+        """F1 of as many rows as no report holds, too."""
+        if "label" not in columns or f"{of}predicted" not in columns:
+            return {}
+        predicted, _, labels = _predictions(columns, of)
+        return {"f1": metrics.f1(predicted, labels, len(self.classes.names))}
+
+    def _score_batch(self, rows: Sequence[ScoredExample]) -> Columns:
+        """Scores of each row of a batch, [B], by name, in float64."""
         batch = collate_classes(
             rows,
             self.classes,
@@ -95,20 +105,29 @@ class ClassEvaluator:
         )
         with self.accelerator.autocast():
             logits = self.student.logits(batch)
-        here = batch.positions
-        loss = _LABELS_ALONE if here.targets is None else _DIVERGENCE
-        parts = objective(
-            logits, here.target_ids, here.targets, here.weights, loss, vocab_size=len(self.classes.names)
-        ).parts
-        sums["rows"] += len(rows)
-        labels = here.target_ids[0].cpu().numpy()
+        log_q = logits[0].double().log_softmax(-1)
+        found = _likeliest(log_q)
+        labels = batch.positions.target_ids[0]
         if self.is_labelled:
-            sums["cross_entropy"] += parts["cross_entropy"].item()  # type: ignore[assignment]
-            sums.update(metrics.count(logits[0].double().softmax(-1).cpu().numpy(), labels))
-        if isinstance(here.targets, SparseTargets):
-            teacher = here.targets.logprobs[0].double()
-            sums["answers"] += len(rows)
-            sums["kl"] += parts["forward_kl"].item()  # type: ignore[assignment]
-            sums["agreement"] += int((logits[0].argmax(-1) == teacher.argmax(-1)).sum())
-            if self.is_labelled:
-                sums.update(metrics.count(teacher.exp().cpu().numpy(), labels, "teacher/"))
+            found["label"] = labels
+            found["cross_entropy"] = -log_q.gather(-1, labels[:, None])[:, 0]
+        targets = batch.positions.targets
+        if isinstance(targets, SparseTargets):
+            log_p = targets.logprobs[0].double().log_softmax(-1)  # float32 on the wire
+            # A class without probability adds nothing, however unlikely the student finds it.
+            found["kl"] = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+            found["agreement"] = log_p.argmax(-1) == log_q.argmax(-1)
+            found |= {TEACHER + name: value for name, value in _likeliest(log_p).items()}
+        return {name: value.double().cpu().numpy() for name, value in found.items()}
+
+
+def _likeliest(logprobs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The predicted class and its probability, of rows [B, C]."""
+    largest = logprobs.max(-1)
+    return {"predicted": largest.indices, "confidence": largest.values.exp()}
+
+
+def _predictions(columns: Columns, of: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Predicted classes, their probabilities, and labels."""
+    predicted, labels = (columns[name].astype(np.int64) for name in (f"{of}predicted", "label"))
+    return predicted, columns[f"{of}confidence"], labels

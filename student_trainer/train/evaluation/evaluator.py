@@ -22,6 +22,7 @@ from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
 from stillhouse.student_trainer.train.evaluation.set_scores import (
     TEACHER,
     Columns,
+    gather_columns,
     set_scores,
     teacher_columns,
 )
@@ -111,7 +112,9 @@ class Evaluator:
                 for name, values in self._score_batch(sums, batch, part.rows).items():
                     whole = own.setdefault(name, np.zeros((len(self.rows), values.shape[1])))
                     whole[list(part.rows)] = values
-        columns, chunks = self._gather(own, sums)
+        columns, chunks = gather_columns(
+            own, self.places, num_rows=self.num_rows, exchange=self.exchange, sums=sums
+        )
         student = {each.settings.name: set_scores(each, columns) for each in self.sets}
         teacher = {each.settings.name: set_scores(each, columns, of=TEACHER) for each in self.sets}
         texts = self._write()
@@ -155,24 +158,6 @@ class Evaluator:
             summed_rows = np.bincount(row_of, weights=score, minlength=len(rows))
             columns[name] = summed_rows.astype(np.float64)[:, None]
         return columns
-
-    def _gather(self, own: Columns, sums: Mapping[str, float]) -> tuple[Columns, Mapping[str, float]]:
-        """Returns the columns of all rows and the sums over chunks, bit for bit the same in all processes."""
-        value = {
-            "places": list(self.places),
-            "columns": {name: each.tolist() for name, each in own.items()},
-            "sums": {name: float(each) for name, each in sums.items()},
-        }
-        columns: dict[str, NDArray[np.float64]] = {}
-        total: Counter[str] = Counter()
-        for told in self.exchange(value):
-            total.update(told["sums"])
-            for name, values in told["columns"].items():
-                part = np.asarray(values, np.float64)
-                if len(part):
-                    whole = columns.setdefault(name, np.zeros((self.num_rows, part.shape[1])))
-                    whole[told["places"]] = part
-        return columns, total
 
     def _write(self) -> Mapping[str, Sequence[WrittenText]]:
         """Writes a text for every row of the sets that want it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,35 @@ def _choice_scores(rows: EvaluationRows, cross_entropy: NDArray[np.float64]) -> 
         "accuracy": RowSums.mean(np.asarray(correct, np.float64), signature="match:choices"),
         "ece": RowSums(sums=np.stack(bins), reduction="ece"),
     }
+
+
+def gather_columns(
+    own: Columns,
+    places: Sequence[int],
+    *,
+    num_rows: int,
+    exchange: Callable[[Any], list[Any]],
+    sums: Mapping[str, float] | None = None,
+) -> tuple[Columns, Counter[str]]:
+    """Returns the columns of all `num_rows` rows and the totals of `sums`, bit for bit the same in all processes.
+
+    `own` are those of the rows at `places`; `exchange` returns the values of all processes.
+    """
+    value = {
+        "places": list(places),
+        "columns": {name: each.tolist() for name, each in own.items()},
+        "sums": {name: float(each) for name, each in (sums or {}).items()},
+    }
+    columns: Columns = {}
+    total: Counter[str] = Counter()
+    for told in exchange(value):
+        total.update(told["sums"])
+        for name, values in told["columns"].items():
+            part = np.asarray(values, np.float64)
+            if len(part):
+                whole = columns.setdefault(name, np.zeros((num_rows, part.shape[1])))
+                whole[told["places"]] = part
+    return columns, total
 
 
 def teacher_columns(rows: Sequence[ScoredExample]) -> Columns:

@@ -219,11 +219,12 @@ class Classification:
             classes=_settle(scope, student.class_names, teacher_side.teachers),
             rows=[rows[place] for place in places],
             places=places,
+            num_rows=len(rows),
             sets=inputs.sets,
             is_labelled=_is_labelled(teacher_side.corpus),
             accelerator=student_side.accelerator,
             cut=student_side.stepper.cut,
-            total=scope.ranks.sum,
+            exchange=partial(scope.ranks.exchange, patient=True),
         )
 
 

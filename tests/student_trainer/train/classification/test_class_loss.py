@@ -14,7 +14,7 @@ from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.classification.batch import collate_classes
 from stillhouse.student_trainer.train.classification.classes import Classes
-from stillhouse.student_trainer.train.classification.metrics import count, summarise
+from stillhouse.student_trainer.train.classification.metrics import class_scores, f1
 from stillhouse.student_trainer.train.classification.rows import Label, LabelledExample
 from stillhouse.student_trainer.train.loss.objective import objective
 
@@ -125,13 +125,14 @@ def test_other_classes_are_refused_by_name() -> None:
         Classes.settle((), (), {"": ()})
 
 
-def test_metrics_are_their_definitions_however_rows_are_batched() -> None:
+def test_metrics_are_their_definitions() -> None:
     rng = np.random.default_rng(3)
     probs, labels = rng.dirichlet(np.ones(4), size=200), rng.integers(0, 3, 200)
-    counts = count(probs[:77], labels[:77])
-    counts.update(count(probs[77:], labels[77:]))
-    found = summarise(counts)
     predicted, confidence = probs.argmax(1), probs.max(1)
+    scores_of_rows = class_scores(predicted, confidence, labels, 4)
+    found = {name: each.value for name, each in scores_of_rows.items()}
+    assert {len(each.sums) for each in scores_of_rows.values()} == {200}
+    assert f1(predicted, labels, 4) == pytest.approx(found["f1"], rel=1e-12)
     assert found["accuracy"] == pytest.approx((predicted == labels).mean())
     scores = []
     for each in range(4):
