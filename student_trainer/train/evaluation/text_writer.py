@@ -78,6 +78,11 @@ class TextWriter:
             "max_new_tokens": plain.max_new_tokens,
         }
 
+    @property
+    def _max_new_tokens(self) -> int:
+        """Tokens of a text by the student's own settings."""
+        return self._student.plain.generation_config.max_new_tokens or MAX_NEW_TOKENS
+
     def write(self, examples: Sequence[Example], places: Sequence[int]) -> list[str]:
         """Returns a text for each example's prompt; `places`, those among all held-out rows, decide on the random numbers."""
         prompts = [example.prompt for example in examples]
@@ -107,7 +112,12 @@ class TextWriter:
         with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=devices):
             self._mode = self._mode or select_mode(model, self._device, self._autocast, GENERATE_MODES)
             with self._autocast():
-                for group in batches([len(prompt) for prompt in prompts], self._mode.batch):
+                for group in batches(
+                    [len(prompt) for prompt in prompts],
+                    self._mode.batch,
+                    max_new_tokens=self._max_new_tokens,
+                    max_positions=self._student.max_positions,
+                ):
                     ordered = sorted(group, key=lambda row: len(prompts[row]))
                     for each in cutter.cut([len(prompts[row]) for row in ordered]):
                         rows = [ordered[place] for place in each.rows]
@@ -121,8 +131,7 @@ class TextWriter:
         assert self._mode is not None
         model: Any = self._student.model
         end_ids = sorted(self._student.end_ids)
-        own = self._student.plain.generation_config
-        limit = own.max_new_tokens or MAX_NEW_TOKENS
+        limit = self._max_new_tokens
         longest = max(map(len, prompts))
         positions = self._student.max_positions
         rooms = [limit if positions is None else min(limit, positions - len(each)) for each in prompts]

@@ -47,11 +47,19 @@ GENERATE_MODES = tuple(
 MODES = (GenerationMode(True, "continuous"), *GENERATE_MODES)
 
 
-def batches(lengths: Sequence[int], batch: Batch) -> Iterator[list[int]]:
-    """Yields the indices of prompts that share a pass."""
+def batches(
+    lengths: Sequence[int], batch: Batch, *, max_new_tokens: int, max_positions: int | None
+) -> Iterator[list[int]]:
+    """Yields the indices of prompts that share a pass.
+
+    A row goes on until the last of its batch ends. One that could pass `max_positions`, the end of the model's table, until
+    then is padded with none of another length.
+    """
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
-        groups.setdefault({"equal": length, "single": index}.get(batch, 0), []).append(index)
+        fits = max_positions is None or length + max_new_tokens <= max_positions
+        padded = 0 if fits else length
+        groups.setdefault({"equal": length, "single": index}.get(batch, padded), []).append(index)
     yield from groups.values()
 
 
@@ -98,7 +106,8 @@ def _agrees(
     device: torch.device,
     tolerance: tuple[float, float],
 ) -> bool:
-    for indices in batches(list(map(len, prompts)), mode.batch):
+    lengths = list(map(len, prompts))
+    for indices in batches(lengths, mode.batch, max_new_tokens=_NEW_TOKENS, max_positions=None):
         batch = [prompts[each] for each in indices]
         found: Sequence[Tensor] | Tensor
         sequences: Sequence[Tensor] | Tensor

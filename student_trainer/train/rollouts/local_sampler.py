@@ -114,7 +114,12 @@ class LocalSampler:
             ]
             texts: dict[int, SampledText] = {}
             cutter = self._cutter()
-            for group in batches([len(prompt) for prompt, _ in copies], self._mode.batch):
+            for group in batches(
+                [len(prompt) for prompt, _ in copies],
+                self._mode.batch,
+                max_new_tokens=generation.max_new_tokens,
+                max_positions=self._student.max_positions,
+            ):
                 for each in cutter.cut([lengths[row] for row in group]):
                     rows = [group[place] for place in each.rows]
                     batch = self._write_batch(

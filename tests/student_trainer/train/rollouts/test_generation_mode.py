@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from stillhouse.student_trainer.config.schema import RolloutConfig, StudentConfig
-from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode
+from stillhouse.student_trainer.train.rollouts.generation_mode import Batch, GenerationMode
 from stillhouse.student_trainer.train.rollouts.local_sampler import LocalSampler
 from stillhouse.student_trainer.train.student.student import Student
 
@@ -66,7 +66,8 @@ def test_rollouts_are_drawn_from_what_whole_passes_say(family: str, fresh: bool)
     assert sampler._mode == mode
 
 
-def test_a_row_that_ends_at_the_last_position_of_the_model_waits_there_for_the_others() -> None:
+@pytest.mark.parametrize("batch", ["continuous", "padded"])
+def test_a_row_that_ends_at_the_last_position_of_the_model_waits_there_for_the_others(batch: Batch) -> None:
     torch.manual_seed(1)
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=16)
     model = transformers.GPT2LMHeadModel(config).eval()
@@ -75,8 +76,8 @@ def test_a_row_that_ends_at_the_last_position_of_the_model_waits_there_for_the_o
     settings, limits = RolloutConfig(max_new_tokens=14, samples_per_prompt=1), {"max_sequence_tokens": 16}
     seeds = list(range(len(prompts)))
     joint, single = (
-        _sampler(model, GenerationMode(True, batch)).write(prompts, settings, **limits, seeds=seeds)
-        for batch in ("continuous", "single")
+        _sampler(model, GenerationMode(True, each)).write(prompts, settings, **limits, seeds=seeds)
+        for each in (batch, "single")
     )
     assert [len(text.token_ids) for [text] in joint] == [3, 5, *[14] * 22]
     for [text], [alone] in zip(joint, single, strict=True):
