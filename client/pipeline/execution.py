@@ -31,6 +31,8 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 CLIENT = (sys.executable, "-m", "stillhouse.client")
 CONTINUED = ("generate", *RUN_KINDS)
 """Stages that go on from what their last try has left in their outputs."""
+REQUEST_LABEL = "pipeline_request"
+"""Label of a stage's run that holds the request id by which it was created, and is found again before its id is recorded."""
 STOP_GRACE_S = 20.0
 """Time that an interrupted command has to end by itself."""
 
@@ -108,9 +110,11 @@ def _forget_unknown(
 
 def _stop_run(stage_id: str, record: StageRecord, trainer: Callable[[], Trainer], view: View) -> None:
     """Stops the run of a record that is given up, so that it does not train on with nobody who waits for it."""
-    if not record.run or record.state is StageState.DONE:
+    if not (record.run or record.request_id) or record.state is StageState.DONE:
         return
-    handle = RunHandle(trainer(), f"runs/{record.run}")
+    handle = _recorded_run(record, trainer())
+    if handle is None:
+        return
     try:
         if handle.get().state in ENDED:
             return
@@ -123,6 +127,18 @@ def _stop_run(stage_id: str, record: StageRecord, trainer: Callable[[], Trainer]
         f"stage {stage_id} has changed: its former run {handle.id} is stopped. `stillhouse run resume {handle.id}` takes "
         f"it up, `stillhouse run delete {handle.id}` removes it."
     )
+
+
+def _recorded_run(record: StageRecord, trainer: Trainer) -> RunHandle | None:
+    """The run that was created for a record, also one whose id a killed pipeline could not note; None if there is none."""
+    if record.run:
+        return RunHandle(trainer, f"runs/{record.run}")
+    if not record.request_id:
+        return None
+    for run in trainer.runs():
+        if run.spec.labels.get(REQUEST_LABEL) == record.request_id:
+            return RunHandle(trainer, run.name)
+    return None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -223,7 +239,9 @@ class _Execution:
             if not self.record.request_id:
                 self.record.request_id = str(uuid.uuid4())
                 self.state.save()
+            file.spec.labels[REQUEST_LABEL] = self.record.request_id
             handle = trainer.create_run(file, request_id=self.record.request_id)
+        if self.record.run != handle.id:
             self.record.run = handle.id
             self.state.save()
         self.view.stage(self.stage, self.record, f"run {handle.id}")
@@ -239,9 +257,9 @@ class _Execution:
 
     def _existing(self, trainer: Trainer) -> RunHandle | None:
         """The run of an earlier try, going on; None if there is none."""
-        if not self.record.run:
+        handle = _recorded_run(self.record, trainer)
+        if handle is None:
             return None
-        handle = RunHandle(trainer, f"runs/{self.record.run}")
         try:
             state = handle.get().state
         except StillhouseError as error:

@@ -58,7 +58,10 @@ def _settings(handle: RunHandle) -> dict[str, Any]:
     """Returns the effective settings by their paths in a run file."""
     from google.protobuf.json_format import MessageToDict
 
+    from stillhouse.client.pipeline.execution import REQUEST_LABEL
+
     spec = handle.get().effective_spec
+    spec.labels.pop(REQUEST_LABEL, None)  # no two stages of pipelines share it
     return dict(_flat(MessageToDict(spec, preserving_proto_field_name=True), ""))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -292,9 +293,10 @@ def test_links_in_a_folder_are_read(tmp_path: Path) -> None:
         content_hash(folder)
 
 
-def test_the_run_of_a_former_text_is_stopped(tmp_path: Path, trainer_service: Callable[..., Program]) -> None:
+def one_run(tmp_path: Path) -> str:
+    """A pipeline whose only stage is a run."""
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 8)
-    text = f"""
+    return f"""
 stages:
   - name: a
     distil:
@@ -303,8 +305,54 @@ stages:
       loss: {{terms: [{{weight: 0}}], hard_weight: 1}}
       optimizer: {{max_steps: 1}}
 """
+
+
+class KilledTrainer(Trainer):
+    """Dies as soon as a run is created, before anything is noted of it."""
+
+    def create_run(self, *arguments: Any, **options: Any) -> RunHandle:
+        super().create_run(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError
+
+
+def run_killed(path: Path, target: str) -> None:
+    """Runs a pipeline in a process that dies once its first run is created."""
+    run_here(path, lambda: KilledTrainer(target))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_run_that_was_created_just_before_a_kill_is_found_again(
+    tmp_path: Path, trainer_service: Callable[..., Program], changed: bool
+) -> None:
+    text = one_run(tmp_path)
     path = recipe(tmp_path, text)
-    with Trainer(trainer_service("--stop-grace-s", "1").target) as trainer:
+    service = trainer_service()
+    target = service.target
+    process = multiprocessing.get_context("spawn").Process(target=run_killed, args=(path, target))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (record,) = PipelineState(tmp_path / "recipe.work", path).load().records.values()
+    assert not record.run
+    with Trainer(target) as trainer:
+        (orphan,) = trainer.runs()
+        if changed:
+            path.write_text(text.replace("max_steps: 1", "max_steps: 2"))
+        seen = run_here(path, lambda: trainer)
+        assert len(list(trainer.runs())) == 1 + changed
+        assert (seen.runs[0].name == orphan.name) is not changed
+        assert len(seen.notes) == changed
+        if changed:
+            assert trainer.run(orphan.name).get().state in (*ENDED, Run.STATE_STOPPING)
+    service.kill()  # a run that is just starting ends late
+
+
+def test_the_run_of_a_former_text_is_stopped(tmp_path: Path, trainer_service: Callable[..., Program]) -> None:
+    text = one_run(tmp_path)
+    path = recipe(tmp_path, text)
+    service = trainer_service()
+    with Trainer(service.target) as trainer:
         runs: list[str] = []
         for changed in (
             text,
@@ -320,3 +368,4 @@ stages:
             )
         assert len(set(runs)) == 3
         assert all(trainer.run(each).get().state in (*ENDED, Run.STATE_STOPPING) for each in runs[:2])
+    service.kill()
