@@ -161,6 +161,7 @@ class HiddenConfig:
     weight: Annotated[float, NOT_NEGATIVE] = 1.0
     normalise: bool = False
     layers: tuple[LayerPairConfig, ...] = ()
+    layers_reason: Annotated[str, MaxLength(1000)] = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -124,12 +124,16 @@ def _facts(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _targets(run: Run) -> Iterator[tuple[str, str]]:
-    """The target of each loss that `auto` was settled for, with its reason."""
+    """The target and the layers of hidden states of each loss for which the trainer settled them, with the reason."""
     spec = run.effective_spec
     own = [context.loss for context in spec.contexts if context.HasField("loss")]
-    for loss in dict.fromkeys(_target(each) for each in [spec.loss, *own]):
-        if loss:
-            yield "target", loss
+    losses = [spec.loss, *own]
+    for target in dict.fromkeys(_target(each) for each in losses):
+        if target:
+            yield "target", target
+    for layers in dict.fromkeys(_layers(each) for each in losses):
+        if layers:
+            yield "layers", layers
 
 
 def _target(loss: LossSpec) -> str:
@@ -141,6 +145,14 @@ def _target(loss: LossSpec) -> str:
         else ""
     )
     return f"{loss.sparse_target}, top-{loss.top_k}{draws}: {loss.sparse_target_reason}"
+
+
+def _layers(loss: LossSpec) -> str:
+    hidden = loss.hidden_mse
+    if not hidden.layers_reason:
+        return ""
+    pairs = ", ".join(f"{each.student} with {each.teacher}" for each in hidden.layers)
+    return f"student's {pairs} of the teacher: {hidden.layers_reason}"
 
 
 def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:

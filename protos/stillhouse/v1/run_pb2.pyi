@@ -1384,13 +1384,16 @@ class HiddenSpec(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     NORMALISE_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    LAYERS_REASON_FIELD_NUMBER: _builtins.int
     weight: _builtins.float
     """Weight in the sum."""
     normalise: _builtins.bool
     """Give each state mean 0 and variance 1 over its units first."""
+    layers_reason: _builtins.str
+    """Reason of the layers that an empty list became. Set by the trainer; leave it out."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerPair]:
-        """Layers to compare. Empty spreads as many pairs as the shallower model has layers evenly over the deeper one: student layer
+        """Layers to compare. Empty spreads as many pairs as the shallower model has layers, at most 64, evenly over both: student layer
         i of S with teacher layer i T / S, rounded, and so the last with the last.
         """
 
@@ -1400,15 +1403,20 @@ class HiddenSpec(_message.Message):
         weight: _builtins.float | None = ...,
         normalise: _builtins.bool | None = ...,
         layers: _abc.Iterable[Global___LayerPair] | None = ...,
+        layers_reason: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_layers_reason", b"_layers_reason", "_normalise", b"_normalise", "_weight", b"_weight", "layers_reason", b"layers_reason", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_normalise", b"_normalise", "_weight", b"_weight", "layers", b"layers", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_layers_reason", b"_layers_reason", "_normalise", b"_normalise", "_weight", b"_weight", "layers", b"layers", "layers_reason", b"layers_reason", "normalise", b"normalise", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__layers_reason: _TypeAlias = _typing.Literal["layers_reason"]  # noqa: Y015
+    _WhichOneofArgType__layers_reason: _TypeAlias = _typing.Literal["_layers_reason", b"_layers_reason"]  # noqa: Y015
     _WhichOneofReturnType__normalise: _TypeAlias = _typing.Literal["normalise"]  # noqa: Y015
     _WhichOneofArgType__normalise: _TypeAlias = _typing.Literal["_normalise", b"_normalise"]  # noqa: Y015
     _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
     _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__layers_reason) -> _WhichOneofReturnType__layers_reason | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__normalise) -> _WhichOneofReturnType__normalise | None: ...
     @_typing.overload

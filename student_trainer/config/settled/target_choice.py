@@ -6,11 +6,11 @@ It is settled once. The effective spec then holds it like any other setting, so 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from stillhouse.protos.stillhouse.v1.run_pb2 import LossSpec, RunSpec
+from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_losses
 from stillhouse.student_trainer.config.rules.loss import (
     DIVERGENCES,
@@ -23,6 +23,7 @@ from stillhouse.student_trainer.config.schema import (
     LossConfig,
     RunConfig,
 )
+from stillhouse.student_trainer.config.settled.loss_paths import loss_specs, with_losses
 
 AUTO = "auto"
 LEAST_SAMPLES, NAMED_SAMPLES = 48, 50
@@ -184,32 +185,12 @@ def settle(loss: LossConfig, choice: TargetChoice) -> LossConfig:
 
 def settle_config(config: RunConfig, choices: Mapping[str, TargetChoice]) -> RunConfig:
     """`config` with the losses at the paths of `choices` settled."""
-    main = settle(config.loss, choices["loss"]) if "loss" in choices else config.loss
-    contexts = tuple(
-        replace(context, loss=settle(context.loss, choices[_path(number)]))
-        if context.loss is not None and _path(number) in choices
-        else context
-        for number, context in enumerate(config.contexts)
-    )
-    return replace(config, loss=main, contexts=contexts)
+    return with_losses(config, lambda path, loss: settle(loss, choices[path]) if path in choices else loss)
 
 
 def settle_spec(spec: RunSpec, choices: Mapping[str, TargetChoice]) -> None:
     """Does the same to an effective spec, in place."""
-    for path, loss in _loss_specs(spec):
+    for path, loss in loss_specs(spec):
         if path in choices:
             for name, value in choices[path].to_json().items():
                 setattr(loss, name, value)
-
-
-def _loss_specs(spec: RunSpec) -> Sequence[tuple[str, LossSpec]]:
-    own = [
-        (_path(number), context.loss)
-        for number, context in enumerate(spec.contexts)
-        if context.HasField("loss")
-    ]
-    return [("loss", spec.loss), *own]
-
-
-def _path(context: int) -> str:
-    return f"contexts[{context}].loss"

@@ -16,6 +16,7 @@ from google.rpc.status_pb2 import Status
 
 from stillhouse.protos.errors import from_json
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec
+from stillhouse.student_trainer.config.settled.layer_pairs import LayerChoice, settle_spec_layers
 from stillhouse.student_trainer.config.settled.target_choice import TargetChoice, settle_spec
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.store.queries import STEP_METRICS, to_bytes
@@ -46,6 +47,8 @@ class JournalBatch:
     """Columns whose change is an event of the run."""
     choices: dict[str, TargetChoice] = field(default_factory=dict)
     """Targets that the run settled, by the path of their loss."""
+    layers: dict[str, LayerChoice] = field(default_factory=dict)
+    """Layers of hidden states that the run settled, likewise."""
     progress: dict[str, Any] = field(default_factory=dict)
     """Columns derived from metrics."""
     metrics: list[tuple[int, MetricPoint]] = field(default_factory=list)
@@ -56,12 +59,18 @@ class JournalBatch:
     @property
     def empty(self) -> bool:
         """True if only offsets changed."""
-        return not (self.started or self.changes or self.choices or self.metrics or self.outcomes)
+        return not (self.started or self.changes or self.settles or self.metrics or self.outcomes)
+
+    @property
+    def settles(self) -> bool:
+        """True if the run settled something."""
+        return bool(self.choices or self.layers)
 
     def settled(self, effective_spec: bytes) -> bytes:
-        """An effective spec, serialised, with the targets of `choices`."""
+        """An effective spec, serialised, with what the run settled."""
         spec = RunSpec.FromString(effective_spec)
         settle_spec(spec, self.choices)
+        settle_spec_layers(spec, self.layers)
         return to_bytes(spec)
 
 
@@ -104,7 +113,9 @@ def _take_event(line: Mapping[str, Any], batch: JournalBatch) -> None:
     elif kind == "checkpoint":
         batch.changes["latest_checkpoint"] = _count(line["step"])
     elif kind == "settled":
-        batch.choices |= {str(path): TargetChoice.from_json(value) for path, value in line["targets"].items()}
+        targets, layers = line.get("targets", {}), line.get("layers", {})
+        batch.choices |= {str(path): TargetChoice.from_json(value) for path, value in targets.items()}
+        batch.layers |= {str(path): LayerChoice.from_json(value) for path, value in layers.items()}
     elif kind == "condition":
         batch.changes["condition"] = _condition(line["condition"])
     elif kind in OUTCOMES:

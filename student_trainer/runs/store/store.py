@@ -333,7 +333,7 @@ class Store:
                 queries.count_step(db, run_id, number, point)
             values: dict[str, Any] = {**batch.offsets, **batch.progress}
             changed = {name: value for name, value in batch.changes.items() if row[name] != value}
-            if batch.choices:
+            if batch.settles:
                 changed["effective_spec"] = batch.settled(row["effective_spec"])
             if row["state"] == STARTING and batch.started:
                 changed["state"] = RUNNING

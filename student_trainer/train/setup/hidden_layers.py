@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import psutil
@@ -13,7 +14,18 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import GetTeacherInfoResponse
 from stillhouse.student_trainer.config.checks import invalid_field
 from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.schema import RunConfig, StudentConfig
-from stillhouse.student_trainer.config.settled.layer_pairs import check_depths, settle_layers, teacher_layers
+from stillhouse.student_trainer.config.settled.layer_pairs import (
+    EVEN,
+    LAST,
+    LayerChoice,
+    check_depths,
+    settle_layers,
+    settle_spec_layers,
+    teacher_layers,
+    unsettled_layers,
+)
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS, facts_of
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.student.loading import model_not_found, model_source
@@ -21,29 +33,66 @@ from stillhouse.student_trainer.train.teacher.online_teachers import OnlineTeach
 
 log = structlog.get_logger()
 
+RULE_FACT = "hidden_layers"
+"""Fact of a checkpoint: EVEN or LAST, the rule by which layers that no run file names were found; empty if there are none."""
+
 
 def settle_hidden_layers(
     scope: RunScope, config: RunConfig, teachers: OnlineTeachers, corpus: Corpus
 ) -> RunConfig:
     """The configuration whose losses name the layers that they compare, by the sizes of teacher and student.
 
-    They follow from the models alone, so that a resume finds the same. Raises StillhouseError: INVALID_SPEC for layers that a
-    model does not have, CAPABILITY for teachers whose sizes differ.
+    Writes the layers that no run file names to the run directory and reports them. All processes call this together. Raises
+    StillhouseError: INVALID_SPEC for layers that a model does not have, CAPABILITY for teachers whose sizes differ.
     """
     if not any(loss.compares_hidden for _, loss in run_losses(config)):
         return config
     info = _common_info(teachers)
     sizes = {"teacher_layers": info.num_layers, "student_layers": student_depth(config.student, scope)}
-    config = settle_layers(config, **sizes)
+    rule: str = scope.ranks.exchange(
+        kept_rule(scope.run_dir) if scope.ranks.is_first else None, patient=True
+    )[0]
+    choices = {path: LayerChoice.by(rule, **sizes) for path in unsettled_layers(config)}
+    config = settle_layers(config, choices)
     problems = list(_problems(config, sizes))
     if problems:
         raise invalid_field(problems[0].field, problems[0].description)
+    if choices and scope.attempt.writes:
+        # Reported first: what is in the file is not decided, nor reported, again.
+        scope.attempt.report("settled", layers={path: each.to_json() for path, each in choices.items()})
+        effective = scope.run_dir.effective_spec()
+        settle_spec_layers(effective, choices)
+        scope.run_dir.write_effective_spec(effective)
     for path, loss in run_losses(config):
         if loss.hidden_mse is not None and loss.compares_hidden:
             pairs = [f"{each.student} with {each.teacher}" for each in loss.hidden_mse.layers]
-            log.info("layers of the student compared with layers of the teacher", loss=path, layers=pairs)
+            log.info(
+                "layers of the student compared with layers of the teacher",
+                loss=path,
+                layers=pairs,
+                why=loss.hidden_mse.layers_reason or "the run file says so",
+            )
     _warn_of_bytes(config, info, teachers, corpus, scope.ranks.size)
     return config
+
+
+def kept_rule(run_dir: RunDir) -> str:
+    """The rule by which the checkpoints of a run compare layers that its file does not name; EVEN without a checkpoint.
+
+    Those of earlier versions do not say it. Without projections they may compare the last layers alone.
+    """
+    for step in reversed(run_dir.checkpoints()):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            told = facts_of(run_dir, step).get(RULE_FACT)
+            has_projections = (run_dir.checkpoint_path(step) / PROJECTIONS).exists()
+            return (EVEN if has_projections else LAST) if told is None else told or EVEN
+    return EVEN
+
+
+def recorded_rule(config: RunConfig, run_dir: RunDir) -> str:
+    """The value of RULE_FACT for checkpoints of a settled configuration; empty if the run file decides all layers."""
+    settled = any(loss.hidden_mse and loss.hidden_mse.layers_reason for _, loss in run_losses(config))
+    return kept_rule(run_dir) if settled else ""
 
 
 def student_depth(config: StudentConfig, scope: RunScope) -> int:

@@ -15,6 +15,7 @@ from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.contexts.source import StepSource
 from stillhouse.student_trainer.train.evaluation.run_report import RunReport
 from stillhouse.student_trainer.train.setup.feeds import FeedFactory
+from stillhouse.student_trainer.train.setup.hidden_layers import RULE_FACT, recorded_rule
 from stillhouse.student_trainer.train.setup.inputs import Inputs
 from stillhouse.student_trainer.train.setup.scope import RunScope
 from stillhouse.student_trainer.train.setup.student_side import StudentSide
@@ -83,6 +84,7 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
             "tokenizer_fingerprint": inputs.tokenizer_fingerprint,
             "teacher_fingerprint": teacher_side.teachers.fingerprint,
             "matmul_dtype": matmul_dtype or "",
+            RULE_FACT: recorded_rule(config, scope.run_dir),
         }
     )
     scope.reporter.resume_at(progress.step)

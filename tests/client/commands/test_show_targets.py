@@ -1,4 +1,4 @@
-"""`stillhouse run show` tells the targets that `auto` became."""
+"""`stillhouse run show` tells the targets that `auto` became, and the layers of hidden states."""
 
 from __future__ import annotations
 
@@ -14,3 +14,13 @@ def test_a_run_shows_its_targets_with_their_reason() -> None:
     run.effective_spec.loss.top_k, run.effective_spec.loss.num_samples = 16, 90
     run.effective_spec.contexts.add().student.SetInParent()
     assert dict(_facts(run))["target"] == "stratified_tail, top-16 and 90 draws: the teacher draws"
+
+
+def test_a_run_shows_the_layers_that_it_compares() -> None:
+    run = Run(name="runs/aaaaaaaaaaaa")
+    hidden = run.effective_spec.loss.hidden_mse
+    hidden.layers.add(teacher=2, student=1)
+    hidden.layers.add(teacher=4, student=2)
+    assert "layers" not in dict(_facts(run))
+    hidden.layers_reason = "spread evenly"
+    assert dict(_facts(run))["layers"] == "student's 1 with 2, 2 with 4 of the teacher: spread evenly"

@@ -22,11 +22,12 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import StudentConfig
-from stillhouse.student_trainer.config.settled.layer_pairs import even_pairs
-from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
-from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS
+from stillhouse.student_trainer.config.settled.layer_pairs import EVEN, LAST, even_pairs
+from stillhouse.student_trainer.run_dir import EXIT_FAILED, MANIFEST, RunDir
+from stillhouse.student_trainer.train.checkpointing.checkpoint import PROJECTIONS, facts_of
 from stillhouse.student_trainer.train.data.corpus import load_corpus
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.setup.hidden_layers import RULE_FACT, kept_rule
 from stillhouse.student_trainer.train.student.hidden_term import make_projections
 from stillhouse.student_trainer.train.student.student import Student
 from stillhouse.student_trainer.train.teacher.hidden_demands import require_layers
@@ -35,7 +36,9 @@ from tests.student_trainer.config.specs import SMALLEST, changed
 from tests.student_trainer.config.specs import spec_of as run_spec
 from tests.student_trainer.train.runs import (
     assert_same_end,
+    events,
     failure,
+    finish,
     finish_here,
     make_run,
     metric,
@@ -190,6 +193,76 @@ def test_projections_learn_and_resume_to_the_same_bits(
     assert all(torch.equal(matrix, ends[1][name]) for name, matrix in ends[0].items())
 
 
+def as_written_before(run_dir: RunDir) -> None:
+    """Makes a run that names no layers and whose checkpoints do not tell them, as those of earlier versions."""
+    effective = run_dir.effective_spec()
+    effective.loss.hidden_mse.ClearField("layers")
+    run_dir.write_effective_spec(effective)
+    for step in run_dir.checkpoints():
+        path = run_dir.checkpoint_path(step) / MANIFEST
+        path.write_text(
+            json.dumps({key: each for key, each in json.loads(path.read_bytes()).items() if key != RULE_FACT})
+        )
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("num_processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_that_compared_the_last_layers_keeps_its_objective(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path, num_processes: int
+) -> None:
+    """Earlier versions compared the last states alone, and said so nowhere."""
+
+    def begun(name: str, hidden: Mapping[str, Any]) -> RunDir:
+        spec = pre_distillation(models, dataset_file, hf_teacher.target, hidden_mse=hidden)
+        spec["student"] = {"model": str(models.teacher), "lora": {"rank": 2}}
+        spec["optimizer"] |= {"max_steps": 4}
+        spec["data"] |= {"eval_fraction": 0}
+        spec["checkpoint"] = {"every_steps": 2}
+        run_dir = make_run(tmp_path, name, spec)
+        assert finish_here(run_dir, stopped=lambda: bool(run_dir.checkpoints())) == 0
+        assert max(run_dir.checkpoints()) < 4
+        return run_dir
+
+    expected = begun("expected", {**HIDDEN, "layers": [{"teacher": 2, "student": 2}]})
+    old = begun("old", {**HIDDEN, "layers": [{"teacher": 2, "student": 2}]})
+    as_written_before(old)
+    assert finish_here(expected, attempt=2) == 0
+    if num_processes == 1:
+        assert finish_here(old, attempt=2) == 0, failure(old)
+        assert metric(old, "train/loss") == metric(expected, "train/loss")
+    else:
+        effective = old.effective_spec()
+        effective.resources.num_processes = num_processes
+        old.write_effective_spec(effective)
+        assert finish(old, attempt=2) == 0, old.log_path(2).read_text()[-3000:]
+        assert metric(old, "train/loss") == pytest.approx(metric(expected, "train/loss"), rel=1e-4)
+    settled = old.effective_spec().loss.hidden_mse
+    assert [(each.teacher, each.student) for each in settled.layers] == [(2, 2)]
+    assert settled.layers_reason.startswith("the last layers alone")
+    assert facts_of(old, 4)[RULE_FACT] == LAST
+
+
+@pytest.mark.model
+def test_layers_are_settled_once_and_kept_with_the_run(
+    run: Run, models: Models, dataset_file: Path, hf_teacher: Program
+) -> None:
+    spec = pre_distillation(models, dataset_file, hf_teacher.target)
+    spec["student"] = {"model": str(models.teacher)}
+    spec["optimizer"]["max_steps"] = 1
+    run_dir = run(spec)
+    settled = run_dir.effective_spec().loss.hidden_mse
+    assert [(each.teacher, each.student) for each in settled.layers] == [(1, 1), (2, 2)]
+    assert settled.layers_reason == "spread evenly over 2 layers of the teacher and 2 of the student"
+    (event,) = (each for each in events(run_dir, "settled") if "layers" in each)
+    assert event["layers"]["loss"]["layers"][0] == {"teacher": 1, "student": 1}
+    assert kept_rule(run_dir) == facts_of(run_dir, 1)[RULE_FACT] == EVEN
+    assert from_proto(run_dir.effective_spec()).loss.hidden_mse is not None
+    as_written_before(run_dir)
+    assert kept_rule(run_dir) == LAST
+    (run_dir.checkpoint_path(1) / PROJECTIONS).touch()
+    assert kept_rule(run_dir) == EVEN
+
+
 @pytest.mark.model
 def test_a_layer_that_the_teacher_lacks_is_refused(
     run: Run, models: Models, dataset_file: Path, hf_teacher: Program
@@ -210,6 +283,7 @@ def test_a_layer_that_the_teacher_lacks_is_refused(
         (12, 5, [(2, 1), (5, 2), (7, 3), (10, 4), (12, 5)]),
         (2, 4, [(1, 2), (2, 4)]),
         (3, 1, [(3, 1)]),
+        (128, 128, [(each, each) for each in range(2, 129, 2)]),
     ],
 )
 def test_pairs_spread_evenly(teacher: int, student: int, pairs: Sequence[tuple[int, int]]) -> None:

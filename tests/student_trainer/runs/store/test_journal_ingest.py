@@ -12,15 +12,17 @@ import pytest
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
 from stillhouse.student_trainer.config.schema import LossConfig
+from stillhouse.student_trainer.config.settled.layer_pairs import EVEN, LayerChoice
 from stillhouse.student_trainer.config.settled.target_choice import TargetChoice
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.api.metric_series import thin, to_series
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier, JournalTail
+from tests.student_trainer.config.specs import changed
 from tests.student_trainer.runs.store.store_contract import SPEC, new_run
 
-RUN = "aaaaaaaaaaaa"
+RUN, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
 
 @pytest.fixture
@@ -71,6 +73,19 @@ def test_reports_of_a_process_are_stored(store: Store, run_dir: RunDir) -> None:
     assert store.get(RUN).condition == Run.CONDITION_UNSPECIFIED
     assert store.outcome(RUN, 1) == ("failed", error)
     assert not tail.ingest()
+
+
+def test_settled_layers_are_stored(store: Store, run_dir: RunDir) -> None:
+    spec = changed("loss.hidden_mse", {"weight": 2})
+    store.create(OTHER, spec, spec, request_id="", version="1")
+    store.begin_attempt(OTHER, ())
+    choice = LayerChoice.by(EVEN, teacher_layers=4, student_layers=2)
+    with run_dir.open_attempt(1) as attempt:
+        attempt.report("settled", layers={"loss": choice.to_json(), "contexts[0].loss": choice.to_json()})
+    assert JournalTail(store, OTHER, run_dir, 1).ingest()
+    hidden = store.get(OTHER).effective_spec.loss.hidden_mse
+    assert [(each.teacher, each.student) for each in hidden.layers] == [(2, 1), (4, 2)]
+    assert (hidden.weight, hidden.layers_reason) == (2, choice.layers_reason)
 
 
 def test_between_attempts_the_step_is_the_checkpoints(store: Store, run_dir: RunDir) -> None:
