@@ -22,6 +22,8 @@ from stillhouse.student_trainer.train.loss.sparse import SparseTargets
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 _MEANS = ("cross_entropy", "kl", "agreement")
+_OF_TEACHER = {"accuracy": "teacher_accuracy", "f1": "teacher_f1", "ece": "teacher_ece"}
+"""Metrics of the teacher by those of the student."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +79,7 @@ class ClassEvaluator:
             head = f"eval/{each.settings.name}/" if each.settings.name else "eval/"
             named = {**metrics.values(scores), **self._f1(here)}
             of_teacher = {**metrics.values(theirs), **self._f1(here, TEACHER)}
-            named |= {f"teacher_{name}": value for name, value in of_teacher.items()}
+            named |= {_OF_TEACHER[name]: value for name, value in of_teacher.items()}
             named["rows"] = float(each.end - each.begin)
             found |= {head + name: value for name, value in named.items()}
         return Evaluation(metrics=found, student=student, teacher=teacher)
