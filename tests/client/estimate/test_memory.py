@@ -240,7 +240,16 @@ def test_hidden_states_are_counted(tmp_path: Path, device: str) -> None:
         "data": {"max_sequence_tokens": 100},
         "optimizer": {"batch_size": 8, "micro_batch_tokens": 400, "precision": "fp32"},
     }
-    flags = ("--device", device, "--memory-gib", "1", "--teacher-model", str(big), "--teacher-apart", "--json")
+    flags = (
+        "--device",
+        device,
+        "--memory-gib",
+        "1",
+        "--teacher-model",
+        str(big),
+        "--teacher-apart",
+        "--json",
+    )
 
     def document(**hidden: Any) -> dict[str, Any]:
         loss = {"loss": {"hidden_mse": hidden}} if hidden else {}
@@ -263,7 +272,9 @@ def test_hidden_states_are_counted(tmp_path: Path, device: str) -> None:
     assert "one pair in loss.hidden_mse.layers" in remedies
     one = told(layers=[{"teacher": 32, "student": 3}])
     assert one["hidden states"] == compared["hidden states"] / 3
-    assert told(layers=[{"teacher": 32, "student": 3}], normalise=True)["hidden states"] > one["hidden states"]
+    assert (
+        told(layers=[{"teacher": 32, "student": 3}], normalise=True)["hidden states"] > one["hidden states"]
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "no json", '{"hidden_size": -1}', '{"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 0, "vocab_size": 3}'])  # fmt: skip

@@ -104,7 +104,9 @@ def test_compression_is_found_by_its_first_bytes(suffix: str, packed: str, tmp_p
 
 
 TWICE = '{"prompt": "a", "completion": "b"}', '{"prompt": "c", "completion": "d", "prompt": "e"}'
-NESTED = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}'
+NESTED = (
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]}'
+)
 
 
 @pytest.mark.parametrize("packed", [".gz", ".zst", ""])
@@ -120,7 +122,9 @@ def test_a_name_that_a_row_gives_twice_is_refused(
             write_zstd(path, text.encode())
         else:
             path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
-        with pytest.raises(StillhouseError, match=f"{path}, {place}: is given twice in one object.* Remove one"):
+        with pytest.raises(
+            StillhouseError, match=f"{path}, {place}: is given twice in one object.* Remove one"
+        ):
             list(read_file(path))
         refused: list[StillhouseError] = []
         left = list(RowReader(RowSource(location=str(path)), refuse=refused.append))
