@@ -20,6 +20,7 @@ from stillhouse.student_trainer.train.data.prepared.left_out import nothing_left
 from stillhouse.student_trainer.train.data.prepared.preparation import Prepared, Preparer
 from stillhouse.student_trainer.train.data.prepared.rows import ExampleRows
 from stillhouse.student_trainer.train.data.prepared.settings import ExampleSettings
+from stillhouse.student_trainer.train.data.schedule import permutation
 
 log = structlog.get_logger()
 
@@ -122,5 +123,4 @@ def _held_out_rows(num_rows: int, data: DataConfig) -> NDArray[np.int64]:
     if data.eval_fraction == 0 or num_rows < 2:
         return np.zeros(0, np.int64)
     count = min(MAX_SPLIT_ROWS, max(1, round(data.eval_fraction * num_rows)), num_rows - 1)
-    generator = np.random.Generator(np.random.PCG64([data.seed, _SPLIT_STREAM]))
-    return np.sort(generator.permutation(num_rows)[:count])
+    return np.sort(permutation(num_rows, [data.seed, _SPLIT_STREAM])[:count]).astype(np.int64)

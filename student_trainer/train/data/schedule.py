@@ -113,7 +113,7 @@ class _Turns(NamedTuple):
 @functools.lru_cache(maxsize=2)
 def _interleave(counts: tuple[int, ...], seed: int, epoch: int) -> _Turns:
     generator = np.random.Generator(np.random.PCG64([seed, _TURN_STREAM, epoch]))
-    datasets = generator.permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+    datasets = generator.permutation(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
     before = np.empty(len(datasets), np.int32)
     for dataset, count in enumerate(counts):
         before[datasets == dataset] = np.arange(count)
@@ -123,15 +123,17 @@ def _interleave(counts: tuple[int, ...], seed: int, epoch: int) -> _Turns:
 @functools.lru_cache(maxsize=2)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.integer[Any]]:
     """Returns the order of all rows in `epoch`."""
-    return _permutation(num_rows, [seed, _ORDER_STREAM, epoch])
+    return permutation(num_rows, [seed, _ORDER_STREAM, epoch])
 
 
 @functools.lru_cache(maxsize=64)
 def _dataset_order(num_rows: int, seed: int, number: int, dataset: int) -> NDArray[np.integer[Any]]:
     """Returns the order of a dataset's rows in pass `number` over it."""
-    return _permutation(num_rows, [seed, _ORDER_STREAM, number, dataset])
+    return permutation(num_rows, [seed, _ORDER_STREAM, number, dataset])
 
 
-def _permutation(num_rows: int, keys: list[int]) -> NDArray[np.integer[Any]]:
-    order = np.random.Generator(np.random.PCG64(keys)).permutation(num_rows)
-    return order.astype(np.int32) if num_rows < 2**31 else order
+def permutation(num_rows: int, keys: list[int]) -> NDArray[np.integer[Any]]:
+    """[num_rows] numbers of rows in the order that the seeds `keys` give; in 4 bytes each below 2^31 rows."""
+    order: NDArray[np.integer[Any]] = np.arange(num_rows, dtype=np.int64 if num_rows >= 2**31 else np.int32)
+    np.random.Generator(np.random.PCG64(keys)).shuffle(order)
+    return order
