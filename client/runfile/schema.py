@@ -38,6 +38,13 @@ def holds_json(message: str, field: str) -> bool:
     return "contentMediaType" in properties.get(field, {})
 
 
+def word_field(message: str, field: str) -> str | None:
+    """The field of its message that a word in the list `field` of `message` stands for; None where no word may stand."""
+    items = rules(message, field) if message in _messages() else {}
+    named = [each["$ref"].rpartition("/")[2] for each in items.get("anyOf", ()) if "$ref" in each]
+    return next((str(name) for each in named for name in _messages()[each]["required"]), None)
+
+
 def setting(message: Message, field: str) -> Any:
     """Value of a field of a run's settings, or its default; KeyError if the default depends on other fields."""
     if message.HasField(field):

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from google.protobuf.descriptor import FieldDescriptor
@@ -16,7 +16,7 @@ from google.protobuf.message import Message
 from stillhouse.client.core.json_output import is_map
 from stillhouse.client.runfile.fields import find_field, unknown_field_sentence
 from stillhouse.client.runfile.scalars import describe, is_auto, is_null, read_value
-from stillhouse.client.runfile.schema import holds_json
+from stillhouse.client.runfile.schema import holds_json, word_field
 from stillhouse.client.runfile.source_map import Problem, SourceLocation, SourceMap
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 
@@ -153,7 +153,9 @@ class RunFileReader:
 
     def _read_list(self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str) -> None:
         """A list; one value where several may stand is a list of it alone."""
-        alone = isinstance(node, yaml.ScalarNode) and field.message_type is None and not is_null(node)
+        word = word_field(message.DESCRIPTOR.name, field.name) if field.message_type is not None else None
+        is_value = field.message_type is None or word is not None
+        alone = isinstance(node, yaml.ScalarNode) and is_value and not is_null(node)
         if not alone and not isinstance(node, yaml.SequenceNode):
             name = path.rpartition(".")[2]
             remedy = (
@@ -171,11 +173,21 @@ class RunFileReader:
             if is_null(item):
                 self.problem(item, item_path, "is empty; give it a value or remove it.")
             elif field.message_type is not None:
-                self.read_message(item, items.add(), item_path)
+                self._read_item(item, items.add(), item_path, word)
             else:
                 value = self.read_scalar(field, item, item_path, verbatim=False)
                 if value is not None:
                     items.append(value)
+
+    def _read_item(self, node: yaml.Node, item: Message, path: str, word: str | None) -> None:
+        """A message of a list, or the word that stands for its field `word`."""
+        if word is None or not isinstance(node, yaml.ScalarNode):
+            self.read_message(node, item, path)
+            return
+        field = cast("FieldDescriptor", item.DESCRIPTOR.fields_by_name[word])
+        value = self.read_scalar(field, node, path, verbatim=False)
+        if value is not None:
+            setattr(item, word, value)
 
     def _read_map(self, field: FieldDescriptor, node: yaml.Node, message: Message, path: str) -> None:
         if not isinstance(node, yaml.MappingNode):

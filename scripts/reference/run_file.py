@@ -12,6 +12,7 @@ from scripts.reference.markdown import NOTE, table
 from stillhouse.client.runfile.scalars import AUTOMATIC
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.fields import (
+    ByWord,
     Choices,
     DefaultText,
     FieldInfo,
@@ -150,7 +151,10 @@ def _property(info: FieldInfo, comment: str, message: Descriptor | None) -> dict
         return schema | {"type": "object", "additionalProperties": {"type": "string"}}
     if info.nested is not None:
         assert message is not None
-        ref = {"$ref": f"#/$defs/{message.name}"}
+        ref: dict[str, Any] = {"$ref": f"#/$defs/{message.name}"}
+        if (by_word := info.rule(ByWord)) is not None:
+            word = _value(fields_of(info.nested)[by_word.field])
+            return schema | {"anyOf": [{"type": "array", "items": {"anyOf": [ref, word]}}, word]}
         return schema | ({"type": "array", "items": ref} | _least(info) if info.repeated else ref)
     value = _value(info)
     if info.repeated:  # one value where several may stand is a list of it alone
@@ -209,7 +213,8 @@ def _type_text(info: FieldInfo) -> str:
         return "text by name"
     if info.nested is not None:
         name = sorted_messages()[info.nested].name
-        text = f"[{name}](#{name.lower()})"
+        by_word = info.rule(ByWord)
+        text = f"[{name}](#{name.lower()})" + (f", or its {by_word.field} alone" if by_word else "")
     else:
         text = {str: "text", bool: "true or false", int: "integer", float: "number"}[info.python_type]
         text += ", or auto" if info.name in AUTOMATIC else ""

@@ -34,6 +34,7 @@ from stillhouse.student_trainer.config.rules.evaluation import check_evaluation,
 from stillhouse.student_trainer.config.rules.hidden_states import check_hidden_states
 from stillhouse.student_trainer.config.rules.loss import check_loss
 from stillhouse.student_trainer.config.rules.teacher_prompt import check_teacher_prompts
+from stillhouse.student_trainer.config.rules.trackers import check_trackers
 from stillhouse.student_trainer.config.schema import MAX_BATCH_SIZE, RunConfig
 from stillhouse.student_trainer.config.value_synonyms import nearest_value
 
@@ -97,6 +98,7 @@ def _check_fields(config: RunConfig) -> Iterator[FieldViolation]:
         required = info.rule(Required)
         if required is not None and value in (None, "", ()) and not _may_lack(required, config):
             yield FieldViolation(path, required.sentence)
+            continue
         problem = None if value is None or isinstance(value, tuple) else _problem(info, value)
         if problem:
             yield FieldViolation(path, problem)
@@ -170,6 +172,7 @@ def _check_combinations(config: RunConfig) -> Iterator[FieldViolation]:
         check_teacher_prompts,
         check_classification,
         check_hidden_states,
+        check_trackers,
         _check_teachers,
         _check_processes,
         _check_passes,

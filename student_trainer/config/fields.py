@@ -90,6 +90,13 @@ class JsonText:
     """JSON Schema's name of its type: object or array."""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ByWord:
+    """List of dataclasses; in a run file an item that is a word stands for this field of it alone."""
+
+    field: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class FieldInfo:
     """Type, default and rules of one field of a configuration dataclass."""

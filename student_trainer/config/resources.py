@@ -1,4 +1,4 @@
-"""The sections `checkpoint`, `resources`, `retry` and `notify` of a run's configuration (schema.py)."""
+"""The sections `checkpoint`, `resources`, `retry`, `notify` and `trackers` of a run's configuration (schema.py)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ CHECKPOINT_EVERY_STEPS = 500
 CHECKPOINT_EVERY_SECONDS = 1800.0
 """Longest time that a run killed in its first steps has lost."""
 MAX_PROCESSES = 64
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio", "swanlab")
+"""Kinds of trackers; each is a module of student_trainer/tracking/kinds/."""
+TRACKERS_FOLDER = "trackers"
+"""Folder of a run's directory with the files of its trackers."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,3 +78,20 @@ class NotifyConfig:
         tuple[str, ...],
         Choices("pending", "starting", "running", "stopping", "stopped", "completed", "failed"),
     ] = ("stopped", "completed", "failed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrackerConfig:
+    """An experiment tracker that gets the run's metrics."""
+
+    kind: Annotated[str, Choices(*TRACKERS), Required('is required, such as "wandb".')] = ""
+    project: Annotated[str, MaxLength(100)] = "stillhouse"
+    name: Annotated[str, MaxLength(200), DefaultText("display_name, or the run's id")] = ""
+    uri: Annotated[str, MaxLength(2000)] = ""
+    credential: Annotated[str, MaxLength(200)] = ""
+    entity: Annotated[str, MaxLength(100)] = ""
+
+    @property
+    def is_online(self) -> bool:
+        """True if it sends to a server, else it writes files in the run's directory."""
+        return bool(self.uri or self.credential)

@@ -17,6 +17,7 @@ from stillhouse.student_trainer.config.fields import (
     COUNT,
     NOT_NEGATIVE,
     POSITIVE,
+    ByWord,
     Choices,
     DefaultText,
     MaxLength,
@@ -28,6 +29,7 @@ from stillhouse.student_trainer.config.resources import (
     NotifyConfig,
     ResourceConfig,
     RetryConfig,
+    TrackerConfig,
 )
 from stillhouse.student_trainer.config.student import LoraConfig as LoraConfig  # noqa: PLC0414 - re-exported
 from stillhouse.student_trainer.config.student import StudentConfig as StudentConfig  # noqa: PLC0414 - re-exported
@@ -342,6 +344,7 @@ class RunConfig:
     labels: Mapping[str, str] = field(default_factory=dict)
     preset: Annotated[str, Choices("none", "system0", "system4")] = "none"
     notify: tuple[NotifyConfig, ...] = ()
+    trackers: Annotated[tuple[TrackerConfig, ...], ByWord("kind")] = ()
 
     @property
     def classifies(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -33,7 +34,9 @@ from stillhouse.student_trainer.runs.supervision.device_slots import DeviceSlots
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.retention import keep_cleaning, keep_sweeping
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
-from stillhouse.student_trainer.runs.web_process import WebProcess
+from stillhouse.student_trainer.runs.trackers.access import TrackerAccess
+from stillhouse.student_trainer.runs.trackers.follower import Trackers
+from stillhouse.student_trainer.runs.web_process import WebProcess, page_address
 from stillhouse.student_trainer.runs.webhooks.hosts import WebhookHosts
 from stillhouse.student_trainer.runs.webhooks.notifier import Webhooks
 
@@ -89,6 +92,16 @@ async def _serve(
     gpus = visible_gpus() if settings.gpus is None else settings.gpus
     hosts = WebhookHosts(settings.webhooks)
     webhooks = Webhooks(store, db, notifier, hosts, data_dir.path / "webhooks")
+    access = TrackerAccess(data_dir.credentials_path)
+    trackers = Trackers(
+        store,
+        db,
+        notifier,
+        access,
+        folder=data_dir.path / "trackers",
+        runs=data_dir.runs_path,
+        page=partial(page_address, data_dir),
+    )
     slots = DeviceSlots(gpus=gpus, cpu_slots=settings.cpu_slots)
     supervisor = Supervisor(store, db, notifier, slots, data_dir=data_dir, settings=settings)
     host = Host(
@@ -97,6 +110,7 @@ async def _serve(
         slots=slots,
         find_dataset=store.datasets.find,
         find_webhook_host=hosts.find,
+        tracker_problem=access.problem_of,
         processor=Processor.read(),
     )
     servicer = RunServicer(
@@ -106,6 +120,7 @@ async def _serve(
             notifier=notifier,
             supervisor=supervisor,
             webhooks=webhooks,
+            trackers=trackers,
             host=host,
             max_upload_bytes=settings.max_upload_bytes,
             max_queued_runs=settings.max_queued_runs,
@@ -121,6 +136,7 @@ async def _serve(
         await server.stop(0)
         raise
     await webhooks.start()  # before a run can end
+    await trackers.start()
     await supervisor.start()
     web = WebProcess(settings, data_dir, address)
     await _start_web(web, supervisor, server)
@@ -145,6 +161,7 @@ async def _serve(
         await asyncio.wait(sweepers)
         await supervisor.close(stop_runs=settings.stop_runs_on_exit)
         await webhooks.close()
+        await trackers.close()
         notifier.close()
 
     patience_s = settings.stop_grace_s + 2 * TERM_GRACE_S if settings.stop_runs_on_exit else 0.0

@@ -18,9 +18,18 @@ from stillhouse.student_trainer.runs.supervision.training_process import environ
 START_S = 60.0
 STOP_S = 10.0
 AGAIN_S = 5.0
+ADDRESS_FILE = "web.address"
 _EVERYWHERE = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}  # noqa: S104 - addresses that listen everywhere, compared
 
 log = structlog.get_logger(__name__)
+
+
+def page_address(data_dir: DataDir) -> str:
+    """Address of the web server that the service has started; empty if there is none."""
+    try:
+        return (data_dir.path / ADDRESS_FILE).read_text().strip()
+    except OSError:
+        return ""
 
 
 class WebProcess:
@@ -28,7 +37,7 @@ class WebProcess:
 
     def __init__(self, settings: RunServiceSettings, data_dir: DataDir, address: str) -> None:
         """`address` is that of the run service."""
-        self._address_file = data_dir.path / "web.address"
+        self._address_file = data_dir.path / ADDRESS_FILE
         self._arguments = _arguments(settings, data_dir, address)
         self._wanted = settings.web
         self._process: asyncio.subprocess.Process | None = None
@@ -36,9 +45,9 @@ class WebProcess:
 
     async def start(self) -> None:
         """Returns once the server listens, at once without --web. Raises StillhouseError(INVALID_CONFIG) if it ends instead."""
+        self._address_file.unlink(missing_ok=True)
         if not self._wanted:
             return
-        self._address_file.unlink(missing_ok=True)
         process = await self._spawn()
         try:
             async with asyncio.timeout(START_S):
@@ -99,7 +108,7 @@ def _arguments(settings: RunServiceSettings, data_dir: DataDir, address: str) ->
     arguments = [
         *(sys.executable, "-P", "-m", "stillhouse.client", "web"),
         *("--trainer", target, "--listen", settings.web_listen, "--parent", str(os.getpid())),
-        *("--address-file", str(data_dir.path / "web.address")),
+        *("--address-file", str(data_dir.path / ADDRESS_FILE)),
         *("--sign-in-file", str(data_dir.path / "web-sign-in"), "--log-level", settings.log_level),
     ]
     if settings.tls_cert is not None and settings.tls_key is not None:

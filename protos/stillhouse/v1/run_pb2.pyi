@@ -299,6 +299,7 @@ class RunSpec(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     PRESET_FIELD_NUMBER: _builtins.int
     NOTIFY_FIELD_NUMBER: _builtins.int
+    TRACKERS_FIELD_NUMBER: _builtins.int
     display_name: _builtins.str
     """Free text, for people."""
     task: _builtins.str
@@ -360,6 +361,10 @@ class RunSpec(_message.Message):
     def notify(self) -> _containers.RepeatedCompositeFieldContainer[Global___NotifySpec]:
         """Addresses that are told of the run's states."""
 
+    @_builtins.property
+    def trackers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrackerSpec]:
+        """Experiment trackers that get the run's metrics, settings, examples and final model; each kind once."""
+
     def __init__(
         self,
         *,
@@ -379,10 +384,11 @@ class RunSpec(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         preset: _builtins.str | None = ...,
         notify: _abc.Iterable[Global___NotifySpec] | None = ...,
+        trackers: _abc.Iterable[Global___TrackerSpec] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "data", b"data", "evaluation", b"evaluation", "loss", b"loss", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "contexts", b"contexts", "data", b"data", "display_name", b"display_name", "evaluation", b"evaluation", "labels", b"labels", "loss", b"loss", "notify", b"notify", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task", "teachers", b"teachers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_preset", b"_preset", "_task", b"_task", "cache", b"cache", "checkpoint", b"checkpoint", "contexts", b"contexts", "data", b"data", "display_name", b"display_name", "evaluation", b"evaluation", "labels", b"labels", "loss", b"loss", "notify", b"notify", "optimizer", b"optimizer", "preset", b"preset", "resources", b"resources", "retry", b"retry", "student", b"student", "task", b"task", "teachers", b"teachers", "trackers", b"trackers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__preset: _TypeAlias = _typing.Literal["preset"]  # noqa: Y015
     _WhichOneofArgType__preset: _TypeAlias = _typing.Literal["_preset", b"_preset"]  # noqa: Y015
@@ -424,6 +430,52 @@ class NotifySpec(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NotifySpec: _TypeAlias = NotifySpec  # noqa: Y015
+
+@_typing.final
+class TrackerSpec(_message.Message):
+    """TrackerSpec is one experiment tracker. Without `uri` and `credential` it writes below trackers/ in the run's directory,
+    without a network.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    PROJECT_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    URI_FIELD_NUMBER: _builtins.int
+    CREDENTIAL_FIELD_NUMBER: _builtins.int
+    ENTITY_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """Required. tensorboard, wandb, mlflow, trackio or swanlab, each an extra of the trainer's package."""
+    project: _builtins.str
+    """Project, or MLflow's experiment."""
+    name: _builtins.str
+    """Name of the run there. Empty means display_name, or the run's id."""
+    uri: _builtins.str
+    """Address of the tracker's server, which a section of the trainer's credentials file must have."""
+    credential: _builtins.str
+    """Name of that section, which holds the secret. The secret itself never stands in a spec."""
+    entity: _builtins.str
+    """Team, workspace or organisation that the project belongs to."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        project: _builtins.str | None = ...,
+        name: _builtins.str = ...,
+        uri: _builtins.str = ...,
+        credential: _builtins.str = ...,
+        entity: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_project", b"_project", "project", b"project"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_project", b"_project", "credential", b"credential", "entity", b"entity", "kind", b"kind", "name", b"name", "project", b"project", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__project: _TypeAlias = _typing.Literal["project"]  # noqa: Y015
+    _WhichOneofArgType__project: _TypeAlias = _typing.Literal["_project", b"_project"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__project) -> _WhichOneofReturnType__project | None: ...
+
+Global___TrackerSpec: _TypeAlias = TrackerSpec  # noqa: Y015
 
 @_typing.final
 class StudentSpec(_message.Message):

@@ -16,7 +16,15 @@ from stillhouse.student_trainer.run_dir import MANIFEST
 
 PIECE_BYTES = 512 * 1024
 """Bytes of a file in one message."""
-ARTIFACT_FOLDERS = ("checkpoints", "final", "exports", "evaluations", "eval_targets", "tensorboard")
+ARTIFACT_FOLDERS = (
+    "checkpoints",
+    "final",
+    "exports",
+    "evaluations",
+    "eval_targets",
+    "tensorboard",
+    "trackers",
+)
 ARTIFACT_FILES = ("spec.json", "effective_spec.json", "teacher.json")
 HASHES_KEPT = 10_000
 

@@ -44,6 +44,7 @@ from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
+from stillhouse.student_trainer.runs.trackers.follower import Trackers
 from stillhouse.student_trainer.runs.webhooks.notifier import Webhooks
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -64,6 +65,7 @@ class ServiceParts:
     notifier: ChangeNotifier
     supervisor: Supervisor
     webhooks: Webhooks
+    trackers: Trackers
     host: Host
     max_upload_bytes: int
     max_queued_runs: int
@@ -78,7 +80,7 @@ class RunServicer(RunServiceServicer):
         self._db = parts.db
         self._notifier = parts.notifier
         self._supervisor = parts.supervisor
-        self._webhooks = parts.webhooks
+        self._followers = (parts.webhooks, parts.trackers)
         self._host = parts.host
         self._max_queued_runs = parts.max_queued_runs
         self._inspection = RowInspection(parts.host, parts.db)
@@ -126,8 +128,12 @@ class RunServicer(RunServiceServicer):
         )
         if created:
             self._supervisor.wake()
-            self._webhooks.follow(run)
+            self._follow(run)
         return run
+
+    def _follow(self, run: pb.Run) -> None:
+        for each in self._followers:
+            each.follow(run)
 
     async def _checked(self, spec: pb.RunSpec) -> Resolution:
         """The configuration that `spec` means on this host, with absolute paths, and its datasets.
@@ -176,7 +182,7 @@ class RunServicer(RunServiceServicer):
             max_queued=self._max_queued_runs,
             whole_micro_batch=changes_passes(request.changes),
         )
-        self._webhooks.follow(run)
+        self._follow(run)
         self._notifier.notify(run_id)
         self._supervisor.wake()
         return run
@@ -196,7 +202,8 @@ class RunServicer(RunServiceServicer):
     async def delete(self, run_id: str) -> None:
         """Deletes an ended run and its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
         await self._db(self._store.delete, run_id)
-        await self._webhooks.forget(run_id)
+        for each in self._followers:
+            await each.forget(run_id)
         self._notifier.notify(run_id)
         await asyncio.to_thread(remove_run_files, self._supervisor.run_dir(run_id).path)
 

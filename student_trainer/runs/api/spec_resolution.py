@@ -20,7 +20,7 @@ from stillhouse.protos.rows.reading.plugins import plugin_of
 from stillhouse.protos.rows.reading.tables import is_hub_id as is_hub_dataset
 from stillhouse.student_trainer.config.checks import invalid_spec
 from stillhouse.student_trainer.config.evaluation_set import EvaluationSetConfig
-from stillhouse.student_trainer.config.resources import NotifyConfig
+from stillhouse.student_trainer.config.resources import TRACKERS, NotifyConfig, TrackerConfig
 from stillhouse.student_trainer.config.schema import (
     ALL_LINEAR,
     CacheConfig,
@@ -56,6 +56,8 @@ class Host:
     processor: Processor
     find_webhook_host: Callable[[str], object]
     """The host of a URL that may be posted to; StillhouseError if it may not."""
+    tracker_problem: Callable[[TrackerConfig], FieldViolation | None]
+    """The field of a tracker for which this service cannot use it, and why; None if it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,7 @@ def resolve(config: RunConfig, host: Host, problems: Sequence[FieldViolation] = 
     resolver.weights(resolved)
     resolver.lora_modules(resolved)
     resolver.webhooks(config.notify)
+    resolver.trackers(config.trackers)
     resolved = resolver.devices(resolved)
     return resolver.resolution(resolved, problems)
 
@@ -168,6 +171,13 @@ class _Resolver:
                 self.host.find_webhook_host(hook.url)
             except StillhouseError as error:
                 self._refuse(f"notify[{index}].url", error.message)
+
+    def trackers(self, trackers: Sequence[TrackerConfig]) -> None:
+        """Refuses trackers whose library or server this service does not have."""
+        for index, tracker in enumerate(trackers[: len(TRACKERS)]):
+            problem = self.host.tracker_problem(tracker)
+            if problem is not None:
+                self._refuse(f"trackers[{index}].{problem.field}", problem.description)
 
     def model(self, where: str, name: str) -> str:
         """An absolute path, or a name that may be a hub id as it is."""

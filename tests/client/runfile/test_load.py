@@ -129,7 +129,7 @@ labels: {a: 1}
             "contexts: &a [{loss: {terms: [" + "{}, " * 200 + "]}}, " + "*a, " * 200 + "]",
             "run.yaml:1:1: it has more than 20,000 values, with each alias in full; such a file is a page of text.",
         ),
-        ("zzz: 1", "run.yaml:1:1: zzz: there is no such field; the fields of a run are: display_name, task, student, teachers, data, contexts, cache, loss, optimizer, checkpoint, evaluation, resources, retry, labels, preset, notify."),
+        ("zzz: 1", "run.yaml:1:1: zzz: there is no such field; the fields of a run are: display_name, task, student, teachers, data, contexts, cache, loss, optimizer, checkpoint, evaluation, resources, retry, labels, preset, notify, trackers."),
         ("[" * 2000, "run.yaml:1:1: the file is nested too deeply."),
     ],
 )  # fmt: skip

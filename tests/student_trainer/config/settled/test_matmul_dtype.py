@@ -73,6 +73,7 @@ def resolved(
         slots=DeviceSlots(gpus=gpus, cpu_slots=1),
         find_dataset=lambda _: None,
         find_webhook_host=str,
+        tracker_problem=lambda _: None,
         processor=on,
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")

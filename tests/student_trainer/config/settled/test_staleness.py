@@ -53,6 +53,7 @@ def _created(config: RunConfig, data_dir: Path, gpus: tuple[int, ...]) -> RunCon
         slots=DeviceSlots(gpus=gpus, cpu_slots=1),
         find_dataset=lambda _: None,
         find_webhook_host=str,
+        tracker_problem=lambda _: None,
         processor=Processor(),
     )
     return resolve_devices(config, host)

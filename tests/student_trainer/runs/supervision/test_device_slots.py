@@ -97,6 +97,7 @@ def test_devices_that_are_not_named_follow_the_processes(
         slots=DeviceSlots(gpus=(0, 1, 2), cpu_slots=1),
         find_dataset=lambda _: None,
         find_webhook_host=str,
+        tracker_problem=lambda _: None,
         processor=Processor(),
     )
     (tmp_path / "rows.jsonl").write_text("{}\n")

@@ -306,6 +306,7 @@ def test_a_cache_keeps_the_day_that_its_chat_template_wrote(
         slots=DeviceSlots(gpus=[], cpu_slots=1),
         find_dataset=lambda _: None,
         find_webhook_host=str,
+        tracker_problem=lambda _: None,
         processor=Processor(),
     )
     asked = from_proto(spec_message(values("only", None)))
