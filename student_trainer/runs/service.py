@@ -160,8 +160,7 @@ async def _serve(
             each.cancel()
         await asyncio.wait(sweepers)
         await supervisor.close(stop_runs=settings.stop_runs_on_exit)
-        await webhooks.close()
-        await trackers.close()
+        await servicer.close()
         notifier.close()
 
     patience_s = settings.stop_grace_s + 2 * TERM_GRACE_S if settings.stop_runs_on_exit else 0.0

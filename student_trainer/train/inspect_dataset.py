@@ -1,7 +1,7 @@
 """Reads a dataset for the page and the client of the run service, and encodes some of its rows; a process of its own.
 
-Reads an InspectDatasetRequest, whose paths are settled, on standard input, and ends as inspect_rows does. The tokenizer, and
-with it torch, is loaded only where rows are to be encoded.
+Reads an InspectDatasetRequest, whose paths are settled, on standard input, and writes an InspectDatasetResponse, or on failure
+a google.rpc.Status with exit code FAILED. The tokenizer, and with it torch, is loaded only where rows are to be encoded.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _refusal(error: StillhouseError) -> pb.RowRefusal:
 
 
 def _encoded(request: pb.InspectDatasetRequest, found: Scan, data_dir: Path) -> pb.InspectRowsResponse:
-    from stillhouse.student_trainer.train.inspect_rows import inspect
+    from stillhouse.student_trainer.train.inspect_rows import Inspector
 
     shown = {row.number: row for row in found.rows}
     texts = dict(found.sample) if request.sample_rows else {}
@@ -110,7 +110,7 @@ def _encoded(request: pb.InspectDatasetRequest, found: Scan, data_dir: Path) -> 
         pb.InspectedRow(number=number, json=text, in_full=number in shown)
         for number, text in sorted(texts.items())
     ]
-    encoding = inspect(pb.InspectRowsRequest(spec=request.spec, rows=rows), data_dir)
+    encoding = Inspector(data_dir).inspect(pb.InspectRowsRequest(spec=request.spec, rows=rows))
     for each in encoding.rows:
         del each.token_ids[MAX_SHOWN_TOKENS:]
         del each.token_bytes[MAX_SHOWN_TOKENS:]

@@ -1,4 +1,4 @@
-"""Encodes rows in a process of its own, which has the tokenizer; one at a time, bounded in size and in time."""
+"""Encodes rows in a process of its own, which has the tokenizer; one request at a time, bounded in size and in time."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.student_trainer.config import proto
 from stillhouse.student_trainer.config.checks import invalid_spec, problems_of
+from stillhouse.student_trainer.runs.api.encoding_process import TIMEOUT_S, EncodingProcess
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
 from stillhouse.student_trainer.runs.api.pages import bounded
 from stillhouse.student_trainer.runs.api.spec_resolution import Host, resolve_datasets, resolve_rendering
@@ -28,10 +29,8 @@ log = structlog.get_logger()
 MAX_ROWS = 4096
 MAX_ROWS_BYTES = 8 << 20
 """Rows of one request."""
-TIMEOUT_S = 300.0
 _FAILED = 3
-"""Exit code of a refusal: that of train/inspect_rows.py."""
-_ROWS = "stillhouse.student_trainer.train.inspect_rows"
+"""Exit code of a refusal: that of train/inspect_dataset.py."""
 _DATASET = "stillhouse.student_trainer.train.inspect_dataset"
 MOST_SHOWN, MOST_SAMPLED = 20, 1000
 DEFAULT_READ, MOST_READ = 100_000, 1_000_000
@@ -45,6 +44,7 @@ class RowInspection:
         """`db` is the thread in which uploaded datasets are found."""
         self._host, self._db = host, db
         self._turn = asyncio.Semaphore(1)
+        self._process = EncodingProcess(host.data_dir)
 
     async def inspect(self, request: pb.InspectRowsRequest) -> pb.InspectRowsResponse:
         """Returns what a run with the request's settings would train on.
@@ -61,9 +61,8 @@ class RowInspection:
             )
         resolved = pb.InspectRowsRequest(spec=await self._settled(request.spec), rows=request.rows)
         async with self._turn:
-            return pb.InspectRowsResponse.FromString(
-                await self._response(_ROWS, resolved.SerializeToString())
-            )
+            answer = await self._process.ask(resolved.SerializeToString())
+        return pb.InspectRowsResponse.FromString(answer)
 
     async def inspect_dataset(self, request: pb.InspectDatasetRequest) -> pb.InspectDatasetResponse:
         """Returns what a dataset holds, and what a run with the request's settings would make of it.
@@ -85,7 +84,7 @@ class RowInspection:
             max_rows=read,
         )
         async with self._turn:
-            out = await self._response(_DATASET, resolved.SerializeToString())
+            out = await self._dataset_response(resolved.SerializeToString())
         return pb.InspectDatasetResponse.FromString(out)
 
     async def _located(self, dataset: pb.DatasetSpec) -> pb.DatasetSpec:
@@ -125,10 +124,14 @@ class RowInspection:
         proto.write(replace(found.config, student=student, data=data), settled)
         return settled
 
-    async def _response(self, module: str, request: bytes) -> bytes:
-        """What the module says to a request, both as bytes of messages. Raises the error that it ends with."""
+    async def close(self) -> None:
+        """Ends the process that is kept for further rows."""
+        await self._process.close()
+
+    async def _dataset_response(self, request: bytes) -> bytes:
+        """What a process of its own says to a request about a dataset. Raises the error that it ends with."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", module, str(self._host.data_dir)),
+            *(sys.executable, "-P", "-m", _DATASET, str(self._host.data_dir)),
             cwd=self._host.data_dir,
             env=environment(devices=(), threads=1, credentials=Path(os.devnull)),
             stdin=asyncio.subprocess.PIPE,

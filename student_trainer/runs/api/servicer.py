@@ -199,6 +199,12 @@ class RunServicer(RunServiceServicer):
         await self.delete(run_id)
         return pb.DeleteRunResponse()
 
+    async def close(self) -> None:
+        """Ends what rpcs have started besides runs: what follows these, and the process that encodes rows."""
+        for each in self._followers:
+            await each.close()
+        await self._inspection.close()
+
     async def delete(self, run_id: str) -> None:
         """Deletes an ended run and its files. Raises StillhouseError(RUN_STATE) if it has not ended."""
         await self._db(self._store.delete, run_id)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from click.testing import CliRunner, Result
 
@@ -171,6 +172,15 @@ def test_bins_hold_every_length_once(lengths: list[int]) -> None:
     assert set(found.values()) <= set(lengths)
 
 
+def encoding_processes(trainer: Program) -> list[int]:
+    """Ids of the processes of a trainer that encode rows for clients."""
+    return [
+        each.pid
+        for each in psutil.Process(trainer.process.pid).children(recursive=True)
+        if "stillhouse.student_trainer.train.inspect_rows" in each.cmdline()
+    ]
+
+
 @pytest.mark.model
 def test_what_names_its_columns_is_pushed_as_it_is(
     tmp_path: Path, trainer: Program, models: Models, monkeypatch: pytest.MonkeyPatch
@@ -184,17 +194,19 @@ def test_what_names_its_columns_is_pushed_as_it_is(
     assert taken.exit_code == 0, taken.output
     monkeypatch.setattr("stillhouse.client.trainer.token_count.REQUEST_ROWS", 3)
     table.write_text("question,answer\n" + "q,a b c\n" * 6)
-    counted = CliRunner().invoke(
-        cli,
-        [
-            *(*push, "--column", "prompt=question", "--column", "completion=answer"),
-            *("--name", "counted", "--tokenizer", str(models.student), "--json"),
-        ],
-    )
+    count = [
+        *(*push, "--column", "prompt=question", "--column", "completion=answer"),
+        *("--name", "counted", "--tokenizer", str(models.student), "--json"),
+    ]
+    counted = CliRunner().invoke(cli, count)
     [told] = json.loads(counted.stdout)["datasets"]
     shown = CliRunner().invoke(cli, ["data", "show", "counted", "--json", *push[3:]])
     assert int(json.loads(shown.stdout)["num_tokens"]) == told["num_tokens"] > 6
     assert told["num_tokens"] % 6 == 0, "the same for each of two requests' rows"
+    kept = encoding_processes(trainer)
+    assert len(kept) == 1, "one process for both requests"
+    assert CliRunner().invoke(cli, count).exit_code == 0
+    assert encoding_processes(trainer) == kept, "and for the next file"
     for side in ("source", "target"):
         (tmp_path / f"pair.{side}").write_text("a\nb\n")
     document = (

@@ -11,7 +11,7 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.student_trainer.train import inspect_dataset as module
 from stillhouse.student_trainer.train.inspect_dataset import inspect_dataset
-from stillhouse.student_trainer.train.inspect_rows import inspect
+from stillhouse.student_trainer.train.inspect_rows import Inspector
 from tests.conftest import Models
 
 
@@ -39,7 +39,7 @@ def test_rows_are_encoded_as_those_of_a_run(models: Models, rows: Path, tmp_path
     assert 10 <= len(found.encoding.rows) <= 12
     asked = [pb.InspectedRow(number=each.number, json=each.json, in_full=True) for each in found.rows]
     spec = request_of(rows, models).spec
-    assert shown == list(inspect(pb.InspectRowsRequest(spec=spec, rows=asked), tmp_path).rows)
+    assert shown == list(Inspector(tmp_path).inspect(pb.InspectRowsRequest(spec=spec, rows=asked)).rows)
     assert b"".join(shown[0].token_bytes).decode().startswith("Ada has 5 apples.")
     assert 0 < sum(shown[0].targets) < len(shown[0].targets)
 
