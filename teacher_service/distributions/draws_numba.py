@@ -18,7 +18,7 @@ Float64Array = npt.NDArray[np.float64]
 
 # Axes: T positions, K excluded tokens, V vocabulary, R samples.
 
-_PART = 16
+_PART = 8
 """Ids of a block that are passed together."""
 
 
