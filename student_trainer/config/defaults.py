@@ -12,6 +12,7 @@ from stillhouse.student_trainer.config.schema import (
     BUCKET_TOP_K,
     LORA_LEARNING_RATE,
     MAX_TOP_K,
+    EvaluationConfig,
     LossConfig,
     RunConfig,
 )
@@ -21,7 +22,7 @@ from stillhouse.student_trainer.config.settled.target_choice import settle_by_fi
 def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
     """`config` with the defaults that depend on other fields."""
     optimizer, data = config.optimizer, config.data
-    checkpoint, evaluation = config.checkpoint, config.evaluation
+    checkpoint = config.checkpoint
     if config.student.trains_adapter and not spec.optimizer.HasField("learning_rate"):
         optimizer = replace(optimizer, learning_rate=LORA_LEARNING_RATE)
     if optimizer.cuts_by_rows:
@@ -41,16 +42,6 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         checkpoint = replace(
             checkpoint, every_steps=CHECKPOINT_EVERY_STEPS, every_seconds=CHECKPOINT_EVERY_SECONDS
         )
-    if not spec.evaluation.HasField("top_k"):
-        # Within its range, so that a loss.top_k outside of it is reported once.
-        top_k = BUCKET_TOP_K if config.loss.top_k is None else config.loss.top_k
-        evaluation = replace(evaluation, top_k=max(1, min(top_k, MAX_TOP_K)))
-    if evaluation.generation is not None and not spec.evaluation.generation.HasField("samples_per_prompt"):
-        evaluation = replace(evaluation, generation=replace(evaluation.generation, samples_per_prompt=1))
-    if not evaluation.metrics and evaluation.teacher_alone:
-        evaluation = replace(evaluation, metrics=("perplexity",))
-    if not evaluation.metrics:
-        evaluation = replace(evaluation, metrics=_metrics(config))
     student = config.student
     if student.trains_adapter and not spec.student.HasField("output"):
         student = replace(student, output="both")
@@ -71,8 +62,25 @@ def fill_defaults(config: RunConfig, spec: RunSpec) -> RunConfig:
         contexts=contexts,
         loss=loss,
         checkpoint=checkpoint,
-        evaluation=evaluation,
+        evaluation=_evaluation(config, spec),
     )
+
+
+def _evaluation(config: RunConfig, spec: RunSpec) -> EvaluationConfig:
+    evaluation = config.evaluation
+    if not spec.evaluation.HasField("top_k"):
+        # Within its range, so that a loss.top_k outside of it is reported once.
+        top_k = BUCKET_TOP_K if config.loss.top_k is None else config.loss.top_k
+        evaluation = replace(evaluation, top_k=max(1, min(top_k, MAX_TOP_K)))
+    if evaluation.generation is not None and not spec.evaluation.generation.HasField("samples_per_prompt"):
+        evaluation = replace(evaluation, generation=replace(evaluation.generation, samples_per_prompt=1))
+    if not evaluation.metrics and evaluation.teacher_alone:
+        evaluation = replace(evaluation, metrics=("perplexity",))
+    if not evaluation.metrics:
+        evaluation = replace(evaluation, metrics=_metrics(config))
+    if config.classifies and not spec.evaluation.HasField("examples"):
+        evaluation = replace(evaluation, examples=0)
+    return evaluation
 
 
 def _metrics(config: RunConfig) -> tuple[str, ...]:

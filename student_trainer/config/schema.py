@@ -65,6 +65,9 @@ BUCKET_TOP_K = 64
 """Default of top_k where one bucket stands for all other tokens."""
 DRAWN_TOP_K = 16
 """Default of top_k where `auto` takes draws."""
+EXAMPLES = 4
+"""Rows of each set of an evaluation whose tokens are written."""
+MAX_EXAMPLES = 64
 NAME = MaxLength(200)
 
 
@@ -320,6 +323,7 @@ class EvaluationConfig:
     match: Annotated[str, Choices(*MATCHES)] = "exact"
     baseline: StudentConfig | None = None
     teacher_alone: bool = False
+    examples: Annotated[int, Range(0, MAX_EXAMPLES), DefaultText("4; 0 for a classifier")] = EXAMPLES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

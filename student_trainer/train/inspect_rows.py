@@ -16,12 +16,12 @@ from typing import Any
 from stillhouse.protos.errors import StillhouseError, to_status
 from stillhouse.protos.rows.field_error import kind_of
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
-from stillhouse.protos.tokenizers.tokenizer_json import TokenizerJson
 from stillhouse.student_trainer.config.proto import with_defaults
 from stillhouse.student_trainer.config.rules.teacher_prompt import prompt_fields
 from stillhouse.student_trainer.config.schema import DataConfig, RunConfig
 from stillhouse.student_trainer.train.data.encoding import RowEncoder
 from stillhouse.student_trainer.train.data.readers import DatasetRow
+from stillhouse.student_trainer.train.data.token_texts import token_bytes
 from stillhouse.student_trainer.train.student.loading import model_source
 from stillhouse.student_trainer.train.student.student import load_tokenizer
 
@@ -60,7 +60,7 @@ class Inspector:
         prompts = [each.prompt for each in config.teachers if each.prompt is not None]
         fields = set[str]().union(*(prompt_fields(each) for each in prompts))
         encoder = RowEncoder.of(config.data, tokenizer, own_fields=fields)
-        texts = _token_texts(tokenizer) if any(row.in_full for row in request.rows) else {}
+        texts = token_bytes(tokenizer) if any(row.in_full for row in request.rows) else {}
         return pb.InspectRowsResponse(
             rows=[_encode(row, encoder, config.data, texts) for row in request.rows],
             max_sequence_tokens=config.data.max_sequence_tokens,
@@ -114,12 +114,6 @@ def _parsed(row: pb.InspectedRow) -> DatasetRow:
     if not isinstance(values, dict):
         raise read.invalid("(the row)", f"is {kind_of(values)}; it must be a JSON object.")
     return DatasetRow(path=read.path, number=row.number, values=values)
-
-
-def _token_texts(tokenizer: Any) -> dict[int, bytes]:
-    """Returns the text of each token id: that which is in the vocabulary, or that of an added token."""
-    described = TokenizerJson(tokenizer.backend_tokenizer.to_str())
-    return described.vocab_bytes() | {each.id: each.content.encode() for each in described.added}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from stillhouse.student_trainer.train.checkpointing import checkpoint
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.distributed.ranks import Ranks, merge_metrics
+from stillhouse.student_trainer.train.evaluation.example_files import Subject
 from stillhouse.student_trainer.train.process.memory import memory_of
 from stillhouse.student_trainer.train.process.waiting import Stopped
 from stillhouse.student_trainer.train.setup.pass_trial import fit_passes
@@ -164,14 +165,17 @@ def _evaluate(run: RunContext) -> int:
     if metrics:
         run.scope.reporter.metrics(step, metrics)
         log.info("evaluated", step=step, **metrics)
+    is_last = step == run.student_side.schedule.total_steps
     if step == 0:
         run.report.keep("before", step, evaluation)
     # No run should resume amid steps that failed.
     elif run.best.is_wanted:
         if not progress.skipped_in_a_row and run.best.see(step, metrics):
             run.report.keep("after", step, evaluation)
-    elif step == run.student_side.schedule.total_steps:
+    elif is_last:
         run.report.keep("after", step, evaluation)
+    subject: Subject = "before" if step == 0 else "after" if is_last else "along"
+    run.examples.write(step, subject, evaluation.examples, protected=[run.best.step or 0])
     return step
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from stillhouse.client.api import Trainer
 from stillhouse.client.cli import cli
+from stillhouse.client.trainer.run_handle import RunHandle
 from stillhouse.protos.errors import StillhouseError
 from tests.conftest import Models
 from tests.support.networks.counting_proxy import counting_proxy
@@ -49,6 +51,11 @@ def test_a_cache_is_built_and_learnt_from_without_a_teacher(
     assert curve(only) == pytest.approx(curve(online), abs=1e-5)
     assert curve(only, "eval/kl") == pytest.approx(curve(online, "eval/kl"), abs=1e-5)
 
+    of_cache, of_teacher = (_examples(each, tmp_path / each.id) for each in (only, online))
+    assert (of_cache["from_cache"], of_teacher["from_cache"]) == (True, False)
+    assert of_cache["teacher_top_k"] == 24
+    assert _kl(of_cache) == pytest.approx(_kl(of_teacher), abs=2e-4)
+
     listed = json.loads(_here("--trainer", service.target, "cache", "list", "--json"))["caches"]
     assert {each["path"]: each["use"] for each in listed}["caches/for-commands"] == "only"
     told = json.loads(_here("--trainer", service.target, "cache", "info", "caches/for-commands", "--json"))
@@ -63,6 +70,18 @@ def test_a_cache_is_built_and_learnt_from_without_a_teacher(
     shard.write_bytes(shard.read_bytes()[:-1])
     assert shard.name in _here("cache", "verify", str(tmp_path / "pulled"), expect=1)
     assert "no cache at" in _here("cache", "verify", str(tmp_path / "nowhere"), expect=4)
+
+
+def _examples(run: RunHandle, folder: Path) -> dict[str, Any]:
+    """The examples of the last evaluation, as artifacts."""
+    assert "evaluations/examples/6.json" in {each.path for each in run.artifacts()}
+    [path] = run.pull("evaluations/examples/6.json", folder)
+    document: dict[str, Any] = json.loads(path.read_bytes())
+    return document
+
+
+def _kl(document: dict[str, Any]) -> list[float]:
+    return [target["kl"] for row in document["rows"] for target in row["targets"]]
 
 
 def _build(trainer: Trainer) -> str:

@@ -15,6 +15,7 @@ from stillhouse.client.web.api.artifacts import artifact
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.dataset_upload import upload_dataset
 from stillhouse.client.web.api.events import run_events
+from stillhouse.client.web.api.examples import get_examples, list_examples
 from stillhouse.client.web.api.logs import run_logs
 from stillhouse.client.web.api.messages import check_names, content_type, invalid, read_body
 from stillhouse.client.web.api.routes import PREFIX, ROUTES
@@ -83,6 +84,8 @@ OWN: tuple[tuple[str, str, Handler], ...] = (
     ("GET", f"{PREFIX}/session", get_session),
     ("POST", f"{PREFIX}/session", sign_in),
     ("DELETE", f"{PREFIX}/session", sign_out),
+    ("GET", f"{PREFIX}/runs/{{run}}/examples", list_examples),
+    ("GET", f"{PREFIX}/runs/{{run}}/examples/{{step}}", get_examples),
     ("GET", f"{PREFIX}/teachers", list_teachers),
     ("GET", f"{PREFIX}/errors/{{reason}}", show_reason),
     ("GET", f"{PREFIX}/run-files/schema", run_file_schema),

@@ -36,7 +36,64 @@ _FAILURE: Schema = {
     "retry_after_s": {"type": "number"},
 }
 
+_INTEGER: Schema = {"type": "integer", "minimum": 0}
+
+
+def _object(required: Mapping[str, Schema], **optional: Schema) -> Schema:
+    return {"type": "object", "properties": {**required, **optional}, "required": list(required)}
+
+
+def _list(items: Schema) -> Schema:
+    return {"type": "array", "items": items}
+
+
+_SUBJECT: Schema = {"enum": ["before", "along", "after"]}
+_EXAMPLE_TARGET = _object(
+    {"at": _INTEGER, "student_logprob": _NUMBER, "teacher_logprob": _NUMBER, "student_tail": _NUMBER}
+    | {
+        "top": _list(
+            {"type": "array", "prefixItems": [_INTEGER, _NUMBER, _NUMBER], "minItems": 3, "maxItems": 3}
+        )
+    },
+    kl=_NUMBER,
+    teacher_tail=_NUMBER,
+)
+_EXAMPLE_ROW = _object(
+    {
+        "set": _STRING,
+        "number": _INTEGER,
+        "place": _STRING,
+        "begin": _INTEGER,
+        "num_tokens": _INTEGER,
+        "tokens": _list(_INTEGER),
+        "texts": _list(_STRING),
+        "targets": _list(_EXAMPLE_TARGET),
+    }
+)
+_EVALUATION = _object({"step": _INTEGER, "subject": _SUBJECT, "path": _STRING, "kl": _NUMBER})
+
 OWN_SCHEMAS: Mapping[str, Schema] = {
+    "ExampleIndex": {
+        **_object({"format": _INTEGER, "evaluations": _list(_EVALUATION)}),
+        "description": "The evaluations of a run that have examples, ascending by step; kl is the mean over the shown tokens.",
+    },
+    "Examples": {
+        **_object(
+            {
+                "format": _INTEGER,
+                "step": _INTEGER,
+                "subject": _SUBJECT,
+                "top_k": _INTEGER,
+                "teacher_top_k": _INTEGER,
+                "from_cache": {"type": "boolean"},
+                "left_out": _INTEGER,
+                "rows": _list(_EXAMPLE_ROW),
+                "texts": _TEXTS,
+            }
+        ),
+        "description": "Tokens of a few held-out rows at one evaluation. `top` has [id, teacher's log-probability, student's "
+        "log-probability] of both models' likeliest tokens; null is a token in the teacher's tail, or no finite number.",
+    },
     "Problem": {
         "type": "object",
         "description": "A problem document of RFC 9457.",
@@ -114,6 +171,8 @@ _TASK_ID: Schema = {
     "required": True,
     "schema": RUN_ID_SCHEMA,
 }
+_RUN_ID: Schema = {**_TASK_ID, "name": "run"}
+_STEP: Schema = {"type": "string", "pattern": "^[0-9]{1,15}$"}
 _SESSION: Schema = {"description": "The session.", **_content({"$ref": REF + "Session"})}
 _SIGN_IN: Schema = {
     "type": "object",
@@ -203,6 +262,22 @@ OWN_PATHS: Mapping[str, Schema] = {
             "Sign in", {"201": _SESSION}, "session", requestBody={"required": True, **_content(_SIGN_IN)}
         ),
         "delete": _operation("Sign out", {"204": {"description": "Done."}}, "session"),
+    },
+    f"{PREFIX}/runs/{{run}}/examples": {
+        "get": _operation(
+            "List the evaluations of a run that have examples",
+            {"200": {"description": "The evaluations.", **_content({"$ref": REF + "ExampleIndex"})}},
+            "runs",
+            parameters=[_RUN_ID],
+        )
+    },
+    f"{PREFIX}/runs/{{run}}/examples/{{step}}": {
+        "get": _operation(
+            "Get the examples of one evaluation",
+            {"200": {"description": "The examples.", **_content({"$ref": REF + "Examples"})}},
+            "runs",
+            parameters=[_RUN_ID, {"in": "path", "name": "step", "required": True, "schema": _STEP}],
+        )
     },
     f"{PREFIX}/teachers": {
         "get": _operation(

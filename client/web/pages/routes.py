@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stillhouse.client.web.api.context import WebContext
-from stillhouse.client.web.pages import views
 from stillhouse.client.web.pages.datasets import show_dataset, show_datasets
+from stillhouse.client.web.pages import token_view, views
 from stillhouse.client.web.pages.failure import failure_of
 from stillhouse.client.web.pages.new_run import show_new_run
 from stillhouse.client.web.pages.rendering import render
@@ -29,6 +29,7 @@ PAGES: Mapping[str, View] = {
     "/runs/{run}/artifacts": views.show_artifacts,
     "/data": show_datasets,
     "/data/{dataset}": show_dataset,
+    "/runs/{run}/tokens": token_view.show_tokens,
     "/favicon.ico": views.icon,
     "/static/{digest}/{name:path}": views.static_file,
 }

@@ -82,7 +82,7 @@ async def compare(context: WebContext, request: Request) -> Response:
     check_names(request.query_params, ("run",))
     ids = check_runs(request.query_params.getlist("run"))
     caller = context.callers.of(request)
-    runs = await asyncio.gather(*(_get(context, caller, each) for each in ids))
+    runs = await asyncio.gather(*(get_run(context, caller, each) for each in ids))
     metrics = await asyncio.gather(*(_last_metrics(context, caller, each) for each in ids))
     return render(
         "compare.html",
@@ -120,7 +120,7 @@ async def icon(_context: WebContext, _request: Request) -> Response:
 async def _run_page(context: WebContext, request: Request, template: str) -> Response:
     check_names(request.query_params, ())
     caller = context.callers.of(request)
-    run = await _get(context, caller, request.path_params["run"])
+    run = await get_run(context, caller, request.path_params["run"])
     return render(
         template,
         **frame_of(context, request),
@@ -132,7 +132,8 @@ async def _run_page(context: WebContext, request: Request, template: str) -> Res
     )
 
 
-async def _get(context: WebContext, caller: Caller, run: str) -> run_pb2.Run:
+async def get_run(context: WebContext, caller: Caller, run: str) -> run_pb2.Run:
+    """The run of this id. Raises StillhouseError."""
     message = run_pb2.GetRunRequest(name=f"runs/{run}")
     response: run_pb2.Run = await caller.call(context.upstream.trainer, "GetRun", message)
     return response

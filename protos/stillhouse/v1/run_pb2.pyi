@@ -1817,6 +1817,7 @@ class EvaluationSpec(_message.Message):
     MATCH_FIELD_NUMBER: _builtins.int
     BASELINE_FIELD_NUMBER: _builtins.int
     TEACHER_ALONE_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
     every_steps: _builtins.int
     """Steps between two evaluations. Unset: at the start and at the end alone."""
     every_epochs: _builtins.float
@@ -1836,6 +1837,10 @@ class EvaluationSpec(_message.Message):
     """
     teacher_alone: _builtins.bool
     """With task: evaluate, score the teacher alone; student.model then gives the tokenizer and no weights."""
+    examples: _builtins.int
+    """Rows, of the held-out ones and of each set, whose tokens every evaluation writes to the run's artifacts: with the KL of
+    each token and both models' likeliest tokens, for the page of what a run learns. 0 writes none, as do classifiers.
+    """
     @_builtins.property
     def metrics(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Metrics to compute. kl, agreement, acceptance and overlap compare with the teacher; alm with loss.foreign_tokenizer: alm
@@ -1871,10 +1876,11 @@ class EvaluationSpec(_message.Message):
         match: _builtins.str | None = ...,
         baseline: Global___StudentSpec | None = ...,
         teacher_alone: _builtins.bool | None = ...,
+        examples: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_teacher_alone", b"_teacher_alone", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "teacher_alone", b"teacher_alone", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_examples", b"_examples", "_limit", b"_limit", "_match", b"_match", "_teacher_alone", b"_teacher_alone", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "examples", b"examples", "generation", b"generation", "limit", b"limit", "match", b"match", "teacher_alone", b"teacher_alone", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_limit", b"_limit", "_match", b"_match", "_teacher_alone", b"_teacher_alone", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "generation", b"generation", "limit", b"limit", "match", b"match", "metrics", b"metrics", "sets", b"sets", "teacher_alone", b"teacher_alone", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric", "_every_epochs", b"_every_epochs", "_every_steps", b"_every_steps", "_examples", b"_examples", "_limit", b"_limit", "_match", b"_match", "_teacher_alone", b"_teacher_alone", "_top_k", b"_top_k", "baseline", b"baseline", "best_metric", b"best_metric", "every_epochs", b"every_epochs", "every_steps", b"every_steps", "examples", b"examples", "generation", b"generation", "limit", b"limit", "match", b"match", "metrics", b"metrics", "sets", b"sets", "teacher_alone", b"teacher_alone", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_metric: _TypeAlias = _typing.Literal["best_metric"]  # noqa: Y015
     _WhichOneofArgType__best_metric: _TypeAlias = _typing.Literal["_best_metric", b"_best_metric"]  # noqa: Y015
@@ -1882,6 +1888,8 @@ class EvaluationSpec(_message.Message):
     _WhichOneofArgType__every_epochs: _TypeAlias = _typing.Literal["_every_epochs", b"_every_epochs"]  # noqa: Y015
     _WhichOneofReturnType__every_steps: _TypeAlias = _typing.Literal["every_steps"]  # noqa: Y015
     _WhichOneofArgType__every_steps: _TypeAlias = _typing.Literal["_every_steps", b"_every_steps"]  # noqa: Y015
+    _WhichOneofReturnType__examples: _TypeAlias = _typing.Literal["examples"]  # noqa: Y015
+    _WhichOneofArgType__examples: _TypeAlias = _typing.Literal["_examples", b"_examples"]  # noqa: Y015
     _WhichOneofReturnType__limit: _TypeAlias = _typing.Literal["limit"]  # noqa: Y015
     _WhichOneofArgType__limit: _TypeAlias = _typing.Literal["_limit", b"_limit"]  # noqa: Y015
     _WhichOneofReturnType__match: _TypeAlias = _typing.Literal["match"]  # noqa: Y015
@@ -1896,6 +1904,8 @@ class EvaluationSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every_epochs) -> _WhichOneofReturnType__every_epochs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__every_steps) -> _WhichOneofReturnType__every_steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__examples) -> _WhichOneofReturnType__examples | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__limit) -> _WhichOneofReturnType__limit | None: ...
     @_typing.overload

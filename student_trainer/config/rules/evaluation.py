@@ -97,6 +97,11 @@ def check_evaluation(config: RunConfig) -> Iterator[FieldViolation]:
         )
     if evaluation.best_metric:
         yield from _check_best(config)
+    if evaluation.examples and config.classifies:
+        yield FieldViolation(
+            "evaluation.examples",
+            f"is {evaluation.examples}, and a classifier is compared by rows, not by tokens. Leave it out.",
+        )
     if evaluation.baseline is not None and config.task != "evaluate":
         yield FieldViolation(
             "evaluation.baseline",

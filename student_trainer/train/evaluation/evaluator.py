@@ -19,6 +19,7 @@ from stillhouse.student_trainer.config.schema import LossConfig
 from stillhouse.student_trainer.train.batching.collate import MicroBatch, ScoredExample, collate
 from stillhouse.student_trainer.train.batching.passes import Pass
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
+from stillhouse.student_trainer.train.evaluation.example_plan import ExamplePlan
 from stillhouse.student_trainer.train.evaluation.set_scores import (
     TEACHER,
     Columns,
@@ -27,6 +28,11 @@ from stillhouse.student_trainer.train.evaluation.set_scores import (
     teacher_columns,
 )
 from stillhouse.student_trainer.train.evaluation.text_writer import TextWriter, reference_text
+from stillhouse.student_trainer.train.evaluation.token_examples import (
+    BatchExamples,
+    ShownExamples,
+    TokenExamples,
+)
 from stillhouse.student_trainer.train.evaluation.token_scores import token_scores
 from stillhouse.student_trainer.train.loss.alm import chunk_objective
 from stillhouse.student_trainer.train.loss.text_logprobs import text_logprobs_of
@@ -58,6 +64,8 @@ class Evaluation:
     """The teacher's own scores against the text, where it gave distributions."""
     texts: Mapping[str, Sequence[WrittenText]] = field(default_factory=dict)
     """By name of the set."""
+    examples: ShownExamples | None = None
+    """Tokens of a few rows; None if none are wanted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +87,8 @@ class Evaluator:
     vocab_size: int
     """Effective vocabulary of teacher and student."""
     writer: TextWriter
+    plan: ExamplePlan = field(default_factory=ExamplePlan)
+    """The rows whose tokens are read, the same in every process."""
     chunk_loss: LossConfig | None = None
     """Loss over chunks of text, where the teacher has another tokenizer."""
     exchange: Callable[[Any], list[Any]] = lambda value: [value]
@@ -100,6 +110,7 @@ class Evaluator:
             return Evaluation(metrics={})
         sums: Counter[str] = Counter()
         own = teacher_columns(self.rows)
+        examples = TokenExamples(plan=self.plan, vocab_size=self.vocab_size)
         with evaluation_mode(self.student.model):
             for part in self.cut(self.rows) if self.rows else ():
                 self.poll()
@@ -109,7 +120,10 @@ class Evaluator:
                     device=self.accelerator.device,
                     packing=part.packed,
                 )
-                for name, values in self._score_batch(sums, batch, part.rows).items():
+                read = examples.of_batch(
+                    [self.places[row] for row in part.rows], [self.rows[row] for row in part.rows]
+                )
+                for name, values in self._score_batch(sums, batch, part.rows, read).items():
                     whole = own.setdefault(name, np.zeros((len(self.rows), values.shape[1])))
                     whole[list(part.rows)] = values
         columns, chunks = gather_columns(
@@ -124,9 +138,17 @@ class Evaluator:
         if chunks.get("chunks"):
             metrics["eval/alm"] = chunks["alm"] / chunks["chunks"]
         metrics["eval/tokens"] = float(columns["tokens"].sum())
-        return Evaluation(metrics=metrics, student=student, teacher=teacher, texts=texts)
+        return Evaluation(
+            metrics=metrics,
+            student=student,
+            teacher=teacher,
+            texts=texts,
+            examples=self._gather_examples(examples),
+        )
 
-    def _score_batch(self, sums: Counter[str], batch: MicroBatch, rows: Sequence[int]) -> Columns:
+    def _score_batch(
+        self, sums: Counter[str], batch: MicroBatch, rows: Sequence[int], examples: BatchExamples
+    ) -> Columns:
         """Returns sums over the tokens of each row of a batch, [rows, S], by name."""
         numbers = [self.rows[place].example.num_targets for place in rows]
         row_of = np.repeat(np.arange(len(rows)), numbers)
@@ -141,6 +163,7 @@ class Evaluator:
                 of_chunk = token_scores(logits, here, vocab_size=self.vocab_size, named=named)
                 for name, values in of_chunk.items():
                     found.setdefault(name, []).append(_array(values))
+                examples.take(chunk, logits, here, of_chunk)
                 if batch.chunks is not None:
                     text[:, chunk] = text_logprobs_of(logits, here.target_ids)
         if batch.chunks is not None and self.chunk_loss is not None:
@@ -158,6 +181,12 @@ class Evaluator:
             summed_rows = np.bincount(row_of, weights=score, minlength=len(rows))
             columns[name] = summed_rows.astype(np.float64)[:, None]
         return columns
+
+    def _gather_examples(self, own: TokenExamples) -> ShownExamples | None:
+        if not self.plan.rows:
+            return None
+        told = [each for part in self.exchange(own.told()) for each in part.items()]
+        return ShownExamples(plan=self.plan, values={int(place): row for place, row in told})
 
     def _write(self) -> Mapping[str, Sequence[WrittenText]]:
         """Writes a text for every row of the sets that want it."""

@@ -16,6 +16,8 @@ from stillhouse.student_trainer.run_dir import Attempt
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
 from stillhouse.student_trainer.train.evaluation.evaluator import Evaluation, Evaluator, metrics_of
+from stillhouse.student_trainer.train.evaluation.example_files import ExampleFiles, Subject
+from stillhouse.student_trainer.train.evaluation.example_plan import choose_rows
 from stillhouse.student_trainer.train.evaluation.run_report import RunReport
 from stillhouse.student_trainer.train.evaluation.set_scores import TEACHER, set_scores, teacher_columns
 from stillhouse.student_trainer.train.evaluation.text_writer import (
@@ -79,10 +81,12 @@ class _Evaluation:
         config, attempt = self.scope.config, self.scope.attempt
         if config.evaluation.teacher_alone:
             return self._run_teacher_alone()
-        models = [("before", config.evaluation.baseline)] if config.evaluation.baseline else []
-        models.append(("after", config.student))
+        models: list[tuple[Subject, StudentConfig]] = [("after", config.student)]
+        if config.evaluation.baseline:
+            models.insert(0, ("before", config.evaluation.baseline))
         attempt.report("started", total_steps=len(models), step=0)
         report = None
+        examples = ExampleFiles(attempt, self.inputs.tokenizer, from_cache=config.is_offline)
         for step, (subject, student) in enumerate(models, start=1):
             with memory_of(lambda: f"The evaluation of {student.model}"):  # noqa: B023 - called within the iteration
                 evaluator = self._evaluator(student)
@@ -91,6 +95,7 @@ class _Evaluation:
                 outcome = replace(outcome, teacher=self._teacher_scores(outcome))
             report = RunReport(attempt, evaluator.writer.settings)
             report.keep(subject, step, outcome)
+            examples.write(step, subject, outcome.examples)
             if subject == "after":
                 self.scope.reporter.metrics(step, outcome.metrics)
             log.info("evaluated", subject=subject, model=student.model, **outcome.metrics)
@@ -137,6 +142,7 @@ class _Evaluation:
             places=range(len(self.rows)),
             num_rows=len(self.rows),
             sets=inputs.sets,
+            plan=choose_rows([each.example for each in self.rows], inputs.sets, run.evaluation.examples),
             accelerator=accelerator,
             cut=lambda rows: cutter.cut([len(each.example.token_ids) for each in rows]),
             vocab_size=vocab_size,

@@ -13,6 +13,7 @@ from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress, 
 from stillhouse.student_trainer.train.checkpointing.checkpointer import Checkpointer
 from stillhouse.student_trainer.train.checkpointing.triggers import Triggers
 from stillhouse.student_trainer.train.contexts.source import StepSource
+from stillhouse.student_trainer.train.evaluation.example_files import ExampleFiles
 from stillhouse.student_trainer.train.evaluation.run_report import RunReport
 from stillhouse.student_trainer.train.setup.feeds import FeedFactory
 from stillhouse.student_trainer.train.setup.hidden_layers import RULE_FACT, recorded_rule
@@ -41,6 +42,7 @@ class RunContext:
     best: BestCheckpoint
     evaluator: RunEvaluator
     report: RunReport
+    examples: ExampleFiles
 
     def runtime_metrics(self) -> dict[str, float]:
         """Present values by metric name: outstanding teacher requests, failures, cache hits, GPU memory."""
@@ -108,4 +110,5 @@ def set_up(scope: RunScope, progress: Progress) -> RunContext:
         best=best,
         evaluator=evaluator,
         report=RunReport(attempt, evaluator.generation),
+        examples=ExampleFiles(attempt, inputs.tokenizer, from_cache=config.is_offline),
     )

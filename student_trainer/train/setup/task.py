@@ -18,6 +18,7 @@ from stillhouse.student_trainer.train.classification.stepper import ClassStepper
 from stillhouse.student_trainer.train.data.corpus import Corpus
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows, with_sets
 from stillhouse.student_trainer.train.evaluation.evaluator import Evaluation, Evaluator
+from stillhouse.student_trainer.train.evaluation.example_plan import choose_rows
 from stillhouse.student_trainer.train.evaluation.text_writer import TextWriter
 from stillhouse.student_trainer.train.setup.data import prepare_corpus
 from stillhouse.student_trainer.train.setup.scope import RunScope
@@ -139,14 +140,16 @@ class LanguageModelling:
         rows = teacher_side.held_out.score(scope, teacher_side.teachers)
         places = _own(rows, scope)
         bridged = is_bridged(config)
+        # A bridge leaves out held-out rows that it cannot compare; it has no named sets.
+        sets = [replace(each, end=len(rows)) for each in inputs.sets] if bridged else inputs.sets
         return Evaluator(
             student=student_side.student,
             head=student_side.stepper.head,
             rows=[rows[place] for place in places],
             places=places,
             num_rows=len(rows),
-            # A bridge leaves out held-out rows that it cannot compare; it has no named sets.
-            sets=[replace(each, end=len(rows)) for each in inputs.sets] if bridged else inputs.sets,
+            sets=sets,
+            plan=choose_rows([each.example for each in rows], sets, config.evaluation.examples),
             accelerator=accelerator,
             cut=student_side.stepper.cut,
             vocab_size=student_side.vocab_size,

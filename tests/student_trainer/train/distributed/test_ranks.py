@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from stillhouse.protos.evaluation.examples import INDEX
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, RunDir
 from stillhouse.student_trainer.train.checkpointing.checkpoint import find_damage
 from stillhouse.student_trainer.train.distributed.ranks import merge_metrics
@@ -76,6 +78,17 @@ def assert_same(found: RunDir, expected: RunDir) -> None:
     for name, weight in weights.items():
         atol = KEY_BIAS_TOLERANCE if name.endswith("k_proj.bias") else 1e-5
         np.testing.assert_allclose(weight, others[name], rtol=0, atol=atol, err_msg=name)
+
+
+def examples_of(run_dir: RunDir) -> dict[int, list[float | None]]:
+    """KL of every token among the examples, by step; they are of the same rows everywhere."""
+    entries = json.loads((run_dir.path / INDEX).read_bytes())["evaluations"]
+    documents = [json.loads((run_dir.path / each["path"]).read_bytes()) for each in entries]
+    assert [[each["number"] for each in document["rows"]] for document in documents] == [[0, 1, 2, 3]] * 2
+    return {
+        document["step"]: [target.get("kl") for row in document["rows"] for target in row["targets"]]
+        for document in documents
+    }
 
 
 def run_with(tmp_path: Path, mark: Mapping[str, str], spec: dict[str, Any]) -> RunDir:
@@ -145,6 +158,10 @@ def test_two_processes_train_what_one_trains(spec: Any, tmp_path: Path, case: st
     assert events(both)[-1]["kind"] == "completed"
     assert len(events(both, "started")) == 1
     assert both.checkpoints() == alone.checkpoints()
+    found, expected = examples_of(both), examples_of(alone)
+    assert found.keys() == expected.keys() == {0, STEPS}
+    for step, values in found.items():
+        assert values == pytest.approx(expected[step], abs=5e-4)
 
 
 def wait_for(condition: Callable[[], Any], process: subprocess.Popen[bytes]) -> None:
