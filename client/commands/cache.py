@@ -12,12 +12,10 @@ import click
 from stillhouse.client.commands.run.create import load, submit, submit_options
 from stillhouse.client.terminal.session import Session, command
 from stillhouse.client.trainer.advice import CACHE_TASKS
+from stillhouse.client.trainer.cache_list import SUMMARY, caches_of
 
 if TYPE_CHECKING:
     from stillhouse.client.trainer.run_handle import RunHandle
-
-SUMMARY = "exports/cache.json"
-"""Artifact that a build leaves; student_trainer/train/cache_build/build.py writes it."""
 
 
 @click.group()
@@ -64,18 +62,15 @@ def list_caches(session: Session) -> None:
     from stillhouse.client.terminal.render import columns, state_name, time_text
     from stillhouse.client.trainer.run_lookup import run_id
 
-    found: dict[str, dict[str, Any]] = {}
+    found = []
     rows = []
-    for run in session.trainer.runs():
-        path = run.spec.cache.path
-        if not path or path in found:
-            continue
-        mode = "build" if run.effective_spec.task in CACHE_TASKS else run.effective_spec.cache.mode
-        found[path] = {"path": path, "run": run_id(run.name), "use": mode, "state": state_name(run)}
-        rows.append((path, run_id(run.name), mode, state_name(run), time_text(run.create_time)))
+    for each in caches_of(session.trainer.runs()):
+        run = each.last_run
+        found.append({"path": each.path, "run": run_id(run.name), "use": each.use, "state": state_name(run)})
+        rows.append((*found[-1].values(), time_text(run.create_time)))
     header = ("CACHE", "LAST RUN", "USE", "STATE", "CREATED")
     table = columns(rows, header, empty="No run has named a cache yet.")
-    session.show({"caches": list(found.values())}, table)
+    session.show({"caches": found}, table)
 
 
 @command(cache)

@@ -24,6 +24,7 @@ from stillhouse.client.web.security.callers import Callers
 from stillhouse.client.web.security.guard import Guard
 from stillhouse.client.web.security.sign_in_file import read_or_make
 from stillhouse.client.web.settings import WebSettings
+from stillhouse.client.web.teachers.handlers import add_teacher_routes
 from stillhouse.client.web.upstream import Upstream
 from stillhouse.protos.errors import Reason, StillhouseError
 
@@ -42,6 +43,7 @@ class WebApp:
         fastapi = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
         add_routes(fastapi, self.context)
         add_task_routes(fastapi, self.context)
+        add_teacher_routes(fastapi, self.context)
         add_openai_routes(fastapi, self.context)
         add_route(fastapi, "GET", OPENAPI_PATH, _openapi)
         add_pages(fastapi, self.context)

@@ -117,7 +117,9 @@ def page() -> str:
         named = [(f"`stillhouse_{name}`", kind, text) for name, kind, text in rows]
         parts.append(f"\n### {title}\n\n{table(('Metric', 'Type', 'Meaning'), named)}")
     parts.append(
-        "\n## Metrics of a run\n\n`stillhouse run metrics`, `run plot`, WatchRun and QueryMetrics name them so.\n\n"
+        "\n## Metrics of a run\n\n`stillhouse run metrics`, `run plot`, WatchRun and QueryMetrics name them so. `eval/kl` of single tokens of a few rows is "
+        "in the artifacts `evaluations/examples/STEP.json` ([Evaluation](../guides/evaluation.md#examples)). A teacher's rates by client are no "
+        "metrics, since they would have a label for each; GetTeacherInfo tells them with `load`.\n\n"
         + table(("Metric", "Meaning"), [(f"`{name}`", text) for name, text in RUN_METRICS.items()])
     )
     return "".join(parts)

@@ -92,6 +92,10 @@ class FairQueue:
         """Waiting items of one client."""
         return len(self._clients[client].waiting) if client in self._clients else 0
 
+    def waiting_by_client(self) -> dict[str, int]:
+        """Waiting items of each client that has any in the queue or in the engine."""
+        return {name: len(each.waiting) for name, each in self._clients.items()}
+
     @asynccontextmanager
     async def turn(self, client: str, cost: Cost) -> AsyncIterator[None]:
         """Waits for the item's turn and holds its share of the engine; a cancelled item leaves no trace."""

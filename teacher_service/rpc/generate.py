@@ -215,6 +215,7 @@ class GenerateSession:
         """Cuts an update that exceeds one message; text and prompt go with the first part, the finish with the last."""
         assert update.chunk is not None
         self._serving.counters.tokens_generated += len(update.chunk.token_ids)
+        self._serving.throughput.generated(self._client, len(update.chunk.token_ids))
         ids = [each for each in (update.prompt_ids, update.student_ids) if each is not None]
         beside_bytes = len(update.text.encode()) + sum(each.nbytes for each in ids)
         rest = replace(update, text="", prompt_tokens=0, prompt_ids=None, student_ids=None)

@@ -150,6 +150,7 @@ class ScoreSession:
             self._batcher.put(_ResultPart(result, owns_id, num_bytes), result.ByteSize())
             return
         self._serving.counters.tokens_scored += rows.num_rows
+        self._serving.throughput.scored(self._client, rows.num_rows)
         self._serving.counters.scoring_seconds += time.monotonic() - began
         for result in _results(sequence_id, rows, options, wire):
             part = _ResultPart(result, owns_id, num_bytes if result.last else 0)

@@ -10,6 +10,7 @@ from stillhouse.teacher_service.adapters.registry import AdapterRegistry
 from stillhouse.teacher_service.adapters.upload_store import UploadStore
 from stillhouse.teacher_service.admission.fair_queue import Capacity, FairQueue
 from stillhouse.teacher_service.admission.response_budget import ResponseBudget
+from stillhouse.teacher_service.admission.throughput import Throughput
 from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Engine, EngineInfo
 from stillhouse.teacher_service.models.tokenizer import TextCodec
@@ -45,5 +46,6 @@ class ServiceState:
     capacity: Capacity
     admission: FairQueue = field(default_factory=FairQueue)
     budget: ResponseBudget = field(default_factory=ResponseBudget)
+    throughput: Throughput = field(default_factory=Throughput)
     draining: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the service stops: calls read no further messages."""

@@ -23,6 +23,7 @@ from stillhouse.teacher_service.config import TeacherConfig
 from stillhouse.teacher_service.engine import Engine, LoadedAdapter
 from stillhouse.teacher_service.models.tokenizer import TextCodec
 from stillhouse.teacher_service.rpc.generate import GenerateSession
+from stillhouse.teacher_service.rpc.load import load_of
 from stillhouse.teacher_service.rpc.score import ScoreSession
 from stillhouse.teacher_service.rpc.score_validation import all_capabilities, require
 from stillhouse.teacher_service.rpc.service_state import Counters, ServiceState
@@ -99,6 +100,7 @@ class TeacherServicer(teacher_pb2_grpc.TeacherServiceServicer):
             num_token_types=info.num_token_types,
             num_layers=info.num_layers,
             hidden_size=info.hidden_size,
+            load=load_of(serving, client_of(context)) if request.load else None,
         )
 
     async def GetTokenizer(

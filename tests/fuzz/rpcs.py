@@ -266,7 +266,7 @@ def _inspect_dataset(rng: random.Random, known: Known) -> list[Any]:
 
 
 GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
-    "GetTeacherInfo": lambda _rng, _known: [teacher.GetTeacherInfoRequest()],
+    "GetTeacherInfo": lambda rng, _known: [teacher.GetTeacherInfoRequest(load=rng.random() < 0.5)],
     "GetTokenizer": lambda _rng, _known: [teacher.GetTokenizerRequest()],
     "Generate": _generate,
     "Score": _score,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ from tests.client.web.conftest import start_web
 from tests.fuzz.conftest import SEED, scaled, show
 from tests.student_trainer.runs.api.caller import model_of_no_kind
 from tests.support.processes import no_process_left
-from tests.support.programs import start_trainer
+from tests.support.programs import Program, start_trainer
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed")
 NO_TEACHER = "/api/v1/teachers/{"
@@ -98,3 +99,21 @@ def attack(operation: Any, mode: Any, parameters: dict[str, str] | None, counts:
 
     with contextlib.suppress(Unsatisfiable):  # an operation without parameters has no wrong ones
         send()
+
+
+@pytest.mark.slow
+def test_prompts_of_any_kind_get_a_response_of_the_document(hf_teacher: Program, tmp_path: Path) -> None:
+    from schemathesis import GenerationMode
+
+    counts: Counter[str] = Counter()
+    options = ("--teacher", hf_teacher.target, "--log-level", "warning")
+    with no_process_left() as mark, start_web(tmp_path, "127.0.0.1:1", *options, environment=mark) as web:
+        schema: Any = schemathesis.openapi.from_url(f"{web.target}/api/v1/openapi.json")
+        for each in schema.get_all_operations():
+            operation = each.ok()
+            if operation.path.startswith(NO_TEACHER) and ":" in operation.path:
+                for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                    attack(operation, mode, {"teacher": "1"}, counts)
+        assert "internal error" not in web.log(1_000_000)
+    show("prompts over HTTP", (f"{status} {number}" for status, number in sorted(counts.items())))
+    assert counts["200"]

@@ -15,13 +15,14 @@ from stillhouse.client.web.api.artifacts import artifact
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.dataset_upload import upload_dataset
 from stillhouse.client.web.api.events import run_events
-from stillhouse.client.web.api.examples import get_examples, list_examples
 from stillhouse.client.web.api.logs import run_logs
 from stillhouse.client.web.api.messages import check_names, content_type, invalid, read_body
 from stillhouse.client.web.api.routes import PREFIX, ROUTES
 from stillhouse.client.web.api.run_creation import create_run
 from stillhouse.client.web.api.run_files import check_run_file, estimate_run_file, run_file_schema
-from stillhouse.client.web.api.sessions import check_access, get_session, sign_in, sign_out
+from stillhouse.client.web.api.sessions import check_knows, get_session, sign_in, sign_out
+from stillhouse.client.web.api.stored.caches import get_cache, list_caches
+from stillhouse.client.web.api.stored.examples import get_examples, list_examples
 from stillhouse.client.web.api.unary import unary
 from stillhouse.client.web.problems import JsonResponse, not_found, problem_response
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
@@ -50,8 +51,7 @@ async def list_teachers(context: WebContext, request: Request) -> Response:
     """The teachers of this server, number and address, for whoever some service knows."""
     check_names(request.query_params, ())
     caller = context.callers.of(request)
-    if caller.guarded and not caller.is_server:
-        check_access(await context.callers.access(caller))
+    await check_knows(context, caller)
     teachers = [{"id": str(n), "target": each.target} for n, each in enumerate(context.upstream.teachers, 1)]
     return JsonResponse({"teachers": teachers})
 
@@ -86,6 +86,8 @@ OWN: tuple[tuple[str, str, Handler], ...] = (
     ("DELETE", f"{PREFIX}/session", sign_out),
     ("GET", f"{PREFIX}/runs/{{run}}/examples", list_examples),
     ("GET", f"{PREFIX}/runs/{{run}}/examples/{{step}}", get_examples),
+    ("GET", f"{PREFIX}/runs/{{run}}/cache", get_cache),
+    ("GET", f"{PREFIX}/caches", list_caches),
     ("GET", f"{PREFIX}/teachers", list_teachers),
     ("GET", f"{PREFIX}/errors/{{reason}}", show_reason),
     ("GET", f"{PREFIX}/run-files/schema", run_file_schema),

@@ -63,6 +63,12 @@ async def sign_out(context: WebContext, request: Request) -> Response:
     return response
 
 
+async def check_knows(context: WebContext, caller: Caller) -> None:
+    """Raises StillhouseError unless some service knows the caller, where nobody else is served."""
+    if caller.guarded and not caller.is_server:
+        check_access(await context.callers.access(caller))
+
+
 def check_access(access: dict[str, str]) -> None:
     """Raises StillhouseError unless some service knows the token."""
     answers = set(access.values())

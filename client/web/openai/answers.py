@@ -14,8 +14,8 @@ import numpy as np
 
 from stillhouse.client.teacher.generate import Piece
 from stillhouse.client.web.openai.ask import Ask
-from stillhouse.client.web.openai.models import Served
-from stillhouse.client.web.openai.token_texts import Token, TokenTexts
+from stillhouse.client.web.teachers.served import Served
+from stillhouse.client.web.teachers.token_texts import Token, TokenTexts
 from stillhouse.protos.tensors.distributions import Distributions
 
 IMPOSSIBLE = -9999.0

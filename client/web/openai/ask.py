@@ -12,6 +12,7 @@ from stillhouse.client.web.openai.fields import Body, unicode_text
 from stillhouse.protos.rows.conversation import OPTIONS
 from stillhouse.protos.rows.field_error import shown
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
+from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
 
 MAX_PROMPTS = 1024
 MAX_CHOICES = 128
@@ -92,6 +93,21 @@ def chat_ask(values: Mapping[str, Any]) -> Ask:
         logprobs_field="top_logprobs",
         echo=False,
     )
+
+
+def request_of(ask: Ask, max_sequence_tokens: int) -> teacher_pb2.GenerateRequest:
+    """The call that continues the prompts of `ask` on a teacher of such sequences."""
+    request = teacher_pb2.GenerateRequest(
+        prompts=ask.prompts,
+        sampling=ask.sampling,
+        num_samples=ask.n,
+        whole_samples=not ask.stream,
+    )
+    request.sampling.max_new_tokens = ask.max_tokens or max_sequence_tokens
+    if ask.logprobs is not None:
+        request.distributions.top_k = ask.logprobs
+        request.distributions.logprob_dtype = Tensor.DATA_TYPE_FLOAT32
+    return request
 
 
 def _ask(body: Body, **known: Any) -> Ask:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI
 from starlette.requests import Request
@@ -17,21 +16,19 @@ from stillhouse.client.teacher.generate import Gathering, Piece
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, read_json
 from stillhouse.client.web.openai.answers import Answer, Echo, Usage
-from stillhouse.client.web.openai.ask import Ask, chat_ask, completion_ask
-from stillhouse.client.web.openai.calls import Room, TeacherCalls
+from stillhouse.client.web.openai.ask import Ask, chat_ask, completion_ask, request_of
 from stillhouse.client.web.openai.errors import PREFIX, data_frame, error_frame, error_response
 from stillhouse.client.web.openai.models import Models, named
-from stillhouse.client.web.openai.token_texts import Tokenizers, TokenTexts
 from stillhouse.client.web.problems import JsonResponse
 from stillhouse.client.web.security.callers import Caller
-from stillhouse.client.web.streams.sse import EventStream, disconnected
+from stillhouse.client.web.streams.sse import EventStream
+from stillhouse.client.web.teachers.calls import Room, TeacherCalls
+from stillhouse.client.web.teachers.running import Running, unless_gone
+from stillhouse.client.web.teachers.token_texts import Tokenizers, TokenTexts
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.protos.tensors.layout import encode
 
-MAX_CALLS, MAX_CALLS_OF_ONE = 512, 256
-"""Requests for completions that run or wait at once, of all clients and of one."""
-_T = TypeVar("_T")
 _END = b"data: [DONE]\n\n"
 
 
@@ -42,8 +39,7 @@ class OpenAi:
     context: WebContext
     models: Models
     tokenizers: Tokenizers = field(default_factory=Tokenizers)
-    running: Counter[str] = field(default_factory=Counter)
-    """Requests by client."""
+    running: Running = field(default_factory=Running)
 
     def routes(self) -> tuple[tuple[str, str, Callable[[Request], Awaitable[Response]]], ...]:
         """Method, path and handler of each route."""
@@ -84,38 +80,19 @@ class OpenAi:
         model.check_top(ask.logprobs_field, ask.logprobs or 0)
         session = _Session(ask, TeacherCalls(caller=caller, model=model), self.tokenizers)
         if not ask.stream:
-            with self._counted(caller):
-                return await _unless_gone(request, session.whole())
+            with self.running.one(caller):
+                return await unless_gone(request, session.whole())
         frames = self._frames(caller, session)
-        first = await _unless_gone(request, anext(frames))
+        first = await unless_gone(request, anext(frames))
         return EventStream(first, frames, error_frame)
 
     async def _frames(self, caller: Caller, session: _Session) -> AsyncGenerator[bytes, None]:
-        with self._counted(caller):
+        with self.running.one(caller):
             async with aclosing(session.frames()) as frames:
                 async for each in frames:
                     if self.context.is_over(caller):
                         raise StillhouseError(Reason.DRAINING, "This server is stopping.", retry_after_s=2.0)
                     yield each
-
-    @contextmanager
-    def _counted(self, caller: Caller) -> Iterator[None]:
-        """Counts a request while it runs. Raises StillhouseError(TOO_MANY_CALLS)."""
-        name = caller.name
-        if self.running[name] >= MAX_CALLS_OF_ONE or self.running.total() >= MAX_CALLS:
-            raise StillhouseError(
-                Reason.TOO_MANY_CALLS,
-                f"{self.running[name]} requests of this client run, of {self.running.total()} in all; at most "
-                f"{MAX_CALLS_OF_ONE} and {MAX_CALLS} do. Wait for some, or send several prompts in one.",
-                retry_after_s=1.0,
-            )
-        self.running[name] += 1
-        try:
-            yield
-        finally:
-            self.running[name] -= 1
-            if not self.running[name]:
-                del self.running[name]
 
 
 class _Session:
@@ -191,28 +168,15 @@ class _Session:
                 prompt, sample = divmod(index, ask.n)
                 yield Piece(prompt_index=prompt, sample_index=sample, finish="length")
             return
-        async with aclosing(self._calls.pieces(self._calls.request(ask))) as pieces:
+        async with aclosing(
+            self._calls.pieces(request_of(ask, self._calls.model.info.max_sequence_tokens))
+        ) as pieces:
             async for piece in pieces:
                 self._usage.add(piece)
                 yield piece
 
     def _echo(self, piece: Piece) -> Echo | None:
         return self._echoes[piece.prompt_index] if self._echoes else None
-
-
-async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
-    """Does `work`, which ends with its caller. Raises StillhouseError(CANCELLED) if the caller hangs up."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.create_task(disconnected(request.receive))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise StillhouseError(Reason.CANCELLED, "The caller hung up.")
-    finally:
-        for each in (task, gone):
-            each.cancel()
-        await asyncio.wait({task, gone})
 
 
 def add_openai_routes(app: FastAPI, context: WebContext) -> None:

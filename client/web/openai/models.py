@@ -7,31 +7,13 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from stillhouse.client.web.api.messages import invalid
 from stillhouse.client.web.security.callers import Caller
-from stillhouse.client.web.upstream import Service, Upstream
+from stillhouse.client.web.teachers.served import Served
+from stillhouse.client.web.upstream import Upstream
 from stillhouse.protos.errors import FieldViolation, Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 
 INFO_TIMEOUT_S = 10.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Served:
-    """A model and the teacher that serves it."""
-
-    id: str
-    service: Service
-    info: teacher_pb2.GetTeacherInfoResponse
-    adapter: str = ""
-    """Empty for the teacher's own model."""
-
-    def check_top(self, name: str, top_k: int) -> None:
-        """Raises StillhouseError(INVALID_REQUEST) if the teacher gives fewer tokens at a position."""
-        if top_k > self.info.max_top_k:
-            raise invalid(
-                name, f"it is {top_k}, and this teacher gives at most {self.info.max_top_k}; lower it."
-            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,10 @@ from stillhouse.client.web.openapi.json_schema import (
     message_schemas,
     request_schema,
 )
-from stillhouse.client.web.openapi.own_paths import OWN_PATHS, OWN_SCHEMAS, RUN_ID_SCHEMA
+from stillhouse.client.web.openapi.own_paths import OWN_PATHS, OWN_SCHEMAS
+from stillhouse.client.web.openapi.parts import RUN_ID_SCHEMA
+from stillhouse.client.web.openapi.run_paths import RUN_PATHS, RUN_SCHEMAS
+from stillhouse.client.web.openapi.teacher_paths import TEACHER_ID_SCHEMA, TEACHER_PATHS, TEACHER_SCHEMAS
 from stillhouse.client.web.problems import MEDIA_TYPE as PROBLEM
 from stillhouse.client.web.upstream import RUN_SERVICE, TEACHER_SERVICE
 from stillhouse.protos.stillhouse.v1.run_pb2_grpc import RunServiceServicer
@@ -37,7 +40,7 @@ _SERVICES = {
 _NAME: Schema = {"type": "string", "minLength": 1}
 _PATH_SCHEMAS: Mapping[str, Schema] = {
     "run": RUN_ID_SCHEMA,
-    "teacher": {"type": "string", "pattern": "^[1-9][0-9]*$"},
+    "teacher": TEACHER_ID_SCHEMA,
 }
 _TEXT: Schema = {"schema": {"type": "string"}}
 _BINARY: Schema = {"schema": {}}
@@ -69,9 +72,9 @@ _BODIES: Mapping[str, Schema] = {
 @cache
 def document() -> dict[str, Any]:
     """The document."""
-    schemas: dict[str, Schema] = copy.deepcopy(dict(OWN_SCHEMAS))
+    schemas: dict[str, Schema] = copy.deepcopy({**OWN_SCHEMAS, **RUN_SCHEMAS, **TEACHER_SCHEMAS})
     schemas |= _run_file_schemas()
-    paths: dict[str, Any] = copy.deepcopy(dict(OWN_PATHS))
+    paths: dict[str, Any] = copy.deepcopy({**OWN_PATHS, **RUN_PATHS, **TEACHER_PATHS})
     for route in ROUTES:
         path = PREFIX + _PARAMETER.sub(r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route, schemas)

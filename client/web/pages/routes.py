@@ -10,8 +10,8 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from stillhouse.client.web.api.context import WebContext
+from stillhouse.client.web.pages import cache_view, teacher_view, token_view, views
 from stillhouse.client.web.pages.datasets import show_dataset, show_datasets
-from stillhouse.client.web.pages import token_view, views
 from stillhouse.client.web.pages.failure import failure_of
 from stillhouse.client.web.pages.new_run import show_new_run
 from stillhouse.client.web.pages.rendering import render
@@ -22,6 +22,9 @@ View = Callable[[WebContext, Request], Awaitable[Response]]
 PAGES: Mapping[str, View] = {
     "/": views.show_runs,
     "/compare": views.compare,
+    "/caches": cache_view.show_caches,
+    "/teachers": teacher_view.show_teachers,
+    "/teachers/load": teacher_view.show_teacher_load,
     "/sign-in": views.show_sign_in,
     "/runs/new": show_new_run,
     "/runs/{run}": views.show_run,

@@ -13,8 +13,8 @@ from stillhouse.client.web.pages.views import frame_of, get_run
 
 MEASURES = (
     ("kl", "KL(teacher ‖ student)"),
-    ("student", "Student's surprise, −log q of the text's token"),
-    ("teacher", "Teacher's surprise, −log p of the text's token"),
+    ("student", "Student's surprise, -log q of the text's token"),
+    ("teacher", "Teacher's surprise, -log p of the text's token"),
 )
 """Values of a token that colour it, and their names."""
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0)

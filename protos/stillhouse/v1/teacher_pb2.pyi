@@ -87,16 +87,21 @@ Global___Capability: _TypeAlias = Capability  # noqa: Y015
 
 @_typing.final
 class GetTeacherInfoRequest(_message.Message):
-    """GetTeacherInfoRequest has no fields."""
+    """GetTeacherInfoRequest asks for the description of the model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    LOAD_FIELD_NUMBER: _builtins.int
+    load: _builtins.bool
+    """Report `load`, too."""
     def __init__(
         self,
+        *,
+        load: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -133,6 +138,7 @@ class GetTeacherInfoResponse(_message.Message):
     NUM_TOKEN_TYPES_FIELD_NUMBER: _builtins.int
     NUM_LAYERS_FIELD_NUMBER: _builtins.int
     HIDDEN_SIZE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Hugging Face id or path, as the operator gave it."""
     revision: _builtins.str
@@ -193,6 +199,10 @@ class GetTeacherInfoResponse(_message.Message):
     def class_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the classes of a classifier, by class. Empty for a language model."""
 
+    @_builtins.property
+    def load(self) -> Global___TeacherLoad:
+        """Present load, if the request asks for it. A service of an earlier version sends none."""
+
     def __init__(
         self,
         *,
@@ -221,14 +231,105 @@ class GetTeacherInfoResponse(_message.Message):
         num_token_types: _builtins.int = ...,
         num_layers: _builtins.int = ...,
         hidden_size: _builtins.int = ...,
+        load: Global___TeacherLoad | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "class_names", b"class_names", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "hidden_size", b"hidden_size", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "num_layers", b"num_layers", "num_token_types", b"num_token_types", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "capabilities", b"capabilities", "chat_template_fingerprint", b"chat_template_fingerprint", "class_names", b"class_names", "dtype", b"dtype", "engine", b"engine", "eos_token_ids", b"eos_token_ids", "hidden_size", b"hidden_size", "load", b"load", "max_adapters", b"max_adapters", "max_inflight_sequences", b"max_inflight_sequences", "max_prompts", b"max_prompts", "max_query_tokens", b"max_query_tokens", "max_sequence_tokens", b"max_sequence_tokens", "max_top_k", b"max_top_k", "model", b"model", "model_fingerprint", b"model_fingerprint", "num_classes", b"num_classes", "num_layers", b"num_layers", "num_token_types", b"num_token_types", "quantization", b"quantization", "revision", b"revision", "service_version", b"service_version", "tokenizer_fingerprint", b"tokenizer_fingerprint", "tokenizer_size", b"tokenizer_size", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTeacherInfoResponse: _TypeAlias = GetTeacherInfoResponse  # noqa: Y015
+
+@_typing.final
+class TeacherLoad(_message.Message):
+    """TeacherLoad is the present work of a teacher."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    UPTIME_S_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    ENGINE_USED_FIELD_NUMBER: _builtins.int
+    TOKENS_SCORED_FIELD_NUMBER: _builtins.int
+    TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
+    WINDOW_S_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    uptime_s: _builtins.float
+    """Seconds since the model answers."""
+    waiting: _builtins.int
+    """Sequences and samples that wait for the engine."""
+    running: _builtins.int
+    """Sequences and samples in the engine."""
+    engine_used: _builtins.float
+    """Share of the engine's capacity in use, in [0, 1]."""
+    tokens_scored: _builtins.int
+    """Tokens scored since the start: rows of Score's responses."""
+    tokens_generated: _builtins.int
+    """Tokens generated since the start."""
+    window_s: _builtins.float
+    """Time over which the rates of `clients` are means, in seconds; less after a start."""
+    @_builtins.property
+    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientLoad]:
+        """Clients that work or wait, or did in the window, busiest first; at most 50. A caller without the scope admin gets its own,
+        and all others together as one without a name.
+        """
+
+    def __init__(
+        self,
+        *,
+        uptime_s: _builtins.float = ...,
+        waiting: _builtins.int = ...,
+        running: _builtins.int = ...,
+        engine_used: _builtins.float = ...,
+        tokens_scored: _builtins.int = ...,
+        tokens_generated: _builtins.int = ...,
+        window_s: _builtins.float = ...,
+        clients: _abc.Iterable[Global___ClientLoad] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "engine_used", b"engine_used", "running", b"running", "tokens_generated", b"tokens_generated", "tokens_scored", b"tokens_scored", "uptime_s", b"uptime_s", "waiting", b"waiting", "window_s", b"window_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TeacherLoad: _TypeAlias = TeacherLoad  # noqa: Y015
+
+@_typing.final
+class ClientLoad(_message.Message):
+    """ClientLoad is the share of one client in a teacher's work."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    SCORED_PER_S_FIELD_NUMBER: _builtins.int
+    GENERATED_PER_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of its token or certificate, else the name that it sends, else its host, each with its kind before it, as
+    "proved:ada". Empty for several clients together.
+    """
+    waiting: _builtins.int
+    """Sequences and samples that wait for the engine."""
+    scored_per_s: _builtins.float
+    """Tokens scored in a second."""
+    generated_per_s: _builtins.float
+    """Tokens generated in a second."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        waiting: _builtins.int = ...,
+        scored_per_s: _builtins.float = ...,
+        generated_per_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_per_s", b"generated_per_s", "name", b"name", "scored_per_s", b"scored_per_s", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientLoad: _TypeAlias = ClientLoad  # noqa: Y015
 
 @_typing.final
 class Adapter(_message.Message):

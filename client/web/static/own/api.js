@@ -1,20 +1,28 @@
 // Requests to the HTTP API, with the session's CSRF token; a refusal is an Error with the problem's sentences.
 
-export async function request(method, url, body, type = "application/json") {
+// A response that succeeded; `signal` ends the request.
+export async function open(method, url, body, { type = "application/json", signal } = {}) {
   const headers = { accept: "application/json" };
   const token = document.querySelector('meta[name="csrf-token"]').content;
   if (token) headers["x-csrf-token"] = token;
   if (body !== undefined) headers["content-type"] = type;
   let response;
   try {
-    response = await fetch(url, { method, headers, body: typeof body === "string" || body === undefined ? body : JSON.stringify(body) });
-  } catch {
+    response = await fetch(url, { method, headers, body: typeof body === "string" || body === undefined ? body : JSON.stringify(body), signal });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
     throw new Error("The web server does not respond. Check that it runs, then try again.");
   }
-  const isJson = (response.headers.get("content-type") || "").includes("json");
-  const content = isJson ? await response.json() : null;
-  if (!response.ok) throw new Error(content ? `${content.detail} ${content.remedy}` : `The server answered ${response.status}.`);
-  return content;
+  if (response.ok) return response;
+  const content = isJson(response) ? await response.json() : null;
+  throw new Error(content ? `${content.detail} ${content.remedy}` : `The server answered ${response.status}.`);
+}
+
+const isJson = (response) => (response.headers.get("content-type") || "").includes("json");
+
+export async function request(method, url, body, type) {
+  const response = await open(method, url, body, { type });
+  return isJson(response) ? response.json() : null;
 }
 
 const notices = new Map();

@@ -88,7 +88,17 @@ def browser(world: World) -> Iterator[httpx.Client]:
 def paths_of(runs: list[str]) -> list[str]:
     first, second = runs
     run = f"/runs/{first}"
-    return ["/", "/sign-in", run, f"{run}/head", f"{run}/artifacts", f"/compare?run={first}&run={second}"]
+    return [
+        "/",
+        "/sign-in",
+        run,
+        f"{run}/head",
+        f"{run}/artifacts",
+        f"{run}/tokens",
+        "/caches",
+        "/teachers",
+        f"/compare?run={first}&run={second}",
+    ]
 
 
 def test_every_page_keeps_a_strict_policy_and_this_host(

@@ -14,7 +14,7 @@ import torch
 
 from stillhouse.protos.evaluation.examples import FOLDER, INDEX, MAX_EVALUATIONS, place_of
 from stillhouse.student_trainer.config.rules.evaluation import SetSettings
-from stillhouse.student_trainer.run_dir import Attempt
+from stillhouse.student_trainer.run_dir import Attempt, RunDir
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.data.encoding import Example
 from stillhouse.student_trainer.train.data.evaluation_sets import EvaluationRows
@@ -32,7 +32,6 @@ from stillhouse.student_trainer.train.evaluation.token_scores import token_score
 from stillhouse.student_trainer.train.loss.objective import Positions
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID, SparseTargets
 from tests.student_trainer.train.evaluation.test_token_scores import STUDENT, TEACHER, TEXT, K, N, V, sparse
-from tests.student_trainer.train.runs import make_run
 
 
 def row(length: int, prompt: int = 1) -> Example:
@@ -159,7 +158,7 @@ def shown(number: int = 1) -> ShownExamples:
 
 
 def files_of(tmp_path: Path) -> tuple[ExampleFiles, Path]:
-    run_dir = make_run(tmp_path, "run", {"student": {"model": "unused"}})
+    run_dir = RunDir(tmp_path)
     return ExampleFiles(Attempt(run_dir, 1), _Tokenizer(), from_cache=True), run_dir.path
 
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 from stillhouse.client.teacher.generate import Piece, piece_of
 from stillhouse.client.web.api.messages import invalid
-from stillhouse.client.web.openai.ask import Ask
-from stillhouse.client.web.openai.models import Served
 from stillhouse.client.web.security.callers import Caller
+from stillhouse.client.web.teachers.served import Served
 from stillhouse.protos.errors import Reason, StillhouseError, from_status
 from stillhouse.protos.stillhouse.v1 import teacher_pb2
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
@@ -49,8 +48,11 @@ class TeacherCalls:
     caller: Caller
     model: Served
 
-    async def prompt_ids(self, prompts: Sequence[teacher_pb2.Prompt]) -> list[Ids]:
-        """The token ids of prompts; of text as the teacher reads it, for which it writes one token."""
+    async def prompt_ids(self, prompts: Sequence[teacher_pb2.Prompt], field: str = "prompt") -> list[Ids]:
+        """The token ids of prompts; of text as the teacher reads it, for which it writes one token.
+
+        Raises StillhouseError(INVALID_REQUEST) for an id outside the vocabulary, which names `field`, and those of the call.
+        """
         found = {
             at: decode(prompt.token_ids, field="prompt", dtypes=(Tensor.DATA_TYPE_INT32,), shape=(None,))
             for at, prompt in enumerate(prompts)
@@ -73,7 +75,7 @@ class TeacherCalls:
         size = self.model.info.vocab_size
         for ids in found.values():
             if not (ids.min(initial=0) >= 0 and ids.max(initial=0) < size):
-                raise invalid("prompt", f"a token id is outside [0, {size}), the vocabulary of the model.")
+                raise invalid(field, f"a token id is outside [0, {size}), the vocabulary of the model.")
         return [found[at] for at in range(len(prompts))]
 
     async def score(self, sequences: Sequence[Ids], top_k: int) -> list[Distributions | None]:
@@ -111,20 +113,6 @@ class TeacherCalls:
             if rows.start != 1 or rows.num_rows != len(long[at]) - 1:
                 raise _wrong(f"{rows.num_rows} rows for a sequence of {len(long[at])} tokens")
         return [whole.get(at) for at in range(len(sequences))]
-
-    def request(self, ask: Ask) -> teacher_pb2.GenerateRequest:
-        """The call that continues the prompts of `ask`."""
-        request = teacher_pb2.GenerateRequest(
-            prompts=ask.prompts,
-            sampling=ask.sampling,
-            num_samples=ask.n,
-            whole_samples=not ask.stream,
-        )
-        request.sampling.max_new_tokens = ask.max_tokens or self.model.info.max_sequence_tokens
-        if ask.logprobs is not None:
-            request.distributions.top_k = ask.logprobs
-            request.distributions.logprob_dtype = Tensor.DATA_TYPE_FLOAT32
-        return request
 
     async def pieces(self, request: teacher_pb2.GenerateRequest) -> AsyncGenerator[Piece, None]:
         """The pieces of the samples that `request` asks for. Raises StillhouseError, also for one sample's error."""

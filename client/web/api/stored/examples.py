@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
@@ -11,11 +9,11 @@ from starlette.responses import Response
 
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, invalid
+from stillhouse.client.web.api.stored.artifact import read_json_artifact, unreadable
 from stillhouse.client.web.problems import JsonResponse
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.evaluation.examples import FORMAT, INDEX, MAX_BYTES, place_of
-from stillhouse.protos.stillhouse.v1 import run_pb2
 
 
 async def list_examples(context: WebContext, request: Request) -> Response:
@@ -42,25 +40,7 @@ async def get_examples(context: WebContext, request: Request) -> Response:
 
 
 async def _read(context: WebContext, caller: Caller, run: str, path: str) -> dict[str, Any]:
-    """An artifact that is a JSON object, read as it stands. Raises StillhouseError."""
-    message = run_pb2.DownloadArtifactRequest(name=f"runs/{run}", path=path)
-    content = bytearray()
-    async with aclosing(caller.stream(context.upstream.trainer, "DownloadArtifact", message)) as chunks:
-        async for chunk in chunks:
-            content += chunk.data
-            if len(content) > MAX_BYTES:
-                raise _unreadable(path, f"has more than {MAX_BYTES} bytes")
-    try:
-        document = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _unreadable(path, "is not JSON") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise _unreadable(path, f"is not of format {FORMAT}, which this version reads")
+    document = await read_json_artifact(context, caller, run, path, limit=MAX_BYTES)
+    if document.get("format") != FORMAT:
+        raise unreadable(path, f"is not of format {FORMAT}, which this version reads")
     return document
-
-
-def _unreadable(path: str, problem: str) -> StillhouseError:
-    return StillhouseError(
-        Reason.CHECKPOINT_CORRUPT,
-        f"The file {path} of the run {problem}. Download it as an artifact to look into it.",
-    )

@@ -1,8 +1,8 @@
 // The page of what a run learns: held-out text at one evaluation, and above it at another one, with a panel for one token.
 
-import { notice, request } from "./api.js";
-import { showPanel } from "./token_panel.js";
-import { Texts } from "./token_texts.js";
+import { notice, request } from "../api.js";
+import { showPair } from "./panel.js";
+import { Texts } from "./texts.js";
 
 const POLL_MS = 15000;
 const get = (id) => document.getElementById(id);
@@ -32,7 +32,7 @@ async function select(token) {
   const others = await Promise.all(ends.map(examples));
   if (!token.element.isConnected) return;
   const along = ends.map((entry, at) => ({ name: name(entry), target: others[at].rows.find((row) => texts.same(row, token.row))?.targets[token.at] }));
-  showPanel(get("panel"), token, along);
+  showPair(get("panel"), token, along);
 }
 
 async function draw() {

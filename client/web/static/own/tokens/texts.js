@@ -9,8 +9,8 @@ const minus = (value) => (value === undefined || value === null ? null : -value)
 
 export const VALUES = {
   kl: { name: "KL", of: (target) => target.kl ?? null },
-  student: { name: "−log q", of: (target) => minus(target.student_logprob) },
-  teacher: { name: "−log p", of: (target) => minus(target.teacher_logprob) },
+  student: { name: "-log q", of: (target) => minus(target.student_logprob) },
+  teacher: { name: "-log p", of: (target) => minus(target.teacher_logprob) },
 };
 
 function element(tag, className, text) {
@@ -54,6 +54,10 @@ export class Texts {
 
   head(row) {
     const head = element("div", "row-head");
+    if (row.title) {
+      head.append(element("h3", "", row.title));
+      return head;
+    }
     head.append(element("h2", "", `${row.set ? `${row.set}, row` : "Held-out row"} ${row.number + 1}`));
     const cut = row.tokens.length < row.num_tokens ? ` · tokens ${(row.begin + 1).toLocaleString()} to ${(row.begin + row.tokens.length).toLocaleString()} of ${row.num_tokens.toLocaleString()}` : "";
     head.append(element("p", "muted", `${row.place}${cut}`));
@@ -65,10 +69,10 @@ export class Texts {
     const values = row.targets.map(of);
     const known = values.filter((value) => value !== null);
     const mean = known.length ? ` · mean ${name} ${(known.reduce((sum, value) => sum + value, 0) / known.length).toFixed(3)}` : "";
-    const label = element("p", "of-step", `${evaluation.name}${mean}`);
+    const label = element("p", "of-step", `${evaluation.name}${mean}`.replace(/^ · /, ""));
     const text = element("p", "text");
     text.setAttribute("role", "group");
-    text.setAttribute("aria-label", `Tokens at ${evaluation.name}`);
+    text.setAttribute("aria-label", row.title || `Tokens at ${evaluation.name}`);
     const byPlace = new Map(row.targets.map((target, at) => [target.at, at]));
     row.tokens.forEach((id, place) => {
       const shown = visible(row.texts[place]);

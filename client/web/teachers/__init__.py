@@ -1,0 +1,1 @@
+"""Prompts tried on a teacher over HTTP, generated or scored, and the calls to teachers that OpenAI's API shares."""

@@ -1,0 +1,1 @@
+"""Prompts that are tried on a teacher over HTTP."""
