@@ -120,6 +120,8 @@ class Run(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     DATASETS_FIELD_NUMBER: _builtins.int
+    HISTORY_FIELD_NUMBER: _builtins.int
+    CALLER_MAY_CONTROL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Resource name, `runs/{run}`. Assigned on create."""
     state: Global___Run.State.ValueType
@@ -132,6 +134,8 @@ class Run(_message.Message):
     """Last complete checkpoint, `runs/{run}/checkpoints/{step}`."""
     created_by_version: _builtins.str
     """Version of Stillhouse that created it."""
+    caller_may_control: _builtins.bool
+    """True if the caller may stop, resume and delete it. Set by GetRun alone."""
     @_builtins.property
     def spec(self) -> Global___RunSpec:
         """The configuration as submitted. Immutable."""
@@ -170,6 +174,10 @@ class Run(_message.Message):
         `datasets/{sha256}`.
         """
 
+    @_builtins.property
+    def history(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunChange]:
+        """Its last 500 changes, oldest first, if GetRunRequest.with_history asks for them."""
+
     def __init__(
         self,
         *,
@@ -188,14 +196,60 @@ class Run(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         datasets: _abc.Iterable[_builtins.str] | None = ...,
+        history: _abc.Iterable[Global___RunChange] | None = ...,
+        caller_may_control: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "progress", b"progress", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "condition", b"condition", "create_time", b"create_time", "created_by_version", b"created_by_version", "datasets", b"datasets", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "latest_checkpoint", b"latest_checkpoint", "name", b"name", "progress", b"progress", "queue_position", b"queue_position", "spec", b"spec", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "caller_may_control", b"caller_may_control", "condition", b"condition", "create_time", b"create_time", "created_by_version", b"created_by_version", "datasets", b"datasets", "effective_spec", b"effective_spec", "end_time", b"end_time", "error", b"error", "history", b"history", "latest_checkpoint", b"latest_checkpoint", "name", b"name", "progress", b"progress", "queue_position", b"queue_position", "spec", b"spec", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Run: _TypeAlias = Run  # noqa: Y015
+
+@_typing.final
+class RunChange(_message.Message):
+    """RunChange is a run after one of its changes: of its state, its condition, its settled settings, or a new checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CONDITION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_STEP_FIELD_NUMBER: _builtins.int
+    sequence: _builtins.int
+    """Number in the run's history, as in WatchRunResponse."""
+    state: Global___Run.State.ValueType
+    """State from then on."""
+    condition: Global___Run.Condition.ValueType
+    """Condition from then on."""
+    step: _builtins.int
+    """Optimizer steps taken."""
+    checkpoint_step: _builtins.int
+    """Step of the last complete checkpoint. 0 for none."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """Time at which the service recorded it."""
+
+    def __init__(
+        self,
+        *,
+        time: _timestamp_pb2.Timestamp | None = ...,
+        sequence: _builtins.int = ...,
+        state: Global___Run.State.ValueType = ...,
+        condition: Global___Run.Condition.ValueType = ...,
+        step: _builtins.int = ...,
+        checkpoint_step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint_step", b"checkpoint_step", "condition", b"condition", "sequence", b"sequence", "state", b"state", "step", b"step", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunChange: _TypeAlias = RunChange  # noqa: Y015
 
 @_typing.final
 class Attempt(_message.Message):
@@ -2056,6 +2110,7 @@ class Progress(_message.Message):
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
     TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
+    LOSS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Optimizer steps taken."""
     total_steps: _builtins.int
@@ -2064,6 +2119,10 @@ class Progress(_message.Message):
     """Completion tokens trained on."""
     tokens_per_second: _builtins.float
     """Completion tokens trained on in a second, lately."""
+    @_builtins.property
+    def loss(self) -> Global___MetricSeries:
+        """train/loss so far, in at most 64 points for a small picture; QueryMetrics has all. Events of WatchRun leave it out."""
+
     def __init__(
         self,
         *,
@@ -2071,10 +2130,11 @@ class Progress(_message.Message):
         total_steps: _builtins.int = ...,
         trained_tokens: _builtins.int = ...,
         tokens_per_second: _builtins.float = ...,
+        loss: Global___MetricSeries | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["loss", b"loss", "step", b"step", "tokens_per_second", b"tokens_per_second", "total_steps", b"total_steps", "trained_tokens", b"trained_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2119,16 +2179,20 @@ class GetRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    WITH_HISTORY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Required. `runs/{run}`."""
+    with_history: _builtins.bool
+    """Fill Run.history."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        with_history: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "with_history", b"with_history"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -28,7 +28,6 @@ from stillhouse.student_trainer.config.resume_changes import changed_spec, chang
 from stillhouse.student_trainer.runs.api.attached_results import attach
 from stillhouse.student_trainer.runs.api.datasets import DatasetRpcs
 from stillhouse.student_trainer.runs.api.hub_lookup import hub_problems
-from stillhouse.student_trainer.runs.api.metric_series import to_series
 from stillhouse.student_trainer.runs.api.pages import bounded, page_size, page_token, read_page_token
 from stillhouse.student_trainer.runs.api.row_inspection import RowInspection
 from stillhouse.student_trainer.runs.api.spec_resolution import (
@@ -41,6 +40,7 @@ from stillhouse.student_trainer.runs.api.spec_resolution import (
 from stillhouse.student_trainer.runs.api.streams import RunStreams
 from stillhouse.student_trainer.runs.api.student_config import inspect_student
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
+from stillhouse.student_trainer.runs.store.metric_series import to_series
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
@@ -150,8 +150,11 @@ class RunServicer(RunServiceServicer):
         return found
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.Run:
-        """Returns one run."""
-        return await self._db(self._store.get, run_id_of(request.name))
+        """Returns one run, and tells whether the caller may control it."""
+        run_id = run_id_of(request.name)
+        run = await self._db(self._store.get, run_id, with_history=request.with_history)
+        run.caller_may_control = await self._may_control(run_id)
+        return run
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Returns a page of runs, newest first."""
@@ -218,14 +221,15 @@ class RunServicer(RunServiceServicer):
     ) -> pb.QueryMetricsResponse:
         """Returns metric history, downsampled for plots."""
         most = bounded("max_points", request.max_points, DEFAULT_POINTS, MAX_POINTS)
-        points = await self._db(
-            self._store.metric_points,
-            run_id_of(request.name),
-            start=request.start_step,
-            end=request.end_step or None,
-        )
-        series = await asyncio.to_thread(to_series, points, keys=frozenset(request.keys), max_points=most)
-        return pb.QueryMetricsResponse(series=series)
+        run_id = run_id_of(request.name)
+        start, end = request.start_step, request.end_step or None
+        while await self._db(self._store.extend_metric_blocks, run_id):
+            pass  # of a run that an earlier version recorded; other calls come in between
+        stored = await self._db(self._store.metrics, run_id, start=start, end=end, max_points=most)
+        parsed = (each.parse() for each in stored)
+        keys = frozenset(request.keys)
+        make = partial(to_series, parsed, keys=keys, start=start, end=end, max_points=most)
+        return pb.QueryMetricsResponse(series=await asyncio.to_thread(make))
 
     async def UploadDataset(
         self, request_iterator: AsyncIterator[pb.UploadDatasetRequest], context: Context
@@ -296,13 +300,16 @@ class RunServicer(RunServiceServicer):
 
     async def _check_owner(self, run_id: str, verb: str) -> None:
         """Checks that the caller may control the run: a token without admin controls only its own."""
-        caller = current_caller()
-        if not caller.is_admin and await self._db(self._store.owner, run_id) != caller.name:
+        if not await self._may_control(run_id):
             raise StillhouseError(
                 Reason.PERMISSION_DENIED,
-                f'Run {run_id} was not submitted with the token "{caller.name}"; to {verb} it, use the one that did, or '
-                "one with the scope admin.",
+                f'Run {run_id} was not submitted with the token "{current_caller().name}"; to {verb} it, use the one that '
+                "did, or one with the scope admin.",
             )
+
+    async def _may_control(self, run_id: str) -> bool:
+        caller = current_caller()
+        return caller.is_admin or await self._db(self._store.owner, run_id) == caller.name
 
 
 def new_run_id() -> str:

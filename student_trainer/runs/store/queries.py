@@ -12,10 +12,19 @@ from google.rpc.status_pb2 import Status
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, MetricPoint, Run, RunSpec, WatchRunResponse
+from stillhouse.protos.stillhouse.v1.run_pb2 import (
+    Attempt,
+    MetricPoint,
+    Run,
+    RunChange,
+    RunSpec,
+    WatchRunResponse,
+)
 from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, State, may_become, state_name
-from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
+from stillhouse.student_trainer.runs.store.schema import attempts, changes, events, requests, runs
 
+MOST_CHANGES = 500
+"""Changes that a run's history has."""
 STEP_METRICS = frozenset({"train/loss", "cache/sequences"})
 """A point with one of these metrics is a step that the attempt took; others are evaluations."""
 
@@ -103,32 +112,64 @@ def set_state(db: Connection, row: RowMapping, following: State, values: dict[st
 
 def append_run_event(db: Connection, run_id: str) -> None:
     """Appends the current run to its history, without its specs, which never change."""
-    append_event(db, run_id, "run", to_run(db, run_row(db, run_id), with_specs=False))
-
-
-def append_event(
-    db: Connection, run_id: str, kind: str, payload: Message, *, step: int | None = None
-) -> None:
-    """Appends `payload` with the next sequence of the run's history."""
-    sequence = int(run_row(db, run_id)["last_sequence"]) + 1
-    values = {
-        "run_id": run_id,
-        "sequence": sequence,
-        "kind": kind,
-        "step": step,
-        "payload": to_bytes(payload),
-    }
-    db.execute(insert(events).values(**values))
+    row = run_row(db, run_id)
+    sequence = int(row["last_sequence"]) + 1
+    payload = to_bytes(to_run(db, row, with_specs=False))
+    db.execute(insert(events).values(run_id=run_id, sequence=sequence, kind="run", payload=payload))
+    db.execute(
+        insert(changes).values(
+            run_id=run_id,
+            sequence=sequence,
+            time_us=now_us(),
+            state=row["state"],
+            condition=row["condition"],
+            step=row["step"],
+            checkpoint_step=row["latest_checkpoint"] or 0,
+        )
+    )
     db.execute(update(runs).where(runs.c.id == run_id).values(last_sequence=sequence))
 
 
-def count_step(db: Connection, run_id: str, number: int, point: MetricPoint) -> None:
-    """Extends the range of steps of an attempt."""
-    if STEP_METRICS.isdisjoint(point.values):
+def append_points(db: Connection, run_id: str, after: int, points: Sequence[tuple[int, MetricPoint]]) -> int:
+    """Appends points, each with its attempt, to the history, whose last event is `after`, and extends the attempts' ranges
+    of steps; returns the sequence of the last point."""
+    if not points:
+        return after
+    rows = [
+        {
+            "run_id": run_id,
+            "sequence": sequence,
+            "kind": "metrics",
+            "step": each.step,
+            "payload": to_bytes(each),
+        }
+        for sequence, (_, each) in enumerate(points, after + 1)
+    ]
+    db.execute(insert(events), rows)
+    for number in dict.fromkeys(number for number, _ in points):
+        _count_steps(db, run_id, number, [each for of, each in points if of == number])
+    return after + len(rows)
+
+
+def _count_steps(db: Connection, run_id: str, number: int, points: Sequence[MetricPoint]) -> None:
+    """Extends the range of steps of an attempt by its points, in order."""
+    steps = [each.step for each in points if not STEP_METRICS.isdisjoint(each.values)]
+    if not steps:
         return
     this = (attempts.c.run_id == run_id) & (attempts.c.number == number)
-    db.execute(update(attempts).where(this, attempts.c.first_step == 0).values(first_step=point.step))
-    db.execute(update(attempts).where(this).values(last_step=point.step))
+    db.execute(update(attempts).where(this, attempts.c.first_step == 0).values(first_step=steps[0]))
+    db.execute(update(attempts).where(this).values(last_step=steps[-1]))
+
+
+def read_changes(db: Connection, run_id: str) -> list[RunChange]:
+    """The newest MOST_CHANGES changes of a run, oldest first."""
+    query = (
+        select(changes)
+        .where(changes.c.run_id == run_id)
+        .order_by(changes.c.sequence.desc())
+        .limit(MOST_CHANGES)
+    )
+    return [_to_change(each) for each in reversed(db.execute(query).mappings().all())]
 
 
 def to_run(db: Connection, row: RowMapping, *, with_specs: bool = True) -> Run:
@@ -172,6 +213,8 @@ def _to_run(row: RowMapping, *, with_specs: bool) -> Run:
     if with_specs:
         run.spec.ParseFromString(row["spec"])
         run.effective_spec.ParseFromString(row["effective_spec"])
+        if row["loss_curve"] is not None:
+            run.progress.loss.ParseFromString(row["loss_curve"])
     if row["error"] is not None:
         run.error.ParseFromString(row["error"])
     if row["latest_checkpoint"] is not None:
@@ -192,6 +235,18 @@ def _to_attempt(row: RowMapping) -> Attempt:
         attempt.error.CopyFrom(Status.FromString(row["error"]))
     _set_times(attempt, row, ("start", "end"))
     return attempt
+
+
+def _to_change(row: RowMapping) -> RunChange:
+    change = RunChange(
+        sequence=row["sequence"],
+        state=cast("State", row["state"]),
+        condition=cast("Run.Condition.ValueType", row["condition"]),
+        step=row["step"],
+        checkpoint_step=row["checkpoint_step"],
+    )
+    change.time.FromMicroseconds(row["time_us"])
+    return change
 
 
 def _set_times(message: Any, row: RowMapping, names: tuple[str, ...]) -> None:

@@ -64,6 +64,8 @@ runs = Table(
     Column("datasets", String, nullable=False, default="", server_default=""),
     # True if it continues with half its micro-batch after running out of memory.
     Column("halved", Boolean, nullable=False, default=False, server_default=false()),
+    # A MetricSeries of some points of its loss.
+    Column("loss_curve", LargeBinary),
 )
 
 attempts = Table(
@@ -95,6 +97,36 @@ events = Table(
     # Step of metrics.
     Column("step", BigInteger),
     Column("payload", LargeBinary, nullable=False),
+)
+
+metric_blocks = Table(
+    "metric_blocks",
+    metadata,
+    Column("run_id", ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    Column("level", Integer, primary_key=True),
+    # Sequences of the first and last event that it stands for.
+    Column("last_sequence", BigInteger, primary_key=True),
+    Column("first_sequence", BigInteger, nullable=False),
+    # Least and greatest step.
+    Column("first_step", BigInteger, nullable=False),
+    Column("last_step", BigInteger, nullable=False),
+    # QueryMetricsResponse.
+    Column("payload", LargeBinary, nullable=False),
+)
+
+changes = Table(
+    "changes",
+    metadata,
+    Column("run_id", ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    # That of its event of kind "run".
+    Column("sequence", BigInteger, primary_key=True),
+    Column("time_us", BigInteger, nullable=False),
+    # Of the run from then on.
+    Column("state", Integer, nullable=False),
+    Column("condition", Integer, nullable=False),
+    Column("step", BigInteger, nullable=False),
+    # 0 without a checkpoint.
+    Column("checkpoint_step", BigInteger, nullable=False),
 )
 
 requests = Table(

@@ -13,12 +13,13 @@ from typing import Any, Self
 from google.rpc.status_pb2 import Status
 from sqlalchemy import Engine, RowMapping, delete, insert, select, update
 
-from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec, WatchRunResponse
-from stillhouse.student_trainer.runs.store import aggregates, queries, run_state
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec, WatchRunResponse
+from stillhouse.student_trainer.runs.store import aggregates, loss_curve, metric_blocks, queries, run_state
 from stillhouse.student_trainer.runs.store.aggregates import Totals
 from stillhouse.student_trainer.runs.store.database import open_database, transaction
 from stillhouse.student_trainer.runs.store.datasets import DatasetStore, StoredDataset, require_files
 from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch
+from stillhouse.student_trainer.runs.store.metric_blocks import Stored
 from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
 from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
 from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
@@ -93,10 +94,13 @@ class Store:
         with transaction(self._engine) as db:
             return queries.run_of_request(db, request_id, spec)
 
-    def get(self, run_id: str) -> Run:
-        """The run with both specs. Raises StillhouseError(RUN_NOT_FOUND)."""
+    def get(self, run_id: str, *, with_history: bool = False) -> Run:
+        """The run with both specs, and its history if asked. Raises StillhouseError(RUN_NOT_FOUND)."""
         with transaction(self._engine) as db:
-            return queries.to_run(db, queries.run_row(db, run_id))
+            run = queries.to_run(db, queries.run_row(db, run_id))
+            if with_history:
+                run.history.extend(queries.read_changes(db, run_id))
+            return run
 
     def get_with_sequence(self, run_id: str) -> tuple[Run, int]:
         """The run, and the sequence of its newest event."""
@@ -127,10 +131,10 @@ class Store:
         """Runs in a state with a live process."""
         return self._in_states(sorted(LIVE))
 
-    def ids(self) -> set[str]:
+    def ids(self) -> frozenset[str]:
         """Ids of all runs."""
         with transaction(self._engine) as db:
-            return set(db.execute(select(runs.c.id)).scalars())
+            return frozenset(db.execute(select(runs.c.id)).scalars())
 
     def refuse(self, run_id: str, error: Status) -> None:
         """Makes a queued run FAILED, since it can never start. Raises StillhouseError(RUN_STATE) if it is not PENDING."""
@@ -279,11 +283,6 @@ class Store:
         with transaction(self._engine) as db:
             return bool(queries.run_row(db, run_id)["halved"])
 
-    def run_ids(self) -> frozenset[str]:
-        """Ids of all runs."""
-        with transaction(self._engine) as db:
-            return frozenset(db.execute(select(runs.c.id)).scalars())
-
     def ended_before(self, time_us: int, *, limit: int) -> list[str]:
         """Ids of at most `limit` runs that ended before `time_us`, oldest first."""
         query = (
@@ -328,10 +327,10 @@ class Store:
         """Records journal changes and offsets in one transaction."""
         with transaction(self._engine) as db:
             row = queries.run_row(db, run_id)
-            for number, point in batch.metrics:
-                queries.append_event(db, run_id, "metrics", point, step=point.step)
-                queries.count_step(db, run_id, number, point)
-            values: dict[str, Any] = {**batch.offsets, **batch.progress}
+            points = [point for _, point in batch.metrics]
+            last = queries.append_points(db, run_id, int(row["last_sequence"]), batch.metrics)
+            values: dict[str, Any] = {**batch.offsets, **batch.progress, "last_sequence": last}
+            values["loss_curve"] = loss_curve.extended(row["loss_curve"], points)
             changed = {name: value for name, value in batch.changes.items() if row[name] != value}
             if batch.settles:
                 changed["effective_spec"] = batch.settled(row["effective_spec"])
@@ -346,6 +345,8 @@ class Store:
                 )
             if changed:
                 queries.append_run_event(db, run_id)
+            if points:
+                metric_blocks.extend(db, run_id, last)
 
     def events(
         self, run_id: str, *, after: int, limit: int, runs_alone: bool = False
@@ -362,18 +363,16 @@ class Store:
         with transaction(self._engine) as db:
             return [queries.to_response(row) for row in db.execute(query).mappings().all()]
 
-    def metric_points(self, run_id: str, *, start: int, end: int | None) -> list[MetricPoint]:
-        """Metric points of the run with a step in [start, end), in order of measurement."""
-        query = (
-            select(events.c.payload)
-            .where(events.c.run_id == run_id, events.c.kind == "metrics", events.c.step >= start)
-            .order_by(events.c.sequence)
-        )
-        if end is not None:
-            query = query.where(events.c.step < end)
+    def extend_metric_blocks(self, run_id: str) -> bool:
+        """Makes blocks for metrics of a run that have none yet; True if there may be more than one call makes."""
+        with transaction(self._engine) as db:
+            return metric_blocks.extend(db, run_id, int(queries.run_row(db, run_id)["last_sequence"]))
+
+    def metrics(self, run_id: str, *, start: int, end: int | None, max_points: int) -> list[Stored]:
+        """Measurements of a run with the steps in [start, end), and some around them; see `metric_blocks.read`."""
         with transaction(self._engine) as db:
             queries.run_row(db, run_id)
-            return [MetricPoint.FromString(payload) for payload in db.execute(query).scalars()]
+            return metric_blocks.read(db, run_id, start=start, end=end, max_points=max_points)
 
     def delete(self, run_id: str) -> None:
         """Deletes an ended run. Raises StillhouseError(RUN_STATE) if it has not ended."""

@@ -78,7 +78,7 @@ class Webhooks:
     def _unended(self) -> list[Path]:
         """Files that are not at their run's end; those of deleted runs are removed. Blocks."""
         self._folder.mkdir(exist_ok=True)
-        stored, paths = self._store.run_ids(), list(self._folder.glob("*.json"))
+        stored, paths = self._store.ids(), list(self._folder.glob("*.json"))
         _remove(each for each in paths if each.name.partition(".")[0] not in stored)
         return [each for each in paths if each.exists() and not _read(each)["ended"]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,8 +10,9 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
 from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run, RunSpec
-from stillhouse.student_trainer.runs.store import run_state
+from stillhouse.student_trainer.runs.store import metric_blocks, run_state
 from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch, ReportedOutcome
+from stillhouse.student_trainer.runs.store.metric_series import to_series
 from stillhouse.student_trainer.runs.store.queries import now_us
 from stillhouse.student_trainer.runs.store.store import Store
 from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
@@ -28,6 +30,14 @@ def point(step: int, value: float, attempt: int = 1) -> tuple[int, MetricPoint]:
 
 def batch(offset: int, *points: tuple[int, MetricPoint]) -> JournalBatch:
     return JournalBatch(offsets={"events_offset": 0, "metrics_offset": offset}, metrics=list(points))
+
+
+def steps_of(
+    store: Store, run_id: str = "aaaaaaaaaaaa", *, start: int = 0, end: int | None = None
+) -> list[int]:
+    """Steps of the run's metric points."""
+    measured = (each.parse() for each in store.metrics(run_id, start=start, end=end, max_points=1000))
+    return [each.step for each in measured if isinstance(each, MetricPoint)]
 
 
 class StoreContract:
@@ -276,9 +286,82 @@ class StoreContract:
         new_run(store)
         store.begin_attempt("aaaaaaaaaaaa", ())
         store.record("aaaaaaaaaaaa", batch(10, *(point(step, step / 10) for step in range(10))))
-        found = store.metric_points("aaaaaaaaaaaa", start=2, end=5)
-        assert [each.step for each in found] == [2, 3, 4]
-        assert len(store.metric_points("aaaaaaaaaaaa", start=0, end=None)) == 10
+        assert steps_of(store, start=2, end=5) == [2, 3, 4]
+        assert len(steps_of(store)) == 10
+
+    def test_curves_of_a_long_run_are_those_of_all_its_points(self, store: Store) -> None:
+        """Whatever is rolled back, and wherever a range begins and ends: ends and extremes are kept."""
+        generator, step = random.Random(3), 0
+        points: list[tuple[int, MetricPoint]] = []
+        for number in range(3000):
+            step = max(0, step - generator.randrange(150)) if number % 400 == 399 else step
+            step += 1
+            points.append(point(step, generator.random()))
+            if number % 50 == 0:
+                points.append((1, MetricPoint(step=step, values={"eval/kl": generator.random()})))
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        for at in range(0, len(points), 70):
+            store.record("aaaaaaaaaaaa", batch(at, *points[at : at + 70]))
+        for start, end, most in (
+            (0, None, 100),
+            (0, None, 8),
+            (700, 2100, 50),
+            (40, 72, 10),
+            (step, None, 9),
+        ):
+            stored = store.metrics("aaaaaaaaaaaa", start=start, end=end, max_points=most)
+            limits = {"start": start, "end": end}
+            found = to_series((each.parse() for each in stored), max_points=most, **limits)  # type: ignore[arg-type]
+            whole = to_series((each for _, each in points), max_points=10**6, **limits)  # type: ignore[arg-type]
+            assert [each.key for each in found] == [each.key for each in whole]
+            for few, many in zip(found, whole, strict=True):
+                everything = dict(zip(many.steps, many.values, strict=True))
+                assert {key: everything[key] for key in few.steps} == dict(
+                    zip(few.steps, few.values, strict=True)
+                )
+                assert (few.steps[0], few.steps[-1]) == (many.steps[0], many.steps[-1])
+                assert (min(few.values), max(few.values)) == (min(many.values), max(many.values))
+        assert len(stored) < len(store.metrics("aaaaaaaaaaaa", start=0, end=None, max_points=8)) < 400
+
+    def test_metrics_of_earlier_versions_get_their_blocks(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        with monkeypatch.context() as before:
+            before.setattr(metric_blocks, "extend", lambda *_: False)
+            store.record("aaaaaaaaaaaa", batch(0, *(point(step, step / 10) for step in range(1, 301))))
+        assert len(steps_of(store)) == 300
+        monkeypatch.setattr(metric_blocks, "POINTS_AT_ONCE", 64)
+        calls = 0
+        while store.extend_metric_blocks("aaaaaaaaaaaa"):
+            calls += 1
+        assert calls == 4
+        stored = store.metrics("aaaaaaaaaaaa", start=0, end=None, max_points=4)
+        assert sum(each.is_block for each in stored) >= 1
+        (series,) = to_series((each.parse() for each in stored), max_points=4)
+        assert (series.steps[0], series.steps[-1]) == (1, 300)
+
+    def test_a_run_tells_its_changes_and_their_times(self, store: Store) -> None:
+        before_us = now_us()
+        new_run(store)
+        store.begin_attempt("aaaaaaaaaaaa", ())
+        started = JournalBatch(offsets={}, started=True, changes={"total_steps": 9})
+        store.record("aaaaaaaaaaaa", started)
+        saved = JournalBatch(offsets={}, changes={"latest_checkpoint": 4}, progress={"step": 5})
+        store.record("aaaaaaaaaaaa", saved)
+        store.end_attempt("aaaaaaaaaaaa", 1, run_state.COMPLETED, exit_code=0, signal=0, error=None)
+        assert store.get("aaaaaaaaaaaa").history == []
+        history = store.get("aaaaaaaaaaaa", with_history=True).history
+        told = [(run_state.state_name(each.state), each.step, each.checkpoint_step) for each in history]
+        assert told == [
+            *(("PENDING", 0, 0), ("STARTING", 0, 0), ("RUNNING", 0, 0)),
+            *(("RUNNING", 5, 4), ("COMPLETED", 5, 4)),
+        ]
+        times = [before_us, *(each.time.ToMicroseconds() for each in history), now_us()]
+        assert times == sorted(times)
+        assert [each.sequence for each in history] == [1, 2, 3, 4, 5]
 
     def test_a_deleted_run_leaves_nothing(self, store: Store) -> None:
         run_id = "aaaaaaaaaaaa"

@@ -1,26 +1,24 @@
-"""Journal ingestion: each line once, malformed lines skipped; metric series for plots."""
+"""Journal ingestion: each line once, malformed lines skipped."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_json, to_status
-from stillhouse.protos.stillhouse.v1.run_pb2 import MetricPoint, Run
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.config.schema import LossConfig
 from stillhouse.student_trainer.config.settled.layer_pairs import EVEN, LayerChoice
 from stillhouse.student_trainer.config.settled.target_choice import TargetChoice
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.runs.api.metric_series import thin, to_series
 from stillhouse.student_trainer.runs.store import run_state
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier, JournalTail
 from tests.student_trainer.config.specs import changed
-from tests.student_trainer.runs.store.store_contract import SPEC, new_run
+from tests.student_trainer.runs.store.store_contract import SPEC, new_run, steps_of
 
 RUN, OTHER = "aaaaaaaaaaaa", "bbbbbbbbbbbb"
 
@@ -112,8 +110,7 @@ def test_a_reader_that_starts_again_reads_nothing_twice(store: Store, run_dir: R
         for step in range(1, 6):
             attempt.report_metrics(step, {"train/loss": 1.0})
             JournalTail(store, RUN, run_dir, 1).ingest()
-    steps = [point.step for point in store.metric_points(RUN, start=0, end=None)]
-    assert steps == [1, 2, 3, 4, 5]
+    assert steps_of(store, RUN) == [1, 2, 3, 4, 5]
 
 
 def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: RunDir) -> None:
@@ -144,7 +141,7 @@ def test_a_line_of_a_replaced_attempt_changes_nothing(store: Store, run_dir: Run
     after = store.get(RUN)
     assert (after.latest_checkpoint, after.condition) == (before.latest_checkpoint, before.condition)
     assert after.progress == before.progress
-    assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3, 4]
+    assert steps_of(store, RUN) == [3, 4]
 
 
 def test_a_malformed_line_is_skipped(store: Store, run_dir: RunDir) -> None:
@@ -166,39 +163,7 @@ def test_a_malformed_line_is_skipped(store: Store, run_dir: RunDir) -> None:
     )
     assert JournalTail(store, RUN, run_dir, 1).ingest()
     assert store.get(RUN).progress.total_steps == 3
-    assert [point.step for point in store.metric_points(RUN, start=0, end=None)] == [3]
-
-
-def points(*values: tuple[int, int, float]) -> list[MetricPoint]:
-    return [MetricPoint(attempt=attempt, step=step, values={"a": value}) for attempt, step, value in values]
-
-
-def test_the_last_attempt_counts_after_a_rollback() -> None:
-    measured = points((1, 1, 1.0), (1, 2, 2.0), (1, 3, 3.0), (1, 4, 4.0), (2, 3, 30.0))
-    (series,) = to_series(measured, keys=(), max_points=100)
-    assert (list(series.steps), list(series.values)) == ([1, 2, 3], [1.0, 2.0, 30.0])
-
-
-def test_a_rollback_of_one_metric_leaves_the_others() -> None:
-    measured = [*points((1, 1, 1.0), (1, 2, 2.0)), MetricPoint(step=2, attempt=2, values={"b": 5.0})]
-    series = {each.key: list(each.steps) for each in to_series(measured, keys=(), max_points=100)}
-    assert series == {"a": [1, 2], "b": [2]}
-    assert [each.key for each in to_series(measured, keys={"b"}, max_points=100)] == ["b"]
-
-
-@pytest.mark.parametrize("max_points", [1, 2, 3, 4, 5, 50, 999, 1000, 1001])
-def test_downsampling_keeps_order_ends_and_spikes(max_points: int) -> None:
-    generator = random.Random(0)
-    column = [(step, generator.random()) for step in range(1000)]
-    column[437] = (437, 9.0)
-    kept = thin(column, max_points)
-    assert len(kept) <= max_points
-    assert kept == sorted(kept)
-    assert set(kept) <= set(column)
-    assert kept[-1] == column[-1]
-    if max_points >= 4:
-        assert kept[0] == column[0]
-        assert (437, 9.0) in kept
+    assert steps_of(store, RUN) == [3]
 
 
 async def test_a_change_wakes_the_subscribers_of_a_run() -> None:

@@ -19,7 +19,7 @@ from stillhouse.student_trainer.runs.supervision.training_process import environ
 from tests.conftest import Models
 from tests.student_trainer.config.specs import cross_entropy_spec
 from tests.student_trainer.runs.api.caller import stub_for, wait_ended, wait_step
-from tests.student_trainer.runs.store.store_contract import SPEC, new_run
+from tests.student_trainer.runs.store.store_contract import SPEC, new_run, steps_of
 from tests.support.postgres import PASSWORD, Postgres
 from tests.support.programs import Program, ProgramError
 from tests.support.runs import wait_until
@@ -95,7 +95,7 @@ def test_a_commit_with_a_lost_connection_is_recorded_once(postgres: Postgres, tm
     store.record = record  # type: ignore[method-assign]
     while tail.ingest():
         pass
-    assert [each.step for each in store.metric_points("aaaaaaaaaaaa", start=0, end=None)] == [1, 2]
+    assert steps_of(store) == [1, 2]
     store.close()
 
 
