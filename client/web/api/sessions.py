@@ -11,9 +11,8 @@ from stillhouse.client.core.settings import MAX_TOKEN_BYTES
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, invalid, read_json
 from stillhouse.client.web.problems import JsonResponse
-from stillhouse.client.web.security.callers import Caller, cookie_of, unauthenticated
+from stillhouse.client.web.security.callers import Caller, cookie_of
 from stillhouse.client.web.security.sessions import LIFETIME_S
-from stillhouse.protos.errors import Reason, StillhouseError
 
 MAX_SIGN_IN_BYTES = 2 * MAX_TOKEN_BYTES
 
@@ -24,7 +23,7 @@ async def get_session(context: WebContext, request: Request) -> Response:
     caller = context.callers.of(request)
     access = await context.callers.access(caller)
     if caller.session is None and caller.token is not None and not caller.is_server:
-        check_access(access)  # the rate limit of wrong tokens counts refusals
+        await context.callers.check_known(access)  # the rate limit of wrong tokens counts refusals
     return JsonResponse(_document(caller, access))
 
 
@@ -41,7 +40,7 @@ async def sign_in(context: WebContext, request: Request) -> Response:
     caller = context.callers.holder_of(secret.strip())
     access = await context.callers.access(caller)
     if not caller.is_server:
-        check_access(access)
+        await context.callers.check_known(access)
     context.callers.sessions.end(_cookie(context, request))
     value, session = context.callers.sessions.start(caller.token if not caller.is_server else None)
     signed_in = Caller(
@@ -66,20 +65,7 @@ async def sign_out(context: WebContext, request: Request) -> Response:
 async def check_knows(context: WebContext, caller: Caller) -> None:
     """Raises StillhouseError unless some service knows the caller, where nobody else is served."""
     if caller.guarded and not caller.is_server:
-        check_access(await context.callers.access(caller))
-
-
-def check_access(access: dict[str, str]) -> None:
-    """Raises StillhouseError unless some service knows the token."""
-    answers = set(access.values())
-    if answers & {"allowed", Reason.PERMISSION_DENIED}:
-        return
-    if Reason.UNAUTHENTICATED in answers:
-        raise unauthenticated("No service accepts this token.")
-    raise StillhouseError(
-        Reason.SERVICE_UNREACHABLE,
-        "No service responds, so the token cannot be checked. Try again once one does.",
-    )
+        await context.callers.check_known(await context.callers.access(caller))
 
 
 def _document(caller: Caller, access: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from stillhouse.client.core.json_output import enum_name
 from stillhouse.client.trainer.advice import waits_for
 from stillhouse.client.trainer.run_handle import ENDED
 from stillhouse.client.trainer.run_lookup import run_id
+from stillhouse.client.web.pages.sparkline import Sparkline, sparkline_of
 from stillhouse.client.web.pages.text import number
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 
@@ -67,6 +68,11 @@ class RunSummary:
         """Tokens per second of a live run; empty for others."""
         speed = self.run.progress.tokens_per_second
         return f"{number(speed, 3)} tokens/s" if speed and not self.ended else ""
+
+    @property
+    def sparkline(self) -> Sparkline | None:
+        """The picture of its loss, if it has one."""
+        return sparkline_of(self.run.progress.loss)
 
     @property
     def can_stop(self) -> bool:

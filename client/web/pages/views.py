@@ -18,6 +18,7 @@ from stillhouse.client.web.pages.rendering import render
 from stillhouse.client.web.pages.run_list import STATES, filter_of, find_runs
 from stillhouse.client.web.pages.run_summary import RunSummary
 from stillhouse.client.web.pages.settings_table import differences, settings_of
+from stillhouse.client.web.pages.timeline import timeline_of
 from stillhouse.client.web.problems import not_found
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.client.web.static import files
@@ -120,10 +121,11 @@ async def icon(_context: WebContext, _request: Request) -> Response:
 async def _run_page(context: WebContext, request: Request, template: str) -> Response:
     check_names(request.query_params, ())
     caller = context.callers.of(request)
-    run = await get_run(context, caller, request.path_params["run"])
+    run = await get_run(context, caller, request.path_params["run"], with_history=True)
     return render(
         template,
         **frame_of(context, request),
+        timeline=timeline_of(run),
         summary=RunSummary(run=run),
         run=run,
         failure=failure_of_run(run),
@@ -132,9 +134,11 @@ async def _run_page(context: WebContext, request: Request, template: str) -> Res
     )
 
 
-async def get_run(context: WebContext, caller: Caller, run: str) -> run_pb2.Run:
+async def get_run(
+    context: WebContext, caller: Caller, run: str, *, with_history: bool = False
+) -> run_pb2.Run:
     """The run of this id. Raises StillhouseError."""
-    message = run_pb2.GetRunRequest(name=f"runs/{run}")
+    message = run_pb2.GetRunRequest(name=f"runs/{run}", with_history=with_history)
     response: run_pb2.Run = await caller.call(context.upstream.trainer, "GetRun", message)
     return response
 

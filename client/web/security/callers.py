@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hmac
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -139,6 +139,26 @@ class Callers:
             except StillhouseError as error:
                 result[name] = str(error.reason)
         return result
+
+    async def check_known(self, access: Mapping[str, str]) -> None:
+        """Raises StillhouseError unless some service knows a caller's token; `access` is what `access` has returned for it.
+
+        A service that checks no tokens allows all of them and knows none; if no other responds, any token passes.
+        """
+        answers = set(access.values())
+        if Reason.PERMISSION_DENIED in answers:
+            return
+        allowing = [service for name, service in self._named() if access[name] == "allowed"]
+        if allowing and Reason.UNAUTHENTICATED not in answers:
+            return
+        if any([await each.checks_tokens() for each in allowing]):
+            return
+        if Reason.UNAUTHENTICATED in answers:
+            raise unauthenticated("No service accepts this token.")
+        raise StillhouseError(
+            Reason.SERVICE_UNREACHABLE,
+            "No service responds, so the token cannot be checked. Try again once one does.",
+        )
 
     def _named(self) -> list[tuple[str, Service]]:
         teachers = self._upstream.teachers

@@ -25,6 +25,16 @@ export async function request(method, url, body, type) {
   return isJson(response) ? response.json() : null;
 }
 
+// Metric series of a run, downsampled by the service: of all steps, or of those of a zoom.
+export async function metrics(run, zoom = null) {
+  const query = new URLSearchParams();
+  if (zoom) {
+    query.set("start_step", String(Math.max(0, Math.floor(zoom.min))));
+    if (Number.isFinite(zoom.max)) query.set("end_step", String(Math.ceil(zoom.max) + 1));
+  }
+  return (await request("GET", `/api/v1/runs/${run}/metrics?${query}`)).series;
+}
+
 const notices = new Map();
 
 // Shows a sentence above the page until the same source replaces it; an empty one removes it.

@@ -117,7 +117,7 @@ export class Chart {
     for (const { step, text, kind } of this.marks) {
       const x = plot.valToPos(step, "x", true);
       if (x < bbox.left || x > bbox.left + bbox.width) continue;
-      ctx.strokeStyle = ctx.fillStyle = colour(kind === "attempt" ? "--muted" : "--mark");
+      ctx.strokeStyle = ctx.fillStyle = colour({ attempt: "--muted", wait: "--warn" }[kind] ?? "--mark");
       ctx.setLineDash(kind === "attempt" ? [] : [3 * devicePixelRatio, 4 * devicePixelRatio]);
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);

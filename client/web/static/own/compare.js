@@ -1,6 +1,6 @@
 // Curves of several runs in the same charts.
 
-import { notice, request } from "./api.js";
+import { metrics, notice } from "./api.js";
 import { Chart } from "./chart.js";
 import { View } from "./view.js";
 import { finite } from "./series.js";
@@ -10,23 +10,31 @@ const SHOWN = /^(eval\/|train\/(loss|cross_entropy|forward_kl|reverse_kl|jsd|tvd
 const runs = [...document.querySelectorAll("#compared li")].map((each) => ({ id: each.dataset.run, title: each.dataset.title }));
 const titles = new Set(runs.map((each) => each.title));
 const label = (run) => (titles.size === runs.length ? run.title : `${run.title} (${run.id.slice(0, 4)})`);
-const charts = [];
-const view = new View(() => charts.forEach((chart) => chart.draw()));
+const charts = new Map();
+const view = new View(() => charts.forEach((chart) => chart.draw()), zoomed);
 
-async function load() {
-  const found = await Promise.all(runs.map((run) => request("GET", `/api/v1/runs/${run.id}/metrics`)));
-  const keys = new Set(found.flatMap((each) => each.series.map((one) => one.key)));
+function show(found) {
+  const keys = new Set(found.flatMap((each) => each.map((one) => one.key)));
   const shown = [...[...keys].filter((key) => SHOWN.test(key)).sort().reverse(), ...LATER.filter((key) => keys.has(key))];
   for (const key of shown) {
     const lines = runs.flatMap((run, at) => {
-      const one = found[at].series.find((each) => each.key === key);
+      const one = found[at].find((each) => each.key === key);
       return one ? [{ label: label(run), points: key.startsWith("eval/"), steps: one.steps, values: one.values.map(finite) }] : [];
     });
-    const chart = new Chart(document.getElementById("charts"), key, "", view);
-    chart.show(lines, []);
-    charts.push(chart);
+    if (!charts.has(key)) charts.set(key, new Chart(document.getElementById("charts"), key, "", view));
+    charts.get(key).show(lines, []);
   }
-  document.getElementById("no-metrics").hidden = shown.length > 0;
+  return shown.length > 0;
 }
 
-load().catch((error) => notice(error.message));
+// All steps, or those of a zoom, closer.
+async function load(zoom) {
+  const found = await Promise.all(runs.map((run) => metrics(run.id, zoom)));
+  if (view.zoom === zoom) document.getElementById("no-metrics").hidden = show(found) || charts.size > 0;
+}
+
+function zoomed(zoom) {
+  load(zoom).catch((error) => notice(error.message));
+}
+
+zoomed(null);

@@ -1,6 +1,6 @@
 // A run's page: history and live events as curves, and its head kept as the run is.
 
-import { notice, request } from "./api.js";
+import { metrics, notice } from "./api.js";
 import { Chart } from "./chart.js";
 import { GROUPS } from "./groups.js";
 import { Live } from "./live.js";
@@ -13,6 +13,7 @@ const PROGRESS_MS = 5000;
 const article = document.getElementById("run");
 const id = article.dataset.run;
 const series = new Series();
+let near = null;  // the series of a zoom, which have more of its steps
 
 // Calls `act` at once or, if it has just been called, once the time is over.
 function atMostEvery(ms, act) {
@@ -38,21 +39,25 @@ const draw = atMostEvery(REDRAW_MS, () => {
   const marks = marksOf();
   let any = false;
   for (const { chart, takes } of charts) {
-    const lines = series.keys(takes).map((key) => ({ label: key, points: key.startsWith("eval/"), ...series.columns.get(key) }));
+    const shown = near ?? series;
+    const lines = shown.keys(takes).map((key) => ({ label: key, points: key.startsWith("eval/"), ...shown.columns.get(key) }));
     any ||= lines.length > 0;
     chart.show(lines, marks);
   }
   document.getElementById("no-metrics").hidden = any;
 });
-const view = new View(draw);
+const view = new View(draw, zoomed);
 const charts = GROUPS.map(({ title, unit, takes }) => ({ takes, chart: new Chart(document.getElementById("charts"), title, unit, view) }));
 
 function marksOf() {
   const attempts = [...document.querySelectorAll("[data-attempt]")]
     .filter((row) => Number(row.dataset.first) > 0)
     .map((row) => ({ step: Number(row.dataset.first), text: `attempt ${row.dataset.attempt}`, kind: "attempt" }));
+  const waits = [...document.querySelectorAll('[data-kind="wait"]')]
+    .filter((event) => Number(event.dataset.step) > 0)
+    .map((event) => ({ step: Number(event.dataset.step), text: "", kind: "wait" }));
   const steps = new Set(series.keys((key) => key.startsWith("eval/")).flatMap((key) => series.columns.get(key).steps));
-  return [...attempts.slice(1), ...[...steps].map((step) => ({ step, text: "", kind: "evaluation" }))];
+  return [...attempts.slice(1), ...waits, ...[...steps].map((step) => ({ step, text: "", kind: "evaluation" }))];
 }
 
 const refresh = () => htmx.ajax("GET", `/runs/${id}/head`, { target: "#head", swap: "innerHTML" });
@@ -61,10 +66,27 @@ const progress = atMostEvery(PROGRESS_MS, refresh);
 
 async function fill() {
   try {
-    series.fill((await request("GET", `/api/v1/runs/${id}/metrics`)).series);
+    series.fill(await metrics(id));
+    notice("", "metrics");
   } catch (error) {
-    notice(error.message);
+    notice(error.message, "metrics");
   }
+  draw();
+}
+
+// The steps of a zoom again, closer; until they are there, those of the whole history are drawn.
+async function zoomed(zoom) {
+  near = null;
+  if (!zoom || !series.isThinned()) return;
+  const closer = new Series();
+  try {
+    closer.fill(await metrics(id, zoom));
+  } catch (error) {
+    notice(error.message, "metrics");
+    return;
+  }
+  if (view.zoom !== zoom) return;
+  near = closer;
   draw();
 }
 
@@ -75,7 +97,9 @@ if (article.dataset.ended === "no") {
     {
       run: head,
       metrics: (data) => {
-        series.add(JSON.parse(data));
+        const point = JSON.parse(data);
+        series.add(point);
+        near?.add(point);
         draw();
         progress();
       },

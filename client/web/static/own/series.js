@@ -1,6 +1,7 @@
 // Metric series of a run: from the history and from live points, in the order of steps.
 
 const MOST_POINTS = 20000;
+const THINNED_POINTS = 900;  // the service sends up to 1,000 of a series, and at least so many of one that has more
 
 export const finite = (value) => (typeof value === "number" && Number.isFinite(value) ? value : null);
 
@@ -33,6 +34,11 @@ export class Series {
       }
       push(column, point.step, finite(value));
     }
+  }
+
+  // True if the service may have more points of some series than these.
+  isThinned() {
+    return [...this.columns.values()].some((column) => column.steps.length >= THINNED_POINTS);
   }
 
   keys(matches) {

@@ -3,8 +3,9 @@
 const get = (id) => document.getElementById(id);
 
 export class View {
-  constructor(onChange) {
-    this.onChange = onChange;
+  // `onZoom` is given the new range of steps, or null for all.
+  constructor(onChange, onZoom = () => {}) {
+    Object.assign(this, { onChange, onZoom });
     this.zoom = null;
     this.smoothing = 0;
     this.log = false;
@@ -26,6 +27,7 @@ export class View {
     this.zoom = zoom;
     get("from-step").value = zoom ? Math.floor(zoom.min) : "";
     get("to-step").value = zoom && Number.isFinite(zoom.max) ? Math.ceil(zoom.max) : "";
+    this.onZoom(zoom);
     this.onChange();
   }
 
@@ -33,6 +35,7 @@ export class View {
     const [from, to] = ["from-step", "to-step"].map((id) => get(id).value);
     const zoom = { min: from === "" ? 0 : Number(from), max: to === "" ? Infinity : Number(to) };
     this.zoom = (from === "" && to === "") || zoom.max <= zoom.min ? null : zoom;
+    this.onZoom(this.zoom);
     this.onChange();
   }
 
