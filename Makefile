@@ -15,13 +15,17 @@ export DO_NOT_TRACK = 1
 help: ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
 
+.PHONY: chromium
+chromium: ## find the browser of the page's tests, or install Debian's where this is root on Debian
+	@scripts/chromium.sh
+
 setup: ## make the virtual environment (.venv) with everything in it
 	@scripts/setup.sh
 
 demo: setup ## distil a small model end to end, with all three programs
 	@$(PY) -m examples.demo $(ARGS)
 
-test: check-static-parallel ## set up and run everything that CI runs; prints the coverage, unless ARGS chooses tests
+test: check-static-parallel chromium ## set up and run everything that CI runs; prints the coverage, unless ARGS chooses tests
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow" $(or $(ARGS),--cov --cov-report=)
 
 test-faults: setup ## every row of the fault matrix, injected into real processes; LONG=1 for the long forms
@@ -137,8 +141,9 @@ bench-cache: setup ## what a cached token costs and loses, beside DistillKit's s
 bench-codec: setup ## bytes, loss and speed of distributions on the wire, on one core; JSON=FILE; ARGS="--model DIR" for a teacher's rows
 	$(PY) -m benchmarks.codec $(if $(JSON),--json $(JSON)) $(ARGS)
 
-bench-web: setup ## what 200 readers of a run's events cost the run service
-	$(PY) -m benchmarks.web.watchers $(ARGS)
+bench-web: setup chromium ## what 200 readers of a run's events cost the run service; pages with 2,000 runs and with 1,000,000 metric points; JSON=FILE
+	$(PY) -m benchmarks.web.watchers
+	$(PY) -m benchmarks.web.pages $(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-data: setup ## the preparation of a million rows, beside datasets.map, a second start, and memory at four times the rows; JSON=FILE
 	$(PY) -m benchmarks.data $(if $(JSON),--json $(JSON)) $(ARGS)

@@ -5,6 +5,7 @@ Every number of the final table is a metric that a run reported. All processes t
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -58,8 +59,9 @@ class DemoSize:
     batch_size: int = 16
 
 
-def demo(work_dir: Path, engine: str, size: DemoSize) -> None:
-    """Creates text and models, trains the students side by side, prints the table."""
+def demo(work_dir: Path, engine: str, size: DemoSize, *, stay: bool) -> None:
+    """Creates text and models, trains the students side by side, prints the table; with `stay` the page stays up until a
+    signal comes."""
     world = sample_habits(WORLD_SEED)
     data = work_dir / "data"
     train = write_rows(data / "train.jsonl", stories(world, size.student_stories, TRAIN_SEED))
@@ -86,7 +88,11 @@ def demo(work_dir: Path, engine: str, size: DemoSize) -> None:
         start_trainer(
             data_dir,
             directory=log_dir,
-            options=["--cpu-slots", "2", "--stop-runs-on-exit", "--stop-grace-s", "5"],
+            options=[
+                *("--cpu-slots", "2", "--stop-runs-on-exit", "--stop-grace-s", "5"),
+                *("--web", "--web-listen", "127.0.0.1:0"),
+            ],
+            environment={"STILLHOUSE_TEACHER": teacher.target},
         ) as trainer,
         Trainer(trainer.target) as client,
     ):
@@ -94,11 +100,18 @@ def demo(work_dir: Path, engine: str, size: DemoSize) -> None:
             f"stillhouse-teacher ({engine}) at {teacher.target}, stillhouse-trainer at {trainer.target}, "
             f"after {time.monotonic() - started:.0f} s. Their logs: {log_dir}"
         )
+        page = (data_dir / "web.address").read_text().strip()
+        console.print(f"The runs in a browser: {page}")
         heading(f"3  Six runs of {size.student_steps} steps, two at a time")
         results = train_students(client, recipe, student_dir, teacher.target)
-    heading("4  The results")
-    show_results(results, size)
-    (work_dir / "result.json").write_text(json.dumps(as_json(results), indent=2))
+        heading("4  The results")
+        show_results(results, size)
+        (work_dir / "result.json").write_text(json.dumps(as_json(results), indent=2))
+        if stay:
+            console.print(f"The services and their page stay up: {page}\nCtrl-C ends them.")
+            with contextlib.suppress(KeyboardInterrupt):
+                while True:
+                    signal.pause()
 
 
 def heading(text: str) -> None:
@@ -283,7 +296,10 @@ def default_engine() -> str:
 @click.option("--fresh", is_flag=True, help="Train another teacher, even if one of equal settings exists.")
 @click.option("--teacher-steps", default=DemoSize().teacher_steps, show_default=True)
 @click.option("--student-steps", default=DemoSize().student_steps, show_default=True)
-def main(*, engine: str, work_dir: Path, fresh: bool, teacher_steps: int, student_steps: int) -> None:
+@click.option("--stay", is_flag=True, help="Keep the services and their page up at the end, until Ctrl-C.")
+def main(
+    *, engine: str, work_dir: Path, fresh: bool, teacher_steps: int, student_steps: int, stay: bool
+) -> None:
     """Distil a small model end to end, with all three programs."""
     started = time.monotonic()
     for name, value in SHARED_CORES.items():
@@ -297,6 +313,7 @@ def main(*, engine: str, work_dir: Path, fresh: bool, teacher_steps: int, studen
                 work_dir.resolve(),
                 engine,
                 DemoSize(teacher_steps=teacher_steps, student_steps=student_steps),
+                stay=stay,
             )
     except KeyboardInterrupt:
         console.print("demo: interrupted; everything that it started has ended")
