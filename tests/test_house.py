@@ -18,6 +18,7 @@ GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$|\.proto$")
 EXEMPT = {"protos/stillhouse", "protos/stillhouse/v1", "student_trainer/runs/store/migrations/versions"}
 OWN_ROOMS = {
     "tests/benchmarks",
+    "tests/client/web/browser",
     "tests/compat",
     "tests/compatibility",
     "tests/faults",
