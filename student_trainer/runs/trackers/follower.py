@@ -103,7 +103,7 @@ class Trackers:
     def _undone(self) -> list[_Key]:
         """Trackers with a file; those of deleted runs are removed. Blocks."""
         self._folder.mkdir(exist_ok=True)
-        stored, paths = self._store.run_ids(), list(self._folder.iterdir())
+        stored, paths = self._store.ids(), list(self._folder.iterdir())
         _remove(each for each in paths if each.name.partition(".")[0] not in stored)
         names = [each.name.partition(".") for each in paths if each.exists()]
         return [_Key(run_id, kind) for run_id, _, kind in names]
