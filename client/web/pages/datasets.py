@@ -12,6 +12,7 @@ from stillhouse.client.web.api.messages import check_names
 from stillhouse.client.web.pages.new_run import known_models
 from stillhouse.client.web.pages.rendering import render
 from stillhouse.client.web.pages.views import frame_of
+from stillhouse.protos.rows.row_forms import FORMATS
 from stillhouse.protos.stillhouse.v1 import run_pb2
 
 PAGE_DATASETS = 50
@@ -51,5 +52,6 @@ async def show_dataset(context: WebContext, request: Request) -> Response:
         "data/dataset.html",
         **frame_of(context, request),
         dataset=dataset,
+        formats=FORMATS,
         models=await known_models(context, caller),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tests.conftest import Models
 from tests.support.processes import no_process_left
 from tests.support.programs import Program, start_trainer
 
+TRAINERS_OWN = "runs/made/final"
+"""A model that lies in the trainer's data directory alone, without its weights."""
 ASK = {"role": "user", "content": "How many?"}
 ROWS = [{"messages": [ASK, {"role": "assistant", "content": "apple " * count}]} for count in (1, 2, 3, 60)]
 
@@ -37,6 +40,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="module")
 def trainer(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     folder = tmp_path_factory.mktemp("trainer")
+    shape = folder / "data" / TRAINERS_OWN
+    shape.mkdir(parents=True)
+    shutil.copy(models.student / "config.json", shape)
     with (
         no_process_left() as mark,
         start_trainer(
@@ -213,3 +219,32 @@ def test_what_names_its_columns_is_pushed_as_it_is(
         CliRunner().invoke(cli, ["data", "push", str(tmp_path / "pair.target"), "--json", *push[3:]]).stdout
     )
     assert json.loads(document)["datasets"][0]["num_rows"] == 2
+
+
+@pytest.mark.model
+def test_a_dataset_of_the_trainer_is_read_there(file: Path, trainer: Program, models: Models) -> None:
+    to = ["--trainer", trainer.target]
+    pushed = CliRunner().invoke(cli, ["data", "push", str(file), "--name", "held", *to])
+    assert pushed.exit_code == 0, pushed.output
+    options = ["--tokenizer", str(models.student), "--row", "2", "--json", *to]
+    there, here = (json.loads(invoke(each, *options).stdout) for each in ("datasets/held", str(file)))
+    assert there.pop("source") == "datasets/held"
+    del here["source"]
+    kinds = [[field.pop("types") for field in each["fields"].values()] for each in (there, here)]
+    assert [list(each[0]) for each in kinds] == [["list"], ["list"]]
+    assert there == here
+    assert "datasets/none" in invoke("datasets/none", *to).stderr
+
+
+@pytest.mark.model
+def test_a_students_memory_is_estimated_from_what_the_trainer_tells(
+    tmp_path: Path, trainer: Program, models: Models
+) -> None:
+    run = tmp_path / "run.yaml"
+    found = []
+    for model in (models.student, TRAINERS_OWN):
+        run.write_text(f"student: {{model: {model}}}\n")
+        result = CliRunner().invoke(cli, ["estimate", str(run), "--json", "--trainer", trainer.target])
+        assert result.exit_code == 0, result.output
+        found.append(json.loads(result.stdout))
+    assert found[0] == found[1]

@@ -10,10 +10,16 @@ const number = (value) => value.toLocaleString("en");
 const form = get("inspect");
 const rows = new Rows(get("rows"));
 
+// Fields and the columns that hold them, as "prompt=question, completion=answer".
+function columns() {
+  const pairs = get("columns").value.split(",").map((each) => each.split("=").map((part) => part.trim()));
+  return Object.fromEntries(pairs.filter(([field, name]) => field && name));
+}
+
 async function inspect() {
   const model = get("model").value.trim();
   const count = Number(get("num-rows").value) || 1;
-  const asked = { dataset: { path: form.dataset.path }, first_row: Number(get("first-row").value) || 0, num_rows: count, sample_rows: model ? SAMPLE : 0 };
+  const asked = { dataset: { path: form.dataset.path, format: get("format").value, columns: columns() }, first_row: Number(get("first-row").value) || 0, num_rows: count, sample_rows: model ? SAMPLE : 0 };
   if (model) asked.spec = { student: { model }, data: { chat: get("chat").checked, ...(get("longest").value ? { max_sequence_tokens: Number(get("longest").value) } : {}) } };
   get("look").disabled = true;
   const answer = await rows.load(asked);
