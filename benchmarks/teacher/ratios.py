@@ -20,7 +20,7 @@ Round = Mapping[str, Pass]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """Our rate over another's, or another's bytes over ours: larger is better."""
+    """Our rate over another's, or another's bytes or the teacher's processor time over ours: larger is better."""
 
     name: str
     model: str
@@ -31,7 +31,7 @@ class Ratio:
     required: float | None = None
     """Required ratio; None for a comparison only."""
     stretch: float | None = None
-    of: Literal["rate", "bytes"] = "rate"
+    of: Literal["rate", "bytes", "teacher_cpu"] = "rate"
     limit: Literal["", "score", "shared", "decode"] = ""
     """Bound by the model's parts."""
 
@@ -40,9 +40,18 @@ class Ratio:
         ours, other = passes.get(self.ours), passes.get(self.other)
         if ours is None or other is None:
             return None
+        if self.of == "rate":
+            return ours.tokens_per_s / other.tokens_per_s
+        return self.size(other) / self.size(ours)
+
+    def size(self, taken: Pass) -> float:
+        """A side's figure, in `UNITS`."""
         if self.of == "bytes":
-            return other.bytes_per_token / ours.bytes_per_token
-        return ours.tokens_per_s / other.tokens_per_s
+            return taken.bytes_per_token
+        return taken.tokens_per_s if self.of == "rate" else taken.teacher_us_per_token
+
+
+UNITS = {"rate": " tok/s", "bytes": " B/tok", "teacher_cpu": " us/tok"}
 
 
 RATIOS = (
@@ -146,14 +155,25 @@ RATIOS = (
         stretch=1.0,
     ),
     Ratio(
-        name="score_draws_vs_k64_small",
+        name="teacher_cpu_k64_over_draws_small",
         model="small",
         ours="score_draws_k16",
-        other="score_k64",
+        other="score_packed_k64",
         required=0.9,
         stretch=0.95,
+        of="teacher_cpu",
+    ),
+    Ratio(
+        name="teacher_cpu_k64_over_draws_wide",
+        model="wide",
+        ours="score_draws_k16",
+        other="score_packed_k64",
+        required=0.9,
+        stretch=0.95,
+        of="teacher_cpu",
     ),
     # Comparisons only.
+    Ratio(name="score_draws_vs_k64_small", model="small", ours="score_draws_k16", other="score_packed_k64"),
     Ratio(name="gen_topk_vs_plain_qwen_k64", model="qwen", ours="gen_k64", other="gen_plain", limit="decode"),
     Ratio(name="score_vs_engine_qwen7b_k64", model="qwen7b", ours="score_k64", other="engine", limit="score"),
     Ratio(
@@ -233,7 +253,7 @@ class RatioResult:
     ratio: Ratio
     values: tuple[float, ...]
     ours: float
-    """Median tokens per second, or bytes per token."""
+    """Median of the figure, in the ratio's unit."""
     other: float
     roofline: float | None
     limit: float | None
@@ -251,10 +271,8 @@ def ratio_result(ratio: Ratio, result: ModelResult) -> RatioResult | None:
         value = ratio.value(passes)
         if value is not None:
             values.append(value)
-            sides = passes[ratio.ours], passes[ratio.other]
-            sizes = [side.tokens_per_s if ratio.of == "rate" else side.bytes_per_token for side in sides]
-            ours.append(sizes[0])
-            other.append(sizes[1])
+            ours.append(ratio.size(passes[ratio.ours]))
+            other.append(ratio.size(passes[ratio.other]))
     if not values:
         return None
     top_k = top_k_of(ratio.ours)
@@ -295,7 +313,7 @@ def table(outcomes: Mapping[str, RatioResult | None], title: str) -> Table:
             shown.add_row(name, "n/a")
             continue
         required = each.ratio.required
-        unit = " tok/s" if each.ratio.of == "rate" else " B/tok"
+        unit = UNITS[each.ratio.of]
         value = f"{each.median:.2f}"
         if required is not None:
             value += " ok" if each.median >= required else " below"

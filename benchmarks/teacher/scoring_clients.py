@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks.teacher.timed_pass import Pass, Sequences
 from stillhouse.client.api import ScoreItem, Teacher
@@ -17,10 +18,11 @@ HTTP_TIMEOUT_S = 600.0
 
 
 class CountingTeacher(Teacher):
-    """Client of the teacher service that counts the bytes of responses."""
+    """Client of the teacher service that counts the bytes of responses, and the processor time of the service."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, pid: int) -> None:
         super().__init__(target)
+        self._pid = pid
         self.num_bytes = 0
         self.stub.Score = self.channel.stream_stream(
             "/stillhouse.v1.TeacherService/Score",
@@ -32,6 +34,12 @@ class CountingTeacher(Teacher):
             request_serializer=teacher_pb2.GenerateRequest.SerializeToString,
             response_deserializer=self._counting(teacher_pb2.GenerateResponse.FromString),
         )
+
+    def cpu_s(self) -> float:
+        """Processor seconds of the service's processes so far."""
+        service = psutil.Process(self._pid)
+        times = (each.cpu_times() for each in (service, *service.children(recursive=True)))
+        return sum(each.user + each.system for each in times)
 
     def _counting(self, parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         def read(data: bytes) -> Any:
@@ -53,7 +61,7 @@ def score(
     """Our client, one stream, logprobs as float16, rows from position 1 or `starts`; with `packed` ids take the
     fewest bits; with as many stratified draws of the tail."""
     starts = [1] * len(sequences) if starts is None else starts
-    before = teacher.num_bytes
+    before, cpu_before_s = teacher.num_bytes, teacher.cpu_s()
     rows = 0
     begin = time.perf_counter()
     items = (
@@ -71,7 +79,12 @@ def score(
         rows += answer.distributions.num_rows
     seconds = time.perf_counter() - begin
     require_rows(rows, sequences, starts)
-    return Pass(tokens=sum(map(len, sequences)), seconds=seconds, num_bytes=teacher.num_bytes - before)
+    return Pass(
+        tokens=sum(map(len, sequences)),
+        seconds=seconds,
+        num_bytes=teacher.num_bytes - before,
+        teacher_cpu_s=teacher.cpu_s() - cpu_before_s,
+    )
 
 
 def score_http(url: str, sequences: Sequences, top_k: int, *, concurrency: int) -> Pass:

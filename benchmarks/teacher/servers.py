@@ -112,7 +112,7 @@ class Servers:
                 )
             )
             self._teacher_program = program
-            return running.enter_context(CountingTeacher(program.target))
+            return running.enter_context(CountingTeacher(program.target, program.pid))
 
         return wait
 

@@ -23,6 +23,9 @@ class Pass:
     num_bytes: int = 0
     """Bytes of the responses on the wire, without HTTP's framing; 0 where nothing is sent or counted."""
 
+    teacher_cpu_s: float = 0.0
+    """Processor seconds of the teacher's processes; 0 where they are not counted."""
+
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second."""
@@ -33,12 +36,18 @@ class Pass:
         """Response bytes per token."""
         return self.num_bytes / self.tokens
 
+    @property
+    def teacher_us_per_token(self) -> float:
+        """Processor time of the teacher per token, in microseconds."""
+        return 1e6 * self.teacher_cpu_s / self.tokens
+
     def __add__(self, other: Pass) -> Pass:
         """Sum of two passes."""
         return Pass(
             tokens=self.tokens + other.tokens,
             seconds=self.seconds + other.seconds,
             num_bytes=self.num_bytes + other.num_bytes,
+            teacher_cpu_s=self.teacher_cpu_s + other.teacher_cpu_s,
         )
 
 

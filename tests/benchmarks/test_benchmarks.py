@@ -48,7 +48,8 @@ ASKED = {
     "gen_vs_vllm_grpc_k64": 1.3,
     "bytes_http_over_ours_k64": 16.5,
     "batch_vs_llm_generate": 0.95,
-    "score_draws_vs_k64_small": 0.9,
+    "teacher_cpu_k64_over_draws_small": 0.9,
+    "teacher_cpu_k64_over_draws_wide": 0.9,
 }
 COSTS = Costs(body=0.7, head=0.2, select={64: 0.1})
 SETTINGS = EngineSettings(dtype="bfloat16", on_cpu=True, threads=1)
@@ -118,7 +119,10 @@ def test_byte_ratios_are_theirs_over_ours() -> None:
 
 
 def test_passes_add_up_and_an_interrupted_round_counts_where_complete() -> None:
-    both = Pass(tokens=10, seconds=1, num_bytes=5) + Pass(tokens=30, seconds=1, num_bytes=7)
+    both = Pass(tokens=10, seconds=1, num_bytes=5, teacher_cpu_s=1) + Pass(
+        tokens=30, seconds=1, num_bytes=7, teacher_cpu_s=2
+    )
+    assert both.teacher_us_per_token == 75_000
     assert both.tokens_per_s == 20
     assert both.bytes_per_token == pytest.approx(0.3)
     whole = seconds((2, 1), (1, 1))
