@@ -16,6 +16,7 @@ from stillhouse.client.batch.input_rows import PromptRow, invalid
 from stillhouse.client.batch.journal import RowRecord
 from stillhouse.client.core.json_output import dumps, error_as_json
 from stillhouse.client.teacher.generate import Completion
+from stillhouse.client.teacher.tool_calls import Format, choice_fields, parse
 from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rows.conversation import OPTIONS
 from stillhouse.protos.rows.known_fields import PROMPTS, SETTINGS, STUDENT_PROMPT
@@ -134,13 +135,21 @@ class OpenAi:
     """Formats OpenAI's batch output; `created` is the same for all rows, and ids are derived from the rows."""
 
     def __init__(
-        self, *, created_s: int, model: str, fingerprint: str, token_texts: Callable[[], TokenTexts]
+        self,
+        *,
+        created_s: int,
+        model: str,
+        fingerprint: str,
+        token_texts: Callable[[], TokenTexts],
+        tool_format: Callable[[], Format | None],
     ) -> None:
-        """`model` is that of rows without an adapter; `token_texts` is called if logprobs are requested."""
+        """`model` is that of rows without an adapter; `token_texts` is called if logprobs are requested, `tool_format` if
+        there are tools."""
         self._created_s = created_s
         self._model = model
         self._fingerprint = f"fp_{fingerprint[:10]}"
         self._token_texts = token_texts
+        self._tool_format = tool_format
 
     def __call__(self, answer: RowResult) -> RowRecord:
         """Formats the line of one row."""
@@ -177,11 +186,14 @@ class OpenAi:
         logprobs = None
         if answer.row.top_logprobs is not None:
             logprobs = {"content": self._chat_logprobs(completion, answer.row.top_logprobs), "refusal": None}
+        has_tools = any(each is not None and "tools" in each for each in answer.row.content)
+        parsed = parse(completion.text, self._tool_format() if has_tools else None)
+        fields, finish = choice_fields(parsed, completion.finish)
         return {
             "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "message": {"role": "assistant", "refusal": None, **fields},
             "logprobs": logprobs,
-            "finish_reason": completion.finish,
+            "finish_reason": finish,
         }
 
     def _chat_logprobs(self, completion: Completion, top: int) -> list[dict[str, Any]]:

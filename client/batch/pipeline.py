@@ -30,6 +30,7 @@ from stillhouse.client.batch.retry import EarlierOutput
 from stillhouse.client.batch.teacher_identity import BatchTeacher, identity, matching_replicas
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
+from stillhouse.client.teacher.tool_calls import format_of
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.known_fields import ExtraFields
 from stillhouse.protos.rows.reading.line_pairs import pair_of
@@ -321,11 +322,13 @@ class _Batch:
             return dataset
         if self._format == "plain":
             return plain
+        files = cache(self._teachers[0].tokenizer)
         return OpenAi(
             created_s=header.started_s,
             model=str(header.teacher["model"]),
             fingerprint=str(header.teacher["model_fingerprint"]),
-            token_texts=cache(lambda: TokenTexts(self._teachers[0].tokenizer().get("tokenizer.json", b""))),
+            token_texts=cache(lambda: TokenTexts(files().get("tokenizer.json", b""))),
+            tool_format=cache(lambda: format_of(files())),
         )
 
     def _header(self, earlier: EarlierOutput | None) -> Header:

@@ -36,6 +36,18 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
     help="Largest dataset that it passes on.",
 )
 @click.option(
+    "--batch-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder for files and batches of OpenAI's API; made if missing.  [default: neither is served]",
+)
+@click.option(
+    "--batch-max-bytes",
+    type=click.IntRange(1),
+    default=16 * 2**30,
+    show_default=True,
+    help="Limit on all files of --batch-dir.",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -54,6 +66,8 @@ def web(
     sign_in_file: Path | None,
     address_file: Path | None,
     max_upload_bytes: int,
+    batch_dir: Path | None,
+    batch_max_bytes: int,
     log_level: str,
     parent: int | None,
 ) -> None:
@@ -85,6 +99,8 @@ def web(
         sign_in_file=sign_in_file,
         address_file=address_file,
         max_upload_bytes=max_upload_bytes,
+        batch_dir=batch_dir,
+        batch_max_bytes=batch_max_bytes,
         parent=parent,
     )
     asyncio.run(serve(settings))

@@ -44,7 +44,7 @@ class WebApp:
         add_routes(fastapi, self.context)
         add_task_routes(fastapi, self.context)
         add_teacher_routes(fastapi, self.context)
-        add_openai_routes(fastapi, self.context)
+        self._batches = add_openai_routes(fastapi, self.context)
         add_route(fastapi, "GET", OPENAPI_PATH, _openapi)
         add_pages(fastapi, self.context)
         fastapi.add_exception_handler(HTTPException, _no_route)
@@ -56,6 +56,7 @@ class WebApp:
         """Ends streams and channels."""
         self.context.close_streams()
         await self.context.streams.close()
+        await self._batches.close()
         for service in self.context.upstream.services:
             await service.close()
 

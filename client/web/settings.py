@@ -12,6 +12,7 @@ from stillhouse.protos.rpc.channel import is_loopback
 
 DEFAULT_LISTEN = "127.0.0.1:7400"
 MAX_UPLOAD_BYTES = 64 * 2**30
+BATCH_MAX_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,6 +34,10 @@ class WebSettings:
     address_file: Path | None = None
     """Written with the URL once the server is ready."""
     max_upload_bytes: int = MAX_UPLOAD_BYTES
+    batch_dir: Path | None = None
+    """Folder of the files and batches of OpenAI's API; None keeps none."""
+    batch_max_bytes: int = BATCH_MAX_BYTES
+    """Limit on all files there."""
     parent: int | None = None
     """Process id of the parent; the server ends with it."""
 

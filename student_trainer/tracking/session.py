@@ -30,6 +30,9 @@ POLL_S = 2.0
 OPEN_S, SEND_S, CLOSE_S = 180.0, 120.0, 600.0
 """Longest time of one call to the tracker's library, after which the process is taken for hung."""
 
+POINTS_AT_ONCE = 200
+"""Points of one call."""
+
 Watch = Callable[[float], AbstractContextManager[None]]
 """Bounds the time of a block, in seconds."""
 
@@ -89,8 +92,9 @@ class Session:
             if not self._tracker.repeats_safely:  # better a gap than a step twice
                 self._place.pending = True
                 self._place.save(self._path)
-            with self._watch(SEND_S):
-                self._tracker.log(points)
+            for begin in range(0, len(points), POINTS_AT_ONCE):
+                with self._watch(SEND_S):
+                    self._tracker.log(points[begin : begin + POINTS_AT_ONCE])
         moved = self._place.offset != before
         for table, key, digest in new_tables(self._run_dir, max(self._place.step, 0), self._place.tables):
             with self._watch(SEND_S):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from stillhouse.client.teacher.generate import Piece
+from stillhouse.client.teacher.tool_calls import Format, Parsed, TextSplitter, choice_fields
 from stillhouse.client.web.openai.ask import Ask
 from stillhouse.client.web.teachers.served import Served
 from stillhouse.client.web.teachers.token_texts import Token, TokenTexts
@@ -77,9 +78,14 @@ class _Offset:
 class Answer:
     """The documents of one request; pieces of a choice come in order."""
 
-    def __init__(self, ask: Ask, model: Served, texts: TokenTexts | None) -> None:
-        """`texts` are needed for log-probabilities."""
+    def __init__(
+        self, ask: Ask, model: Served, texts: TokenTexts | None, tool_format: Format | None = None
+    ) -> None:
+        """`texts` are needed for log-probabilities, `tool_format` for calls of tools."""
         self._ask, self._texts = ask, texts
+        self._splitters: defaultdict[int, TextSplitter] = defaultdict(
+            lambda: TextSplitter(tool_format if ask.has_tools else None)
+        )
         self._head = {
             "id": f"{'chatcmpl' if ask.is_chat else 'cmpl'}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -105,15 +111,29 @@ class Answer:
     def choice(self, piece: Piece, echo: Echo | None = None) -> dict[str, Any]:
         """A choice, or its next piece in a stream, with the prompt before it where `echo` is given."""
         index = piece.prompt_index * self._ask.n + piece.sample_index
-        end = {"finish_reason": piece.finish or None, "logprobs": self._logprobs(index, piece, echo)}
+        end: dict[str, Any] = {
+            "finish_reason": piece.finish or None,
+            "logprobs": self._logprobs(index, piece, echo),
+        }
         if not self._ask.is_chat:
             return {"index": index, "text": (echo.text if echo else "") + piece.text, **end}
+        fields, end["finish_reason"] = choice_fields(self._parsed(index, piece), piece.finish or None)
         if not self._ask.stream:
-            message = {"role": "assistant", "content": piece.text, "refusal": None}
-            return {"index": index, "message": message, **end}
+            return {"index": index, "message": {"role": "assistant", "refusal": None, **fields}, **end}
         role = {} if index in self._begun else {"role": "assistant"}
         self._begun.add(index)
-        return {"index": index, "delta": {**role, "content": piece.text}, **end}
+        if "tool_calls" in fields:
+            fields["tool_calls"] = [{"index": at, **each} for at, each in enumerate(fields["tool_calls"])]
+        return {"index": index, "delta": {**role, **fields}, **end}
+
+    def _parsed(self, index: int, piece: Piece) -> Parsed:
+        """Content of a piece, and with the last one the calls of tools in its choice."""
+        splitter = self._splitters[index]
+        content = splitter.add(piece.text)
+        if not piece.finish:
+            return Parsed(content)
+        rest = splitter.end()
+        return Parsed(content + rest.content, rest.calls)
 
     def _logprobs(self, index: int, piece: Piece, echo: Echo | None) -> dict[str, Any] | None:
         if self._ask.logprobs is None:

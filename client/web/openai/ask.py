@@ -46,6 +46,8 @@ class Ask:
     stream: bool
     include_usage: bool
     """Send the usage at the end of the stream."""
+    has_tools: bool = False
+    """The model may call tools."""
 
 
 def completion_ask(values: Mapping[str, Any]) -> Ask:
@@ -92,6 +94,7 @@ def chat_ask(values: Mapping[str, Any]) -> Ask:
         logprobs=(top or 0) if wants_logprobs else None,
         logprobs_field="top_logprobs",
         echo=False,
+        has_tools=bool(prompt.conversation.tools),
     )
 
 

@@ -13,10 +13,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from stillhouse.client.teacher.generate import Gathering, Piece
+from stillhouse.client.teacher.tool_calls import Format
 from stillhouse.client.web.api.context import WebContext
 from stillhouse.client.web.api.messages import check_names, read_json
 from stillhouse.client.web.openai.answers import Answer, Echo, Usage
 from stillhouse.client.web.openai.ask import Ask, chat_ask, completion_ask, request_of
+from stillhouse.client.web.openai.batches.handlers import BatchRoutes
 from stillhouse.client.web.openai.errors import PREFIX, data_frame, error_frame, error_response
 from stillhouse.client.web.openai.models import Models, named
 from stillhouse.client.web.problems import JsonResponse
@@ -104,6 +106,7 @@ class _Session:
         self._usage = Usage()
         self._echoes: list[Echo] = []
         self._texts: TokenTexts | None = None
+        self._tool_format: Format | None = None
 
     async def whole(self) -> Response:
         """The response with all choices."""
@@ -118,14 +121,17 @@ class _Session:
         return await asyncio.to_thread(self._whole, [done[key] for key in sorted(done)])
 
     def _whole(self, pieces: list[Piece]) -> Response:
-        answer = Answer(self._ask, self._calls.model, self._texts)
+        answer = self._answer()
         choices = [answer.choice(each, self._echo(each)) for each in pieces]
         return JsonResponse(answer.whole(choices, self._usage))
+
+    def _answer(self) -> Answer:
+        return Answer(self._ask, self._calls.model, self._texts, self._tool_format)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """The events of the stream, up to its end."""
         await self._prepare()
-        answer = Answer(self._ask, self._calls.model, self._texts)
+        answer = self._answer()
         begun: set[tuple[int, int]] = set()
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
@@ -140,11 +146,8 @@ class _Session:
     async def _prepare(self) -> None:
         """Reads and scores the prompts that are repeated, and gets the tokens' texts if they are shown."""
         ask, calls = self._ask, self._calls
-        if ask.logprobs is not None or ask.echo:
-            model = calls.model
-            self._texts = await self._tokenizers.of(
-                calls.caller, model.service, model.info.tokenizer_fingerprint
-            )
+        if ask.logprobs is not None or ask.echo or ask.has_tools:
+            await self._read_tokenizer()
         if not ask.echo:
             return
         assert self._texts is not None
@@ -159,6 +162,17 @@ class _Session:
             text = prompt.text if prompt.HasField("text") else self._texts.text(plain)
             self._echoes.append(Echo(text=text, token_ids=plain, rows=scored[at]))
             prompt.token_ids.CopyFrom(encode(own))
+
+    async def _read_tokenizer(self) -> None:
+        """Without its texts alone calls of tools are not found."""
+        model, ask = self._calls.model, self._ask
+        try:
+            found = await self._tokenizers.of(self._calls.caller, model.service, model.info)
+        except StillhouseError as error:
+            if error.reason is not Reason.TOKENIZER_INVALID or ask.logprobs is not None or ask.echo:
+                raise
+        else:
+            self._texts, self._tool_format = found.texts, found.tool_format
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         """The pieces of all choices; empty ones where only the prompt is asked for."""
@@ -179,13 +193,18 @@ class _Session:
         return self._echoes[piece.prompt_index] if self._echoes else None
 
 
-def add_openai_routes(app: FastAPI, context: WebContext) -> None:
-    """Adds every route; their errors have OpenAI's form."""
-    door = OpenAi(context, Models(context.upstream))
-    for method, path, handle in door.routes():
+def add_openai_routes(app: FastAPI, context: WebContext) -> BatchRoutes:
+    """Adds every route; their errors have OpenAI's form. Returns what is to be closed.
+
+    Raises StillhouseError(INVALID_REQUEST) if the folder of batches cannot be used.
+    """
+    models = Models(context.upstream)
+    door, batches = OpenAi(context, models), BatchRoutes(context, models)
+    for method, path, handle in (*door.routes(), *batches.routes()):
         app.add_api_route(
             path, _endpoint(handle), methods=[method], response_model=None, include_in_schema=False
         )
+    return batches
 
 
 def _endpoint(

@@ -23,6 +23,7 @@ from stillhouse.client.web.openapi.json_schema import (
     message_schemas,
     request_schema,
 )
+from stillhouse.client.web.openapi.openai_paths import OPENAI_PATHS, OPENAI_SCHEMAS
 from stillhouse.client.web.openapi.own_paths import OWN_PATHS, OWN_SCHEMAS
 from stillhouse.client.web.openapi.parts import RUN_ID_SCHEMA
 from stillhouse.client.web.openapi.run_paths import RUN_PATHS, RUN_SCHEMAS
@@ -72,9 +73,11 @@ _BODIES: Mapping[str, Schema] = {
 @cache
 def document() -> dict[str, Any]:
     """The document."""
-    schemas: dict[str, Schema] = copy.deepcopy({**OWN_SCHEMAS, **RUN_SCHEMAS, **TEACHER_SCHEMAS})
+    schemas: dict[str, Schema] = copy.deepcopy(
+        {**OWN_SCHEMAS, **RUN_SCHEMAS, **TEACHER_SCHEMAS, **OPENAI_SCHEMAS}
+    )
     schemas |= _run_file_schemas()
-    paths: dict[str, Any] = copy.deepcopy({**OWN_PATHS, **RUN_PATHS, **TEACHER_PATHS})
+    paths: dict[str, Any] = copy.deepcopy({**OWN_PATHS, **RUN_PATHS, **TEACHER_PATHS, **OPENAI_PATHS})
     for route in ROUTES:
         path = PREFIX + _PARAMETER.sub(r"{\1}", route.path)
         paths.setdefault(path, {})[route.method.lower()] = _operation(route, schemas)

@@ -94,7 +94,7 @@ class TeacherTrials:
 
     async def _texts(self, calls: TeacherCalls) -> TokenTexts:
         model = calls.model
-        return await self.tokenizers.of(calls.caller, model.service, model.info.tokenizer_fingerprint)
+        return (await self.tokenizers.of(calls.caller, model.service, model.info)).texts
 
     async def _frames(self, calls: TeacherCalls, ask: GenerateAsk) -> AsyncGenerator[bytes, None]:
         """Events: `chunk` with new text and tokens of a sample, and `end` with the numbers of tokens."""

@@ -1,12 +1,14 @@
-"""Text and bytes of the teachers' token ids, from the tokenizers that they send."""
+"""Texts of the teachers' token ids, and the form of their calls of tools, from the tokenizers that they send."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from stillhouse.client.teacher.tool_calls import TEMPLATE_FILES, Format, format_of
 from stillhouse.client.web.security.callers import Caller
 from stillhouse.client.web.upstream import Service
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -36,7 +38,8 @@ class TokenTexts:
     def __init__(self, tokenizer_json: bytes) -> None:
         """Raises StillhouseError(TOKENIZER_INVALID)."""
         with tokenizer_errors(
-            "The teacher's tokenizer cannot be read", "Leave logprobs and echo out, or serve another model."
+            "The teacher's tokenizer cannot be read",
+            "Leave logprobs, echo and tools out, or serve another model.",
         ):
             tokenizer = TokenizerJson(tokenizer_json)
             self._bytes = tokenizer.vocab_bytes()
@@ -68,38 +71,57 @@ class TokenTexts:
         return b"".join(each.data for each in tokens if not each.special).decode("utf-8", "replace")
 
 
+@dataclass(frozen=True, slots=True)
+class ServedTokenizer:
+    """What a teacher's tokenizer tells."""
+
+    texts: TokenTexts
+    tool_format: Format | None
+    """The form of calls of tools; None where its chat template asks for none that is known."""
+
+    @classmethod
+    def read(cls, files: Mapping[str, bytes]) -> ServedTokenizer:
+        """Raises StillhouseError(TOKENIZER_INVALID)."""
+        return cls(TokenTexts(files.get(_FILE, b"")), format_of(files))
+
+
 class Tokenizers:
     """Tokenizers by fingerprint; each is fetched once."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[str, TokenTexts] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], ServedTokenizer] = OrderedDict()
         self._fetching = asyncio.Lock()
 
-    async def of(self, caller: Caller, service: Service, fingerprint: str) -> TokenTexts:
-        """The tokens of the teacher, which told `caller` the fingerprint. Raises StillhouseError."""
+    async def of(
+        self, caller: Caller, service: Service, info: teacher_pb2.GetTeacherInfoResponse
+    ) -> ServedTokenizer:
+        """The tokenizer of the teacher, which told `caller` its `info`. Raises StillhouseError."""
+        key = info.tokenizer_fingerprint, info.chat_template_fingerprint
         async with self._fetching:
-            if fingerprint not in self._known:
-                content = await _fetch(caller, service)
-                self._known[fingerprint] = await asyncio.to_thread(TokenTexts, content)
-            self._known.move_to_end(fingerprint)
+            if key not in self._known:
+                files = await _fetch(caller, service)
+                self._known[key] = await asyncio.to_thread(ServedTokenizer.read, files)
+            self._known.move_to_end(key)
             while len(self._known) > MAX_TOKENIZERS:
                 self._known.popitem(last=False)
-            return self._known[fingerprint]
+            return self._known[key]
 
 
-async def _fetch(caller: Caller, service: Service) -> bytes:
-    content, name = bytearray(), ""
+async def _fetch(caller: Caller, service: Service) -> dict[str, bytes]:
+    """The files that are read here."""
+    files: dict[str, bytearray] = {}
+    name, size = "", 0
     request = teacher_pb2.GetTokenizerRequest()
     async with aclosing(caller.stream(service, "GetTokenizer", request)) as chunks:
         async for chunk in chunks:
             name = chunk.file_name or name
-            if name == _FILE:
-                content += chunk.data
-            elif content:
-                break
-            if len(content) > MAX_TOKENIZER_BYTES:
+            if name not in (_FILE, *TEMPLATE_FILES):
+                continue
+            files.setdefault(name, bytearray()).extend(chunk.data)
+            size += len(chunk.data)
+            if size > MAX_TOKENIZER_BYTES:
                 raise StillhouseError(
                     Reason.TOKENIZER_INVALID,
-                    f"The teacher's {_FILE} is larger than {MAX_TOKENIZER_BYTES} bytes. Leave logprobs and echo out.",
+                    f"The teacher's tokenizer is larger than {MAX_TOKENIZER_BYTES} bytes. Leave logprobs, echo and tools out.",
                 )
-    return bytes(content)
+    return {each: bytes(content) for each, content in files.items()}

@@ -236,6 +236,12 @@ def test_other_requests_are_refused_in_the_same_form(door: Door) -> None:
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
+def test_without_a_folder_batches_name_what_is_missing(door: Door) -> None:
+    for call in (door.client.files.list, door.client.batches.list):
+        with pytest.raises(openai.BadRequestError, match="--batch-dir"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("reason", "status", "kind"),
     [
