@@ -1,6 +1,6 @@
 """Takes the pictures of the page that docs/ shows: `python -m scripts.screenshots URL`, of what `make demo ARGS=--stay` keeps up.
 
-It uploads a dataset and makes a run without a teacher, so that every page has something to show.
+It uploads a dataset, builds a cache, and makes a run without a teacher, so that every page has something to show.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 from PIL import Image
@@ -19,11 +20,23 @@ from playwright.sync_api import Browser, Page
 from tests.support.chromium import chromium_path, start_chromium
 
 OUT = Path(__file__).resolve().parents[1] / "docs/images/web"
-WIDTH, HEIGHT = 1280, 860
-PHONE = {"width": 390, "height": 844}
 COLOURS = 96
 MAX_BYTES = 150_000
 NOBODY = "127.0.0.1:1"
+PATIENCE_MS = 120_000
+SETTLING_MS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Shot:
+    """A picture of a page from its top on, once `ready` is seen and `act` has been done."""
+
+    path: str
+    ready: str = "main"
+    act: Callable[[Page], None] | None = None
+    scheme: Literal["light", "dark"] = "light"
+    width: int = 1280
+    height: int = 860
 
 
 def main() -> int:
@@ -39,14 +52,12 @@ def main() -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     with httpx.Client(base_url=options.url, timeout=120) as client:
-        pages = dict(_pages(client))
+        pictures = dict(_pictures(client))
     large = []
     with start_chromium(path) as browser:
-        for name, settings in pages.items():
-            if options.only and name not in options.only:
-                continue
+        for name in options.only or pictures:
             target = options.out / f"{name}.png"
-            target.write_bytes(_picture(browser, options.url, **settings))
+            target.write_bytes(_picture(browser, options.url, pictures[name]))
             size = target.stat().st_size
             sys.stdout.write(f"{target} {size:,} bytes\n")
             large += [name] if size > MAX_BYTES else []
@@ -57,25 +68,42 @@ def main() -> int:
     return bool(large)
 
 
-def _pages(client: httpx.Client) -> Iterator[tuple[str, dict[str, Any]]]:
+def _pictures(client: httpx.Client) -> Iterator[tuple[str, Shot]]:
     """Name of each picture, and what it shows."""
     runs = client.get("/api/v1/runs").raise_for_status().json()["runs"]
-    ended = [each for each in runs if each["state"] == "COMPLETED"]
-    distilled = next(each for each in ended if each["spec"].get("display_name", "").startswith("distilled"))
-    plain = next(each for each in ended if each["spec"].get("display_name", "").startswith("cross-entropy"))
-    good, other = (each["name"].removeprefix("runs/") for each in (distilled, plain))
-    dataset = _dataset(client, Path(distilled["effective_spec"]["data"]["train"][0]["path"]))
-    failed = _failed(client, runs, distilled["spec"])
-    yield "runs", {"path": "/"}
-    yield "runs_dark", {"path": "/", "scheme": "dark"}
-    yield "runs_phone", {"path": "/", "phone": True}
-    yield "run", {"path": f"/runs/{good}", "ready": "figure canvas", "height": 1400}
-    yield "run_failed", {"path": f"/runs/{failed}", "ready": "#log-lines li"}
-    yield "compare", {"path": f"/compare?run={good}&run={other}", "ready": "figure canvas", "height": 1200}
-    yield "new_run", {"path": f"/runs/new?from={good}"}
-    yield "data", {"path": "/data"}
-    yield "dataset", {"path": f"/data/{dataset}"}
-    yield "sign_in", {"path": "/sign-in", "height": 480}
+    good, other = (_first(runs, kind) for kind in ("distilled", "cross-entropy"))
+    spec = good["spec"]
+    rows = Path(good["effective_spec"]["data"]["train"][0]["path"])
+    dataset = _dataset(client, rows)
+    lonely = {**spec, "teachers": [{"targets": [NOBODY]}], "retry": {"teacher_wait_s": 0}}
+    failed = _made(client, runs, {**lonely, "display_name": "without a teacher"})
+    cache = {"path": "caches/stories", "use": "write"}
+    _made(client, runs, {**spec, "display_name": "stories' cache", "task": "cache", "cache": cache})
+    run, compared = (
+        f"/{good['name']}",
+        "&".join(each["name"].replace("runs/", "run=") for each in (good, other)),
+    )
+    curve = "figure canvas"
+    yield "runs", Shot("/")
+    yield "runs_dark", Shot("/", scheme="dark")
+    yield "runs_phone", Shot("/", width=390)
+    yield "run", Shot(run, curve, height=1500)
+    yield "run_events", Shot(run, curve, act=_show_events)
+    yield "run_failed", Shot(f"/{failed}", "#log-lines li")
+    yield "compare", Shot(f"/compare?{compared}", curve, height=1200)
+    yield "tokens", Shot(f"{run}/tokens", "#rows .token", act=_select_token)
+    yield "new_run", Shot(f"/runs/new?from={good['name'].removeprefix('runs/')}", "#settings input")
+    yield "data", Shot("/data")
+    yield "dataset", Shot(f"/data/{dataset}", "#found *", height=1200)
+    yield "caches", Shot("/caches", "section")
+    yield "teachers", Shot("/teachers", act=_try_prompt, height=1200)
+    yield "sign_in", Shot("/sign-in", height=480)
+
+
+def _first(runs: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    """The newest completed run whose name begins with `kind`."""
+    named = (each for each in runs if each["spec"].get("display_name", "").startswith(kind))
+    return next(each for each in named if each["state"] == "COMPLETED")
 
 
 def _dataset(client: httpx.Client, rows: Path) -> str:
@@ -83,42 +111,55 @@ def _dataset(client: httpx.Client, rows: Path) -> str:
     query = {"file_name": "stories.jsonl", "dataset_id": "stories"}
     if not client.get("/api/v1/datasets/stories").is_success:
         headers = {"content-type": "application/octet-stream"}
-        client.post(
-            "/api/v1/datasets", params=query, content=rows.read_bytes(), headers=headers
-        ).raise_for_status()
+        sent = client.post("/api/v1/datasets", params=query, content=rows.read_bytes(), headers=headers)
+        sent.raise_for_status()
     return "stories"
 
 
-def _failed(client: httpx.Client, runs: list[dict[str, Any]], spec: Mapping[str, Any]) -> str:
-    """Id of a run that failed for want of a teacher, made if there is none."""
+def _made(client: httpx.Client, runs: list[dict[str, Any]], spec: Mapping[str, Any]) -> str:
+    """Resource name of the run of this display name, made if there is none, once it has ended."""
     for each in runs:
-        if each["state"] == "FAILED":
-            return str(each["name"]).removeprefix("runs/")
-    lonely = {**spec, "display_name": "without a teacher", "teachers": [{"targets": [NOBODY]}]}
-    lonely["retry"] = {"teacher_wait_s": 0}
-    name: str = client.post("/api/v1/runs", json={"spec": lonely}).raise_for_status().json()["name"]
-    with client.stream("GET", f"/api/v1/{name}/events") as events:
+        if each["spec"].get("display_name") == spec["display_name"]:
+            return str(each["name"])
+    name: str = client.post("/api/v1/runs", json={"spec": spec}).raise_for_status().json()["name"]
+    with client.stream("GET", f"/api/v1/{name}/events", timeout=600) as events:
         events.read()
-    return name.removeprefix("runs/")
+    return name
 
 
-def _picture(
-    browser: Browser,
-    url: str,
-    *,
-    path: str,
-    ready: str = "main",
-    scheme: Any = "light",
-    phone: bool = False,
-    height: int = HEIGHT,
-) -> bytes:
-    """A page as PNG, from its top on, once `ready` is seen; in few colours."""
-    size: Any = PHONE if phone else {"width": WIDTH, "height": height}
-    context = browser.new_context(base_url=url, viewport=size, color_scheme=scheme, reduced_motion="reduce")
-    page: Page = context.new_page()
-    page.goto(path)
-    page.locator(ready).first.wait_for()
-    page.wait_for_load_state("networkidle")
+def _show_events(page: Page) -> None:
+    page.get_by_role("heading", name="Attempts and events").evaluate("(element) => element.scrollIntoView()")
+    page.get_by_role("heading", name="Settings").click()
+
+
+def _select_token(page: Page) -> None:
+    page.locator("#rows .token").nth(30).click()
+
+
+def _try_prompt(page: Page) -> None:
+    page.get_by_label("Prompt, or a text to score").fill("It is a rainy day for Bo.")
+    page.get_by_label("New tokens, at most").fill("24")
+    page.get_by_label("Seed").fill("1")
+    page.get_by_role("button", name="Generate").click()
+    page.locator("#tried .token").first.wait_for()
+    page.locator("#tried .token").nth(8).click()
+
+
+def _picture(browser: Browser, url: str, shot: Shot) -> bytes:
+    """A page as PNG, in few colours."""
+    context = browser.new_context(
+        base_url=url,
+        viewport={"width": shot.width, "height": shot.height},
+        color_scheme=shot.scheme,
+        reduced_motion="reduce",
+    )
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    page.goto(shot.path)
+    page.locator(shot.ready).first.wait_for()
+    if shot.act is not None:
+        shot.act(page)
+    page.wait_for_timeout(SETTLING_MS)
     shown = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     context.close()
     file = io.BytesIO()

@@ -25,7 +25,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     result.filters.update(number=text.number, age=text.age, iso=text.iso, moment=text.moment, size=text.size)
-    result.filters.update(dataset=text.dataset_name, shorter=text.shorter)
+    result.filters.update(dataset=text.dataset_name, shorter=text.shorter, code=text.with_code)
     result.globals.update(static=files.url_of, between=text.between)
     return result
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import time
 from datetime import UTC, datetime
 
 from google.protobuf.timestamp_pb2 import Timestamp
+from markupsafe import Markup, escape
 
+_BETWEEN_BACKTICKS = re.compile(r"`([^`\n]+)`")
 _UNITS = ((86400, "d"), (3600, "h"), (60, "min"))
 
 
@@ -67,3 +70,8 @@ def dataset_name(name: str) -> str:
 def shorter(name: str) -> str:
     """A SHA-256 as its first digits; other names as they are."""
     return name[:12] if len(name) == 64 and "@" not in name else name
+
+
+def with_code(sentence: str) -> Markup:
+    """A sentence as HTML, with what stands between backticks as code."""
+    return Markup(_BETWEEN_BACKTICKS.sub(r"<code>\1</code>", str(escape(sentence))))  # noqa: S704 - escaped before

@@ -45,6 +45,7 @@ const draw = atMostEvery(REDRAW_MS, () => {
     chart.show(lines, marks);
   }
   document.getElementById("no-metrics").hidden = any;
+  document.getElementById("chart-controls").hidden = !any && !view.zoom;
 });
 const view = new View(draw, zoomed);
 const charts = GROUPS.map(({ title, unit, takes }) => ({ takes, chart: new Chart(document.getElementById("charts"), title, unit, view) }));

@@ -157,7 +157,14 @@ def test_a_failed_run_says_first_why_and_what_to_do(browser: httpx.Client, runs:
     run = browser.get(f"/api/v1/runs/{runs[1]}").json()
     reason = browser.get(f"/api/v1/errors/{run['error']['reason']}").json()
     shown = browser.get(f"/runs/{runs[1]}").text
-    plain = shown.replace("&#39;", "'").replace("&#34;", '"').replace("&gt;", ">").replace("&lt;", "<")
+    plain = (
+        re.sub("</?code>", "`", shown)
+        .replace("&#39;", "'")
+        .replace("&#34;", '"')
+        .replace("&gt;", ">")
+        .replace("&lt;", "<")
+    )
+    assert "<code>stillhouse run logs" in shown
     places = [plain.index(run["error"]["message"]), plain.index(reason["remedy"]), plain.index("Curves")]
     assert places == sorted(places)
     ids = {attrs.get("id") for _, attrs in Page(shown).elements}
