@@ -77,7 +77,7 @@ def _pictures(client: httpx.Client) -> Iterator[tuple[str, Shot]]:
     dataset = _dataset(client, rows)
     lonely = {**spec, "teachers": [{"targets": [NOBODY]}], "retry": {"teacher_wait_s": 0}}
     failed = _made(client, runs, {**lonely, "display_name": "without a teacher"})
-    cache = {"path": "caches/stories", "use": "write"}
+    cache = {"path": "caches/stories", "mode": "write_through"}
     _made(client, runs, {**spec, "display_name": "stories' cache", "task": "cache", "cache": cache})
     run, compared = (
         f"/{good['name']}",
@@ -91,7 +91,11 @@ def _pictures(client: httpx.Client) -> Iterator[tuple[str, Shot]]:
     yield "run_events", Shot(run, curve, act=_show_events)
     yield "run_failed", Shot(f"/{failed}", "#log-lines li")
     yield "compare", Shot(f"/compare?{compared}", curve, height=1200)
-    yield "tokens", Shot(f"{run}/tokens", "#rows .token", act=_select_token)
+    yield "tokens", Shot(f"{run}/tokens", "#rows .piece", act=_select_token)
+    yield (
+        "tokens_dark",
+        Shot(f"{run}/tokens", "#rows .piece", act=_select_token, scheme="dark"),
+    )
     yield "new_run", Shot(f"/runs/new?from={good['name'].removeprefix('runs/')}", "#settings input")
     yield "data", Shot("/data")
     yield "dataset", Shot(f"/data/{dataset}", "#found *", height=1200)
@@ -133,7 +137,7 @@ def _show_events(page: Page) -> None:
 
 
 def _select_token(page: Page) -> None:
-    page.locator("#rows .token").nth(30).click()
+    page.locator("#rows .piece").nth(30).click()
 
 
 def _try_prompt(page: Page) -> None:
@@ -141,8 +145,8 @@ def _try_prompt(page: Page) -> None:
     page.get_by_label("New tokens, at most").fill("24")
     page.get_by_label("Seed").fill("1")
     page.get_by_role("button", name="Generate").click()
-    page.locator("#tried .token").first.wait_for()
-    page.locator("#tried .token").nth(8).click()
+    page.locator("#tried .piece").first.wait_for()
+    page.locator("#tried .piece").nth(8).click()
 
 
 def _picture(browser: Browser, url: str, shot: Shot) -> bytes:

@@ -124,7 +124,7 @@ def _kind(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         if values.get(name) is True
     ]
     if isinstance(sampling, dict):
-        extras += [f"{name} {value}" for name, value in sampling.items()]
+        extras += [_sampling(name, value) for name, value in sampling.items()]
     facts = [
         ("Teacher", str(values.get("model") or "")),
         ("Adapter", str(values.get("adapter") or "")),
@@ -137,6 +137,12 @@ def _kind(values: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Further values", ", ".join(extras)),
     ]
     return [(name, value) for name, value in facts if value] + _totals(values)
+
+
+def _sampling(name: Any, value: Any) -> str:
+    """A setting of draws, such as "num sampled tokens 192"; of a switch that is on its name alone."""
+    words = str(name).replace("_", " ")
+    return words if value is True else f"{words} {value}"
 
 
 def _count(value: Any) -> str:

@@ -138,8 +138,7 @@ def test_the_load_names_clients_and_the_page_shows_it(door: Door) -> None:
     assert door.client.post("/api/v1/teachers/1:score", json={"token_ids": [3, 4, 5, 6]}).status_code == 200
     load = door.client.get("/api/v1/teachers/1?load=true").json()["load"]
     assert load["tokens_scored"] == before["tokens_scored"] + 3
-    [web] = [each for each in load["clients"] if "stillhouse-web" in each["name"]]
-    assert web["scored_per_s"] > 0
+    assert any(each["scored_per_s"] > 0 for each in load["clients"] if "stillhouse-web" in each["name"])
     assert "load" not in door.client.get("/api/v1/teachers/1").json()
     page = door.client.get("/teachers")
     assert page.status_code == 200

@@ -1,5 +1,7 @@
 // The panel of one token: both models' likeliest tokens side by side, with their tails, and the token along training.
 
+import { named } from "./texts.js";
+
 const percent = (logprob) => {
   const share = 100 * Math.exp(logprob);
   return share >= 0.01 ? share.toPrecision(share >= 10 ? 4 : 3) : share > 0 ? share.toExponential(1) : "0";
@@ -49,7 +51,7 @@ function table(side, token, alone = false) {
     const line = make("tr", undefined, each[0] === text ? "of-text" : "");
     const first = make("th");
     first.scope = "row";
-    first.append(make("code", JSON.stringify(examples.texts[String(each[0])] ?? `<${each[0]}>`).slice(1, -1)));
+    first.append(make("code", named(examples.texts[String(each[0])] ?? `<${each[0]}>`)));
     first.title = `id ${each[0]}`;
     line.append(first, share(each[side]));
     if (!alone) line.append(make("td", each[other] === null ? "in tail" : percent(each[other]), "share other"));
@@ -70,7 +72,7 @@ const chance = (logprob) => (logprob === null || logprob === undefined ? "unknow
 
 function heading(token, rest) {
   const made = make("h2");
-  made.append(make("code", JSON.stringify(token.row.texts[token.target.at])), rest);
+  made.append(make("code", named(token.row.texts[token.target.at])), rest);
   return made;
 }
 
@@ -105,6 +107,8 @@ export function showPair(panel, token, along) {
 
 // Shows a token of `Texts` with the teacher's side alone.
 export function showTeacher(panel, token) {
-  panel.replaceChildren(heading(token, ""), place(token), list([["Chosen token", chance(token.target.teacher_logprob)]]), table(1, token, true));
+  const alone = make("div", undefined, "pair alone");
+  alone.append(table(1, token, true));
+  panel.replaceChildren(heading(token, ""), place(token), list([["Chosen token", chance(token.target.teacher_logprob)]]), alone);
   say(token, [[1, "teacher"]]);
 }

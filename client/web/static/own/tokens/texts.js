@@ -3,6 +3,11 @@
 export const LEVELS = [0.01, 0.05, 0.1, 0.25, 0.5, 1, 2];
 
 const signs = { "\n": "⏎\n", "\t": "⇥\t", "\r": "␍" };
+// Text of one token by itself, on one line, with the spaces at its ends to be seen.
+export const named = (text) => {
+  const whole = text.replace(/[\n\t\r]/g, (sign) => signs[sign][0]);
+  return whole.replace(/^ +| +$/g, (spaces) => "␣".repeat(spaces.length)) || "·";
+};
 const visible = (text) => (text === "" ? "·" : text.replace(/[\n\t\r]/g, (sign) => signs[sign]));
 const level = (value) => (value === null ? 0 : LEVELS.filter((bound) => value >= bound).length);
 const minus = (value) => (value === undefined || value === null ? null : -value);
@@ -26,7 +31,7 @@ export class Texts {
     this.onSelect = onSelect;
     this.tokens = new Map(); // element to what it shows
     this.chosen = null; // row, place of the target and name of the evaluation, over drawings
-    place.addEventListener("click", (event) => this.choose(event.target.closest(".token")));
+    place.addEventListener("click", (event) => this.choose(event.target.closest(".piece")));
     place.addEventListener("keydown", (event) => this.key(event));
   }
 
@@ -41,7 +46,7 @@ export class Texts {
     this.place.replaceChildren();
     const last = evaluations[evaluations.length - 1];
     for (const row of last.examples.rows) {
-      const section = element("section", "row");
+      const section = element("section", "example");
       section.append(this.head(row));
       for (const each of evaluations) {
         const own = each.examples.rows.find((other) => this.same(other, row));
@@ -53,7 +58,7 @@ export class Texts {
   }
 
   head(row) {
-    const head = element("div", "row-head");
+    const head = element("div", "example-head");
     if (row.title) {
       head.append(element("h3", "", row.title));
       return head;
@@ -82,12 +87,12 @@ export class Texts {
         return;
       }
       const value = values[at];
-      const token = element("span", `token level-${level(value)}`, shown);
+      const token = element("span", `piece level-${level(value)}`, shown);
       const told = value === null ? `no ${name}` : `${name} ${value.toFixed(4)} nats`;
       token.title = told;
       token.setAttribute("role", "button");
       token.setAttribute("aria-label", `${JSON.stringify(row.texts[place])}, ${told}`);
-      token.tabIndex = text.querySelector(".token") ? -1 : 0;
+      token.tabIndex = text.querySelector(".piece") ? -1 : 0;
       this.tokens.set(token, { element: token, row, at, target: row.targets[at], examples: evaluation.examples, name: evaluation.name });
       text.append(token);
     });
@@ -106,28 +111,31 @@ export class Texts {
   choose(token, focus = true) {
     const found = this.tokens.get(token);
     if (!found) return;
-    this.place.querySelector(".token.selected")?.classList.remove("selected");
+    this.place.querySelector(".piece.selected")?.classList.remove("selected");
     token.classList.add("selected");
     this.chosen = { row: found.row, at: found.at, name: found.name };
     this.rove(token);
-    if (focus) token.focus({ preventScroll: true });
+    if (focus) {
+      token.focus({ preventScroll: true });
+      token.scrollIntoView({ block: "nearest" }); // not below the panel
+    }
     this.onSelect(found);
   }
 
   rove(token) {
-    for (const each of token.parentElement.querySelectorAll('.token[tabindex="0"]')) each.tabIndex = -1;
+    for (const each of token.parentElement.querySelectorAll('.piece[tabindex="0"]')) each.tabIndex = -1;
     token.tabIndex = 0;
   }
 
   key(event) {
-    const token = event.target.closest(".token");
+    const token = event.target.closest(".piece");
     if (!token || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       this.choose(token);
       return;
     }
-    const all = [...token.parentElement.querySelectorAll(".token")];
+    const all = [...token.parentElement.querySelectorAll(".piece")];
     const at = all.indexOf(token);
     const next = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: all.length - 1 }[event.key] ?? this.across(all, at, event.key);
     if (next === undefined || !all[next]) return;

@@ -12,6 +12,9 @@ let running = null;
 
 const texts = form && new Texts(get("rows"), (token) => showTeacher(get("panel"), token));
 
+// Text of a token; the bytes of one that is no whole character stand for themselves.
+const plain = (text) => (/^bytes:(\\x[0-9a-f]{2})+$/.test(text) ? text.slice("bytes:".length) : text);
+
 // Samples as rows of `Texts`.
 class Samples {
   constructor() {
@@ -31,10 +34,10 @@ class Samples {
           teacher_tail: token.tail,
           top: token.top.filter((each) => each.logprob !== null).map((each) => [each.id, each.logprob, null]),
         });
-        for (const each of token.top) this.names[each.id] = each.text;
+        for (const each of token.top) this.names[each.id] = plain(each.text);
       }
       row.tokens.push(token.id);
-      row.texts.push(token.text);
+      row.texts.push(plain(token.text));
     }
     this.due ??= setTimeout(() => this.draw(), REDRAW_MS);
   }
