@@ -16,7 +16,7 @@ from stillhouse.protos.tensors.distributions import (
     encode_distributions,
     packed_bits,
 )
-from stillhouse.student_trainer.config.rules.loss import TAIL_TARGETS, needs_draw_logprobs, why_no_tail_draws
+from stillhouse.student_trainer.config.rules.loss import TAIL_TARGETS, takes_draw_logprobs, why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.config.settled.target_choice import (
     DRAW_LOGPROB_BITS,
@@ -131,7 +131,7 @@ def targets_of(
             num_sampled_tokens=form.num_samples,
             sample_tail=form.kind in TAIL_TARGETS,
             sample_temperature=temperature,
-            sampled_logprobs=not stratified or needs_draw_logprobs(loss),
+            sampled_logprobs=not stratified or takes_draw_logprobs(loss),
             stratified_samples=stratified,
         )
         drawn = samples(logprobs, top, numbers, options)

@@ -208,6 +208,10 @@ class LossConfig:
     chunks: Annotated[str, Choices("shortest", "words")] = "shortest"
     sparse_target_reason: Annotated[str, MaxLength(1000)] = ""
     hidden_mse: HiddenConfig | None = None
+    draw_logprobs: Annotated[
+        bool | None,
+        DefaultText("false for forward_kl alone below temperature 2, else true; or as the cache holds"),
+    ] = None
 
     @property
     def least_top_k(self) -> int:

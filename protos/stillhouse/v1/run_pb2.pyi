@@ -1346,6 +1346,7 @@ class LossSpec(_message.Message):
     CHUNKS_FIELD_NUMBER: _builtins.int
     SPARSE_TARGET_REASON_FIELD_NUMBER: _builtins.int
     HIDDEN_MSE_FIELD_NUMBER: _builtins.int
+    DRAW_LOGPROBS_FIELD_NUMBER: _builtins.int
     hard_weight: _builtins.float
     """Weight of the cross-entropy against the text itself, never tempered."""
     temperature: _builtins.float
@@ -1400,6 +1401,11 @@ class LossSpec(_message.Message):
     """
     sparse_target_reason: _builtins.str
     """Reason of the target that auto became. Set by the trainer; leave it out."""
+    draw_logprobs: _builtins.bool
+    """Draws of stratified_tail come with their log-probabilities. All divergences but forward_kl need them; for forward_kl they
+    make estimates steadier from temperature 2 on, and leave room for half as many draws. Set by the trainer where it settles
+    sparse_target; for a named one false goes on with a cache of forward_kl that was built without.
+    """
     @_builtins.property
     def terms(self) -> _containers.RepeatedCompositeFieldContainer[Global___LossTerm]:
         """Divergences between teacher and student. Empty means forward KL with weight 1."""
@@ -1424,15 +1430,18 @@ class LossSpec(_message.Message):
         chunks: _builtins.str | None = ...,
         sparse_target_reason: _builtins.str | None = ...,
         hidden_mse: Global___HiddenSpec | None = ...,
+        draw_logprobs: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "hidden_mse", b"hidden_mse", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_draw_logprobs", b"_draw_logprobs", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "draw_logprobs", b"draw_logprobs", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "hidden_mse", b"hidden_mse", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "top_k", b"top_k"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "hidden_mse", b"hidden_mse", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature", "_chunks", b"_chunks", "_draw_logprobs", b"_draw_logprobs", "_foreign_tokenizer", b"_foreign_tokenizer", "_hard_weight", b"_hard_weight", "_num_samples", b"_num_samples", "_reduction", b"_reduction", "_sparse_target", b"_sparse_target", "_sparse_target_reason", b"_sparse_target_reason", "_temperature", b"_temperature", "_temperature_mode", b"_temperature_mode", "_top_k", b"_top_k", "chunk_temperature", b"chunk_temperature", "chunks", b"chunks", "draw_logprobs", b"draw_logprobs", "foreign_tokenizer", b"foreign_tokenizer", "hard_weight", b"hard_weight", "hidden_mse", b"hidden_mse", "num_samples", b"num_samples", "reduction", b"reduction", "sparse_target", b"sparse_target", "sparse_target_reason", b"sparse_target_reason", "temperature", b"temperature", "temperature_mode", b"temperature_mode", "terms", b"terms", "top_k", b"top_k"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__chunk_temperature: _TypeAlias = _typing.Literal["chunk_temperature"]  # noqa: Y015
     _WhichOneofArgType__chunk_temperature: _TypeAlias = _typing.Literal["_chunk_temperature", b"_chunk_temperature"]  # noqa: Y015
     _WhichOneofReturnType__chunks: _TypeAlias = _typing.Literal["chunks"]  # noqa: Y015
     _WhichOneofArgType__chunks: _TypeAlias = _typing.Literal["_chunks", b"_chunks"]  # noqa: Y015
+    _WhichOneofReturnType__draw_logprobs: _TypeAlias = _typing.Literal["draw_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__draw_logprobs: _TypeAlias = _typing.Literal["_draw_logprobs", b"_draw_logprobs"]  # noqa: Y015
     _WhichOneofReturnType__foreign_tokenizer: _TypeAlias = _typing.Literal["foreign_tokenizer"]  # noqa: Y015
     _WhichOneofArgType__foreign_tokenizer: _TypeAlias = _typing.Literal["_foreign_tokenizer", b"_foreign_tokenizer"]  # noqa: Y015
     _WhichOneofReturnType__hard_weight: _TypeAlias = _typing.Literal["hard_weight"]  # noqa: Y015
@@ -1455,6 +1464,8 @@ class LossSpec(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chunk_temperature) -> _WhichOneofReturnType__chunk_temperature | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__chunks) -> _WhichOneofReturnType__chunks | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__draw_logprobs) -> _WhichOneofReturnType__draw_logprobs | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__foreign_tokenizer) -> _WhichOneofReturnType__foreign_tokenizer | None: ...
     @_typing.overload

@@ -39,6 +39,7 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
             f"{path}.num_samples",
             f"is {loss.num_samples}; teachers draw at most {MAX_SAMPLES} ids a position.",
         )
+    yield from _check_draw_logprobs(path, loss)
     if loss.sparse_target in TAIL_TARGETS and loss.temperature != 1 and loss.temperature_mode != "exact":
         yield FieldViolation(
             f"{path}.temperature_mode",
@@ -50,6 +51,15 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
             f"{path}.temperature",
             f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are sampled at temperature 1 '
             "and are not exact at another. Use temperature 1, or sparse_target tail_bucket.",
+        )
+
+
+def _check_draw_logprobs(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
+    if loss.draw_logprobs is False and needs_draw_logprobs(loss):
+        others = ", ".join(sorted({term.divergence for term in _full_terms(loss)} - {"forward_kl"}))
+        yield FieldViolation(
+            f"{path}.draw_logprobs",
+            f"is false, but {others} cannot be estimated from draws without their log-probabilities. Leave it out.",
         )
 
 
@@ -69,11 +79,21 @@ def why_no_tail_draws(term: LossTermConfig) -> str:
     return ""
 
 
+def takes_draw_logprobs(loss: LossConfig) -> bool:
+    """True if stratified draws are requested with their log-probabilities: as the loss says, else where they are needed or, for
+    forward KL, from the temperature on from which they make it steadier."""
+    if loss.draw_logprobs is not None:
+        return loss.draw_logprobs
+    return needs_draw_logprobs(loss) or (is_controlled(loss) and any(_full_terms(loss)))
+
+
 def needs_draw_logprobs(loss: LossConfig) -> bool:
-    """True if an estimate from draws of the tail needs their log-probabilities: for all but forward KL, which is linear in p,
-    below the temperature from which on they make it steadier."""
-    full = (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
-    return any(term.divergence != "forward_kl" or is_controlled(loss) for term in full)
+    """True if no estimate from draws of the tail goes without their log-probabilities: for all but forward KL, which is linear in p."""
+    return any(term.divergence != "forward_kl" for term in _full_terms(loss))
+
+
+def _full_terms(loss: LossConfig) -> Iterator[LossTermConfig]:
+    return (term for term in loss.terms if term.weight > 0 and term.estimator == "full")
 
 
 def is_controlled(loss: LossConfig) -> bool:

@@ -15,7 +15,7 @@ from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_lo
 from stillhouse.student_trainer.config.rules.loss import (
     DIVERGENCES,
     MAX_SAMPLES,
-    needs_draw_logprobs,
+    takes_draw_logprobs,
     why_no_tail_draws,
 )
 from stillhouse.student_trainer.config.schema import (
@@ -51,6 +51,8 @@ class TargetChoice:
     top_k: int
     num_samples: int
     sparse_target_reason: str
+    draw_logprobs: bool | None = None
+    """True if stratified draws are requested with their log-probabilities; None for other targets."""
 
     @classmethod
     def draws(cls, loss: LossConfig, why: str, *, form: str, vocab_size: int) -> TargetChoice:
@@ -59,7 +61,7 @@ class TargetChoice:
         if form == "stratified_tail":
             num_bytes = target_bytes(loss)
             room = _stratified_draws(
-                top_k, vocab_size, num_bytes=num_bytes, with_logprobs=needs_draw_logprobs(loss)
+                top_k, vocab_size, num_bytes=num_bytes, with_logprobs=takes_draw_logprobs(loss)
             )
             if loss.num_samples is not None and loss.num_samples < room:
                 why = f"{why}; num_samples is the run file's own, and {room} would be steadier"
@@ -73,6 +75,7 @@ class TargetChoice:
             top_k=top_k,
             num_samples=max(room, LEAST_SAMPLES) if loss.num_samples is None else loss.num_samples,
             sparse_target_reason=why,
+            draw_logprobs=takes_draw_logprobs(loss) if form == "stratified_tail" else None,
         )
 
     @classmethod
@@ -86,8 +89,9 @@ class TargetChoice:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields by their names in the run file."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        """Its fields that are set, by their names in the run file."""
+        every = ((name, getattr(self, name)) for name in self.__slots__)
+        return {name: value for name, value in every if value is not None}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TargetChoice:
@@ -97,6 +101,7 @@ class TargetChoice:
             top_k=int(value["top_k"]),
             num_samples=int(value["num_samples"]),
             sparse_target_reason=str(value["sparse_target_reason"]),
+            draw_logprobs=bool(value["draw_logprobs"]) if "draw_logprobs" in value else None,
         )
 
 
@@ -114,24 +119,37 @@ def has_few_draws(loss: LossConfig) -> bool:
         loss.least_top_k,
         LARGE_VOCABULARY,
         num_bytes=target_bytes(loss),
-        with_logprobs=needs_draw_logprobs(loss),
+        with_logprobs=takes_draw_logprobs(loss),
     )
     named = loss.sparse_target == "stratified_tail" and not loss.sparse_target_reason
     return named and (loss.num_samples or 0) < least
 
 
+def was_settled_without_logprobs(loss: LossConfig, vocab_size: int) -> bool:
+    """True if a settled loss has as many stratified draws as an earlier version took without log-probabilities."""
+    count = _most_draws(
+        loss.least_top_k, vocab_size, num_bytes=TARGET_BYTES, logprob_bits=0, limit=MAX_SAMPLES
+    )
+    return bool(loss.sparse_target_reason) and loss.num_samples == count
+
+
 def _stratified_draws(top_k: int, vocab_size: int, *, num_bytes: int, with_logprobs: bool) -> int:
+    """The number of draws that fit beside the top-k, and that a teacher pays for."""
+    bits, limit = (DRAW_LOGPROB_BITS, MAX_SAMPLES) if with_logprobs else (0, MOST_DRAWS)
+    return _most_draws(top_k, vocab_size, num_bytes=num_bytes, logprob_bits=bits, limit=limit)
+
+
+def _most_draws(top_k: int, vocab_size: int, *, num_bytes: int, logprob_bits: int, limit: int) -> int:
     """The most draws whose sorted ids, spread evenly, fit beside the top-k; ids that crowd take less."""
     id_bits = max(1, (vocab_size - 1).bit_length())
     room = 8 * num_bytes - top_k * (id_bits + _LOGPROB_BITS)
-    logprob_bits = DRAW_LOGPROB_BITS if with_logprobs else 0
-    if with_logprobs:
+    if logprob_bits:
         room -= 2 * _LOGPROB_BITS  # bounds of the row
 
     def bits(count: int) -> float:
         return count * (2 + math.log2(max(1.0, vocab_size / count)) + logprob_bits)
 
-    most = min(MAX_SAMPLES if with_logprobs else MOST_DRAWS, max(1, vocab_size))
+    most = min(limit, max(1, vocab_size))
     return next((count for count in range(most, 0, -1) if bits(count) <= room), 0)
 
 

@@ -21,6 +21,8 @@ from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.rules.loss import (
     DRAWN_TARGETS,
     TAIL_TARGETS,
+    needs_draw_logprobs,
+    takes_draw_logprobs,
 )
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.config.settled.target_choice import (
@@ -31,6 +33,7 @@ from stillhouse.student_trainer.config.settled.target_choice import (
     settle_spec,
     suits_plain_draws,
     unsettled,
+    was_settled_without_logprobs,
 )
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.setup.scope import RunScope
@@ -54,9 +57,9 @@ def settle_targets(
     config = scope.config
     if config.classifies:  # teachers send all classes
         return config
-    open_losses = dict(unsettled(config))
-    if open_losses:
-        own = {path: _choose(config, loss, teachers, cache).to_json() for path, loss in open_losses.items()}
+    own = {path: _choose(config, loss, teachers, cache).to_json() for path, loss in unsettled(config)}
+    own |= {path: each.to_json() for path, each in _earlier_choices(config, teachers, cache).items()}
+    if own:
         told = scope.ranks.exchange(own, patient=True)[0]
         choices = {path: TargetChoice.from_json(value) for path, value in told.items()}
         config = settle_config(config, choices)
@@ -131,6 +134,31 @@ def _choose(
     return TargetChoice.bucket(loss, why, max_top_k=max_top_k)
 
 
+def _earlier_choices(
+    config: RunConfig, teachers: OnlineTeachers | None, cache: RunCache | None
+) -> dict[str, TargetChoice]:
+    """Targets, by the path of their loss, of draws without log-probabilities where today's have them: as the run's cache holds
+    them, or as an earlier version settled them for this teacher, which their number tells."""
+    found = {}
+    for path, loss in run_losses(config):
+        is_open = loss.draw_logprobs is None and takes_draw_logprobs(loss) and not needs_draw_logprobs(loss)
+        if loss.sparse_target != "stratified_tail" or not is_open:
+            continue
+        stored = None if cache is None else _stored_choice(config, loss, cache, teachers)
+        holds = stored is not None and stored.sparse_target == loss.sparse_target
+        if not holds and teachers is not None:
+            vocab_size = max(each.info.vocab_size for each in teachers.members.values())
+            former = replace(loss, draw_logprobs=False)
+            stored = (
+                _stored_form(former, loss.sparse_target, loss.least_top_k, loss.num_samples or 0)
+                if was_settled_without_logprobs(loss, vocab_size)
+                else None
+            )
+        if stored is not None and stored.draw_logprobs is False:
+            found[path] = replace(stored, sparse_target_reason=loss.sparse_target_reason)
+    return found
+
+
 def _stored_choice(
     config: RunConfig, loss: LossConfig, cache: RunCache, teachers: OnlineTeachers | None
 ) -> TargetChoice | None:
@@ -146,8 +174,9 @@ def _stored_choice(
     ]
     named = [each.name for each in config.teachers if any(meta.name == each.name for meta in kinds)]
     groups = [[meta for meta in kinds if meta.name == name] for name in named] or [kinds]
-    for form in ("stratified_tail", "sampled_tail", "top_k_and_sampled", "tail_bucket"):
-        found = [_stored_kinds(config, loss, group, form) for group in groups]
+    for form, draw_logprobs in _stored_forms(loss):
+        asked = replace(loss, draw_logprobs=draw_logprobs)
+        found = [_stored_kinds(config, asked, group, form) for group in groups]
         common = set.intersection(*map(set, found))
         if common:
             top_k, num_samples = max(common)
@@ -155,13 +184,30 @@ def _stored_choice(
             if form in TAIL_TARGETS:
                 held += " from the tail"
             why = f"the cache {cache.config.path} holds top-{top_k} and {held}"
-            return _stored_form(loss, form, top_k, num_samples, why)
+            return _stored_form(asked, form, top_k, num_samples, why)
     return None
+
+
+def _stored_forms(loss: LossConfig) -> list[tuple[str, bool | None]]:
+    """Forms that a cache may hold for `loss`, the best first, and whether stratified draws come with log-probabilities."""
+    usual = takes_draw_logprobs(loss)
+    open_choice = loss.draw_logprobs is None and not needs_draw_logprobs(loss)
+    stratified = [("stratified_tail", each) for each in ((usual, not usual) if open_choice else (usual,))]
+    return [
+        *stratified,
+        *((form, loss.draw_logprobs) for form in ("sampled_tail", "top_k_and_sampled", "tail_bucket")),
+    ]
 
 
 def _stored_form(loss: LossConfig, form: str, top_k: int, num_samples: int, why: str = "") -> TargetChoice:
     made = TargetChoice.bucket(loss, why)
-    return replace(made, sparse_target=form, top_k=top_k, num_samples=num_samples or made.num_samples)
+    return replace(
+        made,
+        sparse_target=form,
+        top_k=top_k,
+        num_samples=num_samples or made.num_samples,
+        draw_logprobs=loss.draw_logprobs,
+    )
 
 
 def _stored_kinds(

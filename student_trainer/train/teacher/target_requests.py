@@ -15,7 +15,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor as TensorMessage
 from stillhouse.student_trainer.config.rules.cross_tokenizer import evaluation_top_k
 from stillhouse.student_trainer.config.rules.evaluation import teacher_metrics
-from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS, needs_draw_logprobs
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, TAIL_TARGETS, takes_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.config.settled.layer_pairs import teacher_layers
 from stillhouse.student_trainer.config.settled.target_choice import DRAW_LOGPROB_BITS
@@ -130,7 +130,7 @@ def training_request(loss: LossConfig, seed: int, *, field: str = "loss.top_k") 
         seed=seed if samples else 0,
         sample_tail=of_tail,
         sample_temperature=loss.temperature if of_tail else 1.0,
-        sampled_logprobs=of_tail and (not stratified or needs_draw_logprobs(loss)),
+        sampled_logprobs=of_tail and (not stratified or takes_draw_logprobs(loss)),
         stratified=stratified,
         entropy=any(term.weight > 0 and term.token_weighting != "uniform" for term in loss.terms),  # noqa: S105 (of text)
         field=field,

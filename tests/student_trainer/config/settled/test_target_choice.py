@@ -9,7 +9,7 @@ import pytest
 
 from stillhouse.protos.tensors.layout import encode_scaled, encode_sorted, packed_bits
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
-from stillhouse.student_trainer.config.rules.loss import needs_draw_logprobs
+from stillhouse.student_trainer.config.rules.loss import takes_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.config.settled.target_choice import (
     DRAW_LOGPROB_BITS,
@@ -98,14 +98,14 @@ def test_stratified_draws_fit_even_where_they_are_spread_evenly(
     ids = np.sort(np.random.default_rng(0).integers(0, vocab_size, (200, count)), axis=1)
     bits = packed_bits(vocab_size)
     num_bytes = len(encode_sorted(ids, bits=bits).data) / 200 + 16 * (bits + 16) / 8
-    if needs_draw_logprobs(loss):
+    if takes_draw_logprobs(loss):
         num_bytes += (
             len(encode_scaled((ids / vocab_size).astype(np.float32), bits=DRAW_LOGPROB_BITS).data) / 200
         )
     assert num_bytes <= allowed
     if vocab_size > 1000 and count != MOST_DRAWS:
         assert num_bytes > 0.93 * allowed
-    if not needs_draw_logprobs(loss):
+    if not takes_draw_logprobs(loss):
         assert count <= MOST_DRAWS
 
 

@@ -17,7 +17,7 @@ from stillhouse.protos.tensors.distributions import (
     encode_distributions,
     packed_bits,
 )
-from stillhouse.student_trainer.config.rules.loss import needs_draw_logprobs
+from stillhouse.student_trainer.config.rules.loss import takes_draw_logprobs
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.config.settled.target_choice import DRAW_LOGPROB_BITS
 from stillhouse.student_trainer.train.batching.target_forms import target_rows
@@ -100,7 +100,7 @@ def stratified_targets(
         log_tail=tail.logsumexp(-1).float().expand(rows).numpy(),
         log_partitions=partition.float().expand(rows, 1).numpy(),
         sampled_token_ids=draws.int().numpy(),
-        sampled_logprobs=logprobs[draws].float().numpy() if needs_draw_logprobs(loss) else None,
+        sampled_logprobs=logprobs[draws].float().numpy() if takes_draw_logprobs(loss) else None,
     )
     message = encode_distributions(
         answer,
@@ -111,7 +111,7 @@ def stratified_targets(
     answer = decode_distributions(message, vocab_size=vocab_size, max_rows=rows, max_top_k=K)
     found = target_rows(answer, np.arange(rows), "stratified_tail", temperature=temperature)
     shares = found.draw_shares
-    assert (shares is None) == (not needs_draw_logprobs(loss))
+    assert (shares is None) == (not takes_draw_logprobs(loss))
     return SparseTargets(
         token_ids=torch.from_numpy(found.token_ids).long().unsqueeze(0),
         logprobs=torch.from_numpy(found.logprobs).unsqueeze(0),
@@ -169,7 +169,7 @@ def test_the_mean_over_stratified_draws_is_the_dense_gradient(
     expected, gradient = value_and_gradients(student.view(1, 1, V), dense, loss)
     targets = stratified_targets(teacher, loss)
     value, gradients = value_and_gradients(student.expand(1, 4000, V), targets, loss)
-    if needs_draw_logprobs(loss):
+    if takes_draw_logprobs(loss):
         assert value / 4000 == pytest.approx(expected, abs=2e-3 * temperature**2)
     if same and case == "tvd":
         return  # it has a kink there: its gradient is the signs of rounding errors

@@ -21,8 +21,10 @@ from tests.student_trainer.train.runs import events, finish_here, make_run, metr
 from tests.support.programs import Program
 from tests.support.teacher_without_draws import TeacherWithoutDraws
 
-DRAWN = "stratified_tail", 16, 392
+DRAWN = "stratified_tail", 16, 192
 """The target that `auto` takes of the test's teacher."""
+FORMERLY_DRAWN = "stratified_tail", 16, 392
+"""The target that it took of it before, as many as fit into 272 bytes, at any temperature of forward KL."""
 
 
 def spec(models: Models, rows: Path, target: str | None, /, *, steps: int = 2, **loss: Any) -> dict[str, Any]:
@@ -163,3 +165,52 @@ def test_a_cache_that_fits_nothing_settles_nothing(
     assert finish_here(make_run(tmp_path, "build", build)) == 0
     assert finish_here(alone, attempt=2) == 0, events(alone)
     assert taken(settled(alone)) == DRAWN
+
+
+def test_draws_of_a_cache_without_log_probabilities_fit_where_todays_have_them(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    """Forward KL from temperature 2 on: settled by the cache, and named."""
+    cache = {"path": "caches/set", "mode": "write_through"}
+    former = spec(models, dataset_file, hf_teacher.target, temperature=2, draw_logprobs=False)
+    built = make_run(tmp_path, "build", {**former, "task": "cache", "cache": cache})
+    assert finish_here(built) == 0, events(built)
+    assert taken(settled(built)) == DRAWN
+    named = {"sparse_target": "stratified_tail", "top_k": 16, "num_samples": DRAWN[2]}
+    for name, given in (("auto", {"temperature": 2}), ("named", {"temperature": 2, **named})):
+        made: dict[str, Any] = {**spec(models, dataset_file, None), "loss": given}
+        run_dir = make_run(tmp_path, name, {**made, "cache": {**cache, "mode": "only"}})
+        assert finish_here(run_dir) == 0, events(run_dir)
+        assert taken(settled(run_dir)) == DRAWN
+        assert settled(run_dir).draw_logprobs is False
+        assert settled(run_dir).HasField("draw_logprobs")
+
+
+def test_a_run_that_was_settled_without_a_word_on_log_probabilities_goes_on_with_its_draws(
+    models: Models, dataset_file: Path, hf_teacher: Program, tmp_path: Path
+) -> None:
+    """Told by their number, of which there are more than fit with log-probabilities."""
+    former = make_run(
+        tmp_path,
+        "former",
+        spec(
+            models,
+            dataset_file,
+            hf_teacher.target,
+            temperature=2,
+            draw_logprobs=False,
+            num_samples=FORMERLY_DRAWN[2],
+        ),
+    )
+    assert finish_here(former) == 0, events(former)
+    effective = former.effective_spec()
+    effective.loss.ClearField("draw_logprobs")
+    later = make_run(tmp_path, "later", spec(models, dataset_file, hf_teacher.target, temperature=2))
+    later.write_effective_spec(effective)
+    assert finish_here(later) == 0, events(later)
+    assert (taken(settled(later)), settled(later).draw_logprobs) == (FORMERLY_DRAWN, False)
+    assert metric(later, "train/loss") == metric(former, "train/loss")
+
+    todays = make_run(tmp_path, "todays", spec(models, dataset_file, hf_teacher.target, temperature=2))
+    assert finish_here(todays) == 0, events(todays)
+    assert settled(todays).draw_logprobs is True
