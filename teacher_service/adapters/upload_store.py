@@ -4,6 +4,7 @@ space."""
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import secrets
@@ -81,8 +82,7 @@ class UploadStore:
         if not final.is_dir():
             self._make_room(_size(partial), in_use)
             sync_directory(partial)
-            with suppress(FileExistsError):  # a concurrent upload of the same content was faster
-                partial.rename(final)
+            move_once(partial, final)
             sync_directory(self.directory)
         os.utime(final)
         return final, fingerprint
@@ -170,6 +170,15 @@ class _UploadWriter:
                 f"{self._written[-1]} has the SHA-256 {found[:12]} and not {self._expected[:12]}: it was damaged on its way, "
                 "or changed while it was read. Upload it again"
             )
+
+
+def move_once(partial: Path, final: Path) -> None:
+    """Renames a directory, unless a concurrent upload of the same content was faster and `final` has files."""
+    try:
+        partial.rename(final)
+    except OSError as error:
+        if error.errno not in {errno.EEXIST, errno.ENOTEMPTY}:
+            raise
 
 
 def _size(directory: Path) -> int:

@@ -11,7 +11,7 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import UploadAdapterRequest
-from stillhouse.teacher_service.adapters.upload_store import KEPT_UPLOADS, UploadStore
+from stillhouse.teacher_service.adapters.upload_store import KEPT_UPLOADS, UploadStore, move_once
 from stillhouse.teacher_service.models.fingerprint import adapter_fingerprint
 from tests.conftest import Models
 from tests.support.small_models import make_adapter
@@ -105,3 +105,16 @@ async def test_uploads_and_their_store_are_bounded(models: Models, tmp_path: Pat
     with pytest.raises(StillhouseError, match="Unload one") as caught:
         await receive(spool, chunks(more), kept[0], *kept[2:], last)
     assert caught.value.reason == Reason.QUOTA
+
+
+def test_the_later_of_two_equal_uploads_leaves_the_files_of_the_first(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    for content in ("first", "second"):
+        partial = tmp_path / content
+        partial.mkdir()
+        (partial / "file").write_text(content)
+        move_once(partial, final)
+    assert (final / "file").read_text() == "first"
+    assert not (tmp_path / "first").exists()
+    with pytest.raises(FileNotFoundError):
+        move_once(tmp_path / "missing", tmp_path / "other")
