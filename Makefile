@@ -13,7 +13,7 @@ export DO_NOT_TRACK = 1
 .PHONY: help setup demo test test-faults test-slow test-fuzz test-compat check lint lint-protos types imports locked drift protos reference fmt bench bench-teacher bench-soak soak-runs bench-distillation bench-acceptance bench-sparse bench-foreign bench-classification bench-cache bench-data bench-web lock hooks release clean
 
 help: ## list the commands
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 22
 
 .PHONY: chromium
 chromium: ## find the browser of the page's tests, or install Debian's where this is root on Debian
