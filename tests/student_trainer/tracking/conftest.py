@@ -5,17 +5,28 @@ from __future__ import annotations
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-PACKAGES = ("wandb", "mlflow-skinny", "trackio", "swanlab")
+Libraries = Mapping[str, Path]
+"""Kind of tracker to the folder that brings its library when it is on PYTHONPATH."""
+TOGETHER = ("wandb", "mlflow-skinny", "trackio")
+ALONE = ("swanlab",)
+"""Its protobuf is older than what this environment's gRPC needs: a process with it serves nothing here."""
 
 
 @pytest.fixture(scope="session")
-def tracker_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder that brings the libraries when it is on PYTHONPATH."""
-    root = tmp_path_factory.mktemp("trackers-env")
+def tracker_libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
+    """The libraries."""
+    together, alone = (
+        _installed(tmp_path_factory.mktemp("trackers-env"), packages) for packages in (TOGETHER, ALONE)
+    )
+    return {"wandb": together, "mlflow": together, "trackio": together, "swanlab": alone}
+
+
+def _installed(root: Path, packages: Sequence[str]) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True, timeout=100)
     python = root / "bin" / "python"
     purelib = subprocess.check_output(
@@ -23,11 +34,11 @@ def tracker_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).strip()
     (Path(purelib) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *PACKAGES],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *packages],
         capture_output=True,
         check=False,
         timeout=500,
     )
     if done.returncode:
-        pytest.skip("wandb is not installed")
+        pytest.skip(f"{packages[0]} is not installed")
     return Path(purelib)

@@ -16,6 +16,7 @@ import pytest
 
 from stillhouse.student_trainer.tracking.place import Place
 from stillhouse.student_trainer.tracking.session import place_path
+from tests.student_trainer.tracking.conftest import Libraries
 from tests.student_trainer.tracking.tracked import RUN_ID, make_run, track, write_attempt
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -118,19 +119,19 @@ def read(kind: str, folder: Path, path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("kind", ["wandb", "mlflow", "trackio", "swanlab"])
 def test_files_hold_each_step_once_with_settings_examples_and_links(
-    kind: str, tracker_libraries: Path, tmp_path: Path
+    kind: str, tracker_libraries: Libraries, tmp_path: Path
 ) -> None:
     run_dir = make_run(tmp_path, kind)
     write_attempt(run_dir, 1, [1, 2, 3, 4], end="stopped")
-    first = track(run_dir, kind, path=tracker_libraries)
+    first = track(run_dir, kind, path=tracker_libraries[kind])
     assert first.returncode == 0, first.stderr
     write_attempt(run_dir, 2, [3, 4, 5, 6], end="completed")
-    second = track(run_dir, kind, path=tracker_libraries)
+    second = track(run_dir, kind, path=tracker_libraries[kind])
     assert second.returncode == 0, second.stderr
     place = Place.load(place_path(run_dir, kind))
     assert (place.step, place.ended, place.pending) == (6, "COMPLETED", False)
     folder = run_dir.path / "trackers" / kind
-    told = read(kind, folder, tracker_libraries)
+    told = read(kind, folder, tracker_libraries[kind])
     assert {int(step): values for step, values in told["losses"].items()} == {
         step: [loss] for step, loss in LOSSES.items()
     }
@@ -178,13 +179,13 @@ def server(request: pytest.FixtureRequest) -> Iterator[Blackhole]:
 
 
 def test_a_server_that_fails_ends_the_process_with_a_warning_and_no_secret(
-    server: Blackhole, tracker_libraries: Path, tmp_path: Path
+    server: Blackhole, tracker_libraries: Libraries, tmp_path: Path
 ) -> None:
     url = f"http://127.0.0.1:{server.server_address[1]}"
     run_dir = make_run(tmp_path, {"kind": "mlflow", "uri": url})
     write_attempt(run_dir, 1, [1], end="completed")
     secrets = {"MLFLOW_TRACKING_URI": url, "MLFLOW_TRACKING_TOKEN": "a-very-secret-key"}
-    done = track(run_dir, "mlflow", path=tracker_libraries, timeout_s=400, **secrets)
+    done = track(run_dir, "mlflow", path=tracker_libraries["mlflow"], timeout_s=400, **secrets)
     assert done.returncode == 1
     assert "metrics are in the run's directory" in done.stderr
     assert "a-very-secret-key" not in done.stderr + done.stdout
