@@ -11,6 +11,8 @@ from typing import Any
 
 import structlog
 
+from stillhouse.protos.evaluation.examples import FOLDER
+from stillhouse.protos.evaluation.report import PLACE
 from stillhouse.student_trainer.config.proto import with_defaults
 from stillhouse.student_trainer.config.resources import TRACKERS_FOLDER
 from stillhouse.student_trainer.run_dir import RunDir
@@ -105,9 +107,10 @@ def links(run_dir: RunDir) -> dict[str, str]:
 
 def new_tables(run_dir: RunDir, step: int, sent: Mapping[str, str]) -> Iterator[tuple[Table, str, str]]:
     """Tables of examples that are not among those `sent`, each with its key there and its digest; `step` is the last one."""
-    folder = run_dir.path / "evaluations"
-    for path in (*sorted(folder.glob("texts_*.jsonl")), *sorted(folder.glob("examples/[0-9]*.json"))):
-        key = str(path.relative_to(folder))
+    root = run_dir.path
+    paths = sorted((root / FOLDER).glob("[0-9]*.json"), key=lambda path: (len(path.stem), path.stem))
+    for path in (*sorted((root / PLACE).parent.glob("texts_*.jsonl")), *paths):
+        key = str(path.relative_to(root))
         try:
             data = path.read_bytes()
             digest = hashlib.sha256(data).hexdigest()

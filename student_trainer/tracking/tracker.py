@@ -33,6 +33,11 @@ class Table:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | float]]
 
+    @property
+    def key(self) -> str:
+        """Name that no other table of the run has: several may be logged at one step."""
+        return f"{self.name}/{self.of_step}"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackedRun:

@@ -18,8 +18,8 @@ from tests.conftest import Models
 from tests.support.runs import Service, completed
 
 HARNESS = "lm_eval==0.4.13"
-IMPORTED = ("pytablewriter", "sqlitedict", "more_itertools")
-"""Imports of a local task that this environment lacks; the harness never reaches scikit-learn and others."""
+IMPORTED = ("pytablewriter", "sqlitedict", "more_itertools", "tenacity")
+"""Imports of a local task and of a served model that this environment lacks; the harness never reaches scikit-learn and others."""
 QUESTIONS = 24
 
 

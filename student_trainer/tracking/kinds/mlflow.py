@@ -68,7 +68,7 @@ class Mlflow:
 
     def add_table(self, table: Table) -> None:
         """Adds a table as an artifact that the page shows as such."""
-        path = f"{table.name}/{table.of_step}.json"
+        path = f"{table.key}.json"
         document = {"columns": list(table.columns), "data": [list(row) for row in table.rows]}
         self._client.log_dict(self._id, document, path)
         self._tables = [each for each in self._tables if each != path] + [path]

@@ -57,7 +57,7 @@ class SwanLab:
         """Adds a table to the step."""
         shown = swanlab.echarts.Table()
         shown.add(list(table.columns), [list(row) for row in table.rows])
-        self._run.log({table.name: shown}, step=table.step)
+        self._run.log({table.key: shown}, step=table.step)
 
     def add_links(self, links: Mapping[str, str]) -> None:
         """Adds them to the configuration."""

@@ -47,7 +47,7 @@ class Trackio:
         """Adds a table to the step."""
         rows = [list(row) for row in table.rows]
         self._run.log(
-            {table.name: self._trackio.Table(columns=list(table.columns), data=rows)}, step=table.step
+            {table.key: self._trackio.Table(columns=list(table.columns), data=rows)}, step=table.step
         )
 
     def add_links(self, links: Mapping[str, str]) -> None:

@@ -58,7 +58,7 @@ class Wandb:
         """Adds a table to the step's history."""
         data = [list(row) for row in table.rows]
         self._run.log(
-            {table.name: wandb.Table(columns=list(table.columns), data=data, allow_mixed_types=True)},
+            {table.key: wandb.Table(columns=list(table.columns), data=data, allow_mixed_types=True)},
             step=table.step,
         )
 

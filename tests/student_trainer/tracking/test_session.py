@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from stillhouse.protos.evaluation.examples import place_of
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.tracking.place import Place
 from stillhouse.student_trainer.tracking.run_facts import state_of, state_path, tracked_run
@@ -78,6 +79,29 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_run_without_a_step_twice(tmp_
     assert (table.columns, len(table.rows)) == (["set", "text", "reference"], len(TEXTS))
     assert send(run_dir, tracker)  # nothing is sent again, the examples neither
     assert (len(tracker.tables), tracker.steps[-1]) == (1, 6)
+
+
+def test_examples_of_each_evaluation_are_rows_with_the_token_farthest_from_the_teacher(
+    tmp_path: Path,
+) -> None:
+    run_dir, tracker = make_run(tmp_path, "wandb"), Recorder()
+    for step, kls in ((2, [0.5, 1.5]), (10, [None, 0.25])):
+        targets = [{"at": at + 1, "kl": kl, "top": []} for at, kl in enumerate(kls)]
+        row = {"set": "", "number": 3, "texts": ["a", " b", " c"], "targets": targets}
+        path = run_dir.path / place_of(step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"step": step, "rows": [row]}))
+    (run_dir.path / place_of(11)).write_text("{")  # a damaged one is left out
+    write_attempt(run_dir, 1, [1, 10], end="stopped")
+    assert send(run_dir, tracker)
+    assert [(each.name, each.of_step, each.step) for each in tracker.tables] == [
+        ("examples", 2, 10),
+        ("examples", 10, 10),
+    ]
+    rows = [dict(zip(each.columns, *each.rows, strict=True)) for each in tracker.tables]
+    common = {"set": "", "row": 3, "text": "a b c"}
+    assert rows[0] == {"step": 2, **common, "mean_kl": 1.0, "worst_kl": 1.5, "worst_token": " c"}
+    assert rows[1] == {"step": 10, **common, "mean_kl": 0.25, "worst_kl": 0.25, "worst_token": " c"}
 
 
 @pytest.mark.parametrize("repeats_safely", [True, False])
