@@ -87,7 +87,7 @@ def test_every_response_of_openais_paths_is_one_of_the_document(door: tuple[str,
     url, model = door
     counts: Counter[str] = Counter()
     content = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "b"}}'
-    files = {"file": ("in.jsonl", content), "purpose": (None, "batch")}
+    files: dict[str, tuple[str | None, bytes]] = {"file": ("in.jsonl", content), "purpose": (None, b"batch")}
     file = httpx.post(f"{url}/v1/files", files=files).json()["id"]
     created = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
     batch = httpx.post(f"{url}/v1/batches", json=created).json()["id"]

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -85,8 +86,9 @@ def test_examples_of_each_evaluation_are_rows_with_the_token_farthest_from_the_t
     tmp_path: Path,
 ) -> None:
     run_dir, tracker = make_run(tmp_path, "wandb"), Recorder()
-    for step, kls in ((2, [0.5, 1.5]), (10, [None, 0.25])):
-        targets = [{"at": at + 1, "kl": kl, "top": []} for at, kl in enumerate(kls)]
+    evaluated: tuple[tuple[int, list[float | None]], ...] = ((2, [0.5, 1.5]), (10, [None, 0.25]))
+    for step, kls in evaluated:
+        targets: list[dict[str, Any]] = [{"at": at + 1, "kl": kl, "top": []} for at, kl in enumerate(kls)]
         row = {"set": "", "number": 3, "texts": ["a", " b", " c"], "targets": targets}
         path = run_dir.path / place_of(step)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ def test_the_harness_finds_the_same_over_openais_api_as_in_the_models_files(
             f"model={models.teacher},base_url={web.target}/v1/completions,tokenizer={models.teacher},num_concurrent=4",
         )
     local = evaluated(
-        python, tmp_path / "local", questions, "hf", f"pretrained={models.teacher},dtype=float32,device=cpu"
+        python, tmp_path / "local", questions, "hf", f"pretrained={models.teacher},dtype=float32"
     )
     ours, theirs = (likelihoods(each) for each in (served, local))
     assert len(ours) == len(theirs) > QUESTIONS
@@ -82,7 +82,7 @@ def evaluated(python: Path, folder: Path, questions: Path, model: str, arguments
         [
             *(str(python), "-m", "lm_eval", "--model", model, "--tasks", "quiz", "--model_args", arguments),
             *("--include_path", str(tasks), "--output_path", str(folder / "results"), "--batch_size", "1"),
-            "--log_samples",
+            *("--log_samples", "--device", "cpu"),
         ],
         capture_output=True,
         text=True,
