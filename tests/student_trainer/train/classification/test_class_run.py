@@ -21,6 +21,7 @@ from tests.student_trainer.train.classification.conftest import NAMES, Encoders,
 from tests.student_trainer.train.runs import (
     assert_same_end,
     failure,
+    finish,
     finish_here,
     make_run,
     metric,
@@ -190,6 +191,20 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert 0 < max(broken.checkpoints()) < 6
     assert finish_here(broken, attempt=2) == 0
     assert_same_end(broken, whole)
+
+
+@pytest.mark.slow
+def test_several_processes_report_what_one_does(
+    run: Run, encoders: Encoders, class_teacher: Program, tmp_path: Path
+) -> None:
+    spec = class_spec(encoders.student, encoders.rows, class_teacher.target)
+    alone = run(spec)
+    shared = make_run(tmp_path, "shared", {**spec, "resources": {"num_processes": 2}})
+    assert finish(shared) == 0, shared.log_path(1).read_text()[-3000:]
+    reports = [json.loads((each.path / PLACE).read_bytes())["sets"][0] for each in (alone, shared)]
+    assert reports[0]["rows"] == reports[1]["rows"]
+    for name, told in reports[0]["metrics"].items():
+        assert reports[1]["metrics"][name]["change"] == pytest.approx(told["change"], abs=1e-4), name
 
 
 def test_an_encoder_without_a_head_learns_the_teachers_classes_and_loads(
