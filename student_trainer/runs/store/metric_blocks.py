@@ -122,7 +122,7 @@ def _level(db: Connection, wanted: _Range, max_points: int) -> int:
     for level in range(LEVELS, 0, -1):
         window = wanted if level < COARSE_LEVEL else wanted.everywhere
         counts = (select(func.count()).where(each) for each in window.blocks(level))
-        if 2 * sum(int(db.execute(each).scalar_one()) for each in counts) >= max_points:
+        if KEPT_POINTS * sum(int(db.execute(each).scalar_one()) for each in counts) >= max_points:
             return level
     return 0
 

@@ -30,12 +30,14 @@ def to_series(
         if isinstance(each, MetricPoint):
             step = each.step
             for key, value in each.values.items():
-                _append(columns[key], (step, value))
+                column = columns[key]
+                _roll_back(column, step)
+                column.append((step, value))
         else:
             for series in each.series:
                 column = columns[series.key]
-                for point in zip(series.steps, series.values, strict=True):
-                    _append(column, point)
+                _roll_back(column, series.steps[0])
+                column.extend(zip(series.steps, series.values, strict=True))
     found = ((key, _between(columns[key], start, end)) for key in sorted(columns) if not keys or key in keys)
     return [_series(key, thin(column, max_points)) for key, column in found if column]
 
@@ -58,11 +60,10 @@ def thin(column: Sequence[Point], max_points: int) -> list[Point]:
     return [*kept, column[-1]]
 
 
-def _append(column: list[Point], point: Point) -> None:
-    """Appends a point; earlier points at its step or later were rolled back and go."""
-    while column and column[-1][0] >= point[0]:
+def _roll_back(column: list[Point], step: int) -> None:
+    """Removes the points at `step` and later."""
+    while column and column[-1][0] >= step:
         column.pop()
-    column.append(point)
 
 
 def _between(column: list[Point], start: int, end: int | None) -> list[Point]:
