@@ -18,7 +18,7 @@ from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import StudentContextConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
-from stillhouse.student_trainer.train.batching.supports import with_query
+from stillhouse.student_trainer.train.batching.supports import in_rows, with_query
 from stillhouse.student_trainer.train.contexts.source import Feed, FeedSettings, generated_example
 from stillhouse.student_trainer.train.contexts.warm_start import WarmStart
 from stillhouse.student_trainer.train.data.context_mix import Slot, text_seed
@@ -218,9 +218,8 @@ def _overlap(answer: Distributions, rollout: Rollout) -> dict[str, float]:
     """Overlap of the two top-k sets, and the teacher's mass on the student's, as means over positions."""
     width = min(answer.token_ids.shape[1], rollout.likeliest.shape[1])
     ours, theirs = rollout.likeliest[:, :width], answer.token_ids[:, :width]
-    shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).mean()
     assert answer.query_logprobs is not None
     return {
-        "train/rollout_overlap": float(shared),
+        "train/rollout_overlap": float(in_rows(ours, theirs).mean()),
         "train/rollout_teacher_mass": float(np.exp(answer.query_logprobs).sum(-1).mean()),
     }

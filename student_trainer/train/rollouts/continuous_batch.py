@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
+
+from stillhouse.student_trainer.train.rollouts.llama_step import LlamaStep
 
 _GROWTH = 64
 """Tokens by which buffers of keys grow at least."""
@@ -63,14 +65,16 @@ def decode(
     max_rows: int,
     max_tokens: int | None,
     device: torch.device,
+    lean: bool = False,
 ) -> list[int]:
     """Continues each row until one of `end_ids` or its room ends it; returns their numbers of new tokens.
 
     At most `max_rows` are in the batch at a time, or as many as have `max_tokens` tokens if they are all as long as they
-    may become, and one at least. The outcome is a function of the arguments.
+    may become, and one at least. With `lean` the model, for which `llama_step.decodes` must hold, computes tokens beyond the
+    prompts by LlamaStep. The outcome is a function of the arguments.
     """
     limits: dict[str, Any] = {"max_rows": max_rows, "max_tokens": max_tokens, "device": device}
-    return _Decoding(model, rows, draw, set(end_ids), **limits).run()
+    return _Decoding(model, rows, draw, end_ids, **limits, lean=lean).run()
 
 
 class _KvLayer(DynamicLayer):  # type: ignore[misc]
@@ -121,21 +125,45 @@ def _longer(states: Tensor, length: int, size: int) -> Tensor:
     return longer
 
 
-@dataclass(slots=True)
+@dataclass(kw_only=True, slots=True)
 class _Batch:
-    """Rows that decode together."""
+    """Rows that decode together. Ended rows go on with tokens that count for nothing until they leave."""
 
-    rows: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    """Tokens of each row, its next input included; a row that has ended stays as long as it is."""
-    alive: list[bool] = field(default_factory=list)
-    layers: list[_KvLayer] = field(default_factory=list)
-    inputs: Tensor | None = None
+    rows: NDArray[np.int64]
+    """[B]."""
+    padding: NDArray[np.int64]
+    """[B]: keys of padding before each row's own."""
+    alive: NDArray[np.bool_]
+    """[B]."""
+    layers: list[_KvLayer]
+    inputs: Tensor
     """int64 [B]: each row's last token, whose keys are not there yet."""
+    places: _Places | None = None
+    """Of the present rows; None until they are set up."""
 
     @property
     def ended(self) -> int:
-        return len(self.rows) - sum(self.alive)
+        return len(self.rows) - int(self.alive.sum())
+
+    @property
+    def num_keys(self) -> int:
+        """Keys of every row, padding included."""
+        return int(self.layers[0].get_seq_length())
+
+
+@dataclass(kw_only=True, slots=True)
+class _Places:
+    """Places of a batch's rows, on its device; all but the mask are int64 [B]."""
+
+    rows: Tensor
+    drawn: Tensor
+    """Tokens that each row has drawn."""
+    positions: Tensor
+    """Positions of the inputs."""
+    last: Tensor
+    """Last positions that rows may have: a row that has ended waits there, since the next may be beyond the model's table."""
+    mask: Tensor | None
+    """bool [B, 1, 1, L], True at tokens, for as many keys as the rows may ever have; None if there is no padding."""
 
 
 class _Decoding:
@@ -146,87 +174,112 @@ class _Decoding:
         model: Any,
         rows: Sequence[DecodeRow],
         draw: Draw,
-        end_ids: set[int],
+        end_ids: Sequence[int],
         *,
         max_rows: int,
         max_tokens: int | None,
         device: torch.device,
+        lean: bool,
     ) -> None:
-        self._model, self._rows, self._draw, self._end_ids = model, rows, draw, end_ids
+        self._model, self._rows, self._draw = model, rows, draw
+        self._end_ids = np.array(sorted(end_ids), np.int64)
         self._max_rows, self._max_tokens, self._device = max_rows, max_tokens, device
         plain = model.get_base_model() if hasattr(model, "get_base_model") else model
         taken = inspect.signature(plain.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-        self._counts = [0] * len(rows)
+        longest = max((row.length for row in rows), default=1)
+        self._lean = LlamaStep(model, longest) if lean else None
+        self._starts = np.array([len(row.prompt) for row in rows], np.int64)
+        self._rooms = np.array([row.room for row in rows], np.int64)
+        self._counts = np.zeros(len(rows), np.int64)
         # The longest first: rows of like length are in the batch together, and the last ones to end are short.
         order = sorted(range(len(rows)), key=lambda row: -rows[row].length)
         self._waiting = deque(order)
 
     def run(self) -> list[int]:
-        batch = _Batch()
-        while self._waiting or batch.rows:
-            free = self._limit(batch) - (len(batch.rows) - batch.ended)
-            refills = self._waiting and free * _REFILL_SHARE >= self._limit(batch)
-            if batch.ended and (refills or batch.ended * _DROP_SHARE >= len(batch.rows)):
+        batch: _Batch | None = None
+        limit = self._limit(batch)
+        while self._waiting or batch is not None:
+            ended, size = (batch.ended, len(batch.rows)) if batch is not None else (0, 0)
+            free = limit - (size - ended)
+            refills = self._waiting and free * _REFILL_SHARE >= limit
+            if batch is not None and ended and (refills or ended * _DROP_SHARE >= size):
                 batch = self._kept(batch)
-            if self._waiting and (refills or not batch.rows):
+                limit = self._limit(batch)
+            if self._waiting and (refills or batch is None):
                 added = self._begin([self._waiting.popleft() for _ in range(min(free, len(self._waiting)))])
-                batch = self._joined(batch, added)
-            elif batch.rows:
+                batch = added if batch is None else self._joined(batch, added)
+                limit = self._limit(batch)
+            elif batch is not None:
                 self._step(batch)
-        return self._counts
+        return [int(count) for count in self._counts]
 
-    def _limit(self, batch: _Batch) -> int:
+    def _limit(self, batch: _Batch | None) -> int:
         """Rows that the batch may have."""
         if self._max_tokens is None:
             return self._max_rows
-        longest = max(self._rows[row].length for row in (*batch.rows, *list(self._waiting)[:1]))
+        present = [] if batch is None else batch.rows.tolist()
+        considered = (*present, *list(self._waiting)[:1])
+        longest = max((self._rows[row].length for row in considered), default=1)
         return max(1, min(self._max_rows, self._max_tokens // longest))
 
     def _begin(self, rows: Sequence[int]) -> _Batch:
         """A batch of new rows: a first pass over their prompts, each of which is computed once, and a first token."""
-        places: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         prompts: list[NDArray[np.int32]] = []
         for row in rows:
             prompt = self._rows[row].prompt
-            if id(prompt) not in places:
-                places[id(prompt)] = len(prompts)
+            if id(prompt) not in numbers:
+                numbers[id(prompt)] = len(prompts)
                 prompts.append(prompt)
         longest = max(map(len, prompts))
-        ids = np.zeros((len(prompts), longest), np.int64)
-        for place, prompt in enumerate(prompts):
-            ids[place, longest - len(prompt) :] = prompt
+        ids, mask = np.zeros((len(prompts), longest), np.int64), np.zeros((len(prompts), longest), np.bool_)
+        for number, prompt in enumerate(prompts):
+            ids[number, longest - len(prompt) :] = prompt
+            mask[number, longest - len(prompt) :] = True
+        positions = np.maximum(mask.cumsum(1) - 1, 0)
         layers = [_KvLayer() for _ in DynamicCache(config=self._model.config).layers]
-        logits_BV = self._forward(torch.from_numpy(ids).to(self._device), [*map(len, prompts)], layers)
-        shared = [places[id(self._rows[row].prompt)] for row in rows]
+        logits_BV = self._forward(self._tensor(ids), self._tensor(mask), self._tensor(positions), layers)
+        shared = [numbers[id(self._rows[row].prompt)] for row in rows]
         if shared != list(range(len(prompts))):
-            index = torch.tensor(shared, device=self._device)
+            index = self._tensor(np.array(shared))
             logits_BV = logits_BV.index_select(0, index)
             for layer in layers:
                 layer.select(index, longest)
-        lengths = [len(self._rows[row].prompt) for row in rows]
-        batch = _Batch(rows=[*rows], lengths=lengths, alive=[True] * len(rows), layers=layers)
+        batch = _Batch(
+            rows=np.array(rows, np.int64),
+            padding=longest - self._starts[list(rows)],
+            alive=np.ones(len(rows), np.bool_),
+            layers=layers,
+            inputs=logits_BV.new_zeros(len(rows), dtype=torch.int64),
+        )
         self._take(batch, logits_BV)
         return batch
 
     def _step(self, batch: _Batch) -> None:
-        assert batch.inputs is not None
-        self._take(batch, self._forward(batch.inputs.unsqueeze(-1), batch.lengths, batch.layers))
+        places = self._placed(batch)
+        num_keys = batch.num_keys + 1
+        if self._lean is not None:
+            mask_B11L = None if places.mask is None else places.mask[..., :num_keys]
+            logits_BV = self._lean(batch.inputs, places.positions, mask_B11L, batch.layers)
+        else:
+            positions_B1 = places.positions.unsqueeze(-1)
+            mask_BL = torch.arange(num_keys, device=self._device) >= num_keys - 1 - positions_B1
+            logits_BV = self._forward(batch.inputs.unsqueeze(-1), mask_BL, positions_B1, batch.layers)
+        places.positions = torch.minimum(places.positions + 1, places.last)
+        self._take(batch, logits_BV)
 
-    def _forward(self, ids_BT: Tensor, lengths: Sequence[int], layers: Sequence[_KvLayer]) -> Tensor:
-        """Logits [B, V] behind the last of the new tokens `ids_BT`; `lengths` are the rows' tokens up to it."""
-        num_keys = layers[0].get_seq_length() + ids_BT.shape[1]
-        lengths_B1 = torch.tensor(lengths, device=self._device).unsqueeze(-1)
-        places_L = torch.arange(num_keys, device=self._device)
-        mask_BL = (places_L >= num_keys - lengths_B1).long()
+    def _forward(
+        self, ids_BT: Tensor, mask_BL: Tensor, positions_BT: Tensor, layers: Sequence[_KvLayer]
+    ) -> Tensor:
+        """Logits [B, V] behind the last of the new tokens `ids_BT`, by the model's own pass."""
         options = dict(self._options)
         if self._takes_positions:
-            positions_BL = (places_L - (num_keys - lengths_B1)).clamp(min=0)
-            options["position_ids"] = positions_BL[:, -ids_BT.shape[1] :]
+            options["position_ids"] = positions_BT
         output = self._model(
             input_ids=ids_BT,
-            attention_mask=mask_BL,
+            attention_mask=mask_BL.long(),
             past_key_values=Cache(layers=list(layers)),
             use_cache=True,
             **options,
@@ -234,50 +287,65 @@ class _Decoding:
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
+    def _placed(self, batch: _Batch) -> _Places:
+        """The tensors of the batch's rows, set up for the next token if the rows are new."""
+        if batch.places is None:
+            rows, num_keys = batch.rows, batch.num_keys
+            mask_B11L = None
+            if batch.padding.any():
+                longest = num_keys + int((self._rooms - self._counts)[rows].max())
+                mask_B11L = self._tensor(np.arange(longest) >= batch.padding[:, None, None, None])
+            last = np.maximum(self._starts + self._rooms - 2, 0)[rows]
+            batch.places = _Places(
+                rows=self._tensor(rows),
+                drawn=self._tensor(self._counts[rows]),
+                positions=self._tensor(np.minimum(num_keys - batch.padding, last)),
+                last=self._tensor(last),
+                mask=mask_B11L,
+            )
+        return batch.places
+
     def _take(self, batch: _Batch, logits_BV: Tensor) -> None:
         """Draws a token of each row, which is its next input."""
-        starts = [len(self._rows[row].prompt) for row in batch.rows]
-        places = [length - start for length, start in zip(batch.lengths, starts, strict=True)]
-        rows_B, places_B = (torch.tensor(each, device=self._device) for each in (batch.rows, places))
-        batch.inputs = self._draw(rows_B, places_B, logits_BV)
-        for number, token in enumerate(batch.inputs.tolist()):
-            row = batch.rows[number]
-            if batch.alive[number]:
-                # An ended row keeps its last position: the next one may be beyond the model's table.
-                batch.lengths[number] += 1
-                self._counts[row] += 1
-                batch.alive[number] = token not in self._end_ids and self._counts[row] < self._rows[row].room
+        places = self._placed(batch)
+        batch.inputs = self._draw(places.rows, places.drawn, logits_BV)
+        places.drawn = places.drawn + 1
+        tokens = batch.inputs.cpu().numpy()
+        self._counts[batch.rows] += batch.alive
+        ends = (tokens[:, None] == self._end_ids).any(1) | (self._counts >= self._rooms)[batch.rows]
+        batch.alive &= ~ends
 
-    def _kept(self, batch: _Batch) -> _Batch:
+    def _kept(self, batch: _Batch) -> _Batch | None:
         """The rows that have not ended."""
-        places = [place for place, alive in enumerate(batch.alive) if alive]
-        if not places:
-            return _Batch()
-        assert batch.inputs is not None
-        index = torch.tensor(places, device=self._device)
-        lengths = [batch.lengths[place] for place in places]
+        places = np.flatnonzero(batch.alive)
+        if not len(places):
+            return None
+        index = self._tensor(places)
+        padding = batch.padding[places]
+        trimmed = int(padding.min())
+        num_keys = batch.num_keys - trimmed
         for layer in batch.layers:  # one after the other, so that no second memory is needed
-            layer.select(index, max(lengths) - 1)
+            layer.select(index, num_keys)
         return _Batch(
-            rows=[batch.rows[place] for place in places],
-            lengths=lengths,
-            alive=[True] * len(places),
+            rows=batch.rows[places],
+            padding=padding - trimmed,
+            alive=batch.alive[places],
             layers=batch.layers,
             inputs=batch.inputs.index_select(0, index),
         )
 
     def _joined(self, batch: _Batch, added: _Batch) -> _Batch:
-        if not batch.rows:
-            return added
-        assert batch.inputs is not None
-        assert added.inputs is not None
-        num_keys = max(*batch.lengths, *added.lengths) - 1
+        num_keys = max(batch.num_keys, added.num_keys)
+        padding = [each.padding + num_keys - each.num_keys for each in (batch, added)]
         for old, new in zip(batch.layers, added.layers, strict=True):
             old.join(new, num_keys)
         return _Batch(
-            rows=batch.rows + added.rows,
-            lengths=batch.lengths + added.lengths,
-            alive=batch.alive + added.alive,
+            rows=np.concatenate([batch.rows, added.rows]),
+            padding=np.concatenate(padding),
+            alive=np.concatenate([batch.alive, added.alive]),
             layers=batch.layers,
             inputs=torch.cat([batch.inputs, added.inputs]),
         )
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from stillhouse.student_trainer.train.rollouts import continuous_batch
+from stillhouse.student_trainer.train.rollouts import continuous_batch, llama_step
 from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow
 
 log = structlog.get_logger()
@@ -35,6 +35,8 @@ class GenerationMode:
     use_cache: bool
     batch: Batch
     """Prompts that share a pass: all, in continuous batches, or padded on the left; those of one length; or none."""
+    lean: bool = False
+    """True in continuous batches whose tokens LlamaStep computes."""
 
 
 GENERATE_MODES = tuple(
@@ -44,7 +46,7 @@ GENERATE_MODES = tuple(
     if batch != "continuous"
 )
 """Modes of transformers' `generate`, by rising cost; the last one is a whole pass for each token."""
-MODES = (GenerationMode(True, "continuous"), *GENERATE_MODES)
+MODES = (GenerationMode(True, "continuous", lean=True), GenerationMode(True, "continuous"), *GENERATE_MODES)
 
 
 def batches(
@@ -89,7 +91,7 @@ def select_mode(
                 break
         else:
             mode = modes[-1]
-    if mode not in {MODES[0], GENERATE_MODES[0]}:
+    if mode not in {*MODES[:2], GENERATE_MODES[0]}:
         log.warning(
             "rollouts are slower",
             use_cache=mode.use_cache,
@@ -112,7 +114,7 @@ def _agrees(
         found: Sequence[Tensor] | Tensor
         sequences: Sequence[Tensor] | Tensor
         if mode.batch == "continuous":
-            found, sequences = _decode(model, batch, device)
+            found, sequences = _decode(model, batch, device, lean=mode.lean)
         else:
             found, sequences = _generate(model, batch, mode, device)
         for prompt, found_TV, new in zip(batch, found, sequences, strict=True):
@@ -128,10 +130,14 @@ def _agrees(
     return True
 
 
-def _decode(model: Any, prompts: Sequence[Tensor], device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
+def _decode(
+    model: Any, prompts: Sequence[Tensor], device: torch.device, *, lean: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     """As `_generate`, in continuous batches of two sequences, one of which ends first and makes room for the next."""
     if not continuous_batch.supports(model):
         raise ValueError("the model remembers more than keys and values")
+    if lean and not llama_step.decodes(model):
+        raise ValueError("the model is not shaped like Llama")
     rows = [
         DecodeRow(prompt.int().numpy(), max(1, _NEW_TOKENS - 2 * (number == 0)))
         for number, prompt in enumerate(prompts)
@@ -147,7 +153,7 @@ def _decode(model: Any, prompts: Sequence[Tensor], device: torch.device) -> tupl
         return likeliest_B
 
     counts = continuous_batch.decode(
-        model, rows, draw, end_ids=[], max_rows=2, max_tokens=None, device=device
+        model, rows, draw, end_ids=[], max_rows=2, max_tokens=None, device=device, lean=lean
     )
     return (
         [torch.stack(logits[row][:count]) for row, count in enumerate(counts)],

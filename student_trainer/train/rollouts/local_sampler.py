@@ -8,7 +8,7 @@ vocabulary, Q top-k ids.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,12 @@ from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.batching.passes import PassCutter
 from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow, decode
 from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
-from stillhouse.student_trainer.train.rollouts.token_sampler import Drawn, TokenSampler
+from stillhouse.student_trainer.train.rollouts.token_sampler import (
+    LARGEST_UNIFORM,
+    Drawn,
+    TokenSampler,
+    require_finite,
+)
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
 BATCH_TEXTS = 64
@@ -103,11 +108,15 @@ class LocalSampler:
             for sample in range(generation.samples_per_prompt)
         ]
         model = self._student.model
-        with evaluation_mode(model), torch.no_grad(), _plain_settings(model):
+        with ExitStack() as stack:
+            for context in (evaluation_mode(model), torch.no_grad(), _plain_settings(model)):
+                stack.enter_context(context)
             self._mode = self._mode or select_mode(model, self._device, self._autocast)
-        with evaluation_mode(model), torch.no_grad(), self._autocast(), _plain_settings(model):
+            stack.enter_context(self._autocast())
             if self._mode.batch == "continuous":
-                written = self._write_continuously(copies, generation, max_sequence_tokens)
+                written = self._write_continuously(
+                    copies, generation, max_sequence_tokens, lean=self._mode.lean
+                )
                 return _grouped(dict(enumerate(written)), generation.samples_per_prompt)
             lengths = [
                 min(len(prompt) + generation.max_new_tokens, max_sequence_tokens) for prompt, _ in copies
@@ -151,6 +160,8 @@ class LocalSampler:
         copies: Sequence[tuple[NDArray[np.int32], np.random.Generator]],
         generation: RolloutConfig,
         max_sequence_tokens: int,
+        *,
+        lean: bool,
     ) -> list[SampledText]:
         rows = [
             DecodeRow(prompt, min(generation.max_new_tokens, max_sequence_tokens - len(prompt)))
@@ -160,7 +171,7 @@ class LocalSampler:
         uniform = np.zeros((len(rows), widest))
         for row, (_, generator) in enumerate(copies):
             uniform[row, : rows[row].room] = generator.random(rows[row].room)
-        uniform_RT = torch.from_numpy(uniform).to(self._device)
+        uniform_RT = torch.from_numpy(uniform.clip(max=LARGEST_UNIFORM)).to(self._device)
         sampler, taken, drawn = self._sampler(generation), [], []
 
         def draw(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
@@ -177,7 +188,9 @@ class LocalSampler:
             max_rows=BATCH_TEXTS,
             max_tokens=self._max_tokens,
             device=self._device,
+            lean=lean,
         )
+        require_finite(drawn)
         return list(self._collected(counts, taken, drawn))
 
     def _collected(
@@ -186,8 +199,9 @@ class LocalSampler:
         """The first tokens of each row, as many as `counts` says, of those that were drawn in order."""
         if not counts:
             return
-        order = torch.cat(list(taken)).cpu().numpy().argsort(kind="stable")
-        starts = np.searchsorted(torch.cat(list(taken)).cpu().numpy()[order], np.arange(len(counts)))
+        rows = torch.cat(list(taken)).cpu().numpy()
+        order = rows.argsort(kind="stable")
+        starts = np.searchsorted(rows[order], np.arange(len(counts)))
         tokens, logprobs, likeliest = (
             torch.cat([getattr(each, name) for each in drawn]).cpu().numpy()[order]
             for name in ("tokens", "logprobs", "likeliest")
@@ -218,7 +232,9 @@ class LocalSampler:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
-        uniform = np.stack([generator.random(max(rooms)) for _, generator in copies])
+        uniform = np.stack([generator.random(max(rooms)) for _, generator in copies]).clip(
+            max=LARGEST_UNIFORM
+        )
         sampler = _RecordingSampler(self._sampler(generation), torch.from_numpy(uniform).to(self._device))
         model: Any = self._student.model
         model.generate(
@@ -292,7 +308,11 @@ class _RecordingSampler(LogitsProcessor):  # type: ignore[misc]
         return torch.full_like(scores, -torch.inf).scatter(-1, drawn.tokens.unsqueeze(-1), 0.0)
 
     def rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
-        """Returns tokens [B, T], their log-probabilities [B, T] and the top-k ids [B, T, Q]."""
+        """Returns tokens [B, T], their log-probabilities [B, T] and the top-k ids [B, T, Q].
+
+        Raises StillhouseError(NON_FINITE).
+        """
+        require_finite(self._drawn)
         tokens, logprobs, likeliest = (
             torch.stack([getattr(each, name) for each in self._drawn], dim=1).cpu().numpy()
             for name in ("tokens", "logprobs", "likeliest")

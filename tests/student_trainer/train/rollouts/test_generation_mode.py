@@ -19,7 +19,16 @@ from stillhouse.student_trainer.train.student.student import Student
 SIZES: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2}
 HEADS = {**SIZES, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 48}
 FAMILIES: dict[str, tuple[GenerationMode, dict[str, Any]]] = {
-    "Qwen2": (GenerationMode(True, "continuous"), HEADS),
+    "Qwen2": (GenerationMode(True, "continuous", lean=True), HEADS),
+    "Qwen3": (
+        GenerationMode(True, "continuous", lean=True),
+        {**HEADS, "num_key_value_heads": 1, "head_dim": 16},
+    ),
+    "Llama": (GenerationMode(True, "continuous", lean=True), {**HEADS, "attention_bias": True}),
+    "OPT": (
+        GenerationMode(True, "continuous"),
+        {**SIZES, "num_attention_heads": 2, "ffn_dim": 48, "word_embed_proj_dim": 32},
+    ),
     "Gemma2": (GenerationMode(True, "padded"), {**HEADS, "head_dim": 16, "sliding_window": 8}),
     "Mamba": (GenerationMode(True, "padded"), {**SIZES, "state_size": 8}),
     "Rwkv": (GenerationMode(True, "single"), {**SIZES, "attention_hidden_size": 32}),
