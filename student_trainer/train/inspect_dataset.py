@@ -1,14 +1,14 @@
-"""Reads a dataset for the page and the client of the run service, and encodes some of its rows; a process of its own.
+"""Reads a dataset for the page and the client of the run service, and chooses the rows to encode; a process of its own.
 
-Reads an InspectDatasetRequest, whose paths are settled, on standard input, and writes an InspectDatasetResponse, or on failure
-a google.rpc.Status with exit code FAILED. The tokenizer, and with it torch, is loaded only where rows are to be encoded.
+Reads an InspectDatasetRequest, whose paths are settled, on standard input. Writes the length of the response, 8 bytes, most
+significant first, an InspectDatasetResponse without encodings, and an InspectRowsRequest for these; on failure a
+google.rpc.Status, with exit code FAILED. No tokenizer is loaded: the process of inspect_rows has it.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import StillhouseError, to_status
@@ -18,8 +18,7 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 
 FAILED = 3
 """Exit code of a refusal; any other but 0 is a crash."""
-MAX_SHOWN_TOKENS = 4096
-"""Tokens that are returned of one row."""
+LENGTH_BYTES = 8
 MAX_SHOWN_CHARS = 64 * 1024
 """Longest row that is returned as it is read."""
 
@@ -31,15 +30,19 @@ def main() -> int:
     with out:
         try:
             request = pb.InspectDatasetRequest.FromString(sys.stdin.buffer.read())
-            out.write(inspect_dataset(request, Path(sys.argv[1])).SerializeToString())
+            response, rows = inspect_dataset(request)
+            told = response.SerializeToString()
+            out.write(len(told).to_bytes(LENGTH_BYTES) + told + rows.SerializeToString())
         except StillhouseError as error:
             out.write(to_status(error).SerializeToString())
             return FAILED
     return 0
 
 
-def inspect_dataset(request: pb.InspectDatasetRequest, data_dir: Path) -> pb.InspectDatasetResponse:
-    """Reads the dataset and encodes its rows. Raises StillhouseError for a dataset or tokenizer that cannot be read."""
+def inspect_dataset(
+    request: pb.InspectDatasetRequest,
+) -> tuple[pb.InspectDatasetResponse, pb.InspectRowsRequest]:
+    """Reads the dataset; returns what it holds, and the rows to encode. Raises StillhouseError if it cannot be read."""
     source = _source(request.dataset)
     found = scan(
         source,
@@ -67,9 +70,7 @@ def inspect_dataset(request: pb.InspectDatasetRequest, data_dir: Path) -> pb.Ins
             for row in found.rows
         ],
     )
-    if request.spec.student.model and found.rows:
-        response.encoding.CopyFrom(_encoded(request, found, data_dir))
-    return response
+    return response, _to_encode(request, found)
 
 
 def _source(dataset: pb.DatasetSpec) -> RowSource:
@@ -100,22 +101,17 @@ def _refusal(error: StillhouseError) -> pb.RowRefusal:
     return pb.RowRefusal(number=int(error.metadata.get("row", "0")), field=field, problem=problem)
 
 
-def _encoded(request: pb.InspectDatasetRequest, found: Scan, data_dir: Path) -> pb.InspectRowsResponse:
-    from stillhouse.student_trainer.train.inspect_rows import Inspector
-
-    shown = {row.number: row for row in found.rows}
-    texts = dict(found.sample) if request.sample_rows else {}
-    texts |= {number: row.as_json() for number, row in shown.items()}
+def _to_encode(request: pb.InspectDatasetRequest, found: Scan) -> pb.InspectRowsRequest:
+    """The shown rows and the sample, by number; without settings where there is no student to encode them for."""
+    if not request.spec.student.model:
+        return pb.InspectRowsRequest()
+    shown = {row.number: row.as_json() for row in found.rows}
+    texts = shown | dict(found.sample if request.sample_rows else ())
     rows = [
         pb.InspectedRow(number=number, json=text, in_full=number in shown)
         for number, text in sorted(texts.items())
     ]
-    encoding = Inspector(data_dir).inspect(pb.InspectRowsRequest(spec=request.spec, rows=rows))
-    for each in encoding.rows:
-        del each.token_ids[MAX_SHOWN_TOKENS:]
-        del each.token_bytes[MAX_SHOWN_TOKENS:]
-        del each.targets[MAX_SHOWN_TOKENS:]
-    return encoding
+    return pb.InspectRowsRequest(spec=request.spec, rows=rows)
 
 
 if __name__ == "__main__":

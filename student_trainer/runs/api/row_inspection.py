@@ -33,6 +33,10 @@ _FAILED = 3
 """Exit code of a refusal: that of train/inspect_dataset.py."""
 _DATASET = "stillhouse.student_trainer.train.inspect_dataset"
 MOST_SHOWN, MOST_SAMPLED = 20, 1000
+MOST_TOKENS = 4096
+"""Tokens that are returned of one row of a dataset."""
+_LENGTH_BYTES = 8
+"""Size of lengths: that of train/inspect_dataset.py."""
 DEFAULT_READ, MOST_READ = 100_000, 1_000_000
 """Rows of a dataset that are read."""
 
@@ -84,8 +88,13 @@ class RowInspection:
             max_rows=read,
         )
         async with self._turn:
-            out = await self._dataset_response(resolved.SerializeToString())
-        return pb.InspectDatasetResponse.FromString(out)
+            out = await self._read(resolved.SerializeToString())
+            end = _LENGTH_BYTES + int.from_bytes(out[:_LENGTH_BYTES])
+            response = pb.InspectDatasetResponse.FromString(out[_LENGTH_BYTES:end])
+            if pb.InspectRowsRequest.FromString(out[end:]).rows:
+                encoding = pb.InspectRowsResponse.FromString(await self._process.ask(out[end:]))
+                response.encoding.CopyFrom(_shortened(encoding))
+        return response
 
     async def _located(self, dataset: pb.DatasetSpec) -> pb.DatasetSpec:
         """Returns the dataset with its path on this host. Raises StillhouseError(INVALID_SPEC)."""
@@ -128,8 +137,8 @@ class RowInspection:
         """Ends the process that is kept for further rows."""
         await self._process.close()
 
-    async def _dataset_response(self, request: bytes) -> bytes:
-        """What a process of its own says to a request about a dataset. Raises the error that it ends with."""
+    async def _read(self, request: bytes) -> bytes:
+        """What the process of train/inspect_dataset.py says to a request. Raises the error that it ends with."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", _DATASET, str(self._host.data_dir)),
             cwd=self._host.data_dir,
@@ -144,7 +153,7 @@ class RowInspection:
         except TimeoutError as error:
             raise StillhouseError(
                 Reason.INVALID_REQUEST,
-                f"The rows were not encoded within {TIMEOUT_S:g} s. Send fewer, or shorter ones.",
+                f"The dataset was not read within {TIMEOUT_S:g} s. Let fewer rows be read.",
             ) from error
         finally:
             if process.returncode is None:
@@ -156,11 +165,20 @@ class RowInspection:
         if process.returncode:
             tail = said.decode(errors="replace").strip().splitlines()[-1:]
             log.error(
-                "rows were not inspected", exit=process.returncode, said=said.decode(errors="replace")[-2000:]
+                "a dataset was not read", exit=process.returncode, said=said.decode(errors="replace")[-2000:]
             )
             raise StillhouseError(
                 Reason.INTERNAL,
-                f"The process that encodes rows ended with exit code {process.returncode} ({' '.join(tail)}); see the "
+                f"The process that reads datasets ended with exit code {process.returncode} ({' '.join(tail)}); see the "
                 "service's log.",
             )
         return out
+
+
+def _shortened(encoding: pb.InspectRowsResponse) -> pb.InspectRowsResponse:
+    """The encoding with at most MOST_TOKENS tokens of each row."""
+    for row in encoding.rows:
+        del row.token_ids[MOST_TOKENS:]
+        del row.token_bytes[MOST_TOKENS:]
+        del row.targets[MOST_TOKENS:]
+    return encoding

@@ -1,4 +1,4 @@
-"""A dataset as the page shows it: rows where they lie, with the tokens and the mask that training has."""
+"""A dataset as the page shows it: read where it lies, with the rows that are encoded."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.student_trainer.train import inspect_dataset as module
 from stillhouse.student_trainer.train.inspect_dataset import inspect_dataset
-from stillhouse.student_trainer.train.inspect_rows import Inspector
-from tests.conftest import Models
 
 
 @pytest.fixture
@@ -23,40 +21,45 @@ def rows(tmp_path: Path) -> Path:
     return path
 
 
-def request_of(path: Path, models: Models, **fields: int) -> pb.InspectDatasetRequest:
-    spec = pb.RunSpec()
-    spec.student.model = str(models.student)
-    fields = {"num_rows": 2, "max_rows": 1000, **fields}
-    return pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=str(path)), spec=spec, **fields)
+def request_of(path: Path, model: str = "student", **fields: int) -> pb.InspectDatasetRequest:
+    request = pb.InspectDatasetRequest(dataset=pb.DatasetSpec(path=str(path)), num_rows=2, max_rows=1000)
+    request.spec.student.model = model
+    for name, value in fields.items():
+        setattr(request, name, value)
+    return request
 
 
-def test_rows_are_encoded_as_those_of_a_run(models: Models, rows: Path, tmp_path: Path) -> None:
-    found = inspect_dataset(request_of(rows, models, first_row=5, sample_rows=10), tmp_path)
+def test_shown_rows_are_encoded_in_full_and_a_sample_for_its_lengths(rows: Path) -> None:
+    request = request_of(rows, first_row=5, sample_rows=10)
+    found, encoded = inspect_dataset(request)
     assert (found.num_rows, found.num_refused, found.refusals[0].number) == (40, 1, 41)
     assert [each.number for each in found.rows] == [5, 6]
-    shown = [each for each in found.encoding.rows if each.token_ids]
-    assert [each.number for each in shown] == [5, 6]
-    assert 10 <= len(found.encoding.rows) <= 12
-    asked = [pb.InspectedRow(number=each.number, json=each.json, in_full=True) for each in found.rows]
-    spec = request_of(rows, models).spec
-    assert shown == list(Inspector(tmp_path).inspect(pb.InspectRowsRequest(spec=spec, rows=asked)).rows)
-    assert b"".join(shown[0].token_bytes).decode().startswith("Ada has 5 apples.")
-    assert 0 < sum(shown[0].targets) < len(shown[0].targets)
+    assert encoded.spec == request.spec
+    numbers = [each.number for each in encoded.rows]
+    assert (numbers == sorted(set(numbers)), 10 <= len(numbers) <= 12) == (True, True)
+    shown = [each for each in encoded.rows if each.in_full]
+    assert [(each.number, each.json) for each in shown] == [(each.number, each.json) for each in found.rows]
+    assert json.loads(shown[0].json)["completion"] == "5 apples."
 
 
-def test_without_a_sample_the_shown_rows_alone_are_encoded(
-    models: Models, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MAX_SHOWN_TOKENS", 3)
+def test_without_a_sample_or_a_student_less_is_encoded(rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_SHOWN_CHARS", 10)
-    found = inspect_dataset(request_of(rows, models), tmp_path)
-    assert [each.number for each in found.encoding.rows] == [1, 2]
-    assert [len(each.token_ids) for each in found.encoding.rows] == [3, 3]
-    assert found.encoding.rows[0].num_tokens > 3
+    found, encoded = inspect_dataset(request_of(rows))
     assert [each.json for each in found.rows] == ["", ""]
+    assert [(each.number, each.in_full) for each in encoded.rows] == [(1, True), (2, True)]
+    assert not inspect_dataset(request_of(rows, "", sample_rows=10))[1].rows
 
 
-def test_a_dataset_that_is_not_there_is_named(models: Models, tmp_path: Path) -> None:
+def test_settings_of_the_run_decide_on_refusals(rows: Path) -> None:
+    rows.write_text('{"text": "a", "teacher": "b"}\n')
+    request = request_of(rows)
+    request.spec.data.extra_fields = "refuse"
+    assert inspect_dataset(request)[0].refusals[0].field == "teacher"
+    request.spec.data.teacher_field = "teacher"
+    assert inspect_dataset(request)[0].num_rows == 1
+
+
+def test_a_dataset_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(StillhouseError) as caught:
-        inspect_dataset(request_of(tmp_path / "none.jsonl", models), tmp_path)
+        inspect_dataset(request_of(tmp_path / "none.jsonl"))
     assert caught.value.reason == Reason.DATASET_NOT_FOUND

@@ -18,7 +18,7 @@ const snake = (path) => path.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCas
 export class Form {
   // `onChange(changes, isStructural)` is told paths and values.
   constructor(place, schema, onChange) {
-    Object.assign(this, { place, schema, onChange, problems: [], effective: null });
+    Object.assign(this, { place, schema, onChange, problems: [], effective: null, written: {} });
     place.addEventListener("submit", (event) => event.preventDefault());
     place.addEventListener("change", (event) => {
       const input = event.target.closest("[data-path]");
@@ -36,6 +36,8 @@ export class Form {
     const active = document.activeElement;
     const focused = focusPath ?? active?.dataset?.path;
     const fields = this.schema.fields(this.schema.root);
+    for (const name of Object.keys(written)) if (!(name in this.written)) open.delete(name); // a section that is new is open
+    this.written = written;
     const isGeneral = ({ kind }) => kind !== "message" && kind !== "messages";
     this.place.replaceChildren(
       this.group(GENERAL, "", fields.filter(isGeneral).map((each) => this.part(each, "", written, 0)), open, true),

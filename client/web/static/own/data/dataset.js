@@ -16,8 +16,9 @@ function columns() {
   return Object.fromEntries(pairs.filter(([field, name]) => field && name));
 }
 
-async function inspect() {
-  const model = get("model").value.trim();
+// Reads the dataset; encodes rows, which takes a tokenizer, if the form asks for it.
+async function inspect(encodes) {
+  const model = encodes ? get("model").value.trim() : "";
   const count = Number(get("num-rows").value) || 1;
   const asked = { dataset: { path: form.dataset.path, format: get("format").value, columns: columns() }, first_row: Number(get("first-row").value) || 0, num_rows: count, sample_rows: model ? SAMPLE : 0 };
   if (model) asked.spec = { student: { model }, data: { chat: get("chat").checked, ...(get("longest").value ? { max_sequence_tokens: Number(get("longest").value) } : {}) } };
@@ -82,6 +83,6 @@ function table(caption, names, cells) {
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
-  inspect();
+  inspect(true);
 });
-inspect();
+inspect(false);
