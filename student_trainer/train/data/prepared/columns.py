@@ -11,6 +11,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from stillhouse.student_trainer.train.data.encoding import Example
+from stillhouse.student_trainer.train.data.prepared.arrow_arrays import to_arrow, to_numpy
 from stillhouse.student_trainer.train.data.teacher_prompt import TeacherPrompt
 
 SCHEMA = pa.schema(
@@ -115,19 +116,21 @@ class BatchBuilder:
         mask = np.concatenate(self._masks) if self._masks else np.zeros(0, np.bool_)
         largest = np.maximum.reduceat(ids, offsets[:-1]) if len(self) else np.zeros(0, np.int32)
         arrays = [
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids)),
-            pa.ListArray.from_arrays(pa.array(offsets), pa.array(mask)),
-            pa.array(largest),
-            pa.array(self._num_prompt, pa.int32()),
-            pa.array(self._numbers, pa.int64()),
-            *(pa.array(each, pa.int32()) for each in self._places.values()),
+            pa.ListArray.from_arrays(to_arrow(offsets), to_arrow(ids)),
+            pa.ListArray.from_arrays(to_arrow(offsets), to_arrow(mask)),
+            to_arrow(largest),
+            to_arrow(np.array(self._num_prompt, np.int32)),
+            to_arrow(np.array(self._numbers, np.int64)),
+            *(to_arrow(np.array(each, np.int32)) for each in self._places.values()),
             *(_lists(self._prompt_offsets[name], self._prompts[name]) for name in _PROMPTS),
         ]
         return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
 def _lists(offsets: list[int], values: list[int]) -> pa.ListArray:
-    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(values, pa.int32()))
+    return pa.ListArray.from_arrays(
+        to_arrow(np.array(offsets, np.int32)), to_arrow(np.array(values, np.int32))
+    )
 
 
 def renamed(batch: pa.RecordBatch, column: str, names: Sequence[str], target: Names) -> pa.RecordBatch:
@@ -139,9 +142,9 @@ def renamed(batch: pa.RecordBatch, column: str, names: Sequence[str], target: Na
     arrays = batch.columns
     old = arrays[at]
     if pa.types.is_list(old.type):
-        arrays[at] = pa.ListArray.from_arrays(old.offsets, pa.array(places[old.values.to_numpy()]))
+        arrays[at] = pa.ListArray.from_arrays(old.offsets, to_arrow(places[to_numpy(old.values)]))
     else:
-        arrays[at] = pa.array(places[old.to_numpy()])
+        arrays[at] = to_arrow(places[to_numpy(old)])
     return pa.RecordBatch.from_arrays(arrays, schema=SCHEMA)
 
 
@@ -151,19 +154,19 @@ class BatchView:
     def __init__(self, batch: pa.RecordBatch) -> None:
         columns = {name: batch.column(name) for name in SCHEMA.names}
         self.num_rows: int = batch.num_rows
-        self.offsets: NDArray[np.int32] = columns["token_ids"].offsets.to_numpy()
-        self._ids: NDArray[np.int32] = columns["token_ids"].values.to_numpy()
+        self.offsets: NDArray[np.int32] = to_numpy(columns["token_ids"].offsets)
+        self._ids: NDArray[np.int32] = to_numpy(columns["token_ids"].values)
         mask = columns["mask"].values
         # Bits, the first of each byte at its lower end.
         self._mask_bits = np.frombuffer(mask.buffers()[1], np.uint8) if len(mask) else np.zeros(0, np.uint8)
         self._mask_offset: int = mask.offset
-        self.largest: NDArray[np.int32] = columns["largest"].to_numpy()
-        self._num_prompt: NDArray[np.int32] = columns["num_prompt"].to_numpy()
-        self._number: NDArray[np.int64] = columns["number"].to_numpy()
-        self._path: NDArray[np.int32] = columns["path"].to_numpy()
-        self.teacher: NDArray[np.int32] = columns["teacher"].to_numpy()
+        self.largest: NDArray[np.int32] = to_numpy(columns["largest"])
+        self._num_prompt: NDArray[np.int32] = to_numpy(columns["num_prompt"])
+        self._number: NDArray[np.int64] = to_numpy(columns["number"])
+        self._path: NDArray[np.int32] = to_numpy(columns["path"])
+        self.teacher: NDArray[np.int32] = to_numpy(columns["teacher"])
         self._prompts: dict[str, tuple[NDArray[np.int32], NDArray[np.int32]]] = {
-            name: (columns[name].offsets.to_numpy(), columns[name].values.to_numpy()) for name in _PROMPTS
+            name: (to_numpy(columns[name].offsets), to_numpy(columns[name].values)) for name in _PROMPTS
         }
 
     @property
@@ -203,19 +206,19 @@ def check_batch(batch: pa.RecordBatch, names: Mapping[str, Sequence[str]]) -> No
     """Checks that the columns fit one another and `names`, without a look at token ids and masks. Raises ValueError."""
     batch.validate(full=True)
     columns = {name: batch.column(name) for name in SCHEMA.names}
-    offsets = {name: each.offsets.to_numpy() for name, each in columns.items() if pa.types.is_list(each.type)}
+    offsets = {name: to_numpy(each.offsets) for name, each in columns.items() if pa.types.is_list(each.type)}
     lengths = np.diff(offsets["token_ids"])
-    num_prompt = columns["num_prompt"].to_numpy()
+    num_prompt = to_numpy(columns["num_prompt"])
     places = {name: columns[name] for name in ("path", "teacher")}
     places["prompt_teachers"] = columns["prompt_teachers"].flatten()
-    sizes = columns["prompt_sizes"].values.to_numpy()
+    sizes = to_numpy(columns["prompt_sizes"].values)
     # The ids of all prompts of a row lie behind one another.
     ends = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])[offsets["prompt_sizes"]]
     fits = (
         not any(each.null_count for each in columns.values())
         and np.array_equal(lengths, np.diff(offsets["mask"]))
         and bool(((num_prompt >= -1) & (num_prompt <= lengths)).all())
-        and all(_are_below(each.to_numpy(), len(names[name])) for name, each in places.items())
+        and all(_are_below(to_numpy(each), len(names[name])) for name, each in places.items())
         and all(
             np.array_equal(np.diff(offsets[name]), np.diff(offsets["prompt_teachers"]))
             for name in ("prompt_replaces", "prompt_sizes")
@@ -236,10 +239,10 @@ def examples_bytes(batch: pa.RecordBatch) -> Iterator[bytes | memoryview]:
     for name in SCHEMA.names:
         column = batch.column(name)
         if pa.types.is_list(column.type):
-            yield np.diff(column.offsets.to_numpy()).tobytes()
+            yield np.diff(to_numpy(column.offsets)).tobytes()
             column = column.flatten()
         if name not in ("path", "number"):
-            yield np.ascontiguousarray(column.to_numpy(zero_copy_only=False)).data
+            yield np.ascontiguousarray(to_numpy(column)).data
 
 
 def to_bytes(batch: pa.RecordBatch) -> bytes:
