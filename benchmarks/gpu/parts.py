@@ -19,7 +19,7 @@ STUDENT_MODULE, DISTIL_MODULE = "benchmarks.student", "benchmarks.gpu.distil"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Handed:
-    """What the caller brings along."""
+    """Models and packages that the caller brings along."""
 
     work: Path
     """Folder of models and logs."""
@@ -195,7 +195,7 @@ PARTS = (
 
 
 def results_of(json_file: Path) -> dict[str, Any] | None:
-    """What a part wrote; None if it wrote nothing that can be read."""
+    """The results that a part wrote; None if it wrote nothing that can be read."""
     try:
         found = json.loads(json_file.read_text())
     except (OSError, ValueError):

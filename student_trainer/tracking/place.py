@@ -11,7 +11,7 @@ from stillhouse.protos.files.atomic import write_atomic
 
 @dataclass(kw_only=True, slots=True)
 class Place:
-    """What the tracker has got; a later process goes on from here."""
+    """The part that the tracker has got; a later process goes on from here."""
 
     id: str = ""
     """Id of the tracker's run; empty before it was opened."""

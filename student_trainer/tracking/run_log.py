@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from stillhouse.student_trainer.run_dir import RunDir
 
 MAX_BYTES = 64 * 1024
-"""Of one process: the run's limit on logs is for its own."""
+"""Limit of one process: the run's limit on logs is for its own."""
 
 
 class RunLog(io.TextIOBase):

@@ -48,7 +48,7 @@ class TeacherSummary:
 
     @property
     def facts(self) -> list[tuple[str, str]]:
-        """What it serves."""
+        """Names and values of the model, the engine and what they can."""
         info = self.info
         if info is None:
             return []

@@ -52,7 +52,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timeline:
-    """What the picture shows."""
+    """Bars, events and ticks of the picture."""
 
     bars: Sequence[Bar]
     events: Sequence[Event]

@@ -73,7 +73,7 @@ class TokenTexts:
 
 @dataclass(frozen=True, slots=True)
 class ServedTokenizer:
-    """What a teacher's tokenizer tells."""
+    """Texts and tool format of a teacher's tokenizer."""
 
     texts: TokenTexts
     tool_format: Format | None

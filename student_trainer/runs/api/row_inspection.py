@@ -138,7 +138,7 @@ class RowInspection:
         await self._process.close()
 
     async def _read(self, request: bytes) -> bytes:
-        """What the process of train/inspect_dataset.py says to a request. Raises the error that it ends with."""
+        """The answer of train/inspect_dataset.py's process to a request. Raises the error that it ends with."""
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", _DATASET, str(self._host.data_dir)),
             cwd=self._host.data_dir,

@@ -139,7 +139,7 @@ class _Batch:
     inputs: Tensor
     """int64 [B]: each row's last token, whose keys are not there yet."""
     places: _Places | None = None
-    """Of the present rows; None until they are set up."""
+    """Places of the present rows; None until they are set up."""
 
     @property
     def ended(self) -> int:

@@ -99,7 +99,7 @@ links = {name: each["value"] for name, each in settings.items()}
 
 
 def read(kind: str, folder: Path, path: Path) -> dict[str, Any]:
-    """What the library's own readers find in the files of a tracker."""
+    """The rows that the library's own readers find in the files of a tracker."""
     script = f"import json, sys\nfrom pathlib import Path\nfolder = Path({str(folder)!r})\n{READERS[kind]}\n"
     script += "print(json.dumps({'losses': found, 'rate': float(rate), 'model': links['final_model'], 'tables': tables}))"
     done = subprocess.run(

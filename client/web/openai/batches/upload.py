@@ -100,7 +100,7 @@ class _Form:
         self._content = bytearray()
 
     def callbacks(self) -> MultipartCallbacks:
-        """What the parser calls."""
+        """Callbacks of the parser."""
         return {
             "on_part_begin": self._begin,
             "on_header_field": self._on_header,
