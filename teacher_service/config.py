@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.settings import SHARED, bad_setting, check_settings, setting
+from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 
 EngineName = Literal["vllm", "hf", "openai"]
 TierName = Literal["worker", "raw", "public"]
@@ -150,7 +151,7 @@ class TeacherConfig:
     @property
     def num_threads(self) -> int:
         """Threads of the computation on a CPU."""
-        return self.threads or len(os.sched_getaffinity(0))
+        return self.threads or openmp_threads() or usable_cores()
 
 
 def default_engine() -> EngineName:

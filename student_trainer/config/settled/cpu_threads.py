@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, MutableMapping
 
 from stillhouse.protos.rpc.channel import is_loopback
+from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 from stillhouse.student_trainer.config.schema import RunConfig
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
@@ -24,8 +25,8 @@ def yield_cores(config: RunConfig, environ: MutableMapping[str, str] = os.enviro
         return
     for name, value in PASSIVE_WAITING.items():
         environ[name] = environ.get(name) or value
-    if not environ.get("OMP_NUM_THREADS") and has_teacher_beside(config):
-        environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) - 1))
+    if openmp_threads(environ) is None:
+        environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() - int(has_teacher_beside(config))))
 
 
 def _busy_targets(config: RunConfig) -> Iterator[str]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.protos.telemetry.host_cores import usable_cores
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +88,7 @@ class DeviceSlots:
 
     def threads(self, devices: tuple[int, ...], *, beside_teacher: bool = False) -> int:
         """CPU threads of a process: its share of the cores, of which a teacher on this machine keeps one on the CPU."""
-        cores = len(os.sched_getaffinity(0))
+        cores = usable_cores()
         if devices:
             return max(1, cores // len(self.gpus))
         return max(1, (cores - int(beside_teacher)) // max(1, self.cpu_slots))

@@ -27,6 +27,7 @@ from google.rpc.status_pb2 import Status
 
 import stillhouse
 from stillhouse.protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
+from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, Attempt
 from stillhouse.student_trainer.train.distributed.rank_env import RankInfo, attribute_to_rank, timeout_s
 
@@ -111,7 +112,7 @@ class RankProcesses:
         """Divides the CPU threads among the processes; with GPUs the run service has done so."""
         if os.environ.get("CUDA_VISIBLE_DEVICES"):
             return
-        threads = int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
+        threads = openmp_threads() or usable_cores()
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
             os.environ[name] = str(max(1, threads // self.rank_info.size))
 

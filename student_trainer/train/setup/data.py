@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
+from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 from stillhouse.student_trainer.config.settled.cpu_threads import has_teacher_beside
 from stillhouse.student_trainer.prepared_store import FOLDER, PreparedStore
 from stillhouse.student_trainer.train.data.corpus import Corpus, assemble
@@ -59,11 +59,10 @@ def _store(scope: RunScope) -> PreparedStore:
 
 def _cores(scope: RunScope) -> int:
     """The cores of the run on this host: while it prepares its data, its other processes and its teacher wait."""
-    cores = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    if not threads.isdecimal():
+    cores, threads = usable_cores(), openmp_threads()
+    if threads is None:
         return cores
-    own = int(threads) * scope.ranks.size + int(has_teacher_beside(scope.config))
+    own = threads * scope.ranks.size + int(has_teacher_beside(scope.config))
     return max(1, min(own, cores))
 
 

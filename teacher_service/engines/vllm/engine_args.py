@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.telemetry.host_cores import openmp_threads
 from stillhouse.teacher_service.config import BATCH_TOKENS, TeacherConfig
 from stillhouse.teacher_service.engines.vllm.parallelism import (
     is_one_process,
@@ -100,7 +101,8 @@ def set_cpu_environment(config: TeacherConfig) -> None:
     os.environ[HELPER_THREADS_VARIABLE] = "0"
     if is_one_process(config):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        threads = int(os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() - 1))))
+        threads = openmp_threads() or max(1, num_cores() - 1)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         # With many threads the one free core makes no difference.
         helps = config.threads is None and threads == 1 and num_cores() > 1
         os.environ[HELPER_THREADS_VARIABLE] = str(int(helps))

@@ -10,6 +10,7 @@ from typing import Any
 import psutil
 
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.telemetry.host_cores import usable_cores
 from stillhouse.teacher_service.config import TeacherConfig
 
 _NODES = Path("/sys/devices/system/node")
@@ -29,7 +30,7 @@ def is_one_process(config: TeacherConfig) -> bool:
 
 def num_cores() -> int:
     """Physical cores available to this process."""
-    usable = len(os.sched_getaffinity(0))
+    usable = usable_cores()
     return min(usable, psutil.cpu_count(logical=False) or usable)
 
 

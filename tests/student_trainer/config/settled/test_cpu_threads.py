@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
+from stillhouse.protos.telemetry.host_cores import usable_cores
 from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.config.settled.cpu_threads import (
@@ -44,13 +44,16 @@ def test_a_teacher_on_loopback_is_beside_the_run(found: RunConfig, beside: bool)
 
 
 def test_threads_are_set_where_nobody_has() -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     alone: dict[str, str] = {"CUDA_VISIBLE_DEVICES": ""}
     yield_cores(config("gpu-host:7401"), alone)
-    assert alone == {"CUDA_VISIBLE_DEVICES": "", **PASSIVE_WAITING}
+    assert alone == {"CUDA_VISIBLE_DEVICES": "", **PASSIVE_WAITING, "OMP_NUM_THREADS": str(cores)}
     shared: dict[str, str] = {}
     yield_cores(config("localhost:7401"), shared)
     assert shared == {**PASSIVE_WAITING, "OMP_NUM_THREADS": str(max(1, cores - 1))}
+    unusable = {"OMP_NUM_THREADS": ""}
+    yield_cores(config("localhost:7401"), unusable)
+    assert unusable == shared
     for given in ({"OMP_NUM_THREADS": "7", "OMP_WAIT_POLICY": "ACTIVE"}, {"CUDA_VISIBLE_DEVICES": "0"}):
         kept = dict(given)
         yield_cores(config("localhost:7401"), kept)
