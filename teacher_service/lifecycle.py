@@ -9,6 +9,7 @@ import os
 import sys
 from dataclasses import asdict
 from importlib import import_module
+from typing import Protocol
 
 import numpy as np
 import structlog
@@ -53,6 +54,12 @@ _EXTRAS = {"vllm": "teacher (or teacher-cpu)", "openai": "teacher-openai", "hf":
 """Extras of the package that bring the engines."""
 
 log = structlog.get_logger(__name__)
+
+
+class _LoadedEngine(Engine, Protocol):
+    """An engine with the tokenizer that it was loaded with."""
+
+    codec: TextCodec
 
 
 def serve(config: TeacherConfig) -> int:
@@ -152,12 +159,12 @@ class _TeacherProcess:
         for name, path in config.adapters:
             await adapters.load(name, str(path), trusted=True)
         adapters.adopt(engine.info.adapters)
-        codec = await asyncio.to_thread(TextCodec.load, config.tokenizer_source, config.revision)
+        log.info("model loaded", model=engine.info.model, dtype=engine.info.dtype)
         await _warm_up(engine)
         # Otherwise each full collection would traverse the libraries' millions of objects.
         gc.collect()
         gc.freeze()
-        self._servicer.serve(engine, codec, adapters)
+        self._servicer.serve(engine, engine.codec, adapters)
         server.set_serving(True)
         if config.address_file is not None:
             write_atomic(config.address_file, address.encode(), private=True)
@@ -184,7 +191,7 @@ class _TeacherProcess:
             _leave(0)
 
 
-async def _load(config: TeacherConfig) -> Engine:
+async def _load(config: TeacherConfig) -> _LoadedEngine:
     module, name = _ENGINES[await asyncio.to_thread(_engine_name, config)]
     if config.engine == "hf":
         # On a CPU its threads would spin while they wait, on cores that a trainer beside it needs.
@@ -192,7 +199,8 @@ async def _load(config: TeacherConfig) -> Engine:
     try:
         # In a thread: importing torch takes seconds, in which the loop refuses calls and handles signals.
         engine = getattr(await asyncio.to_thread(import_module, module), name)
-        loaded: Engine = await engine.load(config)
+        log.info("engine imported", engine=config.engine)
+        loaded: _LoadedEngine = await engine.load(config)
     except ImportError as error:
         extra = _EXTRAS[config.engine]
         raise StillhouseError(

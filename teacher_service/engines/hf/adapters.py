@@ -35,7 +35,8 @@ class LoraSlots:
         self._replaced: dict[str, list[ReplacedWeight]] = {}
         """Weights of the base that a slot's adapter replaces while it is active."""
         self._count = 0
-        self._active_name: str | None = None
+        self._active_name: str | None = ""
+        """None if it is not known. A model without slots is its base: peft is imported with the first adapter."""
 
     def load(self, name: str, path: Path) -> int:
         """Injects an adapter; returns its rank.

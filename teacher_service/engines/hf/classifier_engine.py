@@ -32,6 +32,7 @@ class HfClassifierEngine(TextlessEngine, ModelEngine):
         self, config: TeacherConfig, model: ClassifierModel, codec: TextCodec, files: ModelFiles
     ) -> None:
         self._model = model
+        self.codec = codec
         info = describe_classifier(config, model, codec, files)
         self.info = replace(
             info,

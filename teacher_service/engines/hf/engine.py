@@ -58,6 +58,7 @@ class HfEngine(ModelEngine):
         self._model = model
         self._slots = LoraSlots(model.model, max_adapters=config.max_adapters, max_rank=config.max_lora_rank)
         self._seeds = np.random.default_rng(config.seed)
+        self.codec = codec
         self.info = _describe(config, model, codec, files)
         super().__init__(config, model.device)
 

@@ -57,6 +57,9 @@ class OpenAiEngine:
     and, without the three, at any temperature where it reports them after temperature.
     """
 
+    codec: TextCodec
+    """Set by `load`, of the tokenizer that it was given."""
+
     def __init__(self, client: HttpClient, model: ServedModel, ability: Ability, info: EngineInfo) -> None:
         self._client = client
         self._model = model
@@ -103,7 +106,9 @@ class OpenAiEngine:
         )
         if not ability.keeps_seeds:
             log.warning("upstream does not keep seeds: the same seed gives other samples")
-        return cls(client, model, ability, info)
+        engine = cls(client, model, ability, info)
+        engine.codec = codec
+        return engine
 
     async def score(self, item: ScoreInput) -> Distributions:
         """Scores one sequence; cancelling the task ends the request there. Raises `StillhouseError` (CAPABILITY)."""

@@ -48,6 +48,9 @@ log = structlog.get_logger(__name__)
 class VllmClassifierEngine(TextlessEngine):
     """Engine of a sequence classifier on vLLM's `AsyncLLM`, without adapters and hidden states."""
 
+    codec: TextCodec
+    """Set by `load`, of the model's tokenizer."""
+
     def __init__(self, running: VllmProcesses, info: EngineInfo) -> None:
         self._running: VllmProcesses | None = running
         self.info = info
@@ -91,6 +94,7 @@ class VllmClassifierEngine(TextlessEngine):
                 batch_tokens=int(running.llm.vllm_config.scheduler_config.max_num_batched_tokens),
             )
             engine = cls(running, info)
+            engine.codec = codec
             await engine._require_same(probes, wanted)
         except BaseException as error:
             await asyncio.to_thread(running.stop)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.library_errors import reported_as
@@ -50,6 +51,8 @@ from stillhouse.teacher_service.models.weight_names import check_weight_names
 
 _PROBE_TOKENS = 8
 
+_log = structlog.get_logger(__name__)
+
 
 class VllmEngine:
     """Engine on vLLM's `AsyncLLM`, which runs the model in its own processes.
@@ -59,6 +62,9 @@ class VllmEngine:
     `sampling_logprobs` has values where that distribution is the raw one (temperature 1, top-p 1, no top-k, no
     padding of the output layer to exclude) and for greedy samples (0), and is empty otherwise.
     """
+
+    codec: TextCodec
+    """Set by `load`, of the model's tokenizer."""
 
     def __init__(
         self,
@@ -94,6 +100,7 @@ class VllmEngine:
         names.require_plain(config.model)
         running = await VllmProcesses.start(config, files.directory, engine_arguments)
         llm = running.llm
+        _log.info("vllm started")
         try:
             info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
             shapes = await asyncio.to_thread(matrix_shapes, files.directory)
@@ -105,6 +112,7 @@ class VllmEngine:
             )
             await cls(llm, info, adapters)._require_finite(names.files)
             tier = await choose(config, llm, info, lambda tier: cls(llm, info, adapters, tier=tier))
+            _log.info("vllm tier chosen", tier=tier.name)
             info = replace(
                 info,
                 engine=f"{info.engine} (tier {tier.name})",
@@ -113,6 +121,7 @@ class VllmEngine:
                 **_state_sizes(llm, tier),
             )
             engine = cls(llm, info, adapters, tier=tier, running=running)
+            engine.codec = codec
             await engine._warm_up()
         except BaseException as error:
             await asyncio.to_thread(running.stop)

@@ -98,6 +98,8 @@ def set_cpu_environment(config: TeacherConfig) -> None:
     """
     # The second model runner needs Triton, which few CPU builds have.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    # The model is computed eagerly there; a helper of the lower tiers alone would be compiled, for seconds of each start.
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ[HELPER_THREADS_VARIABLE] = "0"
     if is_one_process(config):
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

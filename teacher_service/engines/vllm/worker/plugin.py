@@ -18,7 +18,7 @@ from stillhouse.teacher_service.engines.vllm.worker import lm_head_lora
 from stillhouse.teacher_service.engines.vllm.worker.request_plan import score_start
 
 VARIABLE = "STILLHOUSE_VLLM_PLUGIN"
-"""Set to "1" while a teacher starts its vLLM."""
+"""Set to its process id while a teacher starts its vLLM."""
 BESIDE_WRITERS = 512
 """Prompt tokens read by a CPU step that also generates: it takes two to three times as long as one that only
 generates some dozens."""
@@ -29,9 +29,9 @@ _log = logging.getLogger("vllm.stillhouse")
 
 @contextmanager
 def switched_on() -> Iterator[None]:
-    """Within the context, processes that vLLM starts load the plug-in."""
+    """Within the context, processes that vLLM starts load the plug-in; this one, which computes nothing, does not."""
     before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = "1"
+    os.environ[VARIABLE] = str(os.getpid())
     try:
         yield
     finally:
@@ -43,7 +43,7 @@ def switched_on() -> Iterator[None]:
 
 def register() -> None:
     """Entry point of vLLM, possibly called several times."""
-    if os.environ.get(VARIABLE) != "1":
+    if os.environ.get(VARIABLE, "") in ("", str(os.getpid())):
         return
     for change, consequence in (
         # The teacher notices missing rows.

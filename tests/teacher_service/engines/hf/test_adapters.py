@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.teacher_service.engines.hf.adapters import LoraSlots
+from tests.conftest import Models
 from tests.support.small_models import TINY_SIZES
 
 IDS = torch.arange(3, 15).unsqueeze(0)
@@ -50,6 +53,22 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "new tokens by name": ("untied", {**LLAMA, "trainable_token_indices": {"lm_head": [7, 2]}}),
     "parameters of experts": ("moe", MOE),
 }
+WITHOUT_ADAPTERS = """
+import asyncio, sys
+import numpy as np
+from stillhouse.teacher_service.config import TeacherConfig
+from stillhouse.teacher_service.engine import DistributionOptions, ScoreInput
+from stillhouse.teacher_service.engines.hf.engine import HfEngine
+
+async def score():
+    engine = await HfEngine.load(TeacherConfig(model=sys.argv[1], engine="hf"))
+    item = ScoreInput(token_ids=np.array([1, 2], np.int32), start=1, options=DistributionOptions(top_k=1))
+    await engine.score(item)
+    await engine.close()
+
+asyncio.run(score())
+sys.exit("peft" in sys.modules)
+"""
 REFUSED: dict[str, dict[str, Any]] = {
     "PiSSA": {"init_lora_weights": "pissa"},
     "OLoRA": {"init_lora_weights": "olora"},
@@ -251,3 +270,10 @@ def test_a_file_that_lacks_weights_or_has_others_is_refused_by_name(
     watched.check()
     watched.slots.load("later", made("untied", LLAMA))
     watched.check()
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_peft_is_not_imported_before_the_first_adapter(models: Models) -> None:
+    program = [sys.executable, "-c", WITHOUT_ADAPTERS, str(models.teacher)]
+    assert subprocess.run(program, check=False, capture_output=True).returncode == 0
