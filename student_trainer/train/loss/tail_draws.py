@@ -34,6 +34,11 @@ MIN_CONTROLLED_DRAWS = 32
 """Fewest distinct draws of a position that tell the factor of its control variate."""
 MAX_CONTROLLED_RATIO = 40.0
 """Bound of log r in a control variate, whose square float32 has to hold."""
+RIDGE, MAX_SQUARE_SHARE = 2.0, 0.5
+"""Times the largest square that is added to the sum of squares in a control variate, and the most of the sum that it may be: one
+large r says nothing of the others."""
+MAX_LOG_ERROR = math.log(1.3)
+"""Most by which the draws that tell a control variate's factor may miss log Q / P, which is known."""
 
 
 def tail_divergence(
@@ -55,18 +60,29 @@ def tail_divergence(
 
 def _slopes(generator: Generator, drawn: DrawnTail) -> Float[Tensor, "B T K"]:
     """The k of each draw: that with the least squares of h - k r, h = r (f'(r) - c), over every second distinct draw of the position,
-    those that the draw itself is not among; 0 where there are few."""
+    those that the draw itself is not among; 0 where there are few, or where they tell too little.
+
+    Where the student likes tokens far more than the teacher, draws that hit none of them, or too many, estimate Q / P wrongly, and
+    a single r settles k: it would then add noise instead of removing it.
+    """
     with torch.enable_grad():
         log_ratios = drawn.log_ratios.detach().clamp(max=MAX_CONTROLLED_RATIO).requires_grad_()
         (slopes,) = torch.autograd.grad(generator(log_ratios).sum(), log_ratios)
     counts = drawn.shares > 0
     ratios, ordinals = log_ratios.detach().exp(), counts.cumsum(-1)
     odd = ordinals % 2 == 1
+    tail_ratio = drawn.log_tail_ratio.detach()
 
     def factor(half: Tensor) -> Tensor:
-        own = ratios.masked_fill(~half, 0.0)
-        squares = own.square().sum(-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
-        return (own * slopes).sum(-1, keepdim=True) / squares
+        own, shares = ratios.masked_fill(~half, 0.0), drawn.shares.masked_fill(~half, 0.0)
+        squares = own.square()
+        total, largest = squares.sum(-1, keepdim=True), squares.amax(-1, keepdim=True)
+        slope = (own * slopes).sum(-1, keepdim=True) / (total + RIDGE * largest).clamp(
+            min=torch.finfo(own.dtype).tiny
+        )
+        estimate = (shares * own).sum(-1, keepdim=True).log() - shares.sum(-1, keepdim=True).log()
+        tells = ((estimate - tail_ratio).abs() <= MAX_LOG_ERROR) & (largest <= MAX_SQUARE_SHARE * total)
+        return slope.masked_fill(~tells, 0.0)
 
     many = ordinals[..., -1:] >= MIN_CONTROLLED_DRAWS
     return torch.where(odd, factor(counts & ~odd), factor(counts & odd)).masked_fill(~many, 0.0)

@@ -194,9 +194,34 @@ def test_a_control_variate_is_steadier_and_moves_the_mean_by_little(
         monkeypatch.setattr(tail_draws, "MIN_CONTROLLED_DRAWS", fewest)
         value, gradients = value_and_gradients(student.expand(1, rows, vocab_size), targets, loss)
         variances.append(float(gradients.var(0).sum()))
-        assert value / rows == pytest.approx(expected, rel=0.02)
+        assert value / rows == pytest.approx(expected, rel=0.04)
         assert (gradients.mean(0) - gradient[0]).square().sum() < 1e-2 * variances[-1]
     assert variances[1] < (0.9 if case == "tvd" else 0.5) * variances[0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "sharpness", "distance"),
+    [(2.0, 1.0, 4.0), (2.0, 3.0, 1.0), (4.0, 3.0, 3.0), (4.0, 6.0, 0.1)],
+)
+@pytest.mark.parametrize("case", CASES)
+def test_a_control_variate_harms_neither_far_students_nor_sharp_teachers(
+    case: str, temperature: float, sharpness: float, distance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A student that knows nothing of its teacher likes tokens that hardly any draw hits. Unguarded, the squared error grew up to
+    100,000 times."""
+    vocab_size, rows = 2000, 100
+    teacher = sharpness * random_logits(vocab_size, seed=4, dtype=torch.float64)
+    student = distance * random_logits(vocab_size, seed=5, dtype=torch.float64)
+    loss = LossConfig(terms=(term_of(case),), temperature=temperature)
+    dense = DenseTargets(logprobs=teacher.log_softmax(-1).view(1, 1, vocab_size))
+    _, gradient = value_and_gradients(student.view(1, 1, vocab_size), dense, loss)
+    targets = stratified_targets(teacher, loss, rows=rows, count=128)
+    errors = []
+    for fewest in (vocab_size, MIN_CONTROLLED_DRAWS):
+        monkeypatch.setattr(tail_draws, "MIN_CONTROLLED_DRAWS", fewest)
+        _, gradients = value_and_gradients(student.expand(1, rows, vocab_size), targets, loss)
+        errors.append(float((gradients - gradient[0]).square().sum()))
+    assert errors[1] < 1.6 * errors[0]
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "tvd"])
