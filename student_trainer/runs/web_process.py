@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
 import structlog
 
+from stillhouse.protos.child_process import end_process
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.student_trainer.runs.data_dir import DataDir
 from stillhouse.student_trainer.runs.settings import RunServiceSettings
@@ -69,18 +69,8 @@ class WebProcess:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait({self._watching})
-        process = self._process
-        if process is None or process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(STOP_S):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
+        if self._process is not None:
+            await end_process(self._process, grace_s=STOP_S)
 
     async def _spawn(self) -> asyncio.subprocess.Process:
         self._process = await asyncio.create_subprocess_exec(
@@ -110,6 +100,7 @@ def _arguments(settings: RunServiceSettings, data_dir: DataDir, address: str) ->
         *("--trainer", target, "--listen", settings.web_listen, "--parent", str(os.getpid())),
         *("--address-file", str(data_dir.path / ADDRESS_FILE)),
         *("--sign-in-file", str(data_dir.path / "web-sign-in"), "--log-level", settings.log_level),
+        *("--batch-dir", str(data_dir.path / "web-batches")),
     ]
     if settings.tls_cert is not None and settings.tls_key is not None:
         arguments += ["--tls", "--https-cert", str(settings.tls_cert), "--https-key", str(settings.tls_key)]

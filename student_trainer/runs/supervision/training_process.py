@@ -14,11 +14,10 @@ from typing import Protocol
 
 import psutil
 
-import stillhouse
+from stillhouse.protos.child_process import python_path
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import ProcessRecord, RunDir, start_time_of
 
-PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 CREDENTIALS_VARIABLE = "STILLHOUSE_CREDENTIALS"
 """Environment variable with the path of the teachers' credentials file."""
 SECRETS = frozenset({"STILLHOUSE_TRAINER_DATABASE", "PGPASSWORD"})
@@ -137,10 +136,7 @@ def environment(
 def environment_of_child() -> dict[str, str]:
     """The service's environment for a Python process of its own: without secrets, with the package on the path."""
     variables = {name: value for name, value in os.environ.items() if name not in SECRETS}
-    # Finds the package also from a source tree.
-    paths = [str(PACKAGE_ROOT), *filter(None, variables.get("PYTHONPATH", "").split(os.pathsep))]
-    path = os.pathsep.join(dict.fromkeys(str(Path(path).resolve()) for path in paths))
-    return variables | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return variables | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
 
 
 def find_running(run_dir: RunDir, attempt: int) -> ProcessRecord | None:

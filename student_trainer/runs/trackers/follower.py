@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import structlog
 
+from stillhouse.protos.child_process import end_process
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.atomic import write_atomic
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, TrackerSpec
@@ -35,7 +35,7 @@ RETRIES_S = (2.0, 10.0, 60.0, 300.0, 1800.0)
 GIVEN_UP_S = 24 * 3600.0
 """After a run's end."""
 STOP_S = 8.0
-"""Time that a process has to end after a signal."""
+"""Time that a process has to end after a signal: it may send what waits."""
 STORE_RETRY_S = 5.0
 PAUSE_S = 1.0
 """Between two looks at a run that changes all the time."""
@@ -207,7 +207,7 @@ class Trackers:
             code = ended.result()
             return f"exit code {code}; the run's log has the reason" if code else ""
         finally:
-            await asyncio.shield(_end(process))
+            await asyncio.shield(end_process(process, grace_s=STOP_S))
             ended.cancel()
 
     async def _tell_state(self, key: _Key) -> None:
@@ -258,17 +258,3 @@ async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
         task.cancel()
     if waiting:
         await asyncio.wait(waiting)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """Ends a process and what it started: by a signal first, so that it may send what waits."""
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_S):
-                await process.wait()
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()

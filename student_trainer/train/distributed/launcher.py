@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 import structlog
 from google.rpc.status_pb2 import Status
 
-import stillhouse
+from stillhouse.protos.child_process import python_path
 from stillhouse.protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
 from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, Attempt
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 ERROR_VARIABLE = "STILLHOUSE_RANK_ERROR"
 """Path of the file to which a process started here writes its error."""
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -135,10 +134,9 @@ class RankProcesses:
 
     def _environment(self, rank: int) -> Mapping[str, str]:
         assert self._listener is not None
-        paths = [str(PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+            "PYTHONPATH": python_path(),
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.rank_info.size),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,8 @@ from tests.support.programs import Program, ProgramError
 def test_the_web_server_lives_as_long_as_the_service(
     trainer_service: Callable[..., Program], tmp_path: Path
 ) -> None:
-    options = ("--web", "--web-listen", "127.0.0.1:0")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        options = ("--web", "--web-listen", f"127.0.0.1:{free.getsockname()[1]}")
     data = tmp_path / "trainer-data"
     with pytest.raises(ProgramError, match="give HOST:PORT"):
         trainer_service("--web", "--web-listen", "nowhere")
@@ -38,6 +40,11 @@ def test_the_web_server_lives_as_long_as_the_service(
     (child,) = psutil.Process(killed.pid).children()
     os.kill(killed.pid, signal.SIGKILL)
     killed.process.wait()
+    again = trainer_service(
+        *options
+    )  # on the port and the folder of batches of a server that may not have ended yet
+    assert (data / "web-batches").stat().st_mode & 0o077 == 0
+    assert again.stop() == 0
     deadline = time.monotonic() + 20
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the web server outlived the service"

@@ -9,15 +9,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import stillhouse
+from stillhouse.protos.child_process import end_process, python_path
 
 STOP_S = 10.0
 MAX_LINE_BYTES = 1 << 20
 MODULE = "stillhouse.client.web.openai.batches.worker"
-PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +38,7 @@ async def run_process(order: Mapping[str, Any], progress: Callable[[int, int], N
         *(sys.executable, "-P", "-m", MODULE),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": _python_path(), "PYTHONUNBUFFERED": "1"},
+        env={**os.environ, "PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
         limit=MAX_LINE_BYTES,
         start_new_session=True,
     )
@@ -62,25 +60,4 @@ async def run_process(order: Mapping[str, Any], progress: Callable[[int, int], N
         await process.wait()
         return end
     finally:
-        await asyncio.shield(_end(process))
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.terminate()
-        try:
-            async with asyncio.timeout(STOP_S):
-                await process.wait()
-        except TimeoutError:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-
-
-def _python_path() -> str:
-    """Finds the package also from a source tree."""
-    others = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
-    return os.pathsep.join(
-        dict.fromkeys([str(PACKAGE_ROOT), *(str(Path(each).resolve()) for each in others)])
-    )
+        await asyncio.shield(end_process(process, grace_s=STOP_S))

@@ -13,12 +13,11 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Self
 
 import structlog
 
-import stillhouse
+from stillhouse.protos.child_process import python_path
 from stillhouse.student_trainer.train.data.chat.mask import Learned
 from stillhouse.student_trainer.train.data.prepared.block import Block
 from stillhouse.student_trainer.train.data.prepared.identity import tokenizer_digest
@@ -30,7 +29,6 @@ log = structlog.get_logger()
 BLOCKS_AHEAD = 2
 """Blocks that a process has at once: one that it encodes, and the next."""
 MAX_WORKERS = 64
-_PACKAGE_ROOT = Path(stillhouse.__file__).resolve().parents[1]
 
 
 class Workers:
@@ -158,10 +156,9 @@ class _Worker:
 
 def _environment() -> dict[str, str]:
     """The environment of a process that computes on one core and uses no device."""
-    paths = [str(_PACKAGE_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(dict.fromkeys(paths)),
+        "PYTHONPATH": python_path(),
         "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",

@@ -15,6 +15,9 @@ import pytest
 
 from stillhouse.client.api import Teacher
 from stillhouse.client.batch.pipeline import BatchSettings, generate_file
+from stillhouse.client.web.openai.batches import folder as batch_folder
+from stillhouse.client.web.openai.batches.folder import BatchFolder
+from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.rpc.tokens import Scope, create
 from tests.client.web.conftest import start_web
 from tests.conftest import Models
@@ -328,6 +331,19 @@ def test_lists_have_pages_and_contents_ranges(door: Door) -> None:
     assert (answer.status_code, answer.content) == (206, b"1")
     for query in ("limit=0", "limit=x", "after=nothing", "nothing=1", "order=up"):
         assert httpx.get(f"{door.web.target}/v1/files?{query}", headers=headers).status_code == 400
+
+
+def test_a_folder_has_one_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch_folder, "LOCK_WAIT_S", 0.2)
+    first = BatchFolder(tmp_path)
+    arriving = first.uploads / "arriving"
+    arriving.touch()
+    with pytest.raises(StillhouseError, match="Another server uses"):
+        BatchFolder(tmp_path)
+    assert arriving.exists()
+    first.close()
+    BatchFolder(tmp_path).close()
+    assert not arriving.exists()
 
 
 def test_a_token_counts_as_long_as_the_teacher_takes_it(models: Models, tmp_path: Path) -> None:
