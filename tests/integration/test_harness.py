@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import yaml
 
 from stillhouse.client.api import Trainer
 from tests.conftest import Models
+from tests.support.harness import accuracy, evaluated, make_harness, write_questions
 from tests.support.runs import Service, completed
-
-HARNESS = "lm_eval==0.4.13"
-IMPORTED = ("pytablewriter", "sqlitedict", "more_itertools", "tenacity")
-"""Imports of a local task and of a served model that this environment lacks; the harness never reaches scikit-learn and others."""
-QUESTIONS = 24
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +22,7 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Future[Path | 
     It is made beside the test's run, whose processes leave a core free.
     """
     with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(make_environment, tmp_path_factory.mktemp("harness"))
-
-
-def make_environment(root: Path) -> Path | str:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True, timeout=100)
-    python = root / "bin" / "python"
-    purelib = subprocess.check_output(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-    ).strip()
-    (Path(purelib) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    for packages in (("--no-deps", HARNESS), IMPORTED):
-        done = subprocess.run(
-            [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *packages],
-            capture_output=True,
-            check=False,
-            timeout=200,
-        )
-        if done.returncode:
-            return f"lm_eval cannot be installed here: {done.stderr.decode()[-200:]}"
-    return python
+        yield pool.submit(make_harness, tmp_path_factory.mktemp("harness"))
 
 
 @pytest.mark.slow
@@ -63,14 +36,7 @@ def test_the_harness_scores_a_pulled_student_as_we_do(
     dataset_file: Path,
     tmp_path: Path,
 ) -> None:
-    words = [text.split(": ")[1].split()[0] for text in models.texts[: 3 * QUESTIONS]]
-    rows = [
-        {"prompt": f"Number {each}:", "choices": [f" {word}" for word in options], "answer": each % 3}
-        for each in range(QUESTIONS)
-        if len(set(options := words[3 * each : 3 * each + 3])) == 3
-    ]
-    questions = tmp_path / "quiz.jsonl"
-    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = write_questions(tmp_path, models.texts)
     spec = {
         "student": {"model": str(models.student)},
         "data": {"train": [{"path": str(dataset_file)}]},
@@ -89,41 +55,10 @@ def test_the_harness_scores_a_pulled_student_as_we_do(
     python = harness.result()
     if isinstance(python, str):
         pytest.skip(python)
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    task = {
-        "task": "quiz",
-        "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(questions)}},
-        "output_type": "multiple_choice",
-        "test_split": "test",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "answer",
-        "target_delimiter": "",
-        "metric_list": [{"metric": "acc"}],
-    }
-    (tasks / "quiz.yaml").write_text(yaml.safe_dump(task))
-    done = subprocess.run(
-        [
-            *(str(python), "-m", "lm_eval", "--model", "hf", "--device", "cpu", "--tasks", "quiz"),
-            *("--model_args", f"pretrained={tmp_path / 'student'},dtype=float32"),
-            *("--include_path", str(tasks), "--output_path", str(tmp_path / "results"), "--batch_size", "1"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=500,
-        env={
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(tmp_path),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "hf"),
-        },
+    results = evaluated(
+        python, tmp_path / "harness", questions, "hf", f"pretrained={tmp_path / 'student'},dtype=float32"
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    [results] = (tmp_path / "results").rglob("results_*.json")
-    theirs = json.loads(results.read_text())["results"]["quiz"]["acc,none"]
+    theirs = accuracy(results)
     assert theirs == pytest.approx(quiz["metrics"]["accuracy"]["after"]["value"], abs=1e-9)
     assert 0 < theirs < 1
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.support.environments import make_environment
 
 Libraries = Mapping[str, Path]
 """Kind of tracker to the folder that brings its library when it is on PYTHONPATH."""
@@ -27,18 +26,7 @@ def tracker_libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
 
 
 def _installed(root: Path, packages: Sequence[str]) -> Path:
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(root)], check=True, timeout=100)
-    python = root / "bin" / "python"
-    purelib = subprocess.check_output(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-    ).strip()
-    (Path(purelib) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", *packages],
-        capture_output=True,
-        check=False,
-        timeout=500,
-    )
-    if done.returncode:
-        pytest.skip(f"{packages[0]} is not installed")
-    return Path(purelib)
+    made = make_environment(root, packages)
+    if isinstance(made, str):
+        pytest.skip(made)
+    return made.purelib
