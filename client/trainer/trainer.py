@@ -103,9 +103,16 @@ class Trainer(Connection):
         """Looks a run up by its id, a prefix of it, or `latest`."""
         return RunHandle(self, find_run(name, lambda: (run.name for run in self.runs())))
 
-    def runs(self, states: Iterable[run_pb2.Run.State.ValueType] = ()) -> Iterator[run_pb2.Run]:
-        """Yields every run, newest first; only those in one of `states` if any are given."""
-        request = run_pb2.ListRunsRequest(page_size=PAGE_SIZE, states=states)
+    def runs(
+        self,
+        states: Iterable[run_pb2.Run.State.ValueType] = (),
+        *,
+        labels: Iterable[str] = (),
+        text: str = "",
+    ) -> Iterator[run_pb2.Run]:
+        """Yields every run, newest first; only those in one of `states` if any are given, with all of `labels`, each KEY or
+        KEY=VALUE, and with `text` in their id, display name or student's model."""
+        request = run_pb2.ListRunsRequest(page_size=PAGE_SIZE, states=states, labels=labels, text=text)
         while True:
             page = self.call(self.stub.ListRuns, request)
             yield from page.runs

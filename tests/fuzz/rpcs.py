@@ -277,9 +277,13 @@ GOOD: Mapping[str, Callable[[random.Random, Known], list[Any]]] = {
     "UnloadAdapter": lambda rng, _known: [teacher.UnloadAdapterRequest(adapter=f"a{rng.randrange(6)}")],
     "CreateRun": _create,
     "GetRun": lambda rng, known: [run.GetRunRequest(name=_name(rng, known))],
-    "ListRuns": lambda rng, _known: [
+    "ListRuns": lambda rng, known: [
         run.ListRunsRequest(
-            page_size=rng.randrange(4), page_token=rng.choice(("", "3-")), states=[run.Run.STATE_PENDING]
+            page_size=rng.randrange(4),
+            page_token=rng.choice(("", "3-")),
+            states=[run.Run.STATE_PENDING],
+            labels=[_word(rng, known)],
+            text=_word(rng, known),
         )
     ],
     "WatchRun": lambda rng, known: [

@@ -26,8 +26,18 @@ STATES = ("pending", "starting", "running", "stopping", "stopped", "completed", 
     type=click.Choice(STATES, case_sensitive=False),
     help="Only runs in this state; may be repeated.",
 )
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY[=VALUE]",
+    help="Only runs with this label; may be repeated.",
+)
+@click.option("--text", default="", help="Only runs with this in their id, name or student's model.")
 @click.option("--limit", type=click.IntRange(1), default=50, show_default=True, help="Most runs to show.")
-def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
+def list_runs(
+    session: Session, *, states: tuple[str, ...], labels: tuple[str, ...], text: str, limit: int
+) -> None:
     """List runs, newest first."""
     from stillhouse.client.core.json_output import as_json
     from stillhouse.client.terminal.render import columns, progress_text, time_text
@@ -37,11 +47,11 @@ def list_runs(session: Session, states: tuple[str, ...], limit: int) -> None:
 
     wanted = [Run.State.Value(f"STATE_{state.upper()}") for state in states]
     documents, rows = [], []
-    for run in itertools.islice(session.trainer.runs(wanted), limit):
+    for run in itertools.islice(session.trainer.runs(wanted, labels=labels, text=text), limit):
         documents.append(as_json(run) | {"id": run_id(run.name)})
         progress, created = progress_text(run.progress), time_text(run.create_time)
         rows.append((run_id(run.name), state_text(run), progress, created, run.spec.display_name))
-    empty = "There are no such runs." if states else "There are no runs yet."
+    empty = "There are no such runs." if states or labels or text else "There are no runs yet."
     table = columns(rows, header=("ID", "STATE", "STEP", "CREATED", "NAME"), empty=empty)
     session.show({"runs": documents}, table)
 

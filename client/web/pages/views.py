@@ -15,7 +15,7 @@ from stillhouse.client.web.api.messages import check_names
 from stillhouse.client.web.pages.comparison import check_runs, final_metrics
 from stillhouse.client.web.pages.failure import failure_of_run
 from stillhouse.client.web.pages.rendering import render
-from stillhouse.client.web.pages.run_list import STATES, filter_of, find_runs
+from stillhouse.client.web.pages.run_list import STATES, filter_of
 from stillhouse.client.web.pages.run_summary import RunSummary
 from stillhouse.client.web.pages.settings_table import differences, settings_of
 from stillhouse.client.web.pages.timeline import timeline_of
@@ -41,20 +41,14 @@ def frame_of(context: WebContext, request: Request) -> dict[str, Any]:
 async def show_runs(context: WebContext, request: Request) -> Response:
     """The list of runs."""
     wanted = filter_of(request.query_params)
-    caller = context.callers.of(request)
-
-    async def list_runs(message: run_pb2.ListRunsRequest) -> run_pb2.ListRunsResponse:
-        response: run_pb2.ListRunsResponse = await caller.call(context.upstream.trainer, "ListRuns", message)
-        return response
-
-    page = await find_runs(list_runs, wanted)
+    page = await context.callers.of(request).call(context.upstream.trainer, "ListRuns", wanted.request)
     return render(
         "runs.html",
         **frame_of(context, request),
         filter=wanted,
         states=STATES,
         rows=[RunSummary(run=each) for each in page.runs],
-        page=page,
+        next_token=page.next_page_token,
     )
 
 

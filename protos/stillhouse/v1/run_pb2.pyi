@@ -2218,13 +2218,23 @@ class ListRunsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     STATES_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most this many. 0 means 50; more than 500 means 500."""
     page_token: _builtins.str
     """next_page_token of the page before; every other field must match that request."""
+    text: _builtins.str
+    """Only runs whose id, display name or student's model has this text, in any case; at most 200 characters. Empty means any."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[Global___Run.State.ValueType]:
         """Only runs in one of these states. Empty means any."""
+
+    @_builtins.property
+    def labels(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Only runs with all of these labels, each KEY or KEY=VALUE; at most 16 of 200 characters. Empty means any. A page of labels or
+        a text looks through 2,500 runs, and may have fewer than page_size, or none, before the last page.
+        """
 
     def __init__(
         self,
@@ -2232,10 +2242,12 @@ class ListRunsRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         states: _abc.Iterable[Global___Run.State.ValueType] | None = ...,
+        labels: _abc.Iterable[_builtins.str] | None = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["labels", b"labels", "page_size", b"page_size", "page_token", b"page_token", "states", b"states", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

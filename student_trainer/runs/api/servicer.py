@@ -41,6 +41,7 @@ from stillhouse.student_trainer.runs.api.streams import RunStreams
 from stillhouse.student_trainer.runs.api.student_config import inspect_student
 from stillhouse.student_trainer.runs.store.database import DatabaseThread
 from stillhouse.student_trainer.runs.store.metric_series import to_series
+from stillhouse.student_trainer.runs.store.run_filter import read_filter
 from stillhouse.student_trainer.runs.store.store import Store
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
 from stillhouse.student_trainer.runs.supervision.supervisor import Supervisor
@@ -158,11 +159,11 @@ class RunServicer(RunServiceServicer):
 
     async def ListRuns(self, request: pb.ListRunsRequest, context: Context) -> pb.ListRunsResponse:
         """Returns a page of runs, newest first."""
-        filtered_by = ".".join(str(each) for each in sorted(set(request.states)))
-        before = read_page_token(request.page_token, filtered_by)
+        wanted = read_filter(request)
+        before = read_page_token(request.page_token, wanted.digest)
         size = page_size(request.page_size)
-        runs, following = await self._db(self._store.page, list(request.states), before=before, limit=size)
-        return pb.ListRunsResponse(runs=runs, next_page_token=page_token(following, filtered_by))
+        runs, following = await self._db(self._store.page, wanted, before=before, limit=size)
+        return pb.ListRunsResponse(runs=runs, next_page_token=page_token(following, wanted.digest))
 
     def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """Streams the current run, then every change."""

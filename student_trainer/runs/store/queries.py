@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
-from sqlalchemy import Connection, RowMapping, func, insert, select, update
+from sqlalchemy import ColumnElement, Connection, RowMapping, Select, func, insert, select, update
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import (
@@ -20,11 +20,15 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import (
     RunSpec,
     WatchRunResponse,
 )
+from stillhouse.student_trainer.runs.store.run_filter import RunFilter
 from stillhouse.student_trainer.runs.store.run_state import ENDED, PENDING, State, may_become, state_name
 from stillhouse.student_trainer.runs.store.schema import attempts, changes, events, requests, runs
 
 MOST_CHANGES = 500
 """Changes that a run's history has."""
+MOST_SEARCHED = 2500
+"""Runs that one page of a search by labels or text looks through."""
+SEARCHED_AT_ONCE = 250
 STEP_METRICS = frozenset({"train/loss", "cache/sequences"})
 """A point with one of these metrics is a step that the attempt took; others are evaluations."""
 
@@ -170,6 +174,32 @@ def read_changes(db: Connection, run_id: str) -> list[RunChange]:
         .limit(MOST_CHANGES)
     )
     return [_to_change(each) for each in reversed(db.execute(query).mappings().all())]
+
+
+def newest(wanted: RunFilter, before: int | None, *columns: ColumnElement[Any]) -> Select[Any]:
+    """Selects runs in the states of `wanted`, newest first, older than number `before`; all columns unless some are given."""
+    query = (select(*columns) if columns else select(runs)).order_by(runs.c.number.desc())
+    if wanted.states:
+        query = query.where(runs.c.state.in_(wanted.states))
+    return query if before is None else query.where(runs.c.number < before)
+
+
+def search(db: Connection, wanted: RunFilter, before: int | None, limit: int) -> tuple[list[int], int | None]:
+    """Numbers of at most `limit` runs that `wanted` takes, newest first, older than number `before`; and the number to
+    continue from if the search has ended after MOST_SEARCHED runs."""
+    found: list[int] = []
+    for _ in range(MOST_SEARCHED // SEARCHED_AT_ONCE):
+        query = newest(wanted, before, runs.c.number, runs.c.id, runs.c.effective_spec)
+        rows = db.execute(query.limit(SEARCHED_AT_ONCE)).all()
+        for number, run_id, spec in rows:
+            if wanted.takes(run_id, RunSpec.FromString(spec)):
+                found.append(number)
+                if len(found) == limit:
+                    return found, None
+        if len(rows) < SEARCHED_AT_ONCE:
+            return found, None
+        before = rows[-1][0]
+    return found, before
 
 
 def to_run(db: Connection, row: RowMapping, *, with_specs: bool = True) -> Run:

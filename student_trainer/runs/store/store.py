@@ -21,6 +21,7 @@ from stillhouse.student_trainer.runs.store.datasets import DatasetStore, StoredD
 from stillhouse.student_trainer.runs.store.journal_ingest import JournalBatch
 from stillhouse.student_trainer.runs.store.metric_blocks import Stored
 from stillhouse.student_trainer.runs.store.queries import now_us, to_bytes
+from stillhouse.student_trainer.runs.store.run_filter import RunFilter
 from stillhouse.student_trainer.runs.store.run_state import ENDED, LIVE, PENDING, RUNNING, STARTING, State
 from stillhouse.student_trainer.runs.store.schema import attempts, events, requests, runs
 
@@ -108,20 +109,19 @@ class Store:
             row = queries.run_row(db, run_id)
             return queries.to_run(db, row), int(row["last_sequence"])
 
-    def page(
-        self, states: Sequence[State], *, before: int | None, limit: int
-    ) -> tuple[list[Run], int | None]:
+    def page(self, wanted: RunFilter, *, before: int | None, limit: int) -> tuple[list[Run], int | None]:
         """At most `limit` runs and about MAX_PAGE_BYTES, newest first, older than number `before`; and the number to
-        continue from, if there are more."""
-        query = select(runs).order_by(runs.c.number.desc()).limit(limit + 1)
-        if states:
-            query = query.where(runs.c.state.in_(states))
-        if before is not None:
-            query = query.where(runs.c.number < before)
+        continue from, if there may be more. A search by labels or text ends after queries.MOST_SEARCHED runs."""
         with transaction(self._engine) as db:
-            found = db.execute(query).mappings().all()
+            if not wanted.searches:
+                found = db.execute(queries.newest(wanted, before).limit(limit + 1)).mappings().all()
+                following = None
+            else:
+                numbers, following = queries.search(db, wanted, before, limit + 1)
+                query = select(runs).where(runs.c.number.in_(numbers)).order_by(runs.c.number.desc())
+                found = db.execute(query).mappings().all()
             shown = queries.to_runs(db, _first(found[:limit], MAX_PAGE_BYTES))
-        return shown, int(found[len(shown) - 1]["number"]) if len(found) > len(shown) else None
+        return shown, int(found[len(shown) - 1]["number"]) if len(found) > len(shown) else following
 
     def queue(self) -> list[Run]:
         """PENDING runs in queue order."""

@@ -208,12 +208,16 @@ def test_pages_go_through_every_run_newest_first(service: Service, failed: Run) 
         token = page.next_page_token
         if not token:
             break
-        with refused(Reason.INVALID_REQUEST):
-            service.stub.ListRuns(pb.ListRunsRequest(page_token=token, states=[Run.STATE_FAILED]))
+        for other in ({"states": [Run.STATE_FAILED]}, {"text": "a"}, {"labels": ["a"]}):
+            with refused(Reason.INVALID_REQUEST):
+                service.stub.ListRuns(pb.ListRunsRequest(page_token=token, **other))
     assert seen == every
     assert failed.name in seen
     with refused(Reason.INVALID_REQUEST):
         service.stub.ListRuns(pb.ListRunsRequest(page_size=-1))
+    for request in (pb.ListRunsRequest(text="x" * 201), pb.ListRunsRequest(labels=["x"] * 17)):
+        with refused(Reason.INVALID_REQUEST):
+            service.stub.ListRuns(request)
     with refused(Reason.INVALID_REQUEST):
         service.stub.ListRuns(pb.ListRunsRequest(page_token="1; drop table runs"))
     for run in waiting:
