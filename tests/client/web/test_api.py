@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
+from stillhouse.client.core.settings import load_settings
 from stillhouse.client.web.api.routes import ROUTES
 from stillhouse.client.web.openapi.document import document
+from stillhouse.client.web.server import bind
+from stillhouse.client.web.settings import WebSettings
 from stillhouse.client.web.upstream import RUN_SERVICE, TEACHER_SERVICE
 from tests.client.web.conftest import World
 
@@ -28,6 +32,14 @@ def test_every_rpc_has_a_route() -> None:
     assert {each.rpc for each in ROUTES} == rpcs
     operations = [one for path in document()["paths"].values() for one in path.values()]
     assert {each.rpc.partition(".")[2] for each in ROUTES} <= {each.get("operationId") for each in operations}
+
+
+def test_small_responses_are_not_held_back() -> None:
+    settings = WebSettings(services=load_settings({}), listen="127.0.0.1:0")
+    with bind(settings) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @pytest.fixture(scope="module")
