@@ -16,10 +16,19 @@ from google.rpc.status_pb2 import Status
 from stillhouse.client.core.errors import LocatedViolation
 from stillhouse.protos.errors import StillhouseError, from_status
 
+_PLAIN = frozenset(
+    getattr(FieldDescriptor, f"TYPE_{name}")
+    for name in ("DOUBLE", "FLOAT", "INT32", "INT64", "UINT32", "UINT64", "BOOL", "STRING")
+)
+"""Types of fields whose values are those of JSON."""
+
 
 def dumps(value: object) -> str:
     """Returns one line of JSON. NaN and infinities become the strings "NaN", "Infinity" and "-Infinity"."""
-    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError):  # a map that is no dict, or a number that is not finite
+        return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
 
 
 def as_json(message: Message) -> dict[str, Any]:
@@ -36,9 +45,24 @@ def as_json(message: Message) -> dict[str, Any]:
         if is_map(field):
             result[field.name] = dict(value)
         elif field.is_repeated:
-            result[field.name] = [_value(field, item) for item in value]
+            result[field.name] = (
+                list(value) if field.type in _PLAIN else [_value(field, item) for item in value]
+            )
         else:
             result[field.name] = _value(field, value)
+    return result
+
+
+def set_fields(message: Message) -> dict[str, Any]:
+    """Returns the fields of `message` that are set, as as_json has them: those that a file needs to say."""
+    result: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        if is_map(field):
+            result[field.name] = dict(value)
+        elif field.is_repeated:
+            result[field.name] = [_set_value(field, item) for item in value]
+        else:
+            result[field.name] = _set_value(field, value)
     return result
 
 
@@ -79,6 +103,11 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
     if field.enum_type is not None:
         return enum_name(field.enum_type, value)
     return value
+
+
+def _set_value(field: FieldDescriptor, value: Any) -> Any:
+    is_plain = isinstance(value, Message) and not isinstance(value, Timestamp | Status)
+    return set_fields(value) if is_plain else _value(field, value)
 
 
 def enum_name(enum: Any, number: int) -> str | None:

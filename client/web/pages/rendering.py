@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from starlette.responses import Response
 
 from stillhouse.client.web.pages import text
@@ -26,8 +27,16 @@ def _environment() -> Environment:
     )
     result.filters.update(number=text.number, age=text.age, iso=text.iso, moment=text.moment, size=text.size)
     result.filters.update(dataset=text.dataset_name, shorter=text.shorter, code=text.with_code)
-    result.globals.update(static=files.url_of, between=text.between)
+    result.globals.update(static=files.url_of, module=_module, between=text.between)
     return result
+
+
+def _module(name: str) -> Markup:
+    """The script element of a module, behind links that load what it imports at the same time."""
+    links = "".join(
+        f'<link rel="modulepreload" href="{files.url_of(each)}">\n' for each in files.imports_of(name)
+    )
+    return Markup(f'{links}<script type="module" src="{files.url_of(name)}"></script>')  # noqa: S704 - names of files
 
 
 def render(template: str, status: int = 200, /, **values: Any) -> Response:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import posixpath
+import re
 from functools import cache
 from pathlib import Path
 
@@ -17,6 +19,7 @@ MEDIA_TYPES = {
 }
 CACHE_CONTROL = "public, max-age=31536000, immutable"
 _ROOT = Path(__file__).parent
+_IMPORT = re.compile(r'^import .* from "(\.[^"]+)";$', re.MULTILINE)
 
 
 @cache
@@ -43,6 +46,21 @@ def url_of(name: str) -> str:
     """Path of a file on the server. Raises KeyError for a name that no file has."""
     contents()[name]
     return f"/static/{digest()}/{name}"
+
+
+@cache
+def imports_of(name: str) -> tuple[str, ...]:
+    """Names of the modules that the module `name` imports, directly or not, so that a page asks for all at once."""
+    found: dict[str, None] = {}
+    waiting = [name]
+    while waiting:
+        importer = waiting.pop()
+        for path in _IMPORT.findall(contents()[importer].decode()):
+            imported = posixpath.normpath(posixpath.join(posixpath.dirname(importer), path))
+            if imported not in found:
+                found[imported] = None
+                waiting.append(imported)
+    return tuple(found)
 
 
 def respond(given_digest: str, name: str) -> Response | None:

@@ -3,7 +3,10 @@
 import { smooth } from "./series.js";
 
 const HEIGHT = 240;
+const X_AXIS = 34;
 const COLOURS = 8;
+const MOST_MARKED = 60; // points of a line, or evaluations, that are marked one by one
+const MARKS = { attempt: ["--muted", false], wait: ["--warn", true], evaluation: ["--mark", true] }; // colour, and whether it is dashed
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const sync = uPlot.sync("steps");
 
@@ -14,9 +17,11 @@ export function short(value) {
   return Number(value.toPrecision(4)).toLocaleString("en");
 }
 
+const isMarked = (line) => (line.points && line.steps.length <= MOST_MARKED) || line.steps.length === 1;
+
 export class Chart {
   constructor(parent, title, unit, view) {
-    Object.assign(this, { view, lines: [], marks: [], plot: null, shape: "" });
+    Object.assign(this, { view, lines: [], marks: [], plot: null, shape: "", isNear: false, isStale: false });
     this.figure = document.createElement("figure");
     const caption = document.createElement("figcaption");
     const heading = document.createElement("h3");
@@ -27,7 +32,8 @@ export class Chart {
     caption.append(heading, this.text);
     this.figure.append(caption, this.box);
     parent.append(this.figure);
-    new ResizeObserver(() => this.plot?.setSize(this.size())).observe(this.box);
+    new ResizeObserver(() => this.resize()).observe(this.box);
+    new IntersectionObserver((entries) => this.near(entries.at(-1).isIntersecting), { rootMargin: "300px" }).observe(this.figure);
     dark.addEventListener("change", () => this.plot && this.make());
   }
 
@@ -41,11 +47,29 @@ export class Chart {
   draw() {
     this.figure.hidden = this.lines.length === 0;
     if (!this.lines.length) return;
-    this.text.textContent = this.lines.map((line) => `${line.label} ${short(line.values.at(-1))}`).join(" · ");
-    const shape = JSON.stringify([this.view.log, this.lines.map((line) => line.label)]);
+    this.text.textContent = this.lines.map((line) => `${line.label}: ${short(line.values.at(-1))}`).join(" · ");
+    this.isStale = true;
+    this.paint();
+  }
+
+  // True if the figure is in sight, or soon will be; others are drawn once they are.
+  near(isNear) {
+    this.isNear = isNear;
+    this.paint();
+  }
+
+  paint() {
+    if (!this.isNear || !this.isStale) return;
+    this.isStale = false;
+    const shape = JSON.stringify([this.view.log, this.lines.map((line) => [line.label, isMarked(line)])]);
     if (!this.plot || shape !== this.shape) this.make();
     else this.plot.setData(this.data());
     this.shape = shape;
+  }
+
+  resize() {
+    const size = this.size();
+    if (this.plot && this.plot.width !== size.width) this.plot.setSize(size);
   }
 
   data() {
@@ -78,7 +102,7 @@ export class Chart {
             },
           },
         },
-        axes: [axis, { ...axis, size: 64, values: (_, ticks) => ticks.map((each) => (each === null ? "" : short(each))) }],
+        axes: [{ ...axis, size: X_AXIS }, { ...axis, size: 64, values: (_, ticks) => ticks.map((each) => (each === null ? "" : short(each))) }],
         series: [
           { label: "step" },
           ...this.lines.map((line, at) => ({
@@ -87,7 +111,7 @@ export class Chart {
             width: 1.5,
             dash: at >= COLOURS ? [6, 4] : undefined,
             spanGaps: true,
-            points: { show: line.points || line.steps.length === 1, size: 7 },
+            points: { show: isMarked(line), size: 7 },
             value: (_, value) => short(value),
           })),
         ],
@@ -111,19 +135,22 @@ export class Chart {
 
   drawMarks(plot, colour) {
     const { ctx, bbox } = plot;
+    const seen = this.marks.map((mark) => ({ ...mark, x: plot.valToPos(mark.step, "x", true) })).filter(({ x }) => x >= bbox.left && x <= bbox.left + bbox.width);
     ctx.save();
     ctx.lineWidth = devicePixelRatio;
     ctx.font = `${11 * devicePixelRatio}px system-ui, sans-serif`;
-    for (const { step, text, kind } of this.marks) {
-      const x = plot.valToPos(step, "x", true);
-      if (x < bbox.left || x > bbox.left + bbox.width) continue;
-      ctx.strokeStyle = ctx.fillStyle = colour({ attempt: "--muted", wait: "--warn" }[kind] ?? "--mark");
-      ctx.setLineDash(kind === "attempt" ? [] : [3 * devicePixelRatio, 4 * devicePixelRatio]);
+    for (const [kind, [name, isDashed]] of Object.entries(MARKS)) {
+      const marks = seen.filter((mark) => mark.kind === kind);
+      if (!marks.length || (kind === "evaluation" && marks.length > MOST_MARKED)) continue;
+      ctx.strokeStyle = ctx.fillStyle = colour(name);
+      ctx.setLineDash(isDashed ? [3 * devicePixelRatio, 4 * devicePixelRatio] : []);
       ctx.beginPath();
-      ctx.moveTo(x, bbox.top);
-      ctx.lineTo(x, bbox.top + bbox.height);
+      for (const { x, text } of marks) {
+        ctx.moveTo(x, bbox.top);
+        ctx.lineTo(x, bbox.top + bbox.height);
+        if (text) ctx.fillText(text, x + 3 * devicePixelRatio, bbox.top + 11 * devicePixelRatio);
+      }
       ctx.stroke();
-      if (text) ctx.fillText(text, x + 3 * devicePixelRatio, bbox.top + 11 * devicePixelRatio);
     }
     ctx.restore();
   }

@@ -101,6 +101,18 @@ def paths_of(runs: list[str]) -> list[str]:
     ]
 
 
+def test_a_page_asks_for_all_of_its_modules_at_once() -> None:
+    modules = {name: content.decode() for name, content in files.contents().items() if name.endswith(".js")}
+    for name, content in modules.items():
+        imported = [
+            line for line in content.splitlines() if name.startswith("own/") and line.startswith("import ")
+        ]
+        known = files.imports_of(name)
+        assert set(known) <= set(modules)
+        assert all(any(each.rpartition("/")[2] in line for each in known) for line in imported), name
+    assert "own/series.js" in files.imports_of("own/run.js")
+
+
 def test_every_page_keeps_a_strict_policy_and_this_host(
     world: World, browser: httpx.Client, runs: list[str]
 ) -> None:
