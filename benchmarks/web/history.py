@@ -22,18 +22,21 @@ OTHERS = ("forward_kl", "cross_entropy", "learning_rate", "grad_norm", "tokens_p
 """Metrics of each point beside the loss."""
 
 
-def fill(data: Path, runs: int, points: int, points_of_others: int) -> str:
-    """Makes a data directory whose newest run has `points` points; returns the id of that run."""
+def fill(data: Path, runs: int, points: int, points_of_others: int) -> None:
+    """Makes a data directory whose newest run has `points` points."""
     folder = DataDir.open(data)
     store = Store.open(folder.database_path)
     generator = random.Random(0)
-    names = [f"{_letters(number):a>12}" for number in range(runs)]
-    for number, name in enumerate(names):
+    for number in range(runs):
         is_last = number == runs - 1
-        _add_run(store, name, number, points if is_last else points_of_others, generator)
+        _add_run(store, id_of(number), number, points if is_last else points_of_others, generator)
     store.close()
     folder.close()
-    return names[-1]
+
+
+def id_of(number: int) -> str:
+    """Id of the run of this number, from 0."""
+    return f"{_letters(number):a>12}"
 
 
 def _add_run(store: Store, name: str, number: int, points: int, generator: random.Random) -> None:

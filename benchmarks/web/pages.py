@@ -18,7 +18,7 @@ from pathlib import Path
 import click
 from playwright.sync_api import Browser
 
-from benchmarks.web.history import fill
+from benchmarks.web.history import fill, id_of
 from tests.client.web.conftest import start_web
 from tests.support.chromium import chromium_path, start_chromium
 from tests.support.programs import start_trainer
@@ -54,24 +54,33 @@ class Visit:
 @click.option("--points", default=1_000_000, help="Metric points of the newest of them.")
 @click.option("--points-of-others", default=100, help="Metric points of each other run.")
 @click.option("--visits", default=7, help="Visits of each page.")
+@click.option(
+    "--history",
+    type=click.Path(path_type=Path),
+    help="Keep the runs in this folder, and measure those that are there already.",
+)
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Also write the figures there.")
-def main(runs: int, points: int, points_of_others: int, visits: int, json_path: Path | None) -> None:
+def main(
+    *,
+    runs: int,
+    points: int,
+    points_of_others: int,
+    visits: int,
+    history: Path | None,
+    json_path: Path | None,
+) -> None:
     """Measure the list of runs, a run and a comparison."""
     browser_path = chromium_path()
     if browser_path is None:
         sys.exit("bench-web: no Chromium is on the PATH; scripts/chromium.sh installs Debian's.")
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        began_s = time.monotonic()
-        with tempfile.TemporaryDirectory(dir=_quick_folder()) as quick:
-            large = fill(Path(quick) / "data", runs, points, points_of_others)
-            shutil.copytree(Path(quick) / "data", root / "data")
-        print(
-            f"{runs:,} runs, one of {points:,} points, stored in {time.monotonic() - began_s:.0f} s",
-            flush=True,
-        )
+        data = history or root / "data"
+        if not data.exists():
+            _fill(data, runs, points, points_of_others)
+        large = id_of(runs - 1)
         with (
-            start_trainer(root / "data", directory=root, options=["--cpu-slots", "0"]) as trainer,
+            start_trainer(data, directory=root, options=["--cpu-slots", "0"]) as trainer,
             start_web(root, trainer.target, "--log-level", "warning", environment={}) as web,
             start_chromium(browser_path) as browser,
         ):
@@ -84,6 +93,17 @@ def main(runs: int, points: int, points_of_others: int, visits: int, json_path: 
     sys.exit(not figures_are_good)
 
 
+def _fill(data: Path, runs: int, points: int, points_of_others: int) -> None:
+    """Makes the data directory, in memory first."""
+    began_s = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=_quick_folder()) as quick:
+        fill(Path(quick) / "data", runs, points, points_of_others)
+        shutil.copytree(Path(quick) / "data", data)
+    print(
+        f"{runs:,} runs, one of {points:,} points, stored in {time.monotonic() - began_s:.0f} s", flush=True
+    )
+
+
 def _quick_folder() -> str | None:
     """A folder in memory if it is large enough: filling waits for the disk ten thousand times."""
     memory = Path("/dev/shm")
@@ -92,7 +112,7 @@ def _quick_folder() -> str | None:
 
 def measure(browser: Browser, url: str, large: str, visits: int) -> dict[str, Visit]:
     """Median times by page."""
-    small = f"{large[:-1]}a"
+    small = id_of(0)
     pages = {
         "list": "/",
         "list, failed runs": "/?state=FAILED",

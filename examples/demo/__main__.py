@@ -321,7 +321,8 @@ def main(
     except (ProgramError, RunFailedError, StillhouseError) as error:
         console.print(f"demo: {error}", style="red", markup=False)
         sys.exit(1)
-    console.print(f"demo: {time.monotonic() - started:.0f} s in all")
+    if not stay:
+        console.print(f"demo: {time.monotonic() - started:.0f} s in all")
 
 
 if __name__ == "__main__":

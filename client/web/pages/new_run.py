@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from google.protobuf.json_format import MessageToDict
 from starlette.requests import Request
 from starlette.responses import Response
 
+from stillhouse.client.core.json_output import set_fields
 from stillhouse.client.runfile.yaml_text import document_text, flow_text
 from stillhouse.client.trainer.run_lookup import run_id
 from stillhouse.client.web.api.context import WebContext
@@ -71,10 +71,9 @@ def _first_text(context: WebContext, request: Request) -> str:
 
 def _text_of(run: run_pb2.Run) -> str:
     """The settings that a run was created with, as a run file."""
-    values = MessageToDict(run.spec, preserving_proto_field_name=True)
     title = "".join(each if each.isprintable() else " " for each in run.spec.display_name)
     named = f", {title[:LONGEST_NAME]}" if title else ""
-    return f"# Settings of run {run_id(run.name)}{named}\n{document_text(values)}"
+    return f"# Settings of run {run_id(run.name)}{named}\n{document_text(set_fields(run.spec))}"
 
 
 async def _get(context: WebContext, caller: Caller, run: str) -> run_pb2.Run:

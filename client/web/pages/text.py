@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from markupsafe import Markup, escape
@@ -28,6 +29,15 @@ def duration(seconds: float) -> str:
     return f"{max(0, int(seconds))} s"
 
 
+def precise_duration(seconds: float) -> str:
+    """A duration in its two largest units: 1 min 49 s, 3 h, 2 d 5 h."""
+    for (unit_s, _), (part_s, _) in pairwise((*_UNITS, (1, "s"))):
+        if seconds >= unit_s:
+            rest = duration(seconds % unit_s) if seconds % unit_s >= part_s else ""
+            return f"{duration(seconds)} {rest}".rstrip()
+    return duration(seconds)
+
+
 def age(timestamp: Timestamp) -> str:
     """Time since `timestamp`; empty if it is unset."""
     return duration(time.time() - timestamp.seconds) if timestamp.seconds else ""
@@ -35,9 +45,7 @@ def age(timestamp: Timestamp) -> str:
 
 def between(start: Timestamp, end: Timestamp) -> str:
     """Time from `start` to `end`, or until the present if `end` is unset; empty without a start."""
-    if not start.seconds:
-        return ""
-    return duration((end.seconds or time.time()) - start.seconds)
+    return precise_duration((end.seconds or time.time()) - start.seconds) if start.seconds else ""
 
 
 def iso(timestamp: Timestamp) -> str:

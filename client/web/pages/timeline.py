@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from stillhouse.client.web.pages.run_summary import CONDITIONS
-from stillhouse.client.web.pages.text import duration
+from stillhouse.client.web.pages.text import precise_duration
 from stillhouse.protos.stillhouse.v1.run_pb2 import Attempt, Run, RunChange
 
 STATES = {
@@ -117,7 +117,7 @@ def _ticks(span_s: float) -> Iterator[tuple[float, str]]:
     if step_s is None:
         step_s = 86400 * max(1, round(span_s / 86400 / MOST_TICKS))
     for number in range(int(span_s // step_s) + 1):
-        yield round(100 * number * step_s / span_s, 2), duration(number * step_s)
+        yield round(100 * number * step_s / span_s, 2), precise_duration(number * step_s)
 
 
 def _seconds(moment: Timestamp) -> float:

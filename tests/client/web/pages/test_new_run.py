@@ -39,7 +39,7 @@ def test_a_new_run_begins_with_the_teacher_and_the_dataset_that_is_named(world: 
 
 def test_a_clone_has_the_settings_that_its_run_was_created_with(world: World) -> None:
     with world.client() as client:
-        spec = world.spec(display_name=HOSTILE, labels={"team": "a: b"})
+        spec = world.spec(display_name=HOSTILE, labels={"team": "a: b"}, optimizer={"max_steps": 3})
         created = client.post("/api/v1/runs", json={"spec": spec})
         run = created.json()["name"].removeprefix("runs/")
         page = client.get("/runs/new", params={"from": run})
