@@ -265,15 +265,15 @@ def _targets(
             Reason.TENSOR_INVALID, "The teacher sent log_partitions for some sequences only; see its log."
         )
 
-    def joined(arrays: Sequence[np.ndarray], dtype: type) -> Tensor:
-        return torch.from_numpy(np.concatenate(arrays).astype(dtype)).unsqueeze(0).to(device)
+    def joined(arrays: Sequence[np.ndarray], dtype: type, filling: float = 0.0) -> Tensor:
+        return torch.from_numpy(_stacked(arrays, widest, dtype, filling)).unsqueeze(0).to(device)
 
     return SparseTargets(
-        token_ids=joined([_widened(each.token_ids, widest, PAD_ID) for each in found], np.int64),
-        logprobs=joined([_widened(each.logprobs, widest, -np.inf) for each in found], np.float32),
+        token_ids=joined([each.token_ids for each in found], np.int64, PAD_ID),
+        logprobs=joined([each.logprobs for each in found], np.float32, -np.inf),
         log_tail=joined([each.log_tail for each in found], np.float32),
         log_partition=joined(log_partition, np.float32) if log_partition else None,
-        draw_shares=joined([_widened(each, widest, 0.0) for each in shares], np.float32) if shares else None,
+        draw_shares=joined(shares, np.float32) if shares else None,
     )
 
 
@@ -336,10 +336,21 @@ def _optional(array: np.ndarray | None, device: torch.device) -> Tensor | None:
     return None if array is None else torch.from_numpy(array).to(device)
 
 
-def _widened(array: np.ndarray, num_columns: int, filling: float) -> np.ndarray:
-    """Pads [T, K] with columns of `filling` up to `num_columns`: sequences may have supports of different sizes."""
-    missing = num_columns - array.shape[1]
-    return np.pad(array, ((0, 0), (0, missing)), constant_values=filling) if missing else array
+def _stacked(arrays: Sequence[np.ndarray], num_columns: int, dtype: type, filling: float) -> np.ndarray:
+    """[N, num_columns] of arrays [T, K], which may have fewer columns, or [N] of arrays [T]: sequences may have supports of different
+    sizes. Each number is copied once."""
+    columns = (num_columns,) * (arrays[0].ndim - 1)
+    stacked: np.ndarray = np.empty((sum(len(each) for each in arrays), *columns), dtype)
+    first = 0
+    for each in arrays:
+        rows = stacked[first : first + len(each)]
+        first += len(each)
+        if each.ndim == 1:
+            rows[:] = each
+        else:
+            rows[:, : each.shape[1]] = each
+            rows[:, each.shape[1] :] = filling
+    return stacked
 
 
 def _sampled(

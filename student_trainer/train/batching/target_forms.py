@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
-from stillhouse.student_trainer.train.batching.supports import in_rows
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
 TargetForm = Literal[
@@ -71,7 +70,7 @@ def target_rows(
     if form == "sampled":
         drawn = _distinct(draws)
         return TargetRows(drawn.token_ids, drawn.log_shares, np.full_like(log_tail, -np.inf))
-    drawn = _distinct(np.where(in_rows(draws, ids) | np.isneginf(log_tail)[:, None], PAD_ID, draws))
+    drawn = _distinct(draws, besides=ids, wanted=~np.isneginf(log_tail))
     shared = log_tail
     if temperature != 1:
         assert answer.log_partitions is not None, "checked with the request"
@@ -124,7 +123,7 @@ def _with_tail(
     draw_logprobs: NDArray[np.float64],
 ) -> TargetRows:
     """Kept tokens, and behind them the distinct draws [T, R] with the share of each; none where no tail is left."""
-    drawn = _distinct(np.where(in_rows(draws, ids) | np.isneginf(log_tail)[:, None], PAD_ID, draws))
+    drawn = _distinct(draws, besides=ids, wanted=~np.isneginf(log_tail))
     own = np.take_along_axis(draw_logprobs, drawn.draws, axis=1)
     return TargetRows(
         np.concatenate([ids, drawn.token_ids], axis=1),
@@ -143,26 +142,47 @@ class _DistinctDraws(NamedTuple):
     """Index of one draw of the token among the row's."""
 
 
-def _distinct(draws: NDArray[np.int32]) -> _DistinctDraws:
-    """Counts the distinct ids of each row of draws [T, R]; PAD_ID is no draw."""
-    # One key sorts ids and carries the place of each: faster than argsort.
-    keys = np.sort((draws.astype(np.int64) << 32) | np.arange(draws.shape[1]), axis=1)
-    ordered = (keys >> 32).astype(np.int32)
-    first = np.ones_like(ordered, np.bool_)
-    first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+_PLACE_BITS = 31
+_IS_DRAW = np.int64(1) << _PLACE_BITS
+
+
+def _distinct(
+    draws: NDArray[np.int32],
+    besides: NDArray[np.int32] | None = None,
+    wanted: NDArray[np.bool_] | None = None,
+) -> _DistinctDraws:
+    """Counts the distinct ids of each row of draws [T, R], but those of the same row of `besides` [T, K] and PAD_ID.
+
+    A row that is not `wanted` has none.
+    """
+    # One key sorts ids, puts those of `besides` before equal draws, and carries each draw's place: faster than argsort, and
+    # than a search of each draw.
+    keys = (draws.astype(np.int64) << 32) | _IS_DRAW | np.arange(draws.shape[1])
+    if besides is not None:
+        keys = np.concatenate([besides.astype(np.int64) << 32, keys], axis=1)
+    keys.sort(axis=1)
+    ids = (keys >> 32).astype(np.int32)
+    first = np.ones_like(ids, np.bool_)
+    np.not_equal(ids[:, 1:], ids[:, :-1], out=first[:, 1:])
     # A row's first column begins a run, so no run crosses rows.
     starts = np.flatnonzero(first)
-    row = starts // max(1, draws.shape[1])
+    lengths = np.diff(starts, append=ids.size)
+    run_ids, run_keys, row = ids.ravel()[starts], keys.ravel()[starts], starts // max(1, ids.shape[1])
+    counted = (run_ids >= 0) & ((run_keys & _IS_DRAW) != 0)
+    if wanted is not None:
+        counted &= wanted[row]
+    run_ids, run_keys, row, lengths = run_ids[counted], run_keys[counted], row[counted], lengths[counted]
     per_row = np.bincount(row, minlength=len(draws))
-    place = np.arange(len(starts)) - np.repeat(np.cumsum(per_row) - per_row, per_row)
-    shape = len(draws), int(per_row.max(initial=0))
-    ids = np.full(shape, PAD_ID, np.int32)
-    ids[row, place] = ordered.ravel()[starts]
-    index = np.zeros(shape, np.int64)
-    index[row, place] = keys.ravel()[starts] & 0xFFFFFFFF
-    counts = np.zeros(shape)
-    counts[row, place] = np.diff(starts, append=draws.size)
-    counts[ids < 0] = 0.0
-    with np.errstate(divide="ignore"):
-        log_shares = np.log(counts) - np.log(np.maximum(counts.sum(axis=1, keepdims=True), 1.0))
-    return _DistinctDraws(ids, log_shares, index)
+    width = int(per_row.max(initial=0))
+    place = np.arange(len(row)) + np.repeat(
+        np.arange(len(draws)) * width - np.cumsum(per_row) + per_row, per_row
+    )
+    log_totals = np.log(np.maximum(np.bincount(row, weights=lengths, minlength=len(draws)), 1.0))
+    shape = len(draws), width
+    token_ids = np.full(shape, PAD_ID, np.int32)
+    token_ids.ravel()[place] = run_ids
+    log_shares = np.full(shape, -np.inf)
+    log_shares.ravel()[place] = np.log(lengths) - log_totals[row]
+    of_draw = np.zeros(shape, np.int64)
+    of_draw.ravel()[place] = run_keys & (_IS_DRAW - 1)
+    return _DistinctDraws(token_ids, log_shares, of_draw)

@@ -106,7 +106,7 @@ class LogitChunk:
             if temperature != 1.0:
                 plain_total = self._logsumexp(1.0)[0]
             kept_logits = kept.gather(self.logits).to(self._block.dtype) / temperature
-            kept.scatter(self.logits, kept_logits.new_full((), -torch.inf).expand_as(kept_logits))
+            kept.blank(self.logits)
             log_rest, rest_sum = self._logsumexp(temperature, keep=differentiate and temperature == 1.0)
             log_total = torch.cat([kept_logits, log_rest], dim=-1).logsumexp(-1, keepdim=True)
         self._state = _ForwardState(
@@ -168,7 +168,8 @@ class LogitChunk:
         if state.kept is not None:
             state.kept.scatter(self.logits, grad_kept_logits_CK)
         at_target = self.logits.gather(-1, state.target_ids) + grad_target.to(self.logits.dtype)
-        _scatter(self.logits, state.target_ids, at_target)
+        rows = torch.arange(len(at_target), device=at_target.device)[:, None]
+        _put(self.logits, state.target_ids + rows * self.logits.shape[-1], at_target)
         self._state = None
         return row_factors
 
@@ -253,12 +254,17 @@ class _KeptTokens:
     """The kept tokens of each row as scatter indices: an unused column repeats the index of a used one."""
 
     def __init__(
-        self, mask: Bool[Tensor, "C K"], token_ids: Int64[Tensor, "C K"], columns: Int64[Tensor, "C K"] | None
+        self,
+        mask: Bool[Tensor, "C K"],
+        token_ids: Int64[Tensor, "C K"],
+        columns: Int64[Tensor, "C K"] | None,
+        num_logits: int,
     ) -> None:
         self.mask = mask
         """True in columns that hold a kept token."""
         self._token_ids = token_ids
         self._columns = columns
+        self._places = token_ids + torch.arange(len(token_ids), device=token_ids.device)[:, None] * num_logits
 
     @classmethod
     def from_buckets(cls, teacher: TeacherBuckets, num_logits: int) -> _KeptTokens:
@@ -267,10 +273,10 @@ class _KeptTokens:
         assert teacher.kept is not None
         mask, token_ids = teacher.kept[0], teacher.token_ids[0]
         if bool(mask.all()):
-            return cls(mask, token_ids, None)
+            return cls(mask, token_ids, None, num_logits)
         own = torch.arange(mask.shape[-1], device=mask.device).expand_as(mask)
         columns = torch.where(mask, own, mask.int().argmax(-1, keepdim=True))
-        return cls(mask, token_ids.gather(-1, columns).clamp(0, num_logits - 1), columns)
+        return cls(mask, token_ids.gather(-1, columns).clamp(0, num_logits - 1), columns, num_logits)
 
     def gather(self, logits: Float[Tensor, "C V"]) -> Float[Tensor, "C K"]:
         """Returns the kept tokens' logits, -inf in unused columns."""
@@ -279,17 +285,22 @@ class _KeptTokens:
     def scatter(self, logits: Float[Tensor, "C V"], values: Float[Tensor, "C K"]) -> None:
         """Overwrites the kept tokens' logits with `values`; a row without any is unchanged."""
         values = values.to(logits.dtype)
-        if self._columns is None:
-            _scatter(logits, self._token_ids, values)
-            return
-        some = self.mask.any(-1, keepdim=True)
-        values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._token_ids))
-        _scatter(logits, self._token_ids, values)
+        if self._columns is not None:
+            some = self.mask.any(-1, keepdim=True)
+            values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._token_ids))
+        _put(logits, self._places, values)
+
+    def blank(self, logits: Float[Tensor, "C V"]) -> None:
+        """Overwrites the kept tokens' logits with -inf; a row without any is unchanged."""
+        places = self._places
+        if self._columns is not None:
+            places = places[self.mask.any(-1)]
+        logits.view(-1).index_fill_(0, places.flatten(), -torch.inf)
 
 
-def _scatter(logits: Tensor, token_ids: Tensor, values: Tensor) -> None:
-    """Sets logits[c, token_ids[c, k]] = values[c, k]; both have one dtype."""
+def _put(logits: Float[Tensor, "C V"], places: Int64[Tensor, "C K"], values: Float[Tensor, "C K"]) -> None:
+    """Sets the logits at flat `places` to `values`, of one dtype with them: several times as fast on a CPU as `scatter_`."""
     if logits.element_size() == 2:
-        # On a CPU torch takes the whole matrix to float32 and back to scatter into half precision; bits are bits.
+        # Bits are bits: no conversion to a wider type and back.
         logits, values = logits.view(torch.int16), values.view(torch.int16)
-    logits.scatter_(-1, token_ids, values)
+    logits.put_(places, values)

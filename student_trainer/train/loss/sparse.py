@@ -42,7 +42,8 @@ class SparseTargets:
         """Raises StillhouseError(NON_FINITE) if a field holds NaN or +inf."""
         for name in ("logprobs", "log_tail", "log_partition", "draw_shares"):
             values: Tensor | None = getattr(self, name)
-            if values is not None and bool((values.isnan() | values.isposinf()).any()):
+            # One pass: the largest of values with a NaN among them is NaN.
+            if values is not None and values.numel() and not bool(values.amax() < torch.inf):
                 raise StillhouseError(
                     Reason.NON_FINITE,
                     f"The teacher's {name} hold NaN or +inf, which no distribution has. "
@@ -179,8 +180,9 @@ def teacher_buckets(
         logprobs, log_tail = _tempered(targets, logprobs, temperature, is_drawn)
     kept = (targets.token_ids >= 0) & (targets.token_ids < limit)
     out_of_range = (targets.token_ids >= limit) & ~is_drawn
-    beyond = logprobs.masked_fill(~out_of_range, -torch.inf)
-    log_tail = torch.cat([log_tail.unsqueeze(-1), beyond], dim=-1).logsumexp(-1)
+    if bool(out_of_range.any()):
+        beyond = logprobs.masked_fill(~out_of_range, -torch.inf)
+        log_tail = torch.cat([log_tail.unsqueeze(-1), beyond], dim=-1).logsumexp(-1)
     has_tail = (kept & ~is_drawn).sum(-1) < num_logits
     log_tail = log_tail.masked_fill(~has_tail, -torch.inf)
     known = logprobs.masked_fill(~kept | is_drawn, -torch.inf)
