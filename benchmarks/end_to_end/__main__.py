@@ -2,7 +2,9 @@
 
 Stillhouse online (teacher and training process, gRPC), Stillhouse from a cache, TRL's GKDTrainer with a teacher in its process
 and full logits, and TRL's ServerDistillationTrainer against `vllm serve`, which gets the given texts where it would generate.
-Seconds count from the first step on, start-up apart; every student is scored afterwards with the teacher's whole
+Rows are prompts and completions of natural lengths, of which completions are learnt: documented functions of Python's library, or
+a JSONL file's. TRL pads a batch to its longest row, as its own collator does. `--rows texts` has rows of equal length without
+padding or prompts. Seconds count from the first step on, start-up apart; every student is scored afterwards with the teacher's whole
 distributions. An interrupted comparison prints what it has.
 """
 
@@ -29,13 +31,30 @@ ARMS = ("online", "cached", "trl-local", "trl-server")
 @comparison_options(work=".bench/end-to-end", arms=ARMS, minutes=4.0)
 @click.option("--steps", default=DEFAULT.steps, show_default=True)
 @click.option("--batch", default=DEFAULT.batch, show_default=True, help="Rows of a step.")
-@click.option("--length", default=DEFAULT.length, show_default=True, help="Longest row, in tokens.")
+@click.option("--length", default=256, show_default=True, help="Longest row, in tokens.")
+@click.option("--vocabulary", default=DEFAULT.vocabulary, show_default=True, help="Tokens of the tokenizer.")
+@click.option(
+    "--rows",
+    type=click.Choice(["pairs", "texts"]),
+    default="pairs",
+    show_default=True,
+    help="Form of the rows.",
+)
 @click.option(
     "--teacher-steps", default=DEFAULT.teacher_steps, show_default=True, help="Training of the teacher."
 )
-def main(*, steps: int, batch: int, length: int, teacher_steps: int, **options: Any) -> None:
+def main(
+    *, steps: int, batch: int, length: int, vocabulary: int, rows: str, teacher_steps: int, **options: Any
+) -> None:
     """Compare ways to distil by their time to equal quality."""
-    sizes = Sizes(steps=steps, batch=batch, length=length, teacher_steps=teacher_steps)
+    sizes = Sizes(
+        vocabulary=vocabulary,
+        rows=rows,
+        steps=steps,
+        batch=batch,
+        length=length,
+        teacher_steps=teacher_steps,
+    )
     comparison = Comparison(arms=ARMS, direction="forward", ratios=ratios_of, tables=_tables)
     compare(comparison, _run, sizes, **options)
 
@@ -51,19 +70,20 @@ def _run(arms: Arms, name: str) -> ArmResult:
         return arms.trl(name, "local")
     if name == "trl-server":
         return arms.trl(name, "server", serve=True)
-    cache = arms.work.path / "cache"
+    cache, done = arms.work.path / "cache", arms.work.path / "cache.done"
 
     def build(targets: Sequence[str]) -> Any:
         spec = off_policy_spec(work, sizes, targets[0], cache=cache, cache_mode="write_through")
         spec.task = "cache"
         return spec
 
-    if not cache.exists():
+    if not done.exists():
+        shutil.rmtree(cache, ignore_errors=True)
         arms.say("the cache is built, once, which is none of the cached arm's time")
         built = arms.stillhouse("cache-build", build, services=teacher)
         if built.problem:
-            shutil.rmtree(cache, ignore_errors=True)
             return replace(built, name=name)
+        done.touch()
     return arms.stillhouse(name, lambda _: off_policy_spec(work, sizes, None, cache=cache, cache_mode="only"))
 
 
@@ -108,24 +128,35 @@ def ratios_of(results: Sequence[ArmResult]) -> dict[str, float]:
     return found
 
 
-def _tokens(arms: Arms, steps: int) -> int:
-    """Tokens that the first steps train on."""
-    rows = json.loads(arms.work.rows.read_text())[: steps * arms.sizes.batch]
-    return sum(sum(row["mask"]) for row in rows)
+def _shape(arms: Arms) -> str:
+    """The mean row of the run, and the mean row of TRL's padded batches."""
+    rows, batch = json.loads(arms.work.rows.read_text()), arms.sizes.batch
+    lengths = [len(row["token_ids"]) for row in rows]
+    padded = [max(lengths[first : first + batch]) for first in range(0, len(rows), batch)]
+    learnt = sum(sum(row["mask"]) for row in rows)
+    return (
+        f"vocabulary {arms.sizes.vocabulary:,}, rows of {sum(lengths) / len(rows):.0f} tokens on average, {learnt / len(rows):.0f} of "
+        f"them learnt, batches of {batch} padded to {sum(padded) / len(padded):.0f}"
+    )
 
 
 def _tables(outcome: Outcome) -> Sequence[Table]:
     results, columns = outcome.results, ("arm", "steps", "seconds", "tokens/s", "process s")
     times = Table(
-        *columns, "peak MiB of each process", "problem", title="Time of equal steps, after start-up"
+        *columns,
+        "peak MiB of each process",
+        "problem",
+        title=f"Time of equal steps, after start-up; {_shape(outcome.arms)}",
     )
+    rows, batch = json.loads(outcome.arms.work.rows.read_text()), outcome.arms.sizes.batch
     for each in results:
         seconds = each.seconds()
+        learnt = sum(sum(row["mask"]) for row in rows[: each.last_step * batch])
         times.add_row(
             each.name,
             str(each.last_step),
             f"{seconds:.1f}" if seconds else "n/a",
-            f"{_tokens(outcome.arms, each.last_step) / seconds:.0f}" if seconds else "n/a",
+            f"{learnt / seconds:.0f}" if seconds else "n/a",
             f"{each.process_s:.1f}",
             memory_text(each),
             each.problem,

@@ -159,6 +159,26 @@ class Arms:
         self._judge(result, code, log, steps=0 if asked.task == "cache" else self.sizes.steps)
         return result
 
+    def keep(self, result: ArmResult) -> None:
+        """Leaves what an arm gave in its folder, for a later call."""
+        path = self._result_path(result.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(result)))
+
+    def earlier(self, name: str) -> ArmResult | None:
+        """What an earlier call left of an arm of the same sizes; None if it did not run."""
+        path = self._result_path(name)
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        for field_name in ("steps", "folders", "scores"):
+            found[field_name] = {int(step): value for step, value in found[field_name].items()}
+        found["memory_mib"] = [(process, mib) for process, mib in found["memory_mib"]]
+        return ArmResult(**found)
+
+    def _result_path(self, name: str) -> Path:
+        return self.work.arm(name) / "result.json"
+
     def score(self, kind: str, results: Sequence[ArmResult]) -> None:
         """Scores the kept students of all arms, in a process of its own."""
         folders = {each.name: [each.folders[step] for step in sorted(each.folders)] for each in results}

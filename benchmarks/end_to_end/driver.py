@@ -62,6 +62,11 @@ def comparison_options(*, work: str, arms: Sequence[str], minutes: float) -> Cal
             "--text", type=click.Path(path_type=Path, exists=True), help="Text in place of Python's manual."
         ),
         click.option("--minutes", default=minutes, show_default=True, help="Most minutes of one arm."),
+        click.option(
+            "--with-earlier",
+            is_flag=True,
+            help="Report the arms that earlier calls left in the work folder, too.",
+        ),
     ]
 
     def add(command: Command) -> Command:
@@ -82,6 +87,7 @@ def compare(
     chosen: Sequence[str],
     text: Path | None,
     minutes: float,
+    with_earlier: bool = False,
 ) -> NoReturn:
     """Runs the chosen arms, prints and writes what they gave, and exits with 0 if each took all its steps."""
     console = Console(soft_wrap=True, width=170)
@@ -91,11 +97,17 @@ def compare(
             arms = _open_arms(work, sizes, text, minutes, console)
             start = ArmResult(name="start", folders={0: str(arms.work.path / "0")})
             outcome = Outcome(arms=arms, start=start)
-            for name in chosen or comparison.arms:
+            names = chosen or comparison.arms
+            if with_earlier:
+                others = (each for each in comparison.arms if each not in names)
+                outcome.results += filter(None, map(arms.earlier, others))
+            for name in names:
                 outcome.results.append(run(arms, name))
+                arms.keep(outcome.results[-1])
         except (KeyboardInterrupt, SystemExit):
             console.print("stopped early; what there is:")
         results = outcome.results if outcome is not None else []
+        results.sort(key=lambda each: comparison.arms.index(each.name))
         if outcome is not None and results:
             before = [outcome.start] if comparison.scores_start else []
             outcome.arms.score(comparison.direction, [*before, *results])

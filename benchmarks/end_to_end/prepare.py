@@ -1,13 +1,14 @@
 """Makes teacher, students and rows of a comparison: `python -m benchmarks.end_to_end.prepare FOLDER SIZES [TEXT]`.
 
-The text is that of the Python manual, which comes with Python, unless a file is named. The rows are those of Stillhouse's own
-preparation, token for token and in its order of steps, so that every program trains on the same.
+The text is that of the Python manual, or for rows of prompt and completion that of Python's library, unless a file is named. The
+rows are those of Stillhouse's own preparation, token for token and in its order of steps, so that every program trains on the same.
 """
 
 from __future__ import annotations
 
 import json
 import pydoc_data.topics
+import random
 import shutil
 import sys
 from collections.abc import Sequence
@@ -17,10 +18,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.end_to_end.pairs import Library, Pair, read_pairs, standard_library
 from benchmarks.end_to_end.runs import off_policy_spec, on_policy_spec
 from benchmarks.end_to_end.sizes import Sizes, Work
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
+from stillhouse.student_trainer.config.settled.matmul_dtype import Processor, matmul_dtype
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.train.data.schedule import Schedule
 from stillhouse.student_trainer.train.setup.inputs import Inputs
@@ -30,17 +33,18 @@ from tests.support.train_teacher import Corpus, TeacherRecipe, fit, train_teache
 
 CHARACTERS = 900
 """Length of a document: more tokens than a row has."""
+TEACHER_TOKENS = 160
+"""Tokens of a row of the teacher's training at most."""
 
 
 def main() -> None:
     """Makes the folder, once."""
     work, sizes = Work(Path(sys.argv[1])), Sizes(**json.loads(sys.argv[2]))
-    text = Path(sys.argv[3]).read_text(errors="replace") if len(sys.argv) > 3 else None
+    file = Path(sys.argv[3]) if len(sys.argv) > 3 else None
     if work.sizes() == sizes:
         return
     shutil.rmtree(work.path, ignore_errors=True)
     work.path.mkdir(parents=True)
-    documents = _documents("\n\n".join(pydoc_data.topics.topics.values()) if text is None else text)
     recipe = TeacherRecipe(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.teacher_hidden,
@@ -48,29 +52,63 @@ def main() -> None:
         num_heads=sizes.heads,
         steps=sizes.teacher_steps,
         batch_size=16,
-        sequence_tokens=sizes.length,
+        sequence_tokens=min(sizes.length, TEACHER_TOKENS),
         max_sequence_tokens=512,
+        bfloat16=matmul_dtype("bfloat16", Processor.read()) == "bfloat16",
     )
-    train_teacher(documents, work.teacher, recipe)
-    held_out = [
-        json.loads(line)["text"] for line in (work.teacher / "held_out.jsonl").read_text().splitlines()
-    ]
-    unseen = set(held_out)
-    seen = [each for each in documents if each not in unseen]
-    _make_students(work, sizes, replace(recipe, steps=sizes.warm_steps), seen)
-    _write_jsonl(work.train, [{"text": each} for each in seen])
-    _write_prompts(work, sizes, seen)
+    (_make_pairs if sizes.has_pairs else _make_texts)(work, sizes, recipe, file)
     work.rows.write_text(
         json.dumps(_ordered(work, off_policy_spec(work, sizes, None), sizes.batch, sizes.steps))
     )
+    work.mark_ready(sizes)
+
+
+def _make_texts(work: Work, sizes: Sizes, recipe: TeacherRecipe, file: Path | None) -> None:
+    """Makes models and data of whole texts, and the prompts of on-policy arms."""
+    manual = "\n\n".join(pydoc_data.topics.topics.values())
+    documents = _documents(manual if file is None else file.read_text(errors="replace"))
+    train_teacher(documents, work.teacher, recipe)
+    held_out = _held_out_texts(work)
+    unseen = set(held_out)
+    seen = [each for each in documents if each not in unseen]
+    _make_student(work.student, work, sizes)
+    _make_student(work.warm_student, work, sizes)
+    _warm(work, replace(recipe, steps=sizes.warm_steps), seen)
+    _write_jsonl(work.train, [{"text": each} for each in seen])
+    _write_prompts(work, sizes, seen)
     prompts = _ordered(work, on_policy_spec(work, sizes, None), sizes.batch, sizes.steps)
     work.prompt_rows.write_text(json.dumps([row["token_ids"][: row["num_prompt"]] for row in prompts]))
+    _write_held_out(work, sizes, [Pair("", each) for each in held_out], least_tokens=sizes.prompt_tokens)
+
+
+def _make_pairs(work: Work, sizes: Sizes, recipe: TeacherRecipe, file: Path | None) -> None:
+    """Makes models and data of prompts and completions; the teacher learns both, and the library's other functions."""
+    pairs, others = standard_library() if file is None else Library(read_pairs(file), [])
+    random.Random(recipe.seed).shuffle(pairs)
+    held_out = pairs[: max(sizes.held_out_rows, len(pairs) // 50)]
+    seen = pairs[len(held_out) :]
+    train_teacher([*(each.text for each in seen), *others], work.teacher, recipe)
+    _make_student(work.student, work, sizes)
+    # No more than the run reads, so that a cache holds no more either.
+    train = seen[: sizes.steps * sizes.batch]
+    _write_jsonl(work.train, [{"prompt": each.prompt, "completion": each.completion} for each in train])
+    _write_held_out(work, sizes, held_out)
+
+
+def _held_out_texts(work: Work) -> list[str]:
+    return [json.loads(line)["text"] for line in (work.teacher / "held_out.jsonl").read_text().splitlines()]
+
+
+def _write_held_out(work: Work, sizes: Sizes, pairs: Sequence[Pair], *, least_tokens: int = 0) -> None:
+    """Writes the texts that students are scored on, those with more than `least_tokens` and something to score."""
     tokenizer = _tokenizer(work)
-    ids = [tokenizer(each, add_special_tokens=False)["input_ids"][: sizes.length] for each in held_out]
-    work.held_out.write_text(
-        json.dumps([each for each in ids if len(each) > sizes.prompt_tokens][: sizes.held_out_rows])
-    )
-    work.mark_ready(sizes)
+    rows = []
+    for prompt, completion in pairs:
+        before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        token_ids = [*before, *tokenizer(completion, add_special_tokens=False)["input_ids"]][: sizes.length]
+        if len(token_ids) > max(least_tokens, len(before)):
+            rows.append({"token_ids": token_ids, "num_prompt": len(before)})
+    work.held_out.write_text(json.dumps(rows[: sizes.held_out_rows]))
 
 
 def _documents(text: str) -> list[str]:
@@ -90,19 +128,22 @@ def _tokenizer(work: Work) -> Any:
     return AutoTokenizer.from_pretrained(work.teacher)
 
 
-def _make_students(work: Work, sizes: Sizes, recipe: TeacherRecipe, documents: Sequence[str]) -> None:
+def _make_student(path: Path, work: Work, sizes: Sizes) -> None:
+    make_model(
+        path,
+        tokenizer_dir=work.teacher,
+        hidden_size=sizes.student_hidden,
+        num_layers=sizes.student_layers,
+        num_heads=sizes.heads,
+        max_sequence_tokens=512,
+        seed=1,
+    )
+
+
+def _warm(work: Work, recipe: TeacherRecipe, documents: Sequence[str]) -> None:
+    """Trains the student of on-policy arms by cross-entropy."""
     from transformers import AutoModelForCausalLM
 
-    for path in (work.student, work.warm_student):
-        make_model(
-            path,
-            tokenizer_dir=work.teacher,
-            hidden_size=sizes.student_hidden,
-            num_layers=sizes.student_layers,
-            num_heads=sizes.heads,
-            max_sequence_tokens=512,
-            seed=1,
-        )
     model = AutoModelForCausalLM.from_pretrained(work.warm_student, dtype=torch.float32)
     fit(model, Corpus.of(documents, _tokenizer(work)), recipe, print)
     model.save_pretrained(work.warm_student, safe_serialization=True)

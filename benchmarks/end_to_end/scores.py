@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -28,24 +28,34 @@ def main() -> None:
     """Prints the scores."""
     kind, work, sizes = sys.argv[1], Work(Path(sys.argv[2])), Sizes(**json.loads(sys.argv[3]))
     arms: dict[str, list[str]] = json.loads(sys.argv[4])
-    texts: list[list[int]] = json.loads(work.held_out.read_text())
+    rows = [HeldOut(**each) for each in json.loads(work.held_out.read_text())]
     teacher = AutoModelForCausalLM.from_pretrained(work.teacher, dtype=torch.float32).eval()
-    found: dict[str, dict[str, float]] = {}
+    students: dict[tuple[str, str], Any] = {}
     for arm, folders in arms.items():
         for folder in map(Path, folders):
             try:
-                student = _load(folder, work.student if kind == "forward" else work.warm_student)
+                students[arm, folder.name] = _load(
+                    folder, work.student if kind == "forward" else work.warm_student
+                )
             except (OSError, RuntimeError, ValueError) as error:
                 print(f"{arm}, step {folder.name}: {error}", file=sys.stderr)
-                continue
-            with torch.no_grad():
-                value = (
-                    _forward(teacher, student, texts)
-                    if kind == "forward"
-                    else _reverse(teacher, student, texts, sizes)
-                )
-            found.setdefault(arm, {})[folder.name] = value
+    with torch.no_grad():
+        if kind == "forward":
+            values = _forward(teacher, list(students.values()), rows)
+        else:
+            values = [_reverse(teacher, each, rows, sizes) for each in students.values()]
+    found: dict[str, dict[str, float]] = {}
+    for (arm, step), value in zip(students, values, strict=True):
+        found.setdefault(arm, {})[step] = value
     print(json.dumps(found))
+
+
+class HeldOut(NamedTuple):
+    """A text that no model has seen."""
+
+    token_ids: list[int]
+    num_prompt: int
+    """Tokens at its beginning that are not scored."""
 
 
 def _load(folder: Path, base: Path) -> Any:
@@ -70,34 +80,35 @@ def _load(folder: Path, base: Path) -> Any:
     return model.eval()
 
 
-def _passes(texts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids [B, T] and masks of texts, padded on the right."""
-    for first in range(0, len(texts), ROWS):
-        rows = texts[first : first + ROWS]
-        longest = max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        yield ids, mask
-
-
-def _forward(teacher: Any, student: Any, texts: Sequence[Sequence[int]]) -> float:
-    total, count = 0.0, 0
-    for ids, mask in _passes(texts):
-        log_p, log_q = (
-            model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
-            for model in (teacher, student)
-        )
-        counted = mask[:, 1:].bool()
-        total += float((log_p.exp() * (log_p - log_q)).sum(-1)[counted].sum())
+def _forward(teacher: Any, students: Sequence[Any], held_out: Sequence[HeldOut]) -> list[float]:
+    """KL of each student, over the tokens behind prompts."""
+    totals, count = [0.0 for _ in students], 0
+    for first in range(0, len(held_out), ROWS):
+        rows = held_out[first : first + ROWS]
+        longest = max(len(each.token_ids) for each in rows)
+        ids = torch.tensor([[*each.token_ids, *[0] * (longest - len(each.token_ids))] for each in rows])
+        places = torch.arange(longest)
+        mask = places < torch.tensor([[len(each.token_ids)] for each in rows])
+        counted = (mask & (places >= torch.tensor([[each.num_prompt] for each in rows])))[:, 1:]
         count += int(counted.sum())
-    return total / count
+
+        def logprobs(model: Any, ids: Tensor = ids, mask: Tensor = mask, counted: Tensor = counted) -> Tensor:
+            logits: Tensor = model(input_ids=ids, attention_mask=mask.long()).logits
+            return logits[:, :-1][counted].log_softmax(-1)
+
+        log_p = logprobs(teacher)
+        probs = log_p.exp()
+        for number, student in enumerate(students):
+            totals[number] += float((probs * (log_p - logprobs(student))).sum())
+    return [each / count for each in totals]
 
 
-def _reverse(teacher: Any, student: Any, texts: Sequence[Sequence[int]], sizes: Sizes) -> float:
+def _reverse(teacher: Any, student: Any, held_out: Sequence[HeldOut], sizes: Sizes) -> float:
     torch.manual_seed(0)
     total, count = 0.0, 0
-    for first in range(0, len(texts), ROWS):
-        prompts = torch.tensor([text[: sizes.prompt_tokens] for text in texts[first : first + ROWS]])
+    for first in range(0, len(held_out), ROWS):
+        rows = held_out[first : first + ROWS]
+        prompts = torch.tensor([each.token_ids[: sizes.prompt_tokens] for each in rows])
         written = student.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),

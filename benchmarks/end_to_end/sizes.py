@@ -12,6 +12,8 @@ class Sizes:
     """Models, data and steps."""
 
     vocabulary: int = 4096
+    rows: str = "texts"
+    """Form of given rows: "pairs" of prompt and completion, of which completions are learnt, or whole "texts"."""
     teacher_hidden: int = 256
     teacher_layers: int = 6
     student_hidden: int = 128
@@ -29,6 +31,11 @@ class Sizes:
     held_out_rows: int = 64
     prompt_tokens: int = 16
     new_tokens: int = 64
+
+    @property
+    def has_pairs(self) -> bool:
+        """True for rows of prompt and completion."""
+        return self.rows == "pairs"
 
     @property
     def snapshots(self) -> list[int]:
@@ -68,7 +75,7 @@ class Work:
 
     @property
     def train(self) -> Path:
-        """JSONL of texts."""
+        """JSONL of texts, or of prompts and completions."""
         return self.path / "train.jsonl"
 
     @property
@@ -88,7 +95,7 @@ class Work:
 
     @property
     def held_out(self) -> Path:
-        """JSON: token ids of texts that no model has seen."""
+        """JSON: `token_ids` of texts that no model has seen, and `num_prompt`, the number of those that are not scored."""
         return self.path / "held_out.json"
 
     def sizes(self) -> Sizes | None:

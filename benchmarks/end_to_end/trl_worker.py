@@ -146,7 +146,7 @@ def _texts(work: Work) -> list[dict[str, Any]]:
 
 
 def _text_batch(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-    """Collates rows as GKDTrainer does; labels are those that Stillhouse trains on."""
+    """Collates rows as GKDTrainer does, padded to the longest of a batch; labels are those that Stillhouse trains on."""
     labels = [
         [token if own else -100 for token, own in zip(row["token_ids"], row["mask"], strict=True)]
         for row in rows
@@ -238,13 +238,19 @@ def _server(job: _Job) -> Any:
     class Trainer(ServerDistillationTrainer):  # type: ignore[misc]
         def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
             """The given texts in the place of generated ones."""
-            batch = _text_batch(inputs)
-            completions = batch["labels"][:, 1:]
-            mask = (completions != -100).long()
+            begins = [row["mask"].index(True) for row in inputs]
+            prompts, completions = zip(
+                *(
+                    (row["token_ids"][:at], row["token_ids"][at:])
+                    for row, at in zip(inputs, begins, strict=True)
+                ),
+                strict=True,
+            )
+            mask = _padded([[1] * len(each) for each in completions], 0)
             return {
-                "prompt_ids": batch["prompts"],
-                "prompt_mask": batch["prompt_attention_mask"],
-                "completion_ids": batch["input_ids"][:, 1:],
+                "prompt_ids": _padded(prompts, 0, left=True),
+                "prompt_mask": _padded([[1] * len(each) for each in prompts], 0, left=True),
+                "completion_ids": _padded(completions, 0),
                 "completion_mask": mask,
                 "num_items_in_batch": mask.sum(),
             }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from benchmarks.end_to_end.__main__ import ratios_of, time_to
-from benchmarks.end_to_end.arms import ArmResult
+from benchmarks.end_to_end.arms import ArmResult, Arms
+from benchmarks.end_to_end.sizes import Sizes, Work
 from benchmarks.on_policy.__main__ import ratios_of as on_policy_ratios
 from benchmarks.on_policy.idle import IdleShare
 from benchmarks.start.timeline import longest, timeline
@@ -37,6 +39,15 @@ def test_an_arm_that_was_cut_short_is_compared_at_the_steps_it_took() -> None:
     assert ratios["trl-server_over_online_seconds_to_its_final_kl"] == pytest.approx(20 / 4)
     assert "online_over_cached_seconds" not in ratios
     assert ratios_of([online, ArmResult(name="trl-local", problem="it did not start")]) == {}
+
+
+def test_a_later_call_reports_the_arms_of_earlier_ones(tmp_path: Path) -> None:
+    arms = Arms(work=Work(tmp_path), sizes=Sizes(), peers=None, minutes=1.0, say=print)
+    kept = arm("online", 1.0, {4: 2.0, 8: 1.5})
+    kept.memory_mib = [("train", 400.0)]
+    arms.keep(kept)
+    assert arms.earlier("online") == kept
+    assert arms.earlier("cached") is None
 
 
 def test_updates_a_minute_are_compared_for_the_same_weights() -> None:

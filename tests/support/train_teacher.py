@@ -42,6 +42,8 @@ class TeacherRecipe:
     max_sequence_tokens: int = 1024
     """Longest sequence that the teacher declares."""
     learning_rate: float = 2e-3
+    bfloat16: bool = False
+    """Computes under autocast to bfloat16, which is faster where the processor multiplies it natively."""
     held_out_fraction: float = 0.05
     """Share of the documents, at most 500 of them, that no step sees."""
     seed: int = 0
@@ -141,7 +143,8 @@ def fit(model: nn.Module, corpus: Corpus, recipe: TeacherRecipe, report: Callabl
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate * learning_rate_factor(step, progress)
         picks = corpus.starts[torch.randint(len(corpus.starts), (recipe.batch_size,), generator=generator)]
-        loss = cross_entropy(model, corpus.rows(picks, recipe.sequence_tokens + 1).to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.bfloat16):
+            loss = cross_entropy(model, corpus.rows(picks, recipe.sequence_tokens + 1).to(device))
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
