@@ -34,6 +34,13 @@ ARMS = ("online", "cached", "trl-local", "trl-server")
 @click.option("--length", default=256, show_default=True, help="Longest row, in tokens.")
 @click.option("--vocabulary", default=DEFAULT.vocabulary, show_default=True, help="Tokens of the tokenizer.")
 @click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16"]),
+    default="fp32",
+    show_default=True,
+    help="Of all programs.",
+)
+@click.option(
     "--rows",
     type=click.Choice(["pairs", "texts"]),
     default="pairs",
@@ -44,11 +51,20 @@ ARMS = ("online", "cached", "trl-local", "trl-server")
     "--teacher-steps", default=DEFAULT.teacher_steps, show_default=True, help="Training of the teacher."
 )
 def main(
-    *, steps: int, batch: int, length: int, vocabulary: int, rows: str, teacher_steps: int, **options: Any
+    *,
+    steps: int,
+    batch: int,
+    length: int,
+    vocabulary: int,
+    precision: str,
+    rows: str,
+    teacher_steps: int,
+    **options: Any,
 ) -> None:
     """Compare ways to distil by their time to equal quality."""
     sizes = Sizes(
         vocabulary=vocabulary,
+        precision=precision,
         rows=rows,
         steps=steps,
         batch=batch,
@@ -70,7 +86,8 @@ def _run(arms: Arms, name: str) -> ArmResult:
         return arms.trl(name, "local")
     if name == "trl-server":
         return arms.trl(name, "server", serve=True)
-    cache, done = arms.work.path / "cache", arms.work.path / "cache.done"
+    cache = work.cache(sizes)
+    done = cache.with_suffix(".done")
 
     def build(targets: Sequence[str]) -> Any:
         spec = off_policy_spec(work, sizes, targets[0], cache=cache, cache_mode="write_through")
@@ -135,7 +152,7 @@ def _shape(arms: Arms) -> str:
     padded = [max(lengths[first : first + batch]) for first in range(0, len(rows), batch)]
     learnt = sum(sum(row["mask"]) for row in rows)
     return (
-        f"vocabulary {arms.sizes.vocabulary:,}, rows of {sum(lengths) / len(rows):.0f} tokens on average, {learnt / len(rows):.0f} of "
+        f"{arms.sizes.precision}, vocabulary {arms.sizes.vocabulary:,}, rows of {sum(lengths) / len(rows):.0f} tokens on average, {learnt / len(rows):.0f} of "
         f"them learnt, batches of {batch} padded to {sum(padded) / len(padded):.0f}"
     )
 

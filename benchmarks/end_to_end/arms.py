@@ -85,7 +85,7 @@ class Arms:
             url = ""
             if serve:
                 try:
-                    url = stack.enter_context(_Served(self.work.teacher, folder)).url
+                    url = stack.enter_context(_Served(self.work.teacher, folder, self.sizes)).url
                 except ProgramError as error:
                     return self._unable(result, error)
             command = [
@@ -127,7 +127,7 @@ class Arms:
         memory = Memory()
         with ExitStack() as stack:
             try:
-                running = _start(services, folder, stack)
+                running = _start(services, folder, stack, dtype=self.sizes.teacher_dtype)
             except ProgramError as error:
                 return self._unable(result, error)
             asked = spec([each.target for each in running])
@@ -177,7 +177,7 @@ class Arms:
         return ArmResult(**found)
 
     def _result_path(self, name: str) -> Path:
-        return self.work.arm(name) / "result.json"
+        return self.work.arm(name, self.sizes) / "result.json"
 
     def score(self, kind: str, results: Sequence[ArmResult]) -> None:
         """Scores the kept students of all arms, in a process of its own."""
@@ -202,7 +202,7 @@ class Arms:
     def _folder(self, name: str) -> tuple[Path, Path]:
         import shutil
 
-        folder = self.work.arm(name)
+        folder = self.work.arm(name, self.sizes)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.say(f"{name} …")
@@ -229,7 +229,9 @@ class Arms:
         self.say(f"{result.name}: {took}{'; ' if result.problem else ''}{result.problem}")
 
 
-def _start(services: Sequence[tuple[Path, Sequence[str]]], folder: Path, stack: ExitStack) -> list[Program]:
+def _start(
+    services: Sequence[tuple[Path, Sequence[str]]], folder: Path, stack: ExitStack, *, dtype: str
+) -> list[Program]:
     """Starts services, which end with `stack`. Raises ProgramError if one does not start."""
     return [
         stack.enter_context(
@@ -237,7 +239,7 @@ def _start(services: Sequence[tuple[Path, Sequence[str]]], folder: Path, stack: 
                 model,
                 engine="vllm",
                 directory=folder / f"service-{number}",
-                options=["--dtype", "float32", *options],
+                options=["--dtype", dtype, *options],
                 environment=QUIET,
             )
         )
@@ -248,14 +250,14 @@ def _start(services: Sequence[tuple[Path, Sequence[str]]], folder: Path, stack: 
 class _Served:
     """`vllm serve` of a model, as TRL's guide starts it for a teacher."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
+    def __init__(self, model: Path, folder: Path, sizes: Sizes) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port: int = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
         arguments = [
             *("vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"),
-            *("--port", str(self._port), "--dtype", "float32", "--max-logprobs", "-1"),
+            *("--port", str(self._port), "--dtype", sizes.teacher_dtype, "--max-logprobs", "-1"),
             *("--logprobs-mode", "processed_logprobs", "--enforce-eager", "--disable-log-stats"),
             *("--kv-cache-memory-bytes", str(2**30), "--generation-config", "vllm"),
         ]

@@ -126,7 +126,7 @@ def _open_arms(work: Path, sizes: Sizes, text: Path | None, minutes: float, cons
     """Makes models and data once, and finds TRL."""
     folder = Work(work.resolve())
     log = folder.path.parent / f"{folder.path.name}-prepare.log"
-    if folder.sizes() != sizes:
+    if not folder.fits(sizes):
         console.print("teacher, students and rows are made, once …")
     command: list[object] = [
         sys.executable,

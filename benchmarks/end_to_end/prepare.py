@@ -41,7 +41,7 @@ def main() -> None:
     """Makes the folder, once."""
     work, sizes = Work(Path(sys.argv[1])), Sizes(**json.loads(sys.argv[2]))
     file = Path(sys.argv[3]) if len(sys.argv) > 3 else None
-    if work.sizes() == sizes:
+    if work.fits(sizes):
         return
     shutil.rmtree(work.path, ignore_errors=True)
     work.path.mkdir(parents=True)

@@ -59,7 +59,7 @@ def _common(sizes: Sizes, target: str | None) -> RunSpec:
     spec.optimizer.weight_decay = 0.0
     spec.optimizer.batch_size = sizes.batch
     spec.optimizer.max_steps = sizes.steps
-    spec.optimizer.precision = "fp32"
+    spec.optimizer.precision = sizes.precision
     spec.checkpoint.every_steps = sizes.every
     spec.checkpoint.keep = len(sizes.snapshots) + 1
     return spec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 
@@ -28,6 +28,8 @@ class Sizes:
     batch: int = 16
     steps: int = 80
     learning_rate: float = 3e-3
+    precision: str = "fp32"
+    """Of training, in all programs, and of their teachers: "fp32", or "bf16" under autocast."""
     held_out_rows: int = 64
     prompt_tokens: int = 16
     new_tokens: int = 64
@@ -36,6 +38,11 @@ class Sizes:
     def has_pairs(self) -> bool:
         """True for rows of prompt and completion."""
         return self.rows == "pairs"
+
+    @property
+    def teacher_dtype(self) -> str:
+        """Dtype of a teacher's weights."""
+        return {"fp32": "float32", "bf16": "bfloat16"}[self.precision]
 
     @property
     def snapshots(self) -> list[int]:
@@ -98,15 +105,20 @@ class Work:
         """JSON: `token_ids` of texts that no model has seen, and `num_prompt`, the number of those that are not scored."""
         return self.path / "held_out.json"
 
-    def sizes(self) -> Sizes | None:
-        """The sizes that the folder was made with; None before that is done."""
+    def fits(self, sizes: Sizes) -> bool:
+        """True if the folder was made with these sizes; how arms compute is none of its matter."""
         path = self.path / "sizes.json"
-        return Sizes(**json.loads(path.read_text())) if path.exists() else None
+        made = Sizes(**json.loads(path.read_text())) if path.exists() else None
+        return made is not None and replace(made, precision=sizes.precision) == sizes
 
     def mark_ready(self, sizes: Sizes) -> None:
         """Records that everything is there."""
         (self.path / "sizes.json").write_text(json.dumps(asdict(sizes)))
 
-    def arm(self, name: str) -> Path:
+    def arm(self, name: str, sizes: Sizes) -> Path:
         """Folder of an arm."""
-        return self.path / "arms" / name
+        return self.path / f"arms-{sizes.precision}" / name
+
+    def cache(self, sizes: Sizes) -> Path:
+        """Cache of the teacher's targets."""
+        return self.path / f"cache-{sizes.precision}"

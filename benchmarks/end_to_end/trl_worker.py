@@ -76,7 +76,9 @@ class _Job:
 
     def teacher(self) -> Any:
         """The teacher in this process."""
-        return AutoModelForCausalLM.from_pretrained(self.work.teacher, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(
+            self.work.teacher, dtype=getattr(torch, self.sizes.teacher_dtype)
+        )
 
 
 def main() -> None:
@@ -119,7 +121,7 @@ def _settings(job: _Job) -> dict[str, Any]:
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "optim": "adamw_torch",
-        "bf16": False,
+        "bf16": sizes.precision == "bf16",
         "use_cpu": True,
         "gradient_checkpointing": False,
         "report_to": "none",
