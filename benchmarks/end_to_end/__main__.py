@@ -47,9 +47,7 @@ ARMS = ("online", "cached", "trl-local", "trl-server")
     show_default=True,
     help="Form of the rows.",
 )
-@click.option(
-    "--teacher-steps", default=DEFAULT.teacher_steps, show_default=True, help="Training of the teacher."
-)
+@click.option("--teacher-steps", default=150, show_default=True, help="Training of the teacher.")
 def main(
     *,
     steps: int,
