@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end.processes import Memory, run_process, tail
+from benchmarks.end_to_end.processes import Watch, run_process, tail
 from benchmarks.end_to_end.runs import make_run_dir, metric_of, started_s, step_times
 from benchmarks.end_to_end.sizes import Sizes, Work
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
@@ -42,6 +42,8 @@ class ArmResult:
     """Seconds of the whole training process, imports and export included."""
     memory_mib: list[tuple[str, float]] = field(default_factory=list)
     """Peak resident memory of each process, services included."""
+    cpu_s: list[tuple[str, float]] = field(default_factory=list)
+    """Processor seconds of each process while the training process lived, start of services included."""
     metrics: dict[str, float] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
     """Nats per token, by step."""
@@ -80,7 +82,7 @@ class Arms:
             result.problem = "TRL is not installed"
             return result
         folder, log = self._folder(name)
-        memory = Memory()
+        used = Watch()
         with ExitStack() as stack:
             url = ""
             if serve:
@@ -93,11 +95,11 @@ class Arms:
                 *(json.dumps(asdict(self.sizes)), folder, str(self.minutes), *([url] if url else [])),
             ]
             limit_s = 60 * self.minutes + 120
-            stack.enter_context(memory.watch())
+            stack.enter_context(used.watch())
             code, result.process_s = run_process(
                 command, log=log, limit_s=limit_s, environment={**QUIET, "PYTHONPATH": str(ROOT)}
             )
-        result.memory_mib = memory.peaks_mib()
+        result.memory_mib, result.cpu_s = used.peaks_mib(), used.cpu_s()
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith('{"time"'):
                 event = json.loads(line)
@@ -124,7 +126,7 @@ class Arms:
         result = ArmResult(name=name)
         folder, log = self._folder(name)
         run_dir = RunDir(folder / "run")
-        memory = Memory()
+        used = Watch()
         with ExitStack() as stack:
             try:
                 running = _start(services, folder, stack, dtype=self.sizes.teacher_dtype)
@@ -140,13 +142,13 @@ class Arms:
                 "--attempt",
                 "1",
             ]
-            stack.enter_context(memory.watch())
+            stack.enter_context(used.watch())
             if watch is not None:
                 stack.enter_context(watch(running))
             code, result.process_s = run_process(
                 command, log=log, limit_s=60 * self.minutes + 60, environment=QUIET
             )
-        result.memory_mib = memory.peaks_mib()
+        result.memory_mib, result.cpu_s = used.peaks_mib(), used.cpu_s()
         result.began_s, result.steps = started_s(run_dir), step_times(run_dir)
         for step in result.steps:
             if step in self.sizes.snapshots and run_dir.checkpoint_path(step).is_dir():
@@ -173,7 +175,8 @@ class Arms:
         found = json.loads(path.read_text())
         for field_name in ("steps", "folders", "scores"):
             found[field_name] = {int(step): value for step, value in found[field_name].items()}
-        found["memory_mib"] = [(process, mib) for process, mib in found["memory_mib"]]
+        for field_name in ("memory_mib", "cpu_s"):
+            found[field_name] = [(process, value) for process, value in found[field_name]]
         return ArmResult(**found)
 
     def _result_path(self, name: str) -> Path:

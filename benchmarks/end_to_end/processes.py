@@ -1,4 +1,4 @@
-"""Runs an arm's process to its end, or to a time limit, and reads the peak memory of each process of its tree."""
+"""Runs an arm's process to its end, or to a time limit, and reads peak memory and processor time of each process of its tree."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -54,14 +55,22 @@ def tail(log: Path, num_lines: int = 3) -> str:
     return " | ".join(lines[-num_lines:])[-600:]
 
 
-class Memory:
-    """Largest resident memory seen of each process below this one, by its command."""
+class _Use(NamedTuple):
+    """What a process has used so far."""
+
+    name: str
+    peak_mib: float
+    cpu_s: float
+
+
+class Watch:
+    """The largest resident memory seen of each process below this one, and its processor time, by its command."""
 
     def __init__(self) -> None:
-        self._peaks: dict[tuple[int, float], tuple[str, float]] = {}
+        self._used: dict[tuple[int, float], _Use] = {}
 
     @contextmanager
-    def watch(self) -> Iterator[Memory]:
+    def watch(self) -> Iterator[Watch]:
         """Looks several times a second, inside the block."""
         done = threading.Event()
 
@@ -81,14 +90,23 @@ class Memory:
         for process in psutil.Process().children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 key = (process.pid, process.create_time())
-                peak = max(self._peaks.get(key, ("", 0.0))[1], process.memory_info().rss / 2**20)
-                self._peaks[key] = (_name(process.cmdline()), peak)
+                before = self._used.get(key)
+                mib, times = process.memory_info().rss / 2**20, process.cpu_times()
+                self._used[key] = _Use(
+                    _name(process.cmdline()),
+                    max(mib, before.peak_mib if before else 0.0),
+                    times.user + times.system,
+                )
 
     def peaks_mib(self, least_mib: float = 50.0) -> list[tuple[str, float]]:
         """(Name, MiB) of each process with at least so much, the largest first."""
-        return sorted(
-            (each for each in self._peaks.values() if each[1] >= least_mib), key=lambda each: -each[1]
-        )
+        found = [(each.name, each.peak_mib) for each in self._used.values() if each.peak_mib >= least_mib]
+        return sorted(found, key=lambda each: -each[1])
+
+    def cpu_s(self, least_s: float = 1.0) -> list[tuple[str, float]]:
+        """(Name, processor seconds) of each process with at least so many, the largest first; the last look may miss some."""
+        found = [(each.name, each.cpu_s) for each in self._used.values() if each.cpu_s >= least_s]
+        return sorted(found, key=lambda each: -each[1])
 
 
 def _name(command: Sequence[str]) -> str:
