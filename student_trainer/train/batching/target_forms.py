@@ -7,7 +7,7 @@ Axes: T positions, K kept tokens, R draws.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,12 +138,14 @@ class _DistinctDraws(NamedTuple):
 
     token_ids: NDArray[np.int32]
     log_shares: NDArray[np.float64]
-    draws: NDArray[np.int64]
+    draws: NDArray[np.int32]
     """Index of one draw of the token among the row's."""
 
 
 _PLACE_BITS = 31
 _IS_DRAW = np.int64(1) << _PLACE_BITS
+COMPILED_DRAWS = 2**12
+"""Draws from which on the compiled walk is loaded: fewer are sorted before it is."""
 
 
 def _distinct(
@@ -155,34 +157,65 @@ def _distinct(
 
     A row that is not `wanted` has none.
     """
+    if besides is None:
+        besides = np.empty((len(draws), 0), np.int32)
+    if wanted is None:
+        wanted = np.ones(len(draws), np.bool_)
+    found = _walk(draws, besides, wanted) if draws.size >= COMPILED_DRAWS else None
+    ids, counts, places = _sort(draws, besides, wanted) if found is None else found
+    totals = np.maximum(counts.sum(axis=1), 1)
+    with np.errstate(divide="ignore"):
+        # Counts are small: a table has their logarithms.
+        logs = np.log(np.arange(int(totals.max(initial=1)) + 1, dtype=np.float64))
+    return _DistinctDraws(ids, logs[counts] - logs[totals][:, None], places)
+
+
+_Counted: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+"""Ids, counts and places [T, D]."""
+
+
+def _walk(draws: NDArray[np.int32], besides: NDArray[np.int32], wanted: NDArray[np.bool_]) -> _Counted | None:
+    """Counts draws in ascending order, as teachers send them; None for others, and where numba is not installed."""
+    try:
+        from stillhouse.student_trainer.train.batching.distinct_numba import count_distinct
+    except ImportError:
+        return None
+    return count_distinct(draws, np.sort(besides, axis=1), wanted, PAD_ID)
+
+
+def _sort(draws: NDArray[np.int32], besides: NDArray[np.int32], wanted: NDArray[np.bool_]) -> _Counted:
+    """Counts draws in any order."""
     # One key sorts ids, puts those of `besides` before equal draws, and carries each draw's place: faster than argsort, and
     # than a search of each draw.
-    keys = (draws.astype(np.int64) << 32) | _IS_DRAW | np.arange(draws.shape[1])
-    if besides is not None:
-        keys = np.concatenate([besides.astype(np.int64) << 32, keys], axis=1)
+    keys = np.concatenate(
+        [
+            besides.astype(np.int64) << 32,
+            (draws.astype(np.int64) << 32) | _IS_DRAW | np.arange(draws.shape[1]),
+        ],
+        axis=1,
+    )
     keys.sort(axis=1)
-    ids = (keys >> 32).astype(np.int32)
-    first = np.ones_like(ids, np.bool_)
-    np.not_equal(ids[:, 1:], ids[:, :-1], out=first[:, 1:])
+    every = (keys >> 32).astype(np.int32)
+    first = np.ones_like(every, np.bool_)
+    np.not_equal(every[:, 1:], every[:, :-1], out=first[:, 1:])
     # A row's first column begins a run, so no run crosses rows.
     starts = np.flatnonzero(first)
-    lengths = np.diff(starts, append=ids.size)
-    run_ids, run_keys, row = ids.ravel()[starts], keys.ravel()[starts], starts // max(1, ids.shape[1])
-    counted = (run_ids >= 0) & ((run_keys & _IS_DRAW) != 0)
-    if wanted is not None:
-        counted &= wanted[row]
+    lengths = np.diff(starts, append=every.size)
+    run_ids, run_keys, row = every.ravel()[starts], keys.ravel()[starts], starts // max(1, every.shape[1])
+    counted = (run_ids >= 0) & ((run_keys & _IS_DRAW) != 0) & wanted[row]
     run_ids, run_keys, row, lengths = run_ids[counted], run_keys[counted], row[counted], lengths[counted]
     per_row = np.bincount(row, minlength=len(draws))
     width = int(per_row.max(initial=0))
-    place = np.arange(len(row)) + np.repeat(
+    at = np.arange(len(row)) + np.repeat(
         np.arange(len(draws)) * width - np.cumsum(per_row) + per_row, per_row
     )
-    log_totals = np.log(np.maximum(np.bincount(row, weights=lengths, minlength=len(draws)), 1.0))
     shape = len(draws), width
-    token_ids = np.full(shape, PAD_ID, np.int32)
-    token_ids.ravel()[place] = run_ids
-    log_shares = np.full(shape, -np.inf)
-    log_shares.ravel()[place] = np.log(lengths) - log_totals[row]
-    of_draw = np.zeros(shape, np.int64)
-    of_draw.ravel()[place] = run_keys & (_IS_DRAW - 1)
-    return _DistinctDraws(token_ids, log_shares, of_draw)
+    ids, counts, places = (
+        np.full(shape, PAD_ID, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+    )
+    ids.ravel()[at] = run_ids
+    counts.ravel()[at] = lengths
+    places.ravel()[at] = run_keys & (_IS_DRAW - 1)
+    return ids, counts, places

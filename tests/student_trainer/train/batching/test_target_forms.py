@@ -13,7 +13,10 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import CAPABILITY_SAMPLED_TOKEN
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.schema import LossConfig, RunConfig
 from stillhouse.student_trainer.train.batching.target_forms import (
+    COMPILED_DRAWS,
     TargetForm,
+    _sort,
+    _walk,
     entropy,
     target_rows,
     token_factor,
@@ -112,3 +115,30 @@ def test_entropy_without_the_teachers_is_that_of_the_buckets() -> None:
     assert found <= full <= found + tail_mass * np.log(V - K) + 1e-6
     confidence = token_factor(np.array([0.0, np.log(V)]), "teacher_confidence", V)
     np.testing.assert_allclose(confidence, [1, 0], atol=1e-12)
+
+
+def test_draws_in_order_are_counted_as_those_in_any_order() -> None:
+    generator = np.random.default_rng(1)
+    shape = 500, 80
+    draws = generator.integers(-1, 60, shape).astype(np.int32)
+    draws[7] = 5
+    besides = np.stack([generator.permutation(60)[:9] for _ in range(shape[0])]).astype(np.int32)
+    wanted = generator.random(shape[0]) < 0.9
+    assert draws.size >= COMPILED_DRAWS
+    ordered = np.sort(draws, axis=1)
+    compiled, plain = _walk(ordered, besides, wanted), _sort(ordered, besides, wanted)
+    assert compiled is not None
+    for of_walk, of_sort in zip(compiled, plain, strict=True):
+        np.testing.assert_array_equal(of_walk, of_sort)
+    assert _walk(draws, besides, wanted) is None
+    for of_draws, of_ordered in zip(_sort(draws, besides, wanted)[:2], plain[:2], strict=True):
+        np.testing.assert_array_equal(of_draws, of_ordered)
+    ids, counts, places = plain
+    assert counts[7].sum() == (0 if 5 in besides[7] or not wanted[7] else shape[1])
+    row, column = np.nonzero(ids >= 0)
+    np.testing.assert_array_equal(ordered[row, places[row, column]], ids[row, column])
+    expected = [
+        sum(int(each >= 0) for each in drawn if each not in kept) if is_wanted else 0
+        for drawn, kept, is_wanted in zip(draws.tolist(), besides.tolist(), wanted, strict=True)
+    ]
+    assert counts.sum(axis=1).tolist() == expected

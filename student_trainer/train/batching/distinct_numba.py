@@ -1,0 +1,60 @@
+"""Distinct draws of rows in ascending order, compiled with numba: one walk over a row. Axes: T positions, K kept tokens, R draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+
+def _compile(function: Callable[..., Any]) -> Any:
+    """Compiles a function, cached beside its source or in the user's cache directory where writable."""
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
+def count_distinct(
+    draws: NDArray[np.int32], besides: NDArray[np.int32], wanted: NDArray[np.bool_], filling: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]] | None:
+    """Ids, counts and places [T, D] of the distinct draws of wanted rows that are >= 0 and not among `besides` [T, K].
+
+    Draws [T, R] and `besides` ascend in each row. Ids are `filling` where a row has fewer. None if a row of draws does not ascend.
+    """
+    ids = np.full(draws.shape, filling, np.int32)
+    counts, places = np.zeros(draws.shape, np.int32), np.zeros(draws.shape, np.int32)
+    most = int(_count(np.ascontiguousarray(draws), besides, wanted, ids, counts, places))
+    return None if most < 0 else (ids[:, :most], counts[:, :most], places[:, :most])
+
+
+@_compile
+def _count(  # noqa: PLR0917 - compiled code takes no keywords
+    draws: Any, besides: Any, wanted: Any, ids: Any, counts: Any, places: Any
+) -> Any:
+    """Fills in arrays of draws' shape; the most distinct draws of a row, or -1."""
+    num_draws, num_besides, most = draws.shape[1], besides.shape[1], 0
+    for row in range(draws.shape[0]):
+        found, other, before, is_other = 0, 0, -1, True
+        for place in range(num_draws):
+            token = draws[row, place]
+            if place > 0 and token < draws[row, place - 1]:
+                return -1
+            if token < 0 or not wanted[row]:
+                continue
+            if token == before:
+                if not is_other:
+                    counts[row, found - 1] += 1
+                continue
+            before = token
+            while other < num_besides and besides[row, other] < token:
+                other += 1
+            is_other = other < num_besides and besides[row, other] == token
+            if not is_other:
+                ids[row, found], counts[row, found], places[row, found] = token, 1, place
+                found += 1
+        most = max(most, found)
+    return most
