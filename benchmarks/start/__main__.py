@@ -1,4 +1,5 @@
-"""Seconds of two starts with their stages: a run from `run create` to its first step, a teacher to its first answer.
+"""Seconds of three starts with their stages: a run from `run create` to its first step, one that was queued from the end of
+the run before it, and a teacher to its first answer.
 
 Prints the CPU seconds of a start beside the clock's, which other work on the machine does not change, and those of the
 imports alone; and `stillhouse --help`, whose limit is MAX_HELP_S. Models are small and made on the spot: weights of a real size
@@ -29,11 +30,15 @@ from benchmarks.overlap.student import LENGTH, make_models, write_rows
 from benchmarks.start.timeline import Stage, longest, timeline
 from examples.demo.__main__ import signals_as_exceptions
 from stillhouse.client.api import Teacher, Trainer
+from stillhouse.client.trainer.run_handle import RunHandle
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run, RunSpec
 from tests.support.programs import start_teacher, start_trainer
 
 MAX_HELP_S = 0.15
 WAIT_S = 300.0
+QUEUED_S = 20.0
+"""Time in the queue, in which a standby process has imported its libraries."""
+ENDLESS = 1_000_000
 IMPORTS = {
     "torch": "import torch",
     "transformers": "import transformers.models.auto.modeling_auto",
@@ -52,17 +57,29 @@ IMPORTS = {
 @click.option("--engine", type=click.Choice(["hf", "vllm"]), default="vllm", show_default=True)
 @click.option("--lora", is_flag=True, help="Let the run train an adapter.")
 @click.option("--repeat", default=3, show_default=True, help="Runs; the first finds nothing prepared.")
-def main(*, json_file: Path | None, engine: str, lora: bool, repeat: int) -> None:
+@click.option("--standby", type=click.Choice(["off", "queue", "always"]), default="queue", show_default=True)
+@click.option(
+    "--imports/--no-imports", default=True, show_default=True, help="Measure imports by themselves too."
+)
+def main(
+    *, json_file: Path | None, engine: str, lora: bool, repeat: int, standby: str, imports: bool
+) -> None:
     """Measure how long programs take to start."""
     console = Console(soft_wrap=True, width=170)
-    figures: dict[str, Any] = {"engine": engine, "lora": lora, "cores": len(os.sched_getaffinity(0))}
+    figures: dict[str, Any] = {
+        "engine": engine,
+        "lora": lora,
+        "standby": standby,
+        "cores": len(os.sched_getaffinity(0)),
+    }
     with signals_as_exceptions(), tempfile.TemporaryDirectory(prefix="stillhouse-start-") as directory:
         try:
             figures["help_cpu_s"] = _cpu_of([str(Path(sys.executable).with_name("stillhouse")), "--help"])
             figures["imports_cpu_s"] = {
-                name: _cpu_of([sys.executable, "-c", code]) for name, code in IMPORTS.items()
+                name: _cpu_of([sys.executable, "-c", code])
+                for name, code in (IMPORTS if imports else {}).items()
             }
-            _measure(Path(directory), figures, engine, lora=lora, repeat=repeat)
+            _measure(Path(directory), figures, engine, lora=lora, repeat=repeat, standby=standby)
         except (KeyboardInterrupt, SystemExit):
             console.print("stopped early; what there is:")
     _report(console, figures)
@@ -84,7 +101,9 @@ def _cpu_of(command: Sequence[str], times: int = 3) -> float:
     return statistics.median(found)
 
 
-def _measure(directory: Path, figures: dict[str, Any], engine: str, *, lora: bool, repeat: int) -> None:
+def _measure(
+    directory: Path, figures: dict[str, Any], engine: str, *, lora: bool, repeat: int, standby: str
+) -> None:
     models = make_models(directory / "models", 2)
     rows = write_rows(directory / "rows.jsonl", 256, LENGTH)
     with ExitStack() as stack:
@@ -96,12 +115,13 @@ def _measure(directory: Path, figures: dict[str, Any], engine: str, *, lora: boo
         cpu_s = sum(_cpu_seconds(each) for each in _tree(teacher.pid))
         stages = timeline(teacher.log(10**7), began_s, answered_s, "first answer")
         figures["teacher"] = _figures(stages, cpu_s)
-        service = stack.enter_context(start_trainer(directory / "data", directory=directory))
+        service = stack.enter_context(
+            start_trainer(directory / "data", directory=directory, options=["--standby", standby])
+        )
         trainer = stack.enter_context(Trainer(service.target))
-        figures["runs"] = [
-            _start_run(trainer, directory / "data", _spec(models.student, rows, teacher.target, lora=lora))
-            for _ in range(repeat)
-        ]
+        spec = _spec(models.student, rows, teacher.target, lora=lora)
+        figures["runs"] = [_start_run(trainer, directory / "data", spec) for _ in range(repeat)]
+        figures["queued"] = [_start_queued_run(trainer, directory / "data", spec) for _ in range(repeat)]
 
 
 def _spec(student: Path, rows: Path, target: str, *, lora: bool) -> RunSpec:
@@ -120,7 +140,23 @@ def _spec(student: Path, rows: Path, target: str, *, lora: bool) -> RunSpec:
 
 def _start_run(trainer: Trainer, data: Path, spec: RunSpec) -> dict[str, Any]:
     began_s = time.time()
+    return _until_first_step(trainer.create_run(spec), data, began_s)
+
+
+def _start_queued_run(trainer: Trainer, data: Path, spec: RunSpec) -> dict[str, Any]:
+    before = RunSpec()
+    before.CopyFrom(spec)
+    before.optimizer.max_steps = ENDLESS
+    ahead = trainer.create_run(before)
     run = trainer.create_run(spec)
+    _until_first_step(ahead, data, time.time(), end=False)
+    time.sleep(QUEUED_S)
+    ahead.stop()
+    ahead.wait()
+    return _until_first_step(run, data, time.time())
+
+
+def _until_first_step(run: RunHandle, data: Path, began_s: float, *, end: bool = True) -> dict[str, Any]:
     folder = data / run.name
     metrics = folder / "metrics.jsonl"
     until_s = time.monotonic() + WAIT_S
@@ -128,16 +164,21 @@ def _start_run(trainer: Trainer, data: Path, spec: RunSpec) -> dict[str, Any]:
     while not (metrics.exists() and "train/loss" in metrics.read_text()):
         if time.monotonic() > until_s or run.get().state == Run.STATE_FAILED:
             raise click.ClickException(f"{run.name} took no step: {run.get().error.message}")
-        cpu_s = max([cpu_s, *(_cpu_seconds(each) for each in _training(folder))])
+        cpu_s = max(cpu_s, _training_cpu_s(folder))
         time.sleep(0.05)
     stepped_s = time.time()
     log = folder / "attempts" / "1" / "log"
-    run.wait()
+    if end:
+        run.wait()
     return _figures(timeline(log.read_text(errors="replace"), began_s, stepped_s, "first step"), cpu_s)
 
 
-def _training(folder: Path) -> list[psutil.Process]:
-    return [each for each in psutil.process_iter(["cmdline"]) if str(folder) in (each.info["cmdline"] or ())]
+def _training_cpu_s(folder: Path) -> float:
+    """CPU seconds of a run's process, with those that it needed before it had the run."""
+    try:
+        return _cpu_seconds(psutil.Process(int(json.loads((folder / "process.json").read_text())["pid"])))
+    except (OSError, psutil.Error):
+        return 0.0
 
 
 def _tree(pid: int) -> list[psutil.Process]:
@@ -171,6 +212,10 @@ def _report(console: Console, figures: dict[str, Any]) -> None:
     starts = [("teacher to its first answer", figures.get("teacher"))]
     starts += [
         (f"run {number + 1} to its first step", each) for number, each in enumerate(figures.get("runs", ()))
+    ]
+    starts += [
+        (f"queued run {number + 1}, from the end of the one before it", each)
+        for number, each in enumerate(figures.get("queued", ()))
     ]
     for title, start in starts:
         if start is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from stillhouse.protos.rpc.tls import ServerTls
 from stillhouse.protos.settings import SHARED, bad_setting, check_settings, setting
@@ -12,6 +13,8 @@ from stillhouse.protos.telemetry.metrics import LOOPBACK
 
 LEAST_SILENCE_S = 15.0
 """Three heartbeat intervals."""
+StandbyMode = Literal["off", "queue", "always"]
+"""When a training process waits for a run."""
 _SIZE = (1, 2**63 - 1)
 _TIME = (0, math.inf)
 
@@ -37,6 +40,12 @@ class RunServiceSettings:
         "Folder below which run files may name models and datasets.  [default: / on loopback, else the data directory alone]",
         (),
         flag="--allow-root",
+    )
+    standby: StandbyMode = setting(
+        'A training process that has imported its libraries and waits for the next run, which starts some seconds sooner: "queue" '
+        'keeps one while a run is queued behind another, "always" keeps one. It takes memory while it waits.',
+        "queue",
+        choices=get_args(StandbyMode),
     )
     stop_grace_s: float = setting(
         "Seconds that a run has to write a checkpoint after a stop, before it is signalled.",

@@ -17,8 +17,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 import structlog
@@ -74,15 +75,25 @@ EXIT_NOT_OWNER = 4
 @click.option("--worker", is_flag=True, hidden=True, help="Started by the first process of the attempt.")
 def main(*, run_dir: Path, attempt: int, spec: Path | None, worker: bool) -> None:
     """Train the run in RUN_DIR, alone or as one of several processes that torchrun has started."""
-    end_output_with_handlers()
-    configure_logging("info")
-    quieten_libraries()
+    prepare_output()
     given = RankInfo.from_environment()
     if worker:
         exit_with_first_process()
     rank = {"rank": given.rank} if given else {}
     structlog.contextvars.bind_contextvars(run=run_dir.name, attempt=attempt, **rank)
     _ensure_run_dir(RunDir(run_dir), spec, given)
+    take_attempt(run_dir, attempt, given)
+
+
+def prepare_output() -> None:
+    """Sets up what this process writes. Call once, before libraries are imported."""
+    end_output_with_handlers()
+    configure_logging("info")
+    quieten_libraries()
+
+
+def take_attempt(run_dir: Path, attempt: int, given: RankInfo | None = None) -> NoReturn:
+    """Trains an attempt and exits with its code; `given` is this process's place among several of a launcher."""
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     signal.signal(signal.SIGINT, lambda *_: stop.set())
@@ -112,6 +123,7 @@ def work(attempt: Attempt, stopped: Callable[[], bool] = lambda: False, given: R
     def stop_requested() -> bool:
         return stopped() or attempt.stop_requested
 
+    log.info("run opened")
     try:
         config = from_proto(attempt.run_dir.effective_spec())
         if os.environ.get(HALVE_VARIABLE) == "1":
@@ -173,22 +185,26 @@ def _run_task(
     config: RunConfig, attempt: Attempt, stop_requested: Callable[[], bool], processes: RankProcesses
 ) -> Outcome:
     """Runs the task. Imports torch only here: its threads are set, and the other processes have been started."""
-    _quieten_libraries()
+    prepare_libraries()
+    perform: Callable[[], Outcome]
     if config.builds_cache:
         from stillhouse.student_trainer.train.cache_build.build import build
 
-        return build(config, attempt, stop_requested)
-    if config.task == "evaluate":
+        perform = partial(build, config, attempt, stop_requested)
+    elif config.task == "evaluate":
         from stillhouse.student_trainer.train.evaluation_run.run import evaluate
 
-        return evaluate(config, attempt, stop_requested)
-    from stillhouse.student_trainer.train.loop import train
+        perform = partial(evaluate, config, attempt, stop_requested)
+    else:
+        from stillhouse.student_trainer.train.loop import train
 
-    return train(config, attempt, stop_requested, processes.ranks())
+        perform = partial(train, config, attempt, stop_requested, processes.ranks())
+    log.info("libraries imported")
+    return perform()
 
 
-def _quieten_libraries() -> None:
-    """Sets what libraries read at import."""
+def prepare_libraries() -> None:
+    """Sets what libraries read at import, and imports transformers."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in (
         "HF_HUB_DISABLE_TELEMETRY",

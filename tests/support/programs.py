@@ -21,6 +21,8 @@ POLL_S = 0.05
 SHARED_CORES = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Environment of programs that share cores: threads that wait for work sleep instead of spinning, which would slow the
 others, and themselves, several times over."""
+WITHOUT_STANDBY = {"STILLHOUSE_TRAINER_STANDBY": "off"}
+"""Environment of a run service whose queued runs take no cores from the test before they start."""
 
 INTERPRETED_TRITON = {
     "PYTHONPATH": os.pathsep.join(
@@ -197,5 +199,5 @@ def start_trainer(
         name,
         ["stillhouse.student_trainer.runs", "--data-dir", str(data_dir), "--listen", "127.0.0.1:0", *options],
         directory=directory,
-        environment=environment,
+        environment={**WITHOUT_STANDBY, **(environment or {})},
     )

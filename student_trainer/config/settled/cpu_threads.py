@@ -21,12 +21,19 @@ def has_teacher_beside(config: RunConfig) -> bool:
 
 def yield_cores(config: RunConfig, environ: MutableMapping[str, str] = os.environ) -> None:
     """Sets the threads of this process where the operator, or the run service, has not. Call before torch is imported."""
+    wait_passively(environ)
+    if environ.get("CUDA_VISIBLE_DEVICES"):
+        return
+    if openmp_threads(environ) is None:
+        environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() - int(has_teacher_beside(config))))
+
+
+def wait_passively(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Lets the threads of a process that trains on a CPU sleep while they wait. Call before torch is imported."""
     if environ.get("CUDA_VISIBLE_DEVICES"):
         return
     for name, value in PASSIVE_WAITING.items():
         environ[name] = environ.get(name) or value
-    if openmp_threads(environ) is None:
-        environ["OMP_NUM_THREADS"] = str(max(1, usable_cores() - int(has_teacher_beside(config))))
 
 
 def _busy_targets(config: RunConfig) -> Iterator[str]:

@@ -72,6 +72,12 @@ class DeviceSlots:
         self._free.difference_update(devices)
         return devices
 
+    def foreseen(self, need: DeviceRequest) -> tuple[int, ...] | None:
+        """The devices that a waiting run will get; None if it may get one or another."""
+        if need.on_cpu or need.gpus:
+            return need.gpus
+        return self.gpus if need.count == len(self.gpus) else None
+
     def mark_reserved(self, devices: tuple[int, ...]) -> None:
         """Marks the devices of an adopted run as reserved."""
         if devices:

@@ -24,6 +24,7 @@ from stillhouse.student_trainer.runs.supervision import training_process
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import AttemptMonitor, MonitorContext
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
+from stillhouse.student_trainer.runs.supervision.standby import Standby, end_leftovers
 from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess
 
 RETRY_S = 5.0
@@ -55,6 +56,10 @@ class Supervisor:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._news = asyncio.Event()
         self._scheduler: asyncio.Task[None] | None = None
+        self._standby = Standby(data_dir.path)
+        self._standby_mode = settings.standby
+        self._last_environ: dict[str, str] | None = None
+        """Environment of the last run that was started."""
         self._unsure = False
         """True if the store may hold attempts that were never started, because its reply was lost."""
 
@@ -64,6 +69,7 @@ class Supervisor:
 
     async def start(self) -> None:
         """Adopts live runs, then starts queued ones until `close`."""
+        await asyncio.to_thread(end_leftovers, self._data_dir)
         for run in await self._db(self._store.live):
             await self._adopt(run)
         self._news.set()
@@ -87,6 +93,7 @@ class Supervisor:
         if self._scheduler is not None:
             self._scheduler.cancel()
             await asyncio.wait({self._scheduler})
+        await asyncio.to_thread(self._standby.close)
         if stop_runs:
             for run_id in list(self._tasks):
                 await self._stop_live(run_id)
@@ -98,6 +105,7 @@ class Supervisor:
 
     def kill(self) -> None:
         """Kills all live processes, so that an impatient shutdown leaves none behind."""
+        self._standby.close()
         for monitor in self._monitors.values():
             monitor.kill()
 
@@ -115,7 +123,8 @@ class Supervisor:
             try:
                 if self._unsure:
                     await self._catch_up()
-                await self._start_queued()
+                waiting = await self._start_queued()
+                await self._keep_standby(waiting)
                 self._unsure = False
                 continue
             except StillhouseError as error:
@@ -140,9 +149,11 @@ class Supervisor:
         await self._db(self._store.withdraw_attempt, run_id, attempt)
         self._notifier.notify(run_id)
 
-    async def _start_queued(self) -> None:
-        """Starts runs that fit. A run that waits for devices blocks later ones of the same kind."""
+    async def _start_queued(self) -> Run | None:
+        """Starts runs that fit, and returns the first that waits. A run that waits for devices blocks later ones of the same
+        kind."""
         blocked: set[bool] = set()
+        first = None
         for run in await self._db(self._store.queue):
             need = DeviceRequest.from_spec(run.effective_spec)
             lack = self.slots.why_never(need)
@@ -152,8 +163,47 @@ class Supervisor:
             devices = None if need.on_cpu in blocked else self.slots.reserve(need)
             if devices is None:
                 blocked.add(need.on_cpu)
+                first = first or run
             else:
                 await self._launch(run, devices)
+        return first
+
+    async def _keep_standby(self, waiting: Run | None) -> None:
+        """Keeps a process for `waiting`, the first queued run, or for one like the last if it is always kept."""
+        environ = None
+        if waiting is not None and self._standby_mode != "off":
+            environ = self._likely_environ(waiting)
+        elif self._standby_mode == "always":
+            environ = self._last_environ or self._first_environ()
+        await asyncio.to_thread(self._standby.keep, environ)
+
+    def _likely_environ(self, run: Run) -> dict[str, str] | None:
+        """Environment of a process for a run that waits; None if its devices are not known yet, or it has several processes."""
+        try:
+            config = read(RunConfig, run.effective_spec)
+        except StillhouseError:
+            return None  # its start will say why
+        devices = self.slots.foreseen(DeviceRequest.from_spec(run.effective_spec))
+        if devices is None or config.resources.processes > 1:
+            return None
+        return self._environ(config, devices)
+
+    def _first_environ(self) -> dict[str, str] | None:
+        """Environment of a run beside a teacher on this machine, if the service has no choice of devices."""
+        if len(self.slots.gpus) > 1:
+            return None
+        threads = self.slots.threads(self.slots.gpus, beside_teacher=True)
+        return training_process.environment(
+            devices=self.slots.gpus, threads=threads, credentials=self._data_dir.credentials_path
+        )
+
+    def _environ(self, config: RunConfig, devices: tuple[int, ...], *, halve: bool = False) -> dict[str, str]:
+        return training_process.environment(
+            devices=devices,
+            threads=self.slots.threads(devices, beside_teacher=has_teacher_beside(config)),
+            credentials=self._data_dir.credentials_path,
+            halve=halve,
+        )
 
     async def _refuse(self, run: Run, lack: str) -> None:
         run_id = run.name.removeprefix("runs/")
@@ -180,7 +230,7 @@ class Supervisor:
             self.slots.release(devices)
             await self._fail_to_start(run_id, attempt, error)
             return
-        log.info("attempt started", run=run_id, attempt=attempt, devices=devices)
+        log.info("attempt started", run=run_id, attempt=attempt, devices=devices, pid=child.pid)
         monitor = AttemptMonitor(self._context, run_id, run_dir, attempt=attempt, process=child)
         self._monitor(run_id, monitor, devices)
         if (await self._db(self._store.get, run_id)).state == run_state.STOPPING:
@@ -198,16 +248,15 @@ class Supervisor:
         run_dir.write_effective_spec(effective)
         run_dir.write_control(attempt, stop=False)
         training_process.end_leftover(run_dir)
-        return training_process.start(
-            run_dir,
-            attempt,
-            devices=devices,
-            threads=self.slots.threads(
-                devices, beside_teacher=has_teacher_beside(read(RunConfig, run.effective_spec))
-            ),
-            credentials=self._data_dir.credentials_path,
-            halve=halve,
-        )
+        config = read(RunConfig, run.effective_spec)
+        environ = self._environ(config, devices, halve=halve)
+        if (
+            config.resources.processes > 1
+        ):  # they share the threads, which are set when libraries are imported
+            return training_process.start(run_dir, attempt, environ)
+        self._last_environ = environ
+        taken = self._standby.take(run_dir, attempt, environ)
+        return taken or training_process.start(run_dir, attempt, environ)
 
     async def _fail_to_start(self, run_id: str, attempt: int, cause: Exception) -> None:
         error = StillhouseError(
@@ -230,7 +279,7 @@ class Supervisor:
         run_id = run.name.removeprefix("runs/")
         run_dir, attempt = self.run_dir(run_id), run.attempts[-1].number
         devices = await self._db(self._store.devices, run_id, attempt)
-        record = await asyncio.to_thread(training_process.find_running, run_dir, attempt)
+        record = await asyncio.to_thread(training_process.find_running, self._data_dir.path, run_dir, attempt)
         if record is None and not training_process.has_started(run_dir, attempt):
             # The service was killed after the store's commit and before the process's start.
             await self._withdraw(run_id, attempt)

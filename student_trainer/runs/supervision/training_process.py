@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import psutil
 
 from stillhouse.protos.child_process import python_path
+from stillhouse.student_trainer import standby_order
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import ProcessRecord, RunDir, start_time_of
 
@@ -49,6 +50,11 @@ class ChildProcess:
 
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+
+    @property
+    def pid(self) -> int:
+        """Its process id, which is that of its group too."""
+        return self._process.pid
 
     def poll(self) -> Exit | None:
         """Exit status; the rest of its process group is killed before the pid can be reused."""
@@ -90,27 +96,22 @@ def command(run_dir: RunDir, attempt: int) -> list[str]:
     return [*module, str(run_dir.path), "--attempt", str(attempt)]
 
 
-def start(
-    run_dir: RunDir,
-    attempt: int,
-    *,
-    devices: Sequence[int],
-    threads: int,
-    credentials: Path,
-    halve: bool = False,
-) -> ChildProcess:
-    """Starts the training process, with half its micro-batch if `halve`; its output goes to the attempt's log.
+def standby_command(data_dir: Path) -> list[str]:
+    """The argument list of a standby process of the service with this data directory."""
+    return [sys.executable, "-P", "-m", standby_order.MODULE, str(data_dir)]
+
+
+def start(run_dir: RunDir, attempt: int, environ: Mapping[str, str]) -> ChildProcess:
+    """Starts the training process in an `environment`; its output goes to the attempt's log.
 
     Raises:
         OSError: the process or its log cannot be created.
     """
-    log_path = run_dir.log_path(attempt)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("ab") as log:
+    with open_log(run_dir, attempt) as log:
         process = subprocess.Popen(
             command(run_dir, attempt),
             cwd=run_dir.path,
-            env=environment(devices=devices, threads=threads, credentials=credentials, halve=halve),
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -119,10 +120,17 @@ def start(
     return ChildProcess(process)
 
 
+def open_log(run_dir: RunDir, attempt: int) -> BinaryIO:
+    """Opens the log of an attempt, which is made if missing. Raises OSError."""
+    log_path = run_dir.log_path(attempt)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    return log_path.open("ab")
+
+
 def environment(
     *, devices: Sequence[int], threads: int, credentials: Path, halve: bool = False
 ) -> dict[str, str]:
-    """The service's environment with the process's devices and threads."""
+    """The service's environment with the process's devices and threads; it trains with half its micro-batch if `halve`."""
     return environment_of_child() | {
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)),
         "OMP_NUM_THREADS": str(threads),
@@ -139,20 +147,32 @@ def environment_of_child() -> dict[str, str]:
     return variables | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"}
 
 
-def find_running(run_dir: RunDir, attempt: int) -> ProcessRecord | None:
+def find_running(data_dir: Path, run_dir: RunDir, attempt: int) -> ProcessRecord | None:
     """The live process of an attempt that an earlier service started.
 
-    Found by the run's lock and record, or before those exist by its arguments.
+    Found by the run's lock and record, or before those exist by its arguments, or as a standby process that writes the
+    attempt's log.
     """
     record = run_dir.locked_by_live_process()
     if record is not None:
         return record if record.attempt == attempt else None
-    wanted = command(run_dir, attempt)[1:]
+    wanted, standby = command(run_dir, attempt)[1:], standby_command(data_dir)[1:]
+    log_path = run_dir.log_path(attempt)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:] == wanted and process.status() != psutil.STATUS_ZOMBIE:
+            arguments = process.cmdline()[1:]
+            if arguments == wanted or (arguments == standby and writes_below(process, log_path)):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
                 return ProcessRecord(attempt=attempt, pid=process.pid, start_time=start_time_of(process.pid))
     return None
+
+
+def writes_below(process: psutil.Process, path: Path) -> bool:
+    """True if a process has this file, or one in this directory, open; False if it has ended."""
+    with contextlib.suppress(psutil.Error):
+        return any(Path(each.path).is_relative_to(path.resolve()) for each in process.open_files())
+    return False
 
 
 def has_started(run_dir: RunDir, attempt: int) -> bool:

@@ -1,0 +1,160 @@
+"""A warm training process: it has imported what a run imports, waits, and takes the next run that fits it.
+
+A process fits a run if its environment is the one that a new process would be started with: number of threads, devices and all that
+libraries read when they are imported. Else it is ended, and the run gets a new process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+import structlog
+
+from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.data_dir import DataDir
+from stillhouse.student_trainer.runs.supervision.training_process import (
+    ChildProcess,
+    open_log,
+    standby_command,
+    writes_below,
+)
+from stillhouse.student_trainer.standby_order import Order
+
+TAKE_OVER_S = 10.0
+"""Time for a standby process whose service has died to end, or to open the log of the attempt that it was given."""
+POLL_S = 0.02
+
+log = structlog.get_logger(__name__)
+
+
+class Standby:
+    """At most one standby process. It ends with this service: its standard input is a pipe that nobody else holds."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self._data_dir = data_dir
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._environ: dict[str, str] = {}
+        self._failed: dict[str, str] | None = None
+        """Environment in which the last one has died by itself: there is none with it before a run is started."""
+        self._closed = False
+
+    def keep(self, environ: Mapping[str, str] | None) -> None:
+        """Sees to it that a process waits in this environment; none waits for None. A failure is logged: runs start without."""
+        with self._lock:
+            wanted = None if environ is None or self._closed else _at_import(environ)
+            if self._process is not None and self._process.poll() is not None:
+                log.warning("standby process has died", pid=self._process.pid, code=self._process.returncode)
+                self._failed = self._environ
+                self._end()
+            if self._process is not None and wanted != self._environ:
+                self._end()
+            if self._process is None and wanted is not None and wanted != self._failed:
+                self._start(wanted)
+
+    def take(self, run_dir: RunDir, attempt: int, environ: Mapping[str, str]) -> ChildProcess | None:
+        """Makes the standby process the one of an attempt; None if there is none that fits `environ`.
+
+        Raises OSError if the attempt's log cannot be created.
+        """
+        with self._lock:
+            self._failed = None
+            process = self._process
+            if process is None:
+                return None
+            if process.poll() is not None or _at_import(environ) != self._environ:
+                log.info("standby process not used", pid=process.pid, code=process.returncode)
+                self._end()
+                return None
+            open_log(run_dir, attempt).close()
+            order = Order(run_dir=run_dir.path, attempt=attempt, halve=environ.get(HALVE_VARIABLE) == "1")
+            assert process.stdin is not None
+            try:
+                process.stdin.write(order.line())
+                process.stdin.close()
+            except OSError:  # it has died since
+                self._end()
+                return None
+            self._process = None
+            return ChildProcess(process)
+
+    def close(self) -> None:
+        """Ends the process that waits; none is started afterwards."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _start(self, environ: dict[str, str]) -> None:
+        try:
+            self._process = subprocess.Popen(
+                standby_command(self._data_dir),
+                cwd=self._data_dir,
+                env=environ,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+                bufsize=0,
+            )
+        except OSError as error:
+            log.warning("no standby process", why=str(error))
+            self._failed = environ
+            return
+        self._environ = environ
+        log.info("standby process started", pid=self._process.pid)
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.returncode is None:  # else its number may be another's
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if process.stdin is not None:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+        process.wait()
+
+
+def end_leftovers(data_dir: DataDir) -> None:
+    """Waits until no standby process of an earlier service is left, and kills one that stays.
+
+    One that had just been given a run becomes its training process meanwhile.
+    """
+    deadline = time.monotonic() + TAKE_OVER_S
+    while waiting := _waiting(data_dir):
+        if time.monotonic() > deadline:
+            for process in waiting:
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            psutil.wait_procs(waiting, timeout=TAKE_OVER_S)
+            return
+        time.sleep(POLL_S)
+
+
+def _waiting(data_dir: DataDir) -> list[psutil.Process]:
+    """Standby processes without a run."""
+    wanted, found = standby_command(data_dir.path)[1:], []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if (
+                process.cmdline()[1:] == wanted
+                and process.status() != psutil.STATUS_ZOMBIE
+                and not writes_below(process, data_dir.runs_path)
+            ):
+                found.append(process)
+    return found
+
+
+def _at_import(environ: Mapping[str, str]) -> dict[str, str]:
+    """The part of an environment that must be set before libraries are imported."""
+    return {name: value for name, value in environ.items() if name != HALVE_VARIABLE}

@@ -1,0 +1,264 @@
+"""The standby process of a run service: the run that takes it, and its end with whatever happens around it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
+from stillhouse.protos.stillhouse.v1.run_pb2 import Run
+from stillhouse.student_trainer.run_dir import RunDir
+from stillhouse.student_trainer.runs.supervision import training_process
+from stillhouse.student_trainer.runs.supervision.standby import Standby
+from stillhouse.student_trainer.runs.supervision.training_process import Exit
+from tests.conftest import Models
+from tests.student_trainer.config.specs import SMALLEST, cross_entropy_spec, spec_of
+from tests.student_trainer.runs.api.caller import PATIENCE_S, stub_for, wait_ended, wait_step
+from tests.support.processes import no_process_left
+from tests.support.programs import Program, start_trainer
+
+ENDLESS = 1_000_000
+
+
+def standby_pids(data_dir: Path) -> list[int]:
+    """Processes that were started to wait for a run of this service, whether they have one by now or not."""
+    wanted = training_process.standby_command(data_dir)[1:]
+    return [
+        each.pid for each in psutil.process_iter(["cmdline"]) if (each.info["cmdline"] or [])[1:] == wanted
+    ]
+
+
+def wait_standby(data_dir: Path) -> psutil.Process:
+    """The one standby process, once it has imported its libraries."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        for pid in standby_pids(data_dir):
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            # Of the last module that it imports before it waits, torch is long loaded.
+            if "libtorch_cpu" in maps:
+                return psutil.Process(pid)
+        time.sleep(0.05)
+    raise AssertionError("no standby process")
+
+
+def oom_score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def training_pid(data_dir: Path, name: str) -> int:
+    return int(json.loads((data_dir / name / "process.json").read_text())["pid"])
+
+
+@pytest.mark.model
+def test_a_queued_run_takes_the_standby_process(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "trainer-data"
+    endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+    with stub_for(trainer_service("--standby", "queue").target) as stub:
+        first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+        assert not standby_pids(data_dir)
+        second = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+        standby = wait_standby(data_dir)
+        assert oom_score(standby.pid) == 1000
+        wait_step(stub, first, 1)
+        stub.StopRun(pb.StopRunRequest(name=first))
+        wait_step(stub, second, 2)
+        assert oom_score(standby.pid) == oom_score(standby.ppid())
+        assert training_pid(data_dir, second) == standby.pid != training_pid(data_dir, first)
+        assert os.getpgid(standby.pid) == standby.pid
+        assert Path(standby.cwd()) == data_dir / second
+        assert standby_pids(data_dir) == [standby.pid]  # nothing is queued behind it
+        log = (data_dir / second / "attempts" / "1" / "log").read_text()
+        assert f'"run": "{second.removeprefix("runs/")}"' in log
+        stub.StopRun(pb.StopRunRequest(name=second))
+        run = wait_ended(stub, second)
+    assert (run.state, run.attempts[0].exit_code) == (Run.STATE_STOPPED, 0)
+    assert run.latest_checkpoint
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_run_starts_without_a_standby_process_that_was_killed(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "trainer-data"
+    with stub_for(trainer_service("--standby", "queue").target) as stub:
+        endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+        first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+        second = stub.CreateRun(
+            pb.CreateRunRequest(spec=cross_entropy_spec(models.student, dataset_file))
+        ).name
+        standby = wait_standby(data_dir)
+        standby.kill()
+        wait_step(stub, first, 1)
+        stub.StopRun(pb.StopRunRequest(name=first))
+        run = wait_ended(stub, second)
+        assert (run.state, len(run.attempts)) == (Run.STATE_COMPLETED, 1)
+        assert training_pid(data_dir, second) != standby.pid
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_run_learns_the_same_in_a_standby_process(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "trainer-data"
+    spec = cross_entropy_spec(models.student, dataset_file)
+    with stub_for(trainer_service("--standby", "queue").target) as stub:
+        alone = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+        wait_ended(stub, alone)
+        endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+        first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+        queued = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+        standby = wait_standby(data_dir)
+        wait_step(stub, first, 1)
+        stub.StopRun(pb.StopRunRequest(name=first))
+        wait_ended(stub, queued)
+    assert training_pid(data_dir, queued) == standby.pid
+    weights = [(data_dir / name / "final" / "model.safetensors").read_bytes() for name in (alone, queued)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_standby_process_ends_with_its_service(models: Models, dataset_file: Path, tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+    with no_process_left() as mark:
+        options = ["--standby", "always"]
+        with start_trainer(data_dir, directory=tmp_path / "1", options=options, environment=mark) as program:
+            waiting = wait_standby(data_dir)
+            with stub_for(program.target) as stub:
+                name = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+                wait_step(stub, name, 1)
+            training = psutil.Process(training_pid(data_dir, name))
+            waiting = next(psutil.Process(each) for each in standby_pids(data_dir) if each != training.pid)
+            program.process.kill()
+            program.process.wait()
+            waiting.wait(PATIENCE_S)
+            assert training.is_running()
+        options = ["--standby", "off", "--stop-runs-on-exit"]
+        with (
+            start_trainer(data_dir, directory=tmp_path / "2", options=options, environment=mark) as program,
+            stub_for(program.target) as stub,
+        ):
+            assert training.is_running()
+            stub.StopRun(pb.StopRunRequest(name=name))
+            run = wait_ended(stub, name)
+    assert (run.state, len(run.attempts)) == (Run.STATE_STOPPED, 1)
+
+
+@pytest.mark.model
+@pytest.mark.slow
+def test_a_run_that_a_standby_process_takes_while_its_service_dies_is_adopted(
+    models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "data"
+    with no_process_left() as mark:
+        options = ["--standby", "queue"]
+        with (
+            start_trainer(data_dir, directory=tmp_path / "1", options=options, environment=mark) as program,
+            stub_for(program.target) as stub,
+        ):
+            endless = cross_entropy_spec(models.student, dataset_file, steps=ENDLESS)
+            first = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+            second = stub.CreateRun(pb.CreateRunRequest(spec=endless)).name
+            standby = wait_standby(data_dir)
+            wait_step(stub, first, 1)
+            standby.suspend()
+            stub.StopRun(pb.StopRunRequest(name=first))
+            wait_started(program, second)
+            program.process.kill()
+            program.process.wait()
+            standby.resume()
+            options = ["--standby", "off", "--stop-runs-on-exit"]
+            with (
+                start_trainer(data_dir, directory=tmp_path / "2", options=options, environment=mark) as later,
+                stub_for(later.target) as other,
+            ):
+                wait_step(other, second, 1)
+                assert training_pid(data_dir, second) == standby.pid
+                other.StopRun(pb.StopRunRequest(name=second))
+                run = wait_ended(other, second)
+    assert (run.state, len(run.attempts)) == (Run.STATE_STOPPED, 1)
+
+
+def wait_started(program: Program, name: str) -> None:
+    """Waits until the service says that it has started the run."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not any(
+        '"attempt started"' in line and name.removeprefix("runs/") in line
+        for line in program.log(10**6).splitlines()
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_standby_process_that_does_not_fit_is_ended(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path / "runs" / "aaaaaaaaaaaa", spec_of(SMALLEST), spec_of(SMALLEST))
+
+    def environ(threads: int, *, halve: bool = False) -> dict[str, str]:
+        return training_process.environment(
+            devices=(), threads=threads, credentials=tmp_path / "none", halve=halve
+        )
+
+    standby = Standby(tmp_path)
+    try:
+        standby.keep(environ(1))
+        (pid,) = standby_pids(tmp_path)
+        standby.keep(environ(1, halve=True))  # what is not read at import makes no difference
+        assert standby_pids(tmp_path) == [pid]
+        assert standby.take(run_dir, 1, environ(2)) is None
+        assert not standby_pids(tmp_path)
+        assert not run_dir.log_path(1).exists()
+
+        standby.keep(environ(1))
+        (pid,) = standby_pids(tmp_path)
+        standby.keep(environ(2))
+        (other,) = standby_pids(tmp_path)
+        assert other != pid
+        standby.keep(None)
+        assert not standby_pids(tmp_path)
+    finally:
+        standby.close()
+    standby.keep(environ(1))
+    assert not standby_pids(tmp_path)
+
+
+def test_a_standby_process_that_dies_is_not_started_again_before_the_next_run(tmp_path: Path) -> None:
+    run_dir = RunDir.create(tmp_path / "runs" / "aaaaaaaaaaaa", spec_of(SMALLEST), spec_of(SMALLEST))
+    environ = training_process.environment(devices=(), threads=1, credentials=tmp_path / "none")
+    standby = Standby(tmp_path)
+    try:
+        standby.keep(environ)
+        (pid,) = standby_pids(tmp_path)
+        os.kill(pid, signal.SIGKILL)
+        deadline = time.monotonic() + PATIENCE_S
+        while standby_pids(tmp_path):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        standby.keep(environ)
+        standby.keep(environ)
+        assert not standby_pids(tmp_path)
+        assert standby.take(run_dir, 1, environ) is None
+        standby.keep(environ)
+        (pid,) = standby_pids(tmp_path)
+        taken = standby.take(run_dir, 1, environ)
+        assert taken is not None
+        assert taken.pid == pid
+        assert taken.poll() is None
+        taken.send(signal.SIGKILL)
+        while (ended := taken.poll()) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert ended == Exit(code=137, signal=9)
+    finally:
+        standby.close()
