@@ -9,6 +9,8 @@ from typing import Self
 
 MODULE = "stillhouse.student_trainer.train.standby"
 """Module that runs as a standby process."""
+ADAPTER_VARIABLE = "STILLHOUSE_STANDBY_ADAPTER"
+"""Environment variable of a standby process that imports what trains an adapter too; it removes it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

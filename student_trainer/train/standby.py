@@ -19,7 +19,7 @@ import structlog
 from stillhouse.student_trainer.config.settled.cpu_threads import wait_passively
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import RunDir
-from stillhouse.student_trainer.standby_order import Order
+from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, Order
 from stillhouse.student_trainer.train.__main__ import prepare_libraries, prepare_output, take_attempt
 
 MODULES = (
@@ -44,7 +44,8 @@ def main() -> NoReturn:
     prepare_output()
     wait_passively()
     prepare_libraries()
-    for name in MODULES:
+    trains_adapter = os.environ.pop(ADAPTER_VARIABLE, "") == "1"
+    for name in (*MODULES, *(["peft"] if trains_adapter else [])):
         import_module(name)
     order = orders.get()
     os.environ[HALVE_VARIABLE] = str(int(order.halve))

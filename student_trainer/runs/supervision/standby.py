@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -27,13 +28,23 @@ from stillhouse.student_trainer.runs.supervision.training_process import (
     standby_command,
     writes_below,
 )
-from stillhouse.student_trainer.standby_order import Order
+from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, Order
 
 TAKE_OVER_S = 10.0
 """Time for a standby process whose service has died to end, or to open the log of the attempt that it was given."""
 POLL_S = 0.02
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Expected:
+    """The run that is expected next, as far as a process can prepare for it."""
+
+    environ: Mapping[str, str]
+    """Environment of its process."""
+    adapter: bool
+    """It trains an adapter."""
 
 
 class Standby:
@@ -48,18 +59,20 @@ class Standby:
         """Environment in which the last one has died by itself: there is none with it before a run is started."""
         self._closed = False
 
-    def keep(self, environ: Mapping[str, str] | None) -> None:
-        """Sees to it that a process waits in this environment; none waits for None. A failure is logged: runs start without."""
+    def keep(self, expected: Expected | None) -> None:
+        """Sees to it that a process waits for a run like this; none waits for None. A failure is logged: runs start without."""
         with self._lock:
-            wanted = None if environ is None or self._closed else _at_import(environ)
+            if self._closed:
+                return
+            wanted = None if expected is None else _at_import(expected.environ)
             if self._process is not None and self._process.poll() is not None:
                 log.warning("standby process has died", pid=self._process.pid, code=self._process.returncode)
                 self._failed = self._environ
                 self._end()
             if self._process is not None and wanted != self._environ:
                 self._end()
-            if self._process is None and wanted is not None and wanted != self._failed:
-                self._start(wanted)
+            if expected and wanted and self._process is None and wanted != self._failed:
+                self._start(wanted, adapter=expected.adapter)
 
     def take(self, run_dir: RunDir, attempt: int, environ: Mapping[str, str]) -> ChildProcess | None:
         """Makes the standby process the one of an attempt; None if there is none that fits `environ`.
@@ -93,12 +106,12 @@ class Standby:
             self._closed = True
             self._end()
 
-    def _start(self, environ: dict[str, str]) -> None:
+    def _start(self, environ: dict[str, str], *, adapter: bool) -> None:
         try:
             self._process = subprocess.Popen(
                 standby_command(self._data_dir),
                 cwd=self._data_dir,
-                env=environ,
+                env=environ | {ADAPTER_VARIABLE: str(int(adapter))},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -24,7 +24,7 @@ from stillhouse.student_trainer.runs.supervision import training_process
 from stillhouse.student_trainer.runs.supervision.attempt_monitor import AttemptMonitor, MonitorContext
 from stillhouse.student_trainer.runs.supervision.device_slots import DeviceRequest, DeviceSlots
 from stillhouse.student_trainer.runs.supervision.journal_tail import ChangeNotifier
-from stillhouse.student_trainer.runs.supervision.standby import Standby, end_leftovers
+from stillhouse.student_trainer.runs.supervision.standby import Expected, Standby, end_leftovers
 from stillhouse.student_trainer.runs.supervision.training_process import AdoptedProcess
 
 RETRY_S = 5.0
@@ -58,8 +58,8 @@ class Supervisor:
         self._scheduler: asyncio.Task[None] | None = None
         self._standby = Standby(data_dir.path)
         self._standby_mode = settings.standby
-        self._last_environ: dict[str, str] | None = None
-        """Environment of the last run that was started."""
+        self._last_started: Expected | None = None
+        """What the last run that was started needed."""
         self._unsure = False
         """True if the store may hold attempts that were never started, because its reply was lost."""
 
@@ -170,15 +170,15 @@ class Supervisor:
 
     async def _keep_standby(self, waiting: Run | None) -> None:
         """Keeps a process for `waiting`, the first queued run, or for one like the last if it is always kept."""
-        environ = None
+        expected = None
         if waiting is not None and self._standby_mode != "off":
-            environ = self._likely_environ(waiting)
+            expected = self._expect(waiting)
         elif self._standby_mode == "always":
-            environ = self._last_environ or self._first_environ()
-        await asyncio.to_thread(self._standby.keep, environ)
+            expected = self._last_started or self._expect_any()
+        await asyncio.to_thread(self._standby.keep, expected)
 
-    def _likely_environ(self, run: Run) -> dict[str, str] | None:
-        """Environment of a process for a run that waits; None if its devices are not known yet, or it has several processes."""
+    def _expect(self, run: Run) -> Expected | None:
+        """What a run that waits needs; None if its devices are not known yet, or it has several processes."""
         try:
             config = read(RunConfig, run.effective_spec)
         except StillhouseError:
@@ -186,16 +186,17 @@ class Supervisor:
         devices = self.slots.foreseen(DeviceRequest.from_spec(run.effective_spec))
         if devices is None or config.resources.processes > 1:
             return None
-        return self._environ(config, devices)
+        return Expected(environ=self._environ(config, devices), adapter=config.student.trains_adapter)
 
-    def _first_environ(self) -> dict[str, str] | None:
-        """Environment of a run beside a teacher on this machine, if the service has no choice of devices."""
+    def _expect_any(self) -> Expected | None:
+        """What a run beside a teacher on this machine needs, if the service has no choice of devices."""
         if len(self.slots.gpus) > 1:
             return None
         threads = self.slots.threads(self.slots.gpus, beside_teacher=True)
-        return training_process.environment(
+        environ = training_process.environment(
             devices=self.slots.gpus, threads=threads, credentials=self._data_dir.credentials_path
         )
+        return Expected(environ=environ, adapter=False)
 
     def _environ(self, config: RunConfig, devices: tuple[int, ...], *, halve: bool = False) -> dict[str, str]:
         return training_process.environment(
@@ -254,7 +255,7 @@ class Supervisor:
             config.resources.processes > 1
         ):  # they share the threads, which are set when libraries are imported
             return training_process.start(run_dir, attempt, environ)
-        self._last_environ = environ
+        self._last_started = Expected(environ=environ, adapter=config.student.trains_adapter)
         taken = self._standby.take(run_dir, attempt, environ)
         return taken or training_process.start(run_dir, attempt, environ)
 

@@ -16,7 +16,7 @@ from stillhouse.protos.stillhouse.v1 import run_pb2 as pb
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.runs.supervision import training_process
-from stillhouse.student_trainer.runs.supervision.standby import Standby
+from stillhouse.student_trainer.runs.supervision.standby import Expected, Standby
 from stillhouse.student_trainer.runs.supervision.training_process import Exit
 from tests.conftest import Models
 from tests.student_trainer.config.specs import SMALLEST, cross_entropy_spec, spec_of
@@ -202,6 +202,10 @@ def wait_started(program: Program, name: str) -> None:
         time.sleep(0.05)
 
 
+def expected(environ: dict[str, str]) -> Expected:
+    return Expected(environ=environ, adapter=False)
+
+
 def test_a_standby_process_that_does_not_fit_is_ended(tmp_path: Path) -> None:
     run_dir = RunDir.create(tmp_path / "runs" / "aaaaaaaaaaaa", spec_of(SMALLEST), spec_of(SMALLEST))
 
@@ -212,24 +216,24 @@ def test_a_standby_process_that_does_not_fit_is_ended(tmp_path: Path) -> None:
 
     standby = Standby(tmp_path)
     try:
-        standby.keep(environ(1))
+        standby.keep(expected(environ(1)))
         (pid,) = standby_pids(tmp_path)
-        standby.keep(environ(1, halve=True))  # what is not read at import makes no difference
+        standby.keep(expected(environ(1, halve=True)))  # what is not read at import makes no difference
         assert standby_pids(tmp_path) == [pid]
         assert standby.take(run_dir, 1, environ(2)) is None
         assert not standby_pids(tmp_path)
         assert not run_dir.log_path(1).exists()
 
-        standby.keep(environ(1))
+        standby.keep(expected(environ(1)))
         (pid,) = standby_pids(tmp_path)
-        standby.keep(environ(2))
+        standby.keep(expected(environ(2)))
         (other,) = standby_pids(tmp_path)
         assert other != pid
         standby.keep(None)
         assert not standby_pids(tmp_path)
     finally:
         standby.close()
-    standby.keep(environ(1))
+    standby.keep(expected(environ(1)))
     assert not standby_pids(tmp_path)
 
 
@@ -238,18 +242,18 @@ def test_a_standby_process_that_dies_is_not_started_again_before_the_next_run(tm
     environ = training_process.environment(devices=(), threads=1, credentials=tmp_path / "none")
     standby = Standby(tmp_path)
     try:
-        standby.keep(environ)
+        standby.keep(expected(environ))
         (pid,) = standby_pids(tmp_path)
         os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + PATIENCE_S
         while standby_pids(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        standby.keep(environ)
-        standby.keep(environ)
+        standby.keep(expected(environ))
+        standby.keep(expected(environ))
         assert not standby_pids(tmp_path)
         assert standby.take(run_dir, 1, environ) is None
-        standby.keep(environ)
+        standby.keep(expected(environ))
         (pid,) = standby_pids(tmp_path)
         taken = standby.take(run_dir, 1, environ)
         assert taken is not None
