@@ -67,6 +67,11 @@ def comparison_options(*, work: str, arms: Sequence[str], minutes: float) -> Cal
             is_flag=True,
             help="Report the arms that earlier calls left in the work folder, too.",
         ),
+        click.option(
+            "--report",
+            is_flag=True,
+            help="Run no arm; report those that earlier calls left in the work folder.",
+        ),
     ]
 
     def add(command: Command) -> Command:
@@ -87,7 +92,8 @@ def compare(
     chosen: Sequence[str],
     text: Path | None,
     minutes: float,
-    with_earlier: bool = False,
+    with_earlier: bool,
+    report: bool,
 ) -> NoReturn:
     """Runs the chosen arms, prints and writes what they gave, and exits with 0 if each took all its steps."""
     console = Console(soft_wrap=True, width=170)
@@ -97,8 +103,8 @@ def compare(
             arms = _open_arms(work, sizes, text, minutes, console)
             start = ArmResult(name="start", folders={0: str(arms.work.path / "0")})
             outcome = Outcome(arms=arms, start=start)
-            names = chosen or comparison.arms
-            if with_earlier:
+            names = () if report else chosen or comparison.arms
+            if with_earlier or report:
                 others = (each for each in comparison.arms if each not in names)
                 outcome.results += filter(None, map(arms.earlier, others))
             for name in names:

@@ -262,6 +262,11 @@ class _KeptTokens:
         """True in columns that hold a kept token."""
         self._token_ids = token_ids
         self._columns = columns
+        self._rows_with_some: Bool[Tensor, "C 1"] | None = None
+        """Rows with a kept token; None if all have one."""
+        if columns is not None:
+            some = mask.any(-1, keepdim=True)
+            self._rows_with_some = None if bool(some.all()) else some
 
     @classmethod
     def from_buckets(cls, teacher: TeacherBuckets, num_logits: int) -> _KeptTokens:
@@ -283,15 +288,16 @@ class _KeptTokens:
         """Overwrites the kept tokens' logits with `values`; a row without any is unchanged."""
         values = values.to(logits.dtype)
         if self._columns is not None:
-            some = self.mask.any(-1, keepdim=True)
-            values = torch.where(some, values.gather(-1, self._columns), logits.gather(-1, self._token_ids))
+            values = values.gather(-1, self._columns)
+        if self._rows_with_some is not None:
+            values = torch.where(self._rows_with_some, values, logits.gather(-1, self._token_ids))
         _put(logits, self._token_ids, values)
 
     def blank(self, logits: Float[Tensor, "C V"]) -> None:
         """Overwrites the kept tokens' logits with -inf; a row without any is unchanged."""
         places = _places(self._token_ids, logits)
-        if self._columns is not None:
-            places = places[self.mask.any(-1).repeat_interleave(self.mask.shape[-1])]
+        if self._rows_with_some is not None:
+            places = places[self._rows_with_some.expand_as(self.mask).flatten()]
         logits.view(-1).index_fill_(0, places, -torch.inf)
 
 
