@@ -6,21 +6,18 @@ cannot be taken for that of another version, however a crash falls between uploa
 
 from __future__ import annotations
 
-import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
 import structlog
 from numpy.typing import NDArray
 
-from stillhouse.protos.errors import Reason, StillhouseError, from_status
-from stillhouse.protos.files.adapter import CONFIG, upload_requests
+from stillhouse.protos.errors import Reason, StillhouseError, from_rpc_error, from_status
+from stillhouse.protos.files.adapter import upload_requests
+from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_HOT_ADAPTERS,
     DistributionConfig,
@@ -39,13 +36,15 @@ from stillhouse.protos.tensors.distributions import decode, decode_distributions
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.process import failpoints
+from stillhouse.student_trainer.train.rollouts.adapter_files import content_digest
 from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
-from stillhouse.student_trainer.train.student.student import Student
 from stillhouse.student_trainer.train.teacher.endpoints import INFO_TIMEOUT_S, Endpoint
 
 log = structlog.get_logger()
 
 LOAD_TIMEOUT_S = 600.0
+_UNREADABLE = frozenset({Reason.PATH_NOT_ALLOWED, Reason.ADAPTER_INVALID})
+"""Reasons of a service that cannot, or may not, read a path of this machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,14 +87,15 @@ class RemoteSampler(Endpoint):
         self._num_likeliest = num_likeliest
         self._end_ids = list(end_ids)
         self._clean = clean
-        self._loaded = ""
+        self._loaded: list[str] = []
+        self._reads_our_files = is_loopback(self.target)
         self.info = GetTeacherInfoResponse()
         """Info of the service at its last probe."""
 
     def close(self) -> None:
-        """Frees the last adapter's slot, if the service answers, and closes the connection."""
+        """Frees the adapters' slots, if the service answers, and closes the connection."""
         if self._loaded:
-            self._unload(self.stub(), self._loaded)
+            self._unload_all(self.stub())
         super().close()
 
     def sample(
@@ -129,6 +129,7 @@ class RemoteSampler(Endpoint):
             )
             stream = stub.Generate(request)
             on_cancel(stream.cancel)
+            self._unload_all(stub, but=name)  # while the service writes
             texts = self._texts(stream, fingerprint)
         for number, prompt in enumerate(prompts):
             missing = [each for each in range(generation.samples_per_prompt) if (number, each) not in texts]
@@ -174,15 +175,46 @@ class RemoteSampler(Endpoint):
                     self._unload(stub, each.name)
 
     def _load(self, stub: TeacherServiceStub, query: RolloutQuery) -> tuple[str, str]:
-        """Loads an adapter in the service, and frees the one before; returns its name and fingerprint."""
+        """Loads an adapter in the service; returns its name and fingerprint.
+
+        A service on this machine reads the files where they are, unless it may not; any other one gets them sent.
+        """
+        if self._reads_our_files:
+            name = f"{self._run_name}/{query.version}-{content_digest(query.adapter)[:12]}"
+            try:
+                return name, self._load_path(stub, name, str(query.adapter))
+            except grpc.RpcError as error:
+                said = from_rpc_error(error, target=self.target, service="teacher")
+                if said.reason not in _UNREADABLE:
+                    raise
+                self._reads_our_files = False
+                log.info("adapters are sent to the rollout service", target=self.target, why=said.message)
         stored = stub.UploadAdapter(upload_requests(query.adapter), timeout=LOAD_TIMEOUT_S)
         name = f"{self._run_name}/{query.version}-{stored.fingerprint[:12]}"
-        before, self._loaded = self._loaded, name
-        if before and before != name:
-            self._unload(stub, before)
-        stub.LoadAdapter(LoadAdapterRequest(adapter=name, path=stored.path), timeout=LOAD_TIMEOUT_S)
-        failpoints.reach("rollouts.after_load")
+        self._load_path(stub, name, stored.path)
         return name, stored.fingerprint
+
+    def _load_path(self, stub: TeacherServiceStub, name: str, path: str) -> str:
+        """Loads the files at `path` of the service; returns their fingerprint. The adapter before stays until texts are begun."""
+        request = LoadAdapterRequest(adapter=name, path=path)
+        try:
+            loaded = stub.LoadAdapter(request, timeout=LOAD_TIMEOUT_S)
+        except grpc.RpcError as error:
+            said = from_rpc_error(error, target=self.target, service="teacher")
+            if said.reason is not Reason.ADAPTER_SLOTS or not self._loaded:
+                raise
+            self._unload_all(stub)  # a service with one slot
+            loaded = stub.LoadAdapter(request, timeout=LOAD_TIMEOUT_S)
+        if name not in self._loaded:
+            self._loaded.append(name)
+        failpoints.reach("rollouts.after_load")
+        return str(loaded.adapter.fingerprint)
+
+    def _unload_all(self, stub: TeacherServiceStub, *, but: str = "") -> None:
+        """Frees the slots of all adapters loaded here, but one."""
+        for each in [name for name in self._loaded if name != but]:
+            self._unload(stub, each)
+            self._loaded.remove(each)
 
     def _unload(self, stub: TeacherServiceStub, name: str) -> None:
         try:
@@ -250,25 +282,3 @@ class RemoteSampler(Endpoint):
             likeliest=np.where(likeliest < self._vocab_size, likeliest, -1).astype(np.int32),
             finished=bool(ends.size) or parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
         )
-
-
-@contextmanager
-def saved_adapter(student: Student) -> Iterator[Path]:
-    """Saves the student's adapter as it is; the files go with the block."""
-    model: Any = student.model
-    with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-") as folder:
-        model.save_pretrained(folder)
-        _sort_settings(Path(folder) / CONFIG)
-        yield Path(folder)
-
-
-def _sort_settings(settings: Path) -> None:
-    """Rewrites an adapter's settings so that equal ones have equal bytes: peft holds sets, whose order differs by process."""
-    values = json.loads(settings.read_bytes())
-    ordered = {
-        name: sorted(value)
-        if isinstance(value, list) and all(isinstance(each, str) for each in value)
-        else value
-        for name, value in values.items()
-    }
-    settings.write_text(json.dumps(ordered, sort_keys=True))

@@ -1,7 +1,7 @@
 """Rollouts on one or several services on the student's base: prompts are shared among those that answer.
 
 A prompt's texts follow from its seed, so they are the same from every service. The services write while the training process
-goes on; the adapter that they write with stays on disk until they have.
+goes on; the files of the adapter that they write with stay until they have.
 """
 
 from __future__ import annotations
@@ -20,12 +20,9 @@ from stillhouse.protos.rpc.pool.replica import Loss, PoolOptions
 from stillhouse.protos.rpc.pool.service_pool import Call, ServicePool
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.train.process.waiting import TeacherWait
+from stillhouse.student_trainer.train.rollouts.adapter_files import saved_adapter
 from stillhouse.student_trainer.train.rollouts.local_sampler import SampledText
-from stillhouse.student_trainer.train.rollouts.remote_sampler import (
-    RemoteSampler,
-    RolloutQuery,
-    saved_adapter,
-)
+from stillhouse.student_trainer.train.rollouts.remote_sampler import RemoteSampler, RolloutQuery
 from stillhouse.student_trainer.train.student.student import Student
 
 log = structlog.get_logger()
