@@ -1367,8 +1367,9 @@ class LossSpec(_message.Message):
     sparse_target: _builtins.str
     """Target for the tokens beyond top_k. "auto": stratified_tail for divergences that have an estimate of bounded variance
     from draws, where every teacher draws so; with older teachers top_k_and_sampled for forward_kl at temperature 1, and
-    sampled_tail; else tail_bucket; and what the run's cache holds, if it holds any. It is settled once, when the
-    teachers are reached or the cache is opened, and stands in the run's effective settings with its reason.
+    sampled_tail; student_tail for reverse_kl at temperature 1 on the student's own texts; else tail_bucket; and what the
+    run's cache holds, if it holds any. It is settled once, when the teachers are reached or the cache is opened, and stands
+    in the run's effective settings with its reason.
     "tail_bucket": one bucket with all their mass; a lower bound of the divergence over the vocabulary, least for a student
     that equals its teacher, but nothing shapes the student within the bucket. "sampled": random-sampling distillation,
     num_samples draws of the teacher in place of its top_k, which then may be 1; unbiased. "top_k_and_sampled": the top_k
@@ -1377,7 +1378,9 @@ class LossSpec(_message.Message):
     expectation, for all divergences but reverse_kl, adaptive_kl, mse and those that come near reverse_kl; from temperature 2
     on with a control variate. "stratified_tail": the same with stratified draws, which are steadier, and without
     log-probabilities where forward_kl is the only divergence and temperature below 2, so that there is room for more of
-    them. "renormalise": the top_k as if they were all, as many
+    them. "student_tail": for the student's own texts and reverse_kl at temperature 1, the top_k of both sides exactly, and
+    num_samples stratified draws of the student from outside its own, for which the teacher is queried; unbiased.
+    "renormalise": the top_k as if they were all, as many
     programs do; it makes students over-confident. sampled, top_k_and_sampled and renormalise are for forward_kl alone;
     stratified_tail needs a teacher with CAPABILITY_STRATIFIED_SAMPLES, sampled_tail one with CAPABILITY_TAIL_SAMPLES, the
     other draws one with CAPABILITY_SAMPLED_TOKENS.

@@ -9,7 +9,7 @@ from datetime import date
 from stillhouse.protos.errors import FieldViolation
 from stillhouse.protos.rows.conversation import is_json_list, parse_options, parse_tools
 from stillhouse.protos.rows.field_error import FieldError
-from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS
+from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, STUDENT_TAIL
 from stillhouse.student_trainer.config.schema import (
     ContextConfig,
     LossConfig,
@@ -54,6 +54,12 @@ def _check_source(
             path,
             "lets a teacher generate, but several are mixed. Keep one teacher, or set data.teacher_field so that each "
             "row has its own.",
+        )
+    if context.student is None and loss.sparse_target == STUDENT_TAIL:
+        yield FieldViolation(
+            f"{field}.sparse_target",
+            f'is "{STUDENT_TAIL}", whose ids the student draws while it generates, and here it does not. Use "auto"; a student '
+            "context may have a loss of its own.",
         )
     if context.student is not None:
         if rollout_services(context.student) and not config.student.trains_adapter:

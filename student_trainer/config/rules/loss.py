@@ -11,6 +11,8 @@ from stillhouse.student_trainer.config.schema import DIVERGENCE_PARAMETERS, Loss
 PLAIN_TARGETS, TAIL_TARGETS = ("sampled", "top_k_and_sampled"), ("sampled_tail", "stratified_tail")
 """Values of sparse_target whose ids the teacher draws from all tokens, and from those outside top_k."""
 DRAWN_TARGETS = (*PLAIN_TARGETS, *TAIL_TARGETS)
+STUDENT_TAIL = "student_tail"
+"""Value of sparse_target whose ids the student draws, in its own texts, from outside its top-k."""
 MAX_SAMPLES = 512
 """Most draws that a teacher takes."""
 MAX_DRAWN_BETA = 0.5
@@ -46,7 +48,7 @@ def check_loss(path: str, loss: LossConfig) -> Iterator[FieldViolation]:
             f'is "{loss.temperature_mode}", but sparse_target "{loss.sparse_target}" compares at the temperature of its '
             'draws, which needs "exact". Use this, or sparse_target tail_bucket.',
         )
-    elif loss.sparse_target in PLAIN_TARGETS and loss.temperature != 1 and loss.asks_teacher:
+    elif loss.sparse_target in (*PLAIN_TARGETS, STUDENT_TAIL) and loss.temperature != 1 and loss.asks_teacher:
         yield FieldViolation(
             f"{path}.temperature",
             f'is {loss.temperature:g}, but the tokens of sparse_target "{loss.sparse_target}" are sampled at temperature 1 '
@@ -130,7 +132,16 @@ def _check_parameters(path: str, term: LossTermConfig) -> Iterator[FieldViolatio
 
 
 def _check_target(path: str, term: LossTermConfig, loss: LossConfig) -> Iterator[FieldViolation]:
-    """Targets without a tail fit forward KL alone, and draws from the tail what they estimate with a bounded variance."""
+    """Targets without a tail fit forward KL alone, draws from the teacher's tail what they estimate with a bounded variance, and
+    draws from the student's reverse KL."""
+    if loss.sparse_target == STUDENT_TAIL:
+        if term.divergence != "reverse_kl":
+            yield FieldViolation(
+                f"{path}.divergence",
+                f'"{term.divergence}" does not go with sparse_target "{STUDENT_TAIL}", whose draws estimate reverse_kl alone. '
+                "Use this, or sparse_target auto.",
+            )
+        return
     if loss.sparse_target in TAIL_TARGETS:
         why = why_no_tail_draws(term)
         if why:

@@ -15,6 +15,7 @@ from stillhouse.student_trainer.config.rules.contexts import is_ensemble, run_lo
 from stillhouse.student_trainer.config.rules.loss import (
     DIVERGENCES,
     MAX_SAMPLES,
+    STUDENT_TAIL,
     takes_draw_logprobs,
     why_no_tail_draws,
 )
@@ -38,6 +39,8 @@ which draws keep 95 % of the gain of losses that are less steady."""
 MOST_DRAWS = 192
 """Draws of a token of forward KL's without log-probabilities. With a vocabulary of 4,096 they keep 98 % of the gain; the teacher
 pays for more."""
+OWN_DRAWS = 64
+"""Draws of the student beside its top-k, in its own texts."""
 LARGE_VOCABULARY = 151_936
 _ID_BITS, _LOGPROB_BITS = 18, 16
 """Bits of an id of a vocabulary of 151,936, and of a log-probability."""
@@ -76,6 +79,19 @@ class TargetChoice:
             num_samples=max(room, LEAST_SAMPLES) if loss.num_samples is None else loss.num_samples,
             sparse_target_reason=why,
             draw_logprobs=takes_draw_logprobs(loss) if form == "stratified_tail" else None,
+        )
+
+    @classmethod
+    def own_draws(cls, loss: LossConfig, why: str, *, max_query_tokens: int) -> TargetChoice | None:
+        """The top-k of both sides, and draws of the student, as many as the teacher may be queried for; None if those are few."""
+        room = min(OWN_DRAWS, max_query_tokens - loss.least_top_k)
+        if room < min(OWN_DRAWS, LEAST_SAMPLES):
+            return None
+        return cls(
+            sparse_target=STUDENT_TAIL,
+            top_k=loss.least_top_k,
+            num_samples=room if loss.num_samples is None else loss.num_samples,
+            sparse_target_reason=why,
         )
 
     @classmethod
@@ -164,6 +180,8 @@ def why_no_draws(config: RunConfig, loss: LossConfig) -> str:
         return "foreign_tokenizer alm compares the text's own tokens alone"
     if not full:
         return "the policy gradient needs the text's own tokens alone"
+    if suits_own_draws(config, loss):
+        return ""
     unsuited = next((why for term in full if (why := why_no_tail_draws(term))), "")
     if unsuited:
         return unsuited
@@ -172,6 +190,19 @@ def why_no_draws(config: RunConfig, loss: LossConfig) -> str:
     if is_ensemble(config):
         return "several teachers are mixed, and their draws are not those of the mixture"
     return ""
+
+
+def suits_own_draws(config: RunConfig, loss: LossConfig) -> bool:
+    """True if draws of the student give an unbiased estimate: for reverse KL at temperature 1 on nothing but the student's texts."""
+    full = [term for term in loss.terms if term.weight > 0 and term.estimator == "full"]
+    own = [context for context in config.contexts if config.loss_of(context) == loss]
+    return (
+        bool(full)
+        and all(term.divergence == "reverse_kl" for term in full)
+        and loss.temperature == 1
+        and bool(own)
+        and all(context.student is not None for context in own)
+    )
 
 
 def suits_plain_draws(loss: LossConfig) -> bool:

@@ -46,6 +46,9 @@ class ScoredExample:
     """Number of a rollout's prompt."""
     baseline: np.ndarray | None = None
     """float32 [T - start]: baseline of each token's advantage; None means 0."""
+    draw_logprobs: np.ndarray | None = None
+    """float32 [T - start, R]: of the student's draws, which stand in the answer as sampled tokens, in the distribution that they
+    are from; None without such."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -255,7 +258,9 @@ def _targets(
         answer = each.answer
         assert answer is not None
         rows = at - answer.start
-        found.append(target_rows(answer, rows, form, temperature=temperature))
+        found.append(
+            target_rows(answer, rows, form, temperature=temperature, draw_logprobs=each.draw_logprobs)
+        )
         if answer.log_partitions is not None and answer.log_partitions.shape[1]:
             log_partition.append(answer.log_partitions[rows, 0])
     widest = max(each.token_ids.shape[1] for each in found)

@@ -20,17 +20,25 @@ TAIL_FLOOR = 1e-6
 
 
 def with_query(
-    answer: Distributions, query_token_ids: NDArray[np.int32], sequence: NDArray[np.int32]
+    answer: Distributions,
+    query_token_ids: NDArray[np.int32],
+    sequence: NDArray[np.int32],
+    draws: NDArray[np.int32] | None = None,
 ) -> tuple[Distributions, int]:
     """Joins the teacher's top-k, the queried and the actual tokens; also the number of tails lifted to TAIL_FLOOR.
 
     The tail of the union is the teacher's tail less the queried mass outside its top-k, in float64. It is a
     difference: below TAIL_FLOOR it is taken to be TAIL_FLOOR, which bounds a reverse KL whose student has mass there.
+    Draws of the student, if they were queried behind its top-k, become the sampled tokens.
     """
     assert answer.query_logprobs is not None, "the query had query ids"
+    width = query_token_ids.shape[1]
+    of_draws = answer.query_logprobs[:, width:]
     actual_T1 = sequence[answer.start :, None]
     extra_ids = np.concatenate([query_token_ids, actual_T1], axis=1)
-    extra_logprobs = np.concatenate([answer.query_logprobs, answer.target_logprobs[:, None]], axis=1)
+    extra_logprobs = np.concatenate(
+        [answer.query_logprobs[:, :width], answer.target_logprobs[:, None]], axis=1
+    )
     known = (extra_ids < 0) | in_rows(extra_ids, answer.token_ids)
     known[:, -1] |= (query_token_ids == actual_T1).any(axis=1)
     added = np.where(known, -np.inf, extra_logprobs.astype(np.float64))
@@ -48,6 +56,8 @@ def with_query(
         logprobs=np.concatenate([answer.logprobs, added], axis=1).astype(np.float32),
         log_tail=log_tail.astype(np.float32),
         query_logprobs=None,
+        sampled_token_ids=draws,
+        sampled_logprobs=None if draws is None else of_draws,
     )
     return joined, int(clamped.sum())
 

@@ -17,7 +17,13 @@ from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
 TargetForm = Literal[
-    "tail_bucket", "sampled", "top_k_and_sampled", "sampled_tail", "stratified_tail", "renormalise"
+    "tail_bucket",
+    "sampled",
+    "top_k_and_sampled",
+    "sampled_tail",
+    "stratified_tail",
+    "student_tail",
+    "renormalise",
 ]
 TokenWeighting = Literal["teacher_entropy", "teacher_confidence"]
 
@@ -32,11 +38,17 @@ class TargetRows(NamedTuple):
     log_tail: NDArray[np.float64]
     """[T], -inf where nothing is left."""
     draw_shares: NDArray[np.float64] | None = None
-    """[T, K]: share of each token in its row's draws from the tail, 0 for kept tokens; None in forms without such."""
+    """[T, K]: share of each token in its row's draws from the tail, 0 for kept tokens; None in forms without such. Of draws of
+    the student: the share over the probability with which the token was drawn."""
 
 
 def target_rows(
-    answer: Distributions, rows: NDArray[np.int64], form: TargetForm, *, temperature: float = 1.0
+    answer: Distributions,
+    rows: NDArray[np.int64],
+    form: TargetForm,
+    *,
+    temperature: float = 1.0,
+    draw_logprobs: NDArray[np.float32] | None = None,
 ) -> TargetRows:
     """Rows `rows` of a teacher's distributions in the form that a loss at `temperature` wants.
 
@@ -46,8 +58,9 @@ def target_rows(
     top_k_and_sampled: the top-k exactly, and the tail's mass shared by the draws that fell into it; a row of which
     none did, a share of (1 - tail)^R of such rows, keeps the bucket. sampled_tail: the top-k exactly, the tail's mass,
     and draws from outside the top-k with their own log-probabilities. stratified_tail: the same, where the draws have such;
-    else the top-k exactly, and the tail's mass at `temperature` shared by the draws. Raises StillhouseError(CAPABILITY)
-    without draws.
+    else the top-k exactly, and the tail's mass at `temperature` shared by the draws. student_tail: the top-k exactly, the
+    tail's mass, and the draws of the student, with their log-probabilities `draw_logprobs` in the distribution that they are
+    from and the teacher's beside them. Raises StillhouseError(CAPABILITY) without draws of the teacher.
     """
     ids, logprobs = answer.token_ids[rows], answer.logprobs[rows].astype(np.float64)
     log_tail = answer.log_tail[rows].astype(np.float64)
@@ -55,6 +68,8 @@ def target_rows(
         return TargetRows(ids, logprobs, log_tail)
     if form == "renormalise":
         return TargetRows(ids, logprobs, np.full_like(log_tail, -np.inf))
+    if form == "student_tail":
+        return _with_own_draws(TargetRows(ids, logprobs, log_tail), answer, rows, draw_logprobs)
     needs = answer.sampled_logprobs if form == "sampled_tail" else answer.sampled_token_ids
     if needs is None or answer.sampled_token_ids is None:
         raise StillhouseError(
@@ -133,6 +148,31 @@ def _with_tail(
     )
 
 
+def _with_own_draws(
+    kept: TargetRows,
+    answer: Distributions,
+    rows: NDArray[np.int64],
+    draw_logprobs: NDArray[np.float32] | None,
+) -> TargetRows:
+    """Kept tokens, and behind them the distinct draws of the student from outside them."""
+    ids, logprobs, log_tail, _ = kept
+    if answer.sampled_token_ids is None or answer.sampled_logprobs is None or draw_logprobs is None:
+        return TargetRows(ids, logprobs, log_tail, np.zeros_like(logprobs))
+    draws = answer.sampled_token_ids[rows]
+    drawn = _distinct(draws, besides=ids, wanted=~np.isneginf(log_tail))
+    # Draws that fell on kept tokens count as draws: the estimate is of the part of the tail that is left.
+    shares = drawn.counts / max(1, draws.shape[1])
+    proposed = np.take_along_axis(draw_logprobs[rows].astype(np.float64), drawn.draws, axis=1)
+    own = np.take_along_axis(answer.sampled_logprobs[rows].astype(np.float64), drawn.draws, axis=1)
+    weights = np.where(drawn.token_ids < 0, 0.0, shares * np.exp(-proposed))
+    return TargetRows(
+        np.concatenate([ids, drawn.token_ids], axis=1),
+        np.concatenate([logprobs, np.where(drawn.token_ids < 0, -np.inf, own)], axis=1),
+        log_tail,
+        np.concatenate([np.zeros_like(logprobs), weights], axis=1),
+    )
+
+
 class _DistinctDraws(NamedTuple):
     """Distinct draws [T, D] of each row in ascending order; PAD_ID, with share 0, where there are fewer."""
 
@@ -140,6 +180,8 @@ class _DistinctDraws(NamedTuple):
     log_shares: NDArray[np.float64]
     draws: NDArray[np.int32]
     """Index of one draw of the token among the row's."""
+    counts: NDArray[np.int32]
+    """Draws of the token."""
 
 
 _PLACE_BITS = 31
@@ -167,7 +209,7 @@ def _distinct(
     with np.errstate(divide="ignore"):
         # Counts are small: a table has their logarithms.
         logs = np.log(np.arange(int(totals.max(initial=1)) + 1, dtype=np.float64))
-    return _DistinctDraws(ids, logs[counts] - logs[totals][:, None], places)
+    return _DistinctDraws(ids, logs[counts] - logs[totals][:, None], places, counts)
 
 
 _Counted: TypeAlias = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import structlog
+from numpy.typing import NDArray
 
 from stillhouse.protos.rpc.pool.bounded_wait import BoundedWait
 from stillhouse.protos.tensors.distributions import Distributions
@@ -98,7 +99,7 @@ class StudentFeed(Feed):
                 place=rollout.place,
                 teacher=rollout.teacher,
                 teacher_prompts=prompts_of.get(rollout.slot, {}),
-                query_token_ids=rollout.likeliest if self._queries_top_k else None,
+                query_token_ids=_queried(rollout) if self._queries_top_k else None,
             )
             self._targets.submit(self._id(step, number), query)
 
@@ -124,7 +125,7 @@ class StudentFeed(Feed):
             means.add({"train/rollout_tokens": num_tokens, "train/rollout_finished": float(rollout.finished)})
             if self._queries_top_k:
                 means.add(_overlap(answer, rollout))
-                answer, clamped = with_query(answer, rollout.likeliest, rollout.token_ids)
+                answer, clamped = with_query(answer, rollout.likeliest, rollout.token_ids, rollout.draws)
                 means.add({"train/rollout_tail_clamped": clamped})
             self._gate.see(answer.target_logprobs)
             yield ScoredExample(
@@ -132,6 +133,7 @@ class StudentFeed(Feed):
                 answer=answer,
                 context=self._settings.context,
                 behaviour_logprobs=rollout.behaviour_logprobs,
+                draw_logprobs=rollout.draw_logprobs,
                 group=rollout.slot,
             )
         self._gate.check(step)
@@ -184,6 +186,8 @@ class StudentFeed(Feed):
                 start=len(example.prompt),
                 behaviour_logprobs=text.logprobs,
                 likeliest=text.likeliest,
+                draws=text.draws if text.draws.shape[1] else None,
+                draw_logprobs=text.draw_logprobs if text.draws.shape[1] else None,
                 finished=text.finished,
                 version=version,
                 place=example.place,
@@ -214,12 +218,20 @@ class _Means:
         return {name: total / self._counts[name] for name, total in self._sums.items()}
 
 
+def _queried(rollout: Rollout) -> NDArray[np.int32]:
+    """[n, Q + R]: the student's top-k and draws."""
+    if rollout.draws is None:
+        return rollout.likeliest
+    return np.concatenate([rollout.likeliest, rollout.draws], axis=1)
+
+
 def _overlap(answer: Distributions, rollout: Rollout) -> dict[str, float]:
     """Overlap of the two top-k sets, and the teacher's mass on the student's, as means over positions."""
     width = min(answer.token_ids.shape[1], rollout.likeliest.shape[1])
     ours, theirs = rollout.likeliest[:, :width], answer.token_ids[:, :width]
     assert answer.query_logprobs is not None
+    known = answer.query_logprobs[:, : rollout.likeliest.shape[1]]
     return {
         "train/rollout_overlap": float(in_rows(ours, theirs).mean()),
-        "train/rollout_teacher_mass": float(np.exp(answer.query_logprobs).sum(-1).mean()),
+        "train/rollout_teacher_mass": float(np.exp(known).sum(-1).mean()),
     }

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from stillhouse.student_trainer.config.rules.loss import is_controlled
+from stillhouse.student_trainer.config.rules.loss import STUDENT_TAIL, is_controlled
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig
 from stillhouse.student_trainer.train.loss.divergences import DIVERGENCES, TAIL_FLOOR_LOGPROB
 from stillhouse.student_trainer.train.loss.policy_gradient import SampledTokens, drift, policy_gradient
@@ -25,7 +25,7 @@ from stillhouse.student_trainer.train.loss.sparse import (
     bucket_pair,
     teacher_buckets,
 )
-from stillhouse.student_trainer.train.loss.tail_draws import tail_divergence
+from stillhouse.student_trainer.train.loss.tail_draws import student_tail_divergence, tail_divergence
 from stillhouse.student_trainer.train.loss.temperature import (
     TemperatureMode,
     bucket_temperature,
@@ -163,6 +163,8 @@ def _term(term: LossTermConfig, pair: BucketPair, config: LossConfig) -> Float[T
     """Computes one divergence at the run's temperature; with draws, of all tokens in expectation."""
     mode, spec = cast("TemperatureMode", config.temperature_mode), DIVERGENCES[term.divergence]
     loss = tempered_divergence(spec.bind(term.parameters), pair, temperature=config.temperature, mode=mode)
+    if pair.drawn is not None and config.sparse_target == STUDENT_TAIL:
+        return loss + student_tail_divergence(pair.drawn, floor=TAIL_FLOOR_LOGPROB)
     if pair.drawn is None or spec.generator is None:
         return loss
     return loss + config.temperature**2 * tail_divergence(

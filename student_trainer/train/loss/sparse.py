@@ -36,7 +36,8 @@ class SparseTargets:
     """log sum_v p_v^(1/temperature) at the run's temperature; None if the teacher did not send it."""
     draw_shares: Float[Tensor, "B T K"] | None = None
     """Share of a row's draws that each token has, 0 for tokens that are kept; None without draws. Drawn tokens have an id
-    and a logprob of their own and belong to the tail: they estimate how it is distributed, at the run's temperature."""
+    and a logprob of their own and belong to the tail: they estimate how it is distributed, at the run's temperature. Of draws of
+    the student: the share over the probability with which the token was drawn."""
 
     def __post_init__(self) -> None:
         """Raises StillhouseError(NON_FINITE) if a field holds NaN or +inf."""
@@ -104,6 +105,8 @@ class DrawnTail:
     """The teacher's tail; -inf where it is empty."""
     log_tail_ratio: Float[Tensor, "B T 1"]
     """log Q - log P of the tail, with gradient; 0 where it is empty."""
+    student_logprobs: Float[Tensor, "B T K"]
+    """log q of the token, with gradient; 0 where the share is 0."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,11 +133,8 @@ def bucket_pair(teacher: TeacherBuckets, student_logprobs: Float[Tensor, "B T S"
     log_tail = logprobs[..., -1:]
     has_none = torch.isneginf(log_tail)
     counts = (shares > 0) & ~has_none & torch.isfinite(logprobs[..., :-1])
-    log_ratios = torch.where(
-        counts,
-        student_logprobs[..., :-1].masked_fill(~counts, 0.0) - logprobs[..., :-1].masked_fill(~counts, 0.0),
-        torch.zeros_like(shares),
-    )
+    own_logprobs = student_logprobs[..., :-1].masked_fill(~counts, 0.0)
+    log_ratios = own_logprobs - logprobs[..., :-1].masked_fill(~counts, 0.0)
     tail_ratio = torch.where(
         has_none, torch.zeros_like(log_tail), student_tail - log_tail.masked_fill(has_none, 0.0)
     )
@@ -148,6 +148,7 @@ def bucket_pair(teacher: TeacherBuckets, student_logprobs: Float[Tensor, "B T S"
             log_ratios=log_ratios,
             log_tail=log_tail,
             log_tail_ratio=tail_ratio.masked_fill(torch.isneginf(student_tail), 0.0),
+            student_logprobs=own_logprobs,
         ),
     )
 

@@ -11,6 +11,10 @@ adaptive KL and the error of logits are no f-divergences. The generators below a
 
 At higher temperatures r is near 1 for most tokens, and f(r) near a multiple k r beside its own: a control variate, k (r - Q / P),
 leaves a fraction of the variance. Each draw's k comes from other draws of its position, so that it and r are nearly independent.
+
+Reverse KL, sum_v q_v log r_v, weighs tokens by the student, and is estimated from draws of the student, of its own texts: over the
+tail it is Q log(Q / P), which the bucket gives, plus the mean over draws of q_v / s_v (log r_v - log(Q / P)), with s the
+distribution that they were drawn from. Values and gradients are unbiased for any s, also that of an earlier student.
 Axes as in sparse.py.
 """
 
@@ -56,6 +60,19 @@ def tail_divergence(
         )
         deviation = deviation - _slopes(generator, drawn) * (ratios - mean)
     return mass * (drawn.shares * deviation).sum(-1)
+
+
+def student_tail_divergence(drawn: DrawnTail, *, floor: float) -> Float[Tensor, "B T"]:
+    """Estimates Q (E_q[log r] - log(Q / P)) from draws of the student, whose shares are over the probabilities of drawing them.
+
+    `floor` is the least log P, as in the bucket's own term; 0 where nothing is drawn.
+    """
+    lifted = (floor - drawn.log_tail).clamp(min=0.0).masked_fill(torch.isneginf(drawn.log_tail), 0.0)
+    log_tail_ratio = drawn.log_tail_ratio - lifted
+    weights = drawn.shares * drawn.student_logprobs.exp()
+    # Over the whole tail the gradients of the ratios, weighted by q, add up to 0: without them a student that equals its teacher
+    # has the gradient 0 for any draws.
+    return (weights * (drawn.log_ratios - log_tail_ratio).detach()).sum(-1)
 
 
 def _slopes(generator: Generator, drawn: DrawnTail) -> Float[Tensor, "B T K"]:

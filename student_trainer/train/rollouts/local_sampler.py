@@ -2,7 +2,7 @@
 
 The model runs in continuous batches where its memory allows that, else in those of transformers' `generate`. Every token is
 sampled here, so that the recorded log-probability is that of the actual sampling distribution. Axes: B sequences, V
-vocabulary, Q top-k ids.
+vocabulary, Q top-k ids, R draws.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from stillhouse.student_trainer.train.rollouts.continuous_batch import DecodeRow
 from stillhouse.student_trainer.train.rollouts.generation_mode import GenerationMode, batches, select_mode
 from stillhouse.student_trainer.train.rollouts.token_sampler import (
     LARGEST_UNIFORM,
-    Drawn,
+    Recorded,
+    TokenRecorder,
     TokenSampler,
-    require_finite,
 )
 from stillhouse.student_trainer.train.student.student import Student, evaluation_mode
 
@@ -48,6 +48,10 @@ class SampledText:
     """[n]: log-probability of each token under its sampling distribution."""
     likeliest: NDArray[np.int32]
     """[n, Q]: the student's top-k ids at each position, by falling probability."""
+    draws: NDArray[np.int32]
+    """[n, R]: ids that the student drew from outside its top-k, -1 where it drew none."""
+    draw_logprobs: NDArray[np.float32]
+    """[n, R]: of each draw, in the distribution that it was drawn from."""
     finished: bool
     """True if it ends with an end token; False if it was truncated."""
 
@@ -59,6 +63,8 @@ class SampledText:
             token_ids=self.token_ids[:num_tokens],
             logprobs=self.logprobs[:num_tokens],
             likeliest=self.likeliest[:num_tokens],
+            draws=self.draws[:num_tokens],
+            draw_logprobs=self.draw_logprobs[:num_tokens],
             finished=False,
         )
 
@@ -74,6 +80,7 @@ class LocalSampler:
         autocast: Callable[[], AbstractContextManager[object]],
         vocab_size: int,
         num_likeliest: int,
+        num_draws: int = 0,
         pass_tokens: Callable[[], int | None] = lambda: None,
     ) -> None:
         """`autocast` enters the precision in which the student computes; only ids below `vocab_size`, the effective one, are sampled.
@@ -86,6 +93,7 @@ class LocalSampler:
         self._autocast = autocast
         self._vocab_size = vocab_size
         self._num_likeliest = min(num_likeliest, vocab_size)
+        self._num_draws = num_draws
         self._end_ids = sorted(student.end_ids)
         self._mode: GenerationMode | None = None
 
@@ -152,7 +160,10 @@ class LocalSampler:
 
     def _sampler(self, generation: RolloutConfig) -> TokenSampler:
         return TokenSampler(
-            num_valid=self._vocab_size, num_likeliest=self._num_likeliest, generation=generation
+            num_valid=self._vocab_size,
+            num_likeliest=self._num_likeliest,
+            num_draws=self._num_draws,
+            generation=generation,
         )
 
     def _write_continuously(
@@ -168,17 +179,16 @@ class LocalSampler:
             for prompt, _ in copies
         ]
         widest = max((row.room for row in rows), default=1)
-        uniform = np.zeros((len(rows), widest))
-        for row, (_, generator) in enumerate(copies):
-            uniform[row, : rows[row].room] = generator.random(rows[row].room)
-        uniform_RT = torch.from_numpy(uniform.clip(max=LARGEST_UNIFORM)).to(self._device)
-        sampler, taken, drawn = self._sampler(generation), [], []
+        uniform_RT, uniform_tail_RT = (
+            each.to(self._device)
+            for each in _uniform([generator for _, generator in copies], [row.room for row in rows], widest)
+        )
+        recorder, taken = TokenRecorder(self._sampler(generation)), []
 
         def draw(rows_B: Tensor, places_B: Tensor, logits_BV: Tensor) -> Tensor:
-            found = sampler.draw(logits_BV, uniform_RT[rows_B, places_B.clamp(max=widest - 1)])
+            at = rows_B, places_B.clamp(max=widest - 1)
             taken.append(rows_B)
-            drawn.append(found)
-            return found.tokens
+            return recorder.draw(logits_BV, uniform_RT[at], uniform_tail_RT[at])
 
         counts = decode(
             self._student.model,
@@ -190,30 +200,28 @@ class LocalSampler:
             device=self._device,
             lean=lean,
         )
-        require_finite(drawn)
-        return list(self._collected(counts, taken, drawn))
+        return list(self._collected(counts, taken, recorder)) if rows else []
 
     def _collected(
-        self, counts: Sequence[int], taken: Sequence[Tensor], drawn: Sequence[Drawn]
+        self, counts: Sequence[int], taken: Sequence[Tensor], recorder: TokenRecorder
     ) -> Iterator[SampledText]:
         """The first tokens of each row, as many as `counts` says, of those that were drawn in order."""
-        if not counts:
-            return
         rows = torch.cat(list(taken)).cpu().numpy()
         order = rows.argsort(kind="stable")
         starts = np.searchsorted(rows[order], np.arange(len(counts)))
-        tokens, logprobs, likeliest = (
-            torch.cat([getattr(each, name) for each in drawn]).cpu().numpy()[order]
-            for name in ("tokens", "logprobs", "likeliest")
-        )
+        whole = recorder.recorded()
         for start, count in zip(starts.tolist(), counts, strict=True):
-            own = slice(start, start + count)
-            yield SampledText(
-                token_ids=tokens[own].astype(np.int32),
-                logprobs=logprobs[own],
-                likeliest=likeliest[own],
-                finished=int(tokens[start + count - 1]) in self._end_ids,
-            )
+            yield self._text(whole.rows(order[start : start + count]))
+
+    def _text(self, own: Recorded) -> SampledText:
+        return SampledText(
+            token_ids=own.tokens,
+            logprobs=own.logprobs,
+            likeliest=own.likeliest,
+            draws=own.draws,
+            draw_logprobs=own.draw_logprobs,
+            finished=int(own.tokens[-1]) in self._end_ids,
+        )
 
     def _write_batch(
         self,
@@ -232,10 +240,12 @@ class LocalSampler:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
-        uniform = np.stack([generator.random(max(rooms)) for _, generator in copies]).clip(
-            max=LARGEST_UNIFORM
+        widest = max(rooms)
+        uniform_BT, uniform_tail_BT = (
+            each.to(self._device)
+            for each in _uniform([generator for _, generator in copies], [widest] * len(copies), widest)
         )
-        sampler = _RecordingSampler(self._sampler(generation), torch.from_numpy(uniform).to(self._device))
+        sampler = _RecordingSampler(self._sampler(generation), uniform_BT, uniform_tail_BT)
         model: Any = self._student.model
         model.generate(
             input_ids=torch.from_numpy(ids).to(self._device),
@@ -243,32 +253,31 @@ class LocalSampler:
             logits_processor=LogitsProcessorList([sampler]),
             generation_config=GenerationConfig(
                 do_sample=False,
-                max_new_tokens=max(rooms),
+                max_new_tokens=widest,
                 eos_token_id=self._end_ids or None,
                 pad_token_id=self._end_ids[0] if self._end_ids else 0,
                 use_cache=use_cache,
             ),
         )
-        tokens, logprobs, likeliest = sampler.rows()
+        whole = sampler.recorder.recorded()
+        tokens_TB = whole.tokens.reshape(-1, len(prompts))
         for row, room in enumerate(rooms):
-            yield self._cut(tokens[row], logprobs[row], likeliest[row], room)
+            # After the first end token, or at the room, a text ends.
+            ends = np.flatnonzero(np.isin(tokens_TB[:room, row], self._end_ids))
+            length = int(ends[0]) + 1 if ends.size else min(room, len(tokens_TB))
+            yield self._text(whole.rows(np.arange(length) * len(prompts) + row))
 
-    def _cut(
-        self,
-        tokens: NDArray[np.int32],
-        logprobs: NDArray[np.float32],
-        likeliest: NDArray[np.int32],
-        room: int,
-    ) -> SampledText:
-        """Truncates after the first end token, or at `room` tokens."""
-        ends = np.flatnonzero(np.isin(tokens[:room], self._end_ids))
-        length = int(ends[0]) + 1 if ends.size else min(room, len(tokens))
-        return SampledText(
-            token_ids=tokens[:length],
-            logprobs=logprobs[:length],
-            likeliest=likeliest[:length],
-            finished=bool(ends.size),
-        )
+
+def _uniform(
+    generators: Sequence[np.random.Generator], rooms: Sequence[int], widest: int
+) -> tuple[Tensor, Tensor]:
+    """Numbers of tokens and of draws, float64 in [0, LARGEST_UNIFORM], [rows, widest]; 0 beyond a row's room."""
+    numbers = np.zeros((2, len(rooms), widest))
+    for row, (generator, room) in enumerate(zip(generators, rooms, strict=True)):
+        for each in numbers:
+            each[row, :room] = generator.random(room)
+    tokens, draws = torch.from_numpy(numbers.clip(max=LARGEST_UNIFORM))
+    return tokens, draws
 
 
 def _grouped(texts: Mapping[int, SampledText], size: int) -> list[list[SampledText]]:
@@ -295,26 +304,13 @@ def _plain_settings(model: Any) -> Iterator[None]:
 class _RecordingSampler(LogitsProcessor):  # type: ignore[misc]
     """Samples and records the token of every sequence, and leaves only it for `generate`, which decodes greedily."""
 
-    def __init__(self, sampler: TokenSampler, uniform_BT: Tensor) -> None:
-        """`uniform_BT`: one float64 in [0, 1) for each token."""
-        self._sampler = sampler
-        self._uniform_BT = uniform_BT
-        self._drawn: list[Drawn] = []
+    def __init__(self, sampler: TokenSampler, uniform_BT: Tensor, uniform_tail_BT: Tensor) -> None:
+        """One float64 in [0, 1) for each token, and one for its draws."""
+        self.recorder = TokenRecorder(sampler)
+        self._uniform_BT, self._uniform_tail_BT = uniform_BT, uniform_tail_BT
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # noqa: ARG002 - the base class fixes it
         """Returns 0 for the sampled token and -inf elsewhere, [B, V]."""
-        drawn = self._sampler.draw(scores, self._uniform_BT[:, len(self._drawn)])
-        self._drawn.append(drawn)
-        return torch.full_like(scores, -torch.inf).scatter(-1, drawn.tokens.unsqueeze(-1), 0.0)
-
-    def rows(self) -> tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int32]]:
-        """Returns tokens [B, T], their log-probabilities [B, T] and the top-k ids [B, T, Q].
-
-        Raises StillhouseError(NON_FINITE).
-        """
-        require_finite(self._drawn)
-        tokens, logprobs, likeliest = (
-            torch.stack([getattr(each, name) for each in self._drawn], dim=1).cpu().numpy()
-            for name in ("tokens", "logprobs", "likeliest")
-        )
-        return tokens.astype(np.int32), logprobs, likeliest
+        at = slice(None), self.recorder.num_positions
+        tokens_B = self.recorder.draw(scores, self._uniform_BT[at], self._uniform_tail_BT[at])
+        return torch.full_like(scores, -torch.inf).scatter(-1, tokens_B.unsqueeze(-1), 0.0)

@@ -20,6 +20,7 @@ from stillhouse.protos.files.adapter import upload_requests
 from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
     CAPABILITY_HOT_ADAPTERS,
+    CAPABILITY_STRATIFIED_SAMPLES,
     DistributionConfig,
     GenerateRequest,
     GenerateResponse,
@@ -32,7 +33,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 )
 from stillhouse.protos.stillhouse.v1.teacher_pb2_grpc import TeacherServiceStub
 from stillhouse.protos.stillhouse.v1.tensor_pb2 import Tensor
-from stillhouse.protos.tensors.distributions import decode, decode_distributions, encode
+from stillhouse.protos.tensors.distributions import Distributions, decode, decode_distributions, encode
 from stillhouse.student_trainer.config.schema import RolloutConfig
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 from stillhouse.student_trainer.train.process import failpoints
@@ -72,10 +73,13 @@ class RemoteSampler(Endpoint):
         tokenizer_fingerprint: str,
         vocab_size: int,
         num_likeliest: int,
+        num_draws: int = 0,
         end_ids: Sequence[int],
         clean: bool,
     ) -> None:
         """The service is the only target of `service`; `field` is its context in the run file; `end_ids` end a text.
+
+        A service that cannot draw from a tail gives texts without draws.
 
         With `clean` the first probe unloads what a killed attempt of this run has left there. A probe raises
         TOKENIZER_MISMATCH, CAPABILITY, TOP_K_TOO_LARGE, or why the service does not answer.
@@ -85,6 +89,7 @@ class RemoteSampler(Endpoint):
         self._tokenizer_fingerprint = tokenizer_fingerprint
         self._vocab_size = vocab_size
         self._num_likeliest = num_likeliest
+        self._num_draws = num_draws
         self._end_ids = list(end_ids)
         self._clean = clean
         self._loaded: list[str] = []
@@ -123,7 +128,14 @@ class RemoteSampler(Endpoint):
                 sampling=SamplingParams(temperature=generation.temperature, top_p=generation.top_p),
                 num_samples=generation.samples_per_prompt,
                 distributions=DistributionConfig(
-                    top_k=self._num_likeliest, logprob_dtype=Tensor.DATA_TYPE_FLOAT32, pack_token_ids=True
+                    top_k=self._num_likeliest,
+                    logprob_dtype=Tensor.DATA_TYPE_FLOAT32,
+                    pack_token_ids=True,
+                    num_sampled_tokens=self._present_draws,
+                    sample_tail=self._present_draws > 0,
+                    stratified_samples=self._present_draws > 0,
+                    sort_samples=self._present_draws > 0,
+                    sampled_logprobs=self._present_draws > 0,
                 ),
                 whole_samples=True,
             )
@@ -147,6 +159,11 @@ class RemoteSampler(Endpoint):
             for number in range(len(prompts))
         ]
 
+    @property
+    def _present_draws(self) -> int:
+        """Draws that the service gives of each position."""
+        return self._num_draws if CAPABILITY_STRATIFIED_SAMPLES in self.info.capabilities else 0
+
     def _check_base(self, _: Endpoint, stub: TeacherServiceStub, info: GetTeacherInfoResponse) -> None:
         """Checks a service at each probe; unloads at the first one what a killed attempt of this run left there."""
         if info.tokenizer_fingerprint != self._tokenizer_fingerprint:
@@ -168,6 +185,12 @@ class RemoteSampler(Endpoint):
                 f"wants {self._num_likeliest}. Start it with --max-top-k {self._num_likeliest}.",
             )
         self.info = info
+        if self._present_draws < self._num_draws:
+            log.warning(
+                "texts come without draws from the student's tail, which its loss then takes as one",
+                target=self.target,
+                engine=info.engine,
+            )
         if self._clean:
             self._clean = False
             for each in info.adapters:
@@ -263,10 +286,10 @@ class RemoteSampler(Endpoint):
                 vocab_size=self.info.vocab_size,
                 max_rows=len(token_ids),
                 max_top_k=self._num_likeliest,
-            ).token_ids
+            )
             for part in parts
         ]
-        likeliest = np.concatenate(rows)
+        likeliest = np.concatenate([each.token_ids for each in rows])
         if not len(token_ids) == len(logprobs) == len(likeliest):
             raise StillhouseError(
                 Reason.TENSOR_INVALID,
@@ -275,10 +298,28 @@ class RemoteSampler(Endpoint):
         # The service knows the base's end tokens alone, and the data may have others.
         ends = np.flatnonzero(np.isin(token_ids, self._end_ids))
         length = int(ends[0]) + 1 if ends.size else len(token_ids)
-        likeliest = likeliest[:length]
+        draws, draw_logprobs = (
+            np.concatenate(each)[:length] for each in zip(*map(self._draws_of, rows), strict=True)
+        )
         return SampledText(
             token_ids=token_ids[:length].astype(np.int32),
             logprobs=logprobs[:length].astype(np.float32),
-            likeliest=np.where(likeliest < self._vocab_size, likeliest, -1).astype(np.int32),
+            likeliest=self._known(likeliest[:length]),
+            draws=draws,
+            draw_logprobs=draw_logprobs,
             finished=bool(ends.size) or parts[-1].finish_reason == SampleChunk.FINISH_REASON_STOP,
         )
+
+    def _draws_of(self, row: Distributions) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Draws of some positions, and their log-probabilities in the tail that they are from; -1 and 0 where it is empty."""
+        if row.sampled_token_ids is None or row.sampled_logprobs is None:
+            empty = np.zeros((row.num_rows, 0))
+            return empty.astype(np.int32), empty.astype(np.float32)
+        has_tail = np.isfinite(row.log_tail)[:, None]
+        log_tail = np.where(has_tail, row.log_tail[:, None], 0.0)
+        logprobs = np.where(has_tail, row.sampled_logprobs - log_tail, 0.0)
+        return self._known(np.where(has_tail, row.sampled_token_ids, -1)), logprobs.astype(np.float32)
+
+    def _known(self, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Ids, with -1 in the place of those that the teacher does not know."""
+        return np.where(token_ids < self._vocab_size, token_ids, -1).astype(np.int32)

@@ -39,6 +39,10 @@ class Rollout:
     teacher: str
     slot: int = 0
     """Position of its prompt in the run."""
+    draws: NDArray[np.int32] | None = None
+    """[T - start, R]: ids that the student drew from outside its top-k, -1 where it drew none; None if it never does."""
+    draw_logprobs: NDArray[np.float32] | None = None
+    """[T - start, R]: of each draw, in the distribution that it was drawn from."""
 
 
 @dataclass(kw_only=True, slots=True)

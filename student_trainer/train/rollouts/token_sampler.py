@@ -1,11 +1,16 @@
-"""Draws a token from logits by the inverse CDF, with its log-probability and the likeliest ids; B sequences, V vocabulary."""
+"""Draws a token from logits by the inverse CDF, with its log-probability, the likeliest ids and ids of the others.
+
+Axes: B sequences, N positions, V vocabulary, Q likeliest ids, R draws.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stillhouse.protos.errors import Reason, StillhouseError
@@ -19,18 +24,50 @@ LARGEST_UNIFORM = 1 - 2.0**-52
 """Largest number that a draw takes: with it the product with any total is less than the total."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Drawn:
+_KEPT_LOGITS = 2**22
+"""Logits that wait until their likeliest ids and draws are taken: few large operations take less than many small ones."""
+
+
+class Drawn(NamedTuple):
     """Tokens of one position of B sequences."""
 
     tokens: Tensor
     """int64 [B]."""
     logprobs: Tensor
     """float32 [B]: under the sampling distribution."""
-    likeliest: Tensor
-    """int32 [B, Q]: by falling probability of the model."""
     is_finite: Tensor
     """bool [B]: False where a logit is NaN or infinite, and the others mean nothing."""
+
+
+class Support(NamedTuple):
+    """Ids at which N positions are compared."""
+
+    likeliest: Tensor
+    """int32 [N, Q]: by falling probability of the model."""
+    draws: Tensor
+    """int32 [N, R]: drawn by the model's probabilities from all but the likeliest; -1 where nothing is left to draw."""
+    draw_logprobs: Tensor
+    """float32 [N, R]: of each draw, in the distribution that it was drawn from."""
+
+
+class Recorded(NamedTuple):
+    """Everything of N tokens, in the order in which they were drawn, as arrays."""
+
+    tokens: NDArray[np.int32]
+    logprobs: NDArray[np.float32]
+    likeliest: NDArray[np.int32]
+    draws: NDArray[np.int32]
+    draw_logprobs: NDArray[np.float32]
+
+    def rows(self, rows: NDArray[np.int64]) -> Recorded:
+        """Some of the tokens."""
+        return Recorded(
+            tokens=self.tokens[rows],
+            logprobs=self.logprobs[rows],
+            likeliest=self.likeliest[rows],
+            draws=self.draws[rows],
+            draw_logprobs=self.draw_logprobs[rows],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,38 +77,106 @@ class TokenSampler:
     num_valid: int
     num_likeliest: int
     generation: RolloutConfig
+    num_draws: int = 0
 
     def draw(self, logits_BV: Tensor, uniform_B: Tensor) -> Drawn:
         """Draws a token of each sequence by its number `uniform_B`, float64 in [0, LARGEST_UNIFORM].
 
-        Waits for nothing on the device; `require_finite` is for the end.
+        Waits for nothing on the device.
         """
         logits_BV = logits_BV[:, : self.num_valid].float()
         # A sum has no finite value where one of its terms has none.
         is_finite_B = torch.isfinite(logits_BV.sum(-1))
-        likeliest_BQ = logits_BV.topk(self.num_likeliest, dim=-1).indices.int()
         if self.generation.temperature != 1:
             logits_BV = logits_BV / self.generation.temperature
         if self.generation.top_p < 1:
             logits_BV = _nucleus(logits_BV, self.generation.top_p)
         probs_BV = logits_BV.softmax(-1)
         tokens_B = _inverse_cdf(probs_BV, uniform_B)
-        return Drawn(
-            tokens=tokens_B,
-            logprobs=probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log(),
-            likeliest=likeliest_BQ,
-            is_finite=is_finite_B,
-        )
+        logprobs_B = probs_BV.gather(-1, tokens_B.unsqueeze(-1)).squeeze(-1).log()
+        return Drawn(tokens=tokens_B, logprobs=logprobs_B, is_finite=is_finite_B)
+
+    def support(self, logits_NV: Tensor, uniform_N: Tensor) -> Support:
+        """The likeliest ids of the model, at temperature 1, and draws by such numbers."""
+        logits_NV = logits_NV[:, : self.num_valid].float()
+        likeliest_NQ = logits_NV.topk(self.num_likeliest, dim=-1).indices.int()
+        if self.num_draws:
+            draws_NR, logprobs_NR = _stratified(logits_NV, likeliest_NQ, uniform_N, self.num_draws)
+        else:
+            draws_NR, logprobs_NR = likeliest_NQ[:, :0], logits_NV[:, :0]
+        return Support(likeliest=likeliest_NQ, draws=draws_NR, draw_logprobs=logprobs_NR)
 
 
-def require_finite(drawn: Sequence[Drawn]) -> None:
-    """Raises StillhouseError(NON_FINITE) if a logit was not finite."""
-    if drawn and not bool(torch.cat([each.is_finite for each in drawn]).all()):
-        raise StillhouseError(
-            Reason.NON_FINITE,
-            "The student's logits are non-finite while it samples. Lower optimizer.learning_rate, or use "
-            "optimizer.precision: fp32.",
-        )
+class TokenRecorder:
+    """Draws tokens, position by position, and records all of them."""
+
+    def __init__(self, sampler: TokenSampler) -> None:
+        self._sampler = sampler
+        self._drawn: list[Drawn] = []
+        self._supports: list[Support] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def num_positions(self) -> int:
+        """Calls of `draw` so far."""
+        return len(self._drawn)
+
+    def draw(self, logits_BV: Tensor, uniform_B: Tensor, uniform_draws_B: Tensor) -> Tensor:
+        """Draws a token of each sequence, int64 [B], by numbers in [0, LARGEST_UNIFORM]; the logits must stay as they are."""
+        drawn = self._sampler.draw(logits_BV, uniform_B)
+        self._drawn.append(drawn)
+        self._waiting.append((logits_BV, uniform_draws_B))
+        if sum(logits.numel() for logits, _ in self._waiting) >= _KEPT_LOGITS:
+            self._take_supports()
+        return drawn.tokens
+
+    def recorded(self) -> Recorded:
+        """Everything drawn, row by row. Raises StillhouseError(NON_FINITE) if a logit was not finite."""
+        self._take_supports()
+        if not bool(torch.cat([each.is_finite for each in self._drawn]).all()):
+            raise StillhouseError(
+                Reason.NON_FINITE,
+                "The student's logits are non-finite while it samples. Lower optimizer.learning_rate, or use "
+                "optimizer.precision: fp32.",
+            )
+        joined = [
+            torch.cat(several).cpu().numpy()
+            for parts in (self._drawn, self._supports)
+            for several in zip(*parts, strict=True)
+        ]
+        tokens, logprobs, _, likeliest, draws, draw_logprobs = joined
+        return Recorded(tokens.astype(np.int32), logprobs, likeliest, draws, draw_logprobs)
+
+    def _take_supports(self) -> None:
+        if self._waiting:
+            logits, uniform = (torch.cat(each) for each in zip(*self._waiting, strict=True))
+            self._supports.append(self._sampler.support(logits, uniform))
+            self._waiting.clear()
+
+
+def _stratified(
+    logits_NV: Tensor, likeliest_NQ: Tensor, uniform_N: Tensor, num_draws: int
+) -> tuple[Tensor, Tensor]:
+    """Draws ids outside `likeliest_NQ`, int32 [N, R], ascending, with their log-probabilities there.
+
+    The cumulative distribution is cut into R equal parts, of which each gives the id under one place, the same in all parts: a
+    token's number of draws has the mean of independent draws and differs from it by less than 1.
+    """
+    tail_NV = logits_NV.softmax(-1).scatter_(-1, likeliest_NQ.long(), 0.0)
+    cumulative_NV = tail_NV.cumsum(-1)
+    mass_N1 = cumulative_NV[:, -1:]
+    parts_R = torch.arange(num_draws, device=logits_NV.device, dtype=torch.float64)
+    points_NR = ((parts_R + uniform_N.unsqueeze(-1)) / num_draws * mass_N1).float()
+    # A point that rounding lifts to the end would be behind the last id, as are those of rows with NaN, which mean nothing.
+    points_NR = torch.minimum(points_NR, torch.nextafter(mass_N1, torch.zeros_like(mass_N1)))
+    draws_NR = torch.searchsorted(cumulative_NV, points_NR, right=True).clamp(max=logits_NV.shape[-1] - 1)
+    # The length of the very part of the line that a draw fell into, so that rounding biases nothing.
+    before_NR = cumulative_NV.gather(-1, (draws_NR - 1).clamp(min=0)).masked_fill(draws_NR == 0, 0.0)
+    length_NR = cumulative_NV.gather(-1, draws_NR) - before_NR
+    length_NR = torch.where(length_NR > 0, length_NR, tail_NV.gather(-1, draws_NR))
+    is_empty_N1 = mass_N1 <= 0
+    logprobs_NR = (length_NR / mass_N1).log().masked_fill(is_empty_N1, 0.0)
+    return draws_NR.int().masked_fill(is_empty_N1, -1), logprobs_NR
 
 
 def _inverse_cdf(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stillhouse.student_trainer.config.rules.contexts import needs_query, rollout_services
+from stillhouse.student_trainer.config.rules.loss import STUDENT_TAIL
 from stillhouse.student_trainer.config.schema import ContextConfig, StudentContextConfig, TeacherContextConfig
 from stillhouse.student_trainer.config.settled.staleness import max_staleness
 from stillhouse.student_trainer.config.teacher import TeacherConfig
@@ -95,7 +96,12 @@ class FeedFactory:
         return StudentFeed(
             self._settings(number),
             targets,
-            self._make_sampler(config, number, top_k),
+            self._make_sampler(
+                config,
+                number,
+                top_k,
+                (loss.num_samples or 0) if loss.sparse_target == STUDENT_TAIL else 0,
+            ),
             config,
             in_flight=self.state.in_flight,
             version=self.state.progress.version,
@@ -108,7 +114,7 @@ class FeedFactory:
         )
 
     def _make_sampler(
-        self, config: StudentContextConfig, number: int, top_k: int
+        self, config: StudentContextConfig, number: int, top_k: int, num_draws: int
     ) -> LocalSampler | SamplerPool:
         """The student's sampler: in this process, or on the rollout services of `config`."""
         targets, scope, side = rollout_services(config), self.scope, self.student_side
@@ -119,6 +125,7 @@ class FeedFactory:
                 autocast=side.accelerator.autocast,
                 vocab_size=side.vocab_size,
                 num_likeliest=top_k,
+                num_draws=num_draws,
                 pass_tokens=lambda: side.stepper.cutter.max_tokens,
             )
 
@@ -134,6 +141,7 @@ class FeedFactory:
                 tokenizer_fingerprint=self.inputs.tokenizer_fingerprint,
                 vocab_size=side.vocab_size,
                 num_likeliest=top_k,
+                num_draws=num_draws,
                 end_ids=side.student.end_ids,
                 clean=scope.ranks.is_first,
             )

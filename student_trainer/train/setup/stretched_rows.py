@@ -40,6 +40,7 @@ def stretched(scored: ScoredExample, length: int) -> ScoredExample:
         answer=answer,
         behaviour_logprobs=_repeated(scored.behaviour_logprobs, length - start),
         baseline=_repeated(scored.baseline, length - start),
+        draw_logprobs=_repeated(scored.draw_logprobs, length - start),
     )
 
 

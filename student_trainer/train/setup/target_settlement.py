@@ -13,6 +13,7 @@ import structlog
 
 from stillhouse.protos.cache.format import CacheMeta
 from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
+    CAPABILITY_QUERY_LOGPROBS,
     CAPABILITY_SAMPLED_TOKENS,
     CAPABILITY_STRATIFIED_SAMPLES,
     CAPABILITY_TAIL_SAMPLES,
@@ -20,6 +21,7 @@ from stillhouse.protos.stillhouse.v1.teacher_pb2 import (
 from stillhouse.student_trainer.config.rules.contexts import run_losses
 from stillhouse.student_trainer.config.rules.loss import (
     DRAWN_TARGETS,
+    STUDENT_TAIL,
     TAIL_TARGETS,
     needs_draw_logprobs,
     takes_draw_logprobs,
@@ -31,6 +33,7 @@ from stillhouse.student_trainer.config.settled.target_choice import (
     settle,
     settle_config,
     settle_spec,
+    suits_own_draws,
     suits_plain_draws,
     unsettled,
     was_settled_without_logprobs,
@@ -84,7 +87,7 @@ def log_targets(config: RunConfig) -> None:
                 loss=path,
                 sparse_target=loss.sparse_target,
                 top_k=loss.top_k,
-                num_samples=loss.num_samples if loss.sparse_target in DRAWN_TARGETS else 0,
+                num_samples=loss.num_samples if loss.sparse_target in (*DRAWN_TARGETS, STUDENT_TAIL) else 0,
                 why=loss.sparse_target_reason or "the run file says so",
             )
             if has_few_draws(loss):
@@ -101,6 +104,8 @@ def _choose(
     config: RunConfig, loss: LossConfig, teachers: OnlineTeachers | None, cache: RunCache | None
 ) -> TargetChoice:
     """The target of a loss that draws would suit."""
+    if suits_own_draws(config, loss) and teachers is not None:
+        return _choose_own_draws(loss, teachers)
     stored = None if cache is None else _stored_choice(config, loss, cache, teachers)
     if stored is not None:
         return stored
@@ -132,6 +137,20 @@ def _choose(
     max_top_k = min(each.info.max_top_k for each in members.values())
     why = f"the teacher {', '.join(without[CAPABILITY_TAIL_SAMPLES])} does not draw from its tail"
     return TargetChoice.bucket(loss, why, max_top_k=max_top_k)
+
+
+def _choose_own_draws(loss: LossConfig, teachers: OnlineTeachers) -> TargetChoice:
+    """The target of reverse KL on the student's own texts."""
+    infos = [each.info for each in teachers.members.values()]
+    choice = TargetChoice.own_draws(
+        loss,
+        "the student draws from its own tail, and reverse_kl at temperature 1 has an unbiased estimate from that",
+        max_query_tokens=teachers.max_query_tokens,
+    )
+    if choice is not None and all(CAPABILITY_QUERY_LOGPROBS in each.capabilities for each in infos):
+        return choice
+    why = f"a teacher takes {teachers.max_query_tokens} queried ids a position, too few for draws of the student"
+    return TargetChoice.bucket(loss, why, max_top_k=min(each.max_top_k for each in infos))
 
 
 def _earlier_choices(

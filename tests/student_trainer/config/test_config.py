@@ -18,6 +18,7 @@ from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
 from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
 
+OWN_DRAWS = {"sparse_target": "student_tail", "terms": [{"divergence": "reverse_kl"}]}
 ALM = {"foreign_tokenizer": "alm"}
 PYTHON_TYPES = {
     FieldDescriptor.CPPTYPE_INT32: int,
@@ -228,6 +229,17 @@ def test_a_value_of_another_trainer_leads_to_the_one_that_means_the_same(
             "loss.terms[0].divergence",
         ),
         ("loss", {"sparse_target": "top_k_and_sampled", "temperature": 2}, "loss.temperature"),
+        ("loss", {"sparse_target": "student_tail"}, "loss.terms[0].divergence"),
+        (
+            "loss",
+            {"sparse_target": "student_tail", "terms": [{"divergence": "reverse_kl"}]},
+            "loss.sparse_target",
+        ),
+        (
+            "contexts",
+            [{"student": {}, "loss": {**OWN_DRAWS, "temperature": 2}}],
+            "contexts[0].loss.temperature",
+        ),
         (
             "loss",
             {"temperature": 2, "temperature_mode": "conditional", "terms": [{"divergence": "mse"}]},

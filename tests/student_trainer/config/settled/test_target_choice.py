@@ -109,6 +109,47 @@ def test_stratified_draws_fit_even_where_they_are_spread_evenly(
         assert count <= MOST_DRAWS
 
 
+OWN_TEXTS = {"student": {}, "loss": {"terms": [{"divergence": "reverse_kl"}]}}
+
+
+@pytest.mark.parametrize(
+    ("contexts", "waits"),
+    [
+        ([OWN_TEXTS], True),
+        ([{**OWN_TEXTS, "dataset": {}}], False),
+        ([{"dataset": {}, "loss": OWN_TEXTS["loss"]}, OWN_TEXTS], False),
+        ([{"student": {}, "loss": {**OWN_TEXTS["loss"], "temperature": 2}}], False),
+        ([{"student": {}, "loss": {"terms": [*OWN_TEXTS["loss"]["terms"], {}]}}], False),
+    ],
+    ids=["own", "dataset", "both", "temperature", "forward"],
+)
+def test_reverse_kl_waits_for_the_teacher_where_the_student_draws(
+    contexts: list[dict[str, Any]], *, waits: bool
+) -> None:
+    for context in contexts:
+        if "dataset" in context:
+            context.pop("student", None)
+    config = from_proto(changed("contexts", contexts))
+    assert [path for path, _ in unsettled(config)] == (["contexts[0].loss"] if waits else [])
+
+
+@pytest.mark.parametrize(
+    ("loss", "room", "expected"),
+    [
+        (LossConfig(), 256, (16, 64)),
+        (LossConfig(), 70, (16, 54)),
+        (LossConfig(top_k=32), 256, (32, 64)),
+        (LossConfig(num_samples=9), 256, (16, 9)),
+        (LossConfig(), 40, None),
+    ],
+)
+def test_the_student_draws_as_much_as_the_teacher_may_be_queried_for(
+    loss: LossConfig, room: int, expected: tuple[int, int] | None
+) -> None:
+    choice = TargetChoice.own_draws(loss, "why", max_query_tokens=room)
+    assert (choice and (choice.top_k, choice.num_samples)) == expected
+
+
 def test_named_targets_keep_their_defaults() -> None:
     for target in (
         "tail_bucket",
