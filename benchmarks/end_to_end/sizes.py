@@ -33,6 +33,8 @@ class Sizes:
     held_out_rows: int = 64
     prompt_tokens: int = 16
     new_tokens: int = 64
+    kept: int = 8
+    """Students of a run that are kept, to be scored."""
 
     @property
     def has_pairs(self) -> bool:
@@ -46,8 +48,8 @@ class Sizes:
 
     @property
     def snapshots(self) -> list[int]:
-        """Steps after which a student is kept, to be scored: eighths of the run."""
-        every = max(1, self.steps // 8)
+        """Steps after which a student is kept: equal parts of the run."""
+        every = max(1, self.steps // self.kept)
         return sorted({*range(every, self.steps + 1, every), self.steps})
 
     @property

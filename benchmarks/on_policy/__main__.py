@@ -60,6 +60,8 @@ def main(
         prompt_tokens=prompt_tokens,
         teacher_steps=teacher_steps,
         learning_rate=learning_rate,
+        # Checkpoints are rare in a run: one half-way, and one at the end.
+        kept=2,
     )
     comparison = Comparison(
         arms=ARMS, direction="reverse", ratios=ratios_of, tables=_tables, scores_start=True

@@ -1,4 +1,4 @@
-"""CPU threads of a process that trains on a CPU: they sleep while they wait, and leave a core to a teacher on the same machine."""
+"""CPU threads of a process that trains on a CPU: they sleep while they wait, and leave a core to a teacher that computes beside it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Iterator, MutableMapping
 
 from stillhouse.protos.rpc.channel import is_loopback
 from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
+from stillhouse.student_trainer.config.rules.contexts import rollout_services
 from stillhouse.student_trainer.config.schema import RunConfig
+from stillhouse.student_trainer.config.settled.staleness import max_staleness
 
 PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 """Environment in which OpenMP's threads (GNU's, and LLVM's or Intel's) sleep between two tasks. By default they spin, which
@@ -16,7 +18,18 @@ slows other programs on the same cores, and themselves, several times over."""
 
 def has_teacher_beside(config: RunConfig) -> bool:
     """True if a service on this machine computes while the run trains: a teacher, or one that samples rollouts."""
-    return any(is_loopback(target) for target in _busy_targets(config))
+    return not takes_turns(config) and any(is_loopback(target) for target in _busy_targets(config))
+
+
+def takes_turns(config: RunConfig) -> bool:
+    """True if the run trains on nothing but texts of its own process and its present weights: it waits while a teacher scores them."""
+    students = [context.student for context in config.contexts]
+    return bool(students) and all(
+        student is not None
+        and not rollout_services(student)
+        and max_staleness(config, student, on_cpu=True) == 0
+        for student in students
+    )
 
 
 def yield_cores(config: RunConfig, environ: MutableMapping[str, str] = os.environ) -> None:

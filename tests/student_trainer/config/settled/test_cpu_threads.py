@@ -37,6 +37,9 @@ def config(*targets: str, **fields: Any) -> RunConfig:
         (config("localhost:7401", cache=OFFLINE), False),
         (config("localhost:7401", loss=HARD, contexts=[{"teacher": {}}]), True),
         (config("gpu-host:7401", student=ADAPTER, contexts=[{"student": SAMPLED_BESIDE}]), True),
+        (config("localhost:7401", contexts=[{"student": {}}]), False),
+        (config("localhost:7401", contexts=[{"student": {"max_staleness": 1}}]), True),
+        (config("localhost:7401", contexts=[{"student": {}}, {"dataset": {}}]), True),
     ],
 )
 def test_a_teacher_on_loopback_is_beside_the_run(found: RunConfig, beside: bool) -> None:
