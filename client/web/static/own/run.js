@@ -10,6 +10,7 @@ import { View } from "./view.js";
 const REDRAW_MS = 500;
 const HEAD_MS = 1500;
 const PROGRESS_MS = 5000;
+const STREAM_MS = 1500; // the history is read without the stream of events if that has not begun by then
 const article = document.getElementById("run");
 const id = article.dataset.run;
 const series = new Series();
@@ -92,11 +93,18 @@ async function zoomed(zoom) {
 }
 
 if (article.dataset.ended === "no") {
+  // The stream begins with the present; the history is read behind that, so that no point falls in between.
+  let begins = true;
+  setTimeout(() => begins && fill(), STREAM_MS);
   new Live(
     `/api/v1/runs/${id}/events`,
     "after_sequence",
     {
-      run: head,
+      run: () => {
+        if (begins) fill();
+        begins = false;
+        head();
+      },
       metrics: (data) => {
         const point = JSON.parse(data);
         series.add(point);
@@ -108,6 +116,5 @@ if (article.dataset.ended === "no") {
     },
     (text) => notice(text, "events"),
   );
-}
-fill();
+} else fill();
 document.body.addEventListener("htmx:afterSettle", draw);

@@ -5,9 +5,10 @@ import { request } from "./api.js";
 const form = document.getElementById("sign-in");
 const failure = document.getElementById("token-error");
 
+// Within this server, as a whole URL: a path may begin with two slashes, which would name another host.
 function target() {
   const wanted = new URL(new URLSearchParams(location.search).get("next") || "/", location.origin);
-  return wanted.origin === location.origin ? wanted.pathname + wanted.search : "/";
+  return wanted.origin === location.origin ? wanted.href : "/";
 }
 
 form.addEventListener("submit", async (event) => {

@@ -10,7 +10,7 @@ import re
 import signal
 
 import pytest
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.client.web.browser.conftest import OpenTab, Runs, Site
 from tests.support.runs import wait_until
@@ -34,26 +34,32 @@ HIDE = """(hidden) => {
 
 
 def test_a_run_is_watched_to_its_end_by_a_tab_that_sleeps_meanwhile(open_tab: OpenTab, site: Site) -> None:
-    run = site.create(site.spec("watched", steps=16))
+    run = site.create(site.spec("watched", steps=30))
     tab = open_tab("/sign-in")
     tab.page.add_init_script(KEEP_IDS)
-    tab.page.goto(f"/runs/{run}")
     metrics = site.data_dir / "runs" / run / "metrics.jsonl"
     pid = site.pid(run)
 
-    def stop_at(steps: int) -> None:
+    def go_on_to(steps: int) -> None:
+        os.kill(pid, signal.SIGCONT)
         wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"train/loss") >= steps, "steps")
         os.kill(pid, signal.SIGSTOP)
 
-    stop_at(2)
+    go_on_to(2)
+    held: list[Route] = []
+    tab.page.route("**/events*", lambda route: held.append(route), times=1)  # noqa: PLW0108 - Playwright wraps functions alone
+    tab.page.goto(f"/runs/{run}")
     loss = tab.page.locator("figure", has=tab.get("heading", "Loss, nats per token"))
     last = loss.locator(".last")
     expect(loss.locator("canvas")).to_be_visible()
     before = last.inner_text()
     expect(tab.page.locator("#head .state")).to_have_text("running")
+    go_on_to(4)
+    held[0].continue_()  # the stream begins late, behind points that no event will tell
+    expect(last).not_to_have_text(before)
+    before = last.inner_text()
     tab.page.evaluate(HIDE, True)
-    os.kill(pid, signal.SIGCONT)
-    stop_at(6)
+    go_on_to(7)
     tab.page.evaluate(HIDE, False)
     expect(last).not_to_have_text(before)
     os.kill(pid, signal.SIGCONT)
@@ -224,6 +230,13 @@ def test_people_sign_in_and_out(open_tab: OpenTab, site: Site, runs: Runs) -> No
     token.fill(site.tokens["asker"])
     token.press("Enter")
     tab.shown("needs the scope submit")
+
+
+def test_signing_in_leads_to_no_other_host(open_tab: OpenTab, site: Site) -> None:
+    page = open_tab("/sign-in?next=/.//example.org/a", person="", refusals=(404,)).page
+    page.get_by_label("Token").fill(site.tokens["ada"])
+    page.get_by_label("Token").press("Enter")
+    expect(page).to_have_url(f"{site.url}//example.org/a")
 
 
 PAGES = {
