@@ -1,6 +1,7 @@
 """Takes the pictures of the page that docs/ shows: `python -m scripts.screenshots URL`, of what `make demo ARGS=--stay` keeps up.
 
-It uploads a dataset, builds a cache, and makes a run without a teacher, so that every page has something to show.
+It uploads a dataset, builds a cache, and makes a run that is evaluated on its way and one without a teacher, so that every
+page has something to show.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from playwright.sync_api import Browser, Page
 from tests.support.chromium import chromium_path, start_chromium
 
 OUT = Path(__file__).resolve().parents[1] / "docs/images/web"
-COLOURS = 96
+COLOURS = 256
 MAX_BYTES = 150_000
 NOBODY = "127.0.0.1:1"
 PATIENCE_MS = 120_000
 SETTLING_MS = 1000
+EVALUATED_STEPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,8 @@ def _pictures(client: httpx.Client) -> Iterator[tuple[str, Shot]]:
     runs = client.get("/api/v1/runs").raise_for_status().json()["runs"]
     good, other = (_first(runs, kind) for kind in ("distilled", "cross-entropy"))
     spec = good["spec"]
+    evaluation = {**spec.get("evaluation", {}), "every_steps": EVALUATED_STEPS}
+    watched = _made(client, runs, {**spec, "display_name": "evaluated on the way", "evaluation": evaluation})
     rows = Path(good["effective_spec"]["data"]["train"][0]["path"])
     dataset = _dataset(client, rows)
     lonely = {**spec, "teachers": [{"targets": [NOBODY]}], "retry": {"teacher_wait_s": 0}}
@@ -80,7 +84,7 @@ def _pictures(client: httpx.Client) -> Iterator[tuple[str, Shot]]:
     cache = {"path": "caches/stories", "mode": "write_through"}
     _made(client, runs, {**spec, "display_name": "stories' cache", "task": "cache", "cache": cache})
     run, compared = (
-        f"/{good['name']}",
+        f"/{watched}",
         "&".join(each["name"].replace("runs/", "run=") for each in (good, other)),
     )
     curve = "figure canvas"
@@ -96,11 +100,19 @@ def _pictures(client: httpx.Client) -> Iterator[tuple[str, Shot]]:
         "tokens_dark",
         Shot(f"{run}/tokens", "#rows .piece", act=_select_token, scheme="dark"),
     )
-    yield "new_run", Shot(f"/runs/new?from={good['name'].removeprefix('runs/')}", "#settings input")
+    yield (
+        "new_run",
+        Shot(
+            f"/runs/new?from={good['name'].removeprefix('runs/')}",
+            "#settings summary",
+            act=_await_verdict,
+            height=1100,
+        ),
+    )
     yield "data", Shot("/data")
-    yield "dataset", Shot(f"/data/{dataset}", "#found *", height=1200)
+    yield "dataset", Shot(f"/data/{dataset}", "#found *", act=_inspect, height=1200)
     yield "caches", Shot("/caches", "section")
-    yield "teachers", Shot("/teachers", act=_try_prompt, height=1200)
+    yield "teachers", Shot("/teachers", act=_try_prompt, height=1500)
     yield "sign_in", Shot("/sign-in", height=480)
 
 
@@ -132,12 +144,30 @@ def _made(client: httpx.Client, runs: list[dict[str, Any]], spec: Mapping[str, A
 
 
 def _show_events(page: Page) -> None:
-    page.get_by_role("heading", name="Attempts and events").evaluate("(element) => element.scrollIntoView()")
     page.get_by_role("heading", name="Settings").click()
+    page.wait_for_load_state("networkidle")
+    page.get_by_role("heading", name="Attempts and events").evaluate("(element) => element.scrollIntoView()")
 
 
 def _select_token(page: Page) -> None:
-    page.locator("#rows .piece").nth(30).click()
+    """Selects the token after training in which the student is farthest from its teacher."""
+    pieces = page.locator("#rows section").first.locator(".text").last.locator(".piece")
+    pieces.first.wait_for()
+    far = pieces.evaluate_all(
+        "(all) => all.map((each) => parseFloat(each.title.split(' ')[1]) || 0).reduce((best, kl, at, every) => (kl > every[best] ? at : best), 0)"
+    )
+    pieces.nth(far).click()
+
+
+def _await_verdict(page: Page) -> None:
+    page.locator("#verdict", has_text="The run is valid.").wait_for()
+    page.locator("#memory", has_text="weights;").wait_for()
+
+
+def _inspect(page: Page) -> None:
+    page.get_by_label("Rows", exact=True).fill("2")
+    page.get_by_role("button", name="Inspect").click()
+    page.locator("#rows .tokens").nth(1).wait_for()
 
 
 def _try_prompt(page: Page) -> None:
