@@ -11,7 +11,7 @@ import pytest
 
 from stillhouse.client.api import Trainer
 from tests.conftest import Models
-from tests.support.harness import accuracy, evaluated, make_harness, write_questions
+from tests.support.environments.harness import accuracy, evaluated, make_harness, write_questions
 from tests.support.runs import Service, completed
 
 

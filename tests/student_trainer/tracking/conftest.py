@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.environments import make_environment
+from tests.support.environments.overlay import make_environment
 
 Libraries = Mapping[str, Path]
 """Kind of tracker to the folder that brings its library when it is on PYTHONPATH."""

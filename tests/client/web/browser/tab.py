@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import axe_playwright_python
 from playwright.sync_api import ConsoleMessage, Locator, Page, Request, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text()
 SERIOUS = ("serious", "critical")
@@ -17,6 +19,14 @@ PATIENCE_MS = 60_000
 """For what a page shall show: it may wait for a run."""
 ACTION_MS = 20_000
 MOST_TABS = 80
+WIDE = """() => {
+  const width = document.documentElement.clientWidth;
+  if (document.documentElement.scrollWidth <= width) return [];
+  return [...document.querySelectorAll("body *")]
+    .filter((each) => each.getBoundingClientRect().right > width + 1)
+    .map((each) => `${each.tagName}#${each.id}.${each.className}`).slice(0, 5);
+}"""
+"""Elements that reach out of the page, if it scrolls sideways."""
 expect.set_options(timeout=PATIENCE_MS)
 
 
@@ -76,16 +86,10 @@ class Tab:
         assert not serious, f"{self.page.url} {what}: {json.dumps(serious, indent=1)}"
 
     def check_width(self) -> None:
-        """Fails if the page scrolls sideways."""
-        wide = self.page.evaluate(
-            """() => {
-              const width = document.documentElement.clientWidth;
-              if (document.documentElement.scrollWidth <= width) return [];
-              return [...document.querySelectorAll("body *")]
-                .filter((each) => each.getBoundingClientRect().right > width + 1)
-                .map((each) => `${each.tagName}#${each.id}.${each.className}`).slice(0, 5);
-            }"""
-        )
+        """Fails if the page scrolls sideways once it has been laid out."""
+        with suppress(PlaywrightTimeoutError):
+            self.page.wait_for_function(f"({WIDE})().length === 0")
+        wide = self.page.evaluate(WIDE)
         assert not wide, f"{self.page.url} is wider than {self.page.viewport_size}: {wide}"
 
     def _on_console(self, message: ConsoleMessage) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.client.web.conftest import start_web
 from tests.conftest import Models
-from tests.support.harness import (
+from tests.support.environments.harness import (
     QUESTIONS,
     accuracy,
     evaluated,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tests.support.environments import make_environment
+from tests.support.environments.overlay import make_environment
 
 HARNESS = "lm_eval==0.4.13"
 IMPORTED = ("pytablewriter", "sqlitedict", "more_itertools", "tenacity")

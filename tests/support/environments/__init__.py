@@ -1,0 +1,1 @@
+"""Virtual environments with packages that this one lacks."""
