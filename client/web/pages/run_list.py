@@ -10,7 +10,8 @@ from starlette.datastructures import QueryParams
 from stillhouse.client.web.api.messages import check_names, enum_names, invalid
 from stillhouse.protos.stillhouse.v1.run_pb2 import ListRunsRequest, Run
 
-PAGE_RUNS = 50
+PAGE_RUNS = 25
+"""Of one page: a browser lays more of them out for longer than the service needs to find them."""
 STATES: dict[str, str] = enum_names(Run.State.DESCRIPTOR)
 
 
