@@ -25,7 +25,8 @@ def saved_adapter(student: Student, memory: Path = SHARED_MEMORY) -> Iterator[Pa
     model: Any = student.model
     size = sum(each.numel() * each.element_size() for each in model.parameters() if each.requires_grad)
     with tempfile.TemporaryDirectory(prefix="stillhouse-adapter-", dir=_folder(memory, size)) as folder:
-        model.save_pretrained(folder)
+        with _without_card(model):
+            model.save_pretrained(folder)
         _sort_settings(Path(folder) / CONFIG)
         yield Path(folder)
 
@@ -36,6 +37,16 @@ def content_digest(adapter: Path) -> str:
     for name in FILES:
         digest.update(hashlib.sha256((adapter / name).read_bytes()).digest())
     return digest.hexdigest()
+
+
+@contextmanager
+def _without_card(model: Any) -> Iterator[None]:
+    """Keeps peft from writing a model card inside the block, which takes longer than the weights and which no service reads."""
+    model.create_or_update_model_card = lambda *_args, **_named: None
+    try:
+        yield
+    finally:
+        del model.create_or_update_model_card
 
 
 def _folder(memory: Path, num_bytes: int) -> Path | None:
