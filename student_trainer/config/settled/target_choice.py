@@ -37,8 +37,11 @@ TARGET_BYTES, STEADY_BYTES = 272, 512
 """Bytes of a token's target, as many as 64 tokens of a vocabulary of 151,936 take with their log-probabilities; and those with
 which draws keep 95 % of the gain of losses that are less steady."""
 MOST_DRAWS = 192
-"""Draws of a token of forward KL's without log-probabilities. With a vocabulary of 4,096 they keep 98 % of the gain; the teacher
-pays for more."""
+"""Draws of a token of forward KL's without log-probabilities. With a vocabulary of 4,096 they keep 98 % of the gain; the
+teacher pays for more."""
+CROWDING = 0.8
+"""Bits of the sorted ids that texts draw at temperature 1 over those of ids that are spread evenly: frequent ids are small and near
+each other. At higher temperatures they are spread nearly evenly."""
 OWN_DRAWS = 64
 """Draws of the student beside its top-k, in its own texts."""
 LARGE_VOCABULARY = 151_936
@@ -63,9 +66,7 @@ class TargetChoice:
         top_k, token_bits = loss.least_top_k, _ID_BITS + _LOGPROB_BITS
         if form == "stratified_tail":
             num_bytes = target_bytes(loss)
-            room = _stratified_draws(
-                top_k, vocab_size, num_bytes=num_bytes, with_logprobs=takes_draw_logprobs(loss)
-            )
+            room = _stratified_draws(loss, vocab_size, num_bytes=num_bytes)
             if loss.num_samples is not None and loss.num_samples < room:
                 why = f"{why}; num_samples is the run file's own, and {room} would be steadier"
             elif num_bytes > TARGET_BYTES and loss.num_samples is None:
@@ -131,39 +132,48 @@ def has_few_draws(loss: LossConfig) -> bool:
     """True if the target of a settled loss draws less steadily than it should, by its kind or by the run file's own words."""
     if loss.sparse_target == "sampled_tail":
         return True
-    least = _stratified_draws(
-        loss.least_top_k,
-        LARGE_VOCABULARY,
-        num_bytes=target_bytes(loss),
-        with_logprobs=takes_draw_logprobs(loss),
-    )
+    least = _stratified_draws(loss, LARGE_VOCABULARY, num_bytes=target_bytes(loss))
     named = loss.sparse_target == "stratified_tail" and not loss.sparse_target_reason
     return named and (loss.num_samples or 0) < least
 
 
 def was_settled_without_logprobs(loss: LossConfig, vocab_size: int) -> bool:
     """True if a settled loss has as many stratified draws as an earlier version took without log-probabilities."""
-    count = _most_draws(
-        loss.least_top_k, vocab_size, num_bytes=TARGET_BYTES, logprob_bits=0, limit=MAX_SAMPLES
-    )
+    count = _most_draws(loss.least_top_k, vocab_size, num_bytes=TARGET_BYTES, limit=MAX_SAMPLES)
     return bool(loss.sparse_target_reason) and loss.num_samples == count
 
 
-def _stratified_draws(top_k: int, vocab_size: int, *, num_bytes: int, with_logprobs: bool) -> int:
+def _stratified_draws(loss: LossConfig, vocab_size: int, *, num_bytes: int) -> int:
     """The number of draws that fit beside the top-k, and that a teacher pays for."""
-    bits, limit = (DRAW_LOGPROB_BITS, MAX_SAMPLES) if with_logprobs else (0, MOST_DRAWS)
-    return _most_draws(top_k, vocab_size, num_bytes=num_bytes, logprob_bits=bits, limit=limit)
+    if takes_draw_logprobs(loss):
+        return _most_draws(
+            loss.least_top_k,
+            vocab_size,
+            num_bytes=num_bytes,
+            logprob_bits=DRAW_LOGPROB_BITS,
+            limit=MAX_SAMPLES,
+        )
+    crowding = CROWDING if loss.temperature <= 1 else 1.0
+    return _most_draws(loss.least_top_k, vocab_size, num_bytes=num_bytes, limit=MOST_DRAWS, crowding=crowding)
 
 
-def _most_draws(top_k: int, vocab_size: int, *, num_bytes: int, logprob_bits: int, limit: int) -> int:
-    """The most draws whose sorted ids, spread evenly, fit beside the top-k; ids that crowd take less."""
+def _most_draws(
+    top_k: int,
+    vocab_size: int,
+    *,
+    num_bytes: int,
+    limit: int,
+    logprob_bits: int = 0,
+    crowding: float = 1.0,
+) -> int:
+    """The most draws whose sorted ids fit beside the top-k; `crowding` is what an id takes of what it took if all were spread evenly."""
     id_bits = max(1, (vocab_size - 1).bit_length())
     room = 8 * num_bytes - top_k * (id_bits + _LOGPROB_BITS)
     if logprob_bits:
         room -= 2 * _LOGPROB_BITS  # bounds of the row
 
     def bits(count: int) -> float:
-        return count * (2 + math.log2(max(1.0, vocab_size / count)) + logprob_bits)
+        return count * (crowding * (2 + math.log2(max(1.0, vocab_size / count))) + logprob_bits)
 
     most = min(limit, max(1, vocab_size))
     return next((count for count in range(most, 0, -1) if bits(count) <= room), 0)

@@ -86,7 +86,7 @@ def test_draws_take_the_bytes_of_64_tokens_and_keep_what_the_user_gave(
 @pytest.mark.parametrize("vocab_size", [2, 4096, 32_000, 151_936])
 @pytest.mark.parametrize(
     ("divergence", "temperature", "allowed"),
-    [("forward_kl", 1.0, 272), ("forward_kl", 2.0, 272), ("jsd", 1.0, 512)],
+    [("forward_kl", 1.5, 272), ("forward_kl", 2.0, 272), ("jsd", 1.0, 512)],
 )
 def test_stratified_draws_fit_even_where_they_are_spread_evenly(
     vocab_size: int, divergence: str, temperature: float, allowed: int
@@ -95,18 +95,37 @@ def test_stratified_draws_fit_even_where_they_are_spread_evenly(
     choice = TargetChoice.draws(loss, "why", form="stratified_tail", vocab_size=vocab_size)
     assert (f"in {allowed} bytes" in choice.sparse_target_reason) == (allowed > 272)
     count = choice.num_samples
-    ids = np.sort(np.random.default_rng(0).integers(0, vocab_size, (200, count)), axis=1)
-    bits = packed_bits(vocab_size)
-    num_bytes = len(encode_sorted(ids, bits=bits).data) / 200 + 16 * (bits + 16) / 8
-    if takes_draw_logprobs(loss):
-        num_bytes += (
-            len(encode_scaled((ids / vocab_size).astype(np.float32), bits=DRAW_LOGPROB_BITS).data) / 200
-        )
+    ids = np.random.default_rng(0).integers(0, vocab_size, (200, count))
+    num_bytes = bytes_of_draws(ids, loss, vocab_size)
     assert num_bytes <= allowed
     if vocab_size > 1000 and count != MOST_DRAWS:
         assert num_bytes > 0.93 * allowed
     if not takes_draw_logprobs(loss):
         assert count <= MOST_DRAWS
+
+
+@pytest.mark.parametrize(("vocab_size", "least"), [(4096, 192), (32_000, 192), (151_936, 170)])
+def test_draws_at_temperature_1_fit_where_they_crowd_as_tokens_of_text_do(
+    vocab_size: int, least: int
+) -> None:
+    """Ids by Zipf's law, the frequent ones first as a tokenizer numbers them, without the likeliest 16."""
+    loss = LossConfig()
+    count = TargetChoice.draws(loss, "why", form="stratified_tail", vocab_size=vocab_size).num_samples
+    cumulative = (1 / (np.arange(16, vocab_size) + 2.7)).cumsum()
+    places = (np.arange(count) + np.random.default_rng(0).random((200, 1))) / count
+    ids = 16 + np.searchsorted(cumulative, places * cumulative[-1])
+    assert least <= count <= MOST_DRAWS
+    assert bytes_of_draws(ids, loss, vocab_size) <= 272
+
+
+def bytes_of_draws(ids: np.ndarray, loss: LossConfig, vocab_size: int) -> float:
+    """Bytes of a row's draws, ids [rows, draws], with the top 16 beside them."""
+    bits, rows = packed_bits(vocab_size), len(ids)
+    num_bytes = len(encode_sorted(np.sort(ids, axis=1), bits=bits).data) / rows + 16 * (bits + 16) / 8
+    if takes_draw_logprobs(loss):
+        logprobs = (ids / vocab_size).astype(np.float32)
+        num_bytes += len(encode_scaled(logprobs, bits=DRAW_LOGPROB_BITS).data) / rows
+    return num_bytes
 
 
 OWN_TEXTS = {"student": {}, "loss": {"terms": [{"divergence": "reverse_kl"}]}}
