@@ -73,7 +73,7 @@ class Session:
         )
         while True:
             state = state_of(self._run_dir)  # before the look, so that an ended run is read to its end
-            if self._send_new():
+            if self._send_new(is_over=state in ENDED):
                 continue
             if state in ENDED:
                 break
@@ -84,8 +84,12 @@ class Session:
         self._end(state)
         return True
 
-    def _send_new(self) -> bool:
-        """Sends new points and tables; True if there were any."""
+    def _send_new(self, *, is_over: bool) -> bool:
+        """Sends new points and tables; True if there were any.
+
+        A table waits for the points up to its step, which the journal may hold by now: trackers refuse steps that fall. It
+        waits for none that will not come: `is_over` says that the run writes no more.
+        """
         before = self._place.offset
         points = read_points(self._run_dir, self._place)
         if points:
@@ -97,6 +101,8 @@ class Session:
                     self._tracker.log(points[begin : begin + POINTS_AT_ONCE])
         moved = self._place.offset != before
         for table, key, digest in new_tables(self._run_dir, max(self._place.step, 0), self._place.tables):
+            if table.of_step > self._place.step and (points or not is_over):
+                continue
             with self._watch(SEND_S):
                 self._tracker.add_table(table)
             self._place.tables[key] = digest

@@ -106,6 +106,24 @@ def test_examples_of_each_evaluation_are_rows_with_the_token_farthest_from_the_t
     assert rows[1] == {"step": 10, **common, "mean_kl": 0.25, "worst_kl": 0.25, "worst_token": " c"}
 
 
+def test_a_table_waits_for_the_points_of_its_step(tmp_path: Path) -> None:
+    run_dir, tracker = make_run(tmp_path, "wandb"), Recorder()
+    path = run_dir.path / place_of(5)
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"step": 5, "rows": []}))
+    write_attempt(run_dir, 1, [1, 2])
+
+    def go_on(_wait_s: float) -> bool:
+        if tracker.steps == [1, 2]:
+            assert not tracker.tables  # trackers refuse points behind it
+            write_attempt(run_dir, 2, [3, 4, 5], end="stopped")
+        return False
+
+    assert Session(run_dir, "wandb", tracker).run(go_on)
+    assert tracker.steps == [1, 2, 3, 4, 5]
+    assert [each.step for each in tracker.tables] == [5]
+
+
 @pytest.mark.parametrize("repeats_safely", [True, False])
 def test_points_of_a_failed_request_come_again_only_where_that_is_safe(
     tmp_path: Path, repeats_safely: bool
