@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +28,9 @@ from stillhouse.protos.rows.known_fields import (
     unknown,
     without_effect,
 )
-from stillhouse.protos.rows.reading.json_rows import no_json
+from stillhouse.protos.rows.reading.json_rows import as_json
 from stillhouse.protos.rows.reading.open_file import bounded_lines, opened
-from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name
+from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name, why_not_json
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of
 from stillhouse.protos.rows.wire import to_wire
@@ -132,11 +131,7 @@ def _numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield from bounded_lines(path, file)
         return
     for number, values in rows.raw():
-        try:
-            line = json.dumps(values, separators=(",", ":"))
-        except TypeError as error:
-            raise no_json(error) from error
-        yield number, line.encode()
+        yield number, as_json(path, number, values)
 
 
 def count_rows(path: Path) -> int:
@@ -162,7 +157,9 @@ def parse_object(line: InputLine) -> dict[str, Any]:
     try:
         values = decoder.parse(line.data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise invalid(f"Line {line.line_number} is not JSON: {error}.") from error
+        raise invalid(
+            f"Line {line.line_number} {why_not_json(error, 'write one JSON object per line')}"
+        ) from error
     if not isinstance(values, dict):
         raise invalid(f"Line {line.line_number} is not a JSON object.")
     if decoder.repeated is not None:

@@ -14,6 +14,8 @@ from typing import BinaryIO, Literal
 
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.datasets.row_files import RowSpool, json_line, no_rows, rows_of, whole_files
+from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.reading.row_error import row_error
 
 Mode = Literal["pool-fraction", "ratio"]
 PLACEHOLDER = "{category}"
@@ -150,8 +152,11 @@ def _path(template: str, category: str) -> Path:
 
 
 def _read(path: Path, spool: RowSpool) -> RowSpool:
-    for _, values in rows_of(path):
-        spool.add(json_line(values))
+    for number, values in rows_of(path):
+        try:
+            spool.add(json_line(values))
+        except FieldError as error:
+            raise row_error(path, number, error.field, error.problem) from error
     if not len(spool):
         raise no_rows(path)
     return spool

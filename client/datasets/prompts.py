@@ -29,8 +29,7 @@ def export_prompts(
         raise usage_error("there is no output. Give at least one.")
     count = 0
     with whole_files(outputs, inputs=[source]) as files:
-        for row in _prompts(source, chat=chat, plain_rows=plain_rows):
-            line = json_line(row)
+        for line in _prompts(source, chat=chat, plain_rows=plain_rows):
             for file in files:
                 file.write(line)
             count += 1
@@ -39,13 +38,13 @@ def export_prompts(
     return count
 
 
-def _prompts(source: Path, *, chat: bool, plain_rows: bool) -> Iterator[Mapping[str, Any]]:
+def _prompts(source: Path, *, chat: bool, plain_rows: bool) -> Iterator[bytes]:
     seen: dict[str | int, int] = {}
     for number, values in rows_of(source):
         try:
             name = _id(values, number, seen)
             parts = parts_of(values, chat=chat)
-            yield {"id": name, **(_plain(parts) if plain_rows else _any(parts))}
+            yield json_line({"id": name, **(_plain(parts) if plain_rows else _any(parts))})
         except FieldError as error:
             raise row_error(source, number, error.field, error.problem) from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,14 +35,14 @@ def no_rows(path: object) -> StillhouseError:
 def json_line(values: Values) -> bytes:
     """Returns a row as a line of JSON: characters as they are, half of a surrogate pair as its escape.
 
-    Raises StillhouseError for a value of a table that JSON does not hold, such as a date.
+    Raises FieldError for a value of a table that JSON does not hold, such as a date.
     """
     try:
         return json.dumps(values, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:
         return json.dumps(values).encode() + b"\n"
-    except TypeError as error:
-        raise no_json(error) from error
+    except TypeError:
+        raise no_json(values) from None
 
 
 @contextmanager
@@ -54,11 +55,13 @@ def whole_files(
     `outputs` gets it last: files of two conversions never lie side by side, also after a kill. Folders are made. Raises
     StillhouseError for an output that is an input, or is given twice.
     """
-    read = {each.resolve() for path in inputs for each in files_of(path)}
+    # Path.resolve raises for links that lead to each other.
+    real = {path: os.path.realpath(path) for path in outputs}
+    read = {os.path.realpath(each) for path in inputs for each in files_of(path)}
     for index, path in enumerate(outputs):
-        if path.resolve() in read:
+        if real[path] in read:
             raise usage_error(f"{path} is read and would be overwritten. Choose another output.")
-        if path.resolve() in {each.resolve() for each in outputs[:index]}:
+        if real[path] in {real[each] for each in outputs[:index]}:
             raise usage_error(f"{path} is an output twice. Give each its own file.")
         if path.is_dir():
             raise usage_error(f"{path} is a folder. Name a file as output.")

@@ -16,7 +16,7 @@ def upload_of(rows: RowReader) -> tuple[str, Iterator[bytes]]:
     if rows.container in _ONE_FILE:
         return rows.path.name, _content(rows)
     return f"{rows.path.stem if rows.container == 'line pairs' else rows.path.name}.jsonl", as_json_lines(
-        rows.raw()
+        rows.source.location, rows.raw()
     )
 
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--parse-ok", is_flag=True, help="Drop rows whose parse_ok is false.")
 @click.option(
     "--min-mean-logprob",
-    type=FiniteFloat(),
+    type=FiniteFloat(max=0),
     default=None,
     help="Smallest mean_logprob: the teacher's, of each token.",
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -122,10 +122,10 @@ def _to_openai(source: Path, out: Path, *, chat: bool) -> Conversion:
             try:
                 row, others = to_openai(values, chat=chat)
                 beside_row = companion_row(others, row)
+                file.write(json_line(row))
+                beside.write(json_line(beside_row))
             except FieldError as error:
                 raise row_error(source, number, error.field, error.problem) from error
-            file.write(json_line(row))
-            beside.write(json_line(beside_row))
             count, has_others = count + 1, has_others or bool(others)
         if not count:
             raise no_rows(source)
@@ -142,15 +142,15 @@ def _to_openai(source: Path, out: Path, *, chat: bool) -> Conversion:
 def _to_parquet(source: Path, out: Path) -> Conversion:
     count = 0
 
-    def rows() -> Iterator[Mapping[str, Any]]:
+    def rows() -> Rows:
         nonlocal count
         count = 0
-        for _, values in original_rows(source):
+        for number, values in original_rows(source):
             count += 1
-            yield values
+            yield number, values
 
     with whole_files([out], inputs=[source], stale=[companion_of(out)]) as (file,):
-        num_as_json = write_parquet(rows, file)
+        num_as_json = write_parquet(source, rows, file)
         if not count:
             raise no_rows(source)
     note = (

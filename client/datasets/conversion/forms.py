@@ -8,6 +8,7 @@ from typing import Any
 
 from stillhouse.protos.rows.conversation import parse_turns, with_system
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text
+from stillhouse.protos.rows.reading.unique_names import why_not_json
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of, kind_of_row
 
@@ -82,7 +83,10 @@ def to_openai(values: Values, *, chat: bool) -> tuple[dict[str, Any], dict[str, 
             )
     row["messages"] = [_with_text_arguments(each) for each in row["messages"]]
     if isinstance(row.get("tools"), str):
-        row["tools"] = json.loads(row["tools"])
+        try:
+            row["tools"] = json.loads(row["tools"])
+        except (ValueError, RecursionError) as error:
+            raise FieldError("tools", why_not_json(error, "write JSON, or the value itself")) from error
     known = {name: row[name] for name in OPENAI_FIELDS if row.get(name) is not None}
     return known, {name: value for name, value in row.items() if name not in known}
 

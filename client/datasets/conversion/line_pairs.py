@@ -52,9 +52,9 @@ def write_pairs(
             try:
                 to_pair(values)  # so that a row that cannot be one is named by its number in the file
                 ids.append(_sortable(values))
+                spool.add(json_line(values))
             except FieldError as error:
                 raise row_error(source, number, error.field, error.problem) from error
-            spool.add(json_line(values))
         if not len(spool):
             raise no_rows(source)
         for index in _order(source, ids):

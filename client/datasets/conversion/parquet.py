@@ -5,26 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from stillhouse.client.core.errors import usage_error
+from stillhouse.protos.rows.reading.json_rows import as_json
+from stillhouse.protos.rows.reading.row_error import row_error
 from stillhouse.protos.rows.reading.tables import without_nulls
 
 ROW_JSON = "row_json"
 """Column of rows that have no exact place in the others, which are null then."""
 BATCH_ROWS = 1024
+Rows = Iterator[tuple[int, dict[str, Any]]]
+_Batch = Sequence[tuple[int, dict[str, Any]]]
 
 
-def write_parquet(rows: Callable[[], Iterator[Mapping[str, Any]]], file: BinaryIO) -> int:
-    """Writes the rows that each call of `rows` yields, and returns the number of those that are kept as JSON."""
+def write_parquet(source: Path, rows: Callable[[], Rows], file: BinaryIO) -> int:
+    """Writes the rows of `source` that each call of `rows` yields, and returns the number of those that are kept as JSON.
+
+    Raises StillhouseError naming a row that neither columns nor JSON hold.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    schema = _schema(rows())
+    schema = _schema(source, rows())
     num_as_json = 0
     with pyarrow.parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for batch in _batches(rows()):
-            table = _fitting(batch, schema)
+            table = _fitting(source, batch, schema)
             num_as_json += sum(ROW_JSON in each for each in table)
             writer.write_batch(pyarrow.RecordBatch.from_pylist(table, schema=schema))
     return num_as_json
@@ -43,24 +50,24 @@ def restored(values: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _batches(rows: Iterator[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], ...]]:
+def _batches(rows: Rows) -> Iterator[_Batch]:
     while batch := tuple(islice(rows, BATCH_ROWS)):
         yield batch
 
 
-def _schema(rows: Iterator[Mapping[str, Any]]) -> Any:
+def _schema(source: Path, rows: Rows) -> Any:
     """The types of all columns: of each batch its own, and of several the one that holds them all."""
     import pyarrow
 
     fields: dict[str, Any] = {}
     for batch in _batches(rows):
-        names = dict.fromkeys(name for row in batch for name in row)
-        for name in names:
-            if name == ROW_JSON:
-                raise usage_error(
-                    f"a row has the field {ROW_JSON}, which the conversion uses itself. Rename it."
-                )
-            inferred = _inferred(batch, name)
+        names = {name: number for number, row in reversed(batch) for name in row}
+        if ROW_JSON in names:
+            raise row_error(
+                source, names[ROW_JSON], ROW_JSON, "is a name that the conversion uses itself. Rename it."
+            )
+        for name in dict.fromkeys(name for _, row in batch for name in row):
+            inferred = _inferred(batch, name) if _is_unicode(name) else None
             if inferred is None:
                 continue
             try:
@@ -75,11 +82,20 @@ def _schema(rows: Iterator[Mapping[str, Any]]) -> Any:
     return pyarrow.schema([*columns, (ROW_JSON, pyarrow.string())])
 
 
-def _inferred(batch: tuple[Mapping[str, Any], ...], name: str) -> Any:
+def _is_unicode(name: str) -> bool:
+    """False for a name with half of a surrogate pair, which no column has."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _inferred(batch: _Batch, name: str) -> Any:
     """The type of a column in a batch, without the values that do not fit the others; None if there is none."""
     import pyarrow
 
-    values = [row[name] for row in batch if row.get(name) is not None]
+    values = [row[name] for _, row in batch if row.get(name) is not None]
     try:
         return pyarrow.infer_type(values) if values else None
     except (pyarrow.ArrowException, OverflowError, UnicodeError):
@@ -105,25 +121,24 @@ def _is_writable(kind: Any) -> bool:
     return True
 
 
-def _fitting(batch: Sequence[Mapping[str, Any]], schema: Any) -> list[dict[str, Any]]:
+def _fitting(source: Path, batch: _Batch, schema: Any) -> list[dict[str, Any]]:
     """Returns each row as it is if its columns give it back, else its JSON."""
     import pyarrow
 
-    rows = [dict(row) for row in batch]
     try:
-        read = pyarrow.RecordBatch.from_pylist(rows, schema=schema).to_pylist()
+        read = pyarrow.RecordBatch.from_pylist([row for _, row in batch], schema=schema).to_pylist()
     except (pyarrow.ArrowException, OverflowError, UnicodeError, TypeError, ValueError):
-        if len(rows) == 1:
-            return [_as_json(rows[0])]
-        return [each for row in rows for each in _fitting([row], schema)]
+        if len(batch) == 1:
+            return [_kept_as_json(source, *batch[0])]
+        return [each for row in batch for each in _fitting(source, [row], schema)]
     return [
-        row if _same(without_nulls(found), _without_null_fields(row)) else _as_json(row)
-        for row, found in zip(rows, read, strict=True)
+        row if _same(without_nulls(found), _without_null_fields(row)) else _kept_as_json(source, number, row)
+        for (number, row), found in zip(batch, read, strict=True)
     ]
 
 
-def _as_json(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {ROW_JSON: json.dumps(row)}
+def _kept_as_json(source: Path, number: int, row: Mapping[str, Any]) -> dict[str, Any]:
+    return {ROW_JSON: as_json(source, number, row).decode()}
 
 
 def _without_null_fields(row: Mapping[str, Any]) -> dict[str, Any]:

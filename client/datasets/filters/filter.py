@@ -44,16 +44,16 @@ def filter_file(
             summary.rows += 1
             try:
                 drop = _first_drop(filters, row)
+                if drop is None:
+                    summary.kept += 1
+                    files[0].write(json_line(values))
+                    continue
+                summary.dropped[drop.filter] += 1
+                if dropped is not None:
+                    reason = {"filter": drop.filter, "why": drop.why, "row": number}
+                    files[1].write(json_line({**values, DROPPED: reason}))
             except FieldError as error:
                 raise row_error(source, number, error.field, error.problem) from error
-            if drop is None:
-                summary.kept += 1
-                files[0].write(json_line(values))
-                continue
-            summary.dropped[drop.filter] += 1
-            if dropped is not None:
-                reason = {"filter": drop.filter, "why": drop.why, "row": number}
-                files[1].write(json_line({**values, DROPPED: reason}))
         if not summary.rows:
             raise no_rows(source)
     return summary

@@ -11,7 +11,7 @@ from typing import Any
 
 from stillhouse.protos.rows.known_fields import SETTINGS
 from stillhouse.protos.rows.reading.open_file import MAX_ROW_BYTES, bounded_lines
-from stillhouse.protos.rows.reading.row_error import THE_LINE, OnBadRow, row_error, unreadable
+from stillhouse.protos.rows.reading.row_error import NOT_UTF8, THE_LINE, OnBadRow, row_error
 
 _NUMBERS = {*SETTINGS, "weight"} - {"stop", "adapter"}
 """Columns of numbers; all others are text."""
@@ -64,7 +64,7 @@ def _texts(path: Path, file: io.BufferedReader) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise unreadable(path, f"table, at line {number},", error) from error
+            raise row_error(path, number, THE_LINE, NOT_UTF8.format(error.start)) from error
 
 
 def _names(path: Path, number: int, cells: Sequence[str], delimiter: str) -> list[str]:

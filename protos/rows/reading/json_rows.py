@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from stillhouse.protos.errors import Reason, StillhouseError
-from stillhouse.protos.rows.field_error import kind_of
+from stillhouse.protos.rows.field_error import FieldError, kind_of
 from stillhouse.protos.rows.reading.open_file import MAX_ROW_BYTES, bounded_lines
-from stillhouse.protos.rows.reading.row_error import THE_LINE, OnBadRow, row_error, unreadable
-from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name
+from stillhouse.protos.rows.reading.row_error import NOT_UTF8, THE_LINE, OnBadRow, row_error
+from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name, why_not_json
 
 _CHUNK_BYTES = 1 << 18
 _BLANKS = " \t\r\n"
+_NO_OBJECT = "is {}; it must be a JSON object."
 
 
 def read_json_lines(
@@ -31,7 +31,7 @@ def read_json_lines(
             # Not by the bytes, of which the library would guess UTF-16 for one line and not for the next.
             values = decoder.parse(line.decode("utf-8-sig", "surrogatepass"))
         except UnicodeDecodeError as error:
-            refuse(row_error(path, number, THE_LINE, f"is not UTF-8 (byte {error.start}). Save it as UTF-8."))
+            refuse(row_error(path, number, THE_LINE, NOT_UTF8.format(error.start)))
             continue
         except (ValueError, RecursionError) as error:
             refuse(
@@ -39,7 +39,7 @@ def read_json_lines(
                     path,
                     number,
                     THE_LINE,
-                    f"is not JSON ({error}); write one JSON object per line, or an array.",
+                    why_not_json(error, "write one JSON object per line, or an array"),
                 )
             )
             continue
@@ -48,7 +48,11 @@ def read_json_lines(
         elif isinstance(values, dict):
             yield number, values
         else:
-            refuse(row_error(path, number, THE_LINE, f"is {kind_of(values)}; it must be a JSON object."))
+            refuse(
+                row_error(
+                    path, number, THE_LINE, _NO_OBJECT.format("null" if values is None else kind_of(values))
+                )
+            )
 
 
 def read_json_array(
@@ -74,7 +78,11 @@ def read_json_array(
         elif isinstance(values, dict):
             yield number, values
         else:
-            refuse(row_error(path, number, THE_LINE, f"is {kind_of(values)}; it must be a JSON object."))
+            refuse(
+                row_error(
+                    path, number, THE_LINE, _NO_OBJECT.format("null" if values is None else kind_of(values))
+                )
+            )
     window.expect("]", number)
     if window.next_character(number):
         raise row_error(path, number, THE_LINE, "is followed by text behind the array. Remove it.")
@@ -90,6 +98,8 @@ class _Window:
         self._text = ""
         self._at = 0
         self._is_ended = False
+        self._read = 0
+        """Bytes before those that are decoded next."""
         self.decoder = UniqueNames()
 
     def next_character(self, number: int) -> str:
@@ -128,7 +138,7 @@ class _Window:
                         self._path,
                         number,
                         THE_LINE,
-                        f"is not JSON ({error}); write an array of JSON objects.",
+                        why_not_json(error, "write an array of JSON objects"),
                     ) from error
             else:
                 if end < len(self._text) or not self._more(number):  # a number may go on
@@ -144,31 +154,46 @@ class _Window:
         try:
             text = self._decoder.decode(data, final=self._is_ended)
         except UnicodeDecodeError as error:
-            raise unreadable(self._path, f"JSON array, at row {number},", error) from error
+            raise row_error(
+                self._path, max(number, 1), THE_LINE, NOT_UTF8.format(self._read + error.start)
+            ) from error
+        self._read += len(data)
         self._text, self._at = self._text[self._at :] + text, 0
         return not self._is_ended or bool(text)
 
 
-def no_json(error: TypeError) -> StillhouseError:
+def no_json(values: Mapping[str, Any]) -> FieldError:
     """Returns the error of a row of a table with a value that JSON does not hold, such as a date."""
-    return StillhouseError(
-        Reason.DATASET_INVALID,
-        f"a row cannot be written as JSON ({error}). Write the column as text or as numbers, or remove it.",
-    )
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            kind = str(error).removeprefix("Object of type ").removesuffix(" is not JSON serializable")
+            return FieldError(
+                shown_name(name),
+                f"holds a {kind}, which JSON does not. Write the column as text or as numbers, or remove it.",
+            )
+    raise AssertionError("all fields are JSON")
 
 
-def as_json_lines(rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[bytes]:
-    """Yields rows as JSON lines, in pieces of about _CHUNK_BYTES. Raises StillhouseError(DATASET_INVALID)."""
+def as_json_lines(path: Path | str, rows: Iterable[tuple[int, Mapping[str, Any]]]) -> Iterator[bytes]:
+    """Yields the rows of `path` as JSON lines, in pieces of about _CHUNK_BYTES. Raises StillhouseError(DATASET_INVALID)."""
     pieces: list[bytes] = []
     size = 0
-    for _, values in rows:
-        try:
-            pieces.append(json.dumps(values, separators=(",", ":")).encode() + b"\n")
-        except TypeError as error:
-            raise no_json(error) from error
+    for number, values in rows:
+        pieces.append(as_json(path, number, values) + b"\n")
         size += len(pieces[-1])
         if size >= _CHUNK_BYTES:
             yield b"".join(pieces)
             pieces, size = [], 0
     if pieces:
         yield b"".join(pieces)
+
+
+def as_json(path: Path | str, number: int, values: Mapping[str, Any]) -> bytes:
+    """Returns a row of `path` as JSON in ASCII. Raises StillhouseError(DATASET_INVALID)."""
+    try:
+        return json.dumps(values, separators=(",", ":")).encode()
+    except TypeError:
+        problem = no_json(values)
+        raise row_error(path, number, problem.field, problem.problem) from problem

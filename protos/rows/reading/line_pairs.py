@@ -9,7 +9,7 @@ from typing import Any
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.reading.open_file import COMPRESSED, bounded_lines, not_found, opened
-from stillhouse.protos.rows.reading.row_error import OnBadRow, row_error
+from stillhouse.protos.rows.reading.row_error import NOT_UTF8, THE_LINE, OnBadRow, row_error
 
 SIDES = ("source", "target")
 ESCAPED = ".escaped"
@@ -57,7 +57,12 @@ def read_pairs(path: Path, refuse: OnBadRow) -> Iterator[tuple[int, dict[str, An
         raise not_found(str(path))
     for each in pair:
         if not each.is_file():
-            raise not_found(str(each))
+            other = pair[0] if each == pair[1] else pair[1]
+            raise StillhouseError(
+                Reason.DATASET_NOT_FOUND,
+                f"{other} is one file of a pair, and {each}, the other one, is missing. Write it, or rename the file.",
+                resource=str(each),
+            )
     counts = [_count_lines(each) for each in pair]
     if counts[0] != counts[1]:
         raise StillhouseError(
@@ -78,8 +83,11 @@ def read_pairs(path: Path, refuse: OnBadRow) -> Iterator[tuple[int, dict[str, An
                         .removesuffix("\r")
                     )
                     values[name] = unescape_line(text) if is_escaped else text
-                except ValueError as error:  # UnicodeDecodeError is one
-                    refuse(row_error(file, number, "(the line)", f"cannot be read: {error}. Write it again."))
+                except UnicodeDecodeError as error:
+                    refuse(row_error(file, number, THE_LINE, NOT_UTF8.format(error.start)))
+                    break
+                except ValueError as error:
+                    refuse(row_error(file, number, THE_LINE, f"cannot be read: {error}. Write it again."))
                     break
             else:
                 yield number, values

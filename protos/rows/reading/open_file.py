@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,6 +110,18 @@ def closed(location: str, error: OSError) -> StillhouseError:
         Reason.DATASET_INVALID,
         f"{location} cannot be opened: {error.strerror}. Correct the path, or who may read it.",
     )
+
+
+def no_file(path: Path) -> StillhouseError:
+    """Returns the error of a path at which something lies that is neither a file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        what = "a link that leads nowhere. Correct the link"
+    else:
+        kind = "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+        what = f"a {kind}, and rows are read more than once. Give a file"
+    return StillhouseError(Reason.DATASET_INVALID, f"{path} is {what}.")
 
 
 def not_found(location: str) -> StillhouseError:

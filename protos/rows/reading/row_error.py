@@ -11,6 +11,7 @@ from stillhouse.protos.errors import Reason, StillhouseError, first_line
 
 THE_LINE = "(the line)"
 """Field of a row that cannot be read at all."""
+NOT_UTF8 = "is not UTF-8 (byte {}). Save it as UTF-8."
 OnBadRow = Callable[[StillhouseError], None]
 """Takes the error of a row that is left out; raises it where one bad row is one too many."""
 

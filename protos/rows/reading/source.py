@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,14 @@ from stillhouse.protos.rows.field_error import FieldError
 from stillhouse.protos.rows.reading.delimited import read_delimited
 from stillhouse.protos.rows.reading.json_rows import read_json_array, read_json_lines
 from stillhouse.protos.rows.reading.line_pairs import escapes_mark, pair_of, read_pairs
-from stillhouse.protos.rows.reading.open_file import Container, closed, container_of, not_found, opened
+from stillhouse.protos.rows.reading.open_file import (
+    Container,
+    closed,
+    container_of,
+    no_file,
+    not_found,
+    opened,
+)
 from stillhouse.protos.rows.reading.plugins import plugin_of, read_plugin
 from stillhouse.protos.rows.reading.row_error import OnBadRow, raise_error, row_error
 from stillhouse.protos.rows.reading.tables import is_hub_id, read_directory, read_hub, read_parquet
@@ -117,6 +125,8 @@ class RowReader:
             return container_of(self.path)
         if pair_of(self.path) is not None:
             return "line pairs"
+        if os.path.lexists(self.path):
+            raise no_file(self.path)
         if is_hub_id(self.source.location):
             return "hub"
         raise not_found(self.source.location)

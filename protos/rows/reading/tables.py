@@ -11,6 +11,7 @@ from typing import Any
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.rows.reading.row_error import unicode_rows, unreadable
+from stillhouse.protos.rows.reading.unique_names import shown_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 """Names of the hub that rows are read from; those without an owner look like files."""
@@ -44,6 +45,14 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as file:
+            names = file.schema_arrow.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise StillhouseError(
+                    Reason.DATASET_INVALID,
+                    f"{path} has the column {shown_name(twice)} twice, so that one of them would be lost. Give each a name "
+                    "of its own.",
+                )
             for batch in file.iter_batches(batch_size=_BATCH_ROWS):
                 for index in range(batch.num_rows):
                     number += 1

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from typing import Any
 
 GIVEN_TWICE = "is given twice in one object, so that one of its values would be lost. Remove one."
-
-
 MAX_NAME_CHARS = 80
 
 
 def shown_name(name: str) -> str:
     """Returns a name for a sentence: short, and of text that can be printed."""
     return name[:MAX_NAME_CHARS].encode(errors="backslashreplace").decode()
+
+
+def why_not_json(error: Exception, remedy: str) -> str:
+    """Returns why a text is refused, as the rest of a sentence: in the parser's words, but where they speak of Python."""
+    if isinstance(error, RecursionError):
+        return "is nested too deeply. Write less than some hundred objects and arrays in each other."
+    if "integer string conversion" in str(error):
+        return f"has a whole number of more than {sys.get_int_max_str_digits()} digits. Write it as a string."
+    return f"is not JSON ({error}); {remedy}."
 
 
 class UniqueNames:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -284,6 +286,19 @@ def test_a_killed_conversion_leaves_no_mixture(tmp_path: Path, kind: str) -> Non
             "openai",
             "no place in OpenAI's format",
         ),
+        (
+            {
+                "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                "tools": "[{",
+            },
+            "openai",
+            "row 2, field tools: is not JSON",
+        ),
+        (
+            {"row_json": '{"row_json": 1}'},
+            "parquet",
+            "row 2, field row_json: is a name that the conversion uses itself",
+        ),
     ],
 )
 def test_rows_that_a_format_cannot_hold_are_refused_and_nothing_is_written(
@@ -297,3 +312,35 @@ def test_rows_that_a_format_cannot_hold_are_refused_and_nothing_is_written(
     assert said in done.stderr
     assert (tmp_path / "out.source").read_text() == "before"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.source", "rows.jsonl"]
+
+
+@pytest.mark.parametrize("to", ["rows", "messages", "openai", "source-target", "parquet"])
+def test_a_value_that_neither_json_nor_columns_hold_is_named(tmp_path: Path, to: str) -> None:
+    # A nanosecond is finer than what is read of it.
+    when = pyarrow.array([0, 1], pyarrow.timestamp("ns"))
+    table = pyarrow.table({"prompt": ["a", "b"], "completion": ["c", "d"], "when": when})
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    chat = ["--chat"] if to in ("messages", "openai") else []
+    done = data("convert", tmp_path / "rows.parquet", "--to", to, *chat, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.output
+    assert (
+        f"row {2 if to == 'parquet' else 1}, field when: holds a Timestamp, which JSON does not"
+        in done.stderr
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.parquet"]
+
+
+def test_a_name_that_no_column_has_comes_back_from_parquet(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b", "\udc00": 1}, {"prompt": "c", "completion": "d"}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    convert(source, tmp_path / "out.parquet", "parquet")
+    convert(tmp_path / "out.parquet", tmp_path / "again.jsonl", "rows")
+    assert read(tmp_path / "again.jsonl") == rows
+
+
+def test_an_input_that_is_a_loop_of_links_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").symlink_to(tmp_path / "b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "a.jsonl")
+    done = data("convert", tmp_path / "a.jsonl", "--to", "rows", "--out", tmp_path / "out.jsonl")
+    assert done.exit_code == 2, done.output
+    assert "a.jsonl is a link that leads nowhere" in done.stderr

@@ -177,5 +177,5 @@ def test_a_date_of_a_table_is_refused_with_a_remedy(tmp_path: Path) -> None:
     row = {"prompt": "p", "completion": "c", "day": date(2024, 1, 1)}
     parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "in.parquet")
     done = data("filter", "--in", tmp_path / "in.parquet", "--out", tmp_path / "out.jsonl", "--no-duplicates")
-    assert "cannot be written as JSON" in done.output
+    assert "in.parquet, row 1, field day: holds a date, which JSON does not. Write" in done.output
     assert not list(tmp_path.glob("*out.jsonl*"))

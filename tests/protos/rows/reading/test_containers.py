@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,16 @@ def test_an_array_is_read_row_by_row_wherever_its_bytes_are_cut(
         ("a.csv", 'text\n"a" b\n', "row 2, field (the line): is not CSV"),
         ("a.csv", "prompt,completion\na,\n", "row 2"),
         ("a.jsonl", '{"text": "a"}\n'.encode("utf-16"), "row 1, field (the line): is not UTF-8 (byte 0)"),
+        ("a.csv", "text\nb\ncafé\n".encode("latin-1"), "row 3, field (the line): is not UTF-8 (byte 3)"),
+        ("a.json", '[{"text": "café"}]'.encode("latin-1"), "row 1, field (the line): is not UTF-8 (byte 14)"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, "row 1, field (the line): is nested too deeply. Write"),
+        ("a.json", '[{"text": ' + "[" * 100_000, "row 1, field (the line): is nested too deeply. Write"),
+        (
+            "a.jsonl",
+            '{"n": ' + "9" * 5000 + "}",
+            "row 1, field (the line): has a whole number of more than 4300",
+        ),
+        ("a.jsonl", "null\n", "row 1, field (the line): is null; it must be a JSON object"),
         ("a.jsonl", "BZh91AY", "it is compressed by bzip2; gzip and zstd are read"),
     ],
 )
@@ -219,7 +230,9 @@ def test_a_pair_is_found_from_either_name_and_from_their_stem(name: str, tmp_pat
 def test_a_pair_needs_both_files_and_equal_counts_of_lines(tmp_path: Path) -> None:
     source, target = tmp_path / "rows.source", tmp_path / "rows.target"
     source.write_text("a\nb\nc")
-    with pytest.raises(StillhouseError, match=r"There is no dataset at .*rows\.target") as caught:
+    with pytest.raises(
+        StillhouseError, match=r"rows\.source is one file of a pair, and .*rows\.target"
+    ) as caught:
         list(read_file(source))
     assert caught.value.reason is Reason.DATASET_NOT_FOUND
     target.write_text("a\nb\n")
@@ -258,6 +271,31 @@ def test_what_is_nowhere_is_not_found(tmp_path: Path) -> None:
     with pytest.raises(StillhouseError, match="There is no dataset at") as caught:
         read_file(tmp_path / "rows.jsonl")
     assert caught.value.reason is Reason.DATASET_NOT_FOUND
+
+
+def test_what_is_neither_file_nor_folder_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name, other in (("a", "b"), ("b", "a"), ("lost", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / other)
+    for name, sentence in (
+        ("pipe", "is a pipe, and rows are read more than once. Give a file."),
+        ("a", "is a link that leads nowhere. Correct the link."),
+        ("lost", "is a link that leads nowhere. Correct the link."),
+    ):
+        with pytest.raises(StillhouseError) as caught:
+            read_file(tmp_path / name)
+        assert caught.value.message == f"{tmp_path / name} {sentence}"
+
+
+def test_a_column_that_a_table_has_twice_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [pyarrow.array([each]) for each in ("a", "b", "c")]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "completion", "prompt"])
+    pyarrow.parquet.write_table(table, tmp_path / "rows.parquet")
+    with pytest.raises(StillhouseError, match="has the column prompt twice"):
+        list(read_file(tmp_path / "rows.parquet"))
 
 
 def test_a_place_that_does_not_open_is_told(tmp_path: Path) -> None:
