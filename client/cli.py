@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,13 @@ _COMMANDS = {
 """Summary by command; its module is imported when it is used, so that --help is quick."""
 _ROOMS = frozenset({"run", "data"})
 """Commands that have a folder of their own, with their group in it."""
+_OF_THE_MACHINE = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE),
+        *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR),
+    }
+)
+"""Errors of files that no bug causes."""
 _NAMES = {"eval": "evaluate"}
 """Modules and functions of commands whose names are those of built-ins."""
 
@@ -75,6 +84,14 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted.", err=True)
             ctx.exit(130)
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            from stillhouse.client.terminal.render import printable
+
+            what = f"use {os.fsdecode(error.filename)}" if error.filename else "write the output"
+            click.echo(f"Error: cannot {printable(what)}: {error.strerror}.", err=True)
+            ctx.exit(1)
         except Exception as error:
             from stillhouse.protos import errors
 

@@ -18,6 +18,7 @@ from stillhouse.client.batch.input_rows import InputLine
 from stillhouse.client.batch.journal import CHAIN_START, Header, Journal, Position, RowRecord, extend_chain
 from stillhouse.client.core.errors import file_errors
 from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.files.atomic import refuse_special
 from stillhouse.protos.files.locks import try_lock
 
 RETRY = "retry of"
@@ -214,6 +215,7 @@ def commit_retry(paths: OutputPaths) -> None:
 def locked(path: Path) -> Iterator[None]:
     """Locks the output at `path` for this process. Raises StillhouseError (REQUEST_CONFLICT) if another one writes it."""
     with file_errors("write", path):
+        refuse_special(path)
         lock = try_lock(path)
     if lock is None:
         raise StillhouseError(

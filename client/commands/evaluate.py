@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,8 +257,9 @@ def _files(session: Session, options: dict[str, Any]) -> int:
             f"{', '.join(others)} needs a model's distributions; of texts alone there are {', '.join(TEXT_METRICS)}."
         )
     out = options["out"]
-    if out is not None and out.resolve() in {
-        options[name].resolve() for name in ("hypotheses", "references")
+    # Path.resolve raises for links that lead to each other.
+    if out is not None and os.path.realpath(out) in {
+        os.path.realpath(options[name]) for name in ("hypotheses", "references")
     }:
         raise usage_error(f"{out} is read and would be overwritten. Choose another output.")
     match = options["match"] or "exact"

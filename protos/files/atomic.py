@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -14,8 +16,10 @@ from typing import IO, Any, BinaryIO
 def atomic_writer(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
     """An open file that replaces `path` when the block ends; a block that raises leaves `path` as it was.
 
-    The new file is on disk when this returns, also after a power cut. `private`: only its owner may read it.
+    The new file is on disk when this returns, also after a power cut. `private`: only its owner may read it. Raises
+    OSError for a device or a pipe.
     """
+    refuse_special(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
@@ -27,6 +31,19 @@ def atomic_writer(path: Path, *, private: bool = False) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def refuse_special(path: Path) -> None:
+    """Raises OSError for a path such as /dev/stdout, which is no file and which a file would replace for everybody."""
+    what = ""
+    with suppress(FileNotFoundError):
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        elif path.is_symlink() and path.readlink().parts[:2] == ("/", "proc"):
+            what = "a link to an open file"
+    if what:
+        raise OSError(errno.EEXIST, f"it is {what}, which a file would replace; name a file", str(path))
 
 
 def write_atomic(path: Path, data: bytes, *, private: bool = False) -> None:

@@ -79,6 +79,9 @@ def convert(
 
 def original_rows(source: Path) -> Rows:
     """Yields number and fields of each row that a file was made of, in their order."""
+    if source.is_dir():
+        yield from rows_of(source)
+        return
     stem = pair_stem(source)
     pair = stem.with_name(stem.name + SOURCE)
     is_pair = source.suffix in (SOURCE, TARGET) or (pair.is_file() and not source.is_file())

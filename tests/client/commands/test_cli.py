@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,34 @@ def test_bad_usage_is_code_2(tmp_path: Path) -> None:
 def test_version_is_printed() -> None:
     assert json.loads(invoke("version", "--json").stdout)["contract"] == "stillhouse.v1"
     assert invoke("version").stdout.startswith("stillhouse ")
+
+
+def test_a_full_disk_behind_the_output_is_one_sentence(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stillhouse.client", "data", "inspect", str(rows)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "Error: cannot write the output: No space left on device.\n"
+
+
+def test_a_name_that_the_machine_refuses_is_one_sentence(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    os.mkfifo(tmp_path / "pipe")
+    for source, out, said in (
+        (rows, tmp_path / ("a" * 300), f"cannot use {tmp_path / ('a' * 300)}: File name too long."),
+        (rows, tmp_path / "pipe", "pipe: it is a pipe, which a file would replace; name a file."),
+        ("", tmp_path / "out", ". cannot be read as a directory"),
+        ("/", tmp_path / "out", "/ cannot be read as a directory"),
+    ):
+        done = CliRunner().invoke(cli, ["data", "convert", str(source), "--to", "rows", "--out", str(out)])
+        assert done.exit_code in (1, 2), done.output
+        assert said in done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["pipe", "rows.jsonl"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import stat
 import subprocess
@@ -49,3 +50,17 @@ def test_a_private_file_is_readable_by_its_owner_alone(tmp_path: Path) -> None:
     path.touch(0o644)
     write_atomic(path, b"secret", private=True)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "null").symlink_to("/dev/null")
+    with (tmp_path / "open").open("w") as file:
+        # As /dev/stdout is, behind `> open`.
+        (tmp_path / "stdout").symlink_to(f"/proc/{os.getpid()}/fd/{file.fileno()}")
+        for name, what in (("pipe", "a pipe"), ("null", "a device"), ("stdout", "a link to an open file")):
+            with pytest.raises(FileExistsError, match=f"it is {what}, which a file would replace"):
+                write_atomic(tmp_path / name, b"new")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["null", "open", "pipe", "stdout"]
+        assert (tmp_path / "pipe").is_fifo()
+        assert (tmp_path / "null").is_symlink()
