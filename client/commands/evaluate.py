@@ -278,15 +278,16 @@ def _files(session: Session, options: dict[str, Any]) -> int:
 
 
 def _lines(path: Path) -> list[str]:
-    """Returns the lines of a file; the last one may lack its end."""
+    """Returns the lines of a file; the last one may lack its end. As for sacrebleu, a carriage return ends none."""
     from stillhouse.client.core.errors import file_errors, usage_error
 
     try:
         with file_errors("read", path):
-            text = path.read_text(encoding="utf-8")
+            text = path.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise usage_error(f"{path} is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    return text.removesuffix("\n").split("\n") if text else []
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
 
 
 def _write(out: Path | None, data: bytes) -> None:

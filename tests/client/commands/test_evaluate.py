@@ -41,6 +41,33 @@ def test_texts_in_files_are_scored_without_a_service(files: tuple[str, str], tmp
     assert "rouge_l" in table.stdout
 
 
+def test_only_line_feeds_end_a_text_as_for_sacrebleu(tmp_path: Path) -> None:
+    hypotheses, references = tmp_path / "hypotheses.txt", tmp_path / "references.txt"
+    hypotheses.write_bytes("a\rb c d\u2028e\x0bf\r\nsecond text\r\n".encode())
+    references.write_bytes(b"a b c d e f\nsecond text")
+    done = invoke("--hypotheses", str(hypotheses), "--references", str(references), "--json")
+    assert done.exit_code == 0, done.output
+    metrics = json.loads(done.stdout)["sets"][0]["metrics"]
+    for name in ("bleu", "chrf"):
+        command = [
+            sys.executable,
+            "-m",
+            "sacrebleu",
+            references,
+            "-i",
+            hypotheses,
+            "-m",
+            name,
+            "-b",
+            "-w",
+            "9",
+        ]
+        printed = subprocess.run(
+            [str(each) for each in command], capture_output=True, text=True, check=True
+        ).stdout
+        assert metrics[name]["after"]["value"] == pytest.approx(float(printed), abs=1e-8)
+
+
 def test_files_need_neither_torch_nor_transformers(files: tuple[str, str]) -> None:
     code = (
         "import sys\nfrom stillhouse.client.cli import cli\n"

@@ -331,7 +331,10 @@ def test_a_value_that_neither_json_nor_columns_hold_is_named(tmp_path: Path, to:
 
 
 def test_a_name_that_no_column_has_comes_back_from_parquet(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "completion": "b", "\udc00": 1}, {"prompt": "c", "completion": "d"}]
+    rows: list[dict[str, Any]] = [
+        {"prompt": "a", "completion": "b", "\udc00": 1},
+        {"prompt": "c", "completion": "d"},
+    ]
     source = write(tmp_path / "rows.jsonl", rows)
     convert(source, tmp_path / "out.parquet", "parquet")
     convert(tmp_path / "out.parquet", tmp_path / "again.jsonl", "rows")
