@@ -112,11 +112,15 @@ def test_a_table_waits_for_the_points_of_its_step(tmp_path: Path) -> None:
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"step": 5, "rows": []}))
     write_attempt(run_dir, 1, [1, 2])
+    told = state_path(run_dir)
+    told.parent.mkdir(exist_ok=True)
+    told.write_text('{"state": "RUNNING"}')
 
     def go_on(_wait_s: float) -> bool:
         if tracker.steps == [1, 2]:
             assert not tracker.tables  # trackers refuse points behind it
             write_attempt(run_dir, 2, [3, 4, 5], end="stopped")
+            told.write_text('{"state": "STOPPED"}')
         return False
 
     assert Session(run_dir, "wandb", tracker).run(go_on)

@@ -21,6 +21,7 @@ from tests.student_trainer.runs.store.dataset_contract import (  # noqa: F401
     DatasetContract,
     test_other_names_are_no_datasets,
 )
+from tests.student_trainer.runs.store.listing_contract import ListingContract
 from tests.student_trainer.runs.store.store_contract import StoreContract, new_run
 from tests.support.postgres import Postgres
 
@@ -42,6 +43,10 @@ def store(place: Path | str) -> Iterator[Store]:
 
 
 class TestStore(StoreContract):
+    pass
+
+
+class TestListing(ListingContract):
     pass
 
 
