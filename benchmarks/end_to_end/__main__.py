@@ -129,6 +129,9 @@ def ratios_of(results: Sequence[ArmResult]) -> dict[str, float]:
             own, other = (each.seconds(max(shared, default=-1)) for each in (arm[ours], arm[theirs]))
             if own and other:
                 found[f"{theirs}_over_{ours}_seconds_at_equal_steps"] = other / own
+            own, other = (each.cpu_s_a_step for each in (arm[ours], arm[theirs]))
+            if own and other:
+                found[f"{theirs}_over_{ours}_processor_seconds_a_step"] = other / own
             scores = arm[theirs].scores
             final = scores.get(max(scores, default=-1))
             reached, taken = (
@@ -156,7 +159,7 @@ def _shape(arms: Arms) -> str:
 
 
 def _tables(outcome: Outcome) -> Sequence[Table]:
-    results, columns = outcome.results, ("arm", "steps", "seconds", "tokens/s", "process s")
+    results, columns = outcome.results, ("arm", "steps", "seconds", "tokens/s", "process s", "CPU s a step")
     times = Table(
         *columns,
         "peak MiB of each process",
@@ -173,6 +176,7 @@ def _tables(outcome: Outcome) -> Sequence[Table]:
             f"{seconds:.1f}" if seconds else "n/a",
             f"{learnt / seconds:.0f}" if seconds else "n/a",
             f"{each.process_s:.1f}",
+            f"{each.cpu_s_a_step:.2f}" if each.cpu_s_a_step else "n/a",
             memory_text(each),
             each.problem,
         )

@@ -44,6 +44,8 @@ class ArmResult:
     """Peak resident memory of each process, services included."""
     cpu_s: list[tuple[str, float]] = field(default_factory=list)
     """Processor seconds of each process while the training process lived, start of services included."""
+    steps_cpu_s: float = 0.0
+    """Processor seconds of all processes from the beginning of steps to the end of the last: other work hardly changes them."""
     metrics: dict[str, float] = field(default_factory=dict)
     scores: dict[int, float] = field(default_factory=dict)
     """Nats per token, by step."""
@@ -57,6 +59,17 @@ class ArmResult:
         """Seconds from the beginning of steps to the end of one, by default of the last."""
         end = self.steps.get(self.last_step if step is None else step)
         return None if end is None or self.began_s is None else end - self.began_s
+
+    @property
+    def cpu_s_a_step(self) -> float | None:
+        """Processor seconds of all processes for a step."""
+        return self.steps_cpu_s / self.last_step if self.last_step and self.steps_cpu_s else None
+
+    def count(self, used: Watch) -> None:
+        """Takes over what the processes used, once steps and their times are known."""
+        self.memory_mib, self.cpu_s = used.peaks_mib(), used.cpu_s()
+        if self.began_s is not None and self.steps:
+            self.steps_cpu_s = used.cpu_between(self.began_s, self.steps[self.last_step])
 
     def to_json(self) -> dict[str, Any]:
         """Everything, for a file."""
@@ -99,7 +112,6 @@ class Arms:
             code, result.process_s = run_process(
                 command, log=log, limit_s=limit_s, environment={**QUIET, "PYTHONPATH": str(ROOT)}
             )
-        result.memory_mib, result.cpu_s = used.peaks_mib(), used.cpu_s()
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith('{"time"'):
                 event = json.loads(line)
@@ -107,6 +119,7 @@ class Arms:
                     result.began_s = event["time"]
                 elif event["event"] == "step":
                     result.steps[event["step"]] = event["time"]
+        result.count(used)
         result.folders = {int(each.name): str(each) for each in folder.iterdir() if each.name.isdigit()}
         self._judge(result, code, log, steps=self.sizes.steps)
         return result
@@ -148,8 +161,8 @@ class Arms:
             code, result.process_s = run_process(
                 command, log=log, limit_s=60 * self.minutes + 60, environment=QUIET
             )
-        result.memory_mib, result.cpu_s = used.peaks_mib(), used.cpu_s()
         result.began_s, result.steps = started_s(run_dir), step_times(run_dir)
+        result.count(used)
         for step in result.steps:
             if step in self.sizes.snapshots and run_dir.checkpoint_path(step).is_dir():
                 result.folders[step] = str(run_dir.checkpoint_path(step))

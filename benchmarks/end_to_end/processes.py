@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 
 POLL_S = 0.25
@@ -68,6 +69,8 @@ class Watch:
 
     def __init__(self) -> None:
         self._used: dict[tuple[int, float], _Use] = {}
+        self._totals: list[tuple[float, float]] = []
+        """(Seconds since the epoch, processor seconds of all processes until then)."""
 
     @contextmanager
     def watch(self) -> Iterator[Watch]:
@@ -97,11 +100,19 @@ class Watch:
                     max(mib, before.peak_mib if before else 0.0),
                     times.user + times.system,
                 )
+        self._totals.append((time.time(), sum(each.cpu_s for each in self._used.values())))
 
     def peaks_mib(self, least_mib: float = 50.0) -> list[tuple[str, float]]:
         """(Name, MiB) of each process with at least so much, the largest first."""
         found = [(each.name, each.peak_mib) for each in self._used.values() if each.peak_mib >= least_mib]
         return sorted(found, key=lambda each: -each[1])
+
+    def cpu_between(self, begin_s: float, end_s: float) -> float:
+        """Processor seconds of all processes between two times, by straight lines between looks."""
+        if not self._totals:
+            return 0.0
+        times, totals = zip(*self._totals, strict=True)
+        return float(np.interp(end_s, times, totals) - np.interp(begin_s, times, totals))
 
     def cpu_s(self, least_s: float = 1.0) -> list[tuple[str, float]]:
         """(Name, processor seconds) of each process with at least so many, the largest first; the last look may miss some."""
