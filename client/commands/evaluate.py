@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 REPORT = "evaluations/report.json"
 """Artifact with the report of a run; protos/evaluation/report.py has its format."""
 _NONE = "none"
+_ADDRESS = re.compile(r"[^/\s]+:[0-9]{1,5}")
 
 _OF_TARGET = {
     **{name: name for name in ("data", "against", "baseline", "tokenizer", "limit", "temperature")},
@@ -153,6 +155,10 @@ def _spec(session: Session, name: str, options: dict[str, Any]) -> RunSpec:
         find_target,
     )
 
+    if _ADDRESS.fullmatch(name) and not options["tokenizer"]:
+        raise click.UsageError(
+            f"{name} is the address of a served teacher; name a model that has its tokenizer with --tokenizer."
+        )
     if options["tokenizer"]:
         spec = evaluation_of_teacher(name, options["tokenizer"])
     else:

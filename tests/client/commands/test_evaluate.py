@@ -111,3 +111,9 @@ def test_what_does_not_fit_together_is_refused(files: tuple[str, str], tmp_path:
         done = invoke(*arguments)
         assert done.exit_code == 2, arguments
         assert sentence in done.output, done.output
+
+
+def test_an_address_needs_the_name_of_a_tokenizer() -> None:
+    done = invoke("127.0.0.1:1", "--data", "rows.jsonl")
+    assert done.exit_code == 2
+    assert "127.0.0.1:1 is the address of a served teacher; name a model" in done.stderr
