@@ -171,6 +171,11 @@ def _counts(settings: MixSettings, sizes: Sequence[int], category: str) -> list[
         counts = _in_ratio(settings.shares, sizes, settings.num_rows)
     if not sum(counts):
         where = f" of {category}" if category else ""
+        if settings.mode == "pool-fraction":
+            raise usage_error(
+                f"{_shares(settings)} percent of pools{where} with {' and '.join(map(str, sizes))} rows is no row at all. Give "
+                "larger shares or pools, or mix in a ratio."
+            )
         raise usage_error(
             f"{_shares(settings)} of pools{where} with {' and '.join(map(str, sizes))} rows is no row at all. Give larger pools."
         )

@@ -99,6 +99,10 @@ def mix(
     if not pools or not out:
         raise click.UsageError("give at least one POOL and --out FILE, or --layout.")
     if not shares and len(pools) != len(DEFAULT_SHARES):
+        if ":" in pools[0] and not Path(pools[0]).exists():
+            raise click.UsageError(
+                f'"{pools[0]}" are no SHARES: whole numbers of at most nine digits between colons, such as 70:30.'
+            )
         raise click.UsageError(f"give the SHARES of {len(pools)} pools before them, such as 50:30:20.")
     summary = mix_files(
         MixSettings(

@@ -12,9 +12,7 @@ from stillhouse.protos.rows.known_fields import EXTRA_FIELDS, ExtraFields
 
 
 @command(name="push")
-@click.option(
-    "--name", "dataset_id", metavar="ID", default="", help="Makes FILE the next version of this dataset."
-)
+@click.option("--name", "dataset_id", metavar="ID", help="Makes FILE the next version of this dataset.")
 @click.option(
     "--extra-fields",
     type=click.Choice(EXTRA_FIELDS),
@@ -32,7 +30,7 @@ def push(
     session: Session,
     files: tuple[Path, ...],
     *,
-    dataset_id: str,
+    dataset_id: str | None,
     extra_fields: ExtraFields,
     tokenizer: str | None,
     form: str,
@@ -55,6 +53,8 @@ def push(
     from stillhouse.client.terminal.render import size_text
     from stillhouse.client.trainer.token_count import count_tokens
 
+    if dataset_id == "":
+        raise click.UsageError("--name is empty; give an id, or leave it out.")
     if dataset_id and len(files) > 1:
         raise click.UsageError("--name names one FILE; push each of several by a command of its own.")
     pushed = []
@@ -62,7 +62,7 @@ def push(
         source = given_source(file, form=form, split=split, subset=subset, columns=columns)
         num_tokens = 0 if tokenizer is None else count_tokens(session.trainer, source, tokenizer)
         stored = session.trainer.push_dataset(
-            source, dataset_id, num_tokens=num_tokens, extra_fields=extra_fields
+            source, dataset_id or "", num_tokens=num_tokens, extra_fields=extra_fields
         )
         pushed.append(
             {

@@ -151,9 +151,19 @@ def test_lone_surrogates_stay_escapes(tmp_path: Path) -> None:
         ('{"text": "x"}\n', ["70:30", "a.jsonl", "c.jsonl", "--out", "out.jsonl"], "c.jsonl does not exist"),
         ('{"text": "x"}\n', ["70:30", "a.jsonl", "b.jsonl", "--out", "a.jsonl"], "would be overwritten"),
         ('{"text": "x"}\n', ["a.jsonl", "--out", "out.jsonl"], "SHARES of 1 pools"),
+        (
+            '{"text": "x"}\n',
+            ["70.5:29.5", "a.jsonl", "b.jsonl", "--out", "out.jsonl"],
+            '"70.5:29.5" are no SHARES',
+        ),
+        ('{"text": "x"}\n', ["70:", "a.jsonl", "b.jsonl", "--out", "out.jsonl"], '"70:" are no SHARES'),
         ('{"text": "x"}\n', ["70:130", "a.jsonl", "b.jsonl", "--out", "out.jsonl"], "at most 100 percent"),
         ('{"text": "x"}\n', ["0:1", "a.jsonl", "b.jsonl", "--out", "out.jsonl"], "each is at least 1"),
-        ('{"text": "x"}\n', ["1:1", "b.jsonl", "b.jsonl", "--out", "out.jsonl"], "no row at all"),
+        (
+            '{"text": "x"}\n',
+            ["1:1", "b.jsonl", "b.jsonl", "--out", "out.jsonl"],
+            "1:1 percent of pools with 1 and 1 rows",
+        ),
         ('{"text": "x"}\n', ["a{category}.jsonl", "b.jsonl", "--out", "out.jsonl"], "Name the categories"),
         (
             '{"text": "x"}\n',
