@@ -90,7 +90,7 @@ def load_corpus(
 
 
 def assemble(data: DataConfig, evaluation: EvaluationConfig, prepared: Sequence[Prepared]) -> Corpus:
-    """Splits the datasets of `data`, those to train on first. Raises StillhouseError(DATASET_INVALID) if no row is left."""
+    """Splits the datasets of `data`, those to train on first. Raises StillhouseError(DATASET_INVALID) if no row of either is left."""
     parts = [each.table for each in prepared[: len(data.train)]]
     total = sum(map(len, parts))
     if data.eval:
@@ -101,10 +101,9 @@ def assemble(data: DataConfig, evaluation: EvaluationConfig, prepared: Sequence[
         held_out = ExampleRows(parts, picked=chosen)
     train = ExampleRows(parts, without=chosen)
     if not train and data.train:
-        left_out = Counter[str]()
-        for each in prepared[: len(data.train)]:
-            left_out.update(each.told.left_out)
-        raise StillhouseError(Reason.DATASET_INVALID, nothing_left(left_out, data.max_sequence_tokens))
+        raise _nothing_left(data, prepared[: len(data.train)], "data.train")
+    if not held_out and data.eval and data.train:
+        raise _nothing_left(data, prepared[len(data.train) :], "data.eval")
     log.info("data read", train_rows=len(train), eval_rows=len(held_out))
     ends = np.cumsum([0, *map(len, parts)])
     sizes = np.diff(ends) - np.diff(np.searchsorted(chosen, ends))
@@ -116,6 +115,13 @@ def assemble(data: DataConfig, evaluation: EvaluationConfig, prepared: Sequence[
         end_ids=tuple(sorted({end for each in told for end in each.end_ids})),
         template_date=data.date if any(each.wrote_date for each in told) else "",
     )
+
+
+def _nothing_left(data: DataConfig, prepared: Sequence[Prepared], of: str) -> StillhouseError:
+    left_out = Counter[str]()
+    for each in prepared:
+        left_out.update(each.told.left_out)
+    return StillhouseError(Reason.DATASET_INVALID, nothing_left(left_out, data.max_sequence_tokens, of))
 
 
 def _held_out_rows(num_rows: int, data: DataConfig) -> NDArray[np.int64]:

@@ -48,12 +48,13 @@ def why_left_out(row: DatasetRow, mask: NDArray[np.bool_], limit: int) -> LeftOu
     return "weight_0" if any(each.get("weight") == 0 for each in turns) else "nothing_to_learn"
 
 
-def nothing_left(left_out: Counter[str], limit: int) -> str:
-    """Returns the sentence about training data of which every row is left out."""
+def nothing_left(left_out: Counter[str], limit: int, of: str = "data.train") -> str:
+    """Returns the sentence about data of which every row is left out."""
     total = left_out.total()
     if not total:
-        return "data.train has no rows. Give files with rows, or raise their limit."
+        return f"{of} has no rows. Give files with rows, or raise their limit."
     causes = "; ".join(
         f"{count} {_CAUSES[cause].format(limit=limit)}" for cause, count in left_out.most_common()
     )
-    return f"data.train has nothing to train on: of its {total} rows {causes}."
+    what = "train" if of == "data.train" else "evaluate"
+    return f"{of} has nothing to {what} on: of its {total} rows {causes}."

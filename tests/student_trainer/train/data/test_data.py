@@ -215,6 +215,18 @@ def test_a_run_without_targets_names_the_cause(
     assert all(cause in error.value.message for cause in causes)
 
 
+def test_held_out_files_without_a_row_are_refused(models: Models, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    train, empty = tmp_path / "rows.jsonl", tmp_path / "empty.jsonl"
+    train.write_text('{"text": "a house"}\n')
+    empty.write_text("")
+    held_out = (DatasetConfig(path=str(empty)),)
+    with pytest.raises(StillhouseError, match=r"data\.eval has no rows") as error:
+        _load(train, AutoTokenizer.from_pretrained(models.student), eval=held_out)
+    assert error.value.reason is Reason.DATASET_INVALID
+
+
 def test_text_that_is_no_unicode_names_its_row(tokenizer: Any, tmp_path: Path) -> None:
     import datasets
     import pyarrow as pa
