@@ -282,11 +282,12 @@ class _PromptEncoder:
         except UndefinedError as error:
             raise row.invalid(
                 f"{self._path}.{name}",
-                f"cannot be rendered: {error}. Give the row this field, or test it in the template with `is defined`.",
+                f"cannot be rendered: {_said(error)}. Give the row this field, or test it in the template with `is defined`.",
             ) from error
         except Exception as error:  # a template is a program that may raise anything
             raise row.invalid(
-                f"{self._path}.{name}", f"cannot be rendered: {error}. Correct the template, or the row."
+                f"{self._path}.{name}",
+                f"cannot be rendered: {_said(error)}. Correct the template, or the row.",
             ) from error
 
 
@@ -294,7 +295,11 @@ def _compiled(text: str, path: str) -> Template:
     try:
         return ENVIRONMENT.from_string(text)
     except (TemplateError, RecursionError) as error:
-        raise invalid_field(path, f"is no Jinja template: {error}. Correct it.") from error
+        raise invalid_field(path, f"is no Jinja template: {_said(error)}. Correct it.") from error
+
+
+def _said(error: Exception) -> str:
+    return str(error).rstrip(".")
 
 
 def _num_runs(mask: Sequence[bool]) -> int:

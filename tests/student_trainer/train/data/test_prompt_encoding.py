@@ -187,6 +187,19 @@ def test_several_completions_keep_their_later_turns_behind_a_system_prompt(
         ({"template": "{{ hint }}"}, {"messages": [ASK, ANSWER], "hint": None}, "'hint' is undefined"),
         ({"template": "{{ 1 / 0 }}"}, ROW, "division by zero"),
         ({"template": "{{ ''.__class__ }}"}, ROW, "prompt.template: cannot be rendered: access to attribute"),
+        ({"template": "{{ ''.__class__ }}"}, ROW, "of 'str' object is unsafe. Correct the template"),
+        (
+            {"template": "{{ 'a' * 10**10 }}"},
+            ROW,
+            "it repeats a text to more than 16777216 characters. Correct",
+        ),
+        ({"template": "{{ 10**10 * [row_prompt] }}"}, ROW, "it repeats a text to more than"),
+        ({"template": "{{ 9**99999999 }}"}, ROW, "it computes a number of more than 65536 bits"),
+        ({"template": "{{ row_prompt.ljust(10**10) }}"}, ROW, "it calls with a number above"),
+        ({"template": "{{ row_prompt | center(10**10) }}"}, ROW, "it calls with a number above"),
+        ({"template": "{{ '%9999999999d' % 7 }}"}, ROW, "it formats with a width of more than"),
+        ({"template": "{{ '{:9999999999}'.format(7) }}"}, ROW, "it formats with a width of more than"),
+        ({"template": "{{ '%9999999999d' | format(7) }}"}, ROW, "it formats with a width of more than"),
         ({"messages_field": "seen"}, ROW, "prompt.messages_field, seen: is missing"),
         ({"messages_field": "messages"}, ROW, "is a turn of the assistant"),
         ({"system": SECRET}, {"text": "Rain."}, "has no place in a row of text"),
@@ -200,6 +213,12 @@ def test_a_row_without_an_exact_prompt_is_refused_by_file_row_and_field(
     assert "rows.jsonl, row 1" in message
     assert "teachers[0].prompt" in message
     assert told in message
+
+
+def test_usual_steps_of_a_template_are_not_refused(reader: Reader) -> None:
+    template = "{{ 'ab' * 2 }} {{ '%03d' % 7 }} {{ '{:*^5}'.format('x') }} {{ 'x' | center(3) }} {{ 2 ** 10 }} {{ row_prompt }}"
+    (example,) = reader.read([ROW], prompt(template=template))
+    assert "abab 007 **x**  x  1024" in reader.tokenizer.decode(example.prompt_for(""))
 
 
 def test_a_template_that_loops_is_ended(reader: Reader, monkeypatch: pytest.MonkeyPatch) -> None:
