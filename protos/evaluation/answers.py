@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+MINUS = "\N{MINUS SIGN}"
+NUMBER = re.compile(
+    rf"(?:(?<![\w.)\]])[-+{MINUS}])?(?:(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
+"""A sign behind a number, a word or a bracket is none: that of 10-20 is a dash."""
 _FENCE = re.compile(r"```(?:json)?[^\S\n]*\n(.*?)```", re.DOTALL)
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _MARK = "####"
@@ -37,7 +41,7 @@ def last_number(text: str) -> Decimal | None:
         return None
     try:
         # Not normalised, which rounds, and fails for large exponents: equal numbers compare as equal.
-        return Decimal(numbers[-1].replace(",", ""))
+        return Decimal(numbers[-1].replace(",", "").replace(MINUS, "-"))
     except InvalidOperation:
         return None
 

@@ -14,6 +14,13 @@ from stillhouse.protos.evaluation.row_sums import score_texts
     ("text", "number"),
     [
         ("The answer is 1,234.50.", "1234.5"),
+        ("pages 10-20", "20"),
+        ("(4)-5", "5"),
+        ("x = -5", "-5"),
+        ("x=-5", "-5"),
+        ("\N{MINUS SIGN}5", "-5"),
+        ("$-7", "-7"),
+        ("1e-3", "0.001"),
         ("He has 3 apples and -4.0", "-4"),
         ("#### 42\n", "42"),
         ("7 of 9 #### 8", "8"),
