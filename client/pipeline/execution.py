@@ -227,7 +227,8 @@ class _Execution:
         if code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         if code:
-            raise self._failed(f"failed with exit code {code}: {shlex.join(shown)}")
+            how = f"failed with exit code {code}" if code > 0 else f"was ended by {_signal_name(-code)}"
+            raise self._failed(f"{how}: {shlex.join(shown)}")
 
     def _run(self, resolution: Resolved) -> None:
         """One run: created once, found again by a later process, resumed where it stopped or failed."""
@@ -276,6 +277,13 @@ def _with_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
     """The command with the shared options before its positional arguments."""
     at = words.index("--") if "--" in words else len(words)
     return [*words[:at], *options, *words[at:]]
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _run_command(words: Sequence[str], pipeline: Pipeline, lock: BinaryIO) -> int:

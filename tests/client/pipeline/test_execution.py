@@ -97,6 +97,14 @@ def test_stages_run_once_and_again_after_a_change(tmp_path: Path) -> None:
     assert ran(path) == ["third"]
 
 
+def test_a_signal_that_ends_a_stage_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "killed.yaml"
+    path.write_text('stages: [{name: only, command: [sh, -c, "kill -9 $$$$"]}]\n')
+    failed = run(path)
+    assert failed.returncode == 1
+    assert "stage only was ended by SIGKILL: sh -c" in failed.stderr
+
+
 def test_a_failed_stage_is_named_and_taken_up_again(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     (tmp_path / "broken").touch()
