@@ -34,6 +34,8 @@ BATCH_TEXTS = 64
 """Sequences sampled at a time at most."""
 SAMPLED_TOKENS = 16
 """Tokens that are sampled at a time, prompts included, for each one of a training pass: keys and values take far less."""
+SMALL_MODEL = 2**22
+"""Weights of a model up to which one thread writes on a CPU."""
 _WORTH_TOKENS = 2**20
 """Constant part of a batch's cost, in tokens, by which fewer batches come before less padding."""
 
@@ -117,7 +119,12 @@ class LocalSampler:
         ]
         model = self._student.model
         with ExitStack() as stack:
-            for context in (evaluation_mode(model), torch.no_grad(), _plain_settings(model)):
+            for context in (
+                evaluation_mode(model),
+                torch.no_grad(),
+                _plain_settings(model),
+                _threads_for(model, self._device),
+            ):
                 stack.enter_context(context)
             self._mode = self._mode or select_mode(model, self._device, self._autocast)
             stack.enter_context(self._autocast())
@@ -283,6 +290,21 @@ def _uniform(
 def _grouped(texts: Mapping[int, SampledText], size: int) -> list[list[SampledText]]:
     """Texts by their prompts, of which each has `size`."""
     return [[texts[row] for row in range(first, first + size)] for first in range(0, len(texts), size)]
+
+
+@contextmanager
+def _threads_for(model: Any, device: torch.device) -> Iterator[None]:
+    """Computes with one thread inside the block where the model is so small that a token's products take less than waking another."""
+    before = torch.get_num_threads()
+    is_small = sum(each.numel() for each in model.parameters()) <= SMALL_MODEL
+    if device.type != "cpu" or not is_small or before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

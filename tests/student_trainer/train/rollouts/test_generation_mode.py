@@ -53,6 +53,28 @@ def _sampler(model: Any, mode: GenerationMode | None = None) -> LocalSampler:
     return sampler
 
 
+def test_a_small_model_writes_with_one_thread_and_gives_the_others_back() -> None:
+    config = transformers.LlamaConfig(**HEADS)
+    sampler = _sampler(transformers.LlamaForCausalLM(config).eval())
+    seen: list[int] = []
+
+    def autocast() -> Any:
+        seen.append(torch.get_num_threads())
+        return nullcontext()
+
+    sampler._autocast = autocast
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        sampler.write(
+            [np.array([5], np.int32)], RolloutConfig(max_new_tokens=1), max_sequence_tokens=8, seeds=[1]
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {1}
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_are_drawn_from_what_whole_passes_say(family: str, fresh: bool) -> None:
