@@ -7,9 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 from google.protobuf import json_format
 
+from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
+from stillhouse.student_trainer.config.proto import from_proto
 
 SMALLEST: Mapping[str, Any] = {
     "student": {"model": "org/student"},
@@ -17,6 +20,8 @@ SMALLEST: Mapping[str, Any] = {
     "data": {"train": [{"path": "rows.jsonl"}]},
 }
 """Everything that is required, and nothing else."""
+ALM: Mapping[str, Any] = {"foreign_tokenizer": "alm"}
+"""Loss of a bridged run."""
 
 
 def spec_of(values: Mapping[str, Any]) -> RunSpec:
@@ -45,3 +50,12 @@ def cross_entropy_spec(student: Path, train: Path, *, steps: int = 3, **optimize
             "optimizer": {"max_steps": steps, "micro_batch_size": 2, "learning_rate": 1e-3, **optimizer},
         }
     )
+
+
+def violations(spec: RunSpec) -> dict[str, str]:
+    """Description of each violation by field; fails if the spec is taken."""
+    with pytest.raises(StillhouseError) as caught:
+        from_proto(spec)
+    assert caught.value.reason is Reason.INVALID_SPEC
+    assert all(each.field in str(caught.value) for each in caught.value.violations)
+    return {each.field: each.description for each in caught.value.violations}

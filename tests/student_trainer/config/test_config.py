@@ -10,16 +10,15 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from scripts.reference.contract_text import declarations
-from stillhouse.protos.errors import Reason, StillhouseError
+from stillhouse.protos.errors import StillhouseError
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.config import schema, teacher
 from stillhouse.student_trainer.config.fields import Choices, DefaultText, Range, Required, fields_of
 from stillhouse.student_trainer.config.proto import from_proto, to_proto
 from stillhouse.student_trainer.config.schema import RunConfig
-from tests.student_trainer.config.specs import SMALLEST, changed, spec_of
+from tests.student_trainer.config.specs import ALM, SMALLEST, changed, spec_of, violations
 
 OWN_DRAWS = {"sparse_target": "student_tail", "terms": [{"divergence": "reverse_kl"}]}
-ALM = {"foreign_tokenizer": "alm"}
 PYTHON_TYPES = {
     FieldDescriptor.CPPTYPE_INT32: int,
     FieldDescriptor.CPPTYPE_INT64: int,
@@ -42,14 +41,6 @@ def compare(cls: type[Any], message: Descriptor) -> dict[type[Any], str]:
         else:
             assert PYTHON_TYPES[descriptor.cpp_type] is info.python_type, f"{cls.__name__}.{name}"
     return compared
-
-
-def violations(spec: RunSpec) -> dict[str, str]:
-    with pytest.raises(StillhouseError) as caught:
-        from_proto(spec)
-    assert caught.value.reason is Reason.INVALID_SPEC
-    assert all(each.field in str(caught.value) for each in caught.value.violations)
-    return {each.field: each.description for each in caught.value.violations}
 
 
 def test_config_has_the_fields_of_the_contract() -> None:
@@ -319,54 +310,6 @@ def test_a_value_of_another_trainer_leads_to_the_one_that_means_the_same(
 )
 def test_a_spec_that_cannot_run_is_refused_by_name(path: str, value: Any, field: str) -> None:
     assert field in violations(changed(path, value))
-
-
-@pytest.mark.parametrize(
-    ("further", "field"),
-    [
-        ({"evaluation": {"metrics": ["kl"]}}, "evaluation.metrics"),
-        ({"cache": {"path": "caches/a", "mode": "only"}}, "cache.mode"),
-        ({"cache": {"path": "caches/a"}, "task": "cache"}, "task"),
-        ({"teachers": [{"targets": ["a:1"], "name": "a"}, {"targets": ["b:1"], "name": "b"}]}, "teachers"),
-    ],
-)
-def test_a_bridged_run_refuses_what_needs_one_vocabulary(further: dict[str, Any], field: str) -> None:
-    assert set(violations(spec_of({**SMALLEST, "loss": ALM, **further}))) == {field}
-
-
-def test_a_bridged_run_goes_with_hard_labels_and_has_its_own_metric() -> None:
-    hard = {"dataset": {}, "loss": {"terms": [{"weight": 0}], "hard_weight": 1}}
-    run = from_proto(spec_of({**SMALLEST, "loss": ALM, "contexts": [{"dataset": {}}, hard]}))
-    assert run.evaluation.metrics == ("alm", "perplexity")
-    assert run.loss.chunk_temperature == 100
-
-
-def test_a_mixture_of_teachers_refuses_what_it_has_not() -> None:
-    teachers = [{"targets": ["a:1"], "name": "a"}, {"targets": ["b:1"], "name": "b"}]
-    values = {**SMALLEST, "teachers": teachers, "loss": {"temperature": 2}, "contexts": [{"teacher": {}}]}
-    assert set(violations(spec_of(values))) == {"loss.temperature_mode", "contexts[0]"}
-    routed = {**values, "data": {**SMALLEST["data"], "teacher_field": "category"}}
-    assert from_proto(spec_of(routed)).teachers[1].name == "b"
-
-
-def test_generated_contexts_need_a_teacher() -> None:
-    loss = {"terms": [{"weight": 0}], "hard_weight": 1}
-    values = {**SMALLEST, "teachers": [], "loss": loss, "contexts": [{"teacher": {}}]}
-    assert "contexts[0]" in violations(spec_of(values))
-
-
-def test_cross_entropy_alone_needs_no_teacher() -> None:
-    values = {**SMALLEST, "teachers": [], "loss": {"terms": [{"weight": 0}], "hard_weight": 1}}
-    run = from_proto(spec_of(values))
-    assert not run.loss.asks_teacher
-    assert run.evaluation.metrics == ("perplexity",)
-    found = violations(spec_of({**values, "evaluation": {"metrics": ["kl"]}}))
-    assert '"kl"' in found["teachers"]
-
-
-@pytest.mark.parametrize("target", ["host:1", "10.0.0.1:7401", "[::1]:7401", "unix:/run/teacher.sock"])
-def test_targets_that_are_addresses(target: str) -> None:
-    assert from_proto(changed("teachers.0.targets", [target])).teachers[0].targets == (target,)
 
 
 def test_parameters_of_divergences_have_defaults_in_the_effective_spec() -> None:
