@@ -15,7 +15,7 @@ from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.protos.tensors.distributions import Distributions
 from stillhouse.student_trainer.config.fields import Choices, fields_of
 from stillhouse.student_trainer.config.proto import from_proto
-from stillhouse.student_trainer.config.rules.loss import why_no_tail_draws
+from stillhouse.student_trainer.config.rules.loss import STUDENT_TAIL, why_no_tail_draws
 from stillhouse.student_trainer.config.schema import LossConfig, LossTermConfig, RunConfig
 from stillhouse.student_trainer.train.batching.collate import ScoredExample
 from stillhouse.student_trainer.train.batching.passes import PassCutter
@@ -52,8 +52,18 @@ def losses() -> Iterator[tuple[str, Mapping[str, Any]]]:
     for weighting in choices(LossTermConfig, "token_weighting"):
         terms = [{"token_weighting": weighting, "weight": 0.7}, {"divergence": "tvd", "weight": 0.2}]
         yield weighting, {"terms": terms, "hard_weight": 0.4, "reduction": "sequence_mean"}
-    for form in sorted({*choices(LossConfig, "sparse_target")} - {"auto"}):  # which a run settles first
+    for form in sorted(
+        {*choices(LossConfig, "sparse_target")} - {"auto", STUDENT_TAIL}
+    ):  # auto is settled first
         yield form, {"sparse_target": form, "num_samples": NUM_DRAWS}
+    yield (
+        STUDENT_TAIL,
+        {
+            "sparse_target": STUDENT_TAIL,
+            "num_samples": NUM_DRAWS,
+            "terms": [{"divergence": "reverse_kl"}],
+        },
+    )
     drawable = [
         each
         for each in choices(LossTermConfig, "divergence")
@@ -101,7 +111,13 @@ def scored_rows(vocab_size: int, *, rollouts: bool) -> list[ScoredExample]:
         )
         behaviour = random.normal(-3, 1, length - 1).astype(np.float32) if rollouts else None
         scored.append(
-            ScoredExample(example=example, answer=answer, behaviour_logprobs=behaviour, group=number // 3)
+            ScoredExample(
+                example=example,
+                answer=answer,
+                behaviour_logprobs=behaviour,
+                draw_logprobs=np.full(draws.shape, -2, np.float32) if rollouts else None,
+                group=number // 3,
+            )
         )
     return scored
 
@@ -146,7 +162,7 @@ def test_any_cut_gives_the_same_gradient(
             "stillhouse.student_trainer.train.student.lm_head._plain_layer", lambda model: None
         )
     for name, loss in losses():
-        rollouts = "estimator" in loss.get("terms", [{}])[0]
+        rollouts = name == STUDENT_TAIL or "estimator" in loss.get("terms", [{}])[0]
         config = config_of(models, loss, rollouts=rollouts)
         recorder = Recorder(student.trainable_parameters().values(), lr=1.0)
         stepper = Stepper(
