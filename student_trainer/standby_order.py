@@ -1,4 +1,4 @@
-"""What the run service tells a standby process: the attempt that it shall train."""
+"""The order of the run service to a standby process: the attempt that it shall train."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ class Arms:
         path.write_text(json.dumps(asdict(result)))
 
     def earlier(self, name: str) -> ArmResult | None:
-        """What an earlier call left of an arm of the same sizes; None if it did not run."""
+        """Result that an earlier call left of an arm of the same sizes; None if it did not run."""
         path = self._result_path(name)
         if not path.exists():
             return None

@@ -57,7 +57,7 @@ def tail(log: Path, num_lines: int = 3) -> str:
 
 
 class _Use(NamedTuple):
-    """What a process has used so far."""
+    """Usage of a process so far."""
 
     name: str
     peak_mib: float

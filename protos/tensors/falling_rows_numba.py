@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from stillhouse.protos.tensors.compiled_loop import compiled_loop
 
 _DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
 _PLACES = np.zeros(64, np.int64)
 for _place in range(64):
     _PLACES[((int(_DE_BRUIJN) << _place) % 2**64) >> 58] = _place
-
-
-def _compile(function: Callable[..., Any]) -> Any:
-    """Compiles a function, cached beside its source or in the user's cache directory where writable."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
 
 
 def write_levels(
@@ -45,7 +37,7 @@ def read_levels(
     return bool(_read(words, curve, np.float32((1 << bits) - 1), numbers))
 
 
-@_compile
+@compiled_loop
 def _write(drops: Any, curve: Any, most: Any, bitmaps: Any) -> None:
     num_columns = drops.shape[1]
     levels = np.empty(num_columns, np.float32)
@@ -66,7 +58,7 @@ def _write(drops: Any, curve: Any, most: Any, bitmaps: Any) -> None:
             bitmaps[row, place >> 3] |= np.uint8(1 << (place & 7))
 
 
-@_compile
+@compiled_loop
 def _read(words: Any, curve: Any, most: Any, numbers: Any) -> bool:
     num_columns = numbers.shape[1]
     for row in range(len(words)):

@@ -14,7 +14,7 @@ from stillhouse.protos.telemetry.metrics import LOOPBACK
 LEAST_SILENCE_S = 15.0
 """Three heartbeat intervals."""
 StandbyMode = Literal["off", "queue", "always"]
-"""When a training process waits for a run."""
+"""Times at which a training process waits for a run."""
 _SIZE = (1, 2**63 - 1)
 _TIME = (0, math.inf)
 

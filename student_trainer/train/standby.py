@@ -30,7 +30,7 @@ MODULES = (
     "transformers.generation.utils",
     "torch._dynamo",
 )
-"""What every run imports at the latest with its model and its first update."""
+"""Modules that every run imports at the latest with its model and its first update."""
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 FIRST_VICTIM = "1000"
 
@@ -54,7 +54,7 @@ def main() -> NoReturn:
 
 
 def _offer_as_victim() -> str:
-    """Where memory runs out, this process goes before the run that trains; returns the score that it had before, if any."""
+    """Lets this process go before the run that trains where memory runs out; returns the score that it had before, if any."""
     try:
         before = OOM_SCORE.read_text()
         OOM_SCORE.write_text(FIRST_VICTIM)

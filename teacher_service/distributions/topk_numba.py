@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numba
 import numpy as np
 import numpy.typing as npt
+
+from stillhouse.protos.tensors.compiled_loop import compiled_loop
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -78,12 +79,8 @@ def _empty_sums(logits_TV: Float32Array) -> Sums:
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles a function, cached beside its source or in the user's cache directory where writable."""
-    settings: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
-    try:
-        return numba.njit(cache=True, **settings)(function)
-    except RuntimeError:
-        return numba.njit(**settings)(function)
+    """Compiles a function whose sums may be taken in another order."""
+    return compiled_loop(function, fastmath={"reassoc", "nsz", "contract"})
 
 
 @compiled

@@ -59,7 +59,7 @@ class Supervisor:
         self._standby = Standby(data_dir.path)
         self._standby_mode = settings.standby
         self._last_started: Expected | None = None
-        """What the last run that was started needed."""
+        """Needs of the last run that was started."""
         self._unsure = False
         """True if the store may hold attempts that were never started, because its reply was lost."""
 
@@ -178,7 +178,7 @@ class Supervisor:
         await asyncio.to_thread(self._standby.keep, expected)
 
     def _expect(self, run: Run) -> Expected | None:
-        """What a run that waits needs; None if its devices are not known yet, or it has several processes."""
+        """Needs of a run that waits; None if its devices are not known yet, or it has several processes."""
         try:
             config = read(RunConfig, run.effective_spec)
         except StillhouseError:
@@ -189,7 +189,7 @@ class Supervisor:
         return Expected(environ=self._environ(config, devices), adapter=config.student.trains_adapter)
 
     def _expect_any(self) -> Expected | None:
-        """What a run beside a teacher on this machine needs, if the service has no choice of devices."""
+        """Needs of a run beside a teacher on this machine, if the service has no choice of devices."""
         if len(self.slots.gpus) > 1:
             return None
         threads = self.slots.threads(self.slots.gpus, beside_teacher=True)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-
-def _compile(function: Callable[..., Any]) -> Any:
-    """Compiles a function, cached beside its source or in the user's cache directory where writable."""
-    try:
-        return numba.njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return numba.njit(nogil=True)(function)
+from stillhouse.protos.tensors.compiled_loop import compiled_loop
 
 
 def count_distinct(
@@ -31,7 +23,7 @@ def count_distinct(
     return None if most < 0 else (ids[:, :most], counts[:, :most], places[:, :most])
 
 
-@_compile
+@compiled_loop
 def _count(  # noqa: PLR0917 - compiled code takes no keywords
     draws: Any, besides: Any, wanted: Any, ids: Any, counts: Any, places: Any
 ) -> Any:

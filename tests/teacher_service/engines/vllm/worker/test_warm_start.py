@@ -26,7 +26,7 @@ def tell(connection: Connection, code: int) -> None:
 
 
 def spawned(code: int = 0) -> tuple[int, str | None, bool, int]:
-    """What a spawned process tells of itself."""
+    """Account of a spawned process of itself."""
     ours, theirs = SPAWN.Pipe()
     process = SPAWN.Process(target=tell, args=(theirs, code))
     process.start()
