@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from stillhouse.client.core.errors import ExitCode, file_errors, usage_error
+from stillhouse.client.core.signals import signal_name
 from stillhouse.client.pipeline.content import content_hash
 from stillhouse.client.pipeline.definition import RUN_KINDS, Pipeline, Stage
 from stillhouse.client.pipeline.resolution import Resolved, argv, fingerprint, resolved
@@ -227,7 +228,7 @@ class _Execution:
         if code == ExitCode.INTERRUPTED:
             raise KeyboardInterrupt
         if code:
-            how = f"failed with exit code {code}" if code > 0 else f"was ended by {_signal_name(-code)}"
+            how = f"failed with exit code {code}" if code > 0 else f"was ended by {signal_name(-code)}"
             raise self._failed(f"{how}: {shlex.join(shown)}")
 
     def _run(self, resolution: Resolved) -> None:
@@ -277,13 +278,6 @@ def _with_options(words: Sequence[str], options: Sequence[str]) -> list[str]:
     """The command with the shared options before its positional arguments."""
     at = words.index("--") if "--" in words else len(words)
     return [*words[:at], *options, *words[at:]]
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def _run_command(words: Sequence[str], pipeline: Pipeline, lock: BinaryIO) -> int:

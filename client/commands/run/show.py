@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -166,6 +165,7 @@ def _layers(loss: LossSpec) -> str:
 
 
 def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:
+    from stillhouse.client.core.signals import signal_name
     from stillhouse.client.terminal.render import time_text
     from stillhouse.protos.errors import from_status
 
@@ -173,16 +173,9 @@ def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:
     if attempt.HasField("error"):
         ending = from_status(attempt.error).message
     elif attempt.signal:
-        ending = f"ended by {_signal_name(attempt.signal)}"
+        ending = f"ended by {signal_name(attempt.signal)}"
     elif attempt.HasField("end_time"):
         ending = "ended" if attempt.exit_code == 0 else f"ended with exit code {attempt.exit_code}"
     else:
         ending = "alive"
     return f"  {attempt.number}", time_text(attempt.start_time), steps, ending
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
