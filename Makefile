@@ -103,9 +103,9 @@ bench-overlap: setup ## what a teacher costs a student's step, a core for each, 
 bench-on-policy: setup ## updates a minute and reverse KL of on-policy runs, beside TRL's trainers; JSON=FILE
 	$(PY) -m benchmarks.on_policy $(if $(JSON),--json $(JSON)) $(ARGS)
 
-bench-e2e: setup ## seconds to equal quality, online and cached, beside TRL's local and server teachers, with 4,096 and 32,000 ids; JSON=FILE
-	for size in 4096 32000; do $(PY) -m benchmarks.end_to_end --vocabulary $$size --work .bench/end-to-end-$$size \
-		$(if $(JSON),--json $(basename $(JSON))-$$size.json) $(ARGS) || exit 1; done
+bench-e2e: setup ## seconds to equal quality, online and cached, beside TRL's local and server teachers; VOCABULARY=4096, ARGS=--apart, JSON=FILE
+	$(PY) -m benchmarks.end_to_end --vocabulary $(or $(VOCABULARY),32000) --work .bench/end-to-end-$(or $(VOCABULARY),32000) \
+		$(if $(JSON),--json $(JSON)) $(ARGS)
 
 bench-start: setup ## seconds from `run create` to the first step, and of a teacher to its first answer, by stage; JSON=FILE
 	$(PY) -m benchmarks.start $(if $(JSON),--json $(JSON)) $(ARGS)

@@ -21,18 +21,24 @@ from rich.table import Table
 
 from benchmarks.end_to_end.arms import ArmResult, Arms
 from benchmarks.end_to_end.driver import Comparison, Outcome, compare, comparison_options, memory_text
+from benchmarks.end_to_end.processes import halves_of_cores
 from benchmarks.end_to_end.runs import off_policy_spec
 from benchmarks.end_to_end.sizes import DEFAULT, Sizes
 
 ARMS = ("online", "cached", "trl-local", "trl-server")
+LOCAL_ARM = "trl-local"
+"""Teacher and student in one process, which two hosts cannot share."""
+VOCABULARY = 32000
+STEPS = 24
+"""All arms take so many in reasonable time with that vocabulary."""
 
 
 @click.command()
 @comparison_options(work=".bench/end-to-end", arms=ARMS, minutes=4.0)
-@click.option("--steps", default=DEFAULT.steps, show_default=True)
+@click.option("--steps", default=STEPS, show_default=True)
 @click.option("--batch", default=DEFAULT.batch, show_default=True, help="Rows of a step.")
 @click.option("--length", default=256, show_default=True, help="Longest row, in tokens.")
-@click.option("--vocabulary", default=DEFAULT.vocabulary, show_default=True, help="Tokens of the tokenizer.")
+@click.option("--vocabulary", default=VOCABULARY, show_default=True, help="Tokens of the tokenizer.")
 @click.option(
     "--precision",
     type=click.Choice(["fp32", "bf16"]),
@@ -48,6 +54,11 @@ ARMS = ("online", "cached", "trl-local", "trl-server")
     help="Form of the rows.",
 )
 @click.option("--teacher-steps", default=150, show_default=True, help="Training of the teacher.")
+@click.option(
+    "--apart",
+    is_flag=True,
+    help=f"Half of the cores for the student and half for services, as on two hosts; without {LOCAL_ARM}.",
+)
 def main(
     *,
     steps: int,
@@ -57,6 +68,7 @@ def main(
     precision: str,
     rows: str,
     teacher_steps: int,
+    apart: bool,
     **options: Any,
 ) -> None:
     """Compare ways to distil by their time to equal quality."""
@@ -68,8 +80,18 @@ def main(
         batch=batch,
         length=length,
         teacher_steps=teacher_steps,
+        apart=apart,
     )
-    comparison = Comparison(arms=ARMS, direction="forward", ratios=ratios_of, tables=_tables)
+    arms: tuple[str, ...] = ARMS
+    if apart:
+        if LOCAL_ARM in options["chosen"]:
+            raise click.UsageError(f"{LOCAL_ARM} has one process for both models; leave it out with --apart.")
+        arms = tuple(each for each in ARMS if each != LOCAL_ARM)
+        try:
+            halves_of_cores()
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+    comparison = Comparison(arms=arms, direction="forward", ratios=ratios_of, tables=_tables)
     compare(comparison, _run, sizes, **options)
 
 
@@ -152,8 +174,9 @@ def _shape(arms: Arms) -> str:
     lengths = [len(row["token_ids"]) for row in rows]
     padded = [max(lengths[first : first + batch]) for first in range(0, len(rows), batch)]
     learnt = sum(sum(row["mask"]) for row in rows)
+    hosts = "half of the cores for the student and half for services, " if arms.sizes.apart else ""
     return (
-        f"{arms.sizes.precision}, vocabulary {arms.sizes.vocabulary:,}, rows of {sum(lengths) / len(rows):.0f} tokens on average, {learnt / len(rows):.0f} of "
+        f"{hosts}{arms.sizes.precision}, vocabulary {arms.sizes.vocabulary:,}, rows of {sum(lengths) / len(rows):.0f} tokens on average, {learnt / len(rows):.0f} of "
         f"them learnt, batches of {batch} padded to {sum(padded) / len(padded):.0f}"
     )
 

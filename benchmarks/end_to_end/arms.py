@@ -8,17 +8,17 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end.processes import Watch, run_process, tail
+from benchmarks.end_to_end.processes import Watch, halves_of_cores, on_cores, run_process, tail
 from benchmarks.end_to_end.runs import make_run_dir, metric_of, started_s, step_times
 from benchmarks.end_to_end.sizes import Sizes, Work
 from stillhouse.protos.stillhouse.v1.run_pb2 import RunSpec
 from stillhouse.student_trainer.run_dir import RunDir
-from tests.support.programs import Program, ProgramError, start_program, start_teacher
+from tests.support.programs import SHARED_CORES, Program, ProgramError, start_program, start_teacher
 
 ROOT = Path(__file__).parents[2]
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -100,7 +100,9 @@ class Arms:
             url = ""
             if serve:
                 try:
-                    url = stack.enter_context(_Served(self.work.teacher, folder, self.sizes)).url
+                    with self._cores("services"):
+                        served = _Served(self.work.teacher, folder, self.sizes)
+                    url = stack.enter_context(served).url
                 except ProgramError as error:
                     return self._unable(result, error)
             command = [
@@ -109,9 +111,12 @@ class Arms:
             ]
             limit_s = 60 * self.minutes + 120
             stack.enter_context(used.watch())
-            code, result.process_s = run_process(
-                command, log=log, limit_s=limit_s, environment={**QUIET, "PYTHONPATH": str(ROOT)}
-            )
+            # Threads that wait spin by default, in the way of a server on the same cores.
+            environment = {**QUIET, "PYTHONPATH": str(ROOT), **(SHARED_CORES if serve else {})}
+            with self._cores("student"):
+                code, result.process_s = run_process(
+                    command, log=log, limit_s=limit_s, environment=environment
+                )
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith('{"time"'):
                 event = json.loads(line)
@@ -142,7 +147,8 @@ class Arms:
         used = Watch()
         with ExitStack() as stack:
             try:
-                running = _start(services, folder, stack, dtype=self.sizes.teacher_dtype)
+                with self._cores("services"):
+                    running = _start(services, folder, stack, dtype=self.sizes.teacher_dtype)
             except ProgramError as error:
                 return self._unable(result, error)
             asked = spec([each.target for each in running])
@@ -158,9 +164,10 @@ class Arms:
             stack.enter_context(used.watch())
             if watch is not None:
                 stack.enter_context(watch(running))
-            code, result.process_s = run_process(
-                command, log=log, limit_s=60 * self.minutes + 60, environment=QUIET
-            )
+            with self._cores("student"):
+                code, result.process_s = run_process(
+                    command, log=log, limit_s=60 * self.minutes + 60, environment=QUIET
+                )
         result.began_s, result.steps = started_s(run_dir), step_times(run_dir)
         result.count(used)
         for step in result.steps:
@@ -214,6 +221,13 @@ class Arms:
         scores = json.loads(lines[-1])
         for result in results:
             result.scores = {int(step): value for step, value in scores.get(result.name, {}).items()}
+
+    def _cores(self, host: str) -> AbstractContextManager[None]:
+        """Cores of a host's programs: all, or its half where hosts are apart."""
+        if not self.sizes.apart:
+            return nullcontext()
+        student, services = halves_of_cores()
+        return on_cores(student if host == "student" else services)
 
     def _folder(self, name: str) -> tuple[Path, Path]:
         import shutil

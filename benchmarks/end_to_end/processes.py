@@ -8,7 +8,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +48,25 @@ def run_process(
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     return code, time.monotonic() - began
+
+
+def halves_of_cores() -> tuple[list[int], list[int]]:
+    """Cores of the student's host and of the services', where both are this machine. Raises ValueError for a single core."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise ValueError("One core cannot stand for two hosts; at least two are needed.")
+    return cores[: len(cores) // 2], cores[len(cores) // 2 :]
+
+
+@contextmanager
+def on_cores(cores: Collection[int]) -> Iterator[None]:
+    """Gives the programs that are started inside these cores alone."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def tail(log: Path, num_lines: int = 3) -> str:

@@ -35,6 +35,8 @@ class Sizes:
     new_tokens: int = 64
     kept: int = 8
     """Students of a run that are kept, to be scored."""
+    apart: bool = False
+    """Student and services have half of the cores each, as on two hosts."""
 
     @property
     def has_pairs(self) -> bool:
@@ -111,7 +113,7 @@ class Work:
         """True if the folder was made with these sizes; how arms compute is none of its matter."""
         path = self.path / "sizes.json"
         made = Sizes(**json.loads(path.read_text())) if path.exists() else None
-        return made is not None and replace(made, precision=sizes.precision) == sizes
+        return made is not None and replace(made, precision=sizes.precision, apart=sizes.apart) == sizes
 
     def mark_ready(self, sizes: Sizes) -> None:
         """Records that everything is there."""
@@ -119,7 +121,7 @@ class Work:
 
     def arm(self, name: str, sizes: Sizes) -> Path:
         """Folder of an arm."""
-        return self.path / f"arms-{sizes.precision}" / name
+        return self.path / f"arms-{sizes.precision}{'-apart' if sizes.apart else ''}" / name
 
     def cache(self, sizes: Sizes) -> Path:
         """Cache of the teacher's targets."""

@@ -1,5 +1,5 @@
-"""Seconds of three starts with their stages: a run from `run create` to its first step, one that was queued from the end of
-the run before it, and a teacher to its first answer.
+"""Seconds of four starts with their stages: a run from `run create` to its first step, one that is created a while after another's
+end, one that was queued from the end of the run before it, and a teacher to its first answer.
 
 Prints the CPU seconds of a start beside the clock's, which other work on the machine does not change, and those of the
 imports alone; and `stillhouse --help`, whose limit is MAX_HELP_S. Models are small and made on the spot: weights of a real size
@@ -37,7 +37,7 @@ from tests.support.programs import start_teacher, start_trainer
 MAX_HELP_S = 0.15
 WAIT_S = 300.0
 QUEUED_S = 20.0
-"""Time in the queue, in which a standby process has imported its libraries."""
+"""Time in the queue, or between two runs, in which a standby process has imported its libraries."""
 ENDLESS = 1_000_000
 IMPORTS = {
     "torch": "import torch",
@@ -121,6 +121,9 @@ def _measure(
         trainer = stack.enter_context(Trainer(service.target))
         spec = _spec(models.student, rows, teacher.target, lora=lora)
         figures["runs"] = [_start_run(trainer, directory / "data", spec) for _ in range(repeat)]
+        figures["later"] = [
+            _start_run(trainer, directory / "data", spec, after_s=QUEUED_S) for _ in range(repeat)
+        ]
         figures["queued"] = [_start_queued_run(trainer, directory / "data", spec) for _ in range(repeat)]
 
 
@@ -138,7 +141,8 @@ def _spec(student: Path, rows: Path, target: str, *, lora: bool) -> RunSpec:
     return spec
 
 
-def _start_run(trainer: Trainer, data: Path, spec: RunSpec) -> dict[str, Any]:
+def _start_run(trainer: Trainer, data: Path, spec: RunSpec, *, after_s: float = 0.0) -> dict[str, Any]:
+    time.sleep(after_s)
     began_s = time.time()
     return _until_first_step(trainer.create_run(spec), data, began_s)
 
@@ -212,6 +216,10 @@ def _report(console: Console, figures: dict[str, Any]) -> None:
     starts = [("teacher to its first answer", figures.get("teacher"))]
     starts += [
         (f"run {number + 1} to its first step", each) for number, each in enumerate(figures.get("runs", ()))
+    ]
+    starts += [
+        (f"run {number + 1} created {QUEUED_S:g} s after another's end", each)
+        for number, each in enumerate(figures.get("later", ()))
     ]
     starts += [
         (f"queued run {number + 1}, from the end of the one before it", each)

@@ -20,17 +20,18 @@ from stillhouse.student_trainer.config.settled.cpu_threads import wait_passively
 from stillhouse.student_trainer.config.settled.micro_batch import HALVE_VARIABLE
 from stillhouse.student_trainer.run_dir import RunDir
 from stillhouse.student_trainer.standby_order import ADAPTER_VARIABLE, Order
-from stillhouse.student_trainer.train.__main__ import prepare_libraries, prepare_output, take_attempt
+from stillhouse.student_trainer.train.__main__ import (
+    MODEL_MODULES,
+    collector_paused,
+    prepare_libraries,
+    prepare_output,
+    take_attempt,
+)
 
-MODULES = (
+RUN_MODULES = (
     "stillhouse.student_trainer.train.loop",
     "stillhouse.student_trainer.train.distributed.ranks",
-    "transformers.modeling_utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.generation.utils",
-    "torch._dynamo",
 )
-"""Modules that every run imports at the latest with its model and its first update."""
 OOM_SCORE = Path("/proc/self/oom_score_adj")
 FIRST_VICTIM = "1000"
 
@@ -43,10 +44,11 @@ def main() -> NoReturn:
     threading.Thread(target=_receive, args=(orders, own_score), name="standby", daemon=True).start()
     prepare_output()
     wait_passively()
-    prepare_libraries()
     trains_adapter = os.environ.pop(ADAPTER_VARIABLE, "") == "1"
-    for name in (*MODULES, *(["peft"] if trains_adapter else [])):
-        import_module(name)
+    with collector_paused():
+        prepare_libraries()
+        for name in (*RUN_MODULES, *MODEL_MODULES, *(["peft"] if trains_adapter else [])):
+            import_module(name)
     order = orders.get()
     os.environ[HALVE_VARIABLE] = str(int(order.halve))
     structlog.contextvars.bind_contextvars(run=order.run_dir.name, attempt=order.attempt)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.end_to_end.__main__ import ratios_of, time_to
 from benchmarks.end_to_end.arms import ArmResult, Arms
+from benchmarks.end_to_end.processes import halves_of_cores, on_cores
 from benchmarks.end_to_end.sizes import Sizes, Work
 from benchmarks.on_policy.__main__ import ratios_of as on_policy_ratios
 from benchmarks.on_policy.idle import IdleShare
@@ -48,6 +53,24 @@ def test_a_later_call_reports_the_arms_of_earlier_ones(tmp_path: Path) -> None:
     arms.keep(kept)
     assert arms.earlier("online") == kept
     assert arms.earlier("cached") is None
+
+
+def test_hosts_apart_have_half_of_the_cores_each_and_results_of_their_own(tmp_path: Path) -> None:
+    work, sizes = Work(tmp_path), Sizes()
+    apart = replace(sizes, apart=True)
+    work.mark_ready(sizes)
+    assert work.fits(apart)
+    assert work.arm("online", apart) != work.arm("online", sizes)
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("one core cannot be halved")
+    student, services = map(set, halves_of_cores())
+    assert student | services == mine
+    assert not student & services
+    with on_cores(services):
+        seen = subprocess.check_output([sys.executable, "-c", "import os; print(os.sched_getaffinity(0))"])
+    assert seen.decode().strip() == str(services)
+    assert os.sched_getaffinity(0) == mine
 
 
 def test_updates_a_minute_are_compared_for_the_same_weights() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 
+import psutil
 import structlog
 
 from stillhouse.protos.errors import Reason, StillhouseError, to_status
@@ -29,6 +31,10 @@ from stillhouse.student_trainer.runs.supervision.training_process import Adopted
 
 RETRY_S = 5.0
 """Retry interval of the queue or a run after a failure."""
+STANDBY_AFTER_RUN_S = 600.0
+"""Time after the last run's end in which a process waits for another one, by default."""
+STANDBY_FREE_BYTES = 4 * 2**30
+"""Memory that must be free for that: some fourteen times what the process takes."""
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +66,8 @@ class Supervisor:
         self._standby_mode = settings.standby
         self._last_started: Expected | None = None
         """Needs of the last run that was started."""
+        self._ended_s: float | None = None
+        """Time at which a run of this service ended last, of the monotonic clock."""
         self._unsure = False
         """True if the store may hold attempts that were never started, because its reply was lost."""
 
@@ -169,13 +177,24 @@ class Supervisor:
         return first
 
     async def _keep_standby(self, waiting: Run | None) -> None:
-        """Keeps a process for `waiting`, the first queued run, or for one like the last if it is always kept."""
+        """Keeps a process for `waiting`, the first queued run, or for one like the last, for a time or always."""
         expected = None
         if waiting is not None and self._standby_mode != "off":
             expected = self._expect(waiting)
         elif self._standby_mode == "always":
             expected = self._last_started or self._expect_any()
+        elif self._standby_mode == "queue" and self._has_just_ended():
+            expected = self._last_started
         await asyncio.to_thread(self._standby.keep, expected)
+
+    def _has_just_ended(self) -> bool:
+        """True for a while after the last run has ended, while none is live and memory is plentiful."""
+        return (
+            self._ended_s is not None
+            and not self._monitors
+            and time.monotonic() < self._ended_s + STANDBY_AFTER_RUN_S
+            and psutil.virtual_memory().available >= STANDBY_FREE_BYTES
+        )
 
     def _expect(self, run: Run) -> Expected | None:
         """Needs of a run that waits; None if its devices are not known yet, or it has several processes."""
@@ -310,7 +329,9 @@ class Supervisor:
             # A resumed run may have its next monitor already.
             if self._monitors.get(run_id) is monitor:
                 del self._monitors[run_id], self._tasks[run_id]
+            self._ended_s = time.monotonic()
             self.wake()
+            asyncio.get_running_loop().call_later(STANDBY_AFTER_RUN_S + 1.0, self.wake)
 
     async def _watch(self, run_id: str, monitor: AttemptMonitor) -> None:
         """Returns once the run's end is in the store; failures are retried."""

@@ -86,6 +86,22 @@ def test_a_queued_run_takes_the_standby_process(
 
 @pytest.mark.model
 @pytest.mark.slow
+def test_a_run_after_another_takes_the_standby_process(
+    trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
+) -> None:
+    data_dir = tmp_path / "trainer-data"
+    spec = cross_entropy_spec(models.student, dataset_file, steps=1)
+    with stub_for(trainer_service("--standby", "queue").target) as stub:
+        wait_ended(stub, stub.CreateRun(pb.CreateRunRequest(spec=spec)).name)
+        standby = wait_standby(data_dir)
+        second = stub.CreateRun(pb.CreateRunRequest(spec=spec)).name
+        run = wait_ended(stub, second)
+    assert training_pid(data_dir, second) == standby.pid
+    assert run.state == Run.STATE_COMPLETED
+
+
+@pytest.mark.model
+@pytest.mark.slow
 def test_a_run_starts_without_a_standby_process_that_was_killed(
     trainer_service: Callable[..., Program], models: Models, dataset_file: Path, tmp_path: Path
 ) -> None:
