@@ -19,6 +19,14 @@ def python_path() -> str:
     return os.pathsep.join(dict.fromkeys(str(Path(path).resolve()) for path in paths))
 
 
+def signal_name(number: int) -> str:
+    """Name of a signal that ended a process, such as SIGKILL."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 async def end_process(process: asyncio.subprocess.Process, *, grace_s: float) -> None:
     """Ends a process that leads a session: by SIGTERM, after `grace_s` by SIGKILL for all of its group."""
     if process.returncode is not None:

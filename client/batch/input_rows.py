@@ -30,7 +30,7 @@ from stillhouse.protos.rows.known_fields import (
 )
 from stillhouse.protos.rows.reading.json_rows import as_json
 from stillhouse.protos.rows.reading.open_file import bounded_lines, opened
-from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name, why_not_json
+from stillhouse.protos.rows.reading.strict_json import StrictJson, why_not_json
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of
 from stillhouse.protos.rows.wire import to_wire
@@ -153,7 +153,7 @@ def detect_format(path: Path) -> Format:
 
 def parse_object(line: InputLine) -> dict[str, Any]:
     """Parses a line as a JSON object. Raises StillhouseError if it is not one."""
-    decoder = UniqueNames()
+    decoder = StrictJson()
     try:
         values = decoder.parse(line.data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -162,8 +162,8 @@ def parse_object(line: InputLine) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict):
         raise invalid(f"Line {line.line_number} is not a JSON object.")
-    if decoder.repeated is not None:
-        raise invalid(f"Line {line.line_number}, field {shown_name(decoder.repeated)}: {GIVEN_TWICE}")
+    if decoder.fault is not None:
+        raise invalid(f"Line {line.line_number}, field {decoder.fault.field}: {decoder.fault.problem}")
     return values
 
 

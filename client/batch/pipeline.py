@@ -28,6 +28,7 @@ from stillhouse.client.batch.ordered_output import RETRY, Output, OutputPaths, c
 from stillhouse.client.batch.output_formats import OpenAi, TokenTexts, dataset, plain, require_text
 from stillhouse.client.batch.retry import EarlierOutput
 from stillhouse.client.batch.teacher_identity import BatchTeacher, identity, matching_replicas
+from stillhouse.client.batch.unique_ids import check_ids
 from stillhouse.client.core.connection import PATIENCE_S, OnLost
 from stillhouse.client.core.errors import usage_error
 from stillhouse.client.teacher.tool_calls import format_of
@@ -171,6 +172,7 @@ class _Batch:
 
     def run(self) -> BatchSummary:
         began_s = time.monotonic()
+        check_ids(self._source, self._format)
         self._wait_until_loaded()
         with locked(self._paths.out):
             if self._settings.overwrite:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from stillhouse.client.core.errors import ExitCode, file_errors, usage_error
-from stillhouse.client.core.signals import signal_name
 from stillhouse.client.pipeline.content import content_hash
 from stillhouse.client.pipeline.definition import RUN_KINDS, Pipeline, Stage
 from stillhouse.client.pipeline.resolution import Resolved, argv, fingerprint, resolved
@@ -25,6 +24,7 @@ from stillhouse.client.pipeline.run_file import stage_run
 from stillhouse.client.pipeline.state import PipelineState, StageRecord, StageState
 from stillhouse.client.trainer.run_handle import ENDED, RunHandle
 from stillhouse.client.trainer.trainer import Trainer
+from stillhouse.protos.child_process import signal_name
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.files.locks import try_lock
 from stillhouse.protos.stillhouse.v1.run_pb2 import Run

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stillhouse.client.core.errors import field_errors, file_error, file_errors, usage_error
 from stillhouse.client.teacher.score import ScoreItem
 from stillhouse.protos.rows.conversation import OPTIONS, parse_turns
-from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name
+from stillhouse.protos.rows.reading.strict_json import StrictJson
 
 if TYPE_CHECKING:
     from stillhouse.client.teacher.generate import Prompt
@@ -53,13 +53,13 @@ def chat_prompts(arguments: Sequence[str], files: Sequence[str]) -> list[Prompt]
 
 
 def _conversations(text: str, path: str) -> Iterator[Prompt]:
-    decoder = UniqueNames()
+    decoder = StrictJson()
     try:
         parsed = decoder.parse(text)
     except ValueError:
         parsed = None
     if parsed is not None:
-        _require_unique(decoder, path)
+        _require_sound(decoder, path)
         yield _conversation(parsed, path)
         return
     for number, line in enumerate(text.splitlines(), start=1):
@@ -115,15 +115,15 @@ def _score_item(value: Any, where: str, number: int, adapter: str) -> ScoreItem:
 
 
 def _json(line: str, where: str) -> Any:
-    decoder = UniqueNames()
+    decoder = StrictJson()
     try:
         value = decoder.parse(line)
     except ValueError as error:
         raise usage_error(f"{where}: this line is not JSON: {error}.") from error
-    _require_unique(decoder, where)
+    _require_sound(decoder, where)
     return value
 
 
-def _require_unique(decoder: UniqueNames, where: str) -> None:
-    if decoder.repeated is not None:
-        raise usage_error(f"{where}: {shown_name(decoder.repeated)} {GIVEN_TWICE}")
+def _require_sound(decoder: StrictJson, where: str) -> None:
+    if decoder.fault is not None:
+        raise usage_error(f"{where}: {decoder.fault}")

@@ -6,11 +6,13 @@ put together by mistake.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 from stillhouse.protos.rows.conversation import parse_json
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text, shown
+from stillhouse.protos.rows.known_fields import LABELS, SETTINGS, TRAINING
 
 RowForm = Literal["messages", "prompt_completion", "text", "alpaca", "sharegpt"]
 FORMATS: tuple[str, ...] = ("auto", *get_args(RowForm))
@@ -40,6 +42,14 @@ _NEEDS: Mapping[str, tuple[str, ...]] = {
     "sharegpt": ("conversations",),
 }
 """Fields by which a form is known."""
+_ALL_FIELDS = sorted(
+    {*TRAINING, *LABELS, *SETTINGS, "weight", "label", "text_pair", "conversations", "functions"}
+    | {"instruction", "input", "output", "history"}
+)
+_LEAST_SIMILARITY = 0.82
+"""Similarity of a misspelt name to the one that is meant."""
+_MAX_NAME_CHARS = 100
+"""Compared characters of a name."""
 _KNOWN_COLUMNS = 12
 """Columns that an error lists."""
 
@@ -120,6 +130,17 @@ def known_fields(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     form = None if row.get("token_ids") is not None else form_of(row)
     return _TO_KNOWN[form](dict(row)) if form else row
+
+
+def field_meant(name: str) -> str | None:
+    """Returns the field of rows for which `name` is a slip of the pen; None for a field, and for a name unlike any."""
+    if name in _ALL_FIELDS:
+        return None
+    near = difflib.get_close_matches(
+        name[:_MAX_NAME_CHARS].lower(), _ALL_FIELDS, n=1, cutoff=_LEAST_SIMILARITY
+    )
+    near = near or [each for each in _ALL_FIELDS if sorted(each) == sorted(name.lower())]
+    return near[0] if near else None
 
 
 def listed(row: Mapping[str, Any]) -> str:

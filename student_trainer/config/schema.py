@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, get_args
 
 from stillhouse.protos.evaluation.names import MATCHES, METRICS
 from stillhouse.student_trainer.config.data import DataConfig as DataConfig  # noqa: PLC0414 - re-exported
@@ -33,6 +33,7 @@ from stillhouse.student_trainer.config.resources import (
 )
 from stillhouse.student_trainer.config.student import LoraConfig as LoraConfig  # noqa: PLC0414 - re-exported
 from stillhouse.student_trainer.config.student import StudentConfig as StudentConfig  # noqa: PLC0414 - re-exported
+from stillhouse.student_trainer.config.target_names import TargetForm
 from stillhouse.student_trainer.config.teacher import TeacherConfig
 
 DIVERGENCE_PARAMETERS: Mapping[str, Mapping[str, float]] = {
@@ -183,19 +184,7 @@ class LossConfig:
         Range(1, MAX_TOP_K),
         DefaultText(f"{DRAWN_TOP_K} where auto takes draws, else {BUCKET_TOP_K}"),
     ] = None
-    sparse_target: Annotated[
-        str,
-        Choices(
-            "auto",
-            "tail_bucket",
-            "sampled",
-            "top_k_and_sampled",
-            "sampled_tail",
-            "stratified_tail",
-            "student_tail",
-            "renormalise",
-        ),
-    ] = "auto"
+    sparse_target: Annotated[str, Choices("auto", *get_args(TargetForm))] = "auto"
     num_samples: Annotated[
         int | None,
         COUNT,

@@ -23,6 +23,7 @@ from stillhouse.protos.tokenizers.bounded_rendering import (
     checked_length,
     checked_template,
 )
+from stillhouse.protos.tokenizers.bounded_templates import bound_library
 from stillhouse.protos.tokenizers.fingerprint import tokenizer_fingerprint
 from stillhouse.protos.tokenizers.prompt import encode_prompt, require_vocabulary
 from stillhouse.teacher_service.models.files import locate_model
@@ -156,7 +157,10 @@ class TextCodec:
         tools: Sequence[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
     ) -> str:
+        from transformers.utils import chat_template_utils
+
         template = checked_template(select_template(self._tokenizer.chat_template, tools))
+        bound_library(chat_template_utils)
         with bounded_rendering():
             text = self._tokenizer.apply_chat_template(
                 list(messages),

@@ -165,8 +165,8 @@ def _layers(loss: LossSpec) -> str:
 
 
 def _attempt(attempt: Attempt) -> tuple[str, str, str, str]:
-    from stillhouse.client.core.signals import signal_name
     from stillhouse.client.terminal.render import time_text
+    from stillhouse.protos.child_process import signal_name
     from stillhouse.protos.errors import from_status
 
     steps = f"steps {attempt.first_step} to {attempt.last_step}" if attempt.last_step else "no step"

@@ -8,7 +8,7 @@ from typing import Any
 
 from stillhouse.protos.rows.conversation import parse_turns, with_system
 from stillhouse.protos.rows.field_error import FieldError, kind_of, require_text
-from stillhouse.protos.rows.reading.unique_names import why_not_json
+from stillhouse.protos.rows.reading.strict_json import why_not_json
 from stillhouse.protos.rows.row_forms import known_fields
 from stillhouse.protos.rows.training_row import context_of, kind_of_row
 

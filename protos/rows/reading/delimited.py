@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from stillhouse.protos.rows.reading.row_error import NOT_UTF8, THE_LINE, OnBadRo
 
 _NUMBERS = {*SETTINGS, "weight"} - {"stop", "adapter"}
 """Columns of numbers; all others are text."""
+_MAX_ROW_LINES = 1 << 20
+"""Lines of one row, within quotes."""
 
 
 def read_delimited(
@@ -25,10 +29,12 @@ def read_delimited(
     Text in double quotes may hold delimiters, line breaks, and quotes written twice.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
-    rows = csv.reader(_texts(path, file), delimiter=delimiter, strict=True)
+    begin = _RowBegin()
+    rows = csv.reader(_texts(path, file, begin), delimiter=delimiter, strict=True)
     names: list[str] = []
     first_line = 1
     while True:
+        begin.line = first_line
         try:
             cells = next(rows, None)
         except csv.Error as error:
@@ -59,8 +65,21 @@ def read_delimited(
             yield number, {name: _value(name, cell) for name, cell in zip(names, cells, strict=True) if cell}
 
 
-def _texts(path: Path, file: io.BufferedReader) -> Iterator[str]:
+@dataclass(slots=True)
+class _RowBegin:
+    line: int = 1
+    """Line in which the row that is being read begins."""
+
+
+def _texts(path: Path, file: io.BufferedReader, begin: _RowBegin) -> Iterator[str]:
     for number, line in bounded_lines(path, file):
+        if number - begin.line >= _MAX_ROW_LINES:
+            raise row_error(
+                path,
+                begin.line,
+                THE_LINE,
+                f"does not end within {_MAX_ROW_LINES} lines; close its quotes, and write quotes twice.",
+            )
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
@@ -91,7 +110,7 @@ def _value(name: str, cell: str) -> Any:
             number = json.loads(cell)
         except ValueError:
             return cell
-        if isinstance(number, int | float):
+        if isinstance(number, int | float) and math.isfinite(number):
             return number
     return cell
 

@@ -12,7 +12,13 @@ from typing import Any
 from stillhouse.protos.rows.field_error import FieldError, kind_of
 from stillhouse.protos.rows.reading.open_file import MAX_ROW_BYTES, bounded_lines
 from stillhouse.protos.rows.reading.row_error import NOT_UTF8, THE_LINE, OnBadRow, row_error
-from stillhouse.protos.rows.reading.unique_names import GIVEN_TWICE, UniqueNames, shown_name, why_not_json
+from stillhouse.protos.rows.reading.strict_json import (
+    NOT_FINITE,
+    StrictJson,
+    is_finite,
+    shown_name,
+    why_not_json,
+)
 
 _CHUNK_BYTES = 1 << 18
 _BLANKS = " \t\r\n"
@@ -23,7 +29,7 @@ def read_json_lines(
     path: Path, file: io.BufferedReader, refuse: OnBadRow
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields line number and object of each line that is not blank."""
-    decoder = UniqueNames()
+    decoder = StrictJson()
     for number, line in bounded_lines(path, file):
         if not line.strip():
             continue
@@ -43,8 +49,8 @@ def read_json_lines(
                 )
             )
             continue
-        if decoder.repeated is not None:
-            refuse(row_error(path, number, shown_name(decoder.repeated), GIVEN_TWICE))
+        if decoder.fault is not None:
+            refuse(row_error(path, number, decoder.fault.field, decoder.fault.problem))
         elif isinstance(values, dict):
             yield number, values
         else:
@@ -73,8 +79,8 @@ def read_json_array(
         if found == "":
             raise row_error(path, number, THE_LINE, 'is missing: the array has no end. Close it with "]".')
         values = window.element(number)
-        if window.decoder.repeated is not None:
-            refuse(row_error(path, number, shown_name(window.decoder.repeated), GIVEN_TWICE))
+        if (fault := window.decoder.fault) is not None:
+            refuse(row_error(path, number, fault.field, fault.problem))
         elif isinstance(values, dict):
             yield number, values
         else:
@@ -100,7 +106,7 @@ class _Window:
         self._is_ended = False
         self._read = 0
         """Bytes before those that are decoded next."""
-        self.decoder = UniqueNames()
+        self.decoder = StrictJson()
 
     def next_character(self, number: int) -> str:
         """Returns the next character that is not blank; empty at the end. `number` is the row that it may begin."""
@@ -163,8 +169,10 @@ class _Window:
 
 
 def no_json(values: Mapping[str, Any]) -> FieldError:
-    """Returns the error of a row of a table with a value that JSON does not hold, such as a date."""
+    """Returns the error of a row of a table with a value that JSON does not hold, such as a date or NaN."""
     for name, value in values.items():
+        if not is_finite(value):
+            return FieldError(shown_name(name), NOT_FINITE.format("NaN or an infinite number"))
         try:
             json.dumps(value)
         except TypeError as error:
@@ -193,7 +201,7 @@ def as_json_lines(path: Path | str, rows: Iterable[tuple[int, Mapping[str, Any]]
 def as_json(path: Path | str, number: int, values: Mapping[str, Any]) -> bytes:
     """Returns a row of `path` as JSON in ASCII. Raises StillhouseError(DATASET_INVALID)."""
     try:
-        return json.dumps(values, separators=(",", ":")).encode()
-    except TypeError:
+        return json.dumps(values, separators=(",", ":"), allow_nan=False).encode()
+    except (TypeError, ValueError):
         problem = no_json(values)
         raise row_error(path, number, problem.field, problem.problem) from problem

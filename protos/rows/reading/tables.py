@@ -11,7 +11,7 @@ from typing import Any
 from stillhouse.protos.errors import Reason, StillhouseError, first_line
 from stillhouse.protos.library_errors import reported_as
 from stillhouse.protos.rows.reading.row_error import unicode_rows, unreadable
-from stillhouse.protos.rows.reading.unique_names import shown_name
+from stillhouse.protos.rows.reading.strict_json import shown_name
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 """Names of the hub that rows are read from; those without an owner look like files."""

@@ -9,6 +9,7 @@ from datetime import date
 from stillhouse.protos.errors import FieldViolation
 from stillhouse.protos.rows.conversation import is_json_list, parse_options, parse_tools
 from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.rows.row_forms import field_meant
 from stillhouse.student_trainer.config.rules.loss import DRAWN_TARGETS, STUDENT_TAIL
 from stillhouse.student_trainer.config.schema import (
     ContextConfig,
@@ -203,6 +204,12 @@ def check_data(config: RunConfig) -> Iterator[FieldViolation]:
                     f"data.{where}[{i}].columns",
                     "maps each field to a column of its own, such as {prompt: question}; give each one another name.",
                 )
+            for name in dataset.columns:
+                if (meant := field_meant(name)) is not None:
+                    yield FieldViolation(
+                        f"data.{where}[{i}].columns",
+                        f'"{name}" is no field of a row; did you mean "{meant}"?',
+                    )
 
 
 def run_losses(config: RunConfig) -> Iterator[tuple[str, LossConfig]]:

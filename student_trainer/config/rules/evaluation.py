@@ -125,6 +125,8 @@ def _check_names(config: RunConfig) -> Iterator[FieldViolation]:
                 field,
                 f'"{each.name}" has other characters than letters, digits, ".", "_" and "-"; change them.',
             )
+        elif each.name in (".", ".."):
+            yield FieldViolation(field, f'"{each.name}" is a folder\'s own name; give a set another.')
         elif each.name in seen:
             yield FieldViolation(field, f'"{each.name}" is given twice; each set needs its own.')
         seen.add(each.name)

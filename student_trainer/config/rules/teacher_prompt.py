@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jinja2 import TemplateError, meta, nodes
+from jinja2 import StrictUndefined, TemplateError, meta, nodes
 
 from stillhouse.protos.errors import FieldViolation
 from stillhouse.protos.rows.conversation import parse_options
 from stillhouse.protos.rows.field_error import FieldError
+from stillhouse.protos.tokenizers.bounded_templates import BoundedEnvironment
 from stillhouse.student_trainer.config.rules.cross_tokenizer import is_bridged
-from stillhouse.student_trainer.config.rules.template_sandbox import RowTemplateEnvironment
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.config.teacher import TeacherPromptConfig
 
-ENVIRONMENT = RowTemplateEnvironment()
+ENVIRONMENT = BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 ROW_PROMPT, ROW_COMPLETION = "row_prompt", "row_completion"
 """Variables of the templates that every row has."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")

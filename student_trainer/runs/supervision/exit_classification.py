@@ -9,6 +9,7 @@ from typing import Literal
 
 from google.rpc.status_pb2 import Status
 
+from stillhouse.protos.child_process import signal_name
 from stillhouse.protos.errors import Reason, StillhouseError, from_status, to_status
 from stillhouse.student_trainer.config.settled.micro_batch import MEMORY_ADVICE
 from stillhouse.student_trainer.run_dir import EXIT_DISK_FULL
@@ -136,8 +137,7 @@ def _death(ending: AttemptEnd) -> StillhouseError:
             f"The process was killed (exit 137), most likely for lack of memory. {MEMORY_ADVICE} {resume}"
         )
     elif number:
-        name = signal.Signals(number).name if number in signal.valid_signals() else str(number)
-        sentence = f"The process was ended by {name}; {resume}"
+        sentence = f"The process was ended by {signal_name(number)}; {resume}"
     elif code is None:
         sentence = f"The process ended while the service was not running; {resume}"
     else:

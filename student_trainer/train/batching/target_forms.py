@@ -14,17 +14,9 @@ from numpy.typing import NDArray
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.tensors.distributions import Distributions
+from stillhouse.student_trainer.config.target_names import TargetForm as TargetForm  # noqa: PLC0414 - re-exported
 from stillhouse.student_trainer.train.loss.sparse import PAD_ID
 
-TargetForm = Literal[
-    "tail_bucket",
-    "sampled",
-    "top_k_and_sampled",
-    "sampled_tail",
-    "stratified_tail",
-    "student_tail",
-    "renormalise",
-]
 TokenWeighting = Literal["teacher_entropy", "teacher_confidence"]
 
 

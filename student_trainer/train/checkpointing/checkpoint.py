@@ -115,7 +115,7 @@ def save(
 def restore(attempt: Attempt, trained: TrainingState) -> int | None:
     """Restores the newest checkpoint that is whole, in place; its step, or None if there never was one.
 
-    A damaged one is set aside under another name. Raises StillhouseError(CHECKPOINT_CORRUPT) if all are damaged.
+    A damaged one is set aside under another name. Raises StillhouseError(CHECKPOINT_CORRUPT) if all are damaged, or gone.
     """
     run_dir = attempt.run_dir
     for leftover in run_dir.checkpoints_path.glob(".*.tmp"):
@@ -138,7 +138,27 @@ def restore(attempt: Attempt, trained: TrainingState) -> int | None:
             f"No checkpoint in {run_dir.checkpoints_path} is whole ({'; '.join(damaged)}). "
             "Check the disk, then resume the run to begin at step 0, or create it again.",
         )
+    lost = None if any(run_dir.checkpoints_path.glob("*.corrupt")) else _last_reported(run_dir)
+    if lost is not None:
+        raise StillhouseError(
+            Reason.CHECKPOINT_CORRUPT,
+            f"{run_dir.checkpoints_path} holds no checkpoint, although the run wrote that of step {lost}: it was removed. "
+            "Put it back, or create the run again.",
+        )
     return None
+
+
+def _last_reported(run_dir: RunDir) -> int | None:
+    """Returns the step of the last checkpoint that the run's journal tells of; None if it tells of none."""
+    last, offset = None, 0
+    while True:
+        lines, end = run_dir.read_lines("events.jsonl", offset)
+        if end == offset:
+            return last
+        offset = end
+        for line in lines:
+            if line.get("kind") == "checkpoint":
+                last = int(line["step"])
 
 
 def restore_step(run_dir: RunDir, step: int, trained: TrainingState) -> None:

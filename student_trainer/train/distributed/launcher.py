@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Self
 import structlog
 from google.rpc.status_pb2 import Status
 
-from stillhouse.protos.child_process import python_path
+from stillhouse.protos.child_process import python_path, signal_name
 from stillhouse.protos.errors import Reason, StillhouseError, from_json, from_status, to_json, to_status
 from stillhouse.protos.telemetry.host_cores import openmp_threads, usable_cores
 from stillhouse.student_trainer.run_dir import EXIT_FAILED, Attempt
@@ -212,7 +211,7 @@ class RankProcesses:
         try:
             told = from_status(from_json(json.loads(self._error_path(rank).read_text())))
         except (OSError, ValueError):
-            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+            how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended with code {code}"
             return StillhouseError(
                 Reason.PROCESS_DIED,
                 f"Process {rank} of {self.rank_info.size} (from 0) {how} without an error message; `run resume` continues from the last "

@@ -11,7 +11,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from stillhouse.client.batch.input_rows import InputLine, Sampling, plain_row, read_lines
+from stillhouse.client.batch.input_rows import InputLine, Sampling, detect_format, plain_row, read_lines
+from stillhouse.client.batch.unique_ids import check_ids
 from stillhouse.protos.errors import StillhouseError
 
 
@@ -67,3 +68,31 @@ def test_a_date_of_a_table_is_refused_with_a_remedy(tmp_path: Path) -> None:
         StillhouseError, match=r"in\.parquet, row 1, field day: holds a date, which JSON does not"
     ):
         list(read_lines(path))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (({"id": "a"}, {}, {"id": "b"}, {"id": "a"}), 'lines 1 and 5 have the same id, "a". Give each row'),
+        (({"id": 3}, {}), r"lines 1 and 3 have the same id, 3 \(a row without an id has the number of its"),
+        (({"id": [1, {"x": 2}]}, {"id": [1, {"x": 2}]}), "lines 1 and 3 have the same id, an array"),
+        (({"custom_id": "x", "body": {}}, {"custom_id": "x", "body": {}}), 'lines 1 and 3 .* id, "x"'),
+    ],
+)
+def test_an_id_that_two_rows_have_is_refused_with_both_lines(
+    rows: tuple[dict[str, Any], ...], sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.jsonl"
+    lines = [json.dumps(each) for each in rows]
+    path.write_text("\n".join([lines[0], "", *lines[1:]]) + "\n")
+    with pytest.raises(StillhouseError, match=f"{path}: {sentence}"):
+        check_ids(path, detect_format(path))
+
+
+def test_ids_that_differ_or_cannot_be_read_are_no_reason_to_refuse_a_batch(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"id": 1}\n{"id": "1"}\n{"id": true}\n{"id": null}\n{"id": null}\n{"id": 1, broken\n{"id": 1.5}\n'
+    )
+    check_ids(path, "plain")
+    check_ids(path, "openai")

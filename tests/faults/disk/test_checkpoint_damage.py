@@ -89,6 +89,22 @@ def test_a_run_goes_on_from_the_newest_whole_one_of_several(whole: RunDir, tmp_p
 
 
 @pytest.mark.faults(row=7)
+def test_a_run_whose_checkpoints_were_removed_does_not_begin_anew(whole: RunDir, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "runs" / "emptied")
+    shutil.copytree(whole.path, run_dir.path)
+    shutil.rmtree(run_dir.final_path)
+    run_dir.trained_path.unlink()
+    shutil.rmtree(run_dir.checkpoint_path(12))
+    assert finish_here(run_dir, 2) == 0
+    assert events(run_dir, "started")[-1]["step"] == 9  # an older one that is there
+    shutil.rmtree(run_dir.checkpoints_path)
+    before = len(metric(run_dir, "train/loss"))
+    assert finish_here(run_dir, 3) == EXIT_FAILED
+    assert "holds no checkpoint, although the run wrote that of step 12: it was removed" in failure(run_dir)
+    assert len(metric(run_dir, "train/loss")) == before
+
+
+@pytest.mark.faults(row=7)
 def test_no_whole_one_is_said_and_nothing_is_begun_anew_without_being_asked(
     whole: RunDir, tmp_path: Path
 ) -> None:

@@ -278,6 +278,9 @@ def test_a_value_of_another_trainer_leads_to_the_one_that_means_the_same(
         ("evaluation.best_metric", "bleu", "evaluation.best_metric"),
         ("evaluation.match", "choices", "evaluation.match"),
         ("evaluation.sets", [{"name": "a b", "path": "x"}], "evaluation.sets[0].name"),
+        ("evaluation.sets", [{"name": "..", "path": "x"}], "evaluation.sets[0].name"),
+        ("data.train", [{"path": "x", "columns": {"promt": "question"}}], "data.train[0].columns"),
+        ("data.eval", [{"path": "x", "columns": {"Completion": "a"}}], "data.eval[0].columns"),
         (
             "evaluation.sets",
             [{"name": "a", "path": "x"}, {"name": "a", "path": "y"}],

@@ -18,6 +18,7 @@ from stillhouse.protos.tokenizers.bounded_rendering import (
     checked_length,
     checked_template,
 )
+from stillhouse.protos.tokenizers.bounded_templates import bound_library
 from stillhouse.student_trainer.train.data.readers import DatasetRow
 
 _GENERATION_BLOCK = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -137,11 +138,12 @@ class ChatTemplate:
         generation_prompt: bool = False,
         marks: bool = False,
     ) -> Rendered:
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils import chat_template_utils
 
         checked_template(source)
+        bound_library(chat_template_utils)
         with bounded_rendering():
-            texts, spans = render_jinja_template(
+            texts, spans = chat_template_utils.render_jinja_template(
                 [[dict(message) for message in messages]],
                 tools=[dict(tool) for tool in tools] or None,
                 chat_template=source,

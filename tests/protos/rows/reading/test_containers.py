@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 from stillhouse.protos.errors import Reason, StillhouseError
 from stillhouse.protos.rows.files import read_file
-from stillhouse.protos.rows.reading import json_rows
+from stillhouse.protos.rows.reading import delimited, json_rows
 from stillhouse.protos.rows.reading.source import RowReader, RowSource
 
 ROWS: list[dict[str, Any]] = [
@@ -131,6 +132,58 @@ def test_a_name_that_a_row_gives_twice_is_refused(
         left = list(RowReader(RowSource(location=str(path)), refuse=refused.append))
         assert len(left) == len(rows) - 1
         assert refused[0].metadata["field"] == place.rpartition(" ")[2]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_a_number_that_json_does_not_hold_is_refused_in_any_field(
+    number: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"rows{suffix}"
+    row = f'{{"prompt": "a", "completion": "b", "note": {{"score": [1.5, {number}]}}}}'
+    path.write_text(row if suffix == ".jsonl" else f"[{row}]")
+    with pytest.raises(
+        StillhouseError, match=f"{path}, row 1, field score: holds {number}, which JSON does not"
+    ):
+        list(read_file(path))
+
+
+def test_a_row_of_a_table_with_nan_is_not_written_as_json(tmp_path: Path) -> None:
+    rows = [(1, {"prompt": "a", "score": 1.5}), (2, {"prompt": "b", "score": math.nan})]
+    with pytest.raises(
+        StillhouseError, match=r"t\.parquet, row 2, field score: holds NaN or an infinite number"
+    ):
+        list(json_rows.as_json_lines(tmp_path / "t.parquet", rows))
+
+
+def test_a_quote_without_an_end_is_refused_before_the_file_is_read_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(delimited, "_MAX_ROW_LINES", 50)
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion\na,b\na,"b\n' + "\n" * 47 + '"\na,b\n')  # 49 lines in one row
+    assert len(list(read_file(path))) == 3
+    path.write_text('prompt,completion\na,b\na,"b\n' + "\n" * 100_000)
+    with pytest.raises(
+        StillhouseError, match=r"row 3, field .the line.: does not end within 50 lines; close its quotes"
+    ):
+        list(read_file(path))
+
+
+# Two rows as the program zstd writes them, with a checksum of the content in the last four bytes.
+CHECKED_ZSTD = bytes.fromhex(
+    "28b52ffd24486d010014027b2270726f6d7074223a20226130222c2022636f6d"
+    "706c6574696f6e62227d0a3103004011471de182e9047f34b5e8"
+)
+
+
+def test_a_wrong_checksum_of_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl.zst"
+    path.write_bytes(CHECKED_ZSTD)
+    assert [row["prompt"] for _, row in read_file(path)] == ["a0", "a1"]
+    path.write_bytes(CHECKED_ZSTD[:-1] + bytes([CHECKED_ZSTD[-1] ^ 1]))
+    with pytest.raises(StillhouseError, match=r"cannot be read as a zstd file .*checksum"):
+        list(read_file(path))
 
 
 def test_an_array_is_read_row_by_row_wherever_its_bytes_are_cut(
