@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,6 +60,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if session:
         config.add_cleanup(end_session)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from tests.support.scheduling import ByFixture
+
+    return ByFixture(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

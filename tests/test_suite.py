@@ -16,6 +16,7 @@ import pytest
 
 from tests.support.processes import SESSION_MARK, TEST_MARK, end_marked
 from tests.support.runs import wait_until
+from tests.support.scheduling import SHARING
 
 ROOT = Path(__file__).resolve().parents[1]
 ALL = "STILLHOUSE_TEST_ALL"
@@ -149,3 +150,25 @@ def _pytest(
         check=False,
         preexec_fn=preexec_fn,
     )
+
+
+def test_files_that_share_something_costly_are_dealt_to_one_worker() -> None:
+    """A file that a list lacks would start the engine, or the site, a second time in the other worker."""
+    words = {
+        "teachers": ("vllm_teacher", "second_runner_teacher", "teacher: Teacher"),
+        "worker_engine": ("engine: VllmEngine",),
+        "site": ("open_tab",),
+    }
+    for name, paths in SHARING.items():
+        for path in paths:
+            assert any(word in (ROOT / path).read_text() for word in words[name]), path
+    own = {"test_wire.py", "test_vllm_server.py", "test_classifier.py", "test_cpu_threads.py"}
+    slow_alone = {"test_parallelism.py", "test_warm_start.py"}
+    using = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("teacher_service", "client/web/browser")
+        for path in (ROOT / "tests" / folder).rglob("test_*.py")
+        if path.name not in own | slow_alone
+        and any(word in path.read_text() for several in words.values() for word in several)
+    }
+    assert using <= {path for paths in SHARING.values() for path in paths}

@@ -66,7 +66,7 @@ def test_a_template_with_marks_is_bounded_as_well() -> None:
 
 
 def test_a_usual_template_is_rendered_as_by_the_sandbox_of_jinja() -> None:
-    assert rendered(HARMLESS) == "user: b1user-133end---"
+    assert rendered(HARMLESS) == "user: b1user-136end---"
 
 
 def test_teachers_prompts_are_rendered_in_the_same_sandbox() -> None:
