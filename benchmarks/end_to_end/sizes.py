@@ -110,10 +110,12 @@ class Work:
         return self.path / "held_out.json"
 
     def fits(self, sizes: Sizes) -> bool:
-        """True if the folder was made with these sizes; how arms compute is none of its matter."""
+        """True if the folder was made with these sizes; how arms compute and what they keep is none of its matter."""
         path = self.path / "sizes.json"
         made = Sizes(**json.loads(path.read_text())) if path.exists() else None
-        return made is not None and replace(made, precision=sizes.precision, apart=sizes.apart) == sizes
+        if made is None:
+            return False
+        return replace(made, precision=sizes.precision, apart=sizes.apart, kept=sizes.kept) == sizes
 
     def mark_ready(self, sizes: Sizes) -> None:
         """Records that everything is there."""

@@ -120,7 +120,7 @@ def _settings(job: _Job) -> dict[str, Any]:
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "bf16": sizes.precision == "bf16",
         "use_cpu": True,
         "gradient_checkpointing": False,

@@ -30,15 +30,20 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConf
     ]
     match config.name:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=config.learning_rate)
+            return torch.optim.AdamW(groups, lr=config.learning_rate, fused=_is_fused(parameters))
         case "adam":
-            return torch.optim.Adam(groups, lr=config.learning_rate)
+            return torch.optim.Adam(groups, lr=config.learning_rate, fused=_is_fused(parameters))
         case "sgd":
             return torch.optim.SGD(groups, lr=config.learning_rate, momentum=SGD_MOMENTUM)
         case "adamw_8bit" | "paged_adamw_8bit":
             return _make_8bit(groups, config)
         case _:
             raise ValueError(f"optimizer.name {config.name} is not known")
+
+
+def _is_fused(parameters: Mapping[str, nn.Parameter]) -> bool | None:
+    """True on a CPU, where torch by itself passes over a weight once for each of an update's operations; None leaves it to torch."""
+    return all(each.device.type == "cpu" for each in parameters.values()) or None
 
 
 def _make_8bit(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:

@@ -46,6 +46,17 @@ def test_an_arm_that_was_cut_short_is_compared_at_the_steps_it_took() -> None:
     assert ratios_of([online, ArmResult(name="trl-local", problem="it did not start")]) == {}
 
 
+def test_a_score_that_equal_steps_miss_is_timed_in_a_longer_run() -> None:
+    trl = arm("trl-local", 3.0, {4: 2.0, 8: 1.5})
+    behind, longer = (
+        arm("online", 1.0, {4: 2.1, 8: 1.6}),
+        arm("online-longer", 1.0, {4: 2.1, 9: 1.4}, steps=9),
+    )
+    name = "trl-local_over_online_seconds_to_its_final_kl"
+    assert name not in ratios_of([behind, trl])
+    assert ratios_of([behind, longer, trl])[name] == pytest.approx(24 / (4 + 5 * 0.6 / 0.7))
+
+
 def test_a_later_call_reports_the_arms_of_earlier_ones(tmp_path: Path) -> None:
     arms = Arms(work=Work(tmp_path), sizes=Sizes(), peers=None, minutes=1.0, say=print)
     kept = arm("online", 1.0, {4: 2.0, 8: 1.5})

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 Packing = Literal["always", "cheaper", "never"]
 
 CPU_PASS_TOKENS = 32
-"""Tokens whose computation takes as long on a CPU as the constant part of a pass, mostly to read the weights."""
+"""Tokens whose computation takes as long on a CPU as the constant part of a pass, mostly to read the weights, where nearly all of
+them are in a model's layers."""
 GPU_PASS_TOKENS = 1024
 """The same on a GPU, where it is mostly the time to start kernels."""
 

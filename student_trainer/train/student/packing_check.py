@@ -41,6 +41,8 @@ ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 """Kinds of layers in which a mask keeps sequences apart."""
 FLASH_KERNELS = ("sdpa", "flash", "flex")
 """Beginnings of the names of attention kernels that keep no matrix of weights for the backward pass."""
+KERNEL_START_WEIGHTS = 1 << 26
+"""Weights of layers in which a token takes as long on a CPU as all starts of a pass's kernels, some four milliseconds."""
 ATTENTION_WIDTHS = 6
 """Length of a row, in hidden widths, at which attention takes as long as all other layers: 4 l h against 24 h h."""
 
@@ -62,9 +64,29 @@ def cutter_of(config: RunConfig, student: Student, device: torch.device) -> Pass
         max_tokens=None if optimizer.cuts_by_rows else by_tokens,
         max_rows=optimizer.rows_per_pass if optimizer.cuts_by_rows else None,
         packing=kind,
-        pass_tokens=GPU_PASS_TOKENS if on_gpu else CPU_PASS_TOKENS,
+        pass_tokens=GPU_PASS_TOKENS if on_gpu else _cpu_pass_tokens(student),
         attention_tokens=ATTENTION_WIDTHS * student.model.get_input_embeddings().weight.shape[1],  # type: ignore[operator]
     )
+
+
+def _cpu_pass_tokens(student: Student) -> int:
+    """Tokens whose computation takes as long on a CPU as the constant part of a pass.
+
+    A pass writes the gradients of all weights, those of trained embeddings and output layer included, and starts its kernels; a
+    token takes what the layers between them take. So a small body under a large vocabulary has few passes.
+    """
+    tables = {id(each.weight): each.weight for each in _tables(student)}
+    others = (each for each in student.plain.parameters() if id(each) not in tables)
+    in_layers: int = max(1, sum(each.numel() for each in others))
+    in_tables: int = sum(each.numel() for each in tables.values() if each.requires_grad)
+    return round(CPU_PASS_TOKENS * (1 + in_tables / in_layers) + KERNEL_START_WEIGHTS / in_layers)
+
+
+def _tables(student: Student) -> Iterator[Any]:
+    """Yields the layers with a row for each token of the vocabulary."""
+    for each in (student.plain.get_input_embeddings(), student.plain.get_output_embeddings()):
+        if getattr(each, "weight", None) is not None:
+            yield each
 
 
 def check_packing(student: Student, device: torch.device) -> None:

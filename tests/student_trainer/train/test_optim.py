@@ -39,6 +39,22 @@ def test_norms_and_biases_are_not_decayed(name: str) -> None:
     assert changed == {"0.weight"}
 
 
+@pytest.mark.parametrize("name", ["adamw", "adam"])
+def test_an_update_on_a_cpu_is_one_pass_and_equals_torchs_own(name: str) -> None:
+    config = OptimizerConfig(name=name, weight_decay=0.1, learning_rate=0.1)
+    ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 1000).view(10, 100)) for _ in range(2))
+    optimizer = make_optimizer({"weight": ours}, config)
+    assert all(group["fused"] for group in optimizer.param_groups)
+    make = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[name]
+    plain = make([theirs], lr=0.1, weight_decay=0.1)
+    for step in range(5):
+        for each in (ours, theirs):
+            each.grad = torch.sin(torch.arange(1000.0).view(10, 100) * (step + 1))
+        optimizer.step()
+        plain.step()
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize(("limit", "expected"), [(1.0, 1.0), (10.0, 5.0), (0.0, 5.0)])
 def test_clipping_scales_down_to_the_limit(limit: float, expected: float) -> None:
     parameter = nn.Parameter(torch.zeros(2))

@@ -17,6 +17,7 @@ from stillhouse.student_trainer.config.proto import from_proto
 from stillhouse.student_trainer.config.schema import RunConfig
 from stillhouse.student_trainer.train import step
 from stillhouse.student_trainer.train.batching.collate import Factor, MicroBatch, ScoredExample
+from stillhouse.student_trainer.train.batching.passes import CPU_PASS_TOKENS
 from stillhouse.student_trainer.train.checkpointing.checkpoint import Progress
 from stillhouse.student_trainer.train.contexts.source import StepData
 from stillhouse.student_trainer.train.data.encoding import Example
@@ -115,6 +116,18 @@ def test_packing_and_micro_batches_change_nothing(
 ) -> None:
     found = _take(_config(models, data__packing=True, optimizer__micro_batch_size=micro_batch_size), tmp_path)
     _same(found, _config(models), tmp_path)
+
+
+def test_a_small_body_under_a_trained_vocabulary_takes_few_passes(models: Models, tmp_path: Path) -> None:
+    config = _config(models)
+    student = load_student(config.student, tmp_path)
+    trained = cutter_of(config, student, CPU)
+    student.plain.get_input_embeddings().weight.requires_grad_(requires_grad=False)
+    student.plain.get_output_embeddings().weight.requires_grad_(requires_grad=False)
+    frozen = cutter_of(config, student, CPU)
+    assert trained.pass_tokens > frozen.pass_tokens > CPU_PASS_TOKENS
+    lengths = [60, 50, 40, 30, 20, 10]
+    assert len(trained.cut(lengths)) < len(replace(trained, pass_tokens=CPU_PASS_TOKENS).cut(lengths))
 
 
 def test_token_weightings_have_mean_one_over_the_step(models: Models, tmp_path: Path) -> None:
